@@ -1,0 +1,100 @@
+"""The columns of scanned spans.
+
+A request body is scanned once into rows of ``int64`` (see :mod:`service.otlp.wire`); a span
+never becomes a Python object on the hot path. Text stays where it is: rows hold offsets into
+``buf``, the scanned bytes. Attributes are not copied out either: a row holds where its span
+message lies, and the few spans that a rule cares about are searched on demand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+# Columns of a span row. Ids are the big-endian bytes read as an integer, stored as the same
+# 64 bits in int64. Times are nanoseconds since 1970; above 2**63-1 they are clamped to it.
+(
+    TRACE_HI,  # first 8 bytes of the trace id
+    TRACE_LO,  # last 8 bytes of the trace id
+    SPAN_ID,
+    PARENT_ID,  # 0 without a parent
+    START,
+    END,
+    NAME_HASH,  # wire.hash_bytes of the name's UTF-8
+    NAME_OFF,  # name in buf
+    NAME_LEN,
+    KIND,  # SpanKind, 0 to 5; other values as sent (an open enum)
+    STATUS,  # StatusCode, 0 unset, 1 ok, 2 error; other values as sent
+    MESSAGE_OFF,  # status message in buf; length 0 without one
+    MESSAGE_LEN,
+    FLAGS,  # HAS_PARENT | COMPLETE
+    RESOURCE,  # row in resources
+    SCOPE,  # row in scopes
+    BODY,  # row in bodies: which request body the span came in
+    MSG_OFF,  # the span message (its fields, without tag and length) in buf
+    MSG_LEN,
+) = range(19)
+SPAN_COLUMNS = 19
+
+HAS_PARENT = 1  # the parent span id is neither empty nor all zeros
+COMPLETE = 2  # the span has the attribute trace.complete = true (bool, or the string "true")
+
+# Columns of a resource row, one for each ResourceSpans message.
+(
+    RESOURCE_OFF,  # the whole ResourceSpans message in buf: its field 1 (possibly repeated, then
+    RESOURCE_LEN,  # merged) is the Resource, whose field 1 is the attributes
+    SERVICE_OFF,  # the string value of the first service.name attribute; length -1 without one
+    SERVICE_LEN,
+) = range(4)
+RESOURCE_COLUMNS = 4
+
+# Columns of a scope row, one for each ScopeSpans message.
+(SCOPE_NAME_OFF, SCOPE_NAME_LEN) = range(2)  # length 0 without a name
+SCOPE_COLUMNS = 2
+
+# Columns of a body row, one for each request body scanned.
+(
+    FIRST_SPAN,  # first row in spans
+    SPAN_COUNT,  # accepted spans: rows FIRST_SPAN .. FIRST_SPAN + SPAN_COUNT
+    REJECTED_TRACE_ID,  # spans left out: trace id not 16 bytes or all zeros
+    REJECTED_SPAN_ID,  # spans left out: span id not 8 bytes or all zeros (trace id was good)
+    ERROR,  # 0, or the error code of wire.ERRORS: then nothing of this body is in spans
+    ERROR_OFF,  # where in the body the error was seen, in bytes from the body's start
+) = range(6)
+BODY_COLUMNS = 6
+
+
+@dataclass(slots=True, eq=False)
+class SpanBatch:
+    """Scanned spans of one tenant, from one or more request bodies.
+
+    ``buf`` holds the decoded (decompressed, protobuf) bodies end to end; all offsets are
+    into it. ``positions`` are the span-log positions of the bodies' frames, by body row;
+    ``received_ns`` is when the newest of them was received (wall clock, nanoseconds).
+    """
+
+    tenant: str
+    buf: Bytes
+    spans: Rows
+    resources: Rows
+    scopes: Rows
+    bodies: Rows
+    positions: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
+    received_ns: int = 0
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def text(self, offset: int, length: int) -> str:
+        """The UTF-8 text at ``offset`` in ``buf``."""
+        return self.buf[offset : offset + length].tobytes().decode()
+
+    def name(self, row: int) -> str:
+        """The name of the span in ``row``."""
+        r = self.spans[row]
+        return self.text(int(r[NAME_OFF]), int(r[NAME_LEN]))

@@ -1,0 +1,59 @@
+"""A signal: the record that a trace broke a rule, or that it no longer does."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Kind(StrEnum):
+    RAISED = "raised"
+    RETRACTED = "retracted"
+
+
+def rule_version(condition: str) -> str:
+    """The version of a rule: a hash of its condition (16 hex digits of SHA-256)."""
+    return hashlib.sha256(condition.encode()).hexdigest()[:16]
+
+
+def signal_id(tenant: str, rule_id: str, version: str, trace_id: str, kind: Kind) -> str:
+    """The id of a signal: 32 hex digits, the same whenever the same breach is found again.
+
+    The first 128 bits of SHA-256 over the parts, each preceded by its length so that no two
+    different tuples join to the same text.
+    """
+    parts = (tenant, rule_id, version, trace_id, str(kind))
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One entry of the ledger. Times are nanoseconds since 1970, ids lower-case hex.
+
+    ``counts`` maps each check of the rule (its text) to the number of spans that matched;
+    ``evidence`` maps it to the ids of up to five of them, the earliest. A retraction names
+    in ``reason`` why the breach no longer holds.
+    """
+
+    id: str
+    tenant: str
+    rule_id: str
+    rule_version: str
+    severity: str
+    kind: Kind
+    clause: str  # always | never
+    trace_id: str
+    detected_at: int
+    early: bool
+    counts: dict[str, int]
+    evidence: dict[str, list[str]]
+    message: str
+    labels: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, ``detected_at`` still in nanoseconds."""
+        return {name: getattr(self, name) for name in self.__slots__}
