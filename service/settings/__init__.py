@@ -1,0 +1,75 @@
+"""The settings: their names, units, defaults, bounds and meaning. ``config.toml`` and
+``docs/configuration.md`` are generated from here (:mod:`service.config_docs`); loading is in
+:mod:`service.config`.
+
+The text below a setting is its documentation. A name says its unit where it has one:
+``_seconds``, ``_ms``, ``_bytes``, ``_spans``, ``_signals``, ``_rows``.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from service.settings.base import OFF, is_loopback, split_address
+from service.settings.edge import Api, Auth, Ingest, Logging, Metrics, Quotas, Shutdown, Tls
+from service.settings.stages import (
+    Breakers,
+    Caches,
+    Checkpoint,
+    Pipeline,
+    Redelivery,
+    Rules,
+    Taps,
+    Traces,
+)
+from service.settings.stores import DuckDb, Ledger, Log, Storage
+
+
+class Settings(BaseModel):
+    """All settings. Immutable; :func:`service.config.load` makes one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ingest: Ingest = Ingest()
+    api: Api = Api()
+    metrics: Metrics = Metrics()
+    storage: Storage = Storage()
+    log: Log = Log()
+    pipeline: Pipeline = Pipeline()
+    traces: Traces = Traces()
+    rules: Rules = Rules()
+    ledger: Ledger = Ledger()
+    duckdb: DuckDb = DuckDb()
+    caches: Caches = Caches()
+    breakers: Breakers = Breakers()
+    redelivery: Redelivery = Redelivery()
+    checkpoint: Checkpoint = Checkpoint()
+    taps: Taps = Taps()
+    quotas: Quotas = Quotas()
+    auth: Auth = Auth()
+    tls: Tls = Tls()
+    shutdown: Shutdown = Shutdown()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        taken: dict[tuple[str, int], str] = {}
+        for section in ("ingest", "api", "metrics"):
+            address: str = getattr(self, section).address
+            if address == OFF:
+                continue
+            host, port = split_address(address)
+            if not (is_loopback(host) or self.auth.enabled or self.auth.insecure):
+                raise ValueError(
+                    f"{section}.address is {address}, which other machines can reach, but "
+                    "auth.enabled is false; enable authentication, listen on 127.0.0.1, or accept "
+                    "the risk with auth.insecure = true (--insecure)"
+                )
+            if port and (other := taken.setdefault((host, port), section)) != section:
+                raise ValueError(
+                    f"{section}.address and {other}.address are both {address}; "
+                    "give each a port of its own"
+                )
+        return self

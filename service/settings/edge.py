@@ -1,0 +1,161 @@
+"""Settings of the listeners, of who may use them, and of the process."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from service.settings.base import (
+    MIB,
+    Count,
+    Fraction,
+    Listen,
+    Seconds,
+    SecondsOrZero,
+    Section,
+    Size,
+    Workers,
+)
+from service.tenants import TENANT_RULE, is_tenant_name
+
+
+class Ingest(Section):
+    """The listener that receives spans: OTLP over HTTP."""
+
+    address: Listen = "127.0.0.1:4318"
+    """Where it listens, as host:port; off for an instance that only answers queries."""
+    max_body_bytes: Size = 20 * MIB
+    """Largest request body, before and after decompression; above it the answer is 413."""
+    max_buffered_bytes: Size = 256 * MIB
+    """Request bodies held in memory at once, those still arriving included; above it 503."""
+    body_timeout_seconds: Seconds = 30
+    """A body must have arrived within this; then the answer is 503 and the connection ends."""
+    keep_alive_seconds: Seconds = 75
+    """An idle connection stays open this long; exporters send every 5 s to 60 s."""
+    refuse_above: Fraction = 0.9
+    """Requests get 503 while the span-ingestion channel is fuller than this fraction."""
+    offer_timeout_ms: Count = 100
+    """A request that cannot be queued within this gets 503."""
+    retry_after_min_seconds: Annotated[int, Field(ge=1, le=3600)] = 1
+    """Least Retry-After of a 503 or 429. Python and JavaScript exporters drop a batch when it
+    is more than their 10 s in all."""
+    retry_after_max_seconds: Annotated[int, Field(ge=1, le=3600)] = 5
+    """Most Retry-After, given when the service is fullest."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.retry_after_min_seconds > self.retry_after_max_seconds:
+            raise ValueError(
+                f"ingest.retry_after_min_seconds ({self.retry_after_min_seconds}) is more than "
+                f"ingest.retry_after_max_seconds ({self.retry_after_max_seconds}); "
+                "lower the first or raise the second"
+            )
+        if self.max_buffered_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"ingest.max_buffered_bytes ({self.max_buffered_bytes}) is less than "
+                f"ingest.max_body_bytes ({self.max_body_bytes}), so the largest body could never "
+                "be received; raise the first or lower the second"
+            )
+        return self
+
+
+class Api(Section):
+    """The listener for queries, administration, health and documentation."""
+
+    address: Listen = "127.0.0.1:8090"
+    """Where it listens, as host:port, or off."""
+    max_body_bytes: Size = 4 * MIB
+    """Largest request body: a rule, or the trace of a rule test."""
+    query_timeout_seconds: Seconds = 10
+    """A query that takes longer gets 503."""
+    query_threads: Workers = 8
+    """Queries that run at once; more wait, within query_timeout_seconds."""
+    max_streams: Count = 100
+    """Server-sent event streams open at once; more get 503."""
+
+
+class Metrics(Section):
+    """Metrics."""
+
+    address: Listen = "127.0.0.1:9090"
+    """A listener for /metrics alone, as host:port, or off; the API serves /metrics as well."""
+    window_seconds: Seconds = 60
+    """Rates and latency percentiles cover this long."""
+
+
+class Quotas(Section):
+    """How many spans a tenant may send; above it the answer is 429."""
+
+    spans_per_second: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    """Of each tenant that has no quota of its own; 0 is no limit."""
+    burst_seconds: Seconds = 10
+    """A tenant that was silent may send this many seconds' worth at once."""
+    tenants: dict[str, Annotated[int, Field(ge=0, le=1_000_000_000)]] = Field(default_factory=dict)
+    """Quotas of single tenants, such as { acme = 50000 }."""
+    tracked_tenants: Count = 10_000
+    """Tenants whose use is remembered; the one silent longest is forgotten first."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for tenant in self.tenants:
+            if not is_tenant_name(tenant):
+                raise ValueError(f"quotas.tenants names {tenant!r}, but {TENANT_RULE}")
+        return self
+
+
+class Auth(Section):
+    """Authentication of tenants and operators."""
+
+    enabled: bool = False
+    """Tenants need a bearer token (JWT, EdDSA), operators the operator token."""
+    operator_token: SecretStr = SecretStr("")
+    """The operators' token, 16 characters or more; better set by BETRACE_AUTH__OPERATOR_TOKEN."""
+    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = 30
+    """Difference of clocks that is tolerated in a token's times."""
+    insecure: bool = False
+    """Listen on other than loopback addresses even without authentication."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        token = self.operator_token.get_secret_value()
+        if self.enabled and len(token) < 16:
+            raise ValueError(
+                "auth.enabled is true but auth.operator_token has fewer than 16 characters; "
+                "set a long random one, such as the output of: openssl rand -hex 32"
+            )
+        return self
+
+
+class Tls(Section):
+    """TLS of the ingestion and API listeners."""
+
+    certificate: str = ""
+    """File of the certificate chain (PEM); empty for plain HTTP."""
+    key: str = ""
+    """File of its private key (PEM)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if bool(self.certificate) != bool(self.key):
+            given, missing = ("certificate", "key") if self.certificate else ("key", "certificate")
+            raise ValueError(f"tls.{given} is set but tls.{missing} is not; set both or neither")
+        return self
+
+
+class Shutdown(Section):
+    """How it stops: not ready, a pause, no more requests, drain, checkpoint, close."""
+
+    delay_seconds: SecondsOrZero = 0
+    """Pause between turning not ready and refusing requests, for load balancers to notice."""
+    grace_seconds: Seconds = 30
+    """Stages and requests in progress have this long to finish."""
+
+
+class Logging(Section):
+    """The service's own log, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is written."""
+    format: Literal["text", "json"] = "text"
+    """One line of text, or one JSON object, for each record."""

@@ -1,0 +1,229 @@
+"""Settings of the pipeline: stages, traces, rules, caches and what happens on failure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from service.settings.base import Count, Fraction, Seconds, SecondsOrZero, Section, Workers
+
+
+class Pipeline(Section):
+    """Stages and the channels between them. A channel that is full makes the stage before it
+    wait, up to the edge, which refuses."""
+
+    ingest_capacity_spans: Count = 10_000
+    """Capacity of the span-ingestion channel."""
+    ingest_workers: Workers = 10
+    """Workers of the span-ingestion stage."""
+    ingest_batch_spans: Count = 8_000
+    """Requests that wait are decoded together up to this many spans."""
+    correlate_capacity_spans: Count = 5_000
+    """Capacity of the trace-correlation channel."""
+    correlate_workers: Workers = 5
+    """Workers of the trace-correlation stage."""
+    correlate_batch_spans: Count = 5_000
+    """Batches that wait are folded together up to this many spans."""
+    evaluate_capacity_traces: Count = 5_000
+    """Capacity of the rule-evaluation channel."""
+    evaluate_workers: Workers = 5
+    """Workers of the rule-evaluation stage."""
+    evaluate_batch_traces: Count = 5_000
+    """Traces that wait are decided together up to this many."""
+    store_capacity_signals: Count = 10_000
+    """Capacity of the storage-write channel."""
+    store_workers: Workers = 2
+    """Workers of the storage-write stage."""
+    stall_seconds: Seconds = 30
+    """A stage that has input and makes no progress for this long is reported as stalled."""
+    restart_pause_seconds: Seconds = 1
+    """Pause before a crashed worker is started again; doubles up to 30 times itself."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for stage, unit in (("ingest", "spans"), ("correlate", "spans"), ("evaluate", "traces")):
+            batch: int = getattr(self, f"{stage}_batch_{unit}")
+            capacity: int = getattr(self, f"{stage}_capacity_{unit}")
+            if batch > capacity:
+                raise ValueError(
+                    f"pipeline.{stage}_batch_{unit} ({batch}) is more than "
+                    f"pipeline.{stage}_capacity_{unit} ({capacity}), so a batch could never fill; "
+                    "lower the first or raise the second"
+                )
+        return self
+
+
+class Traces(Section):
+    """When a trace is due for evaluation, and how long traces are kept open."""
+
+    due_spans: Count = 100
+    """A trace is evaluated each time it has this many new spans."""
+    idle_seconds: Seconds = 5
+    """A trace without a new span for this long is closed."""
+    max_age_seconds: Seconds = 3600
+    """A trace is closed at this age even if spans still arrive."""
+    sweep_seconds: Seconds = 300
+    """Expired traces are looked for, and their memory freed, this often."""
+    long_lived_spans: Count = 1000
+    """Above this many spans a trace is evaluated window by window."""
+    window_spans: Count = 100
+    """Spans in a window of a long-lived trace."""
+    window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Fraction of a window kept as context for the next one."""
+    closed_kept: Count = 10_000
+    """Traces just closed that are remembered per tenant, for spans that come late."""
+    max_open: Count = 1_000_000
+    """Open traces of all tenants; above it those idle longest are closed early."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.idle_seconds > self.max_age_seconds:
+            raise ValueError(
+                f"traces.idle_seconds ({self.idle_seconds:g}) is more than traces.max_age_seconds "
+                f"({self.max_age_seconds:g}), so no trace would ever be closed as idle; "
+                "lower the first or raise the second"
+            )
+        if self.window_spans > self.long_lived_spans:
+            raise ValueError(
+                f"traces.window_spans ({self.window_spans}) is more than traces.long_lived_spans "
+                f"({self.long_lived_spans}); lower the first or raise the second"
+            )
+        return self
+
+
+class Rules(Section):
+    """Where rules come from."""
+
+    directory: str = ""
+    """Rule files (*.yaml): of the tenant default directly, of others in a folder of their name.
+    Empty: only rules saved over the API."""
+    poll_seconds: Seconds = 2
+    """The directory is looked at for changes this often; SIGHUP looks at once."""
+
+
+class Caches(Section):
+    """Caches: how many entries, and for how long."""
+
+    rule_sets: Count = 500
+    """Tenants whose compiled rules are kept."""
+    rule_sets_idle_seconds: Seconds = 1800
+    """Compiled rules are dropped this long after they were last used."""
+    public_keys: Count = 1000
+    """Public keys of tenants kept."""
+    public_keys_ttl_seconds: Seconds = 3600
+    """A public key is loaded again after this."""
+    trace_metadata: Count = 10_000
+    """Recent traces whose state is kept for spans that come late."""
+    trace_metadata_ttl_seconds: Seconds = 300
+    """What is known of a trace is dropped after this."""
+    warm_up_delay_seconds: SecondsOrZero = 10
+    """The rules of all active tenants are loaded this long after the start."""
+
+
+class Breaker(Section):
+    """A circuit breaker, as resilience4j defines it."""
+
+    timeout_seconds: Seconds
+    """A call that takes longer is given up and counts as failed."""
+    failure_rate: Fraction = 0.5
+    """It opens when at least this fraction of the window's calls failed."""
+    slow_call_seconds: Seconds
+    """A call that takes longer counts as slow."""
+    slow_call_rate: Fraction = 1.0
+    """It opens when at least this fraction of the window's calls were slow."""
+    window_calls: Count = 100
+    """The rates are those of this many last calls."""
+    minimum_calls: Count
+    """It cannot open before this many calls."""
+    open_seconds: Seconds
+    """It stays open this long before it lets trial calls through."""
+    half_open_calls: Count = 10
+    """Trial calls, whose rates decide whether it closes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.minimum_calls > self.window_calls:
+            raise ValueError(
+                f"minimum_calls ({self.minimum_calls}) is more than window_calls "
+                f"({self.window_calls}), so the breaker could never open; "
+                "lower the first or raise the second"
+            )
+        return self
+
+
+class EvaluationBreaker(Breaker):
+    """The circuit breaker of rule evaluation."""
+
+    timeout_seconds: Seconds = 10
+    """A call that takes longer is given up and counts as failed."""
+    slow_call_seconds: Seconds = 5
+    """A call that takes longer counts as slow."""
+    minimum_calls: Count = 100
+    """It cannot open before this many calls."""
+    open_seconds: Seconds = 30
+    """It stays open this long before it lets trial calls through."""
+
+
+class StorageBreaker(Breaker):
+    """The circuit breakers of storage: one for the ledger, one for DuckDB."""
+
+    timeout_seconds: Seconds = 5
+    """A call that takes longer is given up and counts as failed."""
+    slow_call_seconds: Seconds = 2.5
+    """A call that takes longer counts as slow."""
+    minimum_calls: Count = 50
+    """It cannot open before this many calls."""
+    open_seconds: Seconds = 15
+    """It stays open this long before it lets trial calls through."""
+
+
+class Breakers(Section):
+    """Circuit breakers."""
+
+    evaluation: EvaluationBreaker = EvaluationBreaker()
+    storage: StorageBreaker = StorageBreaker()
+
+
+class Redelivery(Section):
+    """What happens to an item whose processing fails."""
+
+    attempts: Annotated[int, Field(ge=0, le=100)] = 3
+    """It is tried again this often, then becomes a dead letter."""
+    delay_seconds: SecondsOrZero = 1
+    """Pause between attempts."""
+    transient_retry_seconds: Seconds = 60
+    """A dead letter of a transient error is tried again after this."""
+
+
+class Checkpoint(Section):
+    """Saving the state of open traces, so that a restart reads little of the log."""
+
+    interval_seconds: Seconds = 5
+    """How often it is saved."""
+
+
+class Taps(Section):
+    """Side outputs. They never hold up the pipeline: what they cannot take is dropped, counted."""
+
+    audit: bool = True
+    """Write a record of each accepted batch to the audit log."""
+    webhook_url: str = ""
+    """Signals are posted to this URL as JSON; empty for none."""
+    otlp_url: str = ""
+    """Signals are sent to this OTLP/HTTP endpoint as log records; empty for none."""
+    capacity: Count = 10_000
+    """Records that a tap holds before it drops."""
+    timeout_seconds: Seconds = 5
+    """A delivery that takes longer is given up."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name in ("webhook_url", "otlp_url"):
+            url: str = getattr(self, name)
+            if url and not url.startswith(("http://", "https://")):
+                raise ValueError(
+                    f"taps.{name} is {url!r}; write a URL that starts with http:// or https://, "
+                    "or leave it empty"
+                )
+        return self
