@@ -22,7 +22,7 @@ Rows = npt.NDArray[np.int64]
     TRACE_HI,  # first 8 bytes of the trace id
     TRACE_LO,  # last 8 bytes of the trace id
     SPAN_ID,
-    PARENT_ID,  # 0 without a parent
+    PARENT_ID,  # 0 without a parent, or when its id is not 8 bytes long
     START,
     END,
     NAME_HASH,  # wire.hash_bytes of the name's UTF-8
@@ -44,7 +44,7 @@ SPAN_COLUMNS = 19
 HAS_PARENT = 1  # the parent span id is neither empty nor all zeros
 COMPLETE = 2  # the span has the attribute trace.complete = true (bool, or the string "true")
 
-# Columns of a resource row, one for each ResourceSpans message.
+# Columns of a resource row, one for each ResourceSpans message with an accepted span.
 (
     RESOURCE_OFF,  # the whole ResourceSpans message in buf: its field 1 (possibly repeated, then
     RESOURCE_LEN,  # merged) is the Resource, whose field 1 is the attributes
@@ -53,7 +53,7 @@ COMPLETE = 2  # the span has the attribute trace.complete = true (bool, or the s
 ) = range(4)
 RESOURCE_COLUMNS = 4
 
-# Columns of a scope row, one for each ScopeSpans message.
+# Columns of a scope row, one for each ScopeSpans message with an accepted span.
 (SCOPE_NAME_OFF, SCOPE_NAME_LEN) = range(2)  # length 0 without a name
 SCOPE_COLUMNS = 2
 

@@ -1,0 +1,306 @@
+"""Kernels that find attributes in the bytes of a validated message.
+
+The scanner (:mod:`service.otlp.scanner`) keeps no attributes; they are searched on demand,
+in the few spans that a rule's name pattern selected. The bytes must have passed the scanner.
+On others these kernels still end, within bounds, with an arbitrary answer.
+
+A value is handed back in ``out``, ``int64[4]``: ``out[TYPE]`` is one of the type constants,
+``out[VALUE]`` and ``out[LENGTH]`` depend on it:
+
+====================================  ==========================  =====================
+type                                  value                       length
+====================================  ==========================  =====================
+``MISSING``                           0                           0
+``STRING``, ``BYTES``                 offset in ``buf``           bytes
+``BOOL``                              0 or 1                      0
+``INT``                               the value                   0
+``DOUBLE``                            its 64 bits                 0
+``ARRAY`` (an ``ArrayValue``)         offset in ``buf``           bytes
+``KVLIST`` (a ``KeyValueList``)       offset in ``buf``           bytes
+====================================  ==========================  =====================
+
+Singular fields that occur twice merge as protobuf says (the last one wins; of a oneof, the last
+member), with one approximation: two arrays or two key-value lists in one value, which
+the protobuf library concatenates, give the last of them. No exporter writes that. A value that
+is a reference into a string table (``string_value_strindex``, of the profiles signal) is
+``MISSING``: trace data has no such table.
+"""
+
+from __future__ import annotations
+
+from service.jit import kernel
+from service.otlp.columns import Bytes, Rows
+from service.otlp.primitives import (
+    BYTES_TYPE,
+    END_GROUP,
+    FIXED32,
+    FIXED64,
+    START_GROUP,
+    VARINT,
+    load64,
+    read_length,
+    read_tag,
+    read_varint,
+    same_bytes,
+)
+
+MISSING, STRING, BOOL, INT, DOUBLE, ARRAY, KVLIST, BYTES = range(8)
+
+# Indices into out.
+TYPE, VALUE, LENGTH = range(3)
+OUT_SIZE = 4  # the fourth is spare
+
+SPAN_ATTRIBUTES = 9  # field numbers of the repeated KeyValue
+RESOURCE_ATTRIBUTES = 1
+
+# Tags with the wire type in the lower three bits.
+_KEY = 1 << 3 | BYTES_TYPE
+_KEY_VALUE = 2 << 3 | BYTES_TYPE
+_RESOURCE = 1 << 3 | BYTES_TYPE
+_ITEM = 1 << 3 | BYTES_TYPE
+_STRING = 1 << 3 | BYTES_TYPE
+_BOOL = 2 << 3 | VARINT
+_INT = 3 << 3 | VARINT
+_DOUBLE = 4 << 3 | FIXED64
+_ARRAY = 5 << 3 | BYTES_TYPE
+_KVLIST = 6 << 3 | BYTES_TYPE
+_BYTES = 7 << 3 | BYTES_TYPE
+_STRINDEX = 8 << 3 | VARINT
+
+
+@kernel
+def _skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
+    """The position after the field whose ``tag`` ends at ``pos``; negative on malformed bytes."""
+    open_groups = 0
+    while True:
+        wire = tag & 7
+        if wire == BYTES_TYPE:
+            length, pos = read_length(buf, pos, end)
+            if pos >= 0:
+                pos += length
+        elif wire == VARINT:
+            _, pos = read_varint(buf, pos, end)
+        elif wire == FIXED64:
+            pos += 8
+        elif wire == FIXED32:
+            pos += 4
+        elif wire == START_GROUP:
+            open_groups += 1
+        elif wire == END_GROUP:
+            open_groups -= 1
+        else:
+            return -1
+        if pos < 0 or open_groups <= 0:
+            return pos
+        tag, pos = read_tag(buf, pos, end)
+        if pos < 0:
+            return pos
+
+
+@kernel
+def _put(out: Rows, kind: int, value: int, length: int) -> None:
+    out[TYPE] = kind
+    out[VALUE] = value
+    out[LENGTH] = length
+
+
+@kernel
+def _merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
+    """Merge the ``AnyValue`` at ``pos`` .. ``end`` into ``out``."""
+    while pos < end:
+        tag, pos = read_tag(buf, pos, end)
+        if pos < 0:
+            return
+        if tag in (_STRING, _ARRAY, _KVLIST, _BYTES):
+            length, pos = read_length(buf, pos, end)
+            if pos < 0:
+                return
+            number = tag >> 3
+            kind = STRING
+            if number == 5:
+                kind = ARRAY
+            elif number == 6:
+                kind = KVLIST
+            elif number == 7:
+                kind = BYTES
+            _put(out, kind, pos, length)
+            pos += length
+        elif tag in (_BOOL, _INT, _STRINDEX):
+            value, pos = read_varint(buf, pos, end)
+            if tag == _INT:
+                _put(out, INT, value, 0)
+            elif tag == _BOOL:
+                _put(out, BOOL, 1 if value != 0 else 0, 0)
+            else:
+                _put(out, MISSING, 0, 0)
+        elif tag == _DOUBLE:
+            if pos > end - 8:
+                return
+            _put(out, DOUBLE, load64(buf, pos), 0)
+            pos += 8
+        else:
+            pos = _skip(buf, pos, end, tag)
+        if pos < 0:
+            return
+
+
+@kernel
+def _key_value(
+    buf: Bytes,
+    pos: int,
+    end: int,
+    key_buf: Bytes,
+    key_off: int,
+    key_len: int,
+    out: Rows,
+) -> None:
+    """Put the value of the ``KeyValue`` at ``pos`` .. ``end`` into ``out`` if it has the key."""
+    _put(out, MISSING, 0, 0)
+    found_off = pos
+    found_len = 0
+    values = 0
+    at = pos
+    while at < end:
+        tag, at = read_tag(buf, at, end)
+        if at < 0:
+            return
+        if tag == _KEY:
+            found_len, found_off = read_length(buf, at, end)
+            if found_off < 0:
+                return
+            at = found_off + found_len
+            # The usual order is key, then value: another key needs no look at its value.
+            if at < end and buf[at] == _KEY_VALUE and found_len != key_len:
+                after_len, after = read_length(buf, at + 1, end)
+                if after >= 0 and after + after_len == end:
+                    return
+        else:
+            values += tag == _KEY_VALUE
+            at = _skip(buf, at, end, tag)
+            if at < 0:
+                return
+    if values == 0 or found_len != key_len:
+        return
+    if not same_bytes(buf, found_off, key_buf, key_off, key_len):
+        return
+    at = pos
+    while at < end:
+        tag, at = read_tag(buf, at, end)
+        if at < 0:
+            return
+        if tag == _KEY_VALUE:
+            length, at = read_length(buf, at, end)
+            if at < 0:
+                return
+            _merge_any_value(buf, at, at + length, out)
+            at += length
+        else:
+            at = _skip(buf, at, end, tag)
+            if at < 0:
+                return
+
+
+@kernel
+def find_attribute(
+    buf: Bytes,
+    off: int,
+    length: int,
+    field: int,
+    key_buf: Bytes,
+    key_off: int,
+    key_len: int,
+    out: Rows,
+) -> int:
+    """Find the first attribute with a key and a value in the message at ``off``.
+
+    ``field`` is the number of the message's repeated ``KeyValue`` field: ``SPAN_ATTRIBUTES``
+    or ``RESOURCE_ATTRIBUTES``. The key is the ``key_len`` bytes of ``key_buf`` from
+    ``key_off``. Returns the type, ``MISSING`` when there is none, and fills ``out``. An
+    attribute without a value (an absent or empty ``AnyValue``) is passed over.
+    """
+    _put(out, MISSING, 0, 0)
+    wanted = field << 3 | BYTES_TYPE
+    end = off + length
+    pos = off
+    while pos < end:
+        tag, pos = read_tag(buf, pos, end)
+        if pos < 0:
+            break
+        if tag == wanted:
+            size, pos = read_length(buf, pos, end)
+            if pos < 0:
+                break
+            _key_value(buf, pos, pos + size, key_buf, key_off, key_len, out)
+            found: int = out[TYPE]
+            if found != MISSING:
+                return found
+            pos += size
+        else:
+            pos = _skip(buf, pos, end, tag)
+            if pos < 0:
+                break
+    return MISSING
+
+
+@kernel
+def find_resource_attribute(
+    buf: Bytes,
+    resource_off: int,
+    resource_len: int,
+    key_buf: Bytes,
+    key_off: int,
+    key_len: int,
+    out: Rows,
+) -> int:
+    """Like :func:`find_attribute`, for the resource of the ``ResourceSpans`` at ``resource_off``.
+
+    The offsets are a resource row's ``RESOURCE_OFF`` and ``RESOURCE_LEN``. All occurrences of
+    the resource field are searched, in order, as they merge into one.
+    """
+    _put(out, MISSING, 0, 0)
+    end = resource_off + resource_len
+    pos = resource_off
+    while pos < end:
+        tag, pos = read_tag(buf, pos, end)
+        if pos < 0:
+            break
+        if tag == _RESOURCE:
+            size, pos = read_length(buf, pos, end)
+            if pos < 0:
+                break
+            find_attribute(buf, pos, size, RESOURCE_ATTRIBUTES, key_buf, key_off, key_len, out)
+            found: int = out[TYPE]
+            if found != MISSING:
+                return found
+            pos += size
+        else:
+            pos = _skip(buf, pos, end, tag)
+            if pos < 0:
+                break
+    return MISSING
+
+
+@kernel
+def next_array_item(buf: Bytes, off: int, length: int, cursor: int, out: Rows) -> int:
+    """Put the next item of the ``ArrayValue`` at ``off`` into ``out``; returns the next cursor.
+
+    The first cursor is 0; the answer is -1, and ``out`` ``MISSING``, after the last item. An item
+    without a value is ``MISSING`` too, so look at the cursor, not at the type, for the end.
+    """
+    _put(out, MISSING, 0, 0)
+    end = off + length
+    pos = off + cursor
+    while pos < end:
+        tag, pos = read_tag(buf, pos, end)
+        if pos < 0:
+            return -1
+        if tag == _ITEM:
+            size, pos = read_length(buf, pos, end)
+            if pos < 0:
+                return -1
+            _merge_any_value(buf, pos, pos + size, out)
+            return pos + size - off
+        pos = _skip(buf, pos, end, tag)
+        if pos < 0:
+            return -1
+    return -1
