@@ -1,0 +1,37 @@
+"""Gathered writes that either write everything or say that they did not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Buffer = bytes | bytearray | memoryview
+
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The system calls that change files, so that tests can let them fail."""
+
+    write: Callable[[int, Sequence[Buffer], int], int] = os.pwritev
+    truncate: Callable[[int, int], None] = os.ftruncate
+    sync: Callable[[int], None] = os.fdatasync
+
+    def write_all(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all bytes of ``buffers`` from ``offset`` on, in as few calls as the system takes.
+        After an :exc:`OSError` some of them may have been written."""
+        left = [buffer for buffer in buffers if len(buffer)]
+        first = 0
+        while first < len(left):
+            written = self.write(descriptor, left[first : first + _IOV_MAX], offset)
+            if written <= 0:
+                raise OSError(errno.EIO, "the system wrote nothing")
+            offset += written
+            while first < len(left) and written >= len(left[first]):
+                written -= len(left[first])
+                first += 1
+            if written:
+                left[first] = memoryview(left[first])[written:]

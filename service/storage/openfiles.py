@@ -1,0 +1,87 @@
+"""A bounded cache of open files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    descriptor: int
+    users: int = 0
+    doomed: bool = False  # close when the last user is done
+
+
+class OpenFiles:
+    """Keeps up to ``limit`` files open (with ``flags``), closing the one used longest ago.
+
+    A file in use is never closed, so that there can be as many open files as ``limit`` or as
+    users at this moment, whichever is more. Thread-safe.
+    """
+
+    def __init__(self, limit: int, flags: int = os.O_RDWR) -> None:
+        if limit < 1:
+            raise ValueError("the limit of open files must be at least 1")
+        self._limit = limit
+        self._flags = flags | os.O_CLOEXEC
+        self._files: OrderedDict[Path, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @contextmanager
+    def use(self, path: Path, flags: int = 0) -> Iterator[int]:
+        """The descriptor of ``path``, opened (with these flags also) where it is not open yet;
+        it stays open until the block ends. Raises :exc:`OSError` as :func:`os.open` does."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = _Open(os.open(path, self._flags | flags, 0o644))
+                self._files[path] = file
+            file.users += 1
+            self._files.move_to_end(path)
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.users -= 1
+                if file.doomed and not file.users:
+                    os.close(file.descriptor)
+                self._shrink()
+
+    def forget(self, path: Path) -> None:
+        """Close ``path``, once nobody uses it; the next use opens it again."""
+        with self._lock:
+            file = self._files.pop(path, None)
+            if file is not None:
+                self._doom(file)
+
+    def close(self) -> None:
+        """Close everything, each file once nobody uses it."""
+        with self._lock:
+            for file in self._files.values():
+                self._doom(file)
+            self._files.clear()
+
+    def _doom(self, file: _Open) -> None:
+        if file.users:
+            file.doomed = True
+        else:
+            os.close(file.descriptor)
+
+    def _shrink(self) -> None:
+        if len(self._files) <= self._limit:
+            return
+        for path, file in list(self._files.items()):
+            if not file.users:
+                del self._files[path]
+                os.close(file.descriptor)
+                if len(self._files) <= self._limit:
+                    return

@@ -1,0 +1,57 @@
+"""Where a tenant's files lie: in a directory of its name under the data directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from service.tenants import TENANT_RULE, is_tenant_name
+
+
+def tenant_directory(data: Path, tenant: str) -> Path:
+    """The directory of ``tenant``; :exc:`ValueError` where the name could lead elsewhere."""
+    if not is_tenant_name(tenant):
+        raise ValueError(f"bad tenant name {tenant!r}: {TENANT_RULE}")
+    return data / tenant
+
+
+def tenants_with(data: Path, name: str) -> list[str]:
+    """The tenants, sorted, whose directory holds a file or folder called ``name``."""
+    if not data.is_dir():
+        return []
+    return sorted(
+        entry.name
+        for entry in os.scandir(data)
+        if is_tenant_name(entry.name) and entry.is_dir() and (data / entry.name / name).exists()
+    )
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(path: Path) -> None:
+    """Make ``path`` and its missing parents, durably: each parent is synced."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file ``path`` by ``data``: after a crash it holds the old bytes or the new."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
