@@ -28,7 +28,7 @@ is a reference into a string table (``string_value_strindex``, of the profiles s
 
 from __future__ import annotations
 
-from service.jit import kernel
+from service.jit import lean_kernel
 from service.otlp.columns import Bytes, Rows
 from service.otlp.primitives import (
     BYTES_TYPE,
@@ -68,7 +68,7 @@ _BYTES = 7 << 3 | BYTES_TYPE
 _STRINDEX = 8 << 3 | VARINT
 
 
-@kernel
+@lean_kernel
 def _skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
     """The position after the field whose ``tag`` ends at ``pos``; negative on malformed bytes."""
     open_groups = 0
@@ -97,14 +97,14 @@ def _skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
             return pos
 
 
-@kernel
+@lean_kernel
 def _put(out: Rows, kind: int, value: int, length: int) -> None:
     out[TYPE] = kind
     out[VALUE] = value
     out[LENGTH] = length
 
 
-@kernel
+@lean_kernel
 def _merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
     """Merge the ``AnyValue`` at ``pos`` .. ``end`` into ``out``."""
     while pos < end:
@@ -144,7 +144,7 @@ def _merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
             return
 
 
-@kernel
+@lean_kernel
 def _key_value(
     buf: Bytes,
     pos: int,
@@ -200,7 +200,7 @@ def _key_value(
                 return
 
 
-@kernel
+@lean_kernel
 def find_attribute(
     buf: Bytes,
     off: int,
@@ -242,7 +242,7 @@ def find_attribute(
     return MISSING
 
 
-@kernel
+@lean_kernel
 def find_resource_attribute(
     buf: Bytes,
     resource_off: int,
@@ -280,7 +280,7 @@ def find_resource_attribute(
     return MISSING
 
 
-@kernel
+@lean_kernel
 def next_array_item(buf: Bytes, off: int, length: int, cursor: int, out: Rows) -> int:
     """Put the next item of the ``ArrayValue`` at ``off`` into ``out``; returns the next cursor.
 

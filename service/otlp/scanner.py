@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.jit import kernel
+from service.jit import lean_kernel
 from service.otlp.attributes import (
     BOOL,
     LENGTH,
@@ -204,7 +204,7 @@ _NOT_PLAIN, _GOOD, _GOOD_COMPLETE = range(3)
 OVERFLOW = -1  # scan: there are more rows than room for them
 
 
-@kernel
+@lean_kernel
 def _plain_key_value(buf: Bytes, pos: int, end: int) -> int:
     """Check the ``KeyValue`` at ``pos`` .. ``end`` if it has the usual shape.
 
@@ -245,7 +245,7 @@ def _plain_key_value(buf: Bytes, pos: int, end: int) -> int:
     return _GOOD
 
 
-@kernel
+@lean_kernel
 def _is_complete(buf: Bytes, off: int, length: int, out: Rows) -> bool:
     """Whether the span at ``off`` has trace.complete = true (bool, or the string "true")."""
     kind = find_attribute(
@@ -256,7 +256,7 @@ def _is_complete(buf: Bytes, off: int, length: int, out: Rows) -> bool:
     return kind == BOOL and out[VALUE] == 1
 
 
-@kernel
+@lean_kernel
 def _any_byte(buf: Bytes, off: int, length: int) -> bool:
     end = off + length
     while off < end and buf[off] == 0:
@@ -264,20 +264,20 @@ def _any_byte(buf: Bytes, off: int, length: int) -> bool:
     return off < end
 
 
-@kernel
+@lean_kernel
 def _int32(value: int) -> int:
     """``value`` cut to 32 bits, signed: how an enum is read from a varint."""
     low = value & 0xFFFFFFFF
     return low - 0x100000000 if low > 0x7FFFFFFF else low
 
 
-@kernel
+@lean_kernel
 def _clamped(value: int) -> int:
     """An unsigned 64-bit value given as int64, cut to the largest int64."""
     return _INT64_MAX if value < 0 else value
 
 
-@kernel
+@lean_kernel
 def _put_resource(buf: Bytes, off: int, length: int, resources: Rows, row: int, out: Rows) -> None:
     resources[row, RESOURCE_OFF] = off
     resources[row, RESOURCE_LEN] = length
@@ -289,7 +289,7 @@ def _put_resource(buf: Bytes, off: int, length: int, resources: Rows, row: int, 
         resources[row, SERVICE_LEN] = out[LENGTH]
 
 
-@kernel
+@lean_kernel
 def _scan_body(
     buf: Bytes,
     start: int,
@@ -532,7 +532,7 @@ def _scan_body(
     return 0, 0
 
 
-@kernel
+@lean_kernel
 def scan(
     buf: Bytes,
     starts: Rows,
