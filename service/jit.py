@@ -31,4 +31,5 @@ def lean_kernel(function: F) -> F:
     on that (the span scanner is 3.7 times as fast without). The price: it can neither allocate
     nor return an array (numba refuses to compile an allocation). Both kinds may call each other.
     """
-    return cast(F, numba.njit(cache=True, nogil=True, boundscheck=True, _nrt=False)(function))
+    njit: Any = numba.njit  # its type leaves _nrt out
+    return cast(F, njit(cache=True, nogil=True, boundscheck=True, _nrt=False)(function))
