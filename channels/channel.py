@@ -1,0 +1,408 @@
+"""A bounded channel that measures its content by weight instead of counting messages.
+
+A message can hold one record or eight thousand, so a limit on messages does not bound memory. Here
+each item has a weight, given by a function at :func:`open_channel`, and the capacity is a weight::
+
+    send, receive = open_channel("parsing", capacity=10_000, weigh=len)
+
+    async with send:                      # closing the last sender's clone ends the channel
+        await send.send(batch)            # waits while there is no room
+        if not await send.offer(batch, 0.1):
+            refuse()                      # no room within 100 ms
+
+    async for batch in receive:           # ends when all senders are closed and all is taken
+        ...
+
+With ``hold=True`` an item goes on using capacity after it was taken, until the consumer says
+:meth:`ReceiveChannel.done`: capacity then bounds the work that exists, not just what waits.
+
+The rules are those of Trio's memory channels. Each operation is atomic with respect to
+cancellation: a cancelled ``send`` left nothing in the channel, a cancelled ``receive`` took nothing
+out. Senders are admitted in the order in which they came, whatever their weights: a light item does
+not overtake a heavy one that waits. Channels belong to the Trio thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar, cast, final
+
+import trio
+import trio.abc
+from trio.lowlevel import Abort, RaiseCancelT, enable_ki_protection
+
+from .state import ChannelState, ChannelStatistics, PeakReader, WaitingReceiver, WaitingSender
+
+T = TypeVar("T")
+
+
+class _End(Generic[T]):
+    """What both ends of a channel offer."""
+
+    def __init__(self, state: ChannelState[T]) -> None:
+        self._state = state
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """What the channel was called at `open_channel`."""
+        return self._state.name
+
+    @property
+    def capacity(self) -> int:
+        """The weight that the channel holds before senders wait."""
+        return self._state.capacity
+
+    @property
+    def fill(self) -> float:
+        """How full the channel is, 0 to 1; cheap enough to ask for each request."""
+        return self._state.fill()
+
+    def weigh(self, item: T) -> int:
+        """Return the weight of an item as the channel sees it.
+
+        Raises:
+          ValueError: the weight is less than 1.
+        """
+        return self._state.weight_of(item)
+
+    def statistics(self) -> ChannelStatistics:
+        """Return what the channel holds and has done."""
+        return self._state.statistics()
+
+    def peak_reader(self) -> PeakReader:
+        """Return a new observer of the channel's peak size, with a period of its own."""
+        return PeakReader(cast("ChannelState[object]", self._state))
+
+    async def wait_empty(self) -> None:
+        """Wait until nothing is queued, in flight or waiting to be sent.
+
+        Returns at the first such moment; more may have been sent when the caller runs again.
+        """
+        if self._state.size == 0:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._state.until_empty.park()
+
+    def close(self) -> None:
+        """Close this end; closing it again does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = self._state
+        kind = type(self).__name__
+        return f"<{kind} {state.name!r}, {state.size} of {state.capacity} used>"
+
+
+@final
+class SendChannel(_End[T], trio.abc.SendChannel[T]):
+    """The end of a channel that takes items in. Made by `open_channel` and `clone`."""
+
+    def __init__(self, state: ChannelState[T]) -> None:
+        super().__init__(state)
+        state.open_senders += 1
+
+    @enable_ki_protection
+    def send_nowait(self, item: T) -> None:
+        """Put an item into the channel if there is room for it now.
+
+        Raises:
+          trio.WouldBlock: there is no room, or others wait for room already.
+          trio.BrokenResourceError: there is no receiver any more.
+          trio.ClosedResourceError: this end is closed.
+        """
+        state = self._state
+        self._check_open()
+        weight = state.weight_of(item)
+        if state.senders or not state.fits(weight):
+            raise trio.WouldBlock
+        state.put(item, weight)
+
+    @enable_ki_protection
+    async def send(self, value: T) -> None:
+        """Put an item into the channel, waiting for room in turn.
+
+        An item heavier than the whole capacity is let in when the channel is empty. When
+        cancelled, the item is not in the channel.
+
+        Raises:
+          trio.BrokenResourceError: there is no receiver any more.
+          trio.ClosedResourceError: this end is closed, or was closed while waiting.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self.send_nowait(value)
+        except trio.WouldBlock:
+            await self._wait_for_room(value)
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    @enable_ki_protection
+    async def offer(self, item: T, timeout: float) -> bool:
+        """Put an item into the channel if there is room within ``timeout`` seconds.
+
+        Returns True if the item is in the channel and False if it is not. A timeout of 0 tries
+        once. Raises like `send`.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self.send_nowait(item)
+        except trio.WouldBlock:
+            if timeout <= 0:
+                await trio.lowlevel.checkpoint()
+                return False
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return True
+        with trio.move_on_after(timeout):
+            await self._wait_for_room(item)
+            return True
+        return False
+
+    async def _wait_for_room(self, item: T) -> None:
+        state = self._state
+        task = trio.lowlevel.current_task()
+        sender = WaitingSender(item, state.weight_of(item), self)
+        state.senders[task] = sender
+
+        def abort(_: RaiseCancelT) -> Abort:
+            del state.senders[task]
+            state.settle()  # a lighter item behind this one may fit
+            return Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if sender.error is not None:
+            raise sender.error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError(f"this sender of channel {self.name} is closed")
+        if self._state.open_receivers == 0:
+            raise trio.BrokenResourceError(f"channel {self.name} has no receiver any more")
+
+    @enable_ki_protection
+    def clone(self) -> SendChannel[T]:
+        """Return another sending end; the channel ends when all of them are closed.
+
+        Raises:
+          trio.ClosedResourceError: this end is closed.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError(f"this sender of channel {self.name} is closed")
+        return SendChannel(self._state)
+
+    @enable_ki_protection
+    def close(self) -> None:
+        """Close this end: its waiting senders get `trio.ClosedResourceError`.
+
+        When the last sending end closes, receivers get what is queued and then `trio.EndOfChannel`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        state = self._state
+        state.open_senders -= 1
+        for task, sender in [entry for entry in state.senders.items() if entry[1].end is self]:
+            del state.senders[task]
+            sender.error = trio.ClosedResourceError
+            trio.lowlevel.reschedule(task)
+        state.settle()
+        if state.open_senders == 0:
+            for task, receiver in state.receivers.items():
+                receiver.error = trio.EndOfChannel
+                trio.lowlevel.reschedule(task)
+            state.receivers.clear()
+
+    async def aclose(self) -> None:
+        """Close this end, as `close` does, and pass a checkpoint."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+
+@final
+class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
+    """The end of a channel that gives items out. Made by `open_channel` and `clone`."""
+
+    def __init__(self, state: ChannelState[T]) -> None:
+        super().__init__(state)
+        state.open_receivers += 1
+
+    @property
+    def hold(self) -> bool:
+        """Whether items taken use capacity until `done`."""
+        return self._state.hold
+
+    @enable_ki_protection
+    def receive_nowait(self) -> T:
+        """Take the first item if there is one now.
+
+        Raises:
+          trio.WouldBlock: nothing is queued.
+          trio.EndOfChannel: nothing is queued and all senders are closed.
+          trio.ClosedResourceError: this end is closed.
+        """
+        self._check_queued()
+        item, _ = self._state.take()
+        self._state.settle()
+        return item
+
+    @enable_ki_protection
+    async def receive(self) -> T:
+        """Take the first item, waiting for one in turn. When cancelled, nothing was taken.
+
+        Raises:
+          trio.EndOfChannel: nothing is queued and all senders are closed.
+          trio.ClosedResourceError: this end is closed, or was closed while waiting.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            item = self.receive_nowait()
+        except trio.WouldBlock:
+            return await self._wait_for_item()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return item
+
+    @enable_ki_protection
+    async def receive_some(self, max_weight: int) -> list[T]:
+        """Take all that is queued, up to ``max_weight``, waiting if nothing is.
+
+        Always returns at least one item, however heavy; the items after it fit in ``max_weight``
+        together with it. When cancelled, nothing was taken. Raises like `receive`.
+        """
+        state = self._state
+        first = await self.receive()
+        items = [first]
+        if state.queue:
+            weight = state.weight_of(first)
+            while state.queue:
+                weight += state.queue[0][1]
+                if weight > max_weight:
+                    break
+                items.append(state.take()[0])
+                state.settle()  # senders let in by this may be taken at once
+        return items
+
+    async def _wait_for_item(self) -> T:
+        state = self._state
+        task = trio.lowlevel.current_task()
+        receiver: WaitingReceiver[T] = WaitingReceiver(self)
+        state.receivers[task] = receiver
+
+        def abort(_: RaiseCancelT) -> Abort:
+            del state.receivers[task]
+            return Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if receiver.error is not None:
+            raise receiver.error
+        return cast("T", receiver.item)
+
+    def _check_queued(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError(f"this receiver of channel {self.name} is closed")
+        if not self._state.queue:
+            if self._state.open_senders == 0:
+                raise trio.EndOfChannel
+            raise trio.WouldBlock
+
+    @enable_ki_protection
+    def done(self, weight: int) -> None:
+        """Give back the capacity of finished work; also possible after this end was closed.
+
+        Args:
+          weight: of the finished items, as `weigh` gives it.
+
+        Raises:
+          ValueError: less than this is in flight (or the channel was opened without ``hold``).
+        """
+        state = self._state
+        if not 0 <= weight <= state.in_flight:
+            raise ValueError(
+                f"channel {state.name}: done({weight}) with {state.in_flight} in flight"
+                + ("" if state.hold else "; open the channel with hold=True to use done()")
+            )
+        state.in_flight -= weight
+        state.free(weight)
+        state.settle()
+
+    @enable_ki_protection
+    def clone(self) -> ReceiveChannel[T]:
+        """Return another receiving end; the channel breaks when all of them are closed.
+
+        Raises:
+          trio.ClosedResourceError: this end is closed.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError(f"this receiver of channel {self.name} is closed")
+        return ReceiveChannel(self._state)
+
+    @enable_ki_protection
+    def close(self) -> None:
+        """Close this end: its waiting receivers get `trio.ClosedResourceError`.
+
+        When the last receiving end closes, senders get `trio.BrokenResourceError`, and what is
+        queued is thrown away (and counted in ``statistics().discarded``).
+        """
+        if self._closed:
+            return
+        self._closed = True
+        state = self._state
+        state.open_receivers -= 1
+        for task, receiver in [entry for entry in state.receivers.items() if entry[1].end is self]:
+            del state.receivers[task]
+            receiver.error = trio.ClosedResourceError
+            trio.lowlevel.reschedule(task)
+        if state.open_receivers == 0:
+            for task, sender in state.senders.items():
+                sender.error = trio.BrokenResourceError
+                trio.lowlevel.reschedule(task)
+            state.senders.clear()
+            queued = state.size - state.in_flight
+            state.queue.clear()
+            state.discarded += queued
+            if queued:
+                state.free(queued)
+            state.settle()
+
+    async def aclose(self) -> None:
+        """Close this end, as `close` does, and pass a checkpoint."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+
+def open_channel(
+    name: str,
+    capacity: int,
+    weigh: Callable[[T], int],
+    *,
+    hold: bool = False,
+    on_wait: Callable[[float, int], None] | None = None,
+) -> tuple[SendChannel[T], ReceiveChannel[T]]:
+    """Open a bounded channel that measures its content by weight.
+
+    Args:
+      name: for statistics and messages.
+      capacity: the weight that it holds before senders wait, 1 or more.
+      weigh: gives the weight of an item, an integer of 1 or more, the same each time it is asked.
+      hold: whether an item uses capacity until `ReceiveChannel.done`, or only until it is taken.
+      on_wait: observer called with (seconds queued, weight) for each item taken; must not raise.
+
+    Raises:
+      ValueError: the capacity is less than 1.
+    """
+    if capacity < 1:
+        raise ValueError(f"channel {name}: capacity is {capacity}; it must be 1 or more")
+    state = ChannelState(name, capacity, weigh, hold, on_wait)
+    return SendChannel(state), ReceiveChannel(state)

@@ -1,0 +1,259 @@
+"""What a channel shares among its ends: the queue, who waits, the weights, and how it is reported.
+
+The ends themselves, with the rules for those who use them, are in `channels.channel`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar, final
+
+import trio
+from trio.lowlevel import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """A channel at one moment. All weights are in the unit of the channel's ``weigh`` function."""
+
+    name: str
+    """What the channel was called at `open_channel`."""
+
+    capacity: int
+    """The weight that the channel holds before senders wait."""
+
+    size: int
+    """The weight that uses capacity: ``queued + in_flight``. One heavy item can exceed it."""
+
+    queued: int
+    """The weight that was sent and not yet taken."""
+
+    in_flight: int
+    """The weight that was taken and is not yet done; always 0 for a channel without ``hold``."""
+
+    items_queued: int
+    """The number of items that were sent and not yet taken."""
+
+    fill: float
+    """``size / capacity``, at most 1."""
+
+    peak: int
+    """The largest ``size`` since the channel was opened. For a period's peak see `PeakReader`."""
+
+    total_in: int
+    """The weight admitted since the channel was opened."""
+
+    total_out: int
+    """The weight taken since the channel was opened."""
+
+    discarded: int
+    """The weight thrown away because the last receiver was closed while it was queued."""
+
+    oldest_wait: float
+    """Seconds that the first queued item has waited; 0 when none does."""
+
+    busy_since: float | None
+    """`trio.current_time` of when ``size`` last rose from 0; None while it is 0."""
+
+    waiting_senders: int
+    """The number of tasks waiting for room."""
+
+    waiting_receivers: int
+    """The number of tasks waiting for an item."""
+
+    open_senders: int
+    """The number of sending ends (clones) not yet closed."""
+
+    open_receivers: int
+    """The number of receiving ends (clones) not yet closed."""
+
+
+@final
+class PeakReader:
+    """The largest size of a channel between one look and the next.
+
+    Each reader has a period of its own, so that several observers (metrics, an API) do not take the
+    peaks from each other. A reader that is dropped costs nothing more.
+    """
+
+    def __init__(self, state: ChannelState[object]) -> None:
+        self._state = state
+        self._peak = state.size
+        state.fold_peak()
+        state.peak_readers.add(self)
+
+    def take(self) -> int:
+        """Return the largest size since the last call, or since the reader was made.
+
+        The next period begins with the size that the channel has now.
+        """
+        self._state.fold_peak()
+        peak, self._peak = self._peak, self._state.size
+        return peak
+
+    def raise_to(self, size: int) -> None:
+        """Note that the channel had this size; called by the channel."""
+        self._peak = max(self._peak, size)
+
+
+class WaitingSender(Generic[T]):
+    """A task that waits in `send`, with its item and the end that it called."""
+
+    __slots__ = ("end", "error", "item", "weight")
+
+    def __init__(self, item: T, weight: int, end: object) -> None:
+        self.item = item
+        self.weight = weight
+        self.end = end
+        self.error: type[Exception] | None = None
+
+
+class WaitingReceiver(Generic[T]):
+    """A task that waits in `receive`, with the end that it called and the item that it got."""
+
+    __slots__ = ("end", "error", "item")
+
+    def __init__(self, end: object) -> None:
+        self.item: T | None = None
+        self.end = end
+        self.error: type[Exception] | None = None
+
+
+class ChannelState(Generic[T]):
+    """What the ends of a channel share.
+
+    Holds between operations: if a receiver waits, nothing is queued; if a sender waits, the first
+    one does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capacity: int,
+        weigh: Callable[[T], int],
+        hold: bool,
+        on_wait: Callable[[float, int], None] | None,
+    ) -> None:
+        self.name = name
+        self.capacity = capacity
+        self.weigh = weigh
+        self.hold = hold
+        self.on_wait = on_wait
+        self.queue: deque[tuple[T, int, float]] = deque()  # item, weight, time of admission
+        self.senders: OrderedDict[Task, WaitingSender[T]] = OrderedDict()
+        self.receivers: OrderedDict[Task, WaitingReceiver[T]] = OrderedDict()
+        self.until_empty = trio.lowlevel.ParkingLot()
+        self.open_senders = 0
+        self.open_receivers = 0
+        self.size = 0
+        self.in_flight = 0
+        self.total_in = 0
+        self.total_out = 0
+        self.discarded = 0
+        self.busy_since: float | None = None
+        self.peak = 0  # since the last fold into the readers
+        self.peak_ever = 0
+        self.peak_readers: weakref.WeakSet[PeakReader] = weakref.WeakSet()
+
+    def weight_of(self, item: T) -> int:
+        """Return an item's weight, checked."""
+        weight = self.weigh(item)
+        if weight < 1:
+            raise ValueError(
+                f"channel {self.name}: an item weighs {weight}; weights must be 1 or more, "
+                "or the number of items would have no limit"
+            )
+        return weight
+
+    def fits(self, weight: int) -> bool:
+        """Return whether this weight may be let in now."""
+        size = self.size
+        return size + weight <= self.capacity or size == 0
+
+    def put(self, item: T, weight: int) -> None:
+        """Let in an item that fits: to the first waiting receiver, or else into the queue."""
+        now = trio.current_time()
+        if self.size == 0:
+            self.busy_since = now
+        self.size += weight
+        self.peak = max(self.peak, self.size)
+        self.total_in += weight
+        if self.receivers:
+            task, receiver = self.receivers.popitem(last=False)
+            receiver.item = item
+            self.account_taken(weight, 0.0)
+            trio.lowlevel.reschedule(task)
+        else:
+            self.queue.append((item, weight, now))
+
+    def take(self) -> tuple[T, int]:
+        """Take the first queued item; the caller calls `settle` when it has taken all it wants."""
+        item, weight, since = self.queue.popleft()
+        self.account_taken(weight, trio.current_time() - since if self.on_wait else 0.0)
+        return item, weight
+
+    def account_taken(self, weight: int, waited: float) -> None:
+        """Count an item as taken after it was queued for so many seconds."""
+        self.total_out += weight
+        if self.hold:
+            self.in_flight += weight
+        else:
+            self.free(weight)
+        if self.on_wait is not None:
+            self.on_wait(waited, weight)
+
+    def free(self, weight: int) -> None:
+        """Give back capacity; the caller calls `settle` afterwards."""
+        self.size -= weight
+        if self.size == 0:
+            self.busy_since = None
+
+    def settle(self) -> None:
+        """Let in the senders that fit now, in order; then tell those who wait for emptiness."""
+        while self.senders:
+            task, sender = next(iter(self.senders.items()))
+            if not self.fits(sender.weight):
+                break
+            del self.senders[task]
+            self.put(sender.item, sender.weight)
+            trio.lowlevel.reschedule(task)
+        if self.size == 0 and self.until_empty:
+            self.until_empty.unpark_all()
+
+    def fold_peak(self) -> None:
+        """Tell the readers the peak so far and begin a new period."""
+        peak, self.peak = self.peak, self.size
+        self.peak_ever = max(self.peak_ever, peak)
+        for reader in self.peak_readers:
+            reader.raise_to(peak)
+
+    def fill(self) -> float:
+        """Return how full the channel is, 0 to 1."""
+        return min(1.0, self.size / self.capacity)
+
+    def statistics(self) -> ChannelStatistics:
+        """Return what the channel holds and has done."""
+        return ChannelStatistics(
+            name=self.name,
+            capacity=self.capacity,
+            size=self.size,
+            queued=self.size - self.in_flight,
+            in_flight=self.in_flight,
+            items_queued=len(self.queue),
+            fill=self.fill(),
+            peak=max(self.peak_ever, self.peak),
+            total_in=self.total_in,
+            total_out=self.total_out,
+            discarded=self.discarded,
+            oldest_wait=trio.current_time() - self.queue[0][2] if self.queue else 0.0,
+            busy_since=self.busy_since,
+            waiting_senders=len(self.senders),
+            waiting_receivers=len(self.receivers),
+            open_senders=self.open_senders,
+            open_receivers=self.open_receivers,
+        )

@@ -1,0 +1,250 @@
+"""Calls in worker threads: as few as wanted, long-lived, and left behind when they hang.
+
+Compared with `trio.to_thread.run_sync` a call costs less, since the threads wait for work on one
+queue and wake Trio directly; and a thread that does not come back is given up and replaced, so that
+one stuck call into a library does not use up the threads. In return there is no `trio.from_thread`
+without an explicit token, and no copying of context variables.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Generic, Self, TypeVar, TypeVarTuple, cast, final
+
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task, TrioToken
+
+from .errors import TransientError
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+
+class ThreadTimeout(TransientError):  # noqa: N818 (as trio names its own)
+    """A call in a worker thread took too long, or waited too long for a free thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadStatistics:
+    """A `ThreadRunner` at one moment."""
+
+    name: str
+    """What the runner is called."""
+
+    threads: int
+    """How many calls may run at once."""
+
+    running: int
+    """How many run now, without those left behind."""
+
+    waiting: int
+    """How many tasks wait for a thread."""
+
+    calls: int
+    """Calls given to a thread since the start."""
+
+    abandoned: int
+    """Calls left behind since the start."""
+
+    left_behind: int
+    """How many of those still run."""
+
+
+class _Job(Generic[R]):
+    __slots__ = ("abandoned", "error", "fn", "keeps_slot", "result", "task")
+
+    def __init__(self, task: Task, fn: Callable[[], R]) -> None:
+        self.task = task
+        self.fn = fn
+        self.result: R | None = None
+        self.error: BaseException | None = None
+        self.abandoned = False
+        self.keeps_slot = False
+
+
+@final
+class ThreadRunner:
+    """Runs functions in up to ``threads`` threads of its own, started when first needed.
+
+    ::
+
+        with ThreadRunner("duckdb", threads=2) as threads:
+            rows = await threads.run(query, "SELECT 1", timeout=5.0)
+
+    A thread left behind no longer counts: another takes its place, and it ends when its call
+    returns. At most ``max_left_behind`` are replaced; beyond that the calls that hang use up the
+    threads, and further calls wait for one. The threads are daemons: a hanging one does not stop
+    the process' exit.
+
+    Args:
+      name: of the runner and, numbered, of its threads.
+      threads: how many calls may run at once, 1 or more.
+      max_left_behind: how many hanging threads may be replaced at a time.
+    """
+
+    def __init__(self, name: str, threads: int, *, max_left_behind: int = 8) -> None:
+        if threads < 1:
+            raise ValueError(f"thread runner {name}: threads is {threads}; it must be 1 or more")
+        self.name = name
+        self._threads = threads
+        self._max_left_behind = max_left_behind
+        self._slots = trio.Semaphore(threads)
+        # A slot is held for each call, so as many threads as slots in use are enough.
+        self._jobs: SimpleQueue[_Job[object] | None] = SimpleQueue()
+        self._token: TrioToken | None = None
+        self._started = 0
+        self._alive = 0
+        self._running = 0
+        self._calls = 0
+        self._abandoned = 0
+        self._left_behind = 0
+        self._closed = False
+
+    async def run(
+        self,
+        fn: Callable[[*Ts], R],
+        *args: *Ts,
+        timeout: float | None = None,
+        abandon_on_cancel: bool = False,
+    ) -> R:
+        """Return the result of ``fn(*args)``, called in a thread.
+
+        Args:
+          timeout: seconds for the whole call, waiting for a thread included. After it a running
+            thread is left behind and counted.
+          abandon_on_cancel: what to do when the caller is cancelled while the thread runs: leave
+            the thread behind, too, or wait for its result (at most for the timeout), so that nobody
+            closes what the thread still uses.
+
+        Raises:
+          ThreadTimeout: the call took too long. Whether ``fn`` did its work is unknown, unless the
+            message says that it was not started.
+          trio.ClosedResourceError: the runner is closed.
+          BaseException: what ``fn`` raised.
+        """
+        deadline = math.inf if timeout is None else trio.current_time() + timeout
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            with trio.move_on_at(deadline) as scope:
+                await self._slots.acquire()
+            if scope.cancelled_caught:
+                raise ThreadTimeout(
+                    f"{self.name}: no thread was free in {timeout} s; not started"
+                ) from None
+        if self._closed:
+            self._slots.release()
+            raise trio.ClosedResourceError(f"thread runner {self.name} is closed")
+        job: _Job[R] = _Job(trio.lowlevel.current_task(), lambda: fn(*args))
+        self._start(cast("_Job[object]", job))
+
+        def abort(_: RaiseCancelT) -> Abort:
+            if timeout is None and not abandon_on_cancel:
+                return Abort.FAILED
+            self._abandon(cast("_Job[object]", job))
+            return Abort.SUCCEEDED
+
+        if timeout is None:
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        else:
+            with trio.CancelScope(deadline=deadline, shield=not abandon_on_cancel) as scope:
+                await trio.lowlevel.wait_task_rescheduled(abort)
+            if scope.cancelled_caught:
+                raise ThreadTimeout(f"{self.name}: not back after {timeout} s; thread left behind")
+        if job.error is not None:
+            try:
+                raise job.error
+            finally:
+                del job  # the exception's traceback holds this frame: no reference cycle
+        return cast("R", job.result)
+
+    def statistics(self) -> ThreadStatistics:
+        """Return what runs and ran."""
+        return ThreadStatistics(
+            name=self.name,
+            threads=self._threads,
+            running=self._running,
+            waiting=self._slots.statistics().tasks_waiting,
+            calls=self._calls,
+            abandoned=self._abandoned,
+            left_behind=self._left_behind,
+        )
+
+    def close(self) -> None:
+        """Accept no more calls and end the threads when their calls have returned."""
+        if not self._closed:
+            self._closed = True
+            for _ in range(self._alive):
+                self._jobs.put(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, job: _Job[object]) -> None:
+        self._calls += 1
+        self._running += 1
+        if self._alive < self._running:
+            if self._token is None:
+                self._token = trio.lowlevel.current_trio_token()
+            self._alive += 1
+            self._started += 1
+            threading.Thread(
+                target=self._serve,
+                args=(self._token,),
+                name=f"{self.name}-{self._started}",
+                daemon=True,
+            ).start()
+        self._jobs.put(job)
+
+    def _abandon(self, job: _Job[object]) -> None:
+        job.abandoned = True
+        self._abandoned += 1
+        self._left_behind += 1
+        self._running -= 1
+        self._alive -= 1
+        job.keeps_slot = self._left_behind > self._max_left_behind
+        if not job.keeps_slot:
+            self._slots.release()
+
+    def _finished(self, job: _Job[object]) -> None:
+        """Take a job back; on Trio's thread, so that nothing here races."""
+        if not job.abandoned:
+            self._running -= 1
+            self._slots.release()
+            trio.lowlevel.reschedule(job.task)
+            return
+        self._left_behind -= 1
+        if job.keeps_slot:
+            self._slots.release()
+        # The thread that was given up waits for work again, and there may be one in its place.
+        if self._closed or self._alive >= self._threads:
+            self._jobs.put(None)
+        else:
+            self._alive += 1
+
+    def _serve(self, token: TrioToken) -> None:
+        """What a thread does: jobs, until it is told to end or Trio has ended."""
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.result = job.fn()
+            except BaseException as error:  # delivered to the caller, whatever it is
+                job.error = error
+            try:
+                token.run_sync_soon(self._finished, job)
+            except trio.RunFinishedError:
+                return
+            del job
