@@ -1,0 +1,529 @@
+"""The rule language: what is accepted, as what, and how refusals read."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.rules.errors import KEYWORDS, RuleSyntaxError
+from service.rules.parse import MAX_TEXT_BYTES, parse
+from service.rules.syntax import (
+    FIELDS,
+    And,
+    Attribute,
+    Before,
+    Compare,
+    CountCompare,
+    Exists,
+    Literal,
+    Not,
+    Or,
+    RuleSyntax,
+    Scope,
+    SpanSet,
+    Truthy,
+)
+
+CASES = Path(__file__).parents[3] / "../shared/cases/rules-parse.json"
+
+
+def condition(text: str) -> Any:
+    rule = parse(text)
+    assert rule.bare
+    return rule.never
+
+
+def predicate(text: str) -> Any:
+    node = condition(f"x.where({text})")
+    assert isinstance(node, Exists)
+    return node.spans.where
+
+
+def literal(text: str) -> Literal:
+    return predicate(f"a == {text}").literals[0]
+
+
+def refused(text: str) -> RuleSyntaxError:
+    with pytest.raises(RuleSyntaxError) as caught:
+        parse(text)
+    return caught.value
+
+
+def attempt(text: str) -> RuleSyntaxError | None:
+    try:
+        parse(text)
+    except RuleSyntaxError as error:
+        return error
+    return None
+
+
+def any_attribute(name: str) -> Attribute:
+    return Attribute(Scope.ANY, name)
+
+
+def exists(name: str) -> Exists:
+    return Exists(SpanSet(name))
+
+
+def test_shared_cases() -> None:
+    if not CASES.exists():
+        pytest.skip("the shared cases are not beside the repository")
+    cases = json.loads(CASES.read_text())["cases"]
+    assert [case for case in cases if (attempt(case["rule"]) is None) != case["valid"]] == []
+
+
+# Clauses
+
+
+def test_the_clauses() -> None:
+    a, b, c = exists("a"), exists("b"), exists("c")
+    assert parse("when {a} always {b} never {c}") == RuleSyntax(a, b, c)
+    assert parse("when {a} never {c} always {b}") == RuleSyntax(a, b, c)
+    assert parse("when {a} always {b}") == RuleSyntax(a, b, None)
+    assert parse("when {a} never {c}") == RuleSyntax(a, None, c)
+    assert parse("always {b}") == RuleSyntax(None, b, None)
+    assert parse("never {c} always {b}") == RuleSyntax(None, b, c)
+    assert parse("c") == RuleSyntax(None, None, c, bare=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \n // nothing\n",
+        "when {a}",
+        "always {a} when {b}",
+        "always {a} always {b}",
+        "when {a} always {b} never {c} never {d}",
+        "a always {b}",
+        "when {} always {b}",
+        "when {a; b} always {c}",
+        "{a}",
+    ],
+)
+def test_clauses_out_of_place_are_refused(text: str) -> None:
+    refused(text)
+
+
+# Conditions
+
+
+def test_precedence_and_flattening() -> None:
+    a, b, c, d = (exists(name) for name in "abcd")
+    assert condition("a or b and not c or d") == Or((a, And((b, Not(c))), d))
+    assert condition("not a and b") == And((Not(a), b))
+    assert condition("not (a and b)") == Not(And((a, b)))
+    assert condition("(a and b) and (c and (d))") == And((a, b, c, d))
+    assert condition("a or (b or (c or d))") == Or((a, b, c, d))
+    assert condition("(a or b) and c") == And((Or((a, b)), c))
+    assert condition("not not a") == Not(Not(a))
+
+
+def test_counts() -> None:
+    a = SpanSet("a")
+    assert condition("count(a) >= 3") == CountCompare(a, ">=", 3)
+    assert condition("3 < count(a)") == CountCompare(3, "<", a)
+    assert condition("count(a) != count(*)") == CountCompare(a, "!=", SpanSet("*"))
+    assert condition("count(a) > -1.5e1") == CountCompare(a, ">", -15.0)
+    assert condition("not count(a) == 0") == Not(CountCompare(a, "==", 0))
+
+
+def test_before_takes_filters() -> None:
+    assert condition("a.where(x) before b.c") == Before(
+        SpanSet("a", Truthy(any_attribute("x"))), SpanSet("b.c")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("db.*", "db.*"),
+        ("*", "*"),
+        ("*.retry", "*.retry"),
+        ("a*b.*c-d", "a*b.*c-d"),
+        ('"GET /cart"', "GET /cart"),
+        ('"GET *"', "GET *"),
+        ('"when"', "when"),
+        ('"a\\"b\\\\c\\d"', 'a"b\\c\\d'),
+        ("a . b // comment\n . c", "a.b.c"),
+        ("whenever.counted.android", "whenever.counted.android"),
+        ("span.resource", "span.resource"),
+        ("_-9", "_-9"),
+    ],
+)
+def test_span_names(text: str, name: str) -> None:
+    assert condition(text) == exists(name)
+
+
+def test_direct_comparison_takes_the_last_segment_as_the_attribute() -> None:
+    def direct(text: str) -> tuple[str, Attribute]:
+        spans = condition(text).spans
+        return spans.name, spans.where.attribute
+
+    assert direct("payment.card.amount > 1") == ("payment.card", any_attribute("amount"))
+    assert direct("db.*.rows in [1, 2]") == ("db.*", any_attribute("rows"))
+    assert direct('"GET /".status matches "^5"') == ("GET /", any_attribute("status"))
+    assert direct('a."http.status" contains x') == ("a", any_attribute("http.status"))
+    assert direct('"a b"."c d" == 1') == ("a b", any_attribute("c d"))
+    # So "resource." has no special meaning here: it begins the span's name.
+    assert direct("resource.pod == x") == ("resource", any_attribute("pod"))
+    assert direct("a.resource.pod == x") == ("a.resource", any_attribute("pod"))
+
+
+# Predicates
+
+
+def test_attributes() -> None:
+    assert predicate("a.b-c") == Truthy(any_attribute("a.b-c"))
+    assert predicate('"a.b c"') == Truthy(any_attribute("a.b c"))
+    assert predicate('"count"') == Truthy(any_attribute("count"))
+    assert predicate("resource.k8s.pod") == Truthy(Attribute(Scope.RESOURCE, "k8s.pod"))
+    assert predicate("resource") == Truthy(any_attribute("resource"))
+    assert predicate('"resource.x"') == Truthy(any_attribute("resource.x"))
+    assert predicate('"span:name"') == Truthy(any_attribute("span:name"))
+    for field in FIELDS:
+        assert predicate(f"span:{field}") == Truthy(Attribute(Scope.FIELD, field))
+
+
+def test_chained_filters_are_one_conjunction() -> None:
+    a, b, c = (Truthy(any_attribute(name)) for name in "abc")
+    assert condition("x.where(a).where(b and c)").spans.where == And((a, b, c))
+    assert condition("x.where(a or b).where(c)").spans.where == And((Or((a, b)), c))
+    assert condition('"x y".where(not (a and b))').spans.where == Not(And((a, b)))
+
+
+@pytest.mark.parametrize("op", ["==", "!=", "<", "<=", ">", ">=", "contains"])
+def test_comparisons(op: str) -> None:
+    expected = Compare(any_attribute("a"), op, (Literal("1", 1),))
+    assert predicate(f"a {op} 1") == expected
+    assert predicate(f'a {op}"1"') == expected
+
+
+def test_in_and_matches() -> None:
+    assert predicate("a in [x]") == Compare(any_attribute("a"), "in", (Literal("x", None),))
+    assert predicate('a in ["x", 2, 3s, true, y.z]').literals == (
+        Literal("x", None),
+        Literal("2", 2),
+        Literal("3s", 3 * 10**9),
+        Literal("true", None),
+        Literal("y.z", None),
+    )
+    pattern = predicate(r'a matches "v\d+\\.\"y"')
+    assert pattern == Compare(any_attribute("a"), "matches", (Literal('v\\d+\\."y', None),))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1000", Literal("1000", 1000)),
+        ("-7", Literal("-7", -7)),
+        ("0.50", Literal("0.5", 0.5)),
+        ("1e3", Literal("1000", 1000.0)),
+        ("2.50E-1", Literal("0.25", 0.25)),
+        ("9007199254740993", Literal("9007199254740993", 2**53 + 1)),
+        ('"1500"', Literal("1500", 1500)),
+        ('"1500.0"', Literal("1500.0", 1500.0)),
+        ('"2s"', Literal("2s", None)),
+        ('"a\nb\0"', Literal("a\nb\0", None)),
+        ('"# no // comment"', Literal("# no // comment", None)),
+        ('""', Literal("", None)),
+        ("true", Literal("true", None)),
+        ("false", Literal("false", None)),
+        ("USD", Literal("USD", None)),
+        ("a.b", Literal("a.b", None)),
+        ("5ns", Literal("5ns", 5)),
+        ("5us", Literal("5us", 5000)),
+        ("0.1ms", Literal("0.1ms", 100_000)),
+        ("1.5s", Literal("1.5s", 1_500_000_000)),
+        ("2m", Literal("2m", 120 * 10**9)),
+        ("-1e0h", Literal("-1e0h", -3600 * 10**9)),
+        ("0.5ns", Literal("0.5ns", 0.5)),
+        ("1e-999s", Literal("1e-999s", 0)),
+    ],
+)
+def test_values(text: str, expected: Literal) -> None:
+    value = literal(text)
+    assert value == expected
+    assert type(value.number) is type(expected.number)
+
+
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS))
+def test_keywords_are_names_in_quotes_only(keyword: str) -> None:
+    assert condition(f'"{keyword}"') == exists(keyword)
+    assert predicate(f'"{keyword}" == "{keyword}"').attribute.name == keyword
+    refused(keyword)
+    refused(f"a.{keyword}")
+    refused(f"a.where({keyword} == 1)")
+    if keyword not in ("true", "false"):
+        refused(f"a.where(x == {keyword})")
+
+
+def test_comments_and_layout() -> None:
+    text = "# first\nwhen{a}// second { \r\n\talways\n{ b.where ( x>1 )#third\n}"
+    rule = parse(text)
+    assert rule.when == exists("a")
+    assert rule.always == Exists(SpanSet("b", Compare(any_attribute("x"), ">", (Literal("1", 1),))))
+
+
+# Limits
+
+
+def test_size_limit() -> None:
+    assert condition("a" * MAX_TEXT_BYTES) == exists("a" * MAX_TEXT_BYTES)
+    error = refused('"' + "ä" * (MAX_TEXT_BYTES // 2) + '"')
+    assert "16384" in error.message
+    assert error.column == 8193
+
+
+def nested(levels: int) -> str:
+    return "a and (b or " * levels + "c" + ")" * levels
+
+
+def test_depth_limit() -> None:
+    assert parse(nested(32))
+    assert "32 levels" in refused(nested(33)).message
+    assert parse("not " * 32 + "a")
+    error = refused("not " * 33 + "a")
+    assert "32 levels" in error.message
+    assert error.line == 1
+    assert error.column == 33 * 4 + 1
+    assert parse("not (" * 32 + "a" + ")" * 32)
+    refused("not (" * 33 + "a" + ")" * 33)
+
+
+def test_levels_count_through_where() -> None:
+    def rule(inner: int) -> str:
+        return "not " * 16 + "x.where(" + "not " * inner + "y)"
+
+    assert parse(rule(16))
+    refused(rule(17))
+    assert parse("not " * 31 + "x.where(a or b).where(c)")
+    refused("not " * 32 + "x.where(a or b).where(c)")
+
+
+def test_parentheses_that_change_nothing_are_no_levels() -> None:
+    assert condition("(" * 100 + "a" + ")" * 100) == exists("a")
+    assert condition("(" * 100 + "a" + " and a)" * 100) == And((exists("a"),) * 101)
+    assert "brackets" in refused("(" * 129 + "a" + ")" * 129).message
+
+
+def test_limit_of_distinct_checks() -> None:
+    names = [f"a{i}" for i in range(256)]
+    assert parse(" and ".join([*names, *names]))
+    error = refused("when {" + " or\n".join(names) + "}\nalways { count(b) > 1 }")
+    assert "256" in error.message
+    assert (error.line, error.column) == (257, 16)
+
+
+def test_pattern_limits() -> None:
+    assert "too large" in refused(r'a.where(x matches "\p{L}{500}")').message
+    many = " or ".join(f'x matches "{i}\\\\p{{L}}{{40}}"' for i in range(5))
+    assert "too large" in refused(f"a.where({many})").message
+
+
+HOSTILE = [
+    "(" * MAX_TEXT_BYTES,
+    "[" * MAX_TEXT_BYTES,
+    "{" * MAX_TEXT_BYTES,
+    "(" * 8000 + "a" + ")" * 8000,
+    "a and (" * 2000,
+    "not " * 4095 + "a",
+    "a.where(" * 2000,
+    "a" + ".where(b)" * 1800,
+    ".".join("a" * 8000),
+    "a and " * 2700 + "a",
+    "a.where(x in [" + "1," * 8000 + "1])",
+    '"' + "\\" * 16000,
+    '"' + '\\"' * 8000,
+    "a.where(x == " + "1" * 16000 + ")",
+    "a.where(x == 1e-999999999999h)",
+    "a.where(x == 1e999999999999h)",
+    'a.where(x matches "' + "(" * 8000 + ")" * 8000 + '")',
+    'a.where(x matches "(.+)+$")',
+    "#" * MAX_TEXT_BYTES,
+    "\n" * (MAX_TEXT_BYTES - 1) + "(",
+    "-" * MAX_TEXT_BYTES,
+    "a." * 8000,
+    "\ud800",
+    'a.where(x == "\udfff")',
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_answered_soon(text: str) -> None:
+    start = time.process_time()
+    error = attempt(text)
+    assert time.process_time() - start < 1.5
+    assert error is None or len(str(error)) < 1000
+
+
+def test_threads_parse_at_the_same_time() -> None:
+    texts = [f"when {{ a{i}.where(x > {i}) }} always {{ count(b{i}) == {i} }}" for i in range(40)]
+    expected = [parse(text) for text in texts]
+    wrong: list[str] = []
+
+    def work() -> None:
+        for text, rule in zip(texts, expected, strict=True):
+            if parse(text) != rule:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+WORDS = st.sampled_from(
+    [
+        *sorted(KEYWORDS),
+        *"(){}[],.*=<>!&|'\"#/-+:\\ \n\x00ä",
+        "==",
+        ">=",
+        "a",
+        "b.c",
+        "x*",
+        "1",
+        "-2.5",
+        "3ms",
+        "1e9",
+        '"s"',
+        "span:",
+        "span:name",
+        "resource.x",
+        ".where(",
+        "count(",
+        "1x",
+    ]
+)
+
+
+@given(st.lists(WORDS, max_size=30).map(" ".join) | st.lists(WORDS).map("".join) | st.text())
+def test_any_text_is_a_rule_or_refused_at_a_place_in_it(text: str) -> None:
+    error = attempt(text)
+    if error is not None:
+        lines = text.split("\n")
+        assert 1 <= error.line <= len(lines)
+        assert 1 <= error.column <= len(lines[error.line - 1]) + 1
+        assert error.message
+        assert str(error).startswith(f"line {error.line}, column {error.column}: {error.message}")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message", "hint"),
+    [
+        ("a && b", 3, "found '&&'", "use 'and'"),
+        ("a || b", 3, "found '||'", "use 'or'"),
+        ("!a", 1, "found '!'", "use 'not'"),
+        ("a.where(x = 3)", 11, "found '='", "use '=='"),
+        ("a.where(x => 3)", 11, "found '=>'", "use '>='"),
+        ("a.where(x <> 3)", 12, "found '>', expected a value", "use '!='"),
+        ("a.where(x =~ y)", 11, "found '=~'", "use 'matches'"),
+        ("payment > 3", 1, "span name payment itself", "count(payment) > 3"),
+        ("payment == x", 1, "span name payment itself", "payment.where(attribute == x)"),
+        ("payment in [1]", 1, "span name payment itself", "payment.where(attribute in [ … ])"),
+        ('"GET /" > 3', 9, "found '>'", "count(…) > 3"),
+        ("a.where(b) > 3", 12, "found '>'", "count(…) > 3"),
+        ("a.where(b).c > 3", 12, "found 'c', expected 'where'", "another .where("),
+        ("when { a }", 11, "found the end of the rule, expected 'always' or 'never'", "add always"),
+        ("when { a } alwys { b }", 12, "found 'alwys'", "did you mean 'always'?"),
+        ("whn { a } always { b }", 5, "found '{'", "did you mean 'when'?"),
+        ("if { a } always { b }", 4, "found '{'", "did you mean 'when'?"),
+        ("a AND b", 3, "found 'AND'", "'and'? (keywords are lower case)"),
+        ("NOT a", 5, "found 'a'", "'not'? (keywords are lower case)"),
+        ("Count(a) > 3", 6, "found '('", "'count'? (keywords are lower case)"),
+        ("a.wher(x)", 7, "found '('", "did you mean 'where'?"),
+        ("a.where(x imatches y)", 11, "found 'imatches'", "did you mean 'matches'?"),
+        ("a.where(x is 3)", 11, "found 'is'", "did you mean '=='?"),
+        ("a.where(x like y)", 11, "found 'like'", "did you mean 'matches'?"),
+        ("when a always b", 6, "found 'a', expected '{'", "when { … }"),
+        ("a b", 3, "found 'b'", "joined with 'and' or 'or'"),
+        ("a, b", 2, "found ','", "joined with 'and' or 'or'"),
+        ("a.where(x == U S)", 16, "found 'S'", "in double quotes"),
+        ("a.where", 8, "found the end of the rule, expected '('", "payment.where("),
+        ("a.where x", 9, "found 'x', expected '('", "payment.where("),
+        ("a.where(b.where(c))", 11, "found the keyword 'where'", "not inside another where"),
+        ("count a > 3", 7, "found 'a', expected '('", "count(payment)"),
+        ("count(a > 3", 9, "found '>', expected ')'", "'(' of line 1, column 6 is not closed"),
+        ("when { a always { b }", 10, "found the keyword 'always'", "'{' of line 1, column 6"),
+        ("when { (a } always { b }", 11, "found '}'", "'(' of line 1, column 8"),
+        ("(a", 3, "found the end of the rule", "'(' of line 1, column 1"),
+        ("a) and b", 2, "found ')'", "no '(' before it"),
+        ("when { } always { b }", 8, "found '}', expected a condition", "leave the clause out"),
+        ("a always { b }", 3, "found the keyword 'always'", "every condition stands in one"),
+        ("always {a} when {b}", 12, "found the keyword 'when'", "when { … }, which may"),
+        ("3 > 5", 1, "found two numbers", "count(payment) > 5"),
+        ("3 > a", 5, "found 'a', expected count(…) or a number", "count(a)"),
+        ("count(a) > 5s", 12, "found '5s'", "plain number"),
+        ("a.where(count(x) > 3)", 9, "found the keyword 'count'", "condition of its own"),
+        ("a.where(span:nme == x)", 14, "found span:nme", "did you mean 'span:name'?"),
+        ("a.where(span:foo == x)", 14, "span:statusMessage", "without 'span:'"),
+        ("a.span:name == x", 3, "found 'span:'", "payment.where(span:duration > 1s)"),
+        ("a.where(resource:x)", 17, "found ':'", "resource.x"),
+        ("a.count", 3, "found the keyword 'count'", "in double quotes"),
+        ("before", 1, "found the keyword 'before'", '"before"'),
+        ("a.9b", 3, "malformed number", "in double quotes"),
+        ("a.9", 3, "found '9'", "in double quotes"),
+        ("a.where(x > 5d)", 13, "malformed number", "ns us ms s m h"),
+        ("a.where(x* > 3)", 9, "an attribute has no wildcards", "in quotes"),
+        ("a.b* > 3", 3, "an attribute has no wildcards", "in quotes"),
+        ("a.where(x == b*)", 14, "a value has no wildcards", "in quotes"),
+        ("a.where(x in y)", 14, "found 'y', expected '['", "in brackets"),
+        ("a.where(x matches y)", 19, "expected a string in double quotes", "double quotes"),
+        ('a.where(x matches "(")', 19, "does not compile: missing )", "RE2"),
+        ('a.where(x matches "(?=b)")', 19, "does not compile", "look-around"),
+        ("a.where(x == 1e999)", 14, "too large", "1.8e308"),
+        ("a.where(x == 'b')", 14, 'found "\'"', "double quotes"),
+        ("a.where(x == “b”)", 14, "found '“'", "plain double quote"),
+        ('a.where(x == "b)', 14, "not closed", "end it with"),
+        ("a.where(x - y > 3)", 11, "found '-'", "no arithmetic"),
+        ("käse", 2, "found 'ä'", "in double quotes"),
+        ("a\u00a0and b", 2, "U+00A0", "plain space"),
+        ("", 1, "the rule is empty", "write when"),
+    ],
+)
+def test_errors_say_where_what_and_how(text: str, column: int, message: str, hint: str) -> None:
+    error = refused(text)
+    assert message in error.message
+    assert hint in (error.hint or "")
+    assert (error.line, error.column) == (1, column)
+
+
+def test_an_error_shows_its_line_with_a_caret() -> None:
+    error = refused("when { a }\r\nalways {\n\tpayment && b\n}")
+    assert str(error) == (
+        "line 3, column 10: found '&&', which means nothing here\n"
+        "  \tpayment && b\n"
+        "  \t        ^\n"
+        "  hint: use 'and'"
+    )
+    assert error.to_json() == {
+        "line": 3,
+        "column": 10,
+        "message": "found '&&', which means nothing here",
+        "hint": "use 'and'",
+    }
+
+
+def test_an_error_without_a_hint_ends_with_the_caret() -> None:
+    assert str(refused("a and")).endswith("expected a condition\n  a and\n       ^")
+
+
+def test_a_long_line_is_shown_in_part() -> None:
+    error = refused("a and " * 100 + "\0 " + "or b" * 100)
+    line, caret = error.excerpt().split("\n")
+    assert line.startswith("…")
+    assert line.endswith("…")
+    assert len(line) == 102
+    assert line[len(caret) - 1] == "\ufffd"
