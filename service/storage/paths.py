@@ -35,17 +35,6 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_directories(path: Path) -> None:
-    """Make ``path`` and its missing parents, durably: each parent is synced."""
-    missing = []
-    while not path.exists():
-        missing.append(path)
-        path = path.parent
-    for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
-        sync_directory(directory.parent)
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file ``path`` by ``data``: after a crash it holds the old bytes or the new."""
     temporary = path.with_name(path.name + ".new")
