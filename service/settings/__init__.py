@@ -26,6 +26,33 @@ from service.settings.stages import (
 )
 from service.settings.stores import DuckDb, Ledger, Log, Storage
 
+__all__ = [
+    "OFF",
+    "Api",
+    "Auth",
+    "Breakers",
+    "Caches",
+    "Checkpoint",
+    "DuckDb",
+    "Ingest",
+    "Ledger",
+    "Log",
+    "Logging",
+    "Metrics",
+    "Pipeline",
+    "Quotas",
+    "Redelivery",
+    "Rules",
+    "Settings",
+    "Shutdown",
+    "Storage",
+    "Taps",
+    "Tls",
+    "Traces",
+    "is_loopback",
+    "split_address",
+]
+
 
 class Settings(BaseModel):
     """All settings. Immutable; :func:`service.config.load` makes one."""

@@ -31,6 +31,9 @@ class Ingest(Section):
     """Request bodies held in memory at once, those still arriving included; above it 503."""
     body_timeout_seconds: Seconds = 30
     """A body must have arrived within this; then the answer is 503 and the connection ends."""
+    answer_timeout_seconds: Seconds = 30
+    """A queued request whose outcome is not known within this gets 503; its spans may yet be
+    accepted."""
     keep_alive_seconds: Seconds = 75
     """An idle connection stays open this long; exporters send every 5 s to 60 s."""
     refuse_above: Fraction = 0.9

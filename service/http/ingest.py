@@ -1,0 +1,429 @@
+"""The ingestion edge: what happens to a request before and after the pipeline, without any
+framework (OTLP/HTTP 1.x: opentelemetry-proto, docs/specification.md).
+
+A listener calls, for each request::
+
+    head = await edge.admit(method, path, headers)   # a Head, or the HttpResponse that refuses it
+    with edge.body(head) as body:                    # limits hold while the body arrives
+        refusal = body.feed(chunk)                   # None, or the HttpResponse that refuses it
+        response = await edge.handle(head, body.take())
+
+All of it runs on the Trio thread for each request, so it is kept to dictionary lookups. A client
+that goes away while its request is queued is not noticed: its spans are accepted all the same.
+
+The weight of a request is its estimated number of spans, since counting them needs the body
+decoded: its length divided by the running mean of bytes per span of the same content type and
+encoding, which every answer of the pipeline corrects.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+import trio
+
+from service.http.errors import (
+    JSON,
+    MEDIA_TYPES,
+    PROTOBUF,
+    Headers,
+    HttpResponse,
+    export_error,
+    respond,
+)
+from service.http.request import Done, Refused, Reply, Request
+from service.otlp.response import export_response
+from service.settings import Ingest
+from service.tenants import DEFAULT_TENANT, TENANT_RULE, Quotas, is_tenant_name
+
+PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
+ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
+    "deflate": "deflate"
+}
+REASONS = (
+    "not_found",
+    "method",
+    "unauthenticated",
+    "tenant",
+    "type",
+    "too_large",
+    "undecodable",
+    "quota",
+    "overloaded",
+    "memory",
+    "slow_body",
+    "paused",
+    "draining",
+    "unavailable",
+)
+
+# Bytes of a span before the first answer was seen, by content type and whether compressed.
+_FIRST_GUESS = {PROTOBUF: 400.0, JSON: 900.0}
+_COMPRESSION = 7.0
+_MEMORY = 0.98  # of the running means: about the last 50 requests count
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the headers of an admitted request say. ``length`` is the announced length of the body
+    in bytes, None for a chunked one."""
+
+    tenant: str
+    content_type: str
+    encoding: str
+    length: int | None
+
+
+class Queue(Protocol):
+    """The sending end of the span-ingestion channel, weighed by ``Request.weight``."""
+
+    @property
+    def fill(self) -> float: ...
+
+    async def offer(self, item: Request, timeout: float) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """Why a caller is not let in: 401 or 403, and what to do."""
+
+    status: int
+    message: str
+
+
+class Authenticator(Protocol):
+    async def tenant(self, authorization: str | None) -> str | Denied:
+        """The tenant that the Authorization header proves."""
+
+
+class Edge:
+    """Admits requests, queues them, answers them.
+
+    ``refused_spans`` and ``refused_requests`` count by reason (``REASONS``) what was not
+    accepted, the spans as estimated.
+    """
+
+    def __init__(
+        self,
+        settings: Ingest,
+        queue: Queue,
+        quotas: Quotas,
+        authenticator: Authenticator | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._queue = queue
+        self._quotas = quotas
+        self._authenticator = authenticator
+        self._clock_ns = clock_ns
+        self._max_body: Final = settings.max_body_bytes
+        self._max_buffered: Final = settings.max_buffered_bytes
+        self._refuse_above: Final = settings.refuse_above
+        self._offer_timeout: Final = settings.offer_timeout_ms / 1000
+        self._answer_timeout: Final = settings.answer_timeout_seconds
+        self._retry_min: Final = settings.retry_after_min_seconds
+        self._retry_max: Final = settings.retry_after_max_seconds
+        self._closed: tuple[str, str] | None = None  # reason, message
+        self._refusals = 0.0  # recent fraction of requests refused for load
+        self._bytes_per_span = {
+            (kind, encoding): size / (_COMPRESSION if encoding else 1)
+            for kind, size in _FIRST_GUESS.items()
+            for encoding in ENCODINGS.values()
+        }
+        self._seen = {key: (size, 1.0) for key, size in self._bytes_per_span.items()}
+        self._complete = {kind: self._accepted(kind, Done(0)) for kind in MEDIA_TYPES}
+        self.buffered_bytes = 0
+        self.accepted_requests = 0
+        self.refused_requests = dict.fromkeys(REASONS, 0)
+        self.refused_spans = dict.fromkeys(REASONS, 0)
+
+    # What the service decides.
+
+    def pause(self) -> None:
+        """Refuse new requests until :meth:`resume`."""
+        self._closed = ("paused", "ingestion is paused by an operator; send the spans again later")
+
+    def drain(self) -> None:
+        """Refuse new requests for good: the service stops."""
+        self._closed = ("draining", "the service is shutting down; send the spans again")
+
+    def resume(self) -> None:
+        """Accept requests again after :meth:`pause`; a service that drains goes on draining."""
+        if self.state == "paused":
+            self._closed = None
+
+    @property
+    def state(self) -> str:
+        """``open``, ``paused`` or ``draining``."""
+        return "open" if self._closed is None else self._closed[0]
+
+    # The way of a request.
+
+    async def admit(self, method: str, path: str, headers: Headers) -> Head | HttpResponse:
+        """Check everything that can be refused before the body is read. Names of headers are
+        lower case, as ASGI and HTTP/2 have them."""
+        if self._authenticator is None:
+            return self._check(method, path, headers, None)
+        authorization = None
+        for name, value in headers:
+            if name == b"authorization":
+                authorization = value.decode("latin-1")
+        return self._check(method, path, headers, await self._authenticator.tenant(authorization))
+
+    def _check(
+        self, method: str, path: str, headers: Headers, caller: str | Denied | None
+    ) -> Head | HttpResponse:
+        type_header = encoding_header = b""
+        tenant_header = length_header = None
+        for name, value in headers:
+            if name == b"content-type":
+                type_header = value
+            elif name == b"content-length":
+                length_header = value
+            elif name == b"content-encoding":
+                encoding_header = encoding_header + b"," + value if encoding_header else value
+            elif name == b"x-scope-orgid":
+                tenant_header = value
+        kind = _content_type(type_header)
+        encoding = _encoding(encoding_header)
+        length = int(length_header) if length_header and length_header.isdigit() else None
+        head = Head(DEFAULT_TENANT, kind or JSON, encoding or "", length)
+        if path not in PATHS:
+            message = f"there is nothing at {path[:200]}; send traces to /v1/traces"
+            if path in ("/v1/metrics", "/v1/logs"):
+                message = f"{path} is not supported; export traces only, to /v1/traces"
+            return self._refuse(head, 404, "not_found", message)
+        if method != "POST":
+            return self._refuse(
+                head, 405, "method", f"use POST, not {method[:20]}", (b"allow", b"POST")
+            )
+        if isinstance(caller, Denied):
+            challenge = [(b"www-authenticate", b"Bearer")] if caller.status == 401 else []
+            return self._refuse(head, caller.status, "unauthenticated", caller.message, *challenge)
+        if kind is None:
+            shown = type_header.decode("latin-1")[:100]
+            message = f"content type {shown!r} is not known" if shown else "no content type given"
+            message += "; send application/x-protobuf or application/json"
+            return self._refuse(head, 415, "type", message)
+        if encoding is None:
+            shown = encoding_header.decode("latin-1")[:100]
+            message = f"content encoding {shown!r} is not known; send gzip, zstd, deflate or none"
+            return self._refuse(head, 415, "type", message, (b"accept-encoding", b"gzip, zstd"))
+        if caller is not None:
+            tenant = caller
+        elif tenant_header is None:
+            tenant = DEFAULT_TENANT
+        else:
+            tenant = tenant_header.decode("latin-1")
+            if not is_tenant_name(tenant):
+                message = f"X-Scope-OrgID {tenant[:80]!r} names no tenant: {TENANT_RULE}"
+                return self._refuse(head, 400, "tenant", message)
+        head = Head(tenant, kind, encoding, length)
+        if length is not None and length > self._max_body:
+            return self.too_large(head)
+        if self._closed is not None:
+            reason, message = self._closed
+            return self._refuse(head, 503, reason, message, self._retry_after(self._retry_max))
+        wait = self._quotas.admit(tenant, 0)
+        if wait is not None:
+            return self._over_quota(head, wait)
+        if self._queue.fill > self._refuse_above:
+            return self._overloaded(head, "overloaded")
+        return head
+
+    def body(self, head: Head) -> Body:
+        """What collects the body of an admitted request; use it as a context manager."""
+        return Body(self, head)
+
+    async def handle(self, head: Head, body: bytes) -> HttpResponse:
+        """Queue an admitted request and answer it. Never raises for what a client, a store or the
+        load does."""
+        weight = self.estimate(head.content_type, head.encoding, len(body))
+        wait = self._quotas.admit(head.tenant, weight)
+        if wait is not None:
+            return self._over_quota(head, wait)
+        reply = Reply()
+        request = Request(
+            head.tenant,
+            head.content_type,
+            head.encoding,
+            body,
+            self._clock_ns(),
+            weight,
+            reply,
+        )
+        try:
+            queued = await self._queue.offer(request, self._offer_timeout)
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            self.drain()
+            queued = False
+        if not queued:
+            self._quotas.settle(head.tenant, -weight)
+            return self._overloaded(head, "overloaded", weight)
+        self._refusals *= _MEMORY
+        outcome: Done | Refused | None = None
+        with trio.move_on_after(self._answer_timeout):
+            outcome = await reply.wait()
+        return self._answer(head, len(body), weight, outcome)
+
+    def _answer(
+        self, head: Head, size: int, weight: int, outcome: Done | Refused | None
+    ) -> HttpResponse:
+        if outcome is None:
+            message = "the spans were received but are not yet written; send them again"
+            return self._refuse(
+                head, 503, "unavailable", message, self._retry_after(self._retry_max), spans=weight
+            )
+        if isinstance(outcome, Refused):
+            self._quotas.settle(head.tenant, -weight)
+            reason = {400: "undecodable", 413: "too_large"}.get(outcome.status, "unavailable")
+            retry = [self._retry_after(self._retry_max)] if outcome.status == 503 else []
+            return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=weight)
+        self.accepted_requests += 1
+        self._quotas.settle(head.tenant, outcome.spans - weight)
+        if outcome.spans:
+            self._learn((head.content_type, head.encoding), size, outcome.spans)
+        if outcome.rejected:
+            return self._accepted(head.content_type, outcome)
+        return self._complete[head.content_type]
+
+    @staticmethod
+    def _accepted(kind: str, outcome: Done) -> HttpResponse:
+        body = export_response(kind, outcome.rejected, outcome.message)
+        return respond(200, body, MEDIA_TYPES[kind])
+
+    # Weights.
+
+    def estimate(self, content_type: str, encoding: str, size: int) -> int:
+        """About how many spans a body of ``size`` bytes holds, at least 1."""
+        return int(size / self._bytes_per_span[content_type, encoding]) or 1
+
+    def _learn(self, key: tuple[str, str], size: int, spans: int) -> None:
+        total, count = self._seen[key]
+        total, count = total * _MEMORY + size, count * _MEMORY + spans
+        self._seen[key] = (total, count)
+        self._bytes_per_span[key] = max(total / count, 1.0)
+
+    # Refusals.
+
+    def too_large(self, head: Head) -> HttpResponse:
+        """The body is larger than a body may be."""
+        message = (
+            f"the body is larger than {self._max_body} bytes; send fewer spans in a request "
+            "(or raise ingest.max_body_bytes)"
+        )
+        return self._refuse(head, 413, "too_large", message)
+
+    def slow_body(self, head: Head) -> HttpResponse:
+        """The body did not arrive in time."""
+        message = "the body did not arrive in time; send it again, in smaller requests"
+        retry = self._retry_after(self._retry_min)
+        return self._refuse(head, 503, "slow_body", message, retry, (b"connection", b"close"))
+
+    def no_memory(self, head: Head) -> HttpResponse:
+        """Too many bodies are held at once."""
+        return self._overloaded(head, "memory")
+
+    def _over_quota(self, head: Head, wait: float) -> HttpResponse:
+        seconds = min(max(math.ceil(wait), self._retry_min), self._retry_max)
+        rate = self._quotas.rate(head.tenant)
+        message = (
+            f"tenant {head.tenant} sends more than its quota of {rate} spans a second; "
+            "send less, or ask for a larger quota"
+        )
+        return self._refuse(head, 429, "quota", message, self._retry_after(seconds))
+
+    def _overloaded(self, head: Head, reason: str, spans: int | None = None) -> HttpResponse:
+        """The longer most requests are refused, the longer clients are asked to wait."""
+        self._refusals = self._refusals * _MEMORY + (1 - _MEMORY)
+        span = self._retry_max - self._retry_min
+        retry = self._retry_after(self._retry_min + round(span * self._refusals))
+        message = "the service is overloaded; send the spans again later"
+        if self._closed is not None:
+            reason, message = self._closed
+        return self._refuse(head, 503, reason, message, retry, spans=spans)
+
+    @staticmethod
+    def _retry_after(seconds: int) -> tuple[bytes, bytes]:
+        return (b"retry-after", b"%d" % seconds)
+
+    def _refuse(
+        self,
+        head: Head,
+        status: int,
+        reason: str,
+        message: str,
+        *extra: tuple[bytes, bytes],
+        spans: int | None = None,
+    ) -> HttpResponse:
+        if spans is None:
+            spans = self.estimate(head.content_type, head.encoding, head.length or 0)
+        self.refused_requests[reason] += 1
+        self.refused_spans[reason] += spans
+        return export_error(status, head.content_type, message, *extra)
+
+
+class Body:
+    """Collects the body of one request, within the limit for one and for all together."""
+
+    __slots__ = ("_chunks", "_edge", "_head", "_reserved", "_size")
+
+    def __init__(self, edge: Edge, head: Head) -> None:
+        self._edge = edge
+        self._head = head
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._reserved = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._edge.buffered_bytes -= self._reserved
+        self._reserved = 0
+        self._chunks.clear()
+
+    def feed(self, chunk: bytes) -> HttpResponse | None:
+        """Take the next part, or refuse the request."""
+        self._size += len(chunk)
+        edge = self._edge
+        if self._size > edge._max_body:
+            return edge.too_large(self._head)
+        # The announced length is claimed at the first part: better to refuse then than halfway.
+        claim = max(self._size, self._head.length or 0) - self._reserved
+        if claim > 0:
+            if edge.buffered_bytes + claim > edge._max_buffered:
+                return edge.no_memory(self._head)
+            edge.buffered_bytes += claim
+            self._reserved += claim
+        self._chunks.append(chunk)
+        return None
+
+    def take(self) -> bytes:
+        """The whole body. What is reserved for it stays so until the context ends."""
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+
+
+@lru_cache(maxsize=256)
+def _content_type(header: bytes) -> str | None:
+    media_type = header.partition(b";")[0].strip().lower()
+    if media_type in (b"application/x-protobuf", b"application/protobuf"):
+        return PROTOBUF
+    if media_type == b"application/json":
+        return JSON
+    return None
+
+
+@lru_cache(maxsize=256)
+def _encoding(header: bytes) -> str | None:
+    return ENCODINGS.get(header.decode("latin-1").strip().lower())

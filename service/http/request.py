@@ -1,0 +1,65 @@
+"""A request between the edge and the pipeline, and how its outcome comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The request's spans are in the span log; ``rejected`` of them were left out, and why."""
+
+    spans: int
+    rejected: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request was not accepted: ``status`` is 400 (it cannot be decoded), 413 (too large when
+    decompressed) or 503 (it cannot be written now); ``message`` says what to do."""
+
+    status: int
+    message: str
+
+
+class Reply:
+    """The outcome of a request: set once by the pipeline, awaited by the edge."""
+
+    __slots__ = ("_event", "_outcome")
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._outcome: Done | Refused | None = None
+
+    def set(self, outcome: Done | Refused) -> None:
+        """Tell the outcome. Raises :exc:`RuntimeError` the second time."""
+        if self._outcome is not None:
+            raise RuntimeError("the outcome of this request was already told")
+        self._outcome = outcome
+        self._event.set()
+
+    async def wait(self) -> Done | Refused:
+        """The outcome, as soon as it is known."""
+        await self._event.wait()
+        assert self._outcome is not None
+        return self._outcome
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request on its way through the pipeline: the body as it came, still compressed.
+
+    ``content_type`` is protobuf or json; ``encoding`` is empty, gzip, zstd or deflate;
+    ``received_ns`` is wall-clock nanoseconds; ``weight`` is its estimated number of spans.
+    """
+
+    tenant: str
+    content_type: str
+    encoding: str
+    body: bytes
+    received_ns: int
+    weight: int
+    reply: Reply
