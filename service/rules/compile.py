@@ -1,0 +1,300 @@
+"""A tenant's rules, compiled to the distinct checks they contain.
+
+A *check* is a :class:`~service.rules.syntax.SpanSet`: a span name and a predicate. Folding a
+span means to find the checks it satisfies; deciding a rule means to run its small program over
+the checks' counts. Both work on the arrays built here.
+
+Counts only grow while a trace is open, so each atom of a rule changes its truth value at known
+counts: its *thresholds*. A trace is worth an early decision only when a count crosses one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.otlp.columns import Bytes, Rows
+from service.otlp.wire import hash_text
+from service.rules.format import format_check
+from service.rules.names import NameTable
+from service.rules.program import ProgramBuilder
+from service.rules.syntax import (
+    And,
+    Before,
+    CountCompare,
+    Exists,
+    Node,
+    Not,
+    Number,
+    Or,
+    SpanSet,
+    span_sets,
+)
+
+if TYPE_CHECKING:
+    from service.rules.files import Rule
+
+# Instructions of a rule program, rows (op, a, b, c), on a stack of three-valued truths.
+EXISTS, COUNT_NUMBER, COUNT_COUNT, BEFORE, CONSTANT, AND, OR, NOT, END = range(9)
+FALSE, UNKNOWN, TRUE = range(3)
+
+# Comparison codes in the programs.
+EQ, NE, LT, LE, GT, GE = range(6)
+_OPS = {"==": EQ, "!=": NE, "<": LT, "<=": LE, ">": GT, ">=": GE}
+_MIRRORED = {EQ: EQ, NE: NE, LT: GT, LE: GE, GT: LT, GE: LE}
+
+# Columns of a rule row: where its three programs start, and how it may be decided.
+(R_WHEN, R_ALWAYS, R_NEVER, R_EARLY, R_ON_EMPTY, R_EARLY_ON_EMPTY) = range(6)
+RULE_COLUMNS = 6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledRules:
+    """What the fold and the decision need of one version of a tenant's rules.
+
+    ``predicates[c]`` is the program of check ``c`` in ``code``, -1 where any span of the name
+    satisfies it. ``rule_rows`` points into ``programs``. ``rules_of`` (all rules by check) and
+    ``early_of`` (those that may be decided early) are lists end to end: those of check ``c`` are
+    ``values[starts[c]:starts[c + 1]]``. ``thresholds`` likewise holds the counts at which a rule
+    that may be decided early can change its truth. ``on_empty`` are the rules that a trace
+    without any matching span breaks.
+    """
+
+    rules: tuple[Rule, ...]
+    version: str
+    checks: tuple[SpanSet, ...]
+    check_names: tuple[str, ...]
+    names: NameTable
+    predicates: Rows
+    code: Rows
+    leaves: Rows
+    text: Bytes
+    rule_rows: Rows
+    programs: Rows
+    rules_of: tuple[Rows, Rows]
+    early_of: tuple[Rows, Rows]
+    thresholds: tuple[Rows, Rows]
+    on_empty: Rows
+    checks_of_rule: tuple[tuple[int, ...], ...]
+
+
+def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
+    """Compile the enabled ones of ``rules``; ``version`` names the set in reports."""
+    enabled = tuple(rule for rule in rules if rule.enabled)
+    checks: dict[SpanSet, int] = {}
+    checks_of_rule = []
+    for rule in enabled:
+        sets: dict[SpanSet, None] = {}
+        for clause in (rule.syntax.when, rule.syntax.always, rule.syntax.never):
+            sets.update(dict.fromkeys(span_sets(clause)))
+        checks_of_rule.append(tuple(checks.setdefault(s, len(checks)) for s in sets))
+
+    predicates = ProgramBuilder()
+    starts: dict[Node, int] = {}
+    predicate_of = np.full(len(checks), -1, np.int64)
+    for spans, check in checks.items():
+        if spans.where is not None:
+            if spans.where not in starts:
+                starts[spans.where] = predicates.add(spans.where)
+            predicate_of[check] = starts[spans.where]
+    code, leaves, text = predicates.arrays()
+
+    emitter = _RuleEmitter(checks)
+    rule_rows = np.zeros((len(enabled), RULE_COLUMNS), np.int64)
+    for row, rule in zip(rule_rows, enabled, strict=True):
+        emitter.emit_rule(row, rule.syntax.when, rule.syntax.always, rule.syntax.never)
+
+    thresholds: list[set[int]] = [set() for _ in checks]
+    for row, rule in zip(rule_rows, enabled, strict=True):
+        if row[R_EARLY]:
+            for clause in (rule.syntax.when, rule.syntax.always, rule.syntax.never):
+                _collect_thresholds(clause, checks, thresholds)
+    rules_of: list[list[int]] = [[] for _ in checks]
+    for r, used in enumerate(checks_of_rule):
+        for check in used:
+            rules_of[check].append(r)
+    early_of = [[r for r in of if rule_rows[r, R_EARLY]] for of in rules_of]
+
+    return CompiledRules(
+        rules=enabled,
+        version=version,
+        checks=tuple(checks),
+        check_names=tuple(format_check(spans) for spans in checks),
+        names=NameTable([(spans.name, check) for spans, check in checks.items()], hash_text),
+        predicates=predicate_of,
+        code=code,
+        leaves=leaves,
+        text=text,
+        rule_rows=rule_rows,
+        programs=np.array(emitter.rows, np.int64).reshape(-1, 4),
+        rules_of=_end_to_end(rules_of),
+        early_of=_end_to_end(early_of),
+        thresholds=_end_to_end([sorted(found) for found in thresholds]),
+        on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
+        checks_of_rule=tuple(checks_of_rule),
+    )
+
+
+def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Rows, Rows]:
+    """``(values, starts)``: the lists end to end, and where each begins (one more at the end)."""
+    starts = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum([len(items) for items in lists], out=starts[1:])
+    return np.array([item for items in lists for item in items], np.int64), starts
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """What an expression can become while a trace is open, and its value on an empty trace:
+    open (three-valued) and closed."""
+
+    can_be_true: bool
+    can_be_false: bool
+    open: int
+    closed: bool
+
+
+_CONSTANT = {
+    True: _Range(True, False, TRUE, True),
+    False: _Range(False, True, FALSE, False),
+}
+
+
+class _RuleEmitter:
+    """Writes rule programs and works out how each may be decided."""
+
+    def __init__(self, checks: dict[SpanSet, int]) -> None:
+        self.rows: list[tuple[int, int, int, int]] = []
+        self._checks = checks
+
+    def emit_rule(
+        self, row: np.ndarray, when: Node | None, always: Node | None, never: Node | None
+    ) -> None:
+        """Fill a rule row: ``when and (not always or never)``."""
+        holds = self._program(row, R_WHEN, when, absent=True)
+        kept = self._program(row, R_ALWAYS, always, absent=True)
+        shunned = self._program(row, R_NEVER, never, absent=False)
+        row[R_EARLY] = holds.can_be_true and (kept.can_be_false or shunned.can_be_true)
+        row[R_ON_EMPTY] = holds.closed and (not kept.closed or shunned.closed)
+        row[R_EARLY_ON_EMPTY] = holds.open == TRUE and (kept.open == FALSE or shunned.open == TRUE)
+
+    def _program(self, row: np.ndarray, column: int, node: Node | None, absent: bool) -> _Range:
+        row[column] = len(self.rows)
+        if node is None:
+            self.rows.append((CONSTANT, TRUE if absent else FALSE, 0, 0))
+            found = _CONSTANT[absent]
+        else:
+            found = self._emit(node)
+        self.rows.append((END, 0, 0, 0))
+        return found
+
+    def _emit(self, node: Node) -> _Range:
+        match node:
+            case Exists(spans):
+                self.rows.append((EXISTS, self._checks[spans], 0, 0))
+                return _Range(True, False, UNKNOWN, False)
+            case Before(first, second):
+                self.rows.append((BEFORE, self._checks[first], self._checks[second], 0))
+                return _Range(False, False, UNKNOWN, False)
+            case CountCompare():
+                return self._emit_count(node)
+            case Not(item):
+                inner = self._emit(item)
+                self.rows.append((NOT, 0, 0, 0))
+                return _Range(
+                    inner.can_be_false, inner.can_be_true, TRUE - inner.open, not inner.closed
+                )
+            case And(items):
+                parts = self._emit_all(items, AND)
+                return _Range(
+                    all(p.can_be_true for p in parts),
+                    any(p.can_be_false for p in parts),
+                    min(p.open for p in parts),
+                    all(p.closed for p in parts),
+                )
+            case Or(items):
+                parts = self._emit_all(items, OR)
+                return _Range(
+                    any(p.can_be_true for p in parts),
+                    all(p.can_be_false for p in parts),
+                    max(p.open for p in parts),
+                    any(p.closed for p in parts),
+                )
+            case _:
+                raise TypeError(f"not a condition: {node!r}")
+
+    def _emit_all(self, items: tuple[Node, ...], op: int) -> list[_Range]:
+        parts = []
+        for i, item in enumerate(items):
+            parts.append(self._emit(item))
+            if i:
+                self.rows.append((op, 0, 0, 0))
+        return parts
+
+    def _emit_count(self, node: CountCompare) -> _Range:
+        normal = _normalise(node)
+        if isinstance(normal, bool):
+            self.rows.append((CONSTANT, TRUE if normal else FALSE, 0, 0))
+            return _CONSTANT[normal]
+        spans, op, other = normal
+        if isinstance(other, SpanSet):
+            self.rows.append((COUNT_COUNT, self._checks[spans], op, self._checks[other]))
+            return _Range(False, False, UNKNOWN, op in (EQ, LE, GE))
+        self.rows.append((COUNT_NUMBER, self._checks[spans], op, other))
+        zero = {EQ: other == 0, NE: other != 0, LT: other > 0, GT: False}[op]
+        return _Range(op in (GT, NE), op in (LT, EQ), UNKNOWN, zero)
+
+
+def _normalise(node: CountCompare) -> bool | tuple[SpanSet, int, SpanSet | int]:
+    """The count first, compared by ``== != < >`` with a natural number, or a constant.
+
+    For a natural n: ``<=`` becomes ``<`` of the next number and ``>=`` becomes ``>`` of the
+    one before, so that four operators with known thresholds remain.
+    """
+    left, right, op = node.left, node.right, _OPS[node.op]
+    if isinstance(left, SpanSet) and isinstance(right, SpanSet):
+        return left, op, right
+    if isinstance(right, SpanSet):
+        left, right, op = right, left, _MIRRORED[op]
+    assert isinstance(left, SpanSet)
+    assert not isinstance(right, SpanSet)
+    return _natural(left, op, right)
+
+
+def _natural(spans: SpanSet, op: int, number: Number) -> bool | tuple[SpanSet, int, int]:
+    limit = 2**62  # no count reaches it
+    number = max(-1.0, min(number, float(limit))) if isinstance(number, float) else number
+    if op in (EQ, NE):
+        if number != math.floor(number) or number < 0:
+            return op == NE
+        return spans, op, min(int(number), limit)
+    if op in (LT, LE):
+        bound = math.ceil(number) if op == LT else math.floor(number) + 1  # count < bound
+        return False if bound <= 0 else (spans, LT, min(bound, limit))
+    above = math.floor(number) if op == GT else math.ceil(number) - 1  # count > above
+    return True if above < 0 else (spans, GT, min(above, limit))
+
+
+def _collect_thresholds(
+    node: Node | None, checks: dict[SpanSet, int], thresholds: list[set[int]]
+) -> None:
+    match node:
+        case Exists(spans):
+            thresholds[checks[spans]].add(1)
+        case CountCompare():
+            normal = _normalise(node)
+            if not isinstance(normal, bool) and isinstance(normal[2], int):
+                spans, op, number = normal
+                assert isinstance(number, int)
+                # below n turns false at n; the others are settled one above it
+                thresholds[checks[spans]].add(number if op == LT else number + 1)
+        case And(items) | Or(items):
+            for item in items:
+                _collect_thresholds(item, checks, thresholds)
+        case Not(item):
+            _collect_thresholds(item, checks, thresholds)
+        case _:
+            pass

@@ -1,0 +1,218 @@
+"""Predicates as small programs over rows, run by the kernel in :mod:`service.rules.match`.
+
+A predicate becomes instructions of an accumulator machine: a leaf sets the accumulator to
+true or false, ``JUMP_FALSE`` and ``JUMP_TRUE`` give ``and`` and ``or`` their short circuit.
+A leaf's literal is turned into whatever lets the kernel compare without arithmetic: the range
+of 64-bit integers and the range of doubles that satisfy it, its text, and its outcome for
+``true``, ``false`` and a missing attribute. All of these are computed here with the plain
+Python comparison of :mod:`service.rules.values`, so that there is one meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from service.otlp.columns import Bytes, Rows
+from service.rules.syntax import (
+    FIELDS,
+    KINDS,
+    STATUSES,
+    And,
+    Attribute,
+    Compare,
+    Literal,
+    Node,
+    Not,
+    Number,
+    Or,
+    Predicate,
+    Scope,
+    Truthy,
+)
+from service.rules.values import compare, truthy
+
+# Instructions: rows (op, argument).
+LEAF, NEGATE, JUMP_FALSE, JUMP_TRUE, END = range(5)
+
+# Leaf operations.
+EQ, NE, LT, LE, GT, GE, MATCHES, CONTAINS, TRUTHY = range(9)
+_OPS = {"==": EQ, "!=": NE, "<": LT, "<=": LE, ">": GT, ">=": GE}
+
+# Where a leaf looks: an attribute of span or resource, of the resource alone, or FIELD + n for
+# the field syntax.FIELDS[n] of the span.
+ANY, RESOURCE_ONLY, FIELD = range(3)
+
+# Columns of a leaf row.
+(
+    L_SCOPE,
+    L_KEY_OFF,  # key in the text arena
+    L_KEY_LEN,
+    L_OP,
+    L_NUMERIC,  # 1 where the literal reads as a number
+    L_INT_LO,  # integers that satisfy the comparison (== for !=), an inclusive range
+    L_INT_HI,
+    L_FLOAT_LO,  # doubles that do, as ordered_bits, an inclusive range
+    L_FLOAT_HI,
+    L_TEXT_OFF,  # the literal's text in the text arena
+    L_TEXT_LEN,
+    L_OUTCOMES,  # bit set: IF_FALSE, IF_TRUE, IF_MISSING; for span:kind and span:status, bit n
+) = range(12)  #            is the outcome for the n-th kind or status
+LEAF_COLUMNS = 12
+
+IF_FALSE, IF_TRUE, IF_MISSING = 1, 2, 4
+
+INT_MIN, INT_MAX = -(2**63), 2**63 - 1
+EMPTY = (1, 0)
+
+
+def ordered_bits(value: float) -> int:
+    """The bits of a double as an int64 that orders as the doubles do; -0.0 and 0.0 are equal,
+    and a NaN lies outside of ``ordered_bits(-inf) .. ordered_bits(inf)``."""
+    bits = int(np.float64(value).view(np.int64))
+    return bits if bits >= 0 else INT_MIN - bits
+
+
+def int_range(op: int, number: Number) -> tuple[int, int]:
+    """The inclusive range of int64 values x with ``x op number``."""
+    if isinstance(number, float) and math.isinf(number):
+        above = number > 0
+        everything = (op in (LT, LE)) if above else (op in (GT, GE))
+        return (INT_MIN, INT_MAX) if everything else EMPTY
+    low, high = math.floor(number), math.ceil(number)
+    lo, hi = {
+        EQ: (high, low),
+        LT: (INT_MIN, high - 1),
+        LE: (INT_MIN, low),
+        GT: (low + 1, INT_MAX),
+        GE: (high, INT_MAX),
+    }[op]
+    lo, hi = max(lo, INT_MIN), min(hi, INT_MAX)
+    return (lo, hi) if lo <= hi else EMPTY
+
+
+def float_range(op: int, number: Number) -> tuple[int, int]:
+    """The inclusive range of doubles d with ``d op number``, as ``ordered_bits``."""
+    try:
+        nearest = float(number)
+    except OverflowError:
+        nearest = math.inf if number > 0 else -math.inf
+    if op == EQ:
+        exact = ordered_bits(nearest)
+        return (exact, exact) if nearest == number else EMPTY
+    lo, hi = -math.inf, math.inf
+    if op in (LT, LE):
+        fits = nearest < number if op == LT else nearest <= number
+        hi = nearest if fits else math.nextafter(nearest, -math.inf)
+        if not fits and nearest == -math.inf:
+            return EMPTY
+    else:
+        fits = nearest > number if op == GT else nearest >= number
+        lo = nearest if fits else math.nextafter(nearest, math.inf)
+        if not fits and nearest == math.inf:
+            return EMPTY
+    return ordered_bits(lo), ordered_bits(hi)
+
+
+@dataclass(slots=True)
+class ProgramBuilder:
+    """Collects the programs of many predicates; equal leaves are shared."""
+
+    code: list[tuple[int, int]] = field(default_factory=list)
+    leaves: list[list[int]] = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+    _known: dict[tuple[Attribute, str, Literal | None], int] = field(default_factory=dict)
+    _texts: dict[bytes, int] = field(default_factory=dict)
+
+    def add(self, predicate: Predicate) -> int:
+        """Append the program of ``predicate``; the index of its first instruction."""
+        start = len(self.code)
+        self._emit(predicate)
+        self.code.append((END, 0))
+        return start
+
+    def arrays(self) -> tuple[Rows, Rows, Bytes]:
+        """``(code, leaves, text)`` as arrays for the kernel."""
+        code = np.array(self.code, np.int64).reshape(-1, 2)
+        leaves = np.array(self.leaves, np.int64).reshape(-1, LEAF_COLUMNS)
+        return code, leaves, np.frombuffer(bytes(self.text) or b"\0", np.uint8)
+
+    def intern(self, data: bytes) -> int:
+        """The offset of ``data`` in the text arena."""
+        if data not in self._texts:
+            self._texts[data] = len(self.text)
+            self.text += data
+        return self._texts[data]
+
+    def _emit(self, node: Node) -> None:
+        match node:
+            case And(items) | Or(items):
+                jump = JUMP_FALSE if isinstance(node, And) else JUMP_TRUE
+                self._emit_chain(items, jump)
+            case Not(item):
+                self._emit(item)
+                self.code.append((NEGATE, 0))
+            case Compare(attribute, "in", literals):
+                members = tuple(Compare(attribute, "==", (literal,)) for literal in literals)
+                self._emit_chain(members, JUMP_TRUE)
+            case Compare(attribute, op, (literal,)):
+                self.code.append((LEAF, self._leaf(attribute, op, literal)))
+            case Truthy(attribute):
+                self.code.append((LEAF, self._leaf(attribute, "truthy", None)))
+            case _:
+                raise TypeError(f"not a predicate: {node!r}")
+
+    def _emit_chain(self, items: tuple[Node, ...], jump: int) -> None:
+        holes = []
+        for i, item in enumerate(items):
+            self._emit(item)
+            if i < len(items) - 1:
+                holes.append(len(self.code))
+                self.code.append((jump, 0))
+        for hole in holes:
+            self.code[hole] = (jump, len(self.code))
+
+    def _leaf(self, attribute: Attribute, op: str, literal: Literal | None) -> int:
+        known = (attribute, op, literal)
+        if known not in self._known:
+            self._known[known] = len(self.leaves)
+            self.leaves.append(self._leaf_row(attribute, op, literal))
+        return self._known[known]
+
+    def _leaf_row(self, attribute: Attribute, op: str, literal: Literal | None) -> list[int]:
+        row = [0] * LEAF_COLUMNS
+        key = attribute.name.encode("utf-8", "surrogatepass")
+        if attribute.scope is Scope.FIELD:
+            row[L_SCOPE] = FIELD + FIELDS.index(attribute.name)
+        else:
+            row[L_SCOPE] = ANY if attribute.scope is Scope.ANY else RESOURCE_ONLY
+            row[L_KEY_OFF], row[L_KEY_LEN] = self.intern(key), len(key)
+
+        def outcome(value: str | bool | None) -> bool:
+            return truthy(value) if literal is None else compare(value, op, (literal,))
+
+        if literal is None:
+            row[L_OP] = TRUTHY
+            numeric: Number | None = None
+        else:
+            row[L_OP] = _OPS.get(op, MATCHES if op == "matches" else CONTAINS)
+            text = literal.text.encode("utf-8", "surrogatepass")
+            row[L_TEXT_OFF], row[L_TEXT_LEN] = self.intern(text), len(text)
+            numeric = literal.number
+        if row[L_SCOPE] == FIELD + FIELDS.index("kind"):
+            row[L_OUTCOMES] = sum(outcome(kind) << n for n, kind in enumerate(KINDS))
+            return row
+        if row[L_SCOPE] == FIELD + FIELDS.index("status"):
+            row[L_OUTCOMES] = sum(outcome(status) << n for n, status in enumerate(STATUSES))
+            return row
+        row[L_OUTCOMES] = (
+            IF_FALSE * outcome(False) | IF_TRUE * outcome(True) | IF_MISSING * outcome(None)
+        )
+        if numeric is not None and row[L_OP] <= GE:
+            compared = EQ if row[L_OP] == NE else row[L_OP]
+            row[L_NUMERIC] = 1
+            row[L_INT_LO], row[L_INT_HI] = int_range(compared, numeric)
+            row[L_FLOAT_LO], row[L_FLOAT_HI] = float_range(compared, numeric)
+        return row

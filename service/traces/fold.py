@@ -1,0 +1,622 @@
+"""Kernels that fold spans into open traces; the arrays are described in
+:mod:`service.traces.layout`. Growing arrays and everything rare is done by the caller,
+:class:`service.traces.table.TraceTable`: a kernel stops before a row it cannot take and says why.
+"""
+
+from __future__ import annotations
+
+from service.jit import lean_kernel
+from service.otlp.columns import (
+    BODY,
+    COMPLETE,
+    HAS_PARENT,
+    NAME_HASH,
+    NAME_LEN,
+    NAME_OFF,
+    RESOURCE,
+    SCOPE,
+    SPAN_ID,
+    START,
+    STATUS,
+    TRACE_HI,
+    TRACE_LO,
+    Rows,
+)
+from service.otlp.columns import END as SPAN_END
+from service.otlp.columns import FLAGS as SPAN_FLAGS
+from service.rules.match import ASK, YES, satisfies
+from service.rules.names import FULL, N_COUNT, N_FIRST, TOO_LONG, NameArrays, find_name
+from service.traces.layout import (
+    ASKED,
+    CLOSED,
+    CLOSED_AT,
+    CLOSED_COUNT,
+    COMPLETED,
+    COMPLETIONS,
+    DIRTIED,
+    DIRTY,
+    DONE,
+    E_CHECK,
+    E_COUNT,
+    E_EVIDENCE,
+    E_NEXT,
+    ENTRIES,
+    ENTRIES_FREE,
+    ENTRIES_USED,
+    ENTRY_COLUMNS,
+    ERRORS,
+    EVIDENCE,
+    FIRST_SEEN,
+    FLAGS,
+    FREE,
+    HI,
+    LARGE_FREE,
+    LARGE_RING,
+    LARGE_USED,
+    LAST_SEEN,
+    LATE,
+    LO,
+    MATCHED,
+    MAX_END,
+    MIDDLE_FREE,
+    MIDDLE_RING,
+    MIDDLE_USED,
+    MIN_START,
+    NAME_BYTES,
+    NAMES_FULL,
+    NEED_ASK,
+    NEED_ENTRIES,
+    NEED_LARGE,
+    NEED_MIDDLE,
+    NEED_SLOTS,
+    NEED_SPILL,
+    NEVER,
+    NEXT_FREE,
+    OPEN,
+    OPEN_COUNT,
+    OPENED,
+    POSITION_0,
+    POSITION_COUNT,
+    POSITIONS,
+    REPEATED,
+    REPEATS,
+    RING,
+    RING_CLASS,
+    ROOT_ID,
+    ROOT_NAME_LEN,
+    ROOT_SERVICE,
+    ROOT_START,
+    ROOTED,
+    SERVICES_1,
+    SERVICES_2,
+    SLOT_COLUMNS,
+    SLOTS_FREE,
+    SLOTS_USED,
+    SMALL_RING,
+    SPANS,
+    SPILLED,
+    SPILLS,
+    STATE,
+    STOPPED_SLOT,
+    BatchArrays,
+    FoldOutputs,
+    RuleArrays,
+    TraceArrays,
+)
+
+_MIX = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier: spreads ids that are not random
+
+
+@lean_kernel
+def _bucket(hi: int, lo: int, mask: int) -> int:
+    mixed = (hi ^ lo) * _MIX
+    return (mixed ^ (mixed >> 32)) & mask
+
+
+@lean_kernel
+def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
+    """The slot of a trace, -1 without one."""
+    table = traces.table
+    mask = len(table) - 1
+    i = _bucket(hi, lo, mask)
+    while table[i] > 0:
+        slot = table[i] - 1
+        if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
+            return slot
+        i = (i + 1) & mask
+    return -1
+
+
+@lean_kernel
+def enter(table: Rows, hi: int, lo: int, slot: int) -> None:
+    """Put a slot into the hash table, where its trace must not be yet."""
+    mask = len(table) - 1
+    i = _bucket(hi, lo, mask)
+    while table[i] > 0:
+        i = (i + 1) & mask
+    table[i] = slot + 1
+
+
+@lean_kernel
+def rebuild(table: Rows, slots: Rows, used: int) -> None:
+    """Fill an empty hash table with all slots in use."""
+    for slot in range(used):
+        if slots[slot, STATE] != FREE:
+            enter(table, slots[slot, HI], slots[slot, LO], slot)
+
+
+@lean_kernel
+def _leave(traces: TraceArrays, hi: int, lo: int) -> None:
+    """Take a trace out of the hash table, moving back what probed past it (Knuth 6.4, R)."""
+    table = traces.table
+    mask = len(table) - 1
+    i = _bucket(hi, lo, mask)
+    while True:
+        slot = table[i] - 1
+        if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
+            break
+        i = (i + 1) & mask
+    hole = i
+    i = (i + 1) & mask
+    while table[i] > 0:
+        slot = table[i] - 1
+        home = _bucket(traces.slots[slot, HI], traces.slots[slot, LO], mask)
+        if ((i - home) & mask) >= ((i - hole) & mask):
+            table[hole] = table[i]
+            hole = i
+        i = (i + 1) & mask
+    table[hole] = 0
+
+
+@lean_kernel
+def _take(fill: Rows, free: int, used: int, links: Rows, column: int) -> int:
+    """A row of a pool: from its free list, else the next unused one."""
+    row = fill[free]
+    if row >= 0:
+        fill[free] = links[row, column]
+        return row
+    fill[used] += 1
+    return fill[used] - 1
+
+
+@lean_kernel
+def _give(fill: Rows, free: int, links: Rows, column: int, row: int) -> None:
+    links[row, column] = fill[free]
+    fill[free] = row
+
+
+@lean_kernel
+def _room(fill: Rows, free: int, used: int, capacity: int, wanted: int) -> bool:
+    """Whether a pool has ``wanted`` rows; a free list counts as one."""
+    return capacity - fill[used] >= wanted or (wanted <= 1 and fill[free] >= 0)
+
+
+@lean_kernel
+def _open(traces: TraceArrays, hi: int, lo: int, now: int) -> int:
+    slot = _take(traces.fill, SLOTS_FREE, SLOTS_USED, traces.slots, NEXT_FREE)
+    row = traces.slots[slot]
+    row[:] = 0
+    row[HI] = hi
+    row[LO] = lo
+    row[STATE] = OPEN
+    row[FIRST_SEEN] = now
+    row[ENTRIES] = -1
+    row[MIN_START] = NEVER
+    traces.fill[OPEN_COUNT] += 1
+    enter(traces.table, hi, lo, slot)
+    return slot
+
+
+@lean_kernel
+def _holds(ring: Rows, count: int, span_id: int) -> bool:
+    found = False
+    for x in ring[:count]:  # no early exit: this way it is vectorised
+        found |= x == span_id
+    return found
+
+
+@lean_kernel
+def _seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
+    """Whether the span id is among the last ones of the trace."""
+    row = traces.slots[slot]
+    n = row[SPANS]
+    if row[RING_CLASS] == 0:
+        return _holds(traces.ring_small[slot], min(n, SMALL_RING), span_id)
+    if row[RING_CLASS] == 1:
+        return _holds(traces.ring_middle[row[RING]], min(n, MIDDLE_RING), span_id)
+    return _holds(traces.ring_large[row[RING]], min(n, LARGE_RING), span_id)
+
+
+@lean_kernel
+def _copy(source: Rows, target: Rows, length: int) -> None:
+    for i in range(length):  # a slice assignment might allocate
+        target[i] = source[i]
+
+
+@lean_kernel
+def _remember(traces: TraceArrays, slot: int, span_id: int) -> None:
+    """Add a span id to the ring of the trace, moving to a larger ring when it is full."""
+    row = traces.slots[slot]
+    n = row[SPANS]
+    if row[RING_CLASS] == 0 and n == SMALL_RING:
+        ring = _take(traces.fill, MIDDLE_FREE, MIDDLE_USED, traces.ring_middle, 0)
+        _copy(traces.ring_small[slot], traces.ring_middle[ring], SMALL_RING)
+        row[RING_CLASS] = 1
+        row[RING] = ring
+    elif row[RING_CLASS] == 1 and n == MIDDLE_RING:
+        ring = _take(traces.fill, LARGE_FREE, LARGE_USED, traces.ring_large, 0)
+        _copy(traces.ring_middle[row[RING]], traces.ring_large[ring], MIDDLE_RING)
+        _give(traces.fill, MIDDLE_FREE, traces.ring_middle, 0, row[RING])
+        row[RING_CLASS] = 2
+        row[RING] = ring
+    if row[RING_CLASS] == 0:
+        traces.ring_small[slot, n] = span_id
+    elif row[RING_CLASS] == 1:
+        traces.ring_middle[row[RING], n] = span_id
+    else:
+        traces.ring_large[row[RING], n % LARGE_RING] = span_id
+
+
+@lean_kernel
+def add_match(traces: TraceArrays, slot: int, check: int, start: int, span_id: int) -> int:
+    """Count a span for a check of a trace, keeping the earliest as evidence; the new count."""
+    entries = traces.entries
+    before = -1
+    at = traces.slots[slot, ENTRIES]
+    while at >= 0 and entries[at, E_CHECK] < check:
+        before = at
+        at = entries[at, E_NEXT]
+    if at < 0 or entries[at, E_CHECK] != check:
+        new = _take(traces.fill, ENTRIES_FREE, ENTRIES_USED, entries, E_NEXT)
+        entries[new, E_CHECK] = check
+        entries[new, E_NEXT] = at
+        entries[new, E_COUNT] = 0
+        if before < 0:
+            traces.slots[slot, ENTRIES] = new
+        else:
+            entries[before, E_NEXT] = new
+        at = new
+    entry = entries[at]
+    entry[E_COUNT] += 1
+    i = min(entry[E_COUNT] - 1, EVIDENCE)
+    while i > 0:
+        e = E_EVIDENCE + 2 * (i - 1)
+        if entry[e] < start or (entry[e] == start and entry[e + 1] <= span_id):
+            break
+        if i < EVIDENCE:
+            entry[e + 2] = entry[e]
+            entry[e + 3] = entry[e + 1]
+        i -= 1
+    if i < EVIDENCE:
+        entry[E_EVIDENCE + 2 * i] = start
+        entry[E_EVIDENCE + 2 * i + 1] = span_id
+    return entry[E_COUNT]
+
+
+@lean_kernel
+def crosses(rules: RuleArrays, check: int, count: int) -> bool:
+    """Whether reaching ``count`` can settle a rule while the trace is open."""
+    for i in range(rules.threshold_starts[check], rules.threshold_starts[check + 1]):
+        if rules.thresholds[i] == count:
+            return True
+    return False
+
+
+@lean_kernel
+def mark_dirty(traces: TraceArrays, slot: int, outputs: FoldOutputs) -> None:
+    """Note a trace for an early decision, once a batch."""
+    if not traces.slots[slot, FLAGS] & DIRTY:
+        traces.slots[slot, FLAGS] |= DIRTY
+        outputs.dirty[outputs.counts[DIRTIED]] = slot
+        outputs.counts[DIRTIED] += 1
+
+
+@lean_kernel
+def _add_service(row: Rows, service: int) -> None:
+    for column in (SERVICES_1, SERVICES_2):
+        packed = row[column]
+        for shift in (0, 16, 32, 48):
+            known = packed >> shift & 0xFFFF
+            if known == service:
+                return
+            if known == 0:
+                row[column] = packed | service << shift
+                return
+
+
+@lean_kernel
+def _new_position(row: Rows, position: int) -> bool:
+    """Whether the trace does not know the frame yet (0 is no frame)."""
+    for k in range(row[POSITION_COUNT]):
+        if row[POSITION_0 + k] == position:
+            return False
+    return position != 0
+
+
+@lean_kernel
+def _add_span(traces: TraceArrays, slot: int, batch: BatchArrays, span: Rows, now: int) -> None:
+    """Everything about a new span but its matches."""
+    row = traces.slots[slot]
+    _remember(traces, slot, span[SPAN_ID])
+    row[SPANS] += 1
+    row[ERRORS] += span[STATUS] == 2
+    row[MIN_START] = min(row[MIN_START], span[START])
+    row[MAX_END] = max(row[MAX_END], span[SPAN_END])
+    service = batch.services[span[RESOURCE]]
+    if service > 0:
+        _add_service(row, service)
+    if not span[SPAN_FLAGS] & HAS_PARENT:
+        first = not row[FLAGS] & ROOTED
+        if (
+            first
+            or span[START] < row[ROOT_START]
+            or (span[START] == row[ROOT_START] and span[SPAN_ID] < row[ROOT_ID])
+        ):
+            length = min(span[NAME_LEN], NAME_BYTES)
+            row[FLAGS] |= ROOTED
+            row[ROOT_ID] = span[SPAN_ID]
+            row[ROOT_START] = span[START]
+            row[ROOT_NAME_LEN] = length
+            row[ROOT_SERVICE] = service
+            for k in range(length):
+                traces.names[slot, k] = batch.buf[span[NAME_OFF] + k]
+
+
+@lean_kernel
+def fold(
+    batch: BatchArrays,
+    first_row: int,
+    known_only: bool,
+    now: int,
+    names: NameArrays,
+    rules: RuleArrays,
+    traces: TraceArrays,
+    outputs: FoldOutputs,
+    scratch: Rows,
+) -> tuple[int, int]:
+    """Fold the rows of a batch from ``first_row`` on.
+
+    Returns ``(row, reason)``: the row to go on with, and why it stopped there (``DONE`` at the
+    end). With ``known_only`` rows of traces without a slot are left, and taken rows are marked in
+    ``batch.skip``. ``now`` is in nanoseconds since 1970. ``scratch`` is int64[4].
+    """
+    counts = outputs.counts
+    fill = traces.fill
+    for r in range(first_row, len(batch.spans)):
+        if batch.skip[r]:
+            continue
+        span = batch.spans[r]
+        hi = span[TRACE_HI]
+        lo = span[TRACE_LO]
+        slot = find_slot(traces, hi, lo)
+        if slot < 0 and known_only:
+            continue
+
+        # From here to the first change: everything that can make the kernel stop.
+        if slot >= 0 and traces.slots[slot, STATE] == CLOSED:
+            counts[STOPPED_SLOT] = slot
+            return r, LATE
+        if slot < 0 and not _room(fill, SLOTS_FREE, SLOTS_USED, len(traces.slots), 1):
+            return r, NEED_SLOTS
+        position = batch.positions[span[BODY]]
+        if slot >= 0:
+            row = traces.slots[slot]
+            n = row[SPANS]
+            if n == SMALL_RING and not _room(
+                fill, MIDDLE_FREE, MIDDLE_USED, len(traces.ring_middle), 1
+            ):
+                return r, NEED_MIDDLE
+            if n == MIDDLE_RING and not _room(
+                fill, LARGE_FREE, LARGE_USED, len(traces.ring_large), 1
+            ):
+                return r, NEED_LARGE
+            if row[POSITION_COUNT] == POSITIONS and counts[SPILLS] == len(outputs.spilled):
+                return r, NEED_SPILL
+        name = find_name(names, span[NAME_HASH], batch.buf, span[NAME_OFF], span[NAME_LEN])
+        interested = 0
+        if name == FULL:
+            return r, NAMES_FULL
+        if name >= 0:
+            interested = names.slots[name, N_COUNT]
+            if not _room(fill, ENTRIES_FREE, ENTRIES_USED, len(traces.entries), interested):
+                return r, NEED_ENTRIES
+        if counts[ASKED] + max(1, interested) > len(outputs.ask):
+            return r, NEED_ASK
+
+        if known_only:
+            batch.skip[r] = 1
+        if slot < 0:
+            slot = _open(traces, hi, lo, now)
+            counts[OPENED] += 1
+        row = traces.slots[slot]
+        row[LAST_SEEN] = now
+        traces.activity[slot] = now
+        if _new_position(row, position):
+            if row[POSITION_COUNT] == POSITIONS:
+                spill = outputs.spilled[counts[SPILLS]]
+                spill[0] = hi
+                spill[1] = lo
+                _copy(row[POSITION_0:], spill[2:], POSITIONS)
+                counts[SPILLS] += 1
+                row[POSITION_COUNT] = 0
+                row[FLAGS] |= SPILLED
+            row[POSITION_0 + row[POSITION_COUNT]] = position
+            row[POSITION_COUNT] += 1
+        if span[SPAN_FLAGS] & COMPLETE and not row[FLAGS] & COMPLETED:
+            row[FLAGS] |= COMPLETED
+            outputs.completed[counts[COMPLETIONS]] = slot
+            counts[COMPLETIONS] += 1
+        if _seen(traces, slot, span[SPAN_ID]):
+            row[REPEATED] += 1
+            counts[REPEATS] += 1
+            continue
+        _add_span(traces, slot, batch, span, now)
+
+        if name == TOO_LONG:
+            ask = outputs.ask[counts[ASKED]]
+            ask[0] = r
+            ask[1] = -1
+            ask[2] = slot
+            counts[ASKED] += 1
+        for k in range(interested):
+            check = names.lists[names.slots[name, N_FIRST] + k]
+            program = rules.predicates[check]
+            verdict = YES
+            if program >= 0:
+                verdict = satisfies(
+                    program,
+                    rules.code,
+                    rules.leaves,
+                    rules.text,
+                    batch.buf,
+                    span,
+                    batch.resources[span[RESOURCE]],
+                    batch.scopes[span[SCOPE]],
+                    scratch,
+                )
+            if verdict == YES:
+                counts[MATCHED] += 1
+                count = add_match(traces, slot, check, span[START], span[SPAN_ID])
+                if crosses(rules, check, count):
+                    mark_dirty(traces, slot, outputs)
+            elif verdict == ASK:
+                ask = outputs.ask[counts[ASKED]]
+                ask[0] = r
+                ask[1] = check
+                ask[2] = slot
+                counts[ASKED] += 1
+    return len(batch.spans), DONE
+
+
+@lean_kernel
+def add_asked(
+    batch: BatchArrays,
+    matched: Rows,
+    rules: RuleArrays,
+    traces: TraceArrays,
+    outputs: FoldOutputs,
+) -> None:
+    """Count the matches found in Python: rows ``(row, check, slot)``, for which the caller has
+    made room."""
+    for m in range(len(matched)):
+        span = batch.spans[matched[m, 0]]
+        slot = matched[m, 2]
+        check = matched[m, 1]
+        outputs.counts[MATCHED] += 1
+        count = add_match(traces, slot, check, span[START], span[SPAN_ID])
+        if crosses(rules, check, count):
+            mark_dirty(traces, slot, outputs)
+
+
+@lean_kernel
+def count_entries(traces: TraceArrays, slots: Rows) -> int:
+    """How many entries the given slots have together."""
+    total = 0
+    for slot in slots:
+        at = traces.slots[slot, ENTRIES]
+        while at >= 0:
+            total += 1
+            at = traces.entries[at, E_NEXT]
+    return total
+
+
+@lean_kernel
+def copy_out(traces: TraceArrays, slots: Rows, rows: Rows, entries: Rows, starts: Rows) -> None:
+    """Copy slots and their entries, end to end; those of slot k are
+    ``entries[starts[k]:starts[k + 1]]``."""
+    n = 0
+    for k in range(len(slots)):
+        slot = slots[k]
+        _copy(traces.slots[slot], rows[k], SLOT_COLUMNS)
+        starts[k] = n
+        at = traces.slots[slot, ENTRIES]
+        while at >= 0:
+            _copy(traces.entries[at], entries[n], ENTRY_COLUMNS)
+            n += 1
+            at = traces.entries[at, E_NEXT]
+    starts[len(slots)] = n
+
+
+@lean_kernel
+def close(traces: TraceArrays, slots: Rows, now: int) -> None:
+    """Mark open traces closed. They stay, for late spans, until they are freed."""
+    for slot in slots:
+        traces.slots[slot, STATE] = CLOSED
+        traces.slots[slot, CLOSED_AT] = now
+        traces.slots[slot, POSITION_COUNT] = 0
+        traces.slots[slot, FLAGS] |= SPILLED
+        traces.activity[slot] = NEVER
+    traces.fill[OPEN_COUNT] -= len(slots)
+    traces.fill[CLOSED_COUNT] += len(slots)
+
+
+@lean_kernel
+def reopen(traces: TraceArrays, slot: int, now: int, flags: int) -> None:
+    """Open a closed trace again; ``flags`` are added to it."""
+    row = traces.slots[slot]
+    row[STATE] = OPEN
+    row[FLAGS] = (row[FLAGS] & ~(COMPLETED | DIRTY)) | flags
+    row[LAST_SEEN] = now
+    traces.activity[slot] = now
+    traces.fill[OPEN_COUNT] += 1
+    traces.fill[CLOSED_COUNT] -= 1
+
+
+@lean_kernel
+def free_closed(traces: TraceArrays, slots: Rows, closed_at: int) -> int:
+    """Free those of the slots that are still closed since ``closed_at``; how many."""
+    freed = 0
+    for slot in slots:
+        row = traces.slots[slot]
+        if row[STATE] != CLOSED or row[CLOSED_AT] != closed_at:
+            continue
+        _leave(traces, row[HI], row[LO])
+        at = row[ENTRIES]
+        while at >= 0:
+            after = traces.entries[at, E_NEXT]
+            _give(traces.fill, ENTRIES_FREE, traces.entries, E_NEXT, at)
+            at = after
+        if row[RING_CLASS] == 1:
+            _give(traces.fill, MIDDLE_FREE, traces.ring_middle, 0, row[RING])
+        elif row[RING_CLASS] == 2:
+            _give(traces.fill, LARGE_FREE, traces.ring_large, 0, row[RING])
+        row[STATE] = FREE
+        _give(traces.fill, SLOTS_FREE, traces.slots, NEXT_FREE, slot)
+        freed += 1
+    traces.fill[CLOSED_COUNT] -= freed
+    return freed
+
+
+@lean_kernel
+def find_idle(traces: TraceArrays, last_seen_before: int, out: Rows) -> int:
+    """The open slots without a span since ``last_seen_before``, up to ``len(out)``; how many."""
+    found = 0
+    used = traces.fill[SLOTS_USED]
+    for slot, last in enumerate(traces.activity[:used]):
+        if last < last_seen_before:
+            out[found] = slot
+            found += 1
+            if found == len(out):
+                break
+    return found
+
+
+@lean_kernel
+def find_old(traces: TraceArrays, first_seen_before: int, out: Rows) -> int:
+    """The open slots whose first span came before ``first_seen_before``, up to ``len(out)``."""
+    found = 0
+    for slot in range(traces.fill[SLOTS_USED]):
+        row = traces.slots[slot]
+        if row[STATE] == OPEN and row[FIRST_SEEN] < first_seen_before:
+            out[found] = slot
+            found += 1
+            if found == len(out):
+                break
+    return found
+
+
+@lean_kernel
+def clear_dirty(traces: TraceArrays, slots: Rows) -> None:
+    """Forget that slots were noted for an early decision."""
+    for slot in slots:
+        traces.slots[slot, FLAGS] &= ~DIRTY

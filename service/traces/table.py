@@ -1,0 +1,350 @@
+"""The open traces of one tenant under one version of its rules."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from service.otlp.columns import Rows, SpanBatch
+from service.rules.compile import CompiledRules
+from service.rules.match import evaluate
+from service.traces import fold as kernels
+from service.traces.due import DueTraces
+from service.traces.layout import (
+    ASKED,
+    CLOSED_COUNT,
+    COMPLETIONS,
+    COUNTS_SIZE,
+    DIRTIED,
+    DONE,
+    ENTRIES_FREE,
+    ENTRIES_USED,
+    ENTRY_COLUMNS,
+    FILL_SIZE,
+    LARGE_FREE,
+    LARGE_RING,
+    LATE,
+    MATCHED,
+    MIDDLE_FREE,
+    MIDDLE_RING,
+    NAME_BYTES,
+    NAMES_FULL,
+    NEED_ASK,
+    NEED_ENTRIES,
+    NEED_LARGE,
+    NEED_MIDDLE,
+    NEED_SLOTS,
+    NEED_SPILL,
+    NEVER,
+    OPEN_COUNT,
+    OPENED,
+    POSITIONS,
+    REOPENED,
+    REPEATS,
+    SLOT_COLUMNS,
+    SLOTS_FREE,
+    SLOTS_USED,
+    SMALL_RING,
+    SPANS,
+    SPILLS,
+    STOPPED_SLOT,
+    BatchArrays,
+    FoldOutputs,
+    RuleArrays,
+    TraceArrays,
+)
+
+SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
+
+
+@dataclass(slots=True, eq=False)
+class Folded:
+    """What came of folding a batch.
+
+    ``early`` are traces for which a rule may have become certain, ``completed`` slots that said
+    so themselves, ``spilled`` rows (hi, lo, log positions) of long traces.
+    """
+
+    early: DueTraces | None
+    completed: Rows
+    spilled: Rows
+    opened: int
+    repeated: int
+    matched: int
+    reopened: int
+
+
+@dataclass(slots=True, eq=False)
+class TraceTable:
+    """Open and recently closed traces. Not thread-safe: one thread at a time."""
+
+    tenant: str
+    rules: CompiledRules
+    services: list[str]
+    arrays: TraceArrays = field(init=False)
+    reopened: dict[int, DueTraces] = field(default_factory=dict)  # slot -> as it was when closed
+    _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (when, slots), in order
+    _rule_arrays: RuleArrays = field(init=False)
+    _ask: Rows = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arrays = _empty_arrays(64)
+        thresholds, threshold_starts = self.rules.thresholds
+        self._rule_arrays = RuleArrays(
+            self.rules.predicates,
+            self.rules.code,
+            self.rules.leaves,
+            self.rules.text,
+            thresholds,
+            threshold_starts,
+        )
+        self._ask = np.zeros((64, 3), np.int64)
+
+    @property
+    def open_count(self) -> int:
+        """Open traces."""
+        return int(self.arrays.fill[OPEN_COUNT])
+
+    @property
+    def closed_count(self) -> int:
+        """Closed traces that are kept for late spans."""
+        return int(self.arrays.fill[CLOSED_COUNT])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays, in bytes."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def fold(
+        self,
+        batch: SpanBatch,
+        services: Rows,
+        now: int,
+        skip: npt.NDArray[np.uint8] | None = None,
+        *,
+        known_only: bool = False,
+    ) -> Folded:
+        """Add the spans of a batch to their traces.
+
+        ``services`` numbers the service of each resource row, ``now`` is the time of receipt in
+        nanoseconds. Rows with ``skip`` set are passed over; with ``known_only`` only spans of
+        traces that are here are taken, and marked in ``skip``.
+        """
+        n = len(batch)
+        positions = batch.positions
+        arrays = BatchArrays(
+            batch.buf,
+            batch.spans,
+            batch.resources,
+            batch.scopes,
+            services,
+            positions if len(positions) else np.zeros(len(batch.bodies), np.int64),
+            np.zeros(n, np.uint8) if skip is None else skip,
+        )
+        outputs = FoldOutputs(
+            self._ask,
+            np.empty(n, np.int64),
+            np.empty(n, np.int64),
+            np.empty((16, 2 + POSITIONS), np.int64),
+            np.zeros(COUNTS_SIZE, np.int64),
+        )
+        counts = outputs.counts
+        scratch = np.zeros(4, np.int64)
+        names = self.rules.names
+        reopened, row = 0, 0
+        with np.errstate(over="ignore"):
+            while True:
+                row, reason = kernels.fold(
+                    arrays,
+                    row,
+                    known_only,
+                    now,
+                    names.arrays,
+                    self._rule_arrays,
+                    self.arrays,
+                    outputs,
+                    scratch,
+                )
+                if reason == DONE:
+                    break
+                if reason == LATE:
+                    self._reopen(int(counts[STOPPED_SLOT]), now)
+                    reopened += 1
+                elif reason == NAMES_FULL:
+                    names.forget()
+                elif reason == NEED_ASK:
+                    outputs = outputs._replace(ask=_doubled(outputs.ask, len(self.rules.checks)))
+                    self._ask = outputs.ask
+                elif reason == NEED_SPILL:
+                    outputs = outputs._replace(spilled=_doubled(outputs.spilled))
+                else:
+                    self._grow(reason)
+            if counts[ASKED]:
+                self._answer(batch, arrays, outputs)
+        dirty = outputs.dirty[: counts[DIRTIED]]
+        early = None
+        if len(dirty):
+            kernels.clear_dirty(self.arrays, dirty)
+            early = self.copy(dirty, closed=False, now=now)
+        return Folded(
+            early,
+            outputs.completed[: counts[COMPLETIONS]],
+            outputs.spilled[: counts[SPILLS]],
+            opened=int(counts[OPENED]),
+            repeated=int(counts[REPEATS]),
+            matched=int(counts[MATCHED]),
+            reopened=reopened,
+        )
+
+    def idle(self, last_seen_before: int) -> Rows:
+        """Up to ``SWEEP_BATCH`` open slots without a span since then."""
+        out = np.empty(SWEEP_BATCH, np.int64)
+        return out[: kernels.find_idle(self.arrays, last_seen_before, out)]
+
+    def old(self, first_seen_before: int) -> Rows:
+        """Up to ``SWEEP_BATCH`` open slots that began before then."""
+        out = np.empty(SWEEP_BATCH, np.int64)
+        return out[: kernels.find_old(self.arrays, first_seen_before, out)]
+
+    def close(self, slots: Rows, now: int) -> DueTraces:
+        """Close open traces; they are kept until :meth:`evict`."""
+        due = self.copy(slots, closed=True, now=now)
+        before = [self.reopened.pop(int(slot)) for slot in slots if int(slot) in self.reopened]
+        if before:
+            due.before = _joined(before)
+        kernels.close(self.arrays, slots, now)
+        self._closed.append((now, slots))
+        return due
+
+    def copy(self, slots: Rows, *, closed: bool, now: int) -> DueTraces:
+        """Copies of the given traces."""
+        rows = np.empty((len(slots), SLOT_COLUMNS), np.int64)
+        starts = np.empty(len(slots) + 1, np.int64)
+        entries = np.empty((kernels.count_entries(self.arrays, slots), ENTRY_COLUMNS), np.int64)
+        kernels.copy_out(self.arrays, slots, rows, entries, starts)
+        return DueTraces(
+            self.tenant,
+            self.rules,
+            closed,
+            rows,
+            self.arrays.names[slots],
+            entries,
+            starts,
+            self.services,
+            received_ns=now,
+            spans=int(rows[:, SPANS].sum()),
+        )
+
+    def evict(self, closed_before: int, keep: int) -> int:
+        """Free traces closed before a time, and the oldest beyond ``keep`` of them."""
+        freed = 0
+        while self._closed and (self._closed[0][0] < closed_before or self.closed_count > keep):
+            when, slots = self._closed.popleft()
+            over = self.closed_count - keep
+            if when >= closed_before and 0 < over < len(slots):
+                self._closed.appendleft((when, slots[over:]))
+                slots = slots[:over]
+            with np.errstate(over="ignore"):
+                freed += kernels.free_closed(self.arrays, slots, when)
+        return freed
+
+    def find(self, hi: int, lo: int) -> int:
+        """The slot of a trace (the halves of its id as int64), -1 without one."""
+        with np.errstate(over="ignore"):
+            return int(kernels.find_slot(self.arrays, hi, lo))
+
+    def _reopen(self, slot: int, now: int) -> None:
+        at_close = self.copy(np.array([slot], np.int64), closed=True, now=now)
+        self.reopened.setdefault(slot, at_close)
+        kernels.reopen(self.arrays, slot, now, REOPENED)
+
+    def _answer(self, batch: SpanBatch, arrays: BatchArrays, outputs: FoldOutputs) -> None:
+        """Evaluate in Python what the kernel asked for, and count what matched."""
+        matched = []
+        checks = self.rules.checks
+        for row, check, slot in outputs.ask[: outputs.counts[ASKED]].tolist():
+            if check >= 0:
+                wanted: Sequence[int] = (check,)
+            else:
+                wanted = self.rules.names.glob_checks(batch.name(row).encode())
+            for c in wanted:
+                predicate = checks[c].where
+                if predicate is None or evaluate(predicate, batch, row):
+                    matched.append((row, c, slot))
+        while self._spare_entries() < len(matched):
+            self._grow(NEED_ENTRIES)
+        if matched:
+            rows = np.array(matched, np.int64)
+            kernels.add_asked(arrays, rows, self._rule_arrays, self.arrays, outputs)
+
+    def _spare_entries(self) -> int:
+        return len(self.arrays.entries) - int(self.arrays.fill[ENTRIES_USED])
+
+    def _grow(self, reason: int) -> None:
+        """Double the pool that a kernel found full."""
+        old = self.arrays
+        if reason == NEED_ENTRIES:
+            self.arrays = old._replace(entries=_doubled(old.entries, len(self.rules.checks)))
+        elif reason == NEED_MIDDLE:
+            self.arrays = old._replace(ring_middle=_doubled(old.ring_middle))
+        elif reason == NEED_LARGE:
+            self.arrays = old._replace(ring_large=_doubled(old.ring_large))
+        else:
+            assert reason == NEED_SLOTS
+            activity = _doubled(old.activity)
+            activity[len(old.activity) :] = NEVER
+            slots = _doubled(old.slots)
+            table = np.zeros(2 * len(old.table), np.int64)
+            kernels.rebuild(table, slots, int(old.fill[SLOTS_USED]))
+            self.arrays = old._replace(
+                table=table,
+                slots=slots,
+                activity=activity,
+                names=_doubled(old.names),
+                ring_small=_doubled(old.ring_small),
+            )
+
+
+def _doubled(array: npt.NDArray, more: int = 0) -> npt.NDArray:  # type: ignore[type-arg]
+    """A copy twice as long, and ``more``; the new rows are zero."""
+    grown = np.zeros((2 * len(array) + more, *array.shape[1:]), array.dtype)
+    grown[: len(array)] = array
+    return grown
+
+
+def _empty_arrays(slots: int) -> TraceArrays:
+    fill = np.zeros(FILL_SIZE, np.int64)
+    fill[[SLOTS_FREE, ENTRIES_FREE, MIDDLE_FREE, LARGE_FREE]] = -1
+    return TraceArrays(
+        table=np.zeros(2 * slots, np.int64),
+        slots=np.zeros((slots, SLOT_COLUMNS), np.int64),
+        activity=np.full(slots, NEVER, np.int64),
+        names=np.zeros((slots, NAME_BYTES), np.uint8),
+        ring_small=np.zeros((slots, SMALL_RING), np.int64),
+        ring_middle=np.zeros((8, MIDDLE_RING), np.int64),
+        ring_large=np.zeros((1, LARGE_RING), np.int64),
+        entries=np.zeros((slots, ENTRY_COLUMNS), np.int64),
+        fill=fill,
+    )
+
+
+def _joined(parts: list[DueTraces]) -> DueTraces:
+    """Several copies as one."""
+    first = parts[0]
+    starts = [0]
+    for part in parts:
+        starts.extend((part.starts[1:] + starts[-1]).tolist())
+    return DueTraces(
+        first.tenant,
+        first.rules,
+        True,
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.names for part in parts]),
+        np.concatenate([part.entries for part in parts]),
+        np.array(starts, np.int64),
+        first.services,
+    )

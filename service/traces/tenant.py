@@ -1,0 +1,115 @@
+"""A tenant's traces, under as many versions of its rules as open traces need.
+
+A trace is decided by the rules that it was opened under. When rules change, a new table takes
+the traces that begin from then on; the old ones go on until their last trace has closed and is
+forgotten.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.otlp.columns import SERVICE_LEN, SERVICE_OFF, Rows, SpanBatch
+from service.rules.compile import CompiledRules
+from service.traces.due import DueTraces
+from service.traces.table import Folded, TraceTable
+
+MOST_SERVICES = 4096  # numbered service names of a tenant; further ones share OTHER_SERVICES
+OTHER_SERVICES = "(other services)"
+
+
+class TenantTraces:
+    """Open and recently closed traces of one tenant. Not thread-safe: one thread at a time."""
+
+    def __init__(self, tenant: str, rules: CompiledRules) -> None:
+        self.tenant = tenant
+        self.services = [""]  # by number; 0 is none
+        self._numbers: dict[bytes, int] = {}
+        self.tables = [TraceTable(tenant, rules, self.services)]
+
+    @property
+    def rules(self) -> CompiledRules:
+        """The rules that new traces are opened under."""
+        return self.tables[-1].rules
+
+    @rules.setter
+    def rules(self, rules: CompiledRules) -> None:
+        if rules.version == self.rules.version:
+            return
+        for i, table in enumerate(self.tables):  # changed back while old traces are still open
+            if table.rules.version == rules.version:
+                self.tables.append(self.tables.pop(i))
+                return
+        self.tables.append(TraceTable(self.tenant, rules, self.services))
+        self._drop_empty()
+
+    @property
+    def open_count(self) -> int:
+        """Open traces."""
+        return sum(table.open_count for table in self.tables)
+
+    @property
+    def closed_count(self) -> int:
+        """Closed traces kept for late spans."""
+        return sum(table.closed_count for table in self.tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays, in bytes."""
+        return sum(table.nbytes for table in self.tables)
+
+    def fold(self, batch: SpanBatch, now: int) -> list[tuple[TraceTable, Folded]]:
+        """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces."""
+        services = self._service_numbers(batch)
+        folded = []
+        skip = np.zeros(len(batch), np.uint8)
+        for table in self.tables[:-1]:
+            folded.append((table, table.fold(batch, services, now, skip, known_only=True)))
+        folded.append((self.tables[-1], self.tables[-1].fold(batch, services, now, skip)))
+        return folded
+
+    def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
+        """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in
+        nanoseconds. Looks for old ones only where ``oldest_ns`` is given."""
+        due = []
+        for table in self.tables:
+            while len(slots := table.idle(now - idle_ns)):
+                due.append(table.close(slots, now))
+            while oldest_ns is not None and len(slots := table.old(now - oldest_ns)):
+                due.append(table.close(slots, now))
+        return due
+
+    def evict(self, now: int, keep_ns: int, keep: int) -> int:
+        """Forget traces closed more than ``keep_ns`` ago and the oldest beyond ``keep``."""
+        freed = 0
+        for table in self.tables:
+            freed += table.evict(now - keep_ns, keep)
+        self._drop_empty()
+        return freed
+
+    def _drop_empty(self) -> None:
+        self.tables = [
+            table for table in self.tables[:-1] if table.open_count or table.closed_count
+        ] + self.tables[-1:]
+
+    def _service_numbers(self, batch: SpanBatch) -> Rows:
+        """The number of each resource's service, 0 without one."""
+        numbers = np.zeros(len(batch.resources), np.int64)
+        for i, (offset, length) in enumerate(
+            batch.resources[:, [SERVICE_OFF, SERVICE_LEN]].tolist()
+        ):
+            if length > 0:
+                numbers[i] = self._number(batch.buf[offset : offset + length].tobytes())
+        return numbers
+
+    def _number(self, service: bytes) -> int:
+        number = self._numbers.get(service)
+        if number is None:
+            if len(self.services) > MOST_SERVICES:
+                return len(self.services) - 1
+            full = len(self.services) == MOST_SERVICES
+            self.services.append(OTHER_SERVICES if full else service.decode())
+            number = len(self.services) - 1
+            if not full:
+                self._numbers[service] = number
+        return number
