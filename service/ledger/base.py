@@ -12,11 +12,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Protocol
 
 from service.signals import Kind, Signal
 
 AMOUNT = 1
+_ACCOUNTS_KEPT = 10_000
 _RESERVED_IDS = (0, (1 << 128) - 1)  # TigerBeetle takes neither
 
 
@@ -70,17 +72,20 @@ def _hash(*parts: str) -> bytes:
     return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).digest()
 
 
+@lru_cache(maxsize=_ACCOUNTS_KEPT)
 def ledger_number(tenant: str) -> int:
     """The number of the tenant's ledger, 1 to 2**32-1. Two tenants may share a number; their
     accounts are different all the same."""
     return int.from_bytes(_hash("ledger", tenant)[:4], "little") or 1
 
 
+@lru_cache(maxsize=_ACCOUNTS_KEPT)
 def tenant_account(tenant: str) -> int:
     """The id of the tenant's account."""
     return int.from_bytes(_hash("tenant", tenant)[:16], "big")
 
 
+@lru_cache(maxsize=_ACCOUNTS_KEPT)
 def rule_account(tenant: str, rule_id: str) -> int:
     """The id of the account of a tenant's rule."""
     return int.from_bytes(_hash("rule", tenant, rule_id)[:16], "big")
