@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +21,8 @@ class DueTraces:
     ``entries[starts[k]:starts[k + 1]]`` the matches of trace ``k``. Where ``closed`` is false,
     the traces go on and only what no later span can undo may be decided. ``before`` are the
     traces among them that had been closed earlier, as they were then: what was raised for them and
-    no longer holds is retracted. ``services`` names the service numbers in the rows.
+    no longer holds is retracted. ``services`` names the service numbers in the rows; ``spilled``
+    are log positions of traces too long to hold them all (hi, lo, positions).
     """
 
     tenant: str
@@ -33,8 +34,9 @@ class DueTraces:
     starts: Rows
     services: Sequence[str]
     before: DueTraces | None = None
+    spilled: Rows | None = None
     received_ns: int = 0
-    spans: int = field(default=0)
+    spans: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -61,12 +61,12 @@ class TenantTraces:
     def fold(self, batch: SpanBatch, now: int) -> list[tuple[TraceTable, Folded]]:
         """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces."""
         services = self._service_numbers(batch)
-        folded = []
         skip = np.zeros(len(batch), np.uint8)
-        for table in self.tables[:-1]:
-            folded.append((table, table.fold(batch, services, now, skip, known_only=True)))
-        folded.append((self.tables[-1], self.tables[-1].fold(batch, services, now, skip)))
-        return folded
+        newest = self.tables[-1]
+        return [
+            (table, table.fold(batch, services, now, skip, known_only=table is not newest))
+            for table in self.tables
+        ]
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
         """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in

@@ -1,0 +1,52 @@
+"""The compiled rules of each tenant, kept in a bounded cache and compiled again on change."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+from cachetools import LRUCache
+
+from service.rules.compile import CompiledRules, compile_rules
+from service.rules.files import Rule, RuleStore
+
+
+def rules_version(rules: tuple[Rule, ...]) -> str:
+    """A hash of what decides: ids, conditions and which rules are enabled."""
+    digest = hashlib.sha256()
+    for rule in rules:
+        if rule.enabled:
+            digest.update(f"{rule.id}\0{rule.version}\0{rule.severity}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class RuleRegistry:
+    """Compiled rules by tenant. All methods may be called from any thread and may block."""
+
+    def __init__(self, store: RuleStore, size: int) -> None:
+        self.store = store
+        self._cache: LRUCache[str, CompiledRules] = LRUCache(size)
+        self._lock = threading.Lock()
+
+    def compiled(self, tenant: str) -> CompiledRules:
+        """The tenant's enabled rules, compiled now if they are not in the cache."""
+        with self._lock:
+            found = self._cache.get(tenant)
+            if found is None:
+                rules = self.store.rules(tenant)
+                found = self._cache[tenant] = compile_rules(rules, rules_version(rules))
+            return found
+
+    def refresh(self) -> set[str]:
+        """Look at the rule files; the tenants whose rules changed are compiled again when next
+        used. Traces that are open keep the rules they were opened under."""
+        changed = self.store.poll()
+        with self._lock:
+            for tenant in changed:
+                self._cache.pop(tenant, None)
+        return changed
+
+    def forget(self, tenant: str) -> None:
+        """Compile the tenant's rules again when next used."""
+        with self._lock:
+            self._cache.pop(tenant, None)

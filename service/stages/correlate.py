@@ -1,0 +1,138 @@
+"""trace-correlation: fold spans into the open traces of their tenant, and find what is due.
+
+A trace is due early, when a count crossed a threshold at which a rule may become certain, and
+at its end: when it says so itself, is idle, or is too old. Folding is one worker-thread call for
+all batches that wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from channels import SendChannel, ThreadRunner
+from service.otlp.columns import SpanBatch
+from service.rules.compile import CompiledRules
+from service.traces.due import DueTraces
+from service.traces.tenant import TenantTraces
+
+TICK_SECONDS = 0.25  # idle traces are looked for this often
+
+
+@dataclass(slots=True)
+class CorrelateCounts:
+    """What the stage has done, in spans or traces."""
+
+    folded: int = 0
+    """Spans taken into traces, repeated ones included."""
+    repeated: int = 0
+    """Spans that came a second time and were not counted."""
+    matched: int = 0
+    """Times that a span satisfied a check."""
+    opened: int = 0
+    """Traces."""
+    reopened: int = 0
+    """Closed traces to which spans came late."""
+    closed: int = 0
+    """Traces."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceLimits:
+    """When traces close and how long closed ones are kept; nanoseconds."""
+
+    idle_ns: int
+    max_age_ns: int
+    sweep_ns: int
+    keep_ns: int
+    keep: int
+
+
+class CorrelateStage:
+    """The handler of the trace-correlation stage, and its clock.
+
+    ``rules_of(tenant)`` gives a tenant's compiled rules and is called in worker threads;
+    ``clock_ns`` is the wall clock in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        rules_of: Callable[[str], CompiledRules],
+        threads: ThreadRunner,
+        onward: SendChannel[DueTraces],
+        limits: TraceLimits,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        self._rules_of = rules_of
+        self._threads = threads
+        self._onward = onward
+        self._limits = limits
+        self._clock_ns = clock_ns
+        self._lock = threading.Lock()  # of the tenants and the counts
+        self._last_sweep_ns = 0
+        self.tenants: dict[str, TenantTraces] = {}
+        self.counts = CorrelateCounts()
+
+    async def handle(self, batches: list[SpanBatch]) -> None:
+        """Fold batches and pass on what is due."""
+        for due in await self._threads.run(self._fold, batches):
+            await self._onward.send(due)
+
+    async def tick(self) -> None:
+        """Close the traces whose time has come, for ever."""
+        while True:
+            await trio.sleep(TICK_SECONDS)
+            for due in await self._threads.run(self._close_due):
+                await self._onward.send(due)
+
+    def _fold(self, batches: list[SpanBatch]) -> list[DueTraces]:
+        due: list[DueTraces] = []
+        counts = self.counts
+        with self._lock:
+            for batch in batches:
+                traces = self._traces(batch.tenant)
+                now = self._clock_ns()
+                for table, folded in traces.fold(batch, now):
+                    counts.repeated += folded.repeated
+                    counts.matched += folded.matched
+                    counts.opened += folded.opened
+                    counts.reopened += folded.reopened
+                    if folded.early is not None:
+                        due.append(folded.early)
+                    if len(folded.completed) or len(folded.spilled):
+                        closed = table.close(folded.completed, now)
+                        closed.spilled = folded.spilled
+                        counts.closed += len(closed)
+                        due.append(closed)
+                counts.folded += len(batch)
+        return due
+
+    def _traces(self, tenant: str) -> TenantTraces:
+        rules = self._rules_of(tenant)
+        traces = self.tenants.get(tenant)
+        if traces is None:
+            traces = self.tenants[tenant] = TenantTraces(tenant, rules)
+        elif traces.rules is not rules:
+            traces.rules = rules
+        return traces
+
+    def _close_due(self) -> list[DueTraces]:
+        limits = self._limits
+        found: list[DueTraces] = []
+        with self._lock:
+            now = self._clock_ns()
+            sweep = now - self._last_sweep_ns >= limits.sweep_ns
+            if sweep:
+                self._last_sweep_ns = now
+            room = limits.keep
+            for tenant, traces in list(self.tenants.items()):
+                found += traces.close_due(now, limits.idle_ns, limits.max_age_ns if sweep else None)
+                traces.evict(now, limits.keep_ns, max(0, room))
+                room -= traces.closed_count
+                if sweep and not traces.open_count and not traces.closed_count:
+                    del self.tenants[tenant]
+        self.counts.closed += sum(len(due) for due in found)
+        return found

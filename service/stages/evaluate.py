@@ -1,0 +1,149 @@
+"""rule-evaluation: decide what is due and make signals of the breaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from channels import SendChannel, ThreadRunner
+from service.otlp.columns import Rows
+from service.rules.decide import ALWAYS_BROKEN, Breach, decide
+from service.signals import Kind, Signal, signal_id
+from service.traces.due import DueTraces
+from service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE, EVIDENCE
+
+_MASK = 2**64 - 1
+
+
+@dataclass(slots=True, eq=False)
+class Decided:
+    """What is to be stored: signals, and the traces that were closed (None where none were)."""
+
+    tenant: str
+    signals: list[Signal]
+    closed: DueTraces | None
+    spilled: Rows | None = None
+
+    @property
+    def weight(self) -> int:
+        """Rows to be written, at least 1."""
+        traces = 0 if self.closed is None else len(self.closed)
+        return len(self.signals) + traces or 1
+
+
+@dataclass(slots=True)
+class EvaluateCounts:
+    """What the stage has done."""
+
+    traces: int = 0
+    """Decided, early ones too."""
+    early: int = 0
+    """Signals raised before the trace had closed."""
+    raised: int = 0
+    retracted: int = 0
+    by_severity: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Signals by (severity, kind)."""
+
+
+class EvaluateStage:
+    """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock."""
+
+    def __init__(
+        self,
+        threads: ThreadRunner,
+        onward: SendChannel[Decided],
+        clock_ns: Callable[[], int],
+    ) -> None:
+        self._threads = threads
+        self._onward = onward
+        self._clock_ns = clock_ns
+        self.counts = EvaluateCounts()
+
+    async def handle(self, batch: list[DueTraces]) -> None:
+        """Decide a batch and pass on what is to be stored."""
+        counts = self.counts
+        for decided, traces in await self._threads.run(self._decide, batch):
+            counts.traces += traces
+            for signal in decided.signals:
+                counts.early += signal.early
+                if signal.kind is Kind.RAISED:
+                    counts.raised += 1
+                else:
+                    counts.retracted += 1
+                key = (signal.severity, str(signal.kind))
+                counts.by_severity[key] = counts.by_severity.get(key, 0) + 1
+            if decided.signals or decided.closed is not None or decided.spilled is not None:
+                await self._onward.send(decided)
+
+    def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
+        now = self._clock_ns()
+        return [(decide_due(due, now), len(due)) for due in batch]
+
+
+def decide_due(due: DueTraces, now: int) -> Decided:
+    """The signals of traces that are due; ``now`` becomes their ``detected_at``."""
+    signals = [raise_signal(due, breach, now) for breach in decide(due)]
+    if due.before is not None:
+        signals += _retractions(due, now)
+    spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
+    return Decided(due.tenant, signals, due if due.closed and len(due) else None, spilled)
+
+
+def raise_signal(due: DueTraces, breach: Breach, now: int) -> Signal:
+    """The signal of a breach."""
+    return _signal(due, breach, now, Kind.RAISED, None)
+
+
+def _retractions(due: DueTraces, now: int) -> list[Signal]:
+    """What was raised when the traces were closed before and does not hold any more."""
+    before = due.before
+    assert before is not None
+    rules = due.rules.rules
+    holds = {(due.trace_id(b.trace), rules[b.rule].id) for b in decide(due, raised_early=False)}
+    now_at = {due.trace_id(k): k for k in range(len(due))}
+    retracted = []
+    for breach in decide(before, raised_early=False):
+        trace_id = before.trace_id(breach.trace)
+        if (trace_id, rules[breach.rule].id) not in holds:
+            current = Breach(now_at[trace_id], breach.rule, breach.clause, early=False)
+            reason = "spans that came after the trace had closed changed the verdict"
+            retracted.append(_signal(due, current, now, Kind.RETRACTED, reason))
+    return retracted
+
+
+def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, reason: str | None) -> Signal:
+    rules = due.rules
+    rule = rules.rules[breach.rule]
+    trace_id = due.trace_id(breach.trace)
+    first, last = due.starts[breach.trace], due.starts[breach.trace + 1]
+    by_check = {int(row[E_CHECK]): row for row in due.entries[first:last]}
+    counts: dict[str, int] = {}
+    evidence: dict[str, list[str]] = {}
+    for check in rules.checks_of_rule[breach.rule]:
+        name = rules.check_names[check]
+        row = by_check.get(check)
+        counts[name] = 0 if row is None else int(row[E_COUNT])
+        if row is not None:
+            kept = min(counts[name], EVIDENCE)
+            ids = row[E_EVIDENCE + 1 : E_EVIDENCE + 2 * kept : 2]
+            evidence[name] = [f"{int(span_id) & _MASK:016x}" for span_id in ids]
+    clause = "always" if breach.clause == ALWAYS_BROKEN else "never"
+    found = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    says = "does not hold" if clause == "always" else "holds"
+    return Signal(
+        id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind),
+        tenant=due.tenant,
+        rule_id=rule.id,
+        rule_version=rule.version,
+        severity=str(rule.severity),
+        kind=kind,
+        clause=clause,
+        trace_id=trace_id,
+        detected_at=now,
+        early=breach.early,
+        counts=counts,
+        evidence=evidence,
+        message=f"{rule.name}: {clause!r} {says} ({found})",
+        labels=dict(rule.labels),
+        reason=reason,
+    )

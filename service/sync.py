@@ -1,0 +1,64 @@
+"""Syncing the span log: once for all who wait (group commit), and on a schedule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import trio
+
+from channels import ThreadRunner
+from service.storage.spanlog import LogSyncError, SpanLog
+
+
+class GroupSync:
+    """Makes the log durable. Callers that come while a sync runs share the next one."""
+
+    def __init__(self, log: SpanLog, threads: ThreadRunner) -> None:
+        self._log = log
+        self._threads = threads
+        self._lock = trio.Lock()
+        self._waiting: set[str] = set()
+        self._generation = 0
+        self._failed: dict[int, LogSyncError] = {}
+        self.last_seconds = 0.0
+        self.failures = 0
+
+    async def sync(self, tenants: Iterable[str]) -> None:
+        """Return when what these tenants had written before is durable.
+
+        Raises :exc:`LogSyncError` when the disk failed for one of them.
+        """
+        wanted = set(tenants)
+        self._waiting |= wanted
+        ticket = self._generation  # the sync with this number begins after this call
+        async with self._lock:
+            if self._generation == ticket:
+                await self._run()
+            error = self._failed.get(ticket)
+        if error is not None and error.tenants & wanted:
+            raise error
+
+    async def _run(self) -> None:
+        number, self._generation = self._generation, self._generation + 1
+        tenants, self._waiting = self._waiting, set()
+        self._failed.pop(number - 64, None)  # nobody waits that long behind a lock that is fair
+        started = time.perf_counter()
+        try:
+            await self._threads.run(self._log.sync, tenants)
+        except LogSyncError as error:
+            self._failed[number] = error
+            self.failures += 1
+        finally:
+            self.last_seconds = time.perf_counter() - started
+
+    async def every(self, seconds: float) -> None:
+        """Sync whatever is not durable, for ever."""
+        while True:
+            await trio.sleep(seconds)
+            started = time.perf_counter()
+            try:
+                await self._threads.run(self._log.sync, None)
+            except LogSyncError:
+                self.failures += 1
+            self.last_seconds = time.perf_counter() - started
