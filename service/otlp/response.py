@@ -1,0 +1,40 @@
+"""What OTLP/HTTP answers: the export response and, for errors, ``google.rpc.Status``.
+
+Both in the request's format: binary protobuf, or JSON by the proto3 mapping
+(opentelemetry.io/docs/specs/otlp, "OTLP/HTTP Response").
+"""
+
+from __future__ import annotations
+
+import orjson
+from google.rpc.status_pb2 import Status
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+
+def export_response(json: bool, rejected: int = 0, message: str = "") -> bytes:
+    """The body of a 200: an ``ExportTraceServiceResponse``.
+
+    Empty when nothing was rejected and there is no ``message``; else with a partial success
+    of ``rejected`` spans. A message without rejected spans is a warning, as OTLP allows.
+    """
+    if json:
+        if not rejected and not message:
+            return b"{}"
+        partial: dict[str, str] = {}
+        if rejected:
+            partial["rejectedSpans"] = str(rejected)  # an int64 is a string in JSON
+        if message:
+            partial["errorMessage"] = message
+        return orjson.dumps({"partialSuccess": partial})
+    response = ExportTraceServiceResponse()
+    if rejected or message:
+        response.partial_success.rejected_spans = rejected
+        response.partial_success.error_message = message
+    return response.SerializeToString()
+
+
+def status_body(json: bool, code: int, message: str) -> bytes:
+    """The body of a 4xx or 5xx: a ``google.rpc.Status`` with a ``google.rpc.Code``."""
+    if json:
+        return orjson.dumps({"code": code, "message": message})
+    return Status(code=code, message=message).SerializeToString()
