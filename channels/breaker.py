@@ -165,8 +165,8 @@ class BreakerSnapshot:
     """While half-open, how many more trial calls are permitted; otherwise 0."""
 
     retry_in: float
-    """Seconds until a call may be permitted; 0 if one is now, infinite when forced open. While trials
-    are under way it is the time by which they should be back."""
+    """Seconds until a call may be permitted; 0 if one is now, infinite when forced open. While
+    trials are under way it is the time by which they should be back."""
 
     running: int
     """Calls that are running."""

@@ -24,6 +24,7 @@ not overtake a heavy one that waits. Channels belong to the Trio thread.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast, final
@@ -37,7 +38,7 @@ from .state import ChannelState, ChannelStatistics, PeakReader, WaitingReceiver,
 T = TypeVar("T")
 
 
-class _End(Generic[T]):
+class _End(ABC, Generic[T]):
     """What both ends of a channel offer."""
 
     def __init__(self, state: ChannelState[T]) -> None:
@@ -85,9 +86,9 @@ class _End(Generic[T]):
         else:
             await self._state.until_empty.park()
 
+    @abstractmethod
     def close(self) -> None:
         """Close this end; closing it again does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

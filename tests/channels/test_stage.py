@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,12 +237,14 @@ async def test_errors_of_given_kinds_and_groups_of_them_are_expected(
     autojump_clock: MockClock,
 ) -> None:
     group = ExceptionGroup("both", [OSError(), ExceptionGroup("inner", [ExpectedError()])])
-    recorder = Recorder({"a": [OSError(), group]})
-    send, stage = make(recorder, expected=(ExpectedError, OSError))
+    recorder = Recorder({"a": [group], "b": [OSError()]})
+    send, stage = make(recorder, expected=(ExpectedError, OSError), max_batch_weight=1)
     send.send_nowait("a")
+    send.send_nowait("b")
     send.close()
     await stage.run()
-    assert recorder.done == ["a"]
+    assert recorder.done == ["a", "b"]
+    assert stage.statistics().failed == 2
     assert stage.statistics().restarts == 0
 
 
@@ -376,6 +379,87 @@ async def test_cancelling_passes_through_and_is_no_failure(autojump_clock: MockC
     assert (after.failed, after.items_held, after.dead, after.busy_workers) == (0, 1, 0, 0)
     with pytest.raises(trio.BrokenResourceError):
         await send.send("b")
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_every_item_is_done_or_dead_whatever_fails(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    """Random failures of handler and burial, pauses, workers and limits."""
+    caplog.set_level(logging.CRITICAL)
+    dice = random.Random(seed)
+    workers, capacity = dice.randrange(1, 4), dice.randrange(5, 60)
+    done: list[str] = []
+    dead: list[str] = []
+    deliveries: dict[str, int] = {}
+    running = 0
+
+    async def handle(items: list[str]) -> None:
+        nonlocal running
+        running += 1
+        assert running <= workers
+        for item in items:
+            deliveries[item] = deliveries.get(item, 0) + 1
+        try:
+            await trio.sleep(dice.choice([0, 0.01, 0.5]))
+            if dice.random() < 0.4:
+                raise dice.choice(
+                    [TransientError(), ValueError(), ExceptionGroup("g", [OSError()])]
+                )
+        finally:
+            running -= 1
+        done.extend(items)
+
+    async def bury(item: str, error: Exception, attempts: int) -> None:
+        await trio.sleep(dice.choice([0, 0.1]))
+        if dice.random() < 0.5:
+            raise OSError
+        assert attempts == deliveries[item] == 3
+        dead.append(item)
+
+    weigh: Callable[[str], int] = len
+    send, receive = open_channel("work", capacity, weigh, hold=True)
+    stage = Stage(
+        "work",
+        receive,
+        handle,
+        on_dead=bury,
+        workers=workers,
+        attempts=3,
+        max_batch_weight=dice.randrange(1, 30),
+        max_batch_wait=dice.choice([0, 0.2]),
+        batch_key=dice.choice([None, len]),
+    )
+    sent = [f"{n}".rjust(dice.randrange(3, 8)) for n in range(120)]
+
+    async def produce() -> None:
+        with send:
+            for item in sent:
+                await send.send(item)
+                await trio.sleep(dice.choice([0, 0, 0.05, 2.0]))
+
+    async def meddle() -> None:
+        while True:
+            await trio.sleep(dice.choice([1.0, 5.0]))
+            stage.pause()
+            await trio.sleep(dice.choice([0, 0.5]))
+            stage.resume()
+            now = stage.statistics()
+            assert now.items_in == now.items_out + now.dead + now.items_held
+            assert receive.statistics().size <= capacity
+            assert now.busy_workers == running
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(produce)
+        nursery.start_soon(meddle)
+        await stage.run()
+        nursery.cancel_scope.cancel()
+    assert sorted(done + dead) == sorted(sent)
+    assert dead
+    after = stage.statistics()
+    assert (after.items_in, after.items_out, after.dead) == (120, len(done), len(dead))
+    assert after.weight_in == after.weight_out + after.dead_weight
+    assert receive.statistics().in_flight == 0
 
 
 async def test_closing_its_receiver_ends_a_stage(autojump_clock: MockClock) -> None:
