@@ -53,7 +53,7 @@ def export_error(
     status: int, content_type: str, message: str, *extra: tuple[bytes, bytes]
 ) -> HttpResponse:
     """An error for an exporter: a ``google.rpc.Status`` as ``content_type`` (protobuf | json)."""
-    body = status_body(content_type, RPC_CODES[status], message)
+    body = status_body(content_type == JSON, RPC_CODES[status], message)
     return respond(status, body, MEDIA_TYPES[content_type], *extra)
 
 

@@ -28,6 +28,7 @@ from typing import Final, Protocol, Self
 
 import trio
 
+from service.http.access import Authenticator, Denied, claimed_tenant
 from service.http.errors import (
     JSON,
     MEDIA_TYPES,
@@ -40,7 +41,7 @@ from service.http.errors import (
 from service.http.request import Done, Refused, Reply, Request
 from service.otlp.response import export_response
 from service.settings import Ingest
-from service.tenants import DEFAULT_TENANT, TENANT_RULE, Quotas, is_tenant_name
+from service.tenants import DEFAULT_TENANT, Quotas
 
 PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
 ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
@@ -87,19 +88,6 @@ class Queue(Protocol):
     def fill(self) -> float: ...
 
     async def offer(self, item: Request, timeout: float) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Denied:
-    """Why a caller is not let in: 401 or 403, and what to do."""
-
-    status: int
-    message: str
-
-
-class Authenticator(Protocol):
-    async def tenant(self, authorization: str | None) -> str | Denied:
-        """The tenant that the Authorization header proves."""
 
 
 class Edge:
@@ -179,7 +167,8 @@ class Edge:
         self, method: str, path: str, headers: Headers, caller: str | Denied | None
     ) -> Head | HttpResponse:
         type_header = encoding_header = b""
-        tenant_header = length_header = None
+        length_header = None
+        tenant_header: str | None = None
         for name, value in headers:
             if name == b"content-type":
                 type_header = value
@@ -188,7 +177,7 @@ class Edge:
             elif name == b"content-encoding":
                 encoding_header = encoding_header + b"," + value if encoding_header else value
             elif name == b"x-scope-orgid":
-                tenant_header = value
+                tenant_header = value.decode("latin-1")
         kind = _content_type(type_header)
         encoding = _encoding(encoding_header)
         length = int(length_header) if length_header and length_header.isdigit() else None
@@ -214,15 +203,11 @@ class Edge:
             shown = encoding_header.decode("latin-1")[:100]
             message = f"content encoding {shown!r} is not known; send gzip, zstd, deflate or none"
             return self._refuse(head, 415, "type", message, (b"accept-encoding", b"gzip, zstd"))
-        if caller is not None:
-            tenant = caller
-        elif tenant_header is None:
-            tenant = DEFAULT_TENANT
-        else:
-            tenant = tenant_header.decode("latin-1")
-            if not is_tenant_name(tenant):
-                message = f"X-Scope-OrgID {tenant[:80]!r} names no tenant: {TENANT_RULE}"
-                return self._refuse(head, 400, "tenant", message)
+        if caller is None:
+            caller = claimed_tenant(tenant_header)
+        if isinstance(caller, Denied):
+            return self._refuse(head, caller.status, "tenant", caller.message)
+        tenant = caller
         head = Head(tenant, kind, encoding, length)
         if length is not None and length > self._max_body:
             return self.too_large(head)
@@ -294,7 +279,7 @@ class Edge:
 
     @staticmethod
     def _accepted(kind: str, outcome: Done) -> HttpResponse:
-        body = export_response(kind, outcome.rejected, outcome.message)
+        body = export_response(kind == JSON, outcome.rejected, outcome.message)
         return respond(200, body, MEDIA_TYPES[kind])
 
     # Weights.

@@ -4,7 +4,8 @@ import trio
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from service.http.ingest import REASONS, Denied, Edge, Head
+from service.http.access import Denied
+from service.http.ingest import REASONS, Edge, Head
 from service.http.request import Done, Refused, Reply
 from service.settings import Ingest
 from service.tenants import Quotas

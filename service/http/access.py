@@ -1,0 +1,36 @@
+"""Who a caller is. Without authentication anyone is who they say; with it, see the implementation
+that the service passes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """Why a caller is not let in: 400, 401 or 403, and what to do."""
+
+    status: int
+    message: str
+
+
+class Authenticator(Protocol):
+    """Checks Authorization headers."""
+
+    async def tenant(self, authorization: str | None) -> str | Denied:
+        """The tenant that the header proves."""
+
+    async def operator(self, authorization: str | None) -> Denied | None:
+        """None where the header proves an operator."""
+
+
+def claimed_tenant(header: str | None) -> str | Denied:
+    """The tenant that the header X-Scope-OrgID names, for use without authentication."""
+    if header is None:
+        return DEFAULT_TENANT
+    if is_tenant_name(header):
+        return header
+    return Denied(400, f"X-Scope-OrgID {header[:80]!r} names no tenant: {TENANT_RULE}")

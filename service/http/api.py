@@ -1,0 +1,145 @@
+"""The control plane: queries, operation, health and documentation, as a Quart application.
+
+Each request goes the same way: the caller is found out, the parameters are checked, the handler of
+the endpoint (:mod:`service.http.endpoint`) is called, and what it returns or raises is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from channels.threads import ThreadRunner
+from service.http.access import Authenticator, Denied, claimed_tenant
+from service.http.backend import Backend
+from service.http.endpoint import Answer, Call, Endpoint, Tools
+from service.http.errors import ApiError
+from service.http.openapi import all_endpoints
+from service.http.params import near, read_param, read_params
+from service.settings import Api
+
+_log = logging.getLogger("service.http")
+
+_BODY_SECONDS = 30
+_HINTS = {
+    413: "send less, or raise api.max_body_bytes",
+    408: "send the body faster",
+}
+
+
+def create_api(
+    backend: Backend,
+    settings: Api | None = None,
+    authenticator: Authenticator | None = None,
+) -> QuartTrio:
+    """The application. Blocking calls run in threads of its own, which end with the process."""
+    settings = settings or Api()
+    app = QuartTrio("service.http", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["BODY_TIMEOUT"] = _BODY_SECONDS
+    app.config["RESPONSE_TIMEOUT"] = None  # handlers have their own; streams have none
+    tools = Tools(backend, settings, ThreadRunner("api", settings.query_threads))
+    listed = all_endpoints()
+    for number, endpoint in enumerate(listed):
+        app.add_url_rule(
+            endpoint.path.replace("{", "<").replace("}", ">"),
+            endpoint=f"{number}",
+            view_func=_view(endpoint, tools, authenticator),
+            methods=[endpoint.method],
+            provide_automatic_options=False,
+        )
+    paths = {endpoint.path for endpoint in listed}
+
+    @app.errorhandler(HTTPException)
+    async def unmatched(error: HTTPException) -> Response:
+        status = error.code or 500
+        if status == 404:
+            return _error(
+                ApiError(404, f"there is nothing at {request.path[:200]}", _nearby(paths))
+            )
+        if status == 405:
+            allowed = sorted(getattr(error, "valid_methods", None) or [])
+            return _error(
+                ApiError(
+                    405,
+                    f"{request.method} is not for {request.path[:200]}",
+                    f"use {' or '.join(allowed)}",
+                    {"allow": ", ".join(allowed)},
+                )
+            )
+        return _error(ApiError(status, str(error.description), _HINTS.get(status, "see /docs")))
+
+    return app
+
+
+def _nearby(paths: set[str]) -> str:
+    hint = near(request.path, paths)
+    return hint if hint.startswith("did") else "see /docs for what there is"
+
+
+def _view(
+    endpoint: Endpoint, tools: Tools, authenticator: Authenticator | None
+) -> Callable[..., Awaitable[Response]]:
+    path_params = {param.name: param for param in endpoint.path_params}
+
+    async def view(**path: str) -> Response:
+        try:
+            tenant = await _caller(endpoint, authenticator)
+            params = read_params(endpoint.params, request.args.items(multi=True))
+            for name, text in path.items():
+                params[name] = read_param(path_params[name], text)
+            body: bytes = b""
+            if endpoint.body is not None:
+                body = await request.get_data(False, False, False)
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            return _write(await endpoint.handler(Call(tools, tenant, params, headers, body)))
+        except ApiError as error:
+            return _error(error)
+        except HTTPException:  # the body was too large or too slow
+            raise
+        except Exception:
+            _log.exception("%s %s failed", endpoint.method, endpoint.path)
+            hint = "this is a fault of the service, told in its log; try again later"
+            return _error(ApiError(500, "the service failed to answer", hint))
+
+    return view
+
+
+async def _caller(endpoint: Endpoint, authenticator: Authenticator | None) -> str:
+    """The tenant, or empty for operators and where no one asks."""
+    if endpoint.access == "none":
+        return ""
+    authorization = request.headers.get("authorization")
+    caller: str | Denied | None = ""
+    if endpoint.access == "operator":
+        if authenticator is not None:
+            caller = await authenticator.operator(authorization)
+    elif authenticator is not None:
+        caller = await authenticator.tenant(authorization)
+    else:
+        caller = claimed_tenant(request.headers.get("x-scope-orgid"))
+    if isinstance(caller, Denied):
+        headers = {"www-authenticate": "Bearer"} if caller.status == 401 else {}
+        raise ApiError(caller.status, caller.message, "see /docs", headers)
+    return caller or ""
+
+
+def _write(result: Any) -> Response:
+    answer = result if isinstance(result, Answer) else Answer(result)
+    body = answer.body
+    if isinstance(body, dict | list):
+        body = orjson.dumps(body)
+    response = Response(body, answer.status, content_type=answer.media_type)
+    response.headers.update(answer.headers)
+    response.headers.setdefault("x-content-type-options", "nosniff")
+    return response
+
+
+def _error(error: ApiError) -> Response:
+    return _write(Answer(error.body(), error.status, headers=error.headers))
