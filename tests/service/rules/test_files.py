@@ -234,7 +234,7 @@ LAYOUTS = ["a", "a\n", "\n\n  a\n\n", "  a\n and c", "a // # c \n", "\ta", "# on
 ODD = ["when {a}\r\nalways {b}\r\n", 'a.where(x == "ä\0 \x85💰\n ")', '"- x: ["', "not a "]
 CONDITIONS = st.sampled_from([*LAYOUTS, *ODD])
 NAMES = st.sampled_from(
-    ["null", "1", "yes", " x ", "a: b", "#", "- a", "'", "|", "x\ny"]
+    ["null", "1", "yes", " x ", "a: b", "#", "- a", "'", "|", "x\ny", "\x85"]
 ) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
