@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
+import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from channels.threads import ThreadRunner
 from service.http.access import Authenticator, Denied, claimed_tenant
+from service.http.asgi import App, Receive, Scope, Send
 from service.http.backend import Backend
 from service.http.endpoint import Answer, Call, Endpoint, Tools
 from service.http.errors import ApiError
@@ -75,7 +77,24 @@ def create_api(
             )
         return _error(ApiError(status, str(error.description), _HINTS.get(status, "see /docs")))
 
+    app.asgi_app = _finishing(app.asgi_app)  # type: ignore[assignment,method-assign]
     return app
+
+
+def _finishing(app: Callable[..., Awaitable[None]]) -> App:
+    """Let the end of a response be sent undisturbed. Hypercorn reports the disconnect to the
+    application while it ends the response, and Quart-Trio then cancels the task that does so:
+    a connection that must be closed stayed open, a kept one lost its timeout."""
+
+    async def finishing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def whole(message: dict[str, Any]) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            with trio.CancelScope(shield=last):
+                await send(message)
+
+        await app(scope, receive, whole)
+
+    return finishing
 
 
 def _nearby(paths: set[str]) -> str:
