@@ -12,6 +12,7 @@ from .breaker import (
 )
 from .channel import ReceiveChannel, SendChannel, open_channel
 from .errors import ExpectedError, TransientError, is_expected
+from .shutdown import Step, shut_down
 from .stage import Stage, StageStatistics
 from .state import ChannelStatistics, PeakReader
 from .supervisor import supervise
@@ -34,6 +35,7 @@ __all__ = [
     "SendChannel",
     "Stage",
     "StageStatistics",
+    "Step",
     "Tap",
     "TapStatistics",
     "ThreadRunner",
@@ -43,5 +45,6 @@ __all__ = [
     "Transition",
     "is_expected",
     "open_channel",
+    "shut_down",
     "supervise",
 ]

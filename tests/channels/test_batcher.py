@@ -180,6 +180,28 @@ async def test_a_failing_key_function_loses_nothing() -> None:
     assert [batch async for batch in batcher] == [[("a", 1, 0)], [("b", 1, 1)], [("c", 1, 2)]]
 
 
+async def test_what_a_failing_key_function_left_comes_before_more_is_awaited(
+    autojump_clock: MockClock,
+) -> None:
+    send, receive = items_channel()
+    broken = True
+
+    def key(item: Item) -> str:
+        if item[0] == "b" and broken:
+            raise KeyError("b")
+        return item[0]
+
+    batcher = Batcher(receive, 2, 100.0, key=key)
+    send.send_nowait(("a", 2, 0))
+    assert await batcher.next() == [("a", 2, 0)]
+    send.send_nowait(("b", 2, 1))
+    with pytest.raises(KeyError):
+        await batcher.next()
+    broken = False
+    with trio.fail_after(1.0):
+        assert await batcher.next() == [("b", 2, 1)]
+
+
 async def test_a_closed_receiver_is_told() -> None:
     _, receive = items_channel()
     receive.close()
