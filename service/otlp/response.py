@@ -7,7 +7,7 @@ Both in the request's format: binary protobuf, or JSON by the proto3 mapping
 from __future__ import annotations
 
 import orjson
-from google.rpc.status_pb2 import Status
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
 
@@ -37,4 +37,5 @@ def status_body(json: bool, code: int, message: str) -> bytes:
     """The body of a 4xx or 5xx: a ``google.rpc.Status`` with a ``google.rpc.Code``."""
     if json:
         return orjson.dumps({"code": code, "message": message})
-    return Status(code=code, message=message).SerializeToString()
+    body: bytes = Status(code=code, message=message).SerializeToString()
+    return body

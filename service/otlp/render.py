@@ -1,0 +1,73 @@
+"""A stored trace as OTLP JSON: the spans of one trace out of the request bodies they came in.
+
+Not on the hot path: the protobuf library reads the bodies. OTLP's JSON differs from that of
+protobuf in two ways: ids are hex, and enums are numbers.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
+
+
+def trace_as_json(bodies: Iterable[bytes], trace_id: bytes) -> dict[str, Any]:
+    """The spans with ``trace_id`` as an OTLP JSON object, ``{"resourceSpans": [...]}``.
+
+    ``bodies`` are accepted protobuf requests, decompressed. A span that came twice (the same
+    span id) is given once, as it came first; spans of the same resource and scope are put
+    together, in the order they came. Ids are lower-case hex, 64-bit integers strings; fields
+    with their default value are left out. Raises ``google.protobuf.message.DecodeError`` for a
+    body that is not a request.
+    """
+    resources: dict[bytes, dict[str, Any]] = {}
+    scopes: dict[tuple[bytes, bytes], dict[str, Any]] = {}
+    seen: set[bytes] = set()
+    for body in bodies:
+        for resource_spans in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope_spans in resource_spans.scope_spans:
+                # A request holds many traces: look at all, convert few.
+                found: list[dict[str, Any]] = []
+                for span in scope_spans.spans:
+                    if span.trace_id == trace_id and span.span_id not in seen:
+                        seen.add(span.span_id)
+                        found.append(_span(span))
+                if not found:
+                    continue
+                about = ResourceSpans(
+                    resource=resource_spans.resource, schema_url=resource_spans.schema_url
+                )
+                resource_key = about.SerializeToString(deterministic=True)
+                if resource_key not in resources:
+                    resources[resource_key] = _as_dict(about) | {"scopeSpans": []}
+                scope = ScopeSpans(scope=scope_spans.scope, schema_url=scope_spans.schema_url)
+                scope_key = (resource_key, scope.SerializeToString(deterministic=True))
+                if scope_key not in scopes:
+                    scopes[scope_key] = _as_dict(scope) | {"spans": []}
+                    resources[resource_key]["scopeSpans"].append(scopes[scope_key])
+                scopes[scope_key]["spans"] += found
+    return {"resourceSpans": list(resources.values())}
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    return MessageToDict(message, use_integers_for_enums=True)
+
+
+def _span(span: Span) -> dict[str, Any]:
+    result = _as_dict(span)
+    _ids_to_hex(result)
+    for link in result.get("links", ()):
+        _ids_to_hex(link)
+    return result
+
+
+def _ids_to_hex(message: dict[str, Any]) -> None:
+    """Turn the ids of a span or link, base64 by protobuf's rules, into hex."""
+    for name in ("traceId", "spanId", "parentSpanId"):
+        if name in message:
+            message[name] = base64.b64decode(message[name]).hex()
