@@ -26,10 +26,11 @@ class Step:
 
 
 async def shut_down(steps: Sequence[Step], grace: float, *, report_every: float = 5.0) -> list[str]:
-    """End the parts one after the other, and return the names of those that did not end in time.
+    """End the parts one after the other, and return the names of those that did not end.
 
     A part is told to stop when those before it have ended. When the time is up, the parts that
-    remain are still told to stop, but not waited for.
+    remain are still told to stop, but not waited for. A part that raises is logged and counts as
+    not ended.
 
     Args:
       steps: the parts in the order in which work passes through them.
@@ -47,11 +48,14 @@ async def shut_down(steps: Sequence[Step], grace: float, *, report_every: float 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(report)
         for step in steps:
-            step.stop()
-            with trio.move_on_at(deadline):
-                await step.finished()
-                unfinished.remove(step.name)
+            try:
+                step.stop()
+                with trio.move_on_at(deadline):
+                    await step.finished()
+                    unfinished.remove(step.name)
+            except Exception:  # the other parts must end all the same
+                logger.exception("shutting down: %s failed", step.name)
         nursery.cancel_scope.cancel()
     if unfinished:
-        logger.warning("not finished in %g s: %s", grace, ", ".join(unfinished))
+        logger.warning("shutting down; not finished: %s", ", ".join(unfinished))
     return unfinished

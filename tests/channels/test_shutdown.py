@@ -41,4 +41,17 @@ async def test_what_is_not_finished_in_time_is_told_and_named(
     log: list[tuple[float, str]] = []
     assert await shut_down(slow_steps(log, 1.0, 9.0, 1.0), 4.0) == ["b", "c"]
     assert log == [(0.0, "a told"), (1.0, "a finished"), (1.0, "b told"), (4.0, "c told")]
-    assert caplog.messages == ["not finished in 4 s: b, c"]
+    assert caplog.messages == ["shutting down; not finished: b, c"]
+
+
+async def test_a_part_that_fails_does_not_keep_the_others_from_ending(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise OSError("broken")
+
+    log: list[tuple[float, str]] = []
+    steps = [Step("bad", lambda: None, fail), *slow_steps(log, 1.0)]
+    assert await shut_down(steps, 4.0) == ["bad"]
+    assert log == [(0.0, "a told"), (1.0, "a finished")]
+    assert caplog.messages == ["shutting down: bad failed", "shutting down; not finished: bad"]
