@@ -1,0 +1,391 @@
+"""The query store: signals and the trace index of each tenant, in DuckDB.
+
+It is a projection: the ledger is the record of signals, the span log that of spans, and a file
+that is lost or damaged is made anew from those. All methods block and may be called from any
+thread; they raise :exc:`StoreError` (:exc:`StoreCorrupt` where the tenant's file is damaged),
+:exc:`PoolTimeout` where all of the tenant's connections are in use, :exc:`BadQuery` where a
+filter, a cursor or an id is wrong and :exc:`ValueError` for a bad tenant name. Times are
+nanoseconds since 1970, ids lower-case hex.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from service.signals import Kind, Signal, signal_id
+from service.storage import duckqueries
+from service.storage.duckfiles import Cursor, DuckFiles, StoreCorrupt, StoreError
+from service.storage.duckqueries import BadQuery, StoredSignal, SummaryRow, TraceRow
+from service.storage.pool import PoolTimeout
+from service.storage.traces_table import Columns, frames_table, trace_id_halves, traces_table
+
+__all__ = [
+    "BadQuery",
+    "DuckStore",
+    "PoolTimeout",
+    "RowCounts",
+    "StoreCorrupt",
+    "StoreError",
+    "StoredSignal",
+    "SummaryRow",
+    "TraceRow",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """The rows of a tenant's tables."""
+
+    signals: int
+    traces: int
+    frames: int
+
+
+class DuckStore:
+    """The files of all tenants below ``directory``; see :class:`DuckFiles` for the limits."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        memory_bytes: int = 512 << 20,
+        threads: int = 2,
+        pool_max: int = 5,
+        pool_idle: int = 1,
+        pool_timeout: float = 5.0,
+        idle_close: float = 300.0,
+        attached_max: int = 1000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._files = DuckFiles(
+            directory,
+            memory_bytes=memory_bytes,
+            threads=threads,
+            pool_max=pool_max,
+            pool_idle=pool_idle,
+            pool_timeout=pool_timeout,
+            idle_close=idle_close,
+            attached_max=attached_max,
+            clock=clock,
+        )
+
+    # Writing
+
+    def write(
+        self,
+        tenant: str,
+        *,
+        signals: Sequence[Signal] = (),
+        traces: Columns | None = None,
+        frames: Columns | None = None,
+    ) -> int:
+        """Write all of it in one transaction, which is one commit; returns how many of the signals
+        are new. See the methods for each."""
+        return self._write(
+            tenant,
+            signals,
+            None if traces is None else traces_table(traces),
+            None if frames is None else frames_table(frames),
+        )
+
+    def _write(
+        self,
+        tenant: str,
+        signals: Sequence[Signal],
+        traces: pa.Table | None,
+        frames: pa.Table | None,
+    ) -> int:
+        with self._files.use(tenant, write=True) as db:
+            if traces is not None and len(traces):
+                _insert(db, "INSERT OR REPLACE INTO traces BY NAME SELECT * FROM rows", traces)
+            if frames is not None and len(frames):
+                _insert(
+                    db,
+                    "INSERT OR REPLACE INTO trace_frames BY NAME "
+                    "SELECT trace_id, list_first(positions) AS first, positions FROM rows",
+                    frames,
+                )
+            return _write_signals(db, signals) if signals else 0
+
+    def write_signals(self, tenant: str, signals: Sequence[Signal]) -> int:
+        """Store signals, which are all of ``tenant``; how many are new. One that is there already
+        is left as it is. A retraction also marks what it retracts, whichever comes first."""
+        return self.write(tenant, signals=signals)
+
+    def write_traces(self, tenant: str, traces: Columns) -> int:
+        """Insert traces, or replace those that are there; how many rows were given. The columns are
+        those of :func:`service.storage.traces_table.traces_table`."""
+        table = traces_table(traces)
+        self._write(tenant, (), table, None)
+        return len(table)
+
+    def write_frames(self, tenant: str, frames: Columns) -> int:
+        """Store spilled log positions of long traces, in columns as for
+        :func:`service.storage.traces_table.frames_table`; how many rows. A chunk that begins
+        with the same position as one of its trace replaces it."""
+        table = frames_table(frames)
+        self._write(tenant, (), None, table)
+        return len(table)
+
+    def expire(self, tenant: str, before: int) -> int:
+        """Delete the traces last seen before a time, with their positions; how many traces.
+        Signals are kept."""
+        if not self._files.has(tenant):
+            return 0
+        with self._files.use(tenant, write=True) as db:
+            db.execute(
+                "DELETE FROM trace_frames WHERE trace_id IN "
+                "(SELECT trace_id FROM traces WHERE last_seen_ns < ?)",
+                [before],
+            ).fetchall()
+            row = duckqueries.one(db, "DELETE FROM traces WHERE last_seen_ns < ?", [before])
+        return int(row[0]) if row else 0
+
+    # Reading
+
+    def signals(
+        self,
+        tenant: str,
+        *,
+        rule: str | None = None,
+        severity: str | None = None,
+        trace_id: str | None = None,
+        status: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> tuple[list[StoredSignal], str | None]:
+        """The signals that all given filters let through, newest first, detected at ``since`` or
+        later and before ``until``; and the cursor of the next page, None after the last. Rows
+        that are stored meanwhile neither repeat nor hide others."""
+        if not self._files.has(tenant):
+            return [], None
+        with self._files.use(tenant) as db:
+            return duckqueries.signals(
+                db,
+                tenant,
+                rule=rule,
+                severity=severity,
+                trace_id=trace_id,
+                status=status,
+                since=since,
+                until=until,
+                limit=limit,
+                cursor=cursor,
+            )
+
+    def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
+        """The signal of this id, if there is one."""
+        if not self._files.has(tenant):
+            return None
+        with self._files.use(tenant) as db:
+            return duckqueries.signal(db, tenant, signal_id)
+
+    def signals_after(self, tenant: str, seq: int, limit: int = 1000) -> list[StoredSignal]:
+        """The signals stored after the one numbered ``seq``, oldest first."""
+        if not self._files.has(tenant):
+            return []
+        with self._files.use(tenant) as db:
+            return duckqueries.signals_after(db, tenant, seq, limit)
+
+    def summary(self, tenant: str, since: int, until: int, bucket: int) -> list[SummaryRow]:
+        """Counts of raised signals detected from ``since`` to before ``until`` by rule, severity
+        and bucket of ``bucket`` nanoseconds; buckets without any are left out."""
+        duckqueries.check_summary(since, until, bucket)
+        if not self._files.has(tenant):
+            return []
+        with self._files.use(tenant) as db:
+            return duckqueries.summary(db, since, until, bucket)
+
+    def trace(self, tenant: str, trace_id: str) -> TraceRow | None:
+        """The trace with all positions of its frames, the spilled ones included."""
+        return self.find_traces(tenant, [trace_id]).get(trace_id.lower())
+
+    def find_traces(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
+        """Those of the traces that are there, by id, each as :meth:`trace` gives it."""
+        if not self._files.has(tenant):
+            return {}
+        with self._files.use(tenant) as db:
+            return duckqueries.find_traces(db, trace_ids)
+
+    def traces(
+        self,
+        tenant: str,
+        *,
+        service: str | None = None,
+        name: str | None = None,
+        min_duration: int | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        has_signal: bool | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> tuple[list[TraceRow], str | None]:
+        """Traces by when they started, newest first, without their positions, and the cursor of
+        the next page. ``service`` is any service in the trace, ``name`` its root span's,
+        ``min_duration`` in nanoseconds; ``has_signal`` asks for an active signal."""
+        if not self._files.has(tenant):
+            return [], None
+        with self._files.use(tenant) as db:
+            return duckqueries.traces(
+                db,
+                service=service,
+                name=name,
+                min_duration=min_duration,
+                since=since,
+                until=until,
+                has_signal=has_signal,
+                limit=limit,
+                cursor=cursor,
+            )
+
+    def trace_ids(self, tenant: str, since: int = 0) -> npt.NDArray[np.int64]:
+        """The ids of the traces last seen at ``since`` or later, as an (n, 2) array of their high
+        and low halves."""
+        if not self._files.has(tenant):
+            return np.zeros((0, 2), np.int64)
+        with self._files.use(tenant) as db:
+            table: pa.Table = db.sql(
+                "SELECT trace_id FROM traces WHERE last_seen_ns >= ?", params=[since]
+            ).to_arrow_table()
+        return trace_id_halves(table["trace_id"].combine_chunks())
+
+    def counts(self, tenant: str) -> RowCounts:
+        """How many rows there are: fewer signals than the ledger has call for a rebuild."""
+        if not self._files.has(tenant):
+            return RowCounts(0, 0, 0)
+        with self._files.use(tenant) as db:
+            row = duckqueries.one(
+                db,
+                "SELECT (SELECT count(*) FROM signals), (SELECT count(*) FROM traces), "
+                "(SELECT count(*) FROM trace_frames)",
+            )
+        assert row is not None
+        return RowCounts(*row)
+
+    # Files
+
+    def tenants(self) -> list[str]:
+        """The tenants that have a file, sorted."""
+        return self._files.tenants()
+
+    @property
+    def attached(self) -> int:
+        """How many tenants' files are open."""
+        return self._files.attached
+
+    def connections(self) -> dict[str, int]:
+        """The open connections of each tenant whose file is open."""
+        return self._files.connections()
+
+    def sweep(self) -> int:
+        """Close the files that were unused for long; how many. To be called every minute or so."""
+        return self._files.sweep()
+
+    def recreate(self, tenant: str) -> None:
+        """Put a damaged file aside and begin an empty one; its rows are then to be written again,
+        from the ledger and the log."""
+        self._files.recreate(tenant)
+
+    def delete_tenant(self, tenant: str) -> None:
+        """Delete all that is stored of the tenant."""
+        self._files.delete(tenant)
+
+    def close(self) -> None:
+        """Close all files. Twice does no harm."""
+        self._files.close()
+
+    def __enter__(self) -> DuckStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _insert(db: Cursor, statement: str, rows: pa.Table) -> int:
+    """Run an INSERT that reads the table ``rows``; how many rows were inserted or replaced."""
+    db.register("rows", rows)
+    try:
+        found = duckqueries.one(db, statement)
+    finally:
+        db.unregister("rows")
+    return int(found[0]) if found else 0
+
+
+def _other(signal: Signal) -> bytes:
+    """The id of the retraction of a raised signal, or of what a retraction retracts."""
+    kind = Kind.RETRACTED if signal.kind is Kind.RAISED else Kind.RAISED
+    return bytes.fromhex(
+        signal_id(signal.tenant, signal.rule_id, signal.rule_version, signal.trace_id, kind)
+    )
+
+
+def _write_signals(db: Cursor, signals: Sequence[Signal]) -> int:
+    first: dict[str, Signal] = {}
+    for signal in signals:
+        first.setdefault(signal.id, signal)
+    unique = list(first.values())
+    raised = [_other(signal) for signal in unique if signal.kind is Kind.RAISED]
+    retracted = {
+        key
+        for (key,) in db.execute(
+            "SELECT id FROM signals WHERE kind = 'retracted' AND id IN (SELECT unnest(?))",
+            [raised],
+        ).fetchall()
+    }
+    top = duckqueries.one(db, "SELECT coalesce(max(seq), 0) FROM signals")
+    assert top is not None
+    rows = {
+        "id": pa.array([duckqueries.id_bytes(s.id, "signal id") for s in unique], pa.binary()),
+        "seq": np.arange(top[0] + 1, top[0] + 1 + len(unique)),
+        "status": [
+            "active" if s.kind is Kind.RAISED and _other(s) not in retracted else "retracted"
+            for s in unique
+        ],
+        "trace_id": pa.array(
+            [duckqueries.id_bytes(s.trace_id, "trace_id") for s in unique], pa.binary()
+        ),
+        "kind": [str(s.kind) for s in unique],
+        "counts": [orjson.dumps(s.counts).decode() for s in unique],
+        "evidence": [orjson.dumps(s.evidence).decode() for s in unique],
+        "labels": [orjson.dumps(s.labels).decode() for s in unique],
+        "reason": pa.array([s.reason for s in unique], pa.string()),
+    }
+    for name in (
+        "rule_id",
+        "rule_version",
+        "severity",
+        "clause",
+        "detected_at",
+        "early",
+        "message",
+    ):
+        rows[name] = [getattr(s, name) for s in unique]
+    new = _insert(
+        db,
+        "INSERT INTO signals BY NAME SELECT * FROM rows ON CONFLICT DO NOTHING",
+        pa.table(rows),
+    )
+    taken_back = [_other(signal) for signal in unique if signal.kind is Kind.RETRACTED]
+    if taken_back:
+        db.execute(
+            "UPDATE signals SET status = 'retracted' "
+            "WHERE status = 'active' AND id IN (SELECT unnest(?))",
+            [taken_back],
+        )
+    return new

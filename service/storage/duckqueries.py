@@ -1,0 +1,286 @@
+"""What can be asked of a tenant's DuckDB file: rows as values, pages, and their cursors.
+
+Every function takes a connection whose default database is the tenant's. Values are bound as
+parameters; the text of a query depends only on which filters are there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from service.signals import Kind, Signal
+from service.storage.duckfiles import Cursor
+
+MAX_LIMIT = 1000
+MAX_BUCKETS = 10_000
+_IDS_PER_QUERY = 100
+_CURSOR = struct.Struct(">cq16s")
+
+
+class BadQuery(ValueError):  # noqa: N818
+    """What was asked cannot be answered; the message says what to ask instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSignal:
+    """A signal as it stands now. ``status`` is ``retracted`` of a raised signal that no longer
+    holds, and of every retraction; ``seq`` grows in the order in which they were stored."""
+
+    signal: Signal
+    status: Literal["active", "retracted"]
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """How many signals of a rule were raised within a bucket of time, and how many of those
+    were retracted since."""
+
+    bucket_ns: int
+    rule_id: str
+    severity: str
+    raised: int
+    retracted: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """A trace of the index; see :data:`service.storage.traces_table.TRACES`."""
+
+    trace_id: str
+    start_ns: int
+    end_ns: int
+    first_seen_ns: int
+    last_seen_ns: int
+    spans: int
+    errors: int
+    root_name: str | None
+    root_service: str | None
+    services: list[str]
+    partial: bool
+    rules_version: str
+    positions: list[int]
+    """All of its frames, in order; empty in lists of traces."""
+
+
+_SIGNAL = (
+    "lower(hex(id)), rule_id, rule_version, severity, kind, clause, lower(hex(trace_id)), "
+    "detected_at, early, counts, evidence, message, labels, reason, status, seq"
+)
+_TRACE = (
+    "lower(hex(trace_id)), start_ns, end_ns, first_seen_ns, last_seen_ns, spans, errors, "
+    "root_name, root_service, services, partial, rules_version"
+)
+
+
+def id_bytes(text: str, what: str) -> bytes:
+    """The 16 bytes of an id of 32 hex digits; :exc:`BadQuery` where it is none."""
+    if len(text) == 32:
+        try:
+            return bytes.fromhex(text)
+        except ValueError:
+            pass
+    raise BadQuery(f"{what} {text!r} is not 32 hexadecimal digits")
+
+
+def one(db: Cursor, sql: str, parameters: Any = ()) -> tuple[Any, ...] | None:
+    """The first row of a query's result, which is read to its end: a connection takes nothing new
+    while a result is unfinished."""
+    rows = db.execute(sql, parameters).fetchall()
+    return rows[0] if rows else None
+
+
+class _Where:
+    """The conditions of a query and their parameters."""
+
+    def __init__(self) -> None:
+        self.conditions: list[str] = []
+        self.parameters: list[Any] = []
+
+    def add(self, condition: str, *values: Any) -> None:
+        """``condition`` with a ``?`` for each value; left out where the first is None."""
+        if not values or values[0] is not None:
+            self.conditions.append(condition)
+            self.parameters.extend(values)
+
+    @property
+    def sql(self) -> str:
+        return f"WHERE {' AND '.join(self.conditions)}" if self.conditions else ""
+
+
+def _page(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes] | None:
+    """Check the limit, and read a cursor: the key of the last row of the page before."""
+    if not 1 <= limit <= MAX_LIMIT:
+        raise BadQuery(f"limit must be 1 to {MAX_LIMIT}, not {limit}")
+    if cursor is None:
+        return None
+    try:
+        data = base64.b64decode(cursor.encode("ascii"), b"-_", validate=True)
+        found, time, key = _CURSOR.unpack(data)
+    except (binascii.Error, struct.error, ValueError):
+        found = b""
+    if found != kind:
+        raise BadQuery("the cursor is not one of this list: pass on 'next' of the page before")
+    return time, key
+
+
+def _next(kind: bytes, time: int, key: str) -> str:
+    data = _CURSOR.pack(kind, time, bytes.fromhex(key))
+    return base64.urlsafe_b64encode(data).decode()
+
+
+def _stored(tenant: str, row: tuple[Any, ...]) -> StoredSignal:
+    (key, rule, version, severity, kind, clause, trace, at, early) = row[:9]
+    (counts, evidence, message, labels, reason, status, seq) = row[9:]
+    signal = Signal(
+        id=key,
+        tenant=tenant,
+        rule_id=rule,
+        rule_version=version,
+        severity=severity,
+        kind=Kind(kind),
+        clause=clause,
+        trace_id=trace,
+        detected_at=at,
+        early=early,
+        counts=orjson.loads(counts),
+        evidence=orjson.loads(evidence),
+        message=message,
+        labels=orjson.loads(labels),
+        reason=reason,
+    )
+    return StoredSignal(signal, status, seq)
+
+
+def _trace(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
+    return TraceRow(*(*row, positions))
+
+
+def signals(
+    db: Cursor,
+    tenant: str,
+    *,
+    rule: str | None = None,
+    severity: str | None = None,
+    trace_id: str | None = None,
+    status: str | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    limit: int = 100,
+    cursor: str | None = None,
+) -> tuple[list[StoredSignal], str | None]:
+    """See :meth:`service.storage.duck.DuckStore.signals`."""
+    after = _page(limit, b"s", cursor)
+    where = _Where()
+    where.add("rule_id = ?", rule)
+    where.add("severity = ?", severity)
+    where.add("status = ?", status)
+    where.add("detected_at >= ?", since)
+    where.add("detected_at < ?", until)
+    if trace_id is not None:
+        where.add("trace_id = ?", id_bytes(trace_id, "trace_id"))
+    if after is not None:
+        where.add("(detected_at < ? OR (detected_at = ? AND id < ?))", after[0], *after)
+    rows = db.execute(
+        f"SELECT {_SIGNAL} FROM signals {where.sql} ORDER BY detected_at DESC, id DESC LIMIT ?",
+        [*where.parameters, limit + 1],
+    ).fetchall()
+    found = [_stored(tenant, row) for row in rows[:limit]]
+    last = found[-1].signal if len(rows) > limit else None
+    return found, _next(b"s", last.detected_at, last.id) if last else None
+
+
+def signal(db: Cursor, tenant: str, signal_id: str) -> StoredSignal | None:
+    """See :meth:`service.storage.duck.DuckStore.signal`."""
+    row = one(db, f"SELECT {_SIGNAL} FROM signals WHERE id = ?", [id_bytes(signal_id, "signal id")])
+    return _stored(tenant, row) if row else None
+
+
+def signals_after(db: Cursor, tenant: str, seq: int, limit: int) -> list[StoredSignal]:
+    """See :meth:`service.storage.duck.DuckStore.signals_after`."""
+    rows = db.execute(
+        f"SELECT {_SIGNAL} FROM signals WHERE seq > ? ORDER BY seq LIMIT ?", [seq, limit]
+    ).fetchall()
+    return [_stored(tenant, row) for row in rows]
+
+
+def summary(db: Cursor, since: int, until: int, bucket: int) -> list[SummaryRow]:
+    """See :meth:`service.storage.duck.DuckStore.summary`."""
+    rows = db.execute(
+        "SELECT detected_at // $bucket * $bucket AS bucket_ns, rule_id, severity, count(*), "
+        "count(*) FILTER (status = 'retracted') FROM signals WHERE kind = 'raised' "
+        "AND detected_at >= $since AND detected_at < $until "
+        "GROUP BY ALL ORDER BY bucket_ns, rule_id, severity",
+        {"bucket": bucket, "since": since, "until": until},
+    ).fetchall()
+    return [SummaryRow(*row) for row in rows]
+
+
+def check_summary(since: int, until: int, bucket: int) -> None:
+    """Refuse a summary of too many buckets."""
+    if bucket < 1 or until - since > bucket * MAX_BUCKETS:
+        raise BadQuery(f"at most {MAX_BUCKETS} buckets: choose a larger bucket or a shorter time")
+
+
+def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
+    """See :meth:`service.storage.duck.DuckStore.find_traces`."""
+    ids = [id_bytes(each, "trace_id") for each in dict.fromkeys(trace_ids)]
+    found = {}
+    for first in range(0, len(ids), _IDS_PER_QUERY):
+        some = ids[first : first + _IDS_PER_QUERY]
+        marks = ",".join("?" * len(some))
+        spilled: dict[str, set[int]] = {}
+        for key, positions in db.execute(
+            f"SELECT lower(hex(trace_id)), positions FROM trace_frames WHERE trace_id IN ({marks})",
+            some,
+        ).fetchall():
+            spilled.setdefault(key, set()).update(positions)
+        for row in db.execute(
+            f"SELECT {_TRACE}, positions FROM traces WHERE trace_id IN ({marks})", some
+        ).fetchall():
+            key, positions = row[0], row[-1]
+            found[key] = _trace(row[:-1], sorted(spilled.get(key, set()).union(positions)))
+    return found
+
+
+def traces(
+    db: Cursor,
+    *,
+    service: str | None = None,
+    name: str | None = None,
+    min_duration: int | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    has_signal: bool | None = None,
+    limit: int = 100,
+    cursor: str | None = None,
+) -> tuple[list[TraceRow], str | None]:
+    """See :meth:`service.storage.duck.DuckStore.traces`."""
+    after = _page(limit, b"t", cursor)
+    where = _Where()
+    where.add("list_contains(services, ?)", service)
+    where.add("root_name = ?", name)
+    where.add("end_ns - start_ns >= ?", min_duration)
+    where.add("start_ns >= ?", since)
+    where.add("start_ns < ?", until)
+    if has_signal is not None:
+        where.add(
+            f"trace_id {'' if has_signal else 'NOT '}IN "
+            "(SELECT trace_id FROM signals WHERE status = 'active')"
+        )
+    if after is not None:
+        where.add("(start_ns < ? OR (start_ns = ? AND trace_id < ?))", after[0], *after)
+    rows = db.execute(
+        f"SELECT {_TRACE} FROM traces {where.sql} ORDER BY start_ns DESC, trace_id DESC LIMIT ?",
+        [*where.parameters, limit + 1],
+    ).fetchall()
+    found = [_trace(row, []) for row in rows[:limit]]
+    last = found[-1] if len(rows) > limit else None
+    return found, _next(b"t", last.start_ns, last.trace_id) if last else None

@@ -1,0 +1,102 @@
+"""Rows of the trace index as Arrow tables, which DuckDB reads without copying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+# A row a trace. Times are nanoseconds since 1970: start and end those of the spans, first and last
+# seen those of the frames. ``positions`` are the span-log positions of the trace's frames, less
+# those that were spilled before; ``partial`` says that some of its spans were not counted.
+TRACES = pa.schema(
+    [
+        ("trace_id", pa.binary(16)),
+        ("start_ns", pa.int64()),
+        ("end_ns", pa.int64()),
+        ("first_seen_ns", pa.int64()),
+        ("last_seen_ns", pa.int64()),
+        ("spans", pa.int64()),
+        ("errors", pa.int64()),
+        ("root_name", pa.string()),
+        ("root_service", pa.string()),
+        ("services", pa.list_(pa.string())),
+        ("positions", pa.list_(pa.int64())),
+        ("partial", pa.bool_()),
+        ("rules_version", pa.string()),
+    ]
+)
+
+# A row is a chunk of a long trace's positions, spilled while it is open.
+FRAMES = pa.schema([("trace_id", pa.binary(16)), ("positions", pa.list_(pa.int64()))])
+
+Columns: TypeAlias = pa.Table | Mapping[str, Any]
+
+
+def trace_id_array(hi: npt.NDArray[np.int64], lo: npt.NDArray[np.int64]) -> pa.Array:
+    """Trace ids as 16-byte values, from the two halves as span rows hold them."""
+    both = np.empty((len(hi), 2), ">i8")
+    both[:, 0] = hi
+    both[:, 1] = lo
+    return pa.Array.from_buffers(pa.binary(16), len(hi), [None, pa.py_buffer(both.tobytes())])
+
+
+def trace_id_halves(ids: pa.Array) -> npt.NDArray[np.int64]:
+    """The opposite: an (n, 2) array of the high and low halves of ``ids``, 16 bytes each."""
+    fixed = ids.cast(pa.binary(16))
+    data = np.frombuffer(fixed.buffers()[1], ">i8", 2 * len(fixed), 16 * fixed.offset)
+    return data.reshape(-1, 2).astype(np.int64)
+
+
+def traces_table(columns: Columns) -> pa.Table:
+    """A table of :data:`TRACES` with one row for each trace, the last where one is there twice.
+
+    ``columns`` is such a table, or maps the column names to arrays or sequences of equal
+    length. Instead of ``trace_id`` there may be ``trace_hi`` and ``trace_lo``; a list column
+    may be given as a pair (values, offsets) of arrays. Raises :exc:`ValueError` where a
+    column is missing or does not fit.
+    """
+    return _table(columns, TRACES, unique=True)
+
+
+def frames_table(columns: Columns) -> pa.Table:
+    """A table of :data:`FRAMES`, from columns given as to :func:`traces_table`. Chunks without
+    positions are left out."""
+    table = _table(columns, FRAMES, unique=False)
+    return table.filter(pa.compute.greater(pa.compute.list_value_length(table["positions"]), 0))
+
+
+def _table(columns: Columns, schema: pa.Schema, unique: bool) -> pa.Table:
+    try:
+        if isinstance(columns, pa.Table):
+            table = columns.select(schema.names).cast(schema)
+        else:
+            table = pa.Table.from_arrays(
+                [_array(columns, field) for field in schema], schema=schema
+            )
+    except KeyError as error:
+        raise ValueError(f"column {error} is missing") from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"columns that do not fit {schema.names}: {error}") from error
+    if unique:
+        ids = table["trace_id"].to_pylist()
+        if len(set(ids)) != len(ids):
+            table = table.take(sorted({each: row for row, each in enumerate(ids)}.values()))
+    return table
+
+
+def _array(columns: Mapping[str, Any], field: pa.Field) -> pa.Array:
+    if field.name == "trace_id" and "trace_id" not in columns:
+        return trace_id_array(columns["trace_hi"], columns["trace_lo"])
+    values: Sequence[Any] | pa.Array | tuple[Any, Any] = columns[field.name]
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.cast(field.type)
+    if isinstance(values, tuple) and pa.types.is_list(field.type):
+        items, offsets = values
+        return pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), pa.array(items, field.type.value_type)
+        )
+    return pa.array(values, field.type)

@@ -1,0 +1,597 @@
+"""The query store: what is written can be asked for, and damage is told, not passed on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.signals import Kind, Signal, signal_id
+from service.storage.duck import (
+    BadQuery,
+    DuckStore,
+    PoolTimeout,
+    RowCounts,
+    StoreCorrupt,
+    StoredSignal,
+    StoreError,
+    SummaryRow,
+)
+from service.storage.traces_table import (
+    frames_table,
+    trace_id_array,
+    trace_id_halves,
+    traces_table,
+)
+
+SECOND = 10**9
+
+
+def make(
+    number: int, rule: str = "r1", kind: Kind = Kind.RAISED, tenant: str = "shop", **changes: Any
+) -> Signal:
+    trace = f"{number:032x}"
+    values: dict[str, Any] = {
+        "severity": "high",
+        "clause": "never",
+        "detected_at": number * SECOND,
+        "early": number % 2 == 0,
+        "counts": {"pay": 2**40, "ship.*": 0},
+        "evidence": {"pay": ["00f067aa0ba902b7"]},
+        "message": "paid twice – größer ' \"",
+        "labels": {"team": "checkout"},
+        "reason": None if kind is Kind.RAISED else "late spans",
+    }
+    return Signal(
+        id=signal_id(tenant, rule, "v1", trace, kind),
+        tenant=tenant,
+        rule_id=rule,
+        rule_version="v1",
+        kind=kind,
+        trace_id=trace,
+        **values | changes,
+    )
+
+
+def columns(*numbers: int, **changes: Any) -> dict[str, Any]:
+    n = len(numbers)
+    at = np.array(numbers, np.int64) * SECOND
+    return {
+        "trace_hi": np.zeros(n, np.int64),
+        "trace_lo": np.array(numbers, np.int64),
+        "start_ns": at,
+        "end_ns": at + np.array(numbers, np.int64),
+        "first_seen_ns": at,
+        "last_seen_ns": at,
+        "spans": np.full(n, 10),
+        "errors": np.zeros(n, np.int64),
+        "root_name": ["GET /" if i % 2 else None for i in numbers],
+        "root_service": ["web"] * n,
+        "services": [["web", f"s{i % 3}"] for i in numbers],
+        "positions": [[i, i + 1] for i in numbers],
+        "partial": np.zeros(n, np.bool_),
+        "rules_version": ["v1"] * n,
+    } | changes
+
+
+def trace_id(number: int) -> str:
+    return f"{number:032x}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DuckStore]:
+    with DuckStore(tmp_path, pool_timeout=0.2) as store:
+        yield store
+
+
+def ids(found: tuple[list[StoredSignal], str | None]) -> list[int]:
+    return [int(each.signal.trace_id, 16) for each in found[0]]
+
+
+class TestSignals:
+    def test_a_signal_comes_back_whole(self, store: DuckStore) -> None:
+        one, two = make(1), make(2, labels={}, counts={}, evidence={})
+        assert store.write_signals("shop", [one, two]) == 2
+        assert store.signal("shop", one.id) == StoredSignal(one, "active", 1)
+        assert store.signal("shop", two.id) == StoredSignal(two, "active", 2)
+        assert store.signal("shop", "0" * 32) is None
+
+    def test_a_repeat_changes_nothing(self, store: DuckStore) -> None:
+        assert store.write_signals("shop", [make(1), make(2), make(1)]) == 2
+        again = make(1, message="told differently")
+        assert store.write_signals("shop", [again, make(3)]) == 1
+        assert store.signal("shop", again.id) == StoredSignal(make(1), "active", 1)
+        assert store.write_signals("shop", []) == 0
+
+    def test_the_first_of_two_in_one_batch_stays(self, store: DuckStore) -> None:
+        store.write_signals("shop", [make(1), make(1, message="second")])
+        found = store.signal("shop", make(1).id)
+        assert found is not None
+        assert found.signal == make(1)
+
+    @pytest.mark.parametrize("order", ["before", "after", "together", "together, turned"])
+    def test_a_retraction_marks_what_it_retracts(self, store: DuckStore, order: str) -> None:
+        raised, retracted = make(1), make(1, kind=Kind.RETRACTED)
+        batches = {
+            "before": [[retracted], [raised]],
+            "after": [[raised], [retracted]],
+            "together": [[raised, retracted]],
+            "together, turned": [[retracted, raised]],
+        }[order]
+        store.write_signals("shop", [make(2)])
+        assert sum(store.write_signals("shop", batch) for batch in batches) == 2
+        for each in (raised, retracted):
+            found = store.signal("shop", each.id)
+            assert found is not None
+            assert (found.signal, found.status) == (each, "retracted")
+        assert store.write_signals("shop", [raised]) == 0
+        assert ids(store.signals("shop", status="active")) == [2]
+        assert ids(store.signals("shop", status="retracted")) == [1, 1]
+
+    def test_filters(self, store: DuckStore) -> None:
+        store.write_signals(
+            "shop",
+            [make(i, f"r{i % 3}", severity="low" if i % 2 else "high") for i in range(10)],
+        )
+        assert ids(store.signals("shop")) == list(range(9, -1, -1))
+        assert ids(store.signals("shop", rule="r1")) == [7, 4, 1]
+        assert ids(store.signals("shop", rule="r1", severity="low")) == [7, 1]
+        assert ids(store.signals("shop", trace_id=trace_id(4))) == [4]
+        assert ids(store.signals("shop", since=3 * SECOND, until=6 * SECOND)) == [5, 4, 3]
+        assert ids(store.signals("shop", rule="' OR 1=1 --")) == []
+        assert ids(store.signals("other")) == []
+
+    def test_pages(self, store: DuckStore) -> None:
+        """Many signals of the same time, and others stored while the pages are read."""
+        at = {"detected_at": 5 * SECOND}
+        store.write_signals("shop", [make(i, **at) for i in range(7)] + [make(9), make(3, "r2")])
+        everything, none = store.signals("shop")
+        assert none is None
+        seen: list[StoredSignal] = []
+        cursor = None
+        for _ in range(5):
+            page, cursor = store.signals("shop", limit=2, cursor=cursor)
+            seen += page
+            store.write_signals("shop", [make(100 + len(seen))])
+        assert seen == everything
+        assert cursor is None
+
+    @settings(max_examples=30, deadline=None)
+    @given(cursor=st.text(max_size=40) | st.binary(max_size=30).map(lambda b: b.hex()))
+    def test_a_forged_cursor_is_refused(self, cursor: str) -> None:
+        store = self.forged
+        with pytest.raises(BadQuery, match="cursor"):
+            store.signals("shop", cursor=cursor)
+
+    @pytest.fixture(autouse=True, scope="class")
+    def _shared(
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[None]:
+        with DuckStore(tmp_path_factory.mktemp("forged")) as store:
+            store.write_signals("shop", [make(1)])
+            request.cls.forged = store
+            yield
+
+    forged: DuckStore
+
+    def test_a_cursor_of_another_list_is_refused(self, store: DuckStore) -> None:
+        store.write("shop", signals=[make(1), make(2)], traces=columns(1, 2))
+        _, cursor = store.signals("shop", limit=1)
+        with pytest.raises(BadQuery, match="not one of this list"):
+            store.traces("shop", cursor=cursor)
+
+    def test_bad_questions(self, store: DuckStore) -> None:
+        store.write_signals("shop", [make(1)])
+        for limit in (0, -1, 1001):
+            with pytest.raises(BadQuery, match="limit must be 1 to 1000"):
+                store.signals("shop", limit=limit)
+        for bad in ("", "x" * 32, "12", "é" * 32):
+            with pytest.raises(BadQuery, match="32 hexadecimal digits"):
+                store.signal("shop", bad)
+            with pytest.raises(BadQuery, match="trace_id"):
+                store.signals("shop", trace_id=bad)
+        with pytest.raises(BadQuery, match="buckets"):
+            store.summary("shop", 0, 10_001, 1)
+        with pytest.raises(BadQuery, match="buckets"):
+            store.summary("shop", 0, 1, 0)
+
+    def test_signals_after(self, store: DuckStore) -> None:
+        store.write_signals("shop", [make(5), make(1)])
+        store.write_signals("shop", [make(1), make(3)])
+        found = store.signals_after("shop", 0)
+        assert [int(each.signal.trace_id, 16) for each in found] == [5, 1, 3]
+        assert store.signals_after("shop", found[0].seq, limit=1) == found[1:2]
+        assert store.signals_after("shop", found[-1].seq) == []
+        assert store.signals_after("other", 0) == []
+
+    def test_summary(self, store: DuckStore) -> None:
+        store.write_signals("shop", [make(i, severity="low") for i in range(12)])
+        store.write_signals("shop", [make(11, "r2"), make(10, kind=Kind.RETRACTED)])
+        assert store.summary("shop", 2 * SECOND, 12 * SECOND, 10 * SECOND) == [
+            SummaryRow(0, "r1", "low", 8, 0),
+            SummaryRow(10 * SECOND, "r1", "low", 2, 1),
+            SummaryRow(10 * SECOND, "r2", "high", 1, 0),
+        ]
+        assert store.summary("other", 0, SECOND, SECOND) == []
+
+
+class TestTraces:
+    def test_a_trace_comes_back(self, store: DuckStore) -> None:
+        assert store.write_traces("shop", columns(7, 8)) == 2
+        found = store.trace("shop", trace_id(7).upper())
+        assert found is not None
+        assert (found.trace_id, found.start_ns, found.end_ns) == (
+            trace_id(7),
+            7 * SECOND,
+            7 * SECOND + 7,
+        )
+        assert (found.root_name, found.root_service) == ("GET /", "web")
+        assert (found.services, found.positions) == (["web", "s1"], [7, 8])
+        assert (found.spans, found.errors, found.partial) == (10, 0, False)
+        assert store.trace("shop", trace_id(99)) is None
+        assert store.trace("other", trace_id(7)) is None
+
+    def test_a_trace_is_replaced(self, store: DuckStore) -> None:
+        store.write_traces("shop", columns(1, 2))
+        store.write_traces("shop", columns(2, 3, spans=[77, 78], partial=[True, False]))
+        assert store.counts("shop") == RowCounts(signals=0, traces=3, frames=0)
+        found = store.find_traces("shop", [trace_id(2), trace_id(1), trace_id(9), trace_id(2)])
+        assert {key: row.spans for key, row in found.items()} == {trace_id(1): 10, trace_id(2): 77}
+        assert found[trace_id(2)].partial
+
+    def test_the_last_of_two_in_one_batch_stays(self, store: DuckStore) -> None:
+        store.write_traces("shop", columns(1, 2, 1, spans=[5, 6, 7]))
+        found = store.find_traces("shop", [trace_id(1), trace_id(2)])
+        assert [found[trace_id(i)].spans for i in (1, 2)] == [7, 6]
+
+    def test_spilled_positions_are_put_together(self, store: DuckStore) -> None:
+        store.write_traces("shop", columns(1, 2, positions=[[30, 31], [5]]))
+        ids_ = trace_id_array(np.zeros(3, np.int64), np.array([1, 1, 2]))
+        chunks = {"trace_id": ids_, "positions": [[20, 21], [10, 11, 20], []]}
+        assert store.write_frames("shop", chunks) == 2
+        store.write_frames("shop", chunks)
+        found = store.find_traces("shop", [trace_id(1), trace_id(2)])
+        assert found[trace_id(1)].positions == [10, 11, 20, 21, 30, 31]
+        assert found[trace_id(2)].positions == [5]
+        assert store.counts("shop").frames == 2
+
+    def test_many_traces_at_once(self, store: DuckStore) -> None:
+        store.write_traces("shop", columns(*range(1000)))
+        found = store.find_traces("shop", [trace_id(i) for i in range(500, 1500)])
+        assert sorted(found) == [trace_id(i) for i in range(500, 1000)]
+
+    def test_filters(self, store: DuckStore) -> None:
+        store.write("shop", traces=columns(*range(1, 10)), signals=[make(3), make(4)])
+        store.write_signals("shop", [make(4, kind=Kind.RETRACTED)])
+
+        def found(**filters: Any) -> list[int]:
+            rows, _ = store.traces("shop", **filters)
+            assert all(row.positions == [] for row in rows)
+            return [int(row.trace_id, 16) for row in rows]
+
+        assert found() == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+        assert found(service="s0") == [9, 6, 3]
+        assert found(name="GET /", since=2 * SECOND, until=8 * SECOND) == [7, 5, 3]
+        assert found(min_duration=8) == [9, 8]
+        assert found(has_signal=True) == [3]
+        assert found(has_signal=False, until=5 * SECOND) == [4, 2, 1]
+        assert store.traces("other") == ([], None)
+
+    def test_pages(self, store: DuckStore) -> None:
+        same = np.full(7, 5 * SECOND)
+        store.write_traces("shop", columns(*range(7), start_ns=same))
+        seen, cursor = store.traces("shop", limit=3)
+        while cursor:
+            page, cursor = store.traces("shop", limit=3, cursor=cursor)
+            seen += page
+        assert seen == store.traces("shop")[0]
+        assert len(seen) == 7
+
+    def test_trace_ids(self, store: DuckStore) -> None:
+        hi = np.array([-1, 2**63 - 1, 0, -(2**63)], np.int64)
+        lo = np.array([-(2**63), 0, -5, 1], np.int64)
+        store.write_traces("shop", columns(1, 2, 3, 4, trace_hi=hi, trace_lo=lo))
+        found = store.trace_ids("shop")
+        assert sorted(map(tuple, found.tolist())) == sorted(
+            zip(hi.tolist(), lo.tolist(), strict=True)
+        )
+        assert len(store.trace_ids("shop", since=3 * SECOND)) == 2
+        assert store.trace_ids("other").shape == (0, 2)
+
+    def test_expiry(self, store: DuckStore) -> None:
+        store.write(
+            "shop",
+            traces=columns(1, 2, 3),
+            signals=[make(1)],
+            frames={
+                "trace_id": trace_id_array(np.zeros(3, np.int64), np.array([1, 3, 77])),
+                "positions": [[1], [3], [7]],
+            },
+        )
+        assert store.expire("shop", 3 * SECOND) == 2
+        # kept: the frames of a trace that is still open, and all signals
+        assert store.counts("shop") == RowCounts(signals=1, traces=1, frames=2)
+        assert store.expire("other", 3 * SECOND) == 0
+
+    def test_all_or_nothing(self, store: DuckStore) -> None:
+        store.write_traces("shop", columns(1))
+        bad = make(1, detected_at=2**70)
+        with pytest.raises((OverflowError, pa.ArrowInvalid)):
+            store.write("shop", traces=columns(2), signals=[bad])
+        assert store.counts("shop") == RowCounts(0, 1, 0)
+
+
+class TestTables:
+    def test_columns_in_their_forms_are_equal(self) -> None:
+        given_ = columns(1, 2, positions=[[1], [2, 3]])
+        lists = traces_table(given_)
+        pairs = traces_table(
+            given_
+            | {
+                "positions": (np.array([1, 2, 3]), np.array([0, 1, 3])),
+                "services": (["web", "s1", "web", "s2"], [0, 2, 4]),
+            }
+        )
+        assert pairs == lists
+        assert traces_table(lists.select(lists.schema.names[::-1])) == lists
+
+    def test_halves_of_ids(self) -> None:
+        halves = np.array([[1, -1], [-(2**63), 2**63 - 1], [5, 6]], np.int64)
+        array = trace_id_array(halves[:, 0], halves[:, 1])
+        assert array[0].as_py().hex() == "0000000000000001ffffffffffffffff"
+        assert trace_id_halves(array).tolist() == halves.tolist()
+        assert trace_id_halves(array[1:]).tolist() == halves[1:].tolist()
+
+    def test_what_does_not_fit_is_named(self) -> None:
+        given_ = columns(1)
+        del given_["spans"]
+        with pytest.raises(ValueError, match="'spans' is missing"):
+            traces_table(given_)
+        with pytest.raises(ValueError, match="do not fit"):
+            traces_table(columns(1, spans=["many"]))
+        with pytest.raises(ValueError, match="missing"):
+            frames_table(pa.table({"trace_id": [b"1" * 16]}))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestFiles:
+    def test_layout_and_restart(self, tmp_path: Path) -> None:
+        with DuckStore(tmp_path / "it's") as store:
+            store.write("shop", signals=[make(1)], traces=columns(1))
+            assert (tmp_path / "it's/shop/betrace.duckdb").is_file()
+        store.close()
+        with DuckStore(tmp_path / "it's") as store:
+            assert store.tenants() == ["shop"]
+            assert store.counts("shop") == RowCounts(1, 1, 0)
+        with pytest.raises(StoreError, match="closed"):
+            store.counts("shop")
+
+    @pytest.mark.parametrize(
+        "tenant", ["main", "temp", "system", "memory", "0-0", "select", "a" * 63]
+    )
+    def test_any_tenant_name(self, store: DuckStore, tenant: str) -> None:
+        store.write_signals(tenant, [make(1)])
+        assert ids(store.signals(tenant)) == [1]
+
+    @pytest.mark.parametrize("tenant", ["", "..", 'a"b', "a/b", "A", "a;b"])
+    def test_a_bad_tenant_name_is_refused(self, store: DuckStore, tenant: str) -> None:
+        with pytest.raises(ValueError, match="bad tenant name"):
+            store.write_signals(tenant, [make(1)])
+        with pytest.raises(ValueError, match="bad tenant name"):
+            store.signals(tenant)
+
+    def test_asking_makes_no_files(self, store: DuckStore, tmp_path: Path) -> None:
+        assert store.signals("nobody") == ([], None)
+        assert store.signal("nobody", "0" * 32) is None
+        assert store.counts("nobody") == RowCounts(0, 0, 0)
+        assert not (tmp_path / "nobody").exists()
+
+    def test_idle_files_are_closed_and_opened_again(self, tmp_path: Path) -> None:
+        clock = Clock()
+        with DuckStore(tmp_path, idle_close=60, clock=clock) as store:
+            store.write_signals("a", [make(1)])
+            clock.now = 30
+            store.write_signals("b", [make(1)])
+            assert store.connections() == {"a": 1, "b": 1}
+            clock.now = 60
+            assert store.sweep() == 1
+            assert store.connections() == {"b": 1}
+            assert ids(store.signals("a")) == [1]
+            assert store.attached == 2
+
+    def test_only_so_many_files_are_open(self, tmp_path: Path) -> None:
+        clock = Clock()
+        with DuckStore(tmp_path, attached_max=3, clock=clock) as store:
+            for i in range(8):
+                clock.now = i
+                store.write_signals(f"t{i}", [make(i)])
+            assert set(store.connections()) == {"t5", "t6", "t7"}
+            assert [ids(store.signals(f"t{i}")) for i in range(8)] == [[i] for i in range(8)]
+
+    def test_connections_are_bounded(self, tmp_path: Path) -> None:
+        with DuckStore(tmp_path, pool_max=2, pool_timeout=0.05) as store:
+            store.write_signals("a", [make(1)])
+            with store._files.use("a"), store._files.use("a"):
+                assert store.connections() == {"a": 2}
+                with pytest.raises(PoolTimeout, match="tenant a: all 2 connections"):
+                    store.signals("a")
+                assert store.signals("b") == ([], None)
+            assert store.connections() == {"a": 1}
+
+    def test_a_second_writer_waits_then_is_told(self, store: DuckStore) -> None:
+        with (
+            store._files.use("a", write=True),
+            pytest.raises(PoolTimeout, match="another write"),
+        ):
+            store.write_signals("a", [make(1)])
+        assert store.write_signals("a", [make(1)]) == 1
+
+    def test_many_threads(self, tmp_path: Path) -> None:
+        failures: list[BaseException] = []
+        with DuckStore(tmp_path, pool_timeout=30, attached_max=2) as store:
+
+            def work(number: int) -> None:
+                try:
+                    for i in range(8):
+                        tenant = f"t{(number + i) % 3}"
+                        numbers = range(i, i + 20)
+                        store.write(
+                            tenant,
+                            signals=[make(n, tenant=tenant) for n in numbers],
+                            traces=columns(*numbers),
+                        )
+                        assert store.signals(tenant)[0]
+                        store.sweep()
+                except BaseException as error:
+                    failures.append(error)
+
+            threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert failures == []
+            assert [store.counts(f"t{i}") for i in range(3)] == [RowCounts(27, 27, 0)] * 3
+
+    def test_a_tenant_is_deleted(self, store: DuckStore, tmp_path: Path) -> None:
+        for tenant in ("a", "b"):
+            store.write_signals(tenant, [make(1)])
+        (tmp_path / "b" / "rules").touch()
+        store.delete_tenant("a")
+        store.delete_tenant("b")
+        store.delete_tenant("c")
+        assert [p.name for p in tmp_path.rglob("*") if not p.name.startswith(".")] == ["b", "rules"]
+        assert store.write_signals("a", [make(2)]) == 1
+        assert ids(store.signals("a")) == [2]
+
+    def test_a_file_in_use_is_not_deleted(self, store: DuckStore) -> None:
+        store.write_signals("a", [make(1)])
+        with store._files.use("a"), pytest.raises(PoolTimeout, match="still in use"):
+            store.delete_tenant("a")
+        assert ids(store.signals("a")) == [1]
+
+
+class TestDamage:
+    def damage(self, path: Path, kind: str) -> None:
+        data = bytearray(path.read_bytes())
+        if kind == "garbage":
+            data = bytearray(b"?" * 5000)
+        elif kind == "empty":
+            data = bytearray()
+        elif kind == "cut":
+            del data[9000:]
+        else:
+            for offset in range(12_288, len(data), 4099):
+                data[offset] ^= 0x55
+        path.write_bytes(data)
+
+    @pytest.mark.parametrize("kind", ["garbage", "empty", "cut", "flipped"])
+    def test_a_damaged_file_is_told_and_rebuilt(self, tmp_path: Path, kind: str) -> None:
+        with DuckStore(tmp_path) as store:
+            store.write("shop", signals=[make(1)], traces=columns(1))
+            store.write_signals("other", [make(9)])
+        path = tmp_path / "shop/betrace.duckdb"
+        self.damage(path, kind)
+        with DuckStore(tmp_path) as store:
+            for _ in range(2):
+                with pytest.raises(StoreCorrupt, match="have it rebuilt") as caught:
+                    store.counts("shop")
+                assert caught.value.tenant == "shop"
+            assert ids(store.signals("other")) == [9]
+            store.recreate("shop")
+            assert store.counts("shop") == RowCounts(0, 0, 0)
+            assert store.write_signals("shop", [make(1)]) == 1
+            assert path.with_name("betrace.duckdb.damaged").exists()
+
+    def test_a_deleted_file_is_begun_anew(self, tmp_path: Path) -> None:
+        with DuckStore(tmp_path) as store:
+            store.write_signals("shop", [make(1)])
+            (tmp_path / "shop/betrace.duckdb").unlink()
+            assert store.counts("shop") == RowCounts(0, 0, 0)
+            assert store.write_signals("shop", [make(1), make(2)]) == 2
+        with DuckStore(tmp_path) as store:
+            assert store.counts("shop").signals == 2
+
+    def test_a_log_without_its_file_is_dropped(self, tmp_path: Path) -> None:
+        (tmp_path / "shop").mkdir()
+        (tmp_path / "shop/betrace.duckdb.wal").write_bytes(b"stale" * 100)
+        with DuckStore(tmp_path) as store:
+            assert store.write_signals("shop", [make(1)]) == 1
+
+    def test_what_was_committed_survives_a_crash(self, tmp_path: Path) -> None:
+        script = (
+            "import os, sys; from pathlib import Path\n"
+            "from service.storage.duck import DuckStore\n"
+            "from tests.service.storage.test_duck import make\n"
+            "DuckStore(Path(sys.argv[1])).write_signals('shop', [make(1)]); os._exit(0)"
+        )
+        root = Path(__file__).parents[3]
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, check=True)
+        assert (tmp_path / "shop/betrace.duckdb.wal").exists()
+        with DuckStore(tmp_path) as store:
+            assert ids(store.signals("shop")) == [1]
+
+    def test_foreign_and_newer_files(self, tmp_path: Path) -> None:
+        for tenant, statement in (
+            ("foreign", "CREATE TABLE t (a INT)"),
+            ("newer", "CREATE TABLE meta AS SELECT 99 AS version"),
+        ):
+            (tmp_path / tenant).mkdir()
+            with duckdb.connect(str(tmp_path / tenant / "betrace.duckdb")) as db:
+                db.execute(statement)
+        with DuckStore(tmp_path) as store:
+            with pytest.raises(StoreCorrupt, match="not a file of this program"):
+                store.counts("foreign")
+            with pytest.raises(StoreError, match=r"schema 99.*upgrade") as caught:
+                store.counts("newer")
+            assert not caught.value.transient
+
+    def test_a_fatal_error_begins_a_new_instance(self, tmp_path: Path) -> None:
+        with DuckStore(tmp_path) as store:
+            store.write_signals("a", [make(1)])
+            store.write_signals("b", [make(2)])
+            with pytest.raises(StoreError, match="invalidated") as caught, store._files.use("a"):
+                raise duckdb.FatalException("database has been invalidated")
+            assert caught.value.transient
+            assert ids(store.signals("a")) == [1]
+            assert ids(store.signals("b")) == [2]
+            assert store.write_signals("b", [make(3)]) == 1
+
+    @pytest.mark.parametrize(
+        ("error", "transient"),
+        [
+            (duckdb.IOException("No space left on device"), True),
+            (duckdb.OutOfMemoryException("too much"), True),
+            (duckdb.TransactionException("conflict"), True),
+            (duckdb.ConversionException("not a number"), False),
+        ],
+    )
+    def test_errors_are_told_apart(
+        self, store: DuckStore, error: duckdb.Error, transient: bool
+    ) -> None:
+        def fail() -> None:
+            with store._files.use("a", write=True) as db:
+                db.execute("INSERT INTO meta VALUES (7, 7)")
+                raise error
+
+        with pytest.raises(StoreError, match=str(error)) as caught:
+            fail()
+        assert caught.value.transient is transient
+        with store._files.use("a") as db:
+            assert db.execute("SELECT count(*) FROM meta").fetchall() == [(1,)]
