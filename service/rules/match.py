@@ -154,7 +154,7 @@ def _read_int(buf: Bytes, off: int, length: int, out: Rows) -> int:
         c = buf[off + k]
         if c >= 48 and c <= 57:
             if plain and digits < 18:
-                value = value * 10 + np.int64(c - 48)
+                value = value * 10 + int(c - 48)
             digits += 1
         elif c == 43 or c == 45 or c == 46 or c == 69 or c == 101:  # + - . E e
             plain = False

@@ -73,8 +73,8 @@ class NameTable:
             patterns=np.frombuffer(patterns, np.uint8),
         )
         self.arrays.slots[:, N_LEN] = -1
-        for name_hash, name, checks in entries:
-            self._insert(name_hash, name, checks)
+        for name_hash, encoded, checks in entries:
+            self._insert(name_hash, encoded, checks)
         self._pristine = (self.arrays.slots.copy(), self.arrays.fill.copy())
 
     def forget(self) -> None:

@@ -27,12 +27,16 @@ class RuleRegistry:
         self.store = store
         self._cache: LRUCache[str, CompiledRules] = LRUCache(size)
         self._lock = threading.Lock()
+        self._hits = self._loads = 0
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's enabled rules, compiled now if they are not in the cache."""
         with self._lock:
             found = self._cache.get(tenant)
-            if found is None:
+            if found is not None:
+                self._hits += 1
+            else:
+                self._loads += 1
                 rules = self.store.rules(tenant)
                 found = self._cache[tenant] = compile_rules(rules, rules_version(rules))
             return found
@@ -50,3 +54,15 @@ class RuleRegistry:
         """Compile the tenant's rules again when next used."""
         with self._lock:
             self._cache.pop(tenant, None)
+
+    def statistics(self) -> dict[str, float]:
+        """Hits, misses and size of the cache."""
+        with self._lock:
+            looked_up = self._hits + self._loads
+            return {
+                "hitCount": self._hits,
+                "missCount": self._loads,
+                "hitRate": self._hits / looked_up if looked_up else 0.0,
+                "size": len(self._cache),
+                "maxSize": int(self._cache.maxsize),
+            }

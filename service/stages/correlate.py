@@ -85,8 +85,9 @@ class CorrelateStage:
         """Close the traces whose time has come, for ever."""
         while True:
             await trio.sleep(TICK_SECONDS)
-            for due in await self._threads.run(self._close_due):
-                await self._onward.send(due)
+            with trio.CancelScope(shield=True):  # what was closed must be passed on
+                for due in await self._threads.run(self._close_due):
+                    await self._onward.send(due)
 
     def _fold(self, batches: list[SpanBatch]) -> list[DueTraces]:
         due: list[DueTraces] = []
@@ -101,6 +102,7 @@ class CorrelateStage:
                     counts.opened += folded.opened
                     counts.reopened += folded.reopened
                     if folded.early is not None:
+                        folded.early.received_ns = batch.received_ns
                         due.append(folded.early)
                     if len(folded.completed) or len(folded.spilled):
                         closed = table.close(folded.completed, now)

@@ -23,6 +23,8 @@ class Decided:
     signals: list[Signal]
     closed: DueTraces | None
     spilled: Rows | None = None
+    due_ns: int = 0
+    """When the last span that mattered was received, or the trace was closed."""
 
     @property
     def weight(self) -> int:
@@ -86,7 +88,9 @@ def decide_due(due: DueTraces, now: int) -> Decided:
     if due.before is not None:
         signals += _retractions(due, now)
     spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
-    return Decided(due.tenant, signals, due if due.closed and len(due) else None, spilled)
+    return Decided(
+        due.tenant, signals, due if due.closed and len(due) else None, spilled, due.received_ns
+    )
 
 
 def raise_signal(due: DueTraces, breach: Breach, now: int) -> Signal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import trio
@@ -25,6 +26,7 @@ from service.otlp.columns import (
 from service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
 from service.otlp.json import OtlpJsonError, to_protobuf
 from service.otlp.wire import ERRORS, scan_bodies
+from service.storage.frames import ContentType, Encoding
 from service.storage.spanlog import Frame, LogSyncError, LogWriteError, SpanLog
 from service.sync import GroupSync
 
@@ -142,8 +144,8 @@ class IngestStage:
         logged = [k for k in range(len(requests)) if batch.bodies[k, SPAN_COUNT] > 0]
         frames = [
             Frame(
-                requests[k].content_type,
-                requests[k].encoding,
+                cast(ContentType, requests[k].content_type),
+                cast(Encoding, requests[k].encoding),
                 requests[k].received_ns,
                 requests[k].body,
                 int(batch.bodies[k, SPAN_COUNT]),

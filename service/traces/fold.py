@@ -353,6 +353,12 @@ def _add_span(traces: TraceArrays, slot: int, batch: BatchArrays, span: Rows, no
             or (span[START] == row[ROOT_START] and span[SPAN_ID] < row[ROOT_ID])
         ):
             length = min(span[NAME_LEN], NAME_BYTES)
+            while (
+                length < span[NAME_LEN]
+                and length > 0
+                and batch.buf[span[NAME_OFF] + length] & 0xC0 == 0x80
+            ):
+                length -= 1  # never cut within a character
             row[FLAGS] |= ROOTED
             row[ROOT_ID] = span[SPAN_ID]
             row[ROOT_START] = span[START]

@@ -1,0 +1,362 @@
+"""The service: everything built from the settings, run, and shut down in order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import trio
+
+from channels import ThreadRunner
+from service import metrics
+from service.http.api import create_api
+from service.http.asgi import ingest_app, serve
+from service.http.health import metrics_app
+from service.http.ingest import Edge
+from service.ledger.sqlite import SqliteLedger
+from service.pipeline import Pipeline
+from service.queries import StoreQueries
+from service.rules.files import RuleStore
+from service.rules.registry import RuleRegistry
+from service.settings import OFF, Settings
+from service.signals import Signal
+from service.storage.duck import DuckStore
+from service.storage.spanlog import SpanLog
+from service.subscriptions import Subscriptions
+from service.tenants import Quotas
+from service.traces.tenant import TenantTraces
+from service.warmup import warm_up
+
+_log = logging.getLogger("service")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the service listens: URLs, None for a listener that is off."""
+
+    ingest: str | None
+    api: str | None
+    metrics: str | None
+
+
+class Service:
+    """The running service. Use :func:`open_service` to make one; :meth:`run` runs it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: SpanLog,
+        registry: RuleRegistry,
+        ledger: SqliteLedger,
+        store: DuckStore,
+    ) -> None:
+        self.settings = settings
+        self.log = log
+        self.registry = registry
+        self.ledger = ledger
+        self.store = store
+        self.started_at = time.time()
+        self.latencies = metrics.Latencies()
+        self.subscriptions = Subscriptions(settings.api.max_streams)
+        self.pipeline = Pipeline(
+            settings,
+            log,
+            registry,
+            ledger,
+            store,
+            self._keep_dead,
+            self._stored,
+            self.latencies,
+        )
+        quotas = settings.quotas
+        self.edge = Edge(
+            settings.ingest,
+            self.pipeline.requests,
+            Quotas(
+                quotas.spans_per_second,
+                quotas.burst_seconds,
+                quotas.tenants,
+                quotas.tracked_tenants,
+            ),
+        )
+        self.queries = StoreQueries(
+            store, log, registry, self.pipeline.correlate, settings.ingest.max_body_bytes
+        )
+        self._registry = metrics.register(self, self.latencies)
+        self._stop = trio.Event()
+        self._state = "starting"
+        self._clock_offset = 0.0
+        self._process = psutil.Process()
+        self._threads = ThreadRunner("service", 2)
+
+    # Running
+
+    async def run(self, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until :meth:`stop`, then drain. Starts when ready, with the addresses."""
+        settings = self.settings
+        self._clock_offset = time.time() - trio.current_time()
+        stop_api, stop_ingest = trio.Event(), trio.Event()
+        tls = settings.tls
+        grace = settings.shutdown.grace_seconds
+        async with trio.open_nursery() as outer:
+            listen = partial(self._listen, outer, tls=tls)
+            api = await listen(create_api(self, settings.api), settings.api.address, stop_api)
+            scrape = await listen(metrics_app(self), settings.metrics.address, stop_api)
+            await self._threads.run(warm_up)
+            await self._threads.run(self.registry.store.load)
+            outer.start_soon(self._watch_rules)
+            async with trio.open_nursery() as inner:
+                await inner.start(self.pipeline.run)
+                ingest = await self._listen(
+                    inner,
+                    ingest_app(self.edge, settings.ingest),
+                    settings.ingest.address,
+                    stop_ingest,
+                    tls=tls,
+                )
+                self._state = "ready"
+                task_status.started(Addresses(ingest, api, scrape))
+                await self._stop.wait()
+                self._state = "draining"
+                _log.info("stopping: no more requests, then draining")
+                await trio.sleep(settings.shutdown.delay_seconds)
+                inner.cancel_scope.deadline = trio.current_time() + grace
+                self.edge.drain()
+                stop_ingest.set()
+                self.pipeline.close()
+                inner.start_soon(self._report_drain)
+                await self.pipeline.finished.wait()
+                inner.cancel_scope.cancel()
+            self.subscriptions.close()
+            stop_api.set()
+            outer.cancel_scope.cancel()
+        self._state = "stopped"
+
+    async def _listen(
+        self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event, *, tls: Any
+    ) -> str | None:
+        if address == OFF:
+            return None
+        url: str = await nursery.start(
+            partial(
+                serve,
+                app,
+                address,
+                stop,
+                tls=tls,
+                keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
+                grace_seconds=self.settings.shutdown.grace_seconds,
+            )
+        )
+        return url
+
+    def stop(self) -> None:
+        """Begin to shut down."""
+        self._stop.set()
+
+    async def _report_drain(self) -> None:
+        while True:
+            await trio.sleep(2)
+            left = [f"{s['name']} {s['currentSize']}" for s in self._queues() if s["currentSize"]]
+            _log.info("draining: %s", ", ".join(left) or "almost done")
+
+    async def _watch_rules(self) -> None:
+        while True:
+            await trio.sleep(self.settings.rules.poll_seconds)
+            await self.reload_rules()
+
+    async def reload_rules(self) -> None:
+        """Look at the rule files now."""
+        before = self.registry.store.problems
+        changed = await self._threads.run(self.registry.refresh)
+        if changed:
+            _log.info("rules changed: %s", ", ".join(sorted(changed)))
+        for path, problem in self.registry.store.problems.items():
+            if before.get(path) != problem:
+                _log.warning("rule file not taken, its last good version stays: %s", problem)
+
+    # What the pipeline tells
+
+    async def _keep_dead(self, stage: str, item: Any, error: Exception, attempts: int) -> None:
+        _log.error("dead letter of %s after %d attempts: %s", stage, attempts, error)
+        await trio.lowlevel.checkpoint()
+
+    def _stored(self, signals: list[Signal]) -> None:
+        self.subscriptions.publish(signals)
+
+    # What is live: service.http.backend.Backend
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self._state == "ready"
+
+    def wall_time(self, trio_time: float) -> float:
+        """A time of Trio's clock as seconds since 1970."""
+        return trio_time + self._clock_offset
+
+    def traces(self) -> Mapping[str, TenantTraces]:
+        """Open traces by tenant, as of now."""
+        return dict(self.pipeline.correlate.tenants)
+
+    def spans_in_flight(self) -> int:
+        """Spans accepted and not yet evaluated (in the channel before the correlation)."""
+        counts = self.pipeline
+        return counts.ingest.counts.accepted - counts.correlate.counts.folded
+
+    def components(self) -> Mapping[str, Json]:
+        """The state of each part."""
+        whole = {"starting": "starting", "draining": "stopping"}.get(self._state)
+        found: dict[str, Json] = {
+            "service": {"status": whole or "ok", "detail": self._state},
+            "span-log": {"status": "ok", "detail": f"{self.pipeline.sync.failures} sync failures"},
+        }
+        if self.pipeline.sync.failures:
+            found["span-log"]["status"] = "degraded"
+        stall = self.settings.pipeline.stall_seconds
+        for name, stage in self.pipeline.stages.items():
+            status, detail = "ok", "working"
+            if stage.paused:
+                status, detail = "degraded", "paused"
+            elif stage.stalled(stall):
+                status, detail = "failed", f"no progress for {stall:g} s with input waiting"
+            found[name] = {"status": whole or status, "detail": detail}
+        problems = self.registry.store.problems
+        found["rules"] = {
+            "status": "degraded" if problems else "ok",
+            "detail": f"{len(problems)} files not taken" if problems else "all files taken",
+        }
+        return found
+
+    def metrics_exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return metrics.generate_latest(self._registry)
+
+    def subscribe_signals(self, tenant: str) -> Any:
+        """The tenant's signals from now on."""
+        return self.subscriptions.open(tenant)
+
+    def _queues(self) -> list[Json]:
+        found = []
+        for name, queue in self.pipeline.queues.items():
+            stats = queue.send.statistics()
+            stage = self.pipeline.stages[name].statistics()
+            found.append(
+                {
+                    "name": name,
+                    "unit": queue.unit,
+                    "currentSize": stats.size,
+                    "capacity": stats.capacity,
+                    "utilizationPercent": round(100 * stats.fill, 1),
+                    "concurrentConsumers": stage.workers,
+                    "busyConsumers": stage.busy_workers,
+                    "waitingSenders": stats.waiting_senders,
+                    "waitingReceivers": stats.waiting_receivers,
+                }
+            )
+        return found
+
+    def queue_stats(self) -> list[Json]:
+        """A row for each channel; reading takes the peak."""
+        return [
+            {**row, "peak": self.pipeline.queues[row["name"]].api_peak.take()}
+            for row in self._queues()
+        ]
+
+    def cache_stats(self) -> Mapping[str, Json]:
+        """Statistics by cache."""
+        return {"ruleContainers": self.registry.statistics()}
+
+    def performance_metrics(self) -> Json:
+        """Totals, and per stage what went through."""
+        counts = self.pipeline
+        stages = {}
+        for name, stage in counts.stages.items():
+            stats = stage.statistics()
+            last = stats.last_progress
+            stages[name] = {
+                "in": stats.items_in,
+                "out": stats.items_out,
+                "errors": stats.failed,
+                "dead": stats.dead,
+                "lastProgress": None if last is None else self.wall_time(last),
+            }
+        return {
+            "spansAccepted": counts.ingest.counts.accepted,
+            "spansEvaluated": counts.correlate.counts.folded,
+            "spansInFlight": self.spans_in_flight(),
+            "signalsRaised": counts.evaluate.counts.raised,
+            "signalsRetracted": counts.evaluate.counts.retracted,
+            "activeTenants": len(counts.correlate.tenants),
+            "memoryUsageMB": round(self._process.memory_info().rss / 1e6, 1),
+            "uptime": round(time.time() - self.started_at, 1),
+            "stages": stages,
+        }
+
+    def trace_windows(self) -> Json:
+        """Open traces and their memory."""
+        traces = self.traces().values()
+        return {
+            "activeWindows": sum(t.open_count for t in traces),
+            "closedKept": sum(t.closed_count for t in traces),
+            "memoryBytes": sum(t.nbytes for t in traces),
+        }
+
+    def system_stats(self) -> Json:
+        """The process."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        memory = self._process.memory_info()
+        return {
+            "memory": {"rssBytes": memory.rss, "virtualBytes": memory.vms},
+            "cpu": {
+                "userSeconds": usage.ru_utime,
+                "systemSeconds": usage.ru_stime,
+                "cores": os.cpu_count(),
+            },
+            "threads": threading.active_count(),
+            "gc": {"collections": [s["collections"] for s in gc.get_stats()]},
+            "uptime": round(time.time() - self.started_at, 1),
+        }
+
+    def close(self) -> None:
+        """End the worker threads; the stores are closed by :func:`open_service`."""
+        self.pipeline.close_threads()
+        self._threads.close()
+
+
+def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
+    """Open the stores (blocking, so call it before Trio runs) and return what makes the service
+    within Trio; ``stack`` closes them."""
+    data = settings.storage.path
+    data.mkdir(parents=True, exist_ok=True)
+    log = stack.enter_context(SpanLog(data, segment_bytes=settings.log.segment_bytes))
+    ledger = SqliteLedger(data / "ledger.sqlite")
+    stack.callback(ledger.close)
+    duck = settings.duckdb
+    store = stack.enter_context(
+        DuckStore(
+            data,
+            memory_bytes=duck.memory_bytes,
+            threads=duck.threads,
+            pool_max=duck.pool_max,
+            pool_idle=duck.pool_idle,
+            pool_timeout=duck.pool_timeout_seconds,
+            idle_close=duck.idle_close_seconds,
+        )
+    )
+    directory = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    registry = RuleRegistry(RuleStore(directory), settings.caches.rule_sets)
+    return lambda: Service(settings, log, registry, ledger, store)

@@ -1,0 +1,302 @@
+"""The metrics: declared here once, with help and labels, and read when they are scraped.
+
+Stages know nothing of metrics: counters and gauges are read from the statistics that the parts keep
+anyway. Only latencies are observed as they happen, once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from service.app import Service
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+Samples = Iterable[tuple[tuple[str, ...], float]]
+
+
+class Latencies:
+    """The histograms, in seconds."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+
+        def histogram(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=_SECONDS, registry=self.registry)
+
+        self.stage = histogram(
+            "betrace_stage_latency_seconds", "Time a stage worked on a batch.", "stage"
+        )
+        ledger = histogram(
+            "betrace_ledger_write_latency_seconds",
+            "Time to record a batch of signals in the ledger.",
+            "ledger",
+        )
+        self.ledger_family = ledger
+        self.ledger = ledger.labels("sqlite")
+        self.duckdb = histogram(
+            "betrace_duckdb_insert_latency_seconds", "Time to write a batch of rows to DuckDB."
+        )
+        self.end_to_end = histogram(
+            "betrace_end_to_end_latency_seconds",
+            "From the receipt of the last span that mattered, or the trace's close, to the signal "
+            "in the ledger.",
+        )
+        self.evaluation = histogram(
+            "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A metric that is read from the service when scraped."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    text: str
+    labels: tuple[str, ...]
+    read: Callable[[Service], Samples]
+
+    def family(self, service: Service) -> Metric:
+        """The metric with its present values."""
+        family = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        metric = family(self.name, self.text, labels=self.labels)
+        for labels, value in self.read(service):
+            metric.add_metric(list(labels), value)
+        return metric
+
+
+def _one(value: float) -> Samples:
+    return [((), value)]
+
+
+def _signals(service: Service) -> Samples:
+    seen = service.pipeline.evaluate.counts.by_severity
+    for severity in ("critical", "high", "medium", "low", "info"):
+        for kind in ("raised", "retracted"):
+            yield (severity, kind), seen.get((severity, kind), 0)
+
+
+def _stage_items(service: Service) -> Samples:
+    for name, stage in service.pipeline.stages.items():
+        stats = stage.statistics()
+        yield (name, "done"), stats.items_out
+        yield (name, "failed"), stats.failed
+        yield (name, "redelivered"), stats.redelivered
+        yield (name, "dead"), stats.dead
+
+
+def _progress(service: Service) -> Samples:
+    for name, stage in service.pipeline.stages.items():
+        last = stage.statistics().last_progress
+        yield (name,), 0.0 if last is None else service.wall_time(last)
+
+
+DECLARED = (
+    Declared(
+        "betrace_span_ingestion",
+        "counter",
+        "Spans accepted: in the span log and acknowledged.",
+        (),
+        lambda s: _one(s.pipeline.ingest.counts.accepted),
+    ),
+    Declared(
+        "betrace_spans_rejected",
+        "counter",
+        "Spans left out of accepted requests: a trace or span id that is none.",
+        (),
+        lambda s: _one(s.pipeline.ingest.counts.rejected),
+    ),
+    Declared(
+        "betrace_spans_refused",
+        "counter",
+        "Spans (estimated) of requests that were not accepted, by reason.",
+        ("reason",),
+        lambda s: [((reason,), n) for reason, n in s.edge.refused_spans.items()],
+    ),
+    Declared(
+        "betrace_requests_refused",
+        "counter",
+        "Export requests that were not accepted, by reason.",
+        ("reason",),
+        lambda s: [((reason,), n) for reason, n in s.edge.refused_requests.items()],
+    ),
+    Declared(
+        "betrace_spans_evaluated",
+        "counter",
+        "Spans folded into their traces, repeated ones included.",
+        (),
+        lambda s: _one(s.pipeline.correlate.counts.folded),
+    ),
+    Declared(
+        "betrace_spans_repeated",
+        "counter",
+        "Spans that came a second time and were not counted.",
+        (),
+        lambda s: _one(s.pipeline.correlate.counts.repeated),
+    ),
+    Declared(
+        "betrace_spans_in_flight",
+        "gauge",
+        "Spans accepted and not yet evaluated.",
+        (),
+        lambda s: _one(s.spans_in_flight()),
+    ),
+    Declared(
+        "betrace_signals",
+        "counter",
+        "Signals, by severity and kind.",
+        ("severity", "kind"),
+        _signals,
+    ),
+    Declared(
+        "betrace_signals_early",
+        "counter",
+        "Signals raised before their trace had closed.",
+        (),
+        lambda s: _one(s.pipeline.evaluate.counts.early),
+    ),
+    Declared(
+        "betrace_open_traces",
+        "gauge",
+        "Traces that may still get spans.",
+        (),
+        lambda s: _one(sum(t.open_count for t in s.traces().values())),
+    ),
+    Declared(
+        "betrace_traces_closed",
+        "counter",
+        "Traces closed.",
+        (),
+        lambda s: _one(s.pipeline.correlate.counts.closed),
+    ),
+    Declared(
+        "betrace_traces_reopened",
+        "counter",
+        "Closed traces to which spans came late.",
+        (),
+        lambda s: _one(s.pipeline.correlate.counts.reopened),
+    ),
+    Declared(
+        "betrace_trace_window_bytes",
+        "gauge",
+        "Memory of open and recently closed traces.",
+        (),
+        lambda s: _one(sum(t.nbytes for t in s.traces().values())),
+    ),
+    Declared(
+        "betrace_active_tenants",
+        "gauge",
+        "Tenants with open or recently closed traces.",
+        (),
+        lambda s: _one(len(s.traces())),
+    ),
+    Declared(
+        "betrace_seda_queue_size",
+        "gauge",
+        "What is in a channel, being worked on included; in spans, traces or rows.",
+        ("queue",),
+        lambda s: [((n,), q.send.statistics().size) for n, q in s.pipeline.queues.items()],
+    ),
+    Declared(
+        "betrace_seda_queue_capacity",
+        "gauge",
+        "What a channel holds at most.",
+        ("queue",),
+        lambda s: [((n,), q.send.capacity) for n, q in s.pipeline.queues.items()],
+    ),
+    Declared(
+        "betrace_seda_queue_peak",
+        "gauge",
+        "The most that was in a channel since the last scrape.",
+        ("queue",),
+        lambda s: [((n,), q.metrics_peak.take()) for n, q in s.pipeline.queues.items()],
+    ),
+    Declared(
+        "betrace_stage_items",
+        "counter",
+        "Items of a stage, by outcome.",
+        ("stage", "outcome"),
+        _stage_items,
+    ),
+    Declared(
+        "betrace_stage_last_progress_timestamp_seconds",
+        "gauge",
+        "When a stage last finished an item; 0 before.",
+        ("stage",),
+        _progress,
+    ),
+    Declared(
+        "betrace_span_log_bytes",
+        "counter",
+        "Bytes written to the span log.",
+        (),
+        lambda s: _one(s.log.statistics().bytes),
+    ),
+    Declared(
+        "betrace_span_log_unsynced_bytes",
+        "gauge",
+        "Bytes of the span log that would be lost if the machine died now.",
+        (),
+        lambda s: _one(s.log.statistics().unsynced_bytes),
+    ),
+    Declared(
+        "betrace_span_log_sync_seconds",
+        "gauge",
+        "How long the last sync of the span log took.",
+        (),
+        lambda s: _one(s.pipeline.sync.last_seconds),
+    ),
+    Declared(
+        "betrace_duckdb_rows",
+        "counter",
+        "Rows written to DuckDB.",
+        (),
+        lambda s: _one(s.pipeline.store_counts.rows),
+    ),
+    Declared(
+        "betrace_start_time_seconds",
+        "gauge",
+        "When the service started.",
+        (),
+        lambda s: _one(s.started_at),
+    ),
+)
+
+
+class ServiceCollector:
+    """Reads the declared metrics of a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        """All declared metrics."""
+        for declared in DECLARED:
+            yield declared.family(self._service)
+
+
+def register(service: Service, latencies: Latencies) -> CollectorRegistry:
+    """The registry of everything that a scrape gives."""
+    registry = latencies.registry
+    registry.register(ServiceCollector(service))  # type: ignore[arg-type]
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+__all__ = ["DECLARED", "Declared", "Latencies", "ServiceCollector", "generate_latest", "register"]

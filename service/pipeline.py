@@ -1,0 +1,230 @@
+"""The stages and the channels between them: built from the settings, run, drained in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import trio
+
+from channels import PeakReader, ReceiveChannel, SendChannel, Stage, ThreadRunner, open_channel
+from service.http.request import Request
+from service.ledger.base import Ledger
+from service.metrics import Latencies
+from service.otlp.columns import SpanBatch
+from service.rules.registry import RuleRegistry
+from service.settings import Settings
+from service.signals import Signal
+from service.stages.correlate import CorrelateStage, TraceLimits
+from service.stages.evaluate import Decided, EvaluateStage
+from service.stages.ingest import IngestStage
+from service.stages.store import ProjectStage, StoreCounts, StoreStage
+from service.storage.duck import DuckStore
+from service.storage.spanlog import SpanLog
+from service.sync import GroupSync
+from service.traces.due import DueTraces
+
+T = TypeVar("T")
+SECOND = 1_000_000_000
+
+DeadLetterHook = Callable[[str, Any, Exception, int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A channel as the API and the metrics see it, each with a peak of its own."""
+
+    send: SendChannel[Any]
+    receive: ReceiveChannel[Any]
+    api_peak: PeakReader
+    metrics_peak: PeakReader
+    unit: str
+
+
+class Pipeline:
+    """span-ingestion, trace-correlation, rule-evaluation, storage-write and its projection.
+
+    ``dead`` keeps an item that a stage (named first) failed on for good: an async function of
+    (stage, item, error, attempts). ``stored`` is told of signals that are new in the ledger.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: SpanLog,
+        registry: RuleRegistry,
+        ledger: Ledger,
+        store: DuckStore,
+        dead: DeadLetterHook,
+        stored: Callable[[list[Signal]], None],
+        latencies: Latencies,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.queues: dict[str, Queue] = {}
+        self.stages: dict[str, Stage[Any]] = {}
+        self.threads = {
+            name: ThreadRunner(name, threads)
+            for name, threads in (
+                ("ingest", settings.pipeline.ingest_workers),
+                ("sync", 1),
+                ("correlate", settings.pipeline.correlate_workers),
+                ("evaluate", settings.pipeline.evaluate_workers),
+                ("ledger", settings.pipeline.store_workers),
+                ("duckdb", settings.pipeline.store_workers),
+            )
+        }
+        p, t = settings.pipeline, settings.traces
+        self.requests, requests = self._channel(
+            "span-ingestion", p.ingest_capacity_spans, lambda r: r.weight, "spans", Request
+        )
+        batch_send, batches = self._channel(
+            "trace-correlation", p.correlate_capacity_spans, len, "spans", SpanBatch
+        )
+        due_send, due = self._channel(
+            "rule-evaluation",
+            p.evaluate_capacity_traces,
+            lambda d: len(d) or 1,
+            "traces",
+            DueTraces,
+        )
+        decided_send, decided = self._channel(
+            "storage-write", p.store_capacity_signals, lambda d: d.weight, "rows", Decided
+        )
+        rows_send, rows = self._channel(
+            "projection", 4 * p.store_capacity_signals, lambda d: d.weight, "rows", Decided
+        )
+        self._onward: dict[str, SendChannel[Any]] = {
+            "span-ingestion": batch_send,
+            "trace-correlation": due_send,
+            "rule-evaluation": decided_send,
+            "storage-write": rows_send,
+        }
+
+        self.finished = trio.Event()
+        self.sync = GroupSync(log, self.threads["sync"])
+        self._flush_seconds = settings.log.flush_seconds
+        self.ingest = IngestStage(
+            log,
+            self.threads["ingest"],
+            batch_send,
+            settings.ingest.max_body_bytes,
+            self.sync if settings.log.ack == "synced" else None,
+        )
+        self.correlate = CorrelateStage(
+            registry.compiled,
+            self.threads["correlate"],
+            due_send,
+            TraceLimits(
+                idle_ns=int(t.idle_seconds * SECOND),
+                max_age_ns=int(t.max_age_seconds * SECOND),
+                sweep_ns=int(t.sweep_seconds * SECOND),
+                keep_ns=int(settings.caches.trace_metadata_ttl_seconds * SECOND),
+                keep=settings.caches.trace_metadata,
+            ),
+            clock_ns,
+        )
+        self.evaluate = EvaluateStage(self.threads["evaluate"], decided_send, clock_ns)
+        self.store_counts = StoreCounts()
+        self.store = StoreStage(
+            ledger,
+            self.threads["ledger"],
+            rows_send,
+            stored,
+            settings.ledger.batch_signals,
+            self.store_counts,
+            latencies,
+            clock_ns,
+        )
+        self.project = ProjectStage(store, self.threads["duckdb"], self.store_counts, latencies)
+
+        def on_dead(stage: str) -> Callable[[Any, Exception, int], Any]:
+            async def bury(item: Any, error: Exception, attempts: int) -> None:
+                await dead(stage, item, error, attempts)
+
+            return bury
+
+        def add(name: str, receive: ReceiveChannel[Any], handler: Any, **options: Any) -> None:
+            options.setdefault("attempts", settings.redelivery.attempts + 1)
+            options.setdefault("retry_delay", settings.redelivery.delay_seconds)
+            options.setdefault("on_dead", on_dead(name))
+            observe = latencies.stage.labels(name).observe
+            self.stages[name] = Stage(
+                name, receive, handler, on_done=lambda seconds, _: observe(seconds), **options
+            )
+
+        # A request that makes the stage fail is refused: its client still has it.
+        add(
+            "span-ingestion",
+            requests,
+            self.ingest.handle,
+            workers=p.ingest_workers,
+            max_batch_weight=p.ingest_batch_spans,
+            attempts=2,
+            retry_delay=0.01,
+            on_dead=self.ingest.refuse,
+        )
+        add(
+            "trace-correlation",
+            batches,
+            self.correlate.handle,
+            workers=p.correlate_workers,
+            max_batch_weight=p.correlate_batch_spans,
+        )
+        add(
+            "rule-evaluation",
+            due,
+            self.evaluate.handle,
+            workers=p.evaluate_workers,
+            max_batch_weight=p.evaluate_batch_traces,
+        )
+        add("storage-write", decided, self.store.handle, workers=p.store_workers)
+        add(
+            "projection",
+            rows,
+            self.project.handle,
+            workers=p.store_workers,
+            max_batch_weight=settings.duckdb.batch_rows,
+            max_batch_wait=settings.duckdb.flush_ms / 1000,
+            batch_key=lambda d: d.tenant,
+            max_batch_keys=1024,
+        )
+
+    def _channel(
+        self, name: str, capacity: int, weigh: Callable[[T], int], unit: str, _: type[T]
+    ) -> tuple[SendChannel[T], ReceiveChannel[T]]:
+        send, receive = open_channel(name, capacity, weigh, hold=True)
+        self.queues[name] = Queue(send, receive, send.peak_reader(), send.peak_reader(), unit)
+        return send, receive
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run all stages until :meth:`close` and everything in them is finished, which sets
+        ``finished``."""
+        async with trio.open_nursery() as background:
+            background.start_soon(self.sync.every, self._flush_seconds)
+            async with trio.open_nursery() as nursery:
+                for name in self.stages:
+                    nursery.start_soon(self._run_stage, name)
+                task_status.started()
+            background.cancel_scope.cancel()
+        self.finished.set()
+
+    async def _run_stage(self, name: str) -> None:
+        async with trio.open_nursery() as nursery:
+            if name == "trace-correlation":
+                nursery.start_soon(self.correlate.tick)
+            await self.stages[name].run()
+            nursery.cancel_scope.cancel()
+        onward = self._onward.get(name)
+        if onward is not None:
+            onward.close()
+
+    def close(self) -> None:
+        """Take no more requests; :meth:`run` then ends when what is there is done."""
+        self.requests.close()
+
+    def close_threads(self) -> None:
+        """End the worker threads, after :meth:`run`."""
+        for threads in self.threads.values():
+            threads.close()
