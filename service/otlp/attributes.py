@@ -158,7 +158,6 @@ def _key_value(
     _put(out, MISSING, 0, 0)
     found_off = pos
     found_len = 0
-    values = 0
     at = pos
     while at < end:
         tag, at = read_tag(buf, at, end)
@@ -175,11 +174,10 @@ def _key_value(
                 if after >= 0 and after + after_len == end:
                     return
         else:
-            values += tag == _KEY_VALUE
             at = _skip(buf, at, end, tag)
             if at < 0:
                 return
-    if values == 0 or found_len != key_len:
+    if found_len != key_len:
         return
     if not same_bytes(buf, found_off, key_buf, key_off, key_len):
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -372,6 +373,29 @@ def test_the_hash_sees_every_byte_and_the_length() -> None:
         # At the end of a buffer the last bytes are read differently.
         inside = np.frombuffer(b"yy" * 9, np.uint8)
         assert wire.hash_bytes(data, 18, 2) == wire.hash_bytes(inside, 2, 2)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def test_utf8_is_what_python_takes_for_it() -> None:
+    edges = bytes([0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF])
+    sequences = [
+        bytes([lead, *rest])
+        for lead in (range(0x7E, 0x100) if SHARE == 1 else (0xC1, 0xC2, 0xE0, 0xED, 0xF0, 0xF4))
+        for length in range(4)
+        for rest in itertools.product(edges, repeat=length)
+    ]
+    for before in (b"", b"1234567"):  # the second: across two words
+        for sequence in sequences if not before else sequences[::7]:
+            data = before + sequence
+            array = np.frombuffer(data, np.uint8)
+            assert primitives.is_utf8(array, 0, len(array)) == is_utf8(data), data
 
 
 def test_words_outside_the_buffer_are_not_read() -> None:
