@@ -9,15 +9,17 @@ values.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from service.storage.duckqueries import SummaryRow
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class SignalQuery:
-    """Which signals, newest first. ``after`` is the detected_at and id of the last one seen."""
+    """Which signals, newest first; ``cursor`` as the page before gave it."""
 
     rule: str | None = None
     severity: str | None = None
@@ -26,62 +28,37 @@ class SignalQuery:
     since: int | None = None  # detected_at >= since
     until: int | None = None  # detected_at < until
     limit: int = 100
-    after: tuple[int, str] | None = None
+    cursor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TraceQuery:
-    """Which traces, newest first. ``after`` is the start and trace id of the last one seen."""
+    """Which traces, newest first; ``cursor`` as the page before gave it."""
 
     service: str | None = None
     name: str | None = None
-    min_duration_ns: int | None = None
+    min_duration: int | None = None  # nanoseconds
     since: int | None = None  # start >= since
     has_signal: bool | None = None
     limit: int = 100
-    after: tuple[int, str] | None = None
+    cursor: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SummaryRow:
-    """Signals of one rule and severity in one bucket of time."""
+class RuleExistsError(Exception):
+    """The rule was to be created but exists; ``etag`` is its entity tag, in quotes."""
 
-    bucket: int  # its start
-    rule_id: str
-    severity: str
-    count: int
-
-
-class RuleConflictError(Exception):
-    """The rule is not at the revision that the caller expected. ``current`` is its revision, None
-    if there is no such rule."""
-
-    def __init__(self, current: str | None) -> None:
-        super().__init__(f"the rule is at revision {current}")
-        self.current = current
-
-
-@dataclass
-class RuleInvalidError(Exception):
-    """The rule cannot be saved: each error has ``message`` and ``hint``, those of the condition
-    also ``line`` and ``column``."""
-
-    errors: list[Json] = field(default_factory=list)
-
-
-class RuleReadOnlyError(Exception):
-    """The rule comes from a file (named by the text) and cannot be changed here."""
-
-
-class TraceInvalidError(ValueError):
-    """A trace to test with cannot be decoded; the text says why."""
+    def __init__(self, etag: str) -> None:
+        super().__init__(etag)
+        self.etag = etag
 
 
 class Queries(Protocol):
-    """Blocking calls, made in worker threads."""
+    """Blocking calls, made in worker threads. They may raise
+    :exc:`service.http.errors.ApiError`, such as 400 for a cursor that is none."""
 
-    def signals(self, tenant: str, query: SignalQuery) -> Sequence[Json]:
-        """Signals as :meth:`service.signals.Signal.to_json` gives them, with ``status``."""
+    def signals(self, tenant: str, query: SignalQuery) -> tuple[Sequence[Json], str | None]:
+        """Signals as :meth:`service.signals.Signal.to_json` gives them, with ``status``; and
+        the cursor of the next page, None after the last."""
 
     def signal(self, tenant: str, signal_id: str) -> Json | None:
         """One signal, None if the tenant has no such signal."""
@@ -89,35 +66,36 @@ class Queries(Protocol):
     def signal_summary(
         self, tenant: str, since: int, until: int, bucket_ns: int
     ) -> Sequence[SummaryRow]:
-        """Counts of signals with since <= detected_at < until; buckets start at ``since``."""
+        """Counts of signals raised with since <= detected_at < until."""
 
-    def traces(self, tenant: str, query: TraceQuery) -> Sequence[Json]:
-        """Rows of the trace index: ``trace_id``, ``start`` and ``end`` (ns), ``duration_ns``,
-        ``spans``, ``root_service``, ``root_name``, ``services``, ``signals`` (how many)."""
+    def traces(self, tenant: str, query: TraceQuery) -> tuple[Sequence[Json], str | None]:
+        """Rows of the trace index, ``start`` and ``end`` in nanoseconds; and the cursor of the
+        next page, None after the last."""
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
         """The trace: its row of the index, ``resourceSpans`` (OTLP JSON), ``signals`` and
         ``verdicts`` (by rule id); None if the tenant has no such trace."""
 
     def rules(self, tenant: str) -> Sequence[Json]:
-        """The tenant's rules, by id: the fields of a rule file, ``version`` and ``revision``
-        (text that changes with every change of the rule)."""
+        """The tenant's rules, by id: the fields of a rule file, ``version`` and ``etag``."""
 
-    def rule(self, tenant: str, rule_id: str) -> Json | None:
-        """One rule, None if there is none."""
+    def rule(self, tenant: str, rule_id: str) -> Json:
+        """One rule. Raises :exc:`service.rules.files.RuleNotFoundError`."""
 
-    def put_rule(self, tenant: str, rule_id: str, rule: Json, expected: str | None) -> Json:
-        """Check and save a rule, keeping the versions before it, and return it as :meth:`rule`
-        does. ``expected`` is the revision to replace, ``*`` for whichever, None to create.
-        Raises :exc:`RuleConflictError`, :exc:`RuleInvalidError`, :exc:`RuleReadOnlyError`."""
+    def put_rule(
+        self, tenant: str, rule_id: str, definition: Json, if_match: str | None
+    ) -> tuple[Json, bool]:
+        """Check and save a rule, keeping the versions before it; the rule as :meth:`rule` gives
+        it, and whether it is new. ``if_match`` is the header's value, None to create.
+        Raises :exc:`RuleExistsError`, :exc:`service.rules.files.RuleFileError` for a
+        wrong definition, and those of :meth:`service.rules.files.RuleStore.put`."""
 
-    def delete_rule(self, tenant: str, rule_id: str, expected: str) -> None:
-        """Delete a rule; ``expected`` and errors as with :meth:`put_rule`."""
+    def delete_rule(self, tenant: str, rule_id: str, if_match: str) -> None:
+        """Delete a rule. Raises as :meth:`service.rules.files.RuleStore.delete`."""
 
     def test_rule(self, condition: str, trace: bytes) -> Json:
         """What the rule says of a trace (OTLP JSON): ``breach``, ``clause``, ``counts``,
-        ``evidence``. Raises :exc:`service.rules.parse.RuleSyntaxError` and
-        :exc:`TraceInvalidError`."""
+        ``evidence``. Raises :exc:`service.rules.files.RuleFileError`."""
 
 
 class Subscription(Protocol):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
 
-from service.http.backend import (
-    RuleConflictError,
-    RuleInvalidError,
-    RuleReadOnlyError,
-    TraceInvalidError,
-)
+from service.http.backend import RuleExistsError
 from service.http.endpoint import Answer, Call, Endpoints
 from service.http.errors import ApiError
 from service.http.params import Param, read_pattern
 from service.rules.errors import RuleSyntaxError
+from service.rules.files import (
+    Problem,
+    RuleConflictError,
+    RuleFileError,
+    RuleLimitError,
+    RuleNotFoundError,
+    RuleReadOnlyError,
+)
 from service.rules.parse import parse
 
 endpoints = Endpoints("Rules")
@@ -29,6 +35,7 @@ RULE_ID = Param(
     ),
     {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,127}$"},
 )
+_TAGS = re.compile(r'"[^"]+"(\s*,\s*"[^"]+")*')
 _TEXT = {"type": "string"}
 RULE_SCHEMA = {
     "type": "object",
@@ -51,49 +58,58 @@ _OPTIONAL = {"id": str, "name": str, "description": str, "severity": str} | {
 
 
 def _tagged(rule: dict[str, Any], status: int = 200) -> Answer:
-    return Answer(rule, status, headers={"etag": f'"{rule["revision"]}"'})
+    return Answer(rule, status, headers={"etag": rule["etag"]})
 
 
-def _missing(rule_id: str) -> ApiError:
-    return ApiError(404, f"there is no rule {rule_id}", "list them: /api/v1/rules")
-
-
-def _expected(call: Call) -> str | None:
-    """The revision that If-Match names, ``*`` for any; None without If-Match."""
-    header = call.headers.get("if-match", "").strip()
-    if header in ("", "*"):
-        return header or None
-    if len(header) < 3 or header[0] != '"' or header[-1] != '"' or '"' in header[1:-1]:
+@contextmanager
+def _refusals(rule_id: str) -> Iterator[None]:
+    """Turn what the rule store raises into answers."""
+    try:
+        yield
+    except RuleNotFoundError as error:
+        raise ApiError(404, str(error), "list them: /api/v1/rules") from error
+    except RuleExistsError as error:
         raise ApiError(
-            400,
-            f"If-Match is {header[:80]!r}",
-            "send the ETag of the rule with its quotes, or *",
-        )
-    return header[1:-1]
-
-
-def _conflict(rule_id: str, expected: str | None, current: str | None) -> ApiError:
-    if current is None:
-        return _missing(rule_id)
-    headers = {"etag": f'"{current}"'}
-    if expected is None:
-        return ApiError(
             428,
             f"the rule {rule_id} exists already",
-            f'to replace it, read it and send If-Match: "{current}" (its ETag), or If-Match: *',
-            headers,
-        )
-    return ApiError(
-        412,
-        f"the rule {rule_id} was changed by someone else: it is at {current}, not {expected}",
-        "read it again, make your change to it, and send its new ETag",
-        headers,
-    )
+            f"to replace it, read it and send its ETag, If-Match: {error.etag}, or If-Match: *",
+            {"etag": error.etag},
+        ) from error
+    except RuleConflictError as error:
+        hint = "read it again, make your change to it, and send its new ETag"
+        raise ApiError(412, str(error), hint) from error
+    except (RuleReadOnlyError, RuleLimitError) as error:
+        raise ApiError(409, str(error), "nothing was changed") from error
+    except RuleFileError as error:
+        faults = [_fault(problem) for problem in error.problems]
+        raise ApiError(
+            400,
+            f"the rule has errors: {faults[0]['message']}",
+            faults[0]["hint"] or "nothing was saved",
+            details={"errors": faults},
+        ) from error
+
+
+def _fault(problem: Problem) -> dict[str, Any]:
+    if problem.syntax is not None:
+        return problem.syntax.to_json()
+    return {"line": None, "column": None, "message": problem.message, "hint": problem.hint}
+
+
+def _if_match(call: Call) -> str | None:
+    """The value of If-Match: * or entity tags in quotes; None without it."""
+    header = call.headers.get("if-match", "").strip()
+    if not header or header == "*":
+        return header or None
+    if not _TAGS.fullmatch(header):
+        hint = "send the ETag of the rule with its quotes, or *"
+        raise ApiError(400, f"If-Match is {header[:80]!r}", hint)
+    return header
 
 
 @endpoints.add("GET", "/api/v1/rules", "The tenant's rules", answers={200: '`{"rules": […]}`'})
 async def list_rules(call: Call) -> Any:
-    """By id; each with `version` (a hash of its condition) and `revision` (its ETag)."""
+    """By id; each with `version` (a hash of its condition) and `etag`."""
     return {"rules": await call.blocking(call.backend.queries.rules, call.tenant)}
 
 
@@ -102,13 +118,12 @@ async def list_rules(call: Call) -> Any:
     "/api/v1/rules/{id}",
     "A rule",
     path_params=(RULE_ID,),
-    answers={200: "The rule; its revision is the `ETag`", 404: "There is no such rule"},
+    answers={200: "The rule; its `ETag` changes with it", 404: "There is no such rule"},
 )
 async def get_rule(call: Call) -> Any:
-    rule = await call.blocking(call.backend.queries.rule, call.tenant, call.params["id"])
-    if rule is None:
-        raise _missing(call.params["id"])
-    return _tagged(rule)
+    rule_id = call.params["id"]
+    with _refusals(rule_id):
+        return _tagged(await call.blocking(call.backend.queries.rule, call.tenant, rule_id))
 
 
 @endpoints.add(
@@ -122,8 +137,8 @@ async def get_rule(call: Call) -> Any:
         201: "The rule was created",
         400: "The rule has errors, in `error.errors` as `rules/validate` gives them",
         404: "`If-Match` was sent, but there is no such rule",
-        409: "The rule comes from a file; change the file",
-        412: "The rule is not at the revision in `If-Match`",
+        409: "The rule is written in a file by hand, or there are too many",
+        412: "The rule is not the one that `If-Match` names",
         428: "The rule exists, and `If-Match` was not sent",
     },
 )
@@ -135,22 +150,10 @@ async def put_rule(call: Call) -> Any:
     rule = call.json({"condition": str}, _OPTIONAL)
     if rule.pop("id", rule_id) != rule_id:
         raise ApiError(400, "the id in the body is not that in the path", "leave it out there")
-    expected = _expected(call)
-    queries = call.backend.queries
-    try:
-        saved = await call.blocking(queries.put_rule, call.tenant, rule_id, rule, expected)
-    except RuleInvalidError as error:
-        raise ApiError(
-            400,
-            "the rule has errors; nothing was saved",
-            error.errors[0]["message"],
-            details={"errors": error.errors},
-        ) from error
-    except RuleConflictError as error:
-        raise _conflict(rule_id, expected, error.current) from error
-    except RuleReadOnlyError as error:
-        raise _read_only(rule_id, error) from error
-    return _tagged(saved, 201 if expected is None else 200)
+    put = call.backend.queries.put_rule
+    with _refusals(rule_id):
+        saved, created = await call.blocking(put, call.tenant, rule_id, rule, _if_match(call))
+    return _tagged(saved, 201 if created else 200)
 
 
 @endpoints.add(
@@ -161,28 +164,20 @@ async def put_rule(call: Call) -> Any:
     answers={
         204: "The rule was deleted; its signals stay",
         404: "There is no such rule",
-        409: "The rule comes from a file; change the file",
-        412: "The rule is not at the revision in `If-Match`",
+        409: "The rule is written in a file by hand",
+        412: "The rule is not the one that `If-Match` names",
         428: "`If-Match` was not sent",
     },
 )
 async def delete_rule(call: Call) -> Any:
     """Needs `If-Match`: the rule's `ETag`, or `*`."""
     rule_id = call.params["id"]
-    expected = _expected(call)
-    if expected is None:
+    if_match = _if_match(call)
+    if if_match is None:
         raise ApiError(428, "If-Match was not sent", "send the ETag of the rule, or If-Match: *")
-    try:
-        await call.blocking(call.backend.queries.delete_rule, call.tenant, rule_id, expected)
-    except RuleConflictError as error:
-        raise _conflict(rule_id, expected, error.current) from error
-    except RuleReadOnlyError as error:
-        raise _read_only(rule_id, error) from error
+    with _refusals(rule_id):
+        await call.blocking(call.backend.queries.delete_rule, call.tenant, rule_id, if_match)
     return Answer(b"", 204)
-
-
-def _read_only(rule_id: str, error: RuleReadOnlyError) -> ApiError:
-    return ApiError(409, f"the rule {rule_id} comes from a file ({error})", "change it there")
 
 
 @endpoints.add(
@@ -223,18 +218,5 @@ async def test_rule(call: Call) -> Any:
     """The spans are taken as one complete trace."""
     given = call.json({"condition": str, "trace": dict}, {})
     trace = orjson.dumps(given["trace"])
-    try:
+    with _refusals("trial"):
         return await call.blocking(call.backend.queries.test_rule, given["condition"], trace)
-    except RuleSyntaxError as error:
-        raise ApiError(
-            400,
-            f"the condition has an error: {error.message}",
-            error.hint or "",
-            details={"errors": [error.to_json()]},
-        ) from error
-    except TraceInvalidError as error:
-        raise ApiError(
-            400,
-            f"the trace cannot be read: {error}",
-            'send OTLP JSON: {"resourceSpans": […]}, with the spans of one trace',
-        ) from error

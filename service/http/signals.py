@@ -24,7 +24,6 @@ from service.http.params import (
     read_hex,
     read_text,
     read_time,
-    write_cursor,
     write_time,
 )
 
@@ -81,7 +80,6 @@ def trace_json(row: dict[str, Any]) -> dict[str, Any]:
 async def list_signals(call: Call) -> Any:
     """`next` is null when there are no more; else pass it as `cursor`, with the same filters."""
     given = call.params
-    limit = given["limit"]
     query = SignalQuery(
         given["rule"],
         given["severity"],
@@ -89,16 +87,11 @@ async def list_signals(call: Call) -> Any:
         given["status"],
         given["since"],
         given["until"],
-        limit + 1,  # one more tells whether there is a next page
+        given["limit"],
         given["cursor"],
     )
-    found = await call.blocking(call.backend.queries.signals, call.tenant, query)
-    page = found[:limit]
-    last = page[-1] if len(found) > limit else None
-    return {
-        "signals": [signal_json(signal) for signal in page],
-        "next": write_cursor((last["detected_at"], last["id"])) if last else None,
-    }
+    found, following = await call.blocking(call.backend.queries.signals, call.tenant, query)
+    return {"signals": [signal_json(signal) for signal in found], "next": following}
 
 
 @endpoints.add(
@@ -147,10 +140,11 @@ async def stream_signals(call: Call) -> Answer:
             read_duration,
         ),
     ),
-    answers={200: "`total`, `by_rule`, `by_severity`, and `buckets` from `since` on"},
+    answers={200: "`total`, `retracted`, `by_rule`, `by_severity` and `buckets`"},
 )
 async def summarise_signals(call: Call) -> Any:
-    """Buckets without signals are left out. At most 1000 buckets."""
+    """What was raised, and how many of that was retracted since. Buckets begin at multiples of
+    their width; those without signals are left out; at most 1000."""
     given = call.params
     until = given["until"] if given["until"] is not None else read_time("now")
     since = given["since"] if given["since"] is not None else max(until - 3600 * SECOND, 0)
@@ -170,14 +164,15 @@ async def summarise_signals(call: Call) -> Any:
     by_severity: Counter[str] = Counter(dict.fromkeys(SEVERITIES, 0))
     buckets: defaultdict[int, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        by_rule[row.rule_id] += row.count
-        by_severity[row.severity] += row.count
-        buckets[row.bucket][row.severity] += row.count
+        by_rule[row.rule_id] += row.raised
+        by_severity[row.severity] += row.raised
+        buckets[row.bucket_ns][row.severity] += row.raised
     return {
         "since": write_time(since),
         "until": write_time(until),
         "bucket_seconds": bucket / SECOND,
         "total": sum(by_severity.values()),
+        "retracted": sum(row.retracted for row in rows),
         "by_rule": dict(by_rule.most_common()),
         "by_severity": dict(by_severity),
         "buckets": [
@@ -219,23 +214,17 @@ async def get_signal(call: Call) -> Any:
 async def list_traces(call: Call) -> Any:
     """Traces appear when they are closed."""
     given = call.params
-    limit = given["limit"]
     query = TraceQuery(
         given["service"],
         given["name"],
         given["min_duration"],
         given["since"],
         given["has_signal"],
-        limit + 1,
+        given["limit"],
         given["cursor"],
     )
-    found = await call.blocking(call.backend.queries.traces, call.tenant, query)
-    page = found[:limit]
-    last = page[-1] if len(found) > limit else None
-    return {
-        "traces": [trace_json(row) for row in page],
-        "next": write_cursor((last["start"], last["trace_id"])) if last else None,
-    }
+    found, following = await call.blocking(call.backend.queries.traces, call.tenant, query)
+    return {"traces": [trace_json(row) for row in found], "next": following}
 
 
 @endpoints.add(
@@ -244,12 +233,13 @@ async def list_traces(call: Call) -> Any:
     "A trace as OTLP JSON, its signals, its verdict by rule",
     path_params=(TRACE_ID,),
     answers={
-        200: "`resourceSpans` as in OTLP JSON, `signals`, `verdicts`",
+        200: "`resourceSpans` as in OTLP JSON, `signals`, `verdicts`, `missingFrames`",
         404: "There is no such trace",
     },
 )
 async def get_trace(call: Call) -> Any:
-    """The spans are read from the span log."""
+    """The spans are read from the span log; `missingFrames` says how many of its parts are no
+    longer there or too many to show. `verdicts` are those of the present rules."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.backend.queries.trace, call.tenant, trace_id)
     if trace is None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import trio
 
-from service.http.backend import (
+from service.http.backend import RuleExistsError
+from service.rules.files import (
     RuleConflictError,
-    RuleInvalidError,
+    RuleNotFoundError,
     RuleReadOnlyError,
-    SummaryRow,
-    TraceInvalidError,
+    make_rule,
 )
-from service.rules.parse import parse
+from service.storage.duckqueries import SummaryRow
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -61,9 +61,9 @@ class ScriptedQueries:
     def signals(self, tenant, query):
         self._ask(tenant, query)
         found = [s for s in self.signals_found if s["tenant"] == tenant]
-        if query.after is not None:
-            found = [s for s in found if (s["detected_at"], s["id"]) < query.after]
-        return found[: query.limit]
+        start = int(query.cursor or 0)
+        end = start + query.limit
+        return found[start:end], str(end) if len(found) > end else None
 
     def signal(self, tenant, signal_id):
         self._ask(tenant, signal_id)
@@ -75,7 +75,7 @@ class ScriptedQueries:
 
     def traces(self, tenant, query):
         self._ask(tenant, query)
-        return self.traces_found[: query.limit]
+        return self.traces_found[: query.limit], "7"
 
     def trace(self, tenant, trace_id):
         self._ask(tenant, trace_id)
@@ -87,39 +87,38 @@ class ScriptedQueries:
 
     def rule(self, tenant, rule_id):
         self._ask(tenant, rule_id)
-        return self.saved.get((tenant, rule_id))
+        if (tenant, rule_id) not in self.saved:
+            raise RuleNotFoundError(f"there is no rule '{rule_id}'")
+        return self.saved[tenant, rule_id]
 
-    def put_rule(self, tenant, rule_id, rule, expected):
-        self._ask(tenant, rule_id, rule, expected)
-        self._check(tenant, rule_id, expected)
-        if rule["condition"] == "bad":
-            raise RuleInvalidError([{"message": "found a fault", "hint": "mend it", "line": 1}])
-        before = self.saved.get((tenant, rule_id), {"revision": "0"})
-        rule = {"id": rule_id, **rule, "revision": str(int(before["revision"]) + 1)}
-        self.saved[tenant, rule_id] = rule
-        return rule
+    def put_rule(self, tenant, rule_id, definition, if_match):
+        self._ask(tenant, rule_id, definition, if_match)
+        make_rule({**definition, "id": rule_id})
+        self._check(tenant, rule_id, if_match)
+        before = self.saved.get((tenant, rule_id))
+        number = int(before["etag"][1:-1]) + 1 if before else 1
+        self.saved[tenant, rule_id] = {"id": rule_id, **definition, "etag": f'"{number}"'}
+        return self.saved[tenant, rule_id], before is None
 
-    def delete_rule(self, tenant, rule_id, expected):
-        self._ask(tenant, rule_id, expected)
-        self._check(tenant, rule_id, expected)
+    def delete_rule(self, tenant, rule_id, if_match):
+        self._ask(tenant, rule_id, if_match)
+        self._check(tenant, rule_id, if_match)
         del self.saved[tenant, rule_id]
 
-    def _check(self, tenant, rule_id, expected):
+    def _check(self, tenant, rule_id, if_match):
         if rule_id in self.read_only:
-            raise RuleReadOnlyError("shop.yaml")
+            raise RuleReadOnlyError("edit the file shop.yaml")
         saved = self.saved.get((tenant, rule_id))
-        current = saved["revision"] if saved else None
-        if expected == "*":
-            if current is None:
-                raise RuleConflictError(None)
-        elif expected != current:
-            raise RuleConflictError(current)
+        if if_match is None and saved is not None:
+            raise RuleExistsError(saved["etag"])
+        if if_match is not None and saved is None:
+            raise RuleNotFoundError(f"there is no rule '{rule_id}'")
+        if saved is not None and if_match not in ("*", saved["etag"]):
+            raise RuleConflictError("the rule was changed meanwhile")
 
     def test_rule(self, condition, trace):
         self._ask(condition, trace)
-        parse(condition)
-        if b"resourceSpans" not in trace:
-            raise TraceInvalidError("it has no resourceSpans")
+        make_rule({"id": "trial", "condition": condition})
         return {"breach": True, "clause": "never", "counts": {}, "evidence": {}}
 
 

@@ -7,10 +7,11 @@ import trio
 
 from service.http.access import Denied
 from service.http.api import create_api
-from service.http.backend import SignalQuery, SummaryRow, TraceQuery
+from service.http.backend import SignalQuery, TraceQuery
 from service.http.health import metrics_app
 from service.http.openapi import all_endpoints, markdown, openapi
 from service.settings import Api
+from service.storage.duckqueries import SummaryRow
 
 from .scripted import TRACE, ScriptedBackend, signal
 
@@ -86,7 +87,7 @@ async def test_signal_filters_reach_the_store():
                 "retracted",
                 1_700_000_000 * 10**9,
                 1_700_000_001 * 10**9,
-                8,
+                7,
                 None,
             ),
         )
@@ -99,7 +100,7 @@ async def test_signal_filters_reach_the_store():
         ("/api/v1/signals?severty=high", "did you mean severity?"),
         ("/api/v1/signals?severity=urgent", "one of critical, high, medium, low, info"),
         ("/api/v1/signals?limit=1001", "from 1 to 1000"),
-        ("/api/v1/signals?cursor=zzz", "value of next"),
+        ("/api/v1/signals?cursor=", "1 to 1000 characters"),
         ("/api/v1/signals?trace_id=12", "32 hex digits"),
         ("/api/v1/signals?since=yesterday", "must be a time"),
         ("/api/v1/signals/xyz", "32 hex digits"),
@@ -134,15 +135,15 @@ async def test_summary():
     client = Client()
     start = 1_700_000_000 * 10**9
     client.queries.summary = [
-        SummaryRow(start + 5 * MINUTE, "b", "low", 1),
-        SummaryRow(start, "a", "high", 2),
-        SummaryRow(start, "b", "high", 3),
+        SummaryRow(start + 5 * MINUTE, "b", "low", 1, 1),
+        SummaryRow(start, "a", "high", 2, 0),
+        SummaryRow(start, "b", "high", 3, 1),
     ]
     answer = await client.get(
         "/api/v1/signals/summary?since=2023-11-14T22:13:20Z&until=2023-11-14T22:23:20Z&bucket=5m"
     )
     assert client.queries.asked == [("default", start, start + 10 * MINUTE, 5 * MINUTE)]
-    assert answer["total"] == 6
+    assert (answer["total"], answer["retracted"]) == (6, 2)
     assert answer["by_rule"] == {"a": 2, "b": 4}
     assert answer["by_severity"] == {"critical": 0, "high": 5, "medium": 0, "low": 1, "info": 0}
     assert [b["total"] for b in answer["buckets"]] == [5, 1]
@@ -176,10 +177,10 @@ async def test_traces_in_pages_and_their_filters():
     answer = await client.get(
         "/api/v1/traces?service=shop&name=GET%20/cart&min_duration=250ms&since=5&has_signal=true&limit=2"
     )
-    assert client.queries.asked[0][1] == TraceQuery("shop", "GET /cart", 250 * 10**6, 5, True, 3)
+    assert client.queries.asked[0][1] == TraceQuery("shop", "GET /cart", 250 * 10**6, 5, True, 2)
     assert [t["start"][-11:] for t in answer["traces"]] == [".000000000Z", ".999999999Z"]
     await client.get(f"/api/v1/traces?cursor={answer['next']}")
-    assert client.queries.asked[1][1].after == (1_700_000_000 * 10**9 - 1, f"{1:032x}")
+    assert client.queries.asked[1][1].cursor == answer["next"] == "7"
 
 
 async def test_one_trace():
@@ -232,7 +233,7 @@ RULE = {"name": "Payments", "severity": "high", "condition": "never { a }"}
 async def test_a_rules_life():
     client = Client()
     created = await client.ask("PUT", "/api/v1/rules/pay.ment", 201, RULE)
-    assert created == {"id": "pay.ment", **RULE, "revision": "1"}
+    assert created == {"id": "pay.ment", **RULE, "etag": '"1"'}
     assert client.headers["etag"] == '"1"'
     assert await client.get("/api/v1/rules/pay.ment") == created
     assert (await client.get("/api/v1/rules"))["rules"] == [created]
@@ -240,13 +241,14 @@ async def test_a_rules_life():
 
     error = await client.ask("PUT", "/api/v1/rules/pay.ment", 428, RULE)
     assert 'If-Match: "1"' in error["hint"]
+    assert client.headers["etag"] == '"1"'
     changed = await client.ask(
         "PUT", "/api/v1/rules/pay.ment", 200, {**RULE, "enabled": False}, If_Match='"1"'
     )
-    assert changed["revision"] == "2"
+    assert changed["etag"] == '"2"'
     error = await client.ask("PUT", "/api/v1/rules/pay.ment", 412, RULE, If_Match='"1"')
-    assert "changed by someone else" in error["message"]
-    assert client.headers["etag"] == '"2"'
+    assert error["code"] == "precondition_failed"
+    assert "read it again" in error["hint"]
     await client.ask("PUT", "/api/v1/rules/pay.ment", 200, RULE, If_Match="*")
 
     await client.ask("DELETE", "/api/v1/rules/pay.ment", 428)
@@ -279,8 +281,11 @@ async def test_bad_rules_are_refused_before_the_store_is_asked(body, words):
 
 async def test_errors_of_a_rule_are_listed():
     client = Client()
-    error = await client.ask("PUT", "/api/v1/rules/a", 400, {"condition": "bad"})
-    assert error["errors"] == [{"message": "found a fault", "hint": "mend it", "line": 1}]
+    body = {"condition": "never {\n payment > 3 }", "severity": "urgent"}
+    error = await client.ask("PUT", "/api/v1/rules/a", 400, body)
+    assert len(error["errors"]) == 2
+    assert {"line", "column", "message", "hint"} == set(error["errors"][0])
+    assert 2 in [fault["line"] for fault in error["errors"]]
     assert client.queries.saved == {}
 
 
@@ -292,7 +297,7 @@ async def test_rules_of_files_are_read_only():
         assert "shop.yaml" in error["message"]
 
 
-@pytest.mark.parametrize("header", ["1", '"', '""', '"1", "2"', 'W/"1"'])
+@pytest.mark.parametrize("header", ["1", '"', '""', '"1" "2"', 'W/"1"'])
 async def test_a_bad_if_match(header):
     client = Client()
     error = await client.ask("PUT", "/api/v1/rules/a", 400, RULE, If_Match=header)
@@ -324,9 +329,6 @@ async def test_test():
     assert client.queries.asked == [("never { a }", b'{"resourceSpans":[]}')]
     error = await client.ask("POST", path, 400, {"condition": "never {", "trace": {}})
     assert error["errors"][0]["line"] == 1
-    error = await client.ask("POST", path, 400, {"condition": "a", "trace": {"spans": []}})
-    assert "no resourceSpans" in error["message"]
-    assert "OTLP JSON" in error["hint"]
     await client.ask("POST", path, 400, {"condition": "a", "trace": "x"})
 
 

@@ -11,14 +11,12 @@ from service.http.params import (
     SINCE,
     read_bool,
     read_choice,
-    read_cursor,
     read_duration,
     read_hex,
     read_integer,
     read_params,
     read_text,
     read_time,
-    write_cursor,
     write_time,
 )
 
@@ -111,28 +109,6 @@ def test_durations(text, ns):
 def test_what_is_no_duration(text):
     with pytest.raises(ValueError, match=r"^must be "):
         read_duration(text)
-
-
-@given(st.integers(0, MAX_NS), st.integers(0, (1 << 128) - 1))
-def test_cursors_survive(ns, number):
-    text = write_cursor((ns, f"{number:032x}"))
-    assert read_cursor(text) == (ns, f"{number:032x}")
-    assert text.isalnum() or set(text) <= set(
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-    )
-
-
-@given(st.text(max_size=60) | st.binary(max_size=40).map(lambda b: b.decode("latin-1")))
-@example("x" * 300)
-@example(write_cursor((5, "../x")))
-@example(write_cursor((-5, "ab")))
-def test_any_text_is_a_cursor_or_a_clear_error(text):
-    result = outcome(read_cursor, text)
-    if isinstance(result, str):
-        assert result.startswith("must be the value of next")
-    else:
-        assert result[0] >= 0
-        assert int(result[1], 16) >= 0
 
 
 def test_other_readers():
