@@ -85,6 +85,30 @@ from service.otlp.primitives import (
     read_varint,
     same_bytes,
 )
+from service.otlp.schema import (
+    CODE_FIELD,
+    END_FIELD,
+    GROUP_TYPE,
+    KEY_FIELD,
+    KEY_VALUE_TYPE,
+    KIND_FIELD,
+    MESSAGE_FIELD,
+    NAME_FIELD,
+    OPERATIONS,
+    PARENT_ID_FIELD,
+    PLAIN_FIELD,
+    REQUEST_TYPE,
+    RESOURCE_SPANS_TYPE,
+    SCOPE_NAME_FIELD,
+    SCOPE_SPANS_TYPE,
+    SPAN_ID_FIELD,
+    SPAN_TYPE,
+    START_FIELD,
+    SUBMESSAGE,
+    TAGS,
+    TEXT_FIELD,
+    TRACE_ID_FIELD,
+)
 
 MAX_DEPTH = 100  # nested messages and groups below the request: the protobuf library's limit
 
@@ -95,98 +119,6 @@ STACK_COLUMNS = 3
 # Entries of counts: rows in use.
 SPANS, RESOURCES, SCOPES = range(3)
 COUNTS = 3
-
-# Message types.
-(
-    _REQUEST,
-    _RESOURCE_SPANS,
-    _RESOURCE,
-    _SCOPE_SPANS,
-    _SCOPE,
-    _SPAN,
-    _EVENT,
-    _LINK,
-    _STATUS,
-    _KEY_VALUE,
-    _ANY_VALUE,
-    _ARRAY_VALUE,
-    _KVLIST_VALUE,
-    _ENTITY_REF,
-    _GROUP,  # an unknown group: no known fields
-) = range(15)
-
-# What a field means. Below _TEXT: fields without further rules are _PLAIN, as unknown ones.
-(
-    _PLAIN,
-    _TRACE_ID_FIELD,
-    _SPAN_ID_FIELD,
-    _PARENT_ID_FIELD,
-    _KIND_FIELD,
-    _START_FIELD,
-    _END_FIELD,
-    _CODE_FIELD,
-    _TEXT,  # a string; the ones below are strings too
-    _NAME_FIELD,
-    _MESSAGE_FIELD,
-    _SCOPE_NAME_FIELD,
-    _KEY_FIELD,
-    _MESSAGE,  # _MESSAGE + type: a message of that type
-) = range(14)
-
-_TAGS = 128  # tags below this are looked up; all known fields of interest are
-
-
-def _operations() -> Rows:
-    """The table: the meaning of tag ``t`` in message type ``m`` at ``m * _TAGS + t``."""
-    table = np.zeros((_GROUP + 1) * _TAGS, np.int64)
-
-    def put(message: int, wire_type: int, fields: dict[int, int]) -> None:
-        for number, meaning in fields.items():
-            table[message * _TAGS + (number << 3 | wire_type)] = meaning
-
-    put(_REQUEST, BYTES_TYPE, {1: _MESSAGE + _RESOURCE_SPANS})
-    put(
-        _RESOURCE_SPANS,
-        BYTES_TYPE,
-        {1: _MESSAGE + _RESOURCE, 2: _MESSAGE + _SCOPE_SPANS, 3: _TEXT},
-    )
-    put(_RESOURCE, BYTES_TYPE, {1: _MESSAGE + _KEY_VALUE, 3: _MESSAGE + _ENTITY_REF})
-    put(_ENTITY_REF, BYTES_TYPE, {1: _TEXT, 2: _TEXT, 3: _TEXT, 4: _TEXT})
-    put(_SCOPE_SPANS, BYTES_TYPE, {1: _MESSAGE + _SCOPE, 2: _MESSAGE + _SPAN, 3: _TEXT})
-    put(_SCOPE, BYTES_TYPE, {1: _SCOPE_NAME_FIELD, 2: _TEXT, 3: _MESSAGE + _KEY_VALUE})
-    put(
-        _SPAN,
-        BYTES_TYPE,
-        {
-            1: _TRACE_ID_FIELD,
-            2: _SPAN_ID_FIELD,
-            3: _TEXT,
-            4: _PARENT_ID_FIELD,
-            5: _NAME_FIELD,
-            9: _MESSAGE + _KEY_VALUE,
-            11: _MESSAGE + _EVENT,
-            13: _MESSAGE + _LINK,
-            15: _MESSAGE + _STATUS,
-        },
-    )
-    put(_SPAN, VARINT, {6: _KIND_FIELD})
-    put(_SPAN, FIXED64, {7: _START_FIELD, 8: _END_FIELD})
-    put(_EVENT, BYTES_TYPE, {2: _TEXT, 3: _MESSAGE + _KEY_VALUE})
-    put(_LINK, BYTES_TYPE, {3: _TEXT, 4: _MESSAGE + _KEY_VALUE})
-    put(_STATUS, BYTES_TYPE, {2: _MESSAGE_FIELD})
-    put(_STATUS, VARINT, {3: _CODE_FIELD})
-    put(_KEY_VALUE, BYTES_TYPE, {1: _KEY_FIELD, 2: _MESSAGE + _ANY_VALUE})
-    put(
-        _ANY_VALUE,
-        BYTES_TYPE,
-        {1: _TEXT, 5: _MESSAGE + _ARRAY_VALUE, 6: _MESSAGE + _KVLIST_VALUE},
-    )
-    put(_ARRAY_VALUE, BYTES_TYPE, {1: _MESSAGE + _ANY_VALUE})
-    put(_KVLIST_VALUE, BYTES_TYPE, {1: _MESSAGE + _KEY_VALUE})
-    return table
-
-
-_OPERATIONS = _operations()
 
 _COMPLETE_TEXT = b"trace.complete"
 _COMPLETE_KEY = np.frombuffer(_COMPLETE_TEXT, np.uint8)
@@ -327,17 +259,17 @@ def _scan_body(
     maybe_complete = False
 
     depth = 0
-    message = _REQUEST
+    message = REQUEST_TYPE
     group = 0  # field number of the present group
     pos = start
     end = stop
     while True:
         if pos >= end:
-            if message == _GROUP:
+            if message == GROUP_TYPE:
                 return BAD_GROUP, pos
             if depth == 0:
                 break
-            if message == _SPAN:
+            if message == SPAN_TYPE:
                 trace_hi = trace_lo = span_id = 0
                 if trace_id_len == 16:
                     trace_hi = load64_big(buf, trace_id_off)
@@ -385,13 +317,13 @@ def _scan_body(
                     spans[span_row, MSG_OFF] = span_off
                     spans[span_row, MSG_LEN] = span_end - span_off
                     span_row += 1
-            elif message == _SCOPE_SPANS:
+            elif message == SCOPE_SPANS_TYPE:
                 if in_scope:
                     scopes[scope_row, SCOPE_NAME_OFF] = scope_name_off
                     scopes[scope_row, SCOPE_NAME_LEN] = scope_name_len
                     scope_row += 1
                     in_scope = False
-            elif message == _RESOURCE_SPANS and in_resource:
+            elif message == RESOURCE_SPANS_TYPE and in_resource:
                 length = resource_end - resource_off
                 _put_resource(buf, resource_off, length, resources, resource_row, out)
                 resource_row += 1
@@ -410,9 +342,9 @@ def _scan_body(
             tag, pos = read_tag(buf, pos, end)
             if pos < 0:
                 return -pos, field_off
-        operation = _PLAIN
-        if tag < _TAGS:
-            operation = _OPERATIONS[message * _TAGS + tag]
+        operation = PLAIN_FIELD
+        if tag < TAGS:
+            operation = OPERATIONS[message * TAGS + tag]
         wire_type = tag & 7
 
         if wire_type == BYTES_TYPE:
@@ -420,9 +352,9 @@ def _scan_body(
             if pos < 0:
                 return -pos, field_off
             after = pos + length
-            if operation >= _MESSAGE:
-                child = operation - _MESSAGE
-                if child == _KEY_VALUE and depth + 2 <= MAX_DEPTH:
+            if operation >= SUBMESSAGE:
+                child = operation - SUBMESSAGE
+                if child == KEY_VALUE_TYPE and depth + 2 <= MAX_DEPTH:
                     shape = _plain_key_value(buf, pos, after)
                     if shape != _NOT_PLAIN:
                         if shape == _GOOD_COMPLETE:
@@ -437,74 +369,74 @@ def _scan_body(
                 depth += 1
                 end = after
                 message = child
-                if child == _SPAN:
+                if child == SPAN_TYPE:
                     span_off = pos
                     span_end = after
                     trace_id_len = span_id_len = parent_len = 0
                     name_off = name_len = message_off = message_len = 0
                     kind = status = start_time = end_time = 0
                     maybe_complete = False
-                elif child == _SCOPE_SPANS:
+                elif child == SCOPE_SPANS_TYPE:
                     scope_name_off = scope_name_len = 0
-                elif child == _RESOURCE_SPANS:
+                elif child == RESOURCE_SPANS_TYPE:
                     resource_off = pos
                     resource_end = after
                 continue
-            if operation >= _TEXT:
+            if operation >= TEXT_FIELD:
                 if not is_utf8(buf, pos, after):
                     return BAD_UTF8, field_off
-                if operation == _NAME_FIELD:
+                if operation == NAME_FIELD:
                     name_off = pos
                     name_len = length
-                elif operation == _KEY_FIELD:
+                elif operation == KEY_FIELD:
                     if length == _COMPLETE_LEN and load64(buf, pos) == _COMPLETE_HEAD:
                         maybe_complete = True
-                elif operation == _MESSAGE_FIELD:
+                elif operation == MESSAGE_FIELD:
                     message_off = pos
                     message_len = length
-                elif operation == _SCOPE_NAME_FIELD:
+                elif operation == SCOPE_NAME_FIELD:
                     scope_name_off = pos
                     scope_name_len = length
-            elif operation == _TRACE_ID_FIELD:
+            elif operation == TRACE_ID_FIELD:
                 trace_id_off = pos
                 trace_id_len = length
-            elif operation == _SPAN_ID_FIELD:
+            elif operation == SPAN_ID_FIELD:
                 span_id_off = pos
                 span_id_len = length
-            elif operation == _PARENT_ID_FIELD:
+            elif operation == PARENT_ID_FIELD:
                 parent_off = pos
                 parent_len = length
-            elif tag < 8 and message != _GROUP:
+            elif tag < 8 and message != GROUP_TYPE:
                 return BAD_TAG, field_off
             pos = after
         elif wire_type == VARINT:
             value, pos = read_varint(buf, pos, end)
             if pos < 0:
                 return -pos, field_off
-            if operation == _KIND_FIELD:
+            if operation == KIND_FIELD:
                 kind = _int32(value)
-            elif operation == _CODE_FIELD:
+            elif operation == CODE_FIELD:
                 status = _int32(value)
-            elif tag < 8 and message != _GROUP:
+            elif tag < 8 and message != GROUP_TYPE:
                 return BAD_TAG, field_off
         elif wire_type == FIXED64:
             if end - pos < 8:
                 return TRUNCATED, field_off
-            if operation == _START_FIELD:
+            if operation == START_FIELD:
                 start_time = load64(buf, pos)
-            elif operation == _END_FIELD:
+            elif operation == END_FIELD:
                 end_time = load64(buf, pos)
-            elif tag < 8 and message != _GROUP:
+            elif tag < 8 and message != GROUP_TYPE:
                 return BAD_TAG, field_off
             pos += 8
         elif wire_type == FIXED32:
             if end - pos < 4:
                 return TRUNCATED, field_off
-            if tag < 8 and message != _GROUP:
+            if tag < 8 and message != GROUP_TYPE:
                 return BAD_TAG, field_off
             pos += 4
         elif wire_type == START_GROUP:
-            if tag < 8 and message != _GROUP:
+            if tag < 8 and message != GROUP_TYPE:
                 return BAD_TAG, field_off
             if depth >= MAX_DEPTH:
                 return TOO_DEEP, field_off
@@ -512,10 +444,10 @@ def _scan_body(
             stack[depth, _STACK_TYPE] = message
             stack[depth, _STACK_GROUP] = group
             depth += 1
-            message = _GROUP
+            message = GROUP_TYPE
             group = tag >> 3
         elif wire_type == END_GROUP:
-            if message != _GROUP or group != tag >> 3:
+            if message != GROUP_TYPE or group != tag >> 3:
                 return BAD_GROUP, field_off
             depth -= 1
             message = stack[depth, _STACK_TYPE]
