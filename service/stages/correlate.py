@@ -11,12 +11,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import trio
 
 from channels import SendChannel, ThreadRunner
 from service.otlp.columns import SpanBatch
 from service.rules.compile import CompiledRules
 from service.traces.due import DueTraces
+from service.traces.progress import InFlight, LogProgress
+from service.traces.layout import CLOSED, STATE
 from service.traces.tenant import TenantTraces
 
 TICK_SECONDS = 0.25  # idle traces are looked for this often
@@ -63,12 +66,16 @@ class CorrelateStage:
         rules_of: Callable[[str], CompiledRules],
         threads: ThreadRunner,
         onward: SendChannel[DueTraces],
+        progress: LogProgress,
+        in_flight: InFlight,
         limits: TraceLimits,
         clock_ns: Callable[[], int],
     ) -> None:
         self._rules_of = rules_of
         self._threads = threads
         self._onward = onward
+        self._progress = progress
+        self._in_flight = in_flight
         self._limits = limits
         self._clock_ns = clock_ns
         self._lock = threading.Lock()  # of the tenants and the counts
@@ -80,6 +87,20 @@ class CorrelateStage:
         """Fold batches and pass on what is due."""
         for due in await self._threads.run(self._fold, batches):
             await self._onward.send(due)
+
+    def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
+        """A copy of one trace (32 hex digits) that is in memory, None where there is none.
+        ``closed`` says whether it was closed and is kept for late spans. May be called from any
+        thread; waits while a batch is folded."""
+        hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
+        with self._lock:
+            traces = self.tenants.get(tenant)
+            for table in traces.tables if traces is not None else ():
+                slot = table.find(hi, lo)
+                if slot >= 0:
+                    closed = int(table.arrays.slots[slot, STATE]) == CLOSED
+                    return table.copy(np.array([slot], np.int64), closed=closed, now=0)
+        return None
 
     async def tick(self) -> None:
         """Close the traces whose time has come, for ever."""

@@ -26,7 +26,13 @@ from service.storage import duckqueries
 from service.storage.duckfiles import Cursor, DuckFiles, StoreCorrupt, StoreError
 from service.storage.duckqueries import BadQuery, StoredSignal, SummaryRow, TraceRow
 from service.storage.pool import PoolTimeout
-from service.storage.traces_table import Columns, frames_table, trace_id_halves, traces_table
+from service.storage.traces_table import (
+    TRACES,
+    Columns,
+    frames_table,
+    trace_id_halves,
+    traces_table,
+)
 
 __all__ = [
     "BadQuery",
@@ -48,6 +54,17 @@ class RowCounts:
     signals: int
     traces: int
     frames: int
+
+
+MOST_POSITIONS = 4096
+"""That a row of the trace index holds; of a trace closed and reopened for ever, the newest."""
+
+_UPSERT_TRACES = (
+    "INSERT INTO traces BY NAME SELECT * FROM rows ON CONFLICT DO UPDATE SET "
+    + ", ".join(f"{n} = excluded.{n}" for n in TRACES.names if n not in ("trace_id", "positions"))
+    + ", positions = list_sort(list_distinct(list_concat(positions, excluded.positions)))"
+    f"[-{MOST_POSITIONS}:]"
+)
 
 
 class DuckStore:
@@ -106,7 +123,7 @@ class DuckStore:
     ) -> int:
         with self._files.use(tenant, write=True) as db:
             if traces is not None and len(traces):
-                _insert(db, "INSERT OR REPLACE INTO traces BY NAME SELECT * FROM rows", traces)
+                _insert(db, _UPSERT_TRACES, traces)
             if frames is not None and len(frames):
                 _insert(
                     db,
@@ -122,8 +139,9 @@ class DuckStore:
         return self.write(tenant, signals=signals)
 
     def write_traces(self, tenant: str, traces: Columns) -> int:
-        """Insert traces, or replace those that are there; how many rows were given. The columns are
-        those of :func:`service.storage.traces_table.traces_table`."""
+        """Insert traces, or replace those that are there but for their positions, to which the new
+        ones are added: a trace that was closed before has its earlier frames still. How many rows
+        were given; the columns are those of :func:`service.storage.traces_table.traces_table`."""
         table = traces_table(traces)
         self._write(tenant, (), table, None)
         return len(table)
@@ -210,6 +228,13 @@ class DuckStore:
     def trace(self, tenant: str, trace_id: str) -> TraceRow | None:
         """The trace with all positions of its frames, the spilled ones included."""
         return self.find_traces(tenant, [trace_id]).get(trace_id.lower())
+
+    def spilled(self, tenant: str, trace_id: str) -> list[int]:
+        """The positions that were spilled of a trace, whether the trace itself is there or not."""
+        if not self._files.has(tenant):
+            return []
+        with self._files.use(tenant) as db:
+            return duckqueries.spilled(db, trace_id)
 
     def find_traces(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
         """Those of the traces that are there, by id, each as :meth:`trace` gives it."""

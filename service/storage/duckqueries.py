@@ -250,6 +250,14 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
     return found
 
 
+def spilled(db: Cursor, trace_id: str) -> list[int]:
+    """See :meth:`service.storage.duck.DuckStore.spilled`."""
+    rows = db.execute(
+        "SELECT positions FROM trace_frames WHERE trace_id = ?", [id_bytes(trace_id, "trace_id")]
+    ).fetchall()
+    return sorted({position for (chunk,) in rows for position in chunk})
+
+
 def traces(
     db: Cursor,
     *,

@@ -549,8 +549,6 @@ def close(traces: TraceArrays, slots: Rows, now: int) -> None:
     for slot in slots:
         traces.slots[slot, STATE] = CLOSED
         traces.slots[slot, CLOSED_AT] = now
-        traces.slots[slot, POSITION_COUNT] = 0
-        traces.slots[slot, FLAGS] |= SPILLED
         traces.activity[slot] = NEVER
     traces.fill[OPEN_COUNT] -= len(slots)
     traces.fill[CLOSED_COUNT] += len(slots)

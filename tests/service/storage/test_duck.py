@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from service.signals import Kind, Signal, signal_id
 from service.storage.duck import (
+    MOST_POSITIONS,
     BadQuery,
     DuckStore,
     PoolTimeout,
@@ -249,6 +250,19 @@ class TestTraces:
         assert {key: row.spans for key, row in found.items()} == {trace_id(1): 10, trace_id(2): 77}
         assert found[trace_id(2)].partial
 
+    def test_a_trace_closed_again_keeps_its_earlier_frames(self, store: DuckStore) -> None:
+        store.write_traces("shop", columns(1, 2))
+        store.write_traces("shop", columns(1, positions=[[9, 2, 1]]))
+        row = store.trace("shop", trace_id(1))
+        assert row is not None
+        assert row.positions == [1, 2, 9]
+        for first in range(0, 2 * MOST_POSITIONS, 1000):
+            positions = [list(range(first, first + 1000))]
+            store.write_traces("shop", columns(2, positions=positions))
+        row = store.trace("shop", trace_id(2))
+        assert row is not None
+        assert (len(row.positions), row.positions[-1]) == (MOST_POSITIONS, 8999)
+
     def test_the_last_of_two_in_one_batch_stays(self, store: DuckStore) -> None:
         store.write_traces("shop", columns(1, 2, 1, spans=[5, 6, 7]))
         found = store.find_traces("shop", [trace_id(1), trace_id(2)])
@@ -264,6 +278,8 @@ class TestTraces:
         assert found[trace_id(1)].positions == [10, 11, 20, 21, 30, 31]
         assert found[trace_id(2)].positions == [5]
         assert store.counts("shop").frames == 2
+        assert store.spilled("shop", trace_id(1)) == [10, 11, 20, 21]
+        assert store.spilled("shop", trace_id(2)) == store.spilled("other", trace_id(1)) == []
 
     def test_many_traces_at_once(self, store: DuckStore) -> None:
         store.write_traces("shop", columns(*range(1000)))
