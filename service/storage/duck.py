@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -121,17 +122,39 @@ class DuckStore:
         traces: pa.Table | None,
         frames: pa.Table | None,
     ) -> int:
+        try:
+            return self._try_write(tenant, signals, traces, frames, careful=False)
+        except StoreError as error:
+            if not isinstance(error.__cause__, duckdb.ConstraintException):
+                raise
+        return self._try_write(tenant, signals, traces, frames, careful=True)
+
+    def _try_write(
+        self,
+        tenant: str,
+        signals: Sequence[Signal],
+        traces: pa.Table | None,
+        frames: pa.Table | None,
+        careful: bool,
+    ) -> int:
+        """Write, expecting rows to be new unless ``careful``.
+
+        An ``ON CONFLICT`` clause makes DuckDB scan the whole table (measured: 1000 rows into
+        4 million took 120 ms, without the clause 9 ms), and nearly all rows are new.
+        """
+        replace = "OR REPLACE " if careful else ""
+        into_traces = _UPSERT_TRACES if careful else "INSERT INTO traces BY NAME SELECT * FROM rows"
         with self._files.use(tenant, write=True) as db:
             if traces is not None and len(traces):
-                _insert(db, _UPSERT_TRACES, traces)
+                _insert(db, into_traces, traces)
             if frames is not None and len(frames):
                 _insert(
                     db,
-                    "INSERT OR REPLACE INTO trace_frames BY NAME "
+                    f"INSERT {replace}INTO trace_frames BY NAME "
                     "SELECT trace_id, list_first(positions) AS first, positions FROM rows",
                     frames,
                 )
-            return _write_signals(db, signals) if signals else 0
+            return _write_signals(db, signals, careful) if signals else 0
 
     def write_signals(self, tenant: str, signals: Sequence[Signal]) -> int:
         """Store signals, which are all of ``tenant``; how many are new. One that is there already
@@ -345,10 +368,8 @@ class DuckStore:
 def _insert(db: Cursor, statement: str, rows: pa.Table) -> int:
     """Run an INSERT that reads the table ``rows``; how many rows were inserted or replaced."""
     db.register("rows", rows)
-    try:
-        found = duckqueries.one(db, statement)
-    finally:
-        db.unregister("rows")
+    found = duckqueries.one(db, statement)
+    db.unregister("rows")  # not after an error: the connection is then given up
     return int(found[0]) if found else 0
 
 
@@ -360,7 +381,7 @@ def _other(signal: Signal) -> bytes:
     )
 
 
-def _write_signals(db: Cursor, signals: Sequence[Signal]) -> int:
+def _write_signals(db: Cursor, signals: Sequence[Signal], careful: bool) -> int:
     first: dict[str, Signal] = {}
     for signal in signals:
         first.setdefault(signal.id, signal)
@@ -403,7 +424,8 @@ def _write_signals(db: Cursor, signals: Sequence[Signal]) -> int:
         rows[name] = [getattr(s, name) for s in unique]
     new = _insert(
         db,
-        "INSERT INTO signals BY NAME SELECT * FROM rows ON CONFLICT DO NOTHING",
+        "INSERT INTO signals BY NAME SELECT * FROM rows"
+        + (" ON CONFLICT DO NOTHING" if careful else ""),
         pa.table(rows),
     )
     taken_back = [_other(signal) for signal in unique if signal.kind is Kind.RETRACTED]

@@ -24,6 +24,8 @@ Cursor = duckdb.DuckDBPyConnection
 
 FILE = "betrace.duckdb"
 SCHEMA_VERSION = 1
+MAX_ROWS = 1001  # of a page, and one more to see whether there is a next
+_CHECKPOINT_SIZE = "64MB"
 
 # Ids are their bytes, times nanoseconds since 1970.
 _SCHEMA = f"""
@@ -132,6 +134,10 @@ class DuckFiles:
             "temp_directory": str(self._temporary),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
+            # A checkpoint writes most of a table's index again: do it seldom.
+            "checkpoint_threshold": _CHECKPOINT_SIZE,
+            # Pages are read by their sort key first, the other columns of those rows after.
+            "late_materialization_max_rows": MAX_ROWS,
         }
         self._pool_max = pool_max
         self._pool_idle = pool_idle

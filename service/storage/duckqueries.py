@@ -16,9 +16,9 @@ from typing import Any, Literal
 import orjson
 
 from service.signals import Kind, Signal
-from service.storage.duckfiles import Cursor
+from service.storage.duckfiles import MAX_ROWS, Cursor
 
-MAX_LIMIT = 1000
+MAX_LIMIT = MAX_ROWS - 1
 MAX_BUCKETS = 10_000
 _IDS_PER_QUERY = 100
 _CURSOR = struct.Struct(">cq16s")

@@ -52,7 +52,8 @@ def trace_id_halves(ids: pa.Array) -> npt.NDArray[np.int64]:
 
 
 def traces_table(columns: Columns) -> pa.Table:
-    """A table of :data:`TRACES` with one row for each trace, the last where one is there twice.
+    """A table of :data:`TRACES` with one row for each trace: the last where one is there twice, but
+    with the positions of all.
 
     ``columns`` is such a table, or maps the column names to arrays or sequences of equal
     length. Instead of ``trace_id`` there may be ``trace_hi`` and ``trace_lo``; a list column
@@ -81,11 +82,21 @@ def _table(columns: Columns, schema: pa.Schema, unique: bool) -> pa.Table:
         raise ValueError(f"column {error} is missing") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"columns that do not fit {schema.names}: {error}") from error
-    if unique:
-        ids = table["trace_id"].to_pylist()
-        if len(set(ids)) != len(ids):
-            table = table.take(sorted({each: row for row, each in enumerate(ids)}.values()))
-    return table
+    return _unique(table) if unique else table
+
+
+def _unique(table: pa.Table) -> pa.Table:
+    ids = table["trace_id"].to_pylist()
+    last = {each: row for row, each in enumerate(ids)}
+    if len(last) == len(ids):
+        return table
+    positions: dict[bytes, set[int]] = {}
+    for each, some in zip(ids, table["positions"].to_pylist(), strict=True):
+        positions.setdefault(each, set()).update(some)
+    rows = sorted(last.values())
+    merged = pa.array([sorted(positions[ids[row]]) for row in rows], pa.list_(pa.int64()))
+    at = table.schema.get_field_index("positions")
+    return table.take(rows).set_column(at, table.schema.field(at), merged)
 
 
 def _array(columns: Mapping[str, Any], field: pa.Field) -> pa.Array:

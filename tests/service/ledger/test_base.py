@@ -21,7 +21,8 @@ def test_a_raised_signal_moves_one_from_the_rule_to_the_tenant() -> None:
     assert found.debit_account == rule_account("shop", "r1")
     assert found.credit_account == tenant_account("shop")
     assert found.ledger == ledger_number("shop")
-    assert found.code is Code.RAISED == 1
+    assert found.code is Code.RAISED
+    assert int(found.code) == 1
 
 
 def test_a_retraction_is_the_opposite() -> None:
@@ -31,7 +32,8 @@ def test_a_retraction_is_the_opposite() -> None:
         raised.credit_account,
         raised.debit_account,
     )
-    assert retracted.code is Code.RETRACTED == 2
+    assert retracted.code is Code.RETRACTED
+    assert int(retracted.code) == 2
 
 
 def test_accounts_are_distinct_and_stable() -> None:

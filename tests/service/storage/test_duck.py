@@ -154,7 +154,7 @@ class TestSignals:
 
     def test_pages(self, store: DuckStore) -> None:
         """Many signals of the same time, and others stored while the pages are read."""
-        at = {"detected_at": 5 * SECOND}
+        at: dict[str, Any] = {"detected_at": 5 * SECOND}
         store.write_signals("shop", [make(i, **at) for i in range(7)] + [make(9), make(3, "r2")])
         everything, none = store.signals("shop")
         assert none is None
@@ -264,9 +264,12 @@ class TestTraces:
         assert (len(row.positions), row.positions[-1]) == (MOST_POSITIONS, 8999)
 
     def test_the_last_of_two_in_one_batch_stays(self, store: DuckStore) -> None:
-        store.write_traces("shop", columns(1, 2, 1, spans=[5, 6, 7]))
+        store.write_traces(
+            "shop", columns(1, 2, 1, spans=[5, 6, 7], positions=[[8, 9], [3], [1, 8]])
+        )
         found = store.find_traces("shop", [trace_id(1), trace_id(2)])
         assert [found[trace_id(i)].spans for i in (1, 2)] == [7, 6]
+        assert [found[trace_id(i)].positions for i in (1, 2)] == [[1, 8, 9], [3]]
 
     def test_spilled_positions_are_put_together(self, store: DuckStore) -> None:
         store.write_traces("shop", columns(1, 2, positions=[[30, 31], [5]]))
@@ -338,6 +341,26 @@ class TestTraces:
         # kept: the frames of a trace that is still open, and all signals
         assert store.counts("shop") == RowCounts(signals=1, traces=1, frames=2)
         assert store.expire("other", 3 * SECOND) == 0
+
+    def test_known_and_new_rows_in_one_write(self, store: DuckStore) -> None:
+        frames = {"trace_id": [bytes(16)], "positions": [[1, 2]]}
+        for spans in (5, 6):
+            new = store.write(
+                "shop",
+                traces=columns(1, spans, spans=[spans, 1]),
+                signals=[make(1), make(spans)],
+                frames=frames,
+            )
+            assert new == (2 if spans == 5 else 1)
+        assert store.counts("shop") == RowCounts(signals=3, traces=3, frames=1)
+        found = store.trace("shop", trace_id(1))
+        assert found is not None
+        assert found.spans == 6
+
+    def test_a_missing_value_is_an_error(self, store: DuckStore) -> None:
+        with pytest.raises(StoreError, match="NOT NULL") as caught:
+            store.write_traces("shop", columns(1, rules_version=[None]))
+        assert not caught.value.transient
 
     def test_all_or_nothing(self, store: DuckStore) -> None:
         store.write_traces("shop", columns(1))
