@@ -27,6 +27,7 @@ from service.http.ingest import Edge
 from service.ledger.sqlite import SqliteLedger
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
+from service.recovery import Recovery
 from service.rules.files import RuleStore
 from service.rules.registry import RuleRegistry
 from service.settings import OFF, Settings
@@ -64,14 +65,14 @@ class Service:
         store: DuckStore,
     ) -> None:
         self.settings = settings
-        self.log = log
+        self.log: SpanLog = log
         self.registry = registry
         self.ledger = ledger
         self.store = store
-        self.started_at = time.time()
+        self.started_at: float = time.time()
         self.latencies = metrics.Latencies()
         self.subscriptions = Subscriptions(settings.api.max_streams)
-        self.pipeline = Pipeline(
+        self.pipeline: Pipeline = Pipeline(
             settings,
             log,
             registry,
@@ -82,7 +83,7 @@ class Service:
             self.latencies,
         )
         quotas = settings.quotas
-        self.edge = Edge(
+        self.edge: Edge = Edge(
             settings.ingest,
             self.pipeline.requests,
             Quotas(
@@ -95,12 +96,21 @@ class Service:
         self.queries = StoreQueries(
             store, log, registry, self.pipeline.correlate, settings.ingest.max_body_bytes
         )
+        self._threads = ThreadRunner("service", 2)
+        self.recovery = Recovery(
+            settings.storage.path / "checkpoints",
+            log,
+            self.pipeline.correlate,
+            self.pipeline.progress,
+            self.pipeline.in_flight,
+            self._threads,
+            settings.ingest.max_body_bytes,
+        )
         self._registry = metrics.register(self, self.latencies)
         self._stop = trio.Event()
         self._state = "starting"
         self._clock_offset = 0.0
         self._process = psutil.Process()
-        self._threads = ThreadRunner("service", 2)
 
     # Running
 
@@ -120,6 +130,11 @@ class Service:
             outer.start_soon(self._watch_rules)
             async with trio.open_nursery() as inner:
                 await inner.start(self.pipeline.run)
+                with self.pipeline.batches.clone() as onward:
+                    await self.recovery.recover(onward)
+                await self.pipeline.stages["trace-correlation"].drained()
+                self.pipeline.correlate.caught_up.set()
+                inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
                 ingest = await self._listen(
                     inner,
                     ingest_app(self.edge, settings.ingest),
@@ -139,6 +154,7 @@ class Service:
                 self.pipeline.close()
                 inner.start_soon(self._report_drain)
                 await self.pipeline.finished.wait()
+                await self.recovery.save()
                 inner.cancel_scope.cancel()
             self.subscriptions.close()
             stop_api.set()

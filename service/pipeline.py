@@ -25,6 +25,7 @@ from service.storage.duck import DuckStore
 from service.storage.spanlog import SpanLog
 from service.sync import GroupSync
 from service.traces.due import DueTraces
+from service.traces.progress import InFlight, LogProgress
 
 T = TypeVar("T")
 SECOND = 1_000_000_000
@@ -95,6 +96,7 @@ class Pipeline:
         rows_send, rows = self._channel(
             "projection", 4 * p.store_capacity_signals, lambda d: d.weight, "rows", Decided
         )
+        self.batches = batch_send
         self._onward: dict[str, SendChannel[Any]] = {
             "span-ingestion": batch_send,
             "trace-correlation": due_send,
@@ -103,12 +105,15 @@ class Pipeline:
         }
 
         self.finished = trio.Event()
+        self.progress = LogProgress()
+        self.in_flight = InFlight()
         self.sync = GroupSync(log, self.threads["sync"])
         self._flush_seconds = settings.log.flush_seconds
         self.ingest = IngestStage(
             log,
             self.threads["ingest"],
             batch_send,
+            self.progress,
             settings.ingest.max_body_bytes,
             self.sync if settings.log.ack == "synced" else None,
         )
@@ -116,6 +121,8 @@ class Pipeline:
             registry.compiled,
             self.threads["correlate"],
             due_send,
+            self.progress,
+            self.in_flight,
             TraceLimits(
                 idle_ns=int(t.idle_seconds * SECOND),
                 max_age_ns=int(t.max_age_seconds * SECOND),
@@ -125,7 +132,9 @@ class Pipeline:
             ),
             clock_ns,
         )
-        self.evaluate = EvaluateStage(self.threads["evaluate"], decided_send, clock_ns)
+        self.evaluate = EvaluateStage(
+            self.threads["evaluate"], decided_send, self.in_flight, clock_ns
+        )
         self.store_counts = StoreCounts()
         self.store = StoreStage(
             ledger,
@@ -137,7 +146,9 @@ class Pipeline:
             latencies,
             clock_ns,
         )
-        self.project = ProjectStage(store, self.threads["duckdb"], self.store_counts, latencies)
+        self.project = ProjectStage(
+            store, self.threads["duckdb"], self.store_counts, self.in_flight, latencies
+        )
 
         def on_dead(stage: str) -> Callable[[Any, Exception, int], Any]:
             async def bury(item: Any, error: Exception, attempts: int) -> None:

@@ -75,7 +75,8 @@ class SpanBatch:
 
     ``buf`` holds the decoded (decompressed, protobuf) bodies end to end; all offsets are
     into it. ``positions`` are the span-log positions of the bodies' frames, by body row;
-    ``received_ns`` is when the newest of them was received (wall clock, nanoseconds).
+    ``received_ns`` is when the newest of them was received (wall clock, nanoseconds);
+    ``replayed`` says that they were read back from the log after a restart.
     """
 
     tenant: str
@@ -86,6 +87,7 @@ class SpanBatch:
     bodies: Rows
     positions: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
     received_ns: int = 0
+    replayed: bool = False
 
     def __len__(self) -> int:
         return len(self.spans)

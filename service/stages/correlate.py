@@ -17,9 +17,10 @@ import trio
 from channels import SendChannel, ThreadRunner
 from service.otlp.columns import SpanBatch
 from service.rules.compile import CompiledRules
+from service.traces.checkpoint import Snapshot
 from service.traces.due import DueTraces
-from service.traces.progress import InFlight, LogProgress
 from service.traces.layout import CLOSED, STATE
+from service.traces.progress import InFlight, LogProgress
 from service.traces.tenant import TenantTraces
 
 TICK_SECONDS = 0.25  # idle traces are looked for this often
@@ -31,6 +32,8 @@ class CorrelateCounts:
 
     folded: int = 0
     """Spans taken into traces, repeated ones included."""
+    replayed: int = 0
+    """Spans taken into traces again from the log, after a restart."""
     repeated: int = 0
     """Spans that came a second time and were not counted."""
     matched: int = 0
@@ -82,11 +85,15 @@ class CorrelateStage:
         self._last_sweep_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
         self.counts = CorrelateCounts()
+        self.caught_up = trio.Event()
 
     async def handle(self, batches: list[SpanBatch]) -> None:
-        """Fold batches and pass on what is due."""
-        for due in await self._threads.run(self._fold, batches):
-            await self._onward.send(due)
+        """Fold batches and pass on what is due. A batch that was folded before is passed over."""
+        due, error = await self._threads.run(self._fold, batches)
+        for traces in due:
+            await self._onward.send(traces)
+        if error is not None:
+            raise error
 
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of one trace (32 hex digits) that is in memory, None where there is none.
@@ -103,34 +110,74 @@ class CorrelateStage:
         return None
 
     async def tick(self) -> None:
-        """Close the traces whose time has come, for ever."""
+        """Close the traces whose time has come, for ever, from :attr:`caught_up` on: until
+        the log is replayed no trace may be closed, since the replay may hold its next span."""
+        await self.caught_up.wait()
         while True:
             await trio.sleep(TICK_SECONDS)
             with trio.CancelScope(shield=True):  # what was closed must be passed on
                 for due in await self._threads.run(self._close_due):
                     await self._onward.send(due)
 
-    def _fold(self, batches: list[SpanBatch]) -> list[DueTraces]:
-        due: list[DueTraces] = []
-        counts = self.counts
+    def snapshot(self) -> Snapshot:
+        """The state of all traces, and of the log as far as they go; in a worker thread."""
         with self._lock:
-            for batch in batches:
-                traces = self._traces(batch.tenant)
-                now = self._clock_ns()
-                for table, folded in traces.fold(batch, now):
-                    counts.repeated += folded.repeated
-                    counts.matched += folded.matched
-                    counts.opened += folded.opened
-                    counts.reopened += folded.reopened
-                    if folded.early is not None:
-                        folded.early.received_ns = batch.received_ns
-                        due.append(folded.early)
-                    if len(folded.completed) or len(folded.spilled):
-                        closed = table.close(folded.completed, now)
-                        closed.spilled = folded.spilled
-                        counts.closed += len(closed)
-                        due.append(closed)
-                counts.folded += len(batch)
+            return Snapshot(
+                self._clock_ns(),
+                self._progress.snapshot(),
+                [traces.snapshot() for traces in self.tenants.values()],
+                self._in_flight.mark(),
+            )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot; before anything is folded, in a worker thread."""
+        with self._lock:
+            for tenant, (last, pending) in snapshot.progress.items():
+                self._progress.restore(tenant, last, pending)
+            for saved in snapshot.tenants:
+                self.tenants[saved.tenant] = TenantTraces.restored(saved)
+
+    def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
+        """What is due, and the error that stopped before the end."""
+        due: list[DueTraces] = []
+        with self._lock:
+            try:
+                for batch in batches:
+                    positions = batch.positions[batch.positions > 0].tolist()
+                    if positions and not self._progress.any_pending(batch.tenant, positions):
+                        continue  # a redelivery: what failed came after it
+                    due += self._fold_one(batch)
+                    self._progress.folded(batch.tenant, positions)
+            except Exception as error:
+                return self._ticketed(due), error
+            return self._ticketed(due), None
+
+    def _ticketed(self, due: list[DueTraces]) -> list[DueTraces]:
+        for traces in due:
+            traces.ticket = self._in_flight.enter()
+        return due
+
+    def _fold_one(self, batch: SpanBatch) -> list[DueTraces]:
+        due = []
+        counts = self.counts
+        now = batch.received_ns if batch.replayed else self._clock_ns()
+        for table, folded in self._traces(batch.tenant).fold(batch, now):
+            counts.repeated += folded.repeated
+            counts.matched += folded.matched
+            counts.opened += folded.opened
+            counts.reopened += folded.reopened
+            if folded.early is not None:
+                folded.early.received_ns = batch.received_ns
+                due.append(folded.early)
+            if len(folded.completed) or len(folded.spilled):
+                closed = table.close(folded.completed, now)
+                closed.spilled = folded.spilled
+                counts.closed += len(closed)
+                due.append(closed)
+        if batch.replayed:
+            counts.replayed += len(batch)
+        else:
+            counts.folded += len(batch)
         return due
 
     def _traces(self, tenant: str) -> TenantTraces:
@@ -157,5 +204,5 @@ class CorrelateStage:
                 room -= traces.closed_count
                 if sweep and not traces.open_count and not traces.closed_count:
                     del self.tenants[tenant]
-        self.counts.closed += sum(len(due) for due in found)
-        return found
+            self.counts.closed += sum(len(due) for due in found)
+            return self._ticketed(found)

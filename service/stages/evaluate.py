@@ -11,6 +11,7 @@ from service.rules.decide import ALWAYS_BROKEN, Breach, decide
 from service.signals import Kind, Signal, signal_id
 from service.traces.due import DueTraces
 from service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE, EVIDENCE
+from service.traces.progress import InFlight
 
 _MASK = 2**64 - 1
 
@@ -25,6 +26,9 @@ class Decided:
     spilled: Rows | None = None
     due_ns: int = 0
     """When the last span that mattered was received, or the trace was closed."""
+
+    ticket: int = 0
+    """Of :class:`service.traces.progress.InFlight`."""
 
     @property
     def weight(self) -> int:
@@ -54,10 +58,12 @@ class EvaluateStage:
         self,
         threads: ThreadRunner,
         onward: SendChannel[Decided],
+        in_flight: InFlight,
         clock_ns: Callable[[], int],
     ) -> None:
         self._threads = threads
         self._onward = onward
+        self._in_flight = in_flight
         self._clock_ns = clock_ns
         self.counts = EvaluateCounts()
 
@@ -76,6 +82,8 @@ class EvaluateStage:
                 counts.by_severity[key] = counts.by_severity.get(key, 0) + 1
             if decided.signals or decided.closed is not None or decided.spilled is not None:
                 await self._onward.send(decided)
+            else:
+                self._in_flight.leave(decided.ticket)
 
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()

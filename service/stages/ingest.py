@@ -29,6 +29,7 @@ from service.otlp.wire import ERRORS, scan_bodies
 from service.storage.frames import ContentType, Encoding
 from service.storage.spanlog import Frame, LogSyncError, LogWriteError, SpanLog
 from service.sync import GroupSync
+from service.traces.progress import LogProgress
 
 Outcome = Done | Refused
 
@@ -59,12 +60,14 @@ class IngestStage:
         log: SpanLog,
         threads: ThreadRunner,
         onward: SendChannel[SpanBatch],
+        progress: LogProgress,
         max_body_bytes: int,
         synced: GroupSync | None = None,
     ) -> None:
         self._log = log
         self._threads = threads
         self._onward = onward
+        self._progress = progress
         self._max_body = max_body_bytes
         self._synced = synced
         self.counts = IngestCounts()
@@ -155,7 +158,9 @@ class IngestStage:
         if not frames:
             return
         try:
-            batch.positions[logged] = self._log.append(batch.tenant, frames)
+            batch.positions[logged] = self._progress.append(
+                batch.tenant, lambda: self._log.append(batch.tenant, frames)
+            )
         except LogWriteError:
             return
         batch.received_ns = max(frame.received_ns for frame in frames)

@@ -22,6 +22,7 @@ from service.signals import Signal
 from service.stages.evaluate import Decided
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
 from service.traces.index import frame_columns, trace_table
+from service.traces.progress import InFlight
 
 
 @dataclass(slots=True)
@@ -88,11 +89,17 @@ class ProjectStage:
     """The handler of the projection stage: batches hold one tenant's rows."""
 
     def __init__(
-        self, store: DuckStore, threads: ThreadRunner, counts: StoreCounts, latencies: Latencies
+        self,
+        store: DuckStore,
+        threads: ThreadRunner,
+        counts: StoreCounts,
+        in_flight: InFlight,
+        latencies: Latencies,
     ) -> None:
         self._store = store
         self._threads = threads
         self._counts = counts
+        self._in_flight = in_flight
         self._latencies = latencies
 
     async def handle(self, batch: list[Decided]) -> None:
@@ -105,6 +112,8 @@ class ProjectStage:
                 raise TransientError(str(error)) from error
             raise
         self._latencies.duckdb.observe(time.perf_counter() - started)
+        for decided in batch:
+            self._in_flight.leave(decided.ticket)
 
     def _write(self, batch: list[Decided]) -> int:
         signals = [signal for decided in batch for signal in decided.signals]

@@ -37,6 +37,8 @@ class DueTraces:
     spilled: Rows | None = None
     received_ns: int = 0
     spans: int = 0
+    ticket: int = 0
+    """Of :class:`service.traces.progress.InFlight`."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,12 @@ from service.otlp.columns import Rows, SpanBatch
 from service.rules.compile import CompiledRules
 from service.rules.match import evaluate
 from service.traces import fold as kernels
+from service.traces.checkpoint import TableSnapshot
 from service.traces.due import DueTraces
 from service.traces.layout import (
     ASKED,
+    CLOSED,
+    CLOSED_AT,
     CLOSED_COUNT,
     COMPLETIONS,
     COUNTS_SIZE,
@@ -27,10 +31,12 @@ from service.traces.layout import (
     FILL_SIZE,
     LARGE_FREE,
     LARGE_RING,
+    LARGE_USED,
     LATE,
     MATCHED,
     MIDDLE_FREE,
     MIDDLE_RING,
+    MIDDLE_USED,
     NAME_BYTES,
     NAMES_FULL,
     NEED_ASK,
@@ -51,6 +57,7 @@ from service.traces.layout import (
     SMALL_RING,
     SPANS,
     SPILLS,
+    STATE,
     STOPPED_SLOT,
     BatchArrays,
     FoldOutputs,
@@ -252,6 +259,68 @@ class TraceTable:
                 freed += kernels.free_closed(self.arrays, slots, when)
         return freed
 
+    def snapshot(self) -> TableSnapshot:
+        """Copies of everything, for a checkpoint."""
+        a, fill = self.arrays, self.arrays.fill
+        used = int(fill[SLOTS_USED])
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "fill": fill.copy(),
+            "slots": a.slots[:used].copy(),
+            "activity": a.activity[:used].copy(),
+            "names": a.names[:used].copy(),
+            "ring_small": a.ring_small[:used].copy(),
+            "ring_middle": a.ring_middle[: fill[MIDDLE_USED]].copy(),
+            "ring_large": a.ring_large[: fill[LARGE_USED]].copy(),
+            "entries": a.entries[: fill[ENTRIES_USED]].copy(),
+        }
+        if self.reopened:
+            before = _joined(list(self.reopened.values()))
+            arrays["before_slots"] = np.array(list(self.reopened), np.int64)
+            arrays |= {
+                "before_rows": before.rows,
+                "before_names": before.names,
+                "before_entries": before.entries,
+                "before_starts": before.starts,
+            }
+        definitions = [rule.definition() for rule in self.rules.rules]
+        return TableSnapshot(self.rules.version, definitions, list(self.rules.check_names), arrays)
+
+    def restore(self, saved: TableSnapshot) -> None:
+        """Become what a snapshot of a table with the same rules holds."""
+        arrays = saved.arrays
+        slots = 64
+        while slots < len(arrays["slots"]):
+            slots *= 2
+        room = _empty_arrays(slots)
+        for name in ("slots", "activity", "names", "ring_small"):
+            getattr(room, name)[: len(arrays[name])] = arrays[name]
+        room.fill[:] = arrays["fill"]
+        self.arrays = room._replace(
+            ring_middle=_with_room(arrays["ring_middle"], 8),
+            ring_large=_with_room(arrays["ring_large"], 1),
+            entries=_with_room(arrays["entries"], slots),
+        )
+        with np.errstate(over="ignore"):
+            kernels.rebuild(self.arrays.table, self.arrays.slots, len(arrays["slots"]))
+        closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
+        when = self.arrays.slots[closed, CLOSED_AT]
+        for time in np.unique(when).tolist():
+            self._closed.append((time, closed[when == time]))
+        if "before_slots" in arrays:
+            starts = arrays["before_starts"]
+            for k, slot in enumerate(arrays["before_slots"].tolist()):
+                first, last = int(starts[k]), int(starts[k + 1])
+                self.reopened[slot] = DueTraces(
+                    self.tenant,
+                    self.rules,
+                    True,
+                    arrays["before_rows"][k : k + 1],
+                    arrays["before_names"][k : k + 1],
+                    arrays["before_entries"][first:last],
+                    np.array([0, last - first], np.int64),
+                    self.services,
+                )
+
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), -1 without one."""
         with np.errstate(over="ignore"):
@@ -312,6 +381,13 @@ class TraceTable:
 def _doubled(array: npt.NDArray, more: int = 0) -> npt.NDArray:  # type: ignore[type-arg]
     """A copy twice as long, and ``more``; the new rows are zero."""
     grown = np.zeros((2 * len(array) + more, *array.shape[1:]), array.dtype)
+    grown[: len(array)] = array
+    return grown
+
+
+def _with_room(array: npt.NDArray[np.int64], least: int) -> Rows:
+    """A copy with at least ``least`` rows more."""
+    grown = np.zeros((len(array) + least, *array.shape[1:]), array.dtype)
     grown[: len(array)] = array
     return grown
 

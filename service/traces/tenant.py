@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from service.otlp.columns import SERVICE_LEN, SERVICE_OFF, Rows, SpanBatch
-from service.rules.compile import CompiledRules
+from service.rules.compile import CompiledRules, compile_rules
+from service.rules.definition import make_rule
+from service.traces.checkpoint import TenantSnapshot
 from service.traces.due import DueTraces
 from service.traces.table import Folded, TraceTable
 
@@ -26,6 +28,32 @@ class TenantTraces:
         self.services = [""]  # by number; 0 is none
         self._numbers: dict[bytes, int] = {}
         self.tables = [TraceTable(tenant, rules, self.services)]
+
+    @classmethod
+    def restored(cls, saved: TenantSnapshot) -> TenantTraces:
+        """A tenant's traces as a snapshot has them.
+
+        Raises ValueError where its rules do not compile to the checks they had, as a snapshot of
+        another version of this program may.
+        """
+        compiled = []
+        for table in saved.tables:
+            rules = compile_rules([make_rule(d) for d in table.definitions], table.version)
+            if list(rules.check_names) != table.check_names:
+                raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
+            compiled.append(rules)
+        traces = cls(saved.tenant, compiled[-1])
+        for service in saved.services[1:]:
+            traces._number(service.encode())
+        traces.tables = [TraceTable(saved.tenant, rules, traces.services) for rules in compiled]
+        for restored, table in zip(traces.tables, saved.tables, strict=True):
+            restored.restore(table)
+        return traces
+
+    def snapshot(self) -> TenantSnapshot:
+        """Copies of everything, for a checkpoint."""
+        tables = [table.snapshot() for table in self.tables]
+        return TenantSnapshot(self.tenant, list(self.services), tables)
 
     @property
     def rules(self) -> CompiledRules:

@@ -1,0 +1,176 @@
+"""Coming back after a restart, clean or not: the last checkpoint, then the log's tail.
+
+What was answered with 200 is in the log. The checkpoint holds the traces as they were and names the
+frames that they do not contain; those are read again and go through the same stages. Signals have
+deterministic ids, so what was stored before the crash and is found again changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import trio
+
+from channels import SendChannel, ThreadRunner
+from service.otlp.columns import ERROR, SpanBatch
+from service.otlp.encoding import decode_body
+from service.otlp.json import to_protobuf
+from service.otlp.wire import scan_bodies
+from service.stages.correlate import CorrelateStage
+from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog
+from service.traces.checkpoint import read_latest, write_checkpoint
+from service.traces.progress import InFlight, LogProgress
+
+_log = logging.getLogger("service.recovery")
+
+_BATCH_SPANS = 4000
+_REPORT_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What was read from the log at the start."""
+
+    frames: int = 0
+    spans: int = 0
+    damaged: int = 0
+    """Frames that could not be read."""
+
+
+class Recovery:
+    """Restores the traces at the start and saves them while the service runs."""
+
+    def __init__(
+        self,
+        directory: Path,
+        log: SpanLog,
+        correlate: CorrelateStage,
+        progress: LogProgress,
+        in_flight: InFlight,
+        threads: ThreadRunner,
+        max_body_bytes: int,
+    ) -> None:
+        self._directory = directory
+        self._log = log
+        self._correlate = correlate
+        self._progress = progress
+        self._in_flight = in_flight
+        self._threads = threads
+        self._max_body = max_body_bytes
+        self._saving = trio.Lock()
+        self.replayed = Replayed()
+        self.saved_at: float | None = None
+        """When the last checkpoint was complete, seconds since 1970."""
+        self.saved_bytes = 0
+        self.failures = 0
+
+    async def recover(self, onward: SendChannel[SpanBatch]) -> None:
+        """Load the last checkpoint and send what the log has beyond it to ``onward``."""
+        await self._threads.run(self._load)
+        batches = self._batches()
+        reported = trio.current_time()
+        while (batch := await self._threads.run(next, batches, None)) is not None:
+            await onward.send(batch)
+            if trio.current_time() - reported > _REPORT_SECONDS:
+                reported = trio.current_time()
+                _log.info("replaying the log: %d spans so far", self.replayed.spans)
+        if self.replayed.frames or self.replayed.damaged:
+            _log.info(
+                "replayed %d requests with %d spans from the log; %d could not be read",
+                self.replayed.frames,
+                self.replayed.spans,
+                self.replayed.damaged,
+            )
+
+    def _load(self) -> None:
+        snapshot = read_latest(self._directory)
+        if snapshot is None:
+            return
+        try:
+            self._correlate.restore(snapshot)
+        except ValueError as error:
+            _log.warning("the checkpoint cannot be used, the whole log is replayed: %s", error)
+            return
+        self.saved_at = snapshot.taken_ns / 1e9
+
+    def _batches(self) -> Iterator[SpanBatch]:
+        """What the traces do not contain, in batches of one tenant; each frame becomes pending
+        before it is given out."""
+        for tenant in self._log.tenants():
+            last, pending = self._progress.snapshot().get(tenant, (0, []))
+            positions: list[int] = []
+            frames: list[Frame] = []
+            spans = 0
+            for position, frame in self._frames(tenant, last, pending):
+                positions.append(position)
+                frames.append(frame)
+                spans += frame.spans
+                if spans >= _BATCH_SPANS:
+                    yield self._batch(tenant, positions, frames)
+                    positions, frames, spans = [], [], 0
+            if frames:
+                yield self._batch(tenant, positions, frames)
+
+    def _frames(self, tenant: str, last: int, pending: list[int]) -> Iterator[tuple[int, Frame]]:
+        found = self._log.read_many(tenant, pending)
+        for position, frame in zip(pending, found, strict=True):
+            if isinstance(frame, FrameMissing | FrameCorrupt):
+                self.replayed.damaged += 1
+                self._progress.folded(tenant, [position])
+            else:
+                yield position, frame
+        for position, frame in self._log.frames(tenant, start=last or None):
+            if position > last:
+                self._progress.register(tenant, [position])
+                yield position, frame
+
+    def _batch(self, tenant: str, positions: list[int], frames: list[Frame]) -> SpanBatch:
+        batch = read_frames(tenant, positions, frames, self._max_body)
+        batch.replayed = True
+        self.replayed.frames += len(frames)
+        self.replayed.spans += len(batch)
+        self.replayed.damaged += int(np.count_nonzero(batch.bodies[:, ERROR]))
+        return batch
+
+    async def every(self, seconds: float) -> None:
+        """Save a checkpoint every so many seconds, less often where saving takes long."""
+        while True:
+            started = trio.current_time()
+            await self.save()
+            took = trio.current_time() - started
+            await trio.sleep(max(seconds - took, 9 * took, 0.1))
+
+    async def save(self) -> bool:
+        """Save a checkpoint; whether that worked. What left the traces is waited for first."""
+        async with self._saving:
+            snapshot = await self._threads.run(self._correlate.snapshot)
+            await self._in_flight.wait(snapshot.mark)
+            try:
+                self.saved_bytes = await self._threads.run(
+                    write_checkpoint, self._directory, snapshot
+                )
+            except OSError as error:
+                self.failures += 1
+                _log.error("the checkpoint cannot be written (%s); check the disk", error)
+                return False
+            self.saved_at = time.time()
+            return True
+
+
+def read_frames(
+    tenant: str, positions: list[int], frames: list[Frame], max_body_bytes: int
+) -> SpanBatch:
+    """The spans of frames read back from the log."""
+    bodies = []
+    for frame in frames:
+        body = decode_body(bytes(frame.payload), frame.encoding, max_body_bytes)
+        bodies.append(to_protobuf(body) if frame.content_type == "json" else body)
+    batch = scan_bodies(tenant, bodies)
+    batch.positions = np.array(positions, np.int64)
+    batch.received_ns = max(frame.received_ns for frame in frames)
+    return batch

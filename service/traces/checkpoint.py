@@ -1,0 +1,181 @@
+"""Checkpoints: the state of all traces in a file, so that a restart reads little of the log.
+
+A file is a header (JSON, with the place of each array), the arrays as they lie in memory, and a
+CRC-32 of it all. It is written beside its place, synced and renamed, and the one before is kept: a
+file that is damaged is passed over for the one before it, and without any the log is read from
+its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+_log = logging.getLogger("service.checkpoint")
+
+_MAGIC = b"BTCKPT01"
+_HEAD = struct.Struct("<8sQ")  # magic, length of the header
+KEPT = 2
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TableSnapshot:
+    """One :class:`~service.traces.table.TraceTable`: its rules as definitions, the names of their
+    checks in order, and arrays by name."""
+
+    version: str
+    definitions: list[dict[str, Any]]
+    check_names: list[str]
+    arrays: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSnapshot:
+    """One :class:`~service.traces.tenant.TenantTraces`."""
+
+    tenant: str
+    services: list[str]
+    tables: list[TableSnapshot]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of all traces at ``taken_ns``, and of the log as far as they go: by tenant the last
+    frame and those up to it that were not folded. ``mark`` is a ticket: work with a smaller
+    one must be safe before the snapshot may be used."""
+
+    taken_ns: int
+    progress: dict[str, tuple[int, list[int]]]
+    tenants: list[TenantSnapshot]
+    mark: int = 0
+
+
+def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
+    """Write a snapshot durably; the bytes written. Older files beyond ``KEPT`` are removed.
+
+    Raises OSError when the disk fails; what was there before stays.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays: list[Array] = []
+
+    def place(array: Array) -> dict[str, Any]:
+        arrays.append(np.ascontiguousarray(array))
+        return {"dtype": array.dtype.str, "shape": list(array.shape)}
+
+    header = {
+        "taken_ns": snapshot.taken_ns,
+        "progress": snapshot.progress,
+        "tenants": [
+            {
+                "tenant": saved.tenant,
+                "services": saved.services,
+                "tables": [
+                    {
+                        "version": table.version,
+                        "definitions": table.definitions,
+                        "check_names": table.check_names,
+                        "arrays": {name: place(array) for name, array in table.arrays.items()},
+                    }
+                    for table in saved.tables
+                ],
+            }
+            for saved in snapshot.tenants
+        ],
+    }
+    text = json.dumps(header).encode()
+    parts: list[bytes | memoryview] = [_HEAD.pack(_MAGIC, len(text)), text]
+    parts += [array.data.cast("B") for array in arrays if array.nbytes]
+    path = directory / f"{snapshot.taken_ns:020d}.checkpoint"
+    temporary = path.with_suffix(".tmp")
+    crc = 0
+    with temporary.open("wb") as file:
+        for part in parts:
+            crc = isal_zlib.crc32(part, crc)
+            file.write(part)
+        file.write(struct.pack("<I", crc))
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    temporary.rename(path)
+    _sync_directory(directory)
+    for old in checkpoint_files(directory)[KEPT:]:
+        old.unlink()
+    return size
+
+
+def read_latest(directory: Path) -> Snapshot | None:
+    """The newest snapshot that is whole, None without one."""
+    for path in checkpoint_files(directory):
+        try:
+            return read_checkpoint(path)
+        except (OSError, ValueError, KeyError) as error:
+            _log.warning("checkpoint %s is passed over for the one before it: %s", path.name, error)
+    return None
+
+
+def read_checkpoint(path: Path) -> Snapshot:
+    """The snapshot in a file. Raises ValueError where it is damaged."""
+    data = path.read_bytes()
+    if len(data) < _HEAD.size + 4:
+        raise ValueError("it is too short")
+    magic, length = _HEAD.unpack_from(data)
+    if magic != _MAGIC:
+        raise ValueError("it is of another format")
+    if isal_zlib.crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise ValueError("its checksum does not match")
+    header = json.loads(data[_HEAD.size : _HEAD.size + length])
+    offset = _HEAD.size + length
+
+    def take(place: dict[str, Any]) -> Array:
+        nonlocal offset
+        dtype, shape = np.dtype(place["dtype"]), place["shape"]
+        count = int(np.prod(shape))
+        array = np.frombuffer(data, dtype, count, offset).reshape(shape)
+        offset += array.nbytes
+        return array
+
+    return Snapshot(
+        header["taken_ns"],
+        {tenant: (last, pending) for tenant, (last, pending) in header["progress"].items()},
+        [
+            TenantSnapshot(
+                saved["tenant"],
+                saved["services"],
+                [
+                    TableSnapshot(
+                        table["version"],
+                        table["definitions"],
+                        table["check_names"],
+                        {name: take(place) for name, place in table["arrays"].items()},
+                    )
+                    for table in saved["tables"]
+                ],
+            )
+            for saved in header["tenants"]
+        ],
+    )
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, newest first."""
+    return sorted(directory.glob("*.checkpoint"), reverse=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    with suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,129 @@
+"""How far the work has come: what a checkpoint must know to lose nothing.
+
+*Before* the traces: which frames of the log are not folded yet (:class:`LogProgress`). *After*
+them: which due traces are not stored yet (:class:`InFlight`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+
+@dataclass(slots=True)
+class _Tenant:
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of appending
+    last: int = 0
+    pending: dict[int, None] = field(default_factory=dict)
+
+
+class LogProgress:
+    """For each tenant the last frame that was appended, and which frames up to it are not folded.
+
+    Frames are registered in the order of their positions, under the tenant's lock, so that every
+    frame up to ``last`` is either pending or folded. All methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tenants: dict[str, _Tenant] = {}
+
+    def append(self, tenant: str, write: Callable[[], list[int]]) -> list[int]:
+        """Append frames by calling ``write``, which returns their positions, and register them."""
+        state = self._tenant(tenant)
+        with state.lock:
+            positions = write()
+            self.register(tenant, positions)
+        return positions
+
+    def register(self, tenant: str, positions: Iterable[int]) -> None:
+        """Note frames as appended and not folded."""
+        state = self._tenant(tenant)
+        with self._lock:
+            for position in positions:
+                state.pending[position] = None
+                state.last = max(state.last, position)
+
+    def folded(self, tenant: str, positions: Iterable[int]) -> None:
+        """Note frames as folded, or as kept elsewhere (a dead letter)."""
+        state = self._tenant(tenant)
+        with self._lock:
+            for position in positions:
+                state.pending.pop(position, None)
+
+    def any_pending(self, tenant: str, positions: Iterable[int]) -> bool:
+        """Whether one of the frames is appended and not folded."""
+        state = self._tenant(tenant)
+        with self._lock:
+            return any(position in state.pending for position in positions)
+
+    def restore(self, tenant: str, last: int, pending: Iterable[int]) -> None:
+        """Set what a checkpoint said."""
+        state = self._tenant(tenant)
+        with self._lock:
+            state.last = last
+            state.pending = dict.fromkeys(pending)
+
+    def snapshot(self) -> dict[str, tuple[int, list[int]]]:
+        """``(last, pending)`` by tenant."""
+        with self._lock:
+            return {
+                tenant: (state.last, list(state.pending))
+                for tenant, state in self._tenants.items()
+                if state.last
+            }
+
+    def forget(self, tenant: str) -> None:
+        """Drop a tenant that was deleted."""
+        with self._lock:
+            self._tenants.pop(tenant, None)
+
+    def _tenant(self, tenant: str) -> _Tenant:
+        with self._lock:
+            return self._tenants.setdefault(tenant, _Tenant())
+
+
+class InFlight:
+    """Work that left the traces and is not safe yet, by ticket."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 1
+        self._open: dict[int, None] = {}  # ascending
+        self._left = trio.lowlevel.ParkingLot()
+
+    def enter(self) -> int:
+        """A ticket for a piece of work. May be called from any thread."""
+        with self._lock:
+            ticket = self._next
+            self._next += 1
+            self._open[ticket] = None
+            return ticket
+
+    def leave(self, ticket: int) -> None:
+        """The piece of work is stored, or kept as a dead letter; on the Trio thread. Repeating it
+        does nothing."""
+        with self._lock:
+            self._open.pop(ticket, None)
+        self._left.unpark_all()
+
+    def mark(self) -> int:
+        """A ticket that is larger than all given so far."""
+        with self._lock:
+            return self._next
+
+    async def wait(self, mark: int) -> None:
+        """Return when all work with a ticket below ``mark`` is done."""
+        while (oldest := self._oldest()) is not None and oldest < mark:
+            await self._left.park()
+        await trio.lowlevel.checkpoint()
+
+    def _oldest(self) -> int | None:
+        with self._lock:
+            return next(iter(self._open), None)
+
+    def __len__(self) -> int:
+        return len(self._open)
