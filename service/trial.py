@@ -43,9 +43,12 @@ class Trial:
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
+        self.spans = 0
+        """Added, without those that came again."""
 
-    def add(self, body: bytes) -> None:
-        """Add the spans of a request: protobuf, decompressed. Raises :exc:`TrialError`."""
+    def add(self, body: bytes) -> int:
+        """Add the spans of a request (protobuf, decompressed); how many of them are of the trace.
+        Raises :exc:`TrialError`."""
         batch = scan_bodies("trial", [body])
         row = batch.bodies[0]
         if row[ERROR]:
@@ -62,15 +65,19 @@ class Trial:
             halves = np.array([value >> 64, value & _MASK], np.uint64).view(np.int64)
             batch.spans = batch.spans[(batch.spans[:, [TRACE_HI, TRACE_LO]] == halves).all(axis=1)]
         if len(batch):
-            self._traces.fold(batch, now=1)
+            for _, folded in self._traces.fold(batch, now=1):
+                self.spans += len(batch) - folded.repeated
+        return len(batch)
 
-    def verdicts(self) -> list[Verdict]:
-        """The verdict of each enabled rule; call it once. Raises :exc:`TrialError` without a
-        span."""
+    def verdicts(self, *, complete: bool = True) -> list[Verdict]:
+        """The verdict of each enabled rule; call it once. Of a trace that is not ``complete``,
+        breaches are those that no further span can undo. Raises :exc:`TrialError` without a span.
+        """
         closed = self._traces.close_due(now=2, idle_ns=0)
         if not closed:
             raise TrialError("it has no span with a valid trace id and span id")
         due = closed[0]
+        due.closed = complete
         broken = {breach.rule: breach for breach in decide(due, raised_early=False)}
         return [_verdict(due, k, broken.get(k)) for k in range(len(due.rules.rules))]
 

@@ -73,11 +73,12 @@ class Queries(Protocol):
         next page, None after the last."""
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
-        """The trace: its row of the index, ``resourceSpans`` (OTLP JSON), ``signals`` and
-        ``verdicts`` (by rule id); None if the tenant has no such trace."""
+        """The trace, open or closed, as :meth:`service.tracequery.TraceReader.trace` gives it; None
+        if the tenant has no such trace."""
 
     def rules(self, tenant: str) -> Sequence[Json]:
-        """The tenant's rules, by id: the fields of a rule file, ``version`` and ``etag``."""
+        """The tenant's rules, by id: the fields of a rule file, ``version``, ``etag`` and
+        ``active_signals`` (how many, None while the store cannot say)."""
 
     def rule(self, tenant: str, rule_id: str) -> Json:
         """One rule. Raises :exc:`service.rules.files.RuleNotFoundError`."""

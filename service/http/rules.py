@@ -109,7 +109,8 @@ def _if_match(call: Call) -> str | None:
 
 @endpoints.add("GET", "/api/v1/rules", "The tenant's rules", answers={200: '`{"rules": […]}`'})
 async def list_rules(call: Call) -> Any:
-    """By id; each with `version` (a hash of its condition) and `etag`."""
+    """By id; each with `version` (a hash of its condition), `etag` and `active_signals` (how many
+    stand; null while the store cannot say)."""
     return {"rules": await call.blocking(call.backend.queries.rules, call.tenant)}
 
 

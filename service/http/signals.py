@@ -233,19 +233,22 @@ async def list_traces(call: Call) -> Any:
     "A trace as OTLP JSON, its signals, its verdict by rule",
     path_params=(TRACE_ID,),
     answers={
-        200: "`resourceSpans` as in OTLP JSON, `signals`, `verdicts`, `missingFrames`",
+        200: "`resourceSpans` (OTLP JSON), `state`, `signals`, `verdicts`, `missing`, `omitted`",
         404: "There is no such trace",
     },
 )
 async def get_trace(call: Call) -> Any:
-    """The spans are read from the span log; `missingFrames` says how many of its parts are no
-    longer there or too many to show. `verdicts` are those of the present rules."""
+    """`state` is `open` or `closed`. The spans are read from the span log: `missing` says how many
+    of the requests that had some are damaged or no longer there, `omitted` how many were too many
+    to show. `verdicts` are those of the present rules, by id: `verdict` is `breach` (with
+    `clause`, and the id of the `signal` if there is one), `kept`, `open` (the trace is) or
+    `unknown` (spans are missing)."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.backend.queries.trace, call.tenant, trace_id)
     if trace is None:
         raise ApiError(
             404,
             f"there is no trace {trace_id}",
-            "a trace appears when it is closed, seconds after its last span",
+            "a trace appears moments after its first span was accepted",
         )
     return {**trace_json(trace), "signals": [signal_json(s) for s in trace["signals"]]}

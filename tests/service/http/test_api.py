@@ -191,7 +191,7 @@ async def test_one_trace():
     answer = await client.get(f"/api/v1/traces/{1:032x}")
     assert answer["signals"][0]["detected_at"].endswith("Z")
     assert answer["verdicts"] == {"payment": "broken"}
-    assert "closed" in (await client.get(f"/api/v1/traces/{2:032x}", 404))["hint"]
+    assert "first span" in (await client.get(f"/api/v1/traces/{2:032x}", 404))["hint"]
 
 
 async def test_the_tenant_is_the_callers():
