@@ -15,19 +15,20 @@ class Pipeline(Section):
 
     ingest_capacity_spans: Count = 10_000
     """Capacity of the span-ingestion channel."""
-    ingest_workers: Workers = 10
-    """Workers of the span-ingestion stage."""
+    ingest_workers: Workers = 1
+    """Workers of the span-ingestion stage. One with large batches beats ten, see
+    docs/decisions/0003-one-worker-large-batches.md."""
     ingest_batch_spans: Count = 8_000
     """Requests that wait are decoded together up to this many spans."""
     correlate_capacity_spans: Count = 5_000
     """Capacity of the trace-correlation channel."""
-    correlate_workers: Workers = 5
+    correlate_workers: Workers = 1
     """Workers of the trace-correlation stage."""
     correlate_batch_spans: Count = 5_000
     """Batches that wait are folded together up to this many spans."""
     evaluate_capacity_traces: Count = 5_000
     """Capacity of the rule-evaluation channel."""
-    evaluate_workers: Workers = 5
+    evaluate_workers: Workers = 1
     """Workers of the rule-evaluation stage."""
     evaluate_batch_traces: Count = 5_000
     """Traces that wait are decided together up to this many."""

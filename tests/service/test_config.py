@@ -73,7 +73,7 @@ def test_defaults_are_those_of_the_requirements():
     assert (p.ingest_capacity_spans, p.correlate_capacity_spans) == (10_000, 5_000)
     assert (p.evaluate_capacity_traces, p.store_capacity_signals) == (5_000, 10_000)
     workers = (p.ingest_workers, p.correlate_workers, p.evaluate_workers, p.store_workers)
-    assert workers == (10, 5, 5, 2)
+    assert workers == (1, 1, 1, 2)  # docs/decisions/0003-one-worker-large-batches.md
     assert (s.traces.due_spans, s.traces.idle_seconds, s.traces.max_age_seconds) == (100, 5, 3600)
     assert (s.traces.window_spans, s.traces.window_overlap) == (100, 0.2)
     assert (s.ledger.batch_signals, s.ledger.flush_ms, s.duckdb.batch_rows) == (128, 500, 1000)
