@@ -51,6 +51,12 @@ class Pipeline:
     (stage, item, error, attempts). ``stored`` is told of signals that are new in the ledger.
     """
 
+    sync: GroupSync
+    ingest: IngestStage
+    correlate: CorrelateStage
+    evaluate: EvaluateStage
+    store_counts: StoreCounts
+
     def __init__(
         self,
         settings: Settings,

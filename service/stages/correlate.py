@@ -197,11 +197,13 @@ class CorrelateStage:
             sweep = now - self._last_sweep_ns >= limits.sweep_ns
             if sweep:
                 self._last_sweep_ns = now
-            room = limits.keep
+            oldest_ns = limits.max_age_ns if sweep else None
+            for traces in self.tenants.values():
+                found += traces.close_due(now, limits.idle_ns, oldest_ns)
+            closed = sum(traces.closed_count for traces in self.tenants.values())
+            share = min(1.0, limits.keep / closed) if closed else 1.0
             for tenant, traces in list(self.tenants.items()):
-                found += traces.close_due(now, limits.idle_ns, limits.max_age_ns if sweep else None)
-                traces.evict(now, limits.keep_ns, max(0, room))
-                room -= traces.closed_count
+                traces.evict(now, limits.keep_ns, int(traces.closed_count * share))
                 if sweep and not traces.open_count and not traces.closed_count:
                     del self.tenants[tenant]
             self.counts.closed += sum(len(due) for due in found)
