@@ -136,6 +136,8 @@ def serve(
     Example:
       betrace serve --data ./data --rules ./rules
     """
+    import trio
+
     from service.config import load
     from service.running import run_service, set_up_logging
 
@@ -164,6 +166,7 @@ def serve(
             click.echo(f"API      {_url(addresses.api, '/docs')}")
             click.echo(f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}")
         sys.stdout.flush()
+        await trio.sleep_forever()
 
     run_service(settings, say_where)
 

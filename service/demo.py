@@ -182,7 +182,6 @@ class _Demo:
     ) -> None:
         """Print each signal as the service has stored it."""
         async with client.stream("GET", "/api/v1/signals/stream", timeout=None) as response:
-            response.raise_for_status()
             task_status.started()
             async for line in response.aiter_lines():
                 if line.startswith("data:"):
@@ -296,7 +295,11 @@ class _Demo:
 
 async def _get(client: httpx.AsyncClient, path: str) -> Json:
     response = await client.get(path)
-    response.raise_for_status()
+    if response.status_code != 200:
+        raise DemoError(
+            f"GET {path} was answered with {response.status_code}: {response.text[:500].strip()}; "
+            "see the service's log above"
+        )
     body: Json = response.json()
     return body
 

@@ -58,6 +58,8 @@ def set_up_logging(settings: Logging) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("service", "channels"):
         logging.getLogger(name).setLevel(settings.level.upper())
+    # Hypercorn says where it listens, which is said elsewhere.
+    logging.getLogger("service.http.hypercorn").setLevel(logging.WARNING)
 
 
 def run_service(

@@ -6,9 +6,7 @@ Continue`` by itself before the application runs; the refusal follows as the fin
 
 from __future__ import annotations
 
-import errno
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -20,8 +18,9 @@ from hypercorn.utils import wrap_app
 
 from service.http.errors import HttpResponse
 from service.http.ingest import Edge
+from service.http.sockets import ListenError, bad_certificate, listen, url_of
 from service.settings import Ingest, Tls
-from service.settings.base import KIB, MIB, split_address
+from service.settings.base import KIB, MIB
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -32,13 +31,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # connection with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
 _LINGER_BYTES = 32 * MIB
 _LINGER_SECONDS = 2.0
-_BACKLOG = 1024
 
-_log = logging.getLogger("service.http")
+_server_log = logging.getLogger("service.http.hypercorn")
 
-
-class ListenError(Exception):
-    """An address cannot be listened on; the text says why and what to do."""
+__all__ = ["App", "ListenError", "Receive", "Scope", "Send", "ingest_app", "lifespan", "serve"]
 
 
 def ingest_app(edge: Edge, settings: Ingest) -> App:
@@ -123,7 +119,7 @@ async def serve(
     Raises :exc:`ListenError` when the address or the certificate cannot be used.
     """
     config = Config()
-    config.errorlog = _log
+    config.errorlog = _server_log
     config.accesslog = None
     config.include_server_header = False
     config.keep_alive_timeout = keep_alive_seconds
@@ -137,14 +133,9 @@ async def serve(
         try:
             config.create_ssl_context()
         except OSError as error:
-            raise ListenError(
-                f"the certificate {tls.certificate} or its key {tls.key} cannot be used "
-                f"({error.strerror or error}); check tls.certificate and tls.key"
-            ) from error
-    listener = _listen(address)
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if config.ssl_enabled else "http"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+            raise bad_certificate(tls.certificate, tls.key, error) from error
+    listener = listen(address)
+    url = url_of(listener, tls=config.ssl_enabled)
     sockets = Sockets([listener], [], []) if config.ssl_enabled else Sockets([], [listener], [])
     async with trio.open_nursery() as nursery:
         await nursery.start(
@@ -157,21 +148,3 @@ async def serve(
             )
         )
         task_status.started(url)
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = split_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        remedy = "choose an address of this machine"
-        if error.errno == errno.EADDRINUSE:
-            remedy = "end the program that uses it, or choose another port"
-        elif error.errno == errno.EACCES:
-            remedy = "choose a port above 1023"
-        reason = str(error.strerror).partition(" (while")[0].lower()
-        raise ListenError(f"cannot listen on {address} ({reason}); {remedy}") from error
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.setblocking(False)
-    return listener

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # A row a trace. Times are nanoseconds since 1970: start and end those of the spans, first and last
 # seen those of the frames. ``positions`` are the span-log positions of the trace's frames, less
@@ -67,7 +68,7 @@ def frames_table(columns: Columns) -> pa.Table:
     """A table of :data:`FRAMES`, from columns given as to :func:`traces_table`. Chunks without
     positions are left out."""
     table = _table(columns, FRAMES, unique=False)
-    return table.filter(pa.compute.greater(pa.compute.list_value_length(table["positions"]), 0))
+    return table.filter(pc.greater(pc.list_value_length(table["positions"]), 0))
 
 
 def _table(columns: Columns, schema: pa.Schema, unique: bool) -> pa.Table:

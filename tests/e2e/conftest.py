@@ -1,0 +1,18 @@
+"""One service for the tests that only send to it and ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.running import Running, running
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("service")) as service:
+        yield service
+        assert service.stop() == 0, "".join(service.log)
+    faults = [line for line in service.log if "Traceback" in line or " ERROR " in line]
+    assert not faults, "".join(service.log)

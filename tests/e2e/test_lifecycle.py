@@ -1,0 +1,101 @@
+"""Start, reload, stop and start again of the real process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.e2e.running import command, environment, running, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def loops(trace: int, spans: int = 4) -> tuple[bytes, str]:
+    """A trace that breaks ``too-many-spans``, and its id."""
+    request = ExportTraceServiceRequest()
+    trace_id = trace.to_bytes(16, "big")
+    inner = request.resource_spans.add().scope_spans.add().spans
+    now = time.time_ns()
+    for number in range(spans):
+        inner.add(
+            trace_id=trace_id,
+            span_id=(number + 1).to_bytes(8, "big"),
+            name="loop",
+            start_time_unix_nano=now,
+            end_time_unix_nano=now + 1000,
+        )
+    return request.SerializeToString(), trace_id.hex()
+
+
+def test_sigterm_drains_and_a_new_start_knows_everything(tmp_path: Path) -> None:
+    sent = []
+    with running(tmp_path) as service:
+        for number in range(1, 41):
+            body, trace_id = loops(number)
+            assert service.send(body).status_code == 200
+            sent.append(trace_id)
+        assert service.stop() == 0, "".join(service.log)  # while they are on their way
+    assert not [line for line in service.log if "Traceback" in line], "".join(service.log)
+    with running(tmp_path) as service:
+
+        def found() -> bool:
+            listed = service.get("/api/v1/signals?limit=1000").json()["signals"]
+            return sorted(s["trace_id"] for s in listed) == sent
+
+        wait_for(found)
+        assert service.stop() == 0
+
+
+def test_sighup_reads_the_rules(tmp_path: Path) -> None:
+    with running(tmp_path, rules__poll_seconds="600") as service:
+        rules = tmp_path / "rules" / "more.yaml"
+        rules.write_text("rules: [{id: new-one, condition: fresh}]\n")
+        service.process.send_signal(signal.SIGHUP)
+
+        def there() -> bool:
+            listed = service.get("/api/v1/rules").json()["rules"]
+            return "new-one" in {rule["id"] for rule in listed}
+
+        wait_for(there)
+        rules.write_text("rules: [{id: new-one, condition: 'fresh and'}]\n")
+        service.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: any("more.yaml" in line for line in service.log))
+        assert there()  # its last good version
+        assert service.stop() == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, shutdown__delay_seconds="60") as service:
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: any("stopping" in line for line in service.log))
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(5) == 128 + signal.SIGINT
+
+
+def test_what_is_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        port = service.ingest.rpartition(":")[2]
+        same_data = ["serve", "--data", str(tmp_path / "data")]
+        same_port = ["serve", "--data", str(tmp_path / "other"), "--ingest", f"127.0.0.1:{port}"]
+        free = ["--api", "127.0.0.1:0", "--metrics", "off"]
+        for arguments, said in (
+            ([*same_data, "--ingest", "127.0.0.1:0"], "another data directory"),
+            (same_port, "choose another port"),
+        ):
+            other = subprocess.run(
+                command(*arguments, *free),
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=180,
+            )
+            assert other.returncode == 3
+            assert said in other.stderr
+            assert "Traceback" not in other.stderr
+            assert other.stdout == ""
+        assert service.stop() == 0
