@@ -24,6 +24,7 @@ from service.http.api import create_api
 from service.http.asgi import ingest_app, serve
 from service.http.health import metrics_app
 from service.http.ingest import Edge
+from service.http.listener import serve_ingest
 from service.ledger.sqlite import SqliteLedger
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
@@ -135,13 +136,7 @@ class Service:
                 await self.pipeline.stages["trace-correlation"].drained()
                 self.pipeline.correlate.caught_up.set()
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
-                ingest = await self._listen(
-                    inner,
-                    ingest_app(self.edge, settings.ingest),
-                    settings.ingest.address,
-                    stop_ingest,
-                    tls=tls,
-                )
+                ingest = await self._listen_for_spans(inner, stop_ingest)
                 self._state = "ready"
                 task_status.started(Addresses(ingest, api, scrape))
                 await self._stop.wait()
@@ -160,6 +155,17 @@ class Service:
             stop_api.set()
             outer.cancel_scope.cancel()
         self._state = "stopped"
+
+    async def _listen_for_spans(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
+        settings = self.settings
+        address, tls = settings.ingest.address, settings.tls
+        if settings.ingest.server == "hypercorn" or address == OFF:
+            app = ingest_app(self.edge, settings.ingest)
+            return await self._listen(nursery, app, address, stop, tls=tls)
+        grace = settings.shutdown.grace_seconds
+        listener = partial(serve_ingest, tls=tls, grace_seconds=grace)
+        url: str = await nursery.start(listener, self.edge, settings.ingest, address, stop)
+        return url
 
     async def _listen(
         self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event, *, tls: Any

@@ -21,10 +21,13 @@ RPC_CODES = {
     403: 7,  # PERMISSION_DENIED
     404: 5,  # NOT_FOUND
     405: 12,  # UNIMPLEMENTED
+    408: 4,  # DEADLINE_EXCEEDED
     413: 3,
     415: 3,
     429: 8,  # RESOURCE_EXHAUSTED
+    431: 3,
     503: 14,  # UNAVAILABLE
+    505: 12,
 }
 
 PROTOBUF = "protobuf"

@@ -8,6 +8,9 @@ A listener calls, for each request::
         refusal = body.feed(chunk)                   # None, or the HttpResponse that refuses it
         response = await edge.handle(head, body.take())
 
+A listener that keeps the body itself calls ``body.reserve(size)`` in place of ``feed``, and hands
+its own bytes to ``handle``.
+
 All of it runs on the Trio thread for each request, so it is kept to dictionary lookups. A client
 that goes away while its request is queued is not noticed: its spans are accepted all the same.
 
@@ -59,6 +62,8 @@ REASONS = (
     "overloaded",
     "memory",
     "slow_body",
+    "slow_head",
+    "malformed",
     "paused",
     "draining",
     "unavailable",
@@ -79,6 +84,9 @@ class Head:
     content_type: str
     encoding: str
     length: int | None
+
+
+_UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of what has none, or none that can be read
 
 
 class Queue(Protocol):
@@ -310,6 +318,15 @@ class Edge:
         retry = self._retry_after(self._retry_min)
         return self._refuse(head, 503, "slow_body", message, retry, (b"connection", b"close"))
 
+    def slow_head(self) -> HttpResponse:
+        """The head of a request did not arrive in time."""
+        message = "the headers did not arrive in time; send them again"
+        return self._refuse(_UNKNOWN, 408, "slow_head", message, spans=0)
+
+    def malformed(self, status: int, message: str) -> HttpResponse:
+        """What arrived is not a request: ``status`` is 400, 431 or 505."""
+        return self._refuse(_UNKNOWN, status, "malformed", message, spans=0)
+
     def no_memory(self, head: Head) -> HttpResponse:
         """Too many bodies are held at once."""
         return self._overloaded(head, "memory")
@@ -381,17 +398,24 @@ class Body:
     def feed(self, chunk: bytes) -> HttpResponse | None:
         """Take the next part, or refuse the request."""
         self._size += len(chunk)
-        edge = self._edge
-        if self._size > edge._max_body:
-            return edge.too_large(self._head)
         # The announced length is claimed at the first part: better to refuse then than halfway.
-        claim = max(self._size, self._head.length or 0) - self._reserved
+        refusal = self.reserve(max(self._size, self._head.length or 0))
+        if refusal is None:
+            self._chunks.append(chunk)
+        return refusal
+
+    def reserve(self, size: int) -> HttpResponse | None:
+        """Claim memory for a body of ``size`` bytes in all, or refuse the request. For a listener
+        that keeps the parts itself."""
+        edge = self._edge
+        if size > edge._max_body:
+            return edge.too_large(self._head)
+        claim = size - self._reserved
         if claim > 0:
             if edge.buffered_bytes + claim > edge._max_buffered:
                 return edge.no_memory(self._head)
             edge.buffered_bytes += claim
             self._reserved += claim
-        self._chunks.append(chunk)
         return None
 
     def take(self) -> bytes:

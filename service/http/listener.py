@@ -1,0 +1,149 @@
+"""The ingestion listener: HTTP/1.1 for :class:`~service.http.ingest.Edge`, without a framework.
+
+Why not Hypercorn, and what makes this cheaper, is in ``docs/decisions``. What a connection does is
+in :mod:`service.http.connection`; here they are accepted, counted, timed and retired.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+from typing import Final
+
+import trio
+
+from service.http.connection import Connection, Limits
+from service.http.ingest import Edge
+from service.http.sockets import bad_certificate, listen, url_of
+from service.http.transport import SocketTransport, TlsTransport, Transport
+from service.settings import Ingest, Tls
+
+# What accept() raises when descriptors or memory have run out.
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_EXHAUSTED_PAUSE: Final = 0.5
+_SWEEP_SECONDS: Final = 1.0
+
+_log = logging.getLogger("service.http")
+
+
+async def serve_ingest(
+    edge: Edge,
+    settings: Ingest,
+    address: str,
+    shutdown: trio.Event,
+    *,
+    tls: Tls | None = None,
+    grace_seconds: float = 30,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hand requests that arrive at ``address`` to ``edge`` until ``shutdown``, then let those in
+    progress finish for ``grace_seconds``. Starts with the URL listened on.
+
+    Raises :exc:`~service.http.sockets.ListenError` when the address or the certificate cannot be
+    used.
+    """
+    context = _tls_context(tls) if tls is not None and tls.certificate else None
+    listener = listen(address)
+    server = _Server(edge, settings, context)
+    async with trio.open_nursery() as around:
+        around.start_soon(server.sweep)
+        async with trio.open_nursery() as nursery:
+            accepting = trio.CancelScope()
+            nursery.start_soon(server.accept, listener, nursery, accepting)
+            task_status.started(url_of(listener, tls=context is not None))
+            await shutdown.wait()
+            accepting.cancel()
+            server.retire()
+            nursery.cancel_scope.deadline = trio.current_time() + grace_seconds
+        around.cancel_scope.cancel()
+
+
+def _tls_context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+    except OSError as error:
+        raise bad_certificate(tls.certificate, tls.key, error) from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Server:
+    """The open connections of one listener."""
+
+    def __init__(self, edge: Edge, settings: Ingest, context: ssl.SSLContext | None) -> None:
+        self._edge = edge
+        self._context = context
+        self._most = settings.max_connections
+        self._limits = Limits(
+            settings.keep_alive_seconds,
+            settings.head_timeout_seconds,
+            settings.body_timeout_seconds,
+        )
+        self._connections: set[Connection] = set()
+        self._room = trio.Event()
+
+    async def accept(
+        self, listener: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope
+    ) -> None:
+        """Accept connections until ``scope`` is cancelled, then close ``listener``. While there
+        are as many as there may be, or the process has run out of descriptors, further ones wait
+        in the kernel."""
+        with listener, scope:
+            while True:
+                if len(self._connections) >= self._most:
+                    self._room = trio.Event()
+                    await self._room.wait()
+                try:
+                    connected, _ = listener.accept()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener)
+                except OSError as error:
+                    if error.errno in _EXHAUSTED:
+                        _log.warning(
+                            "no connection can be accepted now (%s); raise the limit of open "
+                            "files, or lower ingest.max_connections",
+                            error.strerror,
+                        )
+                        await trio.sleep(_EXHAUSTED_PAUSE)
+                    else:  # the client has given up meanwhile
+                        await trio.lowlevel.checkpoint()
+                else:
+                    connection = Connection(self._transport(connected), self._edge, self._limits)
+                    self._connections.add(connection)
+                    nursery.start_soon(self._run, connection)
+                    await trio.lowlevel.checkpoint()
+
+    def _transport(self, connected: socket.socket) -> Transport:
+        connected.setblocking(False)
+        if self._context is None:
+            return SocketTransport(connected)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(connected))
+        return TlsTransport(
+            trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
+        )
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            self._room.set()
+
+    async def sweep(self) -> None:
+        """End connections whose deadline has passed."""
+        limits = self._limits
+        pause = min(_SWEEP_SECONDS, min(limits.idle, limits.head, limits.body) / 4)
+        while True:
+            await trio.sleep(pause)
+            now = trio.current_time()
+            for connection in self._connections:
+                if connection.deadline <= now:
+                    connection.expire()
+
+    def retire(self) -> None:
+        """Let every connection end once its request in progress is answered."""
+        for connection in self._connections:
+            connection.retire()
