@@ -24,8 +24,9 @@ import pyarrow as pa
 
 from service.signals import Kind, Signal, signal_id
 from service.storage import duckqueries
-from service.storage.duckfiles import Cursor, DuckFiles, StoreCorrupt, StoreError
+from service.storage.duckfiles import DuckFiles
 from service.storage.duckqueries import BadQuery, StoredSignal, SummaryRow, TraceRow
+from service.storage.duckschema import Cursor, StoreCorrupt, StoreError
 from service.storage.pool import PoolTimeout
 from service.storage.traces_table import (
     TRACES,

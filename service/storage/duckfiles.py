@@ -17,71 +17,27 @@ from pathlib import Path
 
 import duckdb
 
+from service.storage.duckschema import (
+    FATAL,
+    FILE,
+    Cursor,
+    StoreError,
+    migrate,
+    told,
+    transaction,
+)
 from service.storage.paths import tenant_directory, tenants_with
 from service.storage.pool import Pool, PoolTimeout
 
-Cursor = duckdb.DuckDBPyConnection
+__all__ = ["MAX_ROWS", "DuckFiles", "StoreError"]
 
-FILE = "betrace.duckdb"
-SCHEMA_VERSION = 1
 MAX_ROWS = 1001  # of a page, and one more to see whether there is a next
 _CHECKPOINT_SIZE = "64MB"
-
-# Ids are their bytes, times nanoseconds since 1970.
-_SCHEMA = f"""
-CREATE TABLE meta (version INTEGER NOT NULL, created_ns BIGINT NOT NULL);
-CREATE TABLE signals (
-    id BLOB PRIMARY KEY, seq BIGINT NOT NULL, rule_id VARCHAR NOT NULL,
-    rule_version VARCHAR NOT NULL, severity VARCHAR NOT NULL, kind VARCHAR NOT NULL,
-    status VARCHAR NOT NULL, clause VARCHAR NOT NULL, trace_id BLOB NOT NULL,
-    detected_at BIGINT NOT NULL, early BOOLEAN NOT NULL, counts JSON NOT NULL,
-    evidence JSON NOT NULL, labels JSON NOT NULL, message VARCHAR NOT NULL, reason VARCHAR
-);
-CREATE TABLE traces (
-    trace_id BLOB PRIMARY KEY, start_ns BIGINT NOT NULL, end_ns BIGINT NOT NULL,
-    first_seen_ns BIGINT NOT NULL, last_seen_ns BIGINT NOT NULL, spans BIGINT NOT NULL,
-    errors BIGINT NOT NULL, root_name VARCHAR, root_service VARCHAR,
-    services VARCHAR[] NOT NULL, positions BIGINT[] NOT NULL, partial BOOLEAN NOT NULL,
-    rules_version VARCHAR NOT NULL
-);
-CREATE TABLE trace_frames (
-    trace_id BLOB, first BIGINT, positions BIGINT[] NOT NULL, PRIMARY KEY (trace_id, first)
-);
-INSERT INTO meta VALUES ({SCHEMA_VERSION}, epoch_ns(now()));
-"""
-
-_CORRUPT = (
-    "not a valid DuckDB database file",
-    "Corrupt database file",
-    "Could not read enough bytes",
-    "Failure while replaying WAL",
+_BLOCK_BYTES = (
+    16_384  # DuckDB's smallest: with 262 144, a small file's indexes take 1.8 MB of memory
 )
-_TRANSIENT = (
-    duckdb.IOException,
-    duckdb.TransactionException,
-    duckdb.OutOfMemoryException,
-    duckdb.InterruptException,
-    duckdb.ConnectionException,
-    duckdb.ResourceInUseException,
-)
-# After one of these DuckDB refuses all further work of the instance.
-_FATAL = (duckdb.FatalException, duckdb.InternalException)
-
-
-class StoreError(Exception):
-    """The store did not do it. Where ``transient`` the same call may work later."""
-
-    def __init__(self, message: str, *, transient: bool) -> None:
-        super().__init__(message)
-        self.transient = transient
-
-
-class StoreCorrupt(StoreError):  # noqa: N818
-    """The tenant's file is damaged: recreate it, and write its rows again."""
-
-    def __init__(self, tenant: str, message: str) -> None:
-        super().__init__(message, transient=False)
-        self.tenant = tenant
+_UNSAVED_FILE_BYTES = 1 << 20  # memory of a file with a few rows that are not checkpointed yet
+_UNSAVED_FACTOR = 2  # memory of such rows, in sizes of their log
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +54,7 @@ class _File:
     users: int = 0
     reserved: bool = False  # being deleted or recreated: newcomers wait
     last_used: float = 0.0
+    unsaved: int = 0  # bytes in its write-ahead log, whose rows DuckDB must keep in memory
 
     @property
     def alias(self) -> str:
@@ -144,6 +101,7 @@ class DuckFiles:
         self._pool_timeout = pool_timeout
         self._idle_close = idle_close
         self._attached_max = attached_max
+        self._unsaved_max = memory_bytes // 2
         self._clock = clock
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
@@ -191,13 +149,15 @@ class DuckFiles:
                     with file.pool.use() as cursor:
                         yield cursor
                 else:
-                    with self._writing(file), file.pool.use() as cursor, _transaction(cursor):
+                    with self._writing(file), file.pool.use() as cursor, transaction(cursor):
                         yield cursor
         finally:
             with file.changed:
                 file.users -= 1
                 file.last_used = self._clock()
                 file.changed.notify_all()
+            if write:
+                self._relieve(file)
             if len(self._files) > self._attached_max:
                 self._shrink()
 
@@ -246,16 +206,18 @@ class DuckFiles:
 
     def _attach(self, file: _File) -> None:
         file.path.parent.mkdir(parents=True, exist_ok=True)
+        option = ""
         if not file.path.exists():  # a write-ahead log without its file belongs to nothing
             file.path.with_name(FILE + ".wal").unlink(missing_ok=True)
+            option = f"(BLOCK_SIZE {_BLOCK_BYTES})"
         with self._told(file):
             root = self._cursor()
             with root:
                 path = str(file.path).replace("'", "''")
-                root.execute(f"ATTACH IF NOT EXISTS '{path}' AS {file.alias}")
+                root.execute(f"ATTACH IF NOT EXISTS '{path}' AS {file.alias} {option}")
                 try:
                     root.execute(f"USE {file.alias}")
-                    self._migrate(root, file)
+                    migrate(root, file.tenant, file.path)
                 except BaseException:
                     root.execute("USE memory")
                     root.execute(f"DETACH {file.alias}")
@@ -282,44 +244,15 @@ class DuckFiles:
         cursor.execute(f"USE {file.alias}")
         return cursor
 
-    def _migrate(self, cursor: Cursor, file: _File) -> None:
-        tables = {name for (name,) in cursor.execute("SHOW TABLES").fetchall()}
-        if not tables:
-            with _transaction(cursor):
-                cursor.execute(_SCHEMA)
-            return
-        rows = cursor.execute("SELECT version FROM meta").fetchall() if "meta" in tables else []
-        if not rows:
-            raise StoreCorrupt(
-                file.tenant,
-                f"{file.path} is not a file of this program: move it away, and it is made anew",
-            )
-        if rows[0][0] > SCHEMA_VERSION:
-            raise StoreError(
-                f"{file.path} was written by a newer program (schema {rows[0][0]}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade, or move it away to have it rebuilt",
-                transient=False,
-            )
-
     @contextmanager
     def _told(self, file: _File) -> Iterator[None]:
         """Tell DuckDB's errors as :exc:`StoreError`."""
         try:
             yield
         except duckdb.Error as error:
-            text = str(error).partition("\n")[0]
-            if isinstance(error, _FATAL):
+            if isinstance(error, FATAL):
                 self._restart(file.generation)
-                raise StoreError(f"{file.path}: {text}", transient=True) from error
-            if any(sign in text for sign in _CORRUPT) or isinstance(
-                error, duckdb.SerializationException
-            ):
-                raise StoreCorrupt(
-                    file.tenant, f"{file.path} is damaged ({text}): have it rebuilt"
-                ) from error
-            raise StoreError(
-                f"{file.path}: {text}", transient=isinstance(error, _TRANSIENT)
-            ) from error
+            raise told(error, file.tenant, file.path) from error
 
     def _restart(self, generation: int) -> None:
         """Begin a new instance; each file is attached to it when it is next used."""
@@ -329,6 +262,38 @@ class DuckFiles:
                 old, self._root = self._root, duckdb.connect(":memory:", config=self._settings)
                 with suppress(duckdb.Error):
                     old.close()
+
+    # Memory
+
+    def _relieve(self, written: _File) -> None:
+        """Keep the rows that only memory and the write-ahead logs have to half of the memory.
+
+        DuckDB checkpoints a file when its log is long, whatever its memory is used for, so that
+        many tenants with a little each would exhaust it (with 512 MB at some 400 tenants).
+        Those written longest ago are checkpointed; at most two, so that no write waits long.
+        """
+        written.unsaved = _size(written.path.with_name(FILE + ".wal"))
+        unsaved = [file for file in list(self._files.values()) if file.unsaved]
+        load = sum(_memory(file) for file in unsaved)
+        if load <= self._unsaved_max:
+            return
+        for file in sorted(unsaved, key=lambda file: file.last_used)[:2]:
+            self._save(file)
+
+    def _save(self, file: _File) -> None:
+        with file.changed:
+            if file.pool is None or file.reserved or not file.writing.acquire(blocking=False):
+                return
+            file.users += 1
+        try:
+            with suppress(duckdb.Error, StoreError), self._cursor() as root:
+                root.execute(f"CHECKPOINT {file.alias}").fetchall()
+            file.unsaved = _size(file.path.with_name(FILE + ".wal"))
+        finally:
+            file.writing.release()
+            with file.changed:
+                file.users -= 1
+                file.changed.notify_all()
 
     # Detaching
 
@@ -416,13 +381,12 @@ class DuckFiles:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-@contextmanager
-def _transaction(cursor: Cursor) -> Iterator[None]:
-    cursor.execute("BEGIN")
+def _size(path: Path) -> int:
     try:
-        yield
-        cursor.execute("COMMIT")
-    except BaseException:
-        with suppress(duckdb.Error):
-            cursor.execute("ROLLBACK")
-        raise
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _memory(file: _File) -> int:
+    return _UNSAVED_FILE_BYTES + _UNSAVED_FACTOR * file.unsaved

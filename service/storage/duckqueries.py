@@ -16,7 +16,8 @@ from typing import Any, Literal
 import orjson
 
 from service.signals import Kind, Signal
-from service.storage.duckfiles import MAX_ROWS, Cursor
+from service.storage.duckfiles import MAX_ROWS
+from service.storage.duckschema import Cursor
 
 MAX_LIMIT = MAX_ROWS - 1
 MAX_BUCKETS = 10_000

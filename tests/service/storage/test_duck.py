@@ -463,6 +463,29 @@ class TestFiles:
             assert set(store.connections()) == {"t5", "t6", "t7"}
             assert [ids(store.signals(f"t{i}")) for i in range(8)] == [[i] for i in range(8)]
 
+    def test_rows_that_only_memory_holds_are_bounded(self, tmp_path: Path) -> None:
+        """Each tenant's first rows cost DuckDB memory until its file is checkpointed."""
+        clock = Clock()
+        with DuckStore(tmp_path, memory_bytes=20 << 20, clock=clock) as store:
+            for i in range(30):
+                clock.now = i
+                store.write(f"t{i:02}", signals=[make(i)], traces=columns(i))
+            logs = sorted(path.parent.name for path in tmp_path.glob("t*/*.wal"))
+            assert 5 <= len(logs) <= 10
+            assert logs[-1] == "t29"  # those written longest ago are saved
+            assert "t00" not in logs
+            assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
+
+    def test_a_file_that_is_being_written_is_not_checkpointed(self, tmp_path: Path) -> None:
+        with DuckStore(tmp_path, memory_bytes=20 << 20) as store:
+            store.write_signals("busy", [make(1)])
+            with store._files.use("busy", write=True) as db:
+                db.execute("DELETE FROM signals").fetchall()
+                for i in range(12):
+                    store.write_signals(f"t{i}", [make(i)])
+                assert (tmp_path / "busy/betrace.duckdb.wal").exists()
+            assert store.counts("busy").signals == 0
+
     def test_connections_are_bounded(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path, pool_max=2, pool_timeout=0.05) as store:
             store.write_signals("a", [make(1)])
@@ -590,6 +613,7 @@ class TestDamage:
         for tenant, statement in (
             ("foreign", "CREATE TABLE t (a INT)"),
             ("newer", "CREATE TABLE meta AS SELECT 99 AS version"),
+            ("copied", "CREATE TABLE meta AS SELECT 1 AS version"),
         ):
             (tmp_path / tenant).mkdir()
             with duckdb.connect(str(tmp_path / tenant / "betrace.duckdb")) as db:
@@ -600,6 +624,9 @@ class TestDamage:
             with pytest.raises(StoreError, match=r"schema 99.*upgrade") as caught:
                 store.counts("newer")
             assert not caught.value.transient
+            # made by another program, with blocks of another size
+            with store._files.use("copied") as db:
+                assert db.execute("SELECT version FROM meta").fetchall() == [(1,)]
 
     def test_a_fatal_error_begins_a_new_instance(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:

@@ -1,0 +1,112 @@
+"""The tables of a tenant's DuckDB file, and DuckDB's errors told as the store's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import duckdb
+
+Cursor = duckdb.DuckDBPyConnection
+
+FILE = "betrace.duckdb"
+SCHEMA_VERSION = 1
+
+# Ids are their bytes, times nanoseconds since 1970.
+SCHEMA = f"""
+CREATE TABLE meta (version INTEGER NOT NULL, created_ns BIGINT NOT NULL);
+CREATE TABLE signals (
+    id BLOB PRIMARY KEY, seq BIGINT NOT NULL, rule_id VARCHAR NOT NULL,
+    rule_version VARCHAR NOT NULL, severity VARCHAR NOT NULL, kind VARCHAR NOT NULL,
+    status VARCHAR NOT NULL, clause VARCHAR NOT NULL, trace_id BLOB NOT NULL,
+    detected_at BIGINT NOT NULL, early BOOLEAN NOT NULL, counts JSON NOT NULL,
+    evidence JSON NOT NULL, labels JSON NOT NULL, message VARCHAR NOT NULL, reason VARCHAR
+);
+CREATE TABLE traces (
+    trace_id BLOB PRIMARY KEY, start_ns BIGINT NOT NULL, end_ns BIGINT NOT NULL,
+    first_seen_ns BIGINT NOT NULL, last_seen_ns BIGINT NOT NULL, spans BIGINT NOT NULL,
+    errors BIGINT NOT NULL, root_name VARCHAR, root_service VARCHAR,
+    services VARCHAR[] NOT NULL, positions BIGINT[] NOT NULL, partial BOOLEAN NOT NULL,
+    rules_version VARCHAR NOT NULL
+);
+CREATE TABLE trace_frames (
+    trace_id BLOB, first BIGINT, positions BIGINT[] NOT NULL, PRIMARY KEY (trace_id, first)
+);
+INSERT INTO meta VALUES ({SCHEMA_VERSION}, epoch_ns(now()));
+"""
+
+_CORRUPT = (
+    "not a valid DuckDB database file",
+    "Corrupt database file",
+    "Could not read enough bytes",
+    "Failure while replaying WAL",
+)
+_TRANSIENT = (
+    duckdb.IOException,
+    duckdb.TransactionException,
+    duckdb.OutOfMemoryException,
+    duckdb.InterruptException,
+    duckdb.ConnectionException,
+    duckdb.ResourceInUseException,
+)
+# After one of these DuckDB refuses all further work of the instance.
+FATAL = (duckdb.FatalException, duckdb.InternalException)
+
+
+class StoreError(Exception):
+    """The store did not do it. Where ``transient`` the same call may work later."""
+
+    def __init__(self, message: str, *, transient: bool) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class StoreCorrupt(StoreError):  # noqa: N818
+    """The tenant's file is damaged: recreate it, and write its rows again."""
+
+    def __init__(self, tenant: str, message: str) -> None:
+        super().__init__(message, transient=False)
+        self.tenant = tenant
+
+
+def told(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
+    """What to raise for an error of DuckDB that met the file of ``tenant``."""
+    text = str(error).partition("\n")[0]
+    if any(sign in text for sign in _CORRUPT) or isinstance(error, duckdb.SerializationException):
+        return StoreCorrupt(tenant, f"{path} is damaged ({text}): have it rebuilt")
+    return StoreError(f"{path}: {text}", transient=isinstance(error, (*_TRANSIENT, *FATAL)))
+
+
+def migrate(cursor: Cursor, tenant: str, path: Path) -> None:
+    """Make the tables in a new file, which is the connection's default database; check the version
+    of another."""
+    tables = {name for (name,) in cursor.execute("SHOW TABLES").fetchall()}
+    if not tables:
+        with transaction(cursor):
+            cursor.execute(SCHEMA)
+        return
+    rows = cursor.execute("SELECT version FROM meta").fetchall() if "meta" in tables else []
+    if not rows:
+        raise StoreCorrupt(
+            tenant, f"{path} is not a file of this program: move it away, and it is made anew"
+        )
+    if rows[0][0] > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by a newer program (schema {rows[0][0]}, this one knows "
+            f"{SCHEMA_VERSION}): upgrade, or move it away to have it rebuilt",
+            transient=False,
+        )
+
+
+@contextmanager
+def transaction(cursor: Cursor) -> Iterator[None]:
+    """A transaction: committed at the end of the block, rolled back where it raises."""
+    cursor.execute("BEGIN")
+    try:
+        yield
+        cursor.execute("COMMIT")
+    except BaseException:
+        with suppress(duckdb.Error):
+            cursor.execute("ROLLBACK")
+        raise
