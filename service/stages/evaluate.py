@@ -97,7 +97,12 @@ def decide_due(due: DueTraces, now: int) -> Decided:
         signals += _retractions(due, now)
     spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
     return Decided(
-        due.tenant, signals, due if due.closed and len(due) else None, spilled, due.received_ns
+        due.tenant,
+        signals,
+        due if due.closed and len(due) else None,
+        spilled,
+        due.received_ns,
+        due.ticket,
     )
 
 
