@@ -29,6 +29,7 @@ from service.ledger.sqlite import SqliteLedger
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
 from service.recovery import Recovery
+from service.reserves import Reserves, open_reserves
 from service.rules.files import RuleStore
 from service.rules.registry import RuleRegistry
 from service.settings import OFF, Settings
@@ -64,6 +65,7 @@ class Service:
         registry: RuleRegistry,
         ledger: SqliteLedger,
         store: DuckStore,
+        reserves: Reserves,
     ) -> None:
         self.settings = settings
         self.log: SpanLog = log
@@ -79,7 +81,7 @@ class Service:
             registry,
             ledger,
             store,
-            self._keep_dead,
+            reserves,
             self._stored,
             self.latencies,
         )
@@ -211,10 +213,6 @@ class Service:
                 _log.warning("rule file not taken, its last good version stays: %s", problem)
 
     # What the pipeline tells
-
-    async def _keep_dead(self, stage: str, item: Any, error: Exception, attempts: int) -> None:
-        _log.error("dead letter of %s after %d attempts: %s", stage, attempts, error)
-        await trio.lowlevel.checkpoint()
 
     def _stored(self, signals: list[Signal]) -> None:
         self.subscriptions.publish(signals)
@@ -381,4 +379,5 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     )
     directory = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
     registry = RuleRegistry(RuleStore(directory), settings.caches.rule_sets)
-    return lambda: Service(settings, log, registry, ledger, store)
+    reserves = open_reserves(data, settings, stack)
+    return lambda: Service(settings, log, registry, ledger, store, reserves)

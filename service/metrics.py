@@ -50,6 +50,13 @@ class Latencies:
         self.duckdb = histogram(
             "betrace_duckdb_insert_latency_seconds", "Time to write a batch of rows to DuckDB."
         )
+        self.fallback = histogram(
+            "betrace_fallback_write_latency_seconds",
+            "Time to write what a store did not take to local files, the sync of the disk included.",
+            "store",
+        )
+        for store in ("ledger", "duckdb"):
+            self.fallback.labels(store)
         self.end_to_end = histogram(
             "betrace_end_to_end_latency_seconds",
             "From the receipt of the last span that mattered, or the trace's close, to the signal "

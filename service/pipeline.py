@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import trio
 
 from channels import PeakReader, ReceiveChannel, SendChannel, Stage, ThreadRunner, open_channel
+from service.breakers import Breakers
+from service.deadletters import DeadLetters
 from service.http.request import Request
 from service.ledger.base import Ledger
 from service.metrics import Latencies
 from service.otlp.columns import SpanBatch
+from service.reserves import Reserves
 from service.rules.registry import RuleRegistry
 from service.settings import Settings
 from service.signals import Signal
@@ -24,13 +28,13 @@ from service.stages.store import ProjectStage, StoreCounts, StoreStage
 from service.storage.duck import DuckStore
 from service.storage.spanlog import SpanLog
 from service.sync import GroupSync
+from service.tracehistory import TraceHistory
+from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.progress import InFlight, LogProgress
 
 T = TypeVar("T")
 SECOND = 1_000_000_000
-
-DeadLetterHook = Callable[[str, Any, Exception, int], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class Queue:
 class Pipeline:
     """span-ingestion, trace-correlation, rule-evaluation, storage-write and its projection.
 
-    ``dead`` keeps an item that a stage (named first) failed on for good: an async function of
-    (stage, item, error, attempts). ``stored`` is told of signals that are new in the ledger.
+    ``reserves`` keep what a stage failed on and what a store did not take. ``stored`` is told of
+    signals that are new in the ledger.
     """
 
     sync: GroupSync
@@ -64,7 +68,7 @@ class Pipeline:
         registry: RuleRegistry,
         ledger: Ledger,
         store: DuckStore,
-        dead: DeadLetterHook,
+        reserves: Reserves,
         stored: Callable[[list[Signal]], None],
         latencies: Latencies,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -111,8 +115,22 @@ class Pipeline:
         }
 
         self.finished = trio.Event()
+        self._retrying = trio.CancelScope()
         self.progress = LogProgress()
         self.in_flight = InFlight()
+        self.breakers = Breakers(settings.breakers)
+        self.letters = DeadLetters(
+            reserves.letters,
+            log,
+            self.progress,
+            self.in_flight,
+            settings.ingest.max_body_bytes,
+            settings.redelivery.transient_retry_seconds,
+            clock_ns,
+        )
+        self.in_flight.left = self.letters.left
+        self.closed = ClosedTraces(t.late_filter_bytes)
+        self.history = TraceHistory(store, log, settings.ingest.max_body_bytes)
         self.sync = GroupSync(log, self.threads["sync"])
         self._flush_seconds = settings.log.flush_seconds
         self.ingest = IngestStage(
@@ -136,10 +154,17 @@ class Pipeline:
                 keep_ns=int(settings.caches.trace_metadata_ttl_seconds * SECOND),
                 keep=settings.caches.trace_metadata,
             ),
+            self.closed,
+            self.history.load,
             clock_ns,
         )
         self.evaluate = EvaluateStage(
-            self.threads["evaluate"], decided_send, self.in_flight, clock_ns
+            self.threads["evaluate"],
+            decided_send,
+            self.in_flight,
+            clock_ns,
+            self.breakers.evaluation,
+            self.letters.bury_all,
         )
         self.store_counts = StoreCounts()
         self.store = StoreStage(
@@ -151,14 +176,24 @@ class Pipeline:
             self.store_counts,
             latencies,
             clock_ns,
+            self.breakers.ledger,
+            reserves.ledger,
         )
         self.project = ProjectStage(
-            store, self.threads["duckdb"], self.store_counts, self.in_flight, latencies
+            store,
+            self.threads["duckdb"],
+            self.store_counts,
+            self.in_flight,
+            latencies,
+            self.breakers.duckdb,
+            reserves.duckdb,
+            self.letters.bury_all,
         )
+        self.fallbacks = {each.name: each for each in (self.store.fallback, self.project.fallback)}
 
         def on_dead(stage: str) -> Callable[[Any, Exception, int], Any]:
             async def bury(item: Any, error: Exception, attempts: int) -> None:
-                await dead(stage, item, error, attempts)
+                await self.letters.bury(stage, item, error, attempts)
 
             return bury
 
@@ -185,7 +220,7 @@ class Pipeline:
         add(
             "trace-correlation",
             batches,
-            self.correlate.handle,
+            self._correlate,
             workers=p.correlate_workers,
             max_batch_weight=p.correlate_batch_spans,
         )
@@ -220,6 +255,9 @@ class Pipeline:
         ``finished``."""
         async with trio.open_nursery() as background:
             background.start_soon(self.sync.every, self._flush_seconds)
+            background.start_soon(self._retry_letters)
+            for fallback in self.fallbacks.values():
+                background.start_soon(fallback.write_back)
             async with trio.open_nursery() as nursery:
                 for name in self.stages:
                     nursery.start_soon(self._run_stage, name)
@@ -237,11 +275,30 @@ class Pipeline:
         if onward is not None:
             onward.close()
 
+    async def _correlate(self, batches: list[SpanBatch]) -> None:
+        await self.correlate.handle(batches)
+        self.letters.finished(batches)
+
+    async def _retry_letters(self) -> None:
+        """Give dead letters to their stages again, once the log has been read after a restart."""
+        with self._retrying, ExitStack() as stack:
+            channels = {
+                name: stack.enter_context(self.queues[name].send.clone())
+                for name in self.stages
+                if name != "span-ingestion"
+            }
+            await self.correlate.caught_up.wait()
+            await self.letters.run(channels)
+
     def close(self) -> None:
         """Take no more requests; :meth:`run` then ends when what is there is done."""
+        self._retrying.cancel()
         self.requests.close()
 
     def close_threads(self) -> None:
         """End the worker threads, after :meth:`run`."""
         for threads in self.threads.values():
             threads.close()
+        self.letters.close()
+        for fallback in self.fallbacks.values():
+            fallback.close()

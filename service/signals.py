@@ -57,3 +57,8 @@ class Signal:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, ``detected_at`` still in nanoseconds."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Signal:
+        """The signal that :meth:`to_json` gave. Raises TypeError or ValueError for anything else."""
+        return cls(**values | {"kind": Kind(values["kind"])})

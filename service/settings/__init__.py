@@ -15,9 +15,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from service.settings.base import OFF, is_loopback, split_address
 from service.settings.edge import Api, Auth, Ingest, Logging, Metrics, Quotas, Shutdown, Tls
 from service.settings.stages import (
+    Audit,
     Breakers,
     Caches,
     Checkpoint,
+    DeadLetters,
+    Fallback,
     Pipeline,
     Redelivery,
     Rules,
@@ -29,11 +32,14 @@ from service.settings.stores import DuckDb, Ledger, Log, Storage
 __all__ = [
     "OFF",
     "Api",
+    "Audit",
     "Auth",
     "Breakers",
     "Caches",
     "Checkpoint",
+    "DeadLetters",
     "DuckDb",
+    "Fallback",
     "Ingest",
     "Ledger",
     "Log",
@@ -72,6 +78,9 @@ class Settings(BaseModel):
     caches: Caches = Caches()
     breakers: Breakers = Breakers()
     redelivery: Redelivery = Redelivery()
+    dead_letters: DeadLetters = DeadLetters()
+    fallback: Fallback = Fallback()
+    audit: Audit = Audit()
     checkpoint: Checkpoint = Checkpoint()
     taps: Taps = Taps()
     quotas: Quotas = Quotas()

@@ -6,7 +6,16 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from service.settings.base import Count, Fraction, Seconds, SecondsOrZero, Section, Workers
+from service.settings.base import (
+    MIB,
+    Count,
+    Fraction,
+    Seconds,
+    SecondsOrZero,
+    Section,
+    Size,
+    Workers,
+)
 
 
 class Pipeline(Section):
@@ -72,8 +81,9 @@ class Traces(Section):
     """Spans in a window of a long-lived trace."""
     window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Fraction of a window kept as context for the next one."""
-    closed_kept: Count = 10_000
-    """Traces just closed that are remembered per tenant, for spans that come late."""
+    late_filter_bytes: Size = 32 * MIB
+    """Memory of the filter that tells late spans from new traces; 32 MiB remember the last 8 to 16
+    million traces. A late span of an older trace begins a new one."""
     max_open: Count = 1_000_000
     """Open traces of all tenants; above it those idle longest are closed early."""
 
@@ -195,6 +205,31 @@ class Redelivery(Section):
     """Pause between attempts."""
     transient_retry_seconds: Seconds = 60
     """A dead letter of a transient error is tried again after this."""
+
+
+class DeadLetters(Section):
+    """Items that a stage failed on for good, kept until they are retried or discarded."""
+
+    max_bytes: Size = 256 * MIB
+    """Of all of them; beyond it the oldest are moved to files in dead-letters-exported."""
+
+
+class Fallback(Section):
+    """Local files for what the ledger or DuckDB does not take, written back when it does."""
+
+    max_bytes: Size = 1024 * MIB
+    """Of the files of each store; when they are full, requests are refused in the end."""
+    file_bytes: Size = 8 * MIB
+    """A file of this size is followed by another."""
+
+
+class Audit(Section):
+    """The record of what operators did: audit.jsonl in the data directory."""
+
+    max_bytes: Size = 16 * MIB
+    """The file is renamed at this size and a new one begun."""
+    files: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Renamed files kept; the oldest is deleted."""
 
 
 class Checkpoint(Section):

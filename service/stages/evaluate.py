@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from channels import SendChannel, ThreadRunner
+from channels import (
+    Breaker,
+    BreakerOpen,
+    BreakerTimeout,
+    SendChannel,
+    ThreadRunner,
+    ThreadTimeout,
+)
 from service.otlp.columns import Rows
 from service.rules.decide import ALWAYS_BROKEN, Breach, decide
 from service.signals import Kind, Signal, signal_id
@@ -13,7 +20,11 @@ from service.traces.due import DueTraces
 from service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE, EVIDENCE
 from service.traces.progress import InFlight
 
+STAGE = "rule-evaluation"
 _MASK = 2**64 - 1
+
+Bury = Callable[[str, list[DueTraces], Exception, int], Awaitable[None]]
+"""Keeps items that a stage failed on together: (stage, items, error, attempts)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +63,12 @@ class EvaluateCounts:
 
 
 class EvaluateStage:
-    """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock."""
+    """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock.
+
+    While ``breaker`` is open, or where a call takes too long, ``bury`` keeps the batch as dead
+    letters at once. What is known of its traces until they are tried again is the result that is stored
+    already: the signals that were raised early, or when the trace was closed before.
+    """
 
     def __init__(
         self,
@@ -60,8 +76,12 @@ class EvaluateStage:
         onward: SendChannel[Decided],
         in_flight: InFlight,
         clock_ns: Callable[[], int],
+        breaker: Breaker,
+        bury: Bury,
     ) -> None:
         self._threads = threads
+        self._breaker = breaker
+        self._bury = bury
         self._onward = onward
         self._in_flight = in_flight
         self._clock_ns = clock_ns
@@ -70,7 +90,12 @@ class EvaluateStage:
     async def handle(self, batch: list[DueTraces]) -> None:
         """Decide a batch and pass on what is to be stored."""
         counts = self.counts
-        for decided, traces in await self._threads.run(self._decide, batch):
+        try:
+            found = await self._breaker.call(self._decide_in_thread, batch)
+        except (BreakerOpen, BreakerTimeout, ThreadTimeout) as error:
+            await self._bury(STAGE, batch, error, 1)
+            return
+        for decided, traces in found:
             counts.traces += traces
             for signal in decided.signals:
                 counts.early += signal.early
@@ -84,6 +109,9 @@ class EvaluateStage:
                 await self._onward.send(decided)
             else:
                 self._in_flight.leave(decided.ticket)
+
+    async def _decide_in_thread(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
+        return await self._threads.run(self._decide, batch, abandon_on_cancel=True)
 
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()

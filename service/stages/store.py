@@ -4,25 +4,47 @@ traces to DuckDB, the projection that is queried.
 The ledger is written as soon as something is there: what arrives while a write runs makes the next
 batch. DuckDB's commits are what is scarce with many tenants, so its rows wait to be many: they go
 through a channel of their own to the projection stage, which writes a tenant at a time.
+
+Each store is called under a circuit breaker. What it does not take, whatever the reason, goes to
+local files and from there to the store when it is back (:mod:`service.fallback`); where the files
+cannot be written either, the stage waits, and the channels before it fill up to the edge, which
+refuses. Only an item that a store can never take becomes a dead letter.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
-from channels import SendChannel, ThreadRunner, TransientError
-from service.ledger.base import Ledger, LedgerError
+from channels import (
+    Breaker,
+    BreakerOpen,
+    BreakerTimeout,
+    SendChannel,
+    ThreadRunner,
+    ThreadTimeout,
+    TransientError,
+)
+from service import letters
+from service.breakers import PoisonError
+from service.fallback import RETRY_SECONDS, Fallback
+from service.ledger.base import Ledger, LedgerError, transfer
 from service.metrics import Latencies
 from service.signals import Signal
 from service.stages.evaluate import Decided
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
+from service.storage.fallback import FallbackFiles, FallbackFull
 from service.traces.index import frame_columns, trace_table
 from service.traces.progress import InFlight
+
+PROJECTION = "projection"
+
+_REFUSED = (BreakerOpen, BreakerTimeout, ThreadTimeout)
 
 
 @dataclass(slots=True)
@@ -38,7 +60,8 @@ class StoreCounts:
 
 
 class StoreStage:
-    """The handler of the storage-write stage. ``stored`` is told of new signals."""
+    """The handler of the storage-write stage. ``stored`` is told of new signals; ``files`` take
+    what the ledger does not."""
 
     def __init__(
         self,
@@ -50,6 +73,8 @@ class StoreStage:
         counts: StoreCounts,
         latencies: Latencies,
         clock_ns: Callable[[], int],
+        breaker: Breaker,
+        files: FallbackFiles,
     ) -> None:
         self._ledger = ledger
         self._threads = threads
@@ -59,34 +84,100 @@ class StoreStage:
         self.counts = counts
         self._latencies = latencies
         self._clock_ns = clock_ns
+        self._breaker = breaker
+        self.fallback: Fallback[Signal] = Fallback(
+            "ledger",
+            files,
+            _to_line,
+            _from_line,
+            self._write_back,
+            latencies.fallback.labels("ledger").observe,
+        )
 
     async def handle(self, batch: list[Decided]) -> None:
-        """Record the signals of a batch, then pass it on to the projection."""
+        """Make the signals of a batch safe, then pass it on to the projection."""
         signals = [signal for decided in batch for signal in decided.signals]
         for start in range(0, len(signals), self._batch):
-            chunk = signals[start : start + self._batch]
-            started = time.perf_counter()
-            try:
-                new = await self._threads.run(self._ledger.record, chunk)
-            except LedgerError as error:
-                if error.transient:
-                    raise TransientError(str(error)) from error
-                raise
-            self._latencies.ledger.observe(time.perf_counter() - started)
-            fresh = [signal for signal, is_new in zip(chunk, new, strict=True) if is_new]
-            self.counts.signals += len(fresh)
-            self.counts.repeated += len(chunk) - len(fresh)
-            if fresh:
-                self._stored(fresh)
+            await self._keep(signals[start : start + self._batch])
         now = self._clock_ns()
         for decided in batch:
             if decided.signals:
                 self._latencies.end_to_end.observe((now - decided.due_ns) / 1e9)
             await self._onward.send(decided)
 
+    async def _keep(self, chunk: list[Signal]) -> None:
+        """Return when the ledger or its files have the signals."""
+        while True:
+            if not self.fallback.pending:
+                try:
+                    await self._record(chunk)
+                except (*_REFUSED, LedgerError, OSError):
+                    pass
+                else:
+                    return
+            try:
+                await self.fallback.put(chunk)
+            except (FallbackFull, OSError):
+                await self.fallback.room(RETRY_SECONDS)
+            else:
+                return
+
+    async def _write_back(self, signals: list[Signal]) -> None:
+        for start in range(0, len(signals), self._batch):
+            try:
+                await self._record(signals[start : start + self._batch])
+            except LedgerError as error:
+                raise TransientError(str(error)) from error
+
+    async def _record(self, chunk: list[Signal]) -> None:
+        new = await self._breaker.call(self._call, chunk)
+        fresh = [signal for signal, is_new in zip(chunk, new, strict=True) if is_new]
+        self.counts.signals += len(fresh)
+        self.counts.repeated += len(chunk) - len(fresh)
+        if fresh:
+            self._stored(fresh)
+
+    async def _call(self, chunk: list[Signal]) -> list[bool]:
+        started = time.perf_counter()
+        new = await self._threads.run(self._try, chunk, abandon_on_cancel=True)
+        self._latencies.ledger.observe(time.perf_counter() - started)
+        return new
+
+    def _try(self, chunk: list[Signal]) -> list[bool]:
+        try:
+            return self._ledger.record(chunk)
+        except LedgerError as error:
+            if not error.transient:  # is it the ledger, or one of the signals?
+                for signal in chunk:
+                    _check(signal)
+            raise
+
+
+def _check(signal: Signal) -> bytes:
+    """The signal as JSON. Raises :exc:`PoisonError` where no ledger can take it."""
+    try:
+        transfer(signal)
+        return orjson.dumps(signal.to_json())
+    except (LedgerError, orjson.JSONEncodeError) as error:
+        raise PoisonError(f"signal {signal.id}: {error}") from error
+
+
+def _to_line(signal: Signal) -> bytes:
+    return _check(signal)
+
+
+def _from_line(line: bytes) -> Signal:
+    signal = Signal.from_json(orjson.loads(line))
+    try:
+        _check(signal)
+    except PoisonError as error:
+        raise ValueError(str(error)) from error
+    return signal
+
 
 class ProjectStage:
-    """The handler of the projection stage: batches hold one tenant's rows."""
+    """The handler of the projection stage: batches hold one tenant's rows. ``files`` take what
+    DuckDB does not; ``bury`` what can never be written, of what was in the files."""
 
     def __init__(
         self,
@@ -95,34 +186,88 @@ class ProjectStage:
         counts: StoreCounts,
         in_flight: InFlight,
         latencies: Latencies,
+        breaker: Breaker,
+        files: FallbackFiles,
+        bury: Callable[[str, list[Decided], Exception, int], Awaitable[None]],
     ) -> None:
         self._store = store
         self._threads = threads
         self._counts = counts
         self._in_flight = in_flight
         self._latencies = latencies
+        self._breaker = breaker
+        self._bury = bury
+        self.fallback: Fallback[Decided] = Fallback(
+            "duckdb",
+            files,
+            letters.decided_to_bytes,
+            letters.decided_from_bytes,
+            self._write_back,
+            latencies.fallback.labels("duckdb").observe,
+        )
 
     async def handle(self, batch: list[Decided]) -> None:
         """Write a tenant's signals, traces and positions in one transaction."""
-        started = time.perf_counter()
-        try:
-            self._counts.rows += await self._threads.run(self._write, batch)
-        except (StoreError, PoolTimeout) as error:
-            if isinstance(error, PoolTimeout) or error.transient:
-                raise TransientError(str(error)) from error
-            raise
-        self._latencies.duckdb.observe(time.perf_counter() - started)
+        while True:
+            if not self.fallback.pending:
+                try:
+                    await self._insert(batch)
+                except (*_REFUSED, StoreError, PoolTimeout, OSError):
+                    pass
+                else:
+                    break
+            try:
+                await self.fallback.put(batch)
+            except (FallbackFull, OSError):
+                await self.fallback.room(RETRY_SECONDS)
+            else:
+                break
         for decided in batch:
             self._in_flight.leave(decided.ticket)
+
+    async def _write_back(self, batch: list[Decided]) -> None:
+        by_tenant: dict[str, list[Decided]] = {}
+        for decided in batch:
+            by_tenant.setdefault(decided.tenant, []).append(decided)
+        for rows in by_tenant.values():
+            try:
+                await self._insert(rows)
+            except (StoreError, PoolTimeout) as error:
+                raise TransientError(str(error)) from error
+            except PoisonError:
+                await self._write_one_by_one(rows)
+
+    async def _write_one_by_one(self, rows: list[Decided]) -> None:
+        for decided in rows:
+            try:
+                await self._insert([decided])
+            except (StoreError, PoolTimeout) as error:
+                raise TransientError(str(error)) from error
+            except PoisonError as error:
+                await self._bury(PROJECTION, [decided], error, 1)
+
+    async def _insert(self, batch: list[Decided]) -> None:
+        self._counts.rows += await self._breaker.call(self._call, batch)
+
+    async def _call(self, batch: list[Decided]) -> int:
+        started = time.perf_counter()
+        rows = await self._threads.run(self._write, batch, abandon_on_cancel=True)
+        self._latencies.duckdb.observe(time.perf_counter() - started)
+        return rows
 
     def _write(self, batch: list[Decided]) -> int:
         signals = [signal for decided in batch for signal in decided.signals]
         traces = [trace_table(d.closed) for d in batch if d.closed is not None]
         spilled = [d.spilled for d in batch if d.spilled is not None]
-        self._store.write(
-            batch[0].tenant,
-            signals=signals,
-            traces=pa.concat_tables(traces) if traces else None,
-            frames=frame_columns(np.concatenate(spilled)) if spilled else None,
-        )
+        try:
+            self._store.write(
+                batch[0].tenant,
+                signals=signals,
+                traces=pa.concat_tables(traces) if traces else None,
+                frames=frame_columns(np.concatenate(spilled)) if spilled else None,
+            )
+        except StoreError as error:
+            if error.transient:
+                raise
+            raise PoisonError(str(error)) from error  # of this tenant's file, or of these rows
         return len(signals) + sum(len(table) for table in traces)

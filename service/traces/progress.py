@@ -87,9 +87,11 @@ class LogProgress:
 
 
 class InFlight:
-    """Work that left the traces and is not safe yet, by ticket."""
+    """Work that left the traces and is not safe yet, by ticket. ``left`` is told of each ticket that
+    is given back."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: Callable[[int], object] = lambda ticket: None) -> None:
+        self.left = left
         self._lock = threading.Lock()
         self._next = 1
         self._open: dict[int, None] = {}  # ascending
@@ -107,8 +109,11 @@ class InFlight:
         """The piece of work is stored, or kept as a dead letter; on the Trio thread. Repeating it
         does nothing."""
         with self._lock:
+            known = ticket in self._open
             self._open.pop(ticket, None)
-        self._left.unpark_all()
+        if known:
+            self.left(ticket)
+            self._left.unpark_all()
 
     def mark(self) -> int:
         """A ticket that is larger than all given so far."""
