@@ -108,6 +108,7 @@ class Service:
             self.pipeline.in_flight,
             self._threads,
             settings.ingest.max_body_bytes,
+            self.pipeline.letters,
         )
         self._registry = metrics.register(self, self.latencies)
         self._stop = trio.Event()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
@@ -22,9 +23,13 @@ from service.otlp.encoding import decode_body
 from service.otlp.json import to_protobuf
 from service.otlp.wire import scan_bodies
 from service.stages.correlate import CorrelateStage
+from service.storage.deadletters import DeadLetterError
 from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog
 from service.traces.checkpoint import read_latest, write_checkpoint
 from service.traces.progress import InFlight, LogProgress
+
+if TYPE_CHECKING:
+    from service.deadletters import DeadLetters
 
 _log = logging.getLogger("service.recovery")
 
@@ -54,6 +59,7 @@ class Recovery:
         in_flight: InFlight,
         threads: ThreadRunner,
         max_body_bytes: int,
+        letters: DeadLetters,
     ) -> None:
         self._directory = directory
         self._log = log
@@ -62,6 +68,7 @@ class Recovery:
         self._in_flight = in_flight
         self._threads = threads
         self._max_body = max_body_bytes
+        self._letters = letters
         self._saving = trio.Lock()
         self.replayed = Replayed()
         self.saved_at: float | None = None
@@ -71,7 +78,7 @@ class Recovery:
 
     async def recover(self, onward: SendChannel[SpanBatch]) -> None:
         """Load the last checkpoint and send what the log has beyond it to ``onward``."""
-        await self._threads.run(self._load)
+        await self._letters.reconcile(await self._threads.run(self._load))
         batches = self._batches()
         reported = trio.current_time()
         while (batch := await self._threads.run(next, batches, None)) is not None:
@@ -87,16 +94,18 @@ class Recovery:
                 self.replayed.damaged,
             )
 
-    def _load(self) -> None:
+    def _load(self) -> list[int]:
+        """Restore the last checkpoint; the dead letters whose spans it has."""
         snapshot = read_latest(self._directory)
         if snapshot is None:
-            return
+            return []
         try:
             self._correlate.restore(snapshot)
         except ValueError as error:
             _log.warning("the checkpoint cannot be used, the whole log is replayed: %s", error)
-            return
+            return []
         self.saved_at = snapshot.taken_ns / 1e9
+        return snapshot.letters
 
     def _batches(self) -> Iterator[SpanBatch]:
         """What the traces do not contain, in batches of one tenant; each frame becomes pending
@@ -148,7 +157,10 @@ class Recovery:
     async def save(self) -> bool:
         """Save a checkpoint; whether that worked. What left the traces is waited for first."""
         async with self._saving:
+            retried = self._letters.retries()
             snapshot = await self._threads.run(self._correlate.snapshot)
+            letters = self._letters.saved_in(retried, snapshot.progress)
+            snapshot = replace(snapshot, letters=letters)
             await self._in_flight.wait(snapshot.mark)
             try:
                 self.saved_bytes = await self._threads.run(
@@ -159,6 +171,10 @@ class Recovery:
                 _log.error("the checkpoint cannot be written (%s); check the disk", error)
                 return False
             self.saved_at = time.time()
+            try:
+                await self._letters.saved(letters)
+            except DeadLetterError as error:
+                _log.warning("dead letters that are done cannot be deleted yet: %s", error)
             return True
 
 

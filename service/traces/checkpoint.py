@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,14 @@ class TenantSnapshot:
 class Snapshot:
     """The state of all traces at ``taken_ns``, and of the log as far as they go: by tenant the last
     frame and those up to it that were not folded. ``mark`` is a ticket: work with a smaller
-    one must be safe before the snapshot may be used."""
+    one must be safe before the snapshot may be used. ``letters`` are the ids of dead letters whose
+    spans are in the traces."""
 
     taken_ns: int
     progress: dict[str, tuple[int, list[int]]]
     tenants: list[TenantSnapshot]
     mark: int = 0
+    letters: list[int] = field(default_factory=list)
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
@@ -78,6 +80,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
     header = {
         "taken_ns": snapshot.taken_ns,
         "progress": snapshot.progress,
+        "letters": snapshot.letters,
         "tenants": [
             {
                 "tenant": saved.tenant,
@@ -166,6 +169,7 @@ def read_checkpoint(path: Path) -> Snapshot:
             )
             for saved in header["tenants"]
         ],
+        letters=header.get("letters", []),
     )
 
 
