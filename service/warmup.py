@@ -8,6 +8,7 @@ from service.otlp import wire
 from service.rules.compile import compile_rules
 from service.rules.decide import decide
 from service.rules.definition import make_rule
+from service.traces.closed import ClosedTraces
 from service.traces.tenant import TenantTraces
 
 _RULES = (
@@ -38,6 +39,8 @@ def warm_up() -> None:
             decide(folded.early)
     for due in traces.close_due(10, 1, 1):
         decide(due)
-    traces.fold(batch, 20)  # opens them again
+    closed = ClosedTraces(1 << 12)
+    traces.fold(batch, 20, closed)  # opens them again
     traces.close_due(40, 1)
-    traces.evict(100, 1, 0)
+    traces.evict(10**10, 1, 0, closed)
+    traces.fold(batch, 10**10, closed)

@@ -18,10 +18,11 @@ from channels import SendChannel, ThreadRunner
 from service.otlp.columns import SpanBatch
 from service.rules.compile import CompiledRules
 from service.traces.checkpoint import Snapshot
+from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.layout import CLOSED, STATE
 from service.traces.progress import InFlight, LogProgress
-from service.traces.tenant import TenantTraces
+from service.traces.tenant import History, TenantTraces
 
 TICK_SECONDS = 0.25  # idle traces are looked for this often
 
@@ -72,6 +73,8 @@ class CorrelateStage:
         progress: LogProgress,
         in_flight: InFlight,
         limits: TraceLimits,
+        closed: ClosedTraces,
+        history: History,
         clock_ns: Callable[[], int],
     ) -> None:
         self._rules_of = rules_of
@@ -80,6 +83,8 @@ class CorrelateStage:
         self._progress = progress
         self._in_flight = in_flight
         self._limits = limits
+        self._closed = closed
+        self._history = history
         self._clock_ns = clock_ns
         self._lock = threading.Lock()  # of the tenants and the counts
         self._last_sweep_ns = 0
@@ -161,7 +166,9 @@ class CorrelateStage:
         due = []
         counts = self.counts
         now = batch.received_ns if batch.replayed else self._clock_ns()
-        for table, folded in self._traces(batch.tenant).fold(batch, now):
+        for table, folded in self._traces(batch.tenant).fold(
+            batch, now, self._closed, self._history
+        ):
             counts.repeated += folded.repeated
             counts.matched += folded.matched
             counts.opened += folded.opened
@@ -203,7 +210,7 @@ class CorrelateStage:
             closed = sum(traces.closed_count for traces in self.tenants.values())
             share = min(1.0, limits.keep / closed) if closed else 1.0
             for tenant, traces in list(self.tenants.items()):
-                traces.evict(now, limits.keep_ns, int(traces.closed_count * share))
+                traces.evict(now, limits.keep_ns, int(traces.closed_count * share), self._closed)
                 if sweep and not traces.open_count and not traces.closed_count:
                     del self.tenants[tenant]
             self.counts.closed += sum(len(due) for due in found)

@@ -26,6 +26,7 @@ from service.otlp.columns import END as SPAN_END
 from service.otlp.columns import FLAGS as SPAN_FLAGS
 from service.rules.match import ASK, YES, satisfies
 from service.rules.names import FULL, N_COUNT, N_FIRST, TOO_LONG, NameArrays, find_name
+from service.traces.closed import add, may_hold
 from service.traces.layout import (
     ASKED,
     CLOSED,
@@ -55,6 +56,7 @@ from service.traces.layout import (
     LARGE_USED,
     LAST_SEEN,
     LATE,
+    LATENESS,
     LO,
     MATCHED,
     MAX_END,
@@ -373,6 +375,8 @@ def fold(
     batch: BatchArrays,
     first_row: int,
     known_only: bool,
+    filters: Rows,
+    salt: int,
     now: int,
     names: NameArrays,
     rules: RuleArrays,
@@ -384,7 +388,9 @@ def fold(
 
     Returns ``(row, reason)``: the row to go on with, and why it stopped there (``DONE`` at the
     end). With ``known_only`` rows of traces without a slot are left, and taken rows are marked in
-    ``batch.skip``. ``now`` is in nanoseconds since 1970. ``scratch`` is int64[4].
+    ``batch.skip``. New traces that ``filters`` may hold (:mod:`service.traces.closed`; without
+    columns it holds none) are left in ``outputs.late``. ``now`` is in nanoseconds since 1970,
+    ``scratch`` int64[4].
     """
     counts = outputs.counts
     fill = traces.fill
@@ -396,6 +402,10 @@ def fold(
         lo = span[TRACE_LO]
         slot = find_slot(traces, hi, lo)
         if slot < 0 and known_only:
+            continue
+        if slot < 0 and filters.shape[1] > 0 and may_hold(filters, salt, hi, lo):
+            outputs.late[counts[LATENESS]] = r
+            counts[LATENESS] += 1
             continue
 
         # From here to the first change: everything that can make the kernel stop.
@@ -567,13 +577,17 @@ def reopen(traces: TraceArrays, slot: int, now: int, flags: int) -> None:
 
 
 @lean_kernel
-def free_closed(traces: TraceArrays, slots: Rows, closed_at: int) -> int:
-    """Free those of the slots that are still closed since ``closed_at``; how many."""
+def free_closed(
+    traces: TraceArrays, slots: Rows, closed_at: int, filters: Rows, generation: int, salt: int
+) -> int:
+    """Free those of the slots that are still closed since ``closed_at``, and put them into a
+    generation of ``filters``; how many."""
     freed = 0
     for slot in slots:
         row = traces.slots[slot]
         if row[STATE] != CLOSED or row[CLOSED_AT] != closed_at:
             continue
+        add(filters, generation, salt, row[HI], row[LO])
         _leave(traces, row[HI], row[LO])
         at = row[ENTRIES]
         while at >= 0:

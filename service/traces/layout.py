@@ -129,12 +129,13 @@ class FoldOutputs(NamedTuple):
     dirty: Rows  # slots worth an early decision
     completed: Rows  # slots that named themselves complete
     spilled: Rows  # (hi, lo, POSITIONS positions)
+    late: Rows  # rows of the batch whose trace may have been closed and forgotten
     counts: Rows
 
 
 # Entries of FoldOutputs.counts.
-(ASKED, DIRTIED, COMPLETIONS, SPILLS, REPEATS, OPENED, MATCHED, STOPPED_SLOT) = range(8)
-COUNTS_SIZE = 8
+(ASKED, DIRTIED, COMPLETIONS, SPILLS, REPEATS, OPENED, MATCHED, STOPPED_SLOT, LATENESS) = range(9)
+COUNTS_SIZE = 9
 
 # Why a fold stopped before the end.
 (

@@ -15,6 +15,7 @@ from service.rules.compile import CompiledRules
 from service.rules.match import evaluate
 from service.traces import fold as kernels
 from service.traces.checkpoint import TableSnapshot
+from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.layout import (
     ASKED,
@@ -29,10 +30,12 @@ from service.traces.layout import (
     ENTRIES_USED,
     ENTRY_COLUMNS,
     FILL_SIZE,
+    FLAGS,
     LARGE_FREE,
     LARGE_RING,
     LARGE_USED,
     LATE,
+    LATENESS,
     MATCHED,
     MIDDLE_FREE,
     MIDDLE_RING,
@@ -65,6 +68,7 @@ from service.traces.layout import (
     TraceArrays,
 )
 
+_NO_FILTER = np.zeros((2, 0), np.int64)
 SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
 
 
@@ -73,12 +77,14 @@ class Folded:
     """What came of folding a batch.
 
     ``early`` are traces for which a rule may have become certain, ``completed`` slots that said
-    so themselves, ``spilled`` rows (hi, lo, log positions) of long traces.
+    so themselves, ``spilled`` rows (hi, lo, log positions) of long traces, ``late`` the rows of the
+    batch that were left because their trace may have been closed and forgotten.
     """
 
     early: DueTraces | None
     completed: Rows
     spilled: Rows
+    late: Rows
     opened: int
     repeated: int
     matched: int
@@ -134,12 +140,14 @@ class TraceTable:
         skip: npt.NDArray[np.uint8] | None = None,
         *,
         known_only: bool = False,
+        closed: ClosedTraces | None = None,
     ) -> Folded:
         """Add the spans of a batch to their traces.
 
         ``services`` numbers the service of each resource row, ``now`` is the time of receipt in
         nanoseconds. Rows with ``skip`` set are passed over; with ``known_only`` only spans of
-        traces that are here are taken, and marked in ``skip``.
+        traces that are here are taken, and marked in ``skip``. With ``closed``, new traces that
+        it may hold are not opened but reported as late.
         """
         n = len(batch)
         positions = batch.positions
@@ -157,9 +165,12 @@ class TraceTable:
             np.empty(n, np.int64),
             np.empty(n, np.int64),
             np.empty((16, 2 + POSITIONS), np.int64),
+            np.empty(n if closed is not None else 0, np.int64),
             np.zeros(COUNTS_SIZE, np.int64),
         )
         counts = outputs.counts
+        filters = _NO_FILTER if closed is None else closed.filters
+        salt = ClosedTraces.salt(self.tenant)
         scratch = np.zeros(4, np.int64)
         names = self.rules.names
         reopened, row = 0, 0
@@ -169,6 +180,8 @@ class TraceTable:
                     arrays,
                     row,
                     known_only,
+                    filters,
+                    salt,
                     now,
                     names.arrays,
                     self._rule_arrays,
@@ -201,6 +214,7 @@ class TraceTable:
             early,
             outputs.completed[: counts[COMPLETIONS]],
             outputs.spilled[: counts[SPILLS]],
+            outputs.late[: counts[LATENESS]],
             opened=int(counts[OPENED]),
             repeated=int(counts[REPEATS]),
             matched=int(counts[MATCHED]),
@@ -246,17 +260,25 @@ class TraceTable:
             spans=int(rows[:, SPANS].sum()),
         )
 
-    def evict(self, closed_before: int, keep: int) -> int:
-        """Free traces closed before a time, and the oldest beyond ``keep`` of them."""
+    def evict(self, closed_before: int, fresh_from: int, keep: int, closed: ClosedTraces) -> int:
+        """Free traces closed before a time, and the oldest beyond ``keep`` of them that were closed
+        before ``fresh_from``; they are put into ``closed``. How many."""
         freed = 0
-        while self._closed and (self._closed[0][0] < closed_before or self.closed_count > keep):
+        while self._closed and (
+            self._closed[0][0] < closed_before
+            or (self.closed_count > keep and self._closed[0][0] < fresh_from)
+        ):
             when, slots = self._closed.popleft()
             over = self.closed_count - keep
             if when >= closed_before and 0 < over < len(slots):
                 self._closed.appendleft((when, slots[over:]))
                 slots = slots[:over]
             with np.errstate(over="ignore"):
-                freed += kernels.free_closed(self.arrays, slots, when)
+                generation = closed.generation(len(slots))
+                salt = ClosedTraces.salt(self.tenant)
+                freed += kernels.free_closed(
+                    self.arrays, slots, when, closed.filters, generation, salt
+                )
         return freed
 
     def snapshot(self) -> TableSnapshot:
@@ -325,6 +347,14 @@ class TraceTable:
         """The slot of a trace (the halves of its id as int64), -1 without one."""
         with np.errstate(over="ignore"):
             return int(kernels.find_slot(self.arrays, hi, lo))
+
+    def recall(self, slots: Rows, flags: int) -> None:
+        """Treat traces that were folded again from the log as closed once: what was raised for
+        them then is compared when they close. ``flags`` are added to them."""
+        for slot in slots.tolist():
+            at_close = self.copy(np.array([slot], np.int64), closed=True, now=0)
+            self.reopened.setdefault(slot, at_close)
+            self.arrays.slots[slot, FLAGS] |= REOPENED | flags
 
     def _reopen(self, slot: int, now: int) -> None:
         at_close = self.copy(np.array([slot], np.int64), closed=True, now=now)

@@ -7,17 +7,45 @@ forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
-from service.otlp.columns import SERVICE_LEN, SERVICE_OFF, Rows, SpanBatch
+from service.otlp.columns import (
+    SERVICE_LEN,
+    SERVICE_OFF,
+    TRACE_HI,
+    TRACE_LO,
+    Rows,
+    SpanBatch,
+)
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.definition import make_rule
 from service.traces.checkpoint import TenantSnapshot
+from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
+from service.traces.layout import PARTIAL
 from service.traces.table import Folded, TraceTable
 
 MOST_SERVICES = 4096  # numbered service names of a tenant; further ones share OTHER_SERVICES
 OTHER_SERVICES = "(other services)"
+
+INDEX_LAG_NS = 2_000_000_000  # a closed trace is in the index after this, unless stores are behind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recalled:
+    """Closed traces read from the log: their ids, rows of (hi, lo); for each whether all of it
+    could be read; and the spans of the frames that hold them, among others."""
+
+    ids: Rows
+    whole: list[bool]
+    batch: SpanBatch
+
+
+History = Callable[[str, Rows], Recalled | None]
+"""Given a tenant and trace ids, rows of (hi, lo), what the index and the log have of them."""
 
 
 class TenantTraces:
@@ -86,15 +114,54 @@ class TenantTraces:
         """Memory of the arrays, in bytes."""
         return sum(table.nbytes for table in self.tables)
 
-    def fold(self, batch: SpanBatch, now: int) -> list[tuple[TraceTable, Folded]]:
-        """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces."""
+    def fold(
+        self,
+        batch: SpanBatch,
+        now: int,
+        closed: ClosedTraces | None = None,
+        history: History | None = None,
+    ) -> list[tuple[TraceTable, Folded]]:
+        """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces.
+
+        Spans that may belong to a trace which was closed and forgotten (``closed`` says so) are
+        added to what ``history`` reads of it from the log.
+        """
         services = self._service_numbers(batch)
         skip = np.zeros(len(batch), np.uint8)
         newest = self.tables[-1]
-        return [
-            (table, table.fold(batch, services, now, skip, known_only=table is not newest))
-            for table in self.tables
+        folded = [
+            (table, table.fold(batch, services, now, skip, known_only=True))
+            for table in self.tables[:-1]
         ]
+        first = newest.fold(batch, services, now, skip, closed=closed)
+        folded.append((newest, first))
+        if len(first.late):
+            if history is not None:
+                self._recall(
+                    np.unique(batch.spans[first.late][:, [TRACE_HI, TRACE_LO]], axis=0), history
+                )
+            skip[:] = 1
+            skip[first.late] = 0
+            folded.append((newest, newest.fold(batch, services, now, skip)))
+        return folded
+
+    def _recall(self, ids: Rows, history: History) -> None:
+        """Fold closed traces again from the log into the newest table."""
+        newest = self.tables[-1]
+        recalled = history(self.tenant, ids)
+        if recalled is None:
+            return
+        batch = recalled.batch
+        of = batch.spans[:, [TRACE_HI, TRACE_LO]]
+        wanted = np.zeros(len(batch), bool)
+        for hi, lo in recalled.ids.tolist():
+            wanted |= (of[:, 0] == hi) & (of[:, 1] == lo)
+        skip = (~wanted).astype(np.uint8)
+        newest.fold(batch, self._service_numbers(batch), batch.received_ns, skip)
+        for (hi, lo), whole in zip(recalled.ids.tolist(), recalled.whole, strict=True):
+            slot = newest.find(hi, lo)
+            if slot >= 0:
+                newest.recall(np.array([slot], np.int64), 0 if whole else PARTIAL)
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
         """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in
@@ -107,11 +174,12 @@ class TenantTraces:
                 due.append(table.close(slots, now))
         return due
 
-    def evict(self, now: int, keep_ns: int, keep: int) -> int:
-        """Forget traces closed more than ``keep_ns`` ago and the oldest beyond ``keep``."""
+    def evict(self, now: int, keep_ns: int, keep: int, closed: ClosedTraces) -> int:
+        """Forget traces closed more than ``keep_ns`` ago and the oldest beyond ``keep``, but none
+        so fresh that the trace index may not have it; ``closed`` remembers their ids."""
         freed = 0
         for table in self.tables:
-            freed += table.evict(now - keep_ns, keep)
+            freed += table.evict(now - keep_ns, now - INDEX_LAG_NS, keep, closed)
         self._drop_empty()
         return freed
 

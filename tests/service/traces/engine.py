@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import numpy as np
+
+from service.otlp.columns import Rows
 from service.otlp.wire import scan_bodies
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.syntax import RuleSyntax
 from service.signals import Kind, Signal
 from service.stages.evaluate import decide_due
+from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
-from service.traces.tenant import TenantTraces
+from service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, SPANS
+from service.traces.tenant import Recalled, TenantTraces
 
 
 def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
@@ -33,23 +38,53 @@ def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
 
 
 class Engine:
-    """Folds request bodies and keeps what the signals say: ``standing`` (trace id, rule id)."""
+    """Folds request bodies and keeps what the signals say: ``standing`` (trace id, rule id).
+
+    Its log is a list of bodies, at the positions 1, 2, ...; its index holds the positions and span
+    counts of closed traces, by (hi, lo).
+    """
 
     def __init__(self, rules: Sequence[RuleSyntax], tenant: str = "t") -> None:
         self.traces = TenantTraces(tenant, compiled(rules))
         self.now = 1000
         self.standing: set[tuple[str, str]] = set()
         self.signals: list[Signal] = []
+        self.log: list[bytes] = []
+        self.index: dict[tuple[int, int], tuple[set[int], int]] = {}
+        self.spilled: dict[tuple[int, int], set[int]] = {}
+        self.closed = ClosedTraces(1 << 14)
+        self.recalled = 0
 
     def send(self, *bodies: bytes) -> None:
         self.now += 1
         batch = scan_bodies(self.traces.tenant, bodies)
         assert not batch.bodies[:, 4].any()
-        for table, folded in self.traces.fold(batch, self.now):
+        self.log += bodies
+        batch.positions = np.arange(len(self.log) - len(bodies), len(self.log)) + 1
+        batch.received_ns = self.now
+        for table, folded in self.traces.fold(batch, self.now, self.closed, self.history):
+            for hi, lo, *positions in folded.spilled.tolist():
+                self.spilled.setdefault((hi, lo), set()).update(positions)
             if folded.early is not None:
                 self._decide(folded.early)
             if len(folded.completed):
                 self._decide(table.close(folded.completed, self.now))
+
+    def history(self, tenant: str, ids: Rows) -> Recalled | None:
+        """What the index and the log have of closed traces."""
+        found = [pair for pair in map(tuple, ids.tolist()) if pair in self.index]
+        if not found:
+            return None
+        positions = sorted(set().union(*(self.index[pair][0] for pair in found)))
+        batch = scan_bodies(tenant, [self.log[p - 1] for p in positions])
+        batch.positions = np.array(positions, np.int64)
+        batch.received_ns = self.now
+        self.recalled += len(found)
+        return Recalled(np.array(found, np.int64), [True] * len(found), batch)
+
+    def forget(self) -> None:
+        """Free all closed traces."""
+        self.traces.evict(self.now + 10**12, 1, 0, self.closed)
 
     def close(self) -> None:
         """Close all traces, as if they had been idle."""
@@ -58,6 +93,11 @@ class Engine:
             self._decide(due)
 
     def _decide(self, due: DueTraces) -> None:
+        for row in due.rows if due.closed else ():
+            pair = (int(row[HI]), int(row[LO]))
+            positions = set(row[POSITION_0 : POSITION_0 + row[POSITION_COUNT]].tolist())
+            positions |= self.spilled.get(pair, set())
+            self.index[pair] = positions | self.index.get(pair, (set(), 0))[0], int(row[SPANS])
         for signal in decide_due(due, self.now).signals:
             self.signals.append(signal)
             key = (signal.trace_id, signal.rule_id)

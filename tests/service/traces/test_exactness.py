@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,22 +30,24 @@ def arrivals(draw: st.DrawFn) -> tuple[list[list[OracleSpan]], list[list[OracleS
     random.Random(draw(st.integers(0, 2**32))).shuffle(spans)
     cuts = sorted(draw(st.lists(st.integers(0, len(spans)), max_size=5)))
     bounds = [0, *cuts, len(spans)]
-    parts = [spans[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [spans[a:b] for a, b in pairwise(bounds)]
     return all_traces, parts
 
 
 @given(
     st.lists(rules(), min_size=1, max_size=4),
     arrivals(),
-    st.lists(st.booleans(), min_size=6, max_size=6),
+    st.lists(st.sampled_from(["go on", "close", "forget"]), min_size=6, max_size=6),
 )
-def test_the_verdict_is_that_of_the_whole_trace(rule_list, arrived, closes):
+def test_the_verdict_is_that_of_the_whole_trace(rule_list, arrived, between):
     all_traces, parts = arrived
     engine = Engine(rule_list)
-    for part, close in zip(parts, closes, strict=False):
+    for part, then in zip(parts, between, strict=False):
         engine.send(encode(part))
-        if close:
+        if then != "go on":
             engine.close()
+        if then == "forget":
+            engine.forget()
     engine.close()
     expected = {
         (trace[0].trace_id.hex(), f"r{i}")

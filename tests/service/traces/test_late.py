@@ -1,0 +1,70 @@
+"""Spans that come after their trace was closed, and after it was forgotten."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.rules.parse import parse
+from service.signals import Kind
+from tests.oracle import OracleSpan
+from tests.service.traces.engine import Engine
+from tests.strategies import encode
+
+pytestmark = pytest.mark.kernel
+
+
+def span(name: str, number: int, trace: int = 1) -> OracleSpan:
+    return OracleSpan(name, bytes([trace]) * 16, number.to_bytes(8, "big"))
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_late_span_retracts_what_no_longer_holds(forgotten):
+    engine = Engine([parse("when { pay } always { check }")])
+    engine.send(encode([span("pay", 1), span("other", 2)]))
+    engine.close()
+    assert len(engine.standing) == 1
+    if forgotten:
+        engine.forget()
+        assert engine.traces.closed_count == 0
+    engine.send(encode([span("check", 3)]))
+    engine.close()
+    assert not engine.standing
+    raised, retracted = engine.signals
+    assert (raised.kind, retracted.kind) == (Kind.RAISED, Kind.RETRACTED)
+    assert raised.trace_id == retracted.trace_id
+    assert raised.id != retracted.id
+    assert retracted.counts == {"pay": 1, "check": 1}
+    assert engine.recalled == int(forgotten)
+
+
+def test_a_late_span_is_counted_with_what_came_before_and_repeats_are_not():
+    engine = Engine([parse("count(retry) >= 3")])
+    engine.send(encode([span("retry", 1), span("retry", 2)]))
+    engine.close()
+    engine.forget()
+    engine.send(encode([span("retry", 1), span("retry", 2)]))
+    engine.close()
+    assert not engine.signals
+    engine.forget()
+    engine.send(encode([span("retry", 3)]))
+    assert [s.early for s in engine.signals] == [True]
+
+
+def test_a_late_span_of_one_trace_leaves_others_of_the_same_frame_alone():
+    engine = Engine([parse("count(a) > 1")])
+    engine.send(encode([span("a", 1, trace=1), span("a", 2, trace=2)]))
+    engine.close()
+    engine.forget()
+    engine.send(encode([span("a", 3, trace=1)]))
+    assert engine.traces.open_count == 1
+    engine.close()
+    assert engine.standing == {(("01" * 16), "r0")}
+
+
+def test_new_traces_are_not_looked_up():
+    engine = Engine([parse("count(a) > 1")])
+    for number in range(50):
+        engine.send(encode([span("a", number + 1, trace=number + 1)]))
+        engine.close()
+        engine.forget()
+    assert engine.recalled == 0
