@@ -199,7 +199,7 @@ class Connection:
         self._unread = 0
         if len(received) >= length:
             return received[:length]
-        await self._begin_body(request, head)
+        await self._begin_body(request, head, received)
         return await self._transport.receive_body(received, length)
 
     async def _read_chunks(
@@ -208,8 +208,8 @@ class Connection:
         """The same of a chunked body."""
         chunks = self._unread
         assert isinstance(chunks, ChunkedBody)
-        await self._begin_body(request, head)
         received = self._rest
+        await self._begin_body(request, head, received)
         while True:
             self._rest = chunks.feed(received)
             refusal = memory.reserve(len(chunks.data))
@@ -221,11 +221,11 @@ class Connection:
             if not received:
                 return None
 
-    async def _begin_body(self, request: RequestHead, head: Head) -> None:
-        """The body is not there yet: set its time limit, and ask for it if the client waits."""
+    async def _begin_body(self, request: RequestHead, head: Head, received: bytes) -> None:
+        """Not all of the body is there: set its time limit, and ask for it if the client waits."""
         self._owed = lambda: self._edge.slow_body(head)
         self.deadline = trio.current_time() + self._limits.body
-        if request.expects_continue and not self._rest:
+        if request.expects_continue and not received:
             await self._transport.send(CONTINUE)
 
     async def _discard(self) -> bool:

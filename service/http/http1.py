@@ -9,6 +9,7 @@ sizes that overflow. What it leaves to its caller is checked in :func:`parse_hea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final
@@ -98,7 +99,10 @@ def parse_head(block: bytes) -> RequestHead:
     head.method = parser.get_method().decode("ascii")
     path = head.target.partition(b"?")[0]
     if path[:1] != b"/" and b"://" in path:
-        path = httptools.parse_url(head.target).path or b"/"
+        try:
+            path = httptools.parse_url(head.target).path or b"/"
+        except httptools.HttpParserError:
+            raise NotHttpError(400, "the request target is not a URL") from None
     head.path = path.decode("latin-1")
     hosts = 0
     for name, value in head.headers:
@@ -170,22 +174,24 @@ class ChunkedBody:
         self.complete = True
 
 
-class _Date:
+class DateLine:
     """The Date header, made once a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._second = 0
         self._line = b""
 
     def line(self) -> bytes:
-        second = int(time.time())
+        """The header's line, for now."""
+        second = int(self._clock())
         if second != self._second:
             self._second = second
             self._line = b"date: %s\r\n" % formatdate(second, usegmt=True).encode()
         return self._line
 
 
-_date = _Date()
+_date = DateLine()
 
 
 def render(response: HttpResponse, *, close: bool, bodiless: bool = False) -> bytes:

@@ -121,9 +121,7 @@ class _Server:
         if self._context is None:
             return SocketTransport(connected)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(connected))
-        return TlsTransport(
-            trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
-        )
+        return TlsTransport(trio.SSLStream(stream, self._context, server_side=True))
 
     async def _run(self, connection: Connection) -> None:
         try:

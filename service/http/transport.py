@@ -145,7 +145,7 @@ class TlsTransport:
         await self._stream.send_all(data)
 
     async def end(self) -> None:
-        """See :class:`Transport`. TLS has no half-closed connections: there is nothing to do."""
+        """See :class:`Transport`. Nothing here: after TLS's own notice little could be received."""
 
     async def close(self) -> None:
         """See :class:`Transport`."""
