@@ -19,7 +19,10 @@ import psutil
 import trio
 
 from channels import ThreadRunner
-from service import metrics
+from service import breakers, metrics
+from service.accounts import SpanAccount, span_account
+from service.administration import Administration
+from service.audit import AuditLog
 from service.http.api import create_api
 from service.http.asgi import ingest_app, serve
 from service.http.health import metrics_app
@@ -109,6 +112,12 @@ class Service:
             self._threads,
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
+        )
+        self.audit = AuditLog(
+            settings.storage.path / "audit.jsonl", settings.audit.max_bytes, settings.audit.files
+        )
+        self.admin = Administration(
+            self.pipeline, self.edge, self.audit, self._threads, self.wall_time
         )
         self._registry = metrics.register(self, self.latencies)
         self._stop = trio.Event()
@@ -234,9 +243,12 @@ class Service:
         return dict(self.pipeline.correlate.tenants)
 
     def spans_in_flight(self) -> int:
-        """Spans accepted and not yet evaluated (in the channel before the correlation)."""
-        counts = self.pipeline
-        return counts.ingest.counts.accepted - counts.correlate.counts.folded
+        """Spans accepted and on their way to their traces."""
+        return self.account().in_flight
+
+    def account(self) -> SpanAccount:
+        """Where every span is."""
+        return span_account(self.pipeline, self.recovery.replayed.spans)
 
     def components(self) -> Mapping[str, Json]:
         """The state of each part."""
@@ -255,6 +267,19 @@ class Service:
             elif stage.stalled(stall):
                 status, detail = "failed", f"no progress for {stall:g} s with input waiting"
             found[name] = {"status": whole or status, "detail": detail}
+        for breaker in self.pipeline.breakers:
+            shown = {"status": whole or breakers.status(breaker), "detail": str(breaker.state)}
+            found[f"breaker-{breaker.name}"] = shown
+        for name, fallback in self.pipeline.fallbacks.items():
+            lines = fallback.statistics().lines
+            status = "degraded" if fallback.pending else "ok"
+            detail = f"{lines} records wait to be written back" if lines else "nothing waits"
+            found[f"fallback-{name}"] = {"status": whole or status, "detail": detail}
+        letters = self.pipeline.letters.total
+        found["dead-letters"] = {
+            "status": whole or ("degraded" if letters else "ok"),
+            "detail": f"{letters} letters" if letters else "none",
+        }
         problems = self.registry.store.problems
         found["rules"] = {
             "status": "degraded" if problems else "ok",
@@ -304,6 +329,7 @@ class Service:
     def performance_metrics(self) -> Json:
         """Totals, and per stage what went through."""
         counts = self.pipeline
+        account = self.account()
         stages = {}
         for name, stage in counts.stages.items():
             stats = stage.statistics()
@@ -316,9 +342,13 @@ class Service:
                 "lastProgress": None if last is None else self.wall_time(last),
             }
         return {
-            "spansAccepted": counts.ingest.counts.accepted,
-            "spansEvaluated": counts.correlate.counts.folded,
-            "spansInFlight": self.spans_in_flight(),
+            "spansAccepted": account.accepted,
+            "spansReplayed": account.replayed,
+            "spansCarried": account.carried,
+            "spansEvaluated": account.evaluated,
+            "spansInFlight": account.in_flight,
+            "spansDeadLettered": account.dead_lettered,
+            "spansDiscarded": account.discarded,
             "signalsRaised": counts.evaluate.counts.raised,
             "signalsRetracted": counts.evaluate.counts.retracted,
             "activeTenants": len(counts.correlate.tenants),

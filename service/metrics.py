@@ -20,6 +20,9 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from channels import BreakerState
+from service import breakers
+
 if TYPE_CHECKING:
     from service.app import Service
 
@@ -52,7 +55,7 @@ class Latencies:
         )
         self.fallback = histogram(
             "betrace_fallback_write_latency_seconds",
-            "Time to write what a store did not take to local files, the sync of the disk included.",
+            "Time to write what a store did not take to local files, the disk's sync included.",
             "store",
         )
         for store in ("ledger", "duckdb"):
@@ -112,6 +115,25 @@ def _progress(service: Service) -> Samples:
         yield (name,), 0.0 if last is None else service.wall_time(last)
 
 
+def _breaker_states(service: Service) -> Samples:
+    for breaker in service.pipeline.breakers:
+        for state in BreakerState:
+            yield (breaker.name, str(state)), float(breaker.state is state)
+
+
+def _breaker_calls(service: Service) -> Samples:
+    for breaker in service.pipeline.breakers:
+        for kind, number in breakers.calls(breaker).items():
+            yield (breaker.name, kind), number
+
+
+def _dead_letters(service: Service) -> Samples:
+    held = service.pipeline.letters.held
+    for name in service.pipeline.stages:
+        if name != "span-ingestion":  # what it fails on is refused
+            yield (name,), held[name].letters if name in held else 0
+
+
 DECLARED = (
     Declared(
         "betrace_span_ingestion",
@@ -144,9 +166,30 @@ DECLARED = (
     Declared(
         "betrace_spans_evaluated",
         "counter",
-        "Spans folded into their traces, repeated ones included.",
+        "Spans folded into their traces, repeated and replayed ones included.",
         (),
-        lambda s: _one(s.pipeline.correlate.counts.folded),
+        lambda s: _one(s.account().evaluated),
+    ),
+    Declared(
+        "betrace_spans_replayed",
+        "counter",
+        "Spans read back from the span log at the start.",
+        (),
+        lambda s: _one(s.account().replayed),
+    ),
+    Declared(
+        "betrace_spans_dead_lettered",
+        "gauge",
+        "Spans in dead letters, not folded into their traces.",
+        (),
+        lambda s: _one(s.account().dead_lettered),
+    ),
+    Declared(
+        "betrace_spans_discarded",
+        "counter",
+        "Spans in dead letters that were discarded, or moved to files.",
+        (),
+        lambda s: _one(s.account().discarded),
     ),
     Declared(
         "betrace_spans_repeated",
@@ -266,6 +309,41 @@ DECLARED = (
         "How long the last sync of the span log took.",
         (),
         lambda s: _one(s.pipeline.sync.last_seconds),
+    ),
+    Declared(
+        "betrace_circuit_breaker_state",
+        "gauge",
+        "1 for the state that the breaker has, 0 for the others.",
+        ("name", "state"),
+        _breaker_states,
+    ),
+    Declared(
+        "betrace_circuit_breaker_calls",
+        "counter",
+        "Calls under a breaker, by how they ended; a slow one counts once more as slow.",
+        ("name", "kind"),
+        _breaker_calls,
+    ),
+    Declared(
+        "betrace_dead_letters",
+        "gauge",
+        "Dead letters, by the stage that failed.",
+        ("stage",),
+        _dead_letters,
+    ),
+    Declared(
+        "betrace_dead_letters_exported",
+        "counter",
+        "Dead letters moved to files, since they no longer fitted.",
+        (),
+        lambda s: _one(s.pipeline.letters.exported),
+    ),
+    Declared(
+        "betrace_fallback_pending",
+        "gauge",
+        "Records in local files that wait for their store.",
+        ("store",),
+        lambda s: [((n,), f.statistics().lines) for n, f in s.pipeline.fallbacks.items()],
     ),
     Declared(
         "betrace_duckdb_rows",

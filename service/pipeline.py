@@ -13,6 +13,7 @@ import trio
 from channels import PeakReader, ReceiveChannel, SendChannel, Stage, ThreadRunner, open_channel
 from service.breakers import Breakers
 from service.deadletters import DeadLetters
+from service.fallback import Fallback
 from service.http.request import Request
 from service.ledger.base import Ledger
 from service.metrics import Latencies
@@ -60,6 +61,9 @@ class Pipeline:
     correlate: CorrelateStage
     evaluate: EvaluateStage
     store_counts: StoreCounts
+    breakers: Breakers
+    letters: DeadLetters
+    fallbacks: dict[str, Fallback[Any]]
 
     def __init__(
         self,

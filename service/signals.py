@@ -60,5 +60,6 @@ class Signal:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Signal:
-        """The signal that :meth:`to_json` gave. Raises TypeError or ValueError for anything else."""
+        """The signal that :meth:`to_json` gave. Raises LookupError, TypeError or ValueError for
+        anything else."""
         return cls(**values | {"kind": Kind(values["kind"])})

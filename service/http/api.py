@@ -117,7 +117,9 @@ def _view(
             if endpoint.body is not None:
                 body = await request.get_data(False, False, False)
             headers = {name.lower(): value for name, value in request.headers.items()}
-            return _write(await endpoint.handler(Call(tools, tenant, params, headers, body)))
+            client = request.remote_addr or ""
+            call = Call(tools, tenant, params, headers, body, client)
+            return _write(await endpoint.handler(call))
         except ApiError as error:
             return _error(error)
         except HTTPException:  # the body was too large or too slow

@@ -108,8 +108,68 @@ class Subscription(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """Who acts: a name, which with the operator token anyone may choose, and an address."""
+
+    name: str
+    client: str
+
+
+class AuditError(Exception):
+    """An action was not done since it could not be written to the audit log."""
+
+
+class Administration(Protocol):
+    """What operators can do. Actions are in the audit log before they are done, or raise
+    :exc:`AuditError`; :exc:`service.storage.deadletters.DeadLetterError` where the disk fails."""
+
+    def breakers(self) -> Sequence[Json]:
+        """All circuit breakers, ``name`` first."""
+
+    async def act_on_breaker(self, who: Operator, name: str, action: str) -> Json:
+        """The breaker after an action, one of :data:`service.breakers.ACTIONS`."""
+
+    async def dead_letters(
+        self, stage: str | None, tenant: str | None, limit: int, after: int
+    ) -> tuple[Sequence[Json], int | None]:
+        """Letters with an id above ``after``, oldest first; and the last id if there are more."""
+
+    async def dead_letter(self, letter_id: int) -> Json | None:
+        """A letter with its ``payload``, None if there is none of that id."""
+
+    async def retry_dead_letters(
+        self, who: Operator, letter_id: int | None, stage: str | None, tenant: str | None
+    ) -> int:
+        """Have letters tried again now: one, or all that the filters let through; how many."""
+
+    async def discard_dead_letter(self, who: Operator, letter_id: int) -> bool:
+        """Delete a letter for good; whether it was there and not under way."""
+
+    def fallbacks(self) -> Sequence[Json]:
+        """What waits in local files, by store."""
+
+    async def write_back_now(self, who: Operator) -> None:
+        """Do not wait for the next try to write the files back."""
+
+    def pipeline(self) -> Json:
+        """``ingestion``, ``drained``, ``waiting`` and ``stages``."""
+
+    async def pause(self, who: Operator) -> Json:
+        """Refuse new spans; the pipeline."""
+
+    async def resume(self, who: Operator) -> Json:
+        """Accept spans again; the pipeline."""
+
+    async def drain(self, who: Operator, wait_seconds: float) -> Json:
+        """Refuse new spans and wait until nothing is under way, at most so long; the pipeline."""
+
+
 class Backend(Protocol):
     """The running service."""
+
+    @property
+    def admin(self) -> Administration: ...
 
     @property
     def queries(self) -> Queries: ...

@@ -55,6 +55,8 @@ class Call:
     params: dict[str, Any]
     headers: dict[str, str]
     body: bytes
+    client: str = ""
+    """The caller's address."""
 
     @property
     def backend(self) -> Backend:

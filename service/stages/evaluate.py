@@ -66,8 +66,8 @@ class EvaluateStage:
     """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock.
 
     While ``breaker`` is open, or where a call takes too long, ``bury`` keeps the batch as dead
-    letters at once. What is known of its traces until they are tried again is the result that is stored
-    already: the signals that were raised early, or when the trace was closed before.
+    letters at once. Until they are tried again, the result that is stored already stands: the
+    signals that were raised early, or when the trace was closed before.
     """
 
     def __init__(

@@ -87,8 +87,8 @@ class LogProgress:
 
 
 class InFlight:
-    """Work that left the traces and is not safe yet, by ticket. ``left`` is told of each ticket that
-    is given back."""
+    """Work that left the traces and is not safe yet, by ticket. ``left`` is told of each ticket
+    that is given back."""
 
     def __init__(self, left: Callable[[int], object] = lambda ticket: None) -> None:
         self.left = left
