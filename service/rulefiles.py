@@ -169,7 +169,7 @@ def _protobuf(path: Path) -> bytes:
             body = decode_body(body, "gzip", MAX_TRACE_BYTES)
         if len(body) > MAX_TRACE_BYTES:
             raise InputError(f"{path} is larger than {MAX_TRACE_BYTES >> 20} MiB; give less of it")
-        return body if _CONTROL.search(body) else to_protobuf(body)
+        return to_protobuf(body) if body and not _CONTROL.search(body) else body
     except (EncodingError, OtlpJsonError) as error:
         raise InputError(
             f"{path} is no trace in OTLP JSON: {error}; "

@@ -62,7 +62,8 @@ class Running:
         def ask() -> Json | None:
             response = self.get(f"/api/v1/traces/{trace_id}", tenant)
             assert response.status_code in (200, 404), response.text
-            return response.json() if response.status_code == 200 else None
+            found: Json = response.json() if response.status_code == 200 else {}
+            return found if found.get("state") == "closed" else None
 
         return wait_for(ask)
 

@@ -39,7 +39,9 @@ def test_sigterm_drains_and_a_new_start_knows_everything(tmp_path: Path) -> None
             body, trace_id = loops(number)
             assert service.send(body).status_code == 200
             sent.append(trace_id)
+        began = time.monotonic()
         assert service.stop() == 0, "".join(service.log)  # while they are on their way
+        assert time.monotonic() - began < 10, "".join(service.log)  # not the whole grace
     assert not [line for line in service.log if "Traceback" in line], "".join(service.log)
     with running(tmp_path) as service:
 
