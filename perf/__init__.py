@@ -1,0 +1,1 @@
+"""Load tests, benchmarks and curves, each run by command: ``python -m perf.NAME --help``."""

@@ -1,0 +1,266 @@
+"""Load over real HTTP: how many spans a second the whole service takes, and what a span costs.
+
+``python -m perf.load`` starts the service (acknowledged when written to the log, 100 rules, data
+on disk), sends by 8 connections at 512 and at 100 spans a request, and checks afterwards that every
+span it was told is accepted was evaluated, and every breach that was sent became a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+from perf import report
+from perf.target import GeneratorProcess, Service, service
+
+MOST_ERRORS = 0.001
+FLOOR = 100_000  # spans/s, requirement B and F
+
+# measurements.md: one machine of two shared cores (AMD EPYC), the generator on the same machine.
+SOURCE = "measurements.md, another machine of two cores"
+OTHERS: tuple[tuple[str, str, str, str, str], ...] = (
+    # what, spans/s at 512 and 100, CPU a span in µs at 512 and 100
+    ("HTTP alone: Hypercorn on Trio, bare ASGI app", "564 000", "197 000", "1.8", "5.1"),
+    ("HTTP alone: uvicorn with httptools", "1 819 000", "972 000", "0.4", "0.8"),
+    ("prototype, log only: Hypercorn on Trio", "211 000", "112 000", "5.2", "9.6"),
+    ("prototype, log only: Trio socket", "600 000–690 000", "250 000–335 000", "1.6", "2.9–4.0"),
+    ("stores: Grafana Tempo", "47 000", "41 000", "26–28", "26–28"),
+    ("stores: VictoriaTraces", "63 000", "40 000", "30–47", "30–47"),
+    (
+        "evaluates: BeTrace's Go backend, 10 rules, in memory, JSON",
+        "53 000–69 000",
+        "48 000–58 000",
+        "28–36",
+        "28–36",
+    ),
+    ("stores: Arize Phoenix", "9 200 (200 stored)", "2 100", "106–518", "106–518"),
+    ("stores: MLflow", "785", "693", "1300–1450", "1300–1450"),
+    ("drops: OpenTelemetry Collector", "332 000", "254 000", "4.9–5.7", "4.9–5.7"),
+    ("drops: Rotel", "191 000–361 000", "225 000", "4.7–7.5", "4.7–7.5"),
+)
+GZIP_OTHERS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("HTTP alone: Hypercorn on Trio, bare ASGI app", "977 000", "161 000", "–", "–"),
+    ("stores: Grafana Tempo", "33 000", "26 000", "–", "–"),
+    ("stores: VictoriaTraces", "42 000", "38 000", "–", "–"),
+    ("drops: OpenTelemetry Collector", "358 000", "225 000", "–", "–"),
+)
+
+Json = dict[str, Any]
+
+
+def arguments(options: argparse.Namespace, spans: int, url: str) -> list[str]:
+    """The generator's options for one run."""
+    given = ["--url", f"{url}/v1/traces", "--spans", str(spans), "--secs", str(options.secs)]
+    given += ["--warm-up", str(options.warm_up), "--connections", str(options.connections)]
+    given += ["--spans-per-trace", str(options.spans_per_trace), "--tenants", str(options.tenants)]
+    given += ["--rate", str(options.rate), "--wrong", str(options.wrong)]
+    given += ["--breaches", str(options.breaches)]
+    if options.gzip:
+        # Ids in a compressed body cannot be rewritten: enough bodies that few are sent twice.
+        wanted = (options.secs + options.warm_up) * 350_000 / spans
+        given += ["--gzip", "--bodies", str(int(min(wanted, 250e6 / (90 * spans))))]
+    if options.json:
+        given.append("--json")
+    return given
+
+
+def run_once(target: Service, generator: GeneratorProcess, options: argparse.Namespace) -> Json:
+    """One measurement on a service that is idle, and the checks after it."""
+    before = target.metrics()
+    cpu_before = target.cpu_seconds()
+    generator.start()
+    generator.wait_begin()
+    cpu, began = target.cpu_seconds(), time.monotonic()
+    time.sleep(options.secs)
+    in_window, seconds = target.cpu_seconds() - cpu, time.monotonic() - began
+    rss = target.rss()
+    result = generator.wait_end()
+    behind = target.metrics()["spansInFlight"]
+    after = target.settle(options.idle)
+    all_cpu = target.cpu_seconds() - cpu_before
+    spans, told = result["spans"], result["all_spans"]
+    accepted, evaluated, signals = (
+        after[key] - before[key] for key in ("spansAccepted", "spansEvaluated", "signalsRaised")
+    )
+    requests = result["requests"] + sum(result["errors"].values())
+    return {
+        "spans_per_second": spans / result["seconds"],
+        "cpu_us_per_span": 1e6 * in_window / spans if spans else 0.0,
+        "cpu_us_per_span_to_the_end": 1e6 * all_cpu / told if told else 0.0,
+        "service_cores": in_window / seconds,
+        "generator_cores": result["cpu_seconds"] / result["seconds"],
+        "generator_us_per_span": 1e6 * result["cpu_seconds"] / spans if spans else 0.0,
+        "error_rate": sum(result["errors"].values()) / max(1, requests),
+        "rss_mb": rss / 1e6,
+        "behind_at_end": behind,
+        "accepted": accepted,
+        "evaluated": evaluated,
+        "told_accepted": told,
+        "unknown": result["all_unknown_spans"],
+        "signals": signals,
+        "breaches_sent": result["all_breaches"],
+        "generator": result,
+    }
+
+
+def problems(run: Json, *, repeated_ids: bool) -> list[str]:
+    """What is wrong with a run: spans lost or doubled, breaches missed, too many errors."""
+    found = []
+    if run["accepted"] != run["evaluated"]:
+        found.append(f"accepted {run['accepted']} spans but evaluated {run['evaluated']}")
+    if not run["told_accepted"] <= run["accepted"] <= run["told_accepted"] + run["unknown"]:
+        found.append(
+            f"answered 200 for {run['told_accepted']} spans but counts {run['accepted']} accepted"
+        )
+    if run["error_rate"] >= MOST_ERRORS:
+        found.append(f"{run['error_rate']:.2%} of requests failed: {run['generator']['errors']}")
+    if not run["unknown"] and not repeated_ids and run["signals"] != run["breaches_sent"]:
+        found.append(f"{run['breaches_sent']} breaches sent, {run['signals']} signals raised")
+    wrong = run["generator"]["wrong_sent"] - run["generator"]["wrong_answered"]
+    if wrong:
+        found.append(f"{wrong} wrong requests were answered with another status than they should")
+    return found
+
+
+def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
+    """All repeats at one size of request, on one service."""
+    settings = {"log__ack": options.ack, "traces__idle_seconds": str(options.idle)}
+    settings |= dict(pair.split("=", 1) for pair in options.set)
+    runs, wrong = [], []
+    payload: Json = {}
+    with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
+        for _ in range(options.repeats):
+            generator = GeneratorProcess(arguments(options, spans, target.ingest))
+            try:
+                payload = generator.payload | {"rules": options.rules}
+                runs.append(run_once(target, generator, options))
+            finally:
+                generator.stop()
+            repeated = options.gzip and runs[-1]["generator"]["sends_per_body"] > 1
+            wrong += [
+                f"{spans} spans a request: {p}" for p in problems(runs[-1], repeated_ids=repeated)
+            ]
+            print(
+                f"  {spans} a request: {runs[-1]['spans_per_second']:,.0f} spans/s, "
+                f"{runs[-1]['cpu_us_per_span']:.2f} µs CPU a span",
+                file=sys.stderr,
+            )
+    keys = [key for key, value in runs[0].items() if isinstance(value, int | float)]
+    summary = {key: report.spread([run[key] for run in runs], 4) for key in keys}
+    percentiles = {
+        p: report.spread([run["generator"]["latency_ms"].get(p, 0.0) for run in runs])
+        for p in ("p50", "p95", "p99", "max")
+    }
+    return {
+        "payload": payload,
+        "summary": summary,
+        "latency_ms": percentiles,
+        "runs": runs,
+    }, wrong
+
+
+def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str:
+    """The report as text."""
+    tenants = max(1, options.tenants)
+    loop = f"{options.rate:,.0f} spans/s offered" if options.rate else "closed loop"
+    lines = [
+        f"Load, {time.strftime('%Y-%m-%d')}. {report.describe(facts)}.",
+        f"Acknowledged when {options.ack}, {options.connections} connections, "
+        f"{loop}, {tenants} tenant{'s' if tenants > 1 else ''}, {options.secs:g} s after "
+        f"{options.warm_up:g} s of warm-up, {options.repeats} repeats: median (least–greatest). "
+        "The generator shares the cores.",
+    ]
+    lines += [f"Payload: {report.describe_payload(row['payload'])}." for row in rows.values()]
+    head = ["", *(f"{spans} spans/request" for spans in rows)]
+    body = []
+    for title, key, digits in (
+        ("spans/s", "spans_per_second", 0),
+        ("service CPU, µs a span", "cpu_us_per_span", 2),
+        ("same, until all is decided and stored", "cpu_us_per_span_to_the_end", 2),
+        ("service, cores", "service_cores", 2),
+        ("generator, cores", "generator_cores", 2),
+        ("generator CPU, µs a span", "generator_us_per_span", 2),
+        ("resident memory, MB", "rss_mb", 0),
+        ("spans behind when the load ended", "behind_at_end", 0),
+    ):
+        body.append([title, *(report.shown(r["summary"][key], digits) for r in rows.values())])
+    for p in ("p50", "p99", "max"):
+        body.append(
+            [f"request {p}, ms", *(report.shown(r["latency_ms"][p], 1) for r in rows.values())]
+        )
+    for title, keys in (
+        ("accepted / evaluated", ("accepted", "evaluated")),
+        ("breaches sent / signals", ("breaches_sent", "signals")),
+    ):
+        cells = []
+        for row in rows.values():
+            sums = [sum(run[key] for run in row["runs"]) for key in keys]
+            cells.append(" / ".join(f"{n:,}" for n in sums))
+        body.append([title, *cells])
+    body.append(
+        ["error rate", *(f"{r['summary']['error_rate']['max']:.3%}" for r in rows.values())]
+    )
+    lines += ["", report.table(head, body), "", f"Beside it ({SOURCE}; read the ratios):", ""]
+    own = {spans: row["summary"] for spans, row in rows.items()}
+
+    def cell(spans: int, key: str, digits: int) -> str:
+        return f"{own[spans][key]['median']:,.{digits}f}" if spans in own else "–"
+
+    ours = ["**BeTrace, this run** (stores and evaluates)"]
+    ours += [cell(spans, "spans_per_second", 0) for spans in (512, 100)]
+    ours += [cell(spans, "cpu_us_per_span", 2) for spans in (512, 100)]
+    titles = ["", "spans/s at 512", "spans/s at 100", "µs a span at 512", "at 100"]
+    lines.append(report.table(titles, [ours, *(GZIP_OTHERS if options.gzip else OTHERS)]))
+    reached = {spans: row["spans_per_second"]["median"] >= FLOOR for spans, row in own.items()}
+    said = ", ".join(f"{n} a request {'reached' if r else 'MISSED'}" for n, r in reached.items())
+    lines += ["", f"Floor of {FLOOR:,} spans/s: {said}."]
+    return "\n".join(lines)
+
+
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spans", type=int, nargs="+", default=[512, 100], help="a request")
+    parser.add_argument("--spans-per-trace", type=int, default=10)
+    parser.add_argument("--secs", type=float, default=8)
+    parser.add_argument("--warm-up", type=float, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--rules", type=int, default=100)
+    parser.add_argument("--tenants", type=int, default=0, help="0: the default tenant alone")
+    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: as fast as it goes")
+    parser.add_argument("--ack", choices=("written", "synced"), default="written")
+    parser.add_argument("--gzip", action="store_true")
+    parser.add_argument("--json", action="store_true", help="send OTLP JSON")
+    parser.add_argument("--wrong", type=float, default=0, help="fraction of wrong requests")
+    parser.add_argument("--breaches", type=float, default=0.001, help="fraction of traces")
+    parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION__NAME=VALUE")
+    parser.add_argument("--name", default="load", help="of the JSON file in perf/out")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    options = parse()
+    facts = report.machine()
+    rows: dict[int, Json] = {}
+    wrong: list[str] = []
+    for spans in options.spans:
+        rows[spans], found = measure(options, spans)
+        wrong += found
+    facts["load_average_after"] = round(os.getloadavg()[0], 2)
+    text = show(facts, options, rows)
+    print(text)
+    values = {"machine": facts, "options": vars(options), "rows": rows, "problems": wrong}
+    path = report.save(options.name, values)
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{path.relative_to(report.ROOT)}")
+    if wrong:
+        sys.exit("\n".join(["FAILED:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()
