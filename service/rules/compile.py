@@ -58,7 +58,8 @@ class CompiledRules:
 
     ``predicates[c]`` is the program of check ``c`` in ``code``, -1 where any span of the name
     satisfies it. ``rule_rows`` points into ``programs``. ``rules_of`` (all rules by check) and
-    ``early_of`` (those that may be decided early) are lists end to end: those of check ``c`` are
+    ``early_of`` (those that may be decided early, without those that any trace breaks from its
+    beginning: they are left for its end) are lists end to end: those of check ``c`` are
     ``values[starts[c]:starts[c + 1]]``. ``thresholds`` likewise holds the counts at which a rule
     that may be decided early can change its truth. ``on_empty`` are the rules that a trace
     without any matching span breaks.
@@ -117,7 +118,8 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
     for r, used in enumerate(checks_of_rule):
         for check in used:
             rules_of[check].append(r)
-    early_of = [[r for r in of if rule_rows[r, R_EARLY]] for of in rules_of]
+    early = [row[R_EARLY] and not row[R_EARLY_ON_EMPTY] for row in rule_rows]
+    early_of = [[r for r in of if early[r]] for of in rules_of]
 
     return CompiledRules(
         rules=enabled,

@@ -111,7 +111,7 @@ NUMBERS_AS_TEXT = [
 ]
 
 
-@pytest.mark.parametrize("text", NUMBERS_AS_TEXT)
+@pytest.mark.parametrize("text", NUMBERS_AS_TEXT, ids=lambda text: ascii(text[:30]))
 def test_numbers_in_strings(text):
     batch = with_x(text)
     for number in (0, 5, 7, 1, 1.5, 1000, 123456789012345678, 2**63 - 1, 2**63, -(2**63), 0.5):
@@ -221,8 +221,10 @@ def test_an_attribute_without_a_value_does_not_hide_the_resource():
 
 def raw(**fields: Any) -> tuple[ExportTraceServiceRequest, Any]:
     request = ExportTraceServiceRequest()
-    span = request.resource_spans.add().scope_spans.add().spans.add(
-        trace_id=b"\1" * 16, span_id=b"\1" * 8, name="a", **fields
+    span = (
+        request.resource_spans.add()
+        .scope_spans.add()
+        .spans.add(trace_id=b"\1" * 16, span_id=b"\1" * 8, name="a", **fields)
     )
     return request, span
 
@@ -305,7 +307,7 @@ def test_every_nan_equals_nothing(bits):
         assert not agree(Compare(X, op, (literal("NaN"),)), batch)
 
 
-@pytest.mark.parametrize("key", [*KEYS, "", "k" * 5000])
+@pytest.mark.parametrize("key", [*KEYS, "", "k" * 5000], ids=lambda key: ascii(key[:20]))
 def test_keys_of_any_length(key):
     attribute = Attribute(Scope.ANY, key)
     batch = batch_of(OracleSpan("a", attributes={key: 1, key + "x": 2}))
