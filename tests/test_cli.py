@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from service.cli import cli
 from service.config import load
 from service.running import run_service, set_up_logging
 from service.settings import Logging
+from tests.loggers import restored
 
 RULES = """\
 rules:
@@ -299,14 +301,9 @@ def settings(directory: Path) -> Any:
 
 
 @pytest.fixture
-def quiet() -> Any:
-    """Logging is as before when the test has ended."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = before
-    for name in ("service", "channels", "service.http.hypercorn"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+def quiet() -> Iterator[None]:
+    with restored():
+        yield
 
 
 @pytest.mark.parametrize("option", [[], ["--json"]])

@@ -1,0 +1,20 @@
+"""Keeps a test's changes of logging to itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NAMES = ("service", "channels", "service.http.hypercorn")
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Handlers and levels are as before afterwards."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+    for name in NAMES:
+        logging.getLogger(name).setLevel(logging.NOTSET)
