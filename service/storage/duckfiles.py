@@ -36,7 +36,8 @@ _CHECKPOINT_SIZE = "64MB"
 _BLOCK_BYTES = (
     16_384  # DuckDB's smallest: with 262 144, a small file's indexes take 1.8 MB of memory
 )
-_UNSAVED_FILE_BYTES = 1 << 20  # memory of a file with a few rows that are not checkpointed yet
+_UNSAVED_FILE_BYTES = 750_000  # memory of a file with a few rows that are not checkpointed yet
+_SAVED_AT_ONCE = 4
 _UNSAVED_FACTOR = 2  # memory of such rows, in sizes of their log
 
 
@@ -101,7 +102,7 @@ class DuckFiles:
         self._pool_timeout = pool_timeout
         self._idle_close = idle_close
         self._attached_max = attached_max
-        self._unsaved_max = memory_bytes // 2
+        self._unsaved_max = memory_bytes * 3 // 4
         self._clock = clock
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
@@ -266,19 +267,21 @@ class DuckFiles:
     # Memory
 
     def _relieve(self, written: _File) -> None:
-        """Keep the rows that only memory and the write-ahead logs have to half of the memory.
+        """Keep the rows that only memory and the write-ahead logs have to ¾ of the memory.
 
         DuckDB checkpoints a file when its log is long, whatever its memory is used for, so that
-        many tenants with a little each would exhaust it (with 512 MB at some 400 tenants).
-        Those written longest ago are checkpointed; at most two, so that no write waits long.
+        many tenants with a little each would exhaust it (with 512 MB at some 600 tenants).
+        Those written longest ago are checkpointed; a few at most, so that no write waits long.
         """
         written.unsaved = _size(written.path.with_name(FILE + ".wal"))
         unsaved = [file for file in list(self._files.values()) if file.unsaved]
-        load = sum(_memory(file) for file in unsaved)
-        if load <= self._unsaved_max:
+        excess = sum(_memory(file) for file in unsaved) - self._unsaved_max
+        if excess <= 0:
             return
-        for file in sorted(unsaved, key=lambda file: file.last_used)[:2]:
-            self._save(file)
+        for file in sorted(unsaved, key=lambda file: file.last_used)[:_SAVED_AT_ONCE]:
+            if excess > 0:
+                excess -= _memory(file)
+                self._save(file)
 
     def _save(self, file: _File) -> None:
         with file.changed:
