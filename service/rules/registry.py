@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 
 from cachetools import LRUCache
@@ -12,12 +13,13 @@ from service.rules.files import Rule, RuleStore
 
 
 def rules_version(rules: tuple[Rule, ...]) -> str:
-    """A hash of what decides: ids, conditions and which rules are enabled."""
-    digest = hashlib.sha256()
-    for rule in rules:
-        if rule.enabled:
-            digest.update(f"{rule.id}\0{rule.version}\0{rule.severity}\n".encode())
-    return digest.hexdigest()[:16]
+    """A hash of the enabled rules: what they decide by, and what their signals say of them."""
+    said = [
+        [rule.id, rule.version, rule.severity, rule.name, sorted(rule.labels.items())]
+        for rule in rules
+        if rule.enabled
+    ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 class RuleRegistry:
