@@ -101,18 +101,25 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
     text = json.dumps(header).encode()
     parts: list[bytes | memoryview] = [_HEAD.pack(_MAGIC, len(text)), text]
     parts += [array.data.cast("B") for array in arrays if array.nbytes]
-    path = directory / f"{snapshot.taken_ns:020d}.checkpoint"
-    temporary = path.with_suffix(".tmp")
+    # The newest has the largest number, also after the wall clock was set back.
+    newest = max((int(path.stem) for path in checkpoint_files(directory)), default=0)
+    path = directory / f"{max(snapshot.taken_ns, newest + 1):020d}.checkpoint"
+    temporary = directory / "checkpoint.tmp"
     crc = 0
-    with temporary.open("wb") as file:
-        for part in parts:
-            crc = isal_zlib.crc32(part, crc)
-            file.write(part)
-        file.write(struct.pack("<I", crc))
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                crc = isal_zlib.crc32(part, crc)
+                file.write(part)
+            file.write(struct.pack("<I", crc))
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        temporary.rename(path)
+    except OSError:
+        with suppress(OSError):  # a full disk should not stay full of it
+            temporary.unlink()
+        raise
     _sync_directory(directory)
     for old in checkpoint_files(directory)[KEPT:]:
         old.unlink()
@@ -175,7 +182,8 @@ def read_checkpoint(path: Path) -> Snapshot:
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """The checkpoints in a directory, newest first."""
-    return sorted(directory.glob("*.checkpoint"), reverse=True)
+    found = (path for path in directory.glob("*.checkpoint") if path.stem.isdigit())
+    return sorted(found, reverse=True)
 
 
 def _sync_directory(directory: Path) -> None:
