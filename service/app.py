@@ -41,6 +41,7 @@ from service.storage.duck import DuckStore
 from service.storage.spanlog import SpanLog
 from service.subscriptions import Subscriptions
 from service.tenants import Quotas
+from service.traces.layout import NEVER
 from service.traces.tenant import TenantTraces
 from service.warmup import warm_up
 
@@ -358,12 +359,16 @@ class Service:
         }
 
     def trace_windows(self) -> Json:
-        """Open traces and their memory."""
-        traces = self.traces().values()
+        """Open traces and their memory, as of the last second."""
+        survey = self.pipeline.correlate.survey
+        oldest = None if survey.oldest_ns == NEVER else (time.time_ns() - survey.oldest_ns) / 1e9
         return {
-            "activeWindows": sum(t.open_count for t in traces),
-            "closedKept": sum(t.closed_count for t in traces),
-            "memoryBytes": sum(t.nbytes for t in traces),
+            "activeWindows": survey.open,
+            "longLived": survey.long_lived,
+            "closedKept": survey.closed,
+            "totalSpansInMemory": survey.spans,
+            "memoryBytes": survey.nbytes,
+            "oldestSeconds": None if oldest is None else round(oldest, 1),
         }
 
     def system_stats(self) -> Json:

@@ -65,6 +65,12 @@ class Latencies:
             "From the receipt of the last span that mattered, or the trace's close, to the signal "
             "in the ledger.",
         )
+        self.early_lead = Histogram(
+            "betrace_early_lead_seconds",
+            "How long before its close a trace was signalled early.",
+            buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600),
+            registry=self.registry,
+        )
         self.evaluation = histogram(
             "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
         )
@@ -224,7 +230,7 @@ DECLARED = (
         "gauge",
         "Traces that may still get spans.",
         (),
-        lambda s: _one(sum(t.open_count for t in s.traces().values())),
+        lambda s: _one(s.pipeline.correlate.survey.open),
     ),
     Declared(
         "betrace_traces_closed",
@@ -241,11 +247,39 @@ DECLARED = (
         lambda s: _one(s.pipeline.correlate.counts.reopened),
     ),
     Declared(
+        "betrace_traces_recalled",
+        "counter",
+        "Closed and forgotten traces reopened from the index and the log.",
+        (),
+        lambda s: _one(s.pipeline.history.recalled),
+    ),
+    Declared(
+        "betrace_traces_partial",
+        "counter",
+        "Traces reopened without all the spans that came before.",
+        (),
+        lambda s: _one(s.pipeline.history.partial),
+    ),
+    Declared(
+        "betrace_traces_closed_for_room",
+        "counter",
+        "Traces closed early because more than traces.max_open were open.",
+        (),
+        lambda s: _one(s.pipeline.correlate.counts.closed_for_room),
+    ),
+    Declared(
+        "betrace_long_lived_traces",
+        "gauge",
+        "Open traces with more than traces.long_lived_spans spans.",
+        (),
+        lambda s: _one(s.pipeline.correlate.survey.long_lived),
+    ),
+    Declared(
         "betrace_trace_window_bytes",
         "gauge",
         "Memory of open and recently closed traces.",
         (),
-        lambda s: _one(sum(t.nbytes for t in s.traces().values())),
+        lambda s: _one(s.pipeline.correlate.survey.nbytes),
     ),
     Declared(
         "betrace_active_tenants",

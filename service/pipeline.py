@@ -33,6 +33,7 @@ from service.tracehistory import TraceHistory
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.progress import InFlight, LogProgress
+from service.traces.window import Windows
 
 T = TypeVar("T")
 SECOND = 1_000_000_000
@@ -61,6 +62,7 @@ class Pipeline:
     correlate: CorrelateStage
     evaluate: EvaluateStage
     store_counts: StoreCounts
+    history: TraceHistory
     breakers: Breakers
     letters: DeadLetters
     fallbacks: dict[str, Fallback[Any]]
@@ -157,9 +159,11 @@ class Pipeline:
                 sweep_ns=int(t.sweep_seconds * SECOND),
                 keep_ns=int(settings.caches.trace_metadata_ttl_seconds * SECOND),
                 keep=settings.caches.trace_metadata,
+                most_open=t.max_open,
             ),
             self.closed,
             self.history.load,
+            Windows(t.long_lived_spans, t.window_spans, t.window_overlap),
             clock_ns,
         )
         self.evaluate = EvaluateStage(
@@ -169,6 +173,7 @@ class Pipeline:
             clock_ns,
             self.breakers.evaluation,
             self.letters.bury_all,
+            latencies.early_lead.observe,
         )
         self.store_counts = StoreCounts()
         self.store = StoreStage(

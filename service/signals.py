@@ -35,7 +35,10 @@ class Signal:
 
     ``counts`` maps each check of the rule (its text) to the number of spans that matched;
     ``evidence`` maps it to the ids of up to five of them, the earliest. A retraction names
-    in ``reason`` why the breach no longer holds.
+    in ``reason`` why the breach no longer holds, a signal of a partial trace that it is one.
+    ``context`` of a long trace is the window of spans that came last: ``window`` its number,
+    ``first`` and ``last`` the numbers of its spans in the order of their arrival, ``spans`` their
+    ids.
     """
 
     id: str
@@ -53,6 +56,7 @@ class Signal:
     message: str
     labels: dict[str, str] = field(default_factory=dict)
     reason: str | None = None
+    context: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, ``detected_at`` still in nanoseconds."""

@@ -7,9 +7,9 @@ import logging
 
 import numpy as np
 
-from service.otlp.columns import TRACE_HI, TRACE_LO, Rows
+from service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
 from service.recovery import read_frames
-from service.storage.duck import DuckStore, PoolTimeout, StoreError
+from service.storage.duck import DuckStore, PoolTimeout, StoreError, TraceRow
 from service.storage.spanlog import Frame, SpanLog
 from service.traces.tenant import Recalled
 
@@ -33,49 +33,49 @@ class TraceHistory:
         self.recalled = 0
         """Traces that were reopened from the log."""
         self.partial = 0
-        """Of them those not all of whose spans could be read."""
+        """Traces reopened without all the spans that came before."""
         self.unknown = 0
         """Traces asked for that the index does not have: new ones, mostly."""
 
-    def load(self, tenant: str, ids: Rows) -> Recalled | None:
-        """The traces (rows of hi, lo) that the index has, None if none.
+    def load(self, tenant: str, ids: Rows) -> Recalled:
+        """What there is of the traces (rows of hi, lo).
 
-        A trace counts as whole when all the spans that its row counts were read.
+        A trace counts as whole when all the spans that its row of the index counts were read.
+        Traces that the index does not have are new, or it is behind by more than
+        :data:`service.traces.tenant.INDEX_LAG_NS`.
         """
-        names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids[:MAX_TRACES].tolist()]
+        names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
         try:
-            found = self._store.find_traces(tenant, names)
+            found = self._store.find_traces(tenant, names[:MAX_TRACES])
         except (StoreError, PoolTimeout) as error:
             _log.warning("late spans of %s are judged without what came before: %s", tenant, error)
-            found = {}
+            self.partial += len(ids)
+            return Recalled(ids[:0], [], None, ids)
         known = [k for k, name in enumerate(names) if name in found]
         self.unknown += len(ids) - len(known)
-        if not known:
-            return None
-        positions: dict[int, None] = {}
-        for k in known:
-            positions.update(dict.fromkeys(found[names[k]].positions))
+        beyond = ids[MAX_TRACES:]
+        rows = [found[names[k]] for k in known]
+        batch = self._read(tenant, rows)
+        if batch is None:
+            self.partial += len(known)
+            return Recalled(ids[:0], [], None, np.concatenate([ids[known], beyond]))
+        of = batch.spans[:, [TRACE_HI, TRACE_LO]]
+        read = [int(np.count_nonzero((of == ids[k]).all(axis=1))) for k in known]
+        whole = [not row.partial and n >= row.spans for n, row in zip(read, rows, strict=True)]
+        self.recalled += len(known)
+        self.partial += whole.count(False)
+        return Recalled(ids[known], whole, batch, beyond)
+
+    def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
+        """The spans of the frames that hold the traces, None if no frame could be read."""
+        wanted = list(dict.fromkeys(position for row in rows for position in row.positions))
+        wanted = wanted[:MAX_FRAMES]
+        positions: list[int] = []
         frames: list[Frame] = []
-        read: list[int] = []
         spans = 0
-        for position, frame in zip(
-            list(positions)[:MAX_FRAMES],
-            self._log.read_many(tenant, list(positions)[:MAX_FRAMES]),
-            strict=True,
-        ):
+        for position, frame in zip(wanted, self._log.read_many(tenant, wanted), strict=True):
             if isinstance(frame, Frame) and spans + frame.spans <= MAX_SPANS:
                 spans += frame.spans
                 frames.append(frame)
-                read.append(position)
-        if not frames:
-            return None
-        batch = read_frames(tenant, read, frames, self._max_body)
-        of = batch.spans[:, [TRACE_HI, TRACE_LO]]
-        whole = []
-        for k in known:
-            row = found[names[k]]
-            mine = int(np.count_nonzero((of == ids[k]).all(axis=1)))
-            whole.append(not row.partial and mine >= row.spans)
-        self.recalled += len(known)
-        self.partial += whole.count(False)
-        return Recalled(ids[known], whole, batch)
+                positions.append(position)
+        return read_frames(tenant, positions, frames, self._max_body) if frames else None

@@ -20,10 +20,12 @@ from service.rules.compile import CompiledRules
 from service.traces.checkpoint import Snapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
-from service.traces.layout import CLOSED, STATE
+from service.traces.layout import CLOSED, NEVER, STATE
 from service.traces.progress import InFlight, LogProgress
 from service.traces.tenant import History, TenantTraces
+from service.traces.window import Windows
 
+SURVEY_NS = 1_000_000_000
 TICK_SECONDS = 0.25  # idle traces are looked for this often
 
 
@@ -45,17 +47,37 @@ class CorrelateCounts:
     """Closed traces to which spans came late."""
     closed: int = 0
     """Traces."""
+    closed_for_room: int = 0
+    """Traces closed early because too many were open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The traces in memory at one time (nanoseconds), renewed once a second."""
+
+    taken_ns: int = 0
+    open: int = 0
+    closed: int = 0
+    """Closed traces kept for late spans."""
+    long_lived: int = 0
+    """Open traces long enough to have windows."""
+    spans: int = 0
+    """Span ids held for open traces, to tell repeated ones."""
+    nbytes: int = 0
+    oldest_ns: int = NEVER
+    """When the first span of the oldest open trace came; ``NEVER`` without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceLimits:
-    """When traces close and how long closed ones are kept; nanoseconds."""
+    """When traces close, how long closed ones are kept (nanoseconds), and how many there may be."""
 
     idle_ns: int
     max_age_ns: int
     sweep_ns: int
     keep_ns: int
     keep: int
+    most_open: int
 
 
 class CorrelateStage:
@@ -75,6 +97,7 @@ class CorrelateStage:
         limits: TraceLimits,
         closed: ClosedTraces,
         history: History,
+        windows: Windows,
         clock_ns: Callable[[], int],
     ) -> None:
         self._rules_of = rules_of
@@ -85,6 +108,8 @@ class CorrelateStage:
         self._limits = limits
         self._closed = closed
         self._history = history
+        self._windows = windows
+        self.survey = Survey()
         self._clock_ns = clock_ns
         self._lock = threading.Lock()  # of the tenants and the counts
         self._last_sweep_ns = 0
@@ -140,7 +165,7 @@ class CorrelateStage:
             for tenant, (last, pending) in snapshot.progress.items():
                 self._progress.restore(tenant, last, pending)
             for saved in snapshot.tenants:
-                self.tenants[saved.tenant] = TenantTraces.restored(saved)
+                self.tenants[saved.tenant] = TenantTraces.restored(saved, self._windows)
 
     def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
         """What is due, and the error that stopped before the end."""
@@ -191,7 +216,7 @@ class CorrelateStage:
         rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
-            traces = self.tenants[tenant] = TenantTraces(tenant, rules)
+            traces = self.tenants[tenant] = TenantTraces(tenant, rules, self._windows)
         elif traces.rules is not rules:
             traces.rules = rules
         return traces
@@ -207,6 +232,14 @@ class CorrelateStage:
             oldest_ns = limits.max_age_ns if sweep else None
             for traces in self.tenants.values():
                 found += traces.close_due(now, limits.idle_ns, oldest_ns)
+            excess = sum(t.open_count for t in self.tenants.values()) - limits.most_open
+            for traces in self.tenants.values():
+                if excess <= 0:
+                    break
+                over = traces.close_idlest(excess, now)
+                excess -= sum(len(due) for due in over)
+                self.counts.closed_for_room += sum(len(due) for due in over)
+                found += over
             closed = sum(traces.closed_count for traces in self.tenants.values())
             share = min(1.0, limits.keep / closed) if closed else 1.0
             for tenant, traces in list(self.tenants.items()):
@@ -214,4 +247,20 @@ class CorrelateStage:
                 if sweep and not traces.open_count and not traces.closed_count:
                     del self.tenants[tenant]
             self.counts.closed += sum(len(due) for due in found)
+            self._look_over(now)
             return self._ticketed(found)
+
+    def _look_over(self, now: int) -> None:
+        """Renew the survey once a second."""
+        if now - self.survey.taken_ns < SURVEY_NS:
+            return
+        found = [table.survey() for t in self.tenants.values() for table in t.tables]
+        self.survey = Survey(
+            now,
+            open=sum(t.open_count for t in self.tenants.values()),
+            closed=sum(t.closed_count for t in self.tenants.values()),
+            long_lived=sum(each[0] for each in found),
+            spans=sum(each[1] for each in found),
+            nbytes=sum(t.nbytes for t in self.tenants.values()),
+            oldest_ns=min((each[2] for each in found), default=NEVER),
+        )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from cachetools import LRUCache
 
 from channels import (
     Breaker,
@@ -17,10 +21,19 @@ from service.otlp.columns import Rows
 from service.rules.decide import ALWAYS_BROKEN, Breach, decide
 from service.signals import Kind, Signal, signal_id
 from service.traces.due import DueTraces
-from service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE, EVIDENCE
+from service.traces.layout import (
+    E_CHECK,
+    E_COUNT,
+    E_EVIDENCE,
+    EVIDENCE,
+    FLAGS,
+    ONCE_DIRTY,
+    PARTIAL,
+)
 from service.traces.progress import InFlight
 
 STAGE = "rule-evaluation"
+EARLY_REMEMBERED = 100_000  # traces with early signals whose close is waited for
 _MASK = 2**64 - 1
 
 Bury = Callable[[str, list[DueTraces], Exception, int], Awaitable[None]]
@@ -63,7 +76,8 @@ class EvaluateCounts:
 
 
 class EvaluateStage:
-    """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock.
+    """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock. ``observe_lead`` is
+    told by how many seconds the first early signal of a trace came before its close.
 
     While ``breaker`` is open, or where a call takes too long, ``bury`` keeps the batch as dead
     letters at once. Until they are tried again, the result that is stored already stands: the
@@ -78,8 +92,11 @@ class EvaluateStage:
         clock_ns: Callable[[], int],
         breaker: Breaker,
         bury: Bury,
+        observe_lead: Callable[[float], None],
     ) -> None:
         self._threads = threads
+        self._observe_lead = observe_lead
+        self._early: LRUCache[tuple[str, str], int] = LRUCache(EARLY_REMEMBERED)
         self._breaker = breaker
         self._bury = bury
         self._onward = onward
@@ -98,17 +115,28 @@ class EvaluateStage:
         for decided, traces in found:
             counts.traces += traces
             for signal in decided.signals:
-                counts.early += signal.early
+                if signal.early:
+                    counts.early += 1
+                    self._early.setdefault((signal.tenant, signal.trace_id), signal.detected_at)
                 if signal.kind is Kind.RAISED:
                     counts.raised += 1
                 else:
                     counts.retracted += 1
                 key = (signal.severity, str(signal.kind))
                 counts.by_severity[key] = counts.by_severity.get(key, 0) + 1
+            if decided.closed is not None and self._early:
+                self._note_leads(decided.closed)
             if decided.signals or decided.closed is not None or decided.spilled is not None:
                 await self._onward.send(decided)
             else:
                 self._in_flight.leave(decided.ticket)
+
+    def _note_leads(self, closed: DueTraces) -> None:
+        """Observe how long before their close traces were signalled early."""
+        for k in np.flatnonzero(closed.rows[:, FLAGS] & ONCE_DIRTY).tolist():
+            at = self._early.pop((closed.tenant, closed.trace_id(k)), None)
+            if at is not None:
+                self._observe_lead(max(0, closed.received_ns - at) / 1e9)
 
     async def _decide_in_thread(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         return await self._threads.run(self._decide, batch, abandon_on_cancel=True)
@@ -190,5 +218,24 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, reason: str | 
         evidence=evidence,
         message=f"{rule.name}: {clause!r} {says} ({found})",
         labels=dict(rule.labels),
-        reason=reason,
+        reason=reason or _caveat(due, breach.trace),
+        context=_context(due, breach.trace),
     )
+
+
+def _caveat(due: DueTraces, k: int) -> str | None:
+    if due.rows[k, FLAGS] & PARTIAL:
+        return "the trace is partial: spans of it that came long before were not counted"
+    return None
+
+
+def _context(due: DueTraces, k: int) -> dict[str, Any] | None:
+    context = due.contexts.get(k)
+    if context is None:
+        return None
+    return {
+        "window": context.window,
+        "first": context.first,
+        "last": context.first + len(context.spans) - 1,
+        "spans": [f"{span_id & _MASK:016x}" for span_id in context.spans],
+    }

@@ -412,6 +412,10 @@ def _write_signals(db: Cursor, signals: Sequence[Signal], careful: bool) -> int:
         "evidence": [orjson.dumps(s.evidence).decode() for s in unique],
         "labels": [orjson.dumps(s.labels).decode() for s in unique],
         "reason": pa.array([s.reason for s in unique], pa.string()),
+        "context": pa.array(
+            [None if s.context is None else orjson.dumps(s.context).decode() for s in unique],
+            pa.string(),
+        ),
     }
     for name in (
         "rule_id",

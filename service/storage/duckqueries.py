@@ -73,7 +73,7 @@ class TraceRow:
 
 _SIGNAL = (
     "lower(hex(id)), rule_id, rule_version, severity, kind, clause, lower(hex(trace_id)), "
-    "detected_at, early, counts, evidence, message, labels, reason, status, seq"
+    "detected_at, early, counts, evidence, message, labels, reason, context, status, seq"
 )
 _TRACE = (
     "lower(hex(trace_id)), start_ns, end_ns, first_seen_ns, last_seen_ns, spans, errors, "
@@ -139,7 +139,7 @@ def _next(kind: bytes, time: int, key: str) -> str:
 
 def _stored(tenant: str, row: tuple[Any, ...]) -> StoredSignal:
     (key, rule, version, severity, kind, clause, trace, at, early) = row[:9]
-    (counts, evidence, message, labels, reason, status, seq) = row[9:]
+    (counts, evidence, message, labels, reason, context, status, seq) = row[9:]
     signal = Signal(
         id=key,
         tenant=tenant,
@@ -156,6 +156,7 @@ def _stored(tenant: str, row: tuple[Any, ...]) -> StoredSignal:
         message=message,
         labels=orjson.loads(labels),
         reason=reason,
+        context=None if context is None else orjson.loads(context),
     )
     return StoredSignal(signal, status, seq)
 

@@ -21,7 +21,8 @@ CREATE TABLE signals (
     rule_version VARCHAR NOT NULL, severity VARCHAR NOT NULL, kind VARCHAR NOT NULL,
     status VARCHAR NOT NULL, clause VARCHAR NOT NULL, trace_id BLOB NOT NULL,
     detected_at BIGINT NOT NULL, early BOOLEAN NOT NULL, counts JSON NOT NULL,
-    evidence JSON NOT NULL, labels JSON NOT NULL, message VARCHAR NOT NULL, reason VARCHAR
+    evidence JSON NOT NULL, labels JSON NOT NULL, message VARCHAR NOT NULL, reason VARCHAR,
+    context JSON
 );
 CREATE TABLE traces (
     trace_id BLOB PRIMARY KEY, start_ns BIGINT NOT NULL, end_ns BIGINT NOT NULL,

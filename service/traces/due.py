@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,6 +11,16 @@ from service.otlp.columns import Bytes, Rows
 from service.rules.compile import CompiledRules
 from service.traces.layout import FLAGS as SLOT_FLAGS
 from service.traces.layout import HI, LO, ROOT_NAME_LEN, ROOTED, SERVICES_1, SERVICES_2
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The last window of a long trace: its number and its first span, both from 1, and the ids of
+    its spans in the order of their arrival."""
+
+    window: int
+    first: int
+    spans: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +32,8 @@ class DueTraces:
     the traces go on and only what no later span can undo may be decided. ``before`` are the
     traces among them that had been closed earlier, as they were then: what was raised for them and
     no longer holds is retracted. ``services`` names the service numbers in the rows; ``spilled``
-    are log positions of traces too long to hold them all (hi, lo, positions).
+    are log positions of traces too long to hold them all (hi, lo, positions); ``contexts`` the
+    last window of each long trace, by its number here.
     """
 
     tenant: str
@@ -35,6 +46,7 @@ class DueTraces:
     services: Sequence[str]
     before: DueTraces | None = None
     spilled: Rows | None = None
+    contexts: dict[int, Context] = field(default_factory=dict)
     received_ns: int = 0
     spans: int = 0
     ticket: int = 0

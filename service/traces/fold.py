@@ -74,6 +74,7 @@ from service.traces.layout import (
     NEED_SPILL,
     NEVER,
     NEXT_FREE,
+    ONCE_DIRTY,
     OPEN,
     OPEN_COUNT,
     OPENED,
@@ -308,7 +309,7 @@ def crosses(rules: RuleArrays, check: int, count: int) -> bool:
 def mark_dirty(traces: TraceArrays, slot: int, outputs: FoldOutputs) -> None:
     """Note a trace for an early decision, once a batch."""
     if not traces.slots[slot, FLAGS] & DIRTY:
-        traces.slots[slot, FLAGS] |= DIRTY
+        traces.slots[slot, FLAGS] |= DIRTY | ONCE_DIRTY
         outputs.dirty[outputs.counts[DIRTIED]] = slot
         outputs.counts[DIRTIED] += 1
 
@@ -631,6 +632,20 @@ def find_old(traces: TraceArrays, first_seen_before: int, out: Rows) -> int:
             if found == len(out):
                 break
     return found
+
+
+@lean_kernel
+def survey(traces: TraceArrays, long_lived: int, out: Rows) -> None:
+    """Into ``out``: open traces of more than ``long_lived`` spans, span ids held for open traces,
+    and when the first span of the oldest came (``NEVER`` without one)."""
+    out[:] = 0
+    out[2] = NEVER
+    for slot in range(traces.fill[SLOTS_USED]):
+        row = traces.slots[slot]
+        if row[STATE] == OPEN:
+            out[0] += row[SPANS] > long_lived
+            out[1] += min(row[SPANS], LARGE_RING)
+            out[2] = min(out[2], row[FIRST_SEEN])
 
 
 @lean_kernel

@@ -51,6 +51,7 @@ ROOTED = 4  # a span without a parent was seen
 SPILLED = 8  # log positions were handed out before
 REOPENED = 16  # spans came after it was closed
 PARTIAL = 32  # reopened without knowing what came before
+ONCE_DIRTY = 64  # a count crossed a threshold at some time: it may have been signalled early
 
 SMALL_RING, MIDDLE_RING, LARGE_RING = 16, 128, 1000  # span ids; the last is the promised window
 NAME_BYTES = 96  # kept of a root span's name

@@ -16,7 +16,7 @@ from service.rules.match import evaluate
 from service.traces import fold as kernels
 from service.traces.checkpoint import TableSnapshot
 from service.traces.closed import ClosedTraces
-from service.traces.due import DueTraces
+from service.traces.due import Context, DueTraces
 from service.traces.layout import (
     ASKED,
     CLOSED,
@@ -51,9 +51,12 @@ from service.traces.layout import (
     NEVER,
     OPEN_COUNT,
     OPENED,
+    PARTIAL,
     POSITIONS,
     REOPENED,
     REPEATS,
+    RING,
+    RING_CLASS,
     SLOT_COLUMNS,
     SLOTS_FREE,
     SLOTS_USED,
@@ -67,6 +70,7 @@ from service.traces.layout import (
     RuleArrays,
     TraceArrays,
 )
+from service.traces.window import Windows
 
 _NO_FILTER = np.zeros((2, 0), np.int64)
 SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
@@ -98,6 +102,7 @@ class TraceTable:
     tenant: str
     rules: CompiledRules
     services: list[str]
+    windows: Windows = field(default_factory=Windows)
     arrays: TraceArrays = field(init=False)
     reopened: dict[int, DueTraces] = field(default_factory=dict)  # slot -> as it was when closed
     _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (when, slots), in order
@@ -247,6 +252,8 @@ class TraceTable:
         starts = np.empty(len(slots) + 1, np.int64)
         entries = np.empty((kernels.count_entries(self.arrays, slots), ENTRY_COLUMNS), np.int64)
         kernels.copy_out(self.arrays, slots, rows, entries, starts)
+        long = np.flatnonzero(rows[:, SPANS] > self.windows.long_lived).tolist()
+        contexts = {k: self._context(rows[k], int(slots[k])) for k in long}
         return DueTraces(
             self.tenant,
             self.rules,
@@ -256,9 +263,36 @@ class TraceTable:
             entries,
             starts,
             self.services,
+            contexts=contexts,
             received_ns=now,
             spans=int(rows[:, SPANS].sum()),
         )
+
+    def _context(self, row: Rows, slot: int) -> Context:
+        spans = int(row[SPANS])
+        window, first = self.windows.at(spans)
+        ring = (
+            self.arrays.ring_small[slot],
+            self.arrays.ring_middle[row[RING]],
+            self.arrays.ring_large[row[RING]],
+        )[row[RING_CLASS]]
+        first = max(first, spans - len(ring) + 1)
+        numbers = np.arange(first - 1, spans) % len(ring)
+        return Context(window, first, tuple(ring[numbers].tolist()))
+
+    def idlest(self, count: int) -> Rows:
+        """The ``count`` open slots that have been idle longest, or all there are, up to
+        ``SWEEP_BATCH``."""
+        count = min(count, self.open_count, SWEEP_BATCH)
+        used = self.arrays.activity[: self.arrays.fill[SLOTS_USED]]
+        return np.argpartition(used, count - 1)[:count] if count else np.zeros(0, np.int64)
+
+    def survey(self) -> tuple[int, int, int]:
+        """Open traces that are long, span ids held for open traces, and when the oldest began
+        (nanoseconds; ``NEVER`` without one)."""
+        out = np.zeros(3, np.int64)
+        kernels.survey(self.arrays, self.windows.long_lived, out)
+        return int(out[0]), int(out[1]), int(out[2])
 
     def evict(self, closed_before: int, fresh_from: int, keep: int, closed: ClosedTraces) -> int:
         """Free traces closed before a time, and the oldest beyond ``keep`` of them that were closed
@@ -348,13 +382,22 @@ class TraceTable:
         with np.errstate(over="ignore"):
             return int(kernels.find_slot(self.arrays, hi, lo))
 
-    def recall(self, slots: Rows, flags: int) -> None:
-        """Treat traces that were folded again from the log as closed once: what was raised for
-        them then is compared when they close. ``flags`` are added to them."""
-        for slot in slots.tolist():
+    def recall(self, ids: Rows) -> None:
+        """Treat traces (rows of hi, lo) that were folded again from the log as closed once: what
+        was raised for them then is compared when they close."""
+        for slot in self._slots(ids):
             at_close = self.copy(np.array([slot], np.int64), closed=True, now=0)
             self.reopened.setdefault(slot, at_close)
-            self.arrays.slots[slot, FLAGS] |= REOPENED | flags
+            self.arrays.slots[slot, FLAGS] |= REOPENED
+
+    def mark_partial(self, ids: Rows) -> None:
+        """Note of traces that some of their spans were not counted."""
+        for slot in self._slots(ids):
+            self.arrays.slots[slot, FLAGS] |= REOPENED | PARTIAL
+
+    def _slots(self, ids: Rows) -> list[int]:
+        found = (self.find(hi, lo) for hi, lo in ids.tolist())
+        return [slot for slot in found if slot >= 0]
 
     def _reopen(self, slot: int, now: int) -> None:
         at_close = self.copy(np.array([slot], np.int64), closed=True, now=now)

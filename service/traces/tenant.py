@@ -25,8 +25,8 @@ from service.rules.definition import make_rule
 from service.traces.checkpoint import TenantSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
-from service.traces.layout import PARTIAL
 from service.traces.table import Folded, TraceTable
+from service.traces.window import Windows
 
 MOST_SERVICES = 4096  # numbered service names of a tenant; further ones share OTHER_SERVICES
 OTHER_SERVICES = "(other services)"
@@ -37,28 +37,31 @@ INDEX_LAG_NS = 2_000_000_000  # a closed trace is in the index after this, unles
 @dataclass(frozen=True, slots=True, eq=False)
 class Recalled:
     """Closed traces read from the log: their ids, rows of (hi, lo); for each whether all of it
-    could be read; and the spans of the frames that hold them, among others."""
+    could be read; and the spans of the frames that hold them, among others. ``lost`` are ids of
+    traces of which nothing could be read, though there may be something."""
 
     ids: Rows
     whole: list[bool]
-    batch: SpanBatch
+    batch: SpanBatch | None
+    lost: Rows
 
 
-History = Callable[[str, Rows], Recalled | None]
+History = Callable[[str, Rows], Recalled]
 """Given a tenant and trace ids, rows of (hi, lo), what the index and the log have of them."""
 
 
 class TenantTraces:
     """Open and recently closed traces of one tenant. Not thread-safe: one thread at a time."""
 
-    def __init__(self, tenant: str, rules: CompiledRules) -> None:
+    def __init__(self, tenant: str, rules: CompiledRules, windows: Windows | None = None) -> None:
         self.tenant = tenant
+        self._windows = windows or Windows()
         self.services = [""]  # by number; 0 is none
         self._numbers: dict[bytes, int] = {}
-        self.tables = [TraceTable(tenant, rules, self.services)]
+        self.tables = [TraceTable(tenant, rules, self.services, self._windows)]
 
     @classmethod
-    def restored(cls, saved: TenantSnapshot) -> TenantTraces:
+    def restored(cls, saved: TenantSnapshot, windows: Windows | None = None) -> TenantTraces:
         """A tenant's traces as a snapshot has them.
 
         Raises ValueError where its rules do not compile to the checks they had, as a snapshot of
@@ -70,10 +73,12 @@ class TenantTraces:
             if list(rules.check_names) != table.check_names:
                 raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
             compiled.append(rules)
-        traces = cls(saved.tenant, compiled[-1])
+        traces = cls(saved.tenant, compiled[-1], windows)
         for service in saved.services[1:]:
             traces._number(service.encode())
-        traces.tables = [TraceTable(saved.tenant, rules, traces.services) for rules in compiled]
+        traces.tables = [
+            TraceTable(saved.tenant, rules, traces.services, traces._windows) for rules in compiled
+        ]
         for restored, table in zip(traces.tables, saved.tables, strict=True):
             restored.restore(table)
         return traces
@@ -96,7 +101,7 @@ class TenantTraces:
             if table.rules.version == rules.version:
                 self.tables.append(self.tables.pop(i))
                 return
-        self.tables.append(TraceTable(self.tenant, rules, self.services))
+        self.tables.append(TraceTable(self.tenant, rules, self.services, self._windows))
         self._drop_empty()
 
     @property
@@ -136,32 +141,30 @@ class TenantTraces:
         first = newest.fold(batch, services, now, skip, closed=closed)
         folded.append((newest, first))
         if len(first.late):
-            if history is not None:
-                self._recall(
-                    np.unique(batch.spans[first.late][:, [TRACE_HI, TRACE_LO]], axis=0), history
-                )
+            late = np.unique(batch.spans[first.late][:, [TRACE_HI, TRACE_LO]], axis=0)
+            lost = self._recall(late, history) if history is not None else late[:0]
             skip[:] = 1
             skip[first.late] = 0
             folded.append((newest, newest.fold(batch, services, now, skip)))
+            newest.mark_partial(lost)
         return folded
 
-    def _recall(self, ids: Rows, history: History) -> None:
-        """Fold closed traces again from the log into the newest table."""
+    def _recall(self, ids: Rows, history: History) -> Rows:
+        """Fold closed traces again from the log into the newest table; the ids of those of which
+        nothing could be read."""
         newest = self.tables[-1]
         recalled = history(self.tenant, ids)
-        if recalled is None:
-            return
         batch = recalled.batch
-        of = batch.spans[:, [TRACE_HI, TRACE_LO]]
-        wanted = np.zeros(len(batch), bool)
-        for hi, lo in recalled.ids.tolist():
-            wanted |= (of[:, 0] == hi) & (of[:, 1] == lo)
-        skip = (~wanted).astype(np.uint8)
-        newest.fold(batch, self._service_numbers(batch), batch.received_ns, skip)
-        for (hi, lo), whole in zip(recalled.ids.tolist(), recalled.whole, strict=True):
-            slot = newest.find(hi, lo)
-            if slot >= 0:
-                newest.recall(np.array([slot], np.int64), 0 if whole else PARTIAL)
+        if batch is not None:
+            of = batch.spans[:, [TRACE_HI, TRACE_LO]]
+            wanted = np.zeros(len(batch), bool)
+            for pair in recalled.ids:
+                wanted |= (of == pair).all(axis=1)
+            skip = (~wanted).astype(np.uint8)
+            newest.fold(batch, self._service_numbers(batch), batch.received_ns, skip)
+            newest.recall(recalled.ids)
+            newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
+        return recalled.lost
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
         """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in
@@ -172,6 +175,16 @@ class TenantTraces:
                 due.append(table.close(slots, now))
             while oldest_ns is not None and len(slots := table.old(now - oldest_ns)):
                 due.append(table.close(slots, now))
+        return due
+
+    def close_idlest(self, count: int, now: int) -> list[DueTraces]:
+        """Close about the ``count`` open traces that have been idle longest."""
+        due = []
+        for table in self.tables:
+            slots = table.idlest(count)
+            if len(slots):
+                due.append(table.close(slots, now))
+                count -= len(slots)
         return due
 
     def evict(self, now: int, keep_ns: int, keep: int, closed: ClosedTraces) -> int:

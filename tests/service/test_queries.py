@@ -25,8 +25,11 @@ from service.stages.evaluate import decide_due
 from service.storage.duck import DuckStore
 from service.storage.frames import Frame
 from service.storage.spanlog import SpanLog
+from service.tracehistory import TraceHistory
+from service.traces.closed import ClosedTraces
 from service.traces.index import frame_columns, trace_table
 from service.traces.progress import InFlight, LogProgress
+from service.traces.window import Windows
 from service.warmup import warm_up
 
 from .http.scripted import ScriptedBackend
@@ -82,10 +85,14 @@ def stores(tmp_path, warm):
         s.due,
         s.progress,
         InFlight(),
-        TraceLimits(SECOND, SECOND, SECOND, SECOND, 100),
+        TraceLimits(SECOND, SECOND, SECOND, SECOND, 100, 1000),
+        ClosedTraces(1 << 16),
+        lambda tenant, ids: s.history.load(tenant, ids),
+        Windows(),
         time.time_ns,
     )
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
+        s.history = TraceHistory(s.duck, s.log, 1 << 20)
         backend = ScriptedBackend()
         backend.queries = s.queries = StoreQueries(s.duck, s.log, s.registry, s.correlate, 1 << 20)
         s.client = create_api(backend).test_client()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import numpy as np
 
 from service.otlp.columns import Rows
 from service.otlp.wire import scan_bodies
 from service.rules.compile import CompiledRules, compile_rules
+from service.rules.definition import make_rule
+from service.rules.format import format_rule
 from service.rules.syntax import RuleSyntax
 from service.signals import Kind, Signal
 from service.stages.evaluate import decide_due
@@ -20,21 +21,10 @@ from service.traces.tenant import Recalled, TenantTraces
 
 
 def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
-    return compile_rules(
-        [
-            SimpleNamespace(
-                id=f"r{i}",
-                name=f"rule {i}",
-                version=version,
-                severity="high",
-                labels={},
-                enabled=True,
-                syntax=rule,
-            )
-            for i, rule in enumerate(rules)
-        ],
-        version,
-    )
+    definitions = [
+        make_rule({"id": f"r{i}", "condition": format_rule(rule)}) for i, rule in enumerate(rules)
+    ]
+    return compile_rules(definitions, version)
 
 
 class Engine:
@@ -70,17 +60,17 @@ class Engine:
             if len(folded.completed):
                 self._decide(table.close(folded.completed, self.now))
 
-    def history(self, tenant: str, ids: Rows) -> Recalled | None:
+    def history(self, tenant: str, ids: Rows) -> Recalled:
         """What the index and the log have of closed traces."""
         found = [pair for pair in map(tuple, ids.tolist()) if pair in self.index]
         if not found:
-            return None
+            return Recalled(ids[:0], [], None, ids[:0])
         positions = sorted(set().union(*(self.index[pair][0] for pair in found)))
         batch = scan_bodies(tenant, [self.log[p - 1] for p in positions])
         batch.positions = np.array(positions, np.int64)
         batch.received_ns = self.now
         self.recalled += len(found)
-        return Recalled(np.array(found, np.int64), [True] * len(found), batch)
+        return Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0])
 
     def forget(self) -> None:
         """Free all closed traces."""
@@ -91,6 +81,10 @@ class Engine:
         self.now += 1
         for due in self.traces.close_due(self.now + 1, 1):
             self._decide(due)
+
+    def restart(self) -> None:
+        """Go on from a snapshot, as after a restart."""
+        self.traces = TenantTraces.restored(self.traces.snapshot())
 
     def _decide(self, due: DueTraces) -> None:
         for row in due.rows if due.closed else ():

@@ -37,17 +37,19 @@ def arrivals(draw: st.DrawFn) -> tuple[list[list[OracleSpan]], list[list[OracleS
 @given(
     st.lists(rules(), min_size=1, max_size=4),
     arrivals(),
-    st.lists(st.sampled_from(["go on", "close", "forget"]), min_size=6, max_size=6),
+    st.lists(st.sampled_from(["go on", "close", "forget", "restart"]), min_size=6, max_size=6),
 )
 def test_the_verdict_is_that_of_the_whole_trace(rule_list, arrived, between):
     all_traces, parts = arrived
     engine = Engine(rule_list)
     for part, then in zip(parts, between, strict=False):
         engine.send(encode(part))
-        if then != "go on":
+        if then in ("close", "forget"):
             engine.close()
         if then == "forget":
             engine.forget()
+        if then == "restart":
+            engine.restart()
     engine.close()
     expected = {
         (trace[0].trace_id.hex(), f"r{i}")
