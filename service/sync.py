@@ -44,8 +44,12 @@ class GroupSync:
         tenants, self._waiting = self._waiting, set()
         self._failed.pop(number - 64, None)  # nobody waits that long behind a lock that is fair
         started = time.perf_counter()
+        # Until it is done it failed: those who share it must not be told otherwise when this task
+        # is cancelled, or when something unexpected is raised.
+        self._failed[number] = LogSyncError(sorted(tenants), OSError("the sync did not end"))
         try:
             await self._threads.run(self._log.sync, tenants)
+            del self._failed[number]
         except LogSyncError as error:
             self._failed[number] = error
             self.failures += 1
