@@ -48,14 +48,19 @@ class Subscriptions:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: set[Subscription] = set()
+        self._ended = False
 
     def open(self, tenant: str) -> Subscription:
-        """Listen to a tenant's signals from now on. Raises :exc:`TooManyStreams`."""
+        """Listen to a tenant's signals from now on; after :meth:`close` the stream ends at once.
+        Raises :exc:`TooManyStreams`."""
         if len(self._open) >= self._limit:
             raise TooManyStreams(f"{self._limit} streams are open already; close one first")
         send, receive = trio.open_memory_channel[dict[str, Any]](BUFFER)
         subscription = Subscription(self, tenant, send, receive)
-        self._open.add(subscription)
+        if self._ended:
+            send.close()
+        else:
+            self._open.add(subscription)
         return subscription
 
     def remove(self, subscription: Subscription) -> None:
@@ -74,5 +79,6 @@ class Subscriptions:
 
     def close(self) -> None:
         """End all streams."""
-        for subscription in self._open:
-            subscription.send.close()
+        self._ended = True
+        while self._open:
+            self._open.pop().send.close()
