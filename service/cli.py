@@ -16,6 +16,8 @@ from typing import Any
 
 import click
 
+from service.deadletters_cli import dead_letters
+
 FOUND = 1
 COULD_NOT_RUN = 3
 
@@ -278,6 +280,9 @@ def version(as_json: bool) -> None:
     python = sys.version.split()[0]
     shown = json.dumps({"betrace": number, "python": python})
     click.echo(shown if as_json else f"betrace {number} (Python {python})")
+
+
+cli.add_command(dead_letters)
 
 
 def main() -> None:
