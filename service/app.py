@@ -111,6 +111,8 @@ class Service:
             self.pipeline.progress,
             self.pipeline.in_flight,
             self._threads,
+            store,
+            self.pipeline.closed,
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
         )

@@ -24,8 +24,10 @@ from service.otlp.json import to_protobuf
 from service.otlp.wire import scan_bodies
 from service.stages.correlate import CorrelateStage
 from service.storage.deadletters import DeadLetterError
+from service.storage.duck import DuckStore, PoolTimeout, StoreError
 from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog
 from service.traces.checkpoint import read_latest, write_checkpoint
+from service.traces.closed import ClosedTraces
 from service.traces.progress import InFlight, LogProgress
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ _log = logging.getLogger("service.recovery")
 
 _BATCH_SPANS = 4000
 _REPORT_SECONDS = 5.0
+_LATE_NS = 3600 * 1_000_000_000  # traces closed before are not known as late after a restart
 
 
 @dataclass(slots=True)
@@ -58,6 +61,8 @@ class Recovery:
         progress: LogProgress,
         in_flight: InFlight,
         threads: ThreadRunner,
+        store: DuckStore,
+        closed: ClosedTraces,
         max_body_bytes: int,
         letters: DeadLetters,
     ) -> None:
@@ -67,6 +72,8 @@ class Recovery:
         self._progress = progress
         self._in_flight = in_flight
         self._threads = threads
+        self._store = store
+        self._closed = closed
         self._max_body = max_body_bytes
         self._letters = letters
         self._saving = trio.Lock()
@@ -86,6 +93,8 @@ class Recovery:
             if trio.current_time() - reported > _REPORT_SECONDS:
                 reported = trio.current_time()
                 _log.info("replaying the log: %d spans so far", self.replayed.spans)
+        # Only now: what was replayed is in the index too, but is not late.
+        await self._threads.run(self._remember_closed)
         if self.replayed.frames or self.replayed.damaged:
             _log.info(
                 "replayed %d requests with %d spans from the log; %d could not be read",
@@ -106,6 +115,15 @@ class Recovery:
             return []
         self.saved_at = snapshot.taken_ns / 1e9
         return snapshot.letters
+
+    def _remember_closed(self) -> None:
+        """Put the traces that closed lately into the filter that tells late spans."""
+        since = time.time_ns() - _LATE_NS
+        for tenant in self._store.tenants():
+            try:
+                self._closed.add(tenant, self._store.trace_ids(tenant, since))
+            except (StoreError, PoolTimeout) as error:
+                _log.warning("late spans of %s may begin new traces: %s", tenant, error)
 
     def _batches(self) -> Iterator[SpanBatch]:
         """What the traces do not contain, in batches of one tenant; each frame becomes pending
