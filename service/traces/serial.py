@@ -18,7 +18,7 @@ import zstandard
 
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.definition import RuleFileError, make_rule
-from service.traces.due import DueTraces
+from service.traces.due import Context, DueTraces
 
 FORMAT = 1
 MAX_BYTES = 1 << 30  # decompressed
@@ -86,6 +86,10 @@ def _describe(
         "services": list(due.services),
         "received_ns": due.received_ns,
         "spans": due.spans,
+        "contexts": [
+            [k, context.window, context.first, [int(each) for each in context.spans]]
+            for k, context in due.contexts.items()
+        ],
     }
     if due.rules is not rules:
         header["version"] = due.rules.version
@@ -117,6 +121,10 @@ def _build(
         services=header["services"],
         before=None if before is None else _build(before, arrays, prefix + "before.", rules),
         spilled=arrays.get(prefix + "spilled"),
+        contexts={
+            k: Context(window, first, tuple(spans))
+            for k, window, first, spans in header["contexts"]
+        },
         received_ns=header["received_ns"],
         spans=header["spans"],
     )
