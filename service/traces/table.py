@@ -271,11 +271,8 @@ class TraceTable:
     def _context(self, row: Rows, slot: int) -> Context:
         spans = int(row[SPANS])
         window, first = self.windows.at(spans)
-        ring = (
-            self.arrays.ring_small[slot],
-            self.arrays.ring_middle[row[RING]],
-            self.arrays.ring_large[row[RING]],
-        )[row[RING_CLASS]]
+        rings = (self.arrays.ring_small, self.arrays.ring_middle, self.arrays.ring_large)
+        ring = rings[row[RING_CLASS]][row[RING] if row[RING_CLASS] else slot]
         first = max(first, spans - len(ring) + 1)
         numbers = np.arange(first - 1, spans) % len(ring)
         return Context(window, first, tuple(ring[numbers].tolist()))
