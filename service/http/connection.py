@@ -133,13 +133,16 @@ class Connection:
                 body = await self._read_chunks(request, head, memory)
             else:
                 body = await self._read_body(request, head, memory, request.length)
-            self._owed = None
             if body is None:
                 return False
             if not isinstance(body, HttpResponse):
-                self.deadline = math.inf
-                response = await edge.handle(head, body)
+                size = len(body)
+                self._owed = lambda: edge.unanswered(head, size)
+                self.deadline = trio.current_time() + edge.answer_timeout
+                response = await edge.process(head, body)
+                self._owed = None
                 return await self._send(request, response)
+        self._owed = None
         return await self._refuse(request, body)
 
     # Reading.

@@ -133,7 +133,8 @@ class _Server:
     async def sweep(self) -> None:
         """End connections whose deadline has passed."""
         limits = self._limits
-        pause = min(_SWEEP_SECONDS, min(limits.idle, limits.head, limits.body) / 4)
+        shortest = min(limits.idle, limits.head, limits.body, self._edge.answer_timeout)
+        pause = min(_SWEEP_SECONDS, shortest / 4)
         while True:
             await trio.sleep(pause)
             now = trio.current_time()

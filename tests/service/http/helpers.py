@@ -22,16 +22,21 @@ class ScriptedQueue:
     taken: list[Request] = field(default_factory=list)
     error: type[Exception] | None = None
 
-    async def offer(self, item: Request, timeout: float) -> bool:
+    def send_nowait(self, item: Request) -> None:
         if self.error:
             raise self.error
         if not self.room:
-            await trio.sleep(timeout)
-            return False
-        await trio.lowlevel.checkpoint()
+            raise trio.WouldBlock
         self.taken.append(item)
         if self.outcome is not None:
             item.reply.set(self.outcome)
+
+    async def offer(self, item: Request, timeout: float) -> bool:
+        await trio.sleep(timeout)
+        try:
+            self.send_nowait(item)
+        except trio.WouldBlock:
+            return False
         return True
 
 

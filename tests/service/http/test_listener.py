@@ -429,6 +429,17 @@ async def test_a_client_that_does_not_read_its_answers_is_left(monkeypatch):
     assert len(queue.taken) < 20
 
 
+async def test_an_outcome_that_is_not_known_in_time_is_a_503():
+    async with listening(queue=ScriptedQueue(outcome=None), answer_timeout_seconds=0.1) as server:
+        client = await server.connect()
+        await client.send(post(b"abc"))
+        status, headers, body = await client.response()
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "5", "close")
+        assert "not yet written" in Status.FromString(body).message
+        assert await client.closed(5)
+    assert server.edge.refused_requests["unavailable"] == 1
+
+
 async def test_waiting_for_the_pipeline_is_not_being_late():
     limits = {"keep_alive_seconds": 0.1, "head_timeout_seconds": 0.1, "body_timeout_seconds": 0.1}
     async with listening(queue=ScriptedQueue(outcome=None), **limits) as server:
@@ -495,7 +506,7 @@ async def test_running_out_of_descriptors_pauses(monkeypatch, caplog):
 
 async def test_a_defect_ends_its_connection_only(caplog):
     class Broken(ScriptedQueue):
-        async def offer(self, item, timeout):
+        def send_nowait(self, item):
             raise ZeroDivisionError("on purpose")
 
     async with listening(queue=Broken()) as server:
