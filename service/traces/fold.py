@@ -107,12 +107,14 @@ from service.traces.layout import (
     TraceArrays,
 )
 
-_MIX = 0x5851F42D4C957F2D  # Knuth's MMIX multiplier: spreads ids that are not random
-
 
 @lean_kernel
-def _bucket(hi: int, lo: int, mask: int) -> int:
-    mixed = (hi ^ lo) * _MIX
+def _bucket(secret: Rows, hi: int, lo: int, mask: int) -> int:
+    """Where a trace belongs. Clients choose the ids: without the secret they could choose them
+    so that all fall into one place, which makes looking them up slow."""
+    mixed = (hi ^ secret[0]) * secret[1]
+    mixed = (mixed ^ (mixed >> 32) ^ lo) * secret[2]
+    mixed = (mixed ^ (mixed >> 32)) * secret[1]
     return (mixed ^ (mixed >> 32)) & mask
 
 
@@ -121,7 +123,7 @@ def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
     """The slot of a trace, -1 without one."""
     table = traces.table
     mask = len(table) - 1
-    i = _bucket(hi, lo, mask)
+    i = _bucket(traces.secret, hi, lo, mask)
     while table[i] > 0:
         slot = table[i] - 1
         if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
@@ -131,21 +133,21 @@ def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
 
 
 @lean_kernel
-def enter(table: Rows, hi: int, lo: int, slot: int) -> None:
+def enter(table: Rows, secret: Rows, hi: int, lo: int, slot: int) -> None:
     """Put a slot into the hash table, where its trace must not be yet."""
     mask = len(table) - 1
-    i = _bucket(hi, lo, mask)
+    i = _bucket(secret, hi, lo, mask)
     while table[i] > 0:
         i = (i + 1) & mask
     table[i] = slot + 1
 
 
 @lean_kernel
-def rebuild(table: Rows, slots: Rows, used: int) -> None:
+def rebuild(table: Rows, secret: Rows, slots: Rows, used: int) -> None:
     """Fill an empty hash table with all slots in use."""
     for slot in range(used):
         if slots[slot, STATE] != FREE:
-            enter(table, slots[slot, HI], slots[slot, LO], slot)
+            enter(table, secret, slots[slot, HI], slots[slot, LO], slot)
 
 
 @lean_kernel
@@ -153,7 +155,7 @@ def _leave(traces: TraceArrays, hi: int, lo: int) -> None:
     """Take a trace out of the hash table, moving back what probed past it (Knuth 6.4, R)."""
     table = traces.table
     mask = len(table) - 1
-    i = _bucket(hi, lo, mask)
+    i = _bucket(traces.secret, hi, lo, mask)
     while True:
         slot = table[i] - 1
         if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
@@ -163,7 +165,7 @@ def _leave(traces: TraceArrays, hi: int, lo: int) -> None:
     i = (i + 1) & mask
     while table[i] > 0:
         slot = table[i] - 1
-        home = _bucket(traces.slots[slot, HI], traces.slots[slot, LO], mask)
+        home = _bucket(traces.secret, traces.slots[slot, HI], traces.slots[slot, LO], mask)
         if ((i - home) & mask) >= ((i - hole) & mask):
             table[hole] = table[i]
             hole = i
@@ -206,7 +208,7 @@ def _open(traces: TraceArrays, hi: int, lo: int, now: int) -> int:
     row[ENTRIES] = -1
     row[MIN_START] = NEVER
     traces.fill[OPEN_COUNT] += 1
-    enter(traces.table, hi, lo, slot)
+    enter(traces.table, traces.secret, hi, lo, slot)
     return slot
 
 

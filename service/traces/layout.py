@@ -83,11 +83,13 @@ class TraceArrays(NamedTuple):
     """Everything a tenant's open and recently closed traces consist of.
 
     ``table`` is a hash table (linear probing, a power of two long) of slot number + 1, 0 for
-    empty. ``activity[slot]`` is LAST_SEEN of an open trace, else ``NEVER``: apart from the
-    slots, so that looking for idle traces reads little memory.
+    empty; ``secret`` are three random odd numbers that its hash is made with. ``activity[slot]`` is
+    LAST_SEEN of an open trace, else ``NEVER``: apart from the slots, so that looking for idle
+    traces reads little memory.
     """
 
     table: Rows
+    secret: Rows
     slots: Rows
     activity: Rows
     names: Bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -354,7 +355,9 @@ class TraceTable:
             entries=_with_room(arrays["entries"], slots),
         )
         with np.errstate(over="ignore"):
-            kernels.rebuild(self.arrays.table, self.arrays.slots, len(arrays["slots"]))
+            kernels.rebuild(
+                self.arrays.table, self.arrays.secret, self.arrays.slots, len(arrays["slots"])
+            )
         closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
         when = self.arrays.slots[closed, CLOSED_AT]
         for time in np.unique(when).tolist():
@@ -438,7 +441,7 @@ class TraceTable:
             activity[len(old.activity) :] = NEVER
             slots = _doubled(old.slots)
             table = np.zeros(2 * len(old.table), np.int64)
-            kernels.rebuild(table, slots, int(old.fill[SLOTS_USED]))
+            kernels.rebuild(table, old.secret, slots, int(old.fill[SLOTS_USED]))
             self.arrays = old._replace(
                 table=table,
                 slots=slots,
@@ -467,6 +470,7 @@ def _empty_arrays(slots: int) -> TraceArrays:
     fill[[SLOTS_FREE, ENTRIES_FREE, MIDDLE_FREE, LARGE_FREE]] = -1
     return TraceArrays(
         table=np.zeros(2 * slots, np.int64),
+        secret=np.frombuffer(secrets.token_bytes(24), np.int64) | 1,
         slots=np.zeros((slots, SLOT_COLUMNS), np.int64),
         activity=np.full(slots, NEVER, np.int64),
         names=np.zeros((slots, NAME_BYTES), np.uint8),

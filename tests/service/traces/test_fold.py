@@ -231,10 +231,14 @@ def test_long_traces_one_after_the_other_can_be_closed():
 # The table of traces
 
 
-def bucket_mates(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Trace ids that a table without a secret would put side by side: both halves equal."""
-    halves = np.arange(1, count + 1)
-    return halves, halves.copy()
+def clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all traces belong into few places of the table: a secret of zeros but for the last."""
+
+    def arrays(slots: int) -> TraceArrays:
+        made = original(slots)
+        return made._replace(secret=np.array([0, 1, 2**58], np.int64))
+
+    monkeypatch.setattr(table_module, "_empty_arrays", arrays)
 
 
 def evict_all(traces: TenantTraces, now: int = NOW * 2) -> int:
@@ -242,9 +246,10 @@ def evict_all(traces: TenantTraces, now: int = NOW * 2) -> int:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_clustered_ids_can_be_taken_out_in_any_order(seed):
+def test_clustered_ids_can_be_taken_out_in_any_order(monkeypatch, seed):
+    clustered(monkeypatch)
     rng = random.Random(seed)
-    hi, lo = bucket_mates(400)
+    hi = lo = np.arange(1, 401)
     traces = tenant("count(a) > 1")
     traces.fold(of_traces(hi, lo), NOW)
     table = traces.tables[0]
@@ -265,6 +270,24 @@ def test_clustered_ids_can_be_taken_out_in_any_order(seed):
     traces.fold(of_traces(hi, lo), NOW)
     assert traces.open_count == 400
     assert table.arrays.fill[SLOTS_USED] == 400  # the slots were used again
+
+
+@pytest.mark.parametrize("ids", ["equal halves", "equal xor", "high bits", "one half"])
+def test_ids_that_a_client_chose_do_not_fall_into_one_place(ids):
+    numbers = np.arange(1, 4001)
+    hi, lo = {
+        "equal halves": (numbers, numbers),
+        "equal xor": (numbers * 77_777, numbers * 77_777 ^ 12_345),
+        "high bits": (numbers * 0, numbers << 51),
+        "one half": (numbers << 40, numbers * 0),
+    }[ids]
+    traces = tenant()
+    traces.fold(of_traces(hi, lo), NOW)
+    table = traces.tables[0].arrays.table
+    full = np.flatnonzero(np.append(table, 0) == 0)
+    longest = int(np.diff(full, prepend=-1).max()) - 1
+    assert traces.open_count == 4000
+    assert longest < 200  # slots in a row; 4000 if all were in one place
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 11)), max_size=60))
