@@ -43,3 +43,9 @@ test: lint
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Measurements: perf/*.py say what each does, perf/REPORT.md has the last ones.
+.PHONY: load bench curves memory flamegraph regress
+
+load bench curves memory flamegraph regress: setup
+	$(BIN)/python -m perf.$@ $(PERF)

@@ -382,6 +382,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--spans", type=int, default=512, help="a request")
     parser.add_argument("--spans-per-trace", type=int, default=10)
     parser.add_argument("--attributes", type=int, default=9, help="a span")
+    parser.add_argument("--rules", type=int, default=100, help="that the service has")
     parser.add_argument("--breaches", type=float, default=0.001, help="fraction of traces")
     parser.add_argument("--json", action="store_true", help="OTLP JSON")
     parser.add_argument("--gzip", action="store_true")
@@ -405,6 +406,7 @@ def main() -> None:
         attributes=options.attributes,
         encoding="json" if options.json else "protobuf",
         gzip=options.gzip,
+        rules=options.rules,
         breaches=options.breaches,
     )
     load = Load(

@@ -57,7 +57,7 @@ def arguments(options: argparse.Namespace, spans: int, url: str) -> list[str]:
     given += ["--warm-up", str(options.warm_up), "--connections", str(options.connections)]
     given += ["--spans-per-trace", str(options.spans_per_trace), "--tenants", str(options.tenants)]
     given += ["--rate", str(options.rate), "--wrong", str(options.wrong)]
-    given += ["--breaches", str(options.breaches)]
+    given += ["--breaches", str(options.breaches), "--rules", str(options.rules)]
     if options.gzip:
         # Ids in a compressed body cannot be rewritten: enough bodies that few are sent twice.
         wanted = (options.secs + options.warm_up) * 350_000 / spans
@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
         for _ in range(options.repeats):
             generator = GeneratorProcess(arguments(options, spans, target.ingest))
             try:
-                payload = generator.payload | {"rules": options.rules}
+                payload = generator.payload
                 runs.append(run_once(target, generator, options))
             finally:
                 generator.stop()

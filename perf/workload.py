@@ -2,9 +2,9 @@
 rules that judge them.
 
 A trace is a request in a shop: a root span, client and internal spans with semantic-convention
-attributes, and now and then an event. One span in ten has a name that a rule names (``step.s00``
-to ``step.s99``); whether it breaks the rule is known, so that what the service finds can be counted
-against what it should have found.
+attributes, and now and then an event. One span in ten has a name that a rule names (``step.s000``
+to ``step.s099`` with a hundred rules); whether it breaks the rule is known, so that what the
+service finds can be counted against what it should have found.
 """
 
 from __future__ import annotations
@@ -72,14 +72,13 @@ class Shape:
 
 
 def rule_definitions(count: int = 100) -> list[dict[str, Any]]:
-    """``count`` rules; of the first hundred each names one ``step.sNN``, and predicates on numbers,
-    text, the resource and the span's own fields take turns. Further ones name spans that never
-    come."""
+    """``count`` rules; each names one ``step.sNNN``, and predicates on numbers, text, the resource
+    and the span's own fields take turns."""
     rules = []
     for i in range(count):
-        step = f"step.s{i:02d}" if i < 100 else f"absent.step{i}"
+        step = f"step.s{i:03d}"
         condition = (
-            f"when {{ {step}.where(order.total > 1000) }} always {{ {step}.approved{i} }}",
+            f"when {{ {step} }} never {{ {step}.where(order.total > 1000) }}",
             f"never {{ {step}.where(order.total > 1000 and order.currency == EUR) }}",
             f'{step}.where(order.total > 1000 and resource.service.name != "nobody")',
             f"count({step}.where(order.total > 1000 and span:kind == internal)) > 0",
@@ -202,7 +201,7 @@ def _spans(shape: Shape, rng: random.Random, first_trace: int, now: int) -> tupl
             kind = 2 if i == 0 else 1 if step else rng.choice((1, 2, 3, 3, 3))
             attributes = _attributes(rng, kind)[: shape.attributes - 2 * step]
             name = (
-                f"step.s{rng.randrange(100):02d}"
+                f"step.s{rng.randrange(shape.rules):03d}"
                 if step
                 else f"GET {dict(attributes)['http.route']}"
                 if kind == 2

@@ -1,0 +1,524 @@
+"""Micro-benchmarks of the critical paths: ingestion, evaluation, ledger, DuckDB, caches; and the
+latency from a span to its signal while the service is under load.
+
+``python -m perf.bench`` runs each three times to warm up and five times to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import trio
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
+from perf import report
+from perf.engine import TENANT, compiled
+from perf.target import GeneratorProcess, Service, service
+from perf.workload import Shape, make_bodies, rule_definitions, write_rules
+from service.http.request import Reply, Request
+from service.ledger.sqlite import SqliteLedger
+from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
+from service.otlp.wire import scan_bodies
+from service.rules.files import RuleStore
+from service.rules.registry import RuleRegistry
+from service.signals import Kind, Signal, rule_version, signal_id
+from service.stages.evaluate import decide_due
+from service.stages.ingest import IngestStage
+from service.storage.duck import DuckStore
+from service.storage.spanlog import SpanLog
+from service.traces.due import DueTraces
+from service.traces.index import trace_table
+from service.traces.progress import LogProgress
+from service.traces.tenant import TenantTraces
+
+WARM_UP, ROUNDS = 3, 5
+ROUND_SECONDS = 0.2
+SECOND = 1_000_000_000
+WINDOW = 10  # spans a batch when a trace is streamed
+
+Json = dict[str, Any]
+
+
+class Rounds:
+    """Rounds of calls: wall-clock time and CPU of this process, and single calls for
+    percentiles."""
+
+    def __init__(self) -> None:
+        self._wall: list[float] = []
+        self._cpu: list[float] = []
+        self._single: list[float] = []
+
+    def add(self, wall: float, cpu: float, calls: Sequence[float]) -> None:
+        """A measured round; seconds."""
+        self._wall.append(wall / len(calls))
+        self._cpu.append(cpu / len(calls))
+        self._single.extend(calls)
+
+    def result(self, items: int) -> Json:
+        """Microseconds a call, and items a second."""
+        ordered = sorted(self._single)
+
+        def quantile(q: float) -> float:
+            return round(1e6 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1)
+
+        return {
+            "items": items,
+            "wall_us": report.spread([1e6 * w for w in self._wall], 1),
+            "cpu_us": report.spread([1e6 * c for c in self._cpu], 1),
+            "p50_us": quantile(0.5),
+            "p99_us": quantile(0.99),
+            "calls": len(ordered),
+            "items_per_second": round(items / statistics.median(self._wall)),
+        }
+
+
+Taken = tuple[float, float]  # seconds of wall clock, of CPU
+
+
+def timed(call: Callable[[], object]) -> Taken:
+    """Call, and what that took."""
+    cpu, began = time.process_time(), time.perf_counter()
+    call()
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def rounds(items: int, call: Callable[[], Taken | None], seconds: float = ROUND_SECONDS) -> Json:
+    """Call in rounds. A call says what it took where parts of it do not count."""
+    found = Rounds()
+    for i in range(WARM_UP + ROUNDS):
+        taken: list[float] = []
+        own_cpu = 0.0
+        cpu = time.process_time()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or not taken:
+            began = time.perf_counter()
+            own = call()
+            taken.append(time.perf_counter() - began if own is None else own[0])
+            own_cpu += own[1] if own is not None else 0.0
+        cpu = own_cpu or time.process_time() - cpu
+        if i >= WARM_UP:
+            found.add(sum(taken), cpu, taken)
+    return found.result(items)
+
+
+async def async_rounds(items: int, call: Callable[[], Awaitable[None]]) -> Json:
+    """The same for an async call."""
+    found = Rounds()
+    for i in range(WARM_UP + ROUNDS):
+        taken: list[float] = []
+        cpu = time.process_time()
+        end = time.perf_counter() + ROUND_SECONDS
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            await call()
+            taken.append(time.perf_counter() - began)
+        if i >= WARM_UP:
+            found.add(sum(taken), time.process_time() - cpu, taken)
+    return found.result(items)
+
+
+# Ingestion
+
+
+def ingestion(directory: Path) -> dict[str, Json]:
+    """The span-ingestion stage for one request: decode, validate, append to the log; and the
+    decoding alone."""
+    found = {}
+    for spans in (1, 100, 1000):
+        shape = Shape(spans=spans, spans_per_trace=min(spans, 10), breaches=0.0)
+        bodies = [bytes(body.data) for body in make_bodies(shape, 8)]
+        turn = cycle(bodies)
+        found[f"decode {spans}"] = rounds(spans, partial(_decode, turn))
+        found[f"stage {spans}"] = trio.run(_stage, directory / f"log-{spans}", spans, bodies)
+    return found
+
+
+def _decode(bodies: Iterator[bytes]) -> None:
+    scan_bodies(TENANT, [next(bodies)])
+
+
+def _channel() -> tuple[SendChannel[SpanBatch], ReceiveChannel[SpanBatch]]:
+    return open_channel("bench", 1 << 20, len)
+
+
+async def _stage(directory: Path, spans: int, bodies: Sequence[bytes]) -> Json:
+    with SpanLog(directory) as log:
+        send, receive = _channel()
+        threads = ThreadRunner("bench", 1)
+        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24)
+        turn = cycle(bodies)
+
+        async def drain() -> None:
+            async for _ in receive:
+                pass
+
+        async def call() -> None:
+            reply = Reply()
+            body = next(turn)
+            await stage.handle(
+                [Request(TENANT, "protobuf", "", body, time.time_ns(), spans, reply)]
+            )
+            await reply.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            found = await async_rounds(spans, call)
+            nursery.cancel_scope.cancel()
+        threads.close()
+        return found
+
+
+async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> float:
+    """Calls of the span-ingestion stage with all bodies at once; CPU seconds of this process."""
+    with SpanLog(directory) as log:
+        send, receive = _channel()
+        threads = ThreadRunner("bench", 1)
+        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24)
+        began = time.process_time()
+        for _ in range(calls):
+            requests = [
+                Request(TENANT, "protobuf", "", body, time.time_ns(), 1, Reply()) for body in bodies
+            ]
+            await stage.handle(requests)
+            await receive.receive()
+        spent = time.process_time() - began
+        threads.close()
+        return spent
+
+
+# Evaluation
+
+
+class _OneTrace:
+    """A trace of some spans, folded whole or in windows, closed and decided."""
+
+    def __init__(self, spans: int, window: int) -> None:
+        shape = Shape(spans=spans, spans_per_trace=spans, breaches=1.0)
+        body = bytes(make_bodies(shape, 1)[0].data)
+        whole = scan_bodies(TENANT, [body])
+        whole.spans[:, SPAN_ID] = np.arange(1, spans + 1)
+        self._windows: list[SpanBatch] = [
+            replace(whole, spans=np.ascontiguousarray(whole.spans[i : i + window]))
+            for i in range(0, spans, window)
+        ]
+        self._traces = TenantTraces(TENANT, compiled(100))
+        self._number = 0
+        self._now = SECOND
+        self.signals = 0
+
+    def __call__(self) -> Taken:
+        self._number += 1
+        for window in self._windows:
+            window.spans[:, TRACE_HI] = self._number * 0x9E3779B97F
+            window.spans[:, TRACE_LO] = self._number
+        taken = timed(self._evaluate)
+        if self._number % 4096 == 0:
+            self._traces = TenantTraces(TENANT, self._traces.rules)
+        return taken
+
+    def _evaluate(self) -> None:
+        for window in self._windows:
+            for _, folded in self._traces.fold(window, self._now):
+                if folded.early is not None:
+                    self._decide(folded.early)
+        self._now += SECOND
+        for due in self._traces.close_due(self._now, SECOND // 2):
+            self._decide(due)
+
+    def _decide(self, due: DueTraces) -> None:
+        self.signals += len(decide_due(due, self._now).signals)
+
+
+def evaluation() -> dict[str, Json]:
+    """All spans of a trace against 100 rules: in one batch, and streamed in windows."""
+    found = {}
+    for spans in (10, 50, 100, 500):
+        for name, window in (("batch", spans), (f"streaming by {WINDOW}", WINDOW)):
+            call = _OneTrace(spans, window)
+            found[f"{name} {spans}"] = rounds(spans, call)
+            assert call.signals, "the traces of this benchmark break a rule"
+    return found
+
+
+# Stores
+
+
+def make_signals(count: int, first: int) -> list[Signal]:
+    """Signals of distinct traces, numbered from ``first``."""
+    rule = rule_definitions(1)[0]
+    version = rule_version(rule["condition"])
+    made = []
+    for i in range(first, first + count):
+        trace = f"{i * 0x9E3779B97F4A7C15 % 2**128:032x}"
+        made.append(
+            Signal(
+                id=signal_id(TENANT, rule["id"], version, trace, Kind.RAISED),
+                tenant=TENANT,
+                rule_id=rule["id"],
+                rule_version=version,
+                severity="high",
+                kind=Kind.RAISED,
+                clause="never",
+                trace_id=trace,
+                detected_at=1_800_000_000 * SECOND + i,
+                early=True,
+                counts={"step.s000": 1, "step.s000.where(order.total > 1000)": 1},
+                evidence={"step.s000": ["00000000000000aa"]},
+                message="Step 0: 'never' holds",
+            )
+        )
+    return made
+
+
+def ledger(directory: Path) -> dict[str, Json]:
+    """Signals recorded in the embedded ledger, each call safe on disk when it returns."""
+    book = SqliteLedger(directory / "ledger.sqlite")
+    found = {}
+    first = 0
+    for count in (1, 10, 50, 128):
+
+        def call(count: int = count) -> Taken:
+            nonlocal first
+            signals = make_signals(count, first)
+            first += count
+            return timed(lambda: book.record(signals))
+
+        found[f"{count}"] = rounds(count, call)
+    book.close()
+    return found
+
+
+def duckdb(directory: Path) -> dict[str, Json]:
+    """Signals, and traces of the trace index, written to the query store in one transaction."""
+    found = {}
+    first = 0
+    with DuckStore(directory / "duck") as store:
+        for count in (1, 100, 1000):
+
+            def signals(count: int = count) -> Taken:
+                nonlocal first
+                made = make_signals(count, first)
+                first += count
+                return timed(lambda: store.write(TENANT, signals=made))
+
+            found[f"signals {count}"] = rounds(count, signals)
+            due = closed_traces(count)
+
+            def traces(count: int = count, due: DueTraces = due) -> Taken:
+                nonlocal first
+                due.rows[:, 0] = np.arange(first, first + count)
+                first += count
+                return timed(lambda: store.write(TENANT, traces=trace_table(due)))
+
+            found[f"traces {count}"] = rounds(count, traces)
+    return found
+
+
+def closed_traces(count: int) -> DueTraces:
+    """Closed traces of ten spans."""
+    traces = TenantTraces(TENANT, compiled(100))
+    body = bytes(make_bodies(Shape(spans=10 * count, breaches=0.0), 1)[0].data)
+    traces.fold(scan_bodies(TENANT, [body]), SECOND)
+    (due,) = traces.close_due(10 * SECOND, SECOND)
+    return due
+
+
+def caches(directory: Path) -> dict[str, Json]:
+    """The cache of compiled rules: a hit, and a miss, which compiles 100 rules."""
+    folder = directory / "rules"
+    write_rules(folder, [], 100)
+    store = RuleStore(folder)
+    store.load()
+    registry = RuleRegistry(store, 500)
+    registry.compiled("default")
+
+    def hit() -> None:
+        registry.compiled("default")
+
+    def miss() -> Taken:
+        registry.forget("default")
+        return timed(lambda: registry.compiled("default"))
+
+    return {"hit": rounds(1, hit, 0.05), "miss, 100 rules": rounds(1, miss)}
+
+
+# End to end
+
+
+def _probe(trace: bytes) -> bytes:
+    request = ExportTraceServiceRequest()
+    group = request.resource_spans.add()
+    group.resource.attributes.add(key="service.name").value.string_value = "probe"
+    span = group.scope_spans.add().spans.add(trace_id=trace, span_id=b"probe-01", name="step.s000")
+    span.start_time_unix_nano = time.time_ns()
+    span.end_time_unix_nano = span.start_time_unix_nano + 1000
+    span.attributes.add(key="order.total").value.double_value = 2000.0
+    return request.SerializeToString()
+
+
+def end_to_end(rate: float, probes: int) -> Json:
+    """From sending the last span that a rule needs until its signal is in the ledger, and until the
+    API shows it, at a constant load; milliseconds."""
+    with service() as target:
+        seconds = str(probes * 0.75 + 2)
+        options = ["--url", f"{target.ingest}/v1/traces", "--rate", str(rate), "--spans", "100"]
+        generator = GeneratorProcess([*options, "--secs", seconds, "--warm-up", "2"])
+        try:
+            generator.start()
+            generator.wait_begin()
+            taken = [_send_probe(target, i) for i in range(probes)]
+            result = generator.wait_end()
+        finally:
+            generator.stop()
+    offered = round(result["spans"] / result["seconds"])
+    return {
+        "rate": rate,
+        "sent_per_second": offered,
+        "answer_ms": _quantiles([t[0] for t in taken]),
+        "ledger_ms": _quantiles([t[1] for t in taken]),
+        "api_ms": _quantiles([t[2] for t in taken]),
+        "probes": probes,
+    }
+
+
+def _quantiles(seconds: Sequence[float]) -> Json:
+    ordered = sorted(seconds)
+    at = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    return {
+        k: round(1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1)
+        for k, q in at.items()
+    }
+
+
+def _send_probe(target: Service, number: int) -> tuple[float, float, float]:
+    trace = os.urandom(16)
+    condition = rule_definitions(1)[0]["condition"]
+    wanted = signal_id("default", "rule-0000", rule_version(condition), trace.hex(), Kind.RAISED)
+    began = time.perf_counter()
+    with httpx.Client(trust_env=False) as client:
+        answer = client.post(
+            f"{target.ingest}/v1/traces",
+            content=_probe(trace),
+            headers={"Content-Type": "application/x-protobuf"},
+        )
+    answer.raise_for_status()
+    answered = time.perf_counter() - began
+    ledger = target.data / "ledger.sqlite"
+    book = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)
+    try:
+        while not book.execute(
+            "SELECT 1 FROM transfers WHERE id = ?", [bytes.fromhex(wanted)]
+        ).fetchone():
+            _not_for_ever(began)
+            time.sleep(0.002)
+    finally:
+        book.close()
+    recorded = time.perf_counter() - began
+    while not target.get(f"/api/v1/signals?trace_id={trace.hex()}")["signals"]:
+        _not_for_ever(began)
+        time.sleep(0.02)
+    shown = time.perf_counter() - began
+    time.sleep(0.05 + 0.01 * (number % 7))  # so that probes do not keep step with the batches
+    return answered, recorded, shown
+
+
+def _not_for_ever(began: float) -> None:
+    if time.perf_counter() - began > 30:
+        raise TimeoutError("the signal of a probe did not come within 30 s")
+
+
+# The report
+
+
+def show(facts: Json, found: Json) -> str:
+    """The report as text."""
+    lines = [
+        f"Benchmarks. {report.describe(facts)}.",
+        f"{WARM_UP} rounds of warm-up, {ROUNDS} measured of {ROUND_SECONDS} s; median "
+        "(least–greatest) of the rounds' means. Spans of the load test (about 415 bytes and 9 "
+        "attributes, protobuf, one in ten of interest), 100 rules, ack = written; no load beside.",
+    ]
+    for group, item in (
+        ("ingestion", "spans"),
+        ("evaluation", "spans"),
+        ("ledger", "signals"),
+        ("duckdb", "rows"),
+        ("caches", "lookups"),
+    ):
+        if group not in found:
+            continue
+        rows: list[tuple[str, ...]] = [
+            (
+                name,
+                report.shown(r["wall_us"], 1),
+                report.shown(r["cpu_us"], 1),
+                f"{r['p99_us']:,.1f}",
+                f"{r['items_per_second']:,}",
+            )
+            for name, r in found[group].items()
+        ]
+        head = [group, "µs a call", "CPU, µs a call", "p99, µs", f"{item}/s"]
+        lines += ["", report.table(head, rows)]
+    if "end_to_end" in found:
+        e = found["end_to_end"]
+        keys = ("p50", "p95", "p99", "max")
+        rows = [
+            (name, *(f"{e[key][q]:,.1f}" for q in keys))
+            for name, key in (
+                ("answered", "answer_ms"),
+                ("signal in the ledger", "ledger_ms"),
+                ("signal in GET /api/v1/signals", "api_ms"),
+            )
+        ]
+        title = f"after its span was sent, ms, at {e['sent_per_second']:,} spans/s"
+        lines += ["", report.table([title, *keys], rows), "", f"{e['probes']} probes."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    groups = ["ingestion", "evaluation", "ledger", "duckdb", "caches", "end_to_end"]
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--rate", type=float, default=20_000, help="spans/s beside the probes")
+    parser.add_argument("--probes", type=int, default=40)
+    options = parser.parse_args()
+    facts = report.machine()
+    found: Json = {}
+    with tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d:
+        directory = Path(d)
+        calls: dict[str, Callable[[], Json]] = {
+            "ingestion": lambda: ingestion(directory),
+            "evaluation": evaluation,
+            "ledger": lambda: ledger(directory),
+            "duckdb": lambda: duckdb(directory),
+            "caches": lambda: caches(directory),
+            "end_to_end": lambda: end_to_end(options.rate, options.probes),
+        }
+        for name in options.only:
+            print(f"  {name}", file=sys.stderr)
+            found[name] = calls[name]()
+    facts["load_average_after"] = round(os.getloadavg()[0], 2)
+    text = show(facts, found)
+    print(text)
+    path = report.save("bench", {"machine": facts, **found})
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{path.relative_to(report.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The regression gate: is anything slower than when it was last accepted?
+
+``python -m perf.regress`` measures each figure as CPU time beside a reference that no change of the
+product can alter (hashing, sorting and interpreting, in turns with it), so that a slower or busier
+machine changes both. A figure whose speed, as a ratio to the reference, fell below 90 % of the one
+in perf/baseline.json is measured twice more; if it stays below, the exit code is 1. ``--accept``
+writes what was measured as the new baseline.
+
+``PERF_SLOWDOWN=fold=1.3`` makes the figure ``fold`` 1.3 times as slow, to see the gate fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trio
+
+from perf import bench, report
+from perf.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
+from perf.workload import Shape, make_bodies, rule_definitions
+from service.ledger.sqlite import SqliteLedger
+from service.otlp.json import to_protobuf
+from service.otlp.wire import scan_bodies
+from service.rules.compile import compile_rules
+from service.rules.definition import make_rule
+from service.storage.duck import DuckStore
+from service.traces.index import trace_table
+
+BASELINE = Path(__file__).parent / "baseline.json"
+LEAST = 0.9
+REPEATS = 9
+RETRIES = 2
+
+Json = dict[str, Any]
+Measure = Callable[[], float]  # does a fixed piece of work; CPU seconds
+
+
+class Reference:
+    """A fixed piece of work that is no part of the product; CPU seconds."""
+
+    def __init__(self) -> None:
+        self._data = bytes(range(256)) * 4096
+        self._numbers = np.random.default_rng(1).integers(0, 1 << 62, 200_000)
+
+    def __call__(self) -> float:
+        began = time.thread_time()
+        hashlib.blake2b(self._data).digest()
+        np.sort(self._numbers)
+        total = 0
+        for i in range(100_000):
+            total += i ^ (i >> 3)
+        return time.thread_time() - began
+
+
+def figures(directory: Path) -> dict[str, Measure]:
+    """What is watched."""
+    body = [bytes(b.data) for b in make_bodies(Shape(), 8)]
+    text = bytes(make_bodies(Shape(encoding="json"), 1)[0].data)
+    feed = Feed()
+    rules = compiled(100)
+    numbers = iter(range(1 << 21, 1 << 60, 1 << 21))
+    book = SqliteLedger(directory / "ledger.sqlite", "normal")
+    store = DuckStore(directory / "duck")
+    serial = iter(range(0, 1 << 60, 100_000))
+
+    def cpu(work: Callable[[], object]) -> Measure:
+        def measure() -> float:
+            began = time.process_time()
+            work()
+            return time.process_time() - began
+
+        return measure
+
+    def engine(part: str, length: int, open_traces: int) -> Measure:
+        made = Engine(rules, feed)
+
+        def measure() -> float:
+            made.cost = type(made.cost)()
+            first = next(numbers)
+            if open_traces:
+                batches = interleaved(open_traces, 10, first)
+            else:
+                batches = one_after_another(length, 60, first)
+            for trace_numbers, roots in batches:
+                made.fold(trace_numbers, roots)
+            made.close()
+            return float(getattr(made.cost, part)) / made.cost.spans / 1e4  # 100 000 spans
+
+        return measure
+
+    def record() -> None:
+        book.record(bench.make_signals(128, next(serial)))
+
+    def signals() -> None:
+        store.write(TENANT, signals=bench.make_signals(1000, next(serial)))
+
+    due = bench.closed_traces(1000)
+
+    def traces() -> None:
+        due.rows[:, 0] = np.arange(1000) + next(serial)
+        store.write(TENANT, traces=trace_table(due))
+
+    stage = trio_stage(directory, body)
+    definitions = [make_rule(d) for d in rule_definitions(100)]
+    return {
+        "decode": cpu(lambda: [scan_bodies(TENANT, [b]) for b in body]),
+        "decode together": cpu(lambda: scan_bodies(TENANT, body)),
+        "decode json": cpu(lambda: to_protobuf(text)),
+        "ingestion stage": stage,
+        "fold": engine("fold", 10, 0),
+        "fold, 30 000 open": engine("fold", 10, 30_000),
+        "fold, long trace": engine("fold", 30_000, 0),
+        "close and decide": engine("close", 10, 0),
+        "compile rules": cpu(lambda: compile_rules(definitions, "1")),
+        "ledger, 128 signals": cpu(record),
+        "duckdb, 1000 signals": cpu(signals),
+        "duckdb, 1000 traces": cpu(traces),
+    }
+
+
+def trio_stage(directory: Path, bodies: list[bytes]) -> Measure:
+    """The span-ingestion stage: 20 calls with all bodies, each logged."""
+
+    def measure() -> float:
+        return trio.run(bench.ingest_many, directory / "log", bodies, 20)
+
+    return measure
+
+
+def _slowdowns() -> dict[str, float]:
+    given = os.environ.get("PERF_SLOWDOWN", "")
+    pairs = (pair.rsplit("=", 1) for pair in given.split(",") if pair)
+    return {name: float(factor) for name, factor in pairs}
+
+
+def speed(name: str, measure: Measure, reference: Reference) -> Json:
+    """How fast it is, as a ratio to the reference. Of repeats in turns the lower quartile of either
+    counts: neighbours only ever add to the time."""
+    factor = _slowdowns().get(name, 1.0)
+    measure()
+    own, beside = [], []
+    for _ in range(REPEATS):
+        beside.append(reference())
+        own.append(measure() * factor)
+    scale = sorted(own)[REPEATS // 4]
+    return {
+        "speed": sorted(beside)[REPEATS // 4] / scale,
+        "min": min(own) / scale,
+        "max": max(own) / scale,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--accept", action="store_true", help="make this the new baseline")
+    parser.add_argument("--only", nargs="+", metavar="FIGURE", help="these figures alone")
+    options = parser.parse_args()
+    if options.accept and _slowdowns():
+        sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"figures": {}}
+    facts = report.machine()
+    reference = Reference()
+    reference()
+    found: Json = {}
+    slower, rows = [], []
+    with tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d:
+        for name, measure in figures(Path(d)).items():
+            if options.only and name not in options.only:
+                continue
+            accepted = baseline["figures"].get(name, {}).get("speed")
+            tries = 0
+            while True:
+                now = speed(name, measure, reference)
+                if name not in found or now["speed"] > found[name]["speed"]:
+                    found[name] = now
+                tries += 1
+                good = accepted is None or found[name]["speed"] >= LEAST * accepted
+                if good or tries > RETRIES:
+                    break
+            best = found[name]
+            ratio = best["speed"] / accepted if accepted else None
+            if not good:
+                slower.append(name)
+            verdict = "new" if ratio is None else "ok" if good else "SLOWER"
+            relative = "–" if ratio is None else f"{ratio:.2f}"
+            spread = f"{best['min']:.2f}–{best['max']:.2f}"
+            rows.append((name, f"{best['speed']:.4g}", spread, relative, tries, verdict))
+    head = ["figure", "speed ÷ reference", "spread of its time", "÷ accepted", "tries", ""]
+    text = "\n".join([f"Regression. {report.describe(facts)}.", "", report.table(head, rows)])
+    print(text)
+    report.save("regress", {"machine": facts, "figures": found, "slower": slower})
+    if options.accept:
+        kept = baseline["figures"] | found if options.only else found
+        values = {"machine": facts, "figures": kept}
+        BASELINE.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        print(f"\naccepted: {BASELINE.relative_to(report.ROOT)}")
+    elif slower:
+        sys.exit(f"\nslower than {LEAST:.0%} of what was accepted: {', '.join(slower)}")
+
+
+if __name__ == "__main__":
+    main()
