@@ -21,8 +21,9 @@ from service.storage.spanlog import SpanLog
 from service.traces.due import DueTraces
 from service.traces.progress import InFlight, LogProgress
 from tests.oracle import OracleSpan
-from tests.service.stages.faults import clock, decided, due
+from tests.service.stages.faults import decided, due
 from tests.strategies import encode
+from tests.virtual import run
 
 pytestmark = pytest.mark.kernel
 
@@ -100,18 +101,18 @@ class World:
 
 
 def world_test(test):
-    """Run an async test with a world on a virtual clock that gives threads time to answer."""
+    """Run an async test with a world in virtual time."""
 
-    def run(tmp_path):
+    def in_virtual_time(tmp_path):
         async def main():
             async with World(tmp_path).running() as world:
                 await trio.sleep(1)
                 await test(world)
 
-        trio.run(main, clock=clock())
+        run(main)
 
-    run.__name__ = test.__name__
-    return run
+    in_virtual_time.__name__ = test.__name__
+    return in_virtual_time
 
 
 @world_test
@@ -321,7 +322,7 @@ def test_a_retry_that_could_not_be_sent_leaves_nothing_behind(tmp_path):
         assert world.pending() == []
         assert world.letters.retrying_spans == 0
 
-    trio.run(main, clock=clock())
+    run(main)
 
 
 def test_letters_are_there_after_a_restart_and_tried_again(tmp_path):
@@ -343,7 +344,7 @@ def test_letters_are_there_after_a_restart_and_tried_again(tmp_path):
             again = await world.receives[SPANS_STAGE].receive()
             assert list(again.positions) == list(batch.positions)
 
-    trio.run(main, clock=clock())
+    run(main)
 
 
 def test_letters_that_the_log_or_the_checkpoint_has_are_dropped_at_the_start(tmp_path):
@@ -365,7 +366,7 @@ def test_letters_that_the_log_or_the_checkpoint_has_are_dropped_at_the_start(tmp
             assert world.letters.spans == world.letters.carried_spans == 2 * len(left)
             world.close()
 
-    trio.run(main, clock=clock())
+    run(main)
 
 
 def test_letters_that_no_longer_fit_are_exported_and_counted(tmp_path):
@@ -379,7 +380,7 @@ def test_letters_that_no_longer_fit_are_exported_and_counted(tmp_path):
             assert lost == world.letters.exported
             assert len(list((tmp_path / "exported").iterdir())) > 0
 
-    trio.run(main, clock=clock())
+    run(main)
 
 
 def test_a_store_that_fails_lets_go_of_nothing(tmp_path):
@@ -394,7 +395,7 @@ def test_a_store_that_fails_lets_go_of_nothing(tmp_path):
             assert world.letters.total == 0
             await trio.sleep(10)  # and the retries go on trying
 
-    trio.run(main, clock=clock())
+    run(main)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import trio.testing
 
 from service.ledger.base import LedgerError, transfer
 from service.rules.compile import compile_rules
@@ -28,15 +27,9 @@ from service.traces.layout import (
     SLOT_COLUMNS,
     SPANS,
 )
-
-WAIT = 0.03  # real seconds that a worker thread may take before the virtual clock jumps
+from tests.virtual import hanging
 
 RULES = compile_rules([make_rule({"id": "no-loop", "condition": 'count("loop") < 2'})], "v1")
-
-
-def clock() -> trio.testing.MockClock:
-    """A virtual clock that gives threads time to answer."""
-    return trio.testing.MockClock(autojump_threshold=WAIT)
 
 
 def signal(number: int, tenant: str = "acme") -> Signal:
@@ -113,7 +106,8 @@ class Faulty:
         if fault == "error":
             raise error
         if fault == "hang":
-            self._released.wait(20)
+            with hanging():
+                self._released.wait(20)
         work()
         if fault == "late error":
             raise error

@@ -15,8 +15,9 @@ from service.settings import Settings
 from service.stages.store import ProjectStage, StoreCounts, StoreStage
 from service.storage.fallback import FallbackFiles
 from service.traces.progress import InFlight
+from tests.virtual import run
 
-from .faults import FaultyLedger, FaultyStore, clock, decided, signal
+from .faults import FaultyLedger, FaultyStore, decided, signal
 
 LIMITS = BreakerSettings(window=4, minimum_calls=4, open_for=15.0, timeout=5.0, trial_calls=2)
 
@@ -60,11 +61,6 @@ class Storing:
     async def settled(self):
         while self.fallback.pending:
             await trio.sleep(1)
-
-
-def run(main):
-    """On a virtual clock that lets threads answer before it jumps."""
-    trio.run(main, clock=clock())
 
 
 def ids(*numbers):
