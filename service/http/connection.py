@@ -129,6 +129,7 @@ class Connection:
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
         with edge.body(head) as memory:
+            body: bytes | memoryview | HttpResponse | None
             if request.length is None:
                 body = await self._read_chunks(request, head, memory)
             else:
@@ -192,7 +193,7 @@ class Connection:
 
     async def _read_body(
         self, request: RequestHead, head: Head, memory: Body, length: int
-    ) -> bytes | HttpResponse | None:
+    ) -> bytes | memoryview | HttpResponse | None:
         """The body of an announced length, or what refuses it; None when the client is gone."""
         refusal = memory.reserve(length)
         if refusal is not None:

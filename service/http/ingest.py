@@ -235,14 +235,14 @@ class Edge:
         """What collects the body of an admitted request; use it as a context manager."""
         return Body(self, head)
 
-    async def handle(self, head: Head, body: bytes) -> HttpResponse:
+    async def handle(self, head: Head, body: bytes | memoryview) -> HttpResponse:
         """Queue an admitted request and answer it. Never raises for what a client, a store or the
         load does."""
         with trio.move_on_after(self.answer_timeout):
             return await self.process(head, body)
         return self.unanswered(head, len(body))
 
-    async def process(self, head: Head, body: bytes) -> HttpResponse:
+    async def process(self, head: Head, body: bytes | memoryview) -> HttpResponse:
         """:meth:`handle` without its time limit, for a listener that cancels this call after
         ``answer_timeout`` seconds by itself and then answers :meth:`unanswered`: a cancel scope
         of its own is a tenth of what a small request costs."""

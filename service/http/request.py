@@ -59,7 +59,7 @@ class Request:
     tenant: str
     content_type: str
     encoding: str
-    body: bytes
+    body: bytes | memoryview
     received_ns: int
     weight: int
     reply: Reply

@@ -29,7 +29,7 @@ class Transport(Protocol):
         """What has arrived, at most ``READ_BYTES``; waits for it; empty at the end."""
         ...
 
-    async def receive_body(self, start: bytes, length: int) -> bytes | None:
+    async def receive_body(self, start: bytes, length: int) -> bytes | memoryview | None:
         """The ``length`` bytes that begin with ``start``; None if the connection ends before."""
         ...
 
@@ -67,7 +67,7 @@ class SocketTransport:
             except BlockingIOError:
                 continue
 
-    async def receive_body(self, start: bytes, length: int) -> bytes | None:
+    async def receive_body(self, start: bytes, length: int) -> bytes | memoryview | None:
         """See :class:`Transport`.
 
         The rest goes straight into a buffer of the whole length, whose memory is not touched
@@ -88,7 +88,7 @@ class SocketTransport:
                 return None
             position += received
             if position == length:
-                return bytes(buffer)
+                return buffer
 
     def _wake_at(self, bytes_waiting: int) -> None:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, bytes_waiting)
@@ -128,7 +128,7 @@ class TlsTransport:
         """See :class:`Transport`."""
         return bytes(await self._stream.receive_some(READ_BYTES))
 
-    async def receive_body(self, start: bytes, length: int) -> bytes | None:
+    async def receive_body(self, start: bytes, length: int) -> bytes | memoryview | None:
         """See :class:`Transport`."""
         parts = [start]
         missing = length - len(start)

@@ -9,10 +9,12 @@ fast as zlib; zstd is RFC 8878.
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, TypeVar
 
 import zstandard
 from isal import igzip, isal_zlib
+
+Body = TypeVar("Body", bound=bytes | memoryview)
 
 SUPPORTED = ("gzip", "zstd", "deflate", "identity")
 
@@ -60,7 +62,7 @@ class UnknownEncoding(EncodingError):  # noqa: N818 - named for what it is, HTTP
         )
 
 
-def decode_body(body: bytes, encoding: str, max_bytes: int) -> bytes:
+def decode_body(body: Body, encoding: str, max_bytes: int) -> Body | bytes:
     """``body`` without its ``Content-Encoding``: ``encoding``, in any case, "" for none.
 
     An empty body is empty in every encoding: some clients send the header with nothing.
@@ -83,7 +85,7 @@ def decode_body(body: bytes, encoding: str, max_bytes: int) -> bytes:
     return decode(body, max_bytes) if body else b""
 
 
-def _gunzip(body: bytes, max_bytes: int) -> bytes:
+def _gunzip(body: bytes | memoryview, max_bytes: int) -> bytes:
     try:
         member = isal_zlib.decompressobj(_GZIP)
         data: bytes = member.decompress(body, max_bytes + 1)
@@ -102,7 +104,7 @@ def _gunzip(body: bytes, max_bytes: int) -> bytes:
     return data
 
 
-def _inflate(body: bytes, max_bytes: int) -> bytes:
+def _inflate(body: bytes | memoryview, max_bytes: int) -> bytes:
     wrapped = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
     if not wrapped:
         return _inflate_as(body, max_bytes, _RAW)
@@ -115,7 +117,7 @@ def _inflate(body: bytes, max_bytes: int) -> bytes:
             raise error from None
 
 
-def _inflate_as(body: bytes, max_bytes: int, window_bits: int) -> bytes:
+def _inflate_as(body: bytes | memoryview, max_bytes: int, window_bits: int) -> bytes:
     stream = isal_zlib.decompressobj(window_bits)
     try:
         data: bytes = stream.decompress(body, max_bytes + 1)
@@ -130,7 +132,7 @@ def _inflate_as(body: bytes, max_bytes: int, window_bits: int) -> bytes:
     return data
 
 
-def _unzstd(body: bytes, max_bytes: int) -> bytes:
+def _unzstd(body: bytes | memoryview, max_bytes: int) -> bytes:
     context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
     try:
         # The usual body is one frame that says its size; anything else takes the long way,
@@ -142,7 +144,9 @@ def _unzstd(body: bytes, max_bytes: int) -> bytes:
     return _unzstd_frames(context, body, max_bytes)
 
 
-def _unzstd_frames(context: zstandard.ZstdDecompressor, body: bytes, max_bytes: int) -> bytes:
+def _unzstd_frames(
+    context: zstandard.ZstdDecompressor, body: bytes | memoryview, max_bytes: int
+) -> bytes:
     pieces: list[bytes] = []
     size = 0
     frame = context.decompressobj()

@@ -61,7 +61,7 @@ class _Fault(Exception):  # noqa: N818 - never leaves this module
         return f"{path or 'the body'}: expected {self.expected}, got {got}."
 
 
-def to_protobuf(body: bytes) -> bytes:
+def to_protobuf(body: bytes | memoryview) -> bytes:
     """An ``ExportTraceServiceRequest`` in JSON as protobuf wire bytes.
 
     Raises :class:`OtlpJsonError`. An id of a wrong length goes through: the scanner counts its

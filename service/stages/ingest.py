@@ -112,7 +112,7 @@ class IngestStage:
         batches = []
         for tenant, numbers in by_tenant.items():
             decoded: list[int] = []
-            bodies: list[bytes] = []
+            bodies: list[bytes | memoryview] = []
             for i in numbers:
                 body = self._decode(requests[i])
                 if isinstance(body, Refused):
@@ -130,7 +130,7 @@ class IngestStage:
                 batches.append(batch)
         return batches, outcomes
 
-    def _decode(self, request: Request) -> bytes | Refused:
+    def _decode(self, request: Request) -> bytes | memoryview | Refused:
         """The body as protobuf."""
         try:
             body = decode_body(request.body, request.encoding, self._max_body)
