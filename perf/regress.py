@@ -143,15 +143,29 @@ def _slowdowns() -> dict[str, float]:
     return {name: float(factor) for name, factor in pairs}
 
 
+def _slowed(measure: Measure, factor: float) -> Measure:
+    """The same with idle work after it, in proportion."""
+
+    def slower() -> float:
+        own = measure()
+        began = time.thread_time()
+        while (wasted := time.thread_time() - began) < own * (factor - 1):
+            pass
+        return own + wasted
+
+    return slower
+
+
 def speed(name: str, measure: Measure, reference: Reference) -> Json:
     """How fast it is, as a ratio to the reference. Of repeats in turns the lower quartile of either
     counts: neighbours only ever add to the time."""
-    factor = _slowdowns().get(name, 1.0)
+    if name in _slowdowns():
+        measure = _slowed(measure, _slowdowns()[name])
     measure()
     own, beside = [], []
     for _ in range(REPEATS):
         beside.append(reference())
-        own.append(measure() * factor)
+        own.append(measure())
     scale = sorted(own)[REPEATS // 4]
     return {
         "speed": sorted(beside)[REPEATS // 4] / scale,
