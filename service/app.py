@@ -31,6 +31,7 @@ from service.http.listener import serve_ingest
 from service.ledger.sqlite import SqliteLedger
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
+from service.record import Record
 from service.recovery import Recovery
 from service.reserves import Reserves, open_reserves
 from service.rules.files import RuleStore
@@ -113,6 +114,7 @@ class Service:
             self._threads,
             store,
             self.pipeline.closed,
+            Record(ledger, reserves.ledger),
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
         )
@@ -149,7 +151,7 @@ class Service:
                 with self.pipeline.batches.clone() as onward:
                     await self.recovery.recover(onward)
                 await self.pipeline.stages["trace-correlation"].drained()
-                self.pipeline.correlate.caught_up.set()
+                await self.recovery.caught_up()
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
                 ingest = await self._listen_for_spans(inner, stop_ingest)
                 self._state = "ready"

@@ -2,7 +2,9 @@
 
 What was answered with 200 is in the log. The checkpoint holds the traces as they were and names the
 frames that they do not contain; those are read again and go through the same stages. Signals have
-deterministic ids, so what was stored before the crash and is found again changes nothing.
+deterministic ids, so what was stored before the crash and is found again changes nothing; what
+was stored and is not found again, since more spans came meanwhile, is retracted
+(:mod:`service.traces.raised`).
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ import numpy as np
 import trio
 
 from channels import SendChannel, ThreadRunner
+from service.ledger.base import LedgerError
 from service.otlp.columns import ERROR, SpanBatch
-from service.otlp.encoding import decode_body
-from service.otlp.json import to_protobuf
+from service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
+from service.otlp.json import OtlpJsonError, to_protobuf
 from service.otlp.wire import scan_bodies
+from service.record import Record
 from service.stages.correlate import CorrelateStage
 from service.storage.deadletters import DeadLetterError
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
-from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog
-from service.traces.checkpoint import read_latest, write_checkpoint
+from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog, pack_position
+from service.traces.checkpoint import Snapshot, read_latest, write_checkpoint
 from service.traces.closed import ClosedTraces
 from service.traces.progress import InFlight, LogProgress
 
@@ -37,6 +41,8 @@ _log = logging.getLogger("service.recovery")
 
 _BATCH_SPANS = 4000
 _REPORT_SECONDS = 5.0
+_LARGEST_BODY = 1 << 30
+_UNREADABLE = b"\xff"  # no protobuf: the scanner finds an error in it
 _LATE_NS = 3600 * 1_000_000_000  # traces closed before are not known as late after a restart
 
 
@@ -63,6 +69,7 @@ class Recovery:
         threads: ThreadRunner,
         store: DuckStore,
         closed: ClosedTraces,
+        record: Record,
         max_body_bytes: int,
         letters: DeadLetters,
     ) -> None:
@@ -74,6 +81,7 @@ class Recovery:
         self._threads = threads
         self._store = store
         self._closed = closed
+        self._record = record
         self._max_body = max_body_bytes
         self._letters = letters
         self._saving = trio.Lock()
@@ -93,8 +101,6 @@ class Recovery:
             if trio.current_time() - reported > _REPORT_SECONDS:
                 reported = trio.current_time()
                 _log.info("replaying the log: %d spans so far", self.replayed.spans)
-        # Only now: what was replayed is in the index too, but is not late.
-        await self._threads.run(self._remember_closed)
         if self.replayed.frames or self.replayed.damaged:
             _log.info(
                 "replayed %d requests with %d spans from the log; %d could not be read",
@@ -106,24 +112,48 @@ class Recovery:
     def _load(self) -> list[int]:
         """Restore the last checkpoint; the dead letters whose spans it has."""
         snapshot = read_latest(self._directory)
+        if snapshot is not None:
+            try:
+                self._correlate.restore(snapshot)
+            except ValueError as error:
+                _log.warning("the checkpoint cannot be used, the whole log is replayed: %s", error)
+                snapshot = None
         if snapshot is None:
-            return []
+            snapshot = Snapshot(0, {}, [])
+        else:
+            self.saved_at = snapshot.taken_ns / 1e9
+        self._remember_closed(snapshot)
         try:
-            self._correlate.restore(snapshot)
-        except ValueError as error:
-            _log.warning("the checkpoint cannot be used, the whole log is replayed: %s", error)
-            return []
-        self.saved_at = snapshot.taken_ns / 1e9
+            for signals in self._record.since(snapshot.recorded, snapshot.taken_ns):
+                self._correlate.note_raised(signals)
+        except (LedgerError, OSError) as error:
+            _log.error(
+                "signals of just before the last stop will not be retracted, should spans that "
+                "came since call for it: %s",
+                error,
+            )
         return snapshot.letters
 
-    def _remember_closed(self) -> None:
-        """Put the traces that closed lately into the filter that tells late spans."""
+    def _remember_closed(self, snapshot: Snapshot) -> None:
+        """Put the traces that closed lately into the filter that tells late spans; but not those
+        that are read from the log altogether."""
         since = time.time_ns() - _LATE_NS
         for tenant in self._store.tenants():
+            upto, _ = snapshot.progress.get(tenant, (0, []))
+            segments = self._log.segments(tenant)
+            if not upto and segments:
+                upto = pack_position(segments[0].number, 0)
             try:
-                self._closed.add(tenant, self._store.trace_ids(tenant, since))
+                ids = self._store.trace_ids(tenant, since, upto)
             except (StoreError, PoolTimeout) as error:
                 _log.warning("late spans of %s may begin new traces: %s", tenant, error)
+            else:
+                self._closed.add(tenant, ids)
+
+    async def caught_up(self) -> None:
+        """All that was replayed is folded."""
+        await self._threads.run(self._correlate.replayed)
+        self._correlate.caught_up.set()
 
     def _batches(self) -> Iterator[SpanBatch]:
         """What the traces do not contain, in batches of one tenant; each frame becomes pending
@@ -176,9 +206,10 @@ class Recovery:
         """Save a checkpoint; whether that worked. What left the traces is waited for first."""
         async with self._saving:
             retried = self._letters.retries()
+            recorded = await self._threads.run(self._record.last_entries)
             snapshot = await self._threads.run(self._correlate.snapshot)
             letters = self._letters.saved_in(retried, snapshot.progress)
-            snapshot = replace(snapshot, letters=letters)
+            snapshot = replace(snapshot, letters=letters, recorded=recorded)
             await self._in_flight.wait(snapshot.mark)
             try:
                 self.saved_bytes = await self._threads.run(
@@ -199,11 +230,20 @@ class Recovery:
 def read_frames(
     tenant: str, positions: list[int], frames: list[Frame], max_body_bytes: int
 ) -> SpanBatch:
-    """The spans of frames read back from the log."""
+    """The spans of frames read back from the log.
+
+    They were accepted, perhaps under a larger limit than ``max_body_bytes``, which is therefore no
+    limit here. A frame that cannot be decoded all the same is a body with an error.
+    """
     bodies = []
+    limit = max(max_body_bytes, _LARGEST_BODY)
     for frame in frames:
-        body = decode_body(bytes(frame.payload), frame.encoding, max_body_bytes)
-        bodies.append(to_protobuf(body) if frame.content_type == "json" else body)
+        try:
+            body = decode_body(bytes(frame.payload), frame.encoding, limit)
+            bodies.append(to_protobuf(body) if frame.content_type == "json" else body)
+        except (BadEncoding, BodyTooLarge, OtlpJsonError) as error:
+            _log.error("a frame of the log of %s cannot be decoded: %s", tenant, error)
+            bodies.append(_UNREADABLE)
     batch = scan_bodies(tenant, bodies)
     batch.positions = np.array(positions, np.int64)
     batch.received_ns = max(frame.received_ns for frame in frames)

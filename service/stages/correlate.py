@@ -8,7 +8,7 @@ all batches that wait.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,13 @@ import trio
 from channels import SendChannel, ThreadRunner
 from service.otlp.columns import SpanBatch
 from service.rules.compile import CompiledRules
+from service.signals import Signal
 from service.traces.checkpoint import Snapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.layout import CLOSED, NEVER, STATE
 from service.traces.progress import InFlight, LogProgress
+from service.traces.raised import RaisedBefore
 from service.traces.tenant import History, TenantTraces
 from service.traces.window import Windows
 
@@ -115,6 +117,7 @@ class CorrelateStage:
         self._last_sweep_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
         self.counts = CorrelateCounts()
+        self._raised = RaisedBefore()
         self.caught_up = trio.Event()
 
     async def handle(self, batches: list[SpanBatch]) -> None:
@@ -157,15 +160,41 @@ class CorrelateStage:
                 self._progress.snapshot(),
                 [traces.snapshot() for traces in self.tenants.values()],
                 self._in_flight.mark(),
+                raised=self._raised.saved(),
             )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot; before anything is folded, in a worker thread."""
+        """Go on from a snapshot; before anything is folded, in a worker thread. Where it cannot be
+        used, which raises what :meth:`TenantTraces.restored` does, nothing is changed."""
+        tenants = {
+            saved.tenant: TenantTraces.restored(saved, self._windows) for saved in snapshot.tenants
+        }
         with self._lock:
             for tenant, (last, pending) in snapshot.progress.items():
                 self._progress.restore(tenant, last, pending)
-            for saved in snapshot.tenants:
-                self.tenants[saved.tenant] = TenantTraces.restored(saved, self._windows)
+            self.tenants.update(tenants)
+            self._raised.restore(snapshot.raised)
+
+    def note_raised(self, signals: Iterable[Signal]) -> None:
+        """Take signals into account that were stored after the snapshot, in the order in which they
+        were; before anything is folded."""
+        with self._lock:
+            self._raised.note(signals)
+
+    def replayed(self) -> None:
+        """The log is read, all of it is folded: what was raised of traces that are not open now is
+        known by other ways."""
+        with self._lock:
+            self._raised.keep(self._is_open)
+
+    def _is_open(self, tenant: str, trace_id: str) -> bool:
+        hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
+        traces = self.tenants.get(tenant)
+        for table in traces.tables if traces is not None else ():
+            slot = table.find(hi, lo)
+            if slot >= 0:
+                return int(table.arrays.slots[slot, STATE]) != CLOSED
+        return False
 
     def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
         """What is due, and the error that stopped before the end."""
@@ -185,6 +214,8 @@ class CorrelateStage:
     def _ticketed(self, due: list[DueTraces]) -> list[DueTraces]:
         for traces in due:
             traces.ticket = self._in_flight.enter()
+            if traces.closed:
+                self._raised.attach(traces)
         return due
 
     def _fold_one(self, batch: SpanBatch) -> list[DueTraces]:

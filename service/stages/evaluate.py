@@ -18,7 +18,7 @@ from channels import (
     ThreadTimeout,
 )
 from service.otlp.columns import Rows
-from service.rules.decide import ALWAYS_BROKEN, Breach, decide
+from service.rules.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach, decide
 from service.signals import Kind, Signal, signal_id
 from service.traces.due import DueTraces
 from service.traces.layout import (
@@ -149,7 +149,7 @@ class EvaluateStage:
 def decide_due(due: DueTraces, now: int) -> Decided:
     """The signals of traces that are due; ``now`` becomes their ``detected_at``."""
     signals = [raise_signal(due, breach, now) for breach in decide(due)]
-    if due.before is not None:
+    if due.before is not None or due.raised:
         signals += _retractions(due, now)
     spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
     return Decided(
@@ -169,19 +169,25 @@ def raise_signal(due: DueTraces, breach: Breach, now: int) -> Signal:
 
 def _retractions(due: DueTraces, now: int) -> list[Signal]:
     """What was raised when the traces were closed before and does not hold any more."""
+    raised: dict[tuple[int, int], int] = {}  # (trace, rule): clause
+    by_name = {(rule.id, rule.version): number for number, rule in enumerate(due.rules.rules)}
+    for k, stored in due.raised.items():
+        for rule_id, version, clause in stored:
+            number = by_name.get((rule_id, version))
+            if number is not None:  # else the rules have changed: that verdict is not theirs
+                raised[k, number] = ALWAYS_BROKEN if clause == "always" else NEVER_BROKEN
     before = due.before
-    assert before is not None
-    rules = due.rules.rules
-    holds = {(due.trace_id(b.trace), rules[b.rule].id) for b in decide(due, raised_early=False)}
-    now_at = {due.trace_id(k): k for k in range(len(due))}
-    retracted = []
-    for breach in decide(before, raised_early=False):
-        trace_id = before.trace_id(breach.trace)
-        if (trace_id, rules[breach.rule].id) not in holds:
-            current = Breach(now_at[trace_id], breach.rule, breach.clause, early=False)
-            reason = "spans that came after the trace had closed changed the verdict"
-            retracted.append(_signal(due, current, now, Kind.RETRACTED, reason))
-    return retracted
+    if before is not None:
+        now_at = {due.trace_id(k): k for k in range(len(due))}
+        for breach in decide(before, raised_early=False):
+            raised[now_at[before.trace_id(breach.trace)], breach.rule] = breach.clause
+    holds = {(breach.trace, breach.rule) for breach in decide(due, raised_early=False)}
+    reason = "spans that came after the trace had closed changed the verdict"
+    return [
+        _signal(due, Breach(k, rule, clause, early=False), now, Kind.RETRACTED, reason)
+        for (k, rule), clause in raised.items()
+        if (k, rule) not in holds
+    ]
 
 
 def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, reason: str | None) -> Signal:

@@ -298,14 +298,19 @@ class DuckStore:
                 cursor=cursor,
             )
 
-    def trace_ids(self, tenant: str, since: int = 0) -> npt.NDArray[np.int64]:
+    def trace_ids(
+        self, tenant: str, since: int = 0, upto: int | None = None
+    ) -> npt.NDArray[np.int64]:
         """The ids of the traces last seen at ``since`` or later, as an (n, 2) array of their high
-        and low halves."""
+        and low halves; with ``upto`` only those that have a frame at that position or before."""
         if not self._files.has(tenant):
             return np.zeros((0, 2), np.int64)
         with self._files.use(tenant) as db:
             table: pa.Table = db.sql(
-                "SELECT trace_id FROM traces WHERE last_seen_ns >= ?", params=[since]
+                "SELECT trace_id FROM traces WHERE last_seen_ns >= $since AND ($upto IS NULL "
+                "OR list_min(positions) <= $upto OR trace_id IN "
+                "(SELECT trace_id FROM trace_frames WHERE first <= $upto))",
+                params={"since": since, "upto": upto},
             ).to_arrow_table()
         return trace_id_halves(table["trace_id"].combine_chunks())
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from service.storage.disk import Disk
@@ -223,6 +224,20 @@ class FallbackFiles:
             file.flush()
             os.fsync(file.fileno())
             self._damaged += 1
+
+    def pages(self, lines: int) -> Iterator[list[bytes]]:
+        """All lines that are there and not consumed, oldest first, so many at once; files that are
+        consumed meanwhile are passed over."""
+        with self._lock:
+            files = [(file.path, file.read, file.size) for file in self._files]
+        for path, start, end in files:
+            with suppress(FileNotFoundError), path.open("rb") as source:
+                source.seek(start)
+                while source.tell() < end:
+                    page = [line.rstrip(b"\n") for line in islice(source, lines)]
+                    if not page:
+                        break
+                    yield page
 
     def statistics(self) -> FallbackStatistics:
         """What there is now."""

@@ -56,13 +56,16 @@ class Snapshot:
     """The state of all traces at ``taken_ns``, and of the log as far as they go: by tenant the last
     frame and those up to it that were not folded. ``mark`` is a ticket: work with a smaller
     one must be safe before the snapshot may be used. ``letters`` are the ids of dead letters whose
-    spans are in the traces."""
+    spans are in the traces. ``recorded`` is the ledger's last entry by tenant before they were
+    copied, ``raised`` what :class:`service.traces.raised.RaisedBefore` saved."""
 
     taken_ns: int
     progress: dict[str, tuple[int, list[int]]]
     tenants: list[TenantSnapshot]
     mark: int = 0
     letters: list[int] = field(default_factory=list)
+    recorded: dict[str, int] = field(default_factory=dict)
+    raised: dict[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
@@ -81,6 +84,8 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
         "taken_ns": snapshot.taken_ns,
         "progress": snapshot.progress,
         "letters": snapshot.letters,
+        "recorded": snapshot.recorded,
+        "raised": snapshot.raised,
         "tenants": [
             {
                 "tenant": saved.tenant,
@@ -177,6 +182,8 @@ def read_checkpoint(path: Path) -> Snapshot:
             for saved in header["tenants"]
         ],
         letters=header.get("letters", []),
+        recorded=header.get("recorded", {}),
+        raised=header.get("raised", {}),
     )
 
 

@@ -33,7 +33,8 @@ class DueTraces:
     traces among them that had been closed earlier, as they were then: what was raised for them and
     no longer holds is retracted. ``services`` names the service numbers in the rows; ``spilled``
     are log positions of traces too long to hold them all (hi, lo, positions); ``contexts`` the
-    last window of each long trace, by its number here.
+    last window of each long trace, by its number here. ``raised`` are, by number, signals (rule id,
+    version, clause) stored before a crash, to be retracted where they do not hold.
     """
 
     tenant: str
@@ -47,6 +48,7 @@ class DueTraces:
     before: DueTraces | None = None
     spilled: Rows | None = None
     contexts: dict[int, Context] = field(default_factory=dict)
+    raised: dict[int, frozenset[tuple[str, str, str]]] = field(default_factory=dict)
     received_ns: int = 0
     spans: int = 0
     ticket: int = 0

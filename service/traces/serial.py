@@ -90,6 +90,7 @@ def _describe(
             [k, context.window, context.first, [int(each) for each in context.spans]]
             for k, context in due.contexts.items()
         ],
+        "raised": [[k, *map(list, sorted(each))] for k, each in due.raised.items()],
     }
     if due.rules is not rules:
         header["version"] = due.rules.version
@@ -124,6 +125,10 @@ def _build(
         contexts={
             k: Context(window, first, tuple(spans))
             for k, window, first, spans in header["contexts"]
+        },
+        raised={
+            k: frozenset((rule, version, clause) for rule, version, clause in each)
+            for k, *each in header.get("raised", [])
         },
         received_ns=header["received_ns"],
         spans=header["spans"],

@@ -327,6 +327,21 @@ class TestTraces:
         assert len(store.trace_ids("shop", since=3 * SECOND)) == 2
         assert store.trace_ids("other").shape == (0, 2)
 
+    def test_trace_ids_with_frames_up_to_a_position(self, store: DuckStore) -> None:
+        spilled = {
+            "trace_id": trace_id_array(np.zeros(1, np.int64), np.array([9])),
+            "positions": [[2]],
+        }
+        store.write("shop", traces=columns(1, 5, 9), frames=spilled)
+
+        def found(upto: int) -> list[int]:
+            return sorted(lo for _, lo in store.trace_ids("shop", 0, upto).tolist())
+
+        assert found(0) == []
+        assert found(1) == [1]
+        assert found(4) == [1, 9]
+        assert found(5) == [1, 5, 9]
+
     def test_expiry(self, store: DuckStore) -> None:
         store.write(
             "shop",

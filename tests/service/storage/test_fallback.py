@@ -233,3 +233,16 @@ def test_nothing_is_lost_and_the_order_stays(tmp_path_factory, steps):
     first = dict.fromkeys(found)  # a restart may repeat, but not lose or reorder
     assert list(first) == lines(*range(written))
     assert list(directory.iterdir()) == []
+
+
+def test_all_lines_can_be_looked_at_without_consuming_them(tmp_path):
+    files = FallbackFiles(tmp_path, 1 << 20, file_bytes=30)
+    for number in range(10):
+        files.append(lines(number))
+    files.consume(files.read(1, 1 << 20))
+    assert [line for page in files.pages(2) for line in page] == lines(*range(1, 10))
+    pages = files.pages(1)
+    next(pages)
+    read_all(files)  # and with them the files
+    assert [line for page in pages for line in page] == lines(2, 3)  # of the file that was open
+    files.close()

@@ -31,6 +31,7 @@ def assert_same(one, other):
         assert getattr(one, name).dtype == getattr(other, name).dtype
     assert list(one.services) == list(other.services)
     assert one.contexts == other.contexts
+    assert one.raised == other.raised
     assert [r.definition() for r in one.rules.rules] == [r.definition() for r in other.rules.rules]
     assert one.rules.version == other.rules.version
     assert (one.spilled is None) == (other.spilled is None)
@@ -46,6 +47,7 @@ def test_everything_comes_back_but_the_ticket():
     given.before = due(2)
     given.spilled = np.arange(20, dtype=np.int64).reshape(2, 10)
     given.contexts = {1: Context(3, 201, (-5, 2**63 - 1))}
+    given.raised = {2: frozenset([("a", "v1", "never"), ("b", "v1", "always")])}
     given.received_ns, given.spans, given.ticket = 77, 5, 9
     found = from_bytes(to_bytes(given))
     assert_same(found, given)
