@@ -26,6 +26,7 @@ from service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
 from service.otlp.json import OtlpJsonError, to_protobuf
 from service.otlp.wire import scan_bodies
 from service.record import Record
+from service.signals import Signal
 from service.stages.correlate import CorrelateStage
 from service.storage.deadletters import DeadLetterError
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
@@ -126,6 +127,7 @@ class Recovery:
         try:
             for signals in self._record.since(snapshot.recorded, snapshot.taken_ns):
                 self._correlate.note_raised(signals)
+                self._project(signals)
         except (LedgerError, OSError) as error:
             _log.error(
                 "signals of just before the last stop will not be retracted, should spans that "
@@ -133,6 +135,18 @@ class Recovery:
                 error,
             )
         return snapshot.letters
+
+    def _project(self, signals: list[Signal]) -> None:
+        """Have signals in DuckDB too: the last stop may have come between the two, and a retraction
+        is not found a second time."""
+        by_tenant: dict[str, list[Signal]] = {}
+        for signal in signals:
+            by_tenant.setdefault(signal.tenant, []).append(signal)
+        for tenant, some in by_tenant.items():
+            try:
+                self._store.add_missing(tenant, some)
+            except (StoreError, PoolTimeout) as error:
+                _log.warning("signals of %s may be missing in queries: %s", tenant, error)
 
     def _remember_closed(self, snapshot: Snapshot) -> None:
         """Put the traces that closed lately into the filter that tells late spans; but not those

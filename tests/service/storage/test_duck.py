@@ -327,6 +327,19 @@ class TestTraces:
         assert len(store.trace_ids("shop", since=3 * SECOND)) == 2
         assert store.trace_ids("other").shape == (0, 2)
 
+    def test_signals_that_are_missing_are_added(self, store: DuckStore) -> None:
+        taken_back = make(1, kind=Kind.RETRACTED)
+        assert store.add_missing("shop", [make(2), taken_back]) == 2
+        assert store.add_missing("shop", [make(1), make(2), taken_back, make(3)]) == 2
+        assert store.add_missing("shop", [make(1), make(3)]) == 0
+        found = {(s.signal.trace_id, s.signal.kind): s.status for s in store.signals("shop")[0]}
+        assert found == {
+            (trace_id(1), Kind.RAISED): "retracted",
+            (trace_id(1), Kind.RETRACTED): "retracted",
+            (trace_id(2), Kind.RAISED): "active",
+            (trace_id(3), Kind.RAISED): "active",
+        }
+
     def test_trace_ids_with_frames_up_to_a_position(self, store: DuckStore) -> None:
         spilled = {
             "trace_id": trace_id_array(np.zeros(1, np.int64), np.array([9])),
