@@ -13,7 +13,8 @@ class SpanAccount:
     """Spans since the start: what came in, and where it is now."""
 
     accepted: int
-    """Of requests that were answered with 200."""
+    """Of requests that were answered with 200, or with 503 since the disk did not sync: those are
+    in the log and go the same way."""
     replayed: int
     """Read back from the span log at the start."""
     carried: int
@@ -38,7 +39,7 @@ def span_account(pipeline: Pipeline, replayed: int) -> SpanAccount:
     """The account as of now, on the Trio thread; ``replayed`` spans were read back at the start."""
     letters = pipeline.letters
     channel = pipeline.batches.statistics()
-    accepted = pipeline.ingest.counts.accepted
+    accepted = pipeline.ingest.counts.accepted + pipeline.ingest.counts.unacknowledged
     retried = letters.counts.retried_weight.get(SPANS_STAGE, 0)
     waiting = accepted + replayed + retried - channel.total_in  # for room in the channel
     return SpanAccount(

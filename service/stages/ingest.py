@@ -43,8 +43,11 @@ class IngestCounts:
     accepted: int = 0
     rejected: int = 0
     """Left out of accepted requests: ids that are none."""
+    unacknowledged: int = 0
+    """In the log and passed on, but their requests were refused, since the disk did not sync: the
+    client sends them again, and they are known by their ids."""
     refused_requests: int = 0
-    """That could not be decoded or written."""
+    """That could not be decoded, written or synced."""
     bytes: int = 0
     """Of bodies accepted, as they came."""
 
@@ -74,15 +77,17 @@ class IngestStage:
 
     async def handle(self, requests: list[Request]) -> None:
         """Take requests to the log, answer them, and pass their spans on."""
+        counts = self.counts
         batches, outcomes = await self._threads.run(self._ingest, requests)
         if self._synced is not None and batches:
             try:
                 await self._synced.sync({batch.tenant for batch in batches})
             except LogSyncError as error:
-                lost = [i for i, r in enumerate(requests) if r.tenant in error.tenants]
-                for i in lost:
-                    outcomes[i] = Refused(503, str(error))
-        counts = self.counts
+                for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+                    concerned = request.tenant in error.tenants
+                    if concerned and isinstance(outcome, Done) and outcome.spans:
+                        outcomes[i] = Refused(503, str(error))
+                        counts.unacknowledged += outcome.spans
         for request, outcome in zip(requests, outcomes, strict=True):
             request.reply.set(outcome)
             counts.requests += 1
@@ -109,7 +114,9 @@ class IngestStage:
         by_tenant: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             by_tenant.setdefault(request.tenant, []).append(i)
-        batches = []
+        # All are scanned before the first is appended: where one makes this raise, none is in the
+        # log, and all can be handled again.
+        scanned: list[tuple[SpanBatch, list[int]]] = []
         for tenant, numbers in by_tenant.items():
             decoded: list[int] = []
             bodies: list[bytes | memoryview] = []
@@ -120,9 +127,10 @@ class IngestStage:
                 elif body:
                     decoded.append(i)
                     bodies.append(body)
-            if not bodies:
-                continue
-            batch = scan_bodies(tenant, bodies)
+            if bodies:
+                scanned.append((scan_bodies(tenant, bodies), decoded))
+        batches = []
+        for batch, decoded in scanned:
             self._append(batch, [requests[i] for i in decoded])
             for i, row, position in zip(decoded, batch.bodies, batch.positions, strict=True):
                 outcomes[i] = _outcome(row, int(position))
