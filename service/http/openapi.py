@@ -44,6 +44,7 @@ same type; every error is a `google.rpc.Status` whose message says what to do.
 | 401, 403 | With authentication on: there is no valid token, or it is not for this |
 | 404, 405 | Another path, another method |
 | 413 | The body is larger than `ingest.max_body_bytes` before or after decompression |
+| 408, 431 | The headers are slow (`ingest.head_timeout_seconds`), or more than 100 or 32 KiB |
 | 415 | The content type or encoding is not one of the above |
 | 429 | The tenant is over its quota; send again after `Retry-After` |
 | 503 | Overloaded, paused, draining, or the log cannot be written; send again after `Retry-After` |
@@ -51,6 +52,10 @@ same type; every error is a `google.rpc.Status` whose message says what to do.
 `Retry-After` is a whole number of seconds, from 1 to 5, and grows with the overload. A request
 whose answer was lost may have been accepted: sending it again is safe, since a span sent twice
 counts once. A body that arrives slower than `ingest.body_timeout_seconds` gets 503.
+
+HTTP/1.1, in the strict form of RFC 9112: a request whose length can be disputed is a 400, and ends
+its connection. HTTP/1.0 is answered and the connection ended; anything else is a 505. HTTP/2 is
+spoken with `ingest.server = "hypercorn"` and TLS only.
 """
 _GENERAL = {
     "tenant": {

@@ -261,6 +261,15 @@ async def test_an_address_in_use_is_told_in_a_sentence(kind):
                 pass
 
 
+async def test_an_address_of_another_machine_is_told_in_a_sentence(kind):
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(ListenError, match="choose an address of this machine"),
+        flatten_subgroups=True,
+    ):
+        async with listening(kind, address="192.0.2.1:0"):
+            pass
+
+
 async def test_a_certificate_that_is_missing_is_told_in_a_sentence(kind, tmp_path):
     tls = Tls(certificate=str(tmp_path / "c.pem"), key=str(tmp_path / "k.pem"))
     with pytest.RaisesGroup(
