@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ import trio
 
 from channels import SendChannel, ThreadRunner, TransientError, is_expected
 from service import letters
-from service.letters import Item, LetterError
+from service.letters import DeadLetterCounts, Held, Item, LetterError, Retry
 from service.otlp.columns import SpanBatch
 from service.storage.deadletters import DeadLetterError, DeadLetterStore, Letter, NewLetter
 from service.storage.spanlog import SpanLog
@@ -41,39 +40,6 @@ _MOST_BUSY = 10_000  # of a stage, those that are done and not deleted yet inclu
 _SECOND = 1_000_000_000
 
 Progress = Mapping[str, tuple[int, list[int]]]
-
-
-@dataclass(slots=True)
-class Held:
-    """Letters of a stage. Those that were tried again and are done do not count any more, even
-    where they are not deleted yet."""
-
-    letters: int = 0
-    weight: int = 0
-
-
-@dataclass(slots=True)
-class _Retry:
-    """A letter whose item was given to its stage again."""
-
-    letter: Letter
-    item: Item
-    saved: int = 0
-    """Checkpoints that have its spans."""
-
-
-@dataclass(slots=True)
-class DeadLetterCounts:
-    """What was done since the start, in letters unless said otherwise."""
-
-    kept: int = 0
-    retried: int = 0
-    recovered: int = 0
-    discarded: int = 0
-    lost_weight: dict[str, int] = field(default_factory=dict)
-    """By stage, the weight of letters that were discarded or exported."""
-    retried_weight: dict[str, int] = field(default_factory=dict)
-    """By stage, the weight that was given to it again."""
 
 
 class DeadLetters:
@@ -107,9 +73,9 @@ class DeadLetters:
         self._retry_ns = int(retry_seconds * _SECOND)
         self._clock_ns = clock_ns
         self._threads = ThreadRunner("dead-letters", 2)
-        self._retrying: dict[tuple[Any, ...], _Retry] = {}
+        self._retrying: dict[tuple[Any, ...], Retry] = {}
         self._busy: dict[str, set[int]] = {}  # ids being retried, or done and not deleted yet
-        self._folded: dict[int, _Retry] = {}  # done, by id; a checkpoint must have them yet
+        self._folded: dict[int, Retry] = {}  # done, by id; a checkpoint must have them yet
         self._done: list[int] = []
         self._wake = trio.lowlevel.ParkingLot()
         self.counts = DeadLetterCounts()
@@ -228,7 +194,7 @@ class DeadLetters:
             self._recovered(retry)
             self._wake.unpark_all()
 
-    def _recovered(self, retry: _Retry) -> None:
+    def _recovered(self, retry: Retry) -> None:
         held = self._held(retry.letter.stage)
         held.letters -= 1
         held.weight -= retry.letter.weight
@@ -236,13 +202,13 @@ class DeadLetters:
 
     # What the checkpoint does
 
-    def retries(self) -> list[_Retry]:
+    def retries(self) -> list[Retry]:
         """Letters of spans that were given to their stage again; to be asked before the traces are
         copied for a checkpoint, for :meth:`saved_in`."""
         waiting = [r for r in self._retrying.values() if isinstance(r.item, SpanBatch)]
         return waiting + list(self._folded.values())
 
-    def saved_in(self, before: list[_Retry], progress: Progress) -> list[int]:
+    def saved_in(self, before: list[Retry], progress: Progress) -> list[int]:
         """The ids of the letters whose spans the copy has. ``before`` is what :meth:`retries` said
         before it was made, ``progress`` what the copy says of the log."""
         ids = []
@@ -370,7 +336,7 @@ class DeadLetters:
         else:
             item.ticket = self._in_flight.enter()
         stage = letter.stage
-        self._retrying[_key(item)] = _Retry(letter, item)
+        self._retrying[_key(item)] = Retry(letter, item)
         self._busy[stage].add(letter_id)
         self.counts.retried += 1
         sent = self.counts.retried_weight
@@ -385,7 +351,7 @@ class DeadLetters:
                 self._in_flight.leave(item.ticket)
             raise
 
-    def _retry_of(self, stage: str, item: Item) -> _Retry | None:
+    def _retry_of(self, stage: str, item: Item) -> Retry | None:
         """The letter that an item comes from, if ``stage`` is the one it failed in before."""
         retry = self._retrying.get(_key(item))
         return retry if retry is not None and retry.letter.stage == stage else None

@@ -7,6 +7,7 @@ decided of them are kept whole. All functions block, so they run in worker threa
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from service.otlp.columns import SpanBatch
 from service.recovery import read_frames
 from service.signals import Signal
 from service.stages.evaluate import Decided
+from service.storage.deadletters import Letter
 from service.storage.frames import Frame
 from service.storage.spanlog import SpanLog
 from service.traces.due import DueTraces
@@ -28,6 +30,39 @@ Item = SpanBatch | DueTraces | Decided
 
 class LetterError(Exception):
     """A letter whose item cannot be made again; the message says why."""
+
+
+@dataclass(slots=True)
+class Held:
+    """Letters of a stage. Those that were tried again and are done do not count any more, even
+    where they are not deleted yet."""
+
+    letters: int = 0
+    weight: int = 0
+
+
+@dataclass(slots=True)
+class Retry:
+    """A letter whose item was given to its stage again."""
+
+    letter: Letter
+    item: Item
+    saved: int = 0
+    """Checkpoints that have its spans."""
+
+
+@dataclass(slots=True)
+class DeadLetterCounts:
+    """What was done since the start, in letters unless said otherwise."""
+
+    kept: int = 0
+    retried: int = 0
+    recovered: int = 0
+    discarded: int = 0
+    lost_weight: dict[str, int] = field(default_factory=dict)
+    """By stage, the weight of letters that were discarded or exported."""
+    retried_weight: dict[str, int] = field(default_factory=dict)
+    """By stage, the weight that was given to it again."""
 
 
 def weigh(item: Item) -> int:

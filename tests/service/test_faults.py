@@ -13,9 +13,10 @@ from channels import BreakerState, TransientError
 from service.app import open_service
 from service.config import load
 from service.deadletters import SPANS_STAGE
-from service.http.backend import Operator
+from service.http.backend import AuditError, Operator
 from service.http.request import Done, Reply, Request
 from service.ledger.base import LedgerError
+from service.storage.deadletters import DeadLetterError
 from service.storage.duckschema import StoreError
 from tests.oracle import OracleSpan
 from tests.strategies import encode
@@ -313,3 +314,36 @@ async def test_metrics_of_all_that_is_there_from_the_start(tmp_path):
     ):
         assert sample in text
     assert SPANS_STAGE in text
+
+
+async def test_operators_see_and_discard_dead_letters(tmp_path):
+    harness = Harness(tmp_path)
+    async with harness.running() as service:
+        heal = failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
+        for number in (1, 2, 3):
+            await harness.send(number)
+            await harness.until(lambda n=number: service.account().dead_lettered == n)
+        admin = service.admin
+        page, following = await admin.dead_letters(SPANS_STAGE, "default", 2, 0)
+        assert [letter["id"] for letter in page] == ["1", "2"]
+        assert page[0]["next_retry"] is None
+        assert page[0]["last_failed"].endswith("Z")
+        rest, last = await admin.dead_letters(None, None, 2, following)
+        assert ([letter["id"] for letter in rest], last) == (["3"], None)
+        assert len((await admin.dead_letter(2))["payload"]["positions"]) == 1
+        assert await admin.dead_letter(9) is None
+        assert await admin.discard_dead_letter(ME, 2)
+        account = service.account()
+        assert (account.dead_lettered, account.discarded) == (2, 1)
+        heal()
+        assert await admin.retry_dead_letters(ME, 1, None, None) == 1
+        await harness.until(lambda: harness.recorded() == [1])
+        service.pipeline.letters._store.close()
+        with pytest.raises(DeadLetterError):
+            await admin.discard_dead_letter(ME, 3)
+        (tmp_path / "data" / "audit.jsonl").unlink()
+        (tmp_path / "data" / "audit.jsonl").mkdir()
+        with pytest.raises(AuditError, match="cannot be written"):
+            await admin.pause(ME)
+        assert admin.pipeline()["ingestion"] == "open"
+    harness.check()
