@@ -149,8 +149,11 @@ class CorrelateStage:
         while True:
             await trio.sleep(TICK_SECONDS)
             with trio.CancelScope(shield=True):  # what was closed must be passed on
-                for due in await self._threads.run(self._close_due):
-                    await self._onward.send(due)
+                try:
+                    for due in await self._threads.run(self._close_due):
+                        await self._onward.send(due)
+                except trio.BrokenResourceError:
+                    return  # stopped without draining: a restart closes them again
 
     def snapshot(self) -> Snapshot:
         """The state of all traces, and of the log as far as they go; in a worker thread."""

@@ -245,12 +245,19 @@ async def test_a_request_that_makes_the_stage_fail_is_refused_and_others_are_not
         assert service.log.statistics().frames == 2
 
 
-async def test_the_service_stops_in_time_also_with_a_stage_that_hangs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("capacity", [1, 5000])
+async def test_the_service_stops_in_time_also_with_a_stage_that_hangs(
+    tmp_path, monkeypatch, capacity
+):
     write_rules(tmp_path, RULES)
-    config = settings(tmp_path, shutdown={"delay_seconds": 0, "grace_seconds": 1})
+    config = settings(
+        tmp_path,
+        shutdown={"delay_seconds": 0, "grace_seconds": 1},
+        pipeline={"evaluate_capacity_traces": capacity, "evaluate_batch_traces": 1},
+    )
     release = trio.Event()
 
-    async def hang(*_: Any) -> None:
+    async def hang(*_: Any, **__: Any) -> None:
         await release.wait()
 
     with trio.fail_after(15):
