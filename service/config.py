@@ -90,11 +90,11 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     try:
         return Loader(**flags)
     except SettingsError as error:
-        raise ConfigError(
-            [f"{error}: write a list or a table as JSON, such as '[\"127.0.0.1:3000\"]'"]
-        ) from error
+        problems = [f"{error}: write a list or a table as JSON, such as '[\"127.0.0.1:3000\"]'"]
     except ValidationError as error:
-        raise ConfigError([origin.explain(fault) for fault in error.errors()]) from error
+        problems = [origin.explain(fault) for fault in error.errors()]
+    # Not in the handlers: pydantic's errors take no part in garbage collection.
+    raise ConfigError(problems)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -205,13 +205,14 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
 def _check_file(file: dict[str, Any], origin: _Origin) -> None:
     """Refuse wrong types that pydantic would convert, such as "5" or true for a number: only
     in variables and flags is everything text. (JSON, since there strict mode knows paths.)"""
+    faults: list[ErrorDetails] = []
     try:
         Settings.model_validate_json(json.dumps(file, default=str), strict=True)
     except ValidationError as error:
         # Contradictions are judged later: a variable may yet resolve them.
         faults = [fault for fault in error.errors() if fault["type"] != "value_error"]
-        if faults:
-            raise ConfigError([origin.explain(fault) for fault in faults]) from error
+    if faults:
+        raise ConfigError([origin.explain(fault) for fault in faults])
 
 
 def _check_variables() -> None:
