@@ -63,7 +63,12 @@ MOST_POSITIONS = 4096
 
 _UPSERT_TRACES = (
     "INSERT INTO traces BY NAME SELECT * FROM rows ON CONFLICT DO UPDATE SET "
-    + ", ".join(f"{n} = excluded.{n}" for n in TRACES.names if n not in ("trace_id", "positions"))
+    + ", ".join(
+        # A row that comes late, from a dead letter, does not hide a newer one.
+        f"{n} = CASE WHEN excluded.last_seen_ns >= last_seen_ns THEN excluded.{n} ELSE {n} END"
+        for n in TRACES.names
+        if n not in ("trace_id", "positions")
+    )
     + ", positions = list_sort(list_distinct(list_concat(positions, excluded.positions)))"
     f"[-{MOST_POSITIONS}:]"
 )

@@ -53,8 +53,8 @@ def trace_id_halves(ids: pa.Array) -> npt.NDArray[np.int64]:
 
 
 def traces_table(columns: Columns) -> pa.Table:
-    """A table of :data:`TRACES` with one row for each trace: the last where one is there twice, but
-    with the positions of all.
+    """A table of :data:`TRACES` with one row for each trace: the last seen where one is there twice,
+    but with the positions of all.
 
     ``columns`` is such a table, or maps the column names to arrays or sequences of equal
     length. Instead of ``trace_id`` there may be ``trace_hi`` and ``trace_lo``; a list column
@@ -88,9 +88,13 @@ def _table(columns: Columns, schema: pa.Schema, unique: bool) -> pa.Table:
 
 def _unique(table: pa.Table) -> pa.Table:
     ids = table["trace_id"].to_pylist()
-    last = {each: row for row, each in enumerate(ids)}
-    if len(last) == len(ids):
+    if len(set(ids)) == len(ids):
         return table
+    last: dict[bytes, int] = {}
+    seen = table["last_seen_ns"].to_pylist()
+    for row, each in enumerate(ids):
+        if each not in last or seen[row] >= seen[last[each]]:
+            last[each] = row
     positions: dict[bytes, set[int]] = {}
     for each, some in zip(ids, table["positions"].to_pylist(), strict=True):
         positions.setdefault(each, set()).update(some)

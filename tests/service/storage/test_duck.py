@@ -271,6 +271,21 @@ class TestTraces:
         assert [found[trace_id(i)].spans for i in (1, 2)] == [7, 6]
         assert [found[trace_id(i)].positions for i in (1, 2)] == [[1, 8, 9], [3]]
 
+    def test_a_row_that_comes_late_hides_no_newer_one(self, store: DuckStore) -> None:
+        """A dead letter is written after what came of the trace since."""
+        newer = columns(1, 2, last_seen_ns=np.array([50, 60]), spans=[9, 9])
+        older = columns(1, last_seen_ns=np.array([40]), spans=[4], positions=[[0]])
+        store.write_traces("shop", newer)
+        store.write_traces("shop", older)
+        row = store.trace("shop", trace_id(1))
+        assert row is not None
+        assert (row.spans, row.positions) == (9, [0, 1, 2])
+        both = columns(3, 3, last_seen_ns=np.array([60, 50]), spans=[8, 7], positions=[[4], [3]])
+        store.write_traces("shop", both)
+        row = store.trace("shop", trace_id(3))
+        assert row is not None
+        assert (row.spans, row.positions) == (8, [3, 4])
+
     def test_spilled_positions_are_put_together(self, store: DuckStore) -> None:
         store.write_traces("shop", columns(1, 2, positions=[[30, 31], [5]]))
         ids_ = trace_id_array(np.zeros(3, np.int64), np.array([1, 1, 2]))
