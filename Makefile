@@ -47,5 +47,6 @@ clean:
 # Measurements: perf/*.py say what each does, perf/REPORT.md has the last ones.
 .PHONY: load bench curves memory flamegraph regress
 
-load bench curves memory flamegraph regress: setup
+# load is not the first: a line that begins with that word is a directive of make
+bench load curves memory flamegraph regress: setup
 	$(BIN)/python -m perf.$@ $(PERF)
