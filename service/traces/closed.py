@@ -30,9 +30,15 @@ def _hash(value: int, multiplier: int) -> int:
 
 
 @lean_kernel
+def _place(salt: int, hi: int, lo: int) -> int:
+    """Chooses the line; by both halves, since tracers with ids of 64 bits leave one zero."""
+    return _hash(hi ^ _hash(lo ^ salt, _MIX_2), _MIX_1)
+
+
+@lean_kernel
 def may_hold(filters: Rows, salt: int, hi: int, lo: int) -> bool:
     """Whether a trace may be in one of the generations; ``salt`` stands for its tenant."""
-    place = _hash(hi ^ salt, _MIX_1)
+    place = _place(salt, hi, lo)
     bits = _hash(lo ^ place, _MIX_2)
     line = (place & (filters.shape[1] // _LINE - 1)) * _LINE
     for generation in range(2):
@@ -52,7 +58,7 @@ def may_hold(filters: Rows, salt: int, hi: int, lo: int) -> bool:
 @lean_kernel
 def add(filters: Rows, generation: int, salt: int, hi: int, lo: int) -> None:
     """Put a trace into a generation."""
-    place = _hash(hi ^ salt, _MIX_1)
+    place = _place(salt, hi, lo)
     bits = _hash(lo ^ place, _MIX_2)
     line = (place & (filters.shape[1] // _LINE - 1)) * _LINE
     for _ in range(_BITS):
