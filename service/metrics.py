@@ -6,6 +6,7 @@ anyway. Only latencies are observed as they happen, once a batch.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -131,6 +132,44 @@ def _breaker_calls(service: Service) -> Samples:
     for breaker in service.pipeline.breakers:
         for kind, number in breakers.calls(breaker).items():
             yield (breaker.name, kind), number
+
+
+def _stalled(service: Service) -> Samples:
+    seconds = service.settings.pipeline.stall_seconds
+    for name, stage in service.pipeline.stages.items():
+        yield (name,), float(stage.stalled(seconds))
+
+
+def _cache_requests(service: Service) -> Samples:
+    for name, stats in service.cache_stats().items():
+        yield (name, "hit"), stats["hitCount"]
+        yield (name, "miss"), stats["missCount"]
+
+
+def _cache_ratios(service: Service) -> Samples:
+    for name, stats in service.cache_stats().items():
+        yield (name,), stats["hitRate"]
+
+
+def _checkpoint_time(service: Service) -> Samples:
+    return _one(service.recovery.saved_at or 0.0)
+
+
+def _checkpoint_bytes(service: Service) -> Samples:
+    return _one(service.recovery.saved_bytes)
+
+
+def _checkpoint_failures(service: Service) -> Samples:
+    return _one(service.recovery.failures)
+
+
+def _disk(service: Service) -> Samples:
+    try:
+        usage = shutil.disk_usage(service.settings.storage.path)
+    except OSError:  # the rest of the scrape is wanted then more than ever
+        return
+    yield ("free",), usage.free
+    yield ("used",), usage.used
 
 
 def _dead_letters(service: Service) -> Samples:
@@ -324,6 +363,13 @@ DECLARED = (
         _progress,
     ),
     Declared(
+        "betrace_stage_stalled",
+        "gauge",
+        "1 while a stage has input and has finished nothing for pipeline.stall_seconds.",
+        ("stage",),
+        _stalled,
+    ),
+    Declared(
         "betrace_span_log_bytes",
         "counter",
         "Bytes written to the span log.",
@@ -343,6 +389,55 @@ DECLARED = (
         "How long the last sync of the span log took.",
         (),
         lambda s: _one(s.pipeline.sync.last_seconds),
+    ),
+    Declared(
+        "betrace_span_log_sync_failures",
+        "counter",
+        "Syncs of the span log that the disk failed.",
+        (),
+        lambda s: _one(s.pipeline.sync.failures),
+    ),
+    Declared(
+        "betrace_checkpoint_timestamp_seconds",
+        "gauge",
+        "When the last checkpoint was complete; 0 before the first.",
+        (),
+        _checkpoint_time,
+    ),
+    Declared(
+        "betrace_checkpoint_bytes",
+        "gauge",
+        "Size of the last checkpoint that was written.",
+        (),
+        _checkpoint_bytes,
+    ),
+    Declared(
+        "betrace_checkpoint_failures",
+        "counter",
+        "Checkpoints that could not be written.",
+        (),
+        _checkpoint_failures,
+    ),
+    Declared(
+        "betrace_data_disk_bytes",
+        "gauge",
+        "The file system of the data directory: what BeTrace may still write, and what is used.",
+        ("state",),
+        _disk,
+    ),
+    Declared(
+        "betrace_cache_requests",
+        "counter",
+        "Look-ups in a cache, by result.",
+        ("cache", "result"),
+        _cache_requests,
+    ),
+    Declared(
+        "betrace_cache_hit_ratio",
+        "gauge",
+        "Part of the look-ups since the start that were answered from the cache; 0 before any.",
+        ("cache",),
+        _cache_ratios,
     ),
     Declared(
         "betrace_circuit_breaker_state",

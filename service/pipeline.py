@@ -174,6 +174,7 @@ class Pipeline:
             self.breakers.evaluation,
             self.letters.bury_all,
             latencies.early_lead.observe,
+            latencies.evaluation.observe,
         )
         self.store_counts = StoreCounts()
         self.store = StoreStage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,8 @@ class EvaluateCounts:
 
 class EvaluateStage:
     """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock. ``observe_lead`` is
-    told by how many seconds the first early signal of a trace came before its close.
+    told by how many seconds the first early signal of a trace came before its close, and
+    ``observe_seconds`` how long deciding a batch took.
 
     While ``breaker`` is open, or where a call takes too long, ``bury`` keeps the batch as dead
     letters at once. Until they are tried again, the result that is stored already stands: the
@@ -93,8 +95,10 @@ class EvaluateStage:
         breaker: Breaker,
         bury: Bury,
         observe_lead: Callable[[float], None],
+        observe_seconds: Callable[[float], None],
     ) -> None:
         self._threads = threads
+        self._observe_seconds = observe_seconds
         self._observe_lead = observe_lead
         self._early: LRUCache[tuple[str, str], int] = LRUCache(EARLY_REMEMBERED)
         self._breaker = breaker
@@ -139,7 +143,10 @@ class EvaluateStage:
                 self._observe_lead(max(0, closed.received_ns - at) / 1e9)
 
     async def _decide_in_thread(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
-        return await self._threads.run(self._decide, batch, abandon_on_cancel=True)
+        started = time.perf_counter()
+        found = await self._threads.run(self._decide, batch, abandon_on_cancel=True)
+        self._observe_seconds(time.perf_counter() - started)
+        return found
 
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()

@@ -29,6 +29,7 @@ class Evaluating:
         limits = BreakerSettings(window=4, minimum_calls=4, open_for=30.0, timeout=10.0)
         self.breaker = Breaker("rule-evaluation", limits)
         self.buried = []
+        self.seconds = []
         send, self.passed = open_channel("decided", 1000, lambda d: d.weight)
         self.stage = EvaluateStage(
             self.threads,
@@ -38,6 +39,7 @@ class Evaluating:
             self.breaker,
             self._bury,
             lambda seconds: None,
+            self.seconds.append,
         )
 
     def _clock_ns(self):
@@ -99,6 +101,8 @@ def test_tickets_go_on_or_are_given_back():
         assert passed.ticket == closed.ticket
         assert np.array_equal(passed.closed.rows, closed.rows)
         assert len(evaluating.in_flight) == 1  # nothing came of the other
+        assert len(evaluating.seconds) == 1  # observed once for the batch
+        assert 0 < evaluating.seconds[0] < 10
         evaluating.threads.close()
 
     run(main)
