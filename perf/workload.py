@@ -27,7 +27,8 @@ MARK = (
     b"\xf1\xb7\xe3\x9c\xd5\xa8\xfb\xee"  # the first half of every trace id before it is rewritten
 )
 SPAN_MARK = b"\xf3\xa1\xc7\x9e"  # the first half of every span id
-_SPREAD = 0x9E3779B97F4A7C15  # odd, so that multiplying by it maps counters to distinct ids
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it maps counters to distinct ids
+_HIGH = np.uint64(0xD1342543DE82EF95)  # for the first half
 _HEX = np.frombuffer("".join(f"{i:02x}" for i in range(256)).encode(), np.uint8).reshape(256, 2)
 GZIP_LEVEL = 2
 
@@ -350,6 +351,7 @@ class Body:
         self._array = np.frombuffer(self.data, np.uint8)
         self._width = 2 if shape.encoding == "json" else 1  # bytes of text a byte of an id
         self._traces_at = self._places(encoded, MARK, 8)
+        self._whole_at = self._traces_at[0][:, :1] - 8 * self._width + np.arange(16 * self._width)
         self._spans_at = self._places(encoded, SPAN_MARK, 4)
         self._parts = -(-shape.spans_per_trace // shape.spans)  # requests that a trace goes over
 
@@ -365,12 +367,11 @@ class Body:
     def renew(self, send: int, first_trace: int) -> None:
         """Give it the ids of the send numbered ``send``, whose first trace is numbered
         ``first_trace``; both count up over all bodies."""
-        at, numbers = self._traces_at
+        _, numbers = self._traces_at
         if self._parts == 1:
-            self._write(at, (numbers + np.uint64(first_trace)) * np.uint64(_SPREAD))
+            self._write(self._whole_at, _halves(numbers + np.uint64(first_trace)))
             return
-        fresh = np.full(len(numbers), send // self._parts, np.uint64) * np.uint64(_SPREAD)
-        self._write(at, fresh)
+        self._write(self._whole_at, _halves(np.full(len(numbers), send // self._parts, np.uint64)))
         at, numbers = self._spans_at
         self._write(at, (numbers + np.uint64(send % self._parts * self.spans)).astype(np.uint32))
 
@@ -387,13 +388,19 @@ class Body:
         packed.spans, packed.traces, packed.breaches = self.spans, self.traces, self.breaches
         packed.raw = self.raw
         packed.data = isal_zlib.compress(self.data, GZIP_LEVEL, wbits=31)
-        packed._parts = 0
+        packed._parts = 0  # not renewable
         return packed
 
     @property
     def renewable(self) -> bool:
         """Whether :meth:`renew` can be called."""
         return self._parts > 0
+
+
+def _halves(numbers: Any) -> Any:
+    """Trace ids that look random, for numbers from 0: rows of two halves."""
+    low = (numbers + np.uint64(1)) * _SPREAD
+    return np.stack([low * _HIGH ^ low >> np.uint64(29), low], axis=1)
 
 
 def make_bodies(shape: Shape, count: int = 0) -> list[Body]:
