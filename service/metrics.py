@@ -28,18 +28,32 @@ if TYPE_CHECKING:
     from service.app import Service
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LEADS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a histogram says of itself."""
+
+    name: str
+    text: str
+    labels: tuple[str, ...]
+
+
 class Latencies:
-    """The histograms, in seconds."""
+    """The histograms, in seconds; ``declared`` lists them."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
+        self.declared: list[Observed] = []
 
-        def histogram(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=_SECONDS, registry=self.registry)
+        def histogram(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
+        ) -> Histogram:
+            self.declared.append(Observed(name, text, labels))
+            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
         self.stage = histogram(
             "betrace_stage_latency_seconds", "Time a stage worked on a batch.", "stage"
@@ -66,11 +80,10 @@ class Latencies:
             "From the receipt of the last span that mattered, or the trace's close, to the signal "
             "in the ledger.",
         )
-        self.early_lead = Histogram(
+        self.early_lead = histogram(
             "betrace_early_lead_seconds",
             "How long before its close a trace was signalled early.",
-            buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600),
-            registry=self.registry,
+            buckets=_LEADS,
         )
         self.evaluation = histogram(
             "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
@@ -507,10 +520,24 @@ def register(service: Service, latencies: Latencies) -> CollectorRegistry:
     """The registry of everything that a scrape gives."""
     registry = latencies.registry
     registry.register(ServiceCollector(service))  # type: ignore[arg-type]
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    GCCollector(registry=registry)
+    register_process(registry)
     return registry
 
 
-__all__ = ["DECLARED", "Declared", "Latencies", "ServiceCollector", "generate_latest", "register"]
+def register_process(registry: CollectorRegistry) -> None:
+    """What prometheus_client knows of the process."""
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+
+
+__all__ = [
+    "DECLARED",
+    "Declared",
+    "Latencies",
+    "Observed",
+    "ServiceCollector",
+    "generate_latest",
+    "register",
+    "register_process",
+]
