@@ -53,8 +53,8 @@ def trace_id_halves(ids: pa.Array) -> npt.NDArray[np.int64]:
 
 
 def traces_table(columns: Columns) -> pa.Table:
-    """A table of :data:`TRACES` with one row for each trace: the last seen where one is there twice,
-    but with the positions of all.
+    """A table of :data:`TRACES` with one row for each trace: the last seen where one is there
+    twice, but with the positions of all.
 
     ``columns`` is such a table, or maps the column names to arrays or sequences of equal
     length. Instead of ``trace_id`` there may be ``trace_hi`` and ``trace_lo``; a list column
