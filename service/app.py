@@ -31,6 +31,7 @@ from service.http.listener import serve_ingest
 from service.ledger.sqlite import SqliteLedger
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
+from service.rebuild import Rebuild
 from service.record import Record
 from service.recovery import Recovery
 from service.reserves import Reserves, open_reserves
@@ -105,7 +106,7 @@ class Service:
             store, log, registry, self.pipeline.correlate, settings.ingest.max_body_bytes
         )
         self._threads = ThreadRunner("service", 2)
-        self.recovery = Recovery(
+        self.recovery: Recovery = Recovery(
             settings.storage.path / "checkpoints",
             log,
             self.pipeline.correlate,
@@ -118,6 +119,15 @@ class Service:
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
         )
+        self.rebuild = Rebuild(
+            settings.storage.path,
+            log,
+            ledger,
+            store,
+            registry.compiled,
+            settings.ingest.max_body_bytes,
+        )
+        self._rebuilding = ThreadRunner("rebuild", 1)
         self.audit = AuditLog(
             settings.storage.path / "audit.jsonl", settings.audit.max_bytes, settings.audit.files
         )
@@ -146,19 +156,24 @@ class Service:
             await self._threads.run(warm_up)
             await self._threads.run(self.registry.store.load)
             outer.start_soon(self._watch_rules)
+            await self._rebuild_if_little()
             async with trio.open_nursery() as inner:
                 await inner.start(self.pipeline.run)
                 with self.pipeline.batches.clone() as onward:
                     await self.recovery.recover(onward)
+                await self._threads.run(self.rebuild.compare)
                 await self.pipeline.stages["trace-correlation"].drained()
                 await self.recovery.caught_up()
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
+                if self.rebuild.pending:
+                    inner.start_soon(self._rebuild)
                 ingest = await self._listen_for_spans(inner, stop_ingest)
                 self._state = "ready"
                 task_status.started(Addresses(ingest, api, scrape))
                 await self._stop.wait()
                 self._state = "draining"
                 _log.info("stopping: no more requests, then draining")
+                self.rebuild.stop()
                 await trio.sleep(settings.shutdown.delay_seconds)
                 inner.cancel_scope.deadline = trio.current_time() + grace
                 self.edge.drain()
@@ -172,6 +187,18 @@ class Service:
             stop_api.set()
             outer.cancel_scope.cancel()
         self._state = "stopped"
+
+    async def _rebuild_if_little(self) -> None:
+        """Make lost files of DuckDB again before spans are accepted, unless that takes long."""
+        if await self._threads.run(self.rebuild.find):
+            await self._rebuild()
+
+    async def _rebuild(self) -> None:
+        try:
+            await self._rebuilding.run(self.rebuild.run, abandon_on_cancel=True)
+        except trio.Cancelled:
+            self.rebuild.stop()
+            raise
 
     async def _listen_for_spans(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
         settings = self.settings
@@ -395,6 +422,7 @@ class Service:
         """End the worker threads; the stores are closed by :func:`open_service`."""
         self.pipeline.close_threads()
         self._threads.close()
+        self._rebuilding.close()
 
 
 def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:

@@ -24,6 +24,9 @@ class Entries(Protocol):
     def tenants(self) -> list[str]:
         """The tenants that ever had a signal."""
 
+    def count(self, tenant: str) -> int:
+        """How many signals the tenant has."""
+
     def last_entry(self, tenant: str) -> int:
         """The number of the tenant's newest signal, 0 without any."""
 

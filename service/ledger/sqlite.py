@@ -236,6 +236,15 @@ class SqliteLedger:
             ).fetchone()
         return seq or 0
 
+    def count(self, tenant: str) -> int:
+        """How many signals the tenant has, retractions included."""
+        account = tenant_account(tenant).to_bytes(16, "big")
+        with self._read_lock, self._errors():
+            row = self._reader.execute(
+                "SELECT debits + credits FROM accounts WHERE id = ?", (account,)
+            ).fetchone()
+        return row[0] // AMOUNT if row else 0
+
     def tenants(self) -> list[str]:
         """The tenants that ever had a signal, sorted."""
         with self._read_lock, self._errors():

@@ -1,0 +1,200 @@
+"""Damage and faults, between the runs of the real service and during them, with the oracle's
+comparison at the end: nothing that was acknowledged is lost, nothing doubled."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.crash.campaign import Campaign
+from tests.e2e.running import wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def duckdb_files_gone(data: Path) -> None:
+    files = list(data.glob("*/betrace.duckdb*"))
+    assert files
+    for path in files:
+        path.unlink()
+
+
+def one_duckdb_file_damaged(data: Path) -> None:
+    path = min(data.glob("*/betrace.duckdb"))
+    path.with_name(path.name + ".wal").unlink(missing_ok=True)
+    path.write_bytes(b"this was a database" * 1000)
+
+
+def checkpoints(data: Path) -> list[Path]:
+    found = sorted((data / "checkpoints").glob("*.checkpoint"))
+    assert found
+    return found
+
+
+def newest_checkpoint_damaged(data: Path) -> None:
+    newest = checkpoints(data)[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+
+
+def newest_checkpoint_cut(data: Path) -> None:
+    newest = checkpoints(data)[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+
+
+def checkpoints_gone(data: Path) -> None:
+    shutil.rmtree(data / "checkpoints")
+
+
+def checkpoints_and_duckdb_gone(data: Path) -> None:
+    checkpoints_gone(data)
+    duckdb_files_gone(data)
+
+
+def segment_tails_torn(data: Path) -> None:
+    """As by a write that a power cut interrupted: half a frame that was never acknowledged."""
+    for tenant in data.glob("*/log"):
+        segments = sorted(tenant.glob("*/*.seg"), key=lambda path: path.stem)
+        whole = segments[-1].read_bytes()
+        with segments[-1].open("ab") as file:
+            file.write(whole[32 : 32 + random.Random(1).randrange(1, min(200, len(whole) - 32))])
+
+
+def segment_tails_noisy(data: Path) -> None:
+    for tenant in data.glob("*/log"):
+        segments = sorted(tenant.glob("*/*.seg"), key=lambda path: path.stem)
+        with segments[-1].open("ab") as file:
+            file.write(random.Random(2).randbytes(5000))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        duckdb_files_gone,
+        one_duckdb_file_damaged,
+        newest_checkpoint_damaged,
+        newest_checkpoint_cut,
+        checkpoints_gone,
+        checkpoints_and_duckdb_gone,
+        segment_tails_torn,
+        segment_tails_noisy,
+    ],
+)
+def test_damage_while_it_is_stopped(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    with Campaign(tmp_path, seed=11) as campaign:
+        time.sleep(4)
+        campaign.victim.kill()
+        damage(campaign.victim.data)
+        campaign.victim.start()
+        campaign.victim.wait_ready()
+        time.sleep(2)
+        campaign.verify()
+    assert "Traceback" not in campaign.victim.log()
+
+
+@contextmanager
+def faulty(directory: Path) -> Iterator[tuple[Campaign, Path]]:
+    """A campaign whose service has the faults that are files in the directory given."""
+    faults = directory / "faults"
+    faults.mkdir()
+    entry = ("-m", "tests.crash.faulty")
+    with Campaign(directory, 21, entry=entry, faults=str(faults)) as campaign:
+        yield campaign, faults
+
+
+@pytest.mark.parametrize("fault", ["error", "hang", "duckdb-error"])
+def test_a_store_is_away_for_a_while_and_the_service_dies_meanwhile(
+    tmp_path: Path, fault: str
+) -> None:
+    with faulty(tmp_path) as (campaign, faults):
+        time.sleep(1)
+        (faults / fault).touch()
+        name = "duckdb" if fault == "duckdb-error" else "ledger"
+        files = campaign.victim.data / "fallback" / name
+        wait_for(lambda: list(files.glob("*.jsonl")), 30)
+        time.sleep(2)
+        campaign.victim.kill()
+        campaign.victim.start()
+        campaign.victim.wait_ready()
+        time.sleep(2)
+        (faults / fault).unlink()
+        campaign.verify()
+        assert not list(files.glob("*.jsonl")), "all was written back"
+
+
+def test_the_ledger_file_is_locked_by_another_program(tmp_path: Path) -> None:
+    with Campaign(tmp_path, 31) as campaign:
+        time.sleep(1)
+        other = sqlite3.connect(campaign.victim.data / "ledger.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        files = campaign.victim.data / "fallback" / "ledger"
+        wait_for(lambda: list(files.glob("*.jsonl")), 30)
+        other.execute("ROLLBACK")
+        other.close()
+        campaign.verify()
+
+
+def test_while_the_log_cannot_be_written_nothing_is_acknowledged(tmp_path: Path) -> None:
+    with faulty(tmp_path) as (campaign, faults):
+        time.sleep(2)
+        (faults / "full").touch()
+        time.sleep(0.3)  # for answers that are on their way
+        before = campaign.clients.acknowledged
+        time.sleep(2)
+        assert campaign.clients.acknowledged == before
+        assert campaign.clients.statuses["503"]
+        campaign.victim.get("/api/performance/metrics")
+        campaign.victim.kill()
+        campaign.victim.start()
+        campaign.victim.wait_ready()
+        time.sleep(1)
+        (faults / "full").unlink()
+        campaign.verify()
+    assert "Traceback" not in campaign.victim.log()
+
+
+@contextmanager
+def small_disk(directory: Path, megabytes: int) -> Iterator[None]:
+    """``directory`` on a file system of its own; skips where this is not allowed."""
+    directory.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "betrace-test", str(directory)]
+    mount = subprocess.run(["mount", *options], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def test_the_disk_is_full_for_a_while(tmp_path: Path) -> None:
+    """Everything fails at once: log, ledger, DuckDB, fallback files, checkpoints."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, 64), Campaign(disk, 41) as campaign:
+        time.sleep(2)
+        ballast = disk / "ballast"
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 16))
+            except OSError:
+                pass
+        wait_for(lambda: campaign.clients.statuses["503"], 30)
+        time.sleep(3)
+        campaign.victim.get("/api/performance/metrics")
+        campaign.victim.kill()
+        ballast.unlink()
+        campaign.victim.start()
+        campaign.victim.wait_ready()
+        time.sleep(1)
+        campaign.verify()
