@@ -448,7 +448,7 @@ def fold(
             slot = _open(traces, hi, lo, now)
             counts[OPENED] += 1
         row = traces.slots[slot]
-        row[LAST_SEEN] = now
+        row[LAST_SEEN] = max(row[LAST_SEEN], now)  # the clock may be set back
         traces.activity[slot] = now
         if _new_position(row, position):
             if row[POSITION_COUNT] == POSITIONS:
@@ -573,7 +573,7 @@ def reopen(traces: TraceArrays, slot: int, now: int, flags: int) -> None:
     row = traces.slots[slot]
     row[STATE] = OPEN
     row[FLAGS] = (row[FLAGS] & ~(COMPLETED | DIRTY)) | flags
-    row[LAST_SEEN] = now
+    row[LAST_SEEN] = max(row[LAST_SEEN], now)
     traces.activity[slot] = now
     traces.fill[OPEN_COUNT] += 1
     traces.fill[CLOSED_COUNT] -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -58,11 +59,15 @@ async def running(config: Settings, *, die: bool = False) -> AsyncIterator[Servi
                 else:
                     service.stop()
         finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
+                while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
+                    await trio.sleep(0.01)  # a dead process would have no threads left
             service.close()
 
 
 def request(data: bytes, tenant: str = "default", **more: Any) -> Request:
-    given = {"content_type": "protobuf", "encoding": "", "received_ns": 1, "weight": 1} | more
+    now = time.time_ns()
+    given = {"content_type": "protobuf", "encoding": "", "received_ns": now, "weight": 1} | more
     return Request(tenant=tenant, body=data, reply=Reply(), **given)
 
 

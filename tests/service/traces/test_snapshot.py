@@ -124,7 +124,8 @@ class Run:
         self.signals += found
 
 
-@given(st.lists(steps, max_size=25), st.frozensets(st.integers(0, 24), min_size=1, max_size=4))
+@settings(max_examples=max(10, settings.default.max_examples // 4))  # compiling rules takes long
+@given(st.lists(steps, max_size=25), st.frozensets(st.integers(0, 24), min_size=1, max_size=3))
 def test_restored_traces_go_on_as_before(stream, restarts):
     without, with_restarts = Run(), Run(None, restarts)
     without.run(stream)
