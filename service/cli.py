@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from service.deadletters_cli import dead_letters
+from service.replay_cli import replay
 
 FOUND = 1
 COULD_NOT_RUN = 3
@@ -283,6 +284,7 @@ def version(as_json: bool) -> None:
 
 
 cli.add_command(dead_letters)
+cli.add_command(replay)
 
 
 def main() -> None:

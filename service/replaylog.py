@@ -95,16 +95,18 @@ class Replay:
             if found:
                 yield found
 
-    def over_the_edge(self) -> set[str]:
+    def over_the_edge(self, open_since_ns: int) -> set[str]:
         """Ids of the traces that may have spans outside of the stretch: some were received just
-        before or just after it."""
+        before or just after it, or, without an end, after ``open_since_ns``."""
         found: set[str] = set()
         since, until = self.stretch.since_ns, self.stretch.until_ns
-        edges = []
+        edges: list[tuple[int, int | None]] = []
         if since is not None:
             edges.append((since - self.idle_ns, since))
         if until is not None:
             edges.append((until, until + self.idle_ns))
+        else:
+            edges.append((open_since_ns, None))
         for first, last in edges:
             for batch in self._batches(Stretch(self.stretch.tenant, first, last), count=False):
                 ids = np.unique(batch.spans[:, [TRACE_HI, TRACE_LO]], axis=0)
@@ -113,7 +115,8 @@ class Replay:
         return found
 
     def _closed(self, due: list[DueTraces]) -> list[DueTraces]:
-        self.traces += sum(map(len, due))
+        for each in due:
+            self.traces += len(each) - (len(each.before) if each.before is not None else 0)
         return due
 
     def _batches(self, stretch: Stretch, count: bool = True) -> Iterator[SpanBatch]:
