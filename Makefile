@@ -50,3 +50,10 @@ clean:
 # load is not the first: a line that begins with that word is a directive of make
 bench load curves memory flamegraph regress: setup
 	$(BIN)/python -m perf.$@ $(PERF)
+
+# The dashboard from the panels in grafana/*.py, and the page of metrics from their declaration.
+.PHONY: grafana
+
+grafana: setup
+	$(BIN)/python -m grafana.generate
+	$(BIN)/python -m service.metrics_docs > docs/metrics.md
