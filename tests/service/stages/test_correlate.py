@@ -1,0 +1,256 @@
+"""trace-correlation on a virtual clock: what is due and when, and what happens on failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from channels import open_channel
+from service.rules.parse import parse
+from service.stages.correlate import CorrelateStage, TraceLimits
+from service.traces.closed import ClosedTraces
+from service.traces.due import DueTraces
+from service.traces.progress import InFlight, LogProgress
+from service.traces.tenant import Recalled
+from service.traces.window import Windows
+from tests.service.traces.engine import compiled
+from tests.service.traces.spans import S, batch
+
+SECOND = 10**9
+pytestmark = pytest.mark.kernel
+
+
+class Here:
+    """A runner that calls at once: threads do not wait for a virtual clock."""
+
+    async def run(self, function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+
+class Rig:
+    """The stage with a clock that is Trio's, and what it passed on."""
+
+    def __init__(self, **limits: int) -> None:
+        given = {
+            "idle_ns": 5 * SECOND,
+            "max_age_ns": 3600 * SECOND,
+            "sweep_ns": 300 * SECOND,
+            "keep_ns": 600 * SECOND,
+            "keep": 1000,
+            "most_open": 1000,
+        } | limits
+        self.rules = {"t": compiled([parse("count(a) > 1"), parse("always { b }")])}
+        self.offset = 0
+        self.progress, self.in_flight = LogProgress(), InFlight()
+        send, self.receive = open_channel("due", 1000, lambda due: len(due) or 1, hold=True)
+        self.position = 0
+        self.stage = CorrelateStage(
+            lambda tenant: self.rules.get(tenant, self.rules["t"]),
+            Here(),  # type: ignore[arg-type]
+            send,
+            self.progress,
+            self.in_flight,
+            TraceLimits(**given),
+            ClosedTraces(1 << 14),
+            lambda _, ids: Recalled(ids[:0], [], None, ids[:0]),
+            Windows(),
+            self.clock,
+        )
+
+    def clock(self) -> int:
+        return int((trio.current_time() + 10**6) * SECOND) + self.offset
+
+    def batch(self, *spans: S, tenant: str = "t") -> Any:
+        self.position += 10
+        made = batch(*spans)
+        made.tenant = tenant
+        made.positions = np.array([self.position])
+        made.received_ns = self.clock()
+        self.progress.append(tenant, lambda: [self.position])
+        return made
+
+    async def send(self, *spans: S, tenant: str = "t") -> None:
+        await self.stage.handle([self.batch(*spans, tenant=tenant)])
+
+    def due(self) -> list[DueTraces]:
+        found = []
+        while True:
+            try:
+                item = self.receive.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                return found
+            self.receive.done(self.receive.weigh(item))
+            found.append(item)
+
+
+@pytest.fixture
+async def rig(nursery, autojump_clock):
+    rig = Rig()
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    return rig
+
+
+async def test_a_trace_is_due_when_it_was_idle(rig, autojump_clock):
+    await rig.send(S(1))
+    await trio.sleep(4)
+    await rig.send(S(2, "b"))
+    await trio.sleep(4.9)
+    assert rig.due() == []
+    await trio.sleep(0.6)
+    (due,) = rig.due()
+    assert due.closed
+    assert due.spans == 2
+    assert rig.stage.counts.closed == 1
+
+
+async def test_a_trace_is_due_early_when_a_count_settles_a_rule(rig, autojump_clock):
+    await rig.send(S(1))
+    assert rig.due() == []
+    await rig.send(S(2))
+    (due,) = rig.due()
+    assert not due.closed
+    await rig.send(S(3))
+    assert rig.due() == []
+
+
+async def test_a_trace_that_says_so_is_due_at_once(rig, autojump_clock):
+    await rig.send(S(1), S(2, complete=True))
+    early, closed = rig.due()
+    assert (early.closed, closed.closed) == (False, True)
+    await trio.sleep(20)
+    assert rig.due() == []
+
+
+async def test_a_trace_that_trickles_is_due_when_it_is_too_old(nursery, autojump_clock):
+    rig = Rig(max_age_ns=60 * SECOND, sweep_ns=10 * SECOND)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    start = trio.current_time()
+    for number in range(1, 100):
+        await rig.send(S(number, "x"))
+        await trio.sleep(1)
+        if found := [due for due in rig.due() if len(due)]:  # also log positions are passed on
+            assert 60 <= trio.current_time() - start <= 72
+            assert found[0].closed
+            return
+    raise AssertionError("never closed")
+
+
+async def test_nothing_is_closed_before_the_log_is_read(nursery, autojump_clock):
+    rig = Rig()
+    nursery.start_soon(rig.stage.tick)
+    await rig.send(S(1))
+    await trio.sleep(100)
+    assert rig.due() == []
+    rig.stage.caught_up.set()
+    await trio.sleep(1)
+    assert len(rig.due()) == 1
+
+
+async def test_too_many_open_traces_are_closed_from_the_idlest(nursery, autojump_clock):
+    rig = Rig(most_open=3)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    for number in range(1, 8):
+        await rig.send(S(1, "x", trace=bytes([number]) * 16))
+    await trio.sleep(0.5)
+    closed = [due.trace_id(k)[:2] for due in rig.due() for k in range(len(due))]
+    assert sorted(closed) == ["01", "02", "03", "04"]
+    assert rig.stage.counts.closed_for_room == 4
+
+
+async def test_closed_traces_are_shared_fairly_and_forgotten(nursery, autojump_clock):
+    rig = Rig(keep=10, sweep_ns=SECOND)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    for number in range(1, 41):
+        await rig.send(S(1, "x", trace=bytes([number]) * 16), tenant="big")
+    await rig.send(S(1, "x"), S(2, "x", trace=b"\2" * 16), tenant="small")
+    await trio.sleep(20)
+    kept = {name: traces.closed_count for name, traces in rig.stage.tenants.items()}
+    assert sum(kept.values()) <= 10
+    assert kept["big"] >= 8
+    await trio.sleep(700)
+    assert rig.stage.tenants == {}
+
+
+async def test_a_batch_delivered_again_is_passed_over(rig, autojump_clock):
+    first, second = rig.batch(S(1)), rig.batch(S(2))
+    await rig.stage.handle([first])
+    await rig.stage.handle([first, second])
+    assert rig.stage.counts.folded == 2
+    assert rig.stage.counts.repeated == 0
+    assert rig.progress.snapshot() == {"t": (20, [])}
+
+
+async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, monkeypatch):
+    good, bad = rig.batch(S(1), S(2)), rig.batch(S(3))
+    fold_one = rig.stage._fold_one
+
+    def fail(given: Any) -> Any:
+        if given is bad:
+            raise RuntimeError("injected")
+        return fold_one(given)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.stage, "_fold_one", fail)
+        with pytest.raises(RuntimeError, match="injected"):
+            await rig.stage.handle([good, bad])
+    assert len(rig.due()) == 1
+    assert rig.progress.snapshot() == {"t": (20, [20])}
+    await rig.stage.handle([good])
+    await rig.stage.handle([bad])
+    assert rig.stage.counts.folded == 3
+    assert rig.progress.snapshot() == {"t": (20, [])}
+
+
+async def test_everything_that_is_due_has_a_ticket(rig, autojump_clock):
+    await rig.send(S(1), S(2, complete=True))
+    await rig.send(S(1, trace=b"\2" * 16))
+    await trio.sleep(10)
+    tickets = [due.ticket for due in rig.due()]
+    assert len(set(tickets)) == len(tickets) == len(rig.in_flight) == 3
+    assert all(tickets)
+
+
+async def test_a_clock_that_is_set_back_delays_a_close_and_nothing_else(rig, autojump_clock):
+    await rig.send(S(1, "x"))
+    rig.offset = -60 * SECOND
+    await trio.sleep(20)
+    assert rig.due() == []
+    await trio.sleep(50)
+    assert len(rig.due()) == 1
+
+
+async def test_when_nobody_takes_it_any_more_the_clock_stops(autojump_clock):
+    rig = Rig()
+    rig.stage.caught_up.set()
+    await rig.send(S(1, "x"))
+    rig.receive.close()
+    with trio.fail_after(60):
+        await rig.stage.tick()
+
+
+async def test_rules_that_change_reach_new_traces(rig, autojump_clock):
+    await rig.send(S(1, "x"))
+    rig.rules["t"] = compiled([parse("a")], "v2")
+    await rig.send(S(2, "x"), S(1, "x", trace=b"\2" * 16))
+    await trio.sleep(10)
+    versions = sorted((due.rules.version, due.spans) for due in rig.due())
+    assert versions == [("v1", 2), ("v2", 1)]
+
+
+async def test_a_survey_of_what_is_held(rig, autojump_clock):
+    await rig.send(S(1, "x"), S(2, "x"))
+    await trio.sleep(1.5)
+    assert rig.stage.survey.open == 1
+    assert rig.stage.survey.spans == 2
+    assert rig.stage.survey.nbytes > 0
+    await trio.sleep(10)
+    assert (rig.stage.survey.open, rig.stage.survey.closed) == (0, 1)
