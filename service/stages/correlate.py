@@ -115,6 +115,7 @@ class CorrelateStage:
         self._clock_ns = clock_ns
         self._lock = threading.Lock()  # of the tenants and the counts
         self._last_sweep_ns = 0
+        self._resumed_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
         self.counts = CorrelateCounts()
         self._raised = RaisedBefore()
@@ -186,9 +187,10 @@ class CorrelateStage:
 
     def replayed(self) -> None:
         """The log is read, all of it is folded: what was raised of traces that are not open now is
-        known by other ways."""
+        known by other ways. Clients had nobody to send to: traces are idle from now on."""
         with self._lock:
             self._raised.keep(self._is_open)
+            self._resumed_ns = self._clock_ns()
 
     def _is_open(self, tenant: str, trace_id: str) -> bool:
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
@@ -210,6 +212,8 @@ class CorrelateStage:
                         continue  # a redelivery: what failed came after it
                     due += self._fold_one(batch)
                     self._progress.folded(batch.tenant, positions)
+                if not self.caught_up.is_set():  # while the log is read nothing else makes room
+                    due += self._make_room(self._clock_ns())
             except Exception as error:
                 return self._ticketed(due), error
             return self._ticketed(due), None
@@ -265,24 +269,35 @@ class CorrelateStage:
                 self._last_sweep_ns = now
             oldest_ns = limits.max_age_ns if sweep else None
             for traces in self.tenants.values():
-                found += traces.close_due(now, limits.idle_ns, oldest_ns)
-            excess = sum(t.open_count for t in self.tenants.values()) - limits.most_open
-            for traces in self.tenants.values():
-                if excess <= 0:
-                    break
-                over = traces.close_idlest(excess, now)
-                excess -= sum(len(due) for due in over)
-                self.counts.closed_for_room += sum(len(due) for due in over)
-                found += over
-            closed = sum(traces.closed_count for traces in self.tenants.values())
-            share = min(1.0, limits.keep / closed) if closed else 1.0
-            for tenant, traces in list(self.tenants.items()):
-                traces.evict(now, limits.keep_ns, int(traces.closed_count * share), self._closed)
-                if sweep and not traces.open_count and not traces.closed_count:
-                    del self.tenants[tenant]
+                if not 0 <= now - self._resumed_ns < limits.idle_ns:
+                    found += traces.close_due(now, limits.idle_ns, oldest_ns)
             self.counts.closed += sum(len(due) for due in found)
+            found += self._make_room(now)
+            for tenant, traces in list(self.tenants.items()) if sweep else ():
+                if not traces.open_count and not traces.closed_count:
+                    del self.tenants[tenant]
             self._look_over(now)
             return self._ticketed(found)
+
+    def _make_room(self, now: int) -> list[DueTraces]:
+        """Close traces beyond the number that may be open; forget those closed long ago, and the
+        oldest beyond the number that is kept."""
+        limits = self._limits
+        found: list[DueTraces] = []
+        excess = sum(t.open_count for t in self.tenants.values()) - limits.most_open
+        for traces in self.tenants.values():
+            if excess <= 0:
+                break
+            over = traces.close_idlest(excess, now)
+            excess -= sum(len(due) for due in over)
+            self.counts.closed_for_room += sum(len(due) for due in over)
+            found += over
+        closed = sum(traces.closed_count for traces in self.tenants.values())
+        share = min(1.0, limits.keep / closed) if closed else 1.0
+        for traces in self.tenants.values():
+            traces.evict(now, limits.keep_ns, int(traces.closed_count * share), self._closed)
+        self.counts.closed += sum(len(due) for due in found)
+        return found
 
     def _look_over(self, now: int) -> None:
         """Renew the survey once a second."""

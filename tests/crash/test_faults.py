@@ -1,5 +1,8 @@
 """Damage and faults, between the runs of the real service and during them, with the oracle's
-comparison at the end: nothing that was acknowledged is lost, nothing doubled."""
+comparison at the end: nothing that was acknowledged is lost, nothing doubled.
+
+They take half a minute each. A plain run has two of them, ``BETRACE_LONG=1`` all.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ from tests.crash.campaign import Campaign
 from tests.e2e.running import wait_for
 
 pytestmark = pytest.mark.slow
+
+long_run = pytest.mark.skipif(
+    not os.environ.get("BETRACE_LONG"), reason="takes long; BETRACE_LONG=1 runs it"
+)
 
 
 def duckdb_files_gone(data: Path) -> None:
@@ -80,14 +87,14 @@ def segment_tails_noisy(data: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        duckdb_files_gone,
-        one_duckdb_file_damaged,
-        newest_checkpoint_damaged,
-        newest_checkpoint_cut,
-        checkpoints_gone,
+        pytest.param(duckdb_files_gone, marks=long_run),
+        pytest.param(one_duckdb_file_damaged, marks=long_run),
+        pytest.param(newest_checkpoint_damaged, marks=long_run),
+        pytest.param(newest_checkpoint_cut, marks=long_run),
+        pytest.param(checkpoints_gone, marks=long_run),
         checkpoints_and_duckdb_gone,
-        segment_tails_torn,
-        segment_tails_noisy,
+        pytest.param(segment_tails_torn, marks=long_run),
+        pytest.param(segment_tails_noisy, marks=long_run),
     ],
 )
 def test_damage_while_it_is_stopped(tmp_path: Path, damage: Callable[[Path], None]) -> None:
@@ -112,7 +119,14 @@ def faulty(directory: Path) -> Iterator[tuple[Campaign, Path]]:
         yield campaign, faults
 
 
-@pytest.mark.parametrize("fault", ["error", "hang", "duckdb-error"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("error", marks=long_run),
+        "hang",
+        pytest.param("duckdb-error", marks=long_run),
+    ],
+)
 def test_a_store_is_away_for_a_while_and_the_service_dies_meanwhile(
     tmp_path: Path, fault: str
 ) -> None:
@@ -132,6 +146,7 @@ def test_a_store_is_away_for_a_while_and_the_service_dies_meanwhile(
         assert not list(files.glob("*.jsonl")), "all was written back"
 
 
+@long_run
 def test_the_ledger_file_is_locked_by_another_program(tmp_path: Path) -> None:
     with Campaign(tmp_path, 31) as campaign:
         time.sleep(1)
@@ -144,6 +159,7 @@ def test_the_ledger_file_is_locked_by_another_program(tmp_path: Path) -> None:
         campaign.verify()
 
 
+@long_run
 def test_while_the_log_cannot_be_written_nothing_is_acknowledged(tmp_path: Path) -> None:
     with faulty(tmp_path) as (campaign, faults):
         time.sleep(2)
@@ -177,6 +193,7 @@ def small_disk(directory: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
+@long_run
 def test_the_disk_is_full_for_a_while(tmp_path: Path) -> None:
     """Everything fails at once: log, ledger, DuckDB, fallback files, checkpoints."""
     disk = tmp_path / "disk"
