@@ -1,0 +1,159 @@
+"""Each metric that a panel, an alert or a page names is in the exposition of a running service."""
+
+import re
+import statistics
+import time
+
+import pytest
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from service import metrics_docs
+from tests.service import inprocess
+from tests.service.traces.spans import S
+
+from .files import FOLDER, ROOT, alerts, metrics_of, needs_promtool, promtool, queries
+
+
+@pytest.fixture(scope="module")
+def exposition(tmp_path_factory):
+    """The metrics of a service that raised a signal."""
+    directory = tmp_path_factory.mktemp("exposition")
+    inprocess.write_rules(directory, {"r": "never { a }"})
+
+    async def main():
+        async with inprocess.running(inprocess.settings(directory)) as service:
+            await inprocess.send(service, [S(1), S(2)])
+            await inprocess.closed(service)
+            await service.recovery.save()
+            return service.metrics_exposition().decode()
+
+    return trio.run(main)
+
+
+@pytest.fixture(scope="module")
+def families(exposition):
+    return list(text_string_to_metric_families(exposition))
+
+
+@pytest.fixture(scope="module")
+def samples(families):
+    """Values by (name, labels)."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def names(samples):
+    return {name for name, _ in samples}
+
+
+def test_metrics_of_panels_exist(names):
+    missing = {title: metrics_of(query) - names for title, query in queries()}
+    assert missing
+    assert not any(missing.values()), missing
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=lambda alert: alert["alert"])
+def test_metrics_of_alerts_exist(names, alert):
+    found = metrics_of(alert["expr"])
+    assert found <= names
+    assert found or alert["alert"] == "BetraceDown"  # which asks Prometheus' own: up
+
+
+def test_label_values_that_panels_and_alerts_ask_for_exist(samples):
+    """A value with a slip of the pen would make an alert silent for ever."""
+    asked = {
+        (metric, label, value)
+        for query in [query for _, query in queries()] + [alert["expr"] for alert in alerts()]
+        for metric, matchers in re.findall(r"(betrace_\w+)\{([^}]*)\}", query)
+        for label, wanted in re.findall(r'(\w+)(?:=~|!=|=)"([^"]*)"', matchers)
+        for value in wanted.split("|")
+        if label not in ("job", "instance")
+    }
+    exposed = {(name, label, value) for name, labels in samples for label, value in labels}
+    assert ("betrace_circuit_breaker_state", "state", "half_open") in asked
+    assert asked <= exposed, asked - exposed
+
+
+def test_metrics_that_the_tests_of_alerts_make_up_exist(names):
+    series = re.findall(r"series: (\w+)\{", (FOLDER / "alerts_test.yaml").read_text())
+    assert series
+    assert set(series) - {"up"} <= names
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_metrics_that_pages_name_exist(names, page):
+    text = (ROOT / page).read_text("utf-8")
+    named = set(re.findall(r"`((?:betrace|process|python)_[a-z_]+)[`{]", text))
+    assert named <= names | {name.removesuffix("_bucket") for name in names}
+
+
+def test_what_is_exposed_is_what_is_documented(families):
+    documented = {
+        metric.name: (metric.kind, metric.text)
+        for metric in metrics_docs.service_metrics() + metrics_docs.process_metrics()
+    }
+    exposed = {
+        f"{family.name}_total" if family.type == "counter" else family.name: (
+            family.type,
+            family.documentation,
+        )
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    assert exposed == documented
+
+
+def test_labels_are_as_documented(families):
+    documented = {metric.name: set(metric.labels) for metric in metrics_docs.service_metrics()}
+    for family in families:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        for sample in family.samples if name in documented else ():
+            assert set(sample.labels) - {"le"} == documented[name], sample
+
+
+def test_what_happened_is_counted(samples):
+    def value(name, **labels):
+        return samples[name, tuple(sorted(labels.items()))]
+
+    assert value("betrace_span_ingestion_total") == 2
+    assert value("betrace_signals_total", severity="medium", kind="raised") == 1
+    assert value("betrace_rule_evaluation_latency_seconds_count") >= 1
+    assert value("betrace_cache_requests_total", cache="ruleContainers", result="miss") == 1
+    assert value("betrace_checkpoint_timestamp_seconds") > value("betrace_start_time_seconds")
+    assert value("betrace_checkpoint_bytes") > 0
+    assert value("betrace_data_disk_bytes", state="free") > 0
+    assert value("betrace_data_disk_bytes", state="used") > 0
+    for stage in ("span-ingestion", "projection"):
+        assert value("betrace_stage_stalled", stage=stage) == 0
+    assert value("betrace_span_log_sync_failures_total") == 0
+
+
+@needs_promtool
+def test_promtool_likes_the_metrics(exposition):
+    promtool("check", "metrics", given=exposition.encode())
+
+
+def test_a_scrape_of_500_tenants_is_quick(tmp_path):
+    inprocess.write_rules(tmp_path, {"r": "never { a }"})
+    settings = inprocess.settings(tmp_path, traces={"idle_seconds": 600})
+
+    async def main():
+        took = []
+        async with inprocess.running(settings, die=True) as service:
+            for number in range(500):
+                await inprocess.send(service, [S(1)], f"tenant-{number}")
+            await inprocess.folded(service)
+            for _ in range(20):
+                started = time.perf_counter()
+                service.metrics_exposition()
+                took.append(time.perf_counter() - started)
+            return len(service.traces()), took
+
+    tenants, took = trio.run(main)
+    assert tenants == 500
+    assert statistics.median(took) < 0.05

@@ -1,0 +1,158 @@
+"""A real Prometheus scrapes the real service while the demo's shop sends to it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.running import Running, environment, running, wait_for
+
+from .files import FOLDER, alerts, queries
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None, reason="prometheus is not on PATH (Debian: prometheus)"
+    ),
+]
+
+WITHOUT_TROUBLE = {  # what has no data while all is well, and the demo has no trouble to show
+    "Spans refused, by reason",
+    "Requests refused, by reason",
+    "Fallbacks: time to write",
+}
+AT_TIMES = {  # while a stage has input just when it is scraped
+    "Stages: without progress",
+}
+
+
+class Prometheus:
+    """The HTTP interface of a Prometheus."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, trust_env=False, timeout=20)
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """``data`` of the answer, None while there is none."""
+        try:
+            answer = self._client.get(f"/api/v1/{path}", params=parameters)
+        except httpx.TransportError:
+            return None
+        found = answer.json()
+        assert found["status"] == "success", f"{parameters}: {found}"
+        return found["data"]
+
+    def values(self, query: str) -> list[float]:
+        """The numbers that a query gives now."""
+        found = self.ask("query", query=query)
+        values = [float(each["value"][1]) for each in found["result"]] if found else []
+        return [value for value in values if not math.isnan(value)]
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The process until the end of the block, and no longer."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def scraping(directory: Path, service: Running) -> Iterator[Prometheus]:
+    """A Prometheus that scrapes the service once a second."""
+    directory.mkdir()
+    target = service.metrics.removeprefix("http://")
+    config = directory / "prometheus.yml"
+    config.write_text(
+        "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+        f"rule_files: ['{FOLDER / 'alerts.yaml'}']\n"
+        "scrape_configs:\n"
+        "  - job_name: betrace\n"
+        f"    static_configs: [{{targets: ['{target}']}}]\n"
+    )
+    port = free_port()
+    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={directory / 'data'}"]
+    command.append(f"--web.listen-address=127.0.0.1:{port}")
+    log = directory / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    with ended(process):
+        prometheus = Prometheus(f"http://127.0.0.1:{port}")
+        try:
+            wait_for(lambda: prometheus.values("up == 1"), 60)
+            yield prometheus
+        finally:
+            prometheus.close()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """One that has seen the shop for a while, and goes on seeing it."""
+    directory = tmp_path_factory.mktemp("scraped")
+    with resources.as_file(resources.files("service").joinpath("demo_rules")) as rules:
+        shutil.copytree(rules, directory / "rules")
+    with running(directory) as service, scraping(directory / "prometheus", service) as prometheus:
+        command = [sys.executable, "-m", "service.demo_shop", "--endpoint", service.ingest]
+        # First every scenario once, which is counted from 0 and therefore seen as an increase.
+        subprocess.run([*command, "--once"], env=environment(), check=True, timeout=60)
+        shop = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+        with ended(shop):
+            wait_for(lambda: prometheus.values("betrace_duckdb_rows_total > 20"), 60)
+            wait_for(lambda: prometheus.values("count_over_time(up[1m]) > 15"), 60)
+            yield prometheus
+        assert service.stop() == 0
+
+
+def test_each_panel_has_data_under_the_demos_load(prometheus: Prometheus) -> None:
+    data = {title: 0 for title, _ in queries()}
+    for title, query in queries():
+        data[title] += len(prometheus.values(query))  # an invalid query is an error in any case
+    empty = {title for title, number in data.items() if not number}
+    assert empty - AT_TIMES == WITHOUT_TROUBLE
+
+
+def test_the_rules_are_evaluated_and_silent_while_all_is_well(prometheus: Prometheus) -> None:
+    def evaluated() -> list[Any] | None:
+        (group,) = prometheus.ask("rules")["groups"]
+        done = all(rule["health"] != "unknown" for rule in group["rules"])
+        return list(group["rules"]) if done else None
+
+    rules = wait_for(evaluated)
+    assert {rule["name"] for rule in rules} == {alert["alert"] for alert in alerts()}
+    for rule in rules:
+        assert rule["health"] == "ok", rule
+        assert rule["state"] != "firing", rule
+
+
+def test_no_label_is_unbounded(prometheus: Prometheus) -> None:
+    names = set(prometheus.ask("labels"))
+    assert not names & {"tenant", "trace_id", "rule", "rule_id", "span_id", "service"}
+    (series,) = prometheus.values('count({job="betrace"})')
+    assert series < 1000
