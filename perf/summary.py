@@ -129,7 +129,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
     if name == "rules":
         head.append("compiling, ms")
     if name == "tenants":
-        head += ["spans/s", "p99, ms", "RSS, MB"]
+        head += ["spans/s", "p99, ms", "RSS, MB", "new tenants: µs a span", "spans/s"]
     rows = []
     for p in points:
         row = [f"{p['x']:,}", shown(p["ratio"]), f"{p['path_us']:.3f}"]
@@ -141,6 +141,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
             row.append(f"{p['compile_ms']:.1f}")
         if name == "tenants":
             row += [f"{p['spans_per_second']:,}", f"{p['p99_ms']:.1f}", f"{p['rss_mb']:,}"]
+            row += [f"{p['cold_us']:.2f}", f"{p['cold_spans_per_second']:,}"]
         rows.append(row)
     yield table(head, rows)
     yield ""

@@ -23,7 +23,7 @@ from perf.report import ROOT
 from perf.workload import write_rules
 
 START_SECONDS = 300  # kernels may have to be compiled
-DRAIN_SECONDS = 120
+DRAIN_SECONDS = 300
 
 Json = dict[str, Any]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ MARK = (
 SPAN_MARK = b"\xf3\xa1\xc7\x9e"  # the first half of every span id
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it maps counters to distinct ids
 _HIGH = np.uint64(0xD1342543DE82EF95)  # for the first half
+_FIRST = np.uint64(secrets.randbits(48))  # so that runs do not repeat each other's trace ids
 _HEX = np.frombuffer("".join(f"{i:02x}" for i in range(256)).encode(), np.uint8).reshape(256, 2)
 GZIP_LEVEL = 2
 
@@ -399,7 +401,7 @@ class Body:
 
 def _halves(numbers: Any) -> Any:
     """Trace ids that look random, for numbers from 0: rows of two halves."""
-    low = (numbers + np.uint64(1)) * _SPREAD
+    low = (numbers + _FIRST) * _SPREAD
     return np.stack([low * _HIGH ^ low >> np.uint64(29), low], axis=1)
 
 
