@@ -451,6 +451,30 @@ async def test_waiting_for_the_pipeline_is_not_being_late():
         assert (await client.response())[0] == 200
 
 
+async def test_a_large_body_in_small_pieces_wakes_its_task_few_times(monkeypatch):
+    waits = []
+    wait_readable = trio.lowlevel.wait_readable
+
+    async def counted(descriptor):
+        waits.append(descriptor)
+        await wait_readable(descriptor)
+
+    async with listening() as server:
+        client = await server.connect()
+        await client.send(post(b"first"))
+        assert (await client.response())[0] == 200
+        body = bytes(range(256)) * 1000
+        request = post(body)
+        monkeypatch.setattr(trio.lowlevel, "wait_readable", counted)
+        for start in range(0, len(request), 4000):
+            await client.send(request[start : start + 4000])
+            await trio.sleep(0.001)
+        assert len(waits) < 12  # and not 65
+        await client.send(post(b"next"))  # wakes at its first byte again
+        assert [(await client.response())[0] for _ in range(2)] == [200, 200]
+    assert server.bodies == [b"first", body, b"next"]
+
+
 # Connections
 
 
