@@ -153,7 +153,7 @@ class Service:
             listen = partial(self._listen, outer, tls=tls)
             api = await listen(create_api(self, settings.api), settings.api.address, stop_api)
             scrape = await listen(metrics_app(self), settings.metrics.address, stop_api)
-            await self._threads.run(warm_up)
+            await self._threads.run(warm_up, abandon_on_cancel=True)
             await self._threads.run(self.registry.store.load)
             outer.start_soon(self._watch_rules)
             await self._rebuild_if_little()
