@@ -181,7 +181,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.accept and _slowdowns():
         sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
-    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"figures": {}}
+    known = BASELINE.exists()
+    baseline: Json = json.loads(BASELINE.read_text()) if known else {"figures": {}}
     facts = report.machine()
     reference = Reference()
     reference()
@@ -218,6 +219,8 @@ def main() -> None:
         values = {"machine": facts, "figures": kept}
         BASELINE.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
         print(f"\naccepted: {BASELINE.relative_to(report.ROOT)}")
+    elif not baseline["figures"]:
+        sys.exit("\nnothing was accepted yet: run it with --accept once")
     elif slower:
         sys.exit(f"\nslower than {LEAST:.0%} of what was accepted: {', '.join(slower)}")
 
