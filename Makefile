@@ -37,7 +37,7 @@ format: setup
 test: lint
 	$(BIN)/coverage erase
 	NUMBA_DISABLE_JIT=1 BETRACE_EXAMPLES=$(UNCOMPILED_EXAMPLES) \
-		$(BIN)/pytest -q -m kernel --cov --cov-report=
+		$(BIN)/pytest -q -m "kernel and not slow" --cov --cov-report=
 	$(BIN)/pytest --cov --cov-append --cov-fail-under=90
 
 clean:

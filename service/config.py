@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -37,7 +37,6 @@ _KINDS = {
     "bool": "true or false",
     "string": "text in quotes",
     "path": "text in quotes",
-    "list": "a list in brackets",
     "dict": "a table",
     "finite": "a finite number",
 }
@@ -90,7 +89,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     try:
         return Loader(**flags)
     except SettingsError as error:
-        problems = [f"{error}: write a list or a table as JSON, such as '[\"127.0.0.1:3000\"]'"]
+        problems = [f"{error}: write a table as JSON, such as '{{\"acme\": 5000}}'"]
     except ValidationError as error:
         problems = [origin.explain(fault) for fault in error.errors()]
     # Not in the handlers: pydantic's errors take no part in garbage collection.
@@ -155,8 +154,7 @@ class _Origin:
             # The check of a section, or of all: it names the settings itself.
             whole = not key or message.startswith(f"{loc[0]}.")
             return message if whole else f"{key}: {message}"
-        secret = isinstance(default, SecretStr)
-        shown = "" if secret else f" {json.dumps(fault['input'], default=str)}"
+        shown = f" {json.dumps(fault['input'], default=str)}"
         if kind == "value_error":
             return f"{key}{shown} in {origin} {message}"
         context = fault.get("ctx", {})
@@ -167,7 +165,7 @@ class _Origin:
             right = context["expected"].replace("'", '"')
         else:
             right = _KINDS.get(kind.split("_")[0], message)
-        example = "" if secret else f", such as {json.dumps(default, default=str)}"
+        example = f", such as {json.dumps(default, default=str)}"
         return f"{key}{shown} in {origin} is wrong: it must be {right}{example}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from service.config import PREFIX
@@ -103,14 +103,10 @@ def toml_value(value: Any) -> str:
             return f"{value:_}" if value >= 10_000 else str(value)
         case float():
             return f"{value:g}" if value % 1 else f"{value:.1f}"
-        case list():
-            return "[" + ", ".join(toml_value(item) for item in value) + "]"
         case dict():
             return "{" + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + "}"
         case Path():
             return f'"{value if value.is_absolute() else f"./{value}"}"'
-        case SecretStr():
-            return '""'
         case _:
             return f'"{value}"'
 

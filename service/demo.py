@@ -78,7 +78,6 @@ def run_demo(addresses: Mapping[str, str], *, once: bool, as_json: bool) -> int:
                 "rules.directory": str(_copy_rules(Path(directory, "rules"))),
                 "traces.idle_seconds": IDLE_SECONDS,
                 "logging.level": "warning",
-                "auth.enabled": False,
                 "tls.certificate": "",
                 "tls.key": "",
             },

@@ -24,7 +24,6 @@ from service.settings.stages import (
     Pipeline,
     Redelivery,
     Rules,
-    Taps,
     Traces,
 )
 from service.settings.stores import DuckDb, Ledger, Log, Storage
@@ -52,7 +51,6 @@ __all__ = [
     "Settings",
     "Shutdown",
     "Storage",
-    "Taps",
     "Tls",
     "Traces",
     "is_loopback",
@@ -82,7 +80,6 @@ class Settings(BaseModel):
     fallback: Fallback = Fallback()
     audit: Audit = Audit()
     checkpoint: Checkpoint = Checkpoint()
-    taps: Taps = Taps()
     quotas: Quotas = Quotas()
     auth: Auth = Auth()
     tls: Tls = Tls()
@@ -97,11 +94,11 @@ class Settings(BaseModel):
             if address == OFF:
                 continue
             host, port = split_address(address)
-            if not (is_loopback(host) or self.auth.enabled or self.auth.insecure):
+            if not (is_loopback(host) or self.auth.insecure):
                 raise ValueError(
-                    f"{section}.address is {address}, which other machines can reach, but "
-                    "auth.enabled is false; enable authentication, listen on 127.0.0.1, or accept "
-                    "the risk with auth.insecure = true (--insecure)"
+                    f"{section}.address is {address}, which other machines can reach, and there "
+                    "is no authentication yet; listen on 127.0.0.1, or accept the risk with "
+                    "auth.insecure = true (--insecure)"
                 )
             if port and (other := taken.setdefault((host, port), section)) != section:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, model_validator
 
 from service.settings.base import (
     MIB,
@@ -115,26 +115,11 @@ class Quotas(Section):
 
 
 class Auth(Section):
-    """Authentication of tenants and operators."""
+    """Who may use the service. There is no authentication yet: whoever reaches a listener may use
+    it."""
 
-    enabled: bool = False
-    """Tenants need a bearer token (JWT, EdDSA), operators the operator token."""
-    operator_token: SecretStr = SecretStr("")
-    """The operators' token, 16 characters or more; better set by BETRACE_AUTH__OPERATOR_TOKEN."""
-    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = 30
-    """Difference of clocks that is tolerated in a token's times."""
     insecure: bool = False
-    """Listen on other than loopback addresses even without authentication."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        token = self.operator_token.get_secret_value()
-        if self.enabled and len(token) < 16:
-            raise ValueError(
-                "auth.enabled is true but auth.operator_token has fewer than 16 characters; "
-                "set a long random one, such as the output of: openssl rand -hex 32"
-            )
-        return self
+    """Listen on addresses that other machines can reach all the same."""
 
 
 class Tls(Section):

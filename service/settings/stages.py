@@ -47,8 +47,6 @@ class Pipeline(Section):
     """Workers of the storage-write stage."""
     stall_seconds: Seconds = 30
     """A stage that has input and makes no progress for this long is reported as stalled."""
-    restart_pause_seconds: Seconds = 1
-    """Pause before a crashed worker is started again; doubles up to 30 times itself."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -67,8 +65,6 @@ class Pipeline(Section):
 class Traces(Section):
     """When a trace is due for evaluation, and how long traces are kept open."""
 
-    due_spans: Count = 100
-    """A trace is evaluated each time it has this many new spans."""
     idle_seconds: Seconds = 5
     """A trace without a new span for this long is closed."""
     max_age_seconds: Seconds = 3600
@@ -118,18 +114,10 @@ class Caches(Section):
 
     rule_sets: Count = 500
     """Tenants whose compiled rules are kept."""
-    rule_sets_idle_seconds: Seconds = 1800
-    """Compiled rules are dropped this long after they were last used."""
-    public_keys: Count = 1000
-    """Public keys of tenants kept."""
-    public_keys_ttl_seconds: Seconds = 3600
-    """A public key is loaded again after this."""
     trace_metadata: Count = 10_000
     """Recent traces whose state is kept for spans that come late."""
     trace_metadata_ttl_seconds: Seconds = 300
     """What is known of a trace is dropped after this."""
-    warm_up_delay_seconds: SecondsOrZero = 10
-    """The rules of all active tenants are loaded this long after the start."""
 
 
 class Breaker(Section):
@@ -237,29 +225,3 @@ class Checkpoint(Section):
 
     interval_seconds: Seconds = 5
     """How often it is saved."""
-
-
-class Taps(Section):
-    """Side outputs. They never hold up the pipeline: what they cannot take is dropped, counted."""
-
-    audit: bool = True
-    """Write a record of each accepted batch to the audit log."""
-    webhook_url: str = ""
-    """Signals are posted to this URL as JSON; empty for none."""
-    otlp_url: str = ""
-    """Signals are sent to this OTLP/HTTP endpoint as log records; empty for none."""
-    capacity: Count = 10_000
-    """Records that a tap holds before it drops."""
-    timeout_seconds: Seconds = 5
-    """A delivery that takes longer is given up."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name in ("webhook_url", "otlp_url"):
-            url: str = getattr(self, name)
-            if url and not url.startswith(("http://", "https://")):
-                raise ValueError(
-                    f"taps.{name} is {url!r}; write a URL that starts with http:// or https://, "
-                    "or leave it empty"
-                )
-        return self
