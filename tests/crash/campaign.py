@@ -31,7 +31,6 @@ class Campaign:
         directory: Path,
         seed: int,
         rate: float = 60.0,
-        late: bool = True,
         entry: tuple[str, ...] = ("-m", "service"),
         **settings: str,
     ) -> None:
@@ -40,7 +39,7 @@ class Campaign:
         self.rng = random.Random(seed)
         self.victim = Victim(directory, entry, **settings)
         idle = float(self.victim.settings["traces__idle_seconds"])
-        self.traces = Traces(random.Random(seed + 1), idle, late)
+        self.traces = Traces(random.Random(seed + 1), idle)
         self.clients = Clients(self.victim.address, self.traces, rate)
         self.accounts = Accounts(self.victim)
         self.kills: Counter[str] = Counter()

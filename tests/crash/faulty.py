@@ -5,7 +5,9 @@ While a file of that name is in the directory ``BETRACE_FAULTS``:
 - ``full``: the span log and the fallback files find the disk full;
 - ``hang``: the ledger does not come back from a call;
 - ``error``: the ledger refuses;
-- ``duckdb-error``: DuckDB refuses.
+- ``duckdb-error``: DuckDB refuses;
+- ``slow``: a write to the disk takes long;
+- ``fold-error``: spans cannot be taken into their traces.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from channels import TransientError
 from service.cli import main
 from service.ledger.base import LedgerError
 from service.ledger.sqlite import SqliteLedger
+from service.otlp.columns import SpanBatch
 from service.signals import Signal
+from service.stages.correlate import CorrelateStage
 from service.storage.disk import Buffer, Disk
 from service.storage.duck import DuckStore, StoreError
+from service.traces.due import DueTraces
 
 FAULTS = Path(os.environ.pop("BETRACE_FAULTS"))
 
@@ -34,8 +40,11 @@ def there(fault: str) -> bool:
 def inject() -> None:
     """Let the stores fail when a test wants it."""
     write_all, record, write = Disk.write_all, SqliteLedger.record, DuckStore.write
+    fold = CorrelateStage._fold_one
 
     def fail_to_write(self: Disk, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
+        if there("slow"):
+            time.sleep(0.1)
         if there("full"):
             write_all(self, descriptor, [bytes(buffers[0])[:3]], offset)  # some of it fits
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -53,6 +62,12 @@ def inject() -> None:
             raise StoreError("DuckDB is away, says the test", transient=True)
         return write(self, tenant, **rows)
 
+    def fail_to_fold(self: CorrelateStage, batch: SpanBatch) -> list[DueTraces]:
+        if there("fold-error"):
+            raise TransientError("these spans do not fold, says the test")
+        return fold(self, batch)
+
+    CorrelateStage._fold_one = fail_to_fold  # type: ignore[method-assign]
     Disk.write_all = fail_to_write  # type: ignore[method-assign]
     SqliteLedger.record = fail_to_record  # type: ignore[method-assign]
     DuckStore.write = fail_to_insert  # type: ignore[method-assign,assignment]

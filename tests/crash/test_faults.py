@@ -110,12 +110,13 @@ def test_damage_while_it_is_stopped(tmp_path: Path, damage: Callable[[Path], Non
 
 
 @contextmanager
-def faulty(directory: Path) -> Iterator[tuple[Campaign, Path]]:
+def faulty(directory: Path, rate: float = 60.0, **settings: str) -> Iterator[tuple[Campaign, Path]]:
     """A campaign whose service has the faults that are files in the directory given."""
     faults = directory / "faults"
     faults.mkdir()
     entry = ("-m", "tests.crash.faulty")
-    with Campaign(directory, 21, entry=entry, faults=str(faults)) as campaign:
+    settings |= {"faults": str(faults)}
+    with Campaign(directory, 21, rate, entry=entry, **settings) as campaign:
         yield campaign, faults
 
 
@@ -177,6 +178,27 @@ def test_while_the_log_cannot_be_written_nothing_is_acknowledged(tmp_path: Path)
         (faults / "full").unlink()
         campaign.verify()
     assert "Traceback" not in campaign.victim.log()
+
+
+def test_the_accounts_are_right_in_overload_and_with_dead_letters(tmp_path: Path) -> None:
+    """Accepted spans are evaluated, in flight, or in dead letters, whenever one looks."""
+    names = ("ingest_capacity", "correlate_capacity", "ingest_batch", "correlate_batch")
+    few = {f"pipeline__{name}_spans": "200" for name in names}
+    with faulty(tmp_path, rate=300.0, **few) as (campaign, faults):
+        (faults / "slow").touch()
+        wait_for(lambda: campaign.clients.statuses["503"] > 20, 60)
+        (faults / "fold-error").touch()
+        wait_for(lambda: campaign.accounts.most_dead > 0, 60)
+        time.sleep(2)  # in which some of the dead letters are tried again
+        campaign.victim.kill()
+        campaign.victim.start()
+        campaign.victim.wait_ready()
+        time.sleep(1)
+        (faults / "fold-error").unlink()
+        (faults / "slow").unlink()
+        campaign.verify()
+    assert campaign.accounts.samples > 20
+    assert campaign.accounts.most_in_flight > 0
 
 
 @contextmanager

@@ -68,7 +68,6 @@ class Traces:
 
     rng: random.Random
     idle: float = 1.0
-    late: bool = True
     made: dict[tuple[str, str], list[OracleSpan]] = field(default_factory=dict)
 
     def new(self) -> list[Part]:
@@ -88,7 +87,7 @@ class Traces:
         parts, after = [], 0.0
         for first, last in zip([0, *cuts], [*cuts, len(order)], strict=True):
             parts.append(Part(tenant, order[first:last], after))
-            late = self.late and rng.random() < 0.15
+            late = rng.random() < 0.15
             after += rng.uniform(self.idle, 5 * self.idle) if late else rng.uniform(0, 0.4)
         return parts
 
