@@ -26,12 +26,10 @@ from service.otlp.columns import END as SPAN_END
 from service.otlp.columns import FLAGS as SPAN_FLAGS
 from service.rules.match import ASK, YES, satisfies
 from service.rules.names import FULL, N_COUNT, N_FIRST, TOO_LONG, NameArrays, find_name
-from service.traces.closed import add, may_hold
+from service.traces.closed import may_hold
 from service.traces.layout import (
     ASKED,
     CLOSED,
-    CLOSED_AT,
-    CLOSED_COUNT,
     COMPLETED,
     COMPLETIONS,
     DIRTIED,
@@ -44,15 +42,12 @@ from service.traces.layout import (
     ENTRIES,
     ENTRIES_FREE,
     ENTRIES_USED,
-    ENTRY_COLUMNS,
     ERRORS,
     EVIDENCE,
     FIRST_SEEN,
     FLAGS,
-    FREE,
     HI,
     LARGE_FREE,
-    LARGE_RING,
     LARGE_USED,
     LAST_SEEN,
     LATE,
@@ -83,8 +78,6 @@ from service.traces.layout import (
     POSITIONS,
     REPEATED,
     REPEATS,
-    RING,
-    RING_CLASS,
     ROOT_ID,
     ROOT_NAME_LEN,
     ROOT_SERVICE,
@@ -92,7 +85,6 @@ from service.traces.layout import (
     ROOTED,
     SERVICES_1,
     SERVICES_2,
-    SLOT_COLUMNS,
     SLOTS_FREE,
     SLOTS_USED,
     SMALL_RING,
@@ -106,99 +98,12 @@ from service.traces.layout import (
     RuleArrays,
     TraceArrays,
 )
-
-
-@lean_kernel
-def _bucket(secret: Rows, hi: int, lo: int, mask: int) -> int:
-    """Where a trace belongs. Clients choose the ids: without the secret they could choose them
-    so that all fall into one place, which makes looking them up slow."""
-    mixed = (hi ^ secret[0]) * secret[1]
-    mixed = (mixed ^ (mixed >> 32) ^ lo) * secret[2]
-    mixed = (mixed ^ (mixed >> 32)) * secret[1]
-    return (mixed ^ (mixed >> 32)) & mask
-
-
-@lean_kernel
-def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
-    """The slot of a trace, -1 without one."""
-    table = traces.table
-    mask = len(table) - 1
-    i = _bucket(traces.secret, hi, lo, mask)
-    while table[i] > 0:
-        slot = table[i] - 1
-        if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
-            return slot
-        i = (i + 1) & mask
-    return -1
-
-
-@lean_kernel
-def enter(table: Rows, secret: Rows, hi: int, lo: int, slot: int) -> None:
-    """Put a slot into the hash table, where its trace must not be yet."""
-    mask = len(table) - 1
-    i = _bucket(secret, hi, lo, mask)
-    while table[i] > 0:
-        i = (i + 1) & mask
-    table[i] = slot + 1
-
-
-@lean_kernel
-def rebuild(table: Rows, secret: Rows, slots: Rows, used: int) -> None:
-    """Fill an empty hash table with all slots in use."""
-    for slot in range(used):
-        if slots[slot, STATE] != FREE:
-            enter(table, secret, slots[slot, HI], slots[slot, LO], slot)
-
-
-@lean_kernel
-def _leave(traces: TraceArrays, hi: int, lo: int) -> None:
-    """Take a trace out of the hash table, moving back what probed past it (Knuth 6.4, R)."""
-    table = traces.table
-    mask = len(table) - 1
-    i = _bucket(traces.secret, hi, lo, mask)
-    while True:
-        slot = table[i] - 1
-        if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
-            break
-        i = (i + 1) & mask
-    hole = i
-    i = (i + 1) & mask
-    while table[i] > 0:
-        slot = table[i] - 1
-        home = _bucket(traces.secret, traces.slots[slot, HI], traces.slots[slot, LO], mask)
-        if ((i - home) & mask) >= ((i - hole) & mask):
-            table[hole] = table[i]
-            hole = i
-        i = (i + 1) & mask
-    table[hole] = 0
-
-
-@lean_kernel
-def _take(fill: Rows, free: int, used: int, links: Rows, column: int) -> int:
-    """A row of a pool: from its free list, else the next unused one."""
-    row = fill[free]
-    if row >= 0:
-        fill[free] = links[row, column]
-        return row
-    fill[used] += 1
-    return fill[used] - 1
-
-
-@lean_kernel
-def _give(fill: Rows, free: int, links: Rows, column: int, row: int) -> None:
-    links[row, column] = fill[free]
-    fill[free] = row
-
-
-@lean_kernel
-def _room(fill: Rows, free: int, used: int, capacity: int, wanted: int) -> bool:
-    """Whether a pool has ``wanted`` rows; a free list counts as one."""
-    return capacity - fill[used] >= wanted or (wanted <= 1 and fill[free] >= 0)
+from service.traces.pools import copy, enter, find_slot, remember, room, seen, take
 
 
 @lean_kernel
 def _open(traces: TraceArrays, hi: int, lo: int, now: int) -> int:
-    slot = _take(traces.fill, SLOTS_FREE, SLOTS_USED, traces.slots, NEXT_FREE)
+    slot = take(traces.fill, SLOTS_FREE, SLOTS_USED, traces.slots, NEXT_FREE)
     row = traces.slots[slot]
     row[:] = 0
     row[HI] = hi
@@ -213,56 +118,6 @@ def _open(traces: TraceArrays, hi: int, lo: int, now: int) -> int:
 
 
 @lean_kernel
-def _holds(ring: Rows, count: int, span_id: int) -> bool:
-    found = False
-    for x in ring[:count]:  # no early exit: this way it is vectorised
-        found |= x == span_id
-    return found
-
-
-@lean_kernel
-def _seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
-    """Whether the span id is among the last ones of the trace."""
-    row = traces.slots[slot]
-    n = row[SPANS]
-    if row[RING_CLASS] == 0:
-        return _holds(traces.ring_small[slot], min(n, SMALL_RING), span_id)
-    if row[RING_CLASS] == 1:
-        return _holds(traces.ring_middle[row[RING]], min(n, MIDDLE_RING), span_id)
-    return _holds(traces.ring_large[row[RING]], min(n, LARGE_RING), span_id)
-
-
-@lean_kernel
-def _copy(source: Rows, target: Rows, length: int) -> None:
-    for i in range(length):  # a slice assignment might allocate
-        target[i] = source[i]
-
-
-@lean_kernel
-def _remember(traces: TraceArrays, slot: int, span_id: int) -> None:
-    """Add a span id to the ring of the trace, moving to a larger ring when it is full."""
-    row = traces.slots[slot]
-    n = row[SPANS]
-    if row[RING_CLASS] == 0 and n == SMALL_RING:
-        ring = _take(traces.fill, MIDDLE_FREE, MIDDLE_USED, traces.ring_middle, 0)
-        _copy(traces.ring_small[slot], traces.ring_middle[ring], SMALL_RING)
-        row[RING_CLASS] = 1
-        row[RING] = ring
-    elif row[RING_CLASS] == 1 and n == MIDDLE_RING:
-        ring = _take(traces.fill, LARGE_FREE, LARGE_USED, traces.ring_large, 0)
-        _copy(traces.ring_middle[row[RING]], traces.ring_large[ring], MIDDLE_RING)
-        _give(traces.fill, MIDDLE_FREE, traces.ring_middle, 0, row[RING])
-        row[RING_CLASS] = 2
-        row[RING] = ring
-    if row[RING_CLASS] == 0:
-        traces.ring_small[slot, n] = span_id
-    elif row[RING_CLASS] == 1:
-        traces.ring_middle[row[RING], n] = span_id
-    else:
-        traces.ring_large[row[RING], n % LARGE_RING] = span_id
-
-
-@lean_kernel
 def add_match(traces: TraceArrays, slot: int, check: int, start: int, span_id: int) -> int:
     """Count a span for a check of a trace, keeping the earliest as evidence; the new count."""
     entries = traces.entries
@@ -272,7 +127,7 @@ def add_match(traces: TraceArrays, slot: int, check: int, start: int, span_id: i
         before = at
         at = entries[at, E_NEXT]
     if at < 0 or entries[at, E_CHECK] != check:
-        new = _take(traces.fill, ENTRIES_FREE, ENTRIES_USED, entries, E_NEXT)
+        new = take(traces.fill, ENTRIES_FREE, ENTRIES_USED, entries, E_NEXT)
         entries[new, E_CHECK] = check
         entries[new, E_NEXT] = at
         entries[new, E_COUNT] = 0
@@ -342,7 +197,7 @@ def _new_position(row: Rows, position: int) -> bool:
 def _add_span(traces: TraceArrays, slot: int, batch: BatchArrays, span: Rows, now: int) -> None:
     """Everything about a new span but its matches."""
     row = traces.slots[slot]
-    _remember(traces, slot, span[SPAN_ID])
+    remember(traces, slot, span[SPAN_ID])
     row[SPANS] += 1
     row[ERRORS] += span[STATUS] == 2
     row[MIN_START] = min(row[MIN_START], span[START])
@@ -415,17 +270,17 @@ def fold(
         if slot >= 0 and traces.slots[slot, STATE] == CLOSED:
             counts[STOPPED_SLOT] = slot
             return r, LATE
-        if slot < 0 and not _room(fill, SLOTS_FREE, SLOTS_USED, len(traces.slots), 1):
+        if slot < 0 and not room(fill, SLOTS_FREE, SLOTS_USED, len(traces.slots), 1):
             return r, NEED_SLOTS
         position = batch.positions[span[BODY]]
         if slot >= 0:
             row = traces.slots[slot]
             n = row[SPANS]
-            if n == SMALL_RING and not _room(
+            if n == SMALL_RING and not room(
                 fill, MIDDLE_FREE, MIDDLE_USED, len(traces.ring_middle), 1
             ):
                 return r, NEED_MIDDLE
-            if n == MIDDLE_RING and not _room(
+            if n == MIDDLE_RING and not room(
                 fill, LARGE_FREE, LARGE_USED, len(traces.ring_large), 1
             ):
                 return r, NEED_LARGE
@@ -437,7 +292,7 @@ def fold(
             return r, NAMES_FULL
         if name >= 0:
             interested = names.slots[name, N_COUNT]
-            if not _room(fill, ENTRIES_FREE, ENTRIES_USED, len(traces.entries), interested):
+            if not room(fill, ENTRIES_FREE, ENTRIES_USED, len(traces.entries), interested):
                 return r, NEED_ENTRIES
         if counts[ASKED] + max(1, interested) > len(outputs.ask):
             return r, NEED_ASK
@@ -455,7 +310,7 @@ def fold(
                 spill = outputs.spilled[counts[SPILLS]]
                 spill[0] = hi
                 spill[1] = lo
-                _copy(row[POSITION_0:], spill[2:], POSITIONS)
+                copy(row[POSITION_0:], spill[2:], POSITIONS)
                 counts[SPILLS] += 1
                 row[POSITION_COUNT] = 0
                 row[FLAGS] |= SPILLED
@@ -465,7 +320,7 @@ def fold(
             row[FLAGS] |= COMPLETED
             outputs.completed[counts[COMPLETIONS]] = slot
             counts[COMPLETIONS] += 1
-        if _seen(traces, slot, span[SPAN_ID]):
+        if seen(traces, slot, span[SPAN_ID]):
             row[REPEATED] += 1
             counts[REPEATS] += 1
             continue
@@ -525,133 +380,3 @@ def add_asked(
         count = add_match(traces, slot, check, span[START], span[SPAN_ID])
         if crosses(rules, check, count):
             mark_dirty(traces, slot, outputs)
-
-
-@lean_kernel
-def count_entries(traces: TraceArrays, slots: Rows) -> int:
-    """How many entries the given slots have together."""
-    total = 0
-    for slot in slots:
-        at = traces.slots[slot, ENTRIES]
-        while at >= 0:
-            total += 1
-            at = traces.entries[at, E_NEXT]
-    return total
-
-
-@lean_kernel
-def copy_out(traces: TraceArrays, slots: Rows, rows: Rows, entries: Rows, starts: Rows) -> None:
-    """Copy slots and their entries, end to end; those of slot k are
-    ``entries[starts[k]:starts[k + 1]]``."""
-    n = 0
-    for k in range(len(slots)):
-        slot = slots[k]
-        _copy(traces.slots[slot], rows[k], SLOT_COLUMNS)
-        starts[k] = n
-        at = traces.slots[slot, ENTRIES]
-        while at >= 0:
-            _copy(traces.entries[at], entries[n], ENTRY_COLUMNS)
-            n += 1
-            at = traces.entries[at, E_NEXT]
-    starts[len(slots)] = n
-
-
-@lean_kernel
-def close(traces: TraceArrays, slots: Rows, now: int) -> None:
-    """Mark open traces closed. They stay, for late spans, until they are freed."""
-    for slot in slots:
-        traces.slots[slot, STATE] = CLOSED
-        traces.slots[slot, CLOSED_AT] = now
-        traces.activity[slot] = NEVER
-    traces.fill[OPEN_COUNT] -= len(slots)
-    traces.fill[CLOSED_COUNT] += len(slots)
-
-
-@lean_kernel
-def reopen(traces: TraceArrays, slot: int, now: int, flags: int) -> None:
-    """Open a closed trace again; ``flags`` are added to it."""
-    row = traces.slots[slot]
-    row[STATE] = OPEN
-    row[FLAGS] = (row[FLAGS] & ~(COMPLETED | DIRTY)) | flags
-    row[LAST_SEEN] = max(row[LAST_SEEN], now)
-    traces.activity[slot] = now
-    traces.fill[OPEN_COUNT] += 1
-    traces.fill[CLOSED_COUNT] -= 1
-
-
-@lean_kernel
-def free_closed(
-    traces: TraceArrays, slots: Rows, closed_at: int, filters: Rows, generation: int, salt: int
-) -> int:
-    """Free those of the slots that are still closed since ``closed_at``, and put them into a
-    generation of ``filters``; how many."""
-    freed = 0
-    for slot in slots:
-        row = traces.slots[slot]
-        if row[STATE] != CLOSED or row[CLOSED_AT] != closed_at:
-            continue
-        add(filters, generation, salt, row[HI], row[LO])
-        _leave(traces, row[HI], row[LO])
-        at = row[ENTRIES]
-        while at >= 0:
-            after = traces.entries[at, E_NEXT]
-            _give(traces.fill, ENTRIES_FREE, traces.entries, E_NEXT, at)
-            at = after
-        if row[RING_CLASS] == 1:
-            _give(traces.fill, MIDDLE_FREE, traces.ring_middle, 0, row[RING])
-        elif row[RING_CLASS] == 2:
-            _give(traces.fill, LARGE_FREE, traces.ring_large, 0, row[RING])
-        row[STATE] = FREE
-        _give(traces.fill, SLOTS_FREE, traces.slots, NEXT_FREE, slot)
-        freed += 1
-    traces.fill[CLOSED_COUNT] -= freed
-    return freed
-
-
-@lean_kernel
-def find_idle(traces: TraceArrays, last_seen_before: int, out: Rows) -> int:
-    """The open slots without a span since ``last_seen_before``, up to ``len(out)``; how many."""
-    found = 0
-    used = traces.fill[SLOTS_USED]
-    for slot, last in enumerate(traces.activity[:used]):
-        if last < last_seen_before:
-            out[found] = slot
-            found += 1
-            if found == len(out):
-                break
-    return found
-
-
-@lean_kernel
-def find_old(traces: TraceArrays, first_seen_before: int, out: Rows) -> int:
-    """The open slots whose first span came before ``first_seen_before``, up to ``len(out)``."""
-    found = 0
-    for slot in range(traces.fill[SLOTS_USED]):
-        row = traces.slots[slot]
-        if row[STATE] == OPEN and row[FIRST_SEEN] < first_seen_before:
-            out[found] = slot
-            found += 1
-            if found == len(out):
-                break
-    return found
-
-
-@lean_kernel
-def survey(traces: TraceArrays, long_lived: int, out: Rows) -> None:
-    """Into ``out``: open traces of more than ``long_lived`` spans, span ids held for open traces,
-    and when the first span of the oldest came (``NEVER`` without one)."""
-    out[:] = 0
-    out[2] = NEVER
-    for slot in range(traces.fill[SLOTS_USED]):
-        row = traces.slots[slot]
-        if row[STATE] == OPEN:
-            out[0] += row[SPANS] > long_lived
-            out[1] += min(row[SPANS], LARGE_RING)
-            out[2] = min(out[2], row[FIRST_SEEN])
-
-
-@lean_kernel
-def clear_dirty(traces: TraceArrays, slots: Rows) -> None:
-    """Forget that slots were noted for an early decision."""
-    for slot in slots:
-        traces.slots[slot, FLAGS] &= ~DIRTY

@@ -15,6 +15,7 @@ from service.otlp.columns import Rows, SpanBatch
 from service.rules.compile import CompiledRules
 from service.rules.match import evaluate
 from service.traces import fold as kernels
+from service.traces import pools, upkeep
 from service.traces.checkpoint import TableSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import Context, DueTraces
@@ -214,7 +215,7 @@ class TraceTable:
         dirty = outputs.dirty[: counts[DIRTIED]]
         early = None
         if len(dirty):
-            kernels.clear_dirty(self.arrays, dirty)
+            upkeep.clear_dirty(self.arrays, dirty)
             early = self.copy(dirty, closed=False, now=now)
         return Folded(
             early,
@@ -230,12 +231,12 @@ class TraceTable:
     def idle(self, last_seen_before: int) -> Rows:
         """Up to ``SWEEP_BATCH`` open slots without a span since then."""
         out = np.empty(SWEEP_BATCH, np.int64)
-        return out[: kernels.find_idle(self.arrays, last_seen_before, out)]
+        return out[: upkeep.find_idle(self.arrays, last_seen_before, out)]
 
     def old(self, first_seen_before: int) -> Rows:
         """Up to ``SWEEP_BATCH`` open slots that began before then."""
         out = np.empty(SWEEP_BATCH, np.int64)
-        return out[: kernels.find_old(self.arrays, first_seen_before, out)]
+        return out[: upkeep.find_old(self.arrays, first_seen_before, out)]
 
     def close(self, slots: Rows, now: int) -> DueTraces:
         """Close open traces; they are kept until :meth:`evict`."""
@@ -243,7 +244,7 @@ class TraceTable:
         before = [self.reopened.pop(int(slot)) for slot in slots if int(slot) in self.reopened]
         if before:
             due.before = _joined(before)
-        kernels.close(self.arrays, slots, now)
+        upkeep.close(self.arrays, slots, now)
         self._closed.append((now, slots))
         return due
 
@@ -251,8 +252,8 @@ class TraceTable:
         """Copies of the given traces."""
         rows = np.empty((len(slots), SLOT_COLUMNS), np.int64)
         starts = np.empty(len(slots) + 1, np.int64)
-        entries = np.empty((kernels.count_entries(self.arrays, slots), ENTRY_COLUMNS), np.int64)
-        kernels.copy_out(self.arrays, slots, rows, entries, starts)
+        entries = np.empty((upkeep.count_entries(self.arrays, slots), ENTRY_COLUMNS), np.int64)
+        upkeep.copy_out(self.arrays, slots, rows, entries, starts)
         long = np.flatnonzero(rows[:, SPANS] > self.windows.long_lived).tolist()
         contexts = {k: self._context(rows[k], int(slots[k])) for k in long}
         return DueTraces(
@@ -289,7 +290,7 @@ class TraceTable:
         """Open traces that are long, span ids held for open traces, and when the oldest began
         (nanoseconds; ``NEVER`` without one)."""
         out = np.zeros(3, np.int64)
-        kernels.survey(self.arrays, self.windows.long_lived, out)
+        upkeep.survey(self.arrays, self.windows.long_lived, out)
         return int(out[0]), int(out[1]), int(out[2])
 
     def evict(self, closed_before: int, fresh_from: int, keep: int, closed: ClosedTraces) -> int:
@@ -308,7 +309,7 @@ class TraceTable:
             with np.errstate(over="ignore"):
                 generation = closed.generation(len(slots))
                 salt = ClosedTraces.salt(self.tenant)
-                freed += kernels.free_closed(
+                freed += upkeep.free_closed(
                     self.arrays, slots, when, closed.filters, generation, salt
                 )
         return freed
@@ -355,7 +356,7 @@ class TraceTable:
             entries=_with_room(arrays["entries"], slots),
         )
         with np.errstate(over="ignore"):
-            kernels.rebuild(
+            pools.rebuild(
                 self.arrays.table, self.arrays.secret, self.arrays.slots, len(arrays["slots"])
             )
         closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
@@ -380,7 +381,7 @@ class TraceTable:
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), -1 without one."""
         with np.errstate(over="ignore"):
-            return int(kernels.find_slot(self.arrays, hi, lo))
+            return int(pools.find_slot(self.arrays, hi, lo))
 
     def recall(self, ids: Rows) -> None:
         """Treat traces (rows of hi, lo) that were folded again from the log as closed once: what
@@ -402,7 +403,7 @@ class TraceTable:
     def _reopen(self, slot: int, now: int) -> None:
         at_close = self.copy(np.array([slot], np.int64), closed=True, now=now)
         self.reopened.setdefault(slot, at_close)
-        kernels.reopen(self.arrays, slot, now, REOPENED)
+        upkeep.reopen(self.arrays, slot, now, REOPENED)
 
     def _answer(self, batch: SpanBatch, arrays: BatchArrays, outputs: FoldOutputs) -> None:
         """Evaluate in Python what the kernel asked for, and count what matched."""
@@ -441,7 +442,7 @@ class TraceTable:
             activity[len(old.activity) :] = NEVER
             slots = _doubled(old.slots)
             table = np.zeros(2 * len(old.table), np.int64)
-            kernels.rebuild(table, old.secret, slots, int(old.fill[SLOTS_USED]))
+            pools.rebuild(table, old.secret, slots, int(old.fill[SLOTS_USED]))
             self.arrays = old._replace(
                 table=table,
                 slots=slots,
