@@ -120,14 +120,8 @@ def faulty(directory: Path, rate: float = 60.0, **settings: str) -> Iterator[tup
         yield campaign, faults
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param("error", marks=long_run),
-        "hang",
-        pytest.param("duckdb-error", marks=long_run),
-    ],
-)
+@long_run
+@pytest.mark.parametrize("fault", ["error", "hang", "duckdb-error"])
 def test_a_store_is_away_for_a_while_and_the_service_dies_meanwhile(
     tmp_path: Path, fault: str
 ) -> None:
