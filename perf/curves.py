@@ -255,11 +255,11 @@ def draw(curves: Json) -> None:
         lines = []
         whole = "service over HTTP" if name == "tenants" else "decode, fold, decide, index"
         for key, label in (("ratio", whole), ("fold_ratio", "the fold alone")):
-            points = [
+            points = sorted(
                 (float(p["x"]), p[key]["median"], p[key]["min"], p[key]["max"])
                 for p in curve["points"]
                 if key in p
-            ]
+            )
             if points:
                 lines.append(Series(label, points))
         picture = chart(
