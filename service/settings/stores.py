@@ -49,7 +49,7 @@ class DuckDb(Section):
 
     batch_rows: Count = 1000
     """Rows of one transaction, at most."""
-    flush_ms: Count = 500
+    flush_ms: Count = 250
     """A batch that is not full is written after this."""
     pool_max: Workers = 5
     """Connections per tenant, at most."""

@@ -76,7 +76,7 @@ def test_defaults_are_those_of_the_requirements():
     assert workers == (1, 1, 1, 2)  # docs/decisions/0003-one-worker-large-batches.md
     assert (s.traces.idle_seconds, s.traces.max_age_seconds) == (5, 3600)
     assert (s.traces.window_spans, s.traces.window_overlap) == (100, 0.2)
-    assert (s.ledger.batch_signals, s.duckdb.flush_ms, s.duckdb.batch_rows) == (128, 500, 1000)
+    assert (s.ledger.batch_signals, s.duckdb.batch_rows) == (128, 1000)
     assert (s.duckdb.pool_max, s.duckdb.pool_idle, s.duckdb.pool_timeout_seconds) == (5, 1, 5)
     e, b = s.breakers.evaluation, s.breakers.storage
     assert (e.timeout_seconds, e.failure_rate, e.minimum_calls, e.open_seconds) == (
