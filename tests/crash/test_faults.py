@@ -174,6 +174,7 @@ def test_while_the_log_cannot_be_written_nothing_is_acknowledged(tmp_path: Path)
     assert "Traceback" not in campaign.victim.log()
 
 
+@long_run
 def test_the_accounts_are_right_in_overload_and_with_dead_letters(tmp_path: Path) -> None:
     """Accepted spans are evaluated, in flight, or in dead letters, whenever one looks."""
     names = ("ingest_capacity", "correlate_capacity", "ingest_batch", "correlate_batch")
