@@ -368,8 +368,9 @@ class DuckStore:
         from the ledger and the log."""
         self._files.recreate(tenant)
 
-    def delete_tenant(self, tenant: str) -> None:
-        """Delete all that is stored of the tenant."""
+    def remove(self, tenant: str) -> None:
+        """Close the tenant's file and delete it; it need not be there. Who uses it is waited for up
+        to the pool's timeout, then :exc:`PoolTimeout`. A later write makes the file anew."""
         self._files.delete(tenant)
 
     def close(self) -> None:

@@ -578,9 +578,10 @@ class TestFiles:
         for tenant in ("a", "b"):
             store.write_signals(tenant, [make(1)])
         (tmp_path / "b" / "rules").touch()
-        store.delete_tenant("a")
-        store.delete_tenant("b")
-        store.delete_tenant("c")
+        store.remove("a")
+        store.remove("b")
+        store.remove("b")
+        store.remove("c")
         assert [p.name for p in tmp_path.rglob("*") if not p.name.startswith(".")] == ["b", "rules"]
         assert store.write_signals("a", [make(2)]) == 1
         assert ids(store.signals("a")) == [2]
@@ -588,7 +589,7 @@ class TestFiles:
     def test_a_file_in_use_is_not_deleted(self, store: DuckStore) -> None:
         store.write_signals("a", [make(1)])
         with store._files.use("a"), pytest.raises(PoolTimeout, match="still in use"):
-            store.delete_tenant("a")
+            store.remove("a")
         assert ids(store.signals("a")) == [1]
 
 
