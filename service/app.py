@@ -28,6 +28,7 @@ from service.http.asgi import ingest_app, serve
 from service.http.health import metrics_app
 from service.http.ingest import Edge
 from service.http.listener import serve_ingest
+from service.latencies import Latencies
 from service.ledger.sqlite import SqliteLedger
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
@@ -79,7 +80,7 @@ class Service:
         self.ledger = ledger
         self.store = store
         self.started_at: float = time.time()
-        self.latencies = metrics.Latencies()
+        self.latencies = Latencies(window_seconds=settings.metrics.window_seconds)
         self.subscriptions = Subscriptions(settings.api.max_streams)
         self.pipeline: Pipeline = Pipeline(
             settings,
@@ -134,7 +135,7 @@ class Service:
         self.admin = Administration(
             self.pipeline, self.edge, self.audit, self._threads, self.wall_time
         )
-        self._registry = metrics.register(self, self.latencies)
+        self._exposition = metrics.Exposition(self, self.latencies)
         self._stop = trio.Event()
         self._state = "starting"
         self._clock_offset = 0.0
@@ -156,6 +157,7 @@ class Service:
             await self._threads.run(warm_up, abandon_on_cancel=True)
             await self._threads.run(self.registry.store.load)
             outer.start_soon(self._watch_rules)
+            outer.start_soon(self.latencies.recent.run)
             await self._rebuild_if_little()
             async with trio.open_nursery() as inner:
                 await inner.start(self.pipeline.run)
@@ -321,7 +323,7 @@ class Service:
 
     def metrics_exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return metrics.generate_latest(self._registry)
+        return self._exposition.render(self._exposition.read())
 
     def subscribe_signals(self, tenant: str) -> Any:
         """The tenant's signals from now on."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from service.metrics import DECLARED, Latencies, register_process
+from service.latencies import Latencies
+from service.metrics import DECLARED, register_process
 
 _HEAD = """\
 # Metrics

@@ -15,8 +15,8 @@ from service.breakers import Breakers
 from service.deadletters import DeadLetters
 from service.fallback import Fallback
 from service.http.request import Request
+from service.latencies import Latencies
 from service.ledger.base import Ledger
-from service.metrics import Latencies
 from service.otlp.columns import SpanBatch
 from service.reserves import Reserves
 from service.rules.registry import RuleRegistry
@@ -211,7 +211,7 @@ class Pipeline:
             options.setdefault("attempts", settings.redelivery.attempts + 1)
             options.setdefault("retry_delay", settings.redelivery.delay_seconds)
             options.setdefault("on_dead", on_dead(name))
-            observe = latencies.stage.labels(name).observe
+            observe = latencies.stage(name).observe
             self.stages[name] = Stage(
                 name, receive, handler, on_done=lambda seconds, _: observe(seconds), **options
             )

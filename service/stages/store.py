@@ -34,7 +34,7 @@ from service import letters
 from service.breakers import PoisonError
 from service.fallback import RETRY_SECONDS, Fallback
 from service.ledger.base import Ledger, LedgerError, transfer
-from service.metrics import Latencies
+from service.latencies import Latencies
 from service.signals import Signal
 from service.stages.evaluate import Decided
 from service.storage.duck import DuckStore, PoolTimeout, StoreError

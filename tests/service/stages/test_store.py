@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from channels import Breaker, BreakerSettings, BreakerState, ThreadRunner, open_channel
 from service.breakers import Breakers, PoisonError
 from service.ledger.sqlite import SqliteLedger
-from service.metrics import Latencies
+from service.latencies import Latencies
 from service.settings import Settings
 from service.stages.store import ProjectStage, StoreCounts, StoreStage
 from service.storage.fallback import FallbackFiles

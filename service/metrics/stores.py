@@ -1,0 +1,135 @@
+"""Metrics of what is kept: the span log, checkpoints, dead letters, local files, DuckDB."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from service.metrics.declared import Declared, Samples, one
+
+if TYPE_CHECKING:
+    from service.app import Service
+
+
+def _checkpoint_time(service: Service) -> Samples:
+    return one(service.recovery.saved_at or 0.0)
+
+
+def _checkpoint_bytes(service: Service) -> Samples:
+    return one(service.recovery.saved_bytes)
+
+
+def _checkpoint_failures(service: Service) -> Samples:
+    return one(service.recovery.failures)
+
+
+def _disk(service: Service) -> Samples:
+    try:
+        usage = shutil.disk_usage(service.settings.storage.path)
+    except OSError:  # the rest of the scrape is wanted then more than ever
+        return
+    yield ("free",), usage.free
+    yield ("used",), usage.used
+
+
+def _dead_letters(service: Service) -> Samples:
+    held = service.pipeline.letters.held
+    for name in service.pipeline.stages:
+        if name != "span-ingestion":  # what it fails on is refused
+            yield (name,), held[name].letters if name in held else 0
+
+
+DECLARED = (
+    Declared(
+        "betrace_span_log_bytes",
+        "counter",
+        "Bytes written to the span log.",
+        (),
+        lambda s: one(s.log.statistics().bytes),
+    ),
+    Declared(
+        "betrace_span_log_unsynced_bytes",
+        "gauge",
+        "Bytes of the span log that would be lost if the machine died now.",
+        (),
+        lambda s: one(s.log.statistics().unsynced_bytes),
+    ),
+    Declared(
+        "betrace_span_log_sync_seconds",
+        "gauge",
+        "How long the last sync of the span log took.",
+        (),
+        lambda s: one(s.pipeline.sync.last_seconds),
+    ),
+    Declared(
+        "betrace_span_log_sync_failures",
+        "counter",
+        "Syncs of the span log that the disk failed.",
+        (),
+        lambda s: one(s.pipeline.sync.failures),
+    ),
+    Declared(
+        "betrace_checkpoint_timestamp_seconds",
+        "gauge",
+        "When the last checkpoint was complete; 0 before the first.",
+        (),
+        _checkpoint_time,
+    ),
+    Declared(
+        "betrace_checkpoint_bytes",
+        "gauge",
+        "Size of the last checkpoint that was written.",
+        (),
+        _checkpoint_bytes,
+    ),
+    Declared(
+        "betrace_checkpoint_failures",
+        "counter",
+        "Checkpoints that could not be written.",
+        (),
+        _checkpoint_failures,
+    ),
+    Declared(
+        "betrace_data_disk_bytes",
+        "gauge",
+        "The file system of the data directory: what BeTrace may still write, and what is used.",
+        ("state",),
+        _disk,
+        blocks=True,
+    ),
+    Declared(
+        "betrace_dead_letters",
+        "gauge",
+        "Dead letters, by the stage that failed.",
+        ("stage",),
+        _dead_letters,
+    ),
+    Declared(
+        "betrace_dead_letters_exported",
+        "counter",
+        "Dead letters moved to files, since they no longer fitted.",
+        (),
+        lambda s: one(s.pipeline.letters.exported),
+    ),
+    Declared(
+        "betrace_fallback_pending",
+        "gauge",
+        "Records in local files that wait for their store.",
+        ("store",),
+        lambda s: [((n,), f.statistics().lines) for n, f in s.pipeline.fallbacks.items()],
+    ),
+    Declared(
+        "betrace_duckdb_rows",
+        "counter",
+        "Rows written to DuckDB.",
+        (),
+        lambda s: one(s.pipeline.store_counts.rows),
+    ),
+    Declared(
+        "betrace_start_time_seconds",
+        "gauge",
+        "When the service started.",
+        (),
+        lambda s: one(s.started_at),
+    ),
+)
