@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-import resource
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 
 from channels import ThreadRunner
@@ -30,6 +25,7 @@ from service.http.ingest import Edge
 from service.http.listener import serve_ingest
 from service.latencies import Latencies
 from service.ledger.sqlite import SqliteLedger
+from service.performance import Performance
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
 from service.rebuild import Rebuild
@@ -44,13 +40,14 @@ from service.storage.duck import DuckStore
 from service.storage.spanlog import SpanLog
 from service.subscriptions import Subscriptions
 from service.tenants import Quotas
-from service.traces.layout import NEVER
 from service.traces.tenant import TenantTraces
 from service.warmup import warm_up
 
 _log = logging.getLogger("service")
 
 Json = dict[str, Any]
+
+SCRAPE_SECONDS = 5.0  # then a scrape fails: Prometheus gives up after 10 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +132,19 @@ class Service:
         self.admin = Administration(
             self.pipeline, self.edge, self.audit, self._threads, self.wall_time
         )
+        self._performance = Performance(
+            self.pipeline,
+            self.edge,
+            self.latencies,
+            settings.metrics.window_seconds,
+            self.account,
+            self.wall_time,
+        )
         self._exposition = metrics.Exposition(self, self.latencies)
+        self._scrapes = ThreadRunner("metrics", 1)
         self._stop = trio.Event()
         self._state = "starting"
         self._clock_offset = 0.0
-        self._process = psutil.Process()
 
     # Running
 
@@ -238,7 +243,11 @@ class Service:
     async def _report_drain(self) -> None:
         while True:
             await trio.sleep(2)
-            left = [f"{s['name']} {s['currentSize']}" for s in self._queues() if s["currentSize"]]
+            left = [
+                f"{s['name']} {s['currentSize']}"
+                for s in self._performance.fill()
+                if s["currentSize"]
+            ]
             _log.info("draining: %s", ", ".join(left) or "almost done")
 
     async def _watch_rules(self) -> None:
@@ -325,106 +334,41 @@ class Service:
         """All metrics in Prometheus' text format."""
         return self._exposition.render(self._exposition.read())
 
+    async def scrape(self) -> bytes:
+        """The same, rendered in a thread; the Trio thread only reads the numbers."""
+        families = self._exposition.read()
+        return await self._scrapes.run(self._exposition.render, families, timeout=SCRAPE_SECONDS)
+
     def subscribe_signals(self, tenant: str) -> Any:
         """The tenant's signals from now on."""
         return self.subscriptions.open(tenant)
 
-    def _queues(self) -> list[Json]:
-        found = []
-        for name, queue in self.pipeline.queues.items():
-            stats = queue.send.statistics()
-            stage = self.pipeline.stages[name].statistics()
-            found.append(
-                {
-                    "name": name,
-                    "unit": queue.unit,
-                    "currentSize": stats.size,
-                    "capacity": stats.capacity,
-                    "utilizationPercent": round(100 * stats.fill, 1),
-                    "concurrentConsumers": stage.workers,
-                    "busyConsumers": stage.busy_workers,
-                    "waitingSenders": stats.waiting_senders,
-                    "waitingReceivers": stats.waiting_receivers,
-                }
-            )
-        return found
-
     def queue_stats(self) -> list[Json]:
         """A row for each channel; reading takes the peak."""
-        return [
-            {**row, "peak": self.pipeline.queues[row["name"]].api_peak.take()}
-            for row in self._queues()
-        ]
+        return self._performance.queues()
 
     def cache_stats(self) -> Mapping[str, Json]:
         """Statistics by cache."""
         return {"ruleContainers": self.registry.statistics()}
 
     def performance_metrics(self) -> Json:
-        """Totals, and per stage what went through."""
-        counts = self.pipeline
-        account = self.account()
-        stages = {}
-        for name, stage in counts.stages.items():
-            stats = stage.statistics()
-            last = stats.last_progress
-            stages[name] = {
-                "in": stats.items_in,
-                "out": stats.items_out,
-                "errors": stats.failed,
-                "dead": stats.dead,
-                "lastProgress": None if last is None else self.wall_time(last),
-            }
-        return {
-            "spansAccepted": account.accepted,
-            "spansReplayed": account.replayed,
-            "spansCarried": account.carried,
-            "spansEvaluated": account.evaluated,
-            "spansInFlight": account.in_flight,
-            "spansDeadLettered": account.dead_lettered,
-            "spansDiscarded": account.discarded,
-            "signalsRaised": counts.evaluate.counts.raised,
-            "signalsRetracted": counts.evaluate.counts.retracted,
-            "activeTenants": len(counts.correlate.tenants),
-            "memoryUsageMB": round(self._process.memory_info().rss / 1e6, 1),
-            "uptime": round(time.time() - self.started_at, 1),
-            "stages": stages,
-        }
+        """Rates, latencies and totals."""
+        return self._performance.metrics()
 
     def trace_windows(self) -> Json:
         """Open traces and their memory, as of the last second."""
-        survey = self.pipeline.correlate.survey
-        oldest = None if survey.oldest_ns == NEVER else (time.time_ns() - survey.oldest_ns) / 1e9
-        return {
-            "activeWindows": survey.open,
-            "longLived": survey.long_lived,
-            "closedKept": survey.closed,
-            "totalSpansInMemory": survey.spans,
-            "memoryBytes": survey.nbytes,
-            "oldestSeconds": None if oldest is None else round(oldest, 1),
-        }
+        return self._performance.trace_windows()
 
     def system_stats(self) -> Json:
         """The process."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        memory = self._process.memory_info()
-        return {
-            "memory": {"rssBytes": memory.rss, "virtualBytes": memory.vms},
-            "cpu": {
-                "userSeconds": usage.ru_utime,
-                "systemSeconds": usage.ru_stime,
-                "cores": os.cpu_count(),
-            },
-            "threads": threading.active_count(),
-            "gc": {"collections": [s["collections"] for s in gc.get_stats()]},
-            "uptime": round(time.time() - self.started_at, 1),
-        }
+        return self._performance.system()
 
     def close(self) -> None:
         """End the worker threads; the stores are closed by :func:`open_service`."""
         self.pipeline.close_threads()
         self._threads.close()
         self._rebuilding.close()
+        self._scrapes.close()
 
 
 def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:

@@ -181,8 +181,8 @@ class Backend(Protocol):
     def components(self) -> Mapping[str, Json]:
         """By name: ``status`` (starting, ok, degraded, failed, stopping) and ``detail``."""
 
-    def metrics_exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+    async def scrape(self) -> bytes:
+        """All metrics in Prometheus' text format. Raises :exc:`channels.ThreadTimeout`."""
 
     def subscribe_signals(self, tenant: str) -> Subscription:
         """The tenant's signals from now on."""

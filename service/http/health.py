@@ -1,16 +1,20 @@
-"""Health and metrics, which need no authentication, and the listener for metrics alone."""
+"""Health, which needs no authentication, metrics, and the listener for metrics alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from channels import ThreadTimeout
+from service.http.access import Authenticator, Denied
 from service.http.asgi import App, Receive, Scope, Send, lifespan
 from service.http.backend import Backend
 from service.http.endpoint import Answer, Call, Endpoints
+from service.http.errors import ApiError
 
 endpoints = Endpoints("Health", access="none")
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SLOW = "the metrics could not be read ({})"
 
 
 @endpoints.add("GET", "/livez", "Whether the process lives", answers={200: '`{"status": "ok"}`'})
@@ -44,15 +48,25 @@ async def get_ready(call: Call) -> Any:
     "GET",
     "/metrics",
     "Metrics in Prometheus' text format",
-    answers={200: "The metrics"},
+    answers={200: "The metrics", 503: "They could not be read in time: the disk does not answer"},
     media_type=EXPOSITION_TYPE,
+    access="scrape",
 )
 async def get_exposition(call: Call) -> Any:
-    return Answer(call.backend.metrics_exposition(), media_type=EXPOSITION_TYPE)
+    try:
+        return Answer(await call.backend.scrape(), media_type=EXPOSITION_TYPE)
+    except ThreadTimeout as error:
+        raise ApiError(503, _SLOW.format(error), "look at the disk of the data directory") from None
 
 
-def metrics_app(backend: Backend) -> App:
+def metrics_app(backend: Backend, authenticator: Authenticator | None = None) -> App:
     """An ASGI application that serves ``/metrics`` and nothing else."""
+
+    async def denied(scope: Scope) -> Denied | None:
+        if authenticator is None:
+            return None
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return await authenticator.scraper(given[-1].decode("latin-1") if given else None)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -67,8 +81,18 @@ def metrics_app(backend: Backend) -> App:
         elif scope["method"] not in ("GET", "HEAD"):
             status, media_type, body = 405, "text/plain", b"use GET\n"
             headers = [(b"allow", b"GET, HEAD")]
+        elif (refusal := await denied(scope)) is not None:
+            status, media_type, body = (
+                refusal.status,
+                "text/plain",
+                refusal.message.encode() + b"\n",
+            )
+            headers = [(b"www-authenticate", b"Bearer")] if status == 401 else []
         else:
-            body = backend.metrics_exposition()
+            try:
+                body = await backend.scrape()
+            except ThreadTimeout as error:
+                status, media_type, body = 503, "text/plain", f"{_SLOW.format(error)}\n".encode()
         headers += [
             (b"content-type", media_type.encode()),
             (b"content-length", str(len(body)).encode()),

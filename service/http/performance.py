@@ -20,10 +20,25 @@ SNAPSHOT_SECONDS = 1.0
     "GET",
     "/api/performance/metrics",
     "Rates, latencies and totals",
-    answers={200: "`spanIngestionRate`, `ruleEvaluationP99`, … and per stage in, out, errors"},
+    answers={
+        200: "`spanIngestionRate`, `ruleEvaluationP99`, `tigerBeetleWriteLatency`, "
+        "`duckDBInsertThroughput`, `activeTenants`, `memoryUsageMB`, `uptime`, …, and `stages`"
+    },
 )
 async def get_metrics(call: Call) -> Any:
-    """Rates and percentiles cover the last `metrics.window_seconds`."""
+    """Rates (a second) and latencies (milliseconds, null where nothing was timed) cover the last
+    `windowSeconds` (`metrics.window_seconds`) and up to a twelfth more; everything else is since
+    the start. A latency is within 1 % of the exact percentile.
+
+    `tigerBeetleWriteLatency` is the p99 of recording a batch of signals in the ledger, whatever the
+    ledger is; `ruleEvaluationP99` of deciding a batch, `endToEndP99` from the last span that
+    mattered to the signal in the ledger, `duckDBWriteLatency` of writing a batch of rows;
+    `duckDBInsertThroughput` is in rows. `spansRefused` is by reason.
+
+    A stage has `in` and `out` (items: requests or batches), `unitsIn` and `unitsOut` (spans, traces
+    or rows, as `unit` says), `rate` (units done a second), `latencyMs` (`p50`, `p95`, `p99` of its
+    work on a batch), `errors`, `dead` (items given up), `lastError`, and `lastProgress` (seconds
+    since 1970)."""
     return call.backend.performance_metrics()
 
 
@@ -91,8 +106,8 @@ async def get_system(call: Call) -> Any:
     media_type=EVENTS_TYPE,
 )
 async def stream_performance(call: Call) -> Answer:
-    """The data has `metrics`, `queues`, `caches`, `traceWindows`, `system`, `ready` and
-    `components`."""
+    """The data has `metrics`, `queues`, `caches`, `traceWindows` and `system`, and of other
+    endpoints `breakers`, `pipeline`, `ready` and `components`."""
     backend = call.backend
 
     async def events() -> AsyncIterator[bytes]:
@@ -103,6 +118,8 @@ async def stream_performance(call: Call) -> Answer:
                 "caches": dict(backend.cache_stats()),
                 "traceWindows": backend.trace_windows(),
                 "system": backend.system_stats(),
+                "breakers": list(backend.admin.breakers()),
+                "pipeline": backend.admin.pipeline(),
                 "ready": backend.ready,
                 "components": dict(backend.components()),
             }

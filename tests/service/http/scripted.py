@@ -122,8 +122,19 @@ class ScriptedQueries:
         return {"breach": True, "clause": "never", "counts": {}, "evidence": {}}
 
 
+class ScriptedOperations:
+    """What the stream shows of administration."""
+
+    def breakers(self):
+        return [{"name": "ledger", "state": "closed"}]
+
+    def pipeline(self):
+        return {"ingestion": "open", "drained": True, "waiting": {}, "stages": {}}
+
+
 @dataclass
 class ScriptedBackend:
+    admin: Any = field(default_factory=ScriptedOperations)
     queries: ScriptedQueries = field(default_factory=ScriptedQueries)
     ready: bool = True
     subscribed: list[str] = field(default_factory=list)
@@ -132,7 +143,7 @@ class ScriptedBackend:
     def components(self):
         return {"ledger": {"status": "ok", "detail": ""}}
 
-    def metrics_exposition(self):
+    async def scrape(self):
         return b"# TYPE betrace_open_traces gauge\nbetrace_open_traces 3\n"
 
     def subscribe_signals(self, tenant):

@@ -116,7 +116,8 @@ async def test_streams_are_limited():
 
 async def test_performance_is_streamed_in_snapshots(monkeypatch):
     monkeypatch.setattr(performance, "SNAPSHOT_SECONDS", 0.02)
-    parts = {"metrics", "queues", "caches", "traceWindows", "system", "ready", "components"}
+    parts = {"metrics", "queues", "caches", "traceWindows", "system"}
+    parts |= {"breakers", "pipeline", "ready", "components"}
     async with serving(create_api(ScriptedBackend())) as server:
         client = await EventClient.open(server, "/api/performance/stream")
         assert await client.next() == "connected"
