@@ -1,0 +1,375 @@
+"""The loading cache: against a model, and with loads that overlap."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from channels import ThreadRunner
+from service.caches import LoadingCache
+
+KEYS = st.tuples(st.sampled_from("ab"), st.integers(0, 3))
+
+
+class NoThreads:
+    """The machine below loads in the calling thread only."""
+
+    async def run(self, fn, *args, abandon_on_cancel=False):
+        raise AssertionError("not used")
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """The cache against an ordered dictionary, least recently used first."""
+
+    @initialize(
+        maxsize=st.integers(1, 5),
+        expire_after=st.sampled_from(["write", "access"]),
+        max_bytes=st.none() | st.integers(1, 12),
+    )
+    def start(self, maxsize, expire_after, max_bytes):
+        self.now = 0.0
+        self.fails = False
+        self.loads = self.failures = self.hits = self.misses = self.evictions = 0
+        self.maxsize, self.max_bytes, self.touch = maxsize, max_bytes, expire_after == "access"
+        self.model: OrderedDict[tuple[str, int], tuple[int, float]] = OrderedDict()
+        self.value = 0
+        self.cache = LoadingCache(
+            "test",
+            self.load,
+            NoThreads(),
+            maxsize=maxsize,
+            ttl_seconds=10,
+            expire_after=expire_after,
+            max_bytes=max_bytes,
+            weigher=None if max_bytes is None else self.weight,
+            clock=lambda: self.now,
+        )
+
+    @staticmethod
+    def weight(value):
+        return value % 7
+
+    def load(self, key):
+        if self.fails:
+            raise OSError("no")
+        self.value += 1
+        return None if key[1] == 3 else self.value
+
+    def expire(self):
+        for key in [k for k, (_, until) in self.model.items() if until <= self.now]:
+            del self.model[key]
+            self.evictions += 1
+
+    def expected(self, key):
+        """What the cache holds of a key, counted as a look-up."""
+        self.expire()
+        if key not in self.model:
+            self.misses += 1
+            return None
+        self.hits += 1
+        value, until = self.model[key]
+        self.model[key] = value, self.now + 10 if self.touch else until
+        self.model.move_to_end(key)
+        return value
+
+    @rule(key=KEYS)
+    def peek(self, key):
+        assert self.cache.peek(key) == self.expected(key)
+
+    @rule(key=KEYS)
+    def get(self, key):
+        expected = self.expected(key)
+        if expected is not None:
+            assert self.cache.get_blocking(key) == expected
+            return
+        if self.fails:
+            with pytest.raises(OSError, match="no"):
+                self.cache.get_blocking(key)
+            self.failures += 1
+            return
+        found = self.cache.get_blocking(key)
+        self.loads += 1
+        if key[1] == 3:
+            assert found is None
+            return
+        assert found == self.value
+        weight = self.weight(found) if self.max_bytes is not None else 0
+        if self.max_bytes is not None and weight > self.max_bytes:
+            return
+        while len(self.model) >= self.maxsize or (
+            self.max_bytes is not None and self.bytes() + weight > self.max_bytes
+        ):
+            self.model.popitem(last=False)
+            self.evictions += 1
+        self.model[key] = found, self.now + 10
+
+    def bytes(self):
+        return sum(self.weight(value) for value, _ in self.model.values())
+
+    @rule(key=KEYS)
+    def invalidate(self, key):
+        self.expire()
+        assert self.cache.invalidate(key) == (self.model.pop(key, None) is not None)
+
+    @rule(tenant=st.none() | st.sampled_from("ab"))
+    def invalidate_where(self, tenant):
+        self.expire()
+        doomed = [key for key in self.model if tenant in (None, key[0])]
+        for key in doomed:
+            del self.model[key]
+        condition = None if tenant is None else lambda key: key[0] == tenant
+        assert self.cache.invalidate_where(condition) == len(doomed)
+
+    @rule(seconds=st.floats(0, 12))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @rule(fails=st.booleans())
+    def loader_fails(self, fails):
+        self.fails = fails
+
+    @invariant()
+    def same_statistics(self):
+        if not hasattr(self, "cache"):
+            return
+        self.expire()
+        found = self.cache.statistics()
+        assert (found.hits, found.misses) == (self.hits, self.misses)
+        assert (found.loads, found.load_failures) == (self.loads, self.failures)
+        assert (found.size, found.evictions) == (len(self.model), self.evictions)
+        assert found.nbytes == (None if self.max_bytes is None else self.bytes())
+
+
+TestCacheMachine = CacheMachine.TestCase
+
+
+class Loader:
+    """Loads when let; in worker threads."""
+
+    def __init__(self):
+        self.calls: list[str] = []
+        self.began = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def __call__(self, key):
+        self.calls.append(key)
+        number = len(self.calls)
+        self.began.release()
+        assert self.go.acquire(timeout=20)
+        if self.error is not None:
+            raise self.error
+        return f"{key}{number}"
+
+    async def has_begun(self):
+        with trio.fail_after(20):
+            while not self.began.acquire(blocking=False):
+                await trio.sleep(0.001)
+
+
+@pytest.fixture
+def loader():
+    return Loader()
+
+
+@pytest.fixture
+def threads():
+    with ThreadRunner("cache", 2) as runner:
+        yield runner
+
+
+@pytest.fixture
+def cache(loader, threads):
+    return LoadingCache("test", loader, threads, maxsize=10, ttl_seconds=60)
+
+
+def getter(cache, found):
+    """A task that puts what it gets, or the error, into a list."""
+
+    async def get(key):
+        try:
+            found.append(await cache.get(key))
+        except OSError as error:
+            found.append(error)
+
+    return get
+
+
+async def test_concurrent_misses_load_once(cache, loader):
+    found = []
+    get = getter(cache, found)
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(get, "k")
+        nursery.start_soon(trio.to_thread.run_sync, lambda: found.append(cache.get_blocking("k")))
+        await loader.has_begun()
+        await trio.testing.wait_all_tasks_blocked()
+        loader.go.release()
+    assert found == ["k1"] * 21
+    assert await cache.get("k") == "k1"
+    stats = cache.statistics()
+    assert (stats.hits, stats.misses, stats.loads) == (1, 21, 1)
+    assert stats.hit_rate == 1 / 22
+
+
+async def test_a_failed_load_reaches_all_and_is_not_kept(cache, loader):
+    found = []
+    get = getter(cache, found)
+    loader.error = OSError("disk")
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(get, "k")
+        await loader.has_begun()
+        await trio.testing.wait_all_tasks_blocked()
+        loader.go.release()
+    assert [str(each) for each in found] == ["disk"] * 3
+    loader.error = None
+    loader.go.release()
+    assert await cache.get("k") == "k2"
+    stats = cache.statistics()
+    assert (stats.loads, stats.load_failures) == (1, 1)
+    assert stats.to_json()["averageLoadPenaltyMs"] > 0
+
+
+async def test_a_cancelled_task_leaves_its_load_to_the_others(cache, loader):
+    found = []
+    get = getter(cache, found)
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as first:
+            async with trio.open_nursery() as inner:
+                inner.start_soon(get, "k")
+                await loader.has_begun()
+                nursery.start_soon(get, "k")
+                await trio.testing.wait_all_tasks_blocked()
+                first.cancel()
+        assert found == []
+        loader.go.release()
+    assert found == ["k1"]
+    assert cache.peek("k") == "k1"
+    assert loader.calls == ["k"]
+
+
+async def test_who_is_cancelled_before_the_load_began_is_replaced(loader):
+    with ThreadRunner("cache", 1) as threads:
+        cache = LoadingCache("test", loader, threads, maxsize=10, ttl_seconds=60)
+        found = []
+        get = getter(cache, found)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(get, "other")  # takes the only thread
+            await loader.has_begun()
+            with trio.CancelScope() as first:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(get, "k")
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(get, "k")
+                    await trio.testing.wait_all_tasks_blocked()
+                    first.cancel()
+            loader.go.release(2)
+        assert sorted(found) == ["k2", "other1"]
+        assert cache.statistics().misses == 3
+
+
+async def test_a_thread_does_not_wait_for_a_task_that_waits_for_it(loader):
+    """The only thread looks a key up whose load a task was to begin in that thread."""
+    with ThreadRunner("cache", 1) as threads:
+        cache = LoadingCache("test", loader, threads, maxsize=10, ttl_seconds=60)
+        found = []
+        loader.go.release()
+        held = threading.Event()
+
+        def hold():
+            assert held.wait(20)
+            found.append(cache.get_blocking("k"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(threads.run, hold)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(getter(cache, found), "k")
+            await trio.testing.wait_all_tasks_blocked()
+            held.set()
+        assert found == ["k1", "k1"]
+
+
+@pytest.mark.parametrize("how", ["one", "tenant", "all"])
+async def test_what_is_invalidated_while_it_loads_is_not_kept(cache, loader, how):
+    found = []
+    get = getter(cache, found)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(get, "k")
+        await loader.has_begun()
+        if how == "one":
+            cache.invalidate("k")
+        else:
+            cache.invalidate_where(None if how == "all" else lambda key: key == "k")
+        nursery.start_soon(get, "k")  # this one must not see what was loaded before
+        await loader.has_begun()
+        loader.go.release(2)
+    assert sorted(found) == ["k1", "k2"]
+    assert await cache.get("k") == "k2"
+    assert cache.statistics().evictions == 0
+
+
+async def test_an_invalidation_of_another_key_leaves_a_load(cache, loader):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.get, "k")
+        await loader.has_begun()
+        cache.invalidate_where(lambda key: key == "l")
+        cache.invalidate("l")
+        loader.go.release()
+    assert cache.peek("k") == "k1"
+
+
+async def test_a_closed_runner_is_told_to_all(cache, threads):
+    threads.close()
+    for _ in range(2):
+        with pytest.raises(trio.ClosedResourceError):
+            await cache.get("k")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"maxsize": 0, "ttl_seconds": 1},
+        {"maxsize": 1, "ttl_seconds": 0},
+        {"maxsize": 1, "ttl_seconds": 1, "max_bytes": 5},
+    ],
+)
+def test_wrong_sizes_are_refused(wrong):
+    with pytest.raises(ValueError, match="cache test"):
+        LoadingCache("test", str, NoThreads(), **wrong)
+
+
+def test_threads_look_up_at_once():
+    """Many threads, few keys, invalidations between: no value that was dropped comes back."""
+    current = dict.fromkeys(range(4), 0)
+
+    def load(key):
+        value = current[key]
+        time.sleep(0.0001)
+        return value + 1
+
+    cache = LoadingCache("test", load, NoThreads(), maxsize=3, ttl_seconds=60)
+
+    def read():
+        for k in range(300):
+            cache.get_blocking(k % 4)
+
+    def write():
+        for k in range(300):
+            current[k % 4] += 1
+            cache.invalidate(k % 4)
+            time.sleep(0.0001)
+
+    workers = [threading.Thread(target=target) for target in (read, read, write)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert all(cache.get_blocking(key) == current[key] + 1 for key in current)
