@@ -269,6 +269,27 @@ def rules_test(file: Path, trace: Path, rule_id: str | None, as_json: bool) -> N
 
 
 @cli.command()
+@click.option(
+    "--url", default="http://127.0.0.1:8090", show_default=True, help="Where the service's API is."
+)
+@click.option("--token", envvar="BETRACE_TOKEN", help="The operator token; also BETRACE_TOKEN.")
+@click.option("--tenant", help="Whose signals and rules, with authentication off.")
+@click.option("--read-only", is_flag=True, help="Look only: no action is possible.")
+def tui(url: str, token: str | None, tenant: str | None, read_only: bool) -> None:
+    """Watch and operate a running service in the terminal.
+
+    Press ? for the keys. Exit code 3 if the service cannot be reached.
+
+    \b
+    Example:
+      betrace tui --url http://127.0.0.1:8090 --read-only
+    """
+    from tui.app import run
+
+    sys.exit(run(url, token, tenant, read_only))
+
+
+@cli.command()
 @_as_json
 def version(as_json: bool) -> None:
     """Print the version.

@@ -1,0 +1,93 @@
+"""The pipeline as a drawing: a box for each stage with the channel before it."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from tui.state import Stage, State
+from tui.text import Tone, bar, fill_tone, millis, number, words
+from tui.widgets import STYLES, toned
+
+Parts = list[str | tuple[str, str]]
+
+MIN_INNER = 8
+
+
+def condition(stage: Stage) -> tuple[Tone, str]:
+    """How a stage and its channel do, in a word or two."""
+    if stage.status == "failed":
+        return "bad", "stalled"
+    if stage.state == "paused":
+        return "busy", "paused"
+    if stage.blocked:
+        return "bad", f"{stage.blocked} blocked"
+    tone = fill_tone(stage.fill)
+    if tone != "good":
+        return tone, "full" if tone == "bad" else "filling"
+    if stage.status in ("starting", "stopping"):
+        return "busy", stage.status
+    return "good", "working" if stage.busy or stage.size else "idle"
+
+
+def draw_pipeline(state: State, width: int, chosen: int | None = None) -> Content:
+    """Seven lines; the box of ``chosen`` has double edges. An arrow says what goes over to a stage:
+    → something, · nothing, ■ that the stage before waits for room."""
+    now = state.now
+    if now is None or not now.stages:
+        return Content("")
+    boxes = len(now.stages)
+    inner = max(MIN_INNER, (width - (boxes - 1)) // boxes - 2)
+    lines: list[Parts] = [[] for _ in range(7)]
+    for index, stage in enumerate(now.stages):
+        if index:
+            _arrow(lines, state, stage)
+        for line, parts in zip(lines, _box(state, stage, inner, index == chosen), strict=True):
+            line.extend(parts)
+    return Content("\n").join(Content.assemble(*line) for line in lines)
+
+
+def _arrow(lines: list[Parts], state: State, stage: Stage) -> None:
+    for number_, line in enumerate(lines):
+        if number_ != 1:
+            line.append(" ")
+        elif stage.blocked:
+            line.append(toned("■", "bad"))
+        else:
+            line.append("→" if state.rate(f"{stage.name}.in") else toned("·", "quiet"))
+
+
+def _box(state: State, stage: Stage, inner: int, chosen: bool) -> list[Parts]:
+    tone, word = condition(stage)
+    edge = STYLES[tone] if tone != "good" else ("$primary" if chosen else "$text-muted")
+    top_left, top_right, bottom_left, bottom_right, flat, side = "╔╗╚╝═║" if chosen else "╭╮╰╯─│"
+    name = stage.name if len(stage.name) <= inner - 2 else stage.name.rpartition("-")[2]
+    name = f" {name[: inner - 2]} "
+    share = f"{stage.fill:.0f}%"
+    fill = bar(stage.fill / 100, max(1, inner - 5))
+    rate = state.rate(f"{stage.name}.out")
+    fill_style = STYLES[fill_tone(stage.fill, stage.blocked)]
+    symbol = {"good": "●" if word == "working" else "○", "busy": "▲", "bad": "✖"}[tone]
+    rows: list[Parts] = [
+        [(fill, fill_style), f"{share:>5}"],
+        [f"{number(stage.size)} of {number(stage.capacity)}"],
+        [f"{number(rate)} {words(stage.unit)}/s"],
+        [f"p99 {millis(stage.p99)}"],
+        [(f"{symbol} {word}", STYLES[tone])],
+    ]
+    return [
+        [(top_left + flat, edge), name, (flat * (inner - 1 - len(name)) + top_right, edge)],
+        *([(side, edge), *_fit(row, inner), (side, edge)] for row in rows),
+        [(bottom_left + flat * inner + bottom_right, edge)],
+    ]
+
+
+def _fit(parts: Parts, width: int) -> Parts:
+    """Parts cut or filled to a width."""
+    fitted: Parts = []
+    left = width
+    for part in parts:
+        text, style = (part, "") if isinstance(part, str) else part
+        text = text[:left]
+        left -= len(text)
+        fitted.append((text, style))
+    return [*fitted, " " * left]

@@ -1,0 +1,145 @@
+"""The first panel: is all well, and if not, where does it stick?"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.content import Content
+
+from tui.panel import Panel
+from tui.panels.details import show_stage
+from tui.panels.drawing import draw_pipeline
+from tui.panels.problems import problems
+from tui.state import Breaker, Cache, State
+from tui.text import bar, duration, millis, number, percent, status_tone, words
+from tui.widgets import Live, Section, Tile, marked, toned
+
+NAME_WIDTH = 15
+
+
+class Overview(Panel, can_focus=True):
+    TITLE = "Overview"
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,h", "move(-1)", "Stage before", show=False),
+        Binding("right,l", "move(1)", "Next stage", show=False),
+        Binding("enter", "open", "Open stage"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._chosen = 0
+
+    def compose(self) -> ComposeResult:
+        with Horizontal(id="tiles"):
+            yield Tile("Ingestion", id="tile-ingestion")
+            yield Tile("Signals", id="tile-signals")
+            yield Tile("Latency p99, end to end", id="tile-latency")
+            yield Tile("Refusals", id="tile-refusals")
+        yield Live(id="pipeline-drawing")
+        with Horizontal(id="glance"):
+            yield Section("Breakers", id="glance-breakers")
+            yield Section("Caches", id="glance-caches")
+            yield Section("State", id="glance-state")
+
+    def focus_first(self) -> None:
+        self.focus()
+
+    def show(self, state: State) -> None:
+        now = state.now
+        if now is None:
+            return
+        self._chosen = min(self._chosen, max(0, len(now.stages) - 1))
+        self._show_tiles(state)
+        self.query_one("#pipeline-drawing", Live).draw(
+            lambda width: draw_pipeline(state, width, self._chosen)
+        )
+        self.query_one("#glance-breakers", Section).body.draw(
+            lambda width: _lines([_breaker(each, width) for each in now.breakers])
+        )
+        self.query_one("#glance-caches", Section).body.draw(
+            lambda width: _lines([_cache(each, state, width) for each in now.caches])
+        )
+        found = problems(state)
+        lines = [Content.assemble(marked(text, tone)) for tone, text in found]
+        self.query_one("#glance-state", Section).body.draw(
+            lambda _: _lines(lines or [Content.assemble(marked("all well", "good"))])
+        )
+
+    def _show_tiles(self, state: State) -> None:
+        now = state.now
+        assert now is not None
+        accepted, signals = state.rate("accepted"), state.rate("signals")
+        refused, why = state.rate("refused"), ""
+        if refused:
+            why = max(now.refused, key=lambda reason: now.refused[reason], default="")
+        total = sum(now.refused.values())
+        self.query_one("#tile-ingestion", Tile).show(
+            number(accepted),
+            "spans/s",
+            f"{number(now.accepted)} in all",
+            "good",
+            state.history("accepted"),
+        )
+        self.query_one("#tile-signals", Tile).show(
+            number(signals),
+            "/s",
+            f"{number(now.signals)} raised, {number(now.retracted)} back",
+            "good",
+            state.history("signals"),
+        )
+        self.query_one("#tile-latency", Tile).show(
+            millis(now.end_to_end_p99),
+            "",
+            f"{number(now.open_traces)} open traces",
+            "good",
+            state.history("end_to_end_p99"),
+        )
+        self.query_one("#tile-refusals", Tile).show(
+            number(refused),
+            "spans/s",
+            f"refused: {words(why)}" if refused else f"{number(total)} in all",
+            "bad" if refused else "good",
+            state.history("refused"),
+        )
+
+    def action_move(self, by: int) -> None:
+        now = self.betrace.state.now
+        if now is not None and now.stages:
+            self._chosen = (self._chosen + by) % len(now.stages)
+            self.show(self.betrace.state)
+
+    def action_open(self) -> None:
+        now = self.betrace.state.now
+        if now is not None and now.stages:
+            show_stage(self.betrace, now.stages[self._chosen].name)
+
+
+def _lines(lines: list[Content]) -> Content:
+    return Content("\n").join(lines) if lines else Content.assemble(toned("none", "quiet"))
+
+
+def _breaker(breaker: Breaker, width: int) -> Content:
+    said = words(breaker.state)
+    if breaker.retry_in:
+        said += f", {duration(breaker.retry_in)}"
+    name = breaker.name[:NAME_WIDTH]
+    return Content.assemble(
+        f"{name:<{NAME_WIDTH if width > 30 else 10}.{NAME_WIDTH if width > 30 else 10}} ",
+        marked(said, status_tone(breaker.state)),
+    )
+
+
+def _cache(cache: Cache, state: State, width: int) -> Content:
+    rate = state.rate(f"{cache.name}.hit_rate")
+    shown = percent(cache.hit_rate if rate is None else rate)
+    fill = cache.size / cache.capacity if cache.capacity else 0.0
+    space = max(0, width - NAME_WIDTH - 8)
+    return Content.assemble(
+        f"{cache.name:<{NAME_WIDTH}.{NAME_WIDTH}} ",
+        f"{shown:>6}",
+        f" {bar(fill, space)}" if space >= 4 else "",
+    )

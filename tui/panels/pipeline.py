@@ -1,0 +1,139 @@
+"""A row for each stage and its channel; pause, resume and drain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+
+from tui.changes import Change
+from tui.panels.details import show_stage
+from tui.panels.drawing import condition
+from tui.state import State
+from tui.table import Cell, Column, Row, TablePanel
+from tui.text import SYMBOLS, ago, bar, fill_tone, millis, number, status_tone
+from tui.widgets import Live, marked
+
+DRAIN_SECONDS = 10
+
+
+class PipelinePanel(TablePanel):
+    TITLE = "Pipeline"
+
+    COLUMNS = (
+        Column("stage", "stage", 17),
+        Column("state", "state", 9),
+        Column("in", "in/s", 5, right=True),
+        Column("out", "out/s", 5, right=True),
+        Column("errors", "errs", 4, right=True),
+        Column("dropped", "drop", 4, right=True),
+        Column("fill", "fill", 9),
+        Column("p99", "p99", 7, right=True),
+        Column("blocked", "blkd", 4, right=True),
+        Column("peak", "peak", 5, right=True),
+        Column("workers", "busy", 5, right=True),
+        Column("progress", "last progress", 15),
+        Column("unit", "unit", 7),
+    )
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("P", "change_pause", "Pause", tooltip="Refuse new spans"),
+        Binding("R", "change_resume", "Resume", tooltip="Accept spans again"),
+        Binding("D", "change_drain", "Drain", tooltip="Refuse new spans and empty the channels"),
+    ]
+
+    def above(self) -> ComposeResult:
+        yield Live(id="ingestion")
+
+    def show(self, state: State) -> None:
+        now = state.now
+        if now is not None:
+            tone = status_tone(now.ingestion) if now.ingestion != "open" else "good"
+            self.query_one("#ingestion", Live).text(
+                "ingestion ",
+                marked(now.ingestion, tone),
+                f"   {number(now.in_flight)} spans in flight, ",
+                f"{number(now.open_traces)} open traces",
+            )
+        super().show(state)
+
+    def rows(self, state: State) -> Iterable[Row]:
+        now = state.now
+        for stage in now.stages if now else ():
+            tone, word = condition(stage)
+            in_rate, out_rate = (state.rate(f"{stage.name}.{side}") for side in ("in", "out"))
+            assert now is not None
+            yield Row(
+                stage.name,
+                (
+                    Cell(stage.name),
+                    Cell(f"{SYMBOLS[tone]} {word}", tone),
+                    Cell(number(in_rate), order=in_rate or 0.0),
+                    Cell(number(out_rate), order=out_rate or 0.0),
+                    Cell(number(stage.errors), "busy" if stage.errors else None, stage.errors),
+                    Cell(number(stage.dropped), "bad" if stage.dropped else None, stage.dropped),
+                    Cell(
+                        f"{bar(stage.fill / 100, 4)} {stage.fill:.0f}%",
+                        fill_tone(stage.fill, stage.blocked),
+                        stage.fill,
+                    ),
+                    Cell(millis(stage.p99), order=stage.p99 or 0.0),
+                    Cell(str(stage.blocked), "bad" if stage.blocked else None, stage.blocked),
+                    Cell(number(stage.peak), order=stage.peak),
+                    Cell(f"{stage.busy}/{stage.workers}", order=stage.busy),
+                    Cell(ago(stage.last_progress, now.at), order=stage.last_progress or 0.0),
+                    Cell(stage.unit),
+                ),
+            )
+
+    def drill(self, key: str) -> None:
+        show_stage(self.betrace, key)
+
+    @property
+    def _ingestion(self) -> str:
+        now = self.betrace.state.now
+        return now.ingestion if now else "unknown"
+
+    def action_change_pause(self) -> None:
+        async def run() -> str:
+            return f"ingestion is {(await self.betrace.client.pause()).get('ingestion')}"
+
+        self.betrace.change(
+            Change(
+                "Pause ingestion?",
+                "Pause",
+                run,
+                [("ingestion", self._ingestion, "paused")],
+                "New spans are refused with 503 until it is resumed; exporters try again for a "
+                "while. What was accepted is worked on.",
+            )
+        )
+
+    def action_change_resume(self) -> None:
+        async def run() -> str:
+            return f"ingestion is {(await self.betrace.client.resume()).get('ingestion')}"
+
+        effects = [("ingestion", self._ingestion, "open")]
+        self.betrace.change(Change("Resume ingestion?", "Resume", run, effects))
+
+    def action_change_drain(self) -> None:
+        async def run() -> str:
+            answer = await self.betrace.client.drain(DRAIN_SECONDS)
+            if answer.get("drained"):
+                return "drained: the channels are empty"
+            waiting = answer.get("waiting") or {}
+            left = ", ".join(f"{name} {size}" for name, size in waiting.items())
+            return f"not empty after {DRAIN_SECONDS} s: {left}"
+
+        self.betrace.change(
+            Change(
+                "Drain the pipeline?",
+                "Drain",
+                run,
+                [("ingestion", self._ingestion, "paused"), ("channels", "in use", "empty")],
+                f"New spans are refused, and up to {DRAIN_SECONDS} s are waited until the channels "
+                "are empty. Ingestion stays paused until it is resumed.",
+            )
+        )

@@ -1,0 +1,201 @@
+"""A panel that is a table: filtered, sorted by any column, and touched only where it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.widgets import DataTable, Static
+
+from tui.panel import VI_KEYS, Panel, matches
+from tui.state import State
+from tui.text import Tone
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """``width`` in characters, or as wide as needed. Figures are set ``right``."""
+
+    key: str
+    label: str
+    width: int | None = None
+    right: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a cell shows, in which tone, and what it is sorted by (else its text)."""
+
+    text: str
+    tone: Tone | None = None
+    order: float | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``key`` is the row's identity, which the cursor stays on."""
+
+    key: str
+    cells: Sequence[Cell]
+
+
+class TablePanel(Panel):
+    """A panel with a table. A subclass declares ``COLUMNS`` and gives ``rows``.
+
+    `Enter` calls ``drill(key)``. ``above`` and ``below`` are widgets around the table.
+    """
+
+    COLUMNS: ClassVar[tuple[Column, ...]] = ()
+    EMPTY: ClassVar[str] = "nothing to show"
+    FILTERS: ClassVar[bool] = True
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *VI_KEYS,
+        Binding("s", "sort", "Sort", tooltip="Sort by the next column"),
+        Binding("S", "reverse", "Reverse", show=False, tooltip="Turn the order round"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sorted_by: int | None = None
+        self._descending = False
+        self._shown: dict[str, tuple[Cell, ...]] = {}
+
+    def rows(self, state: State) -> Iterable[Row]:
+        """All rows, in their own order."""
+        raise NotImplementedError
+
+    def above(self) -> ComposeResult:
+        yield from ()
+
+    def below(self) -> ComposeResult:
+        yield from ()
+
+    def drill(self, key: str) -> None:
+        """`Enter` on a row."""
+
+    def compose(self) -> ComposeResult:
+        yield from self.above()
+        table: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True)
+        for column in self.COLUMNS:
+            table.add_column(self._label(column), width=column.width, key=column.key)
+        yield table
+        yield Static(self.EMPTY, classes="empty")
+        yield from self.below()
+
+    @property
+    def table(self) -> DataTable[Text]:
+        return self.query_one(DataTable)
+
+    @property
+    def selected(self) -> str | None:
+        """The key of the row under the cursor."""
+        table = self.table
+        if not table.row_count:
+            return None
+        return table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
+
+    # Showing
+
+    def show(self, state: State) -> None:
+        rows = [
+            row
+            for row in self.rows(state)
+            if matches(" ".join(cell.text for cell in row.cells), self.filter_text)
+        ]
+        if self._sorted_by is not None:
+            column = self._sorted_by
+            rows.sort(key=lambda row: _order(row.cells[column]), reverse=self._descending)
+        wanted = {row.key: tuple(row.cells) for row in rows}
+        if list(wanted) == list(self._shown):
+            self._update(wanted)
+        else:
+            self._rebuild(wanted)
+        self._shown = wanted
+        self.set_class(not wanted, "-empty")
+
+    def _update(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
+        for key, cells in wanted.items():
+            for column, new, old in zip(self.COLUMNS, cells, self._shown[key], strict=True):
+                if new.text != old.text or new.tone != old.tone:
+                    self.table.update_cell(
+                        key, column.key, self._text(new, column), update_width=not column.width
+                    )
+
+    def _rebuild(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
+        table, selected, top = self.table, self.selected, self.table.scroll_y
+        at = table.cursor_row
+        table.clear()
+        for key, cells in wanted.items():
+            texts = (self._text(c, column) for c, column in zip(cells, self.COLUMNS, strict=True))
+            table.add_row(*texts, key=key)
+        if wanted:
+            keys = list(wanted)
+            row = keys.index(selected) if selected in wanted else min(at, len(keys) - 1)
+            table.move_cursor(row=max(row, 0), scroll=False)
+            table.scroll_to(y=top, animate=False)
+
+    def _text(self, cell: Cell, column: Column) -> Text:
+        style = self.betrace.style(cell.tone) if cell.tone else ""
+        justify: Any = "right" if column.right else "left"
+        return Text(cell.text, style=style, justify=justify, no_wrap=True, overflow="ellipsis")
+
+    def _label(self, column: Column) -> Text:
+        mark = ""
+        if self._sorted_by is not None and self.COLUMNS[self._sorted_by] is column:
+            mark = "▼" if self._descending else "▲"
+        return Text(column.label + mark, justify="right" if column.right else "left")
+
+    def restyle(self) -> None:
+        """The theme is another: make all cells anew."""
+        self._rebuild(self._shown)
+
+    def filter_changed(self) -> None:
+        self.show(self.betrace.state)
+
+    # Keys
+
+    def sort_by(self, column: int | None, descending: bool) -> None:
+        """Sort by a column, or with None in the rows' own order."""
+        self._sorted_by, self._descending = column, descending
+        for each in self.COLUMNS:
+            self.table.columns[_key(self.table, each.key)].label = self._label(each)
+        self.show(self.betrace.state)
+        self.table.refresh()
+
+    def action_sort(self) -> None:
+        following = 0 if self._sorted_by is None else self._sorted_by + 1
+        column = following if following < len(self.COLUMNS) else None
+        self.sort_by(column, column is not None and self.COLUMNS[column].right)
+
+    def action_reverse(self) -> None:
+        if self._sorted_by is not None:
+            self.sort_by(self._sorted_by, not self._descending)
+
+    def action_vi(self, action: str) -> None:
+        getattr(self.table, f"action_{action}")()
+
+    def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
+        if event.column_index == self._sorted_by:
+            self.action_reverse()
+        else:
+            self.sort_by(event.column_index, self.COLUMNS[event.column_index].right)
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        if event.row_key.value is not None:
+            self.drill(event.row_key.value)
+
+
+def _key(table: DataTable[Text], name: str) -> Any:
+    return next(key for key in table.columns if key.value == name)
+
+
+def _order(cell: Cell) -> tuple[int, float, str]:
+    """Figures before texts, so that a column may have both."""
+    if isinstance(cell.order, int | float):
+        return (0, float(cell.order), "")
+    return (1, 0.0, (cell.order if isinstance(cell.order, str) else cell.text).casefold())
