@@ -37,11 +37,11 @@ class Stage:
     workers: int
     busy: int
     taken: int
-    """Items in since the start; the stages of spans take batches of them."""
+    """In since the start, in the unit."""
     done: int
     errors: int
     dropped: int
-    """Items given up: dead letters, or refused."""
+    """Batches given up: dead letters, or refused."""
     last_progress: float | None
     """Seconds since 1970."""
     p50: float | None
@@ -183,8 +183,8 @@ def _stage(queue: Json, worked: Json, components: Mapping[str, Component], pause
         blocked=_int(queue.get("waitingSenders")),
         workers=_int(queue.get("concurrentConsumers")),
         busy=_int(queue.get("busyConsumers")),
-        taken=_int(worked.get("in")),
-        done=_int(worked.get("out")),
+        taken=_int(worked.get("unitsIn")),
+        done=_int(worked.get("unitsOut")),
         errors=_int(worked.get("errors")),
         dropped=_int(worked.get("dead")),
         last_progress=_float(worked.get("lastProgress")),

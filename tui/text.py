@@ -91,15 +91,18 @@ def ago(at: float | None, now: float) -> str:
     return "never" if at is None else f"{duration(now - at)} ago" if now - at >= 1 else "now"
 
 
-def bar(fraction: float, width: int) -> str:
-    """A bar of so many characters; what is not empty shows at least one."""
-    fraction = min(1.0, max(0.0, fraction))
-    full = round(fraction * width)
-    if fraction > 0 and not full:
-        full = 1
-    if fraction < 1 and full == width:
-        full = width - 1
-    return "█" * full + "░" * (width - full)
+def bar(fraction: float, width: int, peak: float = 0.0) -> str:
+    """A bar of so many characters, up to a peak in a lighter shade. What is not empty shows at
+    least one, and what is not full leaves one."""
+    full = _cells(fraction, width)
+    high = max(full, _cells(peak, width))
+    return "█" * full + "▒" * (high - full) + "░" * (width - high)
+
+
+def _cells(fraction: float, width: int) -> int:
+    if fraction <= 0 or fraction >= 1:
+        return width if fraction >= 1 else 0
+    return min(max(1, round(fraction * width)), max(1, width - 1))
 
 
 def fill_tone(percent_full: float, blocked: int = 0) -> Tone:

@@ -63,7 +63,8 @@ def _box(state: State, stage: Stage, inner: int, chosen: bool) -> list[Parts]:
     name = stage.name if len(stage.name) <= inner - 2 else stage.name.rpartition("-")[2]
     name = f" {name[: inner - 2]} "
     share = f"{stage.fill:.0f}%"
-    fill = bar(stage.fill / 100, max(1, inner - 5))
+    peak = stage.peak / stage.capacity if stage.capacity else 0.0
+    fill = bar(stage.fill / 100, max(1, inner - 5), peak)
     rate = state.rate(f"{stage.name}.out")
     fill_style = STYLES[fill_tone(stage.fill, stage.blocked)]
     symbol = {"good": "●" if word == "working" else "○", "busy": "▲", "bad": "✖"}[tone]
