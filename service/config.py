@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -154,7 +154,8 @@ class _Origin:
             # The check of a section, or of all: it names the settings itself.
             whole = not key or message.startswith(f"{loc[0]}.")
             return message if whole else f"{key}: {message}"
-        shown = f" {json.dumps(fault['input'], default=str)}"
+        secret = isinstance(default, SecretStr)
+        shown = "" if secret else f" {json.dumps(fault['input'], default=str)}"
         if kind == "value_error":
             return f"{key}{shown} in {origin} {message}"
         context = fault.get("ctx", {})
@@ -165,7 +166,7 @@ class _Origin:
             right = context["expected"].replace("'", '"')
         else:
             right = _KINDS.get(kind.split("_")[0], message)
-        example = f", such as {json.dumps(default, default=str)}"
+        example = "" if secret else f", such as {json.dumps(default, default=str)}"
         return f"{key}{shown} in {origin} is wrong: it must be {right}{example}"
 
 

@@ -7,7 +7,7 @@ the endpoint (:mod:`service.http.endpoint`) is called, and what it returns or ra
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Any
 
 import orjson
@@ -17,7 +17,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from channels.threads import ThreadRunner
-from service.http.access import Authenticator, Denied, claimed_tenant
+from service.http.access import Authenticator, Denied, claimed_tenant, closed_tenant
 from service.http.asgi import App, Receive, Scope, Send
 from service.http.backend import Backend
 from service.http.endpoint import Answer, Call, Endpoint, Tools
@@ -39,8 +39,10 @@ def create_api(
     backend: Backend,
     settings: Api | None = None,
     authenticator: Authenticator | None = None,
+    closed: Container[str] = frozenset(),
 ) -> QuartTrio:
-    """The application. Blocking calls run in threads of its own, which end with the process."""
+    """The application. Blocking calls run in threads of its own, which end with the process.
+    ``closed`` are the tenants that are deleted."""
     settings = settings or Api()
     app = QuartTrio("service.http", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
@@ -52,7 +54,7 @@ def create_api(
         app.add_url_rule(
             endpoint.path.replace("{", "<").replace("}", ">"),
             endpoint=f"{number}",
-            view_func=_view(endpoint, tools, authenticator),
+            view_func=_view(endpoint, tools, authenticator, closed),
             methods=[endpoint.method],
             provide_automatic_options=False,
         )
@@ -103,13 +105,13 @@ def _nearby(paths: set[str]) -> str:
 
 
 def _view(
-    endpoint: Endpoint, tools: Tools, authenticator: Authenticator | None
+    endpoint: Endpoint, tools: Tools, authenticator: Authenticator | None, closed: Container[str]
 ) -> Callable[..., Awaitable[Response]]:
     path_params = {param.name: param for param in endpoint.path_params}
 
     async def view(**path: str) -> Response:
         try:
-            tenant = await _caller(endpoint, authenticator)
+            tenant = await _caller(endpoint, authenticator, closed)
             params = read_params(endpoint.params, request.args.items(multi=True))
             for name, text in path.items():
                 params[name] = read_param(path_params[name], text)
@@ -132,19 +134,26 @@ def _view(
     return view
 
 
-async def _caller(endpoint: Endpoint, authenticator: Authenticator | None) -> str:
+async def _caller(
+    endpoint: Endpoint, authenticator: Authenticator | None, closed: Container[str]
+) -> str:
     """The tenant, or empty for operators and where no one asks."""
     if endpoint.access == "none":
         return ""
     authorization = request.headers.get("authorization")
+    scope = request.headers.get("x-scope-orgid")
     caller: str | Denied | None = ""
-    if endpoint.access == "operator":
+    if endpoint.access == "tenant":
         if authenticator is not None:
-            caller = await authenticator.operator(authorization)
+            caller = await authenticator.caller(authorization, scope)
+        else:
+            caller = claimed_tenant(scope)
+        if isinstance(caller, str) and caller in closed:
+            caller = closed_tenant(caller)
     elif authenticator is not None:
-        caller = await authenticator.tenant(authorization)
-    else:
-        caller = claimed_tenant(request.headers.get("x-scope-orgid"))
+        scrapes = endpoint.access == "scrape"
+        check = authenticator.scraper if scrapes else authenticator.operator
+        caller = await check(authorization)
     if isinstance(caller, Denied):
         headers = {"www-authenticate": "Bearer"} if caller.status == 401 else {}
         raise ApiError(caller.status, caller.message, "see /docs", headers)

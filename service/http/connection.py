@@ -28,7 +28,7 @@ from service.http.http1 import (
     too_large_head,
 )
 from service.http.ingest import Body, Edge, Head
-from service.http.transport import Transport
+from service.http.transport import TlsTransport, Transport
 from service.settings.base import MIB
 
 # After a refusal the rest of the body is read and dropped, within these limits: closing a
@@ -42,7 +42,8 @@ _log = logging.getLogger("service.http")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds that a connection may be idle, and that a request's head and its body may take."""
+    """Seconds that a connection may be idle, and that a request's head and its body may take. A TLS
+    handshake has as much time as a head."""
 
     idle: float
     head: float
@@ -82,6 +83,11 @@ class Connection:
 
     # What the listener decides.
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._idle
+
     def expire(self) -> None:
         """The deadline has passed: the connection ends, with an answer if one is owed."""
         self.deadline = math.inf
@@ -114,6 +120,9 @@ class Connection:
             await self._transport.close()
 
     async def _serve(self) -> None:
+        if isinstance(self._transport, TlsTransport):
+            self.deadline = trio.current_time() + self._limits.head
+            await self._transport.handshake()
         while (block := await self._read_head()) is not None:
             if not await self._answer(parse_head(block)):
                 break
@@ -195,16 +204,24 @@ class Connection:
         self, request: RequestHead, head: Head, memory: Body, length: int
     ) -> bytes | memoryview | HttpResponse | None:
         """The body of an announced length, or what refuses it; None when the client is gone."""
-        refusal = memory.reserve(length)
+        received = self._rest
+        refusal = memory.reserve(min(len(received), length))
         if refusal is not None:
             return refusal
-        received = self._rest
         self._rest = received[length:]
         self._unread = 0
         if len(received) >= length:
             return received[:length]
         await self._begin_body(request, head, received)
-        return await self._transport.receive_body(received, length)
+
+        def claim(arrived: int) -> bool:
+            nonlocal refusal
+            refusal = memory.reserve(arrived)
+            self._unread = length - arrived if refusal is not None else 0
+            return refusal is None
+
+        body = await self._transport.receive_body(received, length, claim)
+        return body if refusal is None else refusal
 
     async def _read_chunks(
         self, request: RequestHead, head: Head, memory: Body

@@ -17,6 +17,8 @@ from service.settings import Api
 
 Ts = TypeVarTuple("Ts")
 
+Access = Literal["tenant", "operator", "scrape", "none"]
+"""Who may call an endpoint: a tenant, an operator, who reads metrics, anyone."""
 JSON_TYPE = "application/json"
 HTML_TYPE = "text/html; charset=utf-8"
 EVENTS_TYPE = "text/event-stream"
@@ -89,7 +91,7 @@ class Call:
         for name, item in value.items():
             if name not in known:
                 raise ApiError(400, f"unknown field {name[:80]!r} in the body", near(name, known))
-            if not isinstance(item, known[name]):
+            if type(item) is not known[name]:
                 word = _JSON_NAMES[known[name]]
                 raise ApiError(400, f"the field {name} is of the wrong type", f"it must be {word}")
         for name in required:
@@ -127,7 +129,13 @@ class Call:
         return Answer(counted(), media_type=EVENTS_TYPE, headers={"cache-control": "no-store"})
 
 
-_JSON_NAMES = {str: "text", dict: "an object", bool: "true or false", list: "a list"}
+_JSON_NAMES = {
+    str: "text",
+    dict: "an object",
+    bool: "true or false",
+    list: "a list",
+    int: "a whole number",
+}
 
 
 def event(name: str, data: Any, identity: str | None = None) -> bytes:
@@ -155,13 +163,13 @@ class Endpoint:
     body: dict[str, Any] | None = None
     answers: dict[int, str] = field(default_factory=dict)
     media_type: str = JSON_TYPE
-    access: Literal["tenant", "operator", "none"] = "tenant"
+    access: Access = "tenant"
 
 
 class Endpoints:
     """A list of endpoints that a module declares, with a decorator."""
 
-    def __init__(self, tag: str, access: Literal["tenant", "operator", "none"] = "tenant") -> None:
+    def __init__(self, tag: str, access: Access = "tenant") -> None:
         self.tag = tag
         self.access = access
         self.all: list[Endpoint] = []
@@ -177,9 +185,10 @@ class Endpoints:
         body: dict[str, Any] | None = None,
         answers: dict[int, str] | None = None,
         media_type: str = JSON_TYPE,
+        access: Access | None = None,
     ) -> Callable[[Handler], Handler]:
         """Declare the decorated function as the handler of ``method path``; its docstring is the
-        description."""
+        description. ``access`` is that of the list if not given."""
 
         def declare(handler: Handler) -> Handler:
             self.all.append(
@@ -195,7 +204,7 @@ class Endpoints:
                     body,
                     answers or {},
                     media_type,
-                    self.access,
+                    access or self.access,
                 )
             )
             return handler

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
@@ -31,7 +31,7 @@ from typing import Final, Protocol, Self
 
 import trio
 
-from service.http.access import Authenticator, Denied, claimed_tenant
+from service.http.access import Authenticator, Denied, claimed_tenant, closed_tenant
 from service.http.errors import (
     JSON,
     MEDIA_TYPES,
@@ -42,6 +42,7 @@ from service.http.errors import (
     respond,
 )
 from service.http.request import Done, Refused, Reply, Request
+from service.http.shares import Shares
 from service.otlp.response import export_response
 from service.settings import Ingest
 from service.tenants import DEFAULT_TENANT, Quotas
@@ -103,6 +104,8 @@ class Queue(Protocol):
 class Edge:
     """Admits requests, queues them, answers them.
 
+    ``capacity`` is that of the queue, in spans; ``closed`` are the tenants that are deleted. Under
+    load, tenants share the queue and the memory for bodies (:mod:`service.http.shares`).
     ``refused_spans`` and ``refused_requests`` count by reason (``REASONS``) what was not
     accepted, the spans as estimated.
     """
@@ -114,14 +117,17 @@ class Edge:
         quotas: Quotas,
         authenticator: Authenticator | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
+        capacity: int = 10_000,
+        closed: Container[str] = frozenset(),
     ) -> None:
+        self._closed_tenants = closed
+        self._spans = Shares(capacity, settings.refuse_above)
+        self._bytes = Shares(settings.max_buffered_bytes, settings.refuse_above)
         self._queue = queue
         self._quotas = quotas
         self._authenticator = authenticator
         self._clock_ns = clock_ns
         self._max_body: Final = settings.max_body_bytes
-        self._max_buffered: Final = settings.max_buffered_bytes
-        self._refuse_above: Final = settings.refuse_above
         self._offer_timeout: Final = settings.offer_timeout_ms / 1000
         self.answer_timeout: Final = settings.answer_timeout_seconds
         self._retry_min: Final = settings.retry_after_min_seconds
@@ -135,7 +141,6 @@ class Edge:
         }
         self._seen = {key: (size, 1.0) for key, size in self._bytes_per_span.items()}
         self._complete = {kind: self._accepted(kind, Done(0)) for kind in MEDIA_TYPES}
-        self.buffered_bytes = 0
         self.accepted_requests = 0
         self.refused_requests = dict.fromkeys(REASONS, 0)
         self.refused_spans = dict.fromkeys(REASONS, 0)
@@ -171,7 +176,12 @@ class Edge:
         for name, value in headers:
             if name == b"authorization":
                 authorization = value.decode("latin-1")
-        return self._check(method, path, headers, await self._authenticator.tenant(authorization))
+        caller: str | Denied | None = None
+        if authorization is not None:
+            caller = self._authenticator.remembered(authorization)
+        if caller is None:
+            caller = await self._authenticator.tenant(authorization)
+        return self._check(method, path, headers, caller)
 
     def _check(
         self, method: str, path: str, headers: Headers, caller: str | Denied | None
@@ -203,6 +213,8 @@ class Edge:
             )
         if isinstance(caller, Denied):
             challenge = [(b"www-authenticate", b"Bearer")] if caller.status == 401 else []
+            if caller.status == 503:
+                challenge = [self._retry_after(self._retry_max)]
             return self._refuse(head, caller.status, "unauthenticated", caller.message, *challenge)
         if kind is None:
             shown = type_header.decode("latin-1")[:100]
@@ -218,6 +230,9 @@ class Edge:
         if isinstance(caller, Denied):
             return self._refuse(head, caller.status, "tenant", caller.message)
         tenant = caller
+        if tenant in self._closed_tenants:
+            denied = closed_tenant(tenant)
+            return self._refuse(head, denied.status, "tenant", denied.message)
         head = Head(tenant, kind, encoding, length)
         if length is not None and length > self._max_body:
             return self.too_large(head)
@@ -227,9 +242,19 @@ class Edge:
         wait = self._quotas.admit(tenant, 0)
         if wait is not None:
             return self._over_quota(head, wait)
-        if self._queue.fill > self._refuse_above:
+        if not self._has_room(tenant):
             return self._overloaded(head, "overloaded")
         return head
+
+    def _has_room(self, tenant: str) -> bool:
+        """Whether a tenant's share of the queue is not used up."""
+        fill = self._queue.fill
+        return fill < 1 and self._spans.admits(tenant, 0, int(fill * self._spans.capacity))
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Of bodies held in memory, those still arriving included."""
+        return self._bytes.total
 
     def body(self, head: Head) -> Body:
         """What collects the body of an admitted request; use it as a context manager."""
@@ -250,7 +275,11 @@ class Edge:
         wait = self._quotas.admit(head.tenant, weight)
         if wait is not None:
             return self._over_quota(head, wait)
+        if not self._has_room(head.tenant):  # others may have come while the body did
+            self._quotas.settle(head.tenant, -weight)
+            return self._overloaded(head, "overloaded", weight)
         reply = Reply()
+        self._spans.take(head.tenant, weight)
         request = Request(
             head.tenant,
             head.content_type,
@@ -259,6 +288,7 @@ class Edge:
             self._clock_ns(),
             weight,
             reply,
+            self._spans,
         )
         if not await self._enqueue(request):
             self._quotas.settle(head.tenant, -weight)
@@ -267,15 +297,19 @@ class Edge:
         return self._answer(head, len(body), weight, await reply.wait())
 
     async def _enqueue(self, request: Request) -> bool:
+        queued = False
         try:
             try:
                 self._queue.send_nowait(request)
+                queued = True
             except trio.WouldBlock:
-                return await self._queue.offer(request, self._offer_timeout)
+                queued = await self._queue.offer(request, self._offer_timeout)
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             self.drain()
-            return False
-        return True
+        finally:
+            if not queued:
+                request.release()
+        return queued
 
     def unanswered(self, head: Head, size: int) -> HttpResponse:
         """The outcome of a request of ``size`` bytes is not known in time."""
@@ -287,7 +321,9 @@ class Edge:
     def _answer(self, head: Head, size: int, weight: int, outcome: Done | Refused) -> HttpResponse:
         if isinstance(outcome, Refused):
             self._quotas.settle(head.tenant, -weight)
-            reason = {400: "undecodable", 413: "too_large"}.get(outcome.status, "unavailable")
+            reason = {400: "undecodable", 403: "tenant", 413: "too_large"}.get(
+                outcome.status, "unavailable"
+            )
             retry = [self._retry_after(self._retry_max)] if outcome.status == 503 else []
             return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=weight)
         self.accepted_requests += 1
@@ -404,30 +440,31 @@ class Body:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._edge.buffered_bytes -= self._reserved
-        self._reserved = 0
+        if self._reserved:
+            self._edge._bytes.give_back(self._head.tenant, self._reserved)
+            self._reserved = 0
         self._chunks.clear()
 
     def feed(self, chunk: bytes) -> HttpResponse | None:
         """Take the next part, or refuse the request."""
         self._size += len(chunk)
-        # The announced length is claimed at the first part: better to refuse then than halfway.
-        refusal = self.reserve(max(self._size, self._head.length or 0))
+        refusal = self.reserve(self._size)
         if refusal is None:
             self._chunks.append(chunk)
         return refusal
 
     def reserve(self, size: int) -> HttpResponse | None:
-        """Claim memory for a body of ``size`` bytes in all, or refuse the request. For a listener
-        that keeps the parts itself."""
+        """Claim memory for ``size`` bytes in all, or refuse the request. For a listener that keeps
+        the parts itself. Memory is claimed for what has arrived, not for what is announced: who
+        announces much and sends little must not keep others out."""
         edge = self._edge
         if size > edge._max_body:
             return edge.too_large(self._head)
         claim = size - self._reserved
         if claim > 0:
-            if edge.buffered_bytes + claim > edge._max_buffered:
+            if not edge._bytes.admits(self._head.tenant, claim):
                 return edge.no_memory(self._head)
-            edge.buffered_bytes += claim
+            edge._bytes.take(self._head.tenant, claim)
             self._reserved += claim
         return None
 

@@ -89,13 +89,18 @@ class _Server:
         self, listener: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope
     ) -> None:
         """Accept connections until ``scope`` is cancelled, then close ``listener``. While there
-        are as many as there may be, or the process has run out of descriptors, further ones wait
-        in the kernel."""
+        are as many as there may be, the one that is idle longest makes room for the next; while
+        all are busy, or the process has run out of descriptors, further ones wait in the
+        kernel."""
         with listener, scope:
             while True:
                 if len(self._connections) >= self._most:
+                    await trio.lowlevel.wait_readable(listener)
+                    self._make_room()
                     self._room = trio.Event()
-                    await self._room.wait()
+                    with trio.move_on_after(_SWEEP_SECONDS):
+                        await self._room.wait()
+                    continue
                 try:
                     connected, _ = listener.accept()
                 except BlockingIOError:
@@ -115,6 +120,13 @@ class _Server:
                     self._connections.add(connection)
                     nursery.start_soon(self._run, connection)
                     await trio.lowlevel.checkpoint()
+
+    def _make_room(self) -> None:
+        """End the connection that has been idle longest, if one is: whoever keeps many open must
+        not keep others out."""
+        idle = [connection for connection in self._connections if connection.idle]
+        if idle:
+            min(idle, key=lambda connection: connection.deadline).retire()
 
     def _transport(self, connected: socket.socket) -> Transport:
         connected.setblocking(False)

@@ -20,8 +20,9 @@ INTRODUCTION = """\
 Times are RFC 3339 with nanoseconds, ids lower-case hex. Parameters that are times also take an
 integer of nanoseconds since 1970, or a time ago such as `-15m`. An unknown parameter is an error.
 
-The tenant is that of the bearer token. With authentication off it is named by the header
-`X-Scope-OrgID`, else it is `default`; a name is `[a-z0-9][a-z0-9_-]{0,62}`.
+The tenant is that of the bearer token; for an operator it is the one that the header
+`X-Scope-OrgID` names. With authentication off it is named by that header, else it is `default`; a
+name is `[a-z0-9][a-z0-9_-]{0,62}`. A tenant that is deleted gets 403.
 
 An error is `{"error": {"code", "message", "hint"}}`: what is wrong, and what to do about it.
 """
@@ -68,6 +69,11 @@ _GENERAL = {
         400: "A parameter or the body is wrong",
         401: "With authentication on: the operator token is missing",
         403: "The token is not that of an operator",
+    },
+    "scrape": {
+        400: "A parameter is wrong",
+        401: "With authentication on: the scrape or the operator token is missing",
+        403: "The token is neither of them",
     },
     "none": {400: "A parameter is wrong"},
 }
@@ -138,7 +144,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
                 "name": "X-Scope-OrgID",
                 "in": "header",
                 "required": False,
-                "description": "The tenant, with authentication off.",
+                "description": "The tenant, with authentication off or for an operator.",
                 "schema": {"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]{0,62}$"},
             }
         )

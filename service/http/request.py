@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import trio
 
+from service.http.shares import Shares
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -53,7 +55,8 @@ class Request:
     """A request on its way through the pipeline: the body as it came, still compressed.
 
     ``content_type`` is protobuf or json; ``encoding`` is empty, gzip, zstd or deflate;
-    ``received_ns`` is wall-clock nanoseconds; ``weight`` is its estimated number of spans.
+    ``received_ns`` is wall-clock nanoseconds; ``weight`` is its estimated number of spans, which
+    its tenant holds of ``shares`` until :meth:`release`.
     """
 
     tenant: str
@@ -63,3 +66,10 @@ class Request:
     received_ns: int
     weight: int
     reply: Reply
+    shares: Shares | None = None
+
+    def release(self) -> None:
+        """It takes no room any more. Twice does no harm."""
+        if self.shares is not None:
+            self.shares.give_back(self.tenant, self.weight)
+            self.shares = None

@@ -9,6 +9,7 @@ only for what is not there yet, so callers see to it that every loop of theirs w
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import numpy as np
@@ -21,6 +22,10 @@ _LOW_WATER_BYTES: Final = MIB
 _CLOSE_SECONDS: Final = 1.0
 
 
+Claim = Callable[[int], bool]
+"""Told of each further part how many bytes of a body have arrived in all; whether to go on."""
+
+
 class Transport(Protocol):
     """One connection's bytes. Everything raises :exc:`OSError` or
     :exc:`trio.BrokenResourceError` when the connection fails."""
@@ -29,8 +34,11 @@ class Transport(Protocol):
         """What has arrived, at most ``READ_BYTES``; waits for it; empty at the end."""
         ...
 
-    async def receive_body(self, start: bytes, length: int) -> bytes | memoryview | None:
-        """The ``length`` bytes that begin with ``start``; None if the connection ends before."""
+    async def receive_body(
+        self, start: bytes, length: int, claim: Claim
+    ) -> bytes | memoryview | None:
+        """The ``length`` bytes that begin with ``start``; None if the connection ends before, or
+        ``claim`` refuses."""
         ...
 
     async def send(self, data: bytes) -> None:
@@ -67,7 +75,9 @@ class SocketTransport:
             except BlockingIOError:
                 continue
 
-    async def receive_body(self, start: bytes, length: int) -> bytes | memoryview | None:
+    async def receive_body(
+        self, start: bytes, length: int, claim: Claim
+    ) -> bytes | memoryview | None:
         """See :class:`Transport`.
 
         The rest goes straight into a buffer of the whole length, whose memory is not touched
@@ -87,6 +97,8 @@ class SocketTransport:
             if not received:
                 return None
             position += received
+            if not claim(position):
+                return None
             if position == length:
                 return buffer
 
@@ -117,18 +129,24 @@ class SocketTransport:
 
 
 class TlsTransport:
-    """TLS over a connected socket. The handshake is part of the first receive."""
+    """TLS over a connected socket."""
 
     __slots__ = ("_stream",)
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self._stream = stream
 
+    async def handshake(self) -> None:
+        """See :class:`Transport`."""
+        await self._stream.do_handshake()
+
     async def receive(self) -> bytes:
         """See :class:`Transport`."""
         return bytes(await self._stream.receive_some(READ_BYTES))
 
-    async def receive_body(self, start: bytes, length: int) -> bytes | memoryview | None:
+    async def receive_body(
+        self, start: bytes, length: int, claim: Claim
+    ) -> bytes | memoryview | None:
         """See :class:`Transport`."""
         parts = [start]
         missing = length - len(start)
@@ -138,6 +156,8 @@ class TlsTransport:
                 return None
             parts.append(bytes(part))
             missing -= len(part)
+            if not claim(length - missing):
+                return None
         return b"".join(parts)
 
     async def send(self, data: bytes) -> None:

@@ -94,11 +94,11 @@ class Settings(BaseModel):
             if address == OFF:
                 continue
             host, port = split_address(address)
-            if not (is_loopback(host) or self.auth.insecure):
+            if not (is_loopback(host) or self.auth.enabled or self.auth.insecure):
                 raise ValueError(
-                    f"{section}.address is {address}, which other machines can reach, and there "
-                    "is no authentication yet; listen on 127.0.0.1, or accept the risk with "
-                    "auth.insecure = true (--insecure)"
+                    f"{section}.address is {address}, which other machines can reach, without "
+                    "authentication; set auth.enabled, listen on 127.0.0.1, or accept the risk "
+                    "with auth.insecure = true (--insecure)"
                 )
             if port and (other := taken.setdefault((host, port), section)) != section:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from service.settings.base import (
     MIB,
@@ -35,7 +35,7 @@ class Ingest(Section):
     """Connections open at once with server = lean; more wait to be accepted."""
     head_timeout_seconds: Seconds = 10
     """The headers of a request must have arrived within this of its first byte; then the answer
-    is 408 and the connection ends. With server = lean."""
+    is 408 and the connection ends. As much time has a TLS handshake. With server = lean."""
     body_timeout_seconds: Seconds = 30
     """A body must have arrived within this; then the answer is 503 and the connection ends."""
     answer_timeout_seconds: Seconds = 30
@@ -115,15 +115,47 @@ class Quotas(Section):
 
 
 class Auth(Section):
-    """Who may use the service. There is no authentication yet: whoever reaches a listener may use
-    it."""
+    """Who may use the service. Off, whoever reaches a listener may use it, as the tenant they name;
+    on, a tenant proves itself with a token that its key signed (`betrace tenants`), an operator
+    with the operator token."""
 
+    enabled: bool = False
+    """Ask for tokens."""
+    operator_token: SecretStr = SecretStr("")
+    """The operator token, 20 characters or more; better in the variable
+    BETRACE_AUTH__OPERATOR_TOKEN, or in a file, than here."""
+    operator_token_file: str = ""
+    """A file that holds the operator token alone, where operator_token is empty."""
+    scrape_token: SecretStr = SecretStr("")
+    """A token that may read /metrics and nothing else, for Prometheus; empty for none. The operator
+    token may read it as well."""
+    clock_skew_seconds: Annotated[float, Field(ge=0, le=600)] = 30
+    """How much the clock of whoever makes tokens may differ."""
+    remembered_tokens: Count = 10_000
+    """Tokens that are not verified again with each request, until they expire or their keys are
+    revoked."""
     insecure: bool = False
-    """Listen on addresses that other machines can reach all the same."""
+    """Listen on addresses that other machines can reach without authentication all the same."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = self.operator_token.get_secret_value() or self.operator_token_file
+        if self.enabled and not given:
+            raise ValueError(
+                "auth.enabled is true, but there is no operator token; set "
+                "auth.operator_token_file to a file that holds one, such as "
+                "`openssl rand -hex 32` makes"
+            )
+        if 0 < len(self.scrape_token.get_secret_value()) < 20:
+            raise ValueError(
+                "auth.scrape_token has less than 20 characters; use a random one, such as "
+                "`openssl rand -hex 32` makes"
+            )
+        return self
 
 
 class Tls(Section):
-    """TLS of the ingestion and API listeners."""
+    """TLS of all listeners."""
 
     certificate: str = ""
     """File of the certificate chain (PEM); empty for plain HTTP."""

@@ -29,7 +29,7 @@ from service.otlp.wire import ERRORS, scan_bodies
 from service.storage.frames import ContentType, Encoding
 from service.storage.spanlog import Frame, LogSyncError, LogWriteError, SpanLog
 from service.sync import GroupSync
-from service.traces.progress import LogProgress
+from service.traces.progress import LogProgress, TenantClosed
 
 Outcome = Done | Refused
 
@@ -99,6 +99,8 @@ class IngestStage:
                 counts.refused_requests += 1
         for batch in batches:
             await self._onward.send(batch)
+        for request in requests:
+            request.release()
 
     async def refuse(self, request: Request, error: Exception, attempts: int) -> None:
         """Answer a request that the stage failed on; the client has it still and may retry."""
@@ -106,6 +108,7 @@ class IngestStage:
             Refused(503, f"the request could not be processed ({type(error).__name__})")
         )
         self.counts.refused_requests += 1
+        request.release()
         await trio.lowlevel.checkpoint()
 
     def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
@@ -169,7 +172,7 @@ class IngestStage:
             batch.positions[logged] = self._progress.append(
                 batch.tenant, lambda: self._log.append(batch.tenant, frames)
             )
-        except LogWriteError:
+        except (LogWriteError, TenantClosed):
             return
         batch.received_ns = max(frame.received_ns for frame in frames)
 

@@ -13,9 +13,14 @@ from dataclasses import dataclass, field
 import trio
 
 
+class TenantClosed(Exception):  # noqa: N818
+    """The tenant is being deleted: nothing of it is appended any more."""
+
+
 @dataclass(slots=True)
 class _Tenant:
     lock: threading.Lock = field(default_factory=threading.Lock)  # of appending
+    closed: bool = False
     last: int = 0
     pending: dict[int, None] = field(default_factory=dict)
 
@@ -32,9 +37,12 @@ class LogProgress:
         self._tenants: dict[str, _Tenant] = {}
 
     def append(self, tenant: str, write: Callable[[], list[int]]) -> list[int]:
-        """Append frames by calling ``write``, which returns their positions, and register them."""
+        """Append frames by calling ``write``, which returns their positions, and register them.
+        Raises :exc:`TenantClosed`."""
         state = self._tenant(tenant)
         with state.lock:
+            if state.closed:
+                raise TenantClosed(tenant)
             positions = write()
             self.register(tenant, positions)
         return positions
@@ -76,10 +84,31 @@ class LogProgress:
                 if state.last
             }
 
-    def forget(self, tenant: str) -> None:
-        """Drop a tenant that was deleted."""
+    def close(self, tenant: str) -> None:
+        """Append no more frames of a tenant; when this returns, none is being appended. May
+        block while one is."""
+        state = self._tenant(tenant)
+        with state.lock:
+            state.closed = True
+
+    def reopen(self, tenant: str) -> None:
+        """Append frames of a tenant again."""
+        self._tenant(tenant).closed = False
+
+    def waiting(self, tenant: str) -> int:
+        """How many of the tenant's frames are appended and not folded."""
+        state = self._tenant(tenant)
         with self._lock:
-            self._tenants.pop(tenant, None)
+            return len(state.pending)
+
+    def forget(self, tenant: str) -> None:
+        """Drop a tenant that was deleted, but for its being closed."""
+        state = self._tenant(tenant)
+        with self._lock:
+            state.last = 0
+            state.pending.clear()
+            if not state.closed:
+                del self._tenants[tenant]
 
     def _tenant(self, tenant: str) -> _Tenant:
         with self._lock:

@@ -22,10 +22,10 @@ MINUTE = 60 * 10**9
 class Client:
     """Quart's test client, with JSON bodies read and errors checked for their form."""
 
-    def __init__(self, backend=None, authenticator=None, **settings):
+    def __init__(self, backend=None, authenticator=None, closed=frozenset(), **settings):
         self.backend = backend or ScriptedBackend()
         self.queries = self.backend.queries
-        self.app = create_api(self.backend, Api(**settings), authenticator)
+        self.app = create_api(self.backend, Api(**settings), authenticator, closed)
         self.client = self.app.test_client()
 
     async def ask(self, method, path, status=200, body=None, **headers):
@@ -204,6 +204,14 @@ async def test_the_tenant_is_the_callers():
 
 
 class Gate:
+    async def caller(self, authorization, scope):
+        if authorization == "Bearer op":
+            return scope
+        return await self.tenant(authorization)
+
+    async def scraper(self, authorization):
+        return None if authorization == "Bearer scrape" else Denied(403, "scrapers only")
+
     async def tenant(self, authorization):
         if authorization is None:
             return Denied(401, "send a bearer token")
@@ -223,8 +231,19 @@ async def test_authentication():
     assert client.queries.asked[0][0] == "acme"
     await client.get("/api/performance/metrics", 403, Authorization="Bearer acme")
     await client.get("/api/performance/metrics", Authorization="Bearer op")
-    for open_path in ("/livez", "/readyz", "/metrics", "/openapi.json", "/docs"):
+    await client.get("/api/v1/signals", Authorization="Bearer op", X_Scope_OrgID="other")
+    assert client.queries.asked[1][0] == "other"
+    await client.get("/metrics", 403, Authorization="Bearer acme")
+    await client.get("/metrics", Authorization="Bearer scrape")
+    for open_path in ("/livez", "/readyz", "/openapi.json", "/docs"):
         await client.get(open_path)
+
+
+async def test_a_tenant_that_is_deleted_is_refused():
+    client = Client(closed={"gone"})
+    error = await client.get("/api/v1/signals", 403, X_Scope_OrgID="gone")
+    assert "is deleted" in error["message"]
+    await client.get("/api/v1/signals", X_Scope_OrgID="other")
 
 
 RULE = {"name": "Payments", "severity": "high", "condition": "never { a }"}

@@ -166,13 +166,53 @@ async def test_what_the_pipeline_refuses(code, reason, rpc, retries):
     assert edge.accepted_requests == 0
 
 
-async def test_a_full_channel_refuses_before_the_body():
-    edge, queue = make(ScriptedQueue(fill=0.91))
+async def under_way(edge, queue, nursery, tenant="default"):
+    """Have a request of the tenant wait in the queue."""
+    before = len(queue.taken)
+    queue.outcome = None
+    nursery.start_soon(edge.handle, Head(tenant, "protobuf", "", None), b"x")
+    while len(queue.taken) == before:
+        await trio.sleep(0)
+    return queue.taken[-1]
+
+
+async def test_a_full_channel_refuses_before_the_body(nursery):
+    edge, queue = make()
+    request = await under_way(edge, queue, nursery)
+    queue.fill = 0.91
     response = await admit(edge)
     assert response.status == 503
     assert retry_after(response) == 1
     assert "overloaded" in status(response).message
+    other = (b"x-scope-orgid", b"quiet")
+    assert isinstance(await admit(edge, PROTOBUF, other), Head)  # it has nothing in the channel
+    queue.fill = 1.0
+    assert (await admit(edge, PROTOBUF, other)).status == 503
     queue.fill = 0.9
+    assert isinstance(await admit(edge), Head)
+    queue.fill = 0.91
+    request.release()
+    request.release()  # twice does no harm
+    assert isinstance(await admit(edge), Head)
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_share_used_up_while_the_body_came_is_a_refusal(nursery):
+    edge, queue = make()
+    await under_way(edge, queue, nursery)
+    head = await admit(edge)
+    queue.fill = 0.95
+    response = await edge.handle(head, b"x")
+    assert response.status == 503
+    assert len(queue.taken) == 1
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_tenant_that_is_deleted_is_refused():
+    edge = Edge(Ingest(), ScriptedQueue(), Quotas(), closed={"gone"})
+    response = await admit(edge, PROTOBUF, (b"x-scope-orgid", b"gone"))
+    assert (response.status, status(response).code) == (403, 7)
+    assert edge.refused_requests["tenant"] == 1
     assert isinstance(await admit(edge), Head)
 
 
@@ -277,11 +317,16 @@ async def test_weights_follow_what_bodies_turned_out_to_hold():
 
 
 class Gate:
+    def remembered(self, authorization):
+        return "acme" if authorization == "Bearer known" else None
+
     async def tenant(self, authorization):
         if authorization is None:
             return Denied(401, "send a bearer token")
         if authorization == "Bearer good":
             return "acme"
+        if authorization == "Bearer broken":
+            return Denied(503, "tokens cannot be verified now")
         return Denied(403, "this token is for queries only")
 
 
@@ -297,6 +342,9 @@ async def test_authentication_decides_the_tenant():
     response = await admit(edge, PROTOBUF, (b"authorization", b"Bearer bad"))
     assert (response.status, status(response).code) == (403, 7)
     assert "queries only" in status(response).message
+    assert (await admit(edge, PROTOBUF, (b"authorization", b"Bearer known"))).tenant == "acme"
+    response = await admit(edge, PROTOBUF, (b"authorization", b"Bearer broken"))
+    assert (response.status, retry_after(response)) == (503, 5)
 
 
 async def test_bodies_within_the_limits():
@@ -312,22 +360,21 @@ async def test_bodies_within_the_limits():
     assert edge.buffered_bytes == 0
 
 
-async def test_memory_for_bodies_is_bounded():
+async def test_memory_for_bodies_is_bounded_and_shared():
     edge, _ = make(max_body_bytes=4096, max_buffered_bytes=8192)
-    with (
-        edge.body(Head("a", "json", "", 4096)) as one,
-        edge.body(Head("a", "json", "", None)) as two,
-    ):
+    head, other = Head("a", "json", "", 4096), Head("b", "json", "", None)
+    with edge.body(head) as one, edge.body(head) as two, edge.body(other) as three:
         assert one.feed(b"x") is None
-        assert edge.buffered_bytes == 4096  # what was announced counts
-        assert two.feed(b"x" * 4000) is None
-        with edge.body(Head("a", "json", "", None)) as three:
-            assert three.feed(b"x" * 96) is None
-            response = three.feed(b"x")
-            assert response.status == 503
-            assert retry_after(response) == 1
+        assert edge.buffered_bytes == 1  # what was announced does not count
+        assert one.feed(b"x" * 3999) is None
+        assert two.feed(b"x" * 3000) is None
+        response = two.feed(b"x" * 400)
+        assert (response.status, retry_after(response)) == (503, 1)
+        assert three.feed(b"x" * 700) is None  # a tenth is for those who hold nothing
+        assert three.feed(b"x" * 200).status == 503
+        assert edge.buffered_bytes == 7700
     assert edge.buffered_bytes == 0
-    assert edge.refused_requests["memory"] == 1
+    assert edge.refused_requests["memory"] == 2
 
 
 async def test_all_reasons_are_counted_from_zero():

@@ -480,16 +480,39 @@ async def test_a_large_body_in_small_pieces_wakes_its_task_few_times(monkeypatch
 
 async def test_connections_beyond_the_limit_wait_for_one_that_ends():
     async with listening(max_connections=2) as server:
-        first, second, third = [await server.connect() for _ in range(3)]
+        first, second = [await server.connect() for _ in range(2)]
+        for client in (first, second):
+            await client.send(post(b"abc")[:-1])  # busy: the body is not all there
+        await until(lambda: server.edge.buffered_bytes == 4)
+        third = await server.connect()
+        await third.send(post(b"b"))
+        await trio.sleep(0.05)
+        assert server.bodies == []
+        await first.stream.aclose()
+        assert (await third.response())[0] == 200
+    assert server.bodies == [b"b"]
+
+
+async def test_the_connection_idle_longest_makes_room_for_the_next():
+    async with listening(max_connections=2) as server:
+        first, second = await server.connect(), await server.connect()
         for client in (first, second):
             await client.send(post(b"a"))
             assert (await client.response())[0] == 200
+            await trio.sleep(0.01)
+        third = await server.connect()
         await third.send(post(b"b"))
-        await trio.sleep(0.05)
-        assert server.bodies == [b"a", b"a"]
-        await first.stream.aclose()
         assert (await third.response())[0] == 200
-    assert server.bodies == [b"a", b"a", b"b"]
+        assert await first.closed()
+        await second.send(post(b"c"))
+        assert (await second.response())[0] == 200
+
+
+async def test_a_tls_handshake_has_the_time_of_a_head(tmp_path):
+    tls = write_certificate(tmp_path)
+    async with listening(tls=tls, head_timeout_seconds=0.2) as server:
+        silent = await server.connect()
+        assert await silent.closed(within=3)
 
 
 class Exhausted:

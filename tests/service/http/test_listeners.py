@@ -111,16 +111,29 @@ async def test_a_chunked_body_within_the_limit(kind):
 
 
 async def test_too_many_bodies_at_once_are_refused(kind):
-    async with listening(kind, max_buffered_bytes=20 * MIB) as server:
-        first, second = await server.connect(), await server.connect()
-        await first.send(post(b"abc", f"content-length: {19 * MIB}"))
-        await until(lambda: server.edge.buffered_bytes)
-        await second.send(post(bytes(2 * MIB)))
+    async with listening(kind, max_body_bytes=4 * MIB, max_buffered_bytes=4 * MIB) as server:
+        first, second, third = [await server.connect() for _ in range(3)]
+        await first.send(post(bytes(2 * MIB), f"content-length: {3 * MIB}"))
+        await until(lambda: server.edge.buffered_bytes >= MIB)
+        await second.send(post(bytes(3 * MIB)))
         status, headers, _ = await second.response()
         assert (status, headers["retry-after"]) == (503, "1")
         await second.send(post(b"small"))  # the rest of the other body was dropped
         assert (await second.response())[0] == 200
+        await third.send(post(bytes(MIB), "x-scope-orgid: quiet"))
+        assert (await third.response())[0] == 200
     assert server.edge.refused_requests["memory"] == 1
+
+
+async def test_slow_senders_hold_what_they_sent_and_not_what_they_announce(kind):
+    async with listening(kind) as server:
+        slow = [await server.connect() for _ in range(30)]
+        for client in slow:
+            await client.send(post(b"abc", f"content-length: {19 * MIB}"))  # 570 MiB in all
+        await until(lambda: server.edge.buffered_bytes == 90)
+        honest = await server.connect()
+        await honest.send(post(bytes(5 * MIB)))
+        assert (await honest.response())[0] == 200
 
 
 async def test_a_slow_body_is_given_up_with_a_503(kind):
@@ -178,7 +191,7 @@ async def test_pipelined_requests_are_answered_in_order(kind):
 
 
 async def test_a_refusal_before_the_body_keeps_the_connection(kind):
-    async with listening(kind, ScriptedQueue(fill=0.95)) as server:
+    async with listening(kind, ScriptedQueue(fill=1.0)) as server:
         client = await server.connect()
         await client.send(post(b"x" * 300_000))
         status, headers, _ = await client.response()

@@ -1,0 +1,187 @@
+"""Who a caller is, proved: tenants by tokens that their keys signed, operators by a secret.
+
+A token is verified once, in a worker thread, and remembered by its hash until it expires or its key
+is revoked; from then on a request costs one hash and one look-up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from cachetools import TLRUCache
+
+from channels import ThreadRunner
+from service.http.access import Denied
+from service.settings import Auth
+from service.tenancy.directory import DirectoryError, PublicKey
+from service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify
+from service.tenants import is_tenant_name
+
+LEAST_SECRET_CHARACTERS = 20
+
+Known = tuple[str, str, float]
+"""Of a verified token: the tenant, the key's id, and when it expires (seconds since 1970)."""
+
+LoadKey = Callable[[tuple[str, str]], Awaitable[PublicKey | None]]
+"""Gives the key of (tenant, kid), None where there is none."""
+
+
+class SecretError(Exception):
+    """The operator token cannot be used; the message says why and what to do."""
+
+
+class TokenAuthenticator:
+    """Implements :class:`service.http.access.Authenticator`. Methods are called on the Trio thread.
+
+    ``tenant_exists`` says whether an operator may act for a tenant; ``clock`` is the wall clock in
+    seconds.
+    """
+
+    def __init__(
+        self,
+        settings: Auth,
+        operator_token: str,
+        load_key: LoadKey,
+        tenant_exists: Callable[[str], Awaitable[bool]],
+        threads: ThreadRunner,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._skew = settings.clock_skew_seconds
+        self._operator = _digest(operator_token)
+        scrape = settings.scrape_token.get_secret_value()
+        self._scrape = _digest(scrape) if scrape else None
+        self._load_key = load_key
+        self._tenant_exists = tenant_exists
+        self._threads = threads
+        self._clock = clock
+        self._known: TLRUCache[bytes, Known] = TLRUCache(
+            settings.remembered_tokens, lambda _, known, now: known[2], clock
+        )
+        self._revision = 0  # of the keys
+
+    def remembered(self, authorization: str) -> str | None:
+        """The tenant of a token that was verified before. Never waits."""
+        known = self._known.get(hashlib.sha256(authorization.encode("latin-1")).digest())
+        return None if known is None else known[0]
+
+    async def tenant(self, authorization: str | None) -> str | Denied:
+        """The tenant that the header proves."""
+        if authorization is None:
+            return Denied(
+                401, "no token was sent; add the header that `betrace tenants token` prints"
+            )
+        try:
+            found = self.remembered(authorization)
+        except UnicodeEncodeError:
+            return _denied("the header is no text")
+        if found is not None:
+            return found
+        token = bearer(authorization)
+        if token is None:
+            return _denied("the header Authorization is not `Bearer` and a token")
+        try:
+            tenant, kid = claimed(token)
+            revision = self._revision
+            key = await self._load_key((tenant, kid))
+            if key is None or (
+                key.expires_ns is not None and key.expires_ns <= self._clock() * 1e9
+            ):
+                raise BadTokenError(NOT_SIGNED)
+            expires = await self._threads.run(verify, token, tenant, key.public, self._skew)
+        except BadTokenError as error:
+            return _denied(str(error))
+        except DirectoryError:
+            return Denied(503, "tokens cannot be verified now; send it again later")
+        until = expires + self._skew
+        if key.expires_ns is not None:
+            until = min(until, key.expires_ns / 1e9)
+        if revision == self._revision:  # else the key may have been revoked meanwhile
+            digest = hashlib.sha256(authorization.encode("latin-1")).digest()
+            self._known[digest] = (tenant, kid, until)
+        return tenant
+
+    async def caller(self, authorization: str | None, scope: str | None) -> str | Denied:
+        """The tenant that the header proves, or for an operator the one that ``scope`` (the header
+        X-Scope-OrgID) names."""
+        if scope is None or await self.operator(authorization) is not None:
+            return await self.tenant(authorization)
+        try:
+            if is_tenant_name(scope) and await self._tenant_exists(scope):
+                return scope
+        except DirectoryError:
+            return Denied(503, "the tenants cannot be read now; try again later")
+        return Denied(403, f"there is no tenant {scope[:80]!r}; see `betrace tenants list`")
+
+    async def operator(self, authorization: str | None) -> Denied | None:
+        """None where the header proves an operator."""
+        return self._secret(authorization, (self._operator,), "operator")
+
+    async def scraper(self, authorization: str | None) -> Denied | None:
+        """None where the header proves someone who may read metrics."""
+        secrets = (self._operator,) if self._scrape is None else (self._operator, self._scrape)
+        return self._secret(authorization, secrets, "scrape or the operator")
+
+    def _secret(
+        self, authorization: str | None, secrets: tuple[bytes, ...], name: str
+    ) -> Denied | None:
+        token = None if authorization is None else bearer(authorization)
+        if token is None:
+            return Denied(401, f"this needs the {name} token: send `Authorization: Bearer TOKEN`")
+        digest = _digest(token)
+        # Each is compared, whichever matches, so that the time tells nothing.
+        matches = [hmac.compare_digest(digest, secret) for secret in secrets]
+        if any(matches):
+            return None
+        return Denied(403, f"the token is not the {name} token")
+
+    def forget(self, tenant: str) -> None:
+        """Verify the tenant's tokens again: its keys have changed."""
+        self._revision += 1
+        for digest, known in list(self._known.items()):
+            if known[0] == tenant:
+                self._known.pop(digest, None)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def bearer(authorization: str) -> str | None:
+    """The token in a header's value (RFC 6750, 2.1)."""
+    scheme, _, token = authorization.partition(" ")
+    token = token.strip()
+    return token if scheme.lower() == "bearer" and token else None
+
+
+def operator_token(settings: Auth) -> str:
+    """The operator token of the settings. Raises :exc:`SecretError`."""
+    token = settings.operator_token.get_secret_value()
+    origin = "auth.operator_token"
+    if not token:
+        path = Path(settings.operator_token_file)
+        origin = f"the file {path} (auth.operator_token_file)"
+        try:
+            token = path.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise SecretError(
+                f"the operator token cannot be read from {origin} ({reason}); "
+                "name a file that holds it alone, such as `openssl rand -hex 32` makes"
+            ) from error
+    if len(token) < LEAST_SECRET_CHARACTERS:
+        raise SecretError(
+            f"the operator token in {origin} has less than {LEAST_SECRET_CHARACTERS} characters; "
+            "use a random one, such as `openssl rand -hex 32` makes"
+        )
+    return token
+
+
+def _denied(message: str) -> Denied:
+    return Denied(401, f"{message}; get a new one with `betrace tenants token`")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
