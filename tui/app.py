@@ -46,6 +46,10 @@ class BetraceApp(App[int]):
 
     CSS_PATH = "betrace.tcss"
     TITLE = "BeTrace"
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
+        (0, "-narrow"),
+        (100, "-wide"),
+    ]
     ENABLE_COMMAND_PALETTE = True
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -15,6 +15,10 @@ from tui.panel import VI_KEYS, Panel, matches
 from tui.state import State
 from tui.text import Tone
 
+_GAP = " "
+"""What keeps columns apart. The table's own padding would take twice that, and 80 characters are
+few."""
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -80,9 +84,10 @@ class TablePanel(Panel):
 
     def compose(self) -> ComposeResult:
         yield from self.above()
-        table: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True)
+        table: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True, cell_padding=0)
         for column in self.COLUMNS:
-            table.add_column(self._label(column), width=column.width, key=column.key)
+            width = column.width and column.width + len(_GAP)
+            table.add_column(self._label(column), width=width, key=column.key)
         yield table
         yield Static(self.EMPTY, classes="empty")
         yield from self.below()
@@ -141,14 +146,16 @@ class TablePanel(Panel):
 
     def _text(self, cell: Cell, column: Column) -> Text:
         style = self.betrace.style(cell.tone) if cell.tone else ""
-        justify: Any = "right" if column.right else "left"
-        return Text(cell.text, style=style, justify=justify, no_wrap=True, overflow="ellipsis")
+        text = cell.text
+        if column.width is not None and len(text) > column.width:
+            text = text[: column.width - 1] + "…"
+        return Text(_set(text, column) + _GAP, style=style, no_wrap=True)
 
     def _label(self, column: Column) -> Text:
         mark = ""
         if self._sorted_by is not None and self.COLUMNS[self._sorted_by] is column:
             mark = "▼" if self._descending else "▲"
-        return Text(column.label + mark, justify="right" if column.right else "left")
+        return Text(_set(column.label, column) + (mark or _GAP))
 
     def restyle(self) -> None:
         """The theme is another: make all cells anew."""
@@ -188,6 +195,11 @@ class TablePanel(Panel):
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         if event.row_key.value is not None:
             self.drill(event.row_key.value)
+
+
+def _set(text: str, column: Column) -> str:
+    """Text on its side of the column. Rich would cut the gap off from what it sets right."""
+    return text.rjust(column.width or 0) if column.right else text
 
 
 def _key(table: DataTable[Text], name: str) -> Any:

@@ -91,6 +91,11 @@ def ago(at: float | None, now: float) -> str:
     return "never" if at is None else f"{duration(now - at)} ago" if now - at >= 1 else "now"
 
 
+def age(at: float | None, now: float) -> str:
+    """The same in one unit: never, now, 42 s, 5 min, 2 h."""
+    return ago(at, now) if at is None or now - at < 1 else " ".join(duration(now - at).split()[:2])
+
+
 def bar(fraction: float, width: int, peak: float = 0.0) -> str:
     """A bar of so many characters, up to a peak in a lighter shade. What is not empty shows at
     least one, and what is not full leaves one."""

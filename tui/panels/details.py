@@ -61,7 +61,7 @@ def stage_text(state: State, name: str, width: int) -> Content | None:
     stage = next((s for s in now.stages if s.name == name), None) if now else None
     if now is None or stage is None:
         return None
-    tone, word = condition(stage)
+    tone, word = condition(stage, state)
     unit = stage.unit
     room = max(10, width - 16)
     return Content("\n").join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual.content import Content
 
 from tui.state import Stage, State
-from tui.text import Tone, bar, fill_tone, millis, number, words
+from tui.text import SYMBOLS, Tone, bar, fill_tone, millis, number, words
 from tui.widgets import STYLES, toned
 
 Parts = list[str | tuple[str, str]]
@@ -13,8 +13,9 @@ Parts = list[str | tuple[str, str]]
 MIN_INNER = 8
 
 
-def condition(stage: Stage) -> tuple[Tone, str]:
+def condition(stage: Stage, state: State) -> tuple[Tone, str]:
     """How a stage and its channel do, in a word or two."""
+    busy = state.rate(f"{stage.name}.in")
     if stage.status == "failed":
         return "bad", "stalled"
     if stage.state == "paused":
@@ -26,7 +27,7 @@ def condition(stage: Stage) -> tuple[Tone, str]:
         return tone, "full" if tone == "bad" else "filling"
     if stage.status in ("starting", "stopping"):
         return "busy", stage.status
-    return "good", "working" if stage.busy or stage.size else "idle"
+    return "good", "working" if busy or stage.busy or stage.size else "idle"
 
 
 def draw_pipeline(state: State, width: int, chosen: int | None = None) -> Content:
@@ -57,7 +58,7 @@ def _arrow(lines: list[Parts], state: State, stage: Stage) -> None:
 
 
 def _box(state: State, stage: Stage, inner: int, chosen: bool) -> list[Parts]:
-    tone, word = condition(stage)
+    tone, word = condition(stage, state)
     edge = STYLES[tone] if tone != "good" else ("$primary" if chosen else "$text-muted")
     top_left, top_right, bottom_left, bottom_right, flat, side = "╔╗╚╝═║" if chosen else "╭╮╰╯─│"
     name = stage.name if len(stage.name) <= inner - 2 else stage.name.rpartition("-")[2]
@@ -67,7 +68,7 @@ def _box(state: State, stage: Stage, inner: int, chosen: bool) -> list[Parts]:
     fill = bar(stage.fill / 100, max(1, inner - 5), peak)
     rate = state.rate(f"{stage.name}.out")
     fill_style = STYLES[fill_tone(stage.fill, stage.blocked)]
-    symbol = {"good": "●" if word == "working" else "○", "busy": "▲", "bad": "✖"}[tone]
+    symbol = SYMBOLS["quiet" if word == "idle" else tone]
     rows: list[Parts] = [
         [(fill, fill_style), f"{share:>5}"],
         [f"{number(stage.size)} of {number(stage.capacity)}"],

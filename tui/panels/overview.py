@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -37,7 +38,7 @@ class Overview(Panel, can_focus=True):
         with Horizontal(id="tiles"):
             yield Tile("Ingestion", id="tile-ingestion")
             yield Tile("Signals", id="tile-signals")
-            yield Tile("Latency p99, end to end", id="tile-latency")
+            yield Tile("Latency p99", id="tile-latency")
             yield Tile("Refusals", id="tile-refusals")
         yield Live(id="pipeline-drawing")
         with Horizontal(id="glance"):
@@ -58,7 +59,7 @@ class Overview(Panel, can_focus=True):
             lambda width: draw_pipeline(state, width, self._chosen)
         )
         self.query_one("#glance-breakers", Section).body.draw(
-            lambda width: _lines([_breaker(each, width) for each in now.breakers])
+            lambda width: _breakers(now.breakers, width)
         )
         self.query_one("#glance-caches", Section).body.draw(
             lambda width: _lines([_cache(each, state, width) for each in now.caches])
@@ -87,7 +88,7 @@ class Overview(Panel, can_focus=True):
         self.query_one("#tile-signals", Tile).show(
             number(signals),
             "/s",
-            f"{number(now.signals)} raised, {number(now.retracted)} back",
+            f"{number(now.signals)}, {number(now.retracted)} retracted",
             "good",
             state.history("signals"),
         )
@@ -122,14 +123,17 @@ def _lines(lines: list[Content]) -> Content:
     return Content("\n").join(lines) if lines else Content.assemble(toned("none", "quiet"))
 
 
-def _breaker(breaker: Breaker, width: int) -> Content:
-    said = words(breaker.state)
-    if breaker.retry_in:
-        said += f", {duration(breaker.retry_in)}"
-    name = breaker.name[:NAME_WIDTH]
-    return Content.assemble(
-        f"{name:<{NAME_WIDTH if width > 30 else 10}.{NAME_WIDTH if width > 30 else 10}} ",
-        marked(said, status_tone(breaker.state)),
+def _breakers(breakers: Sequence[Breaker], width: int) -> Content:
+    said = [
+        words(each.state) + (f" {duration(each.retry_in)}" if each.retry_in else "")
+        for each in breakers
+    ]
+    room = min(NAME_WIDTH, width - 3 - max(map(len, said), default=0))
+    return _lines(
+        [
+            Content.assemble(_cut(each.name, room), " ", marked(text, status_tone(each.state)))
+            for each, text in zip(breakers, said, strict=True)
+        ]
     )
 
 
@@ -137,9 +141,15 @@ def _cache(cache: Cache, state: State, width: int) -> Content:
     rate = state.rate(f"{cache.name}.hit_rate")
     shown = percent(cache.hit_rate if rate is None else rate)
     fill = cache.size / cache.capacity if cache.capacity else 0.0
-    space = max(0, width - NAME_WIDTH - 8)
+    room = min(NAME_WIDTH, width - 7)
+    space = max(0, width - room - 8)
     return Content.assemble(
-        f"{cache.name:<{NAME_WIDTH}.{NAME_WIDTH}} ",
-        f"{shown:>6}",
+        _cut(cache.name, room),
+        f"{shown:>7}",
         f" {bar(fill, space)}" if space >= 4 else "",
     )
+
+
+def _cut(text: str, width: int) -> str:
+    """Text of exactly so many characters."""
+    return f"{text:<{width}}" if len(text) <= width else text[: max(0, width - 1)] + "…"

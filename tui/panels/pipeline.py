@@ -9,11 +9,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
 from tui.changes import Change
-from tui.panels.details import show_stage
+from tui.panels.details import plot, show_stage
 from tui.panels.drawing import condition
 from tui.state import State
 from tui.table import Cell, Column, Row, TablePanel
-from tui.text import SYMBOLS, ago, bar, fill_tone, millis, number, status_tone
+from tui.text import SYMBOLS, age, fill_tone, millis, number, status_tone
 from tui.widgets import Live, marked
 
 DRAIN_SECONDS = 10
@@ -23,18 +23,18 @@ class PipelinePanel(TablePanel):
     TITLE = "Pipeline"
 
     COLUMNS = (
-        Column("stage", "stage", 17),
-        Column("state", "state", 9),
+        Column("stage", "stage", 19),
         Column("in", "in/s", 5, right=True),
         Column("out", "out/s", 5, right=True),
         Column("errors", "errs", 4, right=True),
         Column("dropped", "drop", 4, right=True),
-        Column("fill", "fill", 9),
-        Column("p99", "p99", 7, right=True),
-        Column("blocked", "blkd", 4, right=True),
+        Column("fill", "fill", 6, right=True),
         Column("peak", "peak", 5, right=True),
-        Column("workers", "busy", 5, right=True),
-        Column("progress", "last progress", 15),
+        Column("blocked", "blkd", 4, right=True),
+        Column("workers", "work", 4, right=True),
+        Column("p99", "p99", 7, right=True),
+        Column("progress", "last", 6, right=True),
+        Column("state", "state", 11),
         Column("unit", "unit", 7),
     )
 
@@ -62,28 +62,28 @@ class PipelinePanel(TablePanel):
     def rows(self, state: State) -> Iterable[Row]:
         now = state.now
         for stage in now.stages if now else ():
-            tone, word = condition(stage)
+            tone, word = condition(stage, state)
             in_rate, out_rate = (state.rate(f"{stage.name}.{side}") for side in ("in", "out"))
             assert now is not None
             yield Row(
                 stage.name,
                 (
-                    Cell(stage.name),
-                    Cell(f"{SYMBOLS[tone]} {word}", tone),
+                    Cell(f"{SYMBOLS['quiet' if word == 'idle' else tone]} {stage.name}", tone),
                     Cell(number(in_rate), order=in_rate or 0.0),
                     Cell(number(out_rate), order=out_rate or 0.0),
                     Cell(number(stage.errors), "busy" if stage.errors else None, stage.errors),
                     Cell(number(stage.dropped), "bad" if stage.dropped else None, stage.dropped),
                     Cell(
-                        f"{bar(stage.fill / 100, 4)} {stage.fill:.0f}%",
+                        f"{plot([stage.fill], 1, 100.0)} {stage.fill:.0f}%",
                         fill_tone(stage.fill, stage.blocked),
                         stage.fill,
                     ),
-                    Cell(millis(stage.p99), order=stage.p99 or 0.0),
-                    Cell(str(stage.blocked), "bad" if stage.blocked else None, stage.blocked),
                     Cell(number(stage.peak), order=stage.peak),
+                    Cell(str(stage.blocked), "bad" if stage.blocked else None, stage.blocked),
                     Cell(f"{stage.busy}/{stage.workers}", order=stage.busy),
-                    Cell(ago(stage.last_progress, now.at), order=stage.last_progress or 0.0),
+                    Cell(millis(stage.p99), order=stage.p99 or 0.0),
+                    Cell(age(stage.last_progress, now.at), order=stage.last_progress or 0.0),
+                    Cell(word, tone),
                     Cell(stage.unit),
                 ),
             )
