@@ -16,20 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pyarrow as pa
 
-from service.signals import Kind, Signal, signal_id
-from service.storage import duckqueries
+from service.signals import Signal
+from service.storage import duckqueries, duckwrite
 from service.storage.duckfiles import DuckFiles
 from service.storage.duckqueries import BadQuery, StoredSignal, SummaryRow, TraceRow
-from service.storage.duckschema import Cursor, StoreCorrupt, StoreError
+from service.storage.duckschema import StoreCorrupt, StoreError
 from service.storage.pool import PoolTimeout
 from service.storage.traces_table import (
-    TRACES,
+    MOST_POSITIONS,
     Columns,
     frames_table,
     trace_id_halves,
@@ -37,6 +35,7 @@ from service.storage.traces_table import (
 )
 
 __all__ = [
+    "MOST_POSITIONS",
     "BadQuery",
     "DuckStore",
     "PoolTimeout",
@@ -58,22 +57,6 @@ class RowCounts:
     frames: int
 
 
-MOST_POSITIONS = 4096
-"""That a row of the trace index holds; of a trace closed and reopened for ever, the newest."""
-
-_UPSERT_TRACES = (
-    "INSERT INTO traces BY NAME SELECT * FROM rows ON CONFLICT DO UPDATE SET "
-    + ", ".join(
-        # A row that comes late, from a dead letter, does not hide a newer one.
-        f"{n} = CASE WHEN excluded.last_seen_ns >= last_seen_ns THEN excluded.{n} ELSE {n} END"
-        for n in TRACES.names
-        if n not in ("trace_id", "positions")
-    )
-    + ", positions = list_sort(list_distinct(list_concat(positions, excluded.positions)))"
-    f"[-{MOST_POSITIONS}:]"
-)
-
-
 class DuckStore:
     """The files of all tenants below ``directory``; see :class:`DuckFiles` for the limits."""
 
@@ -88,6 +71,7 @@ class DuckStore:
         pool_timeout: float = 5.0,
         idle_close: float = 300.0,
         attached_max: int = 1000,
+        key_bytes: int = 128 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = DuckFiles(
@@ -99,6 +83,7 @@ class DuckStore:
             pool_timeout=pool_timeout,
             idle_close=idle_close,
             attached_max=attached_max,
+            key_bytes=key_bytes,
             clock=clock,
         )
 
@@ -128,39 +113,12 @@ class DuckStore:
         traces: pa.Table | None,
         frames: pa.Table | None,
     ) -> int:
-        try:
-            return self._try_write(tenant, signals, traces, frames, careful=False)
-        except StoreError as error:
-            if not isinstance(error.__cause__, duckdb.ConstraintException):
-                raise
-        return self._try_write(tenant, signals, traces, frames, careful=True)
-
-    def _try_write(
-        self,
-        tenant: str,
-        signals: Sequence[Signal],
-        traces: pa.Table | None,
-        frames: pa.Table | None,
-        careful: bool,
-    ) -> int:
-        """Write, expecting rows to be new unless ``careful``.
-
-        An ``ON CONFLICT`` clause makes DuckDB scan the whole table (measured: 1000 rows into
-        4 million took 120 ms, without the clause 9 ms), and nearly all rows are new.
-        """
-        replace = "OR REPLACE " if careful else ""
-        into_traces = _UPSERT_TRACES if careful else "INSERT INTO traces BY NAME SELECT * FROM rows"
-        with self._files.use(tenant, write=True) as db:
+        with self._files.append(tenant) as (db, known):
             if traces is not None and len(traces):
-                _insert(db, into_traces, traces)
+                duckwrite.write_traces(db, known, traces)
             if frames is not None and len(frames):
-                _insert(
-                    db,
-                    f"INSERT {replace}INTO trace_frames BY NAME "
-                    "SELECT trace_id, list_first(positions) AS first, positions FROM rows",
-                    frames,
-                )
-            return _write_signals(db, signals, careful) if signals else 0
+                duckwrite.write_frames(db, known, frames)
+            return duckwrite.write_signals(db, known, signals) if signals else 0
 
     def write_signals(self, tenant: str, signals: Sequence[Signal]) -> int:
         """Store signals, which are all of ``tenant``; how many are new. One that is there already
@@ -171,12 +129,11 @@ class DuckStore:
         """Store those of the signals that are not there; how many. Cheaper than
         :meth:`write_signals` where most of them are."""
         ids = [duckqueries.id_bytes(signal.id, "signal id") for signal in signals]
-        there: set[bytes] = set()
+        missing = set(ids)
         if self._files.has(tenant):
             with self._files.use(tenant) as db:
-                rows = db.execute("SELECT id FROM signals WHERE id IN (SELECT unnest(?))", [ids])
-                there = {key for (key,) in rows.fetchall()}
-        new = [signal for key, signal in zip(ids, signals, strict=True) if key not in there]
+                missing = duckwrite.missing(db, ids)
+        new = [signal for key, signal in zip(ids, signals, strict=True) if key in missing]
         return self.write_signals(tenant, new) if new else 0
 
     def write_traces(self, tenant: str, traces: Columns) -> int:
@@ -207,7 +164,10 @@ class DuckStore:
                 [before],
             ).fetchall()
             row = duckqueries.one(db, "DELETE FROM traces WHERE last_seen_ns < ?", [before])
-        return int(row[0]) if row else 0
+        expired = int(row[0]) if row else 0
+        if expired:
+            self._files.forget_known(tenant)
+        return expired
 
     # Reading
 
@@ -326,7 +286,7 @@ class DuckStore:
             table: pa.Table = db.sql(
                 "SELECT trace_id FROM traces WHERE last_seen_ns >= $since AND ($upto IS NULL "
                 "OR list_min(positions) <= $upto OR trace_id IN "
-                "(SELECT trace_id FROM trace_frames WHERE first <= $upto))",
+                '(SELECT trace_id FROM trace_frames WHERE "first" <= $upto))',
                 params={"since": since, "upto": upto},
             ).to_arrow_table()
         return trace_id_halves(table["trace_id"].combine_chunks())
@@ -387,80 +347,3 @@ class DuckStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _insert(db: Cursor, statement: str, rows: pa.Table) -> int:
-    """Run an INSERT that reads the table ``rows``; how many rows were inserted or replaced."""
-    db.register("rows", rows)
-    found = duckqueries.one(db, statement)
-    db.unregister("rows")  # not after an error: the connection is then given up
-    return int(found[0]) if found else 0
-
-
-def _other(signal: Signal) -> bytes:
-    """The id of the retraction of a raised signal, or of what a retraction retracts."""
-    kind = Kind.RETRACTED if signal.kind is Kind.RAISED else Kind.RAISED
-    return bytes.fromhex(
-        signal_id(signal.tenant, signal.rule_id, signal.rule_version, signal.trace_id, kind)
-    )
-
-
-def _write_signals(db: Cursor, signals: Sequence[Signal], careful: bool) -> int:
-    first: dict[str, Signal] = {}
-    for signal in signals:
-        first.setdefault(signal.id, signal)
-    unique = list(first.values())
-    raised = [_other(signal) for signal in unique if signal.kind is Kind.RAISED]
-    retracted = {
-        key
-        for (key,) in db.execute(
-            "SELECT id FROM signals WHERE kind = 'retracted' AND id IN (SELECT unnest(?))",
-            [raised],
-        ).fetchall()
-    }
-    top = duckqueries.one(db, "SELECT coalesce(max(seq), 0) FROM signals")
-    assert top is not None
-    rows = {
-        "id": pa.array([duckqueries.id_bytes(s.id, "signal id") for s in unique], pa.binary()),
-        "seq": np.arange(top[0] + 1, top[0] + 1 + len(unique)),
-        "status": [
-            "active" if s.kind is Kind.RAISED and _other(s) not in retracted else "retracted"
-            for s in unique
-        ],
-        "trace_id": pa.array(
-            [duckqueries.id_bytes(s.trace_id, "trace_id") for s in unique], pa.binary()
-        ),
-        "kind": [str(s.kind) for s in unique],
-        "counts": [orjson.dumps(s.counts).decode() for s in unique],
-        "evidence": [orjson.dumps(s.evidence).decode() for s in unique],
-        "labels": [orjson.dumps(s.labels).decode() for s in unique],
-        "reason": pa.array([s.reason for s in unique], pa.string()),
-        "context": pa.array(
-            [None if s.context is None else orjson.dumps(s.context).decode() for s in unique],
-            pa.string(),
-        ),
-    }
-    for name in (
-        "rule_id",
-        "rule_version",
-        "severity",
-        "clause",
-        "detected_at",
-        "early",
-        "message",
-    ):
-        rows[name] = [getattr(s, name) for s in unique]
-    new = _insert(
-        db,
-        "INSERT INTO signals BY NAME SELECT * FROM rows"
-        + (" ON CONFLICT DO NOTHING" if careful else ""),
-        pa.table(rows),
-    )
-    taken_back = [_other(signal) for signal in unique if signal.kind is Kind.RETRACTED]
-    if taken_back:
-        db.execute(
-            "UPDATE signals SET status = 'retracted' "
-            "WHERE status = 'active' AND id IN (SELECT unnest(?))",
-            [taken_back],
-        )
-    return new

@@ -20,18 +20,18 @@ import duckdb
 from service.storage.duckschema import (
     FATAL,
     FILE,
+    MAX_ROWS,
     Cursor,
     StoreError,
     migrate,
     told,
     transaction,
 )
+from service.storage.duckwrite import Known
+from service.storage.keys import KeyBudget
 from service.storage.paths import tenant_directory, tenants_with
 from service.storage.pool import Pool, PoolTimeout
 
-__all__ = ["MAX_ROWS", "DuckFiles", "StoreError"]
-
-MAX_ROWS = 1001  # of a page, and one more to see whether there is a next
 _CHECKPOINT_SIZE = "64MB"
 _BLOCK_BYTES = (
     16_384  # DuckDB's smallest: with 262 144, a small file's indexes take 1.8 MB of memory
@@ -55,6 +55,7 @@ class _File:
     users: int = 0
     reserved: bool = False  # being deleted or recreated: newcomers wait
     last_used: float = 0.0
+    known: Known | None = None  # of its rows; guarded by ``writing``
     unsaved: int = 0  # bytes in its write-ahead log, whose rows DuckDB must keep in memory
 
     @property
@@ -68,7 +69,8 @@ class DuckFiles:
 
     At most ``attached_max`` files stay attached when unused; :meth:`sweep` detaches those
     unused for ``idle_close`` seconds. Each has at most ``pool_max`` connections, ``pool_idle``
-    of them idle; a caller waits ``pool_timeout`` for one.
+    of them idle; a caller waits ``pool_timeout`` for one. ``key_bytes`` bounds the memory of the
+    keys of rows (:class:`KeyBudget`).
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class DuckFiles:
         pool_timeout: float = 5.0,
         idle_close: float = 300.0,
         attached_max: int = 1000,
+        key_bytes: int = 128 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
@@ -103,6 +106,7 @@ class DuckFiles:
         self._idle_close = idle_close
         self._attached_max = attached_max
         self._unsaved_max = memory_bytes * 3 // 4
+        self._keys = KeyBudget(key_bytes)
         self._clock = clock
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
@@ -142,16 +146,31 @@ class DuckFiles:
         DuckDB are told as :exc:`StoreError`, :exc:`StoreCorrupt`; :exc:`PoolTimeout` where no
         connection became free.
         """
+        with self._using(tenant, write) as (cursor, _):
+            yield cursor
+
+    @contextmanager
+    def append(self, tenant: str) -> Iterator[tuple[Cursor, Known]]:
+        """As :meth:`use` to write, with what is known of the rows that are there."""
+        with self._using(tenant, write=True) as (cursor, file):
+            if file.known is None:
+                known = Known(self._keys)
+                known.load(cursor)
+                file.known = known
+            yield cursor, file.known
+
+    @contextmanager
+    def _using(self, tenant: str, write: bool) -> Iterator[tuple[Cursor, _File]]:
         file = self._enter(tenant)
         try:
             assert file.pool is not None
             with self._told(file):
                 if not write:
                     with file.pool.use() as cursor:
-                        yield cursor
+                        yield cursor, file
                 else:
                     with self._writing(file), file.pool.use() as cursor, transaction(cursor):
-                        yield cursor
+                        yield cursor, file
         finally:
             with file.changed:
                 file.users -= 1
@@ -173,6 +192,13 @@ class DuckFiles:
             yield
         finally:
             file.writing.release()
+
+    def forget_known(self, tenant: str) -> None:
+        """Have the next :meth:`append` read again what is there, after much was deleted."""
+        file = self._files.get(tenant)
+        if file is not None:
+            with self._writing(file):
+                _forget_known(file)
 
     def _file(self, tenant: str) -> _File:
         path = self.path(tenant)
@@ -303,6 +329,7 @@ class DuckFiles:
     def _detach(self, file: _File) -> None:
         """Let go of a file that nobody uses; the caller holds ``changed``."""
         pool, file.pool = file.pool, None
+        _forget_known(file)
         if pool is not None:
             pool.close()
             if file.generation == self._generation:
@@ -382,6 +409,12 @@ class DuckFiles:
         if root is not None:
             root.close()
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _forget_known(file: _File) -> None:
+    known, file.known = file.known, None
+    if known is not None:
+        known.clear()
 
 
 def _size(path: Path) -> int:

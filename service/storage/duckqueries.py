@@ -16,8 +16,8 @@ from typing import Any, Literal
 import orjson
 
 from service.signals import Kind, Signal
-from service.storage.duckfiles import MAX_ROWS
-from service.storage.duckschema import Cursor
+from service.storage.duckschema import MAX_ROWS, Cursor
+from service.storage.keys import id_key
 
 MAX_LIMIT = MAX_ROWS - 1
 MAX_BUCKETS = 10_000
@@ -187,7 +187,8 @@ def signals(
     where.add("detected_at >= ?", since)
     where.add("detected_at < ?", until)
     if trace_id is not None:
-        where.add("trace_id = ?", id_bytes(trace_id, "trace_id"))
+        key = id_bytes(trace_id, "trace_id")
+        where.add("trace_key = ? AND trace_id = ?", id_key(key), key)
     if after is not None:
         where.add("(detected_at < ? OR (detected_at = ? AND id < ?))", after[0], *after)
     rows = db.execute(
@@ -201,7 +202,9 @@ def signals(
 
 def signal(db: Cursor, tenant: str, signal_id: str) -> StoredSignal | None:
     """See :meth:`service.storage.duck.DuckStore.signal`."""
-    row = one(db, f"SELECT {_SIGNAL} FROM signals WHERE id = ?", [id_bytes(signal_id, "signal id")])
+    key = id_bytes(signal_id, "signal id")
+    query = f"SELECT {_SIGNAL} FROM signals WHERE key = ? AND id = ?"
+    row = one(db, query, [id_key(key), key])
     return _stored(tenant, row) if row else None
 
 
@@ -239,14 +242,13 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
         some = ids[first : first + _IDS_PER_QUERY]
         marks = ",".join("?" * len(some))
         spilled: dict[str, set[int]] = {}
+        where = f"WHERE key IN ({marks}) AND trace_id IN ({marks})"
+        values = [*map(id_key, some), *some]
         for key, positions in db.execute(
-            f"SELECT lower(hex(trace_id)), positions FROM trace_frames WHERE trace_id IN ({marks})",
-            some,
+            f"SELECT lower(hex(trace_id)), positions FROM trace_frames {where}", values
         ).fetchall():
             spilled.setdefault(key, set()).update(positions)
-        for row in db.execute(
-            f"SELECT {_TRACE}, positions FROM traces WHERE trace_id IN ({marks})", some
-        ).fetchall():
+        for row in db.execute(f"SELECT {_TRACE}, positions FROM traces {where}", values).fetchall():
             key, positions = row[0], row[-1]
             found[key] = _trace(row[:-1], sorted(spilled.get(key, set()).union(positions)))
     return found
@@ -254,8 +256,9 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
 
 def spilled(db: Cursor, trace_id: str) -> list[int]:
     """See :meth:`service.storage.duck.DuckStore.spilled`."""
+    key = id_bytes(trace_id, "trace_id")
     rows = db.execute(
-        "SELECT positions FROM trace_frames WHERE trace_id = ?", [id_bytes(trace_id, "trace_id")]
+        "SELECT positions FROM trace_frames WHERE key = ? AND trace_id = ?", [id_key(key), key]
     ).fetchall()
     return sorted({position for (chunk,) in rows for position in chunk})
 

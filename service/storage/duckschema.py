@@ -11,31 +11,59 @@ import duckdb
 Cursor = duckdb.DuckDBPyConnection
 
 FILE = "betrace.duckdb"
-SCHEMA_VERSION = 1
+MAX_ROWS = 1001  # of a page, and one more to see whether there is a next
+SCHEMA_VERSION = 2
 
-# Ids are their bytes, times nanoseconds since 1970.
-SCHEMA = f"""
-CREATE TABLE meta (version INTEGER NOT NULL, created_ns BIGINT NOT NULL);
+# Ids are their bytes, times nanoseconds since 1970. There are no primary keys: see duckwrite.py.
+# A key is 64 bits of an id (keys.py): a scan compares them faster than ids.
+_TABLES = """
 CREATE TABLE signals (
-    id BLOB PRIMARY KEY, seq BIGINT NOT NULL, rule_id VARCHAR NOT NULL,
+    id BLOB NOT NULL, key UBIGINT NOT NULL, seq BIGINT NOT NULL, rule_id VARCHAR NOT NULL,
     rule_version VARCHAR NOT NULL, severity VARCHAR NOT NULL, kind VARCHAR NOT NULL,
     status VARCHAR NOT NULL, clause VARCHAR NOT NULL, trace_id BLOB NOT NULL,
-    detected_at BIGINT NOT NULL, early BOOLEAN NOT NULL, counts JSON NOT NULL,
-    evidence JSON NOT NULL, labels JSON NOT NULL, message VARCHAR NOT NULL, reason VARCHAR,
-    context JSON
+    trace_key UBIGINT NOT NULL, detected_at BIGINT NOT NULL, early BOOLEAN NOT NULL,
+    counts JSON NOT NULL, evidence JSON NOT NULL, labels JSON NOT NULL, message VARCHAR NOT NULL,
+    reason VARCHAR, context JSON
 );
 CREATE TABLE traces (
-    trace_id BLOB PRIMARY KEY, start_ns BIGINT NOT NULL, end_ns BIGINT NOT NULL,
+    trace_id BLOB NOT NULL, key UBIGINT NOT NULL, start_ns BIGINT NOT NULL, end_ns BIGINT NOT NULL,
     first_seen_ns BIGINT NOT NULL, last_seen_ns BIGINT NOT NULL, spans BIGINT NOT NULL,
     errors BIGINT NOT NULL, root_name VARCHAR, root_service VARCHAR,
     services VARCHAR[] NOT NULL, positions BIGINT[] NOT NULL, partial BOOLEAN NOT NULL,
     rules_version VARCHAR NOT NULL
 );
 CREATE TABLE trace_frames (
-    trace_id BLOB, first BIGINT, positions BIGINT[] NOT NULL, PRIMARY KEY (trace_id, first)
+    trace_id BLOB NOT NULL, key UBIGINT NOT NULL, "first" BIGINT NOT NULL,
+    positions BIGINT[] NOT NULL
 );
+"""
+SCHEMA = f"""
+CREATE TABLE meta (version INTEGER NOT NULL, created_ns BIGINT NOT NULL);
+{_TABLES}
 INSERT INTO meta VALUES ({SCHEMA_VERSION}, epoch_ns(now()));
 """
+
+
+def _key(column: str) -> str:
+    high, low = (f"CAST('0x' || hex({column})[{part}] AS UBIGINT)" for part in (":16", "17:"))
+    return f"xor({high}, {low})"
+
+
+_FROM_1 = f"""
+ALTER TABLE signals RENAME TO old_signals;
+ALTER TABLE traces RENAME TO old_traces;
+ALTER TABLE trace_frames RENAME TO old_frames;
+{_TABLES}
+INSERT INTO signals BY NAME
+    SELECT *, {_key("id")} AS key, {_key("trace_id")} AS trace_key FROM old_signals;
+INSERT INTO traces BY NAME SELECT *, {_key("trace_id")} AS key FROM old_traces;
+INSERT INTO trace_frames BY NAME SELECT *, {_key("trace_id")} AS key FROM old_frames;
+DROP TABLE old_signals;
+DROP TABLE old_traces;
+DROP TABLE old_frames;
+UPDATE meta SET version = 2;
+"""
+_MIGRATIONS = {1: _FROM_1}  # from a version to the next
 
 _CORRUPT = (
     "not a valid DuckDB database file",
@@ -80,8 +108,8 @@ def told(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
 
 
 def migrate(cursor: Cursor, tenant: str, path: Path) -> None:
-    """Make the tables in a new file, which is the connection's default database; check the version
-    of another."""
+    """Make the tables in a new file, which is the connection's default database; bring those of an
+    older version up to this one, each step a transaction."""
     tables = {name for (name,) in cursor.execute("SHOW TABLES").fetchall()}
     if not tables:
         with transaction(cursor):
@@ -92,12 +120,16 @@ def migrate(cursor: Cursor, tenant: str, path: Path) -> None:
         raise StoreCorrupt(
             tenant, f"{path} is not a file of this program: move it away, and it is made anew"
         )
-    if rows[0][0] > SCHEMA_VERSION:
+    version = rows[0][0]
+    if version > SCHEMA_VERSION:
         raise StoreError(
-            f"{path} was written by a newer program (schema {rows[0][0]}, this one knows "
+            f"{path} was written by a newer program (schema {version}, this one knows "
             f"{SCHEMA_VERSION}): upgrade, or move it away to have it rebuilt",
             transient=False,
         )
+    for step in range(version, SCHEMA_VERSION):
+        with transaction(cursor):
+            cursor.execute(_MIGRATIONS[step])
 
 
 @contextmanager

@@ -34,6 +34,10 @@ TRACES = pa.schema(
 # A row is a chunk of a long trace's positions, spilled while it is open.
 FRAMES = pa.schema([("trace_id", pa.binary(16)), ("positions", pa.list_(pa.int64()))])
 
+MOST_POSITIONS = 4096
+"""That a joined row of the trace index holds; of a trace closed and reopened for ever, the
+newest."""
+
 Columns: TypeAlias = pa.Table | Mapping[str, Any]
 
 
@@ -99,7 +103,8 @@ def _unique(table: pa.Table) -> pa.Table:
     for each, some in zip(ids, table["positions"].to_pylist(), strict=True):
         positions.setdefault(each, set()).update(some)
     rows = sorted(last.values())
-    merged = pa.array([sorted(positions[ids[row]]) for row in rows], pa.list_(pa.int64()))
+    newest = [sorted(positions[ids[row]])[-MOST_POSITIONS:] for row in rows]
+    merged = pa.array(newest, pa.list_(pa.int64()))
     at = table.schema.get_field_index("positions")
     return table.take(rows).set_column(at, table.schema.field(at), merged)
 

@@ -657,7 +657,7 @@ class TestDamage:
         for tenant, statement in (
             ("foreign", "CREATE TABLE t (a INT)"),
             ("newer", "CREATE TABLE meta AS SELECT 99 AS version"),
-            ("copied", "CREATE TABLE meta AS SELECT 1 AS version"),
+            ("copied", "CREATE TABLE meta AS SELECT 2 AS version"),
         ):
             (tmp_path / tenant).mkdir()
             with duckdb.connect(str(tmp_path / tenant / "betrace.duckdb")) as db:
@@ -670,7 +670,7 @@ class TestDamage:
             assert not caught.value.transient
             # made by another program, with blocks of another size
             with store._files.use("copied") as db:
-                assert db.execute("SELECT version FROM meta").fetchall() == [(1,)]
+                assert db.execute("SELECT version FROM meta").fetchall() == [(2,)]
 
     def test_a_fatal_error_begins_a_new_instance(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
