@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from channels import ThreadRunner
-from service import breakers, metrics
+from service import breakers, events, metrics
 from service.accounts import SpanAccount, span_account
 from service.administration import Administration
 from service.audit import AuditLog
@@ -24,12 +26,12 @@ from service.http.health import metrics_app
 from service.http.ingest import Edge
 from service.http.listener import serve_ingest
 from service.latencies import Latencies
-from service.ledger.sqlite import SqliteLedger
+from service.ledger.open import open_ledger
 from service.performance import Performance
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
 from service.rebuild import Rebuild
-from service.record import Record
+from service.record import Record, SignalLedger
 from service.recovery import Recovery
 from service.reserves import Reserves, open_reserves
 from service.rules.files import RuleStore
@@ -42,6 +44,7 @@ from service.subscriptions import Subscriptions
 from service.tenants import Quotas
 from service.traces.tenant import TenantTraces
 from service.warmup import warm_up
+from service.watch import Watch
 
 _log = logging.getLogger("service")
 
@@ -67,17 +70,19 @@ class Service:
         settings: Settings,
         log: SpanLog,
         registry: RuleRegistry,
-        ledger: SqliteLedger,
+        ledger: SignalLedger,
         store: DuckStore,
         reserves: Reserves,
     ) -> None:
         self.settings = settings
         self.log: SpanLog = log
         self.registry = registry
-        self.ledger = ledger
+        self.ledger: SignalLedger = ledger
         self.store = store
         self.started_at: float = time.time()
-        self.latencies = Latencies(window_seconds=settings.metrics.window_seconds)
+        self.latencies = Latencies(
+            window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind
+        )
         self.subscriptions = Subscriptions(settings.api.max_streams)
         self.pipeline: Pipeline = Pipeline(
             settings,
@@ -140,6 +145,12 @@ class Service:
             self.account,
             self.wall_time,
         )
+        self._watch = Watch(
+            self.pipeline.stages,
+            self.pipeline.queues,
+            self.edge,
+            settings.pipeline.stall_seconds,
+        )
         self._exposition = metrics.Exposition(self, self.latencies)
         self._scrapes = ThreadRunner("metrics", 1)
         self._stop = trio.Event()
@@ -151,6 +162,7 @@ class Service:
     async def run(self, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until :meth:`stop`, then drain. Starts when ready, with the addresses."""
         settings = self.settings
+        events.STARTING(version=version("betrace"), data=settings.storage.path, pid=os.getpid())
         self._clock_offset = time.time() - trio.current_time()
         stop_api, stop_ingest = trio.Event(), trio.Event()
         tls = settings.tls
@@ -163,6 +175,7 @@ class Service:
             await self._threads.run(self.registry.store.load)
             outer.start_soon(self._watch_rules)
             outer.start_soon(self.latencies.recent.run)
+            outer.start_soon(self._watch.run)
             await self._rebuild_if_little()
             async with trio.open_nursery() as inner:
                 await inner.start(self.pipeline.run)
@@ -176,10 +189,13 @@ class Service:
                     inner.start_soon(self._rebuild)
                 ingest = await self._listen_for_spans(inner, stop_ingest)
                 self._state = "ready"
+                events.READY(
+                    seconds=time.time() - self.started_at, ingest=ingest, api=api, metrics=scrape
+                )
                 task_status.started(Addresses(ingest, api, scrape))
                 await self._stop.wait()
                 self._state = "draining"
-                _log.info("stopping: no more requests, then draining")
+                events.DRAINING()
                 self.rebuild.stop()
                 await trio.sleep(settings.shutdown.delay_seconds)
                 inner.cancel_scope.deadline = trio.current_time() + grace
@@ -194,6 +210,7 @@ class Service:
             stop_api.set()
             outer.cancel_scope.cancel()
         self._state = "stopped"
+        events.STOPPED(seconds=time.time() - self.started_at, left=self.spans_in_flight())
 
     async def _rebuild_if_little(self) -> None:
         """Make lost files of DuckDB again before spans are accepted, unless that takes long."""
@@ -260,10 +277,13 @@ class Service:
         before = self.registry.store.problems
         changed = await self._threads.run(self.registry.refresh)
         if changed:
-            _log.info("rules changed: %s", ", ".join(sorted(changed)))
-        for path, problem in self.registry.store.problems.items():
+            events.RULES_CHANGED(tenants=", ".join(sorted(changed)))
+        problems = self.registry.store.problems
+        for path, problem in problems.items():
             if before.get(path) != problem:
-                _log.warning("rule file not taken, its last good version stays: %s", problem)
+                events.RULES_BROKEN(problem=problem)
+        for path in before.keys() - problems.keys():
+            events.RULES_MENDED(file=path)
 
     # What the pipeline tells
 
@@ -313,6 +333,11 @@ class Service:
         for breaker in self.pipeline.breakers:
             shown = {"status": whole or breakers.status(breaker), "detail": str(breaker.state)}
             found[f"breaker-{breaker.name}"] = shown
+        hanging, problem = self.ledger.clients.left_behind, self.ledger.problem
+        found["ledger"] = {
+            "status": whole or ("degraded" if problem or hanging else "ok"),
+            "detail": problem or f"{self.ledger.kind}, {hanging} clients hang",
+        }
         for name, fallback in self.pipeline.fallbacks.items():
             lines = fallback.statistics().lines
             status = "degraded" if fallback.pending else "ok"
@@ -377,7 +402,7 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     data = settings.storage.path
     data.mkdir(parents=True, exist_ok=True)
     log = stack.enter_context(SpanLog(data, segment_bytes=settings.log.segment_bytes))
-    ledger = SqliteLedger(data / "ledger.sqlite")
+    ledger = open_ledger(settings)
     stack.callback(ledger.close)
     duck = settings.duckdb
     store = stack.enter_context(

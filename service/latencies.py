@@ -42,7 +42,11 @@ class Latencies:
     """The histograms, in seconds; ``declared`` lists them. ``recent`` has those of the window."""
 
     def __init__(
-        self, registry: CollectorRegistry | None = None, *, window_seconds: float = 60
+        self,
+        registry: CollectorRegistry | None = None,
+        *,
+        window_seconds: float = 60,
+        ledger_kind: str = "sqlite",
     ) -> None:
         self.registry = registry or CollectorRegistry()
         self.recent = Recent(window_seconds)
@@ -63,7 +67,7 @@ class Latencies:
             "ledger",
         )
         self.ledger_family = ledger
-        self.ledger = Timed(ledger.labels("sqlite"), self.recent.latency("ledger").observe)
+        self.ledger = Timed(ledger.labels(ledger_kind), self.recent.latency("ledger").observe)
         self.duckdb = Timed(
             histogram(
                 "betrace_duckdb_insert_latency_seconds", "Time to write a batch of rows to DuckDB."

@@ -188,6 +188,7 @@ class Pipeline:
             clock_ns,
             self.breakers.ledger,
             reserves.ledger,
+            self.letters.bury_all,
         )
         self.project = ProjectStage(
             store,

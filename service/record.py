@@ -8,7 +8,8 @@ from typing import Protocol
 
 import orjson
 
-from service.ledger.base import LedgerError
+from service.ledger.base import Ledger, LedgerError
+from service.ledger.clients import ClientCounts
 from service.signals import Signal
 from service.storage.fallback import FallbackFiles
 
@@ -32,6 +33,26 @@ class Entries(Protocol):
 
     def entries(self, tenant: str, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
         """The tenant's signals beyond a number, in order, each with its own."""
+
+    def held(self, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """Signals of all tenants, beyond a number, of which the ledger does not know yet whether
+        it has them; it finds out by itself."""
+
+
+class SignalLedger(Ledger, Entries, Protocol):
+    """The ledger of a service."""
+
+    @property
+    def kind(self) -> str:
+        """As the settings name it."""
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps it from working until somebody puts it right."""
+
+    @property
+    def clients(self) -> ClientCounts:
+        """What became of its clients."""
 
 
 class Record:
@@ -58,6 +79,10 @@ class Record:
         # The files come first: what is written back from them meanwhile is met in the ledger.
         for lines in self._files.pages(PAGE):
             yield [s for s in map(_signal, lines) if s is not None and s.detected_at >= since]
+        after = 0
+        while held := self._ledger.held(after, PAGE):
+            after = held[-1][0]
+            yield [signal for _, signal in held]
         for tenant in self._ledger.tenants():
             after = recorded.get(tenant, 0)
             while page := self._ledger.entries(tenant, after, PAGE):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from service.ledger.sqlite import SqliteLedger
+    from service.record import SignalLedger
     from service.replaylog import Replay
     from service.rules.compile import CompiledRules
     from service.settings import Settings
@@ -175,7 +175,7 @@ class _Run:
         now: int,
         stack: ExitStack,
     ) -> None:
-        from service.ledger.sqlite import SqliteLedger
+        from service.ledger.open import open_ledger
         from service.rules.files import RuleStore
         from service.rules.registry import RuleRegistry
         from service.storage.duck import DuckStore
@@ -187,7 +187,7 @@ class _Run:
         self._since, self._until, self._now = since, until, now
         self._as_json = as_json
         self.total = _Total()
-        self._ledger: SqliteLedger | None = None
+        self._ledger: SignalLedger | None = None
         self._store: DuckStore | None = None
         try:
             self._log: SpanLog = stack.enter_context(SpanLog(data, read_only=dry_run))
@@ -197,7 +197,7 @@ class _Run:
                 "stop it, or only look with --dry-run"
             ) from None
         if not dry_run:
-            self._ledger = SqliteLedger(data / "ledger.sqlite")
+            self._ledger = open_ledger(settings)
             stack.callback(self._ledger.close)
             self._store = stack.enter_context(DuckStore(data))
         directory = settings.rules.directory

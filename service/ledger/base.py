@@ -38,13 +38,25 @@ class LedgerError(Exception):
         self.transient = transient
 
 
+class RefusedError(LedgerError):
+    """Some of the signals the ledger never takes; the others are recorded. ``new`` is what
+    :meth:`Ledger.record` would have returned, False for the refused; ``refused`` maps their
+    indices to the reason."""
+
+    def __init__(self, new: list[bool], refused: dict[int, str]) -> None:
+        reasons = ", ".join(sorted(set(refused.values())))
+        super().__init__(f"the ledger refuses {len(refused)} signals: {reasons}", transient=False)
+        self.new = new
+        self.refused = refused
+
+
 class Ledger(Protocol):
     """A ledger. Methods block, may be called from any thread, and raise :exc:`LedgerError`."""
 
     def record(self, signals: Sequence[Signal]) -> list[bool]:
         """Record signals, for good when it returns; for each, whether it is new. One whose id
         is there already changes nothing. After an error, as far as the ledger can, none of them
-        is recorded."""
+        is recorded, but for :exc:`RefusedError`."""
 
     def balance(self, tenant: str, rule_id: str) -> int:
         """How many signals of the rule hold: raised less retracted; 0 for an unknown rule."""
@@ -52,8 +64,14 @@ class Ledger(Protocol):
     def balances(self, tenant: str) -> dict[str, int]:
         """The balance of each rule of ``tenant`` that ever raised a signal, by rule id."""
 
+    def replace(self, since: float) -> None:
+        """A call that began at ``since`` (``time.monotonic``) was left behind: use another client
+        from now on. What the call did is unknown; the same signals may be recorded again. This
+        does not block."""
+
     def close(self) -> None:
-        """Let go of the ledger. Twice does no harm; any other call then is an error."""
+        """Let go of the ledger, after a few seconds even if a call hangs. Twice does no harm; any
+        other call then is an error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,21 @@ def _dead_letters(service: Service) -> Samples:
 
 DECLARED = (
     Declared(
+        "betrace_ledger_clients_replaced",
+        "counter",
+        "Clients of the ledger that were given up and replaced, for a call that hung or a session "
+        "that ended.",
+        (),
+        lambda s: one(s.ledger.clients.replaced),
+    ),
+    Declared(
+        "betrace_ledger_clients_left_behind",
+        "gauge",
+        "Clients of the ledger that were given up and whose call has not come back.",
+        (),
+        lambda s: one(s.ledger.clients.left_behind),
+    ),
+    Declared(
         "betrace_span_log_bytes",
         "counter",
         "Bytes written to the span log.",

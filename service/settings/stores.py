@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from service.settings.base import (
     MIB,
@@ -14,6 +15,7 @@ from service.settings.base import (
     Section,
     Size,
     Workers,
+    split_address,
 )
 
 
@@ -36,12 +38,45 @@ class Log(Section):
     """A file of the log is closed and a new one begun at this size."""
 
 
-class Ledger(Section):
-    """The record of signals, as transfers of a double-entry ledger, in a SQLite file. It is written
-    as soon as there is something; what arrives meanwhile makes the next batch."""
+class TigerBeetle(Section):
+    """The servers, where ledger.kind is tigerbeetle."""
 
+    addresses: str = "127.0.0.1:3000"
+    """The replicas' addresses, ip:port without host names, several separated by commas."""
+    cluster_id: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """What the cluster was formatted with."""
+    batch_transfers: Annotated[int, Field(ge=1, le=8189)] = 8189
+    """Transfers of one request, at most; 253 for a server started with --development."""
+    start_seconds: Seconds = 5
+    """How long the start waits for the cluster; without it, signals wait in local files."""
+    close_seconds: Seconds = 5
+    """How long the stop waits for a call that hangs."""
+
+    @field_validator("addresses")
+    @classmethod
+    def _addresses(cls, text: str) -> str:
+        for each in text.split(","):
+            host, port = split_address(each.strip())
+            try:
+                ipaddress.ip_address(host)
+            except ValueError:
+                raise ValueError(
+                    f"has {host}; TigerBeetle's client knows no host names: write an IP address"
+                ) from None
+            if not port:
+                raise ValueError("has port 0: write the port that the replica listens on")
+        return text
+
+
+class Ledger(Section):
+    """The record of signals, as transfers of a double-entry ledger. It is written as soon as there
+    is something; what arrives meanwhile makes the next batch."""
+
+    kind: Literal["sqlite", "tigerbeetle"] = "sqlite"
+    """Where it is: in a SQLite file of the data directory, or in a TigerBeetle cluster."""
     batch_signals: Count = 128
     """Signals written at once, at most."""
+    tigerbeetle: TigerBeetle = TigerBeetle()
 
 
 class DuckDb(Section):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 import pyarrow as pa
+import trio
 
 from channels import (
     Breaker,
@@ -33,8 +34,8 @@ from channels import (
 from service import letters
 from service.breakers import PoisonError
 from service.fallback import RETRY_SECONDS, Fallback
-from service.ledger.base import Ledger, LedgerError, transfer
 from service.latencies import Latencies
+from service.ledger.base import Ledger, LedgerError, RefusedError, transfer
 from service.signals import Signal
 from service.stages.evaluate import Decided
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
@@ -42,6 +43,7 @@ from service.storage.fallback import FallbackFiles, FallbackFull
 from service.traces.index import frame_columns, trace_table
 from service.traces.progress import InFlight
 
+STORAGE = "storage-write"
 PROJECTION = "projection"
 
 _REFUSED = (BreakerOpen, BreakerTimeout, ThreadTimeout)
@@ -61,7 +63,7 @@ class StoreCounts:
 
 class StoreStage:
     """The handler of the storage-write stage. ``stored`` is told of new signals; ``files`` take
-    what the ledger does not."""
+    what the ledger does not; ``bury`` what it never takes, of what was in the files."""
 
     def __init__(
         self,
@@ -75,8 +77,10 @@ class StoreStage:
         clock_ns: Callable[[], int],
         breaker: Breaker,
         files: FallbackFiles,
+        bury: Callable[[str, list[Decided], Exception, int], Awaitable[None]],
     ) -> None:
         self._ledger = ledger
+        self._bury = bury
         self._threads = threads
         self._onward = onward
         self._stored = stored
@@ -110,10 +114,12 @@ class StoreStage:
         while True:
             if not self.fallback.pending:
                 try:
-                    await self._record(chunk)
+                    refused = await self._record(chunk)
                 except (*_REFUSED, LedgerError, OSError):
                     pass
                 else:
+                    if refused:
+                        raise PoisonError("; ".join(f"signal {s.id}: {r}" for s, r in refused))
                     return
             try:
                 await self.fallback.put(chunk)
@@ -125,27 +131,38 @@ class StoreStage:
     async def _write_back(self, signals: list[Signal]) -> None:
         for start in range(0, len(signals), self._batch):
             try:
-                await self._record(signals[start : start + self._batch])
+                refused = await self._record(signals[start : start + self._batch])
             except LedgerError as error:
                 raise TransientError(str(error)) from error
+            for signal, reason in refused:
+                alone = Decided(signal.tenant, [signal], None)
+                await self._bury(STORAGE, [alone], PoisonError(f"signal {signal.id}: {reason}"), 1)
 
-    async def _record(self, chunk: list[Signal]) -> None:
-        new = await self._breaker.call(self._call, chunk)
+    async def _record(self, chunk: list[Signal]) -> list[tuple[Signal, str]]:
+        """Record signals; those that the ledger refuses for ever, and why."""
+        new, refused = await self._breaker.call(self._call, chunk)
         fresh = [signal for signal, is_new in zip(chunk, new, strict=True) if is_new]
         self.counts.signals += len(fresh)
-        self.counts.repeated += len(chunk) - len(fresh)
+        self.counts.repeated += len(chunk) - len(fresh) - len(refused)
         if fresh:
             self._stored(fresh)
+        return [(chunk[index], reason) for index, reason in refused.items()]
 
-    async def _call(self, chunk: list[Signal]) -> list[bool]:
-        started = time.perf_counter()
-        new = await self._threads.run(self._try, chunk, abandon_on_cancel=True)
-        self._latencies.ledger.observe(time.perf_counter() - started)
-        return new
-
-    def _try(self, chunk: list[Signal]) -> list[bool]:
+    async def _call(self, chunk: list[Signal]) -> tuple[list[bool], dict[int, str]]:
+        started, began = time.perf_counter(), time.monotonic()
         try:
-            return self._ledger.record(chunk)
+            outcome = await self._threads.run(self._try, chunk, abandon_on_cancel=True)
+        except trio.Cancelled:
+            self._ledger.replace(began)
+            raise
+        self._latencies.ledger.observe(time.perf_counter() - started)
+        return outcome
+
+    def _try(self, chunk: list[Signal]) -> tuple[list[bool], dict[int, str]]:
+        try:
+            return self._ledger.record(chunk), {}
+        except RefusedError as error:  # the ledger works
+            return error.new, error.refused
         except LedgerError as error:
             if not error.transient:  # is it the ledger, or one of the signals?
                 for signal in chunk:

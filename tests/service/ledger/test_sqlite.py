@@ -103,14 +103,16 @@ def test_a_file_held_by_another_is_transient(path: Path, monkeypatch: pytest.Mon
 
 def test_a_full_disk_is_transient(ledger: SqliteLedger) -> None:
     ledger.record([make(0)])
-    (pages,) = ledger._writer.execute("PRAGMA page_count").fetchone()
-    ledger._writer.execute(f"PRAGMA max_page_count = {pages}")
+    with ledger._clients.use() as connections:
+        writer = connections.writer
+    (pages,) = writer.execute("PRAGMA page_count").fetchone()
+    writer.execute(f"PRAGMA max_page_count = {pages}")
     many = [make(i) for i in range(1, 500)]
     with pytest.raises(LedgerError, match="full") as caught:
         ledger.record(many)
     assert caught.value.transient
     assert ledger.balance("shop", "r1") == 1
-    ledger._writer.execute("PRAGMA max_page_count = 1000000")
+    writer.execute("PRAGMA max_page_count = 1000000")
     assert all(ledger.record(many))
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from service.ledger.base import LedgerError, transfer
+from service.ledger.base import LedgerError, RefusedError, transfer
 from service.rules.compile import compile_rules
 from service.rules.definition import make_rule
 from service.signals import Kind, Signal, signal_id
@@ -121,7 +121,13 @@ class FaultyLedger(Faulty):
         self.order: list[str] = []
         self.new: Counter[str] = Counter()
         self.transient = True
+        self.refused: set[str] = set()
+        """Ids that are never taken."""
+        self.replaced = 0
         self._lock = threading.Lock()
+
+    def replace(self, since: float) -> None:
+        self.replaced += 1
 
     def record(self, signals: Sequence[Signal]) -> list[bool]:
         answers: list[bool] = []
@@ -131,13 +137,16 @@ class FaultyLedger(Faulty):
         def work() -> None:
             with self._lock:
                 for each in signals:
-                    is_new = each.id not in self.new
+                    is_new = each.id not in self.new and each.id not in self.refused
                     answers.append(is_new)
                     if is_new:
                         self.new[each.id] += 1
                         self.order.append(each.id)
 
         self.meet(LedgerError("the ledger is away", transient=self.transient), work)
+        refused = {i: "never" for i, s in enumerate(signals) if s.id in self.refused}
+        if refused:
+            raise RefusedError(answers, refused)
         return answers
 
 

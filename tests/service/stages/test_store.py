@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from channels import Breaker, BreakerSettings, BreakerState, ThreadRunner, open_channel
 from service.breakers import Breakers, PoisonError
-from service.ledger.sqlite import SqliteLedger
 from service.latencies import Latencies
+from service.ledger.sqlite import SqliteLedger
 from service.settings import Settings
 from service.stages.store import ProjectStage, StoreCounts, StoreStage
 from service.storage.fallback import FallbackFiles
@@ -33,6 +33,7 @@ class Storing:
             "ledger", limits, is_failure=lambda error: not isinstance(error, PoisonError)
         )
         self.stored = []
+        self.buried = []
         self.counts = StoreCounts()
         send, self.passed = open_channel("rows", 100_000, lambda d: d.weight)
         self.stage = StoreStage(
@@ -46,8 +47,12 @@ class Storing:
             time.time_ns,
             self.breaker,
             self.files,
+            self._bury,
         )
         self.fallback = self.stage.fallback
+
+    async def _bury(self, stage, items, error, attempts):
+        self.buried.append((stage, [s.id for each in items for s in each.signals], str(error)))
 
     @asynccontextmanager
     async def running(self):
@@ -149,10 +154,42 @@ def test_a_ledger_that_hangs_is_left_behind(tmp_path):
                 await storing.stage.handle([decided(1)])
                 assert trio.current_time() - started == pytest.approx(5)
                 assert storing.threads.statistics().left_behind == 1
+                assert storing.ledger.replaced == 1
                 assert storing.fallback.pending
             await storing.settled()
             # The call that hung went on and recorded it, too: still one.
             assert storing.ledger.new == Counter(ids(1))
+
+    run(main)
+
+
+def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_told(tmp_path):
+    async def main():
+        storing = Storing(tmp_path, FaultyLedger())
+        storing.ledger.refused = set(ids(2))
+        async with storing.running():
+            with pytest.raises(PoisonError, match=f"{ids(2)[0]}: never"):
+                await storing.stage.handle([decided(1, 2, 3)])
+            assert [s.id for s in storing.stored] == ids(1, 3)
+            assert (storing.counts.signals, storing.counts.repeated) == (2, 0)
+            assert not storing.fallback.pending
+            assert storing.breaker.snapshot().failed == 0
+
+    run(main)
+
+
+def test_a_refused_signal_in_the_files_becomes_a_dead_letter(tmp_path):
+    async def main():
+        storing = Storing(tmp_path, FaultyLedger())
+        storing.ledger.refused = set(ids(2))
+        storing.ledger.script = iter(["error"])
+        async with storing.running():
+            await storing.stage.handle([decided(1, 2, 3)])
+            await storing.settled()
+            assert storing.ledger.order == ids(1, 3)
+            ((stage, buried, why),) = storing.buried
+            assert (stage, buried) == ("storage-write", ids(2))
+            assert "never" in why
 
     run(main)
 
