@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import trio
 
 from channels import ThreadRunner
-from service import breakers
+from service import breakers, events
 from service.audit import AuditLog
 from service.http.backend import AuditError, Operator
 from service.http.params import write_time
@@ -58,7 +58,7 @@ class Administration:
 
     async def act_on_breaker(self, who: Operator, name: str, action: str) -> Json:
         breaker = self._pipeline.breakers[name]
-        await self._note(who, f"breaker.{action}", {"breaker": name, "before": str(breaker.state)})
+        await self.note(who, f"breaker.{action}", {"breaker": name, "before": str(breaker.state)})
         self._pipeline.breakers.act(name, action)
         for fallback in self._pipeline.fallbacks.values():
             fallback.write_back_now()
@@ -108,7 +108,7 @@ class Administration:
         return [fallback.shown() for fallback in self._pipeline.fallbacks.values()]
 
     async def write_back_now(self, who: Operator) -> None:
-        await self._note(who, "fallback.replay", {})
+        await self.note(who, "fallback.replay", {})
         for fallback in self._pipeline.fallbacks.values():
             fallback.write_back_now()
 
@@ -131,17 +131,17 @@ class Administration:
         }
 
     async def pause(self, who: Operator) -> Json:
-        await self._note(who, "pipeline.pause", {})
+        await self.note(who, "pipeline.pause", {})
         self._gate.pause()
         return self.pipeline()
 
     async def resume(self, who: Operator) -> Json:
-        await self._note(who, "pipeline.resume", {})
+        await self.note(who, "pipeline.resume", {})
         self._gate.resume()
         return self.pipeline()
 
     async def drain(self, who: Operator, wait_seconds: float) -> Json:
-        await self._note(who, "pipeline.drain", {})
+        await self.note(who, "pipeline.drain", {})
         self._gate.pause()
         with trio.move_on_after(wait_seconds):
             for stage in self._pipeline.stages.values():  # in the order of the channels
@@ -150,7 +150,8 @@ class Administration:
 
     # The audit log
 
-    async def _note(self, who: Operator, action: str, target: Json, **more: Any) -> None:
+    async def note(self, who: Operator, action: str, target: Json, **more: Any) -> None:
+        """Write an action to the audit log, before it is done. Raises :exc:`AuditError`."""
         record = {
             "time": write_time(self._clock_ns()),
             "operator": who.name,
@@ -163,16 +164,18 @@ class Administration:
             await self._threads.run(self._audit.append, record)
         except OSError as error:
             raise AuditError(f"the audit log cannot be written ({error})") from error
+        shown = " ".join(f"{key}={value}" for key, value in {**target, **more}.items())
+        events.OPERATOR(who=who.name, client=who.client, action=action, target=shown)
 
     async def _do(
         self, who: Operator, action: str, target: Json, act: Callable[[], Awaitable[int]]
     ) -> int:
         """Note an action, and once more if it fails."""
-        await self._note(who, action, target)
+        await self.note(who, action, target)
         try:
             return await act()
         except Exception as error:
-            await self._note(who, action, target, failed=str(error))
+            await self.note(who, action, target, failed=str(error))
             raise
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from channels import Breaker, BreakerSettings, BreakerState, ExpectedError
+from channels import Breaker, BreakerSettings, BreakerState, ExpectedError, Transition
+from service import events
 from service.settings import Breakers as Configured
 from service.settings.stages import Breaker as Limits
 
@@ -26,9 +27,17 @@ class Breakers:
         def blameless(error: Exception) -> bool:
             return not isinstance(error, PoisonError)
 
-        self.evaluation = Breaker(EVALUATION, _settings(configured.evaluation))
-        self.ledger = Breaker(LEDGER, _settings(configured.storage), is_failure=blameless)
-        self.duckdb = Breaker(DUCKDB, _settings(configured.storage), is_failure=blameless)
+        def breaker(name: str, limits: Limits) -> Breaker:
+            return Breaker(
+                name,
+                _settings(limits),
+                is_failure=blameless,
+                on_transition=lambda change: _tell(name, change),
+            )
+
+        self.evaluation = breaker(EVALUATION, configured.evaluation)
+        self.ledger = breaker(LEDGER, configured.storage)
+        self.duckdb = breaker(DUCKDB, configured.storage)
         self._by_name = {b.name: b for b in (self.evaluation, self.ledger, self.duckdb)}
 
     def __iter__(self) -> Iterator[Breaker]:
@@ -47,6 +56,13 @@ class Breakers:
             "disable": breaker.disable,
         }
         actions[action]()
+
+
+def _tell(name: str, change: Transition) -> None:
+    opened = change.after in (BreakerState.OPEN, BreakerState.FORCED_OPEN)
+    event = events.BREAKER_OPENED if opened else events.BREAKER_CHANGED
+    before, after = str(change.before), str(change.after)
+    event(breaker=name, before=before, after=after, reason=change.reason)
 
 
 def _settings(configured: Limits) -> BreakerSettings:

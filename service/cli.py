@@ -142,7 +142,8 @@ def serve(
     import trio
 
     from service.config import load
-    from service.running import run_service, set_up_logging
+    from service.logs import set_up_logging
+    from service.running import run_service
 
     given = {
         "storage.path": data,

@@ -19,7 +19,8 @@ import httpx
 import trio
 
 from service.config import load
-from service.running import run_service, set_up_logging
+from service.logs import set_up_logging
+from service.running import run_service
 
 if TYPE_CHECKING:
     from service.app import Addresses

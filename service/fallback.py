@@ -12,9 +12,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import orjson
 import trio
 
 from channels import BreakerOpen, ExpectedError, ThreadRunner
+from service import events
 from service.storage.fallback import FallbackFiles, FallbackFull, FallbackStatistics
 
 T = TypeVar("T")
@@ -56,6 +58,8 @@ class Fallback(Generic[T]):
         self._observe = observe
         self._threads = ThreadRunner(f"fallback-{name}", 2)
         self._writing = 0
+        self._failing = False
+        self._returning = trio.Lock()
         self._arrived = trio.lowlevel.ParkingLot()
         self._now = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
@@ -83,14 +87,16 @@ class Fallback(Generic[T]):
         try:
             await self._threads.run(append)
         except (FallbackFull, OSError) as error:
-            if not self.refusals:
-                _log.error("%s: the fallback files cannot be written: %s", self.name, error)
+            if not self._failing:
+                events.FALLBACK_FAILED(store=self.name, error=error)
+            self._failing = True
             self.refusals += 1
             raise
         finally:
             self._writing -= 1
+        self._failing = False
         if first:
-            _log.warning("%s does not answer: writing to fallback files", self.name)
+            events.FALLBACK_USED(store=self.name)
         self._arrived.unpark_all()
 
     async def room(self, seconds: float) -> None:
@@ -101,35 +107,49 @@ class Fallback(Generic[T]):
     async def write_back(self) -> None:
         """Give what is in the files to the store, oldest first, for ever."""
         while True:
-            chunk = await self._threads.run(self._files.read, CHUNK_LINES, CHUNK_BYTES)
-            if chunk is None:
+            async with self._returning:
+                pause = await self._write_some()
+            if pause is None:
                 with trio.move_on_after(RETRY_SECONDS):
                     await self._arrived.park()
-                continue
-            pause = 0.0
-            try:
-                items = await self._threads.run(self._decode_all, chunk.lines)
-                if items:
-                    await self._write(items)
-                await self._threads.run(self._files.consume, chunk)
-            except BreakerOpen as refused:
-                pause = min(max(refused.retry_in, 0.01), LONGEST_PAUSE)
-                self.last_error = str(refused)
-            except (ExpectedError, OSError) as error:
-                pause = RETRY_SECONDS
-                self.last_error = str(error)
-            except Exception as error:  # a bug must not end the way back
-                _log.exception("%s: what is pending cannot be written back", self.name)
-                pause = LONGEST_PAUSE
-                self.last_error = repr(error)
-            else:
-                self._room.unpark_all()
-                if not self.pending:
-                    self.last_error = None
-                    _log.info("%s: all that was in fallback files is written back", self.name)
-            if pause:
+            elif pause:
                 with trio.move_on_after(pause):
                     await self._now.park()
+
+    async def _write_some(self) -> float | None:
+        """Give some of what is in the files to the store; how long to wait before the next try,
+        None where there is nothing."""
+        chunk = await self._threads.run(self._files.read, CHUNK_LINES, CHUNK_BYTES)
+        if chunk is None:
+            return None
+        pause = 0.0
+        try:
+            items = await self._threads.run(self._decode_all, chunk.lines)
+            if items:
+                await self._write(items)
+            await self._threads.run(self._files.consume, chunk)
+        except BreakerOpen as refused:
+            pause = min(max(refused.retry_in, 0.01), LONGEST_PAUSE)
+            self.last_error = str(refused)
+        except (ExpectedError, OSError) as error:
+            pause = RETRY_SECONDS
+            self.last_error = str(error)
+        except Exception as error:  # a bug must not end the way back
+            _log.exception("%s: what is pending cannot be written back", self.name)
+            pause = LONGEST_PAUSE
+            self.last_error = repr(error)
+        else:
+            self._room.unpark_all()
+            if not self.pending:
+                self.last_error = None
+                events.FALLBACK_EMPTY(store=self.name)
+        return pause
+
+    async def drop(self, tenant: str) -> int:
+        """Delete what is in the files of a tenant that is being deleted; how many lines. What of it
+        is being written back is waited for."""
+        async with self._returning:
+            return await self._threads.run(self._files.drop, lambda line: _is_of(line, tenant))
 
     def write_back_now(self) -> None:
         """Do not wait for the next try."""
@@ -169,3 +189,10 @@ class Fallback(Generic[T]):
                 _log.error("%s: a damaged line is set aside: %s", self.name, error)
                 self._files.set_aside(line)
         return items
+
+
+def _is_of(line: bytes, tenant: str) -> bool:
+    try:
+        return bool(orjson.loads(line)["tenant"] == tenant)
+    except (LookupError, TypeError, ValueError):
+        return f'"tenant":"{tenant}"'.encode() in line

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from service import events
 from service.ledger.base import LedgerError
 from service.record import PAGE, Entries
 from service.replaylog import Replay, Stretch
@@ -46,7 +47,11 @@ class Rebuild:
         store: DuckStore,
         rules_of: Callable[[str], CompiledRules],
         max_body_bytes: int,
+        closed: Container[str] = frozenset(),
     ) -> None:
+        self._closed = closed  # tenants that are deleted
+        self.working: str | None = None
+        """The tenant whose file is being made again."""
         self._data = data
         self._log = log
         self._ledger = ledger
@@ -64,6 +69,8 @@ class Rebuild:
         known = set(self._store.tenants())
         recorded = set(self._recorded())
         for tenant in sorted(recorded | known | set(self._log.tenants())):
+            if tenant in self._closed:
+                continue
             mark = self._mark(tenant)
             if mark.exists() or self._missing(tenant, tenant in known, tenant in recorded):
                 if not mark.exists():
@@ -108,29 +115,36 @@ class Rebuild:
         for tenant in list(self.pending):
             if self._stopped:
                 return
+            self.working = tenant
             try:
                 mark = self._mark(tenant)
                 signals = self._signals(tenant)
                 traces = 0
                 if mark.exists():
                     traces = self._traces(tenant, int(orjson.loads(mark.read_bytes())["stop"]))
-                if self._stopped:
-                    return
+                if self._over(tenant):
+                    continue
                 mark.unlink(missing_ok=True)
                 self.pending.remove(tenant)
-                _log.info(
-                    "DuckDB of %s has %d signals and %d traces again", tenant, signals, traces
-                )
+                events.DUCKDB_REBUILT(tenant=tenant, signals=signals, traces=traces)
             except (LedgerError, StoreError, PoolTimeout, OSError, ValueError, KeyError) as error:
-                _log.error("DuckDB of %s is incomplete until the next start: %s", tenant, error)
+                events.DUCKDB_INCOMPLETE(tenant=tenant, error=error)
 
     def stop(self) -> None:
         """Have :meth:`run` return soon."""
         self._stopped = True
 
+    def forget(self, tenant: str) -> None:
+        """A tenant is deleted: nothing of it is to be made again."""
+        if tenant in self.pending:
+            self.pending.remove(tenant)
+
+    def _over(self, tenant: str) -> bool:
+        return self._stopped or tenant in self._closed
+
     def _signals(self, tenant: str) -> int:
         found = after = 0
-        while not self._stopped and (page := self._ledger.entries(tenant, after, PAGE)):
+        while not self._over(tenant) and (page := self._ledger.entries(tenant, after, PAGE)):
             after = page[-1][0]
             found += self._store.add_missing(tenant, [signal for _, signal in page])
         return found
@@ -147,7 +161,7 @@ class Rebuild:
         )
         reported = time.monotonic()
         for due in replay.due():
-            if self._stopped:
+            if self._over(tenant):
                 break
             if due.closed:
                 self._write(due)

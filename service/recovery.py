@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import numpy as np
 import trio
 
 from channels import SendChannel, ThreadRunner
+from service import events
 from service.ledger.base import LedgerError
 from service.otlp.columns import ERROR, SpanBatch
 from service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
@@ -73,7 +74,9 @@ class Recovery:
         record: Record,
         max_body_bytes: int,
         letters: DeadLetters,
+        closed_tenants: Container[str] = frozenset(),
     ) -> None:
+        self._closed_tenants = closed_tenants
         self._directory = directory
         self._log = log
         self._correlate = correlate
@@ -91,6 +94,7 @@ class Recovery:
         """When the last checkpoint was complete, seconds since 1970."""
         self.saved_bytes = 0
         self.failures = 0
+        self._failing = 0  # since the last success
 
     async def recover(self, onward: SendChannel[SpanBatch]) -> None:
         """Load the last checkpoint and send what the log has beyond it to ``onward``."""
@@ -103,17 +107,17 @@ class Recovery:
                 reported = trio.current_time()
                 _log.info("replaying the log: %d spans so far", self.replayed.spans)
         if self.replayed.frames or self.replayed.damaged:
-            _log.info(
-                "replayed %d requests with %d spans from the log; %d could not be read",
-                self.replayed.frames,
-                self.replayed.spans,
-                self.replayed.damaged,
+            events.REPLAYED(
+                requests=self.replayed.frames,
+                spans=self.replayed.spans,
+                damaged=self.replayed.damaged,
             )
 
     def _load(self) -> list[int]:
         """Restore the last checkpoint; the dead letters whose spans it has."""
         snapshot = read_latest(self._directory)
         if snapshot is not None:
+            snapshot = self._without_deleted(snapshot)
             try:
                 self._correlate.restore(snapshot)
             except ValueError as error:
@@ -136,6 +140,16 @@ class Recovery:
             )
         return snapshot.letters
 
+    def _without_deleted(self, snapshot: Snapshot) -> Snapshot:
+        """What a snapshot has of tenants that are not deleted."""
+        gone = self._closed_tenants
+        return replace(
+            snapshot,
+            progress={t: known for t, known in snapshot.progress.items() if t not in gone},
+            tenants=[saved for saved in snapshot.tenants if saved.tenant not in gone],
+            raised={t: traces for t, traces in snapshot.raised.items() if t not in gone},
+        )
+
     def _project(self, signals: list[Signal]) -> None:
         """Have signals in DuckDB too: the last stop may have come between the two, and a retraction
         is not found a second time."""
@@ -153,6 +167,8 @@ class Recovery:
         that are read from the log altogether."""
         since = time.time_ns() - _LATE_NS
         for tenant in self._store.tenants():
+            if tenant in self._closed_tenants:
+                continue
             upto, _ = snapshot.progress.get(tenant, (0, []))
             segments = self._log.segments(tenant)
             if not upto and segments:
@@ -173,6 +189,8 @@ class Recovery:
         """What the traces do not contain, in batches of one tenant; each frame becomes pending
         before it is given out."""
         for tenant in self._log.tenants():
+            if tenant in self._closed_tenants:
+                continue
             last, pending = self._progress.snapshot().get(tenant, (0, []))
             positions: list[int] = []
             frames: list[Frame] = []
@@ -231,9 +249,14 @@ class Recovery:
                 )
             except OSError as error:
                 self.failures += 1
-                _log.error("the checkpoint cannot be written (%s); check the disk", error)
+                if not self._failing:
+                    events.CHECKPOINT_FAILED(error=error)
+                self._failing += 1
                 return False
             self.saved_at = time.time()
+            if self._failing:
+                events.CHECKPOINT_WORKS(failures=self._failing)
+                self._failing = 0
             try:
                 await self._letters.saved(letters)
             except DeadLetterError as error:

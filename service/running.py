@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
-from service.settings import Logging, Settings
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.app import Addresses, Service
@@ -27,39 +24,6 @@ _COMPILE_NOTICE_SECONDS = 4.0  # loading compiled kernels from the cache takes l
 
 # A task beside the service: it is called when the service is ready, and cancelled when it stops.
 Companion = Callable[["Addresses"], Awaitable[None]]
-
-
-class _JsonLines(logging.Formatter):
-    """A record as one line of JSON."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        fields: dict[str, Any] = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
-
-
-def set_up_logging(settings: Logging) -> None:
-    """Send the service's log to standard error, as the settings say; times are UTC."""
-    handler = logging.StreamHandler(sys.stderr)
-    if settings.format == "json":
-        handler.setFormatter(_JsonLines())
-    else:
-        text = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s")
-        text.datefmt = "%Y-%m-%dT%H:%M:%S"
-        text.converter = time.gmtime
-        handler.setFormatter(text)
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in ("service", "channels"):
-        logging.getLogger(name).setLevel(settings.level.upper())
-    # Hypercorn says where it listens, which is said elsewhere.
-    logging.getLogger("service.http.hypercorn").setLevel(logging.WARNING)
 
 
 def run_service(
@@ -111,7 +75,6 @@ class _Running:
         self, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED
     ) -> None:
         await self._service.run(task_status=task_status)
-        _log.info("stopped")
         self._nursery.cancel_scope.cancel()
 
     async def accompany(self, companion: Companion, addresses: Addresses) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import trio
 
 from channels import ThreadRunner
+from service import events
 from service.storage.spanlog import LogSyncError, SpanLog
 
 
@@ -23,6 +24,7 @@ class GroupSync:
         self._failed: dict[int, LogSyncError] = {}
         self.last_seconds = 0.0
         self.failures = 0
+        self._failing = 0  # since the last success
 
     async def sync(self, tenants: Iterable[str]) -> None:
         """Return when what these tenants had written before is durable.
@@ -52,9 +54,21 @@ class GroupSync:
             del self._failed[number]
         except LogSyncError as error:
             self._failed[number] = error
-            self.failures += 1
+            self._note(error)
+        else:
+            self._note(None)
         finally:
             self.last_seconds = time.perf_counter() - started
+
+    def _note(self, error: LogSyncError | None) -> None:
+        if error is not None:
+            self.failures += 1
+            if not self._failing:
+                events.SYNC_FAILED(error=error)
+            self._failing += 1
+        elif self._failing:
+            events.SYNC_WORKS(failures=self._failing)
+            self._failing = 0
 
     async def every(self, seconds: float) -> None:
         """Sync whatever is not durable, for ever."""
@@ -63,6 +77,8 @@ class GroupSync:
             started = time.perf_counter()
             try:
                 await self._threads.run(self._log.sync, None)
-            except LogSyncError:
-                self.failures += 1
+            except LogSyncError as error:
+                self._note(error)
+            else:
+                self._note(None)
             self.last_seconds = time.perf_counter() - started

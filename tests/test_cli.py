@@ -25,7 +25,8 @@ from service import app, running
 from service import cli as module
 from service.cli import cli
 from service.config import load
-from service.running import run_service, set_up_logging
+from service.logs import set_up_logging
+from service.running import run_service
 from service.settings import Logging
 from tests.loggers import restored
 

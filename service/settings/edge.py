@@ -184,5 +184,5 @@ class Logging(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is written."""
-    format: Literal["text", "json"] = "text"
-    """One line of text, or one JSON object, for each record."""
+    format: Literal["text", "logfmt", "json"] = "text"
+    """Of a line: text to read, key=value pairs, or a JSON object."""
