@@ -126,7 +126,7 @@ class LoadingCache(Generic[K, V]):
     Args:
       name: what statistics are kept under.
       loader: gives the value of a key; called in worker threads, it may block.
-      threads: runs loads for :meth:`get`.
+      threads: runs loads for :meth:`get`; None where only threads ask.
       maxsize: entries, beyond which the least recently used leaves.
       ttl_seconds: an entry leaves so long after it was written, or last read.
       expire_after: which of the two.
@@ -139,7 +139,7 @@ class LoadingCache(Generic[K, V]):
         self,
         name: str,
         loader: Callable[[K], V | None],
-        threads: Threads,
+        threads: Threads | None = None,
         *,
         maxsize: int,
         ttl_seconds: float,
@@ -178,6 +178,8 @@ class LoadingCache(Generic[K, V]):
 
     async def get(self, key: K) -> V | None:
         """The value, loaded if it is not there. Raises what the loader raises."""
+        if self._threads is None:
+            raise RuntimeError(f"cache {self.name} has no threads to load in")
         await trio.lowlevel.checkpoint()
         counted = False
         while True:
@@ -201,7 +203,13 @@ class LoadingCache(Generic[K, V]):
 
     def get_blocking(self, key: K) -> V | None:
         """As :meth:`get`, for worker threads."""
-        counted = False
+        return self._get_blocking(key, counted=False)
+
+    def load_ahead(self, key: K) -> V | None:
+        """As :meth:`get_blocking`, but not counted as a look-up: nobody asked for it yet."""
+        return self._get_blocking(key, counted=True)
+
+    def _get_blocking(self, key: K, *, counted: bool) -> V | None:
         while True:
             with self._lock:
                 entry = self._find(key)

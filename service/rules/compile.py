@@ -52,7 +52,7 @@ _MIRRORED = {EQ: EQ, NE: NE, LT: GT, LE: GE, GT: LT, GE: LE}
 RULE_COLUMNS = 6
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class CompiledRules:
     """What the fold and the decision need of one version of a tenant's rules.
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
 
-from cachetools import LRUCache
-
+from service.caches import LoadingCache
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.files import Rule, RuleStore
+from service.settings.base import MIB
+
+_RULE_BYTES = 4096
 
 
 def rules_version(rules: tuple[Rule, ...]) -> str:
@@ -22,49 +27,67 @@ def rules_version(rules: tuple[Rule, ...]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-class RuleRegistry:
-    """Compiled rules by tenant. All methods may be called from any thread and may block."""
+def weight(rules: CompiledRules) -> int:
+    """About the bytes of compiled rules: their arrays, and a share for each rule's objects."""
+    names = sum(array.nbytes for array in rules.names.arrays)
+    programs = (rules.predicates, rules.code, rules.leaves, rules.text, rules.programs)
+    return names + sum(array.nbytes for array in programs) + _RULE_BYTES * (1 + len(rules.rules))
 
-    def __init__(self, store: RuleStore, size: int) -> None:
+
+class RuleRegistry:
+    """Compiled rules by tenant. All methods may be called from any thread and may block.
+
+    What leaves the cache is not compiled again as long as somebody, such as open traces, still
+    has it: the same version of a tenant's rules is one object.
+    """
+
+    def __init__(
+        self,
+        store: RuleStore,
+        size: int,
+        ttl_seconds: float = 1800,
+        max_bytes: int = 512 * MIB,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.store = store
-        self._cache: LRUCache[str, CompiledRules] = LRUCache(size)
-        self._lock = threading.Lock()
-        self._hits = self._loads = 0
+        self.cache: LoadingCache[str, CompiledRules] = LoadingCache(
+            "ruleContainers",
+            self._compile,
+            maxsize=size,
+            ttl_seconds=ttl_seconds,
+            expire_after="access",
+            max_bytes=max_bytes,
+            weigher=weight,
+            clock=clock,
+        )
+        self._in_use: WeakValueDictionary[tuple[str, str], CompiledRules] = WeakValueDictionary()
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's enabled rules, compiled now if they are not in the cache."""
-        with self._lock:
-            found = self._cache.get(tenant)
-            if found is not None:
-                self._hits += 1
-            else:
-                self._loads += 1
-                rules = self.store.rules(tenant)
-                found = self._cache[tenant] = compile_rules(rules, rules_version(rules))
-            return found
+        found = self.cache.get_blocking(tenant)
+        assert found is not None  # without rules it is an empty set
+        return found
 
     def refresh(self) -> set[str]:
         """Look at the rule files; the tenants whose rules changed are compiled again when next
         used. Traces that are open keep the rules they were opened under."""
         changed = self.store.poll()
-        with self._lock:
-            for tenant in changed:
-                self._cache.pop(tenant, None)
+        for tenant in changed:
+            self.forget(tenant)
         return changed
 
     def forget(self, tenant: str) -> None:
-        """Compile the tenant's rules again when next used."""
-        with self._lock:
-            self._cache.pop(tenant, None)
+        """Look at the tenant's rules again when next used."""
+        self.cache.invalidate(tenant)
 
-    def statistics(self) -> dict[str, float]:
-        """Hits, misses and size of the cache."""
-        # Without the lock, which is held while rules are compiled: this never waits.
-        hits, loads = self._hits, self._loads
-        return {
-            "hitCount": hits,
-            "missCount": loads,
-            "hitRate": hits / (hits + loads) if hits + loads else 0.0,
-            "size": len(self._cache),
-            "maxSize": int(self._cache.maxsize),
-        }
+    def statistics(self) -> dict[str, Any]:
+        """The cache as the API shows it."""
+        return self.cache.statistics().to_json()
+
+    def _compile(self, tenant: str) -> CompiledRules:
+        rules = self.store.rules(tenant)
+        version = rules_version(rules)
+        found = self._in_use.get((tenant, version))
+        if found is None:
+            found = self._in_use[tenant, version] = compile_rules(rules, version)
+        return found
