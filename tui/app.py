@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, ClassVar
 
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
@@ -15,6 +16,7 @@ from textual.events import Resize
 from textual.screen import Screen
 from textual.theme import Theme
 from textual.widgets import ContentSwitcher, Footer, Input
+from textual.worker import Worker
 
 from tui.bars import NavBar, StatusBar
 from tui.changes import PREFIX, Change, Confirm
@@ -46,10 +48,7 @@ class BetraceApp(App[int]):
 
     CSS_PATH = "betrace.tcss"
     TITLE = "BeTrace"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
-        (0, "-narrow"),
-        (100, "-wide"),
-    ]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012
     ENABLE_COMMAND_PALETTE = True
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -98,8 +97,12 @@ class BetraceApp(App[int]):
         self.query_one("#filter").display = False
         self.theme_changed_signal.subscribe(self, self._restyle)
         self.set_interval(1.0, self._show_bars)
-        self.run_worker(self.connection.run(), group="connection")
+        self.start(self.connection.run, "connection")
         self.action_panel(1)
+
+    def start(self, work: Callable[[], Coroutine[Any, Any, None]], group: str) -> None:
+        """Run an async function as a task, in place of another of its group."""
+        _: Worker[None] = self.run_worker(work, group=group, exclusive=True)
 
     # Panels
 
@@ -127,7 +130,7 @@ class BetraceApp(App[int]):
 
     def load(self, panel: Panel | None = None) -> None:
         """Have a panel (the visible one) read what it shows besides the state."""
-        self.run_worker(self._load(panel or self.panel), group="load", exclusive=True)
+        self.start(partial(self._load, panel or self.panel), "load")
 
     async def _load(self, panel: Panel) -> None:
         try:
@@ -270,7 +273,7 @@ class BetraceApp(App[int]):
         if self.read_only:
             self.notify("this TUI was started with --read-only", title="✖ not done")
             return
-        self.run_worker(self._change(change), group="change")
+        self.start(partial(self._change, change), "change")
 
     async def _change(self, change: Change) -> None:
         if not await self.push_screen_wait(Confirm(change)):

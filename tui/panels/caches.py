@@ -82,7 +82,7 @@ class CachesPanel(TablePanel):
             if tenant is not None:
                 self._invalidate(tenant)
 
-        self.run_worker(ask(), group="ask", exclusive=True)
+        self.betrace.start(ask, "ask")
 
     def _invalidate(self, tenant: str | None) -> None:
         cache = self._cache()

@@ -1,0 +1,168 @@
+"""Every action, by its keys: asked about, done, and told."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from tests.tui.fake import FakeApi, piloted, refusal, screen_text, toasts, until
+from tui.changes import Ask, Change, Confirm
+
+ACTIONS = [
+    ("2", "P", "/api/admin/pipeline/pause", "ingestion: open → paused", "ingestion is paused"),
+    ("2", "D", "/api/admin/pipeline/drain?wait=10", "channels: in use → empty", "drained"),
+    ("2", "R", "/api/admin/pipeline/resume", "ingestion: open → open", "ingestion is open"),
+    ("3", "T", "/api/admin/breakers/rule-evaluation/trip", "state: closed → open", "is open"),
+    ("3", "F", "/api/admin/breakers/rule-evaluation/force-open", "→ forced open", "is forced open"),
+    ("3", "X", "/api/admin/breakers/rule-evaluation/disable", "→ disabled", "is disabled"),
+    ("3", "R", "/api/admin/breakers/rule-evaluation/reset", "→ closed", "is closed"),
+    ("4", "I", "/api/performance/cache-invalidate/ruleContainers", "12 → 0", "invalidated 12"),
+    ("4", "W", "/api/admin/cache-warmup", "what active tenants need", "loaded 3"),
+]
+
+
+PANELS = sorted({panel for panel, *_ in ACTIONS})
+
+
+@pytest.mark.parametrize("number", PANELS)
+def test_an_action_asks_and_is_done_and_told(number):
+    @piloted()
+    async def run(pilot, api):
+        app = pilot.app
+        await pilot.press(number)
+        for _, key, path, effect, told in (each for each in ACTIONS if each[0] == number):
+            before, shown = api.posted(), len(toasts(app))
+            await pilot.press(key)
+            await until(lambda: isinstance(app.screen, Confirm))
+            await pilot.pause()
+            assert effect in screen_text(app)
+            assert app.focused.id == "cancel"
+            assert api.posted() == before
+            await pilot.press("right", "enter")
+            await until(lambda shown=shown: len(toasts(app)) > shown)
+            assert api.posted() == [*before, path]
+            assert toasts(app)[-1][0] == "✔ done"
+            assert told in toasts(app)[-1][1]
+
+    run()
+
+
+@piloted()
+async def test_what_is_cancelled_is_not_done(pilot, api):
+    app = pilot.app
+    for number, action in (("2", "D"), ("3", "F"), ("4", "W")):
+        await pilot.press(number)
+        for keys in (("enter",), ("escape",), ("n",), ("q",), ("l", "h", "enter")):
+            await pilot.press(action)
+            await until(lambda: isinstance(app.screen, Confirm))
+            await pilot.press(*keys)
+            await until(lambda: not isinstance(app.screen, Confirm))
+    await pilot.pause()
+    assert api.posted() == []
+    assert toasts(app) == []
+
+
+@piloted(read_only=True)
+async def test_read_only_does_nothing(pilot, api):
+    app = pilot.app
+    for number, key, *_ in (*ACTIONS, ("4", "T")):
+        await pilot.press(number, key)
+        await pilot.pause()
+        assert len(app.screen_stack) == 1
+    assert "READ-ONLY" in screen_text(app)
+    app.change(Change("Really?", "Do it", app.client.pause))
+    await pilot.pause()
+    assert toasts(app) == [("✖ not done", "this TUI was started with --read-only")]
+    assert api.posted() == []
+
+
+@piloted()
+async def test_y_does_it(pilot, api):
+    await pilot.press("3", "j", "R")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert api.posted() == ["/api/admin/breakers/ledger/reset"]
+    await until(lambda: "✖ open" not in screen_text(pilot.app))
+
+
+@piloted()
+async def test_a_refusal_is_told_with_its_remedy(pilot, api):
+    api.routes["POST", "/api/admin/pipeline/pause"] = refusal(
+        503, "the audit log cannot be written", "make room on the disk"
+    )
+    await pilot.press("2", "P")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [
+        ("✖ refused", "the audit log cannot be written; make room on the disk")
+    ]
+
+
+@piloted()
+async def test_an_action_that_takes_too_long_is_told(pilot, api):
+    def slow(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("timed out", request=request)
+
+    api.routes["POST", "/api/admin/pipeline/pause"] = slow
+    await pilot.press("2", "P")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✖ timed out", "the service did not answer in time")]
+
+
+@piloted()
+async def test_a_drain_that_is_not_finished_says_what_is_left(pilot, api):
+    api.routes["POST", "/api/admin/pipeline/drain"] = {
+        "ingestion": "paused",
+        "drained": False,
+        "waiting": {"projection": 12},
+    }
+    await pilot.press("2", "D")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✔ done", "not empty after 10 s: projection 12")]
+
+
+@piloted()
+async def test_a_cache_is_emptied_of_one_tenant(pilot, api):
+    app = pilot.app
+    await pilot.press("4", "j", "T")
+    await until(lambda: isinstance(app.screen, Ask))
+    await pilot.press(*"No", "enter")
+    await pilot.pause()
+    assert "a tenant's name has" in screen_text(app)
+    assert isinstance(app.screen, Ask)
+    await pilot.press("backspace", "backspace", *"shop", "enter")
+    await until(lambda: isinstance(app.screen, Confirm))
+    await pilot.pause()
+    assert "publicKeys of the tenant shop?" in screen_text(app)
+    await pilot.press("y")
+    await until(lambda: bool(toasts(app)))
+    assert api.posted() == ["/api/performance/cache-invalidate/publicKeys?tenantId=shop"]
+
+
+@piloted()
+async def test_no_tenant_no_change(pilot, api):
+    await pilot.press("4", "T")
+    await until(lambda: isinstance(pilot.app.screen, Ask))
+    await pilot.press("escape")
+    await pilot.pause(0.05)
+    assert not isinstance(pilot.app.screen, Ask | Confirm)
+    assert api.posted() == []
+
+
+def test_the_fake_is_not_changed_by_reading():
+    async def read() -> None:
+        api = FakeApi()
+        before = api.data
+        app = api.app()
+        assert await app.client.snapshot() == before
+        await app.client.close()
+
+    asyncio.run(read())

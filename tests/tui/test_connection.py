@@ -1,0 +1,180 @@
+"""The connection as the header shows it: lost, tried again, polled; and how it begins."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+
+import httpx
+import pytest
+
+from tests.tui.fake import T0, URL, FakeApi, piloted, refusal, screen_text, toasts, until
+from tui import connection
+from tui.app import run
+from tui.client import Client, ClientError
+from tui.connection import Connection, Link
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(connection, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(connection, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(connection, "POLL_SECONDS", 0.02)
+
+
+@piloted()
+async def test_a_lost_connection_keeps_the_last_data_marked_stale_and_comes_back(pilot, api):
+    app = pilot.app
+    assert "● connected since" in screen_text(app)
+    await pilot.press("2")
+    api.go_away()
+    await until(lambda: app.connection.link.status == "lost")
+    await pilot.pause()
+    assert "✖ lost" in screen_text(app)
+    assert "STALE since" in screen_text(app)
+    assert "span-ingestion" in screen_text(app)
+    del api.calls[:]
+    api.down = False
+    await until(lambda: app.connection.link.status == "connected")
+    await pilot.pause()
+    assert "STALE" not in screen_text(app)
+    await until(lambda: ("GET", "/api/performance/stream") in api.calls)
+    tried = [path for _, path in api.calls if path != "/readyz"]
+    assert tried.index("/api/admin/pipeline") < tried.index("/api/performance/stream")
+
+
+@piloted(down=True)
+async def test_it_says_that_it_connects(pilot, api):
+    assert "connecting" in screen_text(pilot.app) or "lost" in screen_text(pilot.app)
+    await pilot.press("1", "2", "3", "4")
+    api.down = False
+    await until(lambda: "● connected since" in screen_text(pilot.app))
+
+
+@piloted(streaming=False)
+async def test_without_a_stream_the_state_is_polled(pilot, api):
+    app = pilot.app
+    await until(lambda: app.connection.link.polling)
+    await pilot.pause()
+    assert "(polling)" in screen_text(app)
+    api.data["pipeline"]["ingestion"] = "paused"
+    await until(lambda: app.state.now.ingestion == "paused")
+
+
+@piloted(streaming=False)
+async def test_the_stream_is_tried_again_while_polling(pilot, api):
+    app = pilot.app
+    await until(lambda: app.connection.link.polling)
+    connection.STREAM_AGAIN, before = 0.02, connection.STREAM_AGAIN
+    try:
+        api.streaming = True
+        await asyncio.sleep(0.05)
+        await until(lambda: api.calls.count(("GET", "/api/performance/stream")) > 1)
+        api.publish()
+        await until(lambda: not app.connection.link.polling)
+    finally:
+        connection.STREAM_AGAIN = before
+
+
+@piloted()
+async def test_space_tries_at_once_to_connect(pilot, api):
+    app = pilot.app
+    connection.FIRST_PAUSE, before = 60.0, connection.FIRST_PAUSE
+    try:
+        api.go_away()
+        await until(lambda: app.connection.link.status == "lost")
+        api.down = False
+        await pilot.press("space")
+        await until(lambda: app.connection.link.status == "connected")
+    finally:
+        connection.FIRST_PAUSE = before
+
+
+@piloted()
+async def test_a_refusal_on_refresh_is_told(pilot, api):
+    api.routes["GET", "/api/performance/metrics"] = refusal(403, "not for you", "see /docs")
+    await pilot.press("space")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✖ refused", "not for you; see /docs")]
+
+
+def test_pauses_grow_to_the_longest():
+    async def measure() -> list[float]:
+        api, links = FakeApi(), list[Link]()
+        api.down = True
+        async with Client(URL, transport=httpx.MockTransport(api._handle)) as client:
+            link = Connection(client, links.append, lambda _: None, api.clock)
+            task = asyncio.create_task(link.run())
+            await until(lambda: len(links) >= 4)
+            task.cancel()
+        return [round(each.retry_at - T0, 3) for each in links[:4]]
+
+    assert asyncio.run(measure()) == [0.02, 0.04, 0.05, 0.05]
+
+
+def test_a_service_that_cannot_be_reached_is_one_sentence_and_exit_code_3(capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    assert run(url) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"no service answers at {url}" in said.err
+    assert "start it with `betrace serve`, or name its API with --url" in said.err
+
+
+def test_a_url_that_is_none(capsys):
+    assert run("http://[") == 3
+    assert "is no URL" in capsys.readouterr().err
+
+
+class Answering:
+    """`tui.app.Client`, with a fake behind it."""
+
+    def __init__(self, api: FakeApi) -> None:
+        self.api = api
+
+    def __call__(self, url: str, token: str | None, tenant: str | None) -> Client:
+        return Client(url, token, tenant, transport=httpx.MockTransport(self.api._handle))
+
+
+def test_without_the_right_token_it_says_what_to_give(monkeypatch, capsys):
+    api = FakeApi()
+    api.routes["GET", "/api/performance/queue-stats"] = refusal(401, "no valid token", "see /docs")
+    monkeypatch.setattr("tui.app.Client", Answering(api))
+    assert run(URL, "wrong", "shop") == 3
+    assert "no valid token; see /docs; give the operator token" in capsys.readouterr().err
+    sent = api.requests[0].headers
+    assert sent["authorization"] == "Bearer wrong"
+    assert sent["x-scope-orgid"] == "shop"
+    assert sent["x-operator"]
+
+
+def test_without_a_terminal_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("tui.app.Client", Answering(FakeApi()))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    assert run(URL) == 3
+    assert "needs a terminal" in capsys.readouterr().err
+
+
+def test_something_else_that_answers_there(monkeypatch, capsys):
+    api = FakeApi()
+    api.routes["GET", "/readyz"] = httpx.Response(200, text="<html>")
+    monkeypatch.setattr("tui.app.Client", Answering(api))
+    assert run(URL) == 3
+    assert "is no BeTrace API" in capsys.readouterr().err
+
+
+def test_a_timeout_of_a_request():
+    async def read() -> ClientError:
+        def late(request: httpx.Request) -> httpx.Response:
+            raise httpx.ReadTimeout("late", request=request)
+
+        async with Client(URL, transport=httpx.MockTransport(late)) as client:
+            with pytest.raises(ClientError) as found:
+                await client.get("/readyz")
+            return found.value
+
+    assert asyncio.run(read()).kind == "timed out"

@@ -1,0 +1,236 @@
+"""Moving about: panels, filter, sort, freeze, drill down, palette, help, window."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from textual.command import CommandPalette
+from textual.widgets import Input
+
+from tests.tui.fake import FakeApi, piloted, screen_text, snapshot_at, toasts, until
+from tui.changes import Confirm
+from tui.help import Help, TooSmall
+from tui.panels import PANELS
+from tui.widgets import Detail
+
+
+@piloted()
+async def test_numbers_change_the_panel(pilot, api):
+    for number, panel in enumerate(PANELS, 1):
+        await pilot.press(str(number))
+        assert isinstance(pilot.app.panel, panel)
+    await pilot.click("NavBar", offset=(3, 0))
+    await pilot.pause()
+    assert isinstance(pilot.app.panel, PANELS[0])
+
+
+@piloted()
+async def test_a_filter_shows_what_has_the_text_or_with_an_exclamation_mark_lacks_it(pilot, api):
+    app = pilot.app
+    await pilot.press("2", "slash", *"STO")
+    assert list(app.panel._shown) == ["storage-write"]
+    await pilot.press("enter")
+    assert not app.query_one("#filter", Input).display
+    assert "/STO" in screen_text(app)
+    await pilot.press("slash", "home", "exclamation_mark", "enter")
+    assert "storage-write" not in app.panel._shown
+    assert len(app.panel._shown) == 4
+    await pilot.press("escape")
+    assert len(app.panel._shown) == 5
+    await pilot.press("slash", *"nothing")
+    await pilot.pause()
+    assert "nothing to show" in screen_text(app)
+    await pilot.press("escape")
+    assert len(app.panel._shown) == 5
+
+
+@piloted()
+async def test_there_is_no_filter_where_there_are_no_rows(pilot, api):
+    await pilot.press("slash")
+    assert not pilot.app.query_one("#filter", Input).display
+
+
+@piloted()
+async def test_columns_are_sorted_by_key_and_by_click(pilot, api):
+    app = pilot.app
+    await pilot.press("2", "s")
+    assert list(app.panel._shown) == sorted(app.panel._shown)
+    await pilot.press("S")
+    assert list(app.panel._shown) == sorted(app.panel._shown, reverse=True)
+    table = app.panel.table
+    await pilot.click(table, offset=(72, 0))  # p99: figures begin with the largest
+    await pilot.pause()
+    assert "p99▼" in screen_text(app)
+    assert list(app.panel._shown)[0] == "projection"
+    await pilot.click(table, offset=(72, 0))
+    await pilot.pause()
+    assert list(app.panel._shown)[0] == "span-ingestion"
+    for _ in app.panel.COLUMNS:
+        await pilot.press("s")
+    assert list(app.panel._shown)[0] == "span-ingestion"
+
+
+@piloted()
+async def test_the_cursor_stays_on_its_row_when_the_order_changes(pilot, api):
+    await pilot.press("2", "j", "j")
+    assert pilot.app.panel.selected == "rule-evaluation"
+    await pilot.press("s")
+    assert pilot.app.panel.selected == "rule-evaluation"
+    await pilot.press("k", "G")
+    assert pilot.app.panel.selected == "trace-correlation"
+    await pilot.press("g")
+    assert pilot.app.panel.selected == "projection"
+
+
+@piloted()
+async def test_a_frozen_view_stays_while_histories_go_on(pilot, api):
+    app = pilot.app
+    await pilot.press("2", "p")
+    before = screen_text(app)
+    assert "FROZEN" in before
+    data = snapshot_at(61)
+    data["queues"][0]["utilizationPercent"] = 77.0
+    api.publish(data)
+    await until(lambda: app.state.now.stages[0].fill == 77.0)
+    await pilot.pause()
+    assert "77%" not in screen_text(app)
+    await pilot.press("p")
+    await until(lambda: "77%" in screen_text(app))
+    assert "FROZEN" not in screen_text(app)
+
+
+@piloted()
+async def test_space_reads_the_state_now(pilot, api):
+    app = pilot.app
+    await pilot.press("2")
+    api.data = snapshot_at(61)
+    api.data["pipeline"]["ingestion"] = "paused"
+    await pilot.press("space")
+    await until(lambda: "ingestion ▲ paused" in screen_text(app))
+
+
+DETAILS = [
+    ("1", ("l", "enter"), "Stage trace-correlation", "p50 1.5 ms, p95 3.2 ms, p99 5.8 ms"),
+    ("2", ("j", "j", "enter"), "Stage rule-evaluation", "no sender waits"),
+    ("3", ("j", "enter"), "Breaker ledger", "55 % of 60 calls failed"),
+    ("4", ("enter",), "Cache ruleContainers", "hit rate over time"),
+]
+
+
+@pytest.mark.parametrize(("number", "keys", "title", "text"), DETAILS)
+def test_enter_opens_and_escape_goes_back(number, keys, title, text):
+    @piloted()
+    async def run(pilot, api):
+        app = pilot.app
+        await pilot.press(number, *keys)
+        await pilot.pause()
+        assert isinstance(app.screen, Detail)
+        assert title in screen_text(app)
+        assert text in screen_text(app)
+        api.publish()  # live, and it does no harm
+        await pilot.press("j", "k", "G", "g", "escape")
+        assert len(app.screen_stack) == 1
+
+    run()
+
+
+@piloted()
+async def test_a_detail_follows_the_state_and_says_when_its_thing_is_gone(pilot, api):
+    app = pilot.app
+    await pilot.press("3", "j", "enter")
+    data = snapshot_at(61)
+    data["breakers"][1] |= {"state": "half_open", "trialsLeft": 7}
+    api.publish(data)
+    await until(lambda: "▲ half open" in screen_text(app))
+    assert "7 trials left" in screen_text(app)
+    data = snapshot_at(62)
+    del data["breakers"][1]
+    api.publish(data)
+    await until(lambda: "this is no longer there" in screen_text(app))
+
+
+@piloted()
+async def test_help_has_every_binding_with_a_description(pilot, api):
+    app = pilot.app
+    await pilot.press("3", "question_mark")
+    await pilot.pause()
+    assert isinstance(app.screen, Help)
+    text = str(app.screen._text())
+    for words in ("Trip", "Reset", "Force open", "Filter", "Freeze", "Refresh", "Palette"):
+        assert words in text
+    for panel in PANELS:
+        assert panel.TITLE in text
+    await pilot.press("j", "k", "escape")
+    assert len(app.screen_stack) == 1
+
+
+@piloted(read_only=True)
+async def test_help_says_what_read_only_disables(pilot, api):
+    await pilot.press("3", "question_mark")
+    assert "Trip: open it as failures would (disabled: read-only)" in str(pilot.app.screen._text())
+    assert "Sort: sort by the next column\n" in str(pilot.app.screen._text())
+
+
+@piloted()
+async def test_the_palette_has_every_action_and_does_it(pilot, api):
+    app = pilot.app
+    commands = {command.title for command in app.get_system_commands(app.screen)}
+    assert {"Breakers: Trip", "Pipeline: Drain", "Caches: Warm up", "Freeze", "Theme"} <= commands
+    await pilot.press("ctrl+p")
+    await until(lambda: isinstance(app.screen, CommandPalette))
+    await pilot.press(*"breakers reset")
+    await pilot.pause(0.3)
+    await pilot.press("enter")
+    await until(lambda: isinstance(app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(app)))
+    assert api.posted() == ["/api/admin/breakers/rule-evaluation/reset"]
+
+
+@piloted(read_only=True)
+async def test_the_palette_has_no_changes_with_read_only(pilot, api):
+    app = pilot.app
+    commands = {command.title for command in app.get_system_commands(app.screen)}
+    assert "Breakers: Trip" not in commands
+    assert "Breakers: Sort" in commands
+
+
+@piloted()
+async def test_themes(pilot, api):
+    app = pilot.app
+    await pilot.press("2", "t")
+    first = app.theme
+    for _ in app.available_themes:
+        await pilot.press("t")
+    assert app.theme == first
+    app.theme = "textual-ansi" if "textual-ansi" in app.available_themes else "ansi-dark"
+    await pilot.pause()
+    assert "span-ingestion" in screen_text(app)
+
+
+@piloted()
+async def test_a_window_that_is_too_small_says_so_until_it_is_larger(pilot, api):
+    app = pilot.app
+    await pilot.press("2")
+    await pilot.resize_terminal(60, 20)
+    await pilot.pause()
+    assert isinstance(app.screen, TooSmall)
+    assert "The window is 60×20; BeTrace needs 80×24." in " ".join(screen_text(app).split())
+    await pilot.resize_terminal(79, 24)
+    await pilot.resize_terminal(80, 24)
+    await pilot.pause()
+    assert "span-ingestion" in screen_text(app)
+
+
+def test_a_window_that_is_too_small_at_the_start():
+    async def drive() -> None:
+        app = FakeApi().app()
+        async with app.run_test(size=(79, 40)) as pilot:
+            await pilot.pause()
+            assert isinstance(app.screen, TooSmall)
+            await pilot.press("q")
+        assert app.return_code == 0
+        await app.client.close()
+
+    asyncio.run(drive())
