@@ -110,14 +110,28 @@ class Rules(Section):
 
 
 class Caches(Section):
-    """Caches: how many entries, and for how long."""
+    """Caches: how many entries, for how long, and how many bytes where entries differ widely."""
 
     rule_sets: Count = 500
     """Tenants whose compiled rules are kept."""
+    rule_sets_ttl_seconds: Seconds = 1800
+    """Compiled rules are dropped when they were not used for this long."""
+    rule_sets_bytes: Size = 512 * MIB
+    """Memory of compiled rules in the cache: rules with patterns take about 2 MiB a tenant,
+    others a few KiB a rule."""
+    public_keys: Count = 1000
+    """Public keys of tenants that are kept."""
+    public_keys_ttl_seconds: Seconds = 3600
+    """A public key is read again after this. A revoked key is dropped at once."""
     trace_metadata: Count = 10_000
-    """Recent traces whose state is kept for spans that come late."""
+    """Recent traces of which is kept: the state, for spans that come late, and what the store
+    says of them, for those who look at them."""
     trace_metadata_ttl_seconds: Seconds = 300
     """What is known of a trace is dropped after this."""
+    trace_metadata_bytes: Size = 64 * MIB
+    """Memory of what the store says of recent traces."""
+    warm_up_seconds: Seconds = 10
+    """So long after the start the caches are filled for the active tenants."""
 
 
 class Breaker(Section):
