@@ -41,7 +41,11 @@ from service.signals import Signal
 from service.storage.duck import DuckStore
 from service.storage.spanlog import SpanLog
 from service.subscriptions import Subscriptions
-from service.tenants import Quotas
+from service.tenancy.administration import TenantAdministration
+from service.tenancy.authentication import operator_token
+from service.tenancy.directory import TenantDirectory
+from service.tenancy.gate import PUBLIC_KEYS, Gate
+from service.tenancy.removal import Removal
 from service.traces.tenant import TenantTraces
 from service.warmup import warm_up
 from service.watch import Watch
@@ -73,6 +77,8 @@ class Service:
         ledger: SignalLedger,
         store: DuckStore,
         reserves: Reserves,
+        directory: TenantDirectory,
+        operator_token: str | None,
     ) -> None:
         self.settings = settings
         self.log: SpanLog = log
@@ -84,6 +90,10 @@ class Service:
             window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind
         )
         self.subscriptions = Subscriptions(settings.api.max_streams)
+        self.gate = Gate(
+            settings, directory, operator_token, lambda name: self.tenants.exists(name)
+        )
+        closed = self.gate.closed
         self.pipeline: Pipeline = Pipeline(
             settings,
             log,
@@ -94,19 +104,16 @@ class Service:
             self._stored,
             self.latencies,
         )
-        quotas = settings.quotas
         self.edge: Edge = Edge(
             settings.ingest,
             self.pipeline.requests,
-            Quotas(
-                quotas.spans_per_second,
-                quotas.burst_seconds,
-                quotas.tenants,
-                quotas.tracked_tenants,
-            ),
+            self.gate.quotas,
+            self.gate.authenticator,
+            capacity=settings.pipeline.ingest_capacity_spans,
+            closed=closed,
         )
         self.queries = StoreQueries(
-            store, log, registry, self.pipeline.correlate, settings.ingest.max_body_bytes
+            store, log, registry, self.pipeline.correlate, settings.ingest.max_body_bytes, closed
         )
         self._threads = ThreadRunner("service", 2)
         self.recovery: Recovery = Recovery(
@@ -118,17 +125,19 @@ class Service:
             self._threads,
             store,
             self.pipeline.closed,
-            Record(ledger, reserves.ledger),
+            Record(self.gate.living(ledger), reserves.ledger),
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
+            closed,
         )
         self.rebuild = Rebuild(
             settings.storage.path,
             log,
-            ledger,
+            self.gate.living(ledger),
             store,
             registry.compiled,
             settings.ingest.max_body_bytes,
+            closed,
         )
         self._rebuilding = ThreadRunner("rebuild", 1)
         self.audit = AuditLog(
@@ -136,6 +145,21 @@ class Service:
         )
         self.admin = Administration(
             self.pipeline, self.edge, self.audit, self._threads, self.wall_time
+        )
+        self.removal = Removal(
+            settings.storage.path,
+            self.gate,
+            ledger,
+            log,
+            store,
+            self.queries,
+            self.pipeline,
+            self.recovery,
+            self.rebuild,
+            self._threads,
+        )
+        self.tenants = TenantAdministration(
+            self.gate, self.removal, log, self.subscriptions, self._threads, self.admin.note
         )
         self._performance = Performance(
             self.pipeline,
@@ -169,13 +193,16 @@ class Service:
         grace = settings.shutdown.grace_seconds
         async with trio.open_nursery() as outer:
             listen = partial(self._listen, outer, tls=tls)
-            api = await listen(create_api(self, settings.api), settings.api.address, stop_api)
-            scrape = await listen(metrics_app(self), settings.metrics.address, stop_api)
+            guard = self.gate.authenticator
+            app = create_api(self, settings.api, guard, self.gate.closed)
+            api = await listen(app, settings.api.address, stop_api)
+            scrape = await listen(metrics_app(self, guard), settings.metrics.address, stop_api)
             await self._threads.run(warm_up, abandon_on_cancel=True)
             await self._threads.run(self.registry.store.load)
             outer.start_soon(self._watch_rules)
             outer.start_soon(self.latencies.recent.run)
             outer.start_soon(self._watch.run)
+            await self.removal.take_up()
             await self._rebuild_if_little()
             async with trio.open_nursery() as inner:
                 await inner.start(self.pipeline.run)
@@ -184,6 +211,7 @@ class Service:
                 await self._threads.run(self.rebuild.compare)
                 await self.pipeline.stages["trace-correlation"].drained()
                 await self.recovery.caught_up()
+                inner.start_soon(self.removal.run)
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
                 if self.rebuild.pending:
                     inner.start_soon(self._rebuild)
@@ -374,7 +402,10 @@ class Service:
 
     def cache_stats(self) -> Mapping[str, Json]:
         """Statistics by cache."""
-        return {"ruleContainers": self.registry.statistics()}
+        return {
+            "ruleContainers": self.registry.statistics(),
+            PUBLIC_KEYS: self.gate.public_keys.statistics().to_json(),
+        }
 
     def performance_metrics(self) -> Json:
         """Rates, latencies and totals."""
@@ -392,6 +423,7 @@ class Service:
         """End the worker threads; the stores are closed by :func:`open_service`."""
         self.pipeline.close_threads()
         self._threads.close()
+        self.gate.close()
         self._rebuilding.close()
         self._scrapes.close()
 
@@ -416,7 +448,13 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
             idle_close=duck.idle_close_seconds,
         )
     )
-    directory = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
-    registry = RuleRegistry(RuleStore(directory), settings.caches.rule_sets)
+    rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    kept = settings.caches
+    registry = RuleRegistry(
+        RuleStore(rules), kept.rule_sets, kept.rule_sets_ttl_seconds, kept.rule_sets_bytes
+    )
     reserves = open_reserves(data, settings, stack)
-    return lambda: Service(settings, log, registry, ledger, store, reserves)
+    directory = TenantDirectory(data / "tenants.sqlite")
+    stack.callback(directory.close)
+    token = operator_token(settings.auth) if settings.auth.enabled else None
+    return lambda: Service(settings, log, registry, ledger, store, reserves, directory, token)

@@ -70,9 +70,13 @@ def _explain(error: BaseException) -> str:
     from service.rules.files import RuleStoreError
     from service.storage.duckfiles import StoreError
     from service.storage.lockfile import LockedError
+    from service.tenancy.authentication import SecretError
+    from service.tenancy.directory import DirectoryError
+    from service.tenancy.tokens import BadKeyError
 
     told = (ConfigError, DemoError, InputError, ListenError, LedgerError, LockedError)
-    if isinstance(error, (*told, RuleStoreError, StoreError)):
+    tenancy = (BadKeyError, DirectoryError, SecretError)
+    if isinstance(error, (*told, *tenancy, RuleStoreError, StoreError)):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

@@ -23,10 +23,16 @@ from typing import Any
 import trio
 
 from channels import SendChannel, ThreadRunner, TransientError, is_expected
-from service import letters
+from service import events, letters
 from service.letters import DeadLetterCounts, Held, Item, LetterError, Retry
 from service.otlp.columns import SpanBatch
-from service.storage.deadletters import DeadLetterError, DeadLetterStore, Letter, NewLetter
+from service.storage.deadletters import (
+    MAX_LIMIT,
+    DeadLetterError,
+    DeadLetterStore,
+    Letter,
+    NewLetter,
+)
 from service.storage.spanlog import SpanLog
 from service.traces.checkpoint import KEPT
 from service.traces.progress import InFlight, LogProgress
@@ -35,6 +41,7 @@ _log = logging.getLogger("service.deadletters")
 
 SPANS_STAGE = "trace-correlation"
 POLL_SECONDS = 1.0
+TELL_SECONDS = 5.0  # of a stage, between two lines of the log
 MOST_RETRIED_AT_ONCE = 64  # letters of a stage
 _MOST_BUSY = 10_000  # of a stage, those that are done and not deleted yet included
 _SECOND = 1_000_000_000
@@ -77,8 +84,10 @@ class DeadLetters:
         self._busy: dict[str, set[int]] = {}  # ids being retried, or done and not deleted yet
         self._folded: dict[int, Retry] = {}  # done, by id; a checkpoint must have them yet
         self._done: list[int] = []
+        self._closed: set[str] = set()  # tenants
         self._wake = trio.lowlevel.ParkingLot()
         self.counts = DeadLetterCounts()
+        self._told: dict[str, tuple[int, float]] = {}  # by stage: letters not logged, and when last
         self.held: dict[str, Held] = {}
         for stage, count in store.counts().items():
             self.held[stage] = Held(count.letters, count.weight)
@@ -168,13 +177,22 @@ class DeadLetters:
                 self._progress.folded(item.tenant, letters.frame_positions(item))
             else:
                 self._in_flight.leave(item.ticket)
-        _log.error(
-            "%d dead letters of %s after %d attempts%s: %s",
-            len(items),
-            stage,
-            attempts,
-            ", to be tried again" if transient else "",
-            text,
+        self._tell(stage, len(items), attempts, text, transient)
+
+    def _tell(self, stage: str, items: int, attempts: int, error: str, transient: bool) -> None:
+        """Log it; of a stage that fails again and again, once in :data:`TELL_SECONDS`."""
+        untold, last = self._told.get(stage, (0, -TELL_SECONDS))
+        now = trio.current_time()
+        if now - last < TELL_SECONDS:
+            self._told[stage] = untold + items, last
+            return
+        self._told[stage] = 0, now
+        events.DEAD_LETTERS(
+            items=untold + items,
+            stage=stage,
+            attempts=attempts,
+            again=", to be tried again" if transient else "",
+            error=error,
         )
 
     def finished(self, items: Iterable[Any]) -> None:
@@ -331,6 +349,8 @@ class DeadLetters:
             )
             await self._threads.run(fail, letter_id, str(error))
             return
+        if letter.tenant in self._closed:
+            return
         if isinstance(item, SpanBatch):
             self._progress.register(item.tenant, letters.frame_positions(item))
         else:
@@ -403,6 +423,39 @@ class DeadLetters:
         self.counts.discarded += found
         return found
 
+    # What becomes of tenants
+
+    def close_tenant(self, tenant: str) -> None:
+        """Try no more letters of a tenant."""
+        self._closed.add(tenant)
+
+    def reopen_tenant(self, tenant: str) -> None:
+        """Try letters of a tenant again."""
+        self._closed.discard(tenant)
+
+    async def forget_tenant(self, tenant: str) -> None:
+        """Delete all letters of a tenant of whom nothing is under way, those moved to files too."""
+        while page := await self.page(None, tenant, MAX_LIMIT, 0):
+            ids = {letter.id for letter in page}
+            await self._threads.run(self._store.delete, ids)
+            for letter in page:
+                finished = letter.id in self._folded or letter.id in self._done
+                self._folded.pop(letter.id, None)
+                if not finished:
+                    self._lose(letter)
+                    self.counts.discarded += 1
+            self._done = [each for each in self._done if each not in ids]
+            for busy in self._busy.values():
+                busy -= ids
+        await self._threads.run(self._store.drop_exported, tenant)
+
+    def _lose(self, letter: Letter) -> None:
+        held = self._held(letter.stage)
+        held.letters -= 1
+        held.weight -= letter.weight
+        lost = self.counts.lost_weight
+        lost[letter.stage] = lost.get(letter.stage, 0) + letter.weight
+
     def close(self) -> None:
         """End the worker threads."""
         self._threads.close()
@@ -417,11 +470,7 @@ class DeadLetters:
         for letter in self._store.take_exported():
             if letter.id in under_way or letter.id in self._folded or letter.id in self._done:
                 continue
-            held = self._held(letter.stage)
-            held.letters -= 1
-            held.weight -= letter.weight
-            lost = self.counts.lost_weight
-            lost[letter.stage] = lost.get(letter.stage, 0) + letter.weight
+            self._lose(letter)
 
 
 def _key(item: Item) -> tuple[Any, ...]:

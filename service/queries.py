@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -35,7 +35,9 @@ class StoreQueries:
         registry: RuleRegistry,
         open_traces: OpenTraces,
         max_body_bytes: int,
+        closed: Container[str] = frozenset(),
     ) -> None:
+        self._closed = closed  # tenants that are deleted
         self._duck = store
         self._registry = registry
         self._rules = registry.store
@@ -89,6 +91,8 @@ class StoreQueries:
     ) -> tuple[Json, bool]:
         rule = make_rule({**definition, "id": rule_id})
         with self._changing:
+            if tenant in self._closed:
+                raise ApiError(403, f"the tenant {tenant} is deleted", "see /docs")
             if if_match is None:
                 self._must_be_new(tenant, rule_id)
             try:
@@ -108,6 +112,12 @@ class StoreQueries:
                 self._rules.delete(tenant, rule_id, if_match=if_match)
             except OSError as error:
                 raise _unwritable(error) from error
+        self._registry.forget(tenant)
+
+    def delete_rules(self, tenant: str) -> None:
+        """Delete all rules of a tenant that is closed. Raises :exc:`OSError`."""
+        with self._changing:
+            self._rules.delete_tenant(tenant)
         self._registry.forget(tenant)
 
     def _must_be_new(self, tenant: str, rule_id: str) -> None:

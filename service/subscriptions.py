@@ -77,6 +77,12 @@ class Subscriptions:
                     except trio.WouldBlock:
                         subscription.missed += 1
 
+    def end(self, tenant: str) -> None:
+        """End the streams of a tenant; who may still listen opens them again."""
+        for subscription in [each for each in self._open if each.tenant == tenant]:
+            self._open.discard(subscription)
+            subscription.send.close()
+
     def close(self) -> None:
         """End all streams."""
         self._ended = True

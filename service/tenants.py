@@ -41,6 +41,7 @@ class Quotas:
         self._clock = clock
         self._tracked = tracked
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()  # spans left, when
+        self._set: dict[str, int] = {}
         self.configure(spans_per_second, burst_seconds, tenants or {})
 
     def configure(
@@ -50,11 +51,23 @@ class Quotas:
         self._rate = spans_per_second
         self._burst_seconds = burst_seconds
         self._tenants = dict(tenants)
-        self._unlimited = not spans_per_second and not any(self._tenants.values())
+        self._look()
+
+    def set(self, tenant: str, rate: int | None) -> None:
+        """Give ``tenant`` a rate of its own, before what is configured; None takes it back."""
+        if rate is None:
+            self._set.pop(tenant, None)
+        else:
+            self._set[tenant] = rate
+        self._look()
+
+    def _look(self) -> None:
+        rates = (self._rate, *self._tenants.values(), *self._set.values())
+        self._unlimited = not any(rates)
 
     def rate(self, tenant: str) -> int:
         """Spans per second that ``tenant`` may send; 0 is no limit."""
-        return self._tenants.get(tenant, self._rate)
+        return self._set.get(tenant, self._tenants.get(tenant, self._rate))
 
     def admit(self, tenant: str, spans: int) -> float | None:
         """Take ``spans`` from the tenant's bucket, or say in how many seconds it is no longer

@@ -39,7 +39,7 @@ _TENANT = Param(
 )
 
 
-def _who(call: Call) -> Operator:
+def who(call: Call) -> Operator:
     """Who acts: by name where they give one."""
     name = call.headers.get(OPERATOR_HEADER, "")
     if name and not _OPERATOR.fullmatch(name):
@@ -97,7 +97,7 @@ async def act_on_breaker(call: Call) -> Any:
     names = [breaker["name"] for breaker in admin.breakers()]
     if name not in names:
         raise ApiError(404, f"there is no circuit breaker {name[:80]!r}", near(name, names))
-    return await _acting(admin.act_on_breaker(_who(call), name, call.params["action"]))
+    return await _acting(admin.act_on_breaker(who(call), name, call.params["action"]))
 
 
 # Dead letters
@@ -158,7 +158,7 @@ async def retry_dead_letter(call: Call) -> Any:
     more."""
     admin = call.backend.admin
     found = await _acting(
-        admin.retry_dead_letters(_who(call), call.params["id"], stage=None, tenant=None)
+        admin.retry_dead_letters(who(call), call.params["id"], stage=None, tenant=None)
     )
     if not found:
         raise _no_letter(call)
@@ -175,7 +175,7 @@ async def retry_dead_letter(call: Call) -> Any:
 async def retry_dead_letters(call: Call) -> Any:
     found = await _acting(
         call.backend.admin.retry_dead_letters(
-            _who(call), None, stage=call.params["stage"], tenant=call.params["tenant"]
+            who(call), None, stage=call.params["stage"], tenant=call.params["tenant"]
         )
     )
     return Answer({"retried": found}, 202)
@@ -192,7 +192,7 @@ async def retry_dead_letters(call: Call) -> Any:
     },
 )
 async def discard_dead_letter(call: Call) -> Any:
-    if not await _acting(call.backend.admin.discard_dead_letter(_who(call), call.params["id"])):
+    if not await _acting(call.backend.admin.discard_dead_letter(who(call), call.params["id"])):
         raise _no_letter(call)
     return {"discarded": 1}
 
@@ -227,7 +227,7 @@ async def list_fallbacks(call: Call) -> Any:
 async def replay_fallbacks(call: Call) -> Any:
     """They are written back by themselves when the store's breaker permits it; this does not wait
     for the next try."""
-    await _acting(call.backend.admin.write_back_now(_who(call)))
+    await _acting(call.backend.admin.write_back_now(who(call)))
     return Answer({"fallbacks": call.backend.admin.fallbacks()}, 202)
 
 
@@ -253,7 +253,7 @@ async def get_pipeline(call: Call) -> Any:
 )
 async def pause_pipeline(call: Call) -> Any:
     """Requests get 503 until `resume`; what was accepted is worked on."""
-    return await _acting(call.backend.admin.pause(_who(call)))
+    return await _acting(call.backend.admin.pause(who(call)))
 
 
 @endpoints.add(
@@ -263,7 +263,7 @@ async def pause_pipeline(call: Call) -> Any:
     answers={200: "The pipeline"},
 )
 async def resume_pipeline(call: Call) -> Any:
-    return await _acting(call.backend.admin.resume(_who(call)))
+    return await _acting(call.backend.admin.resume(who(call)))
 
 
 @endpoints.add(
@@ -283,5 +283,5 @@ async def resume_pipeline(call: Call) -> Any:
 )
 async def drain_pipeline(call: Call) -> Any:
     """Ingestion stays paused until `resume`."""
-    found = await _acting(call.backend.admin.drain(_who(call), call.params["wait"]))
+    found = await _acting(call.backend.admin.drain(who(call), call.params["wait"]))
     return Answer(found, 200 if found["drained"] else 202)

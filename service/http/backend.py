@@ -165,11 +165,45 @@ class Administration(Protocol):
         """Refuse new spans and wait until nothing is under way, at most so long; the pipeline."""
 
 
+class Tenants(Protocol):
+    """What operators can do with tenants. Actions are in the audit log before they are done, or
+    raise :exc:`AuditError`; otherwise see :mod:`service.tenancy.directory` for what is raised. A
+    tenant is ``name``, ``state``, ``createdAt``, ``quota`` and ``keys``."""
+
+    async def page(self, after: str, limit: int) -> tuple[Sequence[Json], str | None]:
+        """Tenants by name beyond ``after``; and the name to go on from, None after the last."""
+
+    async def get(self, name: str) -> Json | None:
+        """A tenant, None if there is none."""
+
+    async def create(
+        self, who: Operator, name: str, quota: int | None, public_key: str | None
+    ) -> Json:
+        """The new tenant; its key is in PEM."""
+
+    async def set_quota(self, who: Operator, name: str, quota: int | None) -> Json:
+        """The tenant with its new quota, in spans a second."""
+
+    async def add_key(
+        self, who: Operator, name: str, public_key: str, grace_seconds: float
+    ) -> Json:
+        """The tenant with one key more; its other keys soon expire."""
+
+    async def revoke_key(self, who: Operator, name: str, kid: str) -> Json:
+        """The tenant with one key less."""
+
+    async def delete(self, who: Operator, name: str, wait_seconds: float) -> bool:
+        """Delete a tenant with all its data; whether it was done within so many seconds."""
+
+
 class Backend(Protocol):
     """The running service."""
 
     @property
     def admin(self) -> Administration: ...
+
+    @property
+    def tenants(self) -> Tenants: ...
 
     @property
     def queries(self) -> Queries: ...

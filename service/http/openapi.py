@@ -11,7 +11,7 @@ from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
-from service.http import admin, health, performance, rules, signals
+from service.http import admin, health, performance, rules, signals, tenants
 from service.http.endpoint import HTML_TYPE, JSON_TYPE, Answer, Call, Endpoint, Endpoints
 
 endpoints = Endpoints("Documentation", access="none")
@@ -97,7 +97,7 @@ ERROR_SCHEMA = {
 
 def all_endpoints() -> list[Endpoint]:
     """All endpoints of the API, in the order of the documentation."""
-    modules = (signals, rules, performance, admin, health)
+    modules = (signals, rules, performance, admin, tenants, health)
     return [item for module in modules for item in module.endpoints.all] + endpoints.all
 
 

@@ -20,8 +20,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The request was not accepted: ``status`` is 400 (it cannot be decoded), 413 (too large when
-    decompressed) or 503 (it cannot be written now); ``message`` says what to do."""
+    """The request was not accepted: ``status`` is 400 (it cannot be decoded), 403 (its tenant is
+    deleted), 413 (too large when decompressed) or 503 (it cannot be written now); ``message`` says
+    what to do."""
 
     status: int
     message: str

@@ -185,6 +185,14 @@ class CorrelateStage:
         with self._lock:
             self._raised.note(signals)
 
+    def forget(self, tenant: str) -> int:
+        """Drop all traces of a tenant of whom no frame is waiting; in a worker thread. What had
+        left them has tickets below the one that is returned."""
+        with self._lock:
+            self.tenants.pop(tenant, None)
+            self._raised.forget(tenant)
+            return self._in_flight.mark()
+
     def replayed(self) -> None:
         """The log is read, all of it is folded: what was raised of traces that are not open now is
         known by other ways. Clients had nobody to send to: traces are idle from now on."""

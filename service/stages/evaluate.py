@@ -135,6 +135,11 @@ class EvaluateStage:
             else:
                 self._in_flight.leave(decided.ticket)
 
+    def forget(self, tenant: str) -> None:
+        """Forget the traces of a tenant."""
+        for key in [key for key in self._early if key[0] == tenant]:
+            self._early.pop(key, None)
+
     def _note_leads(self, closed: DueTraces) -> None:
         """Observe how long before their close traces were signalled early."""
         for k in np.flatnonzero(closed.rows[:, FLAGS] & ONCE_DIRTY).tolist():

@@ -134,7 +134,12 @@ class IngestStage:
                 scanned.append((scan_bodies(tenant, bodies), decoded))
         batches = []
         for batch, decoded in scanned:
-            self._append(batch, [requests[i] for i in decoded])
+            try:
+                self._append(batch, [requests[i] for i in decoded])
+            except TenantClosed:
+                for i in decoded:
+                    outcomes[i] = Refused(403, f"the tenant {batch.tenant} is deleted")
+                continue
             for i, row, position in zip(decoded, batch.bodies, batch.positions, strict=True):
                 outcomes[i] = _outcome(row, int(position))
             if len(batch) and batch.received_ns:
@@ -172,7 +177,7 @@ class IngestStage:
             batch.positions[logged] = self._progress.append(
                 batch.tenant, lambda: self._log.append(batch.tenant, frames)
             )
-        except (LogWriteError, TenantClosed):
+        except LogWriteError:
             return
         batch.received_ns = max(frame.received_ns for frame in frames)
 

@@ -370,6 +370,14 @@ class DeadLetterStore:
         with self._lock:
             self._exported += [_letter(row[:-1]) for row in moved]
 
+    def drop_exported(self, tenant: str) -> int:
+        """Take the letters of a tenant out of the files that letters were moved to; how many."""
+        dropped = 0
+        for path in sorted(self._export.glob("*.jsonl.gz")) if self._export.is_dir() else ():
+            with self._errors():
+                dropped += _rewrite_without(path, tenant)
+        return dropped
+
     def take_exported(self) -> list[Letter]:
         """The letters that were moved to files since the last call."""
         with self._lock:
@@ -397,6 +405,30 @@ class DeadLetterStore:
         """Give free pages back to the disk."""
         with self._lock, self._errors():
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
+
+
+def _rewrite_without(path: Path, tenant: str) -> int:
+    gone = kept = 0
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as raw:
+        with gzip.open(path) as source, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+            for line in source:
+                if orjson.loads(line)["tenant"] == tenant:
+                    gone += 1
+                else:
+                    kept += 1
+                    file.write(line)
+        raw.flush()
+        os.fsync(raw.fileno())
+    if not gone:
+        temporary.unlink()
+    elif kept:
+        temporary.replace(path)
+    else:
+        path.unlink()
+        temporary.unlink()
+    sync_directory(path.parent)
+    return gone
 
 
 def _key(letter: NewLetter) -> bytes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ from service.storage.disk import Disk
 from service.storage.paths import sync_directory
 
 _SUFFIX = ".jsonl"
+_NEW = ".new"
 _DAMAGED = "damaged.txt"
 _BLOCK = 1 << 20
 
@@ -95,6 +96,8 @@ class FallbackFiles:
         self._descriptor = -1  # of the last file, where more may be appended
         self._appended = self._consumed = self._damaged = 0
         directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"*{_NEW}"):  # by a crash within drop()
+            left.unlink()
         numbered = [path for path in directory.glob(f"*{_SUFFIX}") if path.stem.isdigit()]
         self._next = max((int(path.stem) for path in numbered), default=0) + 1
         for path in sorted(numbered, key=lambda path: int(path.stem)):
@@ -224,6 +227,50 @@ class FallbackFiles:
             file.flush()
             os.fsync(file.fileno())
             self._damaged += 1
+
+    def drop(self, unwanted: Callable[[bytes], bool]) -> int:
+        """Delete the lines that are ``unwanted``, those set aside too, while no chunk is out; how
+        many. What is not deleted keeps its order."""
+        with self._lock:
+            if self._files and not self._files[-1].sealed:
+                self._seal(self._files[-1])
+            dropped = 0
+            for file in list(self._files):
+                gone, kept, size = self._rewrite(file.path, file.read, file.size, unwanted)
+                if gone:
+                    dropped += gone
+                    file.read, file.lines, file.size = 0, kept, size
+                    if not kept:
+                        self._remove(file)
+            damaged = self._directory / _DAMAGED
+            if damaged.exists():
+                dropped += self._rewrite(damaged, 0, damaged.stat().st_size, unwanted)[0]
+            return dropped
+
+    def _rewrite(
+        self, path: Path, start: int, end: int, unwanted: Callable[[bytes], bool]
+    ) -> tuple[int, int, int]:
+        """Keep of a file's part what is wanted; the lines that went, those that stay, and their
+        bytes."""
+        gone = kept = size = 0
+        temporary = path.with_suffix(_NEW)
+        with path.open("rb") as source, temporary.open("wb") as target:
+            source.seek(start)
+            while source.tell() < end and (line := source.readline()):
+                if unwanted(line.rstrip(b"\n")):
+                    gone += 1
+                else:
+                    target.write(line)
+                    kept += 1
+                    size += len(line)
+            target.flush()
+            os.fsync(target.fileno())
+        if gone:
+            temporary.replace(path)
+            sync_directory(self._directory)
+        else:
+            temporary.unlink()
+        return gone, kept, size
 
     def pages(self, lines: int) -> Iterator[list[bytes]]:
         """All lines that are there and not consumed, oldest first, so many at once; files that are

@@ -132,7 +132,7 @@ class SpanLog:
             self._owner = LockFile(directory / _LOCK)
             self._threads = ThreadPoolExecutor(_SYNC_THREADS, "span-log-sync")
             for tenant in tenants_with(directory, _DELETED):
-                shutil.rmtree(directory / tenant / _DELETED)
+                shutil.rmtree(tenant_directory(directory, tenant) / _DELETED)
         floor = directory / _FLOOR
         self._floor = int(floor.read_text()) if floor.exists() else 0
 

@@ -56,6 +56,10 @@ class RaisedBefore:
             else:
                 del self._tenants[tenant]
 
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant."""
+        self._tenants.pop(tenant, None)
+
     def saved(self) -> dict[str, dict[str, list[list[str]]]]:
         """All of it as JSON."""
         return {
