@@ -34,13 +34,14 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import trio
 
-from .batcher import Batcher
+from .batcher import Batcher, Pace
 from .channel import ReceiveChannel
 from .errors import ExpectedError, is_expected
 from .supervisor import backoff, supervise
@@ -139,11 +140,16 @@ class Stage(Generic[T]):
       max_batch_wait: how many seconds a batch may wait to grow; with 0 it is what there is.
       batch_key: if given, a batch holds only items of one key (a tenant, say).
       max_batch_keys: how many batches of different keys may grow at once.
+      pace, urgent, most_batch_wait: as `Batcher` has them; while more than three quarters of the
+        channel's capacity wait, batches come out whatever the pace.
       attempts: how often an item is delivered in all before it is dead.
       retry_delay: seconds between an item's failure and its redelivery.
       on_dead: takes an item that failed for good, its last error, and the number of deliveries.
       expected: the kinds of errors that are not bugs.
       on_done: observer called with (seconds, weight) of each successful handler call.
+      on_slow: observer called before it with (items, seconds, error) of each handler call that took
+        ``slow_after`` seconds or more; error is None if it was successful.
+      slow_after: see ``on_slow``.
 
     Raises:
       ValueError: a setting that cannot work.
@@ -161,10 +167,15 @@ class Stage(Generic[T]):
         max_batch_wait: float = 0.0,
         batch_key: Callable[[T], Hashable] | None = None,
         max_batch_keys: int = 64,
+        pace: Pace | None = None,
+        urgent: Callable[[T], bool] | None = None,
+        most_batch_wait: float = float("inf"),
         attempts: int = 4,
         retry_delay: float = 1.0,
         expected: tuple[type[Exception], ...] = (ExpectedError,),
         on_done: Callable[[float, int], None] | None = None,
+        on_slow: Callable[[list[T], float, Exception | None], None] | None = None,
+        slow_after: float = math.inf,
     ) -> None:
         if not receive.hold:
             raise ValueError(
@@ -193,11 +204,17 @@ class Stage(Generic[T]):
                 max_batch_wait,
                 key=batch_key,
                 max_keys=max_batch_keys,
+                pace=pace,
+                urgent=urgent,
+                most_wait=most_batch_wait,
+                most_weight=receive.capacity * 3 // 4,
             )
         self._attempts = attempts
         self._retry_delay = retry_delay
         self._expected = expected
         self._on_done = on_done
+        self._on_slow = on_slow
+        self._slow_after = slow_after
         self._turns = trio.Semaphore(workers)
         self._waiting: list[tuple[float, int, _Held[T]]] = []  # a heap by time due
         self._sequence = 0
@@ -332,6 +349,7 @@ class Stage(Generic[T]):
             for held in batch:
                 held.attempts += 1
                 held.error = error
+            self._tell_if_slow(items, trio.current_time() - started, error)
             raise
         finally:
             self._busy -= 1
@@ -340,11 +358,20 @@ class Stage(Generic[T]):
         self._weight_out += weight
         self._last_progress = trio.current_time()
         self._receive.done(weight)
+        seconds = self._last_progress - started
+        self._tell_if_slow(items, seconds, None)
         if self._on_done is not None:
             try:
-                self._on_done(self._last_progress - started, weight)
+                self._on_done(seconds, weight)
             except Exception:  # the batch is done, whatever the observer thinks of it
                 logger.exception("stage %s: the observer on_done failed", self.name)
+
+    def _tell_if_slow(self, items: list[T], seconds: float, error: Exception | None) -> None:
+        if self._on_slow is not None and seconds >= self._slow_after:
+            try:
+                self._on_slow(items, seconds, error)
+            except Exception:
+                logger.exception("stage %s: the observer on_slow failed", self.name)
 
     def _wait(self, held: _Held[T], seconds: float) -> None:
         self._sequence += 1

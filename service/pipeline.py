@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -20,11 +20,12 @@ from service.ledger.base import Ledger
 from service.otlp.columns import SpanBatch
 from service.reserves import Reserves
 from service.rules.registry import RuleRegistry
-from service.settings import Settings
+from service.settings import Settings, Tracing
 from service.signals import Signal
 from service.stages.correlate import CorrelateStage, TraceLimits
 from service.stages.evaluate import Decided, EvaluateStage
 from service.stages.ingest import IngestStage
+from service.stages.pacing import CommitPace
 from service.stages.store import ProjectStage, StoreCounts, StoreStage
 from service.storage.duck import DuckStore
 from service.storage.spanlog import SpanLog
@@ -34,6 +35,9 @@ from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.progress import InFlight, LogProgress
 from service.traces.window import Windows
+
+if TYPE_CHECKING:
+    from service.tracing import SlowBatches, StageTraces
 
 T = TypeVar("T")
 SECOND = 1_000_000_000
@@ -79,6 +83,8 @@ class Pipeline:
         latencies: Latencies,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self.slow_batches = _slow_batches(settings.tracing)
+        self._stage_traces: dict[str, StageTraces] = {}
         self.queues: dict[str, Queue] = {}
         self.stages: dict[str, Stage[Any]] = {}
         self.threads = {
@@ -199,6 +205,7 @@ class Pipeline:
             self.breakers.duckdb,
             reserves.duckdb,
             self.letters.bury_all,
+            CommitPace(settings.duckdb.commit_cores),
         )
         self.fallbacks = {each.name: each for each in (self.store.fallback, self.project.fallback)}
 
@@ -213,9 +220,16 @@ class Pipeline:
             options.setdefault("retry_delay", settings.redelivery.delay_seconds)
             options.setdefault("on_dead", on_dead(name))
             observe = latencies.stage(name).observe
-            self.stages[name] = Stage(
-                name, receive, handler, on_done=lambda seconds, _: observe(seconds), **options
-            )
+            traces = self._stage_traces.get(name)
+            if traces is not None:
+                options |= {"on_slow": traces.slow, "slow_after": traces.slow_seconds}
+
+            def done(seconds: float, _: int) -> None:
+                observe(seconds)
+                if traces is not None:
+                    traces.done()
+
+            self.stages[name] = Stage(name, receive, handler, on_done=done, **options)
 
         # A request that makes the stage fail is refused: its client still has it.
         add(
@@ -252,12 +266,20 @@ class Pipeline:
             max_batch_wait=settings.duckdb.flush_ms / 1000,
             batch_key=lambda d: d.tenant,
             max_batch_keys=1024,
+            pace=self.project.pace,
+            urgent=lambda d: bool(d.signals),
+            most_batch_wait=settings.duckdb.flush_most_seconds,
         )
 
     def _channel(
         self, name: str, capacity: int, weigh: Callable[[T], int], unit: str, _: type[T]
     ) -> tuple[SendChannel[T], ReceiveChannel[T]]:
-        send, receive = open_channel(name, capacity, weigh, hold=True)
+        on_wait = None
+        if self.slow_batches is not None:
+            traces = self.slow_batches.stage(name, unit, weigh)
+            self._stage_traces[name] = traces
+            on_wait = traces.waited
+        send, receive = open_channel(name, capacity, weigh, hold=True, on_wait=on_wait)
         self.queues[name] = Queue(send, receive, send.peak_reader(), send.peak_reader(), unit)
         return send, receive
 
@@ -299,6 +321,7 @@ class Pipeline:
                 if name != "span-ingestion"
             }
             await self.correlate.caught_up.wait()
+            self.project.pace.held = True
             await self.letters.run(channels)
 
     def close(self) -> None:
@@ -308,8 +331,19 @@ class Pipeline:
 
     def close_threads(self) -> None:
         """End the worker threads, after :meth:`run`."""
+        if self.slow_batches is not None:
+            self.slow_batches.close()
         for threads in self.threads.values():
             threads.close()
         self.letters.close()
         for fallback in self.fallbacks.values():
             fallback.close()
+
+
+def _slow_batches(settings: Tracing) -> SlowBatches | None:
+    """None while they are not traced: the SDK takes long to import."""
+    if not settings.endpoint:
+        return None
+    from service.tracing import SlowBatches
+
+    return SlowBatches(settings)

@@ -13,7 +13,17 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from service.settings.base import OFF, is_loopback, split_address
-from service.settings.edge import Api, Auth, Ingest, Logging, Metrics, Quotas, Shutdown, Tls
+from service.settings.edge import (
+    Api,
+    Auth,
+    Ingest,
+    Logging,
+    Metrics,
+    Quotas,
+    Shutdown,
+    Tls,
+    Tracing,
+)
 from service.settings.stages import (
     Audit,
     Breakers,
@@ -53,6 +63,7 @@ __all__ = [
     "Storage",
     "Tls",
     "Traces",
+    "Tracing",
     "is_loopback",
     "split_address",
 ]
@@ -85,6 +96,7 @@ class Settings(BaseModel):
     tls: Tls = Tls()
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
+    tracing: Tracing = Tracing()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from service.settings.base import (
     MIB,
@@ -18,6 +18,12 @@ from service.settings.base import (
     Workers,
 )
 from service.tenants import TENANT_RULE, is_tenant_name
+
+
+def _http_or_empty(text: str) -> str:
+    if text and not text.startswith(("http://", "https://")):
+        raise ValueError("is not a URL: write http://host:port/v1/traces, or nothing")
+    return text
 
 
 class Ingest(Section):
@@ -177,6 +183,25 @@ class Shutdown(Section):
     """Pause between turning not ready and refusing requests, for load balancers to notice."""
     grace_seconds: Seconds = 30
     """Stages and requests in progress have this long to finish."""
+
+
+class Tracing(Section):
+    """The service's own traces, of batches that a stage takes long for."""
+
+    endpoint: Annotated[str, AfterValidator(_http_or_empty)] = ""
+    """Where they are sent: a URL of OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; empty
+    for none. Headers for it, such as a token, are in the variable OTEL_EXPORTER_OTLP_HEADERS."""
+    slow_batch_ms: Count = 1000
+    """A batch that a stage works on for this long becomes a trace; at most one a second."""
+    tenant: str = "betrace"
+    """They are sent as this tenant's (header X-Scope-OrgID), whose own batches are never traced, so
+    that the service may be its own endpoint."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not is_tenant_name(self.tenant):
+            raise ValueError(f"tracing.tenant is {self.tenant!r}, but {TENANT_RULE}")
+        return self
 
 
 class Logging(Section):

@@ -292,6 +292,37 @@ async def test_a_failing_observer_does_not_undo_a_batch(
     assert "observer on_done failed" in caplog.text
 
 
+async def test_slow_calls_are_told_whether_they_failed_or_not(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[list[str], float, str | None]] = []
+
+    def observe(items: list[str], seconds: float, error: Exception | None) -> None:
+        told.append((items, seconds, error and str(error)))
+        raise RuntimeError("observer")
+
+    async def handle(items: list[str]) -> None:
+        await trio.sleep(0.1 if items == ["quick"] else 0.5)
+        if items == ["bad"]:
+            raise ExpectedError("no")
+
+    async def bury(*_: object) -> None:
+        pass
+
+    send, receive = open_channel("work", 100, len, hold=True)
+    stage = Stage(
+        "work", receive, handle, on_dead=bury, attempts=1, on_slow=observe, slow_after=0.5,
+        max_batch_weight=1,
+    )  # fmt: skip
+    for item in ("slow", "quick", "bad"):
+        send.send_nowait(item)
+    send.close()
+    await stage.run()
+    assert told == [(["slow"], 0.5, None), (["bad"], 0.5, "no")]
+    assert caplog.text.count("observer on_slow failed") == 2
+    assert (stage.statistics().items_out, stage.statistics().dead) == (2, 1)
+
+
 async def test_pause_and_resume(autojump_clock: MockClock) -> None:
     recorder = Recorder({"bad": [TransientError()]})
     send, stage = make(recorder)
