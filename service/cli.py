@@ -18,6 +18,7 @@ import click
 
 from service.deadletters_cli import dead_letters
 from service.replay_cli import replay
+from service.tenants_cli import tenants
 
 FOUND = 1
 COULD_NOT_RUN = 3
@@ -311,6 +312,7 @@ def version(as_json: bool) -> None:
 
 cli.add_command(dead_letters)
 cli.add_command(replay)
+cli.add_command(tenants)
 
 
 def main() -> None:
