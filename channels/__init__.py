@@ -1,6 +1,6 @@
 """Bounded channels and the stages between them: the parts of a pipeline on Trio."""
 
-from .batcher import Batcher
+from .batcher import Batcher, Pace
 from .breaker import (
     Breaker,
     BreakerOpen,
@@ -30,6 +30,7 @@ __all__ = [
     "ChannelStatistics",
     "DropReason",
     "ExpectedError",
+    "Pace",
     "PeakReader",
     "ReceiveChannel",
     "SendChannel",

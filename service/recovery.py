@@ -82,6 +82,7 @@ class Recovery:
         self._correlate = correlate
         self._progress = progress
         self._in_flight = in_flight
+        self._waited = 0.0
         self._threads = threads
         self._store = store
         self._closed = closed
@@ -227,11 +228,12 @@ class Recovery:
         return batch
 
     async def every(self, seconds: float) -> None:
-        """Save a checkpoint every so many seconds, less often where saving takes long."""
+        """Save a checkpoint every so many seconds, less often where saving takes long, apart from
+        waiting for the stores."""
         while True:
             started = trio.current_time()
             await self.save()
-            took = trio.current_time() - started
+            took = trio.current_time() - started - self._waited
             await trio.sleep(max(seconds - took, 9 * took, 0.1))
 
     async def save(self) -> bool:
@@ -242,7 +244,9 @@ class Recovery:
             snapshot = await self._threads.run(self._correlate.snapshot)
             letters = self._letters.saved_in(retried, snapshot.progress)
             snapshot = replace(snapshot, letters=letters, recorded=recorded)
+            began = trio.current_time()
             await self._in_flight.wait(snapshot.mark)
+            self._waited = trio.current_time() - began
             try:
                 self.saved_bytes = await self._threads.run(
                     write_checkpoint, self._directory, snapshot

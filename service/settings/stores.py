@@ -85,7 +85,13 @@ class DuckDb(Section):
     batch_rows: Count = 1000
     """Rows of one transaction, at most."""
     flush_ms: Count = 250
-    """A batch that is not full is written after this."""
+    """A batch that is not full is written after this, unless commits take their share already."""
+    flush_most_seconds: Seconds = 30
+    """A batch is written after this, whatever commits cost. Rows wait so long only where hundreds
+    of tenants are active; a restart reads that much more of the span log."""
+    commit_cores: Annotated[float, Field(gt=0, le=64)] = 0.05
+    """CPU time that commits may take, in cores: with more tenants each one's rows wait longer.
+    Commits with signals go first and may take five times as much."""
     pool_max: Workers = 5
     """Connections per tenant, at most."""
     pool_idle: Annotated[int, Field(ge=0, le=1000)] = 1

@@ -24,7 +24,7 @@ from service.traces.due import DueTraces
 from service.traces.layout import CLOSED, NEVER, STATE
 from service.traces.progress import InFlight, LogProgress
 from service.traces.raised import RaisedBefore
-from service.traces.tenant import History, TenantTraces
+from service.traces.tenant import INDEX_LAG_NS, History, TenantTraces
 from service.traces.window import Windows
 
 SURVEY_NS = 1_000_000_000
@@ -302,8 +302,10 @@ class CorrelateStage:
             found += over
         closed = sum(traces.closed_count for traces in self.tenants.values())
         share = min(1.0, limits.keep / closed) if closed else 1.0
+        lag_ns = INDEX_LAG_NS + self._in_flight.oldest_ns()
         for traces in self.tenants.values():
-            traces.evict(now, limits.keep_ns, int(traces.closed_count * share), self._closed)
+            keep = int(traces.closed_count * share)
+            traces.evict(now, limits.keep_ns, keep, self._closed, lag_ns)
         self.counts.closed += sum(len(due) for due in found)
         return found
 

@@ -3,7 +3,8 @@ traces to DuckDB, the projection that is queried.
 
 The ledger is written as soon as something is there: what arrives while a write runs makes the next
 batch. DuckDB's commits are what is scarce with many tenants, so its rows wait to be many: they go
-through a channel of their own to the projection stage, which writes a tenant at a time.
+through a channel of their own to the projection stage, which writes a tenant at a time, at the pace
+of :class:`service.stages.pacing.CommitPace`.
 
 Each store is called under a circuit breaker. What it does not take, whatever the reason, goes to
 local files and from there to the store when it is back (:mod:`service.fallback`); where the files
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import orjson
-import pyarrow as pa
 import trio
 
 from channels import (
@@ -38,9 +38,10 @@ from service.latencies import Latencies
 from service.ledger.base import Ledger, LedgerError, RefusedError, transfer
 from service.signals import Signal
 from service.stages.evaluate import Decided
+from service.stages.pacing import CommitPace
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
 from service.storage.fallback import FallbackFiles, FallbackFull
-from service.traces.index import frame_columns, trace_table
+from service.traces.index import frame_columns, trace_tables
 from service.traces.progress import InFlight
 
 STORAGE = "storage-write"
@@ -206,7 +207,9 @@ class ProjectStage:
         breaker: Breaker,
         files: FallbackFiles,
         bury: Callable[[str, list[Decided], Exception, int], Awaitable[None]],
+        pace: CommitPace,
     ) -> None:
+        self.pace = pace
         self._store = store
         self._threads = threads
         self._counts = counts
@@ -268,23 +271,27 @@ class ProjectStage:
 
     async def _call(self, batch: list[Decided]) -> int:
         started = time.perf_counter()
-        rows = await self._threads.run(self._write, batch, abandon_on_cancel=True)
+        rows, cpu = await self._threads.run(self._write, batch, abandon_on_cancel=True)
         self._latencies.duckdb.observe(time.perf_counter() - started)
+        self.pace.observe(cpu, rows)
         return rows
 
-    def _write(self, batch: list[Decided]) -> int:
+    def _write(self, batch: list[Decided]) -> tuple[int, float]:
+        """The rows written, and the CPU seconds that this took."""
+        began = time.thread_time()
         signals = [signal for decided in batch for signal in decided.signals]
-        traces = [trace_table(d.closed) for d in batch if d.closed is not None]
+        closed = [d.closed for d in batch if d.closed is not None]
         spilled = [d.spilled for d in batch if d.spilled is not None]
         try:
             self._store.write(
                 batch[0].tenant,
                 signals=signals,
-                traces=pa.concat_tables(traces) if traces else None,
+                traces=trace_tables(closed) if closed else None,
                 frames=frame_columns(np.concatenate(spilled)) if spilled else None,
             )
         except StoreError as error:
             if error.transient:
                 raise
             raise PoisonError(str(error)) from error  # of this tenant's file, or of these rows
-        return len(signals) + sum(len(table) for table in traces)
+        rows = len(signals) + sum(map(len, closed))
+        return rows, time.thread_time() - began

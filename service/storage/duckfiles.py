@@ -32,6 +32,8 @@ from service.storage.keys import KeyBudget
 from service.storage.paths import tenant_directory, tenants_with
 from service.storage.pool import Pool, PoolTimeout
 
+__all__ = ["DuckFiles", "StoreError"]
+
 _CHECKPOINT_SIZE = "64MB"
 _BLOCK_BYTES = (
     16_384  # DuckDB's smallest: with 262 144, a small file's indexes take 1.8 MB of memory

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from service.otlp.columns import Rows
+from service.otlp.columns import Bytes, Rows
 from service.storage.traces_table import traces_table
 from service.traces.due import DueTraces
 from service.traces.layout import (
@@ -36,8 +36,29 @@ from service.traces.layout import (
 
 def trace_table(due: DueTraces) -> pa.Table:
     """The rows of :data:`service.storage.traces_table.TRACES` for closed traces."""
-    rows = due.rows
-    names = pa.array(due.services, pa.string())
+    return trace_tables([due])
+
+
+def trace_tables(parts: Sequence[DueTraces]) -> pa.Table:
+    """The same for one or more parts of one tenant, each with the rows of the others where they
+    have the same rules and numbers of services: a table costs 0.25 ms, however few its rows."""
+    groups: list[list[DueTraces]] = []
+    for due in parts:
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.rules is due.rules and last.services is due.services:
+            groups[-1].append(due)
+        else:
+            groups.append([due])
+    tables = [_table(group) for group in groups]
+    return traces_table(pa.concat_tables(tables)) if len(tables) > 1 else tables[0]
+
+
+def _table(parts: Sequence[DueTraces]) -> pa.Table:
+    rows, texts = parts[0].rows, parts[0].names
+    if len(parts) > 1:
+        rows = np.concatenate([part.rows for part in parts])
+        texts = np.concatenate([part.names for part in parts])
+    names = pa.array(parts[0].services, pa.string())
     return traces_table(
         {
             "trace_hi": rows[:, HI],
@@ -48,7 +69,7 @@ def trace_table(due: DueTraces) -> pa.Table:
             "last_seen_ns": rows[:, LAST_SEEN],
             "spans": rows[:, SPANS],
             "errors": rows[:, ERRORS],
-            "root_name": _root_names(due),
+            "root_name": _root_names(rows, texts),
             "root_service": names.take(
                 pa.array(rows[:, ROOT_SERVICE], mask=rows[:, ROOT_SERVICE] == 0)
             ),
@@ -57,7 +78,7 @@ def trace_table(due: DueTraces) -> pa.Table:
                 rows[:, POSITION_0 : POSITION_0 + POSITIONS], rows[:, POSITION_COUNT]
             ),
             "partial": rows[:, FLAGS] & PARTIAL != 0,
-            "rules_version": pa.repeat(due.rules.version, len(rows)),
+            "rules_version": pa.repeat(parts[0].rules.version, len(rows)),
         }
     )
 
@@ -85,11 +106,11 @@ def _offsets(lengths: Rows) -> Rows:
     return offsets
 
 
-def _root_names(due: DueTraces) -> pa.Array:
-    lengths = due.rows[:, ROOT_NAME_LEN]
-    data = due.names[np.arange(NAME_BYTES) < lengths[:, None]]
+def _root_names(rows: Rows, texts: Bytes) -> pa.Array:
+    lengths = rows[:, ROOT_NAME_LEN]
+    data = texts[np.arange(NAME_BYTES) < lengths[:, None]]
     offsets = _offsets(lengths).astype(np.int32)
-    rooted = np.packbits(due.rows[:, FLAGS] & ROOTED != 0, bitorder="little")
+    rooted = np.packbits(rows[:, FLAGS] & ROOTED != 0, bitorder="little")
     buffers = [pa.py_buffer(part.tobytes()) for part in (rooted, offsets, data)]
     return pa.Array.from_buffers(pa.string(), len(lengths), buffers)
 

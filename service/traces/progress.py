@@ -7,6 +7,7 @@ them: which due traces are not stored yet (:class:`InFlight`).
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -123,7 +124,7 @@ class InFlight:
         self.left = left
         self._lock = threading.Lock()
         self._next = 1
-        self._open: dict[int, None] = {}  # ascending
+        self._open: dict[int, int] = {}  # ascending; when each was entered
         self._left = trio.lowlevel.ParkingLot()
 
     def enter(self) -> int:
@@ -131,7 +132,7 @@ class InFlight:
         with self._lock:
             ticket = self._next
             self._next += 1
-            self._open[ticket] = None
+            self._open[ticket] = time.monotonic_ns()
             return ticket
 
     def leave(self, ticket: int) -> None:
@@ -154,6 +155,12 @@ class InFlight:
         while (oldest := self._oldest()) is not None and oldest < mark:
             await self._left.park()
         await trio.lowlevel.checkpoint()
+
+    def oldest_ns(self) -> int:
+        """For how many nanoseconds the oldest piece of work has been on its way; 0 without any."""
+        with self._lock:
+            entered = next(iter(self._open.values()), None)
+        return 0 if entered is None else time.monotonic_ns() - entered
 
     def _oldest(self) -> int | None:
         with self._lock:

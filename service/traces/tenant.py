@@ -31,7 +31,7 @@ from service.traces.window import Windows
 MOST_SERVICES = 4096  # numbered service names of a tenant; further ones share OTHER_SERVICES
 OTHER_SERVICES = "(other services)"
 
-INDEX_LAG_NS = 2_000_000_000  # a closed trace is in the index after this, unless stores are behind
+INDEX_LAG_NS = 2_000_000_000  # a trace closed before the oldest one on its way is in the index
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,12 +187,20 @@ class TenantTraces:
                 count -= len(slots)
         return due
 
-    def evict(self, now: int, keep_ns: int, keep: int, closed: ClosedTraces) -> int:
+    def evict(
+        self,
+        now: int,
+        keep_ns: int,
+        keep: int,
+        closed: ClosedTraces,
+        lag_ns: int = INDEX_LAG_NS,
+    ) -> int:
         """Forget traces closed more than ``keep_ns`` ago and the oldest beyond ``keep``, but none
-        so fresh that the trace index may not have it; ``closed`` remembers their ids."""
+        closed within ``lag_ns``, which the trace index may not have; ``closed`` remembers their
+        ids."""
         freed = 0
         for table in self.tables:
-            freed += table.evict(now - keep_ns, now - INDEX_LAG_NS, keep, closed)
+            freed += table.evict(now - max(keep_ns, lag_ns), now - lag_ns, keep, closed)
         self._drop_empty()
         return freed
 
