@@ -69,9 +69,10 @@ class SlowBatches:
         self._allowed_at = -1.0
         resource = Resource.create({"service.name": "betrace", "service.version": _version()})
         self._provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)
+        self._exporter = exporter or _exporter(settings)
         self._provider.add_span_processor(
             BatchSpanProcessor(
-                exporter or _exporter(settings),
+                self._exporter,
                 max_queue_size=_QUEUE_SPANS,
                 max_export_batch_size=_QUEUE_SPANS // 4,
                 schedule_delay_millis=1000,
@@ -141,6 +142,8 @@ class SlowBatches:
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
+        if closing.is_alive():
+            self._exporter.shutdown()  # no more tries
 
 
 class StageTraces:
