@@ -46,6 +46,7 @@ from service.tenancy.authentication import operator_token
 from service.tenancy.directory import TenantDirectory
 from service.tenancy.gate import PUBLIC_KEYS, Gate
 from service.tenancy.removal import Removal
+from service.tracemetadata import TraceMetadataCache
 from service.traces.tenant import TenantTraces
 from service.warmup import warm_up
 from service.watch import Watch
@@ -112,8 +113,20 @@ class Service:
             capacity=settings.pipeline.ingest_capacity_spans,
             closed=closed,
         )
+        self.trace_metadata = TraceMetadataCache(
+            store,
+            maxsize=settings.caches.trace_metadata,
+            ttl_seconds=settings.caches.trace_metadata_ttl_seconds,
+            max_bytes=settings.caches.trace_metadata_bytes,
+        )
         self.queries = StoreQueries(
-            store, log, registry, self.pipeline.correlate, settings.ingest.max_body_bytes, closed
+            store,
+            self.trace_metadata,
+            log,
+            registry,
+            self.pipeline.correlate,
+            settings.ingest.max_body_bytes,
+            closed,
         )
         self._threads = ThreadRunner("service", 2)
         self.recovery: Recovery = Recovery(
@@ -212,6 +225,7 @@ class Service:
                 await self.pipeline.stages["trace-correlation"].drained()
                 await self.recovery.caught_up()
                 inner.start_soon(self.removal.run)
+                inner.start_soon(self.trace_metadata.run, self._threads)
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
                 if self.rebuild.pending:
                     inner.start_soon(self._rebuild)
@@ -405,6 +419,7 @@ class Service:
         return {
             "ruleContainers": self.registry.statistics(),
             PUBLIC_KEYS: self.gate.public_keys.statistics().to_json(),
+            "traceMetadata": self.trace_metadata.cache.statistics().to_json(),
         }
 
     def performance_metrics(self) -> Json:

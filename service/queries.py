@@ -15,6 +15,7 @@ from service.rules.files import Rule, RuleConflictError, RuleNotFoundError, etag
 from service.rules.registry import RuleRegistry
 from service.storage.duck import BadQuery, DuckStore, PoolTimeout, StoreError, SummaryRow
 from service.storage.spanlog import SpanLog
+from service.tracemetadata import TraceMetadataCache
 from service.tracequery import OpenTraces, TraceReader, signal_json, trace_json
 from service.trial import Trial, TrialError, Verdict
 
@@ -31,6 +32,7 @@ class StoreQueries:
     def __init__(
         self,
         store: DuckStore,
+        metadata: TraceMetadataCache,
         log: SpanLog,
         registry: RuleRegistry,
         open_traces: OpenTraces,
@@ -41,12 +43,16 @@ class StoreQueries:
         self._duck = store
         self._registry = registry
         self._rules = registry.store
-        self._reader = TraceReader(store, log, registry.store.rules, open_traces, max_body_bytes)
+        self._metadata = metadata
+        self._reader = TraceReader(
+            store, metadata, log, registry.store.rules, open_traces, max_body_bytes
+        )
         self._changing = threading.Lock()  # a rule that must be new stays so until it is saved
 
     # Signals and traces
 
     def signals(self, tenant: str, query: SignalQuery) -> tuple[list[Json], str | None]:
+        self._metadata.viewed(tenant)  # the trace of one of them is likely to be next
         with _asking():
             found, following = self._duck.signals(tenant, **asdict(query))
         return [signal_json(stored) for stored in found], following

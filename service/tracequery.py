@@ -7,7 +7,7 @@ request bodies that they came in.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from service.settings.base import MIB
 from service.signals import Kind, signal_id
 from service.storage.duck import DuckStore, StoredSignal, TraceRow
 from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog
+from service.tracemetadata import MAX_SIGNALS, TraceMetadataCache
 from service.traces.due import DueTraces
 from service.traces.layout import (
     ERRORS,
@@ -44,7 +45,6 @@ Json = dict[str, Any]
 MAX_FRAMES = 4096
 MAX_BYTES = 128 * MIB
 MAX_SPANS = 20_000
-MAX_SIGNALS = 1000
 
 _SPARE_RULES = 16
 
@@ -87,12 +87,14 @@ class TraceReader:
     def __init__(
         self,
         store: DuckStore,
+        metadata: TraceMetadataCache,
         log: SpanLog,
         rules: Callable[[str], tuple[Rule, ...]],
         open_traces: OpenTraces,
         max_body_bytes: int,
     ) -> None:
         self._store = store
+        self._metadata = metadata
         self._log = log
         self._rules = rules
         self._lock = threading.Lock()
@@ -111,19 +113,18 @@ class TraceReader:
         """
         # First the memory, then the index, where a trace is by the time that it leaves the memory.
         held = self._open_traces.look_up(tenant, trace_id)
-        row = self._store.trace(tenant, trace_id)
+        is_open = held is not None and not held.closed
+        row, stored = self._stored(tenant, trace_id, is_open)
         positions = set(row.positions if row else ())
         if held is not None:
             in_memory = _row(held)
             positions.update(in_memory.positions)
             if row is None:
                 positions.update(self._store.spilled(tenant, trace_id))
-            if row is None or not held.closed:
+            if row is None or is_open:
                 row = in_memory
         if row is None:
             return None
-        is_open = held is not None and not held.closed
-        stored, _ = self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)
 
         frames = _Frames(self._log, tenant, sorted(positions), self._max_body)
         with self._compiled(tenant) as rules:
@@ -151,6 +152,15 @@ class TraceReader:
                 "kept" if certain else "open" if is_open else "unknown",
             ),
         }
+
+    def _stored(
+        self, tenant: str, trace_id: str, is_open: bool
+    ) -> tuple[TraceRow | None, Sequence[StoredSignal]]:
+        """What the store has of a trace: from the cache, unless the trace is open and changes."""
+        if not is_open and (found := self._metadata.find(tenant, trace_id)) is not None:
+            return found.row, found.signals
+        row = self._store.trace(tenant, trace_id) if is_open else None
+        return row, self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)[0]
 
     @contextmanager
     def _compiled(self, tenant: str) -> Iterator[CompiledRules]:

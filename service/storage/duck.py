@@ -37,6 +37,7 @@ from service.storage.traces_table import (
 __all__ = [
     "MOST_POSITIONS",
     "BadQuery",
+    "Change",
     "DuckStore",
     "PoolTimeout",
     "RowCounts",
@@ -55,6 +56,25 @@ class RowCounts:
     signals: int
     traces: int
     frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was written of a tenant in one transaction."""
+
+    signals: Sequence[Signal]
+    traces: pa.Table | None
+    frames: pa.Table | None
+
+    def trace_ids(self) -> set[str]:
+        """The traces whose rows, positions or signals were written."""
+        signalled = {signal.trace_id for signal in self.signals}
+        return signalled | _ids(self.traces) | _ids(self.frames)
+
+    def signalled(self) -> list[str]:
+        """The traces of the index among them that have signals, in the order of these."""
+        written = _ids(self.traces)
+        return [s.trace_id for s in self.signals if s.trace_id in written]
 
 
 class DuckStore:
@@ -86,6 +106,9 @@ class DuckStore:
             key_bytes=key_bytes,
             clock=clock,
         )
+        self.on_change: Callable[[str, Change | None], None] = _nobody
+        """Told of every write, in its thread and before it returns, also where it failed: the
+        tenant, and what was written, None where anything may have changed."""
 
     # Writing
 
@@ -113,12 +136,15 @@ class DuckStore:
         traces: pa.Table | None,
         frames: pa.Table | None,
     ) -> int:
-        with self._files.append(tenant) as (db, known):
-            if traces is not None and len(traces):
-                duckwrite.write_traces(db, known, traces)
-            if frames is not None and len(frames):
-                duckwrite.write_frames(db, known, frames)
-            return duckwrite.write_signals(db, known, signals) if signals else 0
+        try:
+            with self._files.append(tenant) as (db, known):
+                if traces is not None and len(traces):
+                    duckwrite.write_traces(db, known, traces)
+                if frames is not None and len(frames):
+                    duckwrite.write_frames(db, known, frames)
+                return duckwrite.write_signals(db, known, signals) if signals else 0
+        finally:
+            self.on_change(tenant, Change(signals, traces, frames))
 
     def write_signals(self, tenant: str, signals: Sequence[Signal]) -> int:
         """Store signals, which are all of ``tenant``; how many are new. One that is there already
@@ -167,6 +193,7 @@ class DuckStore:
         expired = int(row[0]) if row else 0
         if expired:
             self._files.forget_known(tenant)
+            self.on_change(tenant, None)
         return expired
 
     # Reading
@@ -327,11 +354,13 @@ class DuckStore:
         """Put a damaged file aside and begin an empty one; its rows are then to be written again,
         from the ledger and the log."""
         self._files.recreate(tenant)
+        self.on_change(tenant, None)
 
     def remove(self, tenant: str) -> None:
         """Close the tenant's file and delete it; it need not be there. Who uses it is waited for up
         to the pool's timeout, then :exc:`PoolTimeout`. A later write makes the file anew."""
         self._files.delete(tenant)
+        self.on_change(tenant, None)
 
     def close(self) -> None:
         """Close all files. Twice does no harm."""
@@ -347,3 +376,11 @@ class DuckStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _nobody(tenant: str, change: Change | None) -> None:
+    """Nobody wants to know."""
+
+
+def _ids(table: pa.Table | None) -> set[str]:
+    return set() if table is None else {key.hex() for key in table["trace_id"].to_pylist()}

@@ -26,6 +26,7 @@ from service.storage.duck import DuckStore
 from service.storage.frames import Frame
 from service.storage.spanlog import SpanLog
 from service.tracehistory import TraceHistory
+from service.tracemetadata import TraceMetadataCache
 from service.traces.closed import ClosedTraces
 from service.traces.index import frame_columns, trace_table
 from service.traces.progress import InFlight, LogProgress
@@ -94,7 +95,10 @@ def stores(tmp_path, warm):
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
         backend = ScriptedBackend()
-        backend.queries = s.queries = StoreQueries(s.duck, s.log, s.registry, s.correlate, 1 << 20)
+        metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
+        backend.queries = s.queries = StoreQueries(
+            s.duck, metadata, s.log, s.registry, s.correlate, 1 << 20
+        )
         s.client = create_api(backend).test_client()
         yield s
     threads.close()
