@@ -143,16 +143,22 @@ class BetraceApp(App[int]):
 
     def _linked(self, link: Link) -> None:
         self.state.stale = link.status != "connected"
-        if self.is_mounted(self._main):
-            self._main.set_class(self.state.stale, "-stale")
-            self._show_bars()
-            if link.status == "connected":
-                self.load()
+        if not self._up:
+            return
+        self._main.set_class(self.state.stale, "-stale")
+        self._show_bars()
+        if link.status == "connected":
+            self.load()
 
     def _received(self, data: Json) -> None:
         self.state.update(parse(data, self.clock()))
-        if self.frozen_at is None:
+        if self.frozen_at is None and self._up:
             self._show()
+
+    @property
+    def _up(self) -> bool:
+        """Whether there is something to show things on: not while the application ends."""
+        return self.is_running
 
     def _show(self) -> None:
         self.panel.show(self.state)
@@ -160,7 +166,8 @@ class BetraceApp(App[int]):
             self.screen.show(self.state)
 
     def _show_bars(self) -> None:
-        self._main.query_one(StatusBar).show(self)
+        if self._up:
+            self._main.query_one(StatusBar).show(self)
 
     def _restyle(self, _: Theme) -> None:
         for panel in self._main.query(TablePanel):

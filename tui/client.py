@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -60,22 +60,20 @@ class Client:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
+        _check_url(self.url)
         self.tenant = tenant
         headers = {"x-operator": operator_name()}
         if token:
             headers["authorization"] = f"Bearer {token}"
         if tenant:
             headers["x-scope-orgid"] = tenant
-        try:
-            self._http = httpx.AsyncClient(
-                base_url=self.url,
-                headers=headers,
-                timeout=TIMEOUT,
-                trust_env=False,
-                transport=transport,
-            )
-        except (httpx.InvalidURL, ValueError) as error:
-            raise ClientError("unreachable", f"{url} is no URL ({error})") from error
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=TIMEOUT,
+            trust_env=False,
+            transport=transport,
+        )
 
     async def __aenter__(self) -> Client:
         return self
@@ -187,6 +185,17 @@ class Client:
 
     async def warm_caches(self) -> Json:
         return await self.post("/api/admin/cache-warmup", timeout=60.0)
+
+
+def _check_url(url: str) -> None:
+    """Raise :exc:`ClientError` for what is no base of an API."""
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as a port that is none
+        right = False
+    if not right:
+        raise ClientError("unreachable", f"{url} is no URL such as http://127.0.0.1:8090")
 
 
 def segment(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -15,6 +15,9 @@ from textual.widgets import Footer, Label, Sparkline, Static
 
 from tui.state import State
 from tui.text import SYMBOLS, Tone
+
+if TYPE_CHECKING:
+    from tui.app import BetraceApp
 
 STYLES: dict[Tone, str] = {
     "good": "$success",
@@ -131,6 +134,9 @@ class Detail(ModalScreen[None]):
             scroll.border_title = Content(self._title)
             yield Live()
         yield Footer()
+
+    def on_mount(self) -> None:
+        self.show(cast("BetraceApp", self.app).state)
 
     def show(self, state: State) -> None:
         """Draw the state; the application calls it with each one."""

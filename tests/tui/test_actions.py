@@ -13,7 +13,7 @@ from tui.changes import Ask, Change, Confirm
 ACTIONS = [
     ("2", "P", "/api/admin/pipeline/pause", "ingestion: open → paused", "ingestion is paused"),
     ("2", "D", "/api/admin/pipeline/drain?wait=10", "channels: in use → empty", "drained"),
-    ("2", "R", "/api/admin/pipeline/resume", "ingestion: open → open", "ingestion is open"),
+    ("2", "R", "/api/admin/pipeline/resume", "ingestion: paused → open", "ingestion is open"),
     ("3", "T", "/api/admin/breakers/rule-evaluation/trip", "state: closed → open", "is open"),
     ("3", "F", "/api/admin/breakers/rule-evaluation/force-open", "→ forced open", "is forced open"),
     ("3", "X", "/api/admin/breakers/rule-evaluation/disable", "→ disabled", "is disabled"),
@@ -35,9 +35,8 @@ def test_an_action_asks_and_is_done_and_told(number):
         for _, key, path, effect, told in (each for each in ACTIONS if each[0] == number):
             before, shown = api.posted(), len(toasts(app))
             await pilot.press(key)
-            await until(lambda: isinstance(app.screen, Confirm))
-            await pilot.pause()
-            assert effect in screen_text(app)
+            await until(lambda effect=effect: effect in screen_text(app))
+            assert isinstance(app.screen, Confirm)
             assert app.focused.id == "cancel"
             assert api.posted() == before
             await pilot.press("right", "enter")
@@ -52,13 +51,12 @@ def test_an_action_asks_and_is_done_and_told(number):
 @piloted()
 async def test_what_is_cancelled_is_not_done(pilot, api):
     app = pilot.app
-    for number, action in (("2", "D"), ("3", "F"), ("4", "W")):
-        await pilot.press(number)
-        for keys in (("enter",), ("escape",), ("n",), ("q",), ("l", "h", "enter")):
-            await pilot.press(action)
-            await until(lambda: isinstance(app.screen, Confirm))
-            await pilot.press(*keys)
-            await until(lambda: not isinstance(app.screen, Confirm))
+    ways = (("enter",), ("escape",), ("n",), ("q",), ("l", "h", "enter"))
+    for (number, action), keys in zip(("2P", "2D", "3F", "4W", "4I"), ways, strict=True):
+        await pilot.press(number, action)
+        await until(lambda: isinstance(app.screen, Confirm))
+        await pilot.press(*keys)
+        await until(lambda: not isinstance(app.screen, Confirm))
     await pilot.pause()
     assert api.posted() == []
     assert toasts(app) == []
