@@ -193,6 +193,18 @@ FALLBACK_EMPTY = _event(
     "{store}: all that was in fallback files is written back",
     "The store has everything again.",
 )
+ARCHIVED = _event(
+    "archive.done",
+    logging.INFO,
+    "archived {spans} spans in {files} files of {directory}; {released} bytes of the log deleted",
+    "The daily task of archive and retention is done.",
+)
+ARCHIVE_FAILED = _event(
+    "archive.failed",
+    logging.ERROR,
+    "{failures} things could not be archived or deleted, the first: {first}",
+    "The daily task is tried again after an hour; what could not be archived stays in the log.",
+)
 DEAD_LETTERS = _event(
     "dead_letters.kept",
     logging.ERROR,

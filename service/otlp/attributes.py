@@ -69,7 +69,7 @@ _STRINDEX = 8 << 3 | VARINT
 
 
 @lean_kernel
-def _skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
+def skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
     """The position after the field whose ``tag`` ends at ``pos``; negative on malformed bytes."""
     open_groups = 0
     while True:
@@ -105,7 +105,7 @@ def _put(out: Rows, kind: int, value: int, length: int) -> None:
 
 
 @lean_kernel
-def _merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
+def merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
     """Merge the ``AnyValue`` at ``pos`` .. ``end`` into ``out``."""
     while pos < end:
         tag, pos = read_tag(buf, pos, end)
@@ -139,7 +139,7 @@ def _merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
             _put(out, DOUBLE, load64(buf, pos), 0)
             pos += 8
         else:
-            pos = _skip(buf, pos, end, tag)
+            pos = skip(buf, pos, end, tag)
         if pos < 0:
             return
 
@@ -174,7 +174,7 @@ def _key_value(
                 if after >= 0 and after + after_len == end:
                     return
         else:
-            at = _skip(buf, at, end, tag)
+            at = skip(buf, at, end, tag)
             if at < 0:
                 return
     if found_len != key_len:
@@ -190,10 +190,10 @@ def _key_value(
             length, at = read_length(buf, at, end)
             if at < 0:
                 return
-            _merge_any_value(buf, at, at + length, out)
+            merge_any_value(buf, at, at + length, out)
             at += length
         else:
-            at = _skip(buf, at, end, tag)
+            at = skip(buf, at, end, tag)
             if at < 0:
                 return
 
@@ -234,7 +234,7 @@ def find_attribute(
                 return found
             pos += size
         else:
-            pos = _skip(buf, pos, end, tag)
+            pos = skip(buf, pos, end, tag)
             if pos < 0:
                 break
     return MISSING
@@ -272,7 +272,7 @@ def find_resource_attribute(
                 return found
             pos += size
         else:
-            pos = _skip(buf, pos, end, tag)
+            pos = skip(buf, pos, end, tag)
             if pos < 0:
                 break
     return MISSING
@@ -296,9 +296,9 @@ def next_array_item(buf: Bytes, off: int, length: int, cursor: int, out: Rows) -
             size, pos = read_length(buf, pos, end)
             if pos < 0:
                 return -1
-            _merge_any_value(buf, pos, pos + size, out)
+            merge_any_value(buf, pos, pos + size, out)
             return pos + size - off
-        pos = _skip(buf, pos, end, tag)
+        pos = skip(buf, pos, end, tag)
         if pos < 0:
             return -1
     return -1

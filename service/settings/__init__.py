@@ -36,11 +36,12 @@ from service.settings.stages import (
     Rules,
     Traces,
 )
-from service.settings.stores import DuckDb, Ledger, Log, Storage
+from service.settings.stores import Archive, DuckDb, Ledger, Log, Retention, Storage
 
 __all__ = [
     "OFF",
     "Api",
+    "Archive",
     "Audit",
     "Auth",
     "Breakers",
@@ -57,6 +58,7 @@ __all__ = [
     "Pipeline",
     "Quotas",
     "Redelivery",
+    "Retention",
     "Rules",
     "Settings",
     "Shutdown",
@@ -84,6 +86,8 @@ class Settings(BaseModel):
     rules: Rules = Rules()
     ledger: Ledger = Ledger()
     duckdb: DuckDb = DuckDb()
+    archive: Archive = Archive()
+    retention: Retention = Retention()
     caches: Caches = Caches()
     breakers: Breakers = Breakers()
     redelivery: Redelivery = Redelivery()

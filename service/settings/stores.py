@@ -113,3 +113,24 @@ class DuckDb(Section):
                 f"({self.pool_max}); lower the first or raise the second"
             )
         return self
+
+
+class Archive(Section):
+    """The archive: days that are over as Parquet files, for any engine to query."""
+
+    enabled: bool = False
+    """Whether the service archives every day; betrace archive does it at any time."""
+    directory: str = ""
+    """Where the files are; empty: archive in storage.path."""
+    hour_utc: Annotated[int, Field(ge=0, le=23)] = 1
+    """The hour at which the day before is archived, and old data deleted."""
+
+
+class Retention(Section):
+    """When data is deleted, once a day. Signals stay: the ledger is a record."""
+
+    log_days: Annotated[int, Field(ge=0, le=36_500)] = 0
+    """The span log of days longer ago than this is deleted, with archive.enabled only once it is
+    archived; 0 keeps all."""
+    trace_days: Annotated[int, Field(ge=0, le=36_500)] = 0
+    """Traces last seen longer ago than this leave the index; 0 keeps all."""

@@ -1,0 +1,183 @@
+"""Reading protobuf messages column by column: one field of many messages in one kernel call.
+
+For work away from the hot path that needs all of a span, such as the archive: where the scanner
+(:mod:`service.otlp.scanner`) keeps what rules need, this finds the rest. Only bytes that the
+scanner accepted may be read with it; what is malformed all the same ends its message.
+
+Messages are rows whose first two columns are offset and length in ``buf``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.jit import lean_kernel
+from service.otlp.attributes import MISSING, merge_any_value, skip
+from service.otlp.columns import Bytes, Rows
+from service.otlp.primitives import (
+    BYTES_TYPE,
+    FIXED32,
+    FIXED64,
+    VARINT,
+    int64,
+    load64,
+    read_length,
+    read_tag,
+    read_varint,
+)
+
+# Columns of a found message.
+OFFSET, SIZE, PARENT = range(3)
+FOUND_COLUMNS = 3
+
+# Columns of a KeyValue; VALUE_TYPE to VALUE_SIZE are as find_attribute's out.
+KEY_OFFSET, KEY_SIZE, VALUE_TYPE, VALUE, VALUE_SIZE = range(5)
+KEY_VALUE_COLUMNS = 5
+
+_FIRST_ROOM = 1024
+
+
+@lean_kernel
+def _find(buf: Bytes, messages: Rows, field: int, out: Rows) -> int:
+    """See :func:`submessages`; how many there are, those beyond the room of ``out`` too."""
+    wanted = field << 3 | BYTES_TYPE
+    found = 0
+    for row in range(len(messages)):
+        pos = messages[row, OFFSET]
+        end = pos + messages[row, SIZE]
+        while pos < end:
+            tag, pos = read_tag(buf, pos, end)
+            if pos < 0:
+                break
+            if tag == wanted:
+                size, pos = read_length(buf, pos, end)
+                if pos < 0:
+                    break
+                if found < len(out):
+                    out[found, OFFSET] = pos
+                    out[found, SIZE] = size
+                    out[found, PARENT] = row
+                found += 1
+                pos += size
+            else:
+                pos = skip(buf, pos, end, tag)
+                if pos < 0:
+                    break
+    return found
+
+
+def submessages(buf: Bytes, messages: Rows, field: int) -> Rows:
+    """The occurrences of a length-delimited field (a message, text or bytes) in ``messages``, in
+    order: rows of offset, size and the row of the message around it."""
+    out = np.empty((max(_FIRST_ROOM, 2 * len(messages)), FOUND_COLUMNS), np.int64)
+    found = _find(buf, messages, field, out)
+    if found > len(out):
+        out = np.empty((found, FOUND_COLUMNS), np.int64)
+        _find(buf, messages, field, out)
+    return out[:found]
+
+
+@lean_kernel
+def _last_number(buf: Bytes, messages: Rows, field: int, out: Rows) -> None:
+    for row in range(len(messages)):
+        out[row] = 0
+        pos = messages[row, OFFSET]
+        end = pos + messages[row, SIZE]
+        while pos < end:
+            tag, pos = read_tag(buf, pos, end)
+            if pos < 0:
+                break
+            if tag == (field << 3 | VARINT):
+                value, pos = read_varint(buf, pos, end)
+                if pos < 0:
+                    break
+                out[row] = value
+            elif tag == (field << 3 | FIXED64):
+                if pos > end - 8:
+                    break
+                out[row] = load64(buf, pos)
+                pos += 8
+            elif tag == (field << 3 | FIXED32):
+                if pos > end - 4:
+                    break
+                out[row] = 0
+                for k in range(4):
+                    out[row] |= int64(buf[pos + k]) << (8 * k)
+                pos += 4
+            else:
+                pos = skip(buf, pos, end, tag)
+                if pos < 0:
+                    break
+
+
+def numbers(buf: Bytes, messages: Rows, field: int) -> Rows:
+    """A number's value in each of ``messages``, 0 where it is absent, the last where it is
+    repeated; unsigned ones of 64 bits as the same bits in int64."""
+    out = np.empty(len(messages), np.int64)
+    _last_number(buf, messages, field, out)
+    return out
+
+
+def last_of_each(found: Rows, messages: int) -> Rows:
+    """Of what :func:`submessages` found, the last in each of so many messages: rows of offset and
+    size, size -1 where there is none."""
+    out = np.zeros((messages, 2), np.int64)
+    out[:, SIZE] = -1
+    out[found[:, PARENT]] = found[:, :2]  # of equal indices numpy keeps the last
+    return out
+
+
+@lean_kernel
+def _key_values(buf: Bytes, messages: Rows, out: Rows) -> None:
+    for row in range(len(messages)):
+        for column in range(KEY_VALUE_COLUMNS):
+            out[row, column] = 0
+        out[row, VALUE_TYPE] = MISSING
+        pos = messages[row, OFFSET]
+        end = pos + messages[row, SIZE]
+        while pos < end:
+            tag, pos = read_tag(buf, pos, end)
+            if pos < 0:
+                break
+            if tag in (1 << 3 | BYTES_TYPE, 2 << 3 | BYTES_TYPE):
+                size, pos = read_length(buf, pos, end)
+                if pos < 0:
+                    break
+                if tag >> 3 == 1:
+                    out[row, KEY_OFFSET] = pos
+                    out[row, KEY_SIZE] = size
+                else:
+                    merge_any_value(buf, pos, pos + size, out[row, VALUE_TYPE:])
+                pos += size
+            else:
+                pos = skip(buf, pos, end, tag)
+                if pos < 0:
+                    break
+
+
+def key_values(buf: Bytes, messages: Rows) -> Rows:
+    """``messages`` read as ``KeyValue``: rows of the key's offset and size, and the value's type,
+    value and size as :func:`service.otlp.attributes.find_attribute` gives them."""
+    out = np.empty((len(messages), KEY_VALUE_COLUMNS), np.int64)
+    _key_values(buf, messages, out)
+    return out
+
+
+@lean_kernel
+def _gather(buf: Bytes, ranges: Rows, out: Bytes) -> None:
+    at = 0
+    for row in range(len(ranges)):
+        start = ranges[row, OFFSET]
+        for k in range(ranges[row, SIZE]):
+            out[at] = buf[start + k]
+            at += 1
+
+
+def gather(buf: Bytes, ranges: Rows) -> tuple[Bytes, Rows]:
+    """The bytes of ``ranges`` (negative sizes as empty) end to end, and where each begins: one
+    number more than ranges."""
+    starts = np.zeros(len(ranges) + 1, np.int64)
+    np.cumsum(np.maximum(ranges[:, SIZE], 0), out=starts[1:])
+    out = np.empty(starts[-1], np.uint8)
+    _gather(buf, ranges, out)
+    return out, starts
