@@ -12,6 +12,7 @@ from service.breakers import Breakers, PoisonError
 from service.latencies import Latencies
 from service.ledger.sqlite import SqliteLedger
 from service.settings import Settings
+from service.stages.pacing import CommitPace
 from service.stages.store import ProjectStage, StoreCounts, StoreStage
 from service.storage.fallback import FallbackFiles
 from service.traces.progress import InFlight
@@ -414,6 +415,7 @@ class Projecting:
             self.breaker,
             self.files,
             self._bury,
+            CommitPace(1.0),
         )
         self.fallback = self.stage.fallback
 
