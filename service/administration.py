@@ -12,6 +12,7 @@ import trio
 from channels import ThreadRunner
 from service import breakers, events
 from service.audit import AuditLog
+from service.cachecontrol import Caches
 from service.http.backend import AuditError, Operator
 from service.http.params import write_time
 from service.pipeline import Pipeline
@@ -42,8 +43,10 @@ class Administration:
         audit: AuditLog,
         threads: ThreadRunner,
         wall_time: Callable[[float], float],
+        caches: Caches,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._caches = caches
         self._pipeline = pipeline
         self._gate = gate
         self._audit = audit
@@ -111,6 +114,21 @@ class Administration:
         await self.note(who, "fallback.replay", {})
         for fallback in self._pipeline.fallbacks.values():
             fallback.write_back_now()
+
+    # Caches
+
+    @property
+    def caches(self) -> list[str]:
+        return self._caches.names
+
+    async def invalidate_cache(self, who: Operator, name: str, tenant: str | None) -> int:
+        whose = {} if tenant is None else {"tenant": tenant}
+        await self.note(who, "cache.invalidate", {"cache": name, **whose})
+        return self._caches.invalidate(name, tenant)
+
+    async def warm_up_caches(self, who: Operator) -> Json:
+        await self.note(who, "cache.warm-up", {})
+        return await self._caches.warm_up()
 
     # The pipeline
 

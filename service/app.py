@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from service import breakers, events, metrics
 from service.accounts import SpanAccount, span_account
 from service.administration import Administration
 from service.audit import AuditLog
+from service.cachecontrol import Caches
 from service.http.api import create_api
 from service.http.asgi import ingest_app, serve
 from service.http.health import metrics_app
@@ -44,7 +45,7 @@ from service.subscriptions import Subscriptions
 from service.tenancy.administration import TenantAdministration
 from service.tenancy.authentication import operator_token
 from service.tenancy.directory import TenantDirectory
-from service.tenancy.gate import PUBLIC_KEYS, Gate
+from service.tenancy.gate import Gate
 from service.tenancy.removal import Removal
 from service.tracemetadata import TraceMetadataCache
 from service.traces.tenant import TenantTraces
@@ -153,11 +154,15 @@ class Service:
             closed,
         )
         self._rebuilding = ThreadRunner("rebuild", 1)
+        self._loading = ThreadRunner("caches", 1)
+        self.caches = Caches(
+            registry, self.gate, self.trace_metadata, self._active_tenants, self._loading
+        )
         self.audit = AuditLog(
             settings.storage.path / "audit.jsonl", settings.audit.max_bytes, settings.audit.files
         )
         self.admin = Administration(
-            self.pipeline, self.edge, self.audit, self._threads, self.wall_time
+            self.pipeline, self.edge, self.audit, self._threads, self.wall_time, self.caches
         )
         self.removal = Removal(
             settings.storage.path,
@@ -225,7 +230,8 @@ class Service:
                 await self.pipeline.stages["trace-correlation"].drained()
                 await self.recovery.caught_up()
                 inner.start_soon(self.removal.run)
-                inner.start_soon(self.trace_metadata.run, self._threads)
+                inner.start_soon(self.trace_metadata.run, self._loading)
+                inner.start_soon(self.caches.warm_up_after, settings.caches.warm_up_seconds)
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
                 if self.rebuild.pending:
                     inner.start_soon(self._rebuild)
@@ -332,6 +338,10 @@ class Service:
     def _stored(self, signals: list[Signal]) -> None:
         self.subscriptions.publish(signals)
 
+    def _active_tenants(self) -> Iterator[str]:
+        yield from list(self.pipeline.correlate.tenants)
+        yield from self.registry.store.tenants()
+
     # What is live: service.http.backend.Backend
 
     @property
@@ -416,11 +426,7 @@ class Service:
 
     def cache_stats(self) -> Mapping[str, Json]:
         """Statistics by cache."""
-        return {
-            "ruleContainers": self.registry.statistics(),
-            PUBLIC_KEYS: self.gate.public_keys.statistics().to_json(),
-            "traceMetadata": self.trace_metadata.cache.statistics().to_json(),
-        }
+        return self.caches.statistics()
 
     def performance_metrics(self) -> Json:
         """Rates, latencies and totals."""
@@ -438,6 +444,7 @@ class Service:
         """End the worker threads; the stores are closed by :func:`open_service`."""
         self.pipeline.close_threads()
         self._threads.close()
+        self._loading.close()
         self.gate.close()
         self._rebuilding.close()
         self._scrapes.close()

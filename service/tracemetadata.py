@@ -141,7 +141,10 @@ class TraceMetadataCache:
         return AHEAD_TRACES
 
     def warm_up(self, tenant: str, signals: int) -> int:
-        """Load the traces of a tenant's newest signals; how many. Raises what the store does."""
+        """Load the traces of a tenant's newest signals; how many. Of a tenant whose file is closed,
+        since it was not used for long, none. Raises what the store does."""
+        if tenant not in self._store.connections():
+            return 0
         newest, _ = self._store.signals(tenant, limit=signals)
         traces = dict.fromkeys(stored.signal.trace_id for stored in newest)
         return sum(self.cache.load_ahead((tenant, each)) is not None for each in traces)

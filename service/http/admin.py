@@ -231,6 +231,42 @@ async def replay_fallbacks(call: Call) -> Any:
     return Answer({"fallbacks": call.backend.admin.fallbacks()}, 202)
 
 
+# Caches
+
+
+@endpoints.add(
+    "POST",
+    "/api/performance/cache-invalidate/{cache}",
+    "Empty a cache, of one tenant or of all",
+    path_params=(Param("cache", "The cache's name, such as ruleContainers.", read_text),),
+    params=(Param("tenantId", "Only what is of this tenant.", _TENANT.read),),
+    answers={
+        200: '`{"cache", "invalidated"}`: how many entries there were',
+        404: "There is no such cache",
+    },
+)
+async def invalidate_cache(call: Call) -> Any:
+    """What is loaded at this moment is not kept either. Verdicts do not depend on caches."""
+    admin, name = call.backend.admin, call.params["cache"]
+    if name not in admin.caches:
+        raise ApiError(404, f"there is no cache {name[:80]!r}", near(name, admin.caches))
+    dropped = await _acting(admin.invalidate_cache(who(call), name, call.params["tenantId"]))
+    return {"cache": name, "invalidated": dropped}
+
+
+@endpoints.add(
+    "POST",
+    "/api/admin/cache-warmup",
+    "Fill the caches for the active tenants",
+    answers={200: '`{"tenants", "loaded", "failed", "seconds"}`; loaded and failed are entries'},
+)
+async def warm_up_caches(call: Call) -> Any:
+    """Loads the rules, the public keys and the traces of the newest signals of tenants with traces
+    in memory, then of those that have rules, as many as `caches.rule_sets`. Done by itself
+    `caches.warm_up_seconds` after the start."""
+    return await _acting(call.backend.admin.warm_up_caches(who(call)))
+
+
 # The pipeline
 
 

@@ -152,6 +152,17 @@ class Administration(Protocol):
     async def write_back_now(self, who: Operator) -> None:
         """Do not wait for the next try to write the files back."""
 
+    @property
+    def caches(self) -> Sequence[str]:
+        """The names of the caches."""
+
+    async def invalidate_cache(self, who: Operator, name: str, tenant: str | None) -> int:
+        """Drop the entries of a cache, of one tenant or of all; how many there were."""
+
+    async def warm_up_caches(self, who: Operator) -> Json:
+        """Fill the caches for the active tenants: ``tenants``, ``loaded``, ``failed`` and
+        ``seconds``."""
+
     def pipeline(self) -> Json:
         """``ingestion``, ``drained``, ``waiting`` and ``stages``."""
 

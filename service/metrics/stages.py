@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from channels import BreakerState
@@ -51,9 +52,20 @@ def _cache_requests(service: Service) -> Samples:
         yield (name, "miss"), stats["missCount"]
 
 
-def _cache_ratios(service: Service) -> Samples:
+def _cache_loads(service: Service) -> Samples:
     for name, stats in service.cache_stats().items():
-        yield (name,), stats["hitRate"]
+        yield (name, "success"), stats["loadSuccessCount"]
+        yield (name, "failure"), stats["loadFailureCount"]
+
+
+def _cache_load_seconds(service: Service) -> Samples:
+    for name, stats in service.cache_stats().items():
+        loads = stats["loadSuccessCount"] + stats["loadFailureCount"]
+        yield (name,), stats["averageLoadPenaltyMs"] * loads / 1e3
+
+
+def _of_caches(key: str) -> Callable[[Service], Samples]:
+    return lambda service: [((name,), s[key]) for name, s in service.cache_stats().items()]
 
 
 DECLARED = (
@@ -111,7 +123,35 @@ DECLARED = (
         "gauge",
         "Part of the look-ups since the start that were answered from the cache; 0 before any.",
         ("cache",),
-        _cache_ratios,
+        _of_caches("hitRate"),
+    ),
+    Declared(
+        "betrace_cache_entries",
+        "gauge",
+        "Entries of a cache.",
+        ("cache",),
+        _of_caches("size"),
+    ),
+    Declared(
+        "betrace_cache_evictions",
+        "counter",
+        "Entries that left a cache for room or age.",
+        ("cache",),
+        _of_caches("evictionCount"),
+    ),
+    Declared(
+        "betrace_cache_loads",
+        "counter",
+        "What was loaded into a cache, by how it ended; warm-up and loading ahead included.",
+        ("cache", "outcome"),
+        _cache_loads,
+    ),
+    Declared(
+        "betrace_cache_load_seconds",
+        "counter",
+        "Time spent in the loads of a cache; over their number it is what a miss costs.",
+        ("cache",),
+        _cache_load_seconds,
     ),
     Declared(
         "betrace_circuit_breaker_state",

@@ -55,6 +55,16 @@ class ScriptedAdmin:
     def fallbacks(self):
         return [{"name": "ledger", "pendingFiles": []}]
 
+    caches = ("ruleContainers", "publicKeys")
+
+    async def invalidate_cache(self, who, name, tenant):
+        self._do(who, name, tenant)
+        return 7
+
+    async def warm_up_caches(self, who):
+        self._do(who, "warm-up")
+        return {"tenants": 2, "loaded": 4, "failed": 0, "seconds": 0.1}
+
     async def write_back_now(self, who):
         self._do(who, "replay")
 
@@ -190,3 +200,23 @@ async def test_actions_need_the_operator_token():
     await client.ask("POST", "/api/admin/pipeline/pause", 401)
     await client.get("/api/admin/dead-letters", 401)
     assert backend.admin.done == []
+
+
+async def test_a_cache_is_emptied(client, admin):
+    path = "/api/performance/cache-invalidate/"
+    answer = await client.ask("POST", path + "publicKeys")
+    assert answer == {"cache": "publicKeys", "invalidated": 7}
+    await client.ask("POST", path + "publicKeys?tenantId=acme", x_operator="kim")
+    assert admin.done == [
+        (ME, "publicKeys", None),
+        (Operator("kim", "<local>"), "publicKeys", "acme"),
+    ]
+    assert "publicKeys" in str(await client.ask("POST", path + "publicKey", 404))
+    await client.ask("POST", path + "publicKeys?tenantId=A%20B", 400)
+    assert len(admin.done) == 2
+
+
+async def test_caches_are_warmed(client, admin):
+    assert (await client.ask("POST", "/api/admin/cache-warmup"))["loaded"] == 4
+    admin.error = AuditError("the audit log cannot be written")
+    await client.ask("POST", "/api/admin/cache-warmup", 503)
