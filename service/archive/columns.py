@@ -106,6 +106,7 @@ SCHEMA: Final = pa.schema(
 
 _KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")
 _STATUSES = ("unset", "ok", "error")
+_SCALARS = ("string_value", "bool_value", "int_value", "double_value")
 _INT64_MAX = 2**63 - 1
 
 # Field numbers of opentelemetry-proto, trace.proto and common.proto.
@@ -123,7 +124,7 @@ def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
     ``batch.bodies``."""
     buf, spans = batch.buf, batch.spans
     messages = spans[:, [MSG_OFF, MSG_LEN]]
-    scopes = _scopes(batch)
+    scope, scope_names, scope_versions = _scopes(batch)
     flags = numbers(buf, messages, _SPAN_FLAGS)
     columns: dict[str, Any] = {
         "trace_id": _hex(spans[:, [TRACE_HI, TRACE_LO]]),
@@ -141,8 +142,8 @@ def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
         "service": _text(buf, batch.resources[:, [SERVICE_OFF, SERVICE_LEN]]).take(
             pa.array(spans[:, RESOURCE])
         ),
-        "scope_name": _text_field(buf, scopes, _SCOPE_NAME),
-        "scope_version": _text_field(buf, scopes, _SCOPE_VERSION),
+        "scope_name": scope_names.take(pa.array(scope)),
+        "scope_version": scope_versions.take(pa.array(scope)),
         "attributes": _attributes(buf, messages, _SPAN_ATTRIBUTES),
         "resource": _resources(batch).take(pa.array(spans[:, RESOURCE])),
         "events": _events(buf, messages),
@@ -152,26 +153,34 @@ def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
     return pa.table(columns, SCHEMA)
 
 
-def _scopes(batch: SpanBatch) -> Rows:
-    """By span the scope message around it, size -1 without one."""
+def _scopes(batch: SpanBatch) -> tuple[Rows, pa.Array, pa.Array]:
+    """By span the row of its scope; names and versions of the scopes."""
     buf = batch.buf
     around = submessages(buf, batch.resources[:, [RESOURCE_OFF, RESOURCE_LEN]], _SCOPE_SPANS)
-    found = last_of_each(submessages(buf, around, _SCOPE), len(around))
+    scopes = submessages(buf, around, _SCOPE)
     spans = submessages(buf, around, _SPANS)
     order = np.argsort(spans[:, OFFSET])
     rows = order[np.searchsorted(spans[order, OFFSET], batch.spans[:, MSG_OFF])]
-    scopes: Rows = found[spans[rows, PARENT]]
-    return scopes
+    names, versions = (
+        _text(buf, last_of_each(_inner(buf, scopes, field), len(around)), empty_is_null=True)
+        for field in (_SCOPE_NAME, _SCOPE_VERSION)
+    )
+    return spans[rows, PARENT], names, versions
 
 
 def _resources(batch: SpanBatch) -> pa.MapArray:
-    """The attributes of each resource; those of a repeated resource are merged."""
-    buf = batch.buf
+    """The attributes of each resource."""
     around = batch.resources[:, [RESOURCE_OFF, RESOURCE_LEN]]
-    parts = submessages(buf, around, _RESOURCE)
-    found = submessages(buf, parts, _RESOURCE_ATTRIBUTES)
+    resources = submessages(batch.buf, around, _RESOURCE)
+    return _map(batch.buf, _inner(batch.buf, resources, _RESOURCE_ATTRIBUTES), len(around))
+
+
+def _inner(buf: Bytes, parts: Rows, field: int) -> Rows:
+    """A field of messages that were found themselves, by the message around those: where a message
+    occurs twice, protobuf merges the two."""
+    found = submessages(buf, parts, field)
     found[:, PARENT] = parts[found[:, PARENT], PARENT]
-    return _map(buf, found, len(around))
+    return found
 
 
 def _events(buf: Bytes, messages: Rows) -> pa.ListArray:
@@ -273,15 +282,13 @@ def _rare_text(kind: int, raw: bytes) -> str:
 
 def _plain(value: AnyValue) -> Any:
     kind = value.WhichOneof("value")
-    if kind is None:
-        return None
     if kind == "array_value":
         return [_plain(each) for each in value.array_value.values]
     if kind == "kvlist_value":
         return {pair.key: _plain(pair.value) for pair in value.kvlist_value.values}
     if kind == "bytes_value":
         return base64.b64encode(value.bytes_value).decode()
-    return getattr(value, kind)
+    return getattr(value, kind) if kind in _SCALARS else None
 
 
 def _text_field(buf: Bytes, messages: Rows, field: int) -> pa.Array:

@@ -123,7 +123,7 @@ class Daily:
             files=done.files,
             spans=done.spans,
             released=done.released_bytes,
-            directory=Path(self._directory),
+            directory=self._directory,
         )
 
     def close(self) -> None:
