@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from service.deadletters_cli import dead_letters
+from service.doctor_cli import doctor
 from service.replay_cli import replay
 from service.tenants_cli import tenants
 
@@ -311,6 +312,7 @@ def version(as_json: bool) -> None:
 
 
 cli.add_command(dead_letters)
+cli.add_command(doctor)
 cli.add_command(replay)
 cli.add_command(tenants)
 

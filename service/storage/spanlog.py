@@ -50,7 +50,8 @@ __all__ = [
 
 _LOG = "log"
 _DELETED = "log.deleted"
-_LOCK = "log.lock"
+LOCK_FILE = "log.lock"
+"""In the data directory; who has it locked owns the log, and with it the directory."""
 _FLOOR = "log.floor"
 _SKIPPED_KEPT = 1000
 _SYNC_THREADS = 4
@@ -129,7 +130,7 @@ class SpanLog:
         self._threads: ThreadPoolExecutor | None = None
         if not read_only:
             directory.mkdir(parents=True, exist_ok=True)
-            self._owner = LockFile(directory / _LOCK)
+            self._owner = LockFile(directory / LOCK_FILE)
             self._threads = ThreadPoolExecutor(_SYNC_THREADS, "span-log-sync")
             for tenant in tenants_with(directory, _DELETED):
                 shutil.rmtree(tenant_directory(directory, tenant) / _DELETED)
