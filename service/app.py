@@ -19,6 +19,7 @@ from channels import ThreadRunner
 from service import breakers, events, metrics
 from service.accounts import SpanAccount, span_account
 from service.administration import Administration
+from service.archive.daily import Daily
 from service.audit import AuditLog
 from service.cachecontrol import Caches
 from service.http.api import create_api
@@ -154,6 +155,7 @@ class Service:
             closed,
         )
         self._rebuilding = ThreadRunner("rebuild", 1)
+        self.daily: Daily = Daily(settings, log, store)
         self._loading = ThreadRunner("caches", 1)
         self.caches = Caches(
             registry, self.gate, self.trace_metadata, self._active_tenants, self._loading
@@ -233,6 +235,7 @@ class Service:
                 inner.start_soon(self.trace_metadata.run, self._loading)
                 inner.start_soon(self.caches.warm_up_after, settings.caches.warm_up_seconds)
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
+                inner.start_soon(self.daily.every_day)
                 if self.rebuild.pending:
                     inner.start_soon(self._rebuild)
                 ingest = await self._listen_for_spans(inner, stop_ingest)
@@ -447,6 +450,7 @@ class Service:
         self._loading.close()
         self.gate.close()
         self._rebuilding.close()
+        self.daily.close()
         self._scrapes.close()
 
 
