@@ -40,6 +40,7 @@ _BLOCK_BYTES = (
 )
 _UNSAVED_FILE_BYTES = 750_000  # memory of a file with a few rows that are not checkpointed yet
 _SAVED_AT_ONCE = 4
+_INTERRUPTED_SECONDS = 1.0  # for a query to notice
 _UNSAVED_FACTOR = 2  # memory of such rows, in sizes of their log
 
 
@@ -113,6 +114,7 @@ class DuckFiles:
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
         self._generation = 1
+        self._closing = False
         directory.mkdir(parents=True, exist_ok=True)
         self._root: Cursor | None = duckdb.connect(":memory:", config=self._settings)
 
@@ -205,7 +207,7 @@ class DuckFiles:
     def _file(self, tenant: str) -> _File:
         path = self.path(tenant)
         with self._lock:
-            if self._root is None:
+            if self._closing:
                 raise StoreError("the store is closed", transient=False)
             return self._files.setdefault(tenant, _File(tenant, path))
 
@@ -401,16 +403,37 @@ class DuckFiles:
                 os.rmdir(file.path.parent)
 
     def close(self) -> None:
-        """Detach everything; connections in use end with their queries. Twice does no harm."""
+        """Detach everything. What still runs is waited for up to the pool's timeout, then
+        interrupted; a thread that does not end even then keeps its file until it does. Twice does
+        no harm."""
+        with self._lock:
+            root, self._closing = self._root, True
+        if root is None:
+            return
+        if not self._unused(self._pool_timeout):
+            for file in list(self._files.values()):
+                for cursor in file.pool.in_use if file.pool is not None else ():
+                    cursor.interrupt()
+            self._unused(_INTERRUPTED_SECONDS)
         for file in list(self._files.values()):
             with suppress(StoreError):
                 self._forget(file)
         with self._lock:
-            root, self._root = self._root, None
+            self._root = None
             self._files.clear()
-        if root is not None:
+        with suppress(duckdb.ResourceInUseException):
             root.close()
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _unused(self, seconds: float) -> bool:
+        """Wait until no file is in use; False where that takes longer."""
+        end = time.monotonic() + seconds
+        for file in list(self._files.values()):
+            with file.changed:
+                left = max(0.0, end - time.monotonic())
+                if not file.changed.wait_for(lambda: not file.users, left):  # noqa: B023
+                    return False
+        return True
 
 
 def _forget_known(file: _File) -> None:

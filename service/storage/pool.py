@@ -38,6 +38,7 @@ class Pool(Generic[T]):
         self._timeout = timeout
         self._name = name
         self._idle: list[T] = []
+        self._used: list[T] = []
         self._open = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -47,16 +48,26 @@ class Pool(Generic[T]):
         """How many there are, in use or idle."""
         return self._open
 
+    @property
+    def in_use(self) -> list[T]:
+        """Those that are in use."""
+        with self._changed:
+            return list(self._used)
+
     @contextmanager
     def use(self) -> Iterator[T]:
         """One of them, until the block ends."""
         item = self._take()
+        with self._changed:
+            self._used.append(item)
+        good = False
         try:
             yield item
-        except BaseException:
-            self._give(item, good=False)
-            raise
-        self._give(item, good=True)
+            good = True
+        finally:
+            with self._changed:
+                self._used.remove(item)
+            self._give(item, good)
 
     def _take(self) -> T:
         with self._changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -477,6 +478,51 @@ class TestFiles:
             store.write_signals(tenant, [make(1)])
         with pytest.raises(ValueError, match="bad tenant name"):
             store.signals(tenant)
+
+    def test_closing_interrupts_what_does_not_end(self, tmp_path: Path) -> None:
+        """A thread that was left behind does not keep the store from closing."""
+        begun, errors = threading.Event(), []
+        store = DuckStore(tmp_path, pool_timeout=0.05)
+        store.write_signals("a", [make(1)])
+
+        def work(write: bool) -> None:
+            with pytest.raises(StoreError, match="Interrupted") as caught:  # noqa: PT012
+                with store._files.use("a", write=write) as db:
+                    begun.set()
+                    db.execute("SELECT count(*) FROM range(10_000_000_000) WHERE hash(range) = 1")
+            errors.append(caught.value.transient)
+
+        threads = [threading.Thread(target=work, args=(write,)) for write in (False, True)]
+        for thread in threads:
+            thread.start()
+        begun.wait(5)
+        time.sleep(0.05)
+        store.close()
+        for thread in threads:
+            thread.join(5)
+        assert errors == [True, True]
+        with pytest.raises(StoreError, match="closed"):
+            store.counts("a")
+        with DuckStore(tmp_path) as store:
+            assert store.counts("a").signals == 1
+
+    def test_closing_waits_for_what_ends(self, tmp_path: Path) -> None:
+        store = DuckStore(tmp_path, pool_timeout=5)
+        begun = threading.Event()
+
+        def work() -> None:
+            with store._files.use("a", write=True) as db:
+                begun.set()
+                time.sleep(0.1)
+                db.execute("INSERT INTO meta VALUES (2, 3)").fetchall()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait(5)
+        store.close()
+        thread.join(5)
+        with duckdb.connect(str(tmp_path / "a/betrace.duckdb")) as db:
+            assert db.execute("SELECT count(*) FROM meta").fetchall() == [(2,)]
 
     def test_asking_makes_no_files(self, store: DuckStore, tmp_path: Path) -> None:
         assert store.signals("nobody") == ([], None)

@@ -117,3 +117,10 @@ def test_never_more_than_the_limit() -> None:
         thread.join()
     assert most <= 3
     assert things.made - len(things.closed) == things.pool.open <= 1
+
+
+def test_those_in_use_are_told() -> None:
+    things = Things()
+    with things.pool.use() as one, things.pool.use() as two:
+        assert things.pool.in_use == [one, two]
+    assert things.pool.in_use == []
