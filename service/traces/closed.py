@@ -9,7 +9,8 @@ not, which costs a look into the trace index.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+import secrets
 
 import numpy as np
 
@@ -75,9 +76,14 @@ def add_all(filters: Rows, generation: int, salt: int, ids: Rows) -> None:
 
 class ClosedTraces:
     """The filter for all tenants, ``size`` bytes large (rounded down to a power of two). Not
-    thread-safe: one thread at a time."""
+    thread-safe: one thread at a time.
+
+    Which bits stand for a trace depends on a secret made at the start, so that no tenant can choose
+    ids that fill the filter or collide with another's. The filter is not saved: it is filled again
+    from the trace index."""
 
     def __init__(self, size: int) -> None:
+        self._secret = secrets.token_bytes(16)
         words = _LINE
         while 2 * words * 2 * 8 <= size:
             words *= 2
@@ -87,11 +93,10 @@ class ClosedTraces:
         self._young = 0
         self._count = 0
 
-    @staticmethod
-    def salt(tenant: str) -> int:
-        """The number that stands for a tenant."""
-        data = tenant.encode()
-        return (zlib.crc32(data) << 31) ^ zlib.crc32(data, 1)
+    def salt(self, tenant: str) -> int:
+        """The number that stands for a tenant, 63 bits that others cannot know."""
+        digest = hashlib.blake2b(tenant.encode(), digest_size=8, key=self._secret).digest()
+        return int.from_bytes(digest, "big") >> 1
 
     def generation(self, traces: int) -> int:
         """The generation that ``traces`` more are to be put into."""

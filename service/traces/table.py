@@ -177,7 +177,7 @@ class TraceTable:
         )
         counts = outputs.counts
         filters = _NO_FILTER if closed is None else closed.filters
-        salt = ClosedTraces.salt(self.tenant)
+        salt = 0 if closed is None else closed.salt(self.tenant)
         scratch = np.zeros(4, np.int64)
         names = self.rules.names
         reopened, row = 0, 0
@@ -308,7 +308,7 @@ class TraceTable:
                 slots = slots[:over]
             with np.errstate(over="ignore"):
                 generation = closed.generation(len(slots))
-                salt = ClosedTraces.salt(self.tenant)
+                salt = closed.salt(self.tenant)
                 freed += upkeep.free_closed(
                     self.arrays, slots, when, closed.filters, generation, salt
                 )

@@ -41,3 +41,11 @@ def test_a_trace_is_held_for_its_own_tenant() -> None:
     closed.add("one", held)
     claimed = sum(closed.may_hold("other", int(hi), int(lo)) for hi, lo in held)
     assert claimed < TRACES / 100
+
+
+def test_what_stands_for_a_tenant_is_a_secret_of_the_process() -> None:
+    one, two = ClosedTraces(1 << 14), ClosedTraces(1 << 14)
+    assert one.salt("tenant") == one.salt("tenant")
+    assert one.salt("tenant") != one.salt("tenants")
+    assert one.salt("tenant") != two.salt("tenant")
+    assert 0 <= one.salt("tenant") < 2**63
