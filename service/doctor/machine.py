@@ -94,9 +94,11 @@ def directory(settings: Settings) -> Iterator[Finding]:
 def disk(settings: Settings) -> Iterator[Finding]:
     """Room, inodes, and how long a sync takes."""
     path = _existing(settings.storage.path)
-    usage = psutil.disk_usage(str(path))
-    free = usage.free / usage.total if usage.total else 0.0
-    text = f"{size(usage.free)} free ({free:.0%}) on the file system of {path}"
+    system = os.statvfs(path)
+    free = system.f_bavail / max(1, system.f_blocks)
+    text = (
+        f"{size(system.f_bavail * system.f_frsize)} free ({free:.0%}) on the file system of {path}"
+    )
     remedy = "enlarge it, or move the data directory while the service is stopped"
     if free < _ALMOST_FULL:
         yield Finding("disk", FAILED, text, remedy)
@@ -104,9 +106,8 @@ def disk(settings: Settings) -> Iterator[Finding]:
         yield Finding("disk", WARNING, text, remedy)
     else:
         yield Finding("disk", OK, text)
-    inodes = os.statvfs(path)
-    if inodes.f_files and inodes.f_favail / inodes.f_files < _MIN_FREE_INODES:
-        text = f"only {inodes.f_favail} more files can be made on the file system of {path}"
+    if system.f_files and system.f_favail / system.f_files < _MIN_FREE_INODES:
+        text = f"only {system.f_favail} more files can be made on the file system of {path}"
         yield Finding("disk", WARNING, text, "delete files that are not the service's")
     if path == settings.storage.path and os.access(path, os.W_OK):
         yield _sync(path)
