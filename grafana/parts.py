@@ -179,8 +179,8 @@ BREAKERS = (
 CACHES = (
     Panel(
         "Hit rate",
-        "Part of the look-ups that were answered from the cache. Below 70 % of more than one a "
-        "second BetraceCacheHitRateLow fires.",
+        "Part of the look-ups that were answered from the cache. Below 80 % for rules, 90 % for "
+        "public keys or 70 % for traces BetraceCacheHitRateLow fires.",
         "percentunit",
         (
             Query(
@@ -209,6 +209,29 @@ CACHES = (
         ((0.7, YELLOW), (0.8, GREEN)),
         base=RED,
         most=1,
+    ),
+    Panel(
+        "Time of a load",
+        "What a miss costs: the mean time of the loads, those of warm-up included.",
+        "s",
+        (
+            Query(
+                rate("betrace_cache_load_seconds_total", "cache")
+                + " / "
+                + rate("betrace_cache_loads_total", "cache"),
+                "{{instance}} {{cache}}",
+            ),
+        ),
+        ((0.1, RED),),
+        base=GREEN,
+        width=12,
+    ),
+    Panel(
+        "Evictions",
+        "Entries a second that left for room or age.",
+        "ops",
+        (Query(rate("betrace_cache_evictions_total", "cache"), "{{instance}} {{cache}}"),),
+        width=12,
     ),
 )
 
