@@ -209,7 +209,7 @@ class FakeApi:
         self.down = False
         self.streaming = True
         self.routes: dict[tuple[str, str], Any] = {}
-        self._streams: set[asyncio.Queue[bytes | None]] = set()
+        self.streams: set[asyncio.Queue[bytes | None]] = set()
 
     # For tests
 
@@ -218,13 +218,13 @@ class FakeApi:
         self.clock.now += after
         self.data = data or self.data
         text = f"event: snapshot\ndata: {json.dumps(self.data)}\n\n".encode()
-        for stream in self._streams:
+        for stream in self.streams:
             stream.put_nowait(text)
 
     def go_away(self) -> None:
         """End all connections and take no more."""
         self.down = True
-        for stream in self._streams:
+        for stream in self.streams:
             stream.put_nowait(None)
 
     def posted(self) -> list[str]:
@@ -303,13 +303,13 @@ class FakeApi:
 
     async def _stream(self) -> AsyncIterator[bytes]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._streams.add(queue)
+        self.streams.add(queue)
         try:
             yield b": connected\n\n"
             while (part := await queue.get()) is not None:
                 yield part
         finally:
-            self._streams.discard(queue)
+            self.streams.discard(queue)
         raise httpx.ReadError("connection reset")
 
 

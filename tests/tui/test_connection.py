@@ -68,7 +68,7 @@ async def test_the_stream_is_tried_again_while_polling(pilot, api):
     app = pilot.app
     await until(lambda: app.connection.link.polling)
     api.streaming = True
-    await until(lambda: bool(api._streams))
+    await until(lambda: bool(api.streams))
     api.publish()
     await until(lambda: not app.connection.link.polling)
 

@@ -67,7 +67,7 @@ def stage_text(state: State, name: str, width: int) -> Content | None:
     return Content("\n").join(
         [
             fields(
-                ("state", marked(f"{word}: {stage.detail}" if stage.detail else word, tone)),
+                ("state", marked(f"{word}: {stage.detail}" if tone != "good" else word, tone)),
                 ("workers", f"{stage.busy} busy of {stage.workers}"),
                 ("last progress", ago(stage.last_progress, now.at)),
                 ("last error", stage.last_error or "none"),
@@ -200,5 +200,4 @@ def cache_text(state: State, name: str, width: int) -> Content | None:
 
 
 def _when(at: float) -> str:
-    day = time.strftime("%d.%m. ", time.localtime(at))
-    return day + clock(at)
+    return time.strftime("%Y-%m-%d ", time.localtime(at)) + clock(at)

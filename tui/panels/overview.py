@@ -139,7 +139,8 @@ def _breakers(breakers: Sequence[Breaker], width: int) -> Content:
 
 def _cache(cache: Cache, state: State, width: int) -> Content:
     rate = state.rate(f"{cache.name}.hit_rate")
-    shown = percent(cache.hit_rate if rate is None else rate)
+    asked = cache.hits + cache.misses
+    shown = percent((cache.hit_rate if rate is None else rate) if asked else None)
     fill = cache.size / cache.capacity if cache.capacity else 0.0
     room = min(NAME_WIDTH, width - 7)
     space = max(0, width - room - 8)

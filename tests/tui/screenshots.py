@@ -1,0 +1,41 @@
+"""Makes the pictures of docs/tui.md from the fake API: ``python -m tests.tui.screenshots``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from pathlib import Path
+
+from tests.tui.fake import FakeApi
+from tests.tui.scenes import SCENES, prepare
+
+PICTURES = Path(__file__).parents[2] / "docs" / "tui"
+SIZE = (100, 30)
+
+_FONT = re.compile(r",?\s*url\([^)]*\)(?: format\([^)]*\))?")
+"""Where a viewer would load a font from; it takes one it has instead."""
+
+
+async def picture(name: str) -> str:
+    """A scene as SVG."""
+    scene, api = SCENES[name], FakeApi()
+    app = api.app(scene.read_only)
+    async with app.run_test(size=SIZE) as pilot:
+        await prepare(pilot, api, scene)
+        found = app.export_screenshot(title="betrace tui")
+    await app.client.close()
+    return _FONT.sub("", found)
+
+
+def main() -> None:
+    os.environ["TZ"] = "UTC"
+    time.tzset()
+    PICTURES.mkdir(exist_ok=True)
+    for name in ("overview-overloaded", "pipeline", "breakers", "breaker", "confirm", "caches"):
+        (PICTURES / f"{name}.svg").write_text(asyncio.run(picture(name)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
