@@ -49,6 +49,8 @@ class Prometheus:
             answer = self._client.get(f"/api/v1/{path}", params=parameters)
         except httpx.TransportError:
             return None
+        if answer.status_code == 503:  # it listens, and does not answer yet
+            return None
         found = answer.json()
         assert found["status"] == "success", f"{parameters}: {found}"
         return found["data"]
