@@ -238,7 +238,8 @@ class DuckFiles:
     def _attach(self, file: _File) -> None:
         file.path.parent.mkdir(parents=True, exist_ok=True)
         option = ""
-        if not file.path.exists():  # a write-ahead log without its file belongs to nothing
+        new = not file.path.exists()
+        if new:  # a write-ahead log without its file belongs to nothing
             file.path.with_name(FILE + ".wal").unlink(missing_ok=True)
             option = f"(BLOCK_SIZE {_BLOCK_BYTES})"
         with self._told(file):
@@ -248,7 +249,7 @@ class DuckFiles:
                 root.execute(f"ATTACH IF NOT EXISTS '{path}' AS {file.alias} {option}")
                 try:
                     root.execute(f"USE {file.alias}")
-                    migrate(root, file.tenant, file.path)
+                    migrate(root, file.tenant, file.path, new)
                 except BaseException:
                     root.execute("USE memory")
                     root.execute(f"DETACH {file.alias}")

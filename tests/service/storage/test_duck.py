@@ -486,10 +486,13 @@ class TestFiles:
         store.write_signals("a", [make(1)])
 
         def work(write: bool) -> None:
-            with pytest.raises(StoreError, match="Interrupted") as caught:  # noqa: PT012
+            def ask() -> None:
                 with store._files.use("a", write=write) as db:
                     begun.set()
                     db.execute("SELECT count(*) FROM range(10_000_000_000) WHERE hash(range) = 1")
+
+            with pytest.raises(StoreError, match="Interrupted") as caught:
+                ask()
             errors.append(caught.value.transient)
 
         threads = [threading.Thread(target=work, args=(write,)) for write in (False, True)]
