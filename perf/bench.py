@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sqlite3
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -27,16 +26,17 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
 from perf import report
+from perf.bench_caches import caches
 from perf.engine import TENANT, compiled
+from perf.rounds import ROUND_SECONDS, ROUNDS, WARM_UP, Taken, async_rounds, rounds, timed
+from perf.rows import SECOND, closed_traces, make_signals
 from perf.target import GeneratorProcess, Service, service
-from perf.workload import Shape, make_bodies, rule_definitions, write_rules
+from perf.workload import Shape, make_bodies, rule_definitions
 from service.http.request import Reply, Request
 from service.ledger.sqlite import SqliteLedger
 from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from service.otlp.wire import scan_bodies
-from service.rules.files import RuleStore
-from service.rules.registry import RuleRegistry
-from service.signals import Kind, Signal, rule_version, signal_id
+from service.signals import Kind, rule_version, signal_id
 from service.stages.evaluate import decide_due
 from service.stages.ingest import IngestStage
 from service.storage.duck import DuckStore
@@ -46,90 +46,9 @@ from service.traces.index import trace_table
 from service.traces.progress import LogProgress
 from service.traces.tenant import TenantTraces
 
-WARM_UP, ROUNDS = 3, 5
-ROUND_SECONDS = 0.2
-SECOND = 1_000_000_000
 WINDOW = 10  # spans a batch when a trace is streamed
 
 Json = dict[str, Any]
-
-
-class Rounds:
-    """Rounds of calls: wall-clock time and CPU of this process, and single calls for
-    percentiles."""
-
-    def __init__(self) -> None:
-        self._wall: list[float] = []
-        self._cpu: list[float] = []
-        self._single: list[float] = []
-
-    def add(self, wall: float, cpu: float, calls: Sequence[float]) -> None:
-        """A measured round; seconds."""
-        self._wall.append(wall / len(calls))
-        self._cpu.append(cpu / len(calls))
-        self._single.extend(calls)
-
-    def result(self, items: int) -> Json:
-        """Microseconds a call, and items a second."""
-        ordered = sorted(self._single)
-
-        def quantile(q: float) -> float:
-            return round(1e6 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1)
-
-        return {
-            "items": items,
-            "wall_us": report.spread([1e6 * w for w in self._wall], 1),
-            "cpu_us": report.spread([1e6 * c for c in self._cpu], 1),
-            "p50_us": quantile(0.5),
-            "p99_us": quantile(0.99),
-            "calls": len(ordered),
-            "items_per_second": round(items / statistics.median(self._wall)),
-        }
-
-
-Taken = tuple[float, float]  # seconds of wall clock, of CPU
-
-
-def timed(call: Callable[[], object]) -> Taken:
-    """Call, and what that took."""
-    cpu, began = time.process_time(), time.perf_counter()
-    call()
-    return time.perf_counter() - began, time.process_time() - cpu
-
-
-def rounds(items: int, call: Callable[[], Taken | None], seconds: float = ROUND_SECONDS) -> Json:
-    """Call in rounds. A call says what it took where parts of it do not count."""
-    found = Rounds()
-    for i in range(WARM_UP + ROUNDS):
-        taken: list[float] = []
-        own_cpu = 0.0
-        cpu = time.process_time()
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or not taken:
-            began = time.perf_counter()
-            own = call()
-            taken.append(time.perf_counter() - began if own is None else own[0])
-            own_cpu += own[1] if own is not None else 0.0
-        cpu = own_cpu or time.process_time() - cpu
-        if i >= WARM_UP:
-            found.add(sum(taken), cpu, taken)
-    return found.result(items)
-
-
-async def async_rounds(items: int, call: Callable[[], Awaitable[None]]) -> Json:
-    """The same for an async call."""
-    found = Rounds()
-    for i in range(WARM_UP + ROUNDS):
-        taken: list[float] = []
-        cpu = time.process_time()
-        end = time.perf_counter() + ROUND_SECONDS
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            await call()
-            taken.append(time.perf_counter() - began)
-        if i >= WARM_UP:
-            found.add(sum(taken), time.process_time() - cpu, taken)
-    return found.result(items)
 
 
 # Ingestion
@@ -258,33 +177,6 @@ def evaluation() -> dict[str, Json]:
 # Stores
 
 
-def make_signals(count: int, first: int) -> list[Signal]:
-    """Signals of distinct traces, numbered from ``first``."""
-    rule = rule_definitions(1)[0]
-    version = rule_version(rule["condition"])
-    made = []
-    for i in range(first, first + count):
-        trace = f"{i * 0x9E3779B97F4A7C15 % 2**128:032x}"
-        made.append(
-            Signal(
-                id=signal_id(TENANT, rule["id"], version, trace, Kind.RAISED),
-                tenant=TENANT,
-                rule_id=rule["id"],
-                rule_version=version,
-                severity="high",
-                kind=Kind.RAISED,
-                clause="never",
-                trace_id=trace,
-                detected_at=1_800_000_000 * SECOND + i,
-                early=True,
-                counts={"step.s000": 1, "step.s000.where(order.total > 1000)": 1},
-                evidence={"step.s000": ["00000000000000aa"]},
-                message="Step 0: 'never' holds",
-            )
-        )
-    return made
-
-
 def ledger(directory: Path) -> dict[str, Json]:
     """Signals recorded in the embedded ledger, each call safe on disk when it returns."""
     book = SqliteLedger(directory / "ledger.sqlite")
@@ -327,34 +219,6 @@ def duckdb(directory: Path) -> dict[str, Json]:
 
             found[f"traces {count}"] = rounds(count, traces)
     return found
-
-
-def closed_traces(count: int) -> DueTraces:
-    """Closed traces of ten spans."""
-    traces = TenantTraces(TENANT, compiled(100))
-    body = bytes(make_bodies(Shape(spans=10 * count, breaches=0.0), 1)[0].data)
-    traces.fold(scan_bodies(TENANT, [body]), SECOND)
-    (due,) = traces.close_due(10 * SECOND, SECOND)
-    return due
-
-
-def caches(directory: Path) -> dict[str, Json]:
-    """The cache of compiled rules: a hit, and a miss, which compiles 100 rules."""
-    folder = directory / "rules"
-    write_rules(folder, [], 100)
-    store = RuleStore(folder)
-    store.load()
-    registry = RuleRegistry(store, 500)
-    registry.compiled("default")
-
-    def hit() -> None:
-        registry.compiled("default")
-
-    def miss() -> Taken:
-        registry.forget("default")
-        return timed(lambda: registry.compiled("default"))
-
-    return {"hit": rounds(1, hit, 0.05), "miss, 100 rules": rounds(1, miss)}
 
 
 # End to end

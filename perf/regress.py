@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import trio
 
-from perf import bench, report
+from perf import bench, report, rows
 from perf.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
 from perf.workload import Shape, make_bodies, rule_definitions
 from service.ledger.sqlite import SqliteLedger
@@ -99,12 +99,12 @@ def figures(directory: Path) -> dict[str, Measure]:
         return measure
 
     def record() -> None:
-        book.record(bench.make_signals(128, next(serial)))
+        book.record(rows.make_signals(128, next(serial)))
 
     def signals() -> None:
-        store.write(TENANT, signals=bench.make_signals(1000, next(serial)))
+        store.write(TENANT, signals=rows.make_signals(1000, next(serial)))
 
-    due = bench.closed_traces(1000)
+    due = rows.closed_traces(1000)
 
     def traces() -> None:
         due.rows[:, 0] = np.arange(1000) + next(serial)
