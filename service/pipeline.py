@@ -142,7 +142,9 @@ class Pipeline:
         )
         self.in_flight.left = self.letters.left
         self.closed = ClosedTraces(t.late_filter_bytes)
-        self.history = TraceHistory(store, log, settings.ingest.max_body_bytes)
+        self.history = TraceHistory(
+            store, log, settings.ingest.max_body_bytes, lambda: self.project.fallback.pending
+        )
         self.sync = GroupSync(log, self.threads["sync"])
         self._flush_seconds = settings.log.flush_seconds
         self.ingest = IngestStage(
@@ -171,6 +173,7 @@ class Pipeline:
             self.history.load,
             Windows(t.long_lived_spans, t.window_spans, t.window_overlap),
             clock_ns,
+            lambda: self.project.fallback.pending,
         )
         self.evaluate = EvaluateStage(
             self.threads["evaluate"],

@@ -243,6 +243,8 @@ class Recovery:
             recorded = await self._threads.run(self._record.last_entries)
             snapshot = await self._threads.run(self._correlate.snapshot)
             letters = self._letters.saved_in(retried, snapshot.progress)
+            if not self._letters.spans:
+                await self._threads.run(self._correlate.settled)
             snapshot = replace(snapshot, letters=letters, recorded=recorded)
             began = trio.current_time()
             await self._in_flight.wait(snapshot.mark)

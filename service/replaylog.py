@@ -20,6 +20,8 @@ from service.stages.evaluate import decide_due
 from service.storage.spanlog import Frame, SpanLog
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
+from service.traces.layout import FLAGS, REOPENED
+from service.traces.table import idle_longest
 from service.traces.tenant import History, Recalled, TenantTraces
 from service.traces.window import Windows
 
@@ -85,7 +87,8 @@ class Replay:
                     yield from self._closed([due])
             if traces.open_count > self.most_open:
                 excess = traces.open_count - self.most_open
-                yield from self._closed(traces.close_idlest(excess, now))
+                over = idle_longest(traces.tables, excess)
+                yield from self._closed([table.close(slots, now) for table, slots in over])
         yield from self._closed(traces.close_due(self.at_ns + 1, 0))
 
     def signals(self, now: int) -> Iterator[list[Signal]]:
@@ -116,7 +119,7 @@ class Replay:
 
     def _closed(self, due: list[DueTraces]) -> list[DueTraces]:
         for each in due:
-            self.traces += len(each) - (len(each.before) if each.before is not None else 0)
+            self.traces += int(np.count_nonzero(each.rows[:, FLAGS] & REOPENED == 0))
         return due
 
     def _batches(self, stretch: Stretch, count: bool = True) -> Iterator[SpanBatch]:

@@ -18,13 +18,18 @@ def rule_version(condition: str) -> str:
     return hashlib.sha256(condition.encode()).hexdigest()[:16]
 
 
-def signal_id(tenant: str, rule_id: str, version: str, trace_id: str, kind: Kind) -> str:
+def signal_id(
+    tenant: str, rule_id: str, version: str, trace_id: str, kind: Kind, episode: int = 0
+) -> str:
     """The id of a signal: 32 hex digits, the same whenever the same breach is found again.
 
     The first 128 bits of SHA-256 over the parts, each preceded by its length so that no two
-    different tuples join to the same text.
+    different tuples join to the same text. ``episode`` is how many times the breach had been
+    retracted when it was raised (docs/decisions/0011-raised-again.md); 0 is not a part.
     """
-    parts = (tenant, rule_id, version, trace_id, str(kind))
+    parts: tuple[str, ...] = (tenant, rule_id, version, trace_id, str(kind))
+    if episode:
+        parts += (str(episode),)
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -38,7 +43,8 @@ class Signal:
     in ``reason`` why the breach no longer holds, a signal of a partial trace that it is one.
     ``context`` of a long trace is the window of spans that came last: ``window`` its number,
     ``first`` and ``last`` the numbers of its spans in the order of their arrival, ``spans`` their
-    ids.
+    ids. ``episode`` tells the times apart that a breach was raised and retracted: a signal and its
+    retraction have the same, the first is 0.
     """
 
     id: str
@@ -57,6 +63,7 @@ class Signal:
     labels: dict[str, str] = field(default_factory=dict)
     reason: str | None = None
     context: dict[str, Any] | None = None
+    episode: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, ``detected_at`` still in nanoseconds."""

@@ -4,13 +4,15 @@ log. Late spans reopen it from there."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
-from service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
+from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
 from service.recovery import read_frames
 from service.storage.duck import DuckStore, PoolTimeout, StoreError, TraceRow
 from service.storage.spanlog import Frame, SpanLog
+from service.traces.raised import told_of
 from service.traces.tenant import Recalled
 
 _log = logging.getLogger("service.history")
@@ -26,8 +28,15 @@ MAX_SPANS = 50_000
 class TraceHistory:
     """Reads closed traces back. Called in the thread that folds; it blocks, so it is bounded."""
 
-    def __init__(self, store: DuckStore, log: SpanLog, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        store: DuckStore,
+        log: SpanLog,
+        max_body_bytes: int,
+        behind: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store = store
+        self._behind = behind
         self._log = log
         self._max_body = max_body_bytes
         self.recalled = 0
@@ -41,12 +50,14 @@ class TraceHistory:
         """What there is of the traces (rows of hi, lo).
 
         A trace counts as whole when all the spans that its row of the index counts were read.
-        Traces that the index does not have are new, or it is behind by more than
-        :data:`service.traces.tenant.INDEX_LAG_NS`.
+        Traces that the index does not have are new, unless the store is behind: then there may be
+        something of each.
         """
         names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
         try:
+            behind = self._behind()  # first: what is written back after this is found
             found = self._store.find_traces(tenant, names[:MAX_TRACES])
+            raised = self._store.raised_of(tenant, list(found)) if found else {}
         except (StoreError, PoolTimeout) as error:
             _log.warning("late spans of %s are judged without what came before: %s", tenant, error)
             self.partial += len(ids)
@@ -54,17 +65,28 @@ class TraceHistory:
         known = [k for k, name in enumerate(names) if name in found]
         self.unknown += len(ids) - len(known)
         beyond = ids[MAX_TRACES:]
+        if behind:
+            absent = [k for k, name in enumerate(names[:MAX_TRACES]) if name not in found]
+            beyond = np.concatenate([beyond, ids[absent]])
+            self.partial += len(absent)
         rows = [found[names[k]] for k in known]
         batch = self._read(tenant, rows)
         if batch is None:
             self.partial += len(known)
             return Recalled(ids[:0], [], None, np.concatenate([ids[known], beyond]))
-        of = batch.spans[:, [TRACE_HI, TRACE_LO]]
-        read = [int(np.count_nonzero((of == ids[k]).all(axis=1))) for k in known]
-        whole = [not row.partial and n >= row.spans for n, row in zip(read, rows, strict=True)]
+        told = [
+            {(each[0], each[1]): told_of(*each[2:]) for each in raised.get(names[k], ())}
+            for k in known
+        ]
+        of = batch.spans[:, [TRACE_HI, TRACE_LO, SPAN_ID]]
+        read = [len(np.unique(of[(of[:, :2] == ids[k]).all(axis=1)], axis=0)) for k in known]
+        whole = [
+            not (behind or row.partial) and n >= row.spans
+            for n, row in zip(read, rows, strict=True)
+        ]
         self.recalled += len(known)
         self.partial += whole.count(False)
-        return Recalled(ids[known], whole, batch, beyond)
+        return Recalled(ids[known], whole, batch, beyond, told)
 
     def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
         """The spans of the frames that hold the traces, None if no frame could be read."""

@@ -19,7 +19,6 @@ from service.otlp.render import trace_as_json
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.files import Rule
 from service.settings.base import MIB
-from service.signals import Kind, signal_id
 from service.storage.duck import DuckStore, StoredSignal, TraceRow
 from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog
 from service.tracemetadata import MAX_SIGNALS, TraceMetadataCache
@@ -147,8 +146,11 @@ class TraceReader:
             "verdicts": _verdicts(
                 rules,
                 found,
-                {s.signal.id: s for s in stored if s.status == "active"},
-                (tenant, trace_id),
+                {
+                    (s.signal.rule_id, s.signal.rule_version): s
+                    for s in stored
+                    if s.status == "active"
+                },
                 "kept" if certain else "open" if is_open else "unknown",
             ),
         }
@@ -179,8 +181,7 @@ class TraceReader:
 def _verdicts(
     rules: CompiledRules,
     found: dict[str, Verdict],
-    active: dict[str, StoredSignal],
-    trace: tuple[str, str],
+    active: dict[tuple[str, str], StoredSignal],
     otherwise: str,
 ) -> Json:
     """By rule id ``verdict``, ``clause``, ``signal`` (its id), ``counts`` and ``evidence``.
@@ -191,11 +192,10 @@ def _verdicts(
     it is says so. Where there is none the verdict is ``otherwise``: ``kept``; ``open`` while later
     spans may still break the rule; ``unknown`` where spans of a closed trace could not be read.
     """
-    tenant, trace_id = trace
     verdicts = {}
     for rule in rules.rules:
-        key = signal_id(tenant, rule.id, rule.version, trace_id, Kind.RAISED)
-        signal = active[key].signal if key in active else None
+        stands = active.get((rule.id, rule.version))
+        signal = stands.signal if stands else None
         judged = found.get(rule.id)
         said: Json = {
             "verdict": otherwise,

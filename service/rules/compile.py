@@ -81,6 +81,8 @@ class CompiledRules:
     thresholds: tuple[Rows, Rows]
     on_empty: Rows
     checks_of_rule: tuple[tuple[int, ...], ...]
+    identities: frozenset[tuple[str, str]]
+    """The rules' ids and versions."""
 
 
 def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
@@ -138,6 +140,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         thresholds=_end_to_end([sorted(found) for found in thresholds]),
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
+        identities=frozenset((rule.id, rule.version) for rule in enabled),
     )
 
 

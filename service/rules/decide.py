@@ -42,6 +42,7 @@ from service.traces.due import DueTraces
 from service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE
 
 ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # which clause a breach broke
+CLAUSES = {ALWAYS_BROKEN: "always", NEVER_BROKEN: "never"}
 
 STACK = 512  # deeper than any rule of 16 KiB nested 32 deep can need
 
@@ -252,3 +253,12 @@ def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
             Breach(int(k), int(r), int(clause), not due.closed) for k, r, clause in out[:found]
         )
     return breaches
+
+
+def broken(due: DueTraces) -> list[dict[tuple[str, str], str]]:
+    """For each trace the rules (id, version) that it breaks, with the clause."""
+    found: list[dict[tuple[str, str], str]] = [{} for _ in range(len(due))]
+    for breach in decide(due, raised_early=False):
+        rule = due.rules.rules[breach.rule]
+        found[breach.trace][rule.id, rule.version] = CLAUSES[breach.clause]
+    return found

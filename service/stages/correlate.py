@@ -24,10 +24,12 @@ from service.traces.due import DueTraces
 from service.traces.layout import CLOSED, NEVER, STATE
 from service.traces.progress import InFlight, LogProgress
 from service.traces.raised import RaisedBefore
+from service.traces.table import idle_longest
 from service.traces.tenant import INDEX_LAG_NS, History, TenantTraces
 from service.traces.window import Windows
 
 SURVEY_NS = 1_000_000_000
+MOST_KEPT = 10  # times as many closed traces as are asked for, while stores are behind
 TICK_SECONDS = 0.25  # idle traces are looked for this often
 
 
@@ -101,6 +103,7 @@ class CorrelateStage:
         history: History,
         windows: Windows,
         clock_ns: Callable[[], int],
+        behind: Callable[[], bool] = lambda: False,
     ) -> None:
         self._rules_of = rules_of
         self._threads = threads
@@ -114,6 +117,8 @@ class CorrelateStage:
         self.survey = Survey()
         self._clock_ns = clock_ns
         self._lock = threading.Lock()  # of the tenants and the counts
+        self._behind = behind
+        self._now_ns = 0
         self._last_sweep_ns = 0
         self._resumed_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
@@ -170,14 +175,18 @@ class CorrelateStage:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; before anything is folded, in a worker thread. Where it cannot be
         used, which raises what :meth:`TenantTraces.restored` does, nothing is changed."""
+        raised = RaisedBefore()
+        raised.restore(snapshot.raised)
         tenants = {
-            saved.tenant: TenantTraces.restored(saved, self._windows) for saved in snapshot.tenants
+            saved.tenant: TenantTraces.restored(saved, self._windows, raised.of(saved.tenant))
+            for saved in snapshot.tenants
         }
         with self._lock:
             for tenant, (last, pending) in snapshot.progress.items():
                 self._progress.restore(tenant, last, pending)
             self.tenants.update(tenants)
-            self._raised.restore(snapshot.raised)
+            self._raised = raised
+            self._now_ns = snapshot.taken_ns
 
     def note_raised(self, signals: Iterable[Signal]) -> None:
         """Take signals into account that were stored after the snapshot, in the order in which they
@@ -194,20 +203,22 @@ class CorrelateStage:
             return self._in_flight.mark()
 
     def replayed(self) -> None:
-        """The log is read, all of it is folded: what was raised of traces that are not open now is
-        known by other ways. Clients had nobody to send to: traces are idle from now on."""
+        """The log is read, and what could be folded is. Clients had nobody to send to: traces are
+        idle from now on."""
         with self._lock:
-            self._raised.keep(self._is_open)
-            self._resumed_ns = self._clock_ns()
+            self._resumed_ns = self._time()
 
-    def _is_open(self, tenant: str, trace_id: str) -> bool:
+    def settled(self) -> None:
+        """No span from before the restart is left that might open a trace again: what was raised of
+        traces that are not in memory is known by other ways."""
+        with self._lock:
+            if len(self._raised):
+                self._raised.keep(self._is_here)
+
+    def _is_here(self, tenant: str, trace_id: str) -> bool:
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
         traces = self.tenants.get(tenant)
-        for table in traces.tables if traces is not None else ():
-            slot = table.find(hi, lo)
-            if slot >= 0:
-                return int(table.arrays.slots[slot, STATE]) != CLOSED
-        return False
+        return traces is not None and any(table.find(hi, lo) >= 0 for table in traces.tables)
 
     def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
         """What is due, and the error that stopped before the end."""
@@ -221,7 +232,7 @@ class CorrelateStage:
                     due += self._fold_one(batch)
                     self._progress.folded(batch.tenant, positions)
                 if not self.caught_up.is_set():  # while the log is read nothing else makes room
-                    due += self._make_room(self._clock_ns())
+                    due += self._make_room(self._time())
             except Exception as error:
                 return self._ticketed(due), error
             return self._ticketed(due), None
@@ -229,14 +240,12 @@ class CorrelateStage:
     def _ticketed(self, due: list[DueTraces]) -> list[DueTraces]:
         for traces in due:
             traces.ticket = self._in_flight.enter()
-            if traces.closed:
-                self._raised.attach(traces)
         return due
 
     def _fold_one(self, batch: SpanBatch) -> list[DueTraces]:
         due = []
         counts = self.counts
-        now = batch.received_ns if batch.replayed else self._clock_ns()
+        now = batch.received_ns if batch.replayed else self._time()
         for table, folded in self._traces(batch.tenant).fold(
             batch, now, self._closed, self._history
         ):
@@ -247,8 +256,11 @@ class CorrelateStage:
             if folded.early is not None:
                 folded.early.received_ns = batch.received_ns
                 due.append(folded.early)
-            if len(folded.completed) or len(folded.spilled):
-                closed = table.close(folded.completed, now)
+            complete = folded.completed
+            if batch.replayed:  # more of it may be read: decided at the end
+                complete = table.never_told(complete)
+            if len(complete) or len(folded.spilled):
+                closed = table.close(complete, self._time())
                 closed.spilled = folded.spilled
                 counts.closed += len(closed)
                 due.append(closed)
@@ -262,7 +274,8 @@ class CorrelateStage:
         rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
-            traces = self.tenants[tenant] = TenantTraces(tenant, rules, self._windows)
+            before = self._raised.of(tenant)
+            traces = self.tenants[tenant] = TenantTraces(tenant, rules, self._windows, before)
         elif traces.rules is not rules:
             traces.rules = rules
         return traces
@@ -271,7 +284,7 @@ class CorrelateStage:
         limits = self._limits
         found: list[DueTraces] = []
         with self._lock:
-            now = self._clock_ns()
+            now = self._time()
             sweep = now - self._last_sweep_ns >= limits.sweep_ns
             if sweep:
                 self._last_sweep_ns = now
@@ -293,25 +306,38 @@ class CorrelateStage:
         limits = self._limits
         found: list[DueTraces] = []
         excess = sum(t.open_count for t in self.tenants.values()) - limits.most_open
-        for traces in self.tenants.values():
-            if excess <= 0:
-                break
-            over = traces.close_idlest(excess, now)
-            excess -= sum(len(due) for due in over)
-            self.counts.closed_for_room += sum(len(due) for due in over)
-            found += over
+        if excess > 0:
+            tables = [table for traces in self.tenants.values() for table in traces.tables]
+            found = [table.close(slots, now) for table, slots in idle_longest(tables, excess)]
+            self.counts.closed_for_room += sum(len(due) for due in found)
         closed = sum(traces.closed_count for traces in self.tenants.values())
         share = min(1.0, limits.keep / closed) if closed else 1.0
-        lag_ns = INDEX_LAG_NS + self._in_flight.oldest_ns()
+        lag_ns = INDEX_LAG_NS
+        if closed <= MOST_KEPT * limits.keep:  # beyond it, what the index lacks may be forgotten
+            lag_ns += self._in_flight.oldest_ns()
+            if self._behind():
+                share, lag_ns = 1.0, now
         for traces in self.tenants.values():
             keep = int(traces.closed_count * share)
             traces.evict(now, limits.keep_ns, keep, self._closed, lag_ns)
         self.counts.closed += sum(len(due) for due in found)
         return found
 
+    def _time(self) -> int:
+        """The wall clock. Where it was set back, so is every time that traces are measured by."""
+        now = self._clock_ns()
+        by = now - self._now_ns
+        if self._now_ns and by < 0:
+            for traces in self.tenants.values():
+                traces.shift(by)
+            self._last_sweep_ns += by
+            self._resumed_ns += by
+        self._now_ns = now
+        return now
+
     def _look_over(self, now: int) -> None:
         """Renew the survey once a second."""
-        if now - self.survey.taken_ns < SURVEY_NS:
+        if 0 <= now - self.survey.taken_ns < SURVEY_NS:
             return
         found = [table.survey() for t in self.tenants.values() for table in t.tables]
         self.survey = Survey(

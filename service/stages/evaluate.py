@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from channels import (
     ThreadTimeout,
 )
 from service.otlp.columns import Rows
-from service.rules.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach, decide
+from service.rules.decide import ALWAYS_BROKEN, CLAUSES, NEVER_BROKEN, Breach, decide
 from service.signals import Kind, Signal, signal_id
 from service.traces.due import DueTraces
 from service.traces.layout import (
@@ -30,12 +30,15 @@ from service.traces.layout import (
     FLAGS,
     ONCE_DIRTY,
     PARTIAL,
+    REOPENED,
 )
 from service.traces.progress import InFlight
+from service.traces.raised import Rule, standing_elsewhere
 
 STAGE = "rule-evaluation"
 EARLY_REMEMBERED = 100_000  # traces with early signals whose close is waited for
 _MASK = 2**64 - 1
+_CHANGED = "spans that came after the trace had closed changed the verdict"
 
 Bury = Callable[[str, list[DueTraces], Exception, int], Awaitable[None]]
 """Keeps items that a stage failed on together: (stage, items, error, attempts)."""
@@ -160,9 +163,7 @@ class EvaluateStage:
 
 def decide_due(due: DueTraces, now: int) -> Decided:
     """The signals of traces that are due; ``now`` becomes their ``detected_at``."""
-    signals = [raise_signal(due, breach, now) for breach in decide(due)]
-    if due.before is not None or due.raised:
-        signals += _retractions(due, now)
+    signals = [_signal(due, breach, now, kind, episode) for breach, kind, episode in _found(due)]
     spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
     return Decided(
         due.tenant,
@@ -175,34 +176,44 @@ def decide_due(due: DueTraces, now: int) -> Decided:
 
 
 def raise_signal(due: DueTraces, breach: Breach, now: int) -> Signal:
-    """The signal of a breach."""
-    return _signal(due, breach, now, Kind.RAISED, None)
+    """The signal of a breach that was never raised before."""
+    return _signal(due, breach, now, Kind.RAISED, 0)
 
 
-def _retractions(due: DueTraces, now: int) -> list[Signal]:
-    """What was raised when the traces were closed before and does not hold any more."""
-    raised: dict[tuple[int, int], int] = {}  # (trace, rule): clause
-    by_name = {(rule.id, rule.version): number for number, rule in enumerate(due.rules.rules)}
-    for k, stored in due.raised.items():
-        for rule_id, version, clause in stored:
-            number = by_name.get((rule_id, version))
-            if number is not None:  # else the rules have changed: that verdict is not theirs
-                raised[k, number] = ALWAYS_BROKEN if clause == "always" else NEVER_BROKEN
-    before = due.before
-    if before is not None:
-        now_at = {due.trace_id(k): k for k in range(len(due))}
-        for breach in decide(before, raised_early=False):
-            raised[now_at[before.trace_id(breach.trace)], breach.rule] = breach.clause
-    holds = {(breach.trace, breach.rule) for breach in decide(due, raised_early=False)}
-    reason = "spans that came after the trace had closed changed the verdict"
-    return [
-        _signal(due, Breach(k, rule, clause, early=False), now, Kind.RETRACTED, reason)
-        for (k, rule), clause in raised.items()
-        if (k, rule) not in holds
-    ]
+def _found(due: DueTraces) -> Iterator[tuple[Breach, Kind, int]]:
+    """What is to be signalled, each with its episode. What stands and still holds is told again: it
+    has its id, and is recorded where it was not yet."""
+    breaches = decide(due)
+    rules = due.rules.rules
+    broken: dict[int, set[Rule]] = {}  # by trace that was closed before
+    if due.closed:
+        again = np.flatnonzero(due.rows[:, FLAGS] & REOPENED).tolist()
+        broken = {k: set() for k in [*again, *due.told]}
+    if broken:
+        named = {(breach.trace, breach.rule) for breach in breaches}
+        for breach in decide(due, raised_early=False):
+            if (k := breach.trace) in broken:
+                rule = rules[breach.rule]
+                broken[k].add((rule.id, rule.version))
+                before = due.told.get(k, {}).get((rule.id, rule.version))
+                if (k, breach.rule) not in named and not (before and before.stands):
+                    # Certain early, but perhaps not when it was folded: under other rules.
+                    breaches.append(breach)
+    elsewhere = {k: standing_elsewhere(told, due.rules.identities) for k, told in due.told.items()}
+    for breach in breaches:
+        rule = rules[breach.rule]
+        if rule.id not in elsewhere.get(breach.trace, ()):
+            before = due.told.get(breach.trace, {}).get((rule.id, rule.version))
+            yield breach, Kind.RAISED, before.steps // 2 if before else 0
+    for k, told in due.told.items() if due.closed else ():
+        for number, rule in enumerate(rules):
+            before = told.get((rule.id, rule.version))
+            if before and before.stands and (rule.id, rule.version) not in broken[k]:
+                clause = ALWAYS_BROKEN if before.clause == "always" else NEVER_BROKEN
+                yield Breach(k, number, clause, early=False), Kind.RETRACTED, before.steps // 2
 
 
-def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, reason: str | None) -> Signal:
+def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) -> Signal:
     rules = due.rules
     rule = rules.rules[breach.rule]
     trace_id = due.trace_id(breach.trace)
@@ -218,11 +229,11 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, reason: str | 
             kept = min(counts[name], EVIDENCE)
             ids = row[E_EVIDENCE + 1 : E_EVIDENCE + 2 * kept : 2]
             evidence[name] = [f"{int(span_id) & _MASK:016x}" for span_id in ids]
-    clause = "always" if breach.clause == ALWAYS_BROKEN else "never"
+    clause = CLAUSES[breach.clause]
     found = ", ".join(f"{name}: {count}" for name, count in counts.items())
     says = "does not hold" if clause == "always" else "holds"
     return Signal(
-        id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind),
+        id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind, episode),
         tenant=due.tenant,
         rule_id=rule.id,
         rule_version=rule.version,
@@ -236,8 +247,9 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, reason: str | 
         evidence=evidence,
         message=f"{rule.name}: {clause!r} {says} ({found})",
         labels=dict(rule.labels),
-        reason=reason or _caveat(due, breach.trace),
+        reason=_CHANGED if kind is Kind.RETRACTED else _caveat(due, breach.trace),
         context=_context(due, breach.trace),
+        episode=episode,
     )
 
 

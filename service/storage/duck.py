@@ -271,6 +271,16 @@ class DuckStore:
         with self._files.use(tenant) as db:
             return duckqueries.find_traces(db, trace_ids)
 
+    def raised_of(
+        self, tenant: str, trace_ids: Sequence[str]
+    ) -> dict[str, list[tuple[str, str, int, int, str]]]:
+        """For each of the traces that has signals, by rule: its id and version, how many were
+        raised and how many retracted, and the clause of the last."""
+        if not self._files.has(tenant):
+            return {}
+        with self._files.use(tenant) as db:
+            return duckqueries.raised_of(db, trace_ids)
+
     def traces(
         self,
         tenant: str,

@@ -254,6 +254,21 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
     return found
 
 
+def raised_of(
+    db: Cursor, trace_ids: Sequence[str]
+) -> dict[str, list[tuple[str, str, int, int, str]]]:
+    """See :meth:`service.storage.duck.DuckStore.raised_of`."""
+    found: dict[str, list[tuple[str, str, int, int, str]]] = {}
+    for trace_id, *row in db.execute(
+        "SELECT lower(hex(trace_id)), rule_id, rule_version, count(*) FILTER (kind = 'raised'), "
+        "count(*) FILTER (kind = 'retracted'), arg_max(clause, seq) FROM signals "
+        "WHERE trace_id IN (SELECT unnest(?)) GROUP BY 1, 2, 3",
+        [[id_bytes(each, "trace_id") for each in trace_ids]],
+    ).fetchall():
+        found.setdefault(trace_id, []).append(tuple(row))
+    return found
+
+
 def spilled(db: Cursor, trace_id: str) -> list[int]:
     """See :meth:`service.storage.duck.DuckStore.spilled`."""
     key = id_bytes(trace_id, "trace_id")

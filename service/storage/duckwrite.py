@@ -189,8 +189,9 @@ def _retracted_before(
 def _other(signal: Signal) -> bytes:
     """The id of the retraction of a raised signal, or of what a retraction retracts."""
     kind = Kind.RETRACTED if signal.kind is Kind.RAISED else Kind.RAISED
+    rule, version = signal.rule_id, signal.rule_version
     return bytes.fromhex(
-        signal_id(signal.tenant, signal.rule_id, signal.rule_version, signal.trace_id, kind)
+        signal_id(signal.tenant, rule, version, signal.trace_id, kind, signal.episode)
     )
 
 

@@ -24,7 +24,7 @@ from isal import isal_zlib
 
 _log = logging.getLogger("service.checkpoint")
 
-_MAGIC = b"BTCKPT01"
+_MAGIC = b"BTCKPT02"
 _HEAD = struct.Struct("<8sQ")  # magic, length of the header
 KEPT = 2
 
@@ -34,12 +34,13 @@ Array = npt.NDArray[Any]
 @dataclass(frozen=True, slots=True)
 class TableSnapshot:
     """One :class:`~service.traces.table.TraceTable`: its rules as definitions, the names of their
-    checks in order, and arrays by name."""
+    checks in order, arrays by name, and what was told of traces, by slot."""
 
     version: str
     definitions: list[dict[str, Any]]
     check_names: list[str]
     arrays: Mapping[str, Array]
+    told: list[tuple[int, list[list[Any]]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
                         "definitions": table.definitions,
                         "check_names": table.check_names,
                         "arrays": {name: place(array) for name, array in table.arrays.items()},
+                        "told": table.told,
                     }
                     for table in saved.tables
                 ],
@@ -175,6 +177,7 @@ def read_checkpoint(path: Path) -> Snapshot:
                         table["definitions"],
                         table["check_names"],
                         {name: take(place) for name, place in table["arrays"].items()},
+                        table["told"],
                     )
                     for table in saved["tables"]
                 ],

@@ -11,6 +11,7 @@ from service.otlp.columns import Bytes, Rows
 from service.rules.compile import CompiledRules
 from service.traces.layout import FLAGS as SLOT_FLAGS
 from service.traces.layout import HI, LO, ROOT_NAME_LEN, ROOTED, SERVICES_1, SERVICES_2
+from service.traces.raised import Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,11 @@ class DueTraces:
 
     ``rows`` are slot rows (:mod:`service.traces.layout`), ``names`` the root names beside them, and
     ``entries[starts[k]:starts[k + 1]]`` the matches of trace ``k``. Where ``closed`` is false,
-    the traces go on and only what no later span can undo may be decided. ``before`` are the
-    traces among them that had been closed earlier, as they were then: what was raised for them and
-    no longer holds is retracted. ``services`` names the service numbers in the rows; ``spilled``
-    are log positions of traces too long to hold them all (hi, lo, positions); ``contexts`` the
-    last window of each long trace, by its number here. ``raised`` are, by number, signals (rule id,
-    version, clause) stored before a crash, to be retracted where they do not hold.
+    the traces go on and only what no later span can undo may be decided. ``told`` is, by number,
+    what was said of traces that had been closed earlier: what stands and no longer holds is
+    retracted. ``services`` names the service numbers in the rows; ``spilled`` are log positions of
+    traces too long to hold them all (hi, lo, positions); ``contexts`` the last window of each long
+    trace, by its number here.
     """
 
     tenant: str
@@ -45,10 +45,9 @@ class DueTraces:
     entries: Rows
     starts: Rows
     services: Sequence[str]
-    before: DueTraces | None = None
     spilled: Rows | None = None
     contexts: dict[int, Context] = field(default_factory=dict)
-    raised: dict[int, frozenset[tuple[str, str, str]]] = field(default_factory=dict)
+    told: dict[int, Told] = field(default_factory=dict)
     received_ns: int = 0
     spans: int = 0
     ticket: int = 0

@@ -19,8 +19,9 @@ import zstandard
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.definition import RuleFileError, make_rule
 from service.traces.due import Context, DueTraces
+from service.traces.raised import listed, unlisted
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 1 << 30  # decompressed
 _LEVEL = 1
 _HEADER = "header"
@@ -35,9 +36,11 @@ class SerialError(ValueError):
 
 
 def to_bytes(due: DueTraces) -> bytes:
-    """``due`` with its rules and with what its traces were before; without its ticket."""
-    arrays: Arrays = {}
-    header = {"format": FORMAT, **_describe(due, arrays, "", None)}
+    """``due`` with its rules; without its ticket."""
+    arrays: Arrays = {name: getattr(due, name) for name in _ARRAYS}
+    if due.spilled is not None:
+        arrays["spilled"] = due.spilled
+    header = {"format": FORMAT, **_describe(due)}
     arrays[_HEADER] = np.frombuffer(orjson.dumps(header), np.uint8)
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
@@ -54,7 +57,7 @@ def from_bytes(data: bytes) -> DueTraces:
         header = orjson.loads(arrays[_HEADER].tobytes())
         if header["format"] != FORMAT:
             raise SerialError(f"due traces of format {header['format']}, not {FORMAT}")
-        return _build(header, arrays, "", None)
+        return _build(header, arrays)
     except SerialError:
         raise
     except (
@@ -71,16 +74,8 @@ def from_bytes(data: bytes) -> DueTraces:
         raise SerialError(f"damaged due traces: {error}") from error
 
 
-def _describe(
-    due: DueTraces, arrays: Arrays, prefix: str, rules: CompiledRules | None
-) -> dict[str, Any]:
-    """The header of ``due``, whose arrays are added under names with ``prefix``; its rules are left
-    out where they are ``rules``."""
-    for name in _ARRAYS:
-        arrays[prefix + name] = getattr(due, name)
-    if due.spilled is not None:
-        arrays[prefix + "spilled"] = due.spilled
-    header: dict[str, Any] = {
+def _describe(due: DueTraces) -> dict[str, Any]:
+    return {
         "tenant": due.tenant,
         "closed": due.closed,
         "services": list(due.services),
@@ -90,46 +85,32 @@ def _describe(
             [k, context.window, context.first, [int(each) for each in context.spans]]
             for k, context in due.contexts.items()
         ],
-        "raised": [[k, *map(list, sorted(each))] for k, each in due.raised.items()],
+        "told": [[k, listed(told)] for k, told in due.told.items()],
+        "version": due.rules.version,
+        "rules": [rule.definition() for rule in due.rules.rules],
+        "checks": list(due.rules.check_names),
     }
-    if due.rules is not rules:
-        header["version"] = due.rules.version
-        header["rules"] = [rule.definition() for rule in due.rules.rules]
-        header["checks"] = list(due.rules.check_names)
-    if due.before is not None:
-        header["before"] = _describe(due.before, arrays, prefix + "before.", due.rules)
-    return header
 
 
-def _build(
-    header: dict[str, Any], arrays: Arrays, prefix: str, rules: CompiledRules | None
-) -> DueTraces:
-    if "rules" in header:
-        rules = _compiled(orjson.dumps(header["rules"]), header["version"])
-        if list(rules.check_names) != header["checks"]:
-            raise SerialError("the rules compile to other checks in this version of the program")
-    if rules is None:
-        raise SerialError("due traces without rules")
-    before = header.get("before")
+def _build(header: dict[str, Any], arrays: Arrays) -> DueTraces:
+    rules = _compiled(orjson.dumps(header["rules"]), header["version"])
+    if list(rules.check_names) != header["checks"]:
+        raise SerialError("the rules compile to other checks in this version of the program")
     return DueTraces(
         tenant=header["tenant"],
         rules=rules,
         closed=header["closed"],
-        rows=arrays[prefix + "rows"],
-        names=arrays[prefix + "names"],
-        entries=arrays[prefix + "entries"],
-        starts=arrays[prefix + "starts"],
+        rows=arrays["rows"],
+        names=arrays["names"],
+        entries=arrays["entries"],
+        starts=arrays["starts"],
         services=header["services"],
-        before=None if before is None else _build(before, arrays, prefix + "before.", rules),
-        spilled=arrays.get(prefix + "spilled"),
+        spilled=arrays.get("spilled"),
         contexts={
             k: Context(window, first, tuple(spans))
             for k, window, first, spans in header["contexts"]
         },
-        raised={
-            k: frozenset((rule, version, clause) for rule, version, clause in each)
-            for k, *each in header.get("raised", [])
-        },
+        told={k: unlisted(rows) for k, rows in header["told"]},
         received_ns=header["received_ns"],
         spans=header["spans"],
     )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from service.otlp.columns import Rows, SpanBatch
 from service.rules.compile import CompiledRules
+from service.rules.decide import broken
 from service.rules.match import evaluate
 from service.traces import fold as kernels
 from service.traces import pools, upkeep
@@ -32,12 +33,17 @@ from service.traces.layout import (
     ENTRIES_USED,
     ENTRY_COLUMNS,
     FILL_SIZE,
+    FIRST_SEEN,
     FLAGS,
+    FREE,
+    HI,
     LARGE_FREE,
     LARGE_RING,
     LARGE_USED,
+    LAST_SEEN,
     LATE,
     LATENESS,
+    LO,
     MATCHED,
     MIDDLE_FREE,
     MIDDLE_RING,
@@ -72,9 +78,11 @@ from service.traces.layout import (
     RuleArrays,
     TraceArrays,
 )
+from service.traces.raised import Told, listed, merged, next_steps, unlisted
 from service.traces.window import Windows
 
 _NO_FILTER = np.zeros((2, 0), np.int64)
+_MASK = 2**64 - 1
 SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
 
 
@@ -105,8 +113,9 @@ class TraceTable:
     rules: CompiledRules
     services: list[str]
     windows: Windows = field(default_factory=Windows)
+    before: dict[str, Told] = field(default_factory=dict)  # by trace id, from before a restart
     arrays: TraceArrays = field(init=False)
-    reopened: dict[int, DueTraces] = field(default_factory=dict)  # slot -> as it was when closed
+    told: dict[int, Told] = field(default_factory=dict)  # slot -> said before it was closed last
     _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (when, slots), in order
     _rule_arrays: RuleArrays = field(init=False)
     _ask: Rows = field(init=False)
@@ -216,6 +225,7 @@ class TraceTable:
         early = None
         if len(dirty):
             upkeep.clear_dirty(self.arrays, dirty)
+            self._learn(dirty)
             early = self.copy(dirty, closed=False, now=now)
         return Folded(
             early,
@@ -240,10 +250,8 @@ class TraceTable:
 
     def close(self, slots: Rows, now: int) -> DueTraces:
         """Close open traces; they are kept until :meth:`evict`."""
+        self._learn(slots)
         due = self.copy(slots, closed=True, now=now)
-        before = [self.reopened.pop(int(slot)) for slot in slots if int(slot) in self.reopened]
-        if before:
-            due.before = _joined(before)
         upkeep.close(self.arrays, slots, now)
         self._closed.append((now, slots))
         return due
@@ -256,6 +264,9 @@ class TraceTable:
         upkeep.copy_out(self.arrays, slots, rows, entries, starts)
         long = np.flatnonzero(rows[:, SPANS] > self.windows.long_lived).tolist()
         contexts = {k: self._context(rows[k], int(slots[k])) for k in long}
+        told = {}
+        if self.told:
+            told = {k: self.told[s] for k, s in enumerate(slots.tolist()) if s in self.told}
         return DueTraces(
             self.tenant,
             self.rules,
@@ -266,6 +277,7 @@ class TraceTable:
             starts,
             self.services,
             contexts=contexts,
+            told=told,
             received_ns=now,
             spans=int(rows[:, SPANS].sum()),
         )
@@ -279,12 +291,22 @@ class TraceTable:
         numbers = np.arange(first - 1, spans) % len(ring)
         return Context(window, first, tuple(ring[numbers].tolist()))
 
-    def idlest(self, count: int) -> Rows:
-        """The ``count`` open slots that have been idle longest, or all there are, up to
-        ``SWEEP_BATCH``."""
-        count = min(count, self.open_count, SWEEP_BATCH)
-        used = self.arrays.activity[: self.arrays.fill[SLOTS_USED]]
-        return np.argpartition(used, count - 1)[:count] if count else np.zeros(0, np.int64)
+    def never_told(self, slots: Rows) -> Rows:
+        """Those of the slots of whose traces nothing was said before."""
+        if not self.before and not self.told:
+            return slots
+        told = [s in self.told or self.trace_id(s) in self.before for s in slots.tolist()]
+        never: Rows = slots[~np.array(told, bool)]
+        return never
+
+    def shift(self, by: int) -> None:
+        """Count all times of receipt and closing as ``by`` nanoseconds later."""
+        used = int(self.arrays.fill[SLOTS_USED])
+        activity = self.arrays.activity[:used]
+        activity[activity != NEVER] += by
+        for column in (FIRST_SEEN, LAST_SEEN, CLOSED_AT):
+            self.arrays.slots[:used, column] += by
+        self._closed = deque((when + by, slots) for when, slots in self._closed)
 
     def survey(self) -> tuple[int, int, int]:
         """Open traces that are long, span ids held for open traces, and when the oldest began
@@ -312,6 +334,9 @@ class TraceTable:
                 freed += upkeep.free_closed(
                     self.arrays, slots, when, closed.filters, generation, salt
                 )
+            if self.told:
+                for slot in slots[self.arrays.slots[slots, STATE] == FREE].tolist():
+                    self.told.pop(slot, None)
         return freed
 
     def snapshot(self) -> TableSnapshot:
@@ -328,17 +353,10 @@ class TraceTable:
             "ring_large": a.ring_large[: fill[LARGE_USED]].copy(),
             "entries": a.entries[: fill[ENTRIES_USED]].copy(),
         }
-        if self.reopened:
-            before = _joined(list(self.reopened.values()))
-            arrays["before_slots"] = np.array(list(self.reopened), np.int64)
-            arrays |= {
-                "before_rows": before.rows,
-                "before_names": before.names,
-                "before_entries": before.entries,
-                "before_starts": before.starts,
-            }
         definitions = [rule.definition() for rule in self.rules.rules]
-        return TableSnapshot(self.rules.version, definitions, list(self.rules.check_names), arrays)
+        told = [(slot, listed(each)) for slot, each in self.told.items()]
+        names = list(self.rules.check_names)
+        return TableSnapshot(self.rules.version, definitions, names, arrays, told)
 
     def restore(self, saved: TableSnapshot) -> None:
         """Become what a snapshot of a table with the same rules holds."""
@@ -363,33 +381,21 @@ class TraceTable:
         when = self.arrays.slots[closed, CLOSED_AT]
         for time in np.unique(when).tolist():
             self._closed.append((time, closed[when == time]))
-        if "before_slots" in arrays:
-            starts = arrays["before_starts"]
-            for k, slot in enumerate(arrays["before_slots"].tolist()):
-                first, last = int(starts[k]), int(starts[k + 1])
-                self.reopened[slot] = DueTraces(
-                    self.tenant,
-                    self.rules,
-                    True,
-                    arrays["before_rows"][k : k + 1],
-                    arrays["before_names"][k : k + 1],
-                    arrays["before_entries"][first:last],
-                    np.array([0, last - first], np.int64),
-                    self.services,
-                )
+        self.told = {slot: unlisted(rows) for slot, rows in saved.told}
 
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), -1 without one."""
         with np.errstate(over="ignore"):
             return int(pools.find_slot(self.arrays, hi, lo))
 
-    def recall(self, ids: Rows) -> None:
-        """Treat traces (rows of hi, lo) that were folded again from the log as closed once: what
-        was raised for them then is compared when they close."""
-        for slot in self._slots(ids):
-            at_close = self.copy(np.array([slot], np.int64), closed=True, now=0)
-            self.reopened.setdefault(slot, at_close)
-            self.arrays.slots[slot, FLAGS] |= REOPENED
+    def recall(self, ids: Rows, told: Sequence[Told]) -> None:
+        """Note of traces (rows of hi, lo) that were folded again from the log that they had been
+        closed, and what was told of them then."""
+        for (hi, lo), each in zip(ids.tolist(), told, strict=True):
+            slot = self.find(hi, lo)
+            if slot >= 0:
+                self.arrays.slots[slot, FLAGS] |= REOPENED
+                self._tell(slot, each)
 
     def mark_partial(self, ids: Rows) -> None:
         """Note of traces that some of their spans were not counted."""
@@ -401,9 +407,29 @@ class TraceTable:
         return [slot for slot in found if slot >= 0]
 
     def _reopen(self, slot: int, now: int) -> None:
-        at_close = self.copy(np.array([slot], np.int64), closed=True, now=now)
-        self.reopened.setdefault(slot, at_close)
+        slots = np.array([slot], np.int64)
+        at_close = self.copy(slots, closed=True, now=now)
+        told = at_close.told.get(0, {})
+        self._tell(slot, next_steps(told, broken(at_close)[0], self.rules.identities))
         upkeep.reopen(self.arrays, slot, now, REOPENED)
+        self._learn(slots)
+
+    def _learn(self, slots: Rows) -> None:
+        """Take over what is known of open traces from before a restart."""
+        if self.before:
+            for slot in slots.tolist():
+                told = self.before.pop(self.trace_id(slot), None)
+                if told is not None:
+                    self._tell(slot, told)
+
+    def _tell(self, slot: int, told: Told) -> None:
+        if told:
+            self.told[slot] = merged(self.told.get(slot, {}), told)
+
+    def trace_id(self, slot: int) -> str:
+        """The trace id in a slot, 32 hex digits."""
+        hi, lo = self.arrays.slots[slot, [HI, LO]].tolist()
+        return f"{hi & _MASK:016x}{lo & _MASK:016x}"
 
     def _answer(self, batch: SpanBatch, arrays: BatchArrays, outputs: FoldOutputs) -> None:
         """Evaluate in Python what the kernel asked for, and count what matched."""
@@ -452,6 +478,22 @@ class TraceTable:
             )
 
 
+def idle_longest(tables: Sequence[TraceTable], count: int) -> list[tuple[TraceTable, Rows]]:
+    """The ``count`` open slots of all tables that have been idle longest, or all there are; up to
+    ``SWEEP_BATCH`` in each piece."""
+    used = [table.arrays.activity[: table.arrays.fill[SLOTS_USED]] for table in tables]
+    count = min(count, sum(table.open_count for table in tables))
+    if not count:
+        return []
+    chosen = np.sort(np.argpartition(np.concatenate(used), count - 1)[:count])
+    found = []
+    for table, slots in zip(tables, used, strict=True):
+        own = chosen[(chosen >= 0) & (chosen < len(slots))]
+        chosen = chosen - len(slots)
+        found += [(table, own[at : at + SWEEP_BATCH]) for at in range(0, len(own), SWEEP_BATCH)]
+    return found
+
+
 def _doubled(array: npt.NDArray, more: int = 0) -> npt.NDArray:  # type: ignore[type-arg]
     """A copy twice as long, and ``more``; the new rows are zero."""
     grown = np.zeros((2 * len(array) + more, *array.shape[1:]), array.dtype)
@@ -480,22 +522,4 @@ def _empty_arrays(slots: int) -> TraceArrays:
         ring_large=np.zeros((1, LARGE_RING), np.int64),
         entries=np.zeros((slots, ENTRY_COLUMNS), np.int64),
         fill=fill,
-    )
-
-
-def _joined(parts: list[DueTraces]) -> DueTraces:
-    """Several copies as one."""
-    first = parts[0]
-    starts = [0]
-    for part in parts:
-        starts.extend((part.starts[1:] + starts[-1]).tolist())
-    return DueTraces(
-        first.tenant,
-        first.rules,
-        True,
-        np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.names for part in parts]),
-        np.concatenate([part.entries for part in parts]),
-        np.array(starts, np.int64),
-        first.services,
     )

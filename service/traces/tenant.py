@@ -7,7 +7,7 @@ forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from service.rules.definition import make_rule
 from service.traces.checkpoint import TenantSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
+from service.traces.raised import Told
 from service.traces.table import Folded, TraceTable
 from service.traces.window import Windows
 
@@ -37,13 +38,15 @@ INDEX_LAG_NS = 2_000_000_000  # a trace closed before the oldest one on its way 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recalled:
     """Closed traces read from the log: their ids, rows of (hi, lo); for each whether all of it
-    could be read; and the spans of the frames that hold them, among others. ``lost`` are ids of
-    traces of which nothing could be read, though there may be something."""
+    could be read, and what was told of it; and the spans of the frames that hold them, among
+    others. ``lost`` are ids of traces of which nothing could be read, though there may be
+    something."""
 
     ids: Rows
     whole: list[bool]
     batch: SpanBatch | None
     lost: Rows
+    told: Sequence[Told] = ()
 
 
 History = Callable[[str, Rows], Recalled]
@@ -53,15 +56,27 @@ History = Callable[[str, Rows], Recalled]
 class TenantTraces:
     """Open and recently closed traces of one tenant. Not thread-safe: one thread at a time."""
 
-    def __init__(self, tenant: str, rules: CompiledRules, windows: Windows | None = None) -> None:
+    def __init__(
+        self,
+        tenant: str,
+        rules: CompiledRules,
+        windows: Windows | None = None,
+        before: dict[str, Told] | None = None,
+    ) -> None:
         self.tenant = tenant
         self._windows = windows or Windows()
+        self._before = {} if before is None else before
         self.services = [""]  # by number; 0 is none
         self._numbers: dict[bytes, int] = {}
-        self.tables = [TraceTable(tenant, rules, self.services, self._windows)]
+        self.tables = [self._table(rules)]
 
     @classmethod
-    def restored(cls, saved: TenantSnapshot, windows: Windows | None = None) -> TenantTraces:
+    def restored(
+        cls,
+        saved: TenantSnapshot,
+        windows: Windows | None = None,
+        before: dict[str, Told] | None = None,
+    ) -> TenantTraces:
         """A tenant's traces as a snapshot has them.
 
         Raises ValueError where its rules do not compile to the checks they had, as a snapshot of
@@ -73,12 +88,10 @@ class TenantTraces:
             if list(rules.check_names) != table.check_names:
                 raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
             compiled.append(rules)
-        traces = cls(saved.tenant, compiled[-1], windows)
+        traces = cls(saved.tenant, compiled[-1], windows, before)
         for service in saved.services[1:]:
             traces._number(service.encode())
-        traces.tables = [
-            TraceTable(saved.tenant, rules, traces.services, traces._windows) for rules in compiled
-        ]
+        traces.tables = [traces._table(rules) for rules in compiled]
         for restored, table in zip(traces.tables, saved.tables, strict=True):
             restored.restore(table)
         return traces
@@ -101,7 +114,7 @@ class TenantTraces:
             if table.rules.version == rules.version:
                 self.tables.append(self.tables.pop(i))
                 return
-        self.tables.append(TraceTable(self.tenant, rules, self.services, self._windows))
+        self.tables.append(self._table(rules))
         self._drop_empty()
 
     @property
@@ -162,7 +175,7 @@ class TenantTraces:
                 wanted |= (of == pair).all(axis=1)
             skip = (~wanted).astype(np.uint8)
             newest.fold(batch, self._service_numbers(batch), batch.received_ns, skip)
-            newest.recall(recalled.ids)
+            newest.recall(recalled.ids, recalled.told)
             newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
         return recalled.lost
 
@@ -175,16 +188,6 @@ class TenantTraces:
                 due.append(table.close(slots, now))
             while oldest_ns is not None and len(slots := table.old(now - oldest_ns)):
                 due.append(table.close(slots, now))
-        return due
-
-    def close_idlest(self, count: int, now: int) -> list[DueTraces]:
-        """Close about the ``count`` open traces that have been idle longest."""
-        due = []
-        for table in self.tables:
-            slots = table.idlest(count)
-            if len(slots):
-                due.append(table.close(slots, now))
-                count -= len(slots)
         return due
 
     def evict(
@@ -203,6 +206,14 @@ class TenantTraces:
             freed += table.evict(now - max(keep_ns, lag_ns), now - lag_ns, keep, closed)
         self._drop_empty()
         return freed
+
+    def shift(self, by: int) -> None:
+        """Count all times of receipt and closing as ``by`` nanoseconds later."""
+        for table in self.tables:
+            table.shift(by)
+
+    def _table(self, rules: CompiledRules) -> TraceTable:
+        return TraceTable(self.tenant, rules, self.services, self._windows, self._before)
 
     def _drop_empty(self) -> None:
         self.tables = [

@@ -14,6 +14,7 @@ from service.app import Service, open_service
 from service.http.request import Done, Refused, Reply, Request
 from service.settings import Settings
 from service.signals import Signal
+from tests.service.traces.engine import standing as traces_standing
 from tests.service.traces.spans import S, body
 
 OFF = {"address": "off"}
@@ -87,14 +88,7 @@ def ledger_signals(service: Service, tenant: str = "default") -> list[Signal]:
 
 def standing(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
     """Trace and rule of what was raised and not retracted."""
-    found: set[tuple[str, str]] = set()
-    for signal in ledger_signals(service, tenant):
-        key = (signal.trace_id, signal.rule_id)
-        if signal.kind == "raised":
-            found.add(key)
-        else:
-            found.discard(key)
-    return found
+    return traces_standing(ledger_signals(service, tenant))
 
 
 async def folded(service: Service) -> None:

@@ -17,6 +17,7 @@ from service.stages.evaluate import decide_due
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, SPANS
+from service.traces.raised import Rule, Told, told_of
 from service.traces.tenant import Recalled, TenantTraces
 
 
@@ -25,6 +26,20 @@ def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
         make_rule({"id": f"r{i}", "condition": format_rule(rule)}) for i, rule in enumerate(rules)
     ]
     return compile_rules(definitions, version)
+
+
+def standing(signals: Sequence[Signal]) -> set[tuple[str, str]]:
+    """Trace and rule of what was raised and not retracted, in whatever order the signals are. Of
+    each episode there is one signal of each kind at most, and only the last may stand."""
+    ids: dict[tuple[str, str, int, Kind], str] = {}
+    for s in signals:
+        assert ids.setdefault((s.trace_id, s.rule_id, s.episode, s.kind), s.id) == s.id
+    raised = {key[:3] for key in ids if key[3] is Kind.RAISED}
+    stands = [key for key in raised if (*key, Kind.RETRACTED) not in ids]
+    assert not any((trace, rule, n + 1) in raised for trace, rule, n in stands)
+    found = {key[:2] for key in stands}
+    assert len(found) == len(stands)
+    return found
 
 
 class Engine:
@@ -37,7 +52,6 @@ class Engine:
     def __init__(self, rules: Sequence[RuleSyntax], tenant: str = "t") -> None:
         self.traces = TenantTraces(tenant, compiled(rules))
         self.now = 1000
-        self.standing: set[tuple[str, str]] = set()
         self.signals: list[Signal] = []
         self.log: list[bytes] = []
         self.index: dict[tuple[int, int], tuple[set[int], int]] = {}
@@ -70,7 +84,23 @@ class Engine:
         batch.positions = np.array(positions, np.int64)
         batch.received_ns = self.now
         self.recalled += len(found)
-        return Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0])
+        told = [self.told(f"{hi % 2**64:016x}{lo % 2**64:016x}") for hi, lo in found]
+        return Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0], told)
+
+    def told(self, trace_id: str) -> Told:
+        """What the signals of a trace say, as the query store counts them."""
+        of: dict[Rule, dict[str, Signal]] = {}
+        for signal in self.signals:
+            if signal.trace_id == trace_id:
+                of.setdefault((signal.rule_id, signal.rule_version), {})[signal.id] = signal
+        return {
+            rule: told_of(
+                sum(s.kind is Kind.RAISED for s in signals.values()),
+                sum(s.kind is Kind.RETRACTED for s in signals.values()),
+                list(signals.values())[-1].clause,
+            )
+            for rule, signals in of.items()
+        }
 
     def forget(self) -> None:
         """Free all closed traces."""
@@ -86,16 +116,15 @@ class Engine:
         """Go on from a snapshot, as after a restart."""
         self.traces = TenantTraces.restored(self.traces.snapshot())
 
+    @property
+    def standing(self) -> set[tuple[str, str]]:
+        """What was raised and not retracted; never twice at a time."""
+        return standing(self.signals)
+
     def _decide(self, due: DueTraces) -> None:
         for row in due.rows if due.closed else ():
             pair = (int(row[HI]), int(row[LO]))
             positions = set(row[POSITION_0 : POSITION_0 + row[POSITION_COUNT]].tolist())
             positions |= self.spilled.get(pair, set())
             self.index[pair] = positions | self.index.get(pair, (set(), 0))[0], int(row[SPANS])
-        for signal in decide_due(due, self.now).signals:
-            self.signals.append(signal)
-            key = (signal.trace_id, signal.rule_id)
-            if signal.kind is Kind.RAISED:
-                self.standing.add(key)
-            else:
-                self.standing.discard(key)
+        self.signals += decide_due(due, self.now).signals

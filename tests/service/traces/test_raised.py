@@ -1,6 +1,8 @@
 """What was stored before a crash and is not known of the traces read back."""
 
+import hashlib
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import orjson
@@ -12,7 +14,7 @@ from service.signals import Kind, signal_id
 from service.stages.evaluate import decide_due
 from service.storage.fallback import FallbackFiles
 from service.traces.layout import E_CHECK, E_COUNT, ENTRY_COLUMNS
-from service.traces.raised import RaisedBefore
+from service.traces.raised import Raised, RaisedBefore, next_steps
 from tests.service.stages.faults import RULES, due, signal
 
 pytestmark = pytest.mark.kernel
@@ -20,72 +22,113 @@ pytestmark = pytest.mark.kernel
 RULE = RULES.rules[0]
 
 
-def raised(number, kind=Kind.RAISED, **changes):
+KEY = (RULE.id, RULE.version)
+
+
+def raised(number, kind=Kind.RAISED, episode=0, **changes):
     """A signal of the rule of ``due``."""
     plain = signal(number)
     return replace(
         plain,
-        id=signal_id(plain.tenant, RULE.id, RULE.version, plain.trace_id, kind),
+        id=signal_id(plain.tenant, RULE.id, RULE.version, plain.trace_id, kind, episode),
         rule_id=RULE.id,
         rule_version=RULE.version,
         kind=kind,
         clause="never",
+        episode=episode,
         **changes,
     )
 
 
-def attached(*signals, traces=(1, 2)):
+def noted(*signals):
     before = RaisedBefore()
     before.note(signals)
-    found = due(*traces)
-    before.attach(found)
-    return found.raised, before
+    return before.of("acme")
 
 
-def test_traces_are_told_once_what_stands_of_them():
-    told, before = attached(raised(2), raised(3))
-    assert told == {1: {(RULE.id, RULE.version, "never")}}
-    again = due(2)
-    before.attach(again)
-    assert again.raised == {}
-    assert len(before) == 1
+def test_signals_are_counted_by_their_ids_in_any_order():
+    trace = raised(1).trace_id
+    history = [raised(1, kind, n) for n in range(3) for kind in (Kind.RAISED, Kind.RETRACTED)]
+    for count in range(1, 7):
+        for some in permutations(history[:count], min(count, 3)):
+            told = noted(*some, *history[:count], some[0])
+            assert told == {trace: {KEY: Raised(count, "never")}}
 
 
-def test_what_was_retracted_or_raised_early_needs_no_retraction():
-    assert attached(raised(1), raised(1, Kind.RETRACTED))[0] == {}
-    assert attached(raised(1, early=True))[0] == {}
-    assert attached(replace(raised(1), tenant="other"))[0] == {}
+def test_what_was_raised_early_is_found_again_and_needs_no_note():
+    assert noted(raised(1, early=True)) == {}
+    assert noted(replace(raised(1), tenant="other")) == {}
 
 
 def test_it_is_saved_and_reduced_to_what_is_wanted():
-    _, before = attached(*map(raised, range(10, 20)))
+    before = RaisedBefore()
+    before.note(map(raised, range(10, 20)))
     other = RaisedBefore()
     other.restore(before.saved())
-    assert other.saved() == before.saved()
+    traces = other.of("acme")
+    assert traces == before.of("acme")
+    assert len(other) == 10
     keep = {raised(12).trace_id, raised(15).trace_id}
     other.keep(lambda tenant, trace_id: tenant == "acme" and trace_id in keep)
-    assert other.saved()["acme"].keys() == keep
+    assert traces.keys() == keep  # tables share it
     other.keep(lambda tenant, trace_id: False)
     assert len(other) == 0
     assert other.saved() == {}
 
 
-def test_a_stored_breach_that_does_not_hold_is_retracted():
+def test_verdicts_go_a_step_further_only_where_they_change():
+    known = {("a", "1"), ("b", "1"), ("c", "2")}
+    told = {
+        ("a", "1"): Raised(1, "never"),
+        ("b", "1"): Raised(2, "always"),
+        ("c", "1"): Raised(1, "never"),  # under a version that is gone
+        ("gone", "1"): Raised(1, "never"),
+    }
+    assert next_steps(told, {("a", "1"): "never"}, known) == {}
+    assert next_steps(told, {("b", "1"): "never", ("c", "2"): "never"}, known) == {
+        ("a", "1"): Raised(2, "never"),
+        ("b", "1"): Raised(3, "never"),
+    }
+    assert next_steps({}, {("c", "2"): "always"}, known) == {("c", "2"): Raised(1, "always")}
+
+
+def kinds(signals):
+    return [(s.rule_id, s.kind, s.episode) for s in signals]
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_what_stands_is_retracted_and_what_was_retracted_raised_anew(steps):
+    breach, kept = due(1), due(1)
+    kept.entries = np.zeros((1, ENTRY_COLUMNS), np.int64)
+    kept.entries[0, E_CHECK], kept.entries[0, E_COUNT] = 0, 2
+    kept.starts = np.array([0, 1], np.int64)
+    for each in (breach, kept):
+        each.told = {0: {KEY: Raised(steps, "never")}} if steps else {}
+    (signal,) = decide_due(breach, 5).signals
+    assert signal.id == raised(1, episode=steps // 2).id
+    assert (signal.kind, signal.episode) == (Kind.RAISED, steps // 2)
+    found = decide_due(kept, 5).signals
+    if steps % 2:
+        (signal,) = found
+        assert signal.id == raised(1, Kind.RETRACTED, steps // 2).id
+        assert signal.clause == "never"
+        assert signal.reason
+    else:
+        assert found == []
+
+
+def test_the_first_raising_has_the_id_of_the_specification():
+    parts = ("t", "r", "v", "0" * 32, "raised")
+    text = "".join(f"{len(part)}:{part}" for part in parts)
+    plain = hashlib.sha256(text.encode()).hexdigest()[:32]
+    assert signal_id("t", "r", "v", "0" * 32, Kind.RAISED) == plain
+    ids = {signal_id("t", "r", "v", "0" * 32, kind, n) for kind in Kind for n in range(20)}
+    assert len(ids) == 40
+
+
+def test_another_version_of_a_rule_that_stands_is_not_raised_or_retracted():
     traces = due(1)
-    traces.raised = {0: frozenset([(RULE.id, RULE.version, "never")])}
-    (breach,) = decide_due(traces, 5).signals
-    assert breach.kind is Kind.RAISED  # it holds still, and is the same signal
-
-    traces.entries = np.zeros((1, ENTRY_COLUMNS), np.int64)
-    traces.entries[0, E_CHECK], traces.entries[0, E_COUNT] = 0, 2
-    traces.starts = np.array([0, 1], np.int64)
-    (retraction,) = decide_due(traces, 5).signals
-    assert retraction.kind is Kind.RETRACTED
-    assert retraction.id == raised(1, Kind.RETRACTED).id
-    assert retraction.clause == "never"
-    assert retraction.reason
-
-    traces.raised = {0: frozenset([(RULE.id, "another version", "never")])}
+    traces.told = {0: {(RULE.id, "another version"): Raised(1, "never")}}
     assert decide_due(traces, 5).signals == []
 
 

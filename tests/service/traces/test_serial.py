@@ -6,10 +6,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 
-from service.rules.compile import compile_rules
-from service.rules.definition import make_rule
 from service.stages.evaluate import decide_due
 from service.traces.due import Context
+from service.traces.raised import Raised
 from service.traces.serial import FORMAT, SerialError, from_bytes, to_bytes
 from tests.service.stages.faults import due
 from tests.strategies import encode, rules, splits, traces
@@ -31,37 +30,23 @@ def assert_same(one, other):
         assert getattr(one, name).dtype == getattr(other, name).dtype
     assert list(one.services) == list(other.services)
     assert one.contexts == other.contexts
-    assert one.raised == other.raised
+    assert one.told == other.told
     assert [r.definition() for r in one.rules.rules] == [r.definition() for r in other.rules.rules]
     assert one.rules.version == other.rules.version
     assert (one.spilled is None) == (other.spilled is None)
     if one.spilled is not None:
         assert np.array_equal(one.spilled, other.spilled)
-    assert (one.before is None) == (other.before is None)
-    if one.before is not None:
-        assert_same(one.before, other.before)
 
 
 def test_everything_comes_back_but_the_ticket():
     given = due(1, 2, 3)
-    given.before = due(2)
     given.spilled = np.arange(20, dtype=np.int64).reshape(2, 10)
     given.contexts = {1: Context(3, 201, (-5, 2**63 - 1))}
-    given.raised = {2: frozenset([("a", "v1", "never"), ("b", "v1", "always")])}
+    given.told = {2: {("a", "v1"): Raised(1, "never"), ("b", "v1"): Raised(4, "always")}}
     given.received_ns, given.spans, given.ticket = 77, 5, 9
     found = from_bytes(to_bytes(given))
     assert_same(found, given)
     assert found.ticket == 0
-    assert found.before.rules is found.rules
-
-
-def test_what_was_before_may_have_had_other_rules():
-    given = due(1)
-    given.before = due(1)
-    given.before.rules = compile_rules([make_rule({"id": "old", "condition": "a"})], "v0")
-    found = from_bytes(to_bytes(given))
-    assert found.before.rules.version == "v0"
-    assert [rule.id for rule in found.before.rules.rules] == ["old"]
 
 
 @settings(max_examples=30)
@@ -122,5 +107,5 @@ def test_rules_are_needed():
     header = orjson.loads(arrays["header"].tobytes())
     del header["rules"]
     arrays["header"] = np.frombuffer(orjson.dumps(header), np.uint8)
-    with pytest.raises(SerialError, match="without rules"):
+    with pytest.raises(SerialError, match="rules"):
         from_bytes(packed(**arrays))
