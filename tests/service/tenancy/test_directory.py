@@ -1,0 +1,152 @@
+import sqlite3
+
+import pytest
+
+from service.tenancy.directory import (
+    MOST_KEYS,
+    DirectoryError,
+    Hidden,
+    State,
+    TenantConflictError,
+    TenantDirectory,
+    UnknownTenantError,
+)
+from service.tenancy.tokens import key_id
+
+from .keys import new_key, raw
+
+SECOND = 1_000_000_000
+
+
+class Clock:
+    now = 1000 * SECOND
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def directory(tmp_path, clock):
+    made = TenantDirectory(tmp_path / "data" / "tenants.sqlite", clock)
+    yield made
+    made.close()
+
+
+def test_what_was_made_is_there_after_a_restart(tmp_path, directory):
+    key = raw(new_key())
+    made = directory.create("acme", 500, key)
+    directory.create("beta", None, None)
+    directory.close()
+    again = TenantDirectory(tmp_path / "data" / "tenants.sqlite")
+    assert again.get("acme") == made
+    assert made.state is State.ACTIVE
+    assert [each.public for each in made.keys] == [key]
+    assert [each.name for each in again.page()] == ["acme", "beta"]
+    assert [each.name for each in again.page("acme", 5)] == ["beta"]
+    assert again.quotas() == {"acme": 500}
+    assert again.get("other") is None
+    again.close()
+
+
+def test_a_tenant_is_made_once(directory):
+    directory.create("acme", None, None)
+    with pytest.raises(TenantConflictError, match="exists"):
+        directory.create("acme", None, None)
+    with pytest.raises(ValueError, match="a tenant name"):
+        directory.create("../acme", None, None)
+
+
+def test_old_keys_count_for_their_grace(directory, clock):
+    old, new = raw(new_key()), raw(new_key())
+    directory.create("acme", None, old)
+    directory.add_key("acme", new, 60)
+    assert directory.public_key("acme", key_id(old)).expires_ns == clock.now + 60 * SECOND
+    assert directory.public_key("acme", key_id(new)).expires_ns is None
+    directory.add_key("acme", raw(new_key()), 3600)  # does not lengthen the grace of the first
+    clock.now += 61 * SECOND
+    assert directory.public_key("acme", key_id(old)) is None
+    assert directory.public_key("acme", key_id(new)) is not None
+    directory.add_key("acme", raw(new_key()), 0)
+    assert key_id(old) not in [key.kid for key in directory.get("acme").keys]
+
+
+def test_a_key_is_revoked_at_once(directory):
+    key = raw(new_key())
+    directory.create("acme", None, key)
+    directory.create("beta", None, key)
+    directory.revoke_key("acme", key_id(key))
+    assert directory.public_key("acme", key_id(key)) is None
+    assert directory.public_key("beta", key_id(key)) is not None
+    with pytest.raises(UnknownTenantError, match="no such key"):
+        directory.revoke_key("acme", key_id(key))
+    with pytest.raises(UnknownTenantError, match="no tenant"):
+        directory.revoke_key("none", key_id(key))
+
+
+def test_keys_are_bounded_and_not_repeated(directory):
+    key = raw(new_key())
+    directory.create("acme", None, key)
+    with pytest.raises(TenantConflictError, match="has this key"):
+        directory.add_key("acme", key, 0)
+    for _ in range(MOST_KEYS - 1):
+        directory.add_key("acme", raw(new_key()), 3600)
+    with pytest.raises(TenantConflictError, match="as many as it may"):
+        directory.add_key("acme", raw(new_key()), 3600)
+
+
+def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(directory):
+    key = raw(new_key())
+    directory.create("acme", 5, key)
+    directory.begin_deletion("acme")
+    assert directory.public_key("acme", key_id(key)) is None
+    assert directory.quotas() == {}
+    assert directory.get("acme").state is State.DELETING
+    for change in (
+        lambda: directory.create("acme", None, None),
+        lambda: directory.set_quota("acme", 1),
+        lambda: directory.add_key("acme", key, 0),
+    ):
+        with pytest.raises(TenantConflictError, match="being deleted"):
+            change()
+    directory.hide("acme", Hidden(17, 3))
+    directory.finish_deletion("acme")
+    assert directory.get("acme") is None
+    assert directory.page() == []
+    assert directory.in_state(State.DELETED) == {"acme"}
+    again = directory.create("acme", None, None)
+    assert again.keys == ()
+    assert directory.hidden() == {"acme": Hidden(17, 3)}
+    assert directory.in_state(State.DELETED, State.DELETING) == set()
+
+
+def test_one_that_was_never_made_can_be_deleted(directory):
+    directory.begin_deletion("wild")
+    assert directory.in_state(State.DELETING) == {"wild"}
+    with pytest.raises(ValueError, match="a tenant name"):
+        directory.begin_deletion("..")
+
+
+def test_names_and_kids_are_values_and_never_sql(directory):
+    directory.create("acme", None, raw(new_key()))
+    for text in ("' OR '1'='1", "acme'; DROP TABLE tenants; --", "%", "acme\0"):
+        assert directory.get(text) is None
+        assert directory.public_key("acme", text) is None
+        assert directory.public_key(text, text) is None
+    assert directory.get("acme") is not None
+
+
+def test_a_file_of_a_newer_program_or_a_broken_one_is_told(tmp_path):
+    path = tmp_path / "tenants.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(DirectoryError, match="newer program"):
+        TenantDirectory(path)
+    path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(DirectoryError, match="check the disk"):
+        TenantDirectory(path)

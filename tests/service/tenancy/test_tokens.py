@@ -1,0 +1,160 @@
+import time
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.tenancy.tokens import (
+    BadKeyError,
+    BadTokenError,
+    claimed,
+    is_key_id,
+    key_id,
+    make_token,
+    public_pem,
+    read_private_key,
+    read_public_key,
+    verify,
+    write_private_key,
+)
+
+from .keys import hs256, new_key, part, raw, sign, unsigned
+
+KEY = new_key()
+NOW = time.time()
+SOON = int(NOW + 60)
+
+
+def test_the_name_of_a_key_is_its_thumbprint():
+    x = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
+    assert key_id(x) == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"  # RFC 8037, A.3
+    assert is_key_id(key_id(x))
+    assert not is_key_id(key_id(x) + "\n")
+
+
+def test_a_token_proves_its_tenant():
+    token = make_token(KEY, "acme", NOW, 60)
+    assert claimed(token) == ("acme", key_id(raw(KEY)))
+    assert verify(token, "acme", raw(KEY), 0) == pytest.approx(NOW + 60, abs=1)
+
+
+def test_a_private_key_is_written_for_its_owner_alone(tmp_path):
+    path = tmp_path / "acme.pem"
+    write_private_key(path, KEY)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert raw(read_private_key(path)) == raw(KEY)
+    with pytest.raises(FileExistsError):
+        write_private_key(path, KEY)
+    path.write_text("nothing")
+    with pytest.raises(BadKeyError, match="not an Ed25519 private key"):
+        read_private_key(path)
+
+
+def test_only_ed25519_public_keys_are_taken():
+    assert read_public_key(public_pem(KEY)) == raw(KEY)
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    pem = other.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    ).decode()
+    with pytest.raises(BadKeyError, match="not an Ed25519 key"):
+        read_public_key(pem)
+    for text in ("", "x", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "\0"):
+        with pytest.raises(BadKeyError, match="no PEM public key"):
+            read_public_key(text)
+
+
+KID = key_id(raw(KEY))
+GOOD = {"tenant": "acme", "exp": SOON}
+HEAD = {"alg": "EdDSA", "kid": KID}
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (unsigned({"alg": "none", "kid": KID}, GOOD), "not signed with EdDSA"),
+        (unsigned({"alg": "None", "kid": KID}, GOOD), "not signed with EdDSA"),
+        (hs256(raw(KEY), KID, GOOD), "not signed with EdDSA"),
+        (hs256(public_pem(KEY).encode(), KID, GOOD), "not signed with EdDSA"),
+        (unsigned({"alg": ["EdDSA"], "kid": KID}, GOOD), "token"),
+        (unsigned({"alg": "EdDSA"}, GOOD, "AA"), "kid names no key"),
+        (unsigned({"alg": "EdDSA", "kid": "../../etc/passwd"}, GOOD, "AA"), "kid names no key"),
+        (unsigned({"alg": "EdDSA", "kid": "' OR 1=1 --"}, GOOD, "AA"), "kid names no key"),
+        (unsigned({"alg": "EdDSA", "kid": 7}, GOOD, "AA"), "token"),
+        (unsigned(HEAD, {"exp": SOON}, "AA"), "names no tenant"),
+        (unsigned(HEAD, GOOD | {"tenant": "../acme"}, "AA"), "names no tenant"),
+        (unsigned(HEAD, GOOD | {"tenant": ["acme"]}, "AA"), "names no tenant"),
+        (unsigned(HEAD, GOOD | {"tenant": "acme\n"}, "AA"), "names no tenant"),
+        (unsigned(HEAD, [GOOD], "AA"), "no JSON Web Token"),
+        (unsigned(HEAD, GOOD, "!"), "no JSON Web Token"),
+        ("a.b.c", "no JSON Web Token"),
+        ("", "no JSON Web Token"),
+        ("." * 4000, "no JSON Web Token"),
+        (part(HEAD) + "." + "W" * 3000 + ".AA", "no JSON Web Token"),
+        ("x" * 4097, "longer than 4096"),
+    ],
+)
+def test_what_is_no_token_of_ours_names_nothing(token, says):
+    with pytest.raises(BadTokenError, match=says):
+        claimed(token)
+
+
+NOT_SIGNED = "not signed with a valid key"
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (sign(KEY, GOOD | {"exp": int(NOW) - 100}), "has expired"),
+        (sign(KEY, GOOD | {"nbf": int(NOW) + 1000}), "not valid yet"),
+        (sign(KEY, GOOD | {"iat": int(NOW) + 1000}), "not valid yet"),
+        (sign(KEY, {"tenant": "acme"}), "never expires"),
+        (sign(KEY, GOOD | {"tenant": "other"}), NOT_SIGNED),
+        (sign(KEY, GOOD | {"exp": "soon"}), NOT_SIGNED),
+        (sign(KEY, GOOD | {"exp": float("inf")}), NOT_SIGNED),
+        (sign(KEY, GOOD | {"exp": None}), "token"),
+        (sign(new_key(), GOOD, kid=KID), NOT_SIGNED),
+        (unsigned(HEAD, GOOD, ""), NOT_SIGNED),
+        (unsigned(HEAD, GOOD, "A" * 86), NOT_SIGNED),
+        (unsigned({"alg": "none"}, GOOD), NOT_SIGNED),
+        (hs256(raw(KEY), KID, GOOD), NOT_SIGNED),
+        (hs256(public_pem(KEY).encode(), KID, GOOD), NOT_SIGNED),
+        (sign(KEY, GOOD, crit=["exp"]), NOT_SIGNED),
+        (sign(KEY, GOOD, crit=["b64"], b64=False), NOT_SIGNED),
+    ],
+)
+def test_what_is_not_signed_or_not_valid_now_proves_nothing(token, says):
+    with pytest.raises(BadTokenError, match=says):
+        verify(token, "acme", raw(KEY), 30)
+
+
+def test_clocks_may_differ_a_little():
+    late = sign(KEY, GOOD | {"exp": int(NOW) - 10})
+    early = sign(KEY, GOOD | {"nbf": int(NOW) + 10})
+    for token in (late, early):
+        verify(token, "acme", raw(KEY), 30)
+        with pytest.raises(BadTokenError):
+            verify(token, "acme", raw(KEY), 0)
+
+
+@given(st.data())
+def test_a_changed_token_proves_nothing(data):
+    token = make_token(KEY, "acme", NOW, 60)
+    at = data.draw(st.integers(0, len(token) - 1))
+    with_ = data.draw(st.sampled_from("ABCDwxyz0189-_.=+/ \n"))
+    changed = token[:at] + with_ + token[at + 1 :]
+    try:
+        tenant, kid = claimed(changed)
+        verify(changed, tenant, raw(KEY), 0)
+    except BadTokenError:
+        return
+    # The last character of base64 has bits that stand for nothing.
+    assert (tenant, kid) == claimed(token)
+    assert changed == token or at == len(token) - 1
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_refused_with_a_sentence(text):
+    with pytest.raises(BadTokenError):
+        claimed(text)
