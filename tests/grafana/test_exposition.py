@@ -2,12 +2,14 @@
 
 import re
 import statistics
+import threading
 import time
 
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from channels import ThreadTimeout
 from service import metrics_docs
 from tests.service import inprocess
 from tests.service.traces.spans import S
@@ -138,22 +140,84 @@ def test_promtool_likes_the_metrics(exposition):
     promtool("check", "metrics", given=exposition.encode())
 
 
-def test_a_scrape_of_500_tenants_is_quick(tmp_path):
-    inprocess.write_rules(tmp_path, {"r": "never { a }"})
-    settings = inprocess.settings(tmp_path, traces={"idle_seconds": 600})
+def test_all_three_caches_are_exposed(samples):
+    caches = {"ruleContainers", "publicKeys", "traceMetadata"}
+    for result in ("hit", "miss"):
+        for cache in caches:
+            labels = (("cache", cache), ("result", result))
+            assert samples["betrace_cache_requests_total", labels] >= 0
+    ratios = [dict(labels)["cache"] for name, labels in samples if name.endswith("hit_ratio")]
+    assert set(ratios) == caches
+
+
+@pytest.fixture(scope="module")
+def scrapes(tmp_path_factory):
+    """Of a service with 500 tenants: their number, how long scrapes take, how late the Trio thread
+    was meanwhile, and the number of series with 1 and with 500 tenants."""
+    directory = tmp_path_factory.mktemp("tenants")
+    inprocess.write_rules(directory, {"r": "never { a }"})
+    settings = inprocess.settings(directory, traces={"idle_seconds": 600})
+    took, late, series = [], [], []
+
+    async def beat():
+        while True:
+            began = time.perf_counter()
+            await trio.sleep(0.001)
+            late.append(time.perf_counter() - began - 0.001)
 
     async def main():
-        took = []
         async with inprocess.running(settings, die=True) as service:
             for number in range(500):
                 await inprocess.send(service, [S(1)], f"tenant-{number}")
+                if number == 0:
+                    series.append((await service.scrape()).count(b"\n"))
             await inprocess.folded(service)
-            for _ in range(20):
-                started = time.perf_counter()
-                service.metrics_exposition()
-                took.append(time.perf_counter() - started)
-            return len(service.traces()), took
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(beat)
+                await trio.sleep(0.1)
+                late.clear()
+                for _ in range(40):
+                    started = time.perf_counter()
+                    text = await service.scrape()
+                    took.append(time.perf_counter() - started)
+                    await trio.sleep(0.02)
+                nursery.cancel_scope.cancel()
+            series.append(text.count(b"\n"))
+            return len(service.traces())
 
-    tenants, took = trio.run(main)
+    tenants = trio.run(main)
+    scrape, latest = 1000 * statistics.median(took), 1000 * max(late)
+    print(f"{tenants} tenants: {scrape:.1f} ms a scrape, the Trio thread {latest:.1f} ms late")
+    return tenants, took, late, series
+
+
+def test_a_scrape_of_500_tenants_is_quick(scrapes):
+    tenants, took, _, _ = scrapes
     assert tenants == 500
     assert statistics.median(took) < 0.05
+
+
+def test_a_scrape_does_not_hold_up_the_trio_thread(scrapes):
+    """Which passes batches from stage to stage."""
+    _, _, late, _ = scrapes
+    assert statistics.quantiles(late, n=100)[98] < 0.05
+
+
+def test_the_number_of_series_does_not_grow_with_tenants(scrapes):
+    _, _, _, (one, many) = scrapes
+    assert many == one
+
+
+async def test_a_disk_that_hangs_holds_up_its_scrape_only(tmp_path, monkeypatch):
+    let_go = threading.Event()
+    monkeypatch.setattr("service.metrics.stores.shutil.disk_usage", lambda _: let_go.wait(20) and 0)
+    monkeypatch.setattr("service.app.SCRAPE_SECONDS", 0.2)
+    async with inprocess.running(inprocess.settings(tmp_path)) as service:
+        with pytest.raises(ThreadTimeout):
+            await service.scrape()
+        with trio.fail_after(5):
+            await inprocess.send(service, [S(1)])
+            await inprocess.folded(service)
+        monkeypatch.undo()
+        let_go.set()
+        assert b"betrace_data_disk_bytes" in await service.scrape()
