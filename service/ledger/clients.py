@@ -8,6 +8,7 @@ by the thread whose call is the last to return from it, so never while a call is
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,6 @@ LONGEST_PAUSE = 60.0
 @dataclass(eq=False, slots=True)
 class _Held(Generic[C]):
     client: C
-    made_at: float
     calls: int = 0
     retired: bool = False
 
@@ -68,6 +68,7 @@ class Clients(Generic[C]):
         self._closed = False
         self._in_a_row = 0
         self._not_before = 0.0
+        self._given_up_at = -math.inf
 
     @contextmanager
     def use(self) -> Iterator[C]:
@@ -90,10 +91,11 @@ class Clients(Generic[C]):
 
     def replace(self, since: float) -> None:
         """A call that began at ``since`` (``time.monotonic``) or soon after was left behind: give
-        its client up. A client made later is another, and one without a call does not hang."""
+        its client up. If one was given up since then it was that, and one without a call does not
+        hang."""
         with self._changed:
             held = self._held
-            if held is not None and held.calls and held.made_at <= since:
+            if held is not None and held.calls and self._given_up_at <= since:
                 self._retire(held)
 
     def discard(self, client: C) -> None:
@@ -146,7 +148,7 @@ class Clients(Generic[C]):
                 raise LedgerError(
                     f"the client was given up; another is made in {wait:.1f} s", transient=True
                 )
-            held = _Held(self.make(), time.monotonic(), calls=1)
+            held = _Held(self.make(), calls=1)
             with self._changed:
                 if not self._closed:
                     self._held = held
@@ -179,7 +181,8 @@ class Clients(Generic[C]):
         self.counts.left_behind += 1
         pause = min(self.pause * 2.0**self._in_a_row, LONGEST_PAUSE)
         self._in_a_row = min(self._in_a_row + 1, 30)
-        self._not_before = time.monotonic() + pause
+        self._given_up_at = time.monotonic()
+        self._not_before = self._given_up_at + pause
 
 
 def _closed() -> LedgerError:

@@ -1,0 +1,81 @@
+"""A TigerBeetle server of the test's own, where there is the program. For tests and benchmarks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+CLUSTER = 7
+BATCH = 253
+"""Transfers that a server with ``--development`` takes at once."""
+PROGRAM = os.environ.get("TIGERBEETLE_BIN") or shutil.which("tigerbeetle")
+MISSING = "no TigerBeetle server: put `tigerbeetle` on PATH or name it in TIGERBEETLE_BIN"
+
+
+class Server:
+    """One replica on loopback, its file in ``directory``; started by :meth:`start`."""
+
+    def __init__(self, directory: Path) -> None:
+        assert PROGRAM is not None
+        self._file = directory / "cluster.tigerbeetle"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._log = (directory / "tigerbeetle.log").open("ab")
+        self._process: subprocess.Popen[bytes] | None = None
+        cluster = (f"--cluster={CLUSTER}", "--replica=0", "--replica-count=1")
+        subprocess.run(
+            [PROGRAM, "format", *cluster, "--development", self._file],
+            check=True,
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def start(self) -> None:
+        """Start it unless it runs, and return when it listens."""
+        assert PROGRAM is not None
+        if self._process is not None:
+            return
+        options = (f"--addresses={self.address}", "--development")
+        self._process = subprocess.Popen(
+            [PROGRAM, "start", *options, self._file], stdout=self._log, stderr=self._log
+        )
+        host, port = self.address.split(":")
+        until = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection((host, int(port)), 1).close()
+            except OSError:
+                assert self._process.poll() is None, "the server ended: see tigerbeetle.log"
+                assert time.monotonic() < until, "the server does not listen"
+                time.sleep(0.05)
+            else:
+                return
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """SIGSTOP: its connections stay open, and nothing answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End it and delete its file, which is large."""
+        self.kill()
+        self._log.close()
+        self._file.unlink()
