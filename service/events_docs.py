@@ -29,11 +29,11 @@ are details beside one, or defects; they need no alert of their own.
 betrace serve 2>&1 | jq -c 'select(.event == "breaker.opened")'    # with logging.format = "json"
 ```
 
-Where it is not enough to know that a stage is slow, `[tracing]` sends the service's own traces by OTLP
-over HTTP: for each batch that a stage works on for `tracing.slow_batch_ms` or longer, at most one a
-second, a span of the batch (stage, tenants, items, and spans, traces or rows), and in it one of its
-wait in the channel and one of the work. `tracing.endpoint` may be this service's own: they are sent as
-a tenant of their own, whose batches are not traced.
+Where it is not enough to know that a stage is slow, `[tracing]` sends the service's own traces by
+OTLP over HTTP: for each batch that a stage works on for `tracing.slow_batch_ms` or longer, at most
+one a second, a span of the batch (stage, tenants, items, and spans, traces or rows), and in it one
+of its wait in the channel and one of the work. `tracing.endpoint` may be this service's own: they
+are sent as a tenant of their own, whose batches are not traced.
 
 What operators do is also in `audit.jsonl` in the data directory. What to do about a line at
 `warning` or `error` is in `docs/runbook.md`.
