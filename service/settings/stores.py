@@ -100,8 +100,9 @@ class DuckDb(Section):
     """How long a caller waits for a connection when all are in use."""
     idle_close_seconds: Seconds = 300
     """A tenant's file is closed when unused for this long."""
-    memory_bytes: Annotated[int, Field(ge=64 * MIB, le=1 << 44)] = 512 * MIB
-    """Memory that DuckDB may use for all tenants together."""
+    memory_bytes: Annotated[int, Field(ge=64 * MIB, le=1 << 44)] = 1024 * MIB
+    """Memory that DuckDB may use for all tenants together. A tenant whose rows are not checkpointed
+    yet takes almost 1 MB; beyond three quarters of it, files are checkpointed before their time."""
     threads: Workers = 2
     """Threads that DuckDB may use."""
 

@@ -71,10 +71,9 @@ class Change:
         signalled = {signal.trace_id for signal in self.signals}
         return signalled | _ids(self.traces) | _ids(self.frames)
 
-    def signalled(self) -> list[str]:
-        """The traces of the index among them that have signals, in the order of these."""
-        written = _ids(self.traces)
-        return [s.trace_id for s in self.signals if s.trace_id in written]
+    def traces_closed(self) -> set[str]:
+        """The traces whose rows of the index were written."""
+        return _ids(self.traces)
 
 
 class DuckStore:
@@ -84,7 +83,7 @@ class DuckStore:
         self,
         directory: Path,
         *,
-        memory_bytes: int = 512 << 20,
+        memory_bytes: int = 1 << 30,
         threads: int = 2,
         pool_max: int = 5,
         pool_idle: int = 1,
