@@ -42,6 +42,8 @@ class Change:
 class Confirm(ModalScreen[bool]):
     """Asks before a change; Cancel has the focus."""
 
+    AUTO_FOCUS = "#cancel"
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,n,q", "answer(False)", "Cancel"),
         Binding("y", "answer(True)", "Do it"),
@@ -65,9 +67,6 @@ class Confirm(ModalScreen[bool]):
             with Horizontal(classes="dialog-buttons"):
                 yield Button("Cancel", id="cancel")
                 yield Button(Content(change.verb), id="confirm", variant="warning")
-
-    def on_mount(self) -> None:
-        self.query_one("#cancel").focus()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         self.dismiss(event.button.id == "confirm")

@@ -47,10 +47,11 @@ class Panel(Vertical, can_focus=False):
         """``filter_text`` is another."""
 
     def focus_first(self) -> None:
-        """Give the focus to what takes the panel's keys."""
+        """Give the focus to what takes the panel's keys, at once: the next key may be there
+        already."""
         for widget in self.query("*"):
             if widget.focusable:
-                widget.focus()
+                self.screen.set_focus(widget)
                 return
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:

@@ -298,7 +298,7 @@ class FakeApi:
         if path.startswith("/api/performance/cache-invalidate/"):
             return {"cache": action, "invalidated": data["caches"][action]["size"]}
         if path == "/api/admin/cache-warmup":
-            return {"loaded": 3}
+            return {"tenants": 2, "loaded": 3, "failed": 1, "seconds": 0.1}
         return None
 
     async def _stream(self) -> AsyncIterator[bytes]:

@@ -18,8 +18,20 @@ ACTIONS = [
     ("3", "F", "/api/admin/breakers/rule-evaluation/force-open", "→ forced open", "is forced open"),
     ("3", "X", "/api/admin/breakers/rule-evaluation/disable", "→ disabled", "is disabled"),
     ("3", "R", "/api/admin/breakers/rule-evaluation/reset", "→ closed", "is closed"),
-    ("4", "I", "/api/performance/cache-invalidate/ruleContainers", "12 → 0", "invalidated 12"),
-    ("4", "W", "/api/admin/cache-warmup", "what active tenants need", "loaded 3"),
+    (
+        "4",
+        "I",
+        "/api/performance/cache-invalidate/ruleContainers",
+        "12 → 0",
+        "12 entries of",
+    ),
+    (
+        "4",
+        "W",
+        "/api/admin/cache-warmup",
+        "what active tenants need",
+        "2 tenants loaded, 1 failed",
+    ),
 ]
 
 

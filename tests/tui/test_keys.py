@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from textual.command import CommandPalette
+from textual.events import Key
 from textual.widgets import Input
 
 from tests.tui.fake import FakeApi, piloted, screen_text, snapshot_at, toasts, until
@@ -23,6 +24,14 @@ async def test_numbers_change_the_panel(pilot, api):
     await pilot.click("NavBar", offset=(3, 0))
     await pilot.pause()
     assert isinstance(pilot.app.panel, PANELS[0])
+
+
+@piloted()
+async def test_keys_that_come_at_once_go_to_the_new_panel(pilot, api):
+    app = pilot.app
+    for key in ("4", "W"):
+        app.post_message(Key(key, key))
+    await until(lambda: "Warm up the caches?" in screen_text(app))
 
 
 @piloted()

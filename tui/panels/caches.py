@@ -91,7 +91,7 @@ class CachesPanel(TablePanel):
 
         async def run() -> str:
             answer = await self.betrace.client.invalidate_cache(cache.name, tenant)
-            return f"{cache.name}: {_told(answer)}"
+            return f"{answer.get('invalidated', 'all')} entries of {cache.name} removed"
 
         whose = f"of the tenant {tenant}" if tenant else "of all tenants"
         self.betrace.change(
@@ -106,7 +106,7 @@ class CachesPanel(TablePanel):
 
     def action_change_warm_up(self) -> None:
         async def run() -> str:
-            return f"warm-up: {_told(await self.betrace.client.warm_caches())}"
+            return _warmed(await self.betrace.client.warm_caches())
 
         now = self.betrace.state.now
         sizes = ", ".join(count(cache.size) for cache in now.caches) if now else NONE
@@ -147,9 +147,7 @@ def _check_tenant(text: str) -> str:
     return "a tenant's name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit"
 
 
-def _told(answer: Json) -> str:
-    """What the service said it did, its figures by name."""
-    said = ", ".join(
-        f"{name} {value}" for name, value in answer.items() if isinstance(value, int | str)
-    )
-    return said or "done"
+def _warmed(answer: Json) -> str:
+    loaded, failed = answer.get("loaded", 0), answer.get("failed", 0)
+    said = f"{loaded} entries of {answer.get('tenants', 0)} tenants loaded"
+    return f"{said}, {failed} failed" if failed else said

@@ -47,7 +47,7 @@ class Overview(Panel, can_focus=True):
             yield Section("State", id="glance-state")
 
     def focus_first(self) -> None:
-        self.focus()
+        self.screen.set_focus(self)
 
     def show(self, state: State) -> None:
         now = state.now

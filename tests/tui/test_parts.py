@@ -1,0 +1,296 @@
+"""Text, state and server-sent events by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tui.fake import T0, URL, FakeApi, snapshot_at
+from tui import client as client_module
+from tui import text
+from tui.client import Client, ClientError, read_events, segment
+from tui.panel import matches
+from tui.panels.details import plot, trial_text
+from tui.panels.problems import problems
+from tui.state import HISTORY, State, parse
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"),
+        (math.inf, "–"),
+        (0, "0"),
+        (0.25, "0.2"),
+        (3.0, "3"),
+        (999.4, "999"),
+        (999.6, "1.0k"),
+        (12_345, "12.3k"),
+        (99_960, "100k"),
+        (4_500_000, "4.5M"),
+        (7e15, "7000T"),
+    ],
+)
+def test_numbers_are_short(value, shown):
+    assert text.number(value) == shown
+
+
+@given(st.floats(0, 9.9e14))
+def test_a_number_has_five_characters_at_most(value):
+    assert len(text.number(value)) <= 5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (None, "–"),
+        (-1, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (185, "3 min 5 s"),
+        (7800, "2 h 10 min"),
+        (7200, "2 h"),
+        (4 * 86400 + 3 * 3600, "4 d 3 h"),
+    ],
+)
+def test_durations(seconds, shown):
+    assert text.duration(seconds) == shown
+
+
+def test_other_figures():
+    assert [text.percent(v) for v in (None, 0, 0.055, 0.5, 0.999, 1)] == [
+        "–", "0 %", "5.5 %", "50 %", "99.9 %", "100 %",
+    ]  # fmt: skip
+    assert [text.millis(v) for v in (None, 1.23, 56.7, 1234)] == ["–", "1.2 ms", "57 ms", "1.2 s"]
+    assert [text.size(v) for v in (None, 12, 2048, 3 << 30, 5e15)] == [
+        "–", "12 B", "2.0 KiB", "3.0 GiB", "4547 TiB",
+    ]  # fmt: skip
+    assert text.count(None) == "–"
+    assert text.count(1234567) == "1\u202f234\u202f567"
+    assert text.ago(None, 5) == "never"
+    assert text.ago(4.5, 5) == "now"
+    assert text.age(5, 200) == "3 min"
+    assert text.age(None, 200) == "never"
+    assert text.clock(None) == "–"
+
+
+@given(st.floats(-1, 2), st.integers(1, 60), st.floats(-1, 2))
+def test_a_bar_has_its_width_and_shows_what_is_there(fraction, width, peak):
+    bar = text.bar(fraction, width, peak)
+    assert len(bar) == width
+    assert bar.startswith("█") == (fraction > 0)
+    if width > 1:
+        assert bar.endswith("█") == (fraction >= 1)
+    assert bar == "".join(sorted(bar, key="█▒░".index))
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=80), st.integers(0, 50))
+def test_a_plot_is_as_wide_as_there_is_room_and_points(points, width):
+    line = plot(points, width)
+    assert len(line) == min(len(points), max(1, width))
+    if line and max(points[-len(line) :]) > 0:
+        assert "█" in line
+
+
+def test_filters_match_in_any_case_and_invert():
+    assert matches("Span-Ingestion", "span")
+    assert not matches("Span-Ingestion", "!span")
+    assert matches("Span-Ingestion", "!store")
+    assert matches("anything", "")
+    assert matches("anything", "!")
+
+
+def test_when_a_breaker_is_tried_again():
+    assert trial_text("closed", 0.0) == "calls are permitted"
+    assert trial_text("open", 12.2) == "in 12 s"
+    assert trial_text("half_open", 0.0) == "now"
+    assert trial_text("forced_open", None) == "not before an operator resets it"
+
+
+# State
+
+
+@given(st.dictionaries(st.sampled_from(sorted(snapshot_at(0))), JSON))
+def test_anything_can_be_parsed(data):
+    state = State()
+    state.update(parse(snapshot_at(0), 0.0))
+    state.update(parse(data, 1.0))
+    problems(state)
+
+
+def test_rates_are_of_the_last_two_snapshots():
+    state = State()
+    assert state.rate("accepted") is None
+    state.update(parse(snapshot_at(10), T0))
+    assert state.rate("accepted") is None
+    state.update(parse(snapshot_at(12), T0 + 2))
+    assert state.rate("accepted") == 12_000
+    assert state.rate("signals") == 40
+    assert state.rate("rule-evaluation.in") == 1500
+    assert state.rate("publicKeys.hit_rate") == 0.95
+    assert state.history("accepted") == [12_000]
+
+
+def test_a_service_that_was_started_again_gives_no_rates_below_zero():
+    state = State()
+    state.update(parse(snapshot_at(10), T0))
+    state.update(parse(snapshot_at(5), T0 + 1))
+    assert state.rate("accepted") is None
+
+
+def test_histories_are_bounded():
+    state = State()
+    for second in range(HISTORY + 50):
+        state.update(parse(snapshot_at(second), T0 + second))
+    assert len(state.history("accepted")) == HISTORY
+    data = snapshot_at(HISTORY + 50)
+    for number in range(500):
+        data["caches"][f"cache {number}"] = {"hitCount": 0, "missCount": 0}
+    state.update(parse(data, T0 + HISTORY + 50))
+    data = copy.deepcopy(data)
+    data["metrics"]["uptime"] += 1
+    for cache in data["caches"].values():
+        cache["hitCount"] += 1
+    state.update(parse(data, T0 + HISTORY + 51))
+    assert state.rate("cache 10.hit_rate") == 1.0
+    assert state.rate("cache 499.hit_rate") is None
+
+
+def test_what_is_not_well_the_worst_first():
+    data = snapshot_at(60)
+    data["queues"][3] |= {"utilizationPercent": 55.0}
+    data["queues"][4] |= {"utilizationPercent": 10.0, "waitingSenders": 2}
+    data["components"]["projection"] = {"status": "failed", "detail": "no progress"}
+    data["pipeline"]["ingestion"] = "draining"
+    state = State()
+    state.update(parse(data, T0))
+    assert problems(state) == [
+        ("bad", "projection is 10 % full, 2 blocked"),
+        ("bad", "projection: no progress"),
+        ("busy", "ingestion is draining"),
+        ("busy", "storage-write is 55 % full"),
+        ("busy", "breaker ledger: open"),
+    ]
+    assert problems(State()) == []
+
+
+# Server-sent events and the client
+
+
+def collect(*parts: bytes) -> list[tuple[str, bytes]]:
+    async def source() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    async def read() -> list[tuple[str, bytes]]:
+        return [event async for event in read_events(source())]
+
+    return asyncio.run(read())
+
+
+STREAM = (
+    b": comment\n\nevent: a\ndata: 1\ndata: 2\n\r\nid: 7\r\ndata:x\r\n\r\nevent: b\n\ndata: left"
+)
+
+
+def test_events_are_read_as_the_standard_says():
+    assert collect(STREAM) == [("a", b"1\n2"), ("message", b"x")]
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=8).map(sorted))
+def test_it_does_not_matter_where_parts_end(cuts):
+    bounds = [0, *cuts, len(STREAM)]
+    parts = [STREAM[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert collect(*parts) == collect(STREAM)
+
+
+def test_an_event_that_is_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(client_module, "MAX_EVENT", 100)
+    with pytest.raises(ClientError, match="too large"):
+        collect(b"data: " + b"x" * 101)
+    with pytest.raises(ClientError, match="too large"):
+        collect(*[b"data: 0123456789\n"] * 11)
+
+
+def ask(answer: httpx.Response, **params: object) -> tuple[object, httpx.Request]:
+    """What the client makes of an answer, and what it asked."""
+    seen: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return answer
+
+    async def get() -> object:
+        async with Client(URL + "/", transport=httpx.MockTransport(handle)) as client:
+            return await client.get("/x", **params)
+
+    return asyncio.run(get()), seen[0]
+
+
+def test_parameters_that_are_none_are_left_out():
+    _, request = ask(httpx.Response(200, json={}), a=None, b=True, c=5, d="ä&")
+    assert request.url.query == b"b=true&c=5&d=%C3%A4%26"
+
+
+def test_an_answer_without_a_body_is_empty():
+    assert ask(httpx.Response(204))[0] == {}
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    answer = {"a\u001b": ["\u001b[31mred\n", {"b": "x\u202ey\x9b", "n": 1}], "ü": "–"}
+    assert ask(httpx.Response(200, json=answer))[0] == {
+        "a\ufffd": ["\ufffd[31mred\n", {"b": "x\ufffdy\ufffd", "n": 1}],
+        "ü": "–",
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        (httpx.Response(200, text="[]"), "not understood", "JSON that is no object"),
+        (httpx.Response(500, text="oops"), "refused", "answered with status 500"),
+        (httpx.Response(400, json={"error": {"message": "no"}}), "refused", "no"),
+    ],
+)
+def test_answers_that_are_none(answer, kind, message):
+    with pytest.raises(ClientError, match=message) as found:
+        ask(answer)
+    assert found.value.kind == kind
+
+
+def test_names_in_paths_are_quoted():
+    assert segment("a/b c?") == "a%2Fb%20c%3F"
+
+
+def test_a_stream_that_falls_silent_times_out():
+    api = FakeApi()
+
+    def late(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("late", request=request)
+
+    api.routes["GET", "/api/performance/stream"] = late
+
+    async def read() -> None:
+        async with Client(URL, transport=httpx.MockTransport(api._handle)) as client:
+            async for _ in client.snapshots():
+                pass
+
+    with pytest.raises(ClientError) as found:
+        asyncio.run(read())
+    assert found.value.kind == "timed out"
