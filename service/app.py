@@ -20,6 +20,7 @@ from service import breakers, events, metrics
 from service.accounts import SpanAccount, span_account
 from service.administration import Administration
 from service.archive.daily import Daily
+from service.archive.keeper import archive_directory
 from service.audit import AuditLog
 from service.cachecontrol import Caches
 from service.http.api import create_api
@@ -168,6 +169,7 @@ class Service:
         )
         self.removal = Removal(
             settings.storage.path,
+            archive_directory(settings),
             self.gate,
             ledger,
             log,

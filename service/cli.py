@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from service.archive.cli import archive
 from service.deadletters_cli import dead_letters
 from service.doctor_cli import doctor
 from service.replay_cli import replay
@@ -311,6 +312,7 @@ def version(as_json: bool) -> None:
     click.echo(shown if as_json else f"betrace {number} (Python {python})")
 
 
+cli.add_command(archive)
 cli.add_command(dead_letters)
 cli.add_command(doctor)
 cli.add_command(replay)

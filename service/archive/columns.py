@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValueList
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 from service.otlp.attributes import ARRAY, BOOL, BYTES, DOUBLE, INT, KVLIST, STRING
 from service.otlp.columns import (
@@ -52,10 +52,10 @@ from service.otlp.messages import (
     VALUE,
     VALUE_SIZE,
     VALUE_TYPE,
+    fixed_numbers,
     gather,
     key_values,
     last_of_each,
-    numbers,
     submessages,
 )
 
@@ -125,13 +125,13 @@ def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
     buf, spans = batch.buf, batch.spans
     messages = spans[:, [MSG_OFF, MSG_LEN]]
     scope, scope_names, scope_versions = _scopes(batch)
-    flags = numbers(buf, messages, _SPAN_FLAGS)
+    flags = fixed_numbers(buf, messages, _SPAN_FLAGS, 4)
     columns: dict[str, Any] = {
         "trace_id": _hex(spans[:, [TRACE_HI, TRACE_LO]]),
         "span_id": _hex(spans[:, [SPAN_ID]]),
         "parent_span_id": _hex(spans[:, [PARENT_ID]], spans[:, FLAGS] & HAS_PARENT == 0),
         "trace_state": _text_field(buf, messages, _TRACE_STATE),
-        "flags": pa.array(flags & 0xFFFFFFFF).cast(pa.uint32()),
+        "flags": pa.array(flags).cast(pa.uint32()),
         "name": _text(buf, spans[:, [NAME_OFF, NAME_LEN]]),
         "kind": _named(spans[:, KIND], _KINDS),
         "start_time": pa.array(spans[:, START]).cast(_NS),
@@ -185,7 +185,7 @@ def _inner(buf: Bytes, parts: Rows, field: int) -> Rows:
 
 def _events(buf: Bytes, messages: Rows) -> pa.ListArray:
     found = submessages(buf, messages, _EVENTS)
-    times = numbers(buf, found, _EVENT_TIME)
+    times = fixed_numbers(buf, found, _EVENT_TIME, 8)
     events = pa.StructArray.from_arrays(
         [
             pa.array(np.where(times < 0, _INT64_MAX, times)).cast(_NS),
@@ -223,61 +223,50 @@ def _attributes(buf: Bytes, messages: Rows, field: int) -> pa.MapArray:
 def _map(buf: Bytes, found: Rows, messages: int) -> pa.MapArray:
     pairs = key_values(buf, found)
     keys = _text(buf, pairs[:, KEY_OFFSET : KEY_OFFSET + 2])
-    return pa.MapArray.from_arrays(_starts(found, messages), keys, _values(buf, pairs))
+    return pa.MapArray.from_arrays(_starts(found, messages), keys, _values(buf, found, pairs))
 
 
-def _values(buf: Bytes, pairs: Rows) -> pa.Array:
-    """The values of attributes as text, null where there is none."""
+def _values(buf: Bytes, found: Rows, pairs: Rows) -> pa.Array:
+    """The values of attributes as text, null where there is none. ``found`` has the attributes,
+    ``pairs`` what was read of them."""
     kinds = pairs[:, VALUE_TYPE]
-    parts, rows = [], []
-
-    def add(kind: int, texts: pa.Array, where: Any) -> None:
-        parts.append(texts.cast(pa.string()))
-        rows.append(np.flatnonzero(where))
-
+    parts, rows = [pa.nulls(0, pa.string())], []
     for kind in np.unique(kinds).tolist():
-        where = kinds == kind
+        where = np.flatnonzero(kinds == kind)
         of = pairs[where]
         if kind == STRING:
-            add(kind, _text(buf, of[:, [VALUE, VALUE_SIZE]]), where)
+            texts = _text(buf, of[:, [VALUE, VALUE_SIZE]])
         elif kind == INT:
-            add(kind, pa.array(of[:, VALUE]), where)
+            texts = pa.array(of[:, VALUE])
         elif kind == DOUBLE:
-            add(kind, pa.array(np.ascontiguousarray(of[:, VALUE]).view(np.float64)), where)
+            texts = pa.array(np.ascontiguousarray(of[:, VALUE]).view(np.float64))
         elif kind == BOOL:
-            add(kind, pa.array(of[:, VALUE] != 0), where)
+            texts = pa.array(of[:, VALUE] != 0)
         elif kind in (ARRAY, KVLIST, BYTES):
-            add(kind, _rare(buf, of), where)
+            texts = _rare(buf, found[where])
         else:
-            add(kind, pa.nulls(len(of), pa.string()), where)
-    if not parts:
-        return pa.nulls(0, pa.string())
+            texts = pa.nulls(len(of))
+        parts.append(texts.cast(pa.string()))
+        rows.append(where)
     order = np.empty(len(pairs), np.int64)
-    order[np.concatenate(rows)] = np.arange(len(pairs))
+    if rows:
+        order[np.concatenate(rows)] = np.arange(len(pairs))
     return pa.concat_arrays(parts).take(pa.array(order))
 
 
-def _rare(buf: Bytes, of: Rows) -> pa.Array:
-    """Lists, maps and bytes as text; equal ones are read once."""
-    known: dict[tuple[int, bytes], str] = {}
+def _rare(buf: Bytes, found: Rows) -> pa.Array:
+    """Values that are lists, maps or bytes; equal attributes are read once."""
+    known: dict[bytes, str] = {}
     texts = []
-    for kind, offset, size in of[:, VALUE_TYPE:].tolist():
+    for offset, size in found[:, :PARENT].tolist():
         raw = buf[offset : offset + size].tobytes()
-        text = known.get((kind, raw))
+        text = known.get(raw)
         if text is None:
-            text = known[kind, raw] = _rare_text(kind, raw)
+            value = _plain(KeyValue.FromString(raw).value)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            known[raw] = text
         texts.append(text)
     return pa.array(texts, pa.string())
-
-
-def _rare_text(kind: int, raw: bytes) -> str:
-    if kind == BYTES:
-        return base64.b64encode(raw).decode()
-    if kind == ARRAY:
-        plain: Any = [_plain(value) for value in ArrayValue.FromString(raw).values]
-    else:
-        plain = {pair.key: _plain(pair.value) for pair in KeyValueList.FromString(raw).values}
-    return json.dumps(plain, ensure_ascii=False)
 
 
 def _plain(value: AnyValue) -> Any:

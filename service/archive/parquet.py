@@ -95,6 +95,8 @@ def archive_segment(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             spans, damaged = _write(temporary, log, tenant, segment, max_body_bytes, pause)
+            if not segment.path.exists():
+                raise ArchiveError(f"segment {segment.number} of tenant {tenant} was deleted")
             written = _describe(temporary)
             if written.spans != spans:
                 raise ArchiveError(

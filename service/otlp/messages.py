@@ -18,12 +18,9 @@ from service.otlp.primitives import (
     BYTES_TYPE,
     FIXED32,
     FIXED64,
-    VARINT,
     int64,
-    load64,
     read_length,
     read_tag,
-    read_varint,
 )
 
 # Columns of a found message.
@@ -78,7 +75,8 @@ def submessages(buf: Bytes, messages: Rows, field: int) -> Rows:
 
 
 @lean_kernel
-def _last_number(buf: Bytes, messages: Rows, field: int, out: Rows) -> None:
+def _last_fixed(buf: Bytes, messages: Rows, field: int, size: int, out: Rows) -> None:
+    wanted = field << 3 | (FIXED64 if size == 8 else FIXED32)
     for row in range(len(messages)):
         out[row] = 0
         pos = messages[row, OFFSET]
@@ -87,34 +85,24 @@ def _last_number(buf: Bytes, messages: Rows, field: int, out: Rows) -> None:
             tag, pos = read_tag(buf, pos, end)
             if pos < 0:
                 break
-            if tag == (field << 3 | VARINT):
-                value, pos = read_varint(buf, pos, end)
-                if pos < 0:
-                    break
-                out[row] = value
-            elif tag == (field << 3 | FIXED64):
-                if pos > end - 8:
-                    break
-                out[row] = load64(buf, pos)
-                pos += 8
-            elif tag == (field << 3 | FIXED32):
-                if pos > end - 4:
+            if tag == wanted:
+                if pos > end - size:
                     break
                 out[row] = 0
-                for k in range(4):
+                for k in range(size):
                     out[row] |= int64(buf[pos + k]) << (8 * k)
-                pos += 4
+                pos += size
             else:
                 pos = skip(buf, pos, end, tag)
                 if pos < 0:
                     break
 
 
-def numbers(buf: Bytes, messages: Rows, field: int) -> Rows:
-    """A number's value in each of ``messages``, 0 where it is absent, the last where it is
-    repeated; unsigned ones of 64 bits as the same bits in int64."""
+def fixed_numbers(buf: Bytes, messages: Rows, field: int, size: int) -> Rows:
+    """The number of ``size`` bytes, 4 or 8, in each of ``messages``: 0 where it is absent, the last
+    where it is repeated; unsigned ones of 64 bits as the same bits in int64."""
     out = np.empty(len(messages), np.int64)
-    _last_number(buf, messages, field, out)
+    _last_fixed(buf, messages, field, size, out)
     return out
 
 

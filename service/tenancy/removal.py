@@ -20,6 +20,7 @@ from pathlib import Path
 import trio
 
 from channels import ThreadRunner
+from service.archive.parquet import tenant_archive
 from service.ledger.base import LedgerError
 from service.pipeline import Pipeline
 from service.queries import StoreQueries
@@ -47,6 +48,7 @@ class Removal:
 
     Args:
       data: the data directory.
+      archive: the directory of the archive.
       gate: what lets tenants in.
       ledger: all of it, what is hidden too.
     """
@@ -54,6 +56,7 @@ class Removal:
     def __init__(
         self,
         data: Path,
+        archive: Path,
         gate: Gate,
         ledger: Entries,
         log: SpanLog,
@@ -65,6 +68,7 @@ class Removal:
         threads: ThreadRunner,
     ) -> None:
         self._data = data
+        self._archive = archive
         self._gate = gate
         self._directory = gate.directory
         self._closed = gate.closed
@@ -164,8 +168,12 @@ class Removal:
         self._queries.delete_rules(tenant)
         self._store.remove(tenant)
         self._log.delete_tenant(tenant)
-        with suppress(FileNotFoundError):  # what else there is: notes, files put aside
-            shutil.rmtree(tenant_directory(self._data, tenant))
+        for directory in (
+            tenant_archive(self._archive, tenant),
+            tenant_directory(self._data, tenant),  # what else there is: notes, files put aside
+        ):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(directory)
 
 
 async def _until(condition: Callable[[], bool]) -> None:

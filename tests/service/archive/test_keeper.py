@@ -162,7 +162,7 @@ def test_a_disk_that_fails_leaves_nothing_behind(
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
         (segment,) = log.segments("acme")
-        monkeypatch.setattr(parquet.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(ArchiveError, match="free space"):
             archive_segment(tmp_path / "archive", log, "acme", segment, 1 << 20)
         monkeypatch.undo()
