@@ -52,9 +52,9 @@ class StoreQueries:
     # Signals and traces
 
     def signals(self, tenant: str, query: SignalQuery) -> tuple[list[Json], str | None]:
-        self._metadata.viewed(tenant)  # the trace of one of them is likely to be next
         with _asking():
             found, following = self._duck.signals(tenant, **asdict(query))
+        self._metadata.listed(tenant, found)
         return [signal_json(stored) for stored in found], following
 
     def signal(self, tenant: str, signal_id: str) -> Json | None:

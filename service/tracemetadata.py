@@ -16,10 +16,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
+from cachetools import LRUCache
 
 from channels import ThreadRunner
 from service.caches import LoadingCache
@@ -31,6 +32,8 @@ MAX_SIGNALS = 1000
 AHEAD_SECONDS = 0.25
 AHEAD_TRACES = 10  # loaded ahead at once, at most
 _AHEAD_WAITING = 256  # older ones are left out
+_LISTED_AHEAD = 5
+_MOST_EXPECTED = 4096
 _MOST_TENANTS = 4096  # of whom something is kept; beyond it everything is forgotten
 
 _ROW_BYTES, _POSITION_BYTES, _SIGNAL_BYTES = 1024, 40, 2048
@@ -84,18 +87,34 @@ class TraceMetadataCache:
         # cache or being loaded.
         self._kept: dict[str, float] = {}
         self._viewed: dict[str, float] = {}
-        self._lock = threading.Lock()  # of changes to both
+        # Traces with signals that will be in the index later, or are looked at: early signals.
+        self._expected: LRUCache[tuple[str, str], bool] = LRUCache(_MOST_EXPECTED)
+        self._lock = threading.Lock()  # of changes to these
         self._ahead: deque[tuple[str, str]] = deque(maxlen=_AHEAD_WAITING)
         store.on_change = self.changed
 
     def find(self, tenant: str, trace_id: str) -> TraceMetadata | None:
         """What the store has of a trace, None where its index does not have it. Raises what the
         store does."""
-        self.viewed(tenant)
-        return self.cache.get_blocking((tenant, trace_id.lower()))
+        self._view(tenant)
+        found = self.cache.get_blocking((tenant, trace_id.lower()))
+        if found is None:
+            self.expect(tenant, trace_id)
+        return found
 
-    def viewed(self, tenant: str) -> None:
-        """Somebody looks at a tenant's signals or traces: load those ahead that come next."""
+    def expect(self, tenant: str, trace_id: str) -> None:
+        """Somebody looks at a trace that is not in the index yet: load it when it comes."""
+        self._view(tenant)
+        with self._lock:
+            self._expected[tenant, trace_id.lower()] = True
+
+    def listed(self, tenant: str, signals: Sequence[StoredSignal]) -> None:
+        """Somebody looks at a list of a tenant's signals: the first ones' traces may be next."""
+        self._view(tenant)
+        first = dict.fromkeys(stored.signal.trace_id for stored in signals[:_LISTED_AHEAD])
+        self._ahead.extend((tenant, trace_id) for trace_id in reversed(first))
+
+    def _view(self, tenant: str) -> None:
         with self._lock:
             if len(self._viewed) >= _MOST_TENANTS:
                 self._viewed.clear()
@@ -104,8 +123,18 @@ class TraceMetadataCache:
     def changed(self, tenant: str, change: Change | None) -> None:
         """The store has written something of a tenant."""
         self._drop(tenant, change)
-        if change is not None and change.signals and self._is_viewed(tenant):
-            self._ahead.extend((tenant, each) for each in dict.fromkeys(change.signalled()))
+        if change is not None and self._is_viewed(tenant):
+            self._note(tenant, change)
+
+    def _note(self, tenant: str, change: Change) -> None:
+        """Have traces loaded that have signals, now or when they are closed."""
+        closed = change.traces_closed()
+        with self._lock:
+            for trace_id in dict.fromkeys(signal.trace_id for signal in change.signals):
+                self._expected[tenant, trace_id] = True
+            for trace_id in closed:
+                if self._expected.pop((tenant, trace_id), False):
+                    self._ahead.append((tenant, trace_id))
 
     def _drop(self, tenant: str, change: Change | None) -> None:
         loaded = self._kept.get(tenant)

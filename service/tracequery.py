@@ -161,7 +161,10 @@ class TraceReader:
         """What the store has of a trace: from the cache, unless the trace is open and changes."""
         if not is_open and (found := self._metadata.find(tenant, trace_id)) is not None:
             return found.row, found.signals
-        row = self._store.trace(tenant, trace_id) if is_open else None
+        row = None
+        if is_open:
+            self._metadata.expect(tenant, trace_id)
+            row = self._store.trace(tenant, trace_id)
         return row, self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)[0]
 
     @contextmanager

@@ -19,7 +19,7 @@ NAMES = ("ruleContainers", "publicKeys", "traceMetadata")
 def config(tmp_path):
     write_rules(tmp_path, {"many": "count(a) > 1", "no-b": "not b"})
     write_rules(tmp_path, {"many": "count(a) > 1"}, "acme")
-    return settings(tmp_path, caches={"trace_metadata_ttl_seconds": 0.5, "warm_up_seconds": 0.1})
+    return settings(tmp_path, caches={"warm_up_seconds": 0.1})
 
 
 async def look(service, tenant="default"):
@@ -98,19 +98,40 @@ async def test_traces_of_new_signals_are_loaded_ahead_where_somebody_looks(confi
         assert stats(service)["size"] == 1  # nobody looks at acme
 
 
-async def test_late_spans_are_seen_and_verdicts_are_as_without_a_cache(config):
+async def test_a_trace_that_is_looked_at_while_it_is_open_is_loaded_when_it_is_closed(config):
+    async with running(config) as service:
+        await send(service, [S(1), S(2)])
+        seen = None
+        with trio.fail_after(10):
+            while seen is None:  # the trace is open, its early signal may not be stored yet
+                trace = S(1).trace.hex()
+                seen = await trio.to_thread.run_sync(service.queries.trace, "default", trace)
+            while not stats(service)["size"]:
+                await trio.sleep(0.02)
+        asked = stats(service)["missCount"]
+        (after,) = (await look(service)).values()
+        assert after["state"] == "closed"
+        assert (stats(service)["hitCount"], stats(service)["missCount"]) == (1, asked)
+
+
+async def test_late_spans_are_seen_and_verdicts_are_as_without_a_cache(config, tmp_path):
     """A trace that is looked at before and after late spans, closed ones that are forgotten too."""
+    config = settings(tmp_path, caches={"trace_metadata": 1})
     async with running(config) as service:
         await send(service, [S(1)])
         await closed(service)
         (before,) = (await look(service)).values()
         assert before["spans"] == 1
         assert before["verdicts"]["no-b"]["verdict"] == "breach"
-        await trio.sleep(0.8)  # forgotten by the arrays
+        await send(service, [S(9, name="x", trace=b"\2" * 16)], "acme")
+        with trio.fail_after(20):
+            while any(traces.closed_count for traces in service.traces().values()):
+                await trio.sleep(0.1)
         (before,) = (await look(service)).values()
         await send(service, [S(2), S(3, name="b")])
         await closed(service)
         (after,) = (await look(service)).values()
+        assert service.pipeline.history.recalled == 1
         assert after["spans"] == 3
         assert len(after["signals"]) == 3
         assert after["verdicts"]["many"]["verdict"] == "breach"
