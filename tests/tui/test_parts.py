@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import math
 from collections.abc import AsyncIterator
 
@@ -216,7 +217,7 @@ def test_events_are_read_as_the_standard_says():
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8).map(sorted))
 def test_it_does_not_matter_where_parts_end(cuts):
     bounds = [0, *cuts, len(STREAM)]
-    parts = [STREAM[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [STREAM[a:b] for a, b in itertools.pairwise(bounds)]
     assert collect(*parts) == collect(STREAM)
 
 
