@@ -110,6 +110,7 @@ class DuckFiles:
         self._pool_timeout = pool_timeout
         self._idle_close = idle_close
         self._attached_max = attached_max
+        self._unsaved = 0  # the memory of all such rows
         self._unsaved_max = memory_bytes * 3 // 4
         self._keys = KeyBudget(key_bytes)
         self._clock = clock
@@ -306,15 +307,21 @@ class DuckFiles:
         many tenants with a little each would exhaust it (1 GiB at some 1200 tenants).
         Those written longest ago are checkpointed; a few at most, so that no write waits long.
         """
-        written.unsaved = _size(written.path.with_name(FILE + ".wal"))
-        unsaved = [file for file in list(self._files.values()) if file.unsaved]
-        excess = sum(_memory(file) for file in unsaved) - self._unsaved_max
+        self._note_unsaved(written, _size(written.path.with_name(FILE + ".wal")))
+        excess = self._unsaved - self._unsaved_max
         if excess <= 0:
             return
+        unsaved = [file for file in list(self._files.values()) if file.unsaved]
         for file in sorted(unsaved, key=lambda file: file.last_used)[:_SAVED_AT_ONCE]:
             if excess > 0:
                 excess -= _memory(file)
                 self._save(file)
+
+    def _note_unsaved(self, file: _File, size: int) -> None:
+        with self._lock:
+            self._unsaved -= _memory(file)
+            file.unsaved = size
+            self._unsaved += _memory(file)
 
     def _save(self, file: _File) -> None:
         with file.changed:
@@ -324,7 +331,7 @@ class DuckFiles:
         try:
             with suppress(duckdb.Error, StoreError), self._cursor() as root:
                 root.execute(f"CHECKPOINT {file.alias}").fetchall()
-            file.unsaved = _size(file.path.with_name(FILE + ".wal"))
+            self._note_unsaved(file, _size(file.path.with_name(FILE + ".wal")))
         finally:
             file.writing.release()
             with file.changed:
@@ -337,6 +344,7 @@ class DuckFiles:
         """Let go of a file that nobody uses; the caller holds ``changed``."""
         pool, file.pool = file.pool, None
         _forget_known(file)
+        self._note_unsaved(file, 0)
         if pool is not None:
             pool.close()
             if file.generation == self._generation:
@@ -456,4 +464,4 @@ def _size(path: Path) -> int:
 
 
 def _memory(file: _File) -> int:
-    return _UNSAVED_FILE_BYTES + _UNSAVED_FACTOR * file.unsaved
+    return _UNSAVED_FILE_BYTES + _UNSAVED_FACTOR * file.unsaved if file.unsaved else 0
