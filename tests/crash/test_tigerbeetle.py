@@ -1,0 +1,79 @@
+"""The service with its ledger in TigerBeetle: both are killed, and the server is paused, under load.
+Skipped without the program."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.ledger.sqlite import SqliteLedger
+from service.ledger.tigerbeetle import TigerBeetleLedger
+from tests.crash.campaign import Campaign, same
+from tests.crash.workload import TENANTS
+from tests.service.ledger.server import BATCH, CLUSTER, MISSING, PROGRAM, Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason=MISSING)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.close()
+
+
+def test_service_and_server_die_under_load(tmp_path: Path, server: Server) -> None:
+    settings = {
+        "ledger__kind": "tigerbeetle",
+        "ledger__tigerbeetle__addresses": server.address,
+        "ledger__tigerbeetle__cluster_id": str(CLUSTER),
+        "ledger__tigerbeetle__batch_transfers": str(BATCH),
+        "ledger__tigerbeetle__start_seconds": "2",
+    }
+    with Campaign(tmp_path / "service", 31, **settings) as campaign:
+        victim = campaign.victim
+        campaign.kill("running")
+        time.sleep(1)
+        server.kill()  # and the service meanwhile, which starts without it
+        time.sleep(3)
+        victim.kill()
+        victim.start()
+        victim.wait_ready()
+        time.sleep(1)
+        server.start()
+        time.sleep(3)
+        server.pause()
+        time.sleep(4)
+        server.resume()
+        campaign.kill("running")
+        campaign.verify()
+        expected = campaign.traces.standing()
+        assert expected, "the test compares nothing"
+        compare(victim.data, server, tmp_path / "other.sqlite")
+        files = list(victim.data.glob("*/*.duckdb*"))  # made again, from a ledger in TigerBeetle
+        assert len(files) >= len(TENANTS)
+        for file in files:
+            file.unlink()
+        victim.start()
+        victim.wait_ready()
+        same(expected, campaign.shown(), "the API shows after a rebuild")
+    assert "Traceback" not in victim.log()
+
+
+def compare(data: Path, server: Server, copy: Path) -> None:
+    """The cluster's balances are those of the journal of what was acknowledged."""
+    shutil.copy(data / "ledger.sqlite", copy)
+    journal = SqliteLedger(copy)
+    ledger = TigerBeetleLedger(server.address, CLUSTER, journal, BATCH)
+    try:
+        assert journal.held() == []
+        for tenant in TENANTS:
+            assert journal.balances(tenant)
+            assert ledger.balances(tenant) == journal.balances(tenant)
+    finally:
+        ledger.close()
