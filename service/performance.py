@@ -7,6 +7,7 @@ All of it is read on the Trio thread from statistics that are kept anyway.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import resource
 import threading
@@ -15,15 +16,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
+import trio
 
 from service.accounts import SpanAccount
 from service.http.ingest import Edge
 from service.latencies import Latencies
 from service.pipeline import Pipeline
-from service.recent import RecentLatency
 from service.traces.layout import NEVER
 
 Json = dict[str, Any]
+
+SHARED_SECONDS = 0.25
+"""Quantiles are worked out again when they are asked for after this."""
 
 _SPANS, _ROWS = "spans", "rows"  # names of rates beside those of stages
 
@@ -50,6 +54,8 @@ class Performance:
         self._wall_time = wall_time
         self._rates = latencies.recent.rates(self._counters)
         self._process = psutil.Process()
+        self._shown: dict[str, Json] = {}
+        self._shown_at = -math.inf
 
     def _counters(self) -> Mapping[str, float]:
         pipeline = self._pipeline
@@ -65,15 +71,14 @@ class Performance:
         pipeline = self._pipeline
         account = self._account()
         rates = self._rates.rates()
-        recent = self._recent
         return {
             "windowSeconds": self._window_seconds,
             "spanIngestionRate": round(rates[_SPANS], 3),
-            "ruleEvaluationP99": _shown(recent.latency("evaluation"))["p99"],
-            "tigerBeetleWriteLatency": _shown(recent.latency("ledger"))["p99"],
-            "duckDBWriteLatency": _shown(recent.latency("duckdb"))["p99"],
+            "ruleEvaluationP99": self._latency("evaluation")["p99"],
+            "tigerBeetleWriteLatency": self._latency("ledger")["p99"],
+            "duckDBWriteLatency": self._latency("duckdb")["p99"],
             "duckDBInsertThroughput": round(rates[_ROWS], 3),
-            "endToEndP99": _shown(recent.latency("end-to-end"))["p99"],
+            "endToEndP99": self._latency("end-to-end")["p99"],
             "spansAccepted": account.accepted,
             "spansRefused": dict(self._edge.refused_spans),
             "spansReplayed": account.replayed,
@@ -100,12 +105,30 @@ class Performance:
             "unitsIn": stats.weight_in,
             "unitsOut": stats.weight_out,
             "rate": round(rate, 3),
-            "latencyMs": _shown(self._recent.latency(f"stage {name}")),
+            "latencyMs": self._latency(f"stage {name}"),
             "errors": stats.failed,
             "dead": stats.dead,
             "lastError": stats.last_error,
             "lastProgress": None if last is None else self._wall_time(last),
         }
+
+    def _latency(self, name: str) -> Json:
+        """Quantiles in milliseconds; those who look at the same time share them."""
+        now = trio.current_time()
+        if now - self._shown_at >= SHARED_SECONDS:
+            self._shown.clear()
+            self._shown_at = now
+        if name not in self._shown:
+            found = self._recent.latency(name).quantiles()
+            self._shown[name] = {
+                quantile: None if seconds is None else round(1000 * seconds, 4)
+                for quantile, seconds in (
+                    ("p50", found.p50),
+                    ("p95", found.p95),
+                    ("p99", found.p99),
+                )
+            }
+        return self._shown[name]
 
     def queues(self) -> list[Json]:
         """A row for each channel; reading takes the peak."""
@@ -164,12 +187,3 @@ class Performance:
 
     def _uptime(self) -> float:
         return round(time.time() - self.started_at, 1)
-
-
-def _shown(latency: RecentLatency) -> Json:
-    """Quantiles in milliseconds."""
-    found = latency.quantiles()
-    return {
-        name: None if seconds is None else round(1000 * seconds, 4)
-        for name, seconds in (("p50", found.p50), ("p95", found.p95), ("p99", found.p99))
-    }

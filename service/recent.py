@@ -115,5 +115,6 @@ class Recent:
             for rates in self._rates:
                 rates.end_part()
             await trio.sleep(self._part_seconds)
-            for latency in self._latencies.values():
+            for latency in list(self._latencies.values()):
                 latency.end_part()
+                await trio.lowlevel.checkpoint()  # it takes a millisecond or two
