@@ -174,6 +174,8 @@ def test_what_is_wrong_is_named_with_what_would_be_right(tmp_path, text, words):
         ('[api]\naddress = "127.0.0.1:4318"', ["api.address and ingest.address are both"]),
         ('[ingest]\naddress = "0.0.0.0:4318"', ["ingest.address is 0.0.0.0:4318", "--insecure"]),
         ('[metrics]\naddress = "metrics:9090"', ["metrics.address", "--insecure"]),
+        ("[auth]\nenabled = true", ["no operator token", "auth.operator_token_file"]),
+        ('[auth]\nscrape_token = "short"', ["auth.scrape_token", "less than 20"]),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, text, words):
@@ -246,3 +248,21 @@ def test_addresses():
     assert is_loopback("::1")
     assert not is_loopback("10.0.0.1")
     assert not is_loopback("example.org")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:4318", "[::]:4318", "host.example:4318"])
+def test_with_authentication_it_may_listen_for_other_machines(address):
+    given = {"auth.enabled": True, "auth.operator_token": "x" * 32, "ingest.address": address}
+    assert load(None, given).auth.enabled
+
+
+def test_no_message_shows_a_secret(tmp_path, monkeypatch):
+    secret = 987654321987654321
+    message = refused(tmp_path, f"[auth]\noperator_token = {secret}")
+    assert "auth.operator_token" in message
+    assert str(secret) not in message
+    message = refused(tmp_path, '[auth]\nscrape_token = "pssst"')
+    assert "pssst" not in message
+    monkeypatch.setenv("BETRACE_AUTH__OPERATOR_TOKEN", "a-secret-of-the-environment")
+    shown = repr(load(None, {"auth.enabled": True}))
+    assert "a-secret-of-the-environment" not in shown
