@@ -27,13 +27,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
 from perf import report
 from perf.bench_caches import caches
+from perf.bench_ledger import ledger
 from perf.engine import TENANT, compiled
 from perf.rounds import ROUND_SECONDS, ROUNDS, WARM_UP, Taken, async_rounds, rounds, timed
 from perf.rows import SECOND, closed_traces, make_signals
 from perf.target import GeneratorProcess, Service, service
 from perf.workload import Shape, make_bodies, rule_definitions
 from service.http.request import Reply, Request
-from service.ledger.sqlite import SqliteLedger
 from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from service.otlp.wire import scan_bodies
 from service.signals import Kind, rule_version, signal_id
@@ -175,24 +175,6 @@ def evaluation() -> dict[str, Json]:
 
 
 # Stores
-
-
-def ledger(directory: Path) -> dict[str, Json]:
-    """Signals recorded in the embedded ledger, each call safe on disk when it returns."""
-    book = SqliteLedger(directory / "ledger.sqlite")
-    found = {}
-    first = 0
-    for count in (1, 10, 50, 128):
-
-        def call(count: int = count) -> Taken:
-            nonlocal first
-            signals = make_signals(count, first)
-            first += count
-            return timed(lambda: book.record(signals))
-
-        found[f"{count}"] = rounds(count, call)
-    book.close()
-    return found
 
 
 def duckdb(directory: Path) -> dict[str, Json]:

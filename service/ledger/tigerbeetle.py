@@ -169,7 +169,7 @@ class TigerBeetleLedger:
         refused = self._create_accounts(session, signals)
         sent = [signal for signal in signals if signal.id not in refused]
         for some in _chunks(sent, self._batch):
-            results = session.client.create_transfers([_event(signal) for signal in some])
+            results = session.client.create_transfers([event(signal) for signal in some])
             for signal, result in zip(some, results, strict=True):
                 if result.status not in (*_NEW, *_THERE):
                     refused[signal.id] = f"transfer: {result.status.name}"
@@ -321,7 +321,7 @@ def _accounts(signal: Signal) -> Iterable[tb.Account]:
     yield tb.Account(id=_rule(signal), ledger=ledger, code=RULE, user_data_128=tenant)
 
 
-def _event(signal: Signal) -> tb.Transfer:
+def event(signal: Signal) -> tb.Transfer:
     """The signal's transfer. All of it follows from the signal's id: a breach that is found again
     after a crash must give the identical event."""
     move = transfer(signal)

@@ -65,7 +65,7 @@ class TigerBeetle(Section):
                 ) from None
             if not port:
                 raise ValueError("has port 0: write the port that the replica listens on")
-        return text
+        return ",".join(each.strip() for each in text.split(","))
 
 
 class Ledger(Section):

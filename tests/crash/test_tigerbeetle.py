@@ -1,4 +1,4 @@
-"""The service with its ledger in TigerBeetle: both are killed, and the server is paused, under load.
+"""The service with its ledger in TigerBeetle, both killed and the server paused, under load.
 Skipped without the program."""
 
 from __future__ import annotations

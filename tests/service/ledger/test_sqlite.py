@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from service.ledger import sqlite
 from service.ledger.base import LedgerError
 from service.ledger.sqlite import SqliteLedger
 from service.signals import Kind, Signal
@@ -131,3 +134,93 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
     db.close()
     with pytest.raises(LedgerError, match=r"schema 99.*upgrade"):
         SqliteLedger(path)
+
+
+def test_a_file_of_the_first_schema_is_taken_along(path: Path) -> None:
+    ledger = SqliteLedger(path)
+    ledger.record([make(1)])
+    ledger.close()
+    with sqlite3.connect(path) as db:
+        db.executescript("DROP TABLE outgoing; PRAGMA user_version = 1;")
+    db.close()
+    ledger = SqliteLedger(path)
+    assert ledger.record([make(1), make(2)]) == [False, True]
+    assert ledger.hold([make(3)]) == [True]
+    ledger.close()
+
+
+def test_what_is_held_becomes_an_entry_when_it_is_settled(ledger: SqliteLedger) -> None:
+    ledger.record([make(0)])
+    first = make(1, message="first")
+    assert ledger.hold([]) == []
+    assert ledger.hold([make(0), first, make(2), first]) == [False, True, True, False]
+    assert ledger.hold([make(1, message="second"), make(3)]) == [True, True]
+    assert [signal for _, signal in ledger.held()] == [first, make(2), make(3)]
+    assert [s for _, s in ledger.held(ledger.held()[0][0], limit=1)] == [make(2)]
+    assert ledger.count("shop") == 1
+    ledger.settle([make(1, message="second"), make(2)], refused=[make(3)])
+    assert ledger.held() == []
+    assert [signal for _, signal in ledger.entries("shop")] == [make(0), first, make(2)]
+    ledger.settle([make(2)])  # by a second thread: it is settled
+    assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
+
+
+def test_the_ledger_that_takes_over_has_what_was_held(ledger: SqliteLedger) -> None:
+    ledger.hold([make(1), make(2, tenant="other")])
+    ledger.take_over()
+    assert ledger.held() == []
+    assert (ledger.balances("shop"), ledger.balances("other")) == ({"r1": 1}, {"r1": 1})
+
+
+class Hanging:
+    """Holds up a thread inside a transaction of the ledger."""
+
+    def __init__(self, ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on, self.inside = threading.Event(), threading.Event()
+        self.answers: list[list[bool]] = []
+        real, first = sqlite._insert, threading.Event()
+
+        def hang(db: sqlite3.Connection, chosen: object) -> None:
+            if not first.is_set():
+                first.set()
+                self.inside.set()
+                self.go_on.wait(10)
+            real(db, chosen)
+
+        monkeypatch.setattr(sqlite, "_insert", hang)
+        self.began = time.monotonic()
+        self.thread = threading.Thread(target=lambda: self.answers.append(ledger.record([make(1)])))
+        self.thread.start()
+        assert self.inside.wait(5)
+
+
+def test_a_connection_that_hangs_is_replaced(
+    ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_BUSY_SECONDS", 0.05)
+    ledger._clients.pause = 0
+    hanging = Hanging(ledger, monkeypatch)
+    ledger.replace(hanging.began)
+    assert (ledger.clients.replaced, ledger.clients.left_behind) == (1, 1)
+    with pytest.raises(LedgerError, match="locked") as caught:  # its transaction is not over
+        ledger.record([make(2)])
+    assert caught.value.transient
+    assert ledger.balances("shop") == {}
+    hanging.go_on.set()
+    hanging.thread.join(5)
+    assert hanging.answers == [[True]]
+    assert ledger.record([make(1), make(2)]) == [False, True]
+    assert ledger.clients.left_behind == 0
+
+
+def test_close_does_not_wait_for_ever(
+    ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_CLOSE_SECONDS", 0.1)
+    hanging = Hanging(ledger, monkeypatch)
+    started = time.monotonic()
+    ledger.close()
+    assert time.monotonic() - started < 2
+    hanging.go_on.set()
+    hanging.thread.join(5)
+    assert hanging.answers == [[True]]  # nobody closed the connection under it
