@@ -85,7 +85,7 @@ async def test_it_runs_soon_after_the_start_of_the_service(
             while service.daily.succeeded_at is None:
                 await trio.sleep(0.05)
         assert service.daily.spans == 9
-        assert b"betrace_archive_spans_total 9.0" in service.metrics_exposition()
+        assert b"betrace_archive_spans_total 9.0" in await service.scrape()
 
 
 async def test_without_anything_to_do_it_ends(tmp_path: Path) -> None:
