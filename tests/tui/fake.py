@@ -31,6 +31,9 @@ T0 = 1_700_000_000.0
 
 URL = "http://betrace.test:8090"
 
+PATIENCE = 60.0
+"""Seconds that a test may wait, on a machine that is busy."""
+
 STAGES = (
     ("span-ingestion", "spans", 10_000, 1),
     ("trace-correlation", "spans", 5_000, 1),
@@ -334,7 +337,7 @@ def piloted(
             for name, value in api.items():
                 setattr(fake, name, value)
             app = fake.app(read_only)
-            async with asyncio.timeout(20), app.run_test(size=size, notifications=True) as pilot:
+            async with asyncio.timeout(PATIENCE), app.run_test(size=size, notifications=True) as pilot:
                 if not fake.down:
                     await until(lambda: app.connection.link.status == "connected")
                 await pilot.pause()
@@ -351,7 +354,7 @@ def piloted(
     return decorate
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Wait for what the application does by and by."""
     async with asyncio.timeout(seconds):
         while not condition():
