@@ -588,6 +588,18 @@ def test_eviction_by_count_takes_the_oldest():
     assert [traces.tables[0].find(n, n) >= 0 for n in range(1, 11)] == [False] * 6 + [True] * 4
 
 
+def test_what_the_index_may_not_have_yet_is_not_evicted():
+    traces = tenant()
+    for number in range(1, 11):
+        ids = np.array([number])
+        traces.fold(of_traces(ids, ids), number * 10**10)
+        traces.close_due(number * 10**10 + 2, 1)
+    closed = ClosedTraces(1 << 10)
+    assert traces.evict(11 * 10**10, 1, 0, closed, lag_ns=35 * 10**9) == 7
+    assert [traces.tables[0].find(n, n) >= 0 for n in range(1, 11)] == [False] * 7 + [True] * 3
+    assert traces.evict(11 * 10**10, 1, 0, closed) == 3
+
+
 def test_eviction_by_count_takes_a_part_of_those_closed_together():
     traces = tenant()
     ids = np.arange(1, 21)

@@ -182,3 +182,17 @@ async def test_tickets_of_many_threads_are_different():
         for _ in range(4):
             nursery.start_soon(trio.to_thread.run_sync, enter)
     assert len(set(tickets)) == 4000 == len(in_flight)
+
+
+async def test_the_age_of_the_oldest_work():
+    in_flight = InFlight()
+    assert in_flight.oldest_ns() == 0
+    first = in_flight.enter()
+    await trio.sleep(0.2)
+    second = in_flight.enter()
+    of_first = in_flight.oldest_ns()
+    in_flight.leave(first)
+    assert in_flight.oldest_ns() < of_first
+    assert of_first >= 150_000_000
+    in_flight.leave(second)
+    assert in_flight.oldest_ns() == 0
