@@ -412,12 +412,9 @@ class Service:
         }
         return found
 
-    def metrics_exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return self._exposition.render(self._exposition.read())
-
     async def scrape(self) -> bytes:
-        """The same, rendered in a thread; the Trio thread only reads the numbers."""
+        """All metrics in Prometheus' text format, rendered in a thread; the Trio thread only reads
+        the numbers. Raises :exc:`channels.ThreadTimeout` where the disk does not answer."""
         families = self._exposition.read()
         return await self._scrapes.run(self._exposition.render, families, timeout=SCRAPE_SECONDS)
 

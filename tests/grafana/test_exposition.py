@@ -28,7 +28,7 @@ def exposition(tmp_path_factory):
             await inprocess.send(service, [S(1), S(2)])
             await inprocess.closed(service)
             await service.recovery.save()
-            return service.metrics_exposition().decode()
+            return (await service.scrape()).decode()
 
     return trio.run(main)
 

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import trio
 
-from channels import Stage, open_channel
+from channels import ExpectedError, Stage, ThreadRunner, open_channel
 from service import events, events_docs
 from service.events import DECLARED, Event, Told
 from service.http.ingest import Edge
 from service.logs import set_up_logging
 from service.pipeline import Queue
 from service.settings import Ingest, Logging
+from service.storage.spanlog import LogSyncError
+from service.sync import GroupSync
 from service.tenants import Quotas
 from service.watch import QUIET_SECONDS, Watch
 from tests.loggers import restored
@@ -211,3 +213,44 @@ async def test_refusals_are_told_as_an_episode(autojump_clock, told):
         }
         nursery.cancel_scope.cancel()
     assert len(told()) == 2
+
+
+async def test_failures_of_the_disk_to_sync_are_told_once(told):
+    class Log:
+        broken = True
+
+        def sync(self, _: Any) -> None:
+            if self.broken:
+                raise LogSyncError(["a"], OSError(5, "Input/output error"))
+
+    log = Log()
+    with ThreadRunner("sync", 1) as threads:
+        sync = GroupSync(log, threads)
+        for _ in range(3):
+            with pytest.raises(LogSyncError):
+                await sync.sync(["a"])
+        log.broken = False
+        await sync.sync(["a"])
+        await sync.sync(["a"])
+    assert [name for name, _ in told()] == ["log.sync_failed", "log.sync_recovered"]
+    assert told()[1][1] == {"failures": 3}
+
+
+async def test_many_dead_letters_are_few_lines(tmp_path, told, monkeypatch):
+    write_rules(tmp_path, {"r": "never { a }"})
+    once = {"attempts": 0}
+    async with running(settings(tmp_path, redelivery=once)) as service:
+
+        def fail(*_: Any) -> Any:
+            raise ExpectedError("on purpose")
+
+        monkeypatch.setattr("service.stages.evaluate.decide_due", fail)
+        for number in range(1, 11):
+            await send(service, [S(number)], f"tenant-{number}")
+        with trio.fail_after(20):
+            while service.pipeline.letters.total < 10:
+                await trio.sleep(0.02)
+    kept = [fields for name, fields in told() if name == "dead_letters.kept"]
+    assert 1 <= len(kept) < 10
+    assert kept[0]["stage"] == "rule-evaluation"
+    assert "on purpose" in kept[0]["error"]

@@ -302,7 +302,7 @@ async def test_metrics_of_all_that_is_there_from_the_start(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.trip()
-        text = service.metrics_exposition().decode()
+        text = (await service.scrape()).decode()
     for sample in (
         'betrace_circuit_breaker_state{name="ledger",state="open"} 1.0',
         'betrace_circuit_breaker_state{name="ledger",state="closed"} 0.0',
