@@ -241,7 +241,9 @@ class SqliteLedger:
         """
         with self._writing("NORMAL") as db:
             held = _existing(db, "outgoing", _ids(recorded), "id, signal")
-            _insert(db, [(_signal(text), text) for text in held.values()])
+            # As it was told first; what makes the transfer is the same in every telling.
+            signals = {_bytes(transfer_id(signal.id)): signal for signal in recorded}
+            _insert(db, [(signals[key], text) for key, text in held.items()])
             db.executemany(
                 "DELETE FROM outgoing WHERE id = ?",
                 [(key,) for key in (*held, *_ids(refused))],

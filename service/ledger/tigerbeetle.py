@@ -42,6 +42,8 @@ from service.signals import Signal
 T = TypeVar("T")
 
 _log = logging.getLogger("service.ledger")
+# Each client tells of each attempt to connect; what matters of that the service tells itself.
+logging.getLogger("tigerbeetle").setLevel(logging.ERROR)
 
 TENANT, RULE = 1, 2
 """Codes of accounts."""
