@@ -148,6 +148,8 @@ class BetraceApp(App[int]):
             return
         self._main.set_class(self.state.stale, "-stale")
         self._show_bars()
+        if self.frozen_at is None:
+            self._show()
         if link.status == "connected":
             self.load()
 

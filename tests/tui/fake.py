@@ -337,7 +337,10 @@ def piloted(
             for name, value in api.items():
                 setattr(fake, name, value)
             app = fake.app(read_only)
-            async with asyncio.timeout(PATIENCE), app.run_test(size=size, notifications=True) as pilot:
+            async with (
+                asyncio.timeout(PATIENCE),
+                app.run_test(size=size, notifications=True) as pilot,
+            ):
                 if not fake.down:
                     await until(lambda: app.connection.link.status == "connected")
                 await pilot.pause()

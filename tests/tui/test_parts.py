@@ -191,6 +191,19 @@ def test_what_is_not_well_the_worst_first():
     assert problems(State()) == []
 
 
+def test_nothing_is_well_without_a_connection_or_before_the_service_is_ready():
+    data = snapshot_at(60)
+    del data["components"]["breaker-ledger"]
+    state = State()
+    state.update(parse(data, T0))
+    assert problems(state) == []
+    state.stale = True
+    assert problems(state) == [("bad", "no connection: as it was at 22:13:20")]
+    state.stale = False
+    state.update(parse(data | {"ready": False}, T0 + 1))
+    assert problems(state) == [("bad", "the service is not ready")]
+
+
 # Server-sent events and the client
 
 

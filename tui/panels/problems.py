@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tui.state import State
-from tui.text import Tone, fill_tone, number, percent
+from tui.text import Tone, clock, fill_tone, number, percent
 
 _WORST: dict[Tone, int] = {"bad": 0, "busy": 1, "good": 2, "quiet": 3}
 
@@ -14,6 +14,10 @@ def problems(state: State) -> list[tuple[Tone, str]]:
     if now is None:
         return []
     found: list[tuple[Tone, str]] = []
+    if state.stale:
+        found.append(("bad", f"no connection: as it was at {clock(now.at)}"))
+    if not now.ready:
+        found.append(("bad", "the service is not ready"))
     if now.ingestion != "open":
         found.append(("busy", f"ingestion is {now.ingestion}"))
     refused = state.rate("refused")
