@@ -146,7 +146,8 @@ def test_the_command_prints_and_answers(data):
     assert told["good"] is False
     (bad,) = [each for each in told["checks"] if each["status"] == "failed"]
     assert bad["check"] == "ledger"
-    ran = CliRunner().invoke(cli, ["doctor", "--data", str(data)], env=environment)
+    listeners = ["--ingest", "off", "--api", "off", "--metrics", "off"]
+    ran = CliRunner().invoke(cli, ["doctor", "--data", str(data), *listeners])
     assert ran.exit_code == 1
     assert "failed   ledger" in ran.stdout
     assert "→ stop the service and restore" in ran.stdout
