@@ -11,10 +11,17 @@ import pytest
 
 from tests.tui.fake import FakeApi
 from tests.tui.scenes import SCENES, prepare
+from tui import connection
 
 SMALL, USUAL = (80, 24), (120, 40)
 LOOKS = [(name, SMALL) for name in SCENES]
 LOOKS += [(name, USUAL) for name, scene in SCENES.items() if scene.both]
+
+
+@pytest.fixture(autouse=True)
+def _no_second_try(monkeypatch):
+    """What is lost stays so, with the same seconds to the next try."""
+    monkeypatch.setattr(connection, "FIRST_PAUSE", 600.0)
 
 
 @pytest.mark.parametrize(
