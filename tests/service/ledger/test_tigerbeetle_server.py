@@ -167,7 +167,13 @@ def check(load: Load, ledger: TigerBeetleLedger) -> None:
     assert sorted(entries) == sorted(signal.id for signal in load.signals)
 
 
-@pytest.mark.parametrize("timeout", [1.5, 30.0], ids=["replaced", "the same client"])
+@pytest.mark.parametrize(
+    "timeout",
+    [
+        pytest.param(1.5, id="replaced"),
+        pytest.param(30.0, id="the same client", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_killed_under_load_loses_nothing(server, open_ledger, timeout) -> None:
     ledger = open_ledger()
     ledger._clients.pause = 0.1
