@@ -126,6 +126,7 @@ class Engine:
                 (arrays.table, 2 * slots),
                 (arrays.ring_middle, middle),
                 (arrays.ring_large, large),
+                (arrays.chains, large),
                 (arrays.entries, entries),
             ):
                 total += used * (rows.nbytes // len(rows))

@@ -17,13 +17,8 @@ PATH_FLAT = 1.2
 
 # Of the curves that were not flat: what profiles and trials of 2026-11-23 showed.
 WHY = {
-    "trace_length": "telling repeated spans, which compares each span id with the last 1000 of its "
-    "trace: without it the fold of traces of 10 000 spans took 0.21 µs a span in place of 0.62. It "
-    "grows no further however long the trace.",
-    "open_traces": "waiting for memory. The row and ring of a trace are about 400 bytes, so those "
-    "of many do not fit the cache, and the fold waits for one after the other: with the traces of "
-    "the next 64 spans read ahead together it took 0.46 µs at 100 000 in place of 0.80 (tried, not "
-    "in the product).",
+    "trace_length": "not looked into; the curve was flat then (docs/decisions/0012-flat-fold.md).",
+    "open_traces": "not looked into; the curve was flat then (docs/decisions/0012-flat-fold.md).",
     "rules": "not looked into; the curve was flat then.",
     "tenants": "work that is per tenant and not per span: commits of DuckDB for each tenant that "
     "closed traces (most of it), a sync of each log each second, the definitions of all rules in "

@@ -98,7 +98,20 @@ from service.traces.layout import (
     RuleArrays,
     TraceArrays,
 )
-from service.traces.pools import copy, enter, find_slot, remember, room, seen, take
+from service.traces.pools import (
+    copy,
+    enter,
+    find_slot,
+    hashed,
+    look_ahead,
+    remember,
+    room,
+    same_trace,
+    seen,
+    take,
+)
+
+AHEAD = 64  # spans whose traces are read together
 
 
 @lean_kernel
@@ -113,7 +126,7 @@ def _open(traces: TraceArrays, hi: int, lo: int, now: int) -> int:
     row[ENTRIES] = -1
     row[MIN_START] = NEVER
     traces.fill[OPEN_COUNT] += 1
-    enter(traces.table, traces.secret, hi, lo, slot)
+    enter(traces.table, hashed(traces.secret, hi, lo), slot)
     return slot
 
 
@@ -241,6 +254,7 @@ def fold(
     traces: TraceArrays,
     outputs: FoldOutputs,
     scratch: Rows,
+    ahead: Rows,
 ) -> tuple[int, int]:
     """Fold the rows of a batch from ``first_row`` on.
 
@@ -248,17 +262,25 @@ def fold(
     end). With ``known_only`` rows of traces without a slot are left, and taken rows are marked in
     ``batch.skip``. New traces that ``filters`` may hold (:mod:`service.traces.closed`; without
     columns it holds none) are left in ``outputs.late``. ``now`` is in nanoseconds since 1970,
-    ``scratch`` int64[4].
+    ``scratch`` int64[4], ``ahead`` int64[2, AHEAD].
     """
     counts = outputs.counts
     fill = traces.fill
+    block = first_row
+    block_end = first_row
     for r in range(first_row, len(batch.spans)):
+        if r == block_end:
+            block = r
+            block_end = min(r + AHEAD, len(batch.spans))
+            scratch[0] = look_ahead(traces, batch, block, block_end, ahead[0], ahead[1])
         if batch.skip[r]:
             continue
         span = batch.spans[r]
         hi = span[TRACE_HI]
         lo = span[TRACE_LO]
-        slot = find_slot(traces, hi, lo)
+        slot = ahead[1, r - block]
+        if slot < 0:  # it may have been opened meanwhile
+            slot = find_slot(traces, hi, lo)
         if slot < 0 and known_only:
             continue
         if slot < 0 and filters.shape[1] > 0 and may_hold(filters, salt, hi, lo):
@@ -302,6 +324,10 @@ def fold(
         if slot < 0:
             slot = _open(traces, hi, lo, now)
             counts[OPENED] += 1
+            after = r + 1
+            while after < block_end and same_trace(span, batch.spans[after]):
+                ahead[1, after - block] = slot
+                after += 1
         row = traces.slots[slot]
         row[LAST_SEEN] = max(row[LAST_SEEN], now)  # the clock may be set back
         traces.activity[slot] = now

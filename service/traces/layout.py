@@ -3,12 +3,16 @@
 A trace is a row of ``slots``; its matches hang on it as a chain of ``entries``, one for each
 check that some span satisfied, ascending by check. The memory of a trace therefore has the size
 of the rules that it touches, whatever its length. The last span ids, for telling repeated spans,
-lie in ``rings``: 16 with every slot, 128 or 1000 in pools for the longer traces.
+lie in ``rings``: 16 with every slot, 128 or 1000 in pools for the longer traces. The short ones are
+searched from end to end; a ring of 1000 has chains of ids with the same hash beside it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from service.otlp.columns import Bytes, Rows
 
@@ -54,6 +58,8 @@ PARTIAL = 32  # reopened without knowing what came before
 ONCE_DIRTY = 64  # a count crossed a threshold at some time: it may have been signalled early
 
 SMALL_RING, MIDDLE_RING, LARGE_RING = 16, 128, 1000  # span ids; the last is the promised window
+CHAINS = 1024  # of a large ring, about one for each id
+CHAIN_COLUMNS = CHAINS + LARGE_RING  # places in the ring + 1: of each chain's newest, of the next
 NAME_BYTES = 96  # kept of a root span's name
 
 # Columns of an entry.
@@ -82,10 +88,11 @@ NEVER = 2**63 - 1  # activity of a slot that is not open
 class TraceArrays(NamedTuple):
     """Everything a tenant's open and recently closed traces consist of.
 
-    ``table`` is a hash table (linear probing, a power of two long) of slot number + 1, 0 for
-    empty; ``secret`` are three random odd numbers that its hash is made with. ``activity[slot]`` is
-    LAST_SEEN of an open trace, else ``NEVER``: apart from the slots, so that looking for idle
-    traces reads little memory.
+    ``table`` is a hash table (linear probing, a power of two long) of slot number + 1 below the 32
+    low bits of the hash, 0 for empty; ``secret`` are three random odd numbers that hashes are made
+    with. ``chains`` are those of ``ring_large``: see :func:`service.traces.pools.chained`.
+    ``activity[slot]`` is LAST_SEEN of an open trace, else ``NEVER``: apart from the slots, so that
+    looking for idle traces reads little memory.
     """
 
     table: Rows
@@ -96,6 +103,7 @@ class TraceArrays(NamedTuple):
     ring_small: Rows
     ring_middle: Rows
     ring_large: Rows
+    chains: npt.NDArray[np.int16]
     entries: Rows
     fill: Rows
 

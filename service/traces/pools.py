@@ -4,8 +4,9 @@ rings of span ids; the arrays are described in :mod:`service.traces.layout`."""
 from __future__ import annotations
 
 from service.jit import lean_kernel
-from service.otlp.columns import Rows
+from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows
 from service.traces.layout import (
+    CHAINS,
     FREE,
     HI,
     LARGE_FREE,
@@ -17,45 +18,58 @@ from service.traces.layout import (
     MIDDLE_USED,
     RING,
     RING_CLASS,
+    SLOT_COLUMNS,
+    SLOTS_USED,
     SMALL_RING,
     SPANS,
     STATE,
+    BatchArrays,
     TraceArrays,
 )
 
+_SLOT = 0xFFFFFFFF  # of an entry of the hash table: the slot number + 1
+
 
 @lean_kernel
-def bucket(secret: Rows, hi: int, lo: int, mask: int) -> int:
-    """Where a trace belongs. Clients choose the ids: without the secret they could choose them
-    so that all fall into one place, which makes looking them up slow."""
+def hashed(secret: Rows, hi: int, lo: int) -> int:
+    """A number that looks random. Clients choose the ids: without the secret they could choose
+    them so that all fall into one place, which makes looking them up slow."""
     mixed = (hi ^ secret[0]) * secret[1]
     mixed = (mixed ^ (mixed >> 32) ^ lo) * secret[2]
     mixed = (mixed ^ (mixed >> 32)) * secret[1]
-    return (mixed ^ (mixed >> 32)) & mask
+    return mixed ^ (mixed >> 32)
 
 
 @lean_kernel
-def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
-    """The slot of a trace, -1 without one."""
+def probe(traces: TraceArrays, hash_: int, hi: int, lo: int) -> int:
+    """The slot of a trace with this hash, -1 without one."""
     table = traces.table
     mask = len(table) - 1
-    i = bucket(traces.secret, hi, lo, mask)
-    while table[i] > 0:
-        slot = table[i] - 1
-        if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
-            return slot
+    i = hash_ & mask
+    while table[i] != 0:
+        entry = table[i]
+        if entry >> 32 == hash_ << 32 >> 32:  # else there is no need to read its row
+            slot = (entry & _SLOT) - 1
+            if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
+                return slot
         i = (i + 1) & mask
     return -1
 
 
 @lean_kernel
-def enter(table: Rows, secret: Rows, hi: int, lo: int, slot: int) -> None:
+def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
+    """The slot of a trace, -1 without one."""
+    return probe(traces, hashed(traces.secret, hi, lo), hi, lo)
+
+
+@lean_kernel
+def enter(table: Rows, hash_: int, slot: int) -> None:
     """Put a slot into the hash table, where its trace must not be yet."""
     mask = len(table) - 1
-    i = bucket(secret, hi, lo, mask)
-    while table[i] > 0:
+    i = hash_ & mask
+    while table[i] != 0:
         i = (i + 1) & mask
-    table[i] = slot + 1
+    table[i] = hash_ << 32 | (slot + 1)
 
 
 @lean_kernel
@@ -63,30 +77,80 @@ def rebuild(table: Rows, secret: Rows, slots: Rows, used: int) -> None:
     """Fill an empty hash table with all slots in use."""
     for slot in range(used):
         if slots[slot, STATE] != FREE:
-            enter(table, secret, slots[slot, HI], slots[slot, LO], slot)
+            enter(table, hashed(secret, slots[slot, HI], slots[slot, LO]), slot)
 
 
 @lean_kernel
-def leave(traces: TraceArrays, hi: int, lo: int) -> None:
-    """Take a trace out of the hash table, moving back what probed past it (Knuth 6.4, R)."""
+def leave(traces: TraceArrays, slot: int) -> None:
+    """Take a slot out of the hash table, moving back what probed past it (Knuth 6.4, R)."""
     table = traces.table
     mask = len(table) - 1
-    i = bucket(traces.secret, hi, lo, mask)
-    while True:
-        slot = table[i] - 1
-        if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
-            break
+    i = hashed(traces.secret, traces.slots[slot, HI], traces.slots[slot, LO]) & mask
+    while (table[i] & _SLOT) - 1 != slot:
         i = (i + 1) & mask
     hole = i
     i = (i + 1) & mask
-    while table[i] > 0:
-        slot = table[i] - 1
-        home = bucket(traces.secret, traces.slots[slot, HI], traces.slots[slot, LO], mask)
+    while table[i] != 0:
+        home = table[i] >> 32
         if ((i - home) & mask) >= ((i - hole) & mask):
             table[hole] = table[i]
             hole = i
         i = (i + 1) & mask
     table[hole] = 0
+
+
+@lean_kernel
+def same_trace(a: Rows, b: Rows) -> bool:
+    """Whether two spans are of one trace."""
+    return a[TRACE_LO] == b[TRACE_LO] and a[TRACE_HI] == b[TRACE_HI]
+
+
+@lean_kernel
+def _touch(traces: TraceArrays, slot: int, span_id: int) -> int:
+    """Read what the fold of a span will read of its trace."""
+    row = traces.slots[slot]
+    touched = row[8] ^ row[16] ^ row[24] ^ row[SLOT_COLUMNS - 1]  # each cache line
+    touched ^= traces.ring_small[slot, 0] ^ traces.ring_small[slot, SMALL_RING // 2]
+    touched ^= traces.activity[slot]
+    if row[RING_CLASS] == 2:
+        ids, links = traces.ring_large[row[RING]], traces.chains[row[RING]]
+        at = row[SPANS] % LARGE_RING
+        newest = links[_chain(traces.secret, span_id)] - 1
+        touched ^= ids[at] ^ links[CHAINS + at]
+        if newest >= 0:
+            touched ^= ids[newest] ^ links[CHAINS + newest]
+    return touched
+
+
+@lean_kernel
+def look_ahead(
+    traces: TraceArrays, batch: BatchArrays, first: int, end: int, hashes: Rows, slots: Rows
+) -> int:
+    """Find the slots of the rows ``first`` to ``end``, -1 without one, into ``slots``, and read
+    what their fold will read; ``hashes`` is for its own use.
+
+    No row waits for what is read for another, so the processor fetches for many at once what a
+    fold, which changes what it reads, would wait for one by one ("Group prefetching", Chen et
+    al., Improving Hash Join Performance through Prefetching, 2004). The result only keeps the reads
+    from being optimised away.
+    """
+    touched = 0
+    mask = len(traces.table) - 1
+    for r in range(first, end):
+        span = batch.spans[r]
+        if r == first or not same_trace(span, batch.spans[r - 1]):
+            hash_ = hashed(traces.secret, span[TRACE_HI], span[TRACE_LO])
+            hashes[r - first] = hash_
+            touched ^= traces.table[hash_ & mask]
+    slot = -1
+    for r in range(first, end):
+        span = batch.spans[r]
+        if r == first or not same_trace(span, batch.spans[r - 1]):
+            slot = probe(traces, hashes[r - first], span[TRACE_HI], span[TRACE_LO])
+            if slot >= 0:
+                touched ^= _touch(traces, slot, span[SPAN_ID])
+        slots[r - first] = slot
+    return touched
 
 
 @lean_kernel
@@ -121,6 +185,65 @@ def holds(ring: Rows, count: int, span_id: int) -> bool:
 
 
 @lean_kernel
+def _chain(secret: Rows, span_id: int) -> int:
+    """The chain that a span id belongs to; the multiplier is odd, its product's top bits the hash
+    (Knuth 6.4). Clients choose the ids, hence the secret."""
+    mixed = (span_id ^ secret[0]) * secret[1]
+    return (mixed ^ (mixed >> 32)) * secret[2] >> 40 & (CHAINS - 1)
+
+
+@lean_kernel
+def chained(traces: TraceArrays, ring: int, count: int, span_id: int) -> bool:
+    """Whether a large ring, which was given ``count`` ids, still holds this one.
+
+    A chain leads from its newest id to ever older ones, as those of deflate do (RFC 1951, 4), and
+    nothing is taken out of it: a link to a place where a newer id lies by now is its end.
+    """
+    ids = traces.ring_large[ring]
+    links = traces.chains[ring]
+    newest = (count - 1) % LARGE_RING
+    at = links[_chain(traces.secret, span_id)] - 1
+    age = -1
+    while at >= 0:
+        older = newest - at
+        if older < 0:
+            older += LARGE_RING
+        if older <= age:
+            return False
+        if ids[at] == span_id:
+            return True
+        age = older
+        at = links[CHAINS + at] - 1
+    return False
+
+
+@lean_kernel
+def link(traces: TraceArrays, ring: int, at: int) -> None:
+    """Put the id at a place of a large ring, its newest, into its chain."""
+    links = traces.chains[ring]
+    chain = _chain(traces.secret, traces.ring_large[ring, at])
+    links[CHAINS + at] = links[chain]
+    links[chain] = at + 1
+
+
+@lean_kernel
+def link_all(traces: TraceArrays, ring: int, count: int) -> None:
+    """Build the chains of a large ring that was given ``count`` ids."""
+    traces.chains[ring, :CHAINS] = 0
+    for n in range(max(0, count - LARGE_RING), count):
+        link(traces, ring, n % LARGE_RING)
+
+
+@lean_kernel
+def relink(traces: TraceArrays) -> None:
+    """Build the chains of all large rings in use."""
+    for slot in range(traces.fill[SLOTS_USED]):
+        row = traces.slots[slot]
+        if row[STATE] != FREE and row[RING_CLASS] == 2:
+            link_all(traces, row[RING], row[SPANS])
+
+
+@lean_kernel
 def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
     """Whether the span id is among the last ones of the trace."""
     row = traces.slots[slot]
@@ -129,7 +252,7 @@ def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
         return holds(traces.ring_small[slot], min(n, SMALL_RING), span_id)
     if row[RING_CLASS] == 1:
         return holds(traces.ring_middle[row[RING]], min(n, MIDDLE_RING), span_id)
-    return holds(traces.ring_large[row[RING]], min(n, LARGE_RING), span_id)
+    return chained(traces, row[RING], n, span_id)
 
 
 @lean_kernel
@@ -154,9 +277,11 @@ def remember(traces: TraceArrays, slot: int, span_id: int) -> None:
         give(traces.fill, MIDDLE_FREE, traces.ring_middle, 0, row[RING])
         row[RING_CLASS] = 2
         row[RING] = ring
+        link_all(traces, ring, MIDDLE_RING)
     if row[RING_CLASS] == 0:
         traces.ring_small[slot, n] = span_id
     elif row[RING_CLASS] == 1:
         traces.ring_middle[row[RING], n] = span_id
     else:
         traces.ring_large[row[RING], n % LARGE_RING] = span_id
+        link(traces, row[RING], n % LARGE_RING)

@@ -22,6 +22,7 @@ from service.traces.closed import ClosedTraces
 from service.traces.due import Context, DueTraces
 from service.traces.layout import (
     ASKED,
+    CHAIN_COLUMNS,
     CLOSED,
     CLOSED_AT,
     CLOSED_COUNT,
@@ -188,6 +189,7 @@ class TraceTable:
         filters = _NO_FILTER if closed is None else closed.filters
         salt = 0 if closed is None else closed.salt(self.tenant)
         scratch = np.zeros(4, np.int64)
+        ahead = np.empty((2, kernels.AHEAD), np.int64)
         names = self.rules.names
         reopened, row = 0, 0
         with np.errstate(over="ignore"):
@@ -204,6 +206,7 @@ class TraceTable:
                     self.arrays,
                     outputs,
                     scratch,
+                    ahead,
                 )
                 if reason == DONE:
                     break
@@ -371,12 +374,14 @@ class TraceTable:
         self.arrays = room._replace(
             ring_middle=_with_room(arrays["ring_middle"], 8),
             ring_large=_with_room(arrays["ring_large"], 1),
+            chains=np.zeros((len(arrays["ring_large"]) + 1, CHAIN_COLUMNS), np.int16),
             entries=_with_room(arrays["entries"], slots),
         )
         with np.errstate(over="ignore"):
             pools.rebuild(
                 self.arrays.table, self.arrays.secret, self.arrays.slots, len(arrays["slots"])
             )
+            pools.relink(self.arrays)
         closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
         when = self.arrays.slots[closed, CLOSED_AT]
         for time in np.unique(when).tolist():
@@ -461,7 +466,9 @@ class TraceTable:
         elif reason == NEED_MIDDLE:
             self.arrays = old._replace(ring_middle=_doubled(old.ring_middle))
         elif reason == NEED_LARGE:
-            self.arrays = old._replace(ring_large=_doubled(old.ring_large))
+            self.arrays = old._replace(
+                ring_large=_doubled(old.ring_large), chains=_doubled(old.chains)
+            )
         else:
             assert reason == NEED_SLOTS
             activity = _doubled(old.activity)
@@ -520,6 +527,7 @@ def _empty_arrays(slots: int) -> TraceArrays:
         ring_small=np.zeros((slots, SMALL_RING), np.int64),
         ring_middle=np.zeros((8, MIDDLE_RING), np.int64),
         ring_large=np.zeros((1, LARGE_RING), np.int64),
+        chains=np.zeros((1, CHAIN_COLUMNS), np.int16),
         entries=np.zeros((slots, ENTRY_COLUMNS), np.int64),
         fill=fill,
     )

@@ -105,7 +105,7 @@ def free_closed(
         if row[STATE] != CLOSED or row[CLOSED_AT] != closed_at:
             continue
         add(filters, generation, salt, row[HI], row[LO])
-        leave(traces, row[HI], row[LO])
+        leave(traces, slot)
         at = row[ENTRIES]
         while at >= 0:
             after = traces.entries[at, E_NEXT]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from service.otlp.columns import SPAN_ID
 from service.rules import names as names_module
 from service.rules.parse import parse
 from service.traces import table as table_module
@@ -109,6 +112,73 @@ def test_short_traces_count_each_span_once(ids, cuts):
         row = row_of(traces)
         assert row[SPANS] == len(set(ids))
         assert row[REPEATED] == len(ids) - len(set(ids))
+
+
+@given(
+    st.lists(st.integers(1, 500), min_size=1, max_size=12),
+    st.integers(0, 2**32),
+    st.sampled_from([1000, 1100, 1600, 10**6]),
+)
+@settings(max_examples=max(10, settings().max_examples // 5))
+def test_of_a_long_trace_the_last_1000_span_ids_are_known(cuts, seed, pool):
+    """By a model: a queue of the last 1000 ids that were counted."""
+    rng = random.Random(seed)
+    traces = tenant()
+    window: deque[int] = deque(maxlen=1000)
+    repeated = spans = 0
+    template = many(1, 1)
+    for length in cuts:
+        ids = [rng.randrange(1, pool) for _ in range(length)]
+        part = template.spans.repeat(length, axis=0)
+        part[:, SPAN_ID] = ids
+        traces.fold(replace(template, spans=part), NOW)
+        for id in ids:
+            if id in window:
+                repeated += 1
+            else:
+                spans += 1
+                window.append(id)
+    assert row_of(traces)[SPANS] == spans
+    assert row_of(traces)[REPEATED] == repeated
+
+
+def test_span_ids_of_one_chain_are_told_apart(monkeypatch):
+    """The worst that ids can be: all hashes alike."""
+    arrays = original(64)
+    monkeypatch.setattr(table_module, "_empty_arrays", lambda _: arrays)
+    arrays.secret[:] = 0
+    traces = tenant()
+    traces.fold(many(1100), NOW)
+    traces.fold(many(1000, 101), NOW)  # all still known
+    assert row_of(traces)[SPANS] == 1100
+    assert row_of(traces)[REPEATED] == 1000
+    traces.fold(many(1, 100), NOW)  # no longer
+    assert row_of(traces)[SPANS] == 1101
+
+
+def test_the_ids_of_a_long_trace_are_known_after_a_restart():
+    traces = tenant()
+    traces.fold(many(1700), NOW)
+    saved = traces.snapshot()
+    restored = TenantTraces("t", compiled([]))
+    restored.tables[0].restore(saved.tables[0])
+    restored.fold(many(1000, 1 + 700), NOW)
+    assert row_of(restored)[REPEATED] == 1000
+    assert row_of(restored)[SPANS] == 1700
+
+
+def test_traces_with_equal_hashes_are_told_apart(monkeypatch):
+    arrays = original(64)
+    monkeypatch.setattr(table_module, "_empty_arrays", lambda _: arrays)
+    arrays.secret[:] = 0
+    traces = tenant()
+    for _ in range(2):
+        traces.fold(of_traces(np.arange(59) // 7, np.arange(59) + 1), NOW)
+    assert traces.open_count == 59
+    traces.close_due(NOW + 10, 5)
+    closed = ClosedTraces(1 << 12)
+    assert traces.evict(NOW + 10**12, 1, 0, closed) == 59
+    assert not traces.tables[0].arrays.table.any()
 
 
 def test_a_batch_sent_again_counts_nothing():
