@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 import trio
+from cachetools import LRUCache
 
 from channels import (
     Breaker,
@@ -47,6 +48,7 @@ from service.traces.progress import InFlight
 STORAGE = "storage-write"
 PROJECTION = "projection"
 
+MOST_UNSURE = 100_000  # signals of failed calls that are remembered
 _REFUSED = (BreakerOpen, BreakerTimeout, ThreadTimeout)
 
 
@@ -90,6 +92,7 @@ class StoreStage:
         self._latencies = latencies
         self._clock_ns = clock_ns
         self._breaker = breaker
+        self._unsure: LRUCache[str, None] = LRUCache(MOST_UNSURE)  # recorded, but nobody said so
         self.fallback: Fallback[Signal] = Fallback(
             "ledger",
             files,
@@ -140,9 +143,19 @@ class StoreStage:
                 await self._bury(STORAGE, [alone], PoisonError(f"signal {signal.id}: {reason}"), 1)
 
     async def _record(self, chunk: list[Signal]) -> list[tuple[Signal, str]]:
-        """Record signals; those that the ledger refuses for ever, and why."""
-        new, refused = await self._breaker.call(self._call, chunk)
-        fresh = [signal for signal, is_new in zip(chunk, new, strict=True) if is_new]
+        """Record signals; those that the ledger refuses for ever, and why. What a call that failed
+        may have recorded is new when it is found there."""
+        try:
+            new, refused = await self._breaker.call(self._call, chunk)
+        except (BreakerTimeout, ThreadTimeout, LedgerError, OSError):
+            self._unsure.update(dict.fromkeys(signal.id for signal in chunk))
+            raise
+        unsure = self._unsure
+        fresh = [
+            signal
+            for signal, is_new in zip(chunk, new, strict=True)
+            if (signal.id in unsure and unsure.pop(signal.id, True) is None) or is_new
+        ]
         self.counts.signals += len(fresh)
         self.counts.repeated += len(chunk) - len(fresh) - len(refused)
         if fresh:

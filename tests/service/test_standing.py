@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ import trio
 
 from channels import TransientError
 from service.http.request import Done
+from service.ledger.base import LedgerError
+from service.ledger.sqlite import SqliteLedger
+from service.rules.parse import parse
 from service.stages.correlate import CorrelateStage
+from tests.oracle import OracleSpan, breach
 from tests.service.inprocess import (
     closed,
     running,
@@ -77,3 +83,104 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
                 await trio.sleep(0.01)
         await closed(service)
         assert standing(service) == set()
+
+
+RULES = {
+    "no-b": "when { a } always { b }",
+    "two": "count(a) == 2",
+    "more-a": "count(a) > count(b)",
+    "many": "count(a) > 3",
+}
+
+
+def expected(spans: list[S]) -> set[tuple[str, str]]:
+    """What the oracle says of the traces that the spans make."""
+    traces: dict[bytes, list[OracleSpan]] = {}
+    for span in spans:
+        traces.setdefault(span.trace, []).append(
+            OracleSpan(span.name, span.trace, span.id.to_bytes(8, "big"), span.start, span.end)
+        )
+    return {
+        (trace.hex(), rule)
+        for trace, own in traces.items()
+        for rule, text in RULES.items()
+        if breach(parse(text), own)
+    }
+
+
+@pytest.fixture
+def ledger_fault(monkeypatch):
+    """While it is on, the ledger records, and says that it failed."""
+    fault = Fault()
+    record = SqliteLedger.record
+
+    def late(self: SqliteLedger, signals: Any) -> Any:
+        found = record(self, signals)
+        if fault.on:
+            raise LedgerError("recorded, but nobody heard of it, says the test", transient=True)
+        return found
+
+    monkeypatch.setattr(SqliteLedger, "record", late)
+    return fault
+
+
+async def quiet(service):
+    """Return when what can be stored is stored: dead letters may be left."""
+    with trio.move_on_after(2):
+        await closed(service)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("BETRACE_CRASHES", "2"))))
+async def test_any_interleaving_of_faults_dead_letters_and_crashes(
+    tmp_path, fold_fault, ledger_fault, seed
+):
+    """Few traces, whose verdicts go to and fro; spans that do not fold become dead letters and are
+    tried again in any order, before and after crashes; the ledger's answers get lost."""
+    rng = random.Random(seed)
+    write_rules(tmp_path, RULES)
+    config = settings(
+        tmp_path,
+        traces={"idle_seconds": 0.1},
+        redelivery={"attempts": 1, "delay_seconds": 0.01, "transient_retry_seconds": 3600},
+        caches={"trace_metadata": 2, "trace_metadata_ttl_seconds": 1},
+        breakers={"storage": {"open_seconds": 0.1}},
+    )
+    sent: list[S] = []
+    number = 0
+    for _ in range(5):
+        async with running(config, die=rng.random() < 0.8) as service:
+            for _ in range(rng.randrange(1, 7)):
+                fold_fault.on = rng.random() < 0.3
+                ledger_fault.on = rng.random() < 0.2
+                spans = []
+                for _ in range(rng.randrange(1, 4)):
+                    number += 1
+                    trace = bytes([rng.randrange(1, 5)]) * 16
+                    spans.append(S(number, rng.choice("aab"), trace=trace, start=rng.randrange(9)))
+                assert await send(service, spans) == Done(len(spans))
+                sent += spans
+                what = rng.choice(["nothing", "close", "close", "retry", "checkpoint", "wait"])
+                if what in ("close", "checkpoint"):
+                    await quiet(service)
+                if what == "retry":
+                    await service.pipeline.letters.retry()
+                if what == "checkpoint":
+                    with trio.move_on_after(5):
+                        await service.recovery.save()
+                if what == "wait":
+                    await trio.sleep(rng.choice([0.3, 2.5]))  # in which traces are forgotten
+            fold_fault.on = rng.random() < 0.5
+    fold_fault.on = ledger_fault.on = False
+    async with running(config) as service:
+        with trio.fail_after(30):
+            while service.pipeline.letters.total:
+                await service.pipeline.letters.retry()
+                await trio.sleep(0.05)
+        await closed(service)
+        with trio.fail_after(30):
+            while service.pipeline.store.fallback.pending:
+                await trio.sleep(0.05)
+        assert standing(service) == expected(sent)
+        shown, _ = service.store.signals("default", status="active", limit=1000)
+        assert {(s.signal.trace_id, s.signal.rule_id) for s in shown} == expected(sent)
+        assert len(shown) == len(expected(sent))

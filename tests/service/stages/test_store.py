@@ -101,6 +101,8 @@ def test_what_a_failing_ledger_refuses_is_written_back_later(tmp_path, fault, tr
             storing.ledger.fault = None
             await storing.settled()
             assert storing.ledger.order == ids(1, 2)
+            assert [s.id for s in storing.stored] == ids(1, 2)
+            assert (storing.counts.signals, storing.counts.repeated) == (2, 0)
             assert storing.fallback.last_error is None
             assert list(tmp_path.iterdir()) == []
 
@@ -158,6 +160,7 @@ def test_a_ledger_that_hangs_is_left_behind(tmp_path):
                 assert storing.ledger.replaced == 1
                 assert storing.fallback.pending
             await storing.settled()
+            assert [s.id for s in storing.stored] == ids(1)  # told once, whoever recorded it
             # The call that hung went on and recorded it, too: still one.
             assert storing.ledger.new == Counter(ids(1))
 
