@@ -16,9 +16,13 @@ from service.cachecontrol import Caches
 from service.http.backend import AuditError, Operator
 from service.http.params import write_time
 from service.pipeline import Pipeline
+from service.recovery import Recovery
 from service.storage.deadletters import Letter
 
 Json = dict[str, Any]
+
+CHECKPOINT_SECONDS = 30.0
+"""How long an operator's checkpoint may wait for the stores."""
 
 
 class Gate(Protocol):
@@ -44,9 +48,11 @@ class Administration:
         threads: ThreadRunner,
         wall_time: Callable[[float], float],
         caches: Caches,
+        recovery: Recovery,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._caches = caches
+        self._recovery = recovery
         self._pipeline = pipeline
         self._gate = gate
         self._audit = audit
@@ -114,6 +120,17 @@ class Administration:
         await self.note(who, "fallback.replay", {})
         for fallback in self._pipeline.fallbacks.values():
             fallback.write_back_now()
+
+    # Checkpoints
+
+    async def checkpoint(self) -> Json:
+        return await self._threads.run(self._recovery.shown)
+
+    async def save_checkpoint(self, who: Operator) -> bool | None:
+        await self.note(who, "checkpoint.save", {})
+        with trio.move_on_after(CHECKPOINT_SECONDS):
+            return await self._recovery.save()
+        return None
 
     # Caches
 

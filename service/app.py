@@ -165,7 +165,13 @@ class Service:
             settings.storage.path / "audit.jsonl", settings.audit.max_bytes, settings.audit.files
         )
         self.admin = Administration(
-            self.pipeline, self.edge, self.audit, self._threads, self.wall_time, self.caches
+            self.pipeline,
+            self.edge,
+            self.audit,
+            self._threads,
+            self.wall_time,
+            self.caches,
+            self.recovery,
         )
         self.removal = Removal(
             settings.storage.path,

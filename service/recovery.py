@@ -14,13 +14,14 @@ import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
 
 from channels import SendChannel, ThreadRunner
 from service import events
+from service.http.params import write_time
 from service.ledger.base import LedgerError
 from service.otlp.columns import ERROR, SpanBatch
 from service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
@@ -31,9 +32,11 @@ from service.signals import Signal
 from service.stages.correlate import CorrelateStage
 from service.storage.deadletters import DeadLetterError
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
+from service.storage.frames import unpack_position
 from service.storage.spanlog import Frame, FrameCorrupt, FrameMissing, SpanLog, pack_position
-from service.traces.checkpoint import Snapshot, read_latest, write_checkpoint
+from service.traces.checkpoint import Snapshot, checkpoint_files, read_latest, write_checkpoint
 from service.traces.closed import ClosedTraces
+from service.traces.layout import CLOSED_COUNT, OPEN_COUNT
 from service.traces.progress import InFlight, LogProgress
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ class Recovery:
         self.saved_bytes = 0
         self.failures = 0
         self._failing = 0  # since the last success
+        self._covers: Snapshot | None = None
 
     async def recover(self, onward: SendChannel[SpanBatch]) -> None:
         """Load the last checkpoint and send what the log has beyond it to ``onward``."""
@@ -128,6 +132,7 @@ class Recovery:
             snapshot = Snapshot(0, {}, [])
         else:
             self.saved_at = snapshot.taken_ns / 1e9
+            self._covers = _outline(snapshot)
         self._remember_closed(snapshot)
         try:
             for signals in self._record.since(snapshot.recorded, snapshot.taken_ns):
@@ -180,6 +185,40 @@ class Recovery:
                 _log.warning("late spans of %s may begin new traces: %s", tenant, error)
             else:
                 self._closed.add(tenant, ids)
+
+    def shown(self) -> dict[str, Any]:
+        """The last checkpoint, and what a restart would read of the log; in a worker thread."""
+        covers, files = self._covers, checkpoint_files(self._directory)
+        return {
+            "savedAt": None if self.saved_at is None else write_time(int(self.saved_at * 1e9)),
+            "ageSeconds": None if self.saved_at is None else round(time.time() - self.saved_at, 3),
+            "bytes": files[0].stat().st_size if files else 0,
+            "files": len(files),
+            "failures": self.failures,
+            "saving": self._saving.locked(),
+            "toReplayBytes": self._beyond({} if covers is None else covers.progress),
+            "covers": None
+            if covers is None
+            else {
+                "takenAt": write_time(covers.taken_ns),
+                "tenants": len(covers.progress),
+                "openTraces": _count(covers, OPEN_COUNT),
+                "closedTraces": _count(covers, CLOSED_COUNT),
+                "requestsNotFolded": sum(len(pending) for _, pending in covers.progress.values()),
+                "deadLetters": len(covers.letters),
+            },
+        }
+
+    def _beyond(self, progress: dict[str, tuple[int, list[int]]]) -> int:
+        """Bytes of the log beyond the last frames of a checkpoint."""
+        found = 0
+        for tenant in self._log.tenants():
+            number, offset = unpack_position(progress.get(tenant, (0, []))[0])
+            for segment in self._log.segments(tenant):
+                if segment.number >= number:
+                    before = offset if segment.number == number else 0
+                    found += max(0, segment.bytes - before)
+        return found
 
     async def caught_up(self) -> None:
         """All that was replayed is folded."""
@@ -260,6 +299,7 @@ class Recovery:
                 self._failing += 1
                 return False
             self.saved_at = time.time()
+            self._covers = _outline(snapshot)
             if self._failing:
                 events.CHECKPOINT_WORKS(failures=self._failing)
                 self._failing = 0
@@ -268,6 +308,25 @@ class Recovery:
             except DeadLetterError as error:
                 _log.warning("dead letters that are done cannot be deleted yet: %s", error)
             return True
+
+
+def _outline(snapshot: Snapshot) -> Snapshot:
+    """A snapshot without what takes memory."""
+    tenants = [
+        replace(
+            saved,
+            tables=[
+                replace(table, arrays={"fill": table.arrays["fill"]}, told=[], definitions=[])
+                for table in saved.tables
+            ],
+        )
+        for saved in snapshot.tenants
+    ]
+    return replace(snapshot, tenants=tenants, raised={})
+
+
+def _count(snapshot: Snapshot, which: int) -> int:
+    return sum(int(t.arrays["fill"][which]) for saved in snapshot.tenants for t in saved.tables)
 
 
 def read_frames(

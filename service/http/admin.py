@@ -231,6 +231,41 @@ async def replay_fallbacks(call: Call) -> Any:
     return Answer({"fallbacks": call.backend.admin.fallbacks()}, 202)
 
 
+# Checkpoints
+
+_CHECKPOINT = '`{"savedAt", "ageSeconds", "bytes", "toReplayBytes", "covers": {…}, …}`'
+
+
+@endpoints.add(
+    "GET",
+    "/api/admin/checkpoint",
+    "The last checkpoint: its age and what it covers",
+    answers={200: _CHECKPOINT},
+)
+async def get_checkpoint(call: Call) -> Any:
+    """`savedAt` is null before the first. `covers` says when the traces were copied, how many there
+    were, and how many requests of the log up to then they did not contain; `toReplayBytes` is what
+    a restart would read of the log beyond it."""
+    return await call.backend.admin.checkpoint()
+
+
+@endpoints.add(
+    "POST",
+    "/api/admin/checkpoint",
+    "Save a checkpoint now",
+    answers={200: _CHECKPOINT, 503: "It could not be written, or the stores are too far behind"},
+)
+async def save_checkpoint(call: Call) -> Any:
+    """Answers when it is durable. What had left the traces is stored first, for which it waits up
+    to 30 seconds."""
+    saved = await _acting(call.backend.admin.save_checkpoint(who(call)))
+    if saved is None:
+        raise ApiError(503, "the stores are too far behind", "see /health, and try again later")
+    if not saved:
+        raise ApiError(503, "the checkpoint cannot be written", "check the disk, and try again")
+    return await call.backend.admin.checkpoint()
+
+
 # Caches
 
 

@@ -152,6 +152,12 @@ class Administration(Protocol):
     async def write_back_now(self, who: Operator) -> None:
         """Do not wait for the next try to write the files back."""
 
+    async def checkpoint(self) -> Json:
+        """The last checkpoint: when, what it covers, and what a restart would read of the log."""
+
+    async def save_checkpoint(self, who: Operator) -> bool | None:
+        """Save a checkpoint; False where the disk fails, None where the stores take too long."""
+
     @property
     def caches(self) -> Sequence[str]:
         """The names of the caches."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 
+from service.http.backend import Operator
 from service.http.request import Done
 from service.recovery import read_frames
 from service.rules.parse import parse
@@ -130,6 +131,31 @@ async def test_a_clean_stop_leaves_nothing_to_read_again(config):
         await closed(service)
         assert (TRACE_ID, "two") in standing(service)
         assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2
+
+
+async def test_an_operator_saves_a_checkpoint_and_sees_what_it_covers(config, monkeypatch):
+    me = Operator("me", "here")
+    async with running(config) as service:
+        await send(service, [S(1), S(2), S(3, trace=b"\2" * 16)])
+        await folded(service)
+        before = await service.admin.checkpoint()
+        assert before["toReplayBytes"] > 100
+        assert await service.admin.save_checkpoint(me)
+        shown = await service.admin.checkpoint()
+        covers = shown["covers"]
+        assert covers["openTraces"] + covers["closedTraces"] == 2
+        assert (covers["tenants"], covers["requestsNotFolded"]) == (1, 0)
+        assert 0 <= shown["ageSeconds"] < 20
+        assert shown["bytes"] > 0
+        assert shown["toReplayBytes"] <= before["toReplayBytes"]
+        assert "checkpoint.save" in (config.storage.path / "audit.jsonl").read_text()
+        ticket = service.pipeline.in_flight.enter()
+        monkeypatch.setattr("service.administration.CHECKPOINT_SECONDS", 0.1)
+        assert await service.admin.save_checkpoint(me) is None
+        service.pipeline.in_flight.leave(ticket)
+        assert await service.admin.save_checkpoint(me)
+    async with running(config) as service:
+        assert (await service.admin.checkpoint())["covers"]["tenants"] == 1
 
 
 async def test_a_checkpoint_covers_what_came_before_it(config):

@@ -55,6 +55,14 @@ class ScriptedAdmin:
     def fallbacks(self):
         return [{"name": "ledger", "pendingFiles": []}]
 
+    async def checkpoint(self):
+        return {"savedAt": None}
+
+    async def save_checkpoint(self, who):
+        self._do(who, "checkpoint")
+        return self.saved
+
+    saved = True
     caches = ("ruleContainers", "publicKeys")
 
     async def invalidate_cache(self, who, name, tenant):
@@ -162,6 +170,17 @@ async def test_dead_letters_are_retried_and_discarded(client, admin):
         (ME, "retry", None, "projection", None),
         (ME, "discard", 2),
     ]
+
+
+async def test_checkpoints(client, admin):
+    assert await client.get("/api/admin/checkpoint") == {"savedAt": None}
+    assert admin.done == []
+    assert await client.ask("POST", "/api/admin/checkpoint", 200) == {"savedAt": None}
+    assert admin.done == [(ME, "checkpoint")]
+    admin.saved = False
+    assert "disk" in (await client.ask("POST", "/api/admin/checkpoint", 503))["hint"]
+    admin.saved = None
+    assert "behind" in (await client.ask("POST", "/api/admin/checkpoint", 503))["message"]
 
 
 async def test_fallbacks(client, admin):
