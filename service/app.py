@@ -23,6 +23,7 @@ from service.archive.daily import Daily
 from service.archive.keeper import archive_directory
 from service.audit import AuditLog
 from service.cachecontrol import Caches
+from service.export.exports import Exports
 from service.http.api import create_api
 from service.http.asgi import ingest_app, serve
 from service.http.health import metrics_app
@@ -108,6 +109,8 @@ class Service:
             self._stored,
             self.latencies,
         )
+        living = self.gate.living(ledger)
+        self.exports: Exports = Exports(settings, living, self.pipeline.breakers)
         self.edge: Edge = Edge(
             settings.ingest,
             self.pipeline.requests,
@@ -141,7 +144,7 @@ class Service:
             self._threads,
             store,
             self.pipeline.closed,
-            Record(self.gate.living(ledger), reserves.ledger),
+            Record(living, reserves.ledger),
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
             closed,
@@ -149,7 +152,7 @@ class Service:
         self.rebuild = Rebuild(
             settings.storage.path,
             log,
-            self.gate.living(ledger),
+            living,
             store,
             registry.compiled,
             settings.ingest.max_body_bytes,
@@ -244,6 +247,7 @@ class Service:
                 inner.start_soon(self.caches.warm_up_after, settings.caches.warm_up_seconds)
                 inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
                 inner.start_soon(self.daily.every_day)
+                inner.start_soon(self.exports.run)
                 if self.rebuild.pending:
                     inner.start_soon(self._rebuild)
                 ingest = await self._listen_for_spans(inner, stop_ingest)
@@ -348,6 +352,7 @@ class Service:
 
     def _stored(self, signals: list[Signal]) -> None:
         self.subscriptions.publish(signals)
+        self.exports.tell(signals)
 
     def _active_tenants(self) -> Iterator[str]:
         yield from list(self.pipeline.correlate.tenants)
@@ -456,6 +461,7 @@ class Service:
         self.gate.close()
         self._rebuilding.close()
         self.daily.close()
+        self.exports.close()
         self._scrapes.close()
 
 

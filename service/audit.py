@@ -1,4 +1,4 @@
-"""The audit log: what operators did, one JSON object a line, appended and synced."""
+"""Audit logs: what was done, one JSON object a line, appended and synced."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class AuditLog:
         self.records = 0
         """Written since the start."""
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write a record; it is durable when this returns."""
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write records; they are durable when this returns."""
+        lines = [orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]
+        data = b"".join(lines)
         with self._lock:
-            if self._size() + len(line) > self._max_bytes:
+            if self._size() + len(data) > self._max_bytes:
                 self._rotate()
             with self._path.open("ab") as file:
-                file.write(line)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            self.records += 1
+            self.records += len(records)
 
     def _size(self) -> int:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from channels import Breaker, BreakerSettings, BreakerState, ExpectedError, Transition
@@ -17,13 +17,14 @@ KINDS = ("successful", "failed", "timed_out", "slow", "not_permitted", "cancelle
 
 
 class PoisonError(ExpectedError):
-    """An item that a store can never take: no failure of the store."""
+    """What a store or destination can never take: no failure of its own."""
 
 
 class Breakers:
-    """One for rule evaluation, and one for each store that can fail by itself."""
+    """One for rule evaluation, and one for each store and each destination of signals (named in
+    ``exports``) that can fail by itself."""
 
-    def __init__(self, configured: Configured) -> None:
+    def __init__(self, configured: Configured, exports: Sequence[str] = ()) -> None:
         def blameless(error: Exception) -> bool:
             return not isinstance(error, PoisonError)
 
@@ -38,7 +39,9 @@ class Breakers:
         self.evaluation = breaker(EVALUATION, configured.evaluation)
         self.ledger = breaker(LEDGER, configured.storage)
         self.duckdb = breaker(DUCKDB, configured.storage)
-        self._by_name = {b.name: b for b in (self.evaluation, self.ledger, self.duckdb)}
+        self.exports = {name: breaker(name, configured.export) for name in exports}
+        every = (self.evaluation, self.ledger, self.duckdb, *self.exports.values())
+        self._by_name = {b.name: b for b in every}
 
     def __iter__(self) -> Iterator[Breaker]:
         return iter(self._by_name.values())

@@ -205,6 +205,18 @@ ARCHIVE_FAILED = _event(
     "{failures} things could not be archived or deleted, the first: {first}",
     "The daily task is tried again after an hour; what could not be archived stays in the log.",
 )
+EXPORT_FAILING = _event(
+    "export.failing",
+    logging.WARNING,
+    "signals cannot be sent to {destination}: {error}",
+    "The first of a row of failures. Signals wait in the ledger, and are sent when it works.",
+)
+EXPORT_WORKS = _event(
+    "export.recovered",
+    logging.INFO,
+    "{destination} takes signals again, after {failures} failures",
+    "The first success after failures.",
+)
 DEAD_LETTERS = _event(
     "dead_letters.kept",
     logging.ERROR,

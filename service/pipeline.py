@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from channels import PeakReader, ReceiveChannel, SendChannel, Stage, ThreadRunner, open_channel
+from service.batchaudit import BatchAudit
 from service.breakers import Breakers
 from service.deadletters import DeadLetters
+from service.export.exports import destinations
 from service.fallback import Fallback
 from service.http.request import Request
 from service.latencies import Latencies
@@ -130,7 +132,7 @@ class Pipeline:
         self._retrying = trio.CancelScope()
         self.progress = LogProgress()
         self.in_flight = InFlight()
-        self.breakers = Breakers(settings.breakers)
+        self.breakers = Breakers(settings.breakers, destinations(settings.export))
         self.letters = DeadLetters(
             reserves.letters,
             log,
@@ -147,6 +149,13 @@ class Pipeline:
         )
         self.sync = GroupSync(log, self.threads["sync"])
         self._flush_seconds = settings.log.flush_seconds
+        self.batch_audit: BatchAudit | None = None
+        if settings.audit.batches:
+            self.batch_audit = BatchAudit(
+                settings.storage.path / "batches.jsonl",
+                settings.audit.max_bytes,
+                settings.audit.files,
+            )
         self.ingest = IngestStage(
             log,
             self.threads["ingest"],
@@ -154,6 +163,7 @@ class Pipeline:
             self.progress,
             settings.ingest.max_body_bytes,
             self.sync if settings.log.ack == "synced" else None,
+            self.batch_audit,
         )
         self.correlate = CorrelateStage(
             registry.compiled,
@@ -297,6 +307,8 @@ class Pipeline:
             async with trio.open_nursery() as nursery:
                 for name in self.stages:
                     nursery.start_soon(self._run_stage, name)
+                if self.batch_audit is not None:
+                    nursery.start_soon(self.batch_audit.run)
                 task_status.started()
             background.cancel_scope.cancel()
         self.finished.set()
@@ -310,6 +322,8 @@ class Pipeline:
         onward = self._onward.get(name)
         if onward is not None:
             onward.close()
+        if name == "span-ingestion" and self.batch_audit is not None:
+            self.batch_audit.close()
 
     async def _correlate(self, batches: list[SpanBatch]) -> None:
         await self.correlate.handle(batches)
@@ -338,6 +352,8 @@ class Pipeline:
             self.slow_batches.close()
         for threads in self.threads.values():
             threads.close()
+        if self.batch_audit is not None:
+            self.batch_audit.close_threads()
         self.letters.close()
         for fallback in self.fallbacks.values():
             fallback.close()

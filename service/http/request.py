@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -11,11 +11,13 @@ from service.http.shares import Shares
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The request's spans are in the span log; ``rejected`` of them were left out, and why."""
+    """The request's spans are in the span log, at ``position``; ``rejected`` of them were left out,
+    and why."""
 
     spans: int
     rejected: int = 0
     message: str = ""
+    position: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,56 @@ def _dead_letters(service: Service) -> Samples:
             yield (name,), held[name].letters if name in held else 0
 
 
+def _exported(service: Service) -> Samples:
+    for exporter in service.exports:
+        yield (exporter.name, "sent"), exporter.sent
+        yield (exporter.name, "rejected"), exporter.rejected
+
+
+def _export_failures(service: Service) -> Samples:
+    for exporter in service.exports:
+        yield (exporter.name,), exporter.failures
+
+
+def _export_lag(service: Service) -> Samples:
+    for exporter in service.exports:
+        yield (exporter.name,), exporter.lag_seconds()
+
+
+def _audit_dropped(service: Service) -> Samples:
+    audit = service.pipeline.batch_audit
+    return one(audit.dropped() if audit is not None else 0)
+
+
 DECLARED = (
+    Declared(
+        "betrace_export_signals",
+        "counter",
+        "Signals sent to another system: sent, or rejected for good.",
+        ("destination", "outcome"),
+        _exported,
+    ),
+    Declared(
+        "betrace_export_failures",
+        "counter",
+        "Deliveries to another system that failed and are tried again.",
+        ("destination",),
+        _export_failures,
+    ),
+    Declared(
+        "betrace_export_lag_seconds",
+        "gauge",
+        "How old the oldest signal is that another system has not taken; 0 when none waits.",
+        ("destination",),
+        _export_lag,
+    ),
+    Declared(
+        "betrace_audit_batches_dropped",
+        "counter",
+        "Accepted requests that audit.batches could not note, since the disk was slow.",
+        (),
+        _audit_dropped,
+    ),
     Declared(
         "betrace_ledger_clients_replaced",
         "counter",

@@ -30,6 +30,7 @@ from service.settings.stages import (
     Caches,
     Checkpoint,
     DeadLetters,
+    Export,
     Fallback,
     Pipeline,
     Redelivery,
@@ -49,6 +50,7 @@ __all__ = [
     "Checkpoint",
     "DeadLetters",
     "DuckDb",
+    "Export",
     "Fallback",
     "Ingest",
     "Ledger",
@@ -90,6 +92,7 @@ class Settings(BaseModel):
     retention: Retention = Retention()
     caches: Caches = Caches()
     breakers: Breakers = Breakers()
+    export: Export = Export()
     redelivery: Redelivery = Redelivery()
     dead_letters: DeadLetters = DeadLetters()
     fallback: Fallback = Fallback()

@@ -191,11 +191,29 @@ class StorageBreaker(Breaker):
     """It stays open this long before it lets trial calls through."""
 
 
+class ExportBreaker(Breaker):
+    """The circuit breakers of export: one for each destination. A call is a batch of signals."""
+
+    timeout_seconds: Seconds = 10
+    """A call that takes longer is given up and counts as failed."""
+    slow_call_seconds: Seconds = 10
+    """A call that takes longer counts as slow."""
+    window_calls: Count = 10
+    """The rates are those of this many last calls."""
+    minimum_calls: Count = 5
+    """It cannot open before this many calls."""
+    open_seconds: Seconds = 30
+    """It stays open this long before it lets trial calls through."""
+    half_open_calls: Count = 1
+    """Trial calls, whose rates decide whether it closes."""
+
+
 class Breakers(Section):
     """Circuit breakers."""
 
     evaluation: EvaluationBreaker = EvaluationBreaker()
     storage: StorageBreaker = StorageBreaker()
+    export: ExportBreaker = ExportBreaker()
 
 
 class Redelivery(Section):
@@ -226,12 +244,52 @@ class Fallback(Section):
 
 
 class Audit(Section):
-    """The record of what operators did: audit.jsonl in the data directory."""
+    """What operators did, in audit.jsonl of the data directory, and what was accepted."""
 
     max_bytes: Size = 16 * MIB
     """The file is renamed at this size and a new one begun."""
     files: Annotated[int, Field(ge=1, le=1000)] = 5
     """Renamed files kept; the oldest is deleted."""
+    batches: bool = False
+    """Whether each accepted request is recorded too, in batches.jsonl: tenant, time, spans, bytes,
+    place in the log. It never holds up requests: what does not fit is dropped, and counted."""
+
+
+class Otlp(Section):
+    """Signals as log records, to an OpenTelemetry Collector or whatever takes OTLP over HTTP."""
+
+    endpoint: str = ""
+    """Such as http://127.0.0.1:4318/v1/logs; empty: off."""
+    headers: str = ""
+    """Headers sent along, as OTEL_EXPORTER_OTLP_HEADERS has them: name=value,name2=value2."""
+
+
+class Webhook(Section):
+    """Signals as alerts, to whatever takes Alertmanager's webhooks."""
+
+    url: str = ""
+    """Where they are posted; empty: off."""
+    headers: str = ""
+    """Headers sent along: name=value,name2=value2."""
+    external_url: str = ""
+    """The API's address for others, for links in alerts, such as https://betrace.example.org."""
+
+
+class Export(Section):
+    """Sending signals to other systems, each at least once. See docs/export.md."""
+
+    otlp: Otlp = Otlp()
+    webhook: Webhook = Webhook()
+
+    @model_validator(mode="after")
+    def _are_urls(self) -> Self:
+        given = {"otlp.endpoint": self.otlp.endpoint, "webhook.url": self.webhook.url}
+        for name, url in given.items():
+            if url and not url.startswith(("http://", "https://")):
+                raise ValueError(
+                    f"export.{name} is {url!r}: write a URL that begins with http:// or https://"
+                )
+        return self
 
 
 class Checkpoint(Section):

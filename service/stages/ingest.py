@@ -14,6 +14,7 @@ import numpy as np
 import trio
 
 from channels import SendChannel, ThreadRunner
+from service.batchaudit import BatchAudit
 from service.http.request import Done, Refused, Request
 from service.otlp.columns import (
     ERROR,
@@ -55,7 +56,8 @@ class IngestCounts:
 class IngestStage:
     """The handler of the span-ingestion stage.
 
-    ``synced`` makes a request wait until its frame is safe from the death of the machine.
+    ``synced`` makes a request wait until its frame is safe from the death of the machine;
+    ``audit`` is told of each request that is accepted.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class IngestStage:
         progress: LogProgress,
         max_body_bytes: int,
         synced: GroupSync | None = None,
+        audit: BatchAudit | None = None,
     ) -> None:
         self._log = log
         self._threads = threads
@@ -73,6 +76,7 @@ class IngestStage:
         self._progress = progress
         self._max_body = max_body_bytes
         self._synced = synced
+        self._audit = audit
         self.counts = IngestCounts()
 
     async def handle(self, requests: list[Request]) -> None:
@@ -95,6 +99,8 @@ class IngestStage:
                 counts.accepted += outcome.spans
                 counts.rejected += outcome.rejected
                 counts.bytes += len(request.body)
+                if self._audit is not None:
+                    self._audit.accepted(request, outcome)
             else:
                 counts.refused_requests += 1
         for batch in batches:
@@ -195,4 +201,4 @@ def _outcome(row: np.ndarray, position: int) -> Outcome:
         reasons.append(f"{bad_trace} spans have a trace id that is not 16 bytes, or all zeros")
     if bad_span:
         reasons.append(f"{bad_span} spans have a span id that is not 8 bytes, or all zeros")
-    return Done(spans, bad_trace + bad_span, "; ".join(reasons))
+    return Done(spans, bad_trace + bad_span, "; ".join(reasons), position)

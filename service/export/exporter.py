@@ -1,0 +1,218 @@
+"""Sending signals somewhere, at least once each, for as long as it takes.
+
+The ledger is the queue: it is durable, in order, and has every signal. An exporter only keeps how
+far it came, a number by tenant in a file of its own, written after what was sent was taken. So
+nothing is held up, nothing is dropped while the destination is away, and a restart goes on
+where the last one stopped; what was under way then is sent twice. A destination that is
+new begins with what comes from now on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
+from service import events
+from service.breakers import PoisonError
+from service.ledger.base import LedgerError
+from service.record import Entries
+from service.signals import Signal
+from service.storage.paths import write_atomically
+
+_log = logging.getLogger("service.export")
+
+BATCH_SIGNALS = 500
+LOOK_SECONDS = 30.0  # for signals that nobody told of: written back late, or by another program
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 60.0
+
+Deliver = Callable[[list[Signal]], Awaitable[None]]
+
+
+class Unavailable(TransientError):  # noqa: N818
+    """The destination does not take it now; ``retry_after`` seconds is what it asks for."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unacceptable(PoisonError):  # noqa: N818
+    """The destination will never take it."""
+
+
+class Exporter:
+    """Sends what the ledger has to one destination. Methods are called on the Trio thread.
+
+    Args:
+      name: of the destination.
+      deliver: sends signals; raises :exc:`Unavailable` or :exc:`Unacceptable`.
+      entries: the ledger.
+      path: the file of how far it came.
+      breaker: refuses calls while the destination fails, and bounds their time.
+      threads: where the ledger and the file are read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        deliver: Deliver,
+        entries: Entries,
+        path: Path,
+        breaker: Breaker,
+        threads: ThreadRunner,
+    ) -> None:
+        self.name = name
+        self._deliver = deliver
+        self._entries = entries
+        self._path = path
+        self._breaker = breaker
+        self._threads = threads
+        self._done: dict[str, int] = {}
+        self._new: set[str] = set()
+        self._wake = trio.Event()
+        self._failing = 0
+        self.sent = 0
+        """Signals that the destination took since the start."""
+        self.rejected = 0
+        """Signals that it will never take; they are in the ledger."""
+        self.failures = 0
+        """Deliveries that failed and were tried again."""
+        self.waiting_since: float | None = None
+        """When the oldest signal that is being sent was detected, seconds since 1970."""
+
+    def tell(self, tenants: set[str]) -> None:
+        """These tenants have new signals."""
+        self._new |= tenants
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Send, for ever."""
+        await self._begin()
+        while True:
+            with trio.move_on_after(LOOK_SECONDS) as looked:
+                await self._wake.wait()
+            self._wake = trio.Event()
+            tenants, self._new = self._new, set()
+            try:
+                if looked.cancelled_caught:
+                    tenants |= set(await self._threads.run(self._entries.tenants))
+                await self._catch_up(sorted(tenants))
+            except (LedgerError, OSError) as error:
+                self._new |= tenants
+                _log.warning("signals for %s cannot be read now: %s", self.name, error)
+
+    async def _begin(self) -> None:
+        """Learn how far it came; as far as the ledger goes when it is new."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                self._done = await self._threads.run(self._load)
+                self._new |= set(await self._threads.run(self._entries.tenants))
+            except (LedgerError, OSError) as error:
+                _log.warning("the export to %s cannot begin yet: %s", self.name, error)
+                await trio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            else:
+                self._wake.set()
+                return
+
+    def _load(self) -> dict[str, int]:
+        try:
+            return {str(k): int(v) for k, v in json.loads(self._path.read_text()).items()}
+        except FileNotFoundError:
+            pass
+        except (ValueError, AttributeError, TypeError) as error:
+            _log.error("%s is damaged (%s): exporting from now on", self._path, error)
+        done = {each: self._entries.last_entry(each) for each in self._entries.tenants()}
+        self._save(done)
+        return done
+
+    def _save(self, done: dict[str, int]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps(done).encode())
+
+    async def _catch_up(self, tenants: list[str]) -> None:
+        """Send all that these tenants have, each a page at a time."""
+        while tenants:
+            signals, upto, tenants = await self._threads.run(self._page, tenants)
+            if not signals:
+                return
+            self.waiting_since = min(signal.detected_at for signal in signals) / 1e9
+            await self._send(signals)
+            self._done |= upto
+            await self._threads.run(self._save, dict(self._done))
+            self.waiting_since = None
+
+    def _page(self, tenants: list[str]) -> tuple[list[Signal], dict[str, int], list[str]]:
+        """Signals of the first tenants, up to where they go, and the tenants that may have more:
+        those that had a full page come last."""
+        signals: list[Signal] = []
+        upto: dict[str, int] = {}
+        share = max(BATCH_SIGNALS // len(tenants), 1)
+        later: list[str] = []
+        for number, tenant in enumerate(tenants):
+            if len(signals) >= BATCH_SIGNALS:
+                return signals, upto, tenants[number:] + later
+            page = self._entries.entries(tenant, self._done.get(tenant, 0), share)
+            if page:
+                upto[tenant] = page[-1][0]
+                signals += [signal for _, signal in page]
+            if len(page) == share:
+                later.append(tenant)
+        return signals, upto, later
+
+    async def _send(self, signals: list[Signal]) -> None:
+        """Have the destination take signals, or say that it never will."""
+        failures = 0
+        while True:
+            try:
+                await self._breaker.call(self._deliver, signals)
+            except Unacceptable as error:
+                await self._split(signals, error)
+                return
+            except BreakerOpen as refused:
+                wait = LONGEST_PAUSE if math.isinf(refused.retry_in) else refused.retry_in
+            except (Unavailable, BreakerTimeout) as error:
+                failures += 1
+                self._note(error)
+                wait = min(FIRST_PAUSE * 2 ** min(failures - 1, 10), LONGEST_PAUSE)
+                if isinstance(error, Unavailable):
+                    wait = max(wait, min(error.retry_after, LONGEST_PAUSE))
+            else:
+                self.sent += len(signals)
+                self._note(None)
+                return
+            await trio.sleep(wait * random.uniform(0.8, 1.2))
+
+    async def _split(self, signals: list[Signal], error: Unacceptable) -> None:
+        """Find the signals that are not taken; the others are."""
+        if len(signals) == 1:
+            self.rejected += 1
+            _log.error("%s does not take the signal %s: %s", self.name, signals[0].id, error)
+            return
+        middle = len(signals) // 2
+        await self._send(signals[:middle])
+        await self._send(signals[middle:])
+
+    def _note(self, error: Exception | None) -> None:
+        if error is not None:
+            self.failures += 1
+            if not self._failing:
+                events.EXPORT_FAILING(destination=self.name, error=error)
+            self._failing += 1
+        elif self._failing:
+            events.EXPORT_WORKS(destination=self.name, failures=self._failing)
+            self._failing = 0
+
+    def lag_seconds(self) -> float:
+        """How old the oldest signal is that waits to be taken, 0 when none does."""
+        return 0.0 if self.waiting_since is None else max(time.time() - self.waiting_since, 0.0)

@@ -1,0 +1,147 @@
+"""What a signal looks like to other systems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
+
+from service.signals import Kind, Signal, signal_id
+
+_SEVERITIES = {
+    "critical": SeverityNumber.SEVERITY_NUMBER_FATAL,
+    "high": SeverityNumber.SEVERITY_NUMBER_ERROR,
+    "medium": SeverityNumber.SEVERITY_NUMBER_WARN,
+    "low": SeverityNumber.SEVERITY_NUMBER_INFO2,
+    "info": SeverityNumber.SEVERITY_NUMBER_INFO,
+}
+_NEVER = "0001-01-01T00:00:00Z"  # Go's zero time: Alertmanager's word for not yet
+
+
+def otlp_logs(signals: Sequence[Signal], version: str) -> bytes:
+    """An ``ExportLogsServiceRequest`` (opentelemetry-proto 1.x) with a log record for each signal,
+    and a resource for each tenant.
+
+    The record belongs to the trace that broke the rule, and to the first span that is evidence. Its
+    body is the message, its event name ``betrace.signal``; the rest are attributes.
+    """
+    request = ExportLogsServiceRequest()
+    by_tenant: dict[str, Any] = {}
+    for signal in signals:
+        records = by_tenant.get(signal.tenant)
+        if records is None:
+            of_tenant = request.resource_logs.add()
+            _set(of_tenant.resource.attributes, "service.name", "betrace")
+            _set(of_tenant.resource.attributes, "betrace.tenant", signal.tenant)
+            scope = of_tenant.scope_logs.add()
+            scope.scope.name, scope.scope.version = "betrace", version
+            records = by_tenant[signal.tenant] = scope.log_records
+        record = records.add(
+            time_unix_nano=signal.detected_at,
+            observed_time_unix_nano=signal.detected_at,
+            severity_number=_SEVERITIES.get(signal.severity, SeverityNumber.SEVERITY_NUMBER_INFO),
+            severity_text=signal.severity,
+            trace_id=bytes.fromhex(signal.trace_id),
+            event_name="betrace.signal",
+        )
+        record.body.string_value = signal.message
+        spans = [span for found in signal.evidence.values() for span in found]
+        if spans:
+            record.span_id = bytes.fromhex(spans[0])
+        for name, value in (
+            ("id", signal.id),
+            ("kind", str(signal.kind)),
+            ("rule.id", signal.rule_id),
+            ("rule.version", signal.rule_version),
+            ("clause", signal.clause),
+            ("counts", orjson.dumps(signal.counts).decode()),
+            ("evidence", orjson.dumps(signal.evidence).decode()),
+            ("reason", signal.reason),
+            *((f"label.{name}", value) for name, value in signal.labels.items()),
+        ):
+            if value is not None:
+                _set(record.attributes, f"betrace.{name}", value)
+    return request.SerializeToString()
+
+
+def _set(attributes: Any, key: str, value: str) -> None:
+    attributes.add(key=key).value.string_value = value
+
+
+def alert_groups(signals: Iterable[Signal]) -> list[list[Signal]]:
+    """Signals of one tenant and rule together, as a webhook takes them; order kept within each."""
+    groups: dict[tuple[str, str], list[Signal]] = {}
+    for signal in signals:
+        groups.setdefault((signal.tenant, signal.rule_id), []).append(signal)
+    return list(groups.values())
+
+
+def alertmanager(group: Sequence[Signal], external_url: str) -> bytes:
+    """What Alertmanager's webhooks send (``version`` 4, prometheus.io/docs/alerting/configuration),
+    for signals of one tenant and rule.
+
+    A raised signal is a firing alert; a retraction resolves it, by the same labels and fingerprint.
+    """
+    first = group[0]
+    alerts = [_alert(signal, external_url) for signal in group]
+    shared = {"alertname": first.rule_id, "tenant": first.tenant}
+    firing = any(alert["status"] == "firing" for alert in alerts)
+    return orjson.dumps(
+        {
+            "version": "4",
+            "groupKey": f'{{}}:{{alertname="{first.rule_id}", tenant="{first.tenant}"}}',
+            "truncatedAlerts": 0,
+            "status": "firing" if firing else "resolved",
+            "receiver": "betrace",
+            "groupLabels": shared,
+            "commonLabels": _common([alert["labels"] for alert in alerts]),
+            "commonAnnotations": _common([alert["annotations"] for alert in alerts]),
+            "externalURL": external_url,
+            "alerts": alerts,
+        }
+    )
+
+
+def _alert(signal: Signal, external_url: str) -> dict[str, Any]:
+    raised = signal.kind == Kind.RAISED
+    at = _rfc3339(signal.detected_at)
+    of = signal_id(
+        signal.tenant,
+        signal.rule_id,
+        signal.rule_version,
+        signal.trace_id,
+        Kind.RAISED,
+        signal.episode,
+    )
+    annotations = {"summary": signal.message, "clause": signal.clause}
+    if signal.reason is not None:
+        annotations["reason"] = signal.reason
+    return {
+        "status": "firing" if raised else "resolved",
+        "labels": {
+            **signal.labels,
+            "alertname": signal.rule_id,
+            "tenant": signal.tenant,
+            "severity": signal.severity,
+            "trace_id": signal.trace_id,
+        },
+        "annotations": annotations,
+        "startsAt": at,
+        "endsAt": _NEVER if raised else at,
+        "generatorURL": f"{external_url}/api/v1/signals/{of}" if external_url else "",
+        "fingerprint": of[:16],
+    }
+
+
+def _common(of_each: list[dict[str, str]]) -> dict[str, str]:
+    first, *others = of_each
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+
+
+def _rfc3339(ns: int) -> str:
+    seconds, rest = divmod(ns, 1_000_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
