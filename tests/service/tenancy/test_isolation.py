@@ -237,7 +237,7 @@ async def test_injections_into_rules(tmp_path):
 
 NOW = int(time.time())
 KID = key_id(raw(KEYS["acme"]))
-GOOD = {"tenant": "acme", "exp": NOW + 600}
+GOOD = {"tenant": "acme", "exp": NOW + 86_400}
 
 
 FORGED = [
@@ -246,9 +246,9 @@ FORGED = [
     hs256(raw(KEYS["acme"]), KID, GOOD),
     sign(KEYS["beta"], GOOD),
     sign(KEYS["beta"], GOOD, kid=KID),
-    sign(KEYS["acme"], {"tenant": "beta", "exp": NOW + 600}),
+    sign(KEYS["acme"], {"tenant": "beta", "exp": NOW + 86_400}),
     sign(KEYS["acme"], {"tenant": "acme", "exp": NOW - 600}),
-    sign(KEYS["acme"], GOOD | {"nbf": NOW + 600}),
+    sign(KEYS["acme"], GOOD | {"nbf": NOW + 86_400}),
     sign(KEYS["acme"], {"tenant": "acme"}),
     sign(KEYS["acme"], GOOD | {"more": "x" * 5000}),
     OPERATOR,
