@@ -45,10 +45,10 @@ clean:
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Measurements: perf/*.py say what each does, perf/REPORT.md has the last ones.
-.PHONY: load bench curves memory flamegraph regress
+.PHONY: load overload bench curves memory flamegraph regress
 
 # load is not the first: a line that begins with that word is a directive of make
-bench load curves memory flamegraph regress: setup
+bench load overload curves memory flamegraph regress: setup
 	$(BIN)/python -m perf.$@ $(PERF)
 
 # The dashboard from the panels in grafana/*.py, and the page of metrics from their declaration.

@@ -1,0 +1,259 @@
+"""Twice the load that the service takes, over real HTTP: does it refuse calmly and lose nothing?
+
+``python -m perf.overload`` measures what a closed loop gets through, then offers twice as much in
+an open loop for a minute, then half as much. Meanwhile it asks the query and the admin interface
+all the time, and checks at every look that accepted = evaluated + in flight + dead-lettered
+(+ discarded). Requests that the generator could not send, all connections waiting for an answer or
+its core being busy, are told apart: a client feels them as latency, which counts from when a
+request was due.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+
+from perf import report
+from perf.target import GeneratorProcess, Service, service
+
+ASKED = {
+    "query": "/api/v1/signals?limit=10",
+    "admin": "/api/admin/breakers",
+    "accounts": "/api/performance/metrics",
+}
+AFTER_SECONDS = 5.0
+PAUSE = 0.05  # seconds between looks
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Looks:
+    """What was seen while somebody asked all the time; in a thread of its own."""
+
+    url: str
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ASKED})
+    failed: list[str] = field(default_factory=list)
+    wrong: list[Json] = field(default_factory=list)
+    most_in_flight: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> Looks:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        assert self._thread is not None
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as client:
+            while not self._stop.wait(PAUSE):
+                for name, path in ASKED.items():
+                    started = time.perf_counter()
+                    try:
+                        answer = client.get(path)
+                        answer.raise_for_status()
+                    except httpx.HTTPError as error:
+                        self.failed.append(f"{name}: {error!r}")
+                        continue
+                    self.seconds[name].append(time.perf_counter() - started)
+                    if name == "accounts":
+                        self._check(answer.json())
+
+    def _check(self, now: Json) -> None:
+        came = now["spansAccepted"] + now["spansReplayed"] + now["spansCarried"]
+        gone = now["spansEvaluated"] + now["spansInFlight"]
+        gone += now["spansDeadLettered"] + now["spansDiscarded"]
+        self.most_in_flight = max(self.most_in_flight, now["spansInFlight"])
+        if came != gone or now["spansInFlight"] < 0:
+            self.wrong.append({key: value for key, value in now.items() if key.startswith("spans")})
+
+    def summary(self) -> Json:
+        """Percentiles in milliseconds, by what was asked."""
+        return {
+            name: {
+                "looks": len(found),
+                **{f"p{p}": round(1e3 * float(np.percentile(found, p)), 1) for p in (50, 99)},
+                "max": round(1e3 * max(found), 1),
+            }
+            for name, found in self.seconds.items()
+            if found
+        }
+
+
+def offer(
+    target: Service, options: argparse.Namespace, name: str, rate: float, secs: float
+) -> Json:
+    """One stretch of load, 0 spans/s being a closed loop, and what was seen meanwhile."""
+    given = ["--url", f"{target.ingest}/v1/traces", "--spans", str(options.spans)]
+    given += ["--secs", str(secs), "--warm-up", "0" if rate else "2", "--rate", str(rate)]
+    given += ["--connections", str(options.connections), "--rules", str(options.rules)]
+    generator = GeneratorProcess(given)
+    try:
+        with Looks(target.api) as looks:
+            generator.start()
+            generator.wait_begin()
+            cpu = target.cpu_seconds()
+            result = generator.wait_end()
+            cores = (target.cpu_seconds() - cpu) / result["seconds"]
+    finally:
+        generator.stop()
+    row = {
+        "offered": rate,
+        "taken": result["spans"] / result["seconds"],
+        "refused": result["refused_spans"] / result["seconds"],
+        "not_sent": result["late_requests"] * options.spans / result["seconds"],
+        "refusals": sum(result["statuses"].get(status, 0) for status in ("429", "503")),
+        "with_retry_after": result["retry_after"],
+        "other_errors": result["errors"],
+        "latency_ms": result["latency_ms"],
+        "least_taken_in_a_second": min(result["per_second"], default=0),
+        "service_cores": cores,
+        "rss_mb": target.rss() / 1e6,
+        "most_in_flight": looks.most_in_flight,
+        "asked": looks.summary(),
+        "failed_looks": looks.failed[:10],
+        "wrong_accounts": looks.wrong[:10],
+        "generator": result,
+    }
+    print(
+        f"  {name}: {row['taken']:,.0f} spans/s taken, {row['refused']:,.0f} refused",
+        file=sys.stderr,
+    )
+    return row
+
+
+def measure(options: argparse.Namespace) -> Json:
+    """All three stretches on one service, and what it says in the end."""
+    rows: dict[str, Json] = {}
+    with service(rules=options.rules) as target:
+        rows["closed loop"] = offer(target, options, "closed loop", 0, options.calibrate)
+        target.settle(5)
+        takes = rows["closed loop"]["taken"]
+        rows["twice that"] = offer(target, options, "twice", options.times * takes, options.secs)
+        half = min(takes, rows["twice that"]["taken"]) / 2
+        rows["half, at once after"] = offer(target, options, "half", half, AFTER_SECONDS)
+        end = target.settle(5)
+    told, unknown, breaches = (
+        sum(row["generator"][key] for row in rows.values())
+        for key in ("all_spans", "all_unknown_spans", "all_breaches")
+    )
+    return {
+        "rows": rows,
+        "told_accepted": told,
+        "unknown": unknown,
+        "accepted": end["spansAccepted"],
+        "evaluated": end["spansEvaluated"],
+        "breaches_sent": breaches,
+        "signals": end["signalsRaised"],
+    }
+
+
+def problems(found: Json) -> list[str]:
+    """What is not as promised."""
+    wrong = []
+    for name, row in found["rows"].items():
+        if row["wrong_accounts"]:
+            wrong.append(f"{name}: accounts that do not add up: {row['wrong_accounts'][0]}")
+        if row["failed_looks"]:
+            wrong.append(f"{name}: queries failed: {row['failed_looks'][0]}")
+        if row["with_retry_after"] != row["refusals"]:
+            wrong.append(f"{name}: {row['refusals']} refusals, {row['with_retry_after']} say when")
+        if row["other_errors"]:
+            wrong.append(f"{name}: requests failed: {row['other_errors']}")
+    if not found["rows"]["twice that"]["refusals"]:
+        wrong.append("nothing was refused: the generator could not offer more than is taken")
+    after = found["rows"]["half, at once after"]
+    took = after["generator"]["per_second"][1:]
+    if sum(took) < 0.95 * after["offered"] * len(took):
+        wrong.append(f"a second after the overload it took {sum(took) / len(took):,.0f} spans/s")
+    if found["accepted"] != found["evaluated"]:
+        wrong.append(f"accepted {found['accepted']} spans but evaluated {found['evaluated']}")
+    if not 0 <= found["accepted"] - found["told_accepted"] <= found["unknown"]:
+        wrong.append(f"answered 200 for {found['told_accepted']}, accepted {found['accepted']}")
+    if not found["unknown"] and found["signals"] != found["breaches_sent"]:
+        wrong.append(f"{found['breaches_sent']} breaches sent, {found['signals']} signals raised")
+    return wrong
+
+
+def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
+    """The report as text."""
+    rows = found["rows"]
+    body: list[list[str]] = []
+
+    def add(title: str, *values: str) -> None:
+        body.append([title, *values])
+
+    of = list(rows.values())
+    add("offered, spans/s", *(f"{r['offered']:,.0f}" if r["offered"] else "–" for r in of))
+    add("taken, spans/s", *(f"{r['taken']:,.0f}" for r in of))
+    add("least taken in a second", *(f"{r['least_taken_in_a_second']:,}" for r in of))
+    add("refused, spans/s", *(f"{r['refused']:,.0f}" for r in of))
+    add("not sent in time, spans/s", *(f"{r['not_sent']:,.0f}" for r in of))
+    add(
+        "refusals / with Retry-After",
+        *(f"{r['refusals']:,} / {r['with_retry_after']:,}" for r in of),
+    )
+    for p in ("p50", "p99"):
+        add(f"accepted request {p}, ms", *(f"{r['latency_ms'].get(p, 0):,.0f}" for r in of))
+    for name in ASKED:
+        values = [r["asked"].get(name) for r in of]
+        add(
+            f"{name} p50 / p99 / max, ms",
+            *(f"{v['p50']:g} / {v['p99']:g} / {v['max']:g}" if v else "–" for v in values),
+        )
+    add("looks at the accounts", *(f"{r['asked']['accounts']['looks']:,}" for r in of))
+    add("most spans in flight", *(f"{r['most_in_flight']:,}" for r in of))
+    add("service, cores", *(f"{r['service_cores']:.2f}" for r in of))
+    add("resident memory, MB", *(f"{r['rss_mb']:,.0f}" for r in of))
+    lines = [
+        f"Overload, {time.strftime('%Y-%m-%d')}. {report.describe(facts)}.",
+        f"{options.spans} spans a request, {options.rules} rules, {options.times:g} times the rate "
+        f"of a closed loop for {options.secs:g} s. The generator shares the cores.",
+        "",
+        report.table(["", *rows], body),
+        "",
+        f"Answered with 200: {found['told_accepted']:,} spans; accepted {found['accepted']:,}, "
+        f"evaluated {found['evaluated']:,}. Breaches sent {found['breaches_sent']:,}, signals "
+        f"{found['signals']:,}.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spans", type=int, default=100, help="a request")
+    parser.add_argument("--secs", type=float, default=60)
+    parser.add_argument("--calibrate", type=float, default=8, help="seconds of the closed loop")
+    parser.add_argument("--times", type=float, default=2, help="what a closed loop gets through")
+    parser.add_argument("--connections", type=int, default=64, help="that offer the load")
+    parser.add_argument("--rules", type=int, default=100)
+    parser.add_argument("--name", default="overload", help="of the JSON file in perf/out")
+    options = parser.parse_args()
+    facts = report.machine()
+    found = measure(options)
+    facts["load_average_after"] = round(os.getloadavg()[0], 2)
+    text, wrong = show(facts, options, found), problems(found)
+    print(text)
+    values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
+    path = report.save(options.name, values)
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{path.relative_to(report.ROOT)}")
+    if wrong:
+        sys.exit("\n".join(["FAILED:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()
