@@ -74,7 +74,7 @@ class Exporter:
         self._deliver = deliver
         self._entries = entries
         self._path = path
-        self._breaker = breaker
+        self.breaker = breaker
         self._threads = threads
         self._done: dict[str, int] = {}
         self._new: set[str] = set()
@@ -175,7 +175,7 @@ class Exporter:
         failures = 0
         while True:
             try:
-                await self._breaker.call(self._deliver, signals)
+                await self.breaker.call(self._deliver, signals)
             except Unacceptable as error:
                 await self._split(signals, error)
                 return
