@@ -46,6 +46,7 @@ class Rig:
         } | limits
         self.rules = {"t": compiled([parse("count(a) > 1"), parse("always { b }")])}
         self.offset = 0
+        self.behind = False
         self.progress, self.in_flight = LogProgress(), InFlight()
         send, self.receive = open_channel("due", 1000, lambda due: len(due) or 1, hold=True)
         self.position = 0
@@ -60,6 +61,7 @@ class Rig:
             lambda _, ids: Recalled(ids[:0], [], None, ids[:0]),
             Windows(),
             self.clock,
+            lambda: self.behind,
         )
 
     def clock(self) -> int:
@@ -277,3 +279,23 @@ async def test_a_survey_of_what_is_held(rig, autojump_clock):
     assert rig.stage.survey.nbytes > 0
     await trio.sleep(10)
     assert (rig.stage.survey.open, rig.stage.survey.closed) == (0, 1)
+
+
+async def test_closed_traces_are_kept_while_the_index_does_not_have_them(nursery, autojump_clock):
+    rig = Rig(keep=2, keep_ns=SECOND)
+    rig.behind = True
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+
+    async def closed(first: int, last: int) -> int:
+        for number in range(first, last):
+            await rig.send(S(1, "x", trace=bytes([number]) * 16))
+        await trio.sleep(20)
+        return sum(traces.closed_count for traces in rig.stage.tenants.values())
+
+    assert await closed(1, 11) == 10
+    assert await closed(11, 41) == 0  # there are limits
+    assert await closed(41, 51) == 10
+    rig.behind = False
+    await trio.sleep(5)
+    assert await closed(0, 0) == 0

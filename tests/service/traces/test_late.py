@@ -7,7 +7,7 @@ import pytest
 from service.rules.parse import parse
 from service.signals import Kind
 from tests.oracle import OracleSpan
-from tests.service.traces.engine import Engine
+from tests.service.traces.engine import Engine, compiled
 from tests.strategies import encode
 
 pytestmark = pytest.mark.kernel
@@ -68,3 +68,27 @@ def test_new_traces_are_not_looked_up():
         engine.close()
         engine.forget()
     assert engine.recalled == 0
+
+
+def test_a_forgotten_trace_is_compared_with_what_was_raised_not_with_what_new_rules_say():
+    engine = Engine([parse("when { a } always { b }"), parse("when { a } always { c }")])
+    engine.send(encode([span("a", 1)]))
+    engine.close()
+    engine.forget()
+    assert {s.rule_id for s in engine.signals} == {"r0", "r1"}
+    engine.traces.rules = compiled(
+        [
+            parse("when { a } always { b }"),  # as it was
+            parse("when { a } always { d }"),  # another version: nothing is known of the old one
+            parse("when { a } always { late }"),  # new: would have been broken, and is not now
+            parse("never { a }"),  # new: certain since the first span
+        ],
+        "v2",
+    )
+    engine.send(encode([span("late", 2), span("b", 3)]))
+    engine.close()
+    assert engine.recalled == 1
+    assert [(s.rule_id, s.kind) for s in engine.signals[2:]] == [
+        ("r3", "raised"),
+        ("r0", "retracted"),
+    ]
