@@ -17,7 +17,7 @@ from service.record import Entries
 from service.settings import Export, Settings
 from service.signals import Signal
 
-OTLP, WEBHOOK = "export-otlp", "export-webhook"
+OTLP, WEBHOOK = DESTINATIONS = ("export-otlp", "export-webhook")
 
 
 def destinations(settings: Export) -> list[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from service.export.exporter import Exporter
+from service.export.exports import DESTINATIONS
 from service.metrics.declared import Declared, Samples, one
 
 if TYPE_CHECKING:
@@ -39,20 +43,21 @@ def _dead_letters(service: Service) -> Samples:
             yield (name,), held[name].letters if name in held else 0
 
 
+def _export(value: Callable[[Exporter], float]) -> Callable[[Service], Samples]:
+    """A number of each destination, 0 for those that are off."""
+
+    def samples(service: Service) -> Samples:
+        on = {exporter.name: value(exporter) for exporter in service.exports}
+        for name in DESTINATIONS:
+            yield (name,), on.get(name, 0)
+
+    return samples
+
+
 def _exported(service: Service) -> Samples:
-    for exporter in service.exports:
-        yield (exporter.name, "sent"), exporter.sent
-        yield (exporter.name, "rejected"), exporter.rejected
-
-
-def _export_failures(service: Service) -> Samples:
-    for exporter in service.exports:
-        yield (exporter.name,), exporter.failures
-
-
-def _export_lag(service: Service) -> Samples:
-    for exporter in service.exports:
-        yield (exporter.name,), exporter.lag_seconds()
+    for outcome in ("sent", "rejected"):
+        for (name,), number in _export(attrgetter(outcome))(service):
+            yield (name, outcome), number
 
 
 def _audit_dropped(service: Service) -> Samples:
@@ -73,14 +78,14 @@ DECLARED = (
         "counter",
         "Deliveries to another system that failed and are tried again.",
         ("destination",),
-        _export_failures,
+        _export(attrgetter("failures")),
     ),
     Declared(
         "betrace_export_lag_seconds",
         "gauge",
         "How old the oldest signal is that another system has not taken; 0 when none waits.",
         ("destination",),
-        _export_lag,
+        _export(Exporter.lag_seconds),
     ),
     Declared(
         "betrace_audit_batches_dropped",
