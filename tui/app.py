@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -85,7 +86,7 @@ class BetraceApp(App[int]):
 
     def compose(self) -> ComposeResult:
         yield StatusBar()
-        yield NavBar([panel.TITLE for panel in PANELS])
+        yield NavBar([(panel.TITLE, panel.SHORT or panel.TITLE) for panel in PANELS])
         with ContentSwitcher(initial=PANELS[0].__name__):
             for panel in PANELS:
                 widget = panel()
@@ -133,12 +134,27 @@ class BetraceApp(App[int]):
         """Have a panel (the visible one) read what it shows besides the state."""
         self.start(partial(self._load, panel or self.panel), "load")
 
-    async def _load(self, panel: Panel) -> None:
+    async def _load(self, panel: Panel, by_itself: bool = False) -> None:
+        panel.loaded_at = math.inf
         try:
             await panel.load()
         except ClientError as error:
-            if self.connection.link.status != "lost":
+            if self.connection.link.status != "lost" and not by_itself:
                 self._toast_error(error)
+        finally:
+            panel.loaded_at = self.clock()
+
+    def _load_again(self) -> None:
+        """Have the visible panel read again what it reads now and then."""
+        panel = self.panel
+        if panel.RELOAD and self.clock() - panel.loaded_at >= panel.RELOAD:
+            self.start(partial(self._load, panel, by_itself=True), "load")
+
+    def view_tenant(self, tenant: str) -> None:
+        """Look at this tenant's signals, traces and rules from now on."""
+        self.client.view(tenant)
+        self._show_bars()
+        self.load()
 
     # What the connection tells
 
@@ -157,6 +173,7 @@ class BetraceApp(App[int]):
         self.state.update(parse(data, self.clock()))
         if self.frozen_at is None and self._up:
             self._show()
+            self._load_again()
 
     @property
     def _up(self) -> bool:
@@ -181,11 +198,14 @@ class BetraceApp(App[int]):
         """A tone as a style of Rich, in the colours of the theme."""
         if tone == "quiet":
             return "dim"
+        return self.colour(_COLOURS[tone])
+
+    def colour(self, variable: str) -> str:
+        """A colour of the theme as a style of Rich; empty where it has none."""
         try:
-            colour = Color.parse(self.theme_variables[_COLOURS[tone]]).rich_color
+            return Color.parse(self.theme_variables[variable]).rich_color.name
         except (ColorParseError, KeyError):
             return ""
-        return colour.name
 
     # Keys
 
@@ -295,6 +315,19 @@ class BetraceApp(App[int]):
             return
         self.notify(told, title="✔ done", markup=False)
         await self.action_refresh()
+
+    def telling(
+        self, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> Callable[[], Coroutine[Any, Any, None]]:
+        """The same function, whose :exc:`ClientError` becomes a toast."""
+
+        async def told() -> None:
+            try:
+                await work()
+            except ClientError as error:
+                self._toast_error(error)
+
+        return told
 
     def _toast_error(self, error: ClientError) -> None:
         self.notify(str(error), title=f"✖ {error.kind}", severity="error", timeout=10, markup=False)

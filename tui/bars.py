@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from textual.content import Content
@@ -53,7 +53,8 @@ def _justified(left: Content, right: str, width: int) -> Content:
 class NavBar(Live):
     """The panels by number, the visible one marked; and the filter."""
 
-    def __init__(self, titles: Sequence[str]) -> None:
+    def __init__(self, titles: Sequence[tuple[str, str]]) -> None:
+        """``titles`` are given long and short."""
         super().__init__()
         self._titles = titles
         self._chosen = 0
@@ -71,10 +72,10 @@ class NavBar(Live):
         self.draw(self._panels)
 
     def _panels(self, width: int) -> Content:
-        gaps = ((" ", "  "), (" ", " "), ("", " "))
-        for between, after in gaps:
-            content = self._line(between, after)
-            if content.cell_length <= width:
+        room = width - (len(self._filter) + 3 if self._filter else 0)
+        for titles, between, after in self._ways():
+            content = self._line(titles, between, after)
+            if content.cell_length <= room:
                 break
         if self._filter:
             shown = Content.assemble((f" /{self._filter} ", "bold reverse $warning"))
@@ -82,12 +83,21 @@ class NavBar(Live):
             content = Content.assemble(content, " " * space, shown)
         return content
 
-    def _line(self, between: str, after: str) -> Content:
+    def _ways(self) -> Iterator[tuple[list[str], str, str]]:
+        """Titles and gaps, from the widest to the narrowest."""
+        long, short = ([each[n] for each in self._titles] for n in (0, 1))
+        yield long, " ", "  "
+        yield long, " ", " "
+        yield long, "", " "
+        yield short, "", " "
+        yield [short[n] if n == self._chosen else "" for n in range(len(short))], "", " "
+
+    def _line(self, titles: Sequence[str], between: str, after: str) -> Content:
         parts: list[Content | str] = []
-        for index, title in enumerate(self._titles):
+        for index, title in enumerate(titles):
             style = "bold reverse" if index == self._chosen else ""
             link = f"@click=app.panel({index + 1})"
             text = f"{index + 1}{between}{title}"
             opening = f"[{style} {link}]" if style else f"[{link}]"
             parts += [Content.from_markup(f"{opening}{text}[/]"), after]
-        return Content.assemble(*parts)
+        return Content.assemble(*parts[:-1])

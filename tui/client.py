@@ -5,21 +5,27 @@ from __future__ import annotations
 import getpass
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 import httpx
 
 Json = dict[str, Any]
-Kind = Literal["unreachable", "timed out", "refused", "not understood"]
+Kind = Literal["unreachable", "timed out", "refused", "conflict", "not understood"]
 
 TIMEOUT = 5.0
 """Seconds that connecting, and a part of an answer, may take."""
 
 SILENCE = 10.0
-"""Seconds after which a stream that sends nothing is given up; it sends a comment or an event more
-often than that where nothing is wrong."""
+"""Seconds after which a stream of snapshots that sends nothing is given up; where nothing is wrong
+it sends one each second."""
+
+QUIET = 40.0
+"""The same for signals: a comment comes after 15 s without one."""
+
+CHANGED_MEANWHILE = 412
+"""The status of a change that was refused since the thing is not what it was (If-Match)."""
 
 MAX_EVENT = 8 << 20
 """Bytes of one server-sent event, at most."""
@@ -29,7 +35,8 @@ class ClientError(Exception):
     """A request that was not answered as it should be: a plain sentence.
 
     ``kind`` tells whether the service was unreachable, answered too late, refused (``status`` is
-    its status), or said what cannot be understood.
+    its status; ``conflict`` is that of a thing that was changed meanwhile), or said what cannot be
+    understood.
     """
 
     def __init__(self, kind: Kind, message: str, status: int | None = None) -> None:
@@ -46,7 +53,7 @@ class Client:
     Args:
       url: where the API is, such as ``http://127.0.0.1:8090``.
       token: sent as bearer token.
-      tenant: whose signals, traces and rules, where authentication is off.
+      tenant: whose signals, traces and rules; an operator's token is good for all.
       transport: another transport, in tests.
 
     Every method raises :exc:`ClientError`. Proxies of the environment are not used.
@@ -61,12 +68,11 @@ class Client:
     ) -> None:
         self.url = url.rstrip("/")
         _check_url(self.url)
-        self.tenant = tenant
+        self.tenant: str | None = None
+        """Whose signals, traces and rules are asked for; None for the token's, or `default`."""
         headers = {"x-operator": operator_name()}
         if token:
             headers["authorization"] = f"Bearer {token}"
-        if tenant:
-            headers["x-scope-orgid"] = tenant
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers=headers,
@@ -74,6 +80,15 @@ class Client:
             trust_env=False,
             transport=transport,
         )
+        self.view(tenant)
+
+    def view(self, tenant: str | None) -> None:
+        """Ask for this tenant's signals, traces and rules from now on."""
+        self.tenant = tenant
+        if tenant:
+            self._http.headers["x-scope-orgid"] = tenant
+        else:
+            self._http.headers.pop("x-scope-orgid", None)
 
     async def __aenter__(self) -> Client:
         return self
@@ -117,14 +132,23 @@ class Client:
     ) -> Json:
         return await self.request("POST", path, params, body, timeout=timeout)
 
-    async def events(self, path: str, **params: Any) -> AsyncIterator[tuple[str, Json]]:
-        """Server-sent events: (name, data). Ends when the service ends the stream."""
+    async def events(
+        self,
+        path: str,
+        silence: float = SILENCE,
+        opened: Callable[[], None] | None = None,
+        **params: Any,
+    ) -> AsyncIterator[tuple[str, Json]]:
+        """Server-sent events: (name, data). Ends when the service ends the stream; gives it up
+        after ``silence`` seconds without anything. ``opened`` is called when it has begun."""
         given = {name: _text(value) for name, value in params.items() if value is not None}
-        timeout = httpx.Timeout(TIMEOUT, read=SILENCE)
+        timeout = httpx.Timeout(TIMEOUT, read=silence)
         try:
             async with self._http.stream("GET", path, params=given, timeout=timeout) as response:
                 if not response.is_success:
                     raise _refused(response.status_code, await response.aread())
+                if opened is not None:
+                    opened()
                 async for name, data in read_events(response.aiter_bytes()):
                     yield name, _object(data)
         except (httpx.HTTPError, OSError) as error:
@@ -185,6 +209,75 @@ class Client:
 
     async def warm_caches(self) -> Json:
         return await self.post("/api/admin/cache-warmup", timeout=60.0)
+
+    async def dead_letter(self, action: str, letter: str) -> Json:
+        """``action`` is retry or discard."""
+        return await self.post(f"/api/admin/dead-letters/{segment(letter)}/{action}")
+
+    async def retry_dead_letters(self) -> Json:
+        """All of them; how many."""
+        return await self.post("/api/admin/dead-letters/retry", timeout=60.0)
+
+    async def create_tenant(self, body: Json) -> Json:
+        return await self.post("/api/admin/tenants", body)
+
+    async def delete_tenant(self, name: str, wait: int = 10) -> Json:
+        path = f"/api/admin/tenants/{segment(name)}"
+        return await self.request("DELETE", path, {"wait": wait}, timeout=wait + TIMEOUT)
+
+    async def set_quota(self, name: str, quota: int | None) -> Json:
+        """Spans a second, 0 for no limit, None for what is configured."""
+        body = {} if quota is None else {"spansPerSecond": quota}
+        return await self.request("PUT", f"/api/admin/tenants/{segment(name)}/quota", body=body)
+
+    async def add_key(self, name: str, public_key: str) -> Json:
+        body = {"publicKey": public_key}
+        return await self.post(f"/api/admin/tenants/{segment(name)}/keys", body)
+
+    async def revoke_key(self, name: str, kid: str) -> Json:
+        path = f"/api/admin/tenants/{segment(name)}/keys/{segment(kid)}"
+        return await self.request("DELETE", path)
+
+    async def save_checkpoint(self) -> Json:
+        return await self.post("/api/admin/checkpoint", timeout=60.0)
+
+    async def replay_fallback(self) -> Json:
+        return await self.post("/api/admin/fallback/replay")
+
+    # Signals, traces and rules of the tenant
+
+    def signals(
+        self, opened: Callable[[], None], **filters: str | None
+    ) -> AsyncIterator[tuple[str, Json]]:
+        """Signals as they are stored."""
+        return self.events("/api/v1/signals/stream", QUIET, opened, **filters)
+
+    async def signal(self, signal_id: str) -> Json:
+        return await self.get(f"/api/v1/signals/{segment(signal_id)}")
+
+    async def trace(self, trace_id: str) -> Json:
+        return await self.get(f"/api/v1/traces/{segment(trace_id)}")
+
+    async def check_condition(self, condition: str) -> list[Json]:
+        """The errors of a rule's condition."""
+        answer = await self.post("/api/v1/rules/validate", {"condition": condition})
+        return [each for each in answer.get("errors") or [] if isinstance(each, dict)]
+
+    async def test_condition(self, condition: str, trace: Json) -> Json:
+        """What a condition says of a trace in OTLP JSON."""
+        given = {"resourceSpans": trace.get("resourceSpans") or []}
+        body = {"condition": condition, "trace": given}
+        return await self.post("/api/v1/rules/test", body, timeout=30.0)
+
+    async def put_rule(self, rule_id: str, rule: Json, etag: str | None) -> Json:
+        """Replace the rule that has this entity tag, or create it where there is none."""
+        headers = {"if-match": etag} if etag else None
+        path = f"/api/v1/rules/{segment(rule_id)}"
+        return await self.request("PUT", path, body=rule, headers=headers)
+
+    async def delete_rule(self, rule_id: str, etag: str) -> None:
+        path = f"/api/v1/rules/{segment(rule_id)}"
+        await self.request("DELETE", path, headers={"if-match": etag})
 
 
 def _check_url(url: str) -> None:
@@ -278,6 +371,7 @@ def _refused(status: int, content: bytes) -> ClientError:
         hint = detail.get("hint")
     except (ValueError, KeyError, TypeError):
         return ClientError("refused", f"the service answered with status {status}", status)
-    error = ClientError("refused", f"{message}; {hint}" if hint else message, status)
+    kind: Kind = "conflict" if status == CHANGED_MEANWHILE else "refused"
+    error = ClientError(kind, f"{message}; {hint}" if hint else message, status)
     error.detail = detail
     return error

@@ -21,12 +21,18 @@ class Panel(Vertical, can_focus=False):
     - ``BINDINGS``: its actions, each with a description; the footer, the help and the palette are
       made of them. What changes something is an ``action_change_…``.
     - ``compose``, as every widget, and ``show``.
+    - ``SHORT``: the title where there is little room; else ``TITLE``.
+    - ``RELOAD``: seconds after which ``load`` is called again while it is visible; 0 for never.
     - ``FILTERS``: whether `/` filters it, with ``filter_changed``.
     """
 
     TITLE: ClassVar[str] = ""
+    SHORT: ClassVar[str] = ""
     FILTERS: ClassVar[bool] = False
+    RELOAD: ClassVar[float] = 0.0
 
+    loaded_at: float = 0.0
+    """When ``load`` ended, in seconds since 1970; infinite while it runs."""
     filter_text: str = ""
     """What `/` was given; begins with `!` to show what does not match."""
 

@@ -56,6 +56,8 @@ class TablePanel(Panel):
     COLUMNS: ClassVar[tuple[Column, ...]] = ()
     EMPTY: ClassVar[str] = "nothing to show"
     FILTERS: ClassVar[bool] = True
+    FOLLOWS_TOP: ClassVar[bool] = False
+    """Whether the cursor stays on the first row, where it is there, rather than on what it has."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *VI_KEYS,
@@ -140,7 +142,8 @@ class TablePanel(Panel):
             table.add_row(*texts, key=key)
         if wanted:
             keys = list(wanted)
-            row = keys.index(selected) if selected in wanted else min(at, len(keys) - 1)
+            stays = selected in wanted and not (self.FOLLOWS_TOP and at == 0)
+            row = keys.index(selected or "") if stays else min(at, len(keys) - 1)
             table.move_cursor(row=max(row, 0), scroll=False)
             table.scroll_to(y=top, animate=False)
 

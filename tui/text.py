@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import datetime
 from typing import Literal
 
 Tone = Literal["good", "busy", "bad", "quiet"]
@@ -86,6 +87,25 @@ def clock(at: float | None) -> str:
     return NONE if at is None else time.strftime("%H:%M:%S", time.localtime(at))
 
 
+def moment(text: object) -> float | None:
+    """Seconds since 1970 of a time as the service writes it (RFC 3339)."""
+    try:
+        return datetime.fromisoformat(f"{str(text)[:19]}+00:00").timestamp()
+    except ValueError:
+        return None
+
+
+def date(at: float | None) -> str:
+    """A day and its time, in local time."""
+    return NONE if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def severity(word: str) -> tuple[str, Tone]:
+    """A severity with its symbol, and its tone."""
+    tone = SEVERITY_TONES.get(word, "quiet")
+    return f"{SYMBOLS[tone]} {word or NONE}", tone
+
+
 def ago(at: float | None, now: float) -> str:
     """How long ago a time was, to the second."""
     return "never" if at is None else f"{duration(now - at)} ago" if now - at >= 1 else "now"
@@ -120,6 +140,8 @@ def fill_tone(percent_full: float, blocked: int = 0) -> Tone:
 STATUS_TONES: dict[str, Tone] = {
     "ok": "good",
     "working": "good",
+    "active": "good",
+    "deleting": "busy",
     "closed": "good",
     "open": "bad",
     "half_open": "busy",
@@ -132,6 +154,10 @@ STATUS_TONES: dict[str, Tone] = {
     "failed": "bad",
 }
 """Tones of the words that the service uses for states."""
+
+
+SEVERITIES = ("critical", "high", "medium", "low", "info")
+SEVERITY_TONES: dict[str, Tone] = {"critical": "bad", "high": "busy", "medium": "good"}
 
 
 def status_tone(word: str) -> Tone:

@@ -7,5 +7,12 @@ from tui.panels.breakers import BreakersPanel
 from tui.panels.caches import CachesPanel
 from tui.panels.overview import Overview
 from tui.panels.pipeline import PipelinePanel
+from tui.panels.signals import SignalsPanel
 
-PANELS: tuple[type[Panel], ...] = (Overview, PipelinePanel, BreakersPanel, CachesPanel)
+PANELS: tuple[type[Panel], ...] = (
+    Overview,
+    PipelinePanel,
+    BreakersPanel,
+    CachesPanel,
+    SignalsPanel,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -12,13 +11,12 @@ from textual.content import Content
 
 from tui.changes import Ask, Change
 from tui.client import Json
+from tui.listing import check_tenant
 from tui.panels.details import plot, show_cache
 from tui.state import Cache, State
 from tui.table import Cell, Column, Row, TablePanel
 from tui.text import NONE, count, millis, number, percent
 from tui.widgets import Live
-
-_TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 class CachesPanel(TablePanel):
@@ -77,7 +75,7 @@ class CachesPanel(TablePanel):
             if cache is None:
                 return
             tenant = await self.betrace.push_screen_wait(
-                Ask(f"Empty the cache {cache.name} of which tenant?", "Tenant", check=_check_tenant)
+                Ask(f"Empty the cache {cache.name} of which tenant?", "Tenant", check=check_tenant)
             )
             if tenant is not None:
                 self._invalidate(tenant)
@@ -139,12 +137,6 @@ def _history(name: str, state: State, width: int) -> str:
     points = state.history(f"{name}.hit_rate")
     line = plot(points, max(10, width - 18), 1.0) if points else "no requests yet"
     return f"{name:<16.16} {line}"
-
-
-def _check_tenant(text: str) -> str:
-    if _TENANT.fullmatch(text):
-        return ""
-    return "a tenant's name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit"
 
 
 def _warmed(answer: Json) -> str:
