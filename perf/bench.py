@@ -336,13 +336,13 @@ def show(facts: Json, found: Json) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     groups = ["ingestion", "evaluation", "ledger", "duckdb", "caches", "end_to_end"]
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--rate", type=float, default=20_000, help="spans/s beside the probes")
     parser.add_argument("--probes", type=int, default=40)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     facts = report.machine()
     found: Json = {}
     with tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d:
@@ -361,9 +361,7 @@ def main() -> None:
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text = show(facts, found)
     print(text)
-    path = report.save("bench", {"machine": facts, **found})
-    path.with_suffix(".md").write_text(text + "\n")
-    print(f"\n{path.relative_to(report.ROOT)}")
+    report.say_saved("bench", {"machine": facts, **found}, text)
 
 
 if __name__ == "__main__":

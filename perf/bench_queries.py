@@ -136,12 +136,12 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
     }
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=int, default=10_000_000)
     parser.add_argument("--signals", type=int, default=500_000)
     parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     facts = report.machine()
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as directory:

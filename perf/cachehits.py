@@ -158,13 +158,13 @@ def _span(trace: bytes, number: int) -> bytes:
     return bytes(request.SerializeToString())
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tenants", type=int, default=200)
     parser.add_argument("--users", type=int, default=40)
     parser.add_argument("--rules", type=int, default=20, help="of each tenant")
     parser.add_argument("--secs", type=float, default=120)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     facts = report.machine()
     operator = secrets.token_hex(16)
     settings = {"auth__enabled": "true", "auth__operator_token": operator}
@@ -191,8 +191,8 @@ def main() -> int:
         ]
     )
     print(text)
-    path = report.save("cachehits", {"machine": facts, "caches": stats, "done": dict(load.done)})
-    path.with_suffix(".md").write_text(text + "\n")
+    values = {"machine": facts, "options": vars(options), "caches": stats, "done": dict(load.done)}
+    report.say_saved("cachehits", values, text)
     return 0 if all(row[-1] == "reached" for row in rows) else 1
 
 

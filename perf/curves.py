@@ -289,7 +289,7 @@ def draw(curves: Json) -> None:
         (PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most-spans", type=int, default=1_000_000, help="of one trace")
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, nargs="*", default=[1, 10, 100, 500, 1])
     parser.add_argument("--rate", type=float, default=30_000, help="spans/s for all tenants")
     parser.add_argument("--secs", type=float, default=8, help="for each number of tenants")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     facts = report.machine()
     run = _Run()
     curves = {

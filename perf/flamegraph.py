@@ -16,7 +16,7 @@ from perf import report
 from perf.target import GeneratorProcess, service
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spans", type=int, default=100, help="a request")
     parser.add_argument("--secs", type=int, default=10)
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=0)
     parser.add_argument("--gil", action="store_true", help="only samples that hold the GIL")
     parser.add_argument("--native", action="store_true", help="frames of C as well")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     report.OUT.mkdir(exist_ok=True)
     picture = report.OUT / "flamegraph.svg"
     with service(tenants=options.tenants) as target:

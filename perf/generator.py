@@ -41,7 +41,8 @@ WRONG_STATUS = {"truncated": 400, "garbage": 400, "type": 415, "encoding": 415}
 @dataclass(frozen=True, slots=True)
 class Load:
     """How it is sent. ``rate`` is spans/s (0: closed loop); ``tenants`` 0 sends no tenant;
-    ``wrong`` is the fraction of requests that must be refused; times are seconds."""
+    ``wrong`` is the fraction of requests that must be refused; times are seconds. A ``slice``
+    above 0 asks for latencies of each such part of the measured seconds too."""
 
     url: str
     connections: int = 8
@@ -52,6 +53,7 @@ class Load:
     wrong: float = 0.0
     honour_retry_after: bool = False
     timeout: float = 30.0
+    slice: float = 0.0
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Result:
     wrong_answered: int = 0
     latency_ms: dict[str, float] = field(default_factory=dict)
     per_second: list[int] = field(default_factory=list)
+    slices: list[dict[str, float]] = field(default_factory=list)
     bytes: int = 0
     cpu_seconds: float = 0.0
     late_requests: int = 0
@@ -134,6 +137,7 @@ class Generator:
         self._idle: deque[_Connection] = deque()
         self._paused: list[_Connection] = []
         self._latencies = array("d")
+        self._ends = [0] * (math.ceil(load.seconds / load.slice) if load.slice else 0)
         self._statuses: Counter[int] = Counter()
         self._errors: Counter[str] = Counter()
         self._begin = self._end = 0.0
@@ -252,6 +256,8 @@ class Generator:
             result.all_breaches += body.breaches
             if counted:
                 self._latencies.append(now - connection.due)
+                if self._ends:
+                    self._ends[int((now - self._begin) / self._load.slice)] = len(self._latencies)
                 result.spans += body.spans
                 result.requests += 1
                 result.bytes += len(body.data)
@@ -362,18 +368,28 @@ class Generator:
 
     def _summed(self) -> Result:
         result = self.result
-        ordered = sorted(self._latencies)
-
-        def quantile(q: float) -> float:
-            return round(1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
-
-        if ordered:
-            quantiles = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-            result.latency_ms = {name: quantile(q) for name, q in quantiles.items()}
+        result.latency_ms = _quantiles(self._latencies)
+        first = 0
+        for number, end in enumerate(self._ends):
+            answers = self._latencies[first:end]
+            seconds = min(self._load.slice, self._load.seconds - number * self._load.slice)
+            result.slices.append({"seconds": seconds, "requests": len(answers)})
+            result.slices[-1] |= _quantiles(answers)
+            first = max(first, end)
         result.statuses = {str(status): n for status, n in sorted(self._statuses.items())}
         result.errors = dict(self._errors)
         result.sends_per_body = round(self._sends / len(self._bodies), 1)
         return result
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Milliseconds; nothing of nothing."""
+    ordered = sorted(seconds)
+    return {
+        name: round(1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
+        for name, q in {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}.items()
+        if ordered
+    }
 
 
 def _options() -> argparse.Namespace:
@@ -394,6 +410,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tenants", type=int, default=0)
     parser.add_argument("--wrong", type=float, default=0, help="fraction of wrong requests")
     parser.add_argument("--honour-retry-after", action="store_true")
+    parser.add_argument("--slice", type=float, default=0, help="seconds, of latencies by part")
     parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
     return parser.parse_args()
 
@@ -418,6 +435,7 @@ def main() -> None:
         tenants=options.tenants,
         wrong=options.wrong,
         honour_retry_after=options.honour_retry_after,
+        slice=options.slice,
     )
 
     def say(message: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from perf import report
@@ -67,14 +68,20 @@ def arguments(options: argparse.Namespace, spans: int, url: str) -> list[str]:
     return given
 
 
-def run_once(target: Service, generator: GeneratorProcess, options: argparse.Namespace) -> Json:
-    """One measurement on a service that is idle, and the checks after it."""
+def run_once(
+    target: Service,
+    generator: GeneratorProcess,
+    options: argparse.Namespace,
+    watch: Callable[[float], object] = time.sleep,
+) -> Json:
+    """One measurement on a service that is idle, and the checks after it. ``watch`` is called with
+    the seconds that the measurement takes and returns at their end."""
     before = target.metrics()
     cpu_before = target.cpu_seconds()
     generator.start()
     generator.wait_begin()
     cpu, began = target.cpu_seconds(), time.monotonic()
-    time.sleep(options.secs)
+    watch(options.secs)
     in_window, seconds = target.cpu_seconds() - cpu, time.monotonic() - began
     rss = target.rss()
     result = generator.wait_end()
@@ -243,8 +250,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def main() -> None:
-    options = parse()
+def main(given: list[str] | None = None) -> None:
+    options = parse(given)
     facts = report.machine()
     rows: dict[int, Json] = {}
     wrong: list[str] = []
@@ -255,9 +262,7 @@ def main() -> None:
     text = show(facts, options, rows)
     print(text)
     values = {"machine": facts, "options": vars(options), "rows": rows, "problems": wrong}
-    path = report.save(options.name, values)
-    path.with_suffix(".md").write_text(text + "\n")
-    print(f"\n{path.relative_to(report.ROOT)}")
+    report.say_saved(options.name, values, text)
     if wrong:
         sys.exit("\n".join(["FAILED:", *wrong]))
 

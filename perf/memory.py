@@ -1,7 +1,8 @@
-"""Memory: what tenants, rules and live spans hold, and that opening and closing leaves nothing.
+"""Memory: what tenants, rules and live spans hold, and that creating and deleting leaves nothing.
 
-``python -m perf.memory`` measures the resident memory of a process of its own for each case, after
-the kernels are loaded (requirement F).
+``python -m perf.memory`` creates and deletes tenants in the running service, and measures the
+resident memory of a process of its own for the other cases, after the kernels are loaded
+(requirement F).
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from perf import report
 from perf.engine import TENANT
+from perf.generator import TENANT_HEADER
+from perf.target import Service, service
 from perf.workload import Shape, make_bodies, rule_definitions
 from service.otlp.wire import scan_bodies
 from service.rules.compile import CompiledRules, compile_rules
 from service.rules.definition import make_rule
-from service.stages.evaluate import decide_due
 from service.storage.duck import DuckStore
 from service.storage.frames import Frame
 from service.storage.spanlog import SpanLog
-from service.traces.index import trace_table
 from service.traces.tenant import TenantTraces
 from service.warmup import warm_up
 
 SECOND = 1_000_000_000
 MB = 1e6
+TOGETHER = 200  # tenants of a cycle that live at the same time
+CYCLE_RULES = 5
 
 Json = dict[str, Any]
 
@@ -61,14 +65,6 @@ class _Tenants:
         traces.fold(batch, SECOND)
         self.open[tenant] = rules, traces
 
-    def end(self, tenant: str) -> None:
-        """Close it: its traces decided and stored, its file closed."""
-        _, traces = self.open.pop(tenant)
-        for due in traces.close_due(10 * SECOND, SECOND):
-            decided = decide_due(due, time.time_ns())
-            self._store.write(tenant, signals=decided.signals, traces=trace_table(due))
-        self._store.sweep()
-
 
 def _positions(given: list[int]) -> Any:
     import numpy as np
@@ -83,26 +79,60 @@ def _rss() -> float:
     return float(psutil.Process().memory_info().rss)
 
 
-def _body(spans: int) -> bytes:
-    return bytes(make_bodies(Shape(spans=spans, breaches=0.01), 1)[0].data)
+def _body(spans: int, rules: int = 100, breaches: float = 0.01) -> bytes:
+    return bytes(make_bodies(Shape(spans=spans, rules=rules, breaches=breaches), 1)[0].data)
 
 
-def cycles(directory: Path) -> Json:
-    """A tenant opened, used for 100 spans and closed, 1000 times."""
-    with ExitStack() as stack:
-        tenants = _Tenants(directory, 100, stack)
-        body = _body(100)
-        tenants.begin("warm-up", body, 100)
-        tenants.end("warm-up")
-        start = _rss()
-        steps = []
-        for i in range(1000):
-            name = f"tenant-{i:04d}"
-            tenants.begin(name, body, 100)
-            tenants.end(name)
-            if (i + 1) % 100 == 0:
-                steps.append(round((_rss() - start) / MB, 1))
-        return {"growth_mb": steps[-1], "growth_mb_by_100": steps, "floor_mb": 100}
+def cycles(count: int) -> Json:
+    """Through the running service: tenants created with rules, 100 spans sent to each, which are
+    decided and stored, and the tenants deleted with all their data, ``TOGETHER`` at a time. The
+    growth of the service's memory."""
+    body = _body(100, CYCLE_RULES, 0.5)
+    steps: list[float] = []
+    settings = {"traces__idle_seconds": "0.2"}
+    with (
+        service(rules=CYCLE_RULES, settings=settings) as target,
+        httpx.Client(timeout=90, trust_env=False) as client,
+    ):
+        for name in map("warm-up-{:04d}".format, range(TOGETHER)):
+            _create(client, target, name, body)
+            _delete(client, target, name)
+        start, signals = target.rss(), target.metrics()["signalsRaised"]
+        began = time.perf_counter()
+        for first in range(0, count, TOGETHER):
+            names = [f"cycle-{i:04d}" for i in range(first, min(count, first + TOGETHER))]
+            for name in names:
+                _create(client, target, name, body)
+            target.settle(0)
+            for name in names:
+                _delete(client, target, name)
+            steps.append(round((target.rss() - start) / MB, 1))
+        taken = time.perf_counter() - began
+        signals = target.metrics()["signalsRaised"] - signals
+    return {
+        "growth_mb": steps[-1],
+        "growth_mb_by_step": steps,
+        "cycles": count,
+        "signals": signals,
+        "ms_per_cycle": round(1000 * taken / count, 1),
+        "floor_mb": 100,
+    }
+
+
+def _create(client: httpx.Client, target: Service, name: str, body: bytes) -> None:
+    client.post(f"{target.api}/api/admin/tenants", json={"tenant": name}).raise_for_status()
+    for rule in rule_definitions(CYCLE_RULES):
+        url = f"{target.api}/api/v1/rules/{rule['id']}"
+        client.put(url, json=rule, headers={TENANT_HEADER: name}).raise_for_status()
+    headers = {"content-type": "application/x-protobuf", TENANT_HEADER: name}
+    client.post(f"{target.ingest}/v1/traces", content=body, headers=headers).raise_for_status()
+
+
+def _delete(client: httpx.Client, target: Service, name: str) -> None:
+    gone = client.delete(f"{target.api}/api/admin/tenants/{name}", params={"wait": 60})
+    gone.raise_for_status()
+    if gone.json()["state"] != "deleted":
+        raise TimeoutError(f"{name} was not deleted within a minute")
 
 
 def one_tenant(directory: Path) -> Json:
@@ -133,7 +163,6 @@ def many_tenants(directory: Path) -> Json:
 
 
 CASES: dict[str, Callable[[Path], Json]] = {
-    "1000 open/close cycles": cycles,
     "one tenant, 100 rules, 1000 live spans": one_tenant,
     "500 tenants, 50 rules and 100 live spans each": many_tenants,
 }
@@ -145,38 +174,56 @@ def _measure(name: str, queue: Any) -> None:
         queue.put(CASES[name](Path(d)))
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    facts = report.machine()
+def _apart(name: str) -> Json:
+    """A case in a process of its own."""
     context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure, args=(name, queue))
+    process.start()
+    found: Json = queue.get(timeout=600)
+    process.join()
+    return found
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cycles", type=int, default=1000, help="of creating and deleting")
+    parser.add_argument("--only", nargs="+", choices=["cycles", *CASES], default=["cycles", *CASES])
+    options = parser.parse_args(given)
+    facts = report.machine()
     found: Json = {}
-    for name in CASES:
-        queue = context.Queue()
-        process = context.Process(target=_measure, args=(name, queue))
-        process.start()
-        found[name] = queue.get(timeout=600)
-        process.join()
+    for name in options.only:
+        if name == "cycles":
+            title = f"{options.cycles} create/send/delete cycles of a tenant"
+            found[title] = cycles(options.cycles)
+        else:
+            found[name] = _apart(name)
     rows = []
     for name, values in found.items():
         floor = values["floor_mb"]
         verdict = "–" if floor is None else "reached" if values["growth_mb"] < floor else "MISSED"
         shown_floor = "–" if floor is None else f"< {floor} MB"
         rows.append((name, f"{values['growth_mb']} MB", shown_floor, verdict))
-    growth = ", ".join(str(mb) for mb in found["1000 open/close cycles"]["growth_mb_by_100"])
-    text = "\n".join(
-        [
-            f"Memory. {report.describe(facts)}.",
-            "Growth of resident memory over a process with the kernels loaded.",
-            "",
-            report.table(["", "growth", "floor", ""], rows),
-            "",
-            f"Growth after each 100 cycles, MB: {growth}.",
-        ]
-    )
+    lines = [
+        f"Memory. {report.describe(facts)}.",
+        "Growth of resident memory: of the running service for the cycles (after the first "
+        f"{TOGETHER}), else of a process of its own with the kernels loaded. In a cycle a tenant "
+        f"is created with {CYCLE_RULES} rules, 100 spans of it are decided and stored, and it is "
+        f"deleted with all its data; {TOGETHER} tenants live at a time.",
+        "",
+        report.table(["", "growth", "floor", ""], rows),
+    ]
+    for values in found.values():
+        if "growth_mb_by_step" in values:
+            growth = ", ".join(str(mb) for mb in values["growth_mb_by_step"])
+            lines += [
+                "",
+                f"Growth after each {TOGETHER} cycles, MB: {growth}; {values['ms_per_cycle']} ms a "
+                f"cycle; {values['signals']:,} signals were raised.",
+            ]
+    text = "\n".join(lines)
     print(text)
-    path = report.save("memory", {"machine": facts, "cases": found})
-    path.with_suffix(".md").write_text(text + "\n")
-    print(f"\n{path.relative_to(report.ROOT)}")
+    report.say_saved("memory", {"machine": facts, "cases": found}, text)
 
 
 if __name__ == "__main__":

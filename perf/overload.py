@@ -232,7 +232,7 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spans", type=int, default=100, help="a request")
     parser.add_argument("--secs", type=float, default=60)
@@ -241,16 +241,14 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=64, help="that offer the load")
     parser.add_argument("--rules", type=int, default=100)
     parser.add_argument("--name", default="overload", help="of the JSON file in perf/out")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     facts = report.machine()
     found = measure(options)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text, wrong = show(facts, options, found), problems(found)
     print(text)
     values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
-    path = report.save(options.name, values)
-    path.with_suffix(".md").write_text(text + "\n")
-    print(f"\n{path.relative_to(report.ROOT)}")
+    report.say_saved(options.name, values, text)
     if wrong:
         sys.exit("\n".join(["FAILED:", *wrong]))
 

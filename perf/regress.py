@@ -174,11 +174,11 @@ def speed(name: str, measure: Measure, reference: Reference) -> Json:
     }
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--accept", action="store_true", help="make this the new baseline")
     parser.add_argument("--only", nargs="+", metavar="FIGURE", help="these figures alone")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.accept and _slowdowns():
         sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
     known = BASELINE.exists()

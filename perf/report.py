@@ -122,6 +122,13 @@ def save(name: str, values: Json) -> Path:
     return path
 
 
+def say_saved(name: str, values: Json, text: str) -> None:
+    """Write the JSON and, for the report, its text; print where."""
+    path = save(name, values)
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{os.path.relpath(path, ROOT)}")
+
+
 def saved(name: str) -> Json | None:
     """What :func:`save` wrote last, None without it."""
     path = OUT / f"{name}.json"

@@ -1,0 +1,204 @@
+"""A steady load for minutes: is the last minute like the first?
+
+``python -m perf.soak`` offers 50 000 spans/s in an open loop for 5 minutes (requirement F) and
+compares rate, CPU a span and p99 of a request in the last slice with the first, and resident memory
+at their ends. Each second it also looks at the channels: what is in one on average, divided by what
+goes through it, is how long an item stays there (Little's law), being worked on included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from perf import load, report
+from perf.load import run_once
+from perf.target import GeneratorProcess, Service, service
+
+WITHIN = 0.1  # the last slice of the first
+LOOK_SECONDS = 1.0
+MOST_QUEUEING_MS = 10.0  # requirement B
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the service uses and what is in its channels, while the load runs."""
+
+    target: Service
+    slice: float
+    cpu: list[float] = field(default_factory=list)  # seconds, at the ends of slices
+    rss: list[int] = field(default_factory=list)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    done: dict[str, float] = field(default_factory=dict)  # units a second
+
+    def __call__(self, seconds: float) -> None:
+        """Look until the seconds are over."""
+        began = time.monotonic()
+        before = self.target.metrics()["stages"]
+        self._note()
+        next_slice = self.slice
+        while (gone := time.monotonic() - began) < seconds:
+            time.sleep(max(0.0, min(LOOK_SECONDS, next_slice - gone, seconds - gone)))
+            for queue in self.target.get("/api/performance/queue-stats")["queues"]:
+                self.sizes.setdefault(queue["name"], []).append(queue["currentSize"])
+            if time.monotonic() - began >= next_slice:
+                self._note()
+                next_slice += self.slice
+        if len(self.cpu) < round(seconds / self.slice) + 1:
+            self._note()
+        gone = time.monotonic() - began
+        after = self.target.metrics()["stages"]
+        for name, stage in after.items():
+            self.done[name] = (stage["unitsOut"] - before[name]["unitsOut"]) / gone
+
+    def _note(self) -> None:
+        self.cpu.append(self.target.cpu_seconds())
+        self.rss.append(self.target.rss())
+
+    def queueing_ms(self) -> dict[str, float]:
+        """How long an item is in each channel on average."""
+        return {
+            name: round(1000 * statistics.mean(sizes) / self.done[name], 2)
+            for name, sizes in self.sizes.items()
+            if self.done.get(name)
+        }
+
+
+def slices(run: Json, watch: Watch) -> list[Json]:
+    """What each slice was like."""
+    generated = run["generator"]
+    found = []
+    for number, part in enumerate(generated["slices"]):
+        if number + 1 >= len(watch.cpu):
+            break
+        spans = part["requests"] * generated["spans"] / max(1, generated["requests"])
+        used = watch.cpu[number + 1] - watch.cpu[number]
+        found.append(
+            {
+                "spans_per_second": round(spans / part["seconds"]),
+                "cpu_us_per_span": round(1e6 * used / max(1.0, spans), 3),
+                "p50_ms": part.get("p50", 0.0),
+                "p99_ms": part.get("p99", 0.0),
+                "rss_mb": round(watch.rss[number + 1] / 1e6, 1),
+            }
+        )
+    return found
+
+
+def judge(parts: list[Json]) -> Json:
+    """The last slice as a ratio to the first, and whether it is within what is allowed. More
+    throughput, and less of anything else, is no fault."""
+    first, last = parts[0], parts[-1]
+    ratios = {key: round(last[key] / first[key], 3) if first[key] else 1.0 for key in first}
+    good = {
+        key: ratio >= 1 - WITHIN if key == "spans_per_second" else ratio <= 1 + WITHIN
+        for key, ratio in ratios.items()
+    }
+    return {"ratio": ratios, "good": good}
+
+
+def measure(options: argparse.Namespace) -> tuple[Json, list[str]]:
+    """The run, its slices, and what is wrong with it."""
+    settings = {"traces__idle_seconds": str(options.idle)}
+    with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
+        watch = Watch(target, options.slice)
+        given = load.arguments(options, options.spans, target.ingest)
+        generator = GeneratorProcess([*given, "--slice", str(options.slice)])
+        try:
+            payload = generator.payload
+            run = run_once(target, generator, options, watch)
+        finally:
+            generator.stop()
+    parts = slices(run, watch)
+    found = {
+        "payload": payload,
+        "slices": parts,
+        "judged": judge(parts),
+        "queueing_ms": watch.queueing_ms(),
+        "run": run,
+    }
+    return found, load.problems(run, repeated_ids=False)
+
+
+def show(facts: Json, options: argparse.Namespace, found: Json, wrong: list[str]) -> str:
+    """The report as text."""
+    run, judged = found["run"], found["judged"]
+    titles = {
+        "spans_per_second": ("spans/s", 0),
+        "cpu_us_per_span": ("CPU, µs a span", 2),
+        "p50_ms": ("p50, ms", 1),
+        "p99_ms": ("p99, ms", 1),
+        "rss_mb": ("RSS at its end, MB", 0),
+    }
+    rows = [
+        [f"{number + 1}", *(f"{part[key]:,.{digits}f}" for key, (_, digits) in titles.items())]
+        for number, part in enumerate(found["slices"])
+    ]
+    rows.append(["last ÷ first", *(f"{judged['ratio'][key]:.2f}" for key in titles)])
+    rows.append(["within 10 %", *("yes" if judged["good"][key] else "**no**" for key in titles)])
+    queueing = ", ".join(f"{name} {ms:g}" for name, ms in found["queueing_ms"].items())
+    return "\n".join(
+        [
+            f"Soak. {report.describe(facts)}.",
+            f"{options.rate:,.0f} spans/s offered in an open loop for {options.secs:g} s after "
+            f"{options.warm_up:g} s of warm-up, {options.tenants} tenants, "
+            f"{options.connections} connections; "
+            f"the generator shares the cores and used {run['generator_cores']:.2f} of one, the "
+            f"service {run['service_cores']:.2f}.",
+            f"Payload: {report.describe_payload(found['payload'])}.",
+            "",
+            report.table(
+                [f"slice of {options.slice:g} s", *(title for title, _ in titles.values())], rows
+            ),
+            "",
+            f"Errors {run['error_rate']:.3%}; accepted / evaluated {run['accepted']:,} / "
+            f"{run['evaluated']:,}; breaches sent / signals {run['breaches_sent']:,} / "
+            f"{run['signals']:,}.",
+            f"Time in a channel on average, work on it included, ms: {queueing}.",
+            f"Checks failed: {'; '.join(wrong)}." if wrong else "All checks held.",
+        ]
+    )
+
+
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """The options; those of :mod:`perf.load` that the run needs have fixed values."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--secs", type=float, default=300)
+    parser.add_argument("--slice", type=float, default=60, help="seconds compared with each other")
+    parser.add_argument("--rate", type=float, default=50_000, help="spans/s")
+    parser.add_argument("--spans", type=int, default=100, help="a request")
+    parser.add_argument("--warm-up", type=float, default=30)
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--rules", type=int, default=100)
+    parser.add_argument("--tenants", type=int, default=10)
+    parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
+    options = parser.parse_args(given)
+    if options.secs < 2 * options.slice:
+        options.slice = options.secs / 5
+    vars(options).update(spans_per_trace=10, wrong=0.0, breaches=0.001, gzip=False, json=False)
+    return options
+
+
+def main(given: list[str] | None = None) -> None:
+    options = parse(given)
+    facts = report.machine()
+    found, wrong = measure(options)
+    text = show(facts, options, found, wrong)
+    print(text)
+    values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
+    report.say_saved("soak", values, text)
+    worse = [key for key, good in found["judged"]["good"].items() if not good]
+    if worse:
+        wrong.append(f"the last slice is not within {WITHIN:.0%} of the first: {', '.join(worse)}")
+    if wrong:
+        sys.exit("\n".join(["FAILED:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()
