@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from service.archive.cli import archive
+from service.commands import Failure
 from service.deadletters_cli import dead_letters
 from service.doctor_cli import doctor
 from service.replay_cli import replay
@@ -26,16 +27,6 @@ FOUND = 1
 COULD_NOT_RUN = 3
 
 ADDRESS = "HOST:PORT"
-
-
-class Failure(click.ClickException):
-    """What keeps a command from running: sentences, each with a remedy."""
-
-    exit_code = COULD_NOT_RUN
-
-    def show(self, file: Any = None) -> None:
-        for line in self.message.splitlines():
-            click.echo(f"betrace: {line}", err=True)
 
 
 class Commands(click.Group):

@@ -6,66 +6,8 @@ import json
 from typing import Any
 
 import click
-import httpx
 
-URL = "http://127.0.0.1:8090"
-TIMEOUT_SECONDS = 10.0
-PAGE = 1000
-
-
-class Unreachable(click.ClickException):
-    """The service did not do it; the message says why and what to do."""
-
-    exit_code = 3
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"betrace: {self.message}", err=True)
-
-
-class _Api:
-    """The administration of a running service."""
-
-    def __init__(self, url: str, token: str | None) -> None:
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS)
-        self._url = url
-
-    def ask(
-        self, method: str, path: str, params: dict[str, Any] | None = None
-    ) -> dict[str, Any] | None:
-        """The answer, None where there is no such letter. Raises :exc:`Unreachable`."""
-        used = {name: value for name, value in (params or {}).items() if value is not None}
-        try:
-            answer = self._client.request(method, f"/api/admin/dead-letters{path}", params=used)
-            body = answer.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise Unreachable(
-                f"there is no BeTrace service at {self._url} ({error}); start it with `betrace "
-                "serve`, or name it with --url"
-            ) from None
-        if answer.status_code == 404 and path:
-            return None
-        if answer.is_error:
-            told = body.get("error", {})
-            raise Unreachable(f"{told.get('message', answer.status_code)}; {told.get('hint', '')}")
-        found: dict[str, Any] = body
-        return found
-
-
-def _options(command: Any) -> Any:
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        click.option(
-            "--token",
-            envvar="BETRACE_AUTH__OPERATOR_TOKEN",
-            help="The operator token, where authentication is on.",
-        ),
-        click.option(
-            "--url", default=URL, envvar="BETRACE_URL", show_default=True, help="Of the API."
-        ),
-    ):
-        command = option(command)
-    return command
+from service.commands import PAGE, AdminApi, Failure, remote_options
 
 
 def _filters(command: Any) -> Any:
@@ -88,7 +30,7 @@ def dead_letters() -> None:
 @dead_letters.command("list")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True)
 @_filters
-@_options
+@remote_options
 def list_letters(
     limit: int, stage: str | None, tenant: str | None, url: str, token: str | None, as_json: bool
 ) -> None:
@@ -98,13 +40,13 @@ def list_letters(
     Example:
       betrace dead-letters list --stage rule-evaluation
     """
-    api = _Api(url, token)
+    api = _letters(url, token)
     found: list[dict[str, Any]] = []
     cursor: str | None = None
     while len(found) < limit:
         size = min(PAGE, limit - len(found))
-        asked = {"stage": stage, "tenant": tenant, "limit": size, "cursor": cursor}
-        page = api.ask("GET", "", asked) or {}
+        asked = _given(stage=stage, tenant=tenant, limit=size, cursor=cursor)
+        page = api.ask("GET", params=asked)
         found += page["deadLetters"]
         cursor = page["next"]
         if cursor is None:
@@ -138,7 +80,7 @@ def list_letters(
 
 @dead_letters.command("show")
 @click.argument("letter_id", metavar="ID", type=click.IntRange(1))
-@_options
+@remote_options
 def show_letter(letter_id: int, url: str, token: str | None, as_json: bool) -> None:
     """Show one dead letter: its error, its attempts and what is in it.
 
@@ -146,9 +88,9 @@ def show_letter(letter_id: int, url: str, token: str | None, as_json: bool) -> N
     Example:
       betrace dead-letters show 17
     """
-    letter = _Api(url, token).ask("GET", f"/{letter_id}")
+    letter = _letters(url, token).find("GET", f"/{letter_id}")
     if letter is None:
-        raise Unreachable(_missing(letter_id))
+        raise Failure(_missing(letter_id))
     if as_json:
         click.echo(json.dumps(letter, indent=2))
         return
@@ -163,7 +105,7 @@ def show_letter(letter_id: int, url: str, token: str | None, as_json: bool) -> N
 @click.argument("letter_ids", metavar="[ID]...", type=click.IntRange(1), nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that the filters let through.")
 @_filters
-@_options
+@remote_options
 def retry_letters(
     letter_ids: tuple[int, ...],
     everything: bool,
@@ -184,9 +126,9 @@ def retry_letters(
         raise click.UsageError("name the letters by their ids, or use --all")
     if letter_ids and (stage or tenant):
         raise click.UsageError("--stage and --tenant are for --all")
-    api = _Api(url, token)
+    api = _letters(url, token)
     if everything:
-        answer = api.ask("POST", "/retry", {"stage": stage, "tenant": tenant}) or {}
+        answer = api.ask("POST", "/retry", params=_given(stage=stage, tenant=tenant))
         _report(answer.get("retried", 0), [], "will be tried again", as_json)
     else:
         _each(api, letter_ids, "retry", "will be tried again", as_json)
@@ -194,7 +136,7 @@ def retry_letters(
 
 @dead_letters.command("discard")
 @click.argument("letter_ids", metavar="ID...", type=click.IntRange(1), nargs=-1, required=True)
-@_options
+@remote_options
 def discard_letters(
     letter_ids: tuple[int, ...], url: str, token: str | None, as_json: bool
 ) -> None:
@@ -204,11 +146,21 @@ def discard_letters(
     Example:
       betrace dead-letters discard 17
     """
-    _each(_Api(url, token), letter_ids, "discard", "discarded", as_json)
+    _each(_letters(url, token), letter_ids, "discard", "discarded", as_json)
 
 
-def _each(api: _Api, letter_ids: tuple[int, ...], action: str, done: str, as_json: bool) -> None:
-    missing = [each for each in letter_ids if api.ask("POST", f"/{each}/{action}") is None]
+def _letters(url: str, token: str | None) -> AdminApi:
+    return AdminApi(url, token, "/dead-letters")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _each(
+    api: AdminApi, letter_ids: tuple[int, ...], action: str, done: str, as_json: bool
+) -> None:
+    missing = [each for each in letter_ids if api.find("POST", f"/{each}/{action}") is None]
     _report(len(letter_ids) - len(missing), missing, done, as_json)
     if missing:
         raise click.exceptions.Exit(1)

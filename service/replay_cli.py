@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from service.commands import Failure
+
 if TYPE_CHECKING:
     from service.record import SignalLedger
     from service.replaylog import Replay
@@ -26,16 +28,6 @@ if TYPE_CHECKING:
 FOUND = 1
 _REPORT_SECONDS = 1.0
 _DAY_CHARACTERS = len("2025-01-31")
-
-
-class _Unable(click.ClickException):
-    """What keeps the command from running, with a remedy."""
-
-    exit_code = 3
-
-    def show(self, file: object = None) -> None:
-        for line in self.message.splitlines():
-            click.echo(f"betrace: {line}", err=True)
 
 
 class _Time(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -132,7 +124,7 @@ def replay(
     given = {} if data is None else {"storage.path": data}
     settings = load(config, given)
     if not settings.storage.path.is_dir():
-        raise _Unable(
+        raise Failure(
             f"there is no data in {settings.storage.path}; name its directory with --data"
         )
     now = time.time_ns()
@@ -158,7 +150,7 @@ def _rules(path: Path | None) -> CompiledRules | None:
     try:
         rules = tuple(load_file(path))
     except RuleFileError as error:
-        raise _Unable(f"{error}\nput the rules right; `betrace rules check` says more") from None
+        raise Failure(f"{error}\nput the rules right; `betrace rules check` says more") from None
     return compile_rules(rules, rules_version(rules))
 
 
@@ -192,7 +184,7 @@ class _Run:
         try:
             self._log: SpanLog = stack.enter_context(SpanLog(data, read_only=dry_run))
         except LockedError as error:
-            raise _Unable(
+            raise Failure(
                 f"signals cannot be recorded while the service runs ({error}); "
                 "stop it, or only look with --dry-run"
             ) from None
@@ -211,7 +203,7 @@ class _Run:
         """Whose log is read."""
         known = self._log.tenants()
         if wanted is not None and wanted not in known:
-            raise _Unable(
+            raise Failure(
                 f"the tenant {wanted} has no spans; there are: {', '.join(known) or 'none'}"
             )
         return known if wanted is None else [wanted]

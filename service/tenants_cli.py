@@ -10,50 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 import click
-import httpx
 
+from service.commands import PAGE, AdminApi, Failure, remote_options
 from service.tenants import TENANT_RULE, is_tenant_name
 
-URL = "http://127.0.0.1:8090"
 TIMEOUT_SECONDS = 75.0  # more than the service waits for a deletion
-PAGE = 1000
 MAX_QUOTA = 1_000_000_000
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 MOST_SECONDS = 3660 * 86_400
-
-
-class Refused(click.ClickException):
-    """The service did not do it; the message says why and what to do."""
-
-    exit_code = 3
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"betrace: {self.message}", err=True)
-
-
-class _Api:
-    """The administration of tenants of a running service."""
-
-    def __init__(self, url: str, token: str | None) -> None:
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS)
-        self._url = url
-
-    def ask(self, method: str, path: str = "", **more: Any) -> dict[str, Any]:
-        """The answer. Raises :exc:`Refused`."""
-        try:
-            answer = self._client.request(method, f"/api/admin/tenants{path}", **more)
-            body = answer.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise Refused(
-                f"there is no BeTrace service at {self._url} ({error}); start it with `betrace "
-                "serve`, or name it with --url"
-            ) from None
-        if answer.is_error:
-            told = body.get("error", {})
-            raise Refused(f"{told.get('message', answer.status_code)}; {told.get('hint', '')}")
-        found: dict[str, Any] = body
-        return found
 
 
 class _Name(click.ParamType[str]):
@@ -83,23 +47,8 @@ class _Duration(click.ParamType[int]):
 _tenant = click.argument("tenant", type=_Name())
 
 
-def _as_json(command: Any) -> Any:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
-def _options(command: Any) -> Any:
-    for option in (
-        click.option(
-            "--token",
-            envvar="BETRACE_AUTH__OPERATOR_TOKEN",
-            help="The operator token, where authentication is on.",
-        ),
-        click.option(
-            "--url", default=URL, envvar="BETRACE_URL", show_default=True, help="Of the API."
-        ),
-    ):
-        command = option(command)
-    return _as_json(command)
+def _tenants(url: str, token: str | None) -> AdminApi:
+    return AdminApi(url, token, "/tenants", TIMEOUT_SECONDS)
 
 
 def _key_option(meaning: str) -> Any:
@@ -124,7 +73,7 @@ def tenants() -> None:
 
 
 @tenants.command("list")
-@_options
+@remote_options
 def list_tenants(url: str, token: str | None, as_json: bool) -> None:
     """List the tenants. Implicit ones were never created, and have sent spans all the same.
 
@@ -132,7 +81,7 @@ def list_tenants(url: str, token: str | None, as_json: bool) -> None:
     Example:
       betrace tenants list
     """
-    api = _Api(url, token)
+    api = _tenants(url, token)
     found: list[dict[str, Any]] = []
     asked: dict[str, Any] = {"limit": PAGE}
     while True:
@@ -170,7 +119,7 @@ def _quota(quota: int | None) -> str:
 @click.option("--quota", type=click.IntRange(0, MAX_QUOTA), help="Spans a second; 0 is no limit.")
 @_key_option("Where its new private key is written")
 @click.option("--no-key", is_flag=True, help="Make no key: it cannot make tokens yet.")
-@_options
+@remote_options
 def create(
     tenant: str,
     quota: int | None,
@@ -189,7 +138,7 @@ def create(
     """
     body: dict[str, Any] = {"tenant": tenant} | ({} if quota is None else {"quota": quota})
     path = None if no_key else key_file or Path(f"{tenant}.pem")
-    api = _Api(url, token)
+    api = _tenants(url, token)
     if path is not None:
         body["publicKey"] = _new_key(path)
     _kept(path, lambda: api.ask("POST", json=body))
@@ -204,7 +153,7 @@ def create(
 @tenants.command("delete")
 @_tenant
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@_options
+@remote_options
 def delete(tenant: str, yes: bool, url: str, token: str | None, as_json: bool) -> None:
     """Delete a tenant with all its data: spans, traces, signals, rules, dead letters, keys.
 
@@ -217,7 +166,7 @@ def delete(tenant: str, yes: bool, url: str, token: str | None, as_json: bool) -
     """
     if not yes:
         click.confirm(f"Delete the tenant {tenant} with all its data, for good?", abort=True)
-    answer = _Api(url, token).ask("DELETE", f"/{tenant}", params={"wait": 60})
+    answer = _tenants(url, token).ask("DELETE", f"/{tenant}", params={"wait": 60})
     _said(
         as_json,
         answer,
@@ -237,7 +186,7 @@ def delete(tenant: str, yes: bool, url: str, token: str | None, as_json: bool) -
     show_default=True,
     help="The tokens of the keys before count so much longer, as 90s, 30m, 12h or 7d.",
 )
-@_options
+@remote_options
 def rotate_key(
     tenant: str,
     key_file: Path | None,
@@ -253,7 +202,7 @@ def rotate_key(
       betrace tenants rotate-key acme --key acme-2.pem
     """
     path = key_file or Path(f"{tenant}.pem")
-    api = _Api(url, token)
+    api = _tenants(url, token)
     body = {"publicKey": _new_key(path), "graceSeconds": grace}
     changed = _kept(path, lambda: api.ask("POST", f"/{tenant}/keys", json=body))
     _said(
@@ -266,7 +215,7 @@ def rotate_key(
 @tenants.command("revoke-key")
 @_tenant
 @click.argument("kid")
-@_options
+@remote_options
 def revoke_key(tenant: str, kid: str, url: str, token: str | None, as_json: bool) -> None:
     """Revoke a key by its name (see `betrace tenants list`): its tokens do not count any more.
 
@@ -274,14 +223,14 @@ def revoke_key(tenant: str, kid: str, url: str, token: str | None, as_json: bool
     Example:
       betrace tenants revoke-key acme kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k
     """
-    changed = _Api(url, token).ask("DELETE", f"/{tenant}/keys/{quote(kid, safe='')}")
+    changed = _tenants(url, token).ask("DELETE", f"/{tenant}/keys/{quote(kid, safe='')}")
     _said(as_json, changed, f"the key {kid} is revoked")
 
 
 @tenants.command("quota")
 @_tenant
 @click.argument("spans_per_second", metavar="SPANS|default")
-@_options
+@remote_options
 def set_quota(
     tenant: str, spans_per_second: str, url: str, token: str | None, as_json: bool
 ) -> None:
@@ -298,7 +247,7 @@ def set_quota(
         if not (text.isascii() and text.isdigit() and len(text) < 12 and int(text) <= MAX_QUOTA):
             raise click.UsageError(f"the quota is 0 to {MAX_QUOTA}, or `default`")
         body["spansPerSecond"] = int(text)
-    changed = _Api(url, token).ask("PUT", f"/{tenant}/quota", json=body)
+    changed = _tenants(url, token).ask("PUT", f"/{tenant}/quota", json=body)
     _said(as_json, changed, f"the quota of {tenant}: {_quota(changed['quota'])}")
 
 
@@ -313,7 +262,7 @@ def set_quota(
     show_default=True,
     help="How long it counts, as 90s, 30m, 12h or 365d.",
 )
-@_as_json
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def make_token(tenant: str, key_file: Path | None, lifetime: int, as_json: bool) -> None:
     """Make a token of a tenant's private key, and print what to give to its exporters. The service
     is not asked.
@@ -352,7 +301,7 @@ def _new_key(path: Path) -> str:
     try:
         tokens.write_private_key(path, key)
     except FileExistsError:
-        raise Refused(f"{path} exists; name another file with --key") from None
+        raise Failure(f"{path} exists; name another file with --key") from None
     return tokens.public_pem(key)
 
 
@@ -360,7 +309,7 @@ def _kept(path: Path | None, ask: Any) -> dict[str, Any]:
     """Do not leave a key behind that the service does not know."""
     try:
         answer: dict[str, Any] = ask()
-    except Refused:
+    except Failure:
         if path is not None:
             path.unlink(missing_ok=True)
         raise

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from service.commands import Failure
+
 FOUND = 1
 COULD_NOT = 3
 
@@ -55,7 +57,7 @@ def archive(
     settings = load(config, {name: value for name, value in given.items() if value is not None})
     path = settings.storage.path
     if not path.is_dir():
-        _give_up(f"there is no data in {path}; name its directory with --data")
+        raise Failure(f"there is no data in {path}; name its directory with --data")
     until = before.date() if before else today()
     if until > today():
         raise click.UsageError("--before must not be after today: the day is not over")
@@ -66,7 +68,7 @@ def archive(
     with log:
         if tenant is not None and tenant not in log.tenants():
             known = ", ".join(log.tenants()) or "none"
-            _give_up(f"the tenant {tenant} has no spans; there are: {known}")
+            raise Failure(f"the tenant {tenant} has no spans; there are: {known}")
         tenants = None if tenant is None else [tenant]
         keeper = Keeper(
             log,
@@ -95,8 +97,3 @@ def archive(
     for failure in done.failures:
         click.echo(f"betrace: {failure}", err=True)
     sys.exit(COULD_NOT if done.failures else FOUND if done.damaged else 0)
-
-
-def _give_up(message: str) -> None:
-    click.echo(f"betrace: {message}", err=True)
-    sys.exit(COULD_NOT)

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from service import tenants_cli
+from service import commands
 from service.cli import cli
 from service.tenancy.tokens import claimed, key_id, public_pem, read_private_key, verify
 
@@ -37,7 +37,7 @@ def service(monkeypatch, tmp_path):
     real = httpx.Client
     transport = httpx.MockTransport(answer)
     monkeypatch.setattr(
-        tenants_cli.httpx, "Client", lambda **options: real(transport=transport, **options)
+        commands.httpx, "Client", lambda **options: real(transport=transport, **options)
     )
     return scripted
 
