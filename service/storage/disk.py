@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from service.storage.filesystem import sync_filesystem
+
 Buffer = bytes | bytearray | memoryview
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -19,6 +21,7 @@ class Disk:
     write: Callable[[int, Sequence[Buffer], int], int] = os.pwritev
     truncate: Callable[[int, int], None] = os.ftruncate
     sync: Callable[[int], None] = os.fdatasync
+    sync_filesystem: Callable[[int], None] = sync_filesystem
 
     def write_all(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all bytes of ``buffers`` from ``offset`` on, in as few calls as the system takes.

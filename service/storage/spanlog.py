@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from types import TracebackType
 from service.storage.disk import Disk
 from service.storage.frames import Frame, Skipped, pack_position, unpack_position
 from service.storage.lockfile import LockedError, LockFile
+from service.storage.logsync import LogSyncer
 from service.storage.openfiles import OpenFiles
 from service.storage.paths import tenant_directory, tenants_with, write_atomically
 from service.storage.tenantlog import (
@@ -54,7 +54,6 @@ LOCK_FILE = "log.lock"
 """In the data directory; who has it locked owns the log, and with it the directory."""
 _FLOOR = "log.floor"
 _SKIPPED_KEPT = 1000
-_SYNC_THREADS = 4
 
 
 class LogSyncError(OSError):
@@ -127,11 +126,11 @@ class SpanLog:
         self._write_failures = self._sync_failures = self._skips = 0
         self._last_sync = 0.0
         self._owner: LockFile | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._syncer: LogSyncer | None = None
         if not read_only:
             directory.mkdir(parents=True, exist_ok=True)
             self._owner = LockFile(directory / LOCK_FILE)
-            self._threads = ThreadPoolExecutor(_SYNC_THREADS, "span-log-sync")
+            self._syncer = LogSyncer(directory, self._disk)
             for tenant in tenants_with(directory, _DELETED):
                 shutil.rmtree(tenant_directory(directory, tenant) / _DELETED)
         floor = directory / _FLOOR
@@ -204,8 +203,8 @@ class SpanLog:
 
     def sync(self, tenants: Iterable[str] | None = None) -> int:
         """Make durable what was appended to ``tenants`` (all without) before the call; returns how
-        many bytes that were. Several tenants are synced at once. Raises :exc:`LogSyncError`
-        after all were tried."""
+        many bytes that were. Several tenants are synced at once (:class:`LogSyncer`). Raises
+        :exc:`LogSyncError` after all were tried."""
         self._own()
         with self._lock:
             logs = (
@@ -219,12 +218,9 @@ class SpanLog:
             logs = [log for log in logs if log.dirty]
             if not logs:
                 return 0
-            assert self._threads is not None
+            assert self._syncer is not None
             start = time.perf_counter()
-            if len(logs) == 1:
-                results = [_sync(logs[0])]
-            else:
-                results = list(self._threads.map(_sync, logs))
+            results = self._syncer.sync(logs)
             self._last_sync = time.perf_counter() - start
         failed = [
             (log.tenant, result)
@@ -358,8 +354,8 @@ class SpanLog:
             try:
                 self.sync()
             finally:
-                assert self._threads is not None
-                self._threads.shutdown()
+                assert self._syncer is not None
+                self._syncer.close()
                 self._owner.release()
                 self._owner = None
         self._files.close()
@@ -374,10 +370,3 @@ class SpanLog:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _sync(log: TenantLog) -> int | OSError:
-    try:
-        return log.sync()
-    except OSError as error:
-        return error

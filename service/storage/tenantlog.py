@@ -71,6 +71,16 @@ class _Part:
     buffers: list[Buffer] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Dirty:
+    """What one sync makes durable."""
+
+    files: list[Path]
+    directories: list[Path]
+    bytes: int
+    written: int  # the position after the last frame
+
+
 class TenantLog:
     """The segments of one tenant. Thread-safe; appends exclude each other, reads don't.
 
@@ -91,6 +101,7 @@ class TenantLog:
         self.tenant = tenant
         self.lock = threading.Lock()
         self.gone = False  # deleted: ask for another
+        self.recovered = False  # whether some of what is to be synced was written before the start
         self.unsynced = 0
         self.written = 0
         self.synced = 0
@@ -181,6 +192,7 @@ class TenantLog:
             if now - file.stat().st_mtime < _UNCERTAIN_SECONDS:
                 self._dirty[each] = file
                 self._dirty_directories[file.parent] = None
+        self.recovered = bool(self._dirty)
         if not self._dirty:
             self.synced = self.written
         try:
@@ -298,27 +310,47 @@ class TenantLog:
             self._limits[part.number] = part.start
             self._current = None
 
-    def sync(self) -> int:
-        """Make durable what was written; the number of bytes. :exc:`OSError` where the disk
-        fails: then the segment takes no more frames, for what it holds is uncertain."""
+    def take_dirty(self) -> Dirty:
+        """What a sync has to do, of which the caller must then tell :meth:`sync_files` or
+        :meth:`settle`."""
         with self.lock:
-            dirty, self._dirty = self._dirty, {}
-            directories, self._dirty_directories = self._dirty_directories, {}
-            size, self.unsynced = self.unsynced, 0
-            written = self.written
+            taken = Dirty(
+                list(self._dirty.values()),
+                list(self._dirty_directories),
+                self.unsynced,
+                self.written,
+            )
+            self._dirty, self._dirty_directories, self.unsynced = {}, {}, 0
+            self.recovered = False
+        return taken
+
+    def sync_files(self, dirty: Dirty) -> int:
+        """Make it durable, one file after the other; the number of bytes. :exc:`OSError` where the
+        disk fails: then the segment takes no more frames, for what it holds is uncertain."""
         try:
-            for path in dirty.values():
+            for path in dirty.files:
                 self._sync_file(path)
-            for directory in directories:
+            for directory in dirty.directories:
                 with suppress(FileNotFoundError):
                     sync_directory(directory)
         except OSError:
             with self.lock:
                 self._current = None
-                self._dirty_directories |= directories
+                self._dirty_directories |= dict.fromkeys(dirty.directories)
             raise
-        self.synced = max(self.synced, written)
-        return size
+        return self.settle(dirty)
+
+    def settle(self, dirty: Dirty) -> int:
+        """It is durable; the number of bytes."""
+        self.synced = max(self.synced, dirty.written)
+        return dirty.bytes
+
+    def on_device(self, device: int) -> bool:
+        """Whether the log lies on the filesystem of this number (``st_dev``)."""
+        try:
+            return self._directory.stat().st_dev == device
+        except FileNotFoundError:  # deleted meanwhile
+            return False
 
     def _sync_file(self, path: Path) -> None:
         try:
