@@ -130,6 +130,10 @@ class BetraceApp(App[int]):
         panel.focus_first()
         self.load(panel)
 
+    def show_panel(self, name: str) -> None:
+        """Show the panel of a class of this name."""
+        self.action_panel([panel.__name__ for panel in PANELS].index(name) + 1)
+
     def load(self, panel: Panel | None = None) -> None:
         """Have a panel (the visible one) read what it shows besides the state."""
         self.start(partial(self._load, panel or self.panel), "load")

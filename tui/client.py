@@ -258,6 +258,9 @@ class Client:
     async def trace(self, trace_id: str) -> Json:
         return await self.get(f"/api/v1/traces/{segment(trace_id)}")
 
+    async def rule(self, rule_id: str) -> Json:
+        return await self.get(f"/api/v1/rules/{segment(rule_id)}")
+
     async def check_condition(self, condition: str) -> list[Json]:
         """The errors of a rule's condition."""
         answer = await self.post("/api/v1/rules/validate", {"condition": condition})

@@ -245,7 +245,8 @@ class State:
     """The last snapshot, and histories of `HISTORY` points that end with it.
 
     The histories (see :meth:`history`) and :meth:`rate` go by name: ``accepted``, ``signals``,
-    ``refused`` (a second), ``end_to_end_p99`` (milliseconds), and for each stage ``<name>.in``,
+    ``refused`` (a second), ``end_to_end_p99`` (milliseconds), ``memory`` (bytes), ``cpu`` (cores),
+    and for each stage ``<name>.in``,
     ``<name>.out`` (a second) and ``<name>.fill`` (per cent), for each cache ``<name>.hit_rate``
     (0 to 1, of the requests since the snapshot before; no point without requests), for each
     breaker ``<name>.failure_rate``.
@@ -290,6 +291,9 @@ def _points(before: Snapshot, now: Snapshot, seconds: float) -> Iterable[tuple[s
         return max(0.0, new - old) / seconds
 
     yield "accepted", per_second(now.accepted, before.accepted)
+    memory, used = _memory_and_cpu(now)
+    yield "memory", memory
+    yield "cpu", per_second(used, _memory_and_cpu(before)[1])
     yield "signals", per_second(now.signals, before.signals)
     yield "refused", per_second(sum(now.refused.values()), sum(before.refused.values()))
     if now.end_to_end_p99 is not None:
@@ -311,6 +315,14 @@ def _points(before: Snapshot, now: Snapshot, seconds: float) -> Iterable[tuple[s
     for breaker in now.breakers:
         if breaker.failure_rate is not None:
             yield f"{breaker.name}.failure_rate", breaker.failure_rate
+
+
+def _memory_and_cpu(snapshot: Snapshot) -> tuple[float, float]:
+    """Bytes in memory, and seconds of CPU since the start."""
+    system = _dict(snapshot.raw.get("system"))
+    cpu = _dict(system.get("cpu"))
+    used = sum(_float(cpu.get(name)) or 0.0 for name in ("userSeconds", "systemSeconds"))
+    return _float(_dict(system.get("memory")).get("rssBytes")) or 0.0, used
 
 
 def _dict(value: Any) -> Json:

@@ -139,9 +139,10 @@ class Detail(ModalScreen[None]):
         self.show(cast("BetraceApp", self.app).state)
 
     def show(self, state: State) -> None:
-        """Draw the state; the application calls it with each one."""
+        """Draw the state; the application calls it with each one, also before the screen is up."""
         gone = Content("this is no longer there")
-        self.query_one(Live).draw(lambda width: self._render_body(state, width) or gone)
+        for body in self.query(Live):
+            body.draw(lambda width: self._render_body(state, width) or gone)
 
     def action_scroll(self, where: str) -> None:
         scroll = self.query_one(VerticalScroll)

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 from textual.pilot import Pilot
 
+from tests.tui import records
 from tui.app import BetraceApp
 from tui.client import Client
 from tui.state import parse
@@ -41,6 +42,9 @@ STAGES = (
     ("storage-write", "rows", 10_000, 2),
     ("projection", "rows", 40_000, 2),
 )
+
+_READING = ("/api/v1/rules/validate", "/api/v1/rules/test")
+"""What is posted there changes nothing."""
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response] | httpx.Response]
 
@@ -213,6 +217,8 @@ class FakeApi:
         self.streaming = True
         self.routes: dict[tuple[str, str], Any] = {}
         self.streams: set[asyncio.Queue[bytes | None]] = set()
+        self.tails: set[asyncio.Queue[bytes | None]] = set()
+        """Streams of signals."""
 
     # For tests
 
@@ -227,14 +233,27 @@ class FakeApi:
     def go_away(self) -> None:
         """End all connections and take no more."""
         self.down = True
-        for stream in self.streams:
+        for stream in self.streams | self.tails:
             stream.put_nowait(None)
+
+    def raise_signal(self, signal: dict[str, Any]) -> None:
+        """Send a signal on the streams of signals."""
+        text = f"id: {signal['id']}\nevent: signal\ndata: {json.dumps(signal)}\n\n".encode()
+        for stream in self.tails:
+            stream.put_nowait(text)
 
     def posted(self) -> list[str]:
         """What was changed: paths with their queries."""
         return [
-            request.url.raw_path.decode() for request in self.requests if request.method != "GET"
+            request.url.raw_path.decode()
+            for request in self.requests
+            if request.method != "GET" and request.url.path not in _READING
         ]
+
+    def sent(self, path: str) -> dict[str, Any]:
+        """The last body that was sent there."""
+        last = [each for each in self.requests if each.url.path == path and each.content][-1]
+        return dict(json.loads(last.content))
 
     def app(self, read_only: bool = False, history: int = 30) -> BetraceApp:
         """The application, with a history of so many seconds."""
@@ -269,11 +288,15 @@ class FakeApi:
 
     def _answer(self, method: str, path: str) -> Any:
         data = self.data
+        if method == "GET" and path == "/api/v1/signals/stream":
+            return httpx.Response(200, content=self._stream(self.tails))
+        if (found := records.answer(method, path)) is not None:
+            return found
         if method == "GET":
             if path == "/api/performance/stream":
                 if not self.streaming:
                     return refusal(503, "16 streams are open already", "close one")
-                return httpx.Response(200, content=self._stream())
+                return httpx.Response(200, content=self._stream(self.streams))
             return {
                 "/api/performance/metrics": data["metrics"],
                 "/api/performance/queue-stats": {"queues": data["queues"]},
@@ -304,15 +327,15 @@ class FakeApi:
             return {"tenants": 2, "loaded": 3, "failed": 1, "seconds": 0.1}
         return None
 
-    async def _stream(self) -> AsyncIterator[bytes]:
+    async def _stream(self, streams: set[asyncio.Queue[bytes | None]]) -> AsyncIterator[bytes]:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.streams.add(queue)
+        streams.add(queue)
         try:
             yield b": connected\n\n"
             while (part := await queue.get()) is not None:
                 yield part
         finally:
-            self.streams.discard(queue)
+            streams.discard(queue)
         raise httpx.ReadError("connection reset")
 
 

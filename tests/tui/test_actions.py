@@ -32,6 +32,20 @@ ACTIONS = [
         "what active tenants need",
         "2 tenants loaded, 1 failed",
     ),
+    ("6", "X", "/api/v1/rules/fraud-check", "enabled → disabled", "fraud-check is disabled"),
+    ("6", "D", "/api/v1/rules/fraud-check", "rule: version 566b9383915a782e → none", "is deleted"),
+    (
+        "7",
+        "R",
+        "/api/admin/dead-letters/1/retry",
+        "1 letters with 3 items: kept → given to",
+        "1 will be",
+    ),
+    ("7", "D", "/api/admin/dead-letters/1/discard", "items: kept → deleted", "1 discarded"),
+    ("7", "A", "/api/admin/dead-letters/retry", "letters: 3 kept → given to", "3 will be tried"),
+    ("8", "D", "/api/admin/tenants/acme?wait=10", "active → deleted", "acme is deleted"),
+    ("9", "C", "/api/admin/checkpoint", "age of the checkpoint: 20 s → 0 s", "1.1 MiB"),
+    ("9", "F", "/api/admin/fallback/replay", "local files: 42 → written back", "written back"),
 ]
 
 
@@ -77,7 +91,8 @@ async def test_what_is_cancelled_is_not_done(pilot, api):
 @piloted(read_only=True)
 async def test_read_only_does_nothing(pilot, api):
     app = pilot.app
-    for number, key, *_ in (*ACTIONS, ("4", "T")):
+    others = [("4", "T"), ("6", "E"), ("6", "A"), *(("8", key) for key in "CUKV")]
+    for number, key, *_ in (*ACTIONS, *others):
         await pilot.press(number, key)
         await pilot.pause()
         assert len(app.screen_stack) == 1

@@ -5,9 +5,13 @@ from __future__ import annotations
 from tui.panel import Panel
 from tui.panels.breakers import BreakersPanel
 from tui.panels.caches import CachesPanel
+from tui.panels.deadletters import DeadLettersPanel
 from tui.panels.overview import Overview
 from tui.panels.pipeline import PipelinePanel
+from tui.panels.rules import RulesPanel
 from tui.panels.signals import SignalsPanel
+from tui.panels.system import SystemPanel
+from tui.panels.tenants import TenantsPanel
 
 PANELS: tuple[type[Panel], ...] = (
     Overview,
@@ -15,4 +19,8 @@ PANELS: tuple[type[Panel], ...] = (
     BreakersPanel,
     CachesPanel,
     SignalsPanel,
+    RulesPanel,
+    DeadLettersPanel,
+    TenantsPanel,
+    SystemPanel,
 )

@@ -1,0 +1,219 @@
+"""Dead letters, tenants and the system: what is shown, marked, asked and done."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tui.fake import T0, piloted, refusal, screen_text, toasts, until
+from tui.changes import Ask, Confirm
+from tui.panels.deadletters import retry_text
+from tui.panels.tenants import check_key, quota_text
+from tui.pick import Pick
+from tui.widgets import Detail
+
+PUBLIC = "-----BEGIN PUBLIC KEY-----\nMCow\n-----END PUBLIC KEY-----\n"
+
+
+@piloted()
+async def test_a_letter_is_opened_with_its_payload(pilot, api):
+    await pilot.press("7")
+    await until(lambda: "✖ 3 dead letters" in screen_text(pilot.app))
+    assert "in 50 s" in screen_text(pilot.app)
+    assert "when told" in screen_text(pilot.app)
+    await pilot.press("enter")
+    await until(lambda: isinstance(pilot.app.screen, Detail))
+    await pilot.press("G")
+    await until(lambda: '"fraud-check"' in screen_text(pilot.app))
+    await pilot.press("escape")
+
+
+@piloted()
+async def test_marked_letters_are_retried_and_those_that_are_gone_are_told(pilot, api):
+    app = pilot.app
+    api.routes["POST", "/api/admin/dead-letters/2/retry"] = refusal(404, "no such letter", "")
+    await pilot.press("7")
+    await until(lambda: "3 dead letters" in screen_text(app))
+    await pilot.press("x", "x")
+    assert "✚ 2 marked" in screen_text(app)
+    await pilot.press("R")
+    await until(lambda: isinstance(app.screen, Confirm))
+    await pilot.pause()
+    assert "Retry 2 dead letters?" in screen_text(app)
+    assert "2 letters with 6 items: kept → given to their stages" in screen_text(app)
+    await pilot.press("y")
+    await until(lambda: bool(toasts(app)))
+    assert toasts(app)[0][1] == "1 will be tried again, 1 were no longer there"
+    assert api.posted() == [f"/api/admin/dead-letters/{n}/retry" for n in (1, 2)]
+    await until(lambda: "marked" not in screen_text(app).splitlines()[2])
+
+
+@piloted()
+async def test_all_are_marked_or_none(pilot, api):
+    await pilot.press("7")
+    await until(lambda: "3 dead letters" in screen_text(pilot.app))
+    await pilot.press("X")
+    assert "✚ 3 marked" in screen_text(pilot.app)
+    await pilot.press("X")
+    assert "✚" not in screen_text(pilot.app)
+
+
+@piloted()
+async def test_a_refusal_on_the_way_says_how_far_it_came(pilot, api):
+    api.routes["POST", "/api/admin/dead-letters/2/discard"] = refusal(503, "no room", "make some")
+    await pilot.press("7")
+    await until(lambda: "3 dead letters" in screen_text(pilot.app))
+    await pilot.press("X", "D")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✖ refused", "after 1 of 3: no room; make some")]
+
+
+@piloted()
+async def test_the_list_is_read_again_by_itself(pilot, api):
+    await pilot.press("7")
+    await until(lambda: "3 dead letters" in screen_text(pilot.app))
+    await until(lambda: pilot.app.panel.loaded_at < 1e12)
+    api.routes["GET", "/api/admin/dead-letters"] = {"deadLetters": [], "next": None}
+    api.publish(after=6.0)
+    await until(lambda: "no dead letters: nothing failed for good" in screen_text(pilot.app))
+    await pilot.press("x", "R", "D", "enter")  # nothing to do it to
+    assert len(pilot.app.screen_stack) == 1
+
+
+def test_when_a_letter_is_tried_again():
+    assert retry_text(None, T0) == "when told"
+    assert retry_text(T0 - 1, T0) == "now"
+    assert retry_text(T0 + 61, T0) == "in 1 min 1 s"
+
+
+# Tenants
+
+
+async def listed(pilot):
+    await pilot.press("8")
+    await until(lambda: "acme" in screen_text(pilot.app))
+
+
+@piloted()
+async def test_a_tenant_is_opened_and_its_signals_are_looked_at(pilot, api):
+    await listed(pilot)
+    assert "5\u202f000" in screen_text(pilot.app)
+    assert "○ implicit" in screen_text(pilot.app)
+    await pilot.press("enter")
+    await pilot.pause()
+    assert "5\u202f000 spans/s" in screen_text(pilot.app)
+    assert "does not expire" in screen_text(pilot.app)
+    await pilot.press("escape", "o")
+    await until(lambda: "tenant acme" in screen_text(pilot.app))
+    assert pilot.app.client.tenant == "acme"
+
+
+@piloted()
+async def test_a_tenant_is_created(pilot, api):
+    app = pilot.app
+    await listed(pilot)
+    await pilot.press("C")
+    await until(lambda: isinstance(app.screen, Ask))
+    await pilot.press(*"acme", "enter")
+    await pilot.pause()
+    assert "acme is there already" in screen_text(app)
+    await pilot.press(*["backspace"] * 4, *"shop", "enter")
+    await until(lambda: "With which key" in screen_text(app))
+    await pilot.press(*"nokey", "enter")
+    await pilot.pause()
+    assert "cannot be read" in screen_text(app)
+    await pilot.press(*["backspace"] * 5, "enter")
+    await until(lambda: isinstance(app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(app)))
+    assert toasts(app)[0] == ("✔ done", "shop is active")
+    assert api.sent("/api/admin/tenants") == {"tenant": "shop"}
+
+
+@piloted()
+async def test_a_quota_is_changed(pilot, api):
+    app = pilot.app
+    await listed(pilot)
+    await pilot.press("U")
+    await until(lambda: isinstance(app.screen, Ask))
+    await pilot.press("x", "enter")
+    await pilot.pause()
+    assert "a quota is a whole number" in screen_text(app)
+    await pilot.press(*["backspace"] * 5, *"700", "enter")
+    await until(lambda: isinstance(app.screen, Confirm))
+    await pilot.pause()
+    assert "quota: 5\u202f000 spans/s → 700 spans/s" in screen_text(app)
+    await pilot.press("y")
+    await until(lambda: bool(toasts(app)))
+    assert toasts(app)[0] == ("✔ done", "acme may send 700 spans/s")
+    assert api.sent("/api/admin/tenants/acme/quota") == {"spansPerSecond": 700}
+
+
+def test_a_key_is_rotated_and_one_revoked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "k").write_text(PUBLIC)
+
+    @piloted()
+    async def run(pilot, api):
+        app = pilot.app
+        await listed(pilot)
+        await pilot.press("K")
+        await until(lambda: isinstance(app.screen, Ask))
+        await pilot.press("k", "enter")
+        await until(lambda: isinstance(app.screen, Confirm))
+        await pilot.pause()
+        assert "keys: 1 → 1 for a day, and the new one" in screen_text(app)
+        await pilot.press("y")
+        await until(lambda: bool(toasts(app)))
+        assert api.sent("/api/admin/tenants/acme/keys") == {"publicKey": PUBLIC}
+        await pilot.press("V")
+        await until(lambda: isinstance(app.screen, Pick))
+        await pilot.press("enter")
+        await until(lambda: isinstance(app.screen, Confirm))
+        await pilot.press("y")
+        await until(lambda: len(toasts(app)) > 1)
+        assert api.posted()[-1] == f"/api/admin/tenants/acme/keys/{'k' * 43}"
+        await pilot.press("j", "V")
+        await until(lambda: len(toasts(app)) > 2)
+        assert toasts(app)[2][1] == "default has no keys"
+
+    run()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (PUBLIC, ""),
+        (PUBLIC.replace("PUBLIC", "PRIVATE"), "that is a private key"),
+        ("hello", "that is no public key"),
+        ("ü", "cannot be read"),
+    ],
+)
+def test_only_public_keys_leave_the_machine(tmp_path, text, told):
+    path = tmp_path / "key.pem"
+    path.write_text(text, encoding="utf-8")
+    found = check_key(str(path))
+    assert told in found
+    assert bool(found) == bool(told)
+
+
+def test_quotas_in_words():
+    assert quota_text(None) == "what is configured"
+    assert quota_text(0) == "no limit"
+
+
+# The system
+
+
+@piloted()
+async def test_the_system_is_shown(pilot, api):
+    api.publish()
+    await pilot.press("9")
+    await until(lambda: "1\u202f620 open traces" in screen_text(pilot.app))
+    text = screen_text(pilot.app)
+    for told in ("296 MiB", "25 % of a core", "2, 12", "42 records wait", "20 s", "463 / 42 / 3"):
+        assert told in text
+    api.routes["GET", "/api/admin/checkpoint"] = refusal(503, "no answer", "wait")
+    await pilot.press("space")
+    await until(lambda: "✖ not read: no answer; wait" in screen_text(pilot.app))

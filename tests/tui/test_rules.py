@@ -1,0 +1,224 @@
+"""Rules: read, written, checked, tried, switched and deleted."""
+
+from __future__ import annotations
+
+import pytest
+from textual.widgets import Input, TextArea
+
+from tests.tui import records
+from tests.tui.fake import piloted, refusal, screen_text, toasts, until
+from tui.changes import Confirm
+from tui.highlight import highlighted, words
+from tui.panels.ruleedit import RuleEditor, difference, error_text
+from tui.pick import Pick
+from tui.widgets import Detail
+
+
+@piloted()
+async def test_rules_are_listed_with_what_they_raised(pilot, api):
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    text = screen_text(pilot.app)
+    assert "3 rules, 2 enabled  9 signals in the last hour" in text
+    line = next(line for line in text.splitlines() if "fraud-check" in line)
+    assert line.split()[:7] == ["●", "on", "fraud-check", "✖", "critical", "12", "7"]
+    assert "○ off slow-checkout" in text
+    await pilot.press("enter")
+    await pilot.pause()
+    assert "when   { charge.where(amount > 1000) }" in screen_text(pilot.app)
+    assert "team=payments" in screen_text(pilot.app)
+    await pilot.press("escape")
+
+
+async def edited(pilot, key="E"):
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    await pilot.press(key)
+    await until(lambda: isinstance(pilot.app.screen, RuleEditor))
+    await pilot.pause()
+    return pilot.app.screen
+
+
+@piloted()
+async def test_a_rule_is_edited_and_saved_with_its_tag(pilot, api):
+    screen = await edited(pilot)
+    await until(lambda: "● the condition is right" in screen_text(pilot.app))
+    screen.query_one(TextArea).text = "never { bypass }\n"
+    screen.query_one("#rule-severity", Input).value = "high"
+    await pilot.press("ctrl+s")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.pause()
+    text = screen_text(pilot.app)
+    assert "severity: critical → high" in text
+    assert "condition: 2 lines → 1 lines" in text
+    assert "+ never { bypass }" in text
+    assert pilot.app.focused.id == "cancel"
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app)[0][0] == "✔ done"
+    assert api.posted() == ["/api/v1/rules/fraud-check"]
+    assert api.sent("/api/v1/rules/fraud-check") == {
+        "name": "What fraud-check is about",
+        "description": "Finance control 4.2",
+        "severity": "high",
+        "labels": {"team": "payments"},
+        "condition": "never { bypass }\n",
+        "enabled": True,
+    }
+    put = next(each for each in api.requests if each.method == "PUT")
+    assert put.headers["if-match"] == '"fraud-check-1"'
+    await until(lambda: not isinstance(pilot.app.screen, RuleEditor))
+
+
+@piloted()
+async def test_a_conflict_is_told_and_what_was_written_stays(pilot, api):
+    api.routes["PUT", "/api/v1/rules/fraud-check"] = refusal(
+        412, "the rule fraud-check was changed", "read it again"
+    )
+    screen = await edited(pilot)
+    screen.query_one(TextArea).text = "never { bypass }\n"
+    await pilot.press("ctrl+s")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✖ conflict", "the rule fraud-check was changed; read it again")]
+    assert pilot.app.screen is screen
+    assert screen.query_one(TextArea).text == "never { bypass }\n"
+
+
+@piloted()
+async def test_errors_are_shown_while_it_is_written_and_it_is_not_saved(pilot, api):
+    fault = {"line": 1, "column": 3, "message": "found '&&'", "hint": "use 'and'"}
+    screen = await edited(pilot)
+    api.routes["POST", "/api/v1/rules/validate"] = {"valid": False, "errors": [fault]}
+    before = api.calls.count(("POST", "/api/v1/rules/validate"))
+    screen.query_one(TextArea).focus()
+    await pilot.press("x", "y", "z")
+    await until(lambda: "✖ line 1, column 3: found '&&'; use 'and'" in screen_text(pilot.app))
+    assert api.calls.count(("POST", "/api/v1/rules/validate")) <= before + 2  # not at each key
+    await pilot.press("ctrl+s")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app)[0] == ("✖ not saved", "line 1, column 3: found '&&'; use 'and'")
+    assert api.posted() == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("severity", "urgent", "severity: 'urgent' is none"),
+        ("labels", "team", "labels: 'team' is none"),
+    ],
+)
+def test_a_field_that_is_wrong_is_told(field, value, told):
+    @piloted()
+    async def run(pilot, api):
+        screen = await edited(pilot)
+        screen.query_one(f"#rule-{field}", Input).value = value
+        await pilot.press("ctrl+s")
+        await until(lambda: bool(toasts(pilot.app)))
+        assert toasts(pilot.app)[0][1].startswith(told)
+        assert api.posted() == []
+
+    run()
+
+
+@piloted()
+async def test_a_new_rule_is_created_without_a_tag(pilot, api):
+    screen = await edited(pilot, "A")
+    await pilot.press("ctrl+s")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert "id: a rule needs one" in toasts(pilot.app)[0][1]
+    screen.query_one("#rule-id", Input).value = "new-one"
+    await pilot.press("ctrl+s")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: len(toasts(pilot.app)) > 1)
+    put = next(each for each in api.requests if each.method == "PUT")
+    assert put.url.path == "/api/v1/rules/new-one"
+    assert "if-match" not in put.headers
+    assert "name" not in api.sent("/api/v1/rules/new-one")
+
+
+@piloted()
+async def test_what_was_written_is_not_lost_without_a_question(pilot, api):
+    screen = await edited(pilot)
+    await pilot.press("escape")  # nothing was written
+    await until(lambda: not isinstance(pilot.app.screen, RuleEditor))
+    screen = await edited(pilot)
+    screen.query_one(TextArea).text = "never { a }"
+    await pilot.press("escape")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("enter")  # Cancel
+    await until(lambda: pilot.app.screen is screen)
+    await pilot.press("escape")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.press("y")
+    await until(lambda: not isinstance(pilot.app.screen, RuleEditor | Confirm))
+
+
+@piloted(read_only=True)
+async def test_a_rule_is_tried_on_a_recent_trace(pilot, api):
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    await pilot.press("T")
+    await until(lambda: isinstance(pilot.app.screen, Pick))
+    await pilot.pause()
+    assert "frontend POST /checkout, 4 spans" in screen_text(pilot.app)
+    await pilot.press("down", "up", "pagedown", "enter")
+    await until(lambda: isinstance(pilot.app.screen, Detail))
+    await pilot.pause()
+    text = screen_text(pilot.app)
+    assert "✖ the trace breaks the rule" in text
+    assert "◆a     charge" in text
+    sent = api.sent("/api/v1/rules/test")
+    assert sent["condition"] == records.rules()[0]["condition"]
+    assert sent["trace"] == {"resourceSpans": records.trace()["resourceSpans"]}
+
+
+@piloted()
+async def test_a_condition_with_errors_cannot_be_tried(pilot, api):
+    answer = refusal(400, "the rule has errors", "see there")
+    api.routes["POST", "/api/v1/rules/test"] = answer
+    await edited(pilot)
+    await pilot.press("ctrl+t")
+    await until(lambda: isinstance(pilot.app.screen, Pick))
+    await pilot.press(*"nothing like this", "enter")
+    await pilot.pause()
+    assert "write its id: 32 hex digits" in screen_text(pilot.app)
+    await pilot.press(*["backspace"] * 20)
+    await pilot.press("enter")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app)[0][1].startswith("the rule has errors")
+
+
+@piloted()
+async def test_a_rule_that_is_gone_is_told(pilot, api):
+    api.routes["GET", "/api/v1/rules/fraud-check"] = refusal(404, "there is no rule", "list them")
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    await pilot.press("X")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✖ refused", "there is no rule; list them")]
+
+
+def test_words_of_the_language():
+    text = 'when { a.always.where(x >= 1.5s and "y" matches "z\\"//") } // never\nalways { b }'
+    kinds = [(text[start:end], kind) for start, end, kind in words(text)]
+    assert kinds == [
+        ("when", "clause"),
+        ("where", "keyword"),
+        ("1.5s", "number"),
+        ("and", "keyword"),
+        ('"y"', "string"),
+        ("matches", "keyword"),
+        ('"z\\"//"', "string"),
+        ("// never", "comment"),
+        ("always", "clause"),
+    ]
+    assert highlighted("[b]never[/b]").plain == "[b]never[/b]"
+
+
+def test_differences_and_errors_in_words():
+    assert difference("a\nb\n", "a\nc\n") == "- b\n+ c"
+    assert difference("", "\n".join("x" * 20)).endswith("… and 10 more lines")
+    assert error_text({"message": "it is too long", "line": None}) == "it is too long"

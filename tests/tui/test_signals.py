@@ -1,0 +1,240 @@
+"""The signals as they come, their filters, and the one that is opened."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tui import records
+from tests.tui.fake import piloted, refusal, screen_text, toasts, until
+from tui.panels import signals as signals_module
+from tui.pick import Pick
+from tui.waterfall import MAX_SPANS, Span, marks, ordered, spans_of, waterfall
+from tui.widgets import Detail
+
+
+async def opened(pilot, api):
+    await pilot.press("5")
+    await until(lambda: bool(api.tails) and "● live" in shown(pilot, api))
+
+
+def shown(pilot, api):
+    pilot.app._show()
+    return screen_text(pilot.app)
+
+
+@piloted()
+async def test_signals_are_listed_and_come_as_they_are_raised(pilot, api):
+    await opened(pilot, api)
+    text = screen_text(pilot.app)
+    assert "22:13:25 ✖ critical fraud-check" in text
+    assert "Tried [bold]five[/] t" in text
+    assert "○ retracted" in text
+    api.raise_signal({k: v for k, v in records.signal(30).items() if k != "status"})
+    await until(lambda: "22:13:50" in shown(pilot, api))
+    lines = screen_text(pilot.app).splitlines()
+    assert lines[4].startswith("22:13:50")  # the newest first, and the cursor with it
+    assert pilot.app.panel.selected == records.signal(30)["id"]
+
+
+@piloted()
+async def test_the_cursor_stays_on_a_signal_that_was_chosen(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("j")
+    chosen = pilot.app.panel.selected
+    api.raise_signal(records.signal(30))
+    await until(lambda: "22:13:50" in shown(pilot, api))
+    assert pilot.app.panel.selected == chosen == records.signal(4)["id"]
+
+
+@piloted()
+async def test_a_retraction_is_shown_at_what_it_retracts(pilot, api):
+    await opened(pilot, api)
+    raised = records.signal(5)
+    again = {**raised, "id": "f" * 32, "kind": "retracted", "message": "It came after all"}
+    del again["status"]
+    api.raise_signal(again)
+    await until(lambda: shown(pilot, api).count("○ retracted") == 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "query"),
+    [
+        ("r", "retries", "rule=retries"),
+        ("v", "critical", "severity=critical"),
+        ("a", "retr", "status=retracted"),
+    ],
+)
+def test_filters_are_asked_of_the_service(key, typed, query):
+    @piloted()
+    async def run(pilot, api):
+        await opened(pilot, api)
+        await pilot.press(key)
+        await until(lambda: isinstance(pilot.app.screen, Pick))
+        await pilot.press(*typed, "enter")
+        lists = lambda: [  # noqa: E731
+            str(each.url) for each in api.requests if each.url.path == "/api/v1/signals"
+        ]
+        await until(lambda: query in lists()[-1])
+        await until(lambda: "live" in shown(pilot, api))
+        assert query.replace("=", " ") in shown(pilot, api)
+        await pilot.press("c")
+        await until(lambda: query not in lists()[-1])
+
+    run()
+
+
+@piloted()
+async def test_a_text_filters_what_is_shown_and_inverts(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("slash", *"!fraud", "enter")
+    await until(lambda: "fraud-check" not in screen_text(pilot.app))
+    assert "A slow one" in screen_text(pilot.app)
+    assert "/!fraud" in screen_text(pilot.app)
+
+
+@piloted()
+async def test_a_signal_is_opened_with_its_trace_and_the_matching_spans_marked(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("enter")
+    await until(lambda: "POST /checkout" in screen_text(pilot.app))
+    assert isinstance(pilot.app.screen, Detail)
+    lines = screen_text(pilot.app).splitlines()
+    text = "\n".join(lines)
+    assert "always does not hold" in text
+    assert "◆a     1  charge.where(amount > 1000)" in text
+    spans = [line for line in lines if "█" in line]
+    marked = [line for line in spans if "◆" in line]
+    assert len(spans) == 4
+    assert len(marked) == 1
+    assert "◆a     charge" in marked[0]
+    assert "✖ attempt" in text
+    await pilot.press("escape")
+    assert not isinstance(pilot.app.screen, Detail)
+
+
+@piloted()
+async def test_a_trace_that_is_gone_is_told(pilot, api):
+    api.routes["GET", f"/api/v1/traces/{records.TRACE}"] = refusal(404, "there is no trace", "wait")
+    await opened(pilot, api)
+    await pilot.press("enter")
+    await until(lambda: "✖ not read: there is no trace; wait" in screen_text(pilot.app))
+
+
+@piloted()
+async def test_a_stream_that_ends_is_opened_again(pilot, api):
+    await opened(pilot, api)
+    first = set(api.tails)
+    for tail in first:
+        tail.put_nowait(None)
+    await until(lambda: "the stream is lost" in shown(pilot, api))
+    await until(lambda: bool(api.tails - first))
+
+
+@piloted()
+async def test_nobody_listens_while_another_panel_is_shown(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("1")
+    await until(lambda: not api.tails)
+
+
+@piloted()
+async def test_another_tenants_signals(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("o")
+    await until(lambda: isinstance(pilot.app.screen, Pick))
+    await until(lambda: "acme" in screen_text(pilot.app))
+    await pilot.press(*"acm", "enter")
+    await until(lambda: "tenant acme" in shown(pilot, api) and bool(api.tails))
+    asked = [each for each in api.requests if each.url.path == "/api/v1/signals"][-1]
+    assert asked.headers["x-scope-orgid"] == "acme"
+    await pilot.press("o")
+    await until(lambda: isinstance(pilot.app.screen, Pick))
+    await pilot.press(*"No!", "enter")
+    await pilot.pause()
+    assert "a tenant's name has" in screen_text(pilot.app)
+    await pilot.press("escape")
+    assert "acme @ " in screen_text(pilot.app)
+
+
+@piloted()
+async def test_older_signals_are_read_on_request(pilot, api):
+    def page(request: httpx.Request) -> httpx.Response:
+        old = "cursor" in request.url.params
+        those = [records.signal(1, rule_id="old-one")] if old else records.signals()
+        return httpx.Response(200, json={"signals": those, "next": None if old else "c1"})
+
+    api.routes["GET", "/api/v1/signals"] = page
+    await opened(pilot, api)
+    await pilot.press("m")
+    await until(lambda: "old-one" in shown(pilot, api))
+
+
+@piloted()
+async def test_what_is_kept_is_bounded(pilot, api):
+    await opened(pilot, api)
+    panel = pilot.app.panel
+    for number in range(1000):
+        moment = f"2023-11-14T23:{number // 60 % 60:02}:{number % 60:02}.000000000Z"
+        panel._came(records.signal(number + 100, detected_at=moment))
+    assert len(panel._held) <= 2 * signals_module.PAGE
+    assert len(list(panel.rows(pilot.app.state))) == signals_module.PAGE
+
+
+# Waterfalls
+
+
+def span(identity: str, parent: str = "", start: int = 0) -> Span:
+    return Span(identity, parent, identity, "s", start, start + 1, False)
+
+
+def test_spans_are_below_their_parents_and_cycles_are_shown_once():
+    spans = [span("c", "b", 3), span("a", "", 1), span("b", "a", 2), span("d", "a", 1)]
+    assert [(depth, each.id) for depth, each in ordered(spans)] == [
+        (0, "a"),
+        (1, "d"),
+        (1, "b"),
+        (2, "c"),
+    ]
+    assert [each.id for _, each in ordered([span("x", "y", 1), span("y", "x", 2)])] == ["x", "y"]
+    assert ordered([span("lost", "gone")]) == [(0, span("lost", "gone"))]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef-"), st.integers(0, 10**15)),
+        max_size=12,
+    ),
+    st.integers(20, 200),
+)
+def test_every_span_has_a_line_that_fits(given_spans, width):
+    spans = [span(identity, parent, start) for identity, parent, start in given_spans]
+    found = ordered(spans)
+    assert {each.id for _, each in found} == {each.id for each in spans}
+    assert len(found) == len({each.id for each in spans})
+    lines = waterfall(spans, {"a": "a"}, width).plain.splitlines()
+    assert len(lines) == max(1, len(found))
+    if width >= 60:
+        assert all(len(line) <= width for line in lines)
+
+
+def test_a_large_trace_is_cut():
+    spans = [span(str(number)) for number in range(MAX_SPANS + 5)]
+    assert waterfall(spans, {}, 80).plain.endswith("… and 5 more spans")
+    assert waterfall([], {}, 80).plain == "no spans"
+
+
+def test_spans_that_are_none_are_left_out():
+    odd = {"resourceSpans": [None, {"resource": 3, "scopeSpans": [{"spans": [{}, 7]}]}]}
+    assert [each.start for each in spans_of(odd)] == [0]
+    assert marks({"x": ["1", "2"], "y": ["2"], "z": []}) == {"1": "a", "2": "ab"}
+
+
+@piloted()
+async def test_a_list_that_cannot_be_read_is_told(pilot, api):
+    api.routes["GET", "/api/v1/signals"] = refusal(503, "the query took too long", "narrow it")
+    await pilot.press("5")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert "not read: the query took too long" in shown(pilot, api)

@@ -1,0 +1,199 @@
+"""A tenant's rules, what they raise, and changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+
+from tui.changes import Change
+from tui.client import ClientError, Json
+from tui.highlight import highlighted
+from tui.listing import Part, TenantListing, mapping, objects
+from tui.panels.ruleedit import RuleEditor
+from tui.panels.ruletest import test_condition
+from tui.state import State
+from tui.table import Cell, Column, Row
+from tui.text import NONE, SEVERITIES, count, number, severity
+from tui.widgets import Detail, fields, marked, toned
+
+FIELDS = ("name", "description", "severity", "labels", "condition")
+"""What a rule is saved with, besides whether it is enabled."""
+
+
+class RulesPanel(TenantListing):
+    TITLE = "Rules"
+    EMPTY = "no rules: press A to write one"
+    RELOAD = 10.0
+
+    COLUMNS = (
+        Column("enabled", "state", 5),
+        Column("id", "rule", 28),
+        Column("severity", "severity", 10),
+        Column("active", "active", 7, right=True),
+        Column("hour", "last hour", 9, right=True),
+        Column("version", "version", 16),
+        Column("name", "name"),
+    )
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("E", "change_edit", "Edit", tooltip="Write the rule anew"),
+        Binding("A", "change_new", "Add", tooltip="Write a new rule"),
+        Binding("X", "change_toggle", "On/off", tooltip="Enable the rule, or disable it"),
+        Binding("D", "change_delete", "Delete", tooltip="Delete the rule; its signals stay"),
+        Binding("T", "test", "Test", tooltip="What it says of a recent trace"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rules: dict[str, Json] = {}
+        self._raised: Json = {}
+        self._total: tuple[int, int] = (0, 0)
+
+    async def read(self) -> None:
+        client = self.betrace.client
+        tenant = client.tenant
+        rules = await client.get("/api/v1/rules")
+        summary = await client.get("/api/v1/signals/summary")
+        if tenant == client.tenant:
+            self._rules = {str(rule.get("id")): rule for rule in objects(rules.get("rules"))}
+            self._raised = mapping(summary.get("by_rule"))
+            self._total = summary.get("total") or 0, summary.get("retracted") or 0
+
+    def head(self) -> Sequence[Part]:
+        enabled = sum(bool(rule.get("enabled")) for rule in self._rules.values())
+        raised, retracted = self._total
+        return [
+            self.whose,
+            f"  {count(len(self._rules))} rules, {count(enabled)} enabled",
+            f"  {count(raised)} signals in the last hour, {count(retracted)} retracted",
+        ]
+
+    def rows(self, state: State) -> Iterable[Row]:
+        for identity, rule in self._rules.items():
+            word = str(rule.get("severity", ""))
+            grade, tone = severity(word)
+            rank = SEVERITIES.index(word) if word in SEVERITIES else len(SEVERITIES)
+            active, raised = rule.get("active_signals"), self._raised.get(identity, 0)
+            on = bool(rule.get("enabled"))
+            yield Row(
+                identity,
+                (
+                    Cell("● on" if on else "○ off", "good" if on else "quiet"),
+                    Cell(identity),
+                    Cell(grade, tone, rank),
+                    Cell(number(active), order=active or 0),
+                    Cell(number(raised), order=raised),
+                    Cell(str(rule.get("version", ""))),
+                    Cell(str(rule.get("name", ""))),
+                ),
+            )
+
+    @property
+    def _rule(self) -> Json | None:
+        return self._rules.get(self.selected or "")
+
+    def drill(self, key: str) -> None:
+        self.betrace.push_screen(Detail(f"Rule {key}", lambda _, __: self._rule_text(key)))
+
+    def _rule_text(self, key: str) -> Content | None:
+        rule = self._rules.get(key)
+        if rule is None:
+            return None
+        labels = mapping(rule.get("labels"))
+        on = marked("enabled", "good") if rule.get("enabled") else marked("disabled", "quiet")
+        return Content("\n").join(
+            [
+                fields(
+                    ("name", str(rule.get("name", ""))),
+                    ("description", str(rule.get("description") or NONE)),
+                    ("state", on),
+                    ("severity", toned(*severity(str(rule.get("severity", ""))))),
+                    ("labels", ", ".join(f"{k}={v}" for k, v in labels.items()) or NONE),
+                    ("version", str(rule.get("version", ""))),
+                    ("active signals", count(rule.get("active_signals"))),
+                    ("in the last hour", count(self._raised.get(key, 0))),
+                ),
+                Content(""),
+                highlighted(str(rule.get("condition", ""))),
+            ]
+        )
+
+    # Keys
+
+    def action_test(self) -> None:
+        rule = self._rule
+        if rule is not None:
+            test_condition(self.betrace, str(rule["id"]), str(rule.get("condition", "")))
+
+    def action_change_new(self) -> None:
+        self.betrace.push_screen(RuleEditor())
+
+    def action_change_edit(self) -> None:
+        async def edit(rule: Json) -> None:
+            self.betrace.push_screen(RuleEditor(rule))
+
+        self._with_fresh(edit)
+
+    def action_change_toggle(self) -> None:
+        async def toggle(rule: Json) -> None:
+            identity, on = str(rule["id"]), bool(rule.get("enabled"))
+
+            async def run() -> str:
+                body = {name: rule[name] for name in FIELDS if name in rule} | {"enabled": not on}
+                await self.betrace.client.put_rule(identity, body, str(rule.get("etag")))
+                return f"{identity} is {_STATES[not on]}"
+
+            verb = "Disable" if on else "Enable"
+            self.betrace.change(
+                Change(
+                    f"{verb} the rule {identity}?",
+                    verb,
+                    run,
+                    [("state", _STATES[on], _STATES[not on])],
+                    "Traces already open are decided by the rules they were opened under.",
+                )
+            )
+
+        self._with_fresh(toggle)
+
+    def action_change_delete(self) -> None:
+        async def delete(rule: Json) -> None:
+            identity = str(rule["id"])
+
+            async def run() -> str:
+                await self.betrace.client.delete_rule(identity, str(rule.get("etag")))
+                return f"{identity} is deleted"
+
+            self.betrace.change(
+                Change(
+                    f"Delete the rule {identity}?",
+                    "Delete",
+                    run,
+                    [("rule", f"version {rule.get('version')}", "none")],
+                    "Its signals stay.",
+                )
+            )
+
+        self._with_fresh(delete)
+
+    def _with_fresh(self, use: Callable[[Json], Awaitable[None]]) -> None:
+        """Read the rule under the cursor again, so that the change is made to what it is now."""
+        identity = self.selected
+        if identity is None:
+            return
+
+        async def read() -> None:
+            try:
+                rule = await self.betrace.client.rule(identity)
+            except ClientError:
+                self.betrace.load(self)
+                raise
+            await use(rule)
+
+        self.betrace.start(self.betrace.telling(read), "ask")
+
+
+_STATES = {True: "enabled", False: "disabled"}
