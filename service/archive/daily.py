@@ -59,12 +59,10 @@ class Daily:
         await trio.sleep(FIRST_AFTER_SECONDS)
         while True:
             good = await self.run()
-            again = time.time() + AGAIN_AFTER_SECONDS
-            at = again if not good else min(self._next(), again + 86_400)
-            await _wait_until(at)
+            await _wait_until(self._next() if good else time.time() + AGAIN_AFTER_SECONDS)
 
     def _next(self) -> float:
-        now = datetime.now(UTC)
+        now = datetime.fromtimestamp(time.time(), UTC)
         at = now.replace(hour=self._settings.archive.hour_utc, minute=5, second=0, microsecond=0)
         return (at if at > now else at + timedelta(days=1)).timestamp()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import trio
+import trio.testing
 from click.testing import CliRunner
 
 from service.archive import daily as daily_module
@@ -86,6 +87,33 @@ async def test_it_runs_soon_after_the_start_of_the_service(
                 await trio.sleep(0.05)
         assert service.daily.spans == 9
         assert b"betrace_archive_spans_total 9.0" in await service.scrape()
+
+
+async def test_it_runs_every_day_and_after_a_failure_within_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    config = settings(tmp_path, archive={"enabled": True, "hour_utc": 3})
+    begin = datetime(2025, 1, 31, 2, 0, tzinfo=UTC).timestamp()
+    monkeypatch.setattr(time, "time", lambda: begin + trio.current_time() - started)
+    runs: list[float] = []
+    outcomes = [True, False, True, True]
+
+    async def run(_: Daily) -> bool:
+        runs.append(time.time() - begin)
+        return outcomes[len(runs) - 1] if len(runs) <= len(outcomes) else True
+
+    monkeypatch.setattr(Daily, "run", run)
+    with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
+        task = Daily(config, log, store)
+        started = trio.current_time()
+        with trio.move_on_after(3 * 86_400):
+            await task.every_day()
+        task.close()
+    hour, day, soon = 3600, 86_400, 60
+    at_three = hour + 5 * 60
+    assert runs == pytest.approx(
+        [soon, at_three, at_three + hour, at_three + day, at_three + 2 * day], abs=1
+    )
 
 
 async def test_without_anything_to_do_it_ends(tmp_path: Path) -> None:

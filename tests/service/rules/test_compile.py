@@ -128,8 +128,8 @@ def test_numbers_past_any_count_stay_within_int64():
 
 
 def test_rules_that_are_off_are_left_out():
-    on = SimpleNamespace(enabled=True, syntax=parse("a"))
-    off = SimpleNamespace(enabled=False, syntax=parse("b"))
+    on = SimpleNamespace(id="on", version="1", enabled=True, syntax=parse("a"))
+    off = SimpleNamespace(id="off", version="1", enabled=False, syntax=parse("b"))
     rules = compile_rules([off, on, off], "v")
     assert rules.rules == (on,)
     assert rules.check_names == ("a",)
