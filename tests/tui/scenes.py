@@ -56,6 +56,17 @@ SCENES = {
     "confirm": Scene(("3", "j", "R")),
     "caches": Scene(("4",), both=True),
     "cache": Scene(("4", "enter")),
+    "signals": Scene(("5",), both=True),
+    "signal": Scene(("5", "enter"), both=True),
+    "rules": Scene(("6",), both=True),
+    "rule": Scene(("6", "j", "j", "enter")),
+    "rule-edit": Scene(("6", "E"), both=True),
+    "rule-test": Scene(("6", "T", "enter")),
+    "dead-letters": Scene(("7", "x"), both=True),
+    "dead-letter": Scene(("7", "enter")),
+    "tenants": Scene(("8",), both=True),
+    "tenant-delete": Scene(("8", "D")),
+    "system": Scene(("9",), both=True),
     "lost": Scene(("1",), FakeApi.go_away),
     "read-only": Scene(("3", "question_mark"), read_only=True),
 }
@@ -70,6 +81,23 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
         before = app.connection.link, app.state.now
         scene.happens(api)
         await until(lambda: (app.connection.link, app.state.now) != before)
-    await pilot.press(*scene.keys)
+    for key in scene.keys:
+        await pilot.press(key)
+        await settled(pilot)
+    if scene.keys[0] == "5":
+        await until(lambda: bool(api.tails))
+        app._show()
+    await pilot.pause(0.05)
+
+
+async def settled(pilot: Pilot[int]) -> None:
+    """Wait until what a key began is read and shown; questions and streams stay."""
+    lasting = ("connection", "tail", "ask", "test", "change")
+    workers = pilot.app.workers
+
+    def done() -> bool:
+        return not any(w.is_running for w in workers if w.group not in lasting)
+
     await pilot.pause()
+    await until(done)
     await pilot.pause(0.05)

@@ -14,6 +14,11 @@ from tests.tui.scenes import SCENES, prepare
 PICTURES = Path(__file__).parents[2] / "docs" / "tui"
 SIZE = (100, 30)
 
+SHOWN = (
+    *("overview-overloaded", "pipeline", "breakers", "breaker", "confirm", "caches"),
+    *("signals", "signal", "rules", "rule-edit", "dead-letters", "tenants", "system"),
+)
+
 _FONT = re.compile(r",?\s*url\([^)]*\)(?: format\([^)]*\))?")
 """Where a viewer would load a font from; it takes one it has instead."""
 
@@ -33,7 +38,7 @@ def main() -> None:
     os.environ["TZ"] = "UTC"
     time.tzset()
     PICTURES.mkdir(exist_ok=True)
-    for name in ("overview-overloaded", "pipeline", "breakers", "breaker", "confirm", "caches"):
+    for name in SHOWN:
         (PICTURES / f"{name}.svg").write_text(asyncio.run(picture(name)), encoding="utf-8")
 
 

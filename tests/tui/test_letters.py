@@ -208,7 +208,6 @@ def test_quotas_in_words():
 
 @piloted()
 async def test_the_system_is_shown(pilot, api):
-    api.publish()
     await pilot.press("9")
     await until(lambda: "1\u202f620 open traces" in screen_text(pilot.app))
     text = screen_text(pilot.app)

@@ -72,7 +72,7 @@ class SignalShown(Shown):
         named = f"trace {self.signal.get('trace_id')}"
         if self.trace is None:
             told = marked(f"not read: {self.problem}", "bad") if self.problem else "is read …"
-            return Content.assemble((named, "bold"), "  ", told)
+            return Content.assemble((named, "bold"), "\n", told)
         found = marks(mapping(self.signal.get("evidence")))
         return Content("\n").join(
             [
