@@ -28,7 +28,7 @@ from service.http.api import create_api
 from service.http.asgi import ingest_app, serve
 from service.http.health import metrics_app
 from service.http.ingest import Edge
-from service.http.listener import serve_ingest
+from service.http.listener import ARRIVAL_SHARE, serve_ingest
 from service.latencies import Latencies
 from service.ledger.open import open_ledger
 from service.performance import Performance
@@ -211,6 +211,7 @@ class Service:
         self._stop = trio.Event()
         self._state = "starting"
         self._clock_offset = 0.0
+        self._grace: float = settings.shutdown.grace_seconds
 
     # Running
 
@@ -220,8 +221,7 @@ class Service:
         events.STARTING(version=version("betrace"), data=settings.storage.path, pid=os.getpid())
         self._clock_offset = time.time() - trio.current_time()
         stop_api, stop_ingest = trio.Event(), trio.Event()
-        tls = settings.tls
-        grace = settings.shutdown.grace_seconds
+        tls, grace = settings.tls, self._grace
         async with trio.open_nursery() as outer:
             listen = partial(self._listen, outer, tls=tls)
             guard = self.gate.authenticator
@@ -264,8 +264,10 @@ class Service:
                 inner.cancel_scope.deadline = trio.current_time() + grace
                 self.edge.drain()
                 stop_ingest.set()
-                self.pipeline.close()
                 inner.start_soon(self._report_drain)
+                with trio.move_on_after(ARRIVAL_SHARE * grace):
+                    await self.edge.settled()
+                self.pipeline.close()
                 await self.pipeline.finished.wait()
                 await self.recovery.save()
                 inner.cancel_scope.cancel()
@@ -288,14 +290,12 @@ class Service:
             raise
 
     async def _listen_for_spans(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
-        settings = self.settings
-        address, tls = settings.ingest.address, settings.tls
-        if settings.ingest.server == "hypercorn" or address == OFF:
-            app = ingest_app(self.edge, settings.ingest)
-            return await self._listen(nursery, app, address, stop, tls=tls)
-        grace = settings.shutdown.grace_seconds
+        settings, tls, grace = self.settings.ingest, self.settings.tls, self._grace
+        if settings.server == "hypercorn" or settings.address == OFF:
+            app = ingest_app(self.edge, settings)
+            return await self._listen(nursery, app, settings.address, stop, tls=tls)
         listener = partial(serve_ingest, tls=tls, grace_seconds=grace)
-        url: str = await nursery.start(listener, self.edge, settings.ingest, address, stop)
+        url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
         return url
 
     async def _listen(
@@ -311,7 +311,7 @@ class Service:
                 stop,
                 tls=tls,
                 keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
-                grace_seconds=self.settings.shutdown.grace_seconds,
+                grace_seconds=self._grace,
             )
         )
         return url

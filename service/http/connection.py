@@ -36,6 +36,8 @@ from service.settings.base import MIB
 LINGER_BYTES: Final = 32 * MIB
 LINGER_SECONDS: Final = 2.0
 SEND_SECONDS: Final = 10.0
+# When the service stops, a request may be on its way on a connection that looks idle.
+RETIRE_SECONDS: Final = 0.25
 
 _log = logging.getLogger("service.http")
 
@@ -62,6 +64,7 @@ class Connection:
         "_idle",
         "_limits",
         "_owed",
+        "_processing",
         "_rest",
         "_scope",
         "_transport",
@@ -78,6 +81,7 @@ class Connection:
         self._unread: int | ChunkedBody = 0  # of the body in progress: bytes, or chunks
         self._idle = True
         self._closing = False
+        self._processing = False  # the request is whole, its outcome not known
         self._owed: Callable[[], HttpResponse] | None = None  # the answer to a client that is late
         self.deadline = trio.current_time() + limits.idle
 
@@ -94,10 +98,16 @@ class Connection:
         self._scope.cancel()
 
     def retire(self) -> None:
-        """The service stops: the connection ends once a request in progress is answered."""
+        """The service stops: the connection ends once a request in progress is answered, an idle
+        one soon."""
         self._closing = True
         if self._idle:
-            self._scope.cancel()
+            self._scope.deadline = trio.current_time() + RETIRE_SECONDS
+
+    def give_up(self) -> None:
+        """There is no more time for requests that are still arriving."""
+        if not self._processing:
+            self.expire()
 
     # The life of the connection.
 
@@ -149,9 +159,12 @@ class Connection:
                 size = len(body)
                 self._owed = lambda: edge.unanswered(head, size)
                 self.deadline = trio.current_time() + edge.answer_timeout
+                self._processing = True
                 response = await edge.process(head, body)
                 self._owed = None
-                return await self._send(request, response)
+                more = await self._send(request, response)
+                self._processing = False
+                return more
         self._owed = None
         return await self._refuse(request, body)
 
@@ -169,6 +182,7 @@ class Connection:
             if not received:
                 return None
             self._idle = False
+            self._scope.deadline = math.inf
         end = received.find(HEAD_END) + len(HEAD_END)
         if not len(HEAD_END) < end <= MAX_HEAD_BYTES:
             return await self._gather_head(received)

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import lru_cache
-from types import TracebackType
 from typing import Final, Protocol, Self
 
 import trio
@@ -133,6 +132,8 @@ class Edge:
         self._retry_min: Final = settings.retry_after_min_seconds
         self._retry_max: Final = settings.retry_after_max_seconds
         self._closed: tuple[str, str] | None = None  # reason, message
+        self._requests = 0  # admitted, and not answered
+        self._settled: trio.Event | None = None
         self._refusals = 0.0  # recent fraction of requests refused for load
         self._bytes_per_span = {
             (kind, encoding): size / (_COMPRESSION if encoding else 1)
@@ -159,6 +160,12 @@ class Edge:
         """Accept requests again after :meth:`pause`; a service that drains goes on draining."""
         if self.state == "paused":
             self._closed = None
+
+    async def settled(self) -> None:
+        """Return when every request that was admitted is answered, or its client gone."""
+        if self._requests:
+            self._settled = trio.Event()
+            await self._settled.wait()
 
     @property
     def state(self) -> str:
@@ -363,9 +370,12 @@ class Edge:
 
     def slow_body(self, head: Head) -> HttpResponse:
         """The body did not arrive in time."""
+        reason = "slow_body"
         message = "the body did not arrive in time; send it again, in smaller requests"
+        if self._closed is not None and self.state == "draining":
+            reason, message = self._closed
         retry = self._retry_after(self._retry_min)
-        return self._refuse(head, 503, "slow_body", message, retry, (b"connection", b"close"))
+        return self._refuse(head, 503, reason, message, retry, (b"connection", b"close"))
 
     def slow_head(self) -> HttpResponse:
         """The head of a request did not arrive in time."""
@@ -432,18 +442,17 @@ class Body:
         self._reserved = 0
 
     def __enter__(self) -> Self:
+        self._edge._requests += 1
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._reserved:
             self._edge._bytes.give_back(self._head.tenant, self._reserved)
             self._reserved = 0
         self._chunks.clear()
+        self._edge._requests -= 1
+        if self._edge._settled is not None and not self._edge._requests:
+            self._edge._settled.set()
 
     def feed(self, chunk: bytes) -> HttpResponse | None:
         """Take the next part, or refuse the request."""

@@ -24,6 +24,8 @@ from service.settings import Ingest, Tls
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _EXHAUSTED_PAUSE: Final = 0.5
 _SWEEP_SECONDS: Final = 1.0
+# Of the grace period, for requests to arrive; what is left is for those that arrived last.
+ARRIVAL_SHARE: Final = 0.75
 
 _log = logging.getLogger("service.http")
 
@@ -39,7 +41,8 @@ async def serve_ingest(
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hand requests that arrive at ``address`` to ``edge`` until ``shutdown``, then let those in
-    progress finish for ``grace_seconds``. Starts with the URL listened on.
+    progress finish for ``grace_seconds``; those that are still arriving after ``ARRIVAL_SHARE``
+    of that are refused. Starts with the URL listened on.
 
     Raises :exc:`~service.http.sockets.ListenError` when the address or the certificate cannot be
     used.
@@ -56,6 +59,7 @@ async def serve_ingest(
             await shutdown.wait()
             accepting.cancel()
             server.retire()
+            around.start_soon(server.give_up_after, ARRIVAL_SHARE * grace_seconds)
             nursery.cancel_scope.deadline = trio.current_time() + grace_seconds
         around.cancel_scope.cancel()
 
@@ -126,7 +130,7 @@ class _Server:
         not keep others out."""
         idle = [connection for connection in self._connections if connection.idle]
         if idle:
-            min(idle, key=lambda connection: connection.deadline).retire()
+            min(idle, key=lambda connection: connection.deadline).expire()
 
     def _transport(self, connected: socket.socket) -> Transport:
         connected.setblocking(False)
@@ -158,3 +162,9 @@ class _Server:
         """Let every connection end once its request in progress is answered."""
         for connection in self._connections:
             connection.retire()
+
+    async def give_up_after(self, seconds: float) -> None:
+        """Refuse then what is still arriving."""
+        await trio.sleep(seconds)
+        for connection in self._connections:
+            connection.give_up()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.e2e.running import command, environment, running, wait_for
+from tests.e2e.running import Running, command, environment, running, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +54,58 @@ def test_sigterm_drains_and_a_new_start_knows_everything(tmp_path: Path) -> None
 
         wait_for(found)
         assert service.stop() == 0
+
+
+@contextmanager
+def begin(service: Running, length: int) -> Iterator[http.client.HTTPConnection]:
+    """A connection on which the head of a request with spans was sent."""
+    connection = http.client.HTTPConnection(service.ingest.removeprefix("http://"), timeout=30)
+    with closing(connection):
+        connection.putrequest("POST", "/v1/traces")
+        connection.putheader("content-type", "application/x-protobuf")
+        connection.putheader("content-length", str(length))
+        connection.endheaders()
+        yield connection
+
+
+@pytest.mark.parametrize("server", ["lean", "hypercorn"])
+def test_a_body_that_is_arriving_at_the_stop_is_waited_for(tmp_path: Path, server: str) -> None:
+    slow, arrived = loops(1)
+    kept, other = loops(2)
+    assert len(slow) == len(kept)
+    half = len(slow) // 2
+    with running(tmp_path, ingest__server=server) as service, ExitStack() as stack:
+        arriving, busy = [stack.enter_context(begin(service, len(slow))) for _ in range(2)]
+        arriving.send(slow[:half])
+        busy.send(kept[:1])
+        time.sleep(0.5)  # both are being read
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: any("draining" in line for line in service.log))
+        for byte in slow[half:]:
+            time.sleep(1.5 / half)
+            arriving.send(bytes([byte]))
+        busy.send(kept[1:])
+        for connection in (arriving, busy):
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (200, b"")
+            assert server == "hypercorn" or answer.getheader("connection") == "close"
+        assert service.process.wait(20) == 0, "".join(service.log)
+    assert not [line for line in service.log if "Traceback" in line], "".join(service.log)
+    with running(tmp_path) as service:
+        for trace_id in (arrived, other):
+            wait_for(lambda found=trace_id: service.signals(found))
+        assert service.stop() == 0
+
+
+def test_a_body_that_never_arrives_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    with running(tmp_path, shutdown__grace_seconds="4") as service, begin(service, 1000) as never:
+        never.send(b"x")
+        time.sleep(0.2)
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert never.getresponse().status == 503
+        assert service.process.wait(20) == 0, "".join(service.log)
+        assert time.monotonic() - began < 8
 
 
 def test_sighup_reads_the_rules(tmp_path: Path) -> None:

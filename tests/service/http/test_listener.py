@@ -590,6 +590,48 @@ async def test_at_shutdown_what_has_begun_is_finished_and_nothing_else():
     assert sorted(server.bodies) == [b"0", b"1", b"22"]
 
 
+async def test_a_request_that_meets_the_shutdown_on_a_kept_connection_is_refused():
+    async with listening(grace_seconds=5) as server:
+        used, refused = await server.connect(), await server.connect()
+        for client in (used, refused):
+            await client.send(post(b"0"))
+            assert (await client.response())[0] == 200
+        server.edge.drain()
+        server.shutdown.set()
+        await trio.sleep(0.05)
+        await refused.send(post(b"1"))
+        status, headers, _ = await refused.response()
+        assert (status, headers["connection"]) == (503, "close")
+        assert await refused.closed(5)
+        assert await used.closed(5)
+    assert server.bodies == [b"0", b"0"]
+
+
+async def test_bodies_that_do_not_arrive_within_the_grace_are_refused_and_the_others_are_not():
+    async with listening(queue=ScriptedQueue(outcome=None), grace_seconds=2) as server:
+        length, chunks, heading, waiting = [await server.connect() for _ in range(4)]
+        await waiting.send(post(b"a"))
+        await length.send(post(b"a", "content-length: 2"))
+        await chunks.send(post(chunk(b"a"), "transfer-encoding: chunked"))
+        await heading.send(post(b"a")[:30])
+        await until(lambda: server.edge.buffered_bytes == 3)
+        began = trio.current_time()
+        server.edge.drain()
+        server.shutdown.set()
+        for client, expected in ((length, 503), (chunks, 503), (heading, 408)):
+            status, headers, _ = await client.response()
+            assert (status, headers["connection"]) == (expected, "close")
+        assert 1.4 < trio.current_time() - began < 1.9
+        assert server.edge.refused_requests["draining"] == 2
+        with trio.move_on_after(0.05):
+            await server.edge.settled()
+            pytest.fail("one request has no answer yet")
+        server.queue.taken[0].reply.set(Done(1))
+        assert (await waiting.response())[0] == 200
+        with trio.fail_after(1):
+            await server.edge.settled()
+
+
 async def test_the_grace_ends():
     async with listening(queue=ScriptedQueue(outcome=None), grace_seconds=0.1) as server:
         client = await server.connect()
