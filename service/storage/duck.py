@@ -367,9 +367,14 @@ class DuckStore:
 
     def remove(self, tenant: str) -> None:
         """Close the tenant's file and delete it; it need not be there. Who uses it is waited for up
-        to the pool's timeout, then :exc:`PoolTimeout`. A later write makes the file anew."""
+        to the pool's timeout, then :exc:`PoolTimeout`. Writes that come later, of a thread that was
+        left behind say, are refused until :meth:`reopen`."""
         self._files.delete(tenant)
         self.on_change(tenant, None)
+
+    def reopen(self, tenant: str) -> None:
+        """Take writes of a removed tenant again: it was created anew."""
+        self._files.reopen(tenant)
 
     def close(self) -> None:
         """Close all files. Twice does no harm."""

@@ -24,6 +24,8 @@ from service.storage.duckschema import (
     MAX_ROWS,
     Cursor,
     StoreError,
+    empty_file,
+    make_file,
     migrate,
     told,
     transaction,
@@ -36,9 +38,6 @@ from service.storage.pool import Pool, PoolTimeout
 __all__ = ["DuckFiles", "StoreError"]
 
 _CHECKPOINT_SIZE = "64MB"
-_BLOCK_BYTES = (
-    16_384  # DuckDB's smallest: with 262 144, a small file's indexes take 1.8 MB of memory
-)
 _UNSAVED_FILE_BYTES = 850_000  # memory of a file with a few rows that are not checkpointed yet
 _SAVED_AT_ONCE = 4
 _CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk half of its time
@@ -59,6 +58,7 @@ class _File:
     inode: int = 0
     users: int = 0
     reserved: bool = False  # being deleted or recreated: newcomers wait
+    deleted: bool = False
     last_used: float = 0.0
     known: Known | None = None  # of its rows; guarded by ``writing``
     unsaved: int = 0  # bytes in its write-ahead log, whose rows DuckDB must keep in memory
@@ -116,6 +116,8 @@ class DuckFiles:
         self._clock = clock
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
+        self._removed: set[str] = set()  # tenants of which nothing is to be written
+        self._empty = b""
         self._generation = 1
         self._closing = False
         directory.mkdir(parents=True, exist_ok=True)
@@ -212,6 +214,8 @@ class DuckFiles:
         with self._lock:
             if self._closing:
                 raise StoreError("the store is closed", transient=False)
+            if tenant in self._removed:
+                raise _gone(tenant)
             return self._files.setdefault(tenant, _File(tenant, path))
 
     def _enter(self, tenant: str) -> _File:
@@ -221,7 +225,9 @@ class DuckFiles:
             with file.changed:
                 if not file.changed.wait_for(lambda: not file.reserved, self._pool_timeout):  # noqa: B023
                     raise PoolTimeout(f"tenant {tenant}: its file is being replaced; try again")
-                if self._files.get(tenant) is not file:  # detached or deleted meanwhile
+                if file.deleted:  # what waited is of the old tenant, should there be a new one
+                    raise _gone(tenant)
+                if self._files.get(tenant) is not file:  # detached meanwhile
                     continue
                 if file.pool is not None and not file.users and not self._current(file):
                     self._detach(file)
@@ -239,24 +245,24 @@ class DuckFiles:
         return inode == file.inode and file.generation == self._generation
 
     def _attach(self, file: _File) -> None:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        option = ""
         new = not file.path.exists()
-        if new:  # a write-ahead log without its file belongs to nothing
-            file.path.with_name(FILE + ".wal").unlink(missing_ok=True)
-            option = f"(BLOCK_SIZE {_BLOCK_BYTES})"
         with self._told(file):
+            if new:
+                self._make(file)
             root = self._cursor()
             with root:
                 path = str(file.path).replace("'", "''")
-                root.execute(f"ATTACH IF NOT EXISTS '{path}' AS {file.alias} {option}")
+                root.execute(f"ATTACH IF NOT EXISTS '{path}' AS {file.alias}")
                 try:
                     root.execute(f"USE {file.alias}")
-                    migrate(root, file.tenant, file.path, new)
+                    if not new:
+                        migrate(root, file.tenant, file.path)
                 except BaseException:
                     root.execute("USE memory")
                     root.execute(f"DETACH {file.alias}")
                     raise
+        if new:
+            file.known = Known(self._keys)
         file.inode = file.path.stat().st_ino
         file.generation = self._generation
         file.pool = Pool(
@@ -267,6 +273,11 @@ class DuckFiles:
             timeout=self._pool_timeout,
             name=f"tenant {file.tenant}",
         )
+
+    def _make(self, file: _File) -> None:
+        with self._lock:
+            empty = self._empty = self._empty or empty_file()
+        make_file(file.path, empty)
 
     def _cursor(self) -> Cursor:
         root = self._root
@@ -406,12 +417,23 @@ class DuckFiles:
                 file.path.replace(file.path.with_name(FILE + ".damaged"))
 
     def delete(self, tenant: str) -> None:
-        """Delete the tenant's file, and its directory where nothing else is in it."""
+        """Delete the tenant's file, and its directory where nothing else is in it. Until
+        :meth:`reopen`, uses are refused: a thread that was left behind must not make it anew."""
+        with self._lock:
+            self._removed.discard(tenant)  # where this is done a second time
         with self._reserved(tenant) as file:
-            for path in (FILE, FILE + ".wal", FILE + ".damaged"):
+            for path in (FILE, FILE + ".wal", FILE + ".new", FILE + ".damaged"):
                 file.path.with_name(path).unlink(missing_ok=True)
             with suppress(OSError):
                 os.rmdir(file.path.parent)
+            with self._lock:
+                self._removed.add(tenant)
+            file.deleted = True
+
+    def reopen(self, tenant: str) -> None:
+        """Let a deleted tenant have a file again."""
+        with self._lock:
+            self._removed.discard(tenant)
 
     def close(self) -> None:
         """Detach everything. What still runs is waited for up to the pool's timeout, then
@@ -448,6 +470,10 @@ class DuckFiles:
                 if not file.changed.wait_for(lambda: not file.users, left):  # noqa: B023
                     return False
         return True
+
+
+def _gone(tenant: str) -> StoreError:
+    return StoreError(f"tenant {tenant} was deleted: create it again first", transient=False)
 
 
 def _forget_known(file: _File) -> None:

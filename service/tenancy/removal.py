@@ -103,6 +103,7 @@ class Removal:
     async def reopen(self, tenant: str) -> None:
         """Take what a tenant sends again: it was created anew."""
         await self._threads.run(self._pipeline.progress.reopen, tenant)
+        await self._threads.run(self._store.reopen, tenant)
         self._pipeline.letters.reopen_tenant(tenant)
         self._closed.discard(tenant)
 

@@ -632,8 +632,47 @@ class TestFiles:
         store.remove("b")
         store.remove("c")
         assert [p.name for p in tmp_path.rglob("*") if not p.name.startswith(".")] == ["b", "rules"]
+        with pytest.raises(StoreError, match="was deleted") as caught:
+            store.write_signals("a", [make(2)])
+        assert not caught.value.transient
+        store.remove("a")
+        assert not (tmp_path / "a").exists()
+        assert store.signals("a") == ([], None)
+        store.reopen("a")
         assert store.write_signals("a", [make(2)]) == 1
         assert ids(store.signals("a")) == [2]
+
+    def test_a_write_left_behind_does_not_bring_a_deleted_tenant_back(
+        self, store: DuckStore, tmp_path: Path
+    ) -> None:
+        store.write_signals("a", [make(1)])
+        told: list[object] = []
+
+        def late() -> None:
+            try:
+                told.append(store.write_signals("a", [make(2)]))
+            except StoreError as error:
+                told.append(str(error))
+
+        with store._files._reserved("a") as file:  # as the deletion does
+            thread = threading.Thread(target=late)
+            thread.start()
+            time.sleep(0.05)
+            file.deleted = True
+            file.path.unlink()
+        store.reopen("a")
+        thread.join()
+        assert told == ["tenant a was deleted: create it again first"]
+        assert store.write_signals("a", [make(3)]) == 1
+        assert ids(store.signals("a")) == [3]
+
+    def test_a_disk_that_takes_no_new_file_is_told(self, store: DuckStore, tmp_path: Path) -> None:
+        (tmp_path / "a").touch()
+        with pytest.raises(StoreError, match="check the disk") as caught:
+            store.write_signals("a", [make(1)])
+        assert caught.value.transient
+        (tmp_path / "a").unlink()
+        assert store.write_signals("a", [make(1)]) == 1
 
     def test_a_file_in_use_is_not_deleted(self, store: DuckStore) -> None:
         store.write_signals("a", [make(1)])
