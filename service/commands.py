@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import click
@@ -27,8 +28,14 @@ class AdminApi:
 
     def __init__(self, url: str, token: str | None, path: str, timeout: float = 10.0) -> None:
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # Without the environment's proxies: the service is named by its URL.
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        # Without the environment's proxies, but with the system's certificates and SSL_CERT_FILE.
+        self._client = httpx.Client(
+            base_url=url,
+            headers=headers,
+            timeout=timeout,
+            trust_env=False,
+            verify=ssl.create_default_context(),
+        )
         self._url = url
         self._path = path
 

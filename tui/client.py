@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import re
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -78,6 +79,7 @@ class Client:
             headers=headers,
             timeout=TIMEOUT,
             trust_env=False,
+            verify=ssl.create_default_context(),  # the system's, or SSL_CERT_FILE
             transport=transport,
         )
         self.view(tenant)

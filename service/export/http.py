@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 
 import httpx
@@ -60,6 +61,9 @@ def _seconds(retry_after: str) -> float:
 
 
 def make_client(timeout: float) -> httpx.AsyncClient:
-    """A client that follows no redirects and no proxy settings of its environment."""
+    """A client that follows no redirects and no proxy settings of its environment; it trusts the
+    system's certificates, or those of ``SSL_CERT_FILE``."""
     limits = httpx.Limits(max_connections=2, max_keepalive_connections=1)
-    return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+    return httpx.AsyncClient(
+        timeout=timeout, limits=limits, trust_env=False, verify=ssl.create_default_context()
+    )
