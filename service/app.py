@@ -16,13 +16,14 @@ from typing import Any
 import trio
 
 from channels import ThreadRunner
-from service import breakers, events, metrics
+from service import events, metrics
 from service.accounts import SpanAccount, span_account
 from service.administration import Administration
 from service.archive.daily import Daily
 from service.archive.keeper import archive_directory
 from service.audit import AuditLog
 from service.cachecontrol import Caches
+from service.components import components
 from service.export.exports import Exports
 from service.http.api import create_api
 from service.http.asgi import ingest_app, serve
@@ -383,45 +384,7 @@ class Service:
 
     def components(self) -> Mapping[str, Json]:
         """The state of each part."""
-        whole = {"starting": "starting", "draining": "stopping"}.get(self._state)
-        found: dict[str, Json] = {
-            "service": {"status": whole or "ok", "detail": self._state},
-            "span-log": {"status": "ok", "detail": f"{self.pipeline.sync.failures} sync failures"},
-        }
-        if self.pipeline.sync.failures:
-            found["span-log"]["status"] = "degraded"
-        stall = self.settings.pipeline.stall_seconds
-        for name, stage in self.pipeline.stages.items():
-            status, detail = "ok", "working"
-            if stage.paused:
-                status, detail = "degraded", "paused"
-            elif stage.stalled(stall):
-                status, detail = "failed", f"no progress for {stall:g} s with input waiting"
-            found[name] = {"status": whole or status, "detail": detail}
-        for breaker in self.pipeline.breakers:
-            shown = {"status": whole or breakers.status(breaker), "detail": str(breaker.state)}
-            found[f"breaker-{breaker.name}"] = shown
-        hanging, problem = self.ledger.clients.left_behind, self.ledger.problem
-        found["ledger"] = {
-            "status": whole or ("degraded" if problem or hanging else "ok"),
-            "detail": problem or f"{self.ledger.kind}, {hanging} clients hang",
-        }
-        for name, fallback in self.pipeline.fallbacks.items():
-            lines = fallback.statistics().lines
-            status = "degraded" if fallback.pending else "ok"
-            detail = f"{lines} records wait to be written back" if lines else "nothing waits"
-            found[f"fallback-{name}"] = {"status": whole or status, "detail": detail}
-        letters = self.pipeline.letters.total
-        found["dead-letters"] = {
-            "status": whole or ("degraded" if letters else "ok"),
-            "detail": f"{letters} letters" if letters else "none",
-        }
-        problems = self.registry.store.problems
-        found["rules"] = {
-            "status": "degraded" if problems else "ok",
-            "detail": f"{len(problems)} files not taken" if problems else "all files taken",
-        }
-        return found
+        return components(self, self._state)
 
     async def scrape(self) -> bytes:
         """All metrics in Prometheus' text format, rendered in a thread; the Trio thread only reads
