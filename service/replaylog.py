@@ -21,7 +21,7 @@ from service.storage.spanlog import Frame, SpanLog
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.layout import FLAGS, REOPENED
-from service.traces.table import idle_longest
+from service.traces.limits import idle_longest
 from service.traces.tenant import History, Recalled, TenantTraces
 from service.traces.window import Windows
 

@@ -22,9 +22,10 @@ from service.traces.checkpoint import Snapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.layout import CLOSED, NEVER, STATE
+from service.traces.limits import Held, forget_closed, idle_longest
 from service.traces.progress import InFlight, LogProgress
 from service.traces.raised import RaisedBefore
-from service.traces.table import idle_longest
+from service.traces.table import TraceTable
 from service.traces.tenant import INDEX_LAG_NS, History, TenantTraces
 from service.traces.window import Windows
 
@@ -122,6 +123,7 @@ class CorrelateStage:
         self._last_sweep_ns = 0
         self._resumed_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
+        self._held = Held()  # by all of them
         self.counts = CorrelateCounts()
         self._raised = RaisedBefore()
         self.caught_up = trio.Event()
@@ -177,14 +179,16 @@ class CorrelateStage:
         used, which raises what :meth:`TenantTraces.restored` does, nothing is changed."""
         raised = RaisedBefore()
         raised.restore(snapshot.raised)
+        held = Held()
         tenants = {
-            saved.tenant: TenantTraces.restored(saved, self._windows, raised.of(saved.tenant))
+            saved.tenant: TenantTraces.restored(saved, self._windows, raised.of(saved.tenant), held)
             for saved in snapshot.tenants
         }
         with self._lock:
             for tenant, (last, pending) in snapshot.progress.items():
                 self._progress.restore(tenant, last, pending)
-            self.tenants.update(tenants)
+            self.tenants = tenants
+            self._held = held
             self._raised = raised
             self._now_ns = snapshot.taken_ns
 
@@ -198,7 +202,9 @@ class CorrelateStage:
         """Drop all traces of a tenant of whom no frame is waiting; in a worker thread. What had
         left them has tickets below the one that is returned."""
         with self._lock:
-            self.tenants.pop(tenant, None)
+            traces = self.tenants.pop(tenant, None)
+            for table in traces.tables if traces is not None else ():
+                table.leave()
             self._raised.forget(tenant)
             return self._in_flight.mark()
 
@@ -275,7 +281,8 @@ class CorrelateStage:
         traces = self.tenants.get(tenant)
         if traces is None:
             before = self._raised.of(tenant)
-            traces = self.tenants[tenant] = TenantTraces(tenant, rules, self._windows, before)
+            traces = TenantTraces(tenant, rules, self._windows, before, self._held)
+            self.tenants[tenant] = traces
         elif traces.rules is not rules:
             traces.rules = rules
         return traces
@@ -288,10 +295,11 @@ class CorrelateStage:
             sweep = now - self._last_sweep_ns >= limits.sweep_ns
             if sweep:
                 self._last_sweep_ns = now
-            oldest_ns = limits.max_age_ns if sweep else None
-            for traces in self.tenants.values():
-                if not 0 <= now - self._resumed_ns < limits.idle_ns:
-                    found += traces.close_due(now, limits.idle_ns, oldest_ns)
+            if not 0 <= now - self._resumed_ns < limits.idle_ns:
+                for table in self._tables():
+                    found += table.close_idle(now - limits.idle_ns, now)
+                    if sweep:
+                        found += table.close_old(now - limits.max_age_ns, now)
             self.counts.closed += sum(len(due) for due in found)
             found += self._make_room(now)
             for tenant, traces in list(self.tenants.items()) if sweep else ():
@@ -305,23 +313,26 @@ class CorrelateStage:
         oldest beyond the number that is kept."""
         limits = self._limits
         found: list[DueTraces] = []
-        excess = sum(t.open_count for t in self.tenants.values()) - limits.most_open
+        tables = self._tables()
+        excess = self._held.open - limits.most_open
         if excess > 0:
-            tables = [table for traces in self.tenants.values() for table in traces.tables]
             found = [table.close(slots, now) for table, slots in idle_longest(tables, excess)]
             self.counts.closed_for_room += sum(len(due) for due in found)
-        closed = sum(traces.closed_count for traces in self.tenants.values())
-        share = min(1.0, limits.keep / closed) if closed else 1.0
+        excess = self._held.closed - limits.keep
         lag_ns = INDEX_LAG_NS
-        if closed <= MOST_KEPT * limits.keep:  # beyond it, what the index lacks may be forgotten
-            lag_ns += self._in_flight.oldest_ns()
+        if self._held.closed <= MOST_KEPT * limits.keep:  # beyond it, what the index lacks may be
+            lag_ns += self._in_flight.oldest_ns()  # forgotten
             if self._behind():
-                share, lag_ns = 1.0, now
-        for traces in self.tenants.values():
-            keep = int(traces.closed_count * share)
-            traces.evict(now, limits.keep_ns, keep, self._closed, lag_ns)
+                excess, lag_ns = 0, now
+        long_ago = now - max(limits.keep_ns, lag_ns)
+        forget_closed(tables, long_ago, now - lag_ns, excess, self._closed)
+        for traces in self.tenants.values() if len(tables) > len(self.tenants) else ():
+            traces.drop_empty()
         self.counts.closed += sum(len(due) for due in found)
         return found
+
+    def _tables(self) -> list[TraceTable]:
+        return [table for traces in self.tenants.values() for table in traces.tables]
 
     def _time(self) -> int:
         """The wall clock. Where it was set back, so is every time that traces are measured by."""
@@ -339,13 +350,13 @@ class CorrelateStage:
         """Renew the survey once a second."""
         if 0 <= now - self.survey.taken_ns < SURVEY_NS:
             return
-        found = [table.survey() for t in self.tenants.values() for table in t.tables]
+        found = [table.survey() for table in self._tables()]
         self.survey = Survey(
             now,
-            open=sum(t.open_count for t in self.tenants.values()),
-            closed=sum(t.closed_count for t in self.tenants.values()),
-            long_lived=sum(each[0] for each in found),
-            spans=sum(each[1] for each in found),
-            nbytes=sum(t.nbytes for t in self.tenants.values()),
-            oldest_ns=min((each[2] for each in found), default=NEVER),
+            open=self._held.open,
+            closed=self._held.closed,
+            long_lived=sum(each.long_lived for each in found),
+            spans=sum(each.spans for each in found),
+            nbytes=sum(each.nbytes for each in found),
+            oldest_ns=min((each.oldest_ns for each in found), default=NEVER),
         )

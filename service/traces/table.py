@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,6 @@ from service.traces.closed import ClosedTraces
 from service.traces.due import Context, DueTraces
 from service.traces.layout import (
     ASKED,
-    CHAIN_COLUMNS,
     CLOSED,
     CLOSED_AT,
     CLOSED_COUNT,
@@ -30,32 +28,20 @@ from service.traces.layout import (
     COUNTS_SIZE,
     DIRTIED,
     DONE,
-    ENTRIES_FREE,
     ENTRIES_USED,
     ENTRY_COLUMNS,
-    FILL_SIZE,
     FIRST_SEEN,
     FLAGS,
     FREE,
     HI,
-    LARGE_FREE,
-    LARGE_RING,
-    LARGE_USED,
     LAST_SEEN,
     LATE,
     LATENESS,
     LO,
     MATCHED,
-    MIDDLE_FREE,
-    MIDDLE_RING,
-    MIDDLE_USED,
-    NAME_BYTES,
     NAMES_FULL,
     NEED_ASK,
     NEED_ENTRIES,
-    NEED_LARGE,
-    NEED_MIDDLE,
-    NEED_SLOTS,
     NEED_SPILL,
     NEVER,
     OPEN_COUNT,
@@ -67,9 +53,7 @@ from service.traces.layout import (
     RING,
     RING_CLASS,
     SLOT_COLUMNS,
-    SLOTS_FREE,
     SLOTS_USED,
-    SMALL_RING,
     SPANS,
     SPILLS,
     STATE,
@@ -79,12 +63,20 @@ from service.traces.layout import (
     RuleArrays,
     TraceArrays,
 )
+from service.traces.limits import SWEEP_BATCH, Held
 from service.traces.raised import Told, listed, merged, next_steps, unlisted
+from service.traces.room import (
+    LEAST_SLOTS,
+    doubled,
+    empty_arrays,
+    grown,
+    restored_arrays,
+    saved_arrays,
+)
 from service.traces.window import Windows
 
 _NO_FILTER = np.zeros((2, 0), np.int64)
 _MASK = 2**64 - 1
-SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
 
 
 @dataclass(slots=True, eq=False)
@@ -106,23 +98,43 @@ class Folded:
     reopened: int
 
 
+class Survey(NamedTuple):
+    """What a table holds: open traces that are long, span ids held for open traces, when the oldest
+    began (nanoseconds; ``NEVER`` without one), and bytes."""
+
+    long_lived: int
+    spans: int
+    oldest_ns: int
+    nbytes: int
+
+
 @dataclass(slots=True, eq=False)
 class TraceTable:
-    """Open and recently closed traces. Not thread-safe: one thread at a time."""
+    """Open and recently closed traces. Not thread-safe: one thread at a time.
+
+    A clock looks at each table often; three bounds say when there is nothing for it to do.
+    """
 
     tenant: str
     rules: CompiledRules
     services: list[str]
     windows: Windows = field(default_factory=Windows)
     before: dict[str, Told] = field(default_factory=dict)  # by trace id, from before a restart
+    held: Held = field(default_factory=Held)
     arrays: TraceArrays = field(init=False)
     told: dict[int, Told] = field(default_factory=dict)  # slot -> said before it was closed last
+    seen_from: int = NEVER
+    """No open trace had its last span before (nanoseconds; ``NEVER``: none is open)."""
+    begun_from: int = NEVER
+    """No open trace began before."""
+    _counted: tuple[int, int] = (0, 0)  # open and closed traces, as ``held`` counts them
+    _survey: Survey | None = None  # None when something changed since
     _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (when, slots), in order
     _rule_arrays: RuleArrays = field(init=False)
     _ask: Rows = field(init=False)
 
     def __post_init__(self) -> None:
-        self.arrays = _empty_arrays(64)
+        self.arrays = empty_arrays(LEAST_SLOTS)
         thresholds, threshold_starts = self.rules.thresholds
         self._rule_arrays = RuleArrays(
             self.rules.predicates,
@@ -143,6 +155,11 @@ class TraceTable:
     def closed_count(self) -> int:
         """Closed traces that are kept for late spans."""
         return int(self.arrays.fill[CLOSED_COUNT])
+
+    @property
+    def closed_from(self) -> int:
+        """No closed trace was closed before (nanoseconds; ``NEVER``: none is kept)."""
+        return self._closed[0][0] if self._closed else NEVER
 
     @property
     def nbytes(self) -> int:
@@ -189,6 +206,7 @@ class TraceTable:
         filters = _NO_FILTER if closed is None else closed.filters
         salt = 0 if closed is None else closed.salt(self.tenant)
         scratch = np.zeros(4, np.int64)
+        self._touch(now, now)  # first: a fold that fails may have opened traces
         ahead = np.empty((2, kernels.AHEAD), np.int64)
         names = self.rules.names
         reopened, row = 0, 0
@@ -216,10 +234,10 @@ class TraceTable:
                 elif reason == NAMES_FULL:
                     names.forget()
                 elif reason == NEED_ASK:
-                    outputs = outputs._replace(ask=_doubled(outputs.ask, len(self.rules.checks)))
+                    outputs = outputs._replace(ask=doubled(outputs.ask, len(self.rules.checks)))
                     self._ask = outputs.ask
                 elif reason == NEED_SPILL:
-                    outputs = outputs._replace(spilled=_doubled(outputs.spilled))
+                    outputs = outputs._replace(spilled=doubled(outputs.spilled))
                 else:
                     self._grow(reason)
             if counts[ASKED]:
@@ -230,6 +248,7 @@ class TraceTable:
             upkeep.clear_dirty(self.arrays, dirty)
             self._learn(dirty)
             early = self.copy(dirty, closed=False, now=now)
+        self._count()
         return Folded(
             early,
             outputs.completed[: counts[COMPLETIONS]],
@@ -241,15 +260,34 @@ class TraceTable:
             reopened=reopened,
         )
 
-    def idle(self, last_seen_before: int) -> Rows:
-        """Up to ``SWEEP_BATCH`` open slots without a span since then."""
-        out = np.empty(SWEEP_BATCH, np.int64)
-        return out[: upkeep.find_idle(self.arrays, last_seen_before, out)]
+    def close_idle(self, last_seen_before: int, now: int) -> list[DueTraces]:
+        """Close the open traces without a span since then, up to ``SWEEP_BATCH`` in each piece."""
+        if self.seen_from >= last_seen_before:
+            return []
+        due = self._close_found(upkeep.find_idle, last_seen_before, now)
+        activity = self.arrays.activity[: self.arrays.fill[SLOTS_USED]]
+        self.seen_from = int(activity.min(initial=NEVER))
+        return due
 
-    def old(self, first_seen_before: int) -> Rows:
-        """Up to ``SWEEP_BATCH`` open slots that began before then."""
+    def close_old(self, first_seen_before: int, now: int) -> list[DueTraces]:
+        """The same with those that began before then."""
+        if self.begun_from >= first_seen_before:
+            return []
+        due = self._close_found(upkeep.find_old, first_seen_before, now)
+        self.begun_from = self.survey().oldest_ns
+        return due
+
+    def _close_found(
+        self, find: Callable[[TraceArrays, int, Rows], int], before: int, now: int
+    ) -> list[DueTraces]:
+        due = []
         out = np.empty(SWEEP_BATCH, np.int64)
-        return out[: upkeep.find_old(self.arrays, first_seen_before, out)]
+        found = len(out)
+        while found == len(out):
+            found = find(self.arrays, before, out)
+            if found:
+                due.append(self.close(out[:found].copy(), now))
+        return due
 
     def close(self, slots: Rows, now: int) -> DueTraces:
         """Close open traces; they are kept until :meth:`evict`."""
@@ -257,6 +295,7 @@ class TraceTable:
         due = self.copy(slots, closed=True, now=now)
         upkeep.close(self.arrays, slots, now)
         self._closed.append((now, slots))
+        self._count()
         return due
 
     def copy(self, slots: Rows, *, closed: bool, now: int) -> DueTraces:
@@ -304,6 +343,9 @@ class TraceTable:
 
     def shift(self, by: int) -> None:
         """Count all times of receipt and closing as ``by`` nanoseconds later."""
+        self._survey = None
+        self.seen_from += by if self.seen_from != NEVER else 0
+        self.begun_from += by if self.begun_from != NEVER else 0
         used = int(self.arrays.fill[SLOTS_USED])
         activity = self.arrays.activity[:used]
         activity[activity != NEVER] += by
@@ -311,26 +353,26 @@ class TraceTable:
             self.arrays.slots[:used, column] += by
         self._closed = deque((when + by, slots) for when, slots in self._closed)
 
-    def survey(self) -> tuple[int, int, int]:
-        """Open traces that are long, span ids held for open traces, and when the oldest began
-        (nanoseconds; ``NEVER`` without one)."""
-        out = np.zeros(3, np.int64)
-        upkeep.survey(self.arrays, self.windows.long_lived, out)
-        return int(out[0]), int(out[1]), int(out[2])
+    def survey(self) -> Survey:
+        """What it holds; made again only when something changed."""
+        if self._survey is None:
+            out = np.zeros(3, np.int64)
+            upkeep.survey(self.arrays, self.windows.long_lived, out)
+            long_lived, spans, oldest = out.tolist()
+            self._survey = Survey(long_lived, spans, oldest, self.nbytes)
+        return self._survey
 
-    def evict(self, closed_before: int, fresh_from: int, keep: int, closed: ClosedTraces) -> int:
-        """Free traces closed before a time, and the oldest beyond ``keep`` of them that were closed
-        before ``fresh_from``; they are put into ``closed``. How many."""
+    def evict(self, closed_before: int, fresh_from: int, most: int, closed: ClosedTraces) -> int:
+        """Free traces closed before a time, and of the oldest closed before ``fresh_from`` so many
+        that ``most`` are freed; they are put into ``closed``. How many."""
         freed = 0
         while self._closed and (
-            self._closed[0][0] < closed_before
-            or (self.closed_count > keep and self._closed[0][0] < fresh_from)
+            self._closed[0][0] < closed_before or (freed < most and self._closed[0][0] < fresh_from)
         ):
             when, slots = self._closed.popleft()
-            over = self.closed_count - keep
-            if when >= closed_before and 0 < over < len(slots):
-                self._closed.appendleft((when, slots[over:]))
-                slots = slots[:over]
+            if when >= closed_before and most - freed < len(slots):
+                self._closed.appendleft((when, slots[most - freed :]))
+                slots = slots[: most - freed]
             with np.errstate(over="ignore"):
                 generation = closed.generation(len(slots))
                 salt = closed.salt(self.tenant)
@@ -340,53 +382,47 @@ class TraceTable:
             if self.told:
                 for slot in slots[self.arrays.slots[slots, STATE] == FREE].tolist():
                     self.told.pop(slot, None)
+        if freed:
+            self._count()
         return freed
+
+    def leave(self) -> None:
+        """Be counted no longer: the table is dropped with all that it holds."""
+        self.arrays.fill[[OPEN_COUNT, CLOSED_COUNT]] = 0
+        self._count()
+
+    def _touch(self, seen: int, begun: int) -> None:
+        """Note that a trace may be open from now on with these times."""
+        self.seen_from = min(self.seen_from, seen)
+        self.begun_from = min(self.begun_from, begun)
+
+    def _count(self) -> None:
+        """Bring the running totals up to date."""
+        opened, closed = self.open_count, self.closed_count
+        self.held.open += opened - self._counted[0]
+        self.held.closed += closed - self._counted[1]
+        self._counted = opened, closed
+        self._survey = None
 
     def snapshot(self) -> TableSnapshot:
         """Copies of everything, for a checkpoint."""
-        a, fill = self.arrays, self.arrays.fill
-        used = int(fill[SLOTS_USED])
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "fill": fill.copy(),
-            "slots": a.slots[:used].copy(),
-            "activity": a.activity[:used].copy(),
-            "names": a.names[:used].copy(),
-            "ring_small": a.ring_small[:used].copy(),
-            "ring_middle": a.ring_middle[: fill[MIDDLE_USED]].copy(),
-            "ring_large": a.ring_large[: fill[LARGE_USED]].copy(),
-            "entries": a.entries[: fill[ENTRIES_USED]].copy(),
-        }
         definitions = [rule.definition() for rule in self.rules.rules]
         told = [(slot, listed(each)) for slot, each in self.told.items()]
         names = list(self.rules.check_names)
-        return TableSnapshot(self.rules.version, definitions, names, arrays, told)
+        return TableSnapshot(
+            self.rules.version, definitions, names, saved_arrays(self.arrays), told
+        )
 
     def restore(self, saved: TableSnapshot) -> None:
         """Become what a snapshot of a table with the same rules holds."""
-        arrays = saved.arrays
-        slots = 64
-        while slots < len(arrays["slots"]):
-            slots *= 2
-        room = _empty_arrays(slots)
-        for name in ("slots", "activity", "names", "ring_small"):
-            getattr(room, name)[: len(arrays[name])] = arrays[name]
-        room.fill[:] = arrays["fill"]
-        self.arrays = room._replace(
-            ring_middle=_with_room(arrays["ring_middle"], 8),
-            ring_large=_with_room(arrays["ring_large"], 1),
-            chains=np.zeros((len(arrays["ring_large"]) + 1, CHAIN_COLUMNS), np.int16),
-            entries=_with_room(arrays["entries"], slots),
-        )
-        with np.errstate(over="ignore"):
-            pools.rebuild(
-                self.arrays.table, self.arrays.secret, self.arrays.slots, len(arrays["slots"])
-            )
-            pools.relink(self.arrays)
+        self.arrays = restored_arrays(saved.arrays)
         closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
         when = self.arrays.slots[closed, CLOSED_AT]
         for time in np.unique(when).tolist():
             self._closed.append((time, closed[when == time]))
         self.told = {slot: unlisted(rows) for slot, rows in saved.told}
+        self._count()
+        self._touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
 
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), -1 without one."""
@@ -417,6 +453,7 @@ class TraceTable:
         told = at_close.told.get(0, {})
         self._tell(slot, next_steps(told, broken(at_close)[0], self.rules.identities))
         upkeep.reopen(self.arrays, slot, now, REOPENED)
+        self._touch(now, int(self.arrays.slots[slot, FIRST_SEEN]))
         self._learn(slots)
 
     def _learn(self, slots: Rows) -> None:
@@ -460,74 +497,4 @@ class TraceTable:
 
     def _grow(self, reason: int) -> None:
         """Double the pool that a kernel found full."""
-        old = self.arrays
-        if reason == NEED_ENTRIES:
-            self.arrays = old._replace(entries=_doubled(old.entries, len(self.rules.checks)))
-        elif reason == NEED_MIDDLE:
-            self.arrays = old._replace(ring_middle=_doubled(old.ring_middle))
-        elif reason == NEED_LARGE:
-            self.arrays = old._replace(
-                ring_large=_doubled(old.ring_large), chains=_doubled(old.chains)
-            )
-        else:
-            assert reason == NEED_SLOTS
-            activity = _doubled(old.activity)
-            activity[len(old.activity) :] = NEVER
-            slots = _doubled(old.slots)
-            table = np.zeros(2 * len(old.table), np.int64)
-            pools.rebuild(table, old.secret, slots, int(old.fill[SLOTS_USED]))
-            self.arrays = old._replace(
-                table=table,
-                slots=slots,
-                activity=activity,
-                names=_doubled(old.names),
-                ring_small=_doubled(old.ring_small),
-            )
-
-
-def idle_longest(tables: Sequence[TraceTable], count: int) -> list[tuple[TraceTable, Rows]]:
-    """The ``count`` open slots of all tables that have been idle longest, or all there are; up to
-    ``SWEEP_BATCH`` in each piece."""
-    used = [table.arrays.activity[: table.arrays.fill[SLOTS_USED]] for table in tables]
-    count = min(count, sum(table.open_count for table in tables))
-    if not count:
-        return []
-    chosen = np.sort(np.argpartition(np.concatenate(used), count - 1)[:count])
-    found = []
-    for table, slots in zip(tables, used, strict=True):
-        own = chosen[(chosen >= 0) & (chosen < len(slots))]
-        chosen = chosen - len(slots)
-        found += [(table, own[at : at + SWEEP_BATCH]) for at in range(0, len(own), SWEEP_BATCH)]
-    return found
-
-
-def _doubled(array: npt.NDArray, more: int = 0) -> npt.NDArray:  # type: ignore[type-arg]
-    """A copy twice as long, and ``more``; the new rows are zero."""
-    grown = np.zeros((2 * len(array) + more, *array.shape[1:]), array.dtype)
-    grown[: len(array)] = array
-    return grown
-
-
-def _with_room(array: npt.NDArray[np.int64], least: int) -> Rows:
-    """A copy with at least ``least`` rows more."""
-    grown = np.zeros((len(array) + least, *array.shape[1:]), array.dtype)
-    grown[: len(array)] = array
-    return grown
-
-
-def _empty_arrays(slots: int) -> TraceArrays:
-    fill = np.zeros(FILL_SIZE, np.int64)
-    fill[[SLOTS_FREE, ENTRIES_FREE, MIDDLE_FREE, LARGE_FREE]] = -1
-    return TraceArrays(
-        table=np.zeros(2 * slots, np.int64),
-        secret=np.frombuffer(secrets.token_bytes(24), np.int64) | 1,
-        slots=np.zeros((slots, SLOT_COLUMNS), np.int64),
-        activity=np.full(slots, NEVER, np.int64),
-        names=np.zeros((slots, NAME_BYTES), np.uint8),
-        ring_small=np.zeros((slots, SMALL_RING), np.int64),
-        ring_middle=np.zeros((8, MIDDLE_RING), np.int64),
-        ring_large=np.zeros((1, LARGE_RING), np.int64),
-        chains=np.zeros((1, CHAIN_COLUMNS), np.int16),
-        entries=np.zeros((slots, ENTRY_COLUMNS), np.int64),
-        fill=fill,
-    )
+        self.arrays = grown(self.arrays, reason, len(self.rules.checks))

@@ -25,6 +25,7 @@ from service.rules.definition import make_rule
 from service.traces.checkpoint import TenantSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
+from service.traces.limits import Held
 from service.traces.raised import Told
 from service.traces.table import Folded, TraceTable
 from service.traces.window import Windows
@@ -62,10 +63,12 @@ class TenantTraces:
         rules: CompiledRules,
         windows: Windows | None = None,
         before: dict[str, Told] | None = None,
+        held: Held | None = None,
     ) -> None:
         self.tenant = tenant
         self._windows = windows or Windows()
         self._before = {} if before is None else before
+        self._held = Held() if held is None else held
         self.services = [""]  # by number; 0 is none
         self._numbers: dict[bytes, int] = {}
         self.tables = [self._table(rules)]
@@ -76,6 +79,7 @@ class TenantTraces:
         saved: TenantSnapshot,
         windows: Windows | None = None,
         before: dict[str, Told] | None = None,
+        held: Held | None = None,
     ) -> TenantTraces:
         """A tenant's traces as a snapshot has them.
 
@@ -88,7 +92,7 @@ class TenantTraces:
             if list(rules.check_names) != table.check_names:
                 raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
             compiled.append(rules)
-        traces = cls(saved.tenant, compiled[-1], windows, before)
+        traces = cls(saved.tenant, compiled[-1], windows, before, held)
         for service in saved.services[1:]:
             traces._number(service.encode())
         traces.tables = [traces._table(rules) for rules in compiled]
@@ -115,7 +119,7 @@ class TenantTraces:
                 self.tables.append(self.tables.pop(i))
                 return
         self.tables.append(self._table(rules))
-        self._drop_empty()
+        self.drop_empty()
 
     @property
     def open_count(self) -> int:
@@ -184,10 +188,9 @@ class TenantTraces:
         nanoseconds. Looks for old ones only where ``oldest_ns`` is given."""
         due = []
         for table in self.tables:
-            while len(slots := table.idle(now - idle_ns)):
-                due.append(table.close(slots, now))
-            while oldest_ns is not None and len(slots := table.old(now - oldest_ns)):
-                due.append(table.close(slots, now))
+            due += table.close_idle(now - idle_ns, now)
+            if oldest_ns is not None:
+                due += table.close_old(now - oldest_ns, now)
         return due
 
     def evict(
@@ -203,8 +206,9 @@ class TenantTraces:
         ids."""
         freed = 0
         for table in self.tables:
-            freed += table.evict(now - max(keep_ns, lag_ns), now - lag_ns, keep, closed)
-        self._drop_empty()
+            most = table.closed_count - keep
+            freed += table.evict(now - max(keep_ns, lag_ns), now - lag_ns, most, closed)
+        self.drop_empty()
         return freed
 
     def shift(self, by: int) -> None:
@@ -213,9 +217,14 @@ class TenantTraces:
             table.shift(by)
 
     def _table(self, rules: CompiledRules) -> TraceTable:
-        return TraceTable(self.tenant, rules, self.services, self._windows, self._before)
+        return TraceTable(
+            self.tenant, rules, self.services, self._windows, self._before, self._held
+        )
 
-    def _drop_empty(self) -> None:
+    def drop_empty(self) -> None:
+        """Drop the tables of former rules that hold nothing any more."""
+        if len(self.tables) == 1:
+            return
         self.tables = [
             table for table in self.tables[:-1] if table.open_count or table.closed_count
         ] + self.tables[-1:]

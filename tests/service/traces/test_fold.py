@@ -145,7 +145,7 @@ def test_of_a_long_trace_the_last_1000_span_ids_are_known(cuts, seed, pool):
 def test_span_ids_of_one_chain_are_told_apart(monkeypatch):
     """The worst that ids can be: all hashes alike."""
     arrays = original(64)
-    monkeypatch.setattr(table_module, "_empty_arrays", lambda _: arrays)
+    monkeypatch.setattr(table_module, "empty_arrays", lambda _: arrays)
     arrays.secret[:] = 0
     traces = tenant()
     traces.fold(many(1100), NOW)
@@ -169,7 +169,7 @@ def test_the_ids_of_a_long_trace_are_known_after_a_restart():
 
 def test_traces_with_equal_hashes_are_told_apart(monkeypatch):
     arrays = original(64)
-    monkeypatch.setattr(table_module, "_empty_arrays", lambda _: arrays)
+    monkeypatch.setattr(table_module, "empty_arrays", lambda _: arrays)
     arrays.secret[:] = 0
     traces = tenant()
     for _ in range(2):
@@ -211,7 +211,7 @@ def tiny_arrays(_: int) -> TraceArrays:
     )
 
 
-original = table_module._empty_arrays
+original = table_module.empty_arrays
 
 
 def totals(traces: TenantTraces) -> dict[tuple[int, int], Any]:
@@ -264,7 +264,7 @@ def test_pools_that_grow_in_the_middle_of_a_batch_change_nothing(monkeypatch, se
     one_by_one, at_once = tenant(*RULES), None
     for span, position in zip(spans, positions, strict=True):
         one_by_one.fold(batch(span, positions=[position]), NOW)
-    monkeypatch.setattr(table_module, "_empty_arrays", tiny_arrays)
+    monkeypatch.setattr(table_module, "empty_arrays", tiny_arrays)
     monkeypatch.setattr(names_module, "_LEARNED_SLOTS", 8)
     monkeypatch.setattr(names_module, "_LEARNED_CHECKS", 4)
     at_once = tenant(*RULES)
@@ -277,7 +277,7 @@ def test_pools_that_grow_in_the_middle_of_a_batch_change_nothing(monkeypatch, se
 
 def test_every_pool_was_grown_from_one_row(monkeypatch):
     """The test above would prove little if the pools were large enough from the beginning."""
-    monkeypatch.setattr(table_module, "_empty_arrays", tiny_arrays)
+    monkeypatch.setattr(table_module, "empty_arrays", tiny_arrays)
     traces = tenant(*RULES)
     for number in range(3):
         traces.fold(many(200, trace=(0, number)), NOW)
@@ -308,7 +308,7 @@ def clustered(monkeypatch: pytest.MonkeyPatch) -> None:
         made = original(slots)
         return made._replace(secret=np.array([0, 1, 2**58], np.int64))
 
-    monkeypatch.setattr(table_module, "_empty_arrays", arrays)
+    monkeypatch.setattr(table_module, "empty_arrays", arrays)
 
 
 def evict_all(traces: TenantTraces, now: int = NOW * 2) -> int:
