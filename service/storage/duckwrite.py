@@ -73,17 +73,30 @@ def write_traces(db: Cursor, known: Known, rows: pa.Table) -> None:
     maybe = known.traces.maybe(keys)
     known.traces.add(keys[~maybe])
     if maybe.any():
-        some = pa.table({"key": keys[maybe], "trace_id": rows["trace_id"].filter(pa.array(maybe))})
-        which = "WHERE key IN (SELECT key FROM asked) AND trace_id IN (SELECT trace_id FROM asked)"
-        db.register("asked", some)
-        there: pa.Table = db.sql(f"SELECT {_TRACE_COLUMNS} FROM traces {which}").to_arrow_table()
+        there = _take_traces(db, keys[maybe], rows["trace_id"].filter(pa.array(maybe)))
         if len(there):
-            db.execute(f"DELETE FROM traces {which}").fetchall()
-            there = there.cast(TRACES)
             rows = traces_table(pa.concat_tables([there, rows]))
             keys = _trace_keys(rows)
-        db.unregister("asked")
     _insert(db, "traces", rows.append_column("key", pa.array(keys)))
+
+
+def _take_traces(db: Cursor, keys: KeyArray, trace_ids: pa.ChunkedArray) -> pa.Table:
+    """Those of the traces that the table has, taken out of it."""
+    db.register("asked", pa.table({"key": keys}))
+    found = db.execute("SELECT rowid FROM traces WHERE key IN (SELECT key FROM asked)").fetchall()
+    db.unregister("asked")
+    if not found:
+        return TRACES.empty_table()
+    # By their rows' numbers, which hold in a transaction: DuckDB then reads only their row groups.
+    numbers = ",".join(str(int(number)) for (number,) in found)
+    rows: pa.Table = db.sql(
+        f"SELECT rowid AS number, {_TRACE_COLUMNS} FROM traces WHERE rowid IN ({numbers})"
+    ).to_arrow_table()
+    rows = rows.filter(pc.is_in(rows["trace_id"].cast(pa.binary(16)), trace_ids.combine_chunks()))
+    if len(rows):
+        numbers = ",".join(str(number) for number in rows["number"].to_pylist())
+        db.execute(f"DELETE FROM traces WHERE rowid IN ({numbers})").fetchall()
+    return rows.select(TRACES.names).cast(TRACES)
 
 
 def write_frames(db: Cursor, known: Known, rows: pa.Table) -> None:
