@@ -44,12 +44,19 @@ clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Measurements: perf/*.py say what each does, perf/REPORT.md has the last ones.
-.PHONY: load overload bench curves memory flamegraph regress
+# Measurements: perf/*.py say what each does (make load PERF=--help), perf/REPORT.md has the last
+# ones. make report runs all of them, 25 minutes, and writes it anew.
+.PHONY: load bench curves memory flamegraph regress soak overload cachehits summary queries report
 
 # load is not the first: a line that begins with that word is a directive of make
-bench load overload curves memory flamegraph regress: setup
+bench load curves memory flamegraph regress soak overload cachehits summary: setup
 	$(BIN)/python -m perf.$@ $(PERF)
+
+queries: setup
+	$(BIN)/python -m perf.bench_queries $(PERF)
+
+report: setup
+	$(BIN)/python -m perf.everything $(PERF)
 
 # The dashboard from the panels in grafana/*.py, and the page of metrics from their declaration.
 .PHONY: grafana

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -21,15 +21,16 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import trio
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
 from perf import report
 from perf.bench_caches import caches
-from perf.bench_ledger import ledger
+from perf.bench_ledger import COUNTS, MISSING, ledger
 from perf.engine import TENANT, compiled
-from perf.rounds import ROUND_SECONDS, ROUNDS, WARM_UP, Taken, async_rounds, rounds, timed
+from perf.rounds import ROUND_SECONDS, ROUNDS, WARM_UP, Rounds, Taken, async_rounds, rounds, timed
 from perf.rows import SECOND, closed_traces, make_signals
 from perf.target import GeneratorProcess, Service, service
 from perf.workload import Shape, make_bodies, rule_definitions
@@ -40,6 +41,7 @@ from service.signals import Kind, rule_version, signal_id
 from service.stages.evaluate import decide_due
 from service.stages.ingest import IngestStage
 from service.storage.duck import DuckStore
+from service.storage.fallback import FallbackFiles
 from service.storage.spanlog import SpanLog
 from service.traces.due import DueTraces
 from service.traces.index import trace_table
@@ -171,6 +173,10 @@ def evaluation() -> dict[str, Json]:
             call = _OneTrace(spans, window)
             found[f"{name} {spans}"] = rounds(spans, call)
             assert call.signals, "the traces of this benchmark break a rule"
+    call, measured = _OneTrace(100, 100), Rounds()
+    taken = [call() for _ in range(1000)]
+    measured.add(sum(t[0] for t in taken), sum(t[1] for t in taken), [t[0] for t in taken])
+    found["1000 traces of 100"] = measured.result(100)
     return found
 
 
@@ -200,6 +206,17 @@ def duckdb(directory: Path) -> dict[str, Json]:
                 return timed(lambda: store.write(TENANT, traces=trace_table(due)))
 
             found[f"traces {count}"] = rounds(count, traces)
+    return found
+
+
+def fallback(directory: Path) -> dict[str, Json]:
+    """What the stores would not take, written and synced to local files."""
+    files = FallbackFiles(directory / "fallback", 1 << 30)
+    found = {}
+    for count in (1, 128):
+        lines = [orjson.dumps(asdict(signal)) for signal in make_signals(count, 0)]
+        found[f"files {count}"] = rounds(count, lambda lines=lines: files.append(lines))  # type: ignore[misc]
+    files.close()
     return found
 
 
@@ -305,6 +322,7 @@ def show(facts: Json, found: Json) -> str:
         ("ledger", "signals"),
         ("duckdb", "rows"),
         ("caches", "lookups"),
+        ("fallback", "signals"),
     ):
         if group not in found:
             continue
@@ -320,6 +338,8 @@ def show(facts: Json, found: Json) -> str:
         ]
         head = [group, "µs a call", "CPU, µs a call", "p99, µs", f"{item}/s"]
         lines += ["", report.table(head, rows)]
+        if group == "ledger" and f"tigerbeetle {COUNTS[0]}" not in found[group]:
+            lines += ["", f"TigerBeetle not measured: {MISSING}."]
     if "end_to_end" in found:
         e = found["end_to_end"]
         keys = ("p50", "p95", "p99", "max")
@@ -338,7 +358,7 @@ def show(facts: Json, found: Json) -> str:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    groups = ["ingestion", "evaluation", "ledger", "duckdb", "caches", "end_to_end"]
+    groups = ["ingestion", "evaluation", "ledger", "duckdb", "caches", "fallback", "end_to_end"]
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--rate", type=float, default=20_000, help="spans/s beside the probes")
     parser.add_argument("--probes", type=int, default=40)
@@ -353,6 +373,7 @@ def main(given: list[str] | None = None) -> None:
             "ledger": lambda: ledger(directory),
             "duckdb": lambda: duckdb(directory),
             "caches": lambda: caches(directory),
+            "fallback": lambda: fallback(directory),
             "end_to_end": lambda: end_to_end(options.rate, options.probes),
         }
         for name in options.only:

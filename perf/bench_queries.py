@@ -136,6 +136,26 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
     }
 
 
+def show(values: Json) -> str:
+    """The report as text."""
+    rows = [
+        (name, f"{answer['first_ms']:,.1f}", report.shown(answer["ms"], 1))
+        for name, answer in values["answers"].items()
+    ]
+    written = ", ".join(f"{name} {value:,}" for name, value in values["written"].items())
+    return "\n".join(
+        [
+            f"Queries. {report.describe(values['machine'])}.",
+            f"One tenant with {values['traces']:,} traces and {values['signals']:,} signals, "
+            f"{values['file_mb']:,} MB; memory grew by {values['rss_growth_mb']} MB.",
+            "",
+            report.table(["", "first, ms", "then, ms"], rows),
+            "",
+            f"Writing: {written}.",
+        ]
+    )
+
+
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=int, default=10_000_000)
@@ -171,27 +191,27 @@ def main(given: list[str] | None = None) -> None:
             store.write(TENANT, traces=batches[0])
             again = time.perf_counter() - began
         grown = process.memory_info().rss - before
-    report.save(
-        "queries",
-        {
-            "machine": facts,
-            "traces": options.traces,
-            "signals": options.signals,
-            "file_mb": round(size / 1e6),
-            "written": written
-            | {
-                "opening_ms": round(opened * 1e3, 1),
-                "first_write_ms": round(first_write * 1e3, 1),
-                "traces_per_second_at_size": round(at_size),
-                "same_1000_again_ms": round(again * 1e3, 1),
-            },
-            "rss_growth_mb": round(grown / 1e6),
-            "answers": answers,
-            "slower_than_100_ms": [
-                name for name, answer in answers.items() if answer["ms"]["median"] > MOST_MS
-            ],
+    values = {
+        "machine": facts,
+        "traces": options.traces,
+        "signals": options.signals,
+        "file_mb": round(size / 1e6),
+        "written": written
+        | {
+            "opening_ms": round(opened * 1e3, 1),
+            "first_write_ms": round(first_write * 1e3, 1),
+            "traces_per_second_at_size": round(at_size),
+            "same_1000_again_ms": round(again * 1e3, 1),
         },
-    )
+        "rss_growth_mb": round(grown / 1e6),
+        "answers": answers,
+        "slower_than_100_ms": [
+            name for name, answer in answers.items() if answer["ms"]["median"] > MOST_MS
+        ],
+    }
+    text = show(values)
+    print(text)
+    report.say_saved("queries", values, text)
 
 
 if __name__ == "__main__":

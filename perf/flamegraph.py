@@ -52,7 +52,7 @@ def main(given: list[str] | None = None) -> None:
         finally:
             generator.stop()
     rate = result["spans"] / result["seconds"]
-    print(f"{picture.relative_to(report.ROOT)}, {rate:,.0f} spans/s while it was sampled")
+    print(f"{picture}, {rate:,.0f} spans/s while it was sampled")
 
 
 if __name__ == "__main__":

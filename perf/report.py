@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
-OUT = Path(__file__).parent / "out"
+OUT = Path(os.environ.get("PERF_OUT") or Path(__file__).parent / "out")
 PACKAGES = ("numba", "numpy", "trio", "hypercorn", "httptools", "duckdb", "pyarrow", "isal")
 BUSY = 0.6  # load average without us, a core, above which figures are called disturbed
 
