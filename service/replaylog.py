@@ -144,6 +144,6 @@ class Replay:
             yield read_frames(stretch.tenant, positions, frames, self.max_body_bytes)
 
 
-def _nothing(tenant: str, ids: Rows) -> Recalled:
+def _nothing(tenant: str, ids: Rows) -> list[Recalled]:
     """Nothing is known of what was forgotten."""
-    return Recalled(ids[:0], [], None, ids)
+    return [Recalled(ids[:0], [], None, ids)]

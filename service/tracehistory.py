@@ -4,7 +4,8 @@ log. Late spans reopen it from there."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,8 +20,12 @@ _log = logging.getLogger("service.history")
 
 _MASK = 2**64 - 1
 
-# Read for the late spans of one batch at most; traces beyond it are reopened as partial.
-MAX_TRACES = 256
+# Read for the late spans of one batch at most, in rounds; traces beyond it are reopened as partial.
+MOST_TRACES = 5000
+MOST_SECONDS = 2.0  # after which no further round begins
+
+# Read in one round at most.
+ROUND_TRACES = 256
 MAX_FRAMES = 1024
 MAX_SPANS = 50_000
 
@@ -34,9 +39,11 @@ class TraceHistory:
         log: SpanLog,
         max_body_bytes: int,
         behind: Callable[[], bool] = lambda: False,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._behind = behind
+        self._seconds = seconds
         self._log = log
         self._max_body = max_body_bytes
         self.recalled = 0
@@ -46,8 +53,29 @@ class TraceHistory:
         self.unknown = 0
         """Traces asked for that the index does not have: new ones, mostly."""
 
-    def load(self, tenant: str, ids: Rows) -> Recalled:
-        """What there is of the traces (rows of hi, lo).
+    def load(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
+        """What there is of the traces (rows of hi, lo), in rounds that are read when asked for, so
+        that the spans of one are held at a time. Traces beyond what is read for a batch are lost.
+        """
+        until = self._seconds() + MOST_SECONDS
+        for at in range(0, min(len(ids), MOST_TRACES), ROUND_TRACES):
+            if at and self._seconds() >= until:
+                break
+            yield self._round(tenant, ids[at : min(at + ROUND_TRACES, MOST_TRACES)])
+        else:
+            at = MOST_TRACES
+        beyond = ids[at:]
+        if len(beyond):
+            self.partial += len(beyond)
+            _log.warning(
+                "%d late traces of %s are judged without what came before: too many at once",
+                len(beyond),
+                tenant,
+            )
+            yield Recalled(ids[:0], [], None, beyond)
+
+    def _round(self, tenant: str, ids: Rows) -> Recalled:
+        """What there is of up to ``ROUND_TRACES`` traces.
 
         A trace counts as whole when all the spans that its row of the index counts were read.
         Traces that the index does not have are new, unless the store is behind: then there may be
@@ -56,7 +84,7 @@ class TraceHistory:
         names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
         try:
             behind = self._behind()  # first: what is written back after this is found
-            found = self._store.find_traces(tenant, names[:MAX_TRACES])
+            found = self._store.find_traces(tenant, names)
             raised = self._store.raised_of(tenant, list(found)) if found else {}
         except (StoreError, PoolTimeout) as error:
             _log.warning("late spans of %s are judged without what came before: %s", tenant, error)
@@ -64,16 +92,15 @@ class TraceHistory:
             return Recalled(ids[:0], [], None, ids)
         known = [k for k, name in enumerate(names) if name in found]
         self.unknown += len(ids) - len(known)
-        beyond = ids[MAX_TRACES:]
+        lost = ids[:0]
         if behind:
-            absent = [k for k, name in enumerate(names[:MAX_TRACES]) if name not in found]
-            beyond = np.concatenate([beyond, ids[absent]])
-            self.partial += len(absent)
+            lost = ids[[k for k, name in enumerate(names) if name not in found]]
+            self.partial += len(lost)
         rows = [found[names[k]] for k in known]
         batch = self._read(tenant, rows)
         if batch is None:
             self.partial += len(known)
-            return Recalled(ids[:0], [], None, np.concatenate([ids[known], beyond]))
+            return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
         told = [
             {(each[0], each[1]): told_of(*each[2:]) for each in raised.get(names[k], ())}
             for k in known
@@ -86,7 +113,7 @@ class TraceHistory:
         ]
         self.recalled += len(known)
         self.partial += whole.count(False)
-        return Recalled(ids[known], whole, batch, beyond, told)
+        return Recalled(ids[known], whole, batch, lost, told)
 
     def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
         """The spans of the frames that hold the traces, None if no frame could be read."""

@@ -7,7 +7,7 @@ forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,9 @@ class Recalled:
     told: Sequence[Told] = ()
 
 
-History = Callable[[str, Rows], Recalled]
-"""Given a tenant and trace ids, rows of (hi, lo), what the index and the log have of them."""
+History = Callable[[str, Rows], Iterable[Recalled]]
+"""Given a tenant and trace ids, rows of (hi, lo), what the index and the log have of
+them, in rounds: each trace is in one of them at most."""
 
 
 class TenantTraces:
@@ -170,9 +171,12 @@ class TenantTraces:
         """Fold closed traces again from the log into the newest table; the ids of those of which
         nothing could be read."""
         newest = self.tables[-1]
-        recalled = history(self.tenant, ids)
-        batch = recalled.batch
-        if batch is not None:
+        lost = [ids[:0]]
+        for recalled in history(self.tenant, ids):
+            lost.append(recalled.lost)
+            batch = recalled.batch
+            if batch is None:
+                continue
             of = batch.spans[:, [TRACE_HI, TRACE_LO]]
             wanted = np.zeros(len(batch), bool)
             for pair in recalled.ids:
@@ -181,7 +185,7 @@ class TenantTraces:
             newest.fold(batch, self._service_numbers(batch), batch.received_ns, skip)
             newest.recall(recalled.ids, recalled.told)
             newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
-        return recalled.lost
+        return np.concatenate(lost)
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
         """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in

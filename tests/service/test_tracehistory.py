@@ -1,69 +1,85 @@
-"""All of a trace was read back if its distinct span ids were, however many spans were read."""
+"""Late spans of many traces at once: read back in rounds, within a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from service import tracehistory
+from service.otlp.columns import SpanBatch
 from service.otlp.wire import scan_bodies
-from service.rules.compile import compile_rules
+from service.rules.parse import parse
+from service.stages.evaluate import decide_due
 from service.storage.duck import DuckStore
-from service.storage.frames import Frame
-from service.storage.spanlog import SpanLog
-from service.tracehistory import TraceHistory
-from service.traces.index import trace_tables
+from service.storage.spanlog import Frame, SpanLog
+from service.traces.closed import ClosedTraces
+from service.traces.index import trace_table
+from service.traces.layout import FLAGS, PARTIAL, SPANS
 from service.traces.tenant import TenantTraces
-from tests.service.traces.spans import TRACE, S, body
+from tests.service.traces.engine import compiled
+from tests.service.traces.spans import S, body
 
 pytestmark = pytest.mark.kernel
+NOW = 1_700_000_000 * 10**9
 
-OTHER = b"\2" * 16
-IDS = np.array([[int.from_bytes(TRACE[:8], "big"), int.from_bytes(TRACE[8:], "big")]], np.int64)
+
+def spans(number: int, traces: int, name: str) -> list[S]:
+    return [S(number, name, trace=(k + 1).to_bytes(16, "big")) for k in range(traces)]
 
 
 @pytest.fixture
-def stores(tmp_path):
-    with DuckStore(tmp_path / "duck") as duck, SpanLog(tmp_path / "log") as log:
-        yield duck, log
+def world(tmp_path: Path) -> Iterator[SimpleNamespace]:
+    w = SimpleNamespace(seconds=0.0, step=0.0)
+
+    def clock() -> float:
+        w.seconds += w.step
+        return float(w.seconds)
+
+    w.traces = TenantTraces("t", compiled([parse("when { pay } always { check }")]))
+    w.closed = ClosedTraces(1 << 16)
+    with DuckStore(tmp_path / "duck") as w.store, SpanLog(tmp_path / "log") as w.log:
+        w.history = tracehistory.TraceHistory(w.store, w.log, 1 << 22, seconds=clock)
+        yield w
 
 
-def closed(stores, requests: Sequence[Sequence[S]], lost: Sequence[int] = ()) -> TraceHistory:
-    """A trace that came in these requests is closed and in the index; the log has not those of the
-    requests that are ``lost``."""
-    duck, log = stores
-    traces = TenantTraces("default", compile_rules([]))
-    for number, spans in enumerate(requests):
-        data = body(*spans)
-        batch = scan_bodies("default", [data])
-        if number in lost:
-            batch.positions = np.array([(99 << 32) + number + 1], np.int64)
-        else:
-            frame = Frame("protobuf", "", 1000, data, len(spans))
-            batch.positions = np.array(log.append("default", [frame]), np.int64)
-        traces.fold(batch, 1000)
-    (due,) = traces.tables[-1].close_idle(2000, 2000)
-    duck.write("default", signals=[], traces=trace_tables([due]), frames=None)
-    return TraceHistory(duck, log, 1 << 20)
+def send(w: Any, sent: list[S]) -> None:
+    raw = body(*sent)
+    positions = w.log.append("t", [Frame("protobuf", "", NOW, raw, len(sent))])
+    batch: SpanBatch = scan_bodies("t", [raw])
+    batch.positions = np.array(positions)
+    batch.received_ns = NOW
+    w.traces.fold(batch, NOW, w.closed, w.history.load)
 
 
-def test_spans_that_came_twice_are_one(stores):
-    history = closed(stores, [[S(1), S(2)], [S(2), S(1)], [S(3)]])
-    recalled = history.load("default", IDS)
-    assert recalled.whole == [True]
-    assert len(recalled.batch) == 5
-    assert (history.recalled, history.partial) == (1, 0)
+def close(w: Any) -> Any:
+    (due,) = w.traces.close_due(NOW + 2, 1)
+    decided = decide_due(due, NOW)
+    w.store.write("t", signals=decided.signals, traces=trace_table(decided.closed))
+    w.traces.evict(NOW + 10**12, 1, 0, w.closed)
+    return due
 
 
-@pytest.mark.parametrize("again", [[S(1), S(2)], [S(1), S(1), S(1)], [S(2, trace=OTHER)]])
-def test_a_repetition_does_not_stand_for_a_span_that_is_lost(stores, again):
-    history = closed(stores, [[S(1), S(2)], again, [S(3)]], lost=[2])
-    recalled = history.load("default", IDS)
-    assert recalled.whole == [False]
-    assert (history.recalled, history.partial) == (1, 1)
-
-
-def test_a_request_lost_whose_spans_another_has_is_no_loss(stores):
-    history = closed(stores, [[S(1), S(2)], [S(2), S(1)], [S(3)]], lost=[1])
-    assert history.load("default", IDS).whole == [True]
+@pytest.mark.parametrize(
+    ("step", "most", "whole"),
+    [(0.0, 5000, 60), (0.0, 30, 30), (0.7, 5000, 30), (9.0, 5000, 10)],
+    ids=["all", "the number ends it", "the time ends it", "at least one round"],
+)
+def test_many_late_traces_are_read_in_rounds(world, monkeypatch, step, most, whole):
+    monkeypatch.setattr(tracehistory, "ROUND_TRACES", 10)
+    monkeypatch.setattr(tracehistory, "MOST_TRACES", most)
+    send(world, spans(1, 60, "pay"))
+    close(world)
+    world.step = step
+    send(world, spans(2, 60, "check"))
+    due = close(world)
+    partial = due.rows[:, FLAGS] & PARTIAL != 0
+    assert len(due) == 60
+    assert np.count_nonzero(~partial) == whole == world.history.recalled
+    assert set(due.rows[~partial, SPANS].tolist()) == {2}
+    assert set(due.rows[partial, SPANS].tolist()) <= {1}
+    assert world.history.partial == 60 - whole

@@ -15,7 +15,6 @@ from service.stages.correlate import CorrelateStage, TraceLimits
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.progress import InFlight, LogProgress
-from service.traces.tenant import Recalled
 from service.traces.window import Windows
 from tests.service.traces.engine import compiled
 from tests.service.traces.spans import S, batch
@@ -58,7 +57,7 @@ class Rig:
             self.in_flight,
             TraceLimits(**given),
             ClosedTraces(1 << 14),
-            lambda _, ids: Recalled(ids[:0], [], None, ids[:0]),
+            lambda _, ids: (),
             Windows(),
             self.clock,
             lambda: self.behind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -74,18 +74,18 @@ class Engine:
             if len(folded.completed):
                 self._decide(table.close(folded.completed, self.now))
 
-    def history(self, tenant: str, ids: Rows) -> Recalled:
+    def history(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
         """What the index and the log have of closed traces."""
         found = [pair for pair in map(tuple, ids.tolist()) if pair in self.index]
         if not found:
-            return Recalled(ids[:0], [], None, ids[:0])
+            return
         positions = sorted(set().union(*(self.index[pair][0] for pair in found)))
         batch = scan_bodies(tenant, [self.log[p - 1] for p in positions])
         batch.positions = np.array(positions, np.int64)
         batch.received_ns = self.now
         self.recalled += len(found)
         told = [self.told(f"{hi % 2**64:016x}{lo % 2**64:016x}") for hi, lo in found]
-        return Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0], told)
+        yield Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0], told)
 
     def told(self, trace_id: str) -> Told:
         """What the signals of a trace say, as the query store counts them."""
