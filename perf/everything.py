@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def run(name: str, quick: bool, baseline: bool, environment: dict[str, str]) -> 
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.terminate()  # first, so that it may end the service that it started
+        process.send_signal(signal.SIGINT)  # so that it ends the service that it started
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
