@@ -268,12 +268,17 @@ class Recovery:
 
     async def every(self, seconds: float) -> None:
         """Save a checkpoint every so many seconds, less often where saving takes long, apart from
-        waiting for the stores."""
+        waiting for the stores; and soon after rules changed, since what is read of the log after
+        a crash opens its traces under the new ones."""
         while True:
             started = trio.current_time()
+            self._correlate.rules_changed = trio.Event()
             await self.save()
             took = trio.current_time() - started - self._waited
-            await trio.sleep(max(seconds - took, 9 * took, 0.1))
+            least = max(took, 0.1)
+            await trio.sleep(least)
+            with trio.move_on_after(max(seconds - took - least, 9 * took - least, 0)):
+                await self._correlate.rules_changed.wait()
 
     async def save(self) -> bool:
         """Save a checkpoint; whether that worked. What left the traces is waited for first."""

@@ -127,10 +127,16 @@ class CorrelateStage:
         self.counts = CorrelateCounts()
         self._raised = RaisedBefore()
         self.caught_up = trio.Event()
+        self.rules_changed = trio.Event()
+        """A tenant's new traces are opened under other rules from now on."""
+        self._changed = False
 
     async def handle(self, batches: list[SpanBatch]) -> None:
         """Fold batches and pass on what is due. A batch that was folded before is passed over."""
         due, error = await self._threads.run(self._fold, batches)
+        if self._changed:
+            self._changed = False
+            self.rules_changed.set()
         for traces in due:
             await self._onward.send(traces)
         if error is not None:
@@ -284,6 +290,7 @@ class CorrelateStage:
             traces = TenantTraces(tenant, rules, self._windows, before, self._held)
             self.tenants[tenant] = traces
         elif traces.rules is not rules:
+            self._changed |= traces.rules.version != rules.version
             traces.rules = rules
         return traces
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 
+from service.app import Service
 from service.http.backend import Operator
 from service.http.request import Done
 from service.recovery import read_frames
@@ -304,3 +305,27 @@ def test_a_frame_that_cannot_be_decoded_hides_no_other(caplog):
     assert batch.received_ns == 8
     assert (batch.bodies[:, 4] != 0).tolist() == [True, False, True, True]
     assert caplog.text.count("cannot be decoded") == 2
+
+
+async def saved_after(service: Service, before: float) -> None:
+    """Return when a checkpoint is saved that is newer than one."""
+    with trio.fail_after(20):
+        while (service.recovery.saved_at or 0.0) <= before:
+            await trio.sleep(0.02)
+
+
+async def test_traces_opened_before_rules_changed_keep_theirs_through_a_crash(tmp_path):
+    write_rules(tmp_path, {"no-b": "when { a } always { b }"})
+    idle = {"idle_seconds": 3600}
+    async with running(settings(tmp_path, traces=idle), die=True) as service:
+        await saved_after(service, 0.0)
+        saved = service.recovery.saved_at
+        assert await send(service, [S(1, "a")]) == Done(1)
+        await folded(service)
+        write_rules(tmp_path, {"no-c": "when { a } always { c }"})
+        await service.reload_rules()
+        assert await send(service, [S(1, "a", trace=bytes([7]) * 16)]) == Done(1)
+        await saved_after(service, saved)
+    async with running(settings(tmp_path)) as service:
+        await closed(service)
+        assert standing(service) == {(TRACE.hex(), "no-b"), ("07" * 16, "no-c")}
