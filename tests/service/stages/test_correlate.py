@@ -298,3 +298,28 @@ async def test_closed_traces_are_kept_while_the_index_does_not_have_them(nursery
     rig.behind = False
     await trio.sleep(5)
     assert await closed(0, 0) == 0
+
+
+async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
+    nursery, autojump_clock
+):
+    rig = Rig(keep=5)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    last: dict[str, float] = {}
+    for number in range(200):
+        tenant = f"t{number * 7 % 13}"
+        if number < 100 or tenant in ("t1", "t2"):
+            await rig.send(S(number + 1, "x"), tenant=tenant)
+            last[tenant] = trio.current_time()
+        await trio.sleep(0.1 + number % 3)
+        for due in rig.due():
+            if len(due):  # others only pass on log positions
+                rig.in_flight.leave(due.ticket)
+                assert 5 <= trio.current_time() - last.pop(due.tenant) <= 5.25 + 2.1
+        assert set(last) == {n for n, t in rig.stage.tenants.items() if t.open_count}
+        assert rig.stage._held.open == len(last)
+        kept = sum(traces.closed_count for traces in rig.stage.tenants.values())
+        assert rig.stage._held.closed == kept
+    rig.stage.forget("t1")
+    assert rig.stage._held.open == sum(t.open_count for t in rig.stage.tenants.values())
