@@ -122,11 +122,10 @@ class TraceTable:
     before: dict[str, Told] = field(default_factory=dict)  # by trace id, from before a restart
     held: Held = field(default_factory=Held)
     arrays: TraceArrays = field(init=False)
-    told: dict[int, Told] = field(default_factory=dict)  # slot -> said before it was closed last
+    told: dict[int, Told] = field(default_factory=dict)  # by slot, before it was closed last
+    # No open trace had its last span, or began, before (nanoseconds; NEVER: none is open).
     seen_from: int = NEVER
-    """No open trace had its last span before (nanoseconds; ``NEVER``: none is open)."""
     begun_from: int = NEVER
-    """No open trace began before."""
     _counted: tuple[int, int] = (0, 0)  # open and closed traces, as ``held`` counts them
     _survey: Survey | None = None  # None when something changed since
     _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (when, slots), in order
@@ -294,7 +293,9 @@ class TraceTable:
         self._learn(slots)
         due = self.copy(slots, closed=True, now=now)
         upkeep.close(self.arrays, slots, now)
-        self._closed.append((now, slots))
+        if self._closed and self._closed[-1][0] == now:
+            slots = np.concatenate([self._closed.pop()[1], slots])
+        self._closed.append((now, np.sort(slots)))  # as a restart finds them
         self._count()
         return due
 

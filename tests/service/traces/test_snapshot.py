@@ -146,6 +146,21 @@ def test_also_through_files(tmp_path, stream, restarts):
     assert {s.id: s for s in with_files.signals} == {s.id: s for s in without.signals}
 
 
+def test_which_of_those_closed_together_is_forgotten_is_the_same_after_a_restart():
+    one, two = (bytes([n]) * 16 for n in (1, 2))
+    both = [S(1, trace=one), S(2, trace=two, complete=True), S(3, trace=one, complete=True)]
+    stream = [
+        ("fold", [S(4, trace=one)]),
+        ("fold", both),
+        ("evict", 1),
+        ("fold", [S(5, trace=one)]),
+    ]
+    without, restarted = Run(), Run(None, frozenset([2]))
+    without.run(stream)
+    restarted.run(stream)
+    assert restarted.facts == without.facts
+
+
 def test_a_snapshot_is_a_copy():
     run = Run()
     run.fold([S(1), S(2, "b")])
