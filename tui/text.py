@@ -40,6 +40,11 @@ def count(value: int | None) -> str:
     return NONE if value is None else f"{value:,}".replace(",", "\u202f")
 
 
+def many(value: int | None, noun: str) -> str:
+    """A count with its noun: 1 tenant, 2 tenants."""
+    return f"{count(value)} {noun if value == 1 else noun + 's'}"
+
+
 def percent(fraction: float | None) -> str:
     """0.5 as 50 %."""
     if fraction is None or not math.isfinite(fraction):

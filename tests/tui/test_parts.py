@@ -84,6 +84,7 @@ def test_other_figures():
     ]  # fmt: skip
     assert text.count(None) == "–"
     assert text.count(1234567) == "1\u202f234\u202f567"
+    assert [text.many(n, "tenant") for n in (0, 1, 2)] == ["0 tenants", "1 tenant", "2 tenants"]
     assert text.ago(None, 5) == "never"
     assert text.ago(4.5, 5) == "now"
     assert text.age(5, 200) == "3 min"

@@ -9,7 +9,7 @@ from textual.content import Content
 from tui.client import ClientError, Json
 from tui.listing import mapping
 from tui.state import State
-from tui.text import NONE, date, millis, moment, severity, status_tone
+from tui.text import NONE, date, many, millis, moment, severity, status_tone
 from tui.waterfall import MATCH, Span, letters, marks, spans_of, waterfall
 from tui.widgets import Detail, fields, marked, toned
 
@@ -155,11 +155,11 @@ def trace_text(trace: Json) -> str:
     """A trace in a line."""
     parts = [
         str(trace.get("state", "")),
-        f"{trace.get('spans', 0)} spans",
+        many(trace.get("spans", 0), "span"),
         millis(float(trace.get("duration_ns") or 0) / 1e6),
     ]
     if trace.get("errors"):
-        parts.append(f"{trace['errors']} errors")
+        parts.append(many(trace["errors"], "error"))
     for name, told in (("missing", "requests are missing"), ("omitted", "spans left out")):
         if trace.get(name):
             parts.append(f"✖ {trace[name]} {told}")

@@ -16,7 +16,7 @@ from tui.panels.ruleedit import RuleEditor
 from tui.panels.ruletest import test_condition
 from tui.state import State
 from tui.table import Cell, Column, Row
-from tui.text import NONE, SEVERITIES, count, number, severity
+from tui.text import NONE, SEVERITIES, count, many, number, severity
 from tui.widgets import Detail, fields, marked, toned
 
 FIELDS = ("name", "description", "severity", "labels", "condition")
@@ -67,8 +67,8 @@ class RulesPanel(TenantListing):
         raised, retracted = self._total
         return [
             self.whose,
-            f"  {count(len(self._rules))} rules, {count(enabled)} enabled",
-            f"  {count(raised)} signals in the last hour, {count(retracted)} retracted",
+            f"  {many(len(self._rules), 'rule')}, {count(enabled)} enabled",
+            f"  {many(raised, 'signal')} in the last hour, {count(retracted)} retracted",
         ]
 
     def rows(self, state: State) -> Iterable[Row]:

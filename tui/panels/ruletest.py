@@ -9,7 +9,7 @@ from tui.client import ClientError, Json
 from tui.listing import objects
 from tui.panels.evidence import VerdictShown
 from tui.pick import Pick
-from tui.text import clock, millis, moment
+from tui.text import clock, many, millis, moment
 from tui.widgets import Detail
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ def test_condition(app: BetraceApp, name: str, condition: str) -> None:
 def _option(trace: Json) -> tuple[str, str]:
     identity = str(trace.get("trace_id"))
     took = millis(float(trace.get("duration_ns") or 0) / 1e6)
-    told = f"{trace.get('root_service')} {trace.get('root_name')}, {trace.get('spans')} spans"
-    errors = f", {trace['errors']} errors" if trace.get("errors") else ""
+    told = (
+        f"{trace.get('root_service')} {trace.get('root_name')}, {many(trace.get('spans'), 'span')}"
+    )
+    errors = f", {many(trace['errors'], 'error')}" if trace.get("errors") else ""
     return identity, f"{clock(moment(trace.get('start')))} {told}, {took}{errors}  {identity}"
 
 

@@ -15,7 +15,7 @@ from tui.listing import mapping, objects
 from tui.panel import Panel
 from tui.panels.details import plot
 from tui.state import State
-from tui.text import NONE, count, date, duration, moment, number, percent, size, status_tone
+from tui.text import NONE, count, date, duration, many, moment, number, percent, size, status_tone
 from tui.widgets import Draw, Section, fields, marked, toned
 
 _NARROW = 60
@@ -79,7 +79,7 @@ class SystemPanel(Panel):
             (
                 "covers",
                 f"{count(covers.get('openTraces'))} open traces of "
-                f"{count(covers.get('tenants'))} tenants, {size(found.get('bytes'))}",
+                f"{many(covers.get('tenants'), 'tenant')}, {size(found.get('bytes'))}",
             ),
             ("a restart reads", f"{size(left)} of the log beyond it"),
             ("failures", marked(count(failures), "bad") if failures else "none"),

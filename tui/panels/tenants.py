@@ -15,7 +15,7 @@ from tui.listing import MOST, Listing, Part, check_tenant, objects
 from tui.pick import Pick
 from tui.state import State
 from tui.table import Cell, Column, Row
-from tui.text import NONE, SYMBOLS, count, date, moment, number, status_tone
+from tui.text import NONE, SYMBOLS, count, date, many, moment, number, status_tone
 from tui.widgets import Detail, fields, marked
 
 MOST_KEY_BYTES = 10_000
@@ -57,7 +57,7 @@ class TenantsPanel(Listing):
         now = self.betrace.state.now
         active = f"  {now.tenants} active now" if now else ""
         more = "first " if self._more else ""
-        return [f"{more}{count(len(self._tenants))} tenants{active}"]
+        return [f"{more}{many(len(self._tenants), 'tenant')}{active}"]
 
     def rows(self, state: State) -> Iterable[Row]:
         for name, tenant in self._tenants.items():
@@ -198,7 +198,7 @@ class TenantsPanel(Listing):
 
             async def run() -> str:
                 after = await self.betrace.client.add_key(name, public)
-                return f"{name} has {len(objects(after.get('keys')))} keys"
+                return f"{name} has {many(len(objects(after.get('keys'))), 'key')}"
 
             effects = [("keys", str(len(keys)), f"{len(keys)} for a day, and the new one")]
             note = "Senders that use the other keys have a day to change to the new one."
@@ -219,7 +219,7 @@ class TenantsPanel(Listing):
 
             async def run() -> str:
                 after = await self.betrace.client.revoke_key(name, kid)
-                return f"{name} has {len(objects(after.get('keys')))} keys"
+                return f"{name} has {many(len(objects(after.get('keys'))), 'key')}"
 
             self.betrace.change(
                 Change(
