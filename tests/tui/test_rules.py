@@ -50,7 +50,7 @@ async def test_a_rule_is_edited_and_saved_with_its_tag(pilot, api):
     await pilot.pause()
     text = screen_text(pilot.app)
     assert "severity: critical → high" in text
-    assert "condition: 2 lines → 1 lines" in text
+    assert "condition: 2 lines → 1 line" in text
     assert "+ never { bypass }" in text
     assert pilot.app.focused.id == "cancel"
     await pilot.press("y")
@@ -100,6 +100,15 @@ async def test_errors_are_shown_while_it_is_written_and_it_is_not_saved(pilot, a
     await until(lambda: bool(toasts(pilot.app)))
     assert toasts(pilot.app)[0] == ("✖ not saved", "line 1, column 3: found '&&'; use 'and'")
     assert api.posted() == []
+
+
+@piloted()
+async def test_a_check_that_comes_while_the_editor_closes_ends(pilot, api):
+    screen = await edited(pilot)
+    await screen.query(".rule-editor").remove()  # the screen goes after its widgets
+    before = api.calls.count(("POST", "/api/v1/rules/validate"))
+    await screen._check()
+    assert api.calls.count(("POST", "/api/v1/rules/validate")) == before
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.css.query import NoMatches
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Input, Label, TextArea
 from textual.worker import Worker
@@ -18,7 +19,7 @@ from tui.changes import Change, Confirm
 from tui.client import ClientError, Json
 from tui.highlight import STYLES, words
 from tui.panels.ruletest import test_condition
-from tui.text import SEVERITIES
+from tui.text import SEVERITIES, many
 from tui.widgets import Live, marked
 
 if TYPE_CHECKING:
@@ -109,8 +110,11 @@ class RuleEditor(ModalScreen[None]):
         _: Worker[None] = self.run_worker(check, group="check", exclusive=True)
 
     async def _check(self) -> None:
-        condition = self._condition
-        shown = self.query_one("#errors", Live)
+        try:
+            condition = self._condition
+            shown = self.query_one("#errors", Live)
+        except NoMatches:  # the screen is being closed, its widgets before itself
+            return
         try:
             self._errors = await self._betrace.client.check_condition(condition)
         except ClientError as error:
@@ -177,7 +181,7 @@ class RuleEditor(ModalScreen[None]):
         ]
         if before.get("condition") != written["condition"]:
             old, new = (len(str(e["condition"]).splitlines()) for e in (before, written))
-            found.append(("condition", f"{old} lines", f"{new} lines, as below"))
+            found.append(("condition", many(old, "line"), f"{many(new, 'line')}, as below"))
         return found
 
     def action_save(self) -> None:
