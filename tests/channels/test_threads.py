@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -48,6 +49,27 @@ async def test_returns_results_and_raises_errors() -> None:
 
 def exit_thread() -> None:
     raise SystemExit(3)
+
+
+def system_name() -> str:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text().strip()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system has no /proc")
+async def test_the_system_knows_a_thread_by_the_name_of_its_runner() -> None:
+    with ThreadRunner("a-name-of-20-letters", 1) as threads:
+        assert await threads.run(system_name) == "a-name-of-20-le"
+
+
+async def test_a_system_that_does_not_take_names_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with ThreadRunner("calls", 1) as threads:
+        assert await threads.run(divmod, 7, 3) == (2, 1)
 
 
 async def test_threads_are_started_when_needed_kept_and_ended_at_close() -> None:
