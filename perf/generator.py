@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import re
+import resource
 import select
 import socket
 import sys
@@ -29,6 +30,7 @@ from urllib.parse import urlsplit
 from perf.workload import Body, Shape, make_bodies
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+OTHER_FILES = 64  # of the generator, beside its connections
 TENANT_HEADER = "X-Scope-OrgID"
 _RETRY = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -113,7 +115,16 @@ class Generator:
         if parts.scheme != "http" or parts.hostname not in LOOPBACK:
             raise ValueError("the load generator sends only to http:// on this machine's loopback")
         if len(bodies) < load.connections:
-            raise ValueError("there must be as many bodies as connections, or more")
+            raise ValueError(
+                f"{load.connections} connections need as many bodies, each may have one under way; "
+                f"there are {len(bodies)}: give --bodies {load.connections} or more, or 0"
+            )
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY and load.connections > files - OTHER_FILES:
+            raise ValueError(
+                f"{load.connections} connections are more than the {files} files that a process "
+                f"may open here: ulimit -n {load.connections + OTHER_FILES}, or fewer --connections"
+            )
         self._load = load
         self._address = (parts.hostname, parts.port or 80)
         self._bodies = deque(bodies)
@@ -392,7 +403,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", required=True, help="such as http://127.0.0.1:4318/v1/traces")
     parser.add_argument("--spans", type=int, default=512, help="a request")
@@ -412,11 +423,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--honour-retry-after", action="store_true")
     parser.add_argument("--slice", type=float, default=0, help="seconds, of latencies by part")
     parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    options = _options()
+    parser = _parser()
+    options = parser.parse_args()
     shape = Shape(
         spans=options.spans,
         spans_per_trace=options.spans_per_trace,
@@ -441,8 +453,11 @@ def main() -> None:
     def say(message: dict[str, Any]) -> None:
         print(json.dumps(message), flush=True)
 
-    bodies = make_bodies(shape, options.bodies)
-    generator = Generator(load, shape, bodies)
+    bodies = make_bodies(shape, options.bodies, options.connections)
+    try:
+        generator = Generator(load, shape, bodies)
+    except ValueError as error:
+        parser.error(str(error))
     say({"event": "ready", "payload": shape.payload(bodies)})
     if options.wait and not sys.stdin.readline():
         return

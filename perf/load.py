@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from perf import report
+from perf import report, threads
 from perf.target import GeneratorProcess, Service, service
+from service.settings.edge import Ingest
 
 MOST_ERRORS = 0.001
 FLOOR = 100_000  # spans/s, requirement B and F
@@ -62,7 +63,8 @@ def arguments(options: argparse.Namespace, spans: int, url: str) -> list[str]:
     if options.gzip:
         # Ids in a compressed body cannot be rewritten: enough bodies that few are sent twice.
         wanted = (options.secs + options.warm_up) * 350_000 / spans
-        given += ["--gzip", "--bodies", str(int(min(wanted, 250e6 / (90 * spans))))]
+        bodies = max(options.connections, int(min(wanted, 250e6 / (90 * spans))))
+        given += ["--gzip", "--bodies", str(bodies)]
     if options.json:
         given.append("--json")
     return given
@@ -80,9 +82,10 @@ def run_once(
     cpu_before = target.cpu_seconds()
     generator.start()
     generator.wait_begin()
-    cpu, began = target.cpu_seconds(), time.monotonic()
+    cpu, by_thread, began = target.cpu_seconds(), target.threads(), time.monotonic()
     watch(options.secs)
     in_window, seconds = target.cpu_seconds() - cpu, time.monotonic() - began
+    used = target.threads()
     rss = target.rss()
     result = generator.wait_end()
     behind = target.metrics()["spansInFlight"]
@@ -109,6 +112,7 @@ def run_once(
         "unknown": result["all_unknown_spans"],
         "signals": signals,
         "breaches_sent": result["all_breaches"],
+        "threads": threads.between(by_thread, used, seconds, spans, in_window),
         "generator": result,
     }
 
@@ -135,6 +139,8 @@ def problems(run: Json, *, repeated_ids: bool) -> list[str]:
 def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
     """All repeats at one size of request, on one service."""
     settings = {"log__ack": options.ack, "traces__idle_seconds": str(options.idle)}
+    if options.connections > Ingest.model_fields["max_connections"].default:
+        settings["ingest__max_connections"] = str(options.connections)
     settings |= dict(pair.split("=", 1) for pair in options.set)
     runs, wrong = [], []
     payload: Json = {}
@@ -165,6 +171,7 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
         "payload": payload,
         "summary": summary,
         "latency_ms": percentiles,
+        "threads": threads.median([run["threads"] for run in runs]),
         "runs": runs,
     }, wrong
 
@@ -210,7 +217,10 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
     body.append(
         ["error rate", *(f"{r['summary']['error_rate']['max']:.3%}" for r in rows.values())]
     )
-    lines += ["", report.table(head, body), "", f"Beside it ({SOURCE}; read the ratios):", ""]
+    lines += ["", report.table(head, body)]
+    for spans, row in rows.items():
+        lines += ["", f"At {spans} spans a request:", "", threads.table(row["threads"])]
+    lines += ["", threads.NOTE, "", f"Beside it ({SOURCE}; read the ratios):", ""]
     own = {spans: row["summary"] for spans, row in rows.items()}
 
     def cell(spans: int, key: str, digits: int) -> str:

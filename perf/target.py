@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
+from perf import threads
 from perf.generator import tenant_name
 from perf.report import ROOT
 from perf.workload import write_rules
@@ -42,6 +43,10 @@ class Service:
         """CPU used since its start, in user and system mode."""
         times = self._usage.cpu_times()
         return float(times.user + times.system)
+
+    def threads(self) -> dict[int, threads.Used]:
+        """What each of its threads used since its start."""
+        return threads.threads(self.process.pid)
 
     def rss(self) -> int:
         """Resident memory in bytes."""
@@ -129,11 +134,13 @@ class GeneratorProcess:
     """``python -m perf.generator`` with the given options. Its bodies are ready when this is."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stop closes it)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "perf.generator", "--wait", *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._said,
             text=True,
         )
         self.payload: Json = self._event("ready")["payload"]
@@ -142,7 +149,10 @@ class GeneratorProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the load generator ended before it said {name!r}")
+            self._process.wait()
+            self._said.seek(0)
+            why = self._said.read().strip().rpartition("\n")[2] or "without a word"
+            raise RuntimeError(f"the load generator ended before it said {name!r}: {why}")
         message: Json = json.loads(line)
         assert message["event"] == name, message
         return message
@@ -168,3 +178,6 @@ class GeneratorProcess:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._said):
+            if pipe is not None:
+                pipe.close()

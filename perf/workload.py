@@ -405,18 +405,18 @@ def _halves(numbers: Any) -> Any:
     return np.stack([low * _HIGH ^ low >> np.uint64(29), low], axis=1)
 
 
-def make_bodies(shape: Shape, count: int = 0) -> list[Body]:
-    """``count`` bodies of a shape (0: enough for 2500 traces, at least 64). Those with gzip have
-    distinct ids, but each send of one repeats them."""
+def make_bodies(shape: Shape, count: int = 0, least: int = 64) -> list[Body]:
+    """``count`` bodies of a shape (0: enough for 2500 traces, at least ``least``). Those with gzip
+    have distinct ids, but each send of one repeats them."""
     traces = max(1, shape.spans // shape.spans_per_trace)
-    renewable = count if count and not shape.gzip else max(64, -(-2500 // traces))
+    renewable = count if count and not shape.gzip else max(64, least, -(-2500 // traces))
     now = time.time_ns()
     bodies = [Body(shape, i, now) for i in range(renewable)]
     if not shape.gzip:
         return bodies
     packed = []
     first = 0
-    for i in range(count or 2000):
+    for i in range(count or max(least, 2000)):
         body = bodies[i % len(bodies)]
         body.renew(i, first)
         first += body.traces
