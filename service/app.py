@@ -44,6 +44,7 @@ from service.rules.registry import RuleRegistry
 from service.settings import OFF, Settings
 from service.signals import Signal
 from service.storage.duck import DuckStore
+from service.storage.openfiles import affordable, raise_limit
 from service.storage.spanlog import SpanLog
 from service.subscriptions import Subscriptions
 from service.tenancy.administration import TenantAdministration
@@ -433,7 +434,10 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     within Trio; ``stack`` closes them."""
     data = settings.storage.path
     data.mkdir(parents=True, exist_ok=True)
-    log = stack.enter_context(SpanLog(data, segment_bytes=settings.log.segment_bytes))
+    raise_limit()
+    log = stack.enter_context(
+        SpanLog(data, segment_bytes=settings.log.segment_bytes, open_files=affordable())
+    )
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
     duck = settings.duckdb

@@ -118,7 +118,7 @@ class Pipeline:
             "storage-write", p.store_capacity_signals, lambda d: d.weight, "rows", Decided
         )
         rows_send, rows = self._channel(
-            "projection", 4 * p.store_capacity_signals, lambda d: d.weight, "rows", Decided
+            "projection", settings.duckdb.waiting_rows, lambda d: d.weight, "rows", Decided
         )
         self.batches = batch_send
         self._onward: dict[str, SendChannel[Any]] = {

@@ -234,10 +234,10 @@ def _port(setting: str, address: str, own: set[int]) -> Finding:
 def limits(settings: Settings) -> Iterator[Finding]:
     """Open files and memory."""
     wanted = settings.ingest.max_connections + _OTHER_FILES
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        remedy = f"raise it (ulimit -n {wanted}), or lower ingest.max_connections"
-        text = f"a process may open {soft} files; ingest.max_connections needs {wanted}"
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # to which the service raises the other
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        remedy = f"raise it (ulimit -Hn {wanted}), or lower ingest.max_connections"
+        text = f"a process may open {hard} files; ingest.max_connections needs {wanted}"
         yield Finding("limits", WARNING, text, remedy)
     else:
         yield Finding("limits", OK, "a process may open enough files")

@@ -89,6 +89,9 @@ class DuckDb(Section):
     flush_most_seconds: Seconds = 30
     """A batch is written after this, whatever commits cost. Rows wait so long only where hundreds
     of tenants are active; a restart reads that much more of the span log."""
+    waiting_rows: Count = 160_000
+    """Rows that may wait for a commit, of all tenants together; about 0.5 kB each. Where three
+    quarters of them wait, the tenant with the most is written, whatever commits cost."""
     commit_cores: Annotated[float, Field(gt=0, le=64)] = 0.05
     """CPU time that commits may take, in cores: with more tenants each one's rows wait longer.
     Commits with signals go first and may take five times as much."""

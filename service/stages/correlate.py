@@ -32,6 +32,7 @@ from service.traces.window import Windows
 SURVEY_NS = 1_000_000_000
 MOST_KEPT = 10  # times as many closed traces as are asked for, while stores are behind
 TICK_SECONDS = 0.25  # idle traces are looked for this often
+LOOKED_AT = 128  # tenants' traces in one tick: each piece that is due costs as much as ten traces
 
 
 @dataclass(slots=True)
@@ -121,6 +122,7 @@ class CorrelateStage:
         self._behind = behind
         self._now_ns = 0
         self._last_sweep_ns = 0
+        self._looked_at = 0  # how many of the tables, in this round
         self._resumed_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
         self._held = Held()  # by all of them
@@ -303,10 +305,11 @@ class CorrelateStage:
             if sweep:
                 self._last_sweep_ns = now
             if not 0 <= now - self._resumed_ns < limits.idle_ns:
-                for table in self._tables():
+                tables = self._tables()
+                for table in self._in_turn(tables):
                     found += table.close_idle(now - limits.idle_ns, now)
-                    if sweep:
-                        found += table.close_old(now - limits.max_age_ns, now)
+                for table in tables if sweep else ():
+                    found += table.close_old(now - limits.max_age_ns, now)
             self.counts.closed += sum(len(due) for due in found)
             found += self._make_room(now)
             for tenant, traces in list(self.tenants.items()) if sweep else ():
@@ -314,6 +317,13 @@ class CorrelateStage:
                     del self.tenants[tenant]
             self._look_over(now)
             return self._ticketed(found)
+
+    def _in_turn(self, tables: list[TraceTable]) -> list[TraceTable]:
+        """Those that are looked at in this tick: all where they are few, each once in two seconds
+        where they are thousands."""
+        start = self._looked_at if self._looked_at < len(tables) else 0
+        self._looked_at = start + max(LOOKED_AT, len(tables) // 8)
+        return tables[start : self._looked_at]
 
     def _make_room(self, now: int) -> list[DueTraces]:
         """Close traces beyond the number that may be open; forget those closed long ago, and the

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+_ENOUGH = 65_536
+_KEPT = 1024
+_SHARE = 8  # of the files a process may open: connections and DuckDB need most
+
+
+def raise_limit() -> None:
+    """Let this process open as many files as the system lets it, up to 65 536: a connection is one,
+    and a tenant is three. The soft limit is low only for programs that use ``select``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # it goes on with what it has
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def affordable() -> int:
+    """How many files may be kept open only to save their opening: an eighth of this process'
+    limit, at most 1024."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _KEPT if soft == resource.RLIM_INFINITY else max(1, min(soft // _SHARE, _KEPT))
 
 
 @dataclass(slots=True, eq=False)

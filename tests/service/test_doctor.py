@@ -257,7 +257,7 @@ def test_a_running_service_without_api(tmp_path):
 
 def test_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (256, 256))
-    assert "ulimit -n" in worst(machine.limits(settings(tmp_path))).remedy
+    assert "ulimit -Hn" in worst(machine.limits(settings(tmp_path))).remedy
     monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
     little = SimpleNamespace(available=1)
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: little)

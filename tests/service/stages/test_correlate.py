@@ -11,7 +11,7 @@ import trio
 
 from channels import open_channel
 from service.rules.parse import parse
-from service.stages.correlate import CorrelateStage, TraceLimits
+from service.stages.correlate import LOOKED_AT, CorrelateStage, TraceLimits
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
 from service.traces.progress import InFlight, LogProgress
@@ -323,3 +323,22 @@ async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
         assert rig.stage._held.closed == kept
     rig.stage.forget("t1")
     assert rig.stage._held.open == sum(t.open_count for t in rig.stage.tenants.values())
+
+
+async def test_thousands_of_tenants_are_looked_at_in_turn(nursery, autojump_clock):
+    rig = Rig()
+    rig.stage.caught_up.set()
+    for number in range(3 * LOOKED_AT):
+        await rig.send(S(number + 1), tenant=f"t{number}")
+    await trio.sleep(5)
+    nursery.start_soon(rig.stage.tick)
+    await trio.sleep(0.1)  # the clock's ticks are in between
+    found: list[DueTraces] = []
+    for round_ in range(1, 4):
+        await trio.sleep(0.25)
+        found += [due for due in rig.due() if len(due)]
+        assert len(found) == round_ * LOOKED_AT
+    assert len({due.tenant for due in found}) == 3 * LOOKED_AT
+    await rig.send(S(1000), tenant="t7")
+    await trio.sleep(5 + 4 * 0.25)
+    assert [due.tenant for due in rig.due() if len(due)] == ["t7"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.storage.openfiles import OpenFiles
+from service.storage import openfiles
+from service.storage.openfiles import OpenFiles, affordable, raise_limit
 
 
 def make(directory: Path, count: int) -> list[Path]:
@@ -60,3 +61,40 @@ def test_forgetting_closes(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), OpenFiles(1).use(tmp_path / "none"):
         pass
+
+
+@pytest.mark.parametrize(("soft", "kept"), [(4, 1), (1024, 128), (20_000, 1024), (-1, 1024)])
+def test_an_eighth_of_the_limit_is_kept_open(
+    monkeypatch: pytest.MonkeyPatch, soft: int, kept: int
+) -> None:
+    monkeypatch.setattr(openfiles.resource, "getrlimit", lambda _: (soft, -1))
+    assert affordable() == kept
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ((1024, 20_000), (20_000, 20_000)),
+        ((1024, -1), (65_536, -1)),
+        ((1024, 1024), None),
+        ((-1, -1), None),
+        ((100_000, 200_000), None),
+    ],
+)
+def test_the_soft_limit_is_raised_never_lowered(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], wanted: tuple[int, int] | None
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(openfiles.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(openfiles.resource, "setrlimit", lambda _, pair: asked.append(pair))
+    raise_limit()
+    assert asked == ([wanted] if wanted else [])
+
+
+def test_a_system_that_refuses_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(openfiles.resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(openfiles.resource, "setrlimit", refuse)
+    raise_limit()
