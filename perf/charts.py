@@ -1,5 +1,5 @@
-"""Curves as SVG, without a library: a logarithmic x axis, ratios upwards, and the band that is
-allowed."""
+"""Curves as SVG, without a library: a logarithmic x axis (or time), values upwards from 0, and the
+band that is allowed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 48, 56
+DOTTED = 40  # points; a line with more is drawn without a dot for each
 COLOURS = ("#1f5fa8", "#c4561b", "#2f7d3b", "#7a3d9a")
 
 
@@ -28,24 +29,37 @@ def _short(x: float) -> str:
     return f"{x:g}"
 
 
+def _step(most: float) -> float:
+    """Between two marks of an axis from 0: at most eight, at round numbers."""
+    step: float = 10 ** math.floor(math.log10(most)) if most > 0 else 1.0
+    return next(step * f for f in (0.1, 0.2, 0.25, 0.5, 1, 2) if most / (step * f) <= 8)
+
+
 def chart(
     title: str,
     x_name: str,
     y_name: str,
     series: Sequence[Series],
     band: tuple[float, float] | None = None,
+    *,
+    linear: bool = False,
 ) -> str:
-    """An SVG document. ``band`` shades the values of y that are allowed."""
+    """An SVG document. ``band`` shades the values of y that are allowed. The x axis is logarithmic
+    with a mark at each point, or ``linear`` from 0 with marks at round numbers."""
     xs = sorted({point[0] for s in series for point in s.points})
-    low, high = math.log10(xs[0]), math.log10(xs[-1])
+    if linear:
+        low, high = 0.0, xs[-1]
+        every = _step(high)
+        xs = [i * every for i in range(int(high / every) + 1)]
+    else:
+        low, high = math.log10(xs[0]), math.log10(xs[-1])
     span = high - low or 1.0
     top: float = max([point[3] for s in series for point in s.points] + ([band[1]] if band else []))
-    step: float = 10 ** math.floor(math.log10(top))
-    step = next(step * f for f in (0.1, 0.2, 0.25, 0.5, 1, 2) if top * 1.08 / (step * f) <= 8)
-    top = step * math.ceil(top * 1.08 / step)
+    step = _step(top * 1.08)
+    top = step * (math.ceil(top * 1.08 / step) or 1)
 
     def at_x(x: float) -> float:
-        return LEFT + (math.log10(x) - low) / span * (WIDTH - LEFT - RIGHT)
+        return LEFT + ((x if linear else math.log10(x)) - low) / span * (WIDTH - LEFT - RIGHT)
 
     def at_y(y: float) -> float:
         return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
@@ -69,7 +83,7 @@ def chart(
         y = at_y(i * step)
         parts.append(
             f'<line x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>'
-            + text(LEFT - 8, y + 4, f"{i * step:g}", 'text-anchor="end"')
+            + text(LEFT - 8, y + 4, _short(i * step), 'text-anchor="end"')
         )
     for x in xs:
         parts.append(
@@ -84,7 +98,7 @@ def chart(
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _, _ in line.points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y, least, most in line.points:
+        for x, y, least, most in line.points if len(line.points) <= DOTTED else ():
             parts.append(
                 f'<line x1="{at_x(x):.1f}" x2="{at_x(x):.1f}" y1="{at_y(least):.1f}" '
                 f'y2="{at_y(most):.1f}" stroke="{colour}"/>'

@@ -33,11 +33,9 @@ from perf.engine import (
     interleaved,
     one_after_another,
 )
-from perf.report import ROOT
 
 GROUP = 20  # batches between closings of the reference: a thousand traces of ten spans
 BATCHES = 200  # at least, a measurement
-PICTURES = report.OUT if os.environ.get("PERF_OUT") else ROOT / "docs" / "perf"
 FLAT = (0.8, 1.2)
 MOST_WINDOW_BYTES = 1_000_000  # requirement C
 
@@ -253,7 +251,7 @@ def _say(what: str, point: Json) -> None:
 
 def draw(curves: Json) -> None:
     """The pictures of docs/perf."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    report.PICTURES.mkdir(parents=True, exist_ok=True)
     for name, curve in curves.items():
         lines = []
         whole = "service over HTTP" if name == "tenants" else "decode, fold, decide, index"
@@ -272,7 +270,7 @@ def draw(curves: Json) -> None:
             lines,
             FLAT,
         )
-        (PICTURES / f"{name.replace('_', '-')}.svg").write_text(picture)
+        (report.PICTURES / f"{name.replace('_', '-')}.svg").write_text(picture)
     for name in ("trace_length", "open_traces"):
         if name not in curves:
             continue
@@ -286,7 +284,7 @@ def draw(curves: Json) -> None:
             "kB a trace",
             [Series("arrays of open traces", points)],
         )
-        (PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
+        (report.PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
 
 
 def main(given: list[str] | None = None) -> None:

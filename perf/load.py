@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from perf import report, threads
@@ -136,6 +136,17 @@ def problems(run: Json, *, repeated_ids: bool) -> list[str]:
     return found
 
 
+def unstored(stored: Json, runs: Sequence[Json], *, repeated_ids: bool) -> list[str]:
+    """What is wrong with the rows in the query store after all runs on a service."""
+    accepted, signals = (sum(run[key] for run in runs) for key in ("accepted", "signals"))
+    found = []
+    if not repeated_ids and stored["spans"] != accepted:
+        found.append(f"accepted {accepted} spans, the stored traces have {stored['spans']}")
+    if not repeated_ids and stored["signals"] != signals:
+        found.append(f"{signals} signals raised, {stored['signals']} are stored")
+    return found
+
+
 def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
     """All repeats at one size of request, on one service."""
     settings = {"log__ack": options.ack, "traces__idle_seconds": str(options.idle)}
@@ -144,6 +155,7 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
     settings |= dict(pair.split("=", 1) for pair in options.set)
     runs, wrong = [], []
     payload: Json = {}
+    repeated = False
     with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
         for _ in range(options.repeats):
             generator = GeneratorProcess(arguments(options, spans, target.ingest))
@@ -152,7 +164,7 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
                 runs.append(run_once(target, generator, options))
             finally:
                 generator.stop()
-            repeated = options.gzip and runs[-1]["generator"]["sends_per_body"] > 1
+            repeated |= options.gzip and runs[-1]["generator"]["sends_per_body"] > 1
             wrong += [
                 f"{spans} spans a request: {p}" for p in problems(runs[-1], repeated_ids=repeated)
             ]
@@ -161,6 +173,11 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
                 f"{runs[-1]['cpu_us_per_span']:.2f} µs CPU a span",
                 file=sys.stderr,
             )
+        target.stop()
+        stored = target.stored()
+    wrong += [
+        f"{spans} spans a request: {p}" for p in unstored(stored, runs, repeated_ids=repeated)
+    ]
     keys = [key for key, value in runs[0].items() if isinstance(value, int | float)]
     summary = {key: report.spread([run[key] for run in runs], 4) for key in keys}
     percentiles = {
@@ -172,6 +189,7 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
         "summary": summary,
         "latency_ms": percentiles,
         "threads": threads.median([run["threads"] for run in runs]),
+        "stored": stored,
         "runs": runs,
     }, wrong
 
@@ -214,6 +232,7 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
             sums = [sum(run[key] for run in row["runs"]) for key in keys]
             cells.append(" / ".join(f"{n:,}" for n in sums))
         body.append([title, *cells])
+    body.append(["spans of stored traces", *(f"{r['stored']['spans']:,}" for r in rows.values())])
     body.append(
         ["error rate", *(f"{r['summary']['error_rate']['max']:.3%}" for r in rows.values())]
     )

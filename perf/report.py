@@ -17,6 +17,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 OUT = Path(os.environ.get("PERF_OUT") or Path(__file__).parent / "out")
+PICTURES = OUT if os.environ.get("PERF_OUT") else ROOT / "docs" / "perf"
 PACKAGES = ("numba", "numpy", "trio", "hypercorn", "httptools", "duckdb", "pyarrow", "isal")
 BUSY = 0.6  # load average without us, a core, above which figures are called disturbed
 

@@ -16,6 +16,7 @@ from perf.report import shown, table
 REPORT = (
     report.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"
 )
+PICTURES = Path(os.path.relpath(report.PICTURES, REPORT.parent)).as_posix()  # seen from it
 PATH_FLAT = 1.2
 
 # Of the curves that were not flat: what profiles and trials of 2026-11-23 showed.
@@ -48,7 +49,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
     picture = name.replace("_", "-")
     yield f"### {curve['title']}"
     yield ""
-    yield f"![{curve['title']}](../docs/perf/{picture}.svg)"
+    yield f"![{curve['title']}]({PICTURES}/{picture}.svg)"
     yield ""
     head = [curve["unit"], "path ÷ reference", "path, µs a span"]
     folds = "fold_ratio" in points[0]
@@ -96,7 +97,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
         yield f"Why: {WHY[name]}"
     if memory:
         yield ""
-        yield f"![Memory](../docs/perf/{picture}-memory.svg)"
+        yield f"![Memory]({PICTURES}/{picture}-memory.svg)"
     yield ""
 
 
@@ -169,6 +170,9 @@ def main() -> None:
         text = report.OUT / f"{name}.md"
         said = text.read_text() if text.exists() else f"Not run: `make {target}`.\n"
         lines += [f"## {title}", "", said]
+        if name == "soak" and name in runs:
+            pictures = ("rate", "memory")
+            lines += [f"![Soak: {each}]({PICTURES}/soak-{each}.svg)" for each in pictures] + [""]
         if runs.get(name, {}).get("problems"):
             lines += [f"Checks failed: {'; '.join(runs[name]['problems'])}.", ""]
     REPORT.write_text("\n".join(lines).rstrip() + "\n")

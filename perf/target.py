@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import httpx
 import psutil
 
@@ -22,9 +23,11 @@ from perf import threads
 from perf.generator import tenant_name
 from perf.report import ROOT
 from perf.workload import write_rules
+from service.storage.duckschema import FILE
 
 START_SECONDS = 300  # kernels may have to be compiled
 DRAIN_SECONDS = 300
+STOP_SECONDS = 120
 
 Json = dict[str, Any]
 
@@ -76,6 +79,28 @@ class Service:
                 return found
             time.sleep(0.2)
         raise TimeoutError("the service did not finish its work")
+
+    def stop(self) -> None:
+        """End the service gracefully; RuntimeError when it does not end well."""
+        self.process.terminate()
+        code = self.process.wait(STOP_SECONDS)
+        if code:
+            raise RuntimeError(f"the service ended with exit code {code}")
+
+    def stored(self) -> Json:
+        """What is in the query store of a service that was stopped: its tenants, their traces, the
+        spans of those, and signals."""
+        found = {"tenants": 0, "traces": 0, "spans": 0, "signals": 0}
+        for path in self.data.rglob(FILE):
+            with duckdb.connect(str(path)) as db:
+                row = db.execute(
+                    "SELECT 1, count(*), coalesce(sum(spans), 0), (SELECT count(*) FROM signals) "
+                    "FROM traces"
+                ).fetchone()
+            assert row is not None
+            for key, value in zip(found, row, strict=True):
+                found[key] += int(value)
+        return found
 
     def close(self) -> None:
         self._client.close()
