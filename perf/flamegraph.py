@@ -1,58 +1,127 @@
-"""A flame graph of the service under load.
+"""A flame graph of the service under load, and its functions by CPU.
 
 ``python -m perf.flamegraph`` writes perf/out/flamegraph.svg: py-spy samples the service while the
-generator sends to it; threads that wait are left out. Sampling another process needs the right to
-trace it (root, or ptrace_scope 0).
+generator sends to it; threads that wait are left out. Then it samples once more and prints the
+functions in which most samples lie. Sampling another process needs the right to trace it (root,
+or ptrace_scope 0), and slows it down: the shares count, not the rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-from perf import report
-from perf.target import GeneratorProcess, service
+from perf import report, stacks, threads
+from perf.target import GeneratorProcess, Service, service
+
+SAMPLES = 200  # a second
+MORE = 5  # seconds that two samplers take to start and to write
+
+Json = dict[str, Any]
 
 
-def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spans", type=int, default=100, help="a request")
-    parser.add_argument("--secs", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: as fast as it goes")
-    parser.add_argument("--tenants", type=int, default=0)
-    parser.add_argument("--gil", action="store_true", help="only samples that hold the GIL")
-    parser.add_argument("--native", action="store_true", help="frames of C as well")
-    options = parser.parse_args(given)
-    report.OUT.mkdir(exist_ok=True)
-    picture = report.OUT / "flamegraph.svg"
-    with service(tenants=options.tenants) as target:
+def sample(target: Service, options: argparse.Namespace, form: str, path: Path) -> None:
+    """Sample the service into a file; ends the program where that is not allowed."""
+    sampler = [str(Path(sys.executable).with_name("py-spy")), "record"]
+    sampler += ["--pid", str(target.process.pid), "--duration", str(options.secs)]
+    sampler += ["--rate", str(SAMPLES), "--threads", "--format", form, "--output", str(path)]
+    sampler += ["--gil"] * options.gil + ["--native"] * options.native
+    done = subprocess.run(sampler, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"py-spy could not sample the service: {done.stderr.strip()}")
+
+
+def measure(options: argparse.Namespace, picture: Path) -> Json:
+    """Sample twice: the picture, and the functions."""
+    with (
+        service(rules=options.rules, tenants=options.tenants) as target,
+        tempfile.TemporaryDirectory() as directory,
+    ):
         generator = GeneratorProcess(
             [
                 f"--url={target.ingest}/v1/traces",
                 f"--spans={options.spans}",
-                f"--secs={options.secs + 1}",
-                "--warm-up=3",
+                f"--secs={2 * options.secs + MORE}",
+                f"--warm-up={options.warm_up}",
                 f"--rate={options.rate}",
                 f"--tenants={options.tenants}",
+                f"--rules={options.rules}",
             ]
         )
         try:
             generator.start()
             generator.wait_begin()
-            sampler = [str(Path(sys.executable).with_name("py-spy")), "record"]
-            sampler += ["--pid", str(target.process.pid), "--duration", str(options.secs)]
-            sampler += ["--rate", "200", "--threads", "--output", str(picture)]
-            sampler += ["--gil"] * options.gil + ["--native"] * options.native
-            done = subprocess.run(sampler, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"py-spy could not sample the service: {done.stderr.strip()}")
+            sample(target, options, "flamegraph", picture)
+            raw = Path(directory) / "raw"
+            before, cpu, began = target.threads(), target.cpu_seconds(), time.monotonic()
+            sample(target, options, "raw", raw)
+            cpu, seconds = target.cpu_seconds() - cpu, time.monotonic() - began
+            used = threads.between(before, target.threads(), seconds, 0, cpu)
             result = generator.wait_end()
+            shares = {name: each["share"] for name, each in used.items()}
+            found = stacks.functions(raw.read_text(), shares)
         finally:
             generator.stop()
-    rate = result["spans"] / result["seconds"]
-    print(f"{picture}, {rate:,.0f} spans/s while it was sampled")
+    return {
+        "payload": generator.payload,
+        "spans_per_second": round(result["spans"] / result["seconds"]),
+        "errors": result["errors"],
+        "threads": used,
+        **found,
+    }
+
+
+def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
+    """The report as text."""
+    among = ", ".join(
+        f"{name} {each['share']:.0%}"
+        for name, each in found["threads"].items()
+        if each["share"] >= threads.LEAST_SHARE
+    )
+    return "\n".join(
+        [
+            f"Functions. {report.describe(facts)}.",
+            f"py-spy, {found['samples']:,} samples in {options.secs} s, at "
+            f"{found['spans_per_second']:,} spans/s while it sampled; {max(1, options.tenants)} "
+            f"tenant{'s' if options.tenants > 1 else ''}. Shares of the service's CPU: each "
+            "thread's from the system, shared among its functions as they were seen. Kernels, "
+            "libraries in C and waits for the GIL count for the function that calls them.",
+            f"Payload: {report.describe_payload(found['payload'])}.",
+            "",
+            f"Threads: {among}.",
+            "",
+            stacks.table(found),
+        ]
+    )
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spans", type=int, default=100, help="a request")
+    parser.add_argument("--secs", type=int, default=10, help="of each of two samplings")
+    parser.add_argument("--warm-up", type=float, default=3)
+    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: as fast as it goes")
+    parser.add_argument("--tenants", type=int, default=0)
+    parser.add_argument("--rules", type=int, default=100, help="of a tenant")
+    parser.add_argument("--gil", action="store_true", help="only samples that hold the GIL")
+    parser.add_argument("--native", action="store_true", help="frames of C as well")
+    parser.add_argument("--name", default="flamegraph", help="of the files in perf/out")
+    options = parser.parse_args(given)
+    facts = report.machine()
+    report.OUT.mkdir(exist_ok=True)
+    picture = report.OUT / f"{options.name}.svg"
+    found = measure(options, picture)
+    facts["load_average_after"] = round(os.getloadavg()[0], 2)
+    text = show(facts, options, found)
+    print(text)
+    report.say_saved(options.name, {"machine": facts, "options": vars(options), **found}, text)
+    print(os.path.relpath(picture, report.ROOT))
 
 
 if __name__ == "__main__":

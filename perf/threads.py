@@ -18,6 +18,7 @@ from typing import Any
 from perf import report
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
+SYSTEM_NAME = 15  # letters of a thread's name that Linux keeps
 MAIN = "trio"  # the service's first thread
 OTHER = "others of libraries"  # started by the first thread, without a name of their own
 ENDED = "ended meanwhile"
