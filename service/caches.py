@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -231,6 +231,17 @@ class LoadingCache(Generic[K, V]):
             if (load := self._loads.pop(key, None)) is not None:
                 load.stale = True
             return self._entries.pop(key, None) is not None
+
+    def invalidate_all(self, keys: Set[K]) -> int:
+        """The same with many keys, of which few may be there; how many were."""
+        with self._lock:
+            for key in self._loads.keys() & keys:
+                self._loads.pop(key).stale = True
+            few = self._entries if len(self._entries) < len(keys) else keys
+            doomed = [key for key in few if key in self._entries and key in keys]
+            for key in doomed:
+                self._entries.pop(key, None)
+            return len(doomed)
 
     def invalidate_where(self, condition: Callable[[K], bool] | None = None) -> int:
         """Drop the entries whose keys meet the condition, all without one; how many there were.

@@ -145,8 +145,7 @@ class TraceMetadataCache:
                 self._kept.pop(tenant, None)
             self.cache.invalidate_where(lambda key: key[0] == tenant)
             return
-        for trace_id in change.trace_ids():
-            self.cache.invalidate((tenant, trace_id))
+        self.cache.invalidate_all({(tenant, trace_id) for trace_id in change.trace_ids()})
 
     def _is_viewed(self, tenant: str) -> bool:
         seen = self._viewed.get(tenant)

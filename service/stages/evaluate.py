@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from service.traces.layout import (
     E_EVIDENCE,
     EVIDENCE,
     FLAGS,
+    HI,
+    LO,
     ONCE_DIRTY,
     PARTIAL,
     REOPENED,
@@ -103,7 +106,7 @@ class EvaluateStage:
         self._threads = threads
         self._observe_seconds = observe_seconds
         self._observe_lead = observe_lead
-        self._early: LRUCache[tuple[str, str], int] = LRUCache(EARLY_REMEMBERED)
+        self._early: LRUCache[tuple[str, int, int], int] = LRUCache(EARLY_REMEMBERED)
         self._breaker = breaker
         self._bury = bury
         self._onward = onward
@@ -124,13 +127,14 @@ class EvaluateStage:
             for signal in decided.signals:
                 if signal.early:
                     counts.early += 1
-                    self._early.setdefault((signal.tenant, signal.trace_id), signal.detected_at)
+                    key = (signal.tenant, *_halves(signal.trace_id))
+                    self._early.setdefault(key, signal.detected_at)
                 if signal.kind is Kind.RAISED:
                     counts.raised += 1
                 else:
                     counts.retracted += 1
-                key = (signal.severity, str(signal.kind))
-                counts.by_severity[key] = counts.by_severity.get(key, 0) + 1
+                sort = (signal.severity, str(signal.kind))
+                counts.by_severity[sort] = counts.by_severity.get(sort, 0) + 1
             if decided.closed is not None and self._early:
                 self._note_leads(decided.closed)
             if decided.signals or decided.closed is not None or decided.spilled is not None:
@@ -145,10 +149,12 @@ class EvaluateStage:
 
     def _note_leads(self, closed: DueTraces) -> None:
         """Observe how long before their close traces were signalled early."""
-        for k in np.flatnonzero(closed.rows[:, FLAGS] & ONCE_DIRTY).tolist():
-            at = self._early.pop((closed.tenant, closed.trace_id(k)), None)
-            if at is not None:
-                self._observe_lead(max(0, closed.received_ns - at) / 1e9)
+        dirty = closed.rows[closed.rows[:, FLAGS] & ONCE_DIRTY != 0]
+        for hi, lo in dirty[:, [HI, LO]].tolist():  # many, of which few were signalled
+            key = (closed.tenant, hi, lo)
+            if key in self._early:
+                lead = closed.received_ns - self._early.pop(key)
+                self._observe_lead(max(0, lead) / 1e9)
 
     async def _decide_in_thread(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         started = time.perf_counter()
@@ -159,6 +165,12 @@ class EvaluateStage:
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()
         return [(decide_due(due, now), len(due)) for due in batch]
+
+
+def _halves(trace_id: str) -> tuple[int, int]:
+    """The id of 32 hex digits, as rows have it."""
+    hi, lo = struct.unpack(">qq", bytes.fromhex(trace_id))
+    return hi, lo
 
 
 def decide_due(due: DueTraces, now: int) -> Decided:

@@ -31,6 +31,7 @@ from service.storage.traces_table import (
     Columns,
     frames_table,
     trace_id_halves,
+    trace_ids,
     traces_table,
 )
 
@@ -397,4 +398,4 @@ def _nobody(tenant: str, change: Change | None) -> None:
 
 
 def _ids(table: pa.Table | None) -> set[str]:
-    return set() if table is None else {key.hex() for key in table["trace_id"].to_pylist()}
+    return set() if table is None else {key.hex() for key in trace_ids(table["trace_id"])}

@@ -299,7 +299,7 @@ async def test_a_thread_does_not_wait_for_a_task_that_waits_for_it(loader):
         assert found == ["k1", "k1"]
 
 
-@pytest.mark.parametrize("how", ["one", "tenant", "all"])
+@pytest.mark.parametrize("how", ["one", "many", "tenant", "all"])
 async def test_what_is_invalidated_while_it_loads_is_not_kept(cache, loader, how):
     found = []
     get = getter(cache, found)
@@ -308,6 +308,8 @@ async def test_what_is_invalidated_while_it_loads_is_not_kept(cache, loader, how
         await loader.has_begun()
         if how == "one":
             cache.invalidate("k")
+        elif how == "many":
+            assert cache.invalidate_all({"j", "k"}) == 0
         else:
             cache.invalidate_where(None if how == "all" else lambda key: key == "k")
         nursery.start_soon(get, "k")  # this one must not see what was loaded before
@@ -324,8 +326,18 @@ async def test_an_invalidation_of_another_key_leaves_a_load(cache, loader):
         await loader.has_begun()
         cache.invalidate_where(lambda key: key == "l")
         cache.invalidate("l")
+        cache.invalidate_all({"l", "m"})
         loader.go.release()
     assert cache.peek("k") == "k1"
+
+
+async def test_many_are_invalidated_at_once(cache, loader):
+    loader.go.release(4)
+    for key in "klmn":
+        await cache.get(key)
+    assert cache.invalidate_all({"k", "l", "x"}) == 2  # fewer than there are, and then more
+    assert cache.invalidate_all({"m", "x", "y", "z"}) == 1
+    assert [cache.peek(key) for key in "klmn"] == [None, None, None, "n4"]
 
 
 async def test_a_closed_runner_is_told_to_all(cache, threads):

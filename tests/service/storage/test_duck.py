@@ -33,6 +33,7 @@ from service.storage.traces_table import (
     frames_table,
     trace_id_array,
     trace_id_halves,
+    trace_ids,
     traces_table,
 )
 
@@ -434,6 +435,17 @@ class TestTables:
         assert array[0].as_py().hex() == "0000000000000001ffffffffffffffff"
         assert trace_id_halves(array).tolist() == halves.tolist()
         assert trace_id_halves(array[1:]).tolist() == halves[1:].tolist()
+
+    def test_ids_as_bytes(self) -> None:
+        halves = np.array([[256, 0], [-1, 1 << 60], [5, 6]], np.int64)  # zero bytes at the ends
+        array = trace_id_array(halves[:, 0], halves[:, 1])
+        assert trace_ids(array) == array.to_pylist()
+        assert trace_ids(array[1:]) == array[1:].to_pylist()
+        assert trace_ids(pa.chunked_array([array, array[2:]])) == [
+            *trace_ids(array),
+            array[2].as_py(),
+        ]
+        assert trace_ids(array[:0]) == []
 
     def test_what_does_not_fit_is_named(self) -> None:
         given_ = columns(1)
