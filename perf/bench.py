@@ -234,13 +234,13 @@ def _probe(trace: bytes) -> bytes:
     return request.SerializeToString()
 
 
-def end_to_end(rate: float, probes: int) -> Json:
+def end_to_end(rate: float, probes: int, warm_up: float = 2.0) -> Json:
     """From sending the last span that a rule needs until its signal is in the ledger, and until the
     API shows it, at a constant load; milliseconds."""
     with service() as target:
-        seconds = str(probes * 0.75 + 2)
+        seconds = str(probes * 0.75 + warm_up)
         options = ["--url", f"{target.ingest}/v1/traces", "--rate", str(rate), "--spans", "100"]
-        generator = GeneratorProcess([*options, "--secs", seconds, "--warm-up", "2"])
+        generator = GeneratorProcess([*options, "--secs", seconds, "--warm-up", str(warm_up)])
         try:
             generator.start()
             generator.wait_begin()

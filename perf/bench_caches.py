@@ -22,12 +22,14 @@ from service.tracemetadata import TraceMetadataCache
 from service.traces.index import trace_table
 from service.traces.layout import HI, LO
 
+STORED = 100_000  # traces in the store
+
 Json = dict[str, Any]
 
 
 def caches(directory: Path) -> dict[str, Json]:
     """A hit and a miss of each cache: compiled rules (100 of them), public keys, and traces with
-    their signals out of a store of 100 000."""
+    their signals out of a store of ``STORED``."""
     folder = directory / "rules"
     write_rules(folder, [], 100)
     rules = RuleStore(folder)
@@ -45,13 +47,13 @@ def caches(directory: Path) -> dict[str, Json]:
     known.close()
     with DuckStore(directory / "metadata") as store:
         due = closed_traces(1000)
-        for first in range(0, 100_000, 1000):
+        for first in range(0, STORED, 1000):
             due.rows[:, LO] = np.arange(first, first + 1000)
             signals = [replace(each, trace_id=f"{first:032x}") for each in make_signals(1, first)]
             due.rows[:, HI] = 0
             store.write(TENANT, signals=signals, traces=trace_table(due))
         metadata = TraceMetadataCache(store, maxsize=10_000, ttl_seconds=300.0, max_bytes=64 << 20)
-        found |= _cache("trace", metadata.cache, (TENANT, f"{50_000:032x}"))
+        found |= _cache("trace", metadata.cache, (TENANT, f"{STORED // 2 // 1000 * 1000:032x}"))
     return found
 
 

@@ -229,6 +229,8 @@ def tenants(counts: Sequence[int], rate: float, seconds: float) -> Json:
                 "cold_spans_per_second": round(cold["spans_per_second"]),
                 "p99_ms": warm["generator"]["latency_ms"]["p99"],
                 "rss_mb": round(warm["rss_mb"]),
+                "threads": warm["threads"],
+                "threads_to_the_end": warm["threads_to_the_end"],
                 "problems": wrong,
             }
         )
@@ -295,6 +297,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--tenants", type=int, nargs="*", default=[1, 10, 100, 500, 1])
     parser.add_argument("--rate", type=float, default=30_000, help="spans/s for all tenants")
     parser.add_argument("--secs", type=float, default=8, help="for each number of tenants")
+    parser.add_argument("--many", type=int, nargs=2, default=[500, 10_000], help="traces, spans")
     options = parser.parse_args(given)
     facts = report.machine()
     run = _Run()
@@ -303,7 +306,7 @@ def main(given: list[str] | None = None) -> None:
         "open_traces": open_traces(run, options.repeats, options.most_open),
         "rules": rules(run, options.repeats),
     }
-    many = long_and_many(run, 500, 10_000)
+    many = long_and_many(run, *options.many)
     if options.tenants:
         curves["tenants"] = tenants(options.tenants, options.rate, options.secs)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)

@@ -71,6 +71,12 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
     "soak": ("soak", "", "--secs 5 --warm-up 1 --rate 10000", 500),
     "regress": ("regress", "", "--only decode", 300),
     "flamegraph": ("flamegraph", "", "--secs 2", 120),
+    "flamegraph-500": (
+        "flamegraph",
+        "--name flamegraph-500 --tenants 500 --rules 50 --warm-up 20",
+        "--name flamegraph-500 --tenants 20 --rules 5 --secs 2",
+        200,
+    ),
 }
 
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from perf import hints
+from perf.hints import Hint
+
 Json = dict[str, Any]
 Runs = dict[str, Json]  # by the name of the JSON in perf/out
 
@@ -30,7 +33,7 @@ class Floor:
     floor: str
     command: str
     read: Callable[[Runs], tuple[str, bool]]
-    hint: str = ""  # where to look first when it is missed: found earlier, not by this run
+    hint: Hint | str = ""  # where to look first when it is missed
 
 
 def _load(name: str, spans: int, least: float) -> Callable[[Runs], tuple[str, bool]]:
@@ -188,28 +191,28 @@ def _curve(name: str, key: str = "ratio") -> Callable[[Runs], tuple[str, bool]]:
     return read
 
 
-_SCHEDULING = "the p99 is a wait for a core, see p50: this machine has two, and neighbours"
-_SYNC = "each batch is synced to this machine's disk; see the bare client"
-_TENANTS = "work that is per tenant, not per span: DuckDB's commits, syncs of logs"
-
 FLOORS: tuple[Floor, ...] = (
     Floor("A", "span log: decode, append (1000 spans a call)", "100,000 spans/s", "bench",
-          _bench("ingestion", "stage 1000", RATE)),
-    Floor("A", "ledger: TigerBeetle, batch of 128", "p99 < 5 ms", "bench", _tigerbeetle, _SYNC),
+          _bench("ingestion", "stage 1000", RATE),
+          hints.slow_benchmark("ingestion", "stage 1000")),
+    Floor("A", "ledger: TigerBeetle, batch of 128", "p99 < 5 ms", "bench", _tigerbeetle,
+          hints.tigerbeetle),
     Floor("A", "DuckDB: signals, 1000 a transaction", "50,000 rows/s", "bench",
-          _bench("duckdb", "signals 1000", 50_000)),
+          _bench("duckdb", "signals 1000", 50_000), hints.slow_benchmark("duckdb", "signals 1000")),
     Floor("A", "DuckDB: traces, 1000 a transaction", "50,000 rows/s", "bench",
-          _bench("duckdb", "traces 1000", 50_000)),
+          _bench("duckdb", "traces 1000", 50_000), hints.slow_benchmark("duckdb", "traces 1000")),
     Floor("A", "500 tenants writing at once, 50 rules each", "100,000 spans/s", "report",
-          _many_tenants, _TENANTS),
-    Floor("A", "pages of signals and traces", "< 100 ms", "queries", _queries),
+          _many_tenants, hints.load("load-500", 100, "flamegraph-500")),
+    Floor("A", "pages of signals and traces", "< 100 ms", "queries", _queries, hints.queries),
     Floor("B", "over HTTP, 100 spans a request, 100 rules", "100,000 spans/s", "load",
-          _load("load", 100, RATE)),
+          _load("load", 100, RATE), hints.load("load", 100, "flamegraph")),
     Floor("B", "over HTTP, 512 spans a request, 100 rules", "100,000 spans/s", "load",
-          _load("load", 512, RATE)),
+          _load("load", 512, RATE), hints.load("load", 512)),
     Floor("B", "evaluation of a 100-span batch, 100 rules", "p99 < 100 ms", "bench",
-          _bench("evaluation", "batch 100", most_us=100_000)),
-    Floor("B", "in a channel on average, work included", "< 10 ms a stage", "soak", _queueing),
+          _bench("evaluation", "batch 100", most_us=100_000),
+          hints.tail("evaluation", "batch 100", 100_000)),
+    Floor("B", "in a channel on average, work included", "< 10 ms a stage", "soak", _queueing,
+          hints.queueing),
     Floor("B", "last needed span to signal in the ledger", "p99 < 500 ms", "bench",
           _end_to_end("ledger_ms")),
     Floor("B", "last needed span to signal in the API", "p99 < 500 ms", "bench",
@@ -221,60 +224,67 @@ FLOORS: tuple[Floor, ...] = (
     Floor("D", "hit rate: trace metadata", "70 %", "cachehits", _hit_rate("traceMetadata", 0.7)),
     *(
         Floor("D", f"cache {name}", f"p99 < {most // 1000} ms", "bench",
-              _bench("caches", name, most_us=most), _SCHEDULING)
+              _bench("caches", name, most_us=most), hints.tail("caches", name, most))
         for cache in ("rules", "key", "trace")
         for name, most in ((f"{cache}, hit", 1000), (f"{cache}, miss", 100_000))
     ),
     Floor("E", "fallback files: 128 signals, synced", "< 10 ms", "bench",
-          _bench("fallback", "files 128", most_us=10_000), _SYNC),
+          _bench("fallback", "files 128", most_us=10_000),
+          hints.tail("fallback", "files 128", 10_000)),
     Floor("F", "10 tenants, 100 rules, 60 s, 100 spans a request", "100,000 spans/s, < 0.1 %",
-          "report", _load("load-tenants", 100, RATE)),
+          "report", _load("load-tenants", 100, RATE), hints.load("load-tenants", 100)),
     Floor("F", "10 tenants, 100 rules, 60 s, 512 spans a request", "100,000 spans/s, < 0.1 %",
-          "report", _load("load-tenants", 512, RATE)),
-    Floor("F", "twice what it takes", "refuses, survives, loses nothing", "overload", _overload),
-    Floor("F", "soak", "50,000 spans/s for 5 min", "soak", _soak_lasted),
+          "report", _load("load-tenants", 512, RATE), hints.load("load-tenants", 512)),
+    Floor("F", "twice what it takes", "refuses, survives, loses nothing", "overload", _overload,
+          hints.overload),
+    Floor("F", "soak", "50,000 spans/s for 5 min", "soak", _soak_lasted, hints.queueing),
     Floor("F", "soak, last minute ÷ first: spans/s", "within 10 %", "soak",
-          _soak("spans_per_second")),
+          _soak("spans_per_second"), hints.soak),
     Floor("F", "soak, last minute ÷ first: CPU a span", "within 10 %", "soak",
-          _soak("cpu_us_per_span")),
+          _soak("cpu_us_per_span"), hints.soak),
     Floor("F", "soak, last minute ÷ first: p99 of a request", "within 10 %", "soak",
-          _soak("p99_ms"), _SCHEDULING),
+          _soak("p99_ms"), hints.soak),
     Floor("F", "soak, last minute ÷ first: RSS", "flat", "soak", _soak("rss_mb")),
     Floor("F", "1000 traces of 100 spans, evaluation of each", "p99 < 100 ms", "bench",
-          _bench("evaluation", "1000 traces of 100", most_us=100_000)),
-    Floor("F", "1000 create/delete cycles of a tenant", "< 100 MB", "memory", _memory("cycles")),
+          _bench("evaluation", "1000 traces of 100", most_us=100_000),
+          hints.tail("evaluation", "1000 traces of 100", 100_000)),
+    Floor("F", "1000 create/delete cycles of a tenant", "< 100 MB", "memory", _memory("cycles"),
+          hints.memory),
     Floor("F", "one tenant, 100 rules, 1000 live spans", "< 50 MB", "memory",
           _memory("one tenant")),
     Floor("F", "500 tenants with 50 rules each", "–", "memory", _memory("500 tenants")),
     Floor("F", "nothing slower than accepted", "90 % of each", "regress", _regress),
     Floor("9", "goal: 512 spans a request", "400,000 spans/s", "load", _load("load", 512, 400_000),
-          "two cores, shared with the generator: see cores and CPU a span of the load"),
+          hints.load("load", 512)),
     Floor("9", "goal: 100 spans a request", "200,000 spans/s", "load", _load("load", 100, 200_000),
-          "two cores, shared with the generator: see cores and CPU a span of the load"),
+          hints.load("load", 100, "flamegraph")),
     *(
         Floor("9", f"goal: CPU a span, {spans} a request", "≤ 4 µs", "load",
               _of_load("load", spans, lambda r: float(r["summary"]["cpu_us_per_span"]["median"]),
-                       4.0, "µs"))
+                       4.0, "µs"),
+              hints.load("load", spans, "flamegraph"))
         for spans in (512, 100)
     ),
     *(
         Floor("9", f"goal: p99 of a request, {spans} a request", "< 50 ms", "load",
               _of_load("load", spans, lambda r: float(r["latency_ms"]["p99"]["median"]),
                        50.0, "ms"),
-              _SCHEDULING)
+              hints.waits("load", spans))
         for spans in (512, 100)
     ),
     *(
-        Floor("P", f"CPU a span, flat: {what}", "within 20 %", "curves", _curve(name), hint)
-        for name, what, hint in (
-            ("trace_length", "spans in a trace", ""),
-            ("open_traces", "open traces", ""),
-            ("rules", "rules of a tenant", ""),
-            ("tenants", "tenants, while the load runs", _TENANTS),
+        Floor("P", f"CPU a span, flat: {what}", "within 20 %", "curves", _curve(name),
+              hints.curve(name))
+        for name, what in (
+            ("trace_length", "spans in a trace"),
+            ("open_traces", "open traces"),
+            ("rules", "rules of a tenant"),
+            ("tenants", "tenants, while the load runs"),
         )
     ),
     Floor("P", "CPU a span, flat: tenants, until all is stored", "within 20 %", "curves",
-          _curve("tenants", "to_the_end_us"), _TENANTS),
+          _curve("tenants", "to_the_end_us"),
+          hints.curve("tenants", "to_the_end_us", "threads_to_the_end")),
 )  # fmt: skip
 
 
@@ -285,9 +295,14 @@ def rows(runs: Runs) -> Iterator[tuple[str, str, str, str, str, str]]:
         try:
             said, good = floor.read(runs)
         except (KeyError, IndexError):
-            yield (*head, "–", NOT_RUN, f"`make {floor.command.split()[0]}`")
+            yield (*head, f"`make {floor.command}`", NOT_RUN, "")
             continue
-        yield (*head, said, REACHED if good else MISSED, "" if good else floor.hint)
+        yield (
+            *head,
+            said,
+            REACHED if good else MISSED,
+            "" if good else hints.said(floor.hint, runs),
+        )
 
 
-HEAD = ("", "", "floor", "reached", "", "if not reached, where to look first")
+HEAD = ("", "", "floor", "reached", "")

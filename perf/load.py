@@ -79,7 +79,7 @@ def run_once(
     """One measurement on a service that is idle, and the checks after it. ``watch`` is called with
     the seconds that the measurement takes and returns at their end."""
     before = target.metrics()
-    cpu_before = target.cpu_seconds()
+    cpu_before, threads_before, start = target.cpu_seconds(), target.threads(), time.monotonic()
     generator.start()
     generator.wait_begin()
     cpu, by_thread, began = target.cpu_seconds(), target.threads(), time.monotonic()
@@ -90,7 +90,8 @@ def run_once(
     result = generator.wait_end()
     behind = target.metrics()["spansInFlight"]
     after = target.settle(options.idle)
-    all_cpu = target.cpu_seconds() - cpu_before
+    all_cpu, all_used = target.cpu_seconds() - cpu_before, target.threads()
+    in_all = time.monotonic() - start
     spans, told = result["spans"], result["all_spans"]
     accepted, evaluated, signals = (
         after[key] - before[key] for key in ("spansAccepted", "spansEvaluated", "signalsRaised")
@@ -113,6 +114,7 @@ def run_once(
         "signals": signals,
         "breaches_sent": result["all_breaches"],
         "threads": threads.between(by_thread, used, seconds, spans, in_window),
+        "threads_to_the_end": threads.between(threads_before, all_used, in_all, told, all_cpu),
         "generator": result,
     }
 

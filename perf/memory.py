@@ -147,18 +147,18 @@ def one_tenant(directory: Path) -> Json:
         return {"growth_mb": round((_rss() - start) / MB, 1), "traces_bytes": held, "floor_mb": 50}
 
 
-def many_tenants(directory: Path) -> Json:
-    """500 tenants with 50 rules and 100 live spans each."""
+def many_tenants(directory: Path, count: int = 500) -> Json:
+    """Tenants with 50 rules and 100 live spans each."""
     with ExitStack() as stack:
         tenants = _Tenants(directory, 50, stack)
         body = _body(100)
         start = _rss()
-        for i in range(500):
+        for i in range(count):
             tenants.begin(f"tenant-{i:04d}", body, 100)
         growth = _rss() - start
         return {
             "growth_mb": round(growth / MB, 1),
-            "kb_per_tenant": round(growth / 500 / 1000, 1),
+            "kb_per_tenant": round(growth / count / 1000, 1),
             "floor_mb": None,
         }
 

@@ -29,7 +29,6 @@ ASKED = {
     "admin": "/api/admin/breakers",
     "accounts": "/api/performance/metrics",
 }
-AFTER_SECONDS = 5.0
 PAUSE = 0.05  # seconds between looks
 
 Json = dict[str, Any]
@@ -98,7 +97,14 @@ def offer(
 ) -> Json:
     """One stretch of load, 0 spans/s being a closed loop, and what was seen meanwhile."""
     given = ["--url", f"{target.ingest}/v1/traces", "--spans", str(options.spans)]
-    given += ["--secs", str(secs), "--warm-up", "0" if rate else "2", "--rate", str(rate)]
+    given += [
+        "--secs",
+        str(secs),
+        "--warm-up",
+        str(0 if rate else options.warm_up),
+        "--rate",
+        str(rate),
+    ]
     given += ["--connections", str(options.connections), "--rules", str(options.rules)]
     generator = GeneratorProcess(given)
     try:
@@ -138,14 +144,15 @@ def offer(
 def measure(options: argparse.Namespace) -> Json:
     """All three stretches on one service, and what it says in the end."""
     rows: dict[str, Json] = {}
-    with service(rules=options.rules) as target:
+    settings = {"traces__idle_seconds": str(options.idle)}
+    with service(rules=options.rules, settings=settings) as target:
         rows["closed loop"] = offer(target, options, "closed loop", 0, options.calibrate)
-        target.settle(5)
+        target.settle(options.idle)
         takes = rows["closed loop"]["taken"]
         rows["twice that"] = offer(target, options, "twice", options.times * takes, options.secs)
         half = min(takes, rows["twice that"]["taken"]) / 2
-        rows["half, at once after"] = offer(target, options, "half", half, AFTER_SECONDS)
-        end = target.settle(5)
+        rows["half, at once after"] = offer(target, options, "half", half, options.after)
+        end = target.settle(options.idle)
     told, unknown, breaches = (
         sum(row["generator"][key] for row in rows.values())
         for key in ("all_spans", "all_unknown_spans", "all_breaches")
@@ -237,6 +244,9 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--spans", type=int, default=100, help="a request")
     parser.add_argument("--secs", type=float, default=60)
     parser.add_argument("--calibrate", type=float, default=8, help="seconds of the closed loop")
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds of it before")
+    parser.add_argument("--after", type=float, default=5, help="seconds of half the load")
+    parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
     parser.add_argument("--times", type=float, default=2, help="what a closed loop gets through")
     parser.add_argument("--connections", type=int, default=64, help="that offer the load")
     parser.add_argument("--rules", type=int, default=100)

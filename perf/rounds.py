@@ -58,14 +58,14 @@ def timed(call: Callable[[], object]) -> Taken:
     return time.perf_counter() - began, time.process_time() - cpu
 
 
-def rounds(items: int, call: Callable[[], Taken | None], seconds: float = ROUND_SECONDS) -> Json:
+def rounds(items: int, call: Callable[[], Taken | None], seconds: float | None = None) -> Json:
     """Call in rounds. A call says what it took where parts of it do not count."""
     found = Rounds()
     for i in range(WARM_UP + ROUNDS):
         taken: list[float] = []
         own_cpu = 0.0
         cpu = time.process_time()
-        end = time.perf_counter() + seconds
+        end = time.perf_counter() + (ROUND_SECONDS if seconds is None else seconds)
         while time.perf_counter() < end or not taken:
             began = time.perf_counter()
             own = call()
@@ -84,7 +84,7 @@ async def async_rounds(items: int, call: Callable[[], Awaitable[None]]) -> Json:
         taken: list[float] = []
         cpu = time.process_time()
         end = time.perf_counter() + ROUND_SECONDS
-        while time.perf_counter() < end:
+        while time.perf_counter() < end or not taken:
             began = time.perf_counter()
             await call()
             taken.append(time.perf_counter() - began)

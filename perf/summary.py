@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perf import floors, report
+from perf import floors, hints, report
 from perf.report import shown, table
 
 REPORT = (
@@ -18,17 +18,6 @@ REPORT = (
 )
 PICTURES = Path(os.path.relpath(report.PICTURES, REPORT.parent)).as_posix()  # seen from it
 PATH_FLAT = 1.2
-
-# Of the curves that were not flat: what profiles and trials of 2026-11-23 showed.
-WHY = {
-    "trace_length": "not looked into; the curve was flat then (docs/decisions/0012-flat-fold.md).",
-    "open_traces": "not looked into; the curve was flat then (docs/decisions/0012-flat-fold.md).",
-    "rules": "not looked into; the curve was flat then.",
-    "tenants": "work that is per tenant and not per span: commits of DuckDB for each tenant that "
-    "closed traces (most of it), a sync of each log each second, the definitions of all rules in "
-    "each checkpoint, a look at all rule files each two seconds. New tenants cost a file of DuckDB "
-    "each, which holds up the pipeline until they are made.",
-}
 
 Json = dict[str, Any]
 
@@ -40,6 +29,18 @@ LOADS = (
     ("load-json", "OTLP JSON"),
     ("load-synced", "ack = synced"),
 )
+
+
+def _floors(runs: floors.Runs) -> Iterator[str]:
+    rows = list(floors.rows(runs))
+    yield table(floors.HEAD, [row[:-1] for row in rows])
+    yield ""
+    missed = [(letter, what, where) for letter, what, _, _, said, where in rows if where]
+    if missed:
+        yield "Where to look first for those that were missed, as the runs show it:"
+        yield ""
+        yield from (f"- {letter}, {what}: {where}." for letter, what, where in missed)
+        yield ""
 
 
 def _curve(name: str, curve: Json) -> Iterator[str]:
@@ -92,9 +93,10 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
             "committed together; with CPU until all of them are stored (the idling meanwhile is "
             f"in it) the greatest ÷ first is {max(ends) / ends[0]:.2f}."
         )
-    if not flat:
+    grew = hints.said(lambda _: hints.growth(points), {})
+    if not flat and grew:
         yield ""
-        yield f"Why: {WHY[name]}"
+        yield f"What grew {grew}."
     if memory:
         yield ""
         yield f"![Memory]({PICTURES}/{picture}-memory.svg)"
@@ -134,6 +136,8 @@ TEXTS = (
     ("memory", "Memory", "memory"),
     ("cachehits", "Hit rates of the caches", "cachehits"),
     ("queries", "Queries", "queries"),
+    ("flamegraph", "Functions", "flamegraph"),
+    ("flamegraph-500", "Functions with 500 tenants", "report"),
 )
 
 
@@ -150,8 +154,7 @@ def main() -> None:
         "",
         "A to F: requirements; 9: goals beyond the floors; P: what must be flat.",
         "",
-        table(floors.HEAD, floors.rows(runs)),
-        "",
+        *_floors(runs),
     ]
     if "curves" in runs:
         lines += _curves(runs["curves"])

@@ -118,7 +118,7 @@ def service(
     """``python -m service serve`` on free loopback ports with its data in a temporary directory on
     disk; ``settings`` by the names of its variables without prefix (``log__ack``)."""
     directory = Path(tempfile.mkdtemp(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")))
-    process = None
+    process = log = None
     try:
         folder = directory / "rules"
         folder.mkdir()
@@ -152,6 +152,10 @@ def service(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if log is not None:
+            log.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 
