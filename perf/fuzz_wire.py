@@ -16,11 +16,11 @@ from tests.service.otlp.generate import case
 COMPANY = 5  # bodies scanned together
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     began = time.monotonic()
     accepted = size = 0
     company: list[bytes] = []

@@ -136,13 +136,14 @@ TEXTS = (
     ("memory", "Memory", "memory"),
     ("cachehits", "Hit rates of the caches", "cachehits"),
     ("queries", "Queries", "queries"),
+    ("regress", "Regression gate", "regress"),
     ("flamegraph", "Functions", "flamegraph"),
     ("flamegraph-500", "Functions with 500 tenants", "report"),
 )
 
 
 def main() -> None:
-    names = [name for name, _ in LOADS] + [name for name, _, _ in TEXTS] + ["curves", "regress"]
+    names = [name for name, _ in LOADS] + [name for name, _, _ in TEXTS] + ["curves"]
     runs = {name: values for name in names if (values := report.saved(name))}
     lines = [
         "# Performance",

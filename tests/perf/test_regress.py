@@ -1,0 +1,117 @@
+"""The regression gate: a slowdown fails it, a machine that is slower as a whole does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from perf import regress, report
+
+OWN, BESIDE = 0.002, 0.001  # CPU seconds of a figure and of the reference
+
+
+def every(*seconds: float) -> Callable[[], float]:
+    turn = cycle(seconds)
+    return lambda: next(turn)
+
+
+@pytest.fixture
+def baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(regress, "BASELINE", tmp_path / "baseline.json")
+    monkeypatch.delenv("PERF_SLOWDOWN", raising=False)
+    yield tmp_path / "baseline.json"
+
+
+def test_speed_is_a_ratio_to_the_reference_so_a_slow_machine_does_not_change_it() -> None:
+    fast = regress.speed("x", every(OWN), every(BESIDE))
+    slow = regress.speed("x", every(3 * OWN), every(3 * BESIDE))
+    assert fast["speed"] == pytest.approx(0.5)
+    assert slow["speed"] == pytest.approx(fast["speed"])
+
+
+def test_neighbours_that_disturb_some_turns_do_not_change_it() -> None:
+    disturbed = regress.speed("x", every(OWN, OWN, 9 * OWN), every(BESIDE, 5 * BESIDE, BESIDE))
+    assert disturbed["speed"] == pytest.approx(0.5)
+    assert disturbed["max"] == pytest.approx(9)
+
+
+def test_a_figure_just_above_the_least_is_good_one_below_is_not() -> None:
+    assert regress.judge("x", every(OWN), every(BESIDE), 0.5 / 0.91).good
+    judged = regress.judge("x", every(OWN), every(BESIDE), 0.5 / 0.89)
+    assert not judged.good
+    assert judged.tries == 1 + regress.RETRIES
+    assert judged.row()[-1] == "SLOWER"
+    assert judged.row()[3] == "0.89"
+
+
+def test_a_figure_that_was_disturbed_once_is_tried_again() -> None:
+    turns = 1 + regress.REPEATS  # one to warm up
+    disturbed = [3 * OWN] * turns + [OWN] * turns
+    judged = regress.judge("x", every(*disturbed), every(BESIDE), 0.5)
+    assert judged.good
+    assert judged.tries == 2
+
+
+def test_a_new_figure_is_good() -> None:
+    judged = regress.judge("x", every(OWN), every(BESIDE), None)
+    assert judged.good
+    assert judged.row()[-1] == "new"
+
+
+def test_a_slowdown_is_as_large_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERF_SLOWDOWN", "other=2,x=1.3")
+    slowed = regress.speed("x", every(OWN), every(BESIDE))
+    assert slowed["speed"] == pytest.approx(0.5 / 1.3, rel=0.05)
+    assert regress.speed("y", every(OWN), every(BESIDE))["speed"] == pytest.approx(0.5)
+
+
+def test_what_is_accepted_is_the_middle_of_three_tries() -> None:
+    turns = 1 + regress.REPEATS
+    tries = [2 * OWN] * turns + [OWN] * turns + [4 * OWN] * turns
+    judged = regress.measured("x", every(*tries), every(BESIDE), None)
+    assert judged.found["speed"] == pytest.approx(0.25)
+
+
+def test_the_gate_passes_and_fails_on_an_injected_slowdown(
+    baseline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real figure. 1.3 is far beyond what noise does to it: 2 to 3 % (standard deviation) with
+    twice as many busy processes as cores."""
+    with pytest.raises(SystemExit, match="nothing was accepted yet"):
+        regress.main(["--only", "fold"])
+    regress.main(["--only", "fold", "--accept"])
+    accepted = json.loads(baseline.read_text())["figures"]["fold"]["speed"]
+    assert accepted > 0
+
+    regress.main(["--only", "fold"])
+    assert json.loads((report.OUT / "regress.json").read_text())["slower"] == []
+
+    monkeypatch.setenv("PERF_SLOWDOWN", "fold=1.3")
+    with pytest.raises(SystemExit, match="slower than 90% of what was accepted: fold"):
+        regress.main(["--only", "fold"])
+    assert json.loads((report.OUT / "regress.json").read_text())["slower"] == ["fold"]
+    assert "SLOWER" in capsys.readouterr().out
+
+
+def test_a_run_with_a_slowdown_cannot_be_accepted(
+    baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERF_SLOWDOWN", "fold=1.3")
+    with pytest.raises(SystemExit, match="cannot be accepted"):
+        regress.main(["--accept"])
+    assert not baseline.exists()
+
+
+def test_a_figure_that_there_is_not_is_named(baseline: Path) -> None:
+    with pytest.raises(SystemExit, match="no figure 'folding': there are decode"):
+        regress.main(["--only", "folding"])
+
+
+def test_the_accepted_baseline_has_every_figure(tmp_path: Path) -> None:
+    kept = json.loads(regress.BASELINE.read_text())["figures"]
+    assert set(kept) == set(regress.figures(tmp_path))
