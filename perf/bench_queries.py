@@ -99,9 +99,9 @@ def ask(question: Question, repeats: int) -> Json:
 
 def questions(store: DuckStore, traces: int) -> dict[str, Question]:
     """What the API and the stages ask."""
-    page, following = store.traces(TENANT, limit=100)
+    page, following, _ = store.traces(TENANT, limit=100)
     middle = START + traces // 2 * STEP
-    _, deep = store.traces(TENANT, limit=100, until=middle)
+    _, deep, _ = store.traces(TENANT, limit=100, until=middle)
     found, after = store.signals(TENANT, limit=100)
     ids = [row.trace_id for row in store.traces(TENANT, limit=100, until=middle)[0]]
     one = found[0].signal

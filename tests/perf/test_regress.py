@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
@@ -20,11 +20,11 @@ def every(*seconds: float) -> Callable[[], float]:
 
 
 @pytest.fixture
-def baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "OUT", tmp_path)
     monkeypatch.setattr(regress, "BASELINE", tmp_path / "baseline.json")
     monkeypatch.delenv("PERF_SLOWDOWN", raising=False)
-    yield tmp_path / "baseline.json"
+    return tmp_path / "baseline.json"
 
 
 def test_speed_is_a_ratio_to_the_reference_so_a_slow_machine_does_not_change_it() -> None:
