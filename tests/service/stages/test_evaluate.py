@@ -12,11 +12,12 @@ from channels import (
     ThreadRunner,
     open_channel,
 )
-from service.stages.evaluate import EvaluateStage
+from service.stages import evaluate
+from service.stages.evaluate import FEW_SIGNALS, EvaluateStage
 from service.traces.progress import InFlight
 from tests.virtual import run
 
-from .faults import Faulty, due
+from .faults import Faulty, decided, due
 
 pytestmark = pytest.mark.kernel
 
@@ -51,7 +52,9 @@ class Evaluating:
         self.buried += [(stage, item, type(error), attempts) for item in items]
 
 
-def test_a_call_that_takes_too_long_is_left_behind_and_its_batch_buried():
+def test_a_call_that_takes_too_long_is_left_behind_and_its_batch_buried(monkeypatch):
+    monkeypatch.setattr(evaluate, "SMALL", -1)
+
     async def main():
         evaluating = Evaluating()
         batch = [due(1), due(2)]
@@ -104,5 +107,34 @@ def test_tickets_go_on_or_are_given_back():
         assert len(evaluating.seconds) == 1  # observed once for the batch
         assert 0 < evaluating.seconds[0] < 10
         evaluating.threads.close()
+
+    run(main)
+
+
+def test_small_batches_are_decided_without_a_thread_until_they_give_many_signals(monkeypatch):
+    async def main():
+        evaluating = Evaluating()
+        stage, threads = evaluating.stage, evaluating.threads
+        found = []
+
+        def decide(batch):
+            return [(decided(*found), len(each)) for each in batch]
+
+        async def calls(*batch):
+            before = threads.statistics().calls
+            await stage.handle(list(batch))
+            return threads.statistics().calls - before
+
+        monkeypatch.setattr(stage, "_decide", decide)
+        small = evaluate.SMALL // len(due().rules.rules)
+        assert await calls(due(*range(small))) == 0
+        assert await calls(due(*range(small)), due(1)) == 1  # together it is more
+        found[:] = range(FEW_SIGNALS + 1)
+        assert await calls(due(1)) == 0
+        assert await calls(due(2)) == 1
+        found.clear()
+        assert await calls(due(3)) == 1
+        assert await calls(due(4)) == 0
+        threads.close()
 
     run(main)
