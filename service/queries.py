@@ -68,10 +68,10 @@ class StoreQueries:
         with _asking():
             return self._duck.summary(tenant, since, until, bucket_ns)
 
-    def traces(self, tenant: str, query: TraceQuery) -> tuple[list[Json], str | None]:
+    def traces(self, tenant: str, query: TraceQuery) -> tuple[list[Json], str | None, int | None]:
         with _asking():
-            found, following = self._duck.traces(tenant, **asdict(query))
-        return [trace_json(row) for row in found], following
+            found, following, searched_to = self._duck.traces(tenant, **asdict(query))
+        return [trace_json(row) for row in found], following, searched_to
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
         with _asking():

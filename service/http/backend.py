@@ -68,9 +68,12 @@ class Queries(Protocol):
     ) -> Sequence[SummaryRow]:
         """Counts of signals raised with since <= detected_at < until."""
 
-    def traces(self, tenant: str, query: TraceQuery) -> tuple[Sequence[Json], str | None]:
-        """Rows of the trace index, ``start`` and ``end`` in nanoseconds; and the cursor of the
-        next page, None after the last."""
+    def traces(
+        self, tenant: str, query: TraceQuery
+    ) -> tuple[Sequence[Json], str | None, int | None]:
+        """Rows of the trace index, ``start`` and ``end`` in nanoseconds; the cursor of the next
+        page, None after the last; and back to when was searched, where that took so long that
+        the page ended before it was full, None otherwise."""
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
         """The trace, open or closed, as :meth:`service.tracequery.TraceReader.trace` gives it; None

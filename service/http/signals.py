@@ -209,10 +209,12 @@ async def get_signal(call: Call) -> Any:
         LIMIT,
         CURSOR,
     ),
-    answers={200: '`{"traces": […], "next": cursor or null}`'},
+    answers={200: '`{"traces": […], "next": cursor or null, "searched_to": time or null}`'},
 )
 async def list_traces(call: Call) -> Any:
-    """Traces appear when they are closed."""
+    """Traces appear when they are closed. A search through millions of traces that takes long stops
+    before the page is full: then `searched_to` says back to which start of a trace it got, and
+    `next` goes on from there. It is null for a full page and for the last."""
     given = call.params
     query = TraceQuery(
         given["service"],
@@ -223,8 +225,14 @@ async def list_traces(call: Call) -> Any:
         given["limit"],
         given["cursor"],
     )
-    found, following = await call.blocking(call.backend.queries.traces, call.tenant, query)
-    return {"traces": [trace_json(row) for row in found], "next": following}
+    found, following, searched_to = await call.blocking(
+        call.backend.queries.traces, call.tenant, query
+    )
+    return {
+        "traces": [trace_json(row) for row in found],
+        "next": following,
+        "searched_to": None if searched_to is None else write_time(searched_to),
+    }
 
 
 @endpoints.add(

@@ -34,6 +34,7 @@ from service.storage.traces_table import (
     trace_ids,
     traces_table,
 )
+from service.storage.tracesearch import TraceFilter, TracePage, search
 
 __all__ = [
     "MOST_POSITIONS",
@@ -46,6 +47,7 @@ __all__ = [
     "StoreError",
     "StoredSignal",
     "SummaryRow",
+    "TracePage",
     "TraceRow",
 ]
 
@@ -293,24 +295,16 @@ class DuckStore:
         has_signal: bool | None = None,
         limit: int = 100,
         cursor: str | None = None,
-    ) -> tuple[list[TraceRow], str | None]:
-        """Traces by when they started, newest first, without their positions, and the cursor of
-        the next page. ``service`` is any service in the trace, ``name`` its root span's,
-        ``min_duration`` in nanoseconds; ``has_signal`` asks for an active signal."""
+    ) -> TracePage:
+        """Traces by when they started, newest first, without their positions: those that started
+        at ``since`` or later and before ``until``. ``service`` is any service in the trace,
+        ``name`` its root span's, ``min_duration`` in nanoseconds; ``has_signal`` asks for an active
+        signal. A page that takes long to find may end before it is full."""
         if not self._files.has(tenant):
-            return [], None
+            return TracePage([], None, None)
+        wanted = TraceFilter(service, name, min_duration, has_signal)
         with self._files.use(tenant) as db:
-            return duckqueries.traces(
-                db,
-                service=service,
-                name=name,
-                min_duration=min_duration,
-                since=since,
-                until=until,
-                has_signal=has_signal,
-                limit=limit,
-                cursor=cursor,
-            )
+            return search(db, wanted, since=since, until=until, limit=limit, cursor=cursor)
 
     def trace_ids(
         self, tenant: str, since: int = 0, upto: int | None = None

@@ -74,7 +74,7 @@ _SIGNAL = (
     "lower(hex(id)), rule_id, rule_version, severity, kind, clause, lower(hex(trace_id)), "
     "detected_at, early, counts, evidence, message, labels, reason, context, status, seq"
 )
-_TRACE = (
+TRACE = (
     "lower(hex(trace_id)), start_ns, end_ns, first_seen_ns, last_seen_ns, spans, errors, "
     "root_name, root_service, services, partial, rules_version"
 )
@@ -97,7 +97,7 @@ def one(db: Cursor, sql: str, parameters: Any = ()) -> tuple[Any, ...] | None:
     return rows[0] if rows else None
 
 
-class _Where:
+class Where:
     """The conditions of a query and their parameters."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class _Where:
         return f"WHERE {' AND '.join(self.conditions)}" if self.conditions else ""
 
 
-def _page(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes] | None:
+def read_cursor(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes] | None:
     """Check the limit, and read a cursor: the key of the last row of the page before."""
     if not 1 <= limit <= MAX_LIMIT:
         raise BadQuery(f"limit must be 1 to {MAX_LIMIT}, not {limit}")
@@ -131,7 +131,8 @@ def _page(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes] | No
     return time, key
 
 
-def _next(kind: bytes, time: int, key: str) -> str:
+def make_cursor(kind: bytes, time: int, key: str) -> str:
+    """The cursor of the page after the row with this time and id, in a list of this kind."""
     data = _CURSOR.pack(kind, time, bytes.fromhex(key))
     return base64.urlsafe_b64encode(data).decode()
 
@@ -160,7 +161,8 @@ def _stored(tenant: str, row: tuple[Any, ...]) -> StoredSignal:
     return StoredSignal(signal, status, seq)
 
 
-def _trace(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
+def trace_row(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
+    """Of a row with the columns ``TRACE``."""
     return TraceRow(*(*row, positions))
 
 
@@ -178,8 +180,8 @@ def signals(
     cursor: str | None = None,
 ) -> tuple[list[StoredSignal], str | None]:
     """See :meth:`service.storage.duck.DuckStore.signals`."""
-    after = _page(limit, b"s", cursor)
-    where = _Where()
+    after = read_cursor(limit, b"s", cursor)
+    where = Where()
     where.add("rule_id = ?", rule)
     where.add("severity = ?", severity)
     where.add("status = ?", status)
@@ -196,7 +198,7 @@ def signals(
     ).fetchall()
     found = [_stored(tenant, row) for row in rows[:limit]]
     last = found[-1].signal if len(rows) > limit else None
-    return found, _next(b"s", last.detected_at, last.id) if last else None
+    return found, make_cursor(b"s", last.detected_at, last.id) if last else None
 
 
 def signal(db: Cursor, tenant: str, signal_id: str) -> StoredSignal | None:
@@ -254,11 +256,11 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
         # The other columns of those rows after: a tenth of the time of asking for both at once.
         numbers = ",".join(str(int(number)) for (number,) in rows)
         for row in db.execute(
-            f"SELECT {_TRACE}, positions FROM traces WHERE rowid IN ({numbers})"
+            f"SELECT {TRACE}, positions FROM traces WHERE rowid IN ({numbers})"
         ).fetchall():
             key, positions = row[0], row[-1]
             if key in wanted:
-                found[key] = _trace(row[:-1], sorted(spilled.get(key, set()).union(positions)))
+                found[key] = trace_row(row[:-1], sorted(spilled.get(key, set()).union(positions)))
     return found
 
 
@@ -286,39 +288,3 @@ def spilled(db: Cursor, trace_id: str) -> list[int]:
         "SELECT positions FROM trace_frames WHERE key = ? AND trace_id = ?", [id_key(key), key]
     ).fetchall()
     return sorted({position for (chunk,) in rows for position in chunk})
-
-
-def traces(
-    db: Cursor,
-    *,
-    service: str | None = None,
-    name: str | None = None,
-    min_duration: int | None = None,
-    since: int | None = None,
-    until: int | None = None,
-    has_signal: bool | None = None,
-    limit: int = 100,
-    cursor: str | None = None,
-) -> tuple[list[TraceRow], str | None]:
-    """See :meth:`service.storage.duck.DuckStore.traces`."""
-    after = _page(limit, b"t", cursor)
-    where = _Where()
-    where.add("list_contains(services, ?)", service)
-    where.add("root_name = ?", name)
-    where.add("end_ns - start_ns >= ?", min_duration)
-    where.add("start_ns >= ?", since)
-    where.add("start_ns < ?", until)
-    if has_signal is not None:
-        where.add(
-            f"trace_id {'' if has_signal else 'NOT '}IN "
-            "(SELECT trace_id FROM signals WHERE status = 'active')"
-        )
-    if after is not None:
-        where.add("(start_ns < ? OR (start_ns = ? AND trace_id < ?))", after[0], *after)
-    rows = db.execute(
-        f"SELECT {_TRACE} FROM traces {where.sql} ORDER BY start_ns DESC, trace_id DESC LIMIT ?",
-        [*where.parameters, limit + 1],
-    ).fetchall()
-    found = [_trace(row, []) for row in rows[:limit]]
-    last = found[-1] if len(rows) > limit else None
-    return found, _next(b"t", last.start_ns, last.trace_id) if last else None

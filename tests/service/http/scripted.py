@@ -45,6 +45,7 @@ def signal(number: int, **changes: Any) -> dict[str, Any]:
 class ScriptedQueries:
     signals_found: list[dict[str, Any]] = field(default_factory=list)
     traces_found: list[dict[str, Any]] = field(default_factory=list)
+    searched_to: int | None = None
     summary: list[SummaryRow] = field(default_factory=list)
     saved: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     read_only: set[str] = field(default_factory=set)
@@ -75,7 +76,7 @@ class ScriptedQueries:
 
     def traces(self, tenant, query):
         self._ask(tenant, query)
-        return self.traces_found[: query.limit], "7"
+        return self.traces_found[: query.limit], "7", self.searched_to
 
     def trace(self, tenant, trace_id):
         self._ask(tenant, trace_id)

@@ -179,8 +179,11 @@ async def test_traces_in_pages_and_their_filters():
     )
     assert client.queries.asked[0][1] == TraceQuery("shop", "GET /cart", 250 * 10**6, 5, True, 2)
     assert [t["start"][-11:] for t in answer["traces"]] == [".000000000Z", ".999999999Z"]
-    await client.get(f"/api/v1/traces?cursor={answer['next']}")
+    assert answer["searched_to"] is None
+    client.queries.searched_to = 10**9 + 1
+    answer = await client.get(f"/api/v1/traces?cursor={answer['next']}")
     assert client.queries.asked[1][1].cursor == answer["next"] == "7"
+    assert answer["searched_to"] == "1970-01-01T00:00:01.000000001Z"
 
 
 async def test_one_trace():

@@ -311,7 +311,7 @@ class TestTraces:
         store.write_signals("shop", [make(4, kind=Kind.RETRACTED)])
 
         def found(**filters: Any) -> list[int]:
-            rows, _ = store.traces("shop", **filters)
+            rows, _, _ = store.traces("shop", **filters)
             assert all(row.positions == [] for row in rows)
             return [int(row.trace_id, 16) for row in rows]
 
@@ -321,14 +321,14 @@ class TestTraces:
         assert found(min_duration=8) == [9, 8]
         assert found(has_signal=True) == [3]
         assert found(has_signal=False, until=5 * SECOND) == [4, 2, 1]
-        assert store.traces("other") == ([], None)
+        assert store.traces("other") == ([], None, None)
 
     def test_pages(self, store: DuckStore) -> None:
         same = np.full(7, 5 * SECOND)
         store.write_traces("shop", columns(*range(7), start_ns=same))
-        seen, cursor = store.traces("shop", limit=3)
+        seen, cursor, _ = store.traces("shop", limit=3)
         while cursor:
-            page, cursor = store.traces("shop", limit=3, cursor=cursor)
+            page, cursor, _ = store.traces("shop", limit=3, cursor=cursor)
             seen += page
         assert seen == store.traces("shop")[0]
         assert len(seen) == 7

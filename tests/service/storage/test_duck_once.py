@@ -61,7 +61,7 @@ def frames(*numbers: int) -> dict[str, object]:
 
 
 def everything(store: DuckStore) -> tuple[list[StoredSignal], list[TraceRow | None], RowCounts]:
-    rows, _ = store.traces("shop")
+    rows, _, _ = store.traces("shop")
     found = store.find_traces("shop", [row.trace_id for row in rows])
     return store.signals("shop")[0], [found[row.trace_id] for row in rows], store.counts("shop")
 
@@ -273,7 +273,7 @@ def test_pages_are_stable_while_rows_come(
                 found, one = store.signals("shop", limit=limit, cursor=one)
                 signals += [s.signal.id for s in found]
             if page == 0 or two is not None:
-                rows, two = store.traces("shop", limit=limit, cursor=two)
+                rows, two, _ = store.traces("shop", limit=limit, cursor=two)
                 traces += [row.trace_id for row in rows]
             if one is None and two is None:
                 break
