@@ -11,6 +11,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Static
 
+from tui.grid import Grid
 from tui.panel import VI_KEYS, Panel, matches
 from tui.state import State
 from tui.text import Tone
@@ -45,6 +46,11 @@ class Row:
 
     key: str
     cells: Sequence[Cell]
+
+    @property
+    def text(self) -> str:
+        """What `/` looks at."""
+        return " ".join(cell.text for cell in self.cells)
 
 
 class TablePanel(Panel):
@@ -86,7 +92,7 @@ class TablePanel(Panel):
 
     def compose(self) -> ComposeResult:
         yield from self.above()
-        table: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True, cell_padding=0)
+        table = Grid()
         for column in self.COLUMNS:
             width = column.width and column.width + len(_GAP)
             table.add_column(self._label(column), width=width, key=column.key)
@@ -95,57 +101,44 @@ class TablePanel(Panel):
         yield from self.below()
 
     @property
-    def table(self) -> DataTable[Text]:
-        return self.query_one(DataTable)
+    def table(self) -> Grid:
+        return self.query_one(Grid)
 
     @property
     def selected(self) -> str | None:
         """The key of the row under the cursor."""
-        table = self.table
-        if not table.row_count:
-            return None
-        return table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
+        return self.table.selected
 
     # Showing
 
     def show(self, state: State) -> None:
-        rows = [
-            row
-            for row in self.rows(state)
-            if matches(" ".join(cell.text for cell in row.cells), self.filter_text)
-        ]
+        rows = list(self.rows(state))
+        if self.filter_text:
+            rows = [row for row in rows if matches(row.text, self.filter_text)]
         if self._sorted_by is not None:
             column = self._sorted_by
             rows.sort(key=lambda row: _order(row.cells[column]), reverse=self._descending)
         wanted = {row.key: tuple(row.cells) for row in rows}
-        if list(wanted) == list(self._shown):
-            self._update(wanted)
-        else:
-            self._rebuild(wanted)
+        changed = {
+            key: texts
+            for key, cells in wanted.items()
+            if (texts := self._changes(self._shown.get(key), cells))
+        }
         self._shown = wanted
+        if changed or list(wanted) != self.table.keys:
+            self.table.show_rows(list(wanted), changed, self.FOLLOWS_TOP)
         self.set_class(not wanted, "-empty")
 
-    def _update(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
-        for key, cells in wanted.items():
-            for column, new, old in zip(self.COLUMNS, cells, self._shown[key], strict=True):
-                if new.text != old.text or new.tone != old.tone:
-                    self.table.update_cell(
-                        key, column.key, self._text(new, column), update_width=not column.width
-                    )
-
-    def _rebuild(self, wanted: dict[str, tuple[Cell, ...]]) -> None:
-        table, selected, top = self.table, self.selected, self.table.scroll_y
-        at = table.cursor_row
-        table.clear()
-        for key, cells in wanted.items():
-            texts = (self._text(c, column) for c, column in zip(cells, self.COLUMNS, strict=True))
-            table.add_row(*texts, key=key)
-        if wanted:
-            keys = list(wanted)
-            stays = selected in wanted and not (self.FOLLOWS_TOP and at == 0)
-            row = keys.index(selected or "") if stays else min(at, len(keys) - 1)
-            table.move_cursor(row=max(row, 0), scroll=False)
-            table.scroll_to(y=top, animate=False)
+    def _changes(self, before: tuple[Cell, ...] | None, cells: tuple[Cell, ...]) -> dict[str, Text]:
+        """What is not as it was, by column."""
+        if cells is before:
+            return {}
+        olds: Iterable[Cell | None] = before or [None] * len(cells)
+        return {
+            column.key: self._text(new, column)
+            for column, new, old in zip(self.COLUMNS, cells, olds, strict=True)
+            if old is None or new.text != old.text or new.tone != old.tone
+        }
 
     def _text(self, cell: Cell, column: Column) -> Text:
         style = self.betrace.style(cell.tone) if cell.tone else ""
@@ -162,7 +155,8 @@ class TablePanel(Panel):
 
     def restyle(self) -> None:
         """The theme is another: make all cells anew."""
-        self._rebuild(self._shown)
+        changed = {key: self._changes(None, cells) for key, cells in self._shown.items()}
+        self.table.show_rows(list(self._shown), changed)
 
     def filter_changed(self) -> None:
         self.show(self.betrace.state)
@@ -205,7 +199,7 @@ def _set(text: str, column: Column) -> str:
     return text.rjust(column.width or 0) if column.right else text
 
 
-def _key(table: DataTable[Text], name: str) -> Any:
+def _key(table: Grid, name: str) -> Any:
     return next(key for key in table.columns if key.value == name)
 
 
