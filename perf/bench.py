@@ -234,7 +234,7 @@ def _probe(trace: bytes) -> bytes:
     return request.SerializeToString()
 
 
-def end_to_end(rate: float, probes: int, warm_up: float = 2.0) -> Json:
+def end_to_end(rate: float, probes: int, warm_up: float) -> Json:
     """From sending the last span that a rule needs until its signal is in the ledger, and until the
     API shows it, at a constant load; milliseconds."""
     with service() as target:
@@ -362,6 +362,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--rate", type=float, default=20_000, help="spans/s beside the probes")
     parser.add_argument("--probes", type=int, default=40)
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds of load before them")
     options = parser.parse_args(given)
     facts = report.machine()
     found: Json = {}
@@ -374,7 +375,7 @@ def main(given: list[str] | None = None) -> None:
             "duckdb": lambda: duckdb(directory),
             "caches": lambda: caches(directory),
             "fallback": lambda: fallback(directory),
-            "end_to_end": lambda: end_to_end(options.rate, options.probes),
+            "end_to_end": lambda: end_to_end(options.rate, options.probes, options.warm_up),
         }
         for name in options.only:
             print(f"  {name}", file=sys.stderr)

@@ -164,10 +164,12 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=40)
     parser.add_argument("--rules", type=int, default=20, help="of each tenant")
     parser.add_argument("--secs", type=float, default=120)
+    parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
     options = parser.parse_args(given)
     facts = report.machine()
     operator = secrets.token_hex(16)
     settings = {"auth__enabled": "true", "auth__operator_token": operator}
+    settings["traces__idle_seconds"] = str(options.idle)
     with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
         load = Load(target.ingest, target.api, operator, options.secs)
         stats = trio.run(load.run, options.tenants, options.users)

@@ -187,10 +187,12 @@ def long_and_many(run: _Run, traces: int, length: int) -> Json:
     }
 
 
-def rules(run: _Run, repeats: int) -> Json:
+def rules(run: _Run, repeats: int, most: int) -> Json:
     """Rules of a tenant, one span in ten of interest to one of them."""
     points = []
     for count in (10, 30, 100, 300, 1000):
+        if count > most:
+            break
         began = time.thread_time()
         made = compiled(count)
         compiling = time.thread_time() - began
@@ -294,6 +296,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most-spans", type=int, default=1_000_000, help="of one trace")
     parser.add_argument("--most-open", type=int, default=100_000)
+    parser.add_argument("--most-rules", type=int, default=1000)
     parser.add_argument("--tenants", type=int, nargs="*", default=[1, 10, 100, 500, 1])
     parser.add_argument("--rate", type=float, default=30_000, help="spans/s for all tenants")
     parser.add_argument("--secs", type=float, default=8, help="for each number of tenants")
@@ -304,7 +307,7 @@ def main(given: list[str] | None = None) -> None:
     curves = {
         "trace_length": trace_length(run, options.repeats, options.most_spans),
         "open_traces": open_traces(run, options.repeats, options.most_open),
-        "rules": rules(run, options.repeats),
+        "rules": rules(run, options.repeats, options.most_rules),
     }
     many = long_and_many(run, *options.many)
     if options.tenants:

@@ -172,7 +172,11 @@ class GeneratorProcess:
             stderr=self._said,
             text=True,
         )
-        self.payload: Json = self._event("ready")["payload"]
+        try:
+            self.payload: Json = self._event("ready")["payload"]
+        except BaseException:
+            self.stop()
+            raise
 
     def _event(self, name: str) -> Json:
         assert self._process.stdout is not None
