@@ -71,7 +71,7 @@ def load(name: str, spans: int, profile: str = "") -> Hint:
 
 
 def waits(name: str, spans: int) -> Hint:
-    """Of a load's latency: waits for a core, and how many a request is queued behind."""
+    """Of a load's latency: how busy the cores are, and who waits for one."""
 
     def hint(runs: Runs) -> str:
         row, options = runs[name]["rows"][str(spans)], runs[name]["options"]
@@ -170,7 +170,7 @@ def growth(points: Sequence[Json], key: str = "path_us", threads: str = "threads
     decoding."""
     first, worst = points[0], max(points, key=lambda p: float(p[key]))
     if "fold_us" in first:
-        parts = {"fold": "fold_us", "close, decide, index": "close_us"}
+        parts = {"fold": "fold_us", "close and decide": "close_us"}
         grew = {name: worst[part] - first[part] for name, part in parts.items()}
         grew["decode"] = worst["path_us"] - first["path_us"] - sum(grew.values())
     else:

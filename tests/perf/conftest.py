@@ -129,7 +129,7 @@ def curved(tiny: Programs, loaded: Json) -> Json:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "measure", lambda options, spans: (row, []))
         given = "--repeats 1 --most-spans 100 --most-open 3000 --most-rules 30"
-        curves.main([*given.split(), *"--many 5 2100 --tenants 1 3".split()])
+        curves.main([*given.split(), *["--many", "5", "2100", "--tenants", "1", "3"]])
     return tiny.saved("curves")
 
 

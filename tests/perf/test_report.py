@@ -1,0 +1,83 @@
+"""Tables and heads of reports, and the report of nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perf import floors, report, soak, summary
+
+
+def test_a_table_is_aligned_markdown() -> None:
+    assert report.table(["", "µs"], [["decode", 1], ["a long name", "22"]]) == "\n".join(
+        [
+            "|             | µs |",
+            "|-------------|----|",
+            "| decode      | 1  |",
+            "| a long name | 22 |",
+        ]
+    )
+
+
+def test_a_spread_is_median_least_and_greatest() -> None:
+    found = report.spread([3.0, 1.0, 2.0])
+    assert found == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
+    assert report.shown(found, 1) == "2.0 (1.0–3.0)"
+    assert report.shown(report.spread([1234.56]), 1) == "1,234.6"
+
+
+def test_the_machine_is_described_and_a_busy_one_is_called_so() -> None:
+    facts = report.machine()
+    quiet = report.describe(facts | {"load_average_before": 0.1, "cores": 2})
+    assert "busy" not in quiet
+    assert f"Python {facts['python']}" in quiet
+    assert f"numba {facts['versions']['numba']}" in quiet
+    assert "machine busy: load average 1.9" in report.describe(
+        facts | {"load_average_before": 1.9, "cores": 2}
+    )
+
+
+def test_figures_are_saved_with_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "OUT", tmp_path / "out")
+    assert report.saved("x") is None
+    report.say_saved("x", {"µs": 1}, "a table")
+    assert report.saved("x") == {"µs": 1}
+    assert (tmp_path / "out" / "x.md").read_text() == "a table\n"
+    assert capsys.readouterr().out.strip().endswith("x.json")
+
+
+def test_a_report_of_nothing_says_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
+    summary.main()
+    written = (tmp_path / "REPORT.md").read_text()
+    assert written.count(f"| {floors.NOT_RUN} ") == len(floors.FLOORS)
+    for command in ("curves", "soak", "overload", "bench", "memory", "cachehits", "queries"):
+        assert f"Not run: `make {command}`." in written
+
+
+def test_the_checks_that_failed_are_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
+    (tmp_path / "load.json").write_text(json.dumps({"rows": {}, "problems": ["lost 3 spans"]}))
+    (tmp_path / "load.md").write_text("the table\n")
+    summary.main()
+    assert "the table\n\nChecks failed: lost 3 spans." in (tmp_path / "REPORT.md").read_text()
+
+
+def test_the_last_minute_may_be_better_than_the_first_not_worse() -> None:
+    first = {"spans_per_second": 100, "cpu_us_per_span": 5.0, "p99_ms": 10.0, "rss_mb": 400.0}
+    better = {"spans_per_second": 150, "cpu_us_per_span": 2.0, "p99_ms": 1.0, "rss_mb": 300.0}
+    assert all(soak.judge([first, better])["good"].values())
+    worse = {"spans_per_second": 89, "cpu_us_per_span": 5.6, "p99_ms": 11.1, "rss_mb": 441.0}
+    assert not any(soak.judge([first, worse])["good"].values())
+    edge = {"spans_per_second": 90, "cpu_us_per_span": 5.5, "p99_ms": 11.0, "rss_mb": 440.0}
+    assert all(soak.judge([first, edge])["good"].values())
