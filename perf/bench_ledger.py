@@ -21,7 +21,7 @@ from service.signals import Signal
 from tests.service.ledger.server import BATCH, CLUSTER, MISSING, PROGRAM, Server
 
 COUNTS = (1, 10, 50, 128)
-__all__ = ["COUNTS", "MISSING", "ledger"]
+__all__ = ["COUNTS", "MISSING", "PROGRAM", "ledger"]
 
 
 def ledger(directory: Path) -> dict[str, Json]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,18 @@ def test_the_last_minute_may_be_better_than_the_first_not_worse() -> None:
     assert not any(soak.judge([first, worse])["good"].values())
     edge = {"spans_per_second": 90, "cpu_us_per_span": 5.5, "p99_ms": 11.0, "rss_mb": 440.0}
     assert all(soak.judge([first, edge])["good"].values())
+
+
+def test_the_page_has_every_program_and_every_target_of_make() -> None:
+    page = (report.ROOT / "docs" / "performance.md").read_text()
+    makefile = (report.ROOT / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (load .*)$", makefile, re.MULTILINE)
+    assert all(f"| `make {target}` |" in page for target in targets.split())
+    for program in (report.ROOT / "perf").glob("*.py"):
+        if "\ndef main(" in program.read_text() and program.stem not in {"generator"}:
+            made = {"bench_queries": "queries", "everything": "report"}.get(program.stem)
+            assert (
+                made in targets.split()
+                or f"perf.{program.stem}" in page
+                or (f"`make {program.stem}`" in page)
+            ), program
