@@ -1,6 +1,6 @@
 """Every measurement in sequence, unattended, then perf/REPORT.md.
 
-``python -m perf.everything`` takes about 25 minutes on an idle machine of two cores. A step that
+``python -m perf.everything`` takes about half an hour on an idle machine of two cores. A step that
 fails or takes too long does not stop the others; they are named at the end, and the exit code is 1.
 ``--quick`` tries every step with tiny sizes (a few minutes): its figures mean nothing, and they go
 to a directory of their own. ``--baseline`` accepts the regression gate's figures.
