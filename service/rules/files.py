@@ -100,6 +100,7 @@ class RuleStore:
         self._rules: dict[str, tuple[Rule, ...]] = {}
         self._origins: dict[tuple[str, str], Path] = {}
         self._problems: dict[str, str] = {}
+        self._unlisted: dict[str, str] | None = None  # what listing could not read, the last time
         self._changed: set[str] = set()
 
     @property
@@ -254,31 +255,34 @@ class RuleStore:
             paths = self._list(problems)
         except OSError as error:  # keep everything: a directory that is away may come back
             self._problems = {str(self._directory): f"cannot be read: {error.strerror or error}"}
+            self._unlisted = None
             return
-        self._files = {path: self._read(path, tenant) for path, tenant in paths.items()}
+        files = {path: self._read(path, tenant) for path, tenant in paths.items()}
+        if problems == self._unlisted and list(files.items()) == list(self._files.items()):
+            return  # as nearly always
+        self._files, self._unlisted = files, dict(problems)
         self._combine(problems)
 
     def _list(self, problems: dict[str, str]) -> dict[Path, str]:
         """The rule files with their tenants, in the order in which they count."""
         found: dict[Path, str] = {}
         folders: list[Path] = []
-        for entry in sorted(self._directory.iterdir()):
-            if entry.name.startswith("."):
-                continue
+        for entry in _entries(self._directory):
+            path = Path(entry.path)
             if _is_rule_file(entry):
-                found[entry] = DEFAULT_TENANT
-            elif entry.is_dir():
+                found[path] = DEFAULT_TENANT
+            elif entry.name[0] != "." and entry.is_dir():
                 if is_tenant_name(entry.name):
-                    folders.append(entry)
+                    folders.append(path)
                 else:
-                    problems[str(entry)] = f"is not named as a tenant: {TENANT_RULE}"
+                    problems[entry.path] = f"is not named as a tenant: {TENANT_RULE}"
         for folder in folders:
             try:
-                entries = sorted(folder.iterdir())
+                paths = [Path(entry.path) for entry in _entries(folder) if _is_rule_file(entry)]
             except OSError as error:
                 problems[str(folder)] = f"cannot be read: {error.strerror or error}"
-                entries = [path for path in self._files if path.parent == folder]
-            found.update({path: folder.name for path in entries if _is_rule_file(path)})
+                paths = [path for path in self._files if path.parent == folder]
+            found.update(dict.fromkeys(paths, folder.name))
         return found
 
     def _read(self, path: Path, tenant: str) -> _File:
@@ -319,9 +323,16 @@ class RuleStore:
         self._rules, self._origins, self._problems = combined, origins, problems
 
 
-def _is_rule_file(path: Path) -> bool:
-    named = path.suffix in (".yaml", ".yml") and path.name[0] != "."
-    return named and not path.is_dir() and not path.is_fifo()  # reading a pipe would wait
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(directory) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_rule_file(entry: os.DirEntry[str]) -> bool:
+    if entry.name[0] == "." or not entry.name.endswith((".yaml", ".yml")):
+        return False
+    # Reading a pipe would wait; reading a link that leads nowhere says so.
+    return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
 
 
 def _signature(path: Path) -> Signature:
