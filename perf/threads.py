@@ -20,7 +20,7 @@ from perf import report
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 SYSTEM_NAME = 15  # letters of a thread's name that Linux keeps
 MAIN = "trio"  # the service's first thread
-OTHER = "others of libraries"  # started by the first thread, without a name of their own
+OTHER = "DuckDB, Arrow"  # libraries' own threads, started by the first one without a name
 ENDED = "ended meanwhile"
 LEAST_SHARE = 0.005  # of the CPU; threads below are shown as one row
 
