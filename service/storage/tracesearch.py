@@ -16,8 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from service.storage.duckqueries import TRACE, TraceRow, Where, make_cursor, one, read_cursor, trace_row
-from service.storage.duckschema import Cursor
+from service.storage.duckqueries import (
+    TRACE,
+    TraceRow,
+    Where,
+    make_cursor,
+    one,
+    read_cursor,
+    trace_row,
+)
+from service.storage.duckschema import MAX_ROWS, Cursor
+from service.storage.keys import id_key
 
 SEARCH_SECONDS = 0.05
 """After which no further window is begun."""
@@ -27,7 +36,7 @@ _GROWTH = 4  # of a window over the one before
 _TOO_MANY = 2  # times the rows that a window should have
 _FEW_ROWS = 20_000  # not worth two queries
 _KIND = b"t"
-_NO_ID = "00" * 16  # before all others
+_NO_ID = "00" * 16  # the page before ended between two times
 
 After = tuple[int, bytes]
 """The last row of the page before: when it started, and its id."""
@@ -53,37 +62,20 @@ class TraceFilter:
     min_duration: int | None = None
     has_signal: bool | None = None
 
-    def of_traces(self, start: int, end: int) -> Where:
-        """Those that started from ``start`` to before ``end``, with a signal or not."""
+    def within(self, start: int, end: int, joined: bool) -> Where:
+        """All of them that started from ``start`` to before ``end``, and a few others: of traces
+        with signals those with the key of one, of those without any all, unless ``joined``, which
+        is slower."""
         where = Where()
         where.add("start_ns >= ? AND start_ns < ?", start, end)
         where.add("end_ns - start_ns >= ?", self.min_duration)
         where.add("root_name = ?", self.name)
         where.add("list_contains(services, ?)", self.service)
+        if self.has_signal:
+            where.add("key IN (SELECT trace_key FROM signals WHERE status = 'active')")
+        elif self.has_signal is False and joined:
+            where.add("trace_id NOT IN (SELECT trace_id FROM signals WHERE status = 'active')")
         return where
-
-    def by_key(self, start: int, end: int) -> Where:
-        """As :meth:`exactly` and cheaper, but for traces that have a key in common."""
-        where = self.of_traces(start, end)
-        if self.has_signal is not None:
-            where.add(f"key {self._in} (SELECT trace_key FROM signals WHERE status = 'active')")
-        return where
-
-    def exactly(self, start: int, end: int) -> Where:
-        """Those that are wanted, of this time."""
-        where = self.of_traces(start, end)
-        if self.has_signal is not None:
-            candidates = self.of_traces(start, end)
-            where.add(
-                f"trace_id {self._in} (SELECT trace_id FROM signals WHERE status = 'active' "
-                f"AND trace_key IN (SELECT key FROM traces {candidates.sql}))",
-                *candidates.parameters,
-            )
-        return where
-
-    @property
-    def _in(self) -> str:
-        return "IN" if self.has_signal else "NOT IN"
 
 
 def search(
@@ -100,7 +92,8 @@ def search(
     clock: Callable[[], float] = time.perf_counter,
 ) -> TracePage:
     """A page of the traces that started at ``since`` or later and before ``until``. At least one
-    window is searched, and none is begun after ``seconds``."""
+    window is searched, and none is begun after ``seconds``; of ``few_rows`` in a window all
+    columns are read at once."""
     began = clock()
     after = read_cursor(limit, _KIND, cursor)
     span = one(db, "SELECT count(*), min(start_ns), max(start_ns) FROM traces")
@@ -110,33 +103,106 @@ def search(
     floor = oldest if since is None else max(oldest, since)
     end = newest + 1 if until is None else min(newest + 1, until)
     if after is not None:
-        end = min(end, after[0] + 1)
+        end = min(end, after[0] + any(after[1]))
     rows = window_rows
     width = (newest - oldest + 1) * rows // count + 1
-    found: list[TraceRow] = []
-    while end > floor:
+    found = _Search(db, wanted, limit, end, after)
+    while found.end > floor:
         window_began = clock()
-        start, end, held, width = _window(db, floor, end, width, rows)
-        while held and end > start and len(found) <= limit:
-            missing = limit + 1 - len(found)
-            first = start if held <= few_rows else _page_start(db, wanted, start, end, missing)
-            if first is None:
-                break
-            found += _rows(db, wanted, first, end, after, missing)
-            end = first
-        if len(found) > limit:
-            last = found[limit - 1]
-            following = make_cursor(_KIND, last.start_ns, last.trace_id)
-            return TracePage(found[:limit], following, None)
-        end, now = start, clock()
-        if end > floor and now - began >= seconds:
-            return TracePage(found, make_cursor(_KIND, end, _NO_ID), end)
+        start, found.end, held, width = _window(db, floor, found.end, width, rows)
+        while held and found.end > start:
+            found.step(start, at_once=held <= few_rows)
+            if len(found.rows) > limit:
+                return found.full_page()
+            if found.end > floor and clock() - began >= seconds:
+                return found.page_so_far()
+        found.end = start
         # As many rows as at this pace can be searched in the time that is left.
+        now = clock()
         pace = held / max(now - window_began, 1e-6)
         grown = min(int(pace * (seconds - (now - began))), _GROWTH * rows)
         rows, before = max(window_rows, grown), rows
         width = max(1, width * rows // before)
-    return TracePage(found, None, None)
+    return TracePage(found.rows, None, None)
+
+
+class _Search:
+    """What was found so far, in ``rows``: traces that started at ``end`` or later, but for those
+    that started when ``after`` did and come after it."""
+
+    def __init__(
+        self, db: Cursor, wanted: TraceFilter, limit: int, end: int, after: After | None
+    ) -> None:
+        self.rows: list[TraceRow] = []
+        self.end = end
+        self._db = db
+        self._wanted = wanted
+        self._limit = limit
+        self._after = after
+        self._joined = False
+
+    def step(self, start: int, *, at_once: bool) -> None:
+        """Look at the next of those that started at ``start`` or later, some or all: ``at_once``
+        without asking first where they end."""
+        count = self._limit + 1 - len(self.rows)
+        if self._wanted.has_signal is False and not self._joined:
+            count = 2 * count  # most traces have no signals
+        count = min(count, MAX_ROWS)
+        first = start if at_once else self._first(start, count)
+        if first is None:
+            self.end = start
+            return
+        where = self._wanted.within(first, self.end, self._joined)
+        if self._after is not None and self.end > self._after[0]:
+            where.add("(start_ns < ? OR trace_id < ?)", *self._after)
+        rows = self._db.execute(
+            f"SELECT {TRACE} FROM traces {where.sql} ORDER BY start_ns DESC, trace_id DESC LIMIT ?",
+            [*where.parameters, count],
+        ).fetchall()
+        traces = [trace_row(row, []) for row in rows]
+        self.rows += self._really(traces)
+        self._joined = True
+        if len(traces) == count:
+            self._after = traces[-1].start_ns, bytes.fromhex(traces[-1].trace_id)
+            self.end = self._after[0] + 1
+        else:
+            self.end = first
+
+    def _first(self, start: int, count: int) -> int | None:
+        """When the last of the next ``count`` started; of fewer ``start``, of none None."""
+        where = self._wanted.within(start, self.end, self._joined)
+        rows = self._db.execute(
+            f"SELECT start_ns FROM traces {where.sql} ORDER BY start_ns DESC LIMIT ?",
+            [*where.parameters, count],
+        ).fetchall()
+        return int(rows[-1][0]) if len(rows) == count else start if rows else None
+
+    def _really(self, traces: list[TraceRow]) -> list[TraceRow]:
+        """Those of the traces that have a signal, or none, as is wanted."""
+        if self._wanted.has_signal is None or not traces:
+            return traces
+        ids = [bytes.fromhex(trace.trace_id) for trace in traces]
+        rows = self._db.execute(
+            "SELECT DISTINCT lower(hex(trace_id)) FROM signals WHERE status = 'active' "
+            "AND trace_key IN (SELECT unnest(?::UBIGINT[])) AND trace_id IN (SELECT unnest(?))",
+            [[id_key(each) for each in ids], ids],
+        ).fetchall()
+        signalled = {trace_id for (trace_id,) in rows}
+        return [t for t in traces if (t.trace_id in signalled) == self._wanted.has_signal]
+
+    def full_page(self) -> TracePage:
+        """When more than the limit were found."""
+        last = self.rows[self._limit - 1]
+        following = make_cursor(_KIND, last.start_ns, last.trace_id)
+        return TracePage(self.rows[: self._limit], following, None)
+
+    def page_so_far(self) -> TracePage:
+        """When the search stops."""
+        if self._after is not None and self.end > self._after[0]:
+            following = make_cursor(_KIND, self._after[0], self._after[1].hex())
+        else:
+            following = make_cursor(_KIND, self.end, _NO_ID)
+        return TracePage(self.rows, following, self.end)
 
 
 def _window(db: Cursor, floor: int, end: int, width: int, rows: int) -> tuple[int, int, int, int]:
@@ -160,34 +226,3 @@ def _window(db: Cursor, floor: int, end: int, width: int, rows: int) -> tuple[in
             if newest is None:
                 return floor, end, 0, width
             end = newest + 1
-
-
-def _page_start(db: Cursor, wanted: TraceFilter, start: int, end: int, count: int) -> int | None:
-    """From when on to look for the ``count`` newest traces that are wanted: there may be fewer
-    after it, and then others before. None where there is none."""
-    where = wanted.by_key(start, end)
-    rows = db.execute(
-        f"SELECT start_ns FROM traces {where.sql} ORDER BY start_ns DESC LIMIT ?",
-        [*where.parameters, count],
-    ).fetchall()
-    if len(rows) == count or (rows and wanted.has_signal is not False):
-        return int(rows[-1][0])
-    if wanted.has_signal is not False:
-        return None
-    # One whose key is that of a trace with a signal is not among them.
-    where = wanted.of_traces(start, end)
-    there = one(db, f"SELECT 1 FROM traces {where.sql} LIMIT 1", where.parameters)
-    return start if there else None
-
-
-def _rows(
-    db: Cursor, wanted: TraceFilter, start: int, end: int, after: After | None, count: int
-) -> list[TraceRow]:
-    where = wanted.exactly(start, end)
-    if after is not None and end > after[0]:
-        where.add("(start_ns < ? OR trace_id < ?)", *after)
-    rows = db.execute(
-        f"SELECT {TRACE} FROM traces {where.sql} ORDER BY start_ns DESC, trace_id DESC LIMIT ?",
-        [*where.parameters, count],
-    ).fetchall()
-    return [trace_row(row, []) for row in rows]
