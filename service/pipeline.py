@@ -259,6 +259,7 @@ class Pipeline:
             "trace-correlation",
             batches,
             self._correlate,
+            on_dead=self._bury_spans,
             workers=p.correlate_workers,
             max_batch_weight=p.correlate_batch_spans,
         )
@@ -328,6 +329,14 @@ class Pipeline:
     async def _correlate(self, batches: list[SpanBatch]) -> None:
         await self.correlate.handle(batches)
         self.letters.finished(batches)
+
+    async def _bury_spans(self, batch: SpanBatch, error: Exception, attempts: int) -> None:
+        """Keep a batch as a dead letter, unless what failed came after it."""
+        if self.correlate.has(batch):
+            self.letters.finished([batch])
+            await trio.lowlevel.checkpoint()
+        else:
+            await self.letters.bury("trace-correlation", batch, error, attempts)
 
     async def _retry_letters(self) -> None:
         """Give dead letters to their stages again, once the log has been read after a restart."""

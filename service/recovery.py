@@ -29,7 +29,7 @@ from service.otlp.json import OtlpJsonError, to_protobuf
 from service.otlp.wire import scan_bodies
 from service.record import Record
 from service.signals import Signal
-from service.stages.correlate import CorrelateStage
+from service.stages.correlate import CorrelateStage, NotNow
 from service.storage.deadletters import DeadLetterError
 from service.storage.duck import DuckStore, PoolTimeout, StoreError
 from service.storage.frames import unpack_position
@@ -154,6 +154,7 @@ class Recovery:
             progress={t: known for t, known in snapshot.progress.items() if t not in gone},
             tenants=[saved for saved in snapshot.tenants if saved.tenant not in gone],
             raised={t: traces for t, traces in snapshot.raised.items() if t not in gone},
+            unfinished={t: rest for t, rest in snapshot.unfinished.items() if t not in gone},
         )
 
     def _project(self, signals: list[Signal]) -> None:
@@ -285,7 +286,12 @@ class Recovery:
         async with self._saving:
             retried = self._letters.retries()
             recorded = await self._threads.run(self._record.last_entries)
-            snapshot = await self._threads.run(self._correlate.snapshot)
+            try:
+                snapshot = await self._threads.run(self._correlate.snapshot)
+            except NotNow as error:
+                self.failures += 1
+                _log.warning("no checkpoint is written this time: %s", error)
+                return False
             letters = self._letters.saved_in(retried, snapshot.progress)
             if not self._letters.spans:
                 await self._threads.run(self._correlate.settled)
@@ -327,7 +333,7 @@ def _outline(snapshot: Snapshot) -> Snapshot:
         )
         for saved in snapshot.tenants
     ]
-    return replace(snapshot, tenants=tenants, raised={})
+    return replace(snapshot, tenants=tenants, raised={}, unfinished={})
 
 
 def _count(snapshot: Snapshot, which: int) -> int:

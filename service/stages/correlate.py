@@ -9,30 +9,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import trio
 
-from channels import SendChannel, ThreadRunner
+from channels import SendChannel, ThreadRunner, TransientError
 from service.otlp.columns import SpanBatch
 from service.rules.compile import CompiledRules
 from service.signals import Signal
 from service.traces.checkpoint import Snapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
+from service.traces.foldrun import Folded
 from service.traces.layout import CLOSED, NEVER, STATE
 from service.traces.limits import Held, forget_closed, idle_longest
 from service.traces.progress import InFlight, LogProgress
 from service.traces.raised import RaisedBefore
 from service.traces.table import TraceTable
 from service.traces.tenant import INDEX_LAG_NS, History, TenantTraces
+from service.traces.unfinished import Unfinished
 from service.traces.window import Windows
 
 SURVEY_NS = 1_000_000_000
 MOST_KEPT = 10  # times as many closed traces as are asked for, while stores are behind
 TICK_SECONDS = 0.25  # idle traces are looked for this often
 LOOKED_AT = 128  # tenants' traces in one tick: each piece that is due costs as much as ten traces
+
+
+class NotNow(TransientError):  # noqa: N818
+    """The traces cannot be copied at this moment; a little later they can."""
 
 
 @dataclass(slots=True)
@@ -128,6 +135,8 @@ class CorrelateStage:
         self._held = Held()  # by all of them
         self.counts = CorrelateCounts()
         self._raised = RaisedBefore()
+        self._unfinished = Unfinished()
+        self._owing: dict[str, TenantTraces] = {}  # that have something to pass on of a failure
         self.caught_up = trio.Event()
         self.rules_changed = trio.Event()
         """A tenant's new traces are opened under other rules from now on."""
@@ -143,6 +152,12 @@ class CorrelateStage:
             await self._onward.send(traces)
         if error is not None:
             raise error
+
+    def has(self, batch: SpanBatch) -> bool:
+        """Whether all of a batch is in its traces, though its delivery may have failed: by what
+        came after it."""
+        positions = batch.positions[batch.positions > 0].tolist()
+        return bool(positions) and not self._progress.any_pending(batch.tenant, positions)
 
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of one trace (32 hex digits) that is in memory, None where there is none.
@@ -165,21 +180,28 @@ class CorrelateStage:
         while True:
             await trio.sleep(TICK_SECONDS)
             with trio.CancelScope(shield=True):  # what was closed must be passed on
+                found, error = await self._threads.run(self._close_due)
                 try:
-                    for due in await self._threads.run(self._close_due):
+                    for due in found:
                         await self._onward.send(due)
                 except trio.BrokenResourceError:
                     return  # stopped without draining: a restart closes them again
+                if error is not None:
+                    raise error
 
     def snapshot(self) -> Snapshot:
-        """The state of all traces, and of the log as far as they go; in a worker thread."""
+        """The state of all traces, and of the log as far as they go; in a worker thread. Raises
+        :exc:`NotNow` while something that left the traces when a fold failed is not passed on."""
         with self._lock:
+            if self._owing:
+                raise NotNow("what came of a batch that failed is not passed on yet")
             return Snapshot(
                 self._clock_ns(),
                 self._progress.snapshot(),
                 [traces.snapshot() for traces in self.tenants.values()],
                 self._in_flight.mark(),
                 raised=self._raised.saved(),
+                unfinished=self._unfinished.saved(),
             )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -187,9 +209,13 @@ class CorrelateStage:
         used, which raises what :meth:`TenantTraces.restored` does, nothing is changed."""
         raised = RaisedBefore()
         raised.restore(snapshot.raised)
+        unfinished = Unfinished()
+        unfinished.restore(snapshot.unfinished)
         held = Held()
         tenants = {
-            saved.tenant: TenantTraces.restored(saved, self._windows, raised.of(saved.tenant), held)
+            saved.tenant: TenantTraces.restored(
+                saved, self._windows, raised.of(saved.tenant), held, unfinished.of(saved.tenant)
+            )
             for saved in snapshot.tenants
         }
         with self._lock:
@@ -198,6 +224,7 @@ class CorrelateStage:
             self.tenants = tenants
             self._held = held
             self._raised = raised
+            self._unfinished = unfinished
             self._now_ns = snapshot.taken_ns
 
     def note_raised(self, signals: Iterable[Signal]) -> None:
@@ -214,6 +241,8 @@ class CorrelateStage:
             for table in traces.tables if traces is not None else ():
                 table.leave()
             self._raised.forget(tenant)
+            self._unfinished.forget(tenant)
+            self._owing.pop(tenant, None)
             return self._in_flight.mark()
 
     def replayed(self) -> None:
@@ -239,15 +268,18 @@ class CorrelateStage:
         due: list[DueTraces] = []
         with self._lock:
             try:
+                self._pass_on(due)
                 for batch in batches:
-                    positions = batch.positions[batch.positions > 0].tolist()
-                    if positions and not self._progress.any_pending(batch.tenant, positions):
-                        continue  # a redelivery: what failed came after it
-                    due += self._fold_one(batch)
-                    self._progress.folded(batch.tenant, positions)
+                    if self.has(batch):
+                        continue  # a redelivery
+                    self._fold_one(batch)
+                    self._progress.folded(batch.tenant, batch.positions.tolist())
+                    self._pass_on(due)
                 if not self.caught_up.is_set():  # while the log is read nothing else makes room
-                    due += self._make_room(self._time())
+                    self._make_room(self._time(), due)
             except Exception as error:
+                with suppress(Exception):  # what cannot be passed on now will be, or holds up more
+                    self._pass_on(due)
                 return self._ticketed(due), error
             return self._ticketed(due), None
 
@@ -256,67 +288,91 @@ class CorrelateStage:
             traces.ticket = self._in_flight.enter()
         return due
 
-    def _fold_one(self, batch: SpanBatch) -> list[DueTraces]:
-        due = []
-        counts = self.counts
+    def _fold_one(self, batch: SpanBatch) -> None:
+        """Fold a batch. Whether it fails or not, what came of it is then owed."""
+        traces = self._traces(batch.tenant)
+        self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self._time()
-        for table, folded in self._traces(batch.tenant).fold(
-            batch, now, self._closed, self._history
-        ):
-            counts.repeated += folded.repeated
-            counts.matched += folded.matched
-            counts.opened += folded.opened
-            counts.reopened += folded.reopened
-            if folded.early is not None:
-                folded.early.received_ns = batch.received_ns
-                due.append(folded.early)
-            complete = folded.completed
-            if batch.replayed:  # more of it may be read: decided at the end
-                complete = table.never_told(complete)
-            if len(complete) or len(folded.spilled):
-                closed = table.close(complete, self._time())
-                closed.spilled = folded.spilled
-                counts.closed += len(closed)
-                due.append(closed)
+        traces.owed += traces.fold(batch, now, self._closed, self._history)
         if batch.replayed:
-            counts.replayed += len(batch)
+            self.counts.replayed += len(batch)
         else:
-            counts.folded += len(batch)
-        return due
+            self.counts.folded += len(batch)
+
+    def _pass_on(self, due: list[DueTraces]) -> None:
+        """Add to ``due`` what came of folding, and close what is complete. What an error leaves is
+        still owed; no trace is touched before that is settled."""
+        while self._owing:
+            tenant, traces = next(iter(self._owing.items()))
+            while traces.owed:
+                self._settle(*traces.owed[0], due)
+                del traces.owed[0]
+            del self._owing[tenant]
+
+    def _settle(self, table: TraceTable, folded: Folded, due: list[DueTraces]) -> None:
+        if len(folded.dirty):
+            folded.early = table.early(folded.dirty, self._time())
+            folded.dirty = folded.dirty[:0]
+        if folded.early is not None:
+            folded.early.received_ns = folded.received_ns
+            due.append(folded.early)
+            folded.early = None
+        counts = self.counts
+        complete = folded.completed
+        if folded.replayed:  # more of it may be read: decided at the end
+            complete = table.never_told(complete)
+        if len(complete) or len(folded.spilled):
+            closed = table.close(complete, self._time())
+            closed.spilled = folded.spilled
+            counts.closed += len(closed)
+            due.append(closed)
+        counts.repeated += folded.repeated
+        counts.matched += folded.matched
+        counts.opened += folded.opened
+        counts.reopened += folded.reopened
 
     def _traces(self, tenant: str) -> TenantTraces:
         rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
             before = self._raised.of(tenant)
-            traces = TenantTraces(tenant, rules, self._windows, before, self._held)
+            unfinished = self._unfinished.of(tenant)
+            traces = TenantTraces(tenant, rules, self._windows, before, self._held, unfinished)
             self.tenants[tenant] = traces
         elif traces.rules is not rules:
             self._changed |= traces.rules.version != rules.version
             traces.rules = rules
         return traces
 
-    def _close_due(self) -> list[DueTraces]:
-        limits = self._limits
+    def _close_due(self) -> tuple[list[DueTraces], Exception | None]:
+        """What is due by the clock, and the error that stopped before the end."""
         found: list[DueTraces] = []
         with self._lock:
-            now = self._time()
-            sweep = now - self._last_sweep_ns >= limits.sweep_ns
-            if sweep:
-                self._last_sweep_ns = now
-            if not 0 <= now - self._resumed_ns < limits.idle_ns:
-                tables = self._tables()
-                for table in self._in_turn(tables):
-                    found += table.close_idle(now - limits.idle_ns, now)
-                for table in tables if sweep else ():
-                    found += table.close_old(now - limits.max_age_ns, now)
-            self.counts.closed += sum(len(due) for due in found)
-            found += self._make_room(now)
-            for tenant, traces in list(self.tenants.items()) if sweep else ():
-                if not traces.open_count and not traces.closed_count:
-                    del self.tenants[tenant]
-            self._look_over(now)
-            return self._ticketed(found)
+            try:
+                self._look_for_due(self._time(), found)
+            except Exception as error:
+                return self._ticketed(found), error
+            return self._ticketed(found), None
+
+    def _look_for_due(self, now: int, found: list[DueTraces]) -> None:
+        limits = self._limits
+        self._pass_on(found)
+        before = len(found)
+        sweep = now - self._last_sweep_ns >= limits.sweep_ns
+        if sweep:
+            self._last_sweep_ns = now
+        if not 0 <= now - self._resumed_ns < limits.idle_ns:
+            tables = self._tables()
+            for table in self._in_turn(tables):
+                table.close_idle(now - limits.idle_ns, now, found)
+            for table in tables if sweep else ():
+                table.close_old(now - limits.max_age_ns, now, found)
+        self.counts.closed += sum(len(due) for due in found[before:])
+        self._make_room(now, found)
+        for tenant, traces in list(self.tenants.items()) if sweep else ():
+            if not traces.open_count and not traces.closed_count:
+                del self.tenants[tenant]
+        self._look_over(now)
 
     def _in_turn(self, tables: list[TraceTable]) -> list[TraceTable]:
         """Those that are looked at in this tick: all where they are few, each once in two seconds
@@ -325,16 +381,16 @@ class CorrelateStage:
         self._looked_at = start + max(LOOKED_AT, len(tables) // 8)
         return tables[start : self._looked_at]
 
-    def _make_room(self, now: int) -> list[DueTraces]:
+    def _make_room(self, now: int, found: list[DueTraces]) -> None:
         """Close traces beyond the number that may be open; forget those closed long ago, and the
         oldest beyond the number that is kept."""
         limits = self._limits
-        found: list[DueTraces] = []
         tables = self._tables()
         excess = self._held.open - limits.most_open
-        if excess > 0:
-            found = [table.close(slots, now) for table, slots in idle_longest(tables, excess)]
-            self.counts.closed_for_room += sum(len(due) for due in found)
+        for table, slots in idle_longest(tables, excess) if excess > 0 else ():
+            found.append(table.close(slots, now))
+            self.counts.closed_for_room += len(slots)
+            self.counts.closed += len(slots)
         excess = self._held.closed - limits.keep
         lag_ns = INDEX_LAG_NS
         if self._held.closed <= MOST_KEPT * limits.keep:  # beyond it, what the index lacks may be
@@ -345,8 +401,6 @@ class CorrelateStage:
         forget_closed(tables, long_ago, now - lag_ns, excess, self._closed)
         for traces in self.tenants.values() if len(tables) > len(self.tenants) else ():
             traces.drop_empty()
-        self.counts.closed += sum(len(due) for due in found)
-        return found
 
     def _tables(self) -> list[TraceTable]:
         return [table for traces in self.tenants.values() for table in traces.tables]

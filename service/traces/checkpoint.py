@@ -58,7 +58,8 @@ class Snapshot:
     frame and those up to it that were not folded. ``mark`` is a ticket: work with a smaller
     one must be safe before the snapshot may be used. ``letters`` are the ids of dead letters whose
     spans are in the traces. ``recorded`` is the ledger's last entry by tenant before they were
-    copied, ``raised`` what :class:`service.traces.raised.RaisedBefore` saved."""
+    copied, ``raised`` what :class:`service.traces.raised.RaisedBefore` saved, ``unfinished`` what
+    :class:`service.traces.unfinished.Unfinished` did."""
 
     taken_ns: int
     progress: dict[str, tuple[int, list[int]]]
@@ -67,6 +68,7 @@ class Snapshot:
     letters: list[int] = field(default_factory=list)
     recorded: dict[str, int] = field(default_factory=dict)
     raised: dict[str, Any] = field(default_factory=dict)
+    unfinished: dict[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
@@ -87,6 +89,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
         "letters": snapshot.letters,
         "recorded": snapshot.recorded,
         "raised": snapshot.raised,
+        "unfinished": snapshot.unfinished,
         "tenants": [
             {
                 "tenant": saved.tenant,
@@ -187,6 +190,7 @@ def read_checkpoint(path: Path) -> Snapshot:
         letters=header.get("letters", []),
         recorded=header.get("recorded", {}),
         raised=header.get("raised", {}),
+        unfinished=header.get("unfinished", {}),
     )
 
 

@@ -8,26 +8,19 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from service.otlp.columns import Rows, SpanBatch
+from service.otlp.columns import Bytes, Rows, SpanBatch
 from service.rules.compile import CompiledRules
 from service.rules.decide import broken
-from service.rules.match import evaluate
-from service.traces import fold as kernels
 from service.traces import pools, upkeep
 from service.traces.checkpoint import TableSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import Context, DueTraces
+from service.traces.foldrun import Folded, FoldRun
 from service.traces.layout import (
-    ASKED,
     CLOSED,
     CLOSED_AT,
     CLOSED_COUNT,
-    COMPLETIONS,
-    COUNTS_SIZE,
-    DIRTIED,
-    DONE,
     ENTRIES_USED,
     ENTRY_COLUMNS,
     FIRST_SEEN,
@@ -35,31 +28,17 @@ from service.traces.layout import (
     FREE,
     HI,
     LAST_SEEN,
-    LATE,
-    LATENESS,
     LO,
-    MATCHED,
-    NAMES_FULL,
-    NEED_ASK,
-    NEED_ENTRIES,
-    NEED_SPILL,
     NEVER,
     OPEN_COUNT,
-    OPENED,
     PARTIAL,
-    POSITIONS,
     REOPENED,
-    REPEATS,
     RING,
     RING_CLASS,
     SLOT_COLUMNS,
     SLOTS_USED,
     SPANS,
-    SPILLS,
     STATE,
-    STOPPED_SLOT,
-    BatchArrays,
-    FoldOutputs,
     RuleArrays,
     TraceArrays,
 )
@@ -67,35 +46,15 @@ from service.traces.limits import SWEEP_BATCH, Held
 from service.traces.raised import Told, listed, merged, next_steps, unlisted
 from service.traces.room import (
     LEAST_SLOTS,
-    doubled,
     empty_arrays,
     grown,
     restored_arrays,
     saved_arrays,
 )
+from service.traces.unfinished import Ask
 from service.traces.window import Windows
 
-_NO_FILTER = np.zeros((2, 0), np.int64)
 _MASK = 2**64 - 1
-
-
-@dataclass(slots=True, eq=False)
-class Folded:
-    """What came of folding a batch.
-
-    ``early`` are traces for which a rule may have become certain, ``completed`` slots that said
-    so themselves, ``spilled`` rows (hi, lo, log positions) of long traces, ``late`` the rows of the
-    batch that were left because their trace may have been closed and forgotten.
-    """
-
-    early: DueTraces | None
-    completed: Rows
-    spilled: Rows
-    late: Rows
-    opened: int
-    repeated: int
-    matched: int
-    reopened: int
 
 
 class Survey(NamedTuple):
@@ -129,13 +88,13 @@ class TraceTable:
     _counted: tuple[int, int] = (0, 0)  # open and closed traces, as ``held`` counts them
     _survey: Survey | None = None  # None when something changed since
     _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (when, slots), in order
-    _rule_arrays: RuleArrays = field(init=False)
-    _ask: Rows = field(init=False)
+    rule_arrays: RuleArrays = field(init=False)
+    ask: Rows = field(init=False)
 
     def __post_init__(self) -> None:
         self.arrays = empty_arrays(LEAST_SLOTS)
         thresholds, threshold_starts = self.rules.thresholds
-        self._rule_arrays = RuleArrays(
+        self.rule_arrays = RuleArrays(
             self.rules.predicates,
             self.rules.code,
             self.rules.leaves,
@@ -143,7 +102,7 @@ class TraceTable:
             thresholds,
             threshold_starts,
         )
-        self._ask = np.zeros((64, 3), np.int64)
+        self.ask = np.zeros((64, 3), np.int64)
 
     @property
     def open_count(self) -> int:
@@ -170,133 +129,69 @@ class TraceTable:
         batch: SpanBatch,
         services: Rows,
         now: int,
-        skip: npt.NDArray[np.uint8] | None = None,
+        skip: Bytes,
+        asks: list[Ask],
         *,
         known_only: bool = False,
         closed: ClosedTraces | None = None,
     ) -> Folded:
-        """Add the spans of a batch to their traces.
+        """Add the spans of a batch to their traces; errors are in what is returned.
 
         ``services`` numbers the service of each resource row, ``now`` is the time of receipt in
-        nanoseconds. Rows with ``skip`` set are passed over; with ``known_only`` only spans of
-        traces that are here are taken, and marked in ``skip``. With ``closed``, new traces that
-        it may hold are not opened but reported as late.
+        nanoseconds; for the others see :class:`~service.traces.foldrun.FoldRun`.
         """
-        n = len(batch)
-        positions = batch.positions
-        arrays = BatchArrays(
-            batch.buf,
-            batch.spans,
-            batch.resources,
-            batch.scopes,
-            services,
-            positions if len(positions) else np.zeros(len(batch.bodies), np.int64),
-            np.zeros(n, np.uint8) if skip is None else skip,
-        )
-        outputs = FoldOutputs(
-            self._ask,
-            np.empty(n, np.int64),
-            np.empty(n, np.int64),
-            np.empty((16, 2 + POSITIONS), np.int64),
-            np.empty(n if closed is not None else 0, np.int64),
-            np.zeros(COUNTS_SIZE, np.int64),
-        )
-        counts = outputs.counts
-        filters = _NO_FILTER if closed is None else closed.filters
-        salt = 0 if closed is None else closed.salt(self.tenant)
-        scratch = np.zeros(4, np.int64)
-        self._touch(now, now)  # first: a fold that fails may have opened traces
-        ahead = np.empty((2, kernels.AHEAD), np.int64)
-        names = self.rules.names
-        reopened, row = 0, 0
-        with np.errstate(over="ignore"):
-            while True:
-                row, reason = kernels.fold(
-                    arrays,
-                    row,
-                    known_only,
-                    filters,
-                    salt,
-                    now,
-                    names.arrays,
-                    self._rule_arrays,
-                    self.arrays,
-                    outputs,
-                    scratch,
-                    ahead,
-                )
-                if reason == DONE:
-                    break
-                if reason == LATE:
-                    self._reopen(int(counts[STOPPED_SLOT]), now)
-                    reopened += 1
-                elif reason == NAMES_FULL:
-                    names.forget()
-                elif reason == NEED_ASK:
-                    outputs = outputs._replace(ask=doubled(outputs.ask, len(self.rules.checks)))
-                    self._ask = outputs.ask
-                elif reason == NEED_SPILL:
-                    outputs = outputs._replace(spilled=doubled(outputs.spilled))
-                else:
-                    self._grow(reason)
-            if counts[ASKED]:
-                self._answer(batch, arrays, outputs)
-        dirty = outputs.dirty[: counts[DIRTIED]]
-        early = None
-        if len(dirty):
-            upkeep.clear_dirty(self.arrays, dirty)
-            self._learn(dirty)
-            early = self.copy(dirty, closed=False, now=now)
-        self._count()
-        return Folded(
-            early,
-            outputs.completed[: counts[COMPLETIONS]],
-            outputs.spilled[: counts[SPILLS]],
-            outputs.late[: counts[LATENESS]],
-            opened=int(counts[OPENED]),
-            repeated=int(counts[REPEATS]),
-            matched=int(counts[MATCHED]),
-            reopened=reopened,
-        )
+        run = FoldRun(self, batch, services, now, skip, asks, known_only=known_only, closed=closed)
+        return run.run()
 
-    def close_idle(self, last_seen_before: int, now: int) -> list[DueTraces]:
-        """Close the open traces without a span since then, up to ``SWEEP_BATCH`` in each piece."""
+    def early(self, dirty: Rows, now: int) -> DueTraces:
+        """Copies of traces for which a rule may have become certain."""
+        upkeep.clear_dirty(self.arrays, dirty)
+        self._learn(dirty)
+        return self.copy(dirty, closed=False, now=now)
+
+    def close_idle(self, last_seen_before: int, now: int, due: list[DueTraces]) -> None:
+        """Close the open traces without a span since then, and add them to ``due``, up to
+        ``SWEEP_BATCH`` in each piece."""
         if self.seen_from >= last_seen_before:
-            return []
-        due = self._close_found(upkeep.find_idle, last_seen_before, now)
+            return
+        self._close_found(upkeep.find_idle, last_seen_before, now, due)
         activity = self.arrays.activity[: self.arrays.fill[SLOTS_USED]]
         self.seen_from = int(activity.min(initial=NEVER))
-        return due
 
-    def close_old(self, first_seen_before: int, now: int) -> list[DueTraces]:
+    def close_old(self, first_seen_before: int, now: int, due: list[DueTraces]) -> None:
         """The same with those that began before then."""
         if self.begun_from >= first_seen_before:
-            return []
-        due = self._close_found(upkeep.find_old, first_seen_before, now)
+            return
+        self._close_found(upkeep.find_old, first_seen_before, now, due)
         self.begun_from = self.survey().oldest_ns
-        return due
 
     def _close_found(
-        self, find: Callable[[TraceArrays, int, Rows], int], before: int, now: int
-    ) -> list[DueTraces]:
-        due = []
+        self,
+        find: Callable[[TraceArrays, int, Rows], int],
+        before: int,
+        now: int,
+        due: list[DueTraces],
+    ) -> None:
         out = np.empty(SWEEP_BATCH, np.int64)
         found = len(out)
         while found == len(out):
             found = find(self.arrays, before, out)
             if found:
                 due.append(self.close(out[:found].copy(), now))
-        return due
 
     def close(self, slots: Rows, now: int) -> DueTraces:
-        """Close open traces; they are kept until :meth:`evict`."""
+        """Close open traces; they are kept until :meth:`evict`. Where it fails, none is closed."""
         self._learn(slots)
         due = self.copy(slots, closed=True, now=now)
+        again = bool(self._closed) and self._closed[-1][0] == now
+        together = np.concatenate([self._closed[-1][1], slots]) if again else slots
+        kept = now, np.sort(together)  # as a restart finds them
         upkeep.close(self.arrays, slots, now)
-        if self._closed and self._closed[-1][0] == now:
-            slots = np.concatenate([self._closed.pop()[1], slots])
-        self._closed.append((now, np.sort(slots)))  # as a restart finds them
-        self._count()
+        if again:
+            self._closed[-1] = kept
+        else:
+            self._closed.append(kept)
+        self.count()
         return due
 
     def copy(self, slots: Rows, *, closed: bool, now: int) -> DueTraces:
@@ -384,20 +279,20 @@ class TraceTable:
                 for slot in slots[self.arrays.slots[slots, STATE] == FREE].tolist():
                     self.told.pop(slot, None)
         if freed:
-            self._count()
+            self.count()
         return freed
 
     def leave(self) -> None:
         """Be counted no longer: the table is dropped with all that it holds."""
         self.arrays.fill[[OPEN_COUNT, CLOSED_COUNT]] = 0
-        self._count()
+        self.count()
 
-    def _touch(self, seen: int, begun: int) -> None:
+    def touch(self, seen: int, begun: int) -> None:
         """Note that a trace may be open from now on with these times."""
         self.seen_from = min(self.seen_from, seen)
         self.begun_from = min(self.begun_from, begun)
 
-    def _count(self) -> None:
+    def count(self) -> None:
         """Bring the running totals up to date."""
         opened, closed = self.open_count, self.closed_count
         self.held.open += opened - self._counted[0]
@@ -422,8 +317,8 @@ class TraceTable:
         for time in np.unique(when).tolist():
             self._closed.append((time, closed[when == time]))
         self.told = {slot: unlisted(rows) for slot, rows in saved.told}
-        self._count()
-        self._touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
+        self.count()
+        self.touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
 
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), -1 without one."""
@@ -448,22 +343,39 @@ class TraceTable:
         found = (self.find(hi, lo) for hi, lo in ids.tolist())
         return [slot for slot in found if slot >= 0]
 
-    def _reopen(self, slot: int, now: int) -> None:
+    def reopen(self, slot: int, now: int) -> None:
+        """Open a closed trace again. Where this fails, it stays closed."""
         slots = np.array([slot], np.int64)
         at_close = self.copy(slots, closed=True, now=now)
-        told = at_close.told.get(0, {})
-        self._tell(slot, next_steps(told, broken(at_close)[0], self.rules.identities))
+        before = at_close.told.get(0, {})
+        told = merged(before, next_steps(before, broken(at_close)[0], self.rules.identities))
         upkeep.reopen(self.arrays, slot, now, REOPENED)
-        self._touch(now, int(self.arrays.slots[slot, FIRST_SEEN]))
+        if told:
+            self.told[slot] = told
+        self.touch(now, int(self.arrays.slots[slot, FIRST_SEEN]))
         self._learn(slots)
 
     def _learn(self, slots: Rows) -> None:
         """Take over what is known of open traces from before a restart."""
         if self.before:
             for slot in slots.tolist():
-                told = self.before.pop(self.trace_id(slot), None)
+                trace_id = self.trace_id(slot)
+                told = self.before.get(trace_id)
                 if told is not None:
                     self._tell(slot, told)
+                    del self.before[trace_id]
+
+    def drop(self, ids: Rows) -> None:
+        """Take traces (rows of hi, lo) out again, as if none of their spans had been folded."""
+        for slot in self._slots(ids):
+            if told := self.told.pop(slot, None):
+                trace_id = self.trace_id(slot)
+                self.before[trace_id] = merged(self.before.get(trace_id, {}), told)
+            slots = np.array([slot], np.int64)
+            with np.errstate(over="ignore"):
+                upkeep.close(self.arrays, slots, 0)
+                upkeep.free_closed(self.arrays, slots, 0, np.zeros((1, 8), np.int64), 0, 0)
+        self.count()
 
     def _tell(self, slot: int, told: Told) -> None:
         if told:
@@ -474,28 +386,10 @@ class TraceTable:
         hi, lo = self.arrays.slots[slot, [HI, LO]].tolist()
         return f"{hi & _MASK:016x}{lo & _MASK:016x}"
 
-    def _answer(self, batch: SpanBatch, arrays: BatchArrays, outputs: FoldOutputs) -> None:
-        """Evaluate in Python what the kernel asked for, and count what matched."""
-        matched = []
-        checks = self.rules.checks
-        for row, check, slot in outputs.ask[: outputs.counts[ASKED]].tolist():
-            if check >= 0:
-                wanted: Sequence[int] = (check,)
-            else:
-                wanted = self.rules.names.glob_checks(batch.name(row).encode())
-            for c in wanted:
-                predicate = checks[c].where
-                if predicate is None or evaluate(predicate, batch, row):
-                    matched.append((row, c, slot))
-        while self._spare_entries() < len(matched):
-            self._grow(NEED_ENTRIES)
-        if matched:
-            rows = np.array(matched, np.int64)
-            kernels.add_asked(arrays, rows, self._rule_arrays, self.arrays, outputs)
-
-    def _spare_entries(self) -> int:
+    def spare_entries(self) -> int:
+        """Entries that can be taken without growing."""
         return len(self.arrays.entries) - int(self.arrays.fill[ENTRIES_USED])
 
-    def _grow(self, reason: int) -> None:
+    def grow(self, reason: int) -> None:
         """Double the pool that a kernel found full."""
         self.arrays = grown(self.arrays, reason, len(self.rules.checks))

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from service.otlp.columns import (
+    BODY,
     SERVICE_LEN,
     SERVICE_OFF,
     TRACE_HI,
     TRACE_LO,
+    Bytes,
     Rows,
     SpanBatch,
 )
@@ -25,9 +28,11 @@ from service.rules.definition import make_rule
 from service.traces.checkpoint import TenantSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
+from service.traces.foldrun import Folded
 from service.traces.limits import Held
 from service.traces.raised import Told
-from service.traces.table import Folded, TraceTable
+from service.traces.table import TraceTable
+from service.traces.unfinished import Ask, UnfinishedFrames
 from service.traces.window import Windows
 
 MOST_SERVICES = 4096  # numbered service names of a tenant; further ones share OTHER_SERVICES
@@ -55,6 +60,10 @@ History = Callable[[str, Rows], Iterable[Recalled]]
 them, in rounds: each trace is in one of them at most."""
 
 
+Part = tuple[TraceTable, Folded]
+"""What came of folding a batch into one of the tables."""
+
+
 class TenantTraces:
     """Open and recently closed traces of one tenant. Not thread-safe: one thread at a time."""
 
@@ -65,8 +74,12 @@ class TenantTraces:
         windows: Windows | None = None,
         before: dict[str, Told] | None = None,
         held: Held | None = None,
+        unfinished: UnfinishedFrames | None = None,
     ) -> None:
         self.tenant = tenant
+        self._unfinished = UnfinishedFrames() if unfinished is None else unfinished
+        self.owed: list[Part] = []
+        """What came of folds that failed later on, and is yet to be passed on."""
         self._windows = windows or Windows()
         self._before = {} if before is None else before
         self._held = Held() if held is None else held
@@ -81,6 +94,7 @@ class TenantTraces:
         windows: Windows | None = None,
         before: dict[str, Told] | None = None,
         held: Held | None = None,
+        unfinished: UnfinishedFrames | None = None,
     ) -> TenantTraces:
         """A tenant's traces as a snapshot has them.
 
@@ -93,7 +107,7 @@ class TenantTraces:
             if list(rules.check_names) != table.check_names:
                 raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
             compiled.append(rules)
-        traces = cls(saved.tenant, compiled[-1], windows, before, held)
+        traces = cls(saved.tenant, compiled[-1], windows, before, held, unfinished)
         for service in saved.services[1:]:
             traces._number(service.encode())
         traces.tables = [traces._table(rules) for rules in compiled]
@@ -143,58 +157,79 @@ class TenantTraces:
         now: int,
         closed: ClosedTraces | None = None,
         history: History | None = None,
-    ) -> list[tuple[TraceTable, Folded]]:
+    ) -> list[Part]:
         """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces.
 
         Spans that may belong to a trace which was closed and forgotten (``closed`` says so) are
-        added to what ``history`` reads of it from the log.
+        added to what ``history`` reads of it from the log. Where it fails, what has come of it is
+        added to :attr:`owed`, and folding the same frames again folds the rest of them.
         """
-        services = self._service_numbers(batch)
-        skip = np.zeros(len(batch), np.uint8)
-        newest = self.tables[-1]
-        folded = [
-            (table, table.fold(batch, services, now, skip, known_only=True))
-            for table in self.tables[:-1]
-        ]
-        first = newest.fold(batch, services, now, skip, closed=closed)
-        folded.append((newest, first))
-        if len(first.late):
-            late = np.unique(batch.spans[first.late][:, [TRACE_HI, TRACE_LO]], axis=0)
-            lost = self._recall(late, history) if history is not None else late[:0]
-            skip[:] = 1
-            skip[first.late] = 0
-            folded.append((newest, newest.fold(batch, services, now, skip)))
-            newest.mark_partial(lost)
-        return folded
+        done: list[Part] = []
+        skip, asks = self._unfinished.rest(batch)
+        try:
+            services = self._service_numbers(batch)
+            newest = self.tables[-1]
+            for table in self.tables[:-1]:
+                _add(done, table, table.fold(batch, services, now, skip, asks, known_only=True))
+            first = newest.fold(batch, services, now, skip, asks, closed=closed)
+            _add(done, newest, first)
+            if len(first.late) or asks:
+                lost = self._recall(batch, skip, asks, history)
+                second = newest.fold(batch, services, now, skip, asks)
+                newest.mark_partial(lost)
+                _add(done, newest, second)
+        except Exception:
+            self.owed += done
+            self._unfinished.note(batch, skip, asks)
+            raise
+        self._unfinished.done(batch)
+        return done
 
-    def _recall(self, ids: Rows, history: History) -> Rows:
-        """Fold closed traces again from the log into the newest table; the ids of those of which
-        nothing could be read."""
-        newest = self.tables[-1]
+    def _recall(
+        self, batch: SpanBatch, skip: Bytes, asks: list[Ask], history: History | None
+    ) -> Rows:
+        """Fold closed traces again from the log into the newest table: those of the rows that are
+        left. Returns the ids of those of which nothing could be read."""
+        rows = np.flatnonzero(skip == 0).tolist() + [row for row, _ in asks]
+        ids = np.unique(batch.spans[rows][:, [TRACE_HI, TRACE_LO]], axis=0)
         lost = [ids[:0]]
-        for recalled in history(self.tenant, ids):
+        for recalled in history(self.tenant, ids) if history is not None else ():
             lost.append(recalled.lost)
-            batch = recalled.batch
-            if batch is None:
+            if recalled.batch is None:
                 continue
-            of = batch.spans[:, [TRACE_HI, TRACE_LO]]
-            wanted = np.zeros(len(batch), bool)
-            for pair in recalled.ids:
-                wanted |= (of == pair).all(axis=1)
-            skip = (~wanted).astype(np.uint8)
-            newest.fold(batch, self._service_numbers(batch), batch.received_ns, skip)
+            self._take_back(recalled.batch, recalled)
+            if len(batch.positions):  # of this batch it may have read some, left from before
+                read = np.isin(batch.positions, recalled.batch.positions)[batch.spans[:, BODY]]
+                taken = read & _of_traces(batch, recalled.ids)
+                skip[taken] = 1
+                asks[:] = [ask for ask in asks if not taken[ask[0]]]
+        return np.concatenate(lost)
+
+    def _take_back(self, batch: SpanBatch, recalled: Recalled) -> None:
+        """Fold what was read of closed traces; where that fails, nothing of them."""
+        newest = self.tables[-1]
+        wanted = _of_traces(batch, recalled.ids)
+        skip = (~wanted).astype(np.uint8)
+        services = self._service_numbers(batch)
+        try:
+            folded = newest.fold(batch, services, batch.received_ns, skip, [])
+            if folded.error is not None:
+                raise folded.error
             newest.recall(recalled.ids, recalled.told)
             newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
-        return np.concatenate(lost)
+        except Exception:
+            newest.drop(recalled.ids)
+            raise
+        self._unfinished.took(batch, wanted)
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
         """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in
         nanoseconds. Looks for old ones only where ``oldest_ns`` is given."""
-        due = []
+        due: list[DueTraces] = []
         for table in self.tables:
-            due += table.close_idle(now - idle_ns, now)
+            table.close_idle(now - idle_ns, now, due)
             if oldest_ns is not None:
-                due += table.close_old(now - oldest_ns, now)
+                table.close_old(now - oldest_ns, now, due)
         return due
 
     def evict(
@@ -254,3 +289,18 @@ class TenantTraces:
             if not full:
                 self._numbers[service] = number
         return number
+
+
+def _add(done: list[Part], table: TraceTable, folded: Folded) -> None:
+    done.append((table, folded))
+    if folded.error is not None:
+        raise folded.error
+
+
+def _of_traces(batch: SpanBatch, ids: Rows) -> npt.NDArray[np.bool_]:
+    """Which rows of a batch are of these traces."""
+    of = batch.spans[:, [TRACE_HI, TRACE_LO]]
+    wanted = np.zeros(len(batch), bool)
+    for pair in ids:
+        wanted |= (of == pair).all(axis=1)
+    return wanted

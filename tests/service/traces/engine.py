@@ -42,6 +42,22 @@ def standing(signals: Sequence[Signal]) -> set[tuple[str, str]]:
     return found
 
 
+def told_by(signals: Sequence[Signal], trace_id: str) -> Told:
+    """What signals say of a trace, as the query store counts them."""
+    of: dict[Rule, dict[str, Signal]] = {}
+    for signal in signals:
+        if signal.trace_id == trace_id:
+            of.setdefault((signal.rule_id, signal.rule_version), {})[signal.id] = signal
+    return {
+        rule: told_of(
+            sum(s.kind is Kind.RAISED for s in own.values()),
+            sum(s.kind is Kind.RETRACTED for s in own.values()),
+            list(own.values())[-1].clause,
+        )
+        for rule, own in of.items()
+    }
+
+
 class Engine:
     """Folds request bodies and keeps what the signals say: ``standing`` (trace id, rule id).
 
@@ -89,18 +105,7 @@ class Engine:
 
     def told(self, trace_id: str) -> Told:
         """What the signals of a trace say, as the query store counts them."""
-        of: dict[Rule, dict[str, Signal]] = {}
-        for signal in self.signals:
-            if signal.trace_id == trace_id:
-                of.setdefault((signal.rule_id, signal.rule_version), {})[signal.id] = signal
-        return {
-            rule: told_of(
-                sum(s.kind is Kind.RAISED for s in signals.values()),
-                sum(s.kind is Kind.RETRACTED for s in signals.values()),
-                list(signals.values())[-1].clause,
-            )
-            for rule, signals in of.items()
-        }
+        return told_by(self.signals, trace_id)
 
     def forget(self) -> None:
         """Free all closed traces."""

@@ -268,7 +268,7 @@ def test_pools_that_grow_in_the_middle_of_a_batch_change_nothing(monkeypatch, se
     monkeypatch.setattr(names_module, "_LEARNED_SLOTS", 8)
     monkeypatch.setattr(names_module, "_LEARNED_CHECKS", 4)
     at_once = tenant(*RULES)
-    at_once.tables[0]._ask = np.zeros((1, 3), np.int64)
+    at_once.tables[0].ask = np.zeros((1, 3), np.int64)
     folded = at_once.fold(batch(*spans, positions=positions), NOW)
     assert totals(at_once) == totals(one_by_one)
     ((_, result),) = folded
