@@ -9,6 +9,7 @@ to a directory of their own. ``--baseline`` accepts the regression gate's figure
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -30,8 +31,8 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
     ),
     "load-500": (
         "load",
-        "--name load-500 --tenants 500 --connections 500 --rules 50 --spans 100 --secs 60 --warm-up 20 "
-        "--repeats 1",
+        "--name load-500 --tenants 500 --connections 500 --rules 50 --spans 100 --secs 60 "
+        "--warm-up 20 --repeats 1",
         "--name load-500 --tenants 20 --rules 5 --spans 100 --secs 1 --warm-up 1 --repeats 1",
         300,
     ),
@@ -102,7 +103,15 @@ def run(name: str, quick: bool, baseline: bool, environment: dict[str, str]) -> 
             process.wait()
         return f"took more than {seconds} s"
     print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
+    if code and quick and _worked(Path(environment["PERF_OUT"], f"{name}.json")):
+        print("   with tiny sizes it need not reach its floors")
+        return None
     return f"exit code {code}" if code else None
+
+
+def _worked(figures: Path) -> bool:
+    """Whether a step wrote its figures and its accounts are right."""
+    return figures.exists() and not json.loads(figures.read_text()).get("problems")
 
 
 def main(given: list[str] | None = None) -> None:

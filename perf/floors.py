@@ -219,9 +219,12 @@ FLOORS: tuple[Floor, ...] = (
           _end_to_end("api_ms"), "rows of DuckDB are committed in company"),
     Floor("C", "memory of an open trace of any length", "< 1 MB", "curves", _long_traces),
     Floor("C", "500 traces of 10,000 spans at once", "no growth, < 1 MB", "curves", _many_long),
-    Floor("D", "hit rate: rule sets", "80 %", "cachehits", _hit_rate("ruleContainers", 0.8)),
-    Floor("D", "hit rate: public keys", "90 %", "cachehits", _hit_rate("publicKeys", 0.9)),
-    Floor("D", "hit rate: trace metadata", "70 %", "cachehits", _hit_rate("traceMetadata", 0.7)),
+    Floor("D", "hit rate: rule sets", "80 %", "cachehits", _hit_rate("ruleContainers", 0.8),
+          hints.cache("ruleContainers")),
+    Floor("D", "hit rate: public keys", "90 %", "cachehits", _hit_rate("publicKeys", 0.9),
+          hints.cache("publicKeys")),
+    Floor("D", "hit rate: trace metadata", "70 %", "cachehits", _hit_rate("traceMetadata", 0.7),
+          hints.cache("traceMetadata")),
     *(
         Floor("D", f"cache {name}", f"p99 < {most // 1000} ms", "bench",
               _bench("caches", name, most_us=most), hints.tail("caches", name, most))

@@ -185,6 +185,20 @@ def _us(threads: Json, name: str) -> float:
     return float(threads.get(name, {}).get("us_per_span", 0.0))
 
 
+def cache(name: str) -> Hint:
+    """Of a cache's hit rate: what its misses were."""
+
+    def hint(runs: Runs) -> str:
+        found, options = runs["cachehits"]["caches"][name], runs["cachehits"]["options"]
+        looks = found["hitCount"] + found["missCount"]
+        return (
+            f"{found['missCount']:,} misses in {looks:,} look-ups, {found['evictionCount']:,} "
+            f"evictions, {options['secs']:g} s from an empty cache on"
+        )
+
+    return hint
+
+
 def memory(runs: Runs) -> str:
     """Of the cycles of tenants: whether memory still grows at their end."""
     (steps,) = [

@@ -244,7 +244,7 @@ def test_runs_without_evidence_give_no_hint() -> None:
     assert hints.said("words", {}) == "words"
 
 
-def test_soak_overload_memory_and_queries_say_what_they_saw() -> None:
+def test_the_other_runs_say_what_they_saw() -> None:
     failed = soak(p99_ms=2.0)
     assert verdict({"soak": failed}, "soak, last minute ÷ first: p99 of a request") == (
         MISSED,
@@ -259,6 +259,12 @@ def test_soak_overload_memory_and_queries_say_what_they_saw() -> None:
     assert verdict({"memory": memory}, "1000 create/delete cycles of a tenant") == (
         MISSED,
         "of it +30.0 MB in the second half of the cycles",
+    )
+    stats = {"hitRate": 0.69, "hitCount": 690, "missCount": 310, "evictionCount": 5}
+    cachehits = {"caches": {"traceMetadata": stats}, "options": {"secs": 60.0}}
+    assert verdict({"cachehits": cachehits}, "hit rate: trace metadata") == (
+        MISSED,
+        "310 misses in 1,000 look-ups, 5 evictions, 60 s from an empty cache on",
     )
     answers = {"traces, page of 1000": {"ms": middle(140)}, "one trace": {"ms": middle(3)}}
     slow = {"answers": answers, "slower_than_100_ms": ["traces, page of 1000"], "traces": 10}

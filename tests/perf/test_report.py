@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import floors, report, soak, summary
+from perf import everything, floors, report, soak, summary
 
 
 def test_a_table_is_aligned_markdown() -> None:
@@ -97,3 +97,12 @@ def test_the_page_has_every_program_and_every_target_of_make() -> None:
     named = {"bench_queries": "queries", "everything": "report"}
     said = set(re.findall(r"`make (\w+)`|`python -m perf\.(\w+)`", page))
     assert {named.get(program, program) for program in programs} <= {a or b for a, b in said}
+
+
+def test_a_tiny_run_may_miss_its_floors_but_not_lose_a_span(tmp_path: Path) -> None:
+    path = tmp_path / "soak.json"
+    assert not everything._worked(path)
+    path.write_text(json.dumps({"problems": ["accepted 2 spans but evaluated 1"]}))
+    assert not everything._worked(path)
+    path.write_text(json.dumps({"problems": []}))
+    assert everything._worked(path)
