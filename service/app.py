@@ -420,6 +420,7 @@ class Service:
     def close(self) -> None:
         """End the worker threads; the stores are closed by :func:`open_service`."""
         self.pipeline.close_threads()
+        self.removal.close()
         self._threads.close()
         self._loading.close()
         self.gate.close()

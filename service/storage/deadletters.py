@@ -134,6 +134,7 @@ class DeadLetterStore:
         self._max_bytes = max_bytes
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
+        self._rewriting = threading.Lock()  # of files that letters were moved to
         self.exported = 0
         """Letters moved to files since the start."""
         self._exported: list[Letter] = []
@@ -373,9 +374,10 @@ class DeadLetterStore:
     def drop_exported(self, tenant: str) -> int:
         """Take the letters of a tenant out of the files that letters were moved to; how many."""
         dropped = 0
-        for path in sorted(self._export.glob("*.jsonl.gz")) if self._export.is_dir() else ():
-            with self._errors():
-                dropped += _rewrite_without(path, tenant)
+        with self._rewriting:
+            for path in sorted(self._export.glob("*.jsonl.gz")) if self._export.is_dir() else ():
+                with self._errors():
+                    dropped += _rewrite_without(path, tenant)
         return dropped
 
     def take_exported(self) -> list[Letter]:
