@@ -104,6 +104,9 @@ async def closed(service: Service) -> None:
     with trio.fail_after(20):
         while still < 3:  # a thread may be between two of these at any one look
             await trio.sleep(0.02)
-            busy = service.spans_in_flight() or len(service.pipeline.in_flight)
-            opened = any(traces.open_count for traces in service.traces().values())
+            # What is closed is under way once the lock is free, however long its thread has none of
+            # the processor: between the two nothing is open and nothing under way.
+            with service.pipeline.correlate._lock:
+                busy = service.spans_in_flight() or len(service.pipeline.in_flight)
+                opened = any(traces.open_count for traces in service.traces().values())
             still = 0 if busy or opened else still + 1
