@@ -141,10 +141,28 @@ async def serve(
         await nursery.start(
             partial(
                 worker_serve,
-                wrap_app(app, 0, "asgi"),
+                wrap_app(_closing(app, shutdown), 0, "asgi"),
                 config,
                 sockets=sockets,
                 shutdown_trigger=shutdown.wait,
             )
         )
         task_status.started(url)
+
+
+def _closing(app: Any, stopping: trio.Event) -> Any:
+    """Have responses over HTTP/1 that begin while ``stopping`` say that their connection ends."""
+
+    async def closing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def say(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start" and stopping.is_set():
+                kept = [
+                    (name, value) for name, value in message["headers"] if name != b"connection"
+                ]
+                message = {**message, "headers": [*kept, (b"connection", b"close")]}
+            await send(message)
+
+        http1 = scope["type"] == "http" and scope["http_version"] in ("1.0", "1.1")
+        await app(scope, receive, say if http1 else send)
+
+    return closing

@@ -182,7 +182,8 @@ class Shutdown(Section):
     delay_seconds: SecondsOrZero = 0
     """Pause between turning not ready and refusing requests, for load balancers to notice."""
     grace_seconds: Seconds = 30
-    """Stages and requests in progress have this long to finish."""
+    """Stages and requests in progress have this long to finish: three quarters of it are for
+    requests that are still arriving, which then get 503, the rest for what had arrived."""
 
 
 class Tracing(Section):
