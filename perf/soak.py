@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from perf.load import run_once
 from perf.target import GeneratorProcess, Service, service
 
 WITHIN = 0.1  # the last slice of the first
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.5  # between looks on average; at random, so as not to keep step with its clocks
 
 Json = dict[str, Any]
 
@@ -48,7 +49,8 @@ class Watch:
         self._note()
         next_slice = self.slice
         while (gone := time.monotonic() - began) < seconds:
-            time.sleep(max(0.0, min(LOOK_SECONDS, next_slice - gone, seconds - gone)))
+            pause = random.uniform(0.5, 1.5) * LOOK_SECONDS
+            time.sleep(max(0.0, min(pause, next_slice - gone, seconds - gone)))
             for queue in self.target.get("/api/performance/queue-stats")["queues"]:
                 self.sizes.setdefault(queue["name"], []).append(queue["currentSize"])
             self.memory.append((time.monotonic() - began, self.target.rss()))
