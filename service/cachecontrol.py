@@ -81,10 +81,10 @@ class Caches:
         await trio.sleep(seconds)
         found = await self.warm_up()
         _log.info(
-            "caches are warm: %d entries of %d tenants in %.1f s",
+            "caches are warm after %.1f s; entries loaded: %d, tenants: %d",
+            found["seconds"],
             found["loaded"],
             found["tenants"],
-            found["seconds"],
         )
 
     async def warm_up(self) -> Json:
