@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from service.cli import cli
 from service.doctor import FAILED, OK, WARNING, Finding, diagnose, machine, stores
 from service.doctor.finding import size
+from service.ledger.base import tenant_account
 from service.ledger.open import LEDGER_FILE
 from service.settings import Settings
 from service.storage.lockfile import LockFile
@@ -411,6 +412,30 @@ def test_a_tigerbeetle_of_another_cluster_never_answers(data, monkeypatch):
     assert "cluster_id" in found.remedy
     let_go.set()
     assert ended.wait(5)
+
+
+def test_a_tigerbeetle_that_became_the_ledger_later_lacks_what_was_before(data, monkeypatch):
+    import tigerbeetle
+
+    class Client:
+        accounts = 0
+
+        def __init__(self, cluster: int, addresses: str) -> None:
+            pass
+
+        def lookup_accounts(self, ids: list[int]) -> list[Any]:
+            assert ids == [tenant_account("default")]
+            return self.accounts * [SimpleNamespace(debits_posted=0, credits_posted=1)]
+
+    monkeypatch.setattr(tigerbeetle, "ClientSync", Client)
+    with socket.create_server(("127.0.0.1", 0)) as replica:
+        limits = {"addresses": f"127.0.0.1:{replica.getsockname()[1]}"}
+        given = settings(data, ledger={"kind": "tigerbeetle", "tigerbeetle": limits})
+        found = list(stores.ledger(given))
+        assert [each.status for each in found] == [OK, OK]
+        assert "lacks 1 of 1 transfers" in found[1].found
+        Client.accounts = 3  # other instances share the cluster
+        assert "lacks" not in list(stores.ledger(given))[1].found
 
 
 def test_a_damaged_duckdb_file(data):
