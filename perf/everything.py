@@ -68,7 +68,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
         "curves",
         "--repeats 3 --secs 5",
         "--repeats 1 --most-spans 100 --most-open 1000 --tenants 1 2 --secs 1",
-        600,
+        900,
     ),
     "soak": ("soak", "", "--secs 5 --warm-up 1 --rate 10000", 500),
     "regress": ("regress", "", "--only decode", 300),
