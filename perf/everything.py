@@ -31,7 +31,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
     ),
     "load-500": (
         "load",
-        "--name load-500 --tenants 500 --connections 500 --rules 50 --spans 100 --secs 60 "
+        "--name load-500 --tenants 500 --connections 64 --rules 50 --spans 100 --secs 60 "
         "--warm-up 20 --repeats 1",
         "--name load-500 --tenants 20 --rules 5 --spans 100 --secs 1 --warm-up 1 --repeats 1",
         300,

@@ -72,6 +72,9 @@ REASONS = (
 # Bytes of a span before the first answer was seen, by content type and whether compressed.
 _FIRST_GUESS = {PROTOBUF: 400.0, JSON: 900.0}
 _COMPRESSION = 7.0
+# Of the queue's capacity, in it and waiting for room in it. To wait in vain costs more than all else
+# that is done for a request: hundreds that did so took most of Trio's thread.
+_MOST_WAITING = 1.1
 _MEMORY = 0.98  # of the running means: about the last 50 requests count
 
 
@@ -254,8 +257,10 @@ class Edge:
         return head
 
     def _has_room(self, tenant: str) -> bool:
-        """Whether a tenant's share of the queue is not used up."""
+        """Whether a tenant's share of the queue is not used up, and few wait for room in it."""
         fill = self._queue.fill
+        if self._spans.total > _MOST_WAITING * self._spans.capacity:
+            return False
         return fill < 1 and self._spans.admits(tenant, 0, int(fill * self._spans.capacity))
 
     @property

@@ -225,6 +225,20 @@ async def test_a_request_that_cannot_be_queued_in_time_is_refused(autojump_clock
     assert edge.refused_requests["overloaded"] == 1
 
 
+async def test_only_a_tenth_of_the_queue_may_wait_for_room_in_it(nursery):
+    queue = ScriptedQueue(fill=0.99, room=False)
+    edge = Edge(Ingest(offer_timeout_ms=60_000), queue, Quotas(), capacity=100)
+    weight = edge.estimate("json", "", 900)
+    waiting = 0
+    while isinstance(await admit(edge, (b"x-scope-orgid", b"t%d" % waiting), JSON), Head):
+        head = Head(f"t{waiting}", "json", "", None)
+        nursery.start_soon(edge.handle, head, b"x" * 900)
+        await trio.testing.wait_all_tasks_blocked()
+        waiting += 1
+    assert 110 < waiting * weight <= 110 + weight  # of 100, in the queue or not
+    nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("error", [trio.ClosedResourceError, trio.BrokenResourceError])
 async def test_a_closed_channel_means_draining(error):
     edge, _ = make(ScriptedQueue(error=error))
