@@ -72,7 +72,7 @@ REASONS = (
 # Bytes of a span before the first answer was seen, by content type and whether compressed.
 _FIRST_GUESS = {PROTOBUF: 400.0, JSON: 900.0}
 _COMPRESSION = 7.0
-# Of the queue's capacity, in it and waiting for room in it. To wait in vain costs more than all else
+# Of the capacity, in the queue and waiting for room in it. To wait in vain costs more than all else
 # that is done for a request: hundreds that did so took most of Trio's thread.
 _MOST_WAITING = 1.1
 _MEMORY = 0.98  # of the running means: about the last 50 requests count
