@@ -27,12 +27,13 @@ from tui.help import Help, TooSmall, bindings_of
 from tui.panel import Panel
 from tui.panels import PANELS
 from tui.state import State, parse
-from tui.table import TablePanel
 from tui.text import Tone
 from tui.widgets import Detail
 
 UNREACHABLE = 3
 MIN_WIDTH, MIN_HEIGHT = 80, 24
+WIDE = 100
+"""Columns from which the keys at the bottom are set apart."""
 
 _COLOURS: dict[Tone, str] = {"good": "success", "busy": "warning", "bad": "error"}
 
@@ -49,7 +50,7 @@ class BetraceApp(App[int]):
 
     CSS_PATH = "betrace.tcss"
     TITLE = "BeTrace"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-short"), (36, "-tall")]  # noqa: RUF012
     ENABLE_COMMAND_PALETTE = True
 
@@ -194,7 +195,7 @@ class BetraceApp(App[int]):
             self._main.query_one(StatusBar).show(self)
 
     def _restyle(self, _: Theme) -> None:
-        for panel in self._main.query(TablePanel):
+        for panel in self._main.query(Panel):
             panel.restyle()
         self._show()
 
@@ -344,6 +345,7 @@ class BetraceApp(App[int]):
             self.push_screen(TooSmall(MIN_WIDTH, MIN_HEIGHT))
         elif not small and isinstance(self.screen, TooSmall):
             self.pop_screen()
+        self._main.query_one(Footer).compact = event.size.width < WIDE
 
 
 def run(

@@ -50,13 +50,15 @@ class Grid(DataTable[Text]):
         order: Sequence[str],
         changed: Mapping[str, Mapping[str, Text]],
         follows_top: bool = False,
+        from_top: bool = False,
     ) -> None:
         """Show rows in this order.
 
         Those that are not in it go, and ``changed`` has the texts of those that are new or
         different: all cells of a new row by column, and of another those that changed. The cursor
         stays on its row and this where it is on the screen; with ``follows_top``, a cursor on the
-        first row stays on the first.
+        first row stays on the first. When its row goes, the cursor stays at its place, or goes to
+        the first row with ``from_top``.
         """
         cursor, at_top = self.cursor_row, follows_top and self.cursor_row == 0
         selected = None if at_top else self.selected
@@ -64,7 +66,10 @@ class Grid(DataTable[Text]):
         if list(order) != self._keys:
             self._change_rows(order, changed)
             places = {key: index for index, key in enumerate(order)}
-            row = 0 if at_top else places.get(selected or "", min(cursor, len(order) - 1))
+            place = 0 if from_top else min(cursor, len(order) - 1)
+            row = 0 if at_top else places.get(selected or "", place)
+            if from_top and not row:
+                anchor, offset = next(iter(order), None), 0
             # Not by moving it, which would scroll to it from where one has scrolled to.
             self.set_reactive(DataTable.cursor_coordinate, Coordinate(max(0, row), 0))
             self._scroll_back(places.get(anchor or ""), offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -39,9 +40,9 @@ class Listing(TablePanel):
         """What stands above the table."""
         return ()
 
+    @abstractmethod
     async def read(self) -> None:
         """Read what is shown, and keep it. Raises :exc:`tui.client.ClientError`."""
-        raise NotImplementedError
 
     async def load(self) -> None:
         try:

@@ -52,6 +52,9 @@ class Panel(Vertical, can_focus=False):
     def filter_changed(self) -> None:
         """``filter_text`` is another."""
 
+    def restyle(self) -> None:
+        """The theme is another: make anew what has colours of its own."""
+
     def focus_first(self) -> None:
         """Give the focus to what takes the panel's keys, at once: the next key may be there
         already."""

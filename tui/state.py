@@ -246,10 +246,9 @@ class State:
 
     The histories (see :meth:`history`) and :meth:`rate` go by name: ``accepted``, ``signals``,
     ``refused`` (a second), ``end_to_end_p99`` (milliseconds), ``memory`` (bytes), ``cpu`` (cores),
-    and for each stage ``<name>.in``,
-    ``<name>.out`` (a second) and ``<name>.fill`` (per cent), for each cache ``<name>.hit_rate``
-    (0 to 1, of the requests since the snapshot before; no point without requests), for each
-    breaker ``<name>.failure_rate``.
+    and for each stage ``<name>.in``, ``<name>.out`` and ``<name>.dropped`` (a second) and
+    ``<name>.fill`` (per cent), for each cache ``<name>.hit_rate`` (0 to 1, of the requests since
+    the snapshot before; no point without requests), for each breaker ``<name>.failure_rate``.
     """
 
     def __init__(self) -> None:
@@ -305,6 +304,7 @@ def _points(before: Snapshot, now: Snapshot, seconds: float) -> Iterable[tuple[s
         if old is not None:
             yield f"{stage.name}.in", per_second(stage.taken, old.taken)
             yield f"{stage.name}.out", per_second(stage.done, old.done)
+            yield f"{stage.name}.dropped", per_second(stage.dropped, old.dropped)
     caches = {cache.name: cache for cache in before.caches}
     for cache in now.caches:
         then = caches.get(cache.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,7 +68,7 @@ class TablePanel(Panel):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *VI_KEYS,
-        Binding("s", "sort", "Sort", tooltip="Sort by the next column"),
+        Binding("s", "sort", "Sort", show=False, tooltip="Sort by the next column"),
         Binding("S", "reverse", "Reverse", show=False, tooltip="Turn the order round"),
     ]
 
@@ -76,10 +77,11 @@ class TablePanel(Panel):
         self._sorted_by: int | None = None
         self._descending = False
         self._shown: dict[str, tuple[Cell, ...]] = {}
+        self._from_top = False
 
+    @abstractmethod
     def rows(self, state: State) -> Iterable[Row]:
         """All rows, in their own order."""
-        raise NotImplementedError
 
     def above(self) -> ComposeResult:
         yield from ()
@@ -126,7 +128,8 @@ class TablePanel(Panel):
         }
         self._shown = wanted
         if changed or list(wanted) != self.table.keys:
-            self.table.show_rows(list(wanted), changed, self.FOLLOWS_TOP)
+            self.table.show_rows(list(wanted), changed, self.FOLLOWS_TOP, self._from_top)
+        self._from_top = False
         self.set_class(not wanted, "-empty")
 
     def _changes(self, before: tuple[Cell, ...] | None, cells: tuple[Cell, ...]) -> dict[str, Text]:
@@ -154,11 +157,16 @@ class TablePanel(Panel):
         return Text(_set(column.label, column) + (mark or _GAP))
 
     def restyle(self) -> None:
-        """The theme is another: make all cells anew."""
         changed = {key: self._changes(None, cells) for key, cells in self._shown.items()}
         self.table.show_rows(list(self._shown), changed)
 
+    def from_top(self) -> None:
+        """What is shown next is something else: the cursor is on its first row, unless the row
+        that it is on is there too."""
+        self._from_top = True
+
     def filter_changed(self) -> None:
+        self.from_top()
         self.show(self.betrace.state)
 
     # Keys

@@ -42,7 +42,14 @@ def count(value: int | None) -> str:
 
 def many(value: int | None, noun: str) -> str:
     """A count with its noun: 1 tenant, 2 tenants."""
-    return f"{count(value)} {noun if value == 1 else noun + 's'}"
+    return f"{count(value)} {plural(value, noun)}"
+
+
+def plural(value: int | None, noun: str) -> str:
+    """A noun as it stands after a count: tenant, tenants, entries."""
+    if value == 1:
+        return noun
+    return f"{noun[:-1]}ies" if noun.endswith("entry") else f"{noun}s"
 
 
 def percent(fraction: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from textual.content import Content
 
 from tui.client import Json
-from tui.text import millis
+from tui.text import many, millis
 from tui.widgets import toned
 
 MAX_SPANS = 1000
@@ -117,7 +117,7 @@ def waterfall(spans: Sequence[Span], matching: Mapping[str, str], width: int) ->
         for depth, span in lines[:MAX_SPANS]
     ]
     if len(lines) > MAX_SPANS:
-        shown.append(Content(f"… and {len(lines) - MAX_SPANS} more spans"))
+        shown.append(Content(f"… and {many(len(lines) - MAX_SPANS, 'more span')}"))
     return Content("\n").join(shown)
 
 

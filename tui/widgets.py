@@ -66,9 +66,14 @@ class Live(Static):
             return
         content, before = self._draw(width), self._drawn
         if before is None or content.plain != before.plain or content.spans != before.spans:
-            layout = before is None or content.plain.count("\n") != before.plain.count("\n")
+            layout = before is None or _height(content, width) != _height(before, width)
             self._drawn = content
             self.update(content, layout=layout)
+
+
+def _height(content: Content, width: int) -> int:
+    """Lines that a text takes where it may be wrapped."""
+    return len(content.wrap(width))
 
 
 class Tile(Vertical):

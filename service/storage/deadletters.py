@@ -287,12 +287,13 @@ class DeadLetterStore:
         limit: int = 100,
         after: int = 0,
     ) -> list[Letter]:
-        """Letters, oldest first, with an id above ``after``."""
+        """Letters, oldest first, with an id above ``after``: at most `MAX_LIMIT`, and one that
+        tells whether there are more."""
         where, values = _where(stage, tenant)
         with self._lock, self._errors():
             rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM letters WHERE id > ?{where} ORDER BY id LIMIT ?",
-                (after, *values, min(limit, MAX_LIMIT)),
+                (after, *values, min(limit, MAX_LIMIT + 1)),
             ).fetchall()
         return [_letter(row) for row in rows]
 

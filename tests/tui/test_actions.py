@@ -38,7 +38,7 @@ ACTIONS = [
         "7",
         "R",
         "/api/admin/dead-letters/1/retry",
-        "1 letters with 3 items: kept → given to",
+        "1 letter with 3 items: kept → given to",
         "1 will be",
     ),
     ("7", "D", "/api/admin/dead-letters/1/discard", "items: kept → deleted", "1 discarded"),

@@ -22,6 +22,13 @@ HEIGHT = 10
 class Window(App[None]):
     CSS = "Grid { height: 1fr; }"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[str | None] = []
+
+    def on_data_table_row_selected(self, event: Grid.RowSelected) -> None:
+        self.opened.append(event.row_key.value)
+
     def compose(self) -> ComposeResult:
         grid = Grid()
         grid.add_column("name", width=8, key="name")
@@ -143,12 +150,12 @@ async def test_a_cursor_whose_row_goes_stays_at_its_place(grid, pilot):
 
 @on_a_window(names(0, 3))
 async def test_a_click_chooses_a_row_and_another_opens_it(grid, pilot):
-    opened = []
-    grid.action_select_cursor = lambda: opened.append(grid.selected)
     await pilot.click(grid, offset=(20, 3))
     assert grid.selected == "row-2"
-    style = grid.render_line(3).crop(1, 2)._segments[0].style
-    assert style.meta == {"row": 2, "column": 0}
+    assert pilot.app.opened == []
+    await pilot.click(grid, offset=(2, 3))  # in another column of it
+    await pilot.pause()
+    assert pilot.app.opened == ["row-2"]
 
 
 @on_a_window(["日本語日本語", "row"])

@@ -244,3 +244,29 @@ def test_a_window_that_is_too_small_at_the_start():
         await app.client.close()
 
     asyncio.run(drive())
+
+
+@piloted()
+async def test_what_is_not_well_is_not_cut_off_when_it_takes_more_lines(pilot, api):
+    data = snapshot_at(61)
+    data["components"]["breaker-ledger"] = {"status": "ok", "detail": "closed"}
+    api.publish(data)
+    await until(lambda: "all well" in screen_text(pilot.app))
+    data = snapshot_at(62)
+    data["components"]["breaker-ledger"] = {
+        "status": "degraded",
+        "detail": "forced_open by somebody who knew why and went home",
+    }
+    api.publish(data)
+    await until(lambda: "went home" in screen_text(pilot.app))
+
+
+@pytest.mark.parametrize("number", range(1, len(PANELS) + 1))
+def test_the_way_to_the_keys_is_shown_in_80_columns(number):
+    @piloted()
+    async def run(pilot, api):
+        await pilot.press(str(number))
+        await pilot.pause(0.1)
+        assert "? Help" in screen_text(pilot.app).splitlines()[-1]
+
+    run()

@@ -42,7 +42,7 @@ async def test_marked_letters_are_retried_and_those_that_are_gone_are_told(pilot
     assert "2 letters with 6 items: kept → given to their stages" in screen_text(app)
     await pilot.press("y")
     await until(lambda: bool(toasts(app)))
-    assert toasts(app)[0][1] == "1 will be tried again, 1 were no longer there"
+    assert toasts(app)[0][1] == "1 will be tried again, 1 was no longer there"
     assert api.posted() == [f"/api/admin/dead-letters/{n}/retry" for n in (1, 2)]
     await until(lambda: "marked" not in screen_text(app).splitlines()[2])
 
@@ -176,7 +176,7 @@ def test_a_key_is_rotated_and_one_revoked(tmp_path, monkeypatch):
         assert api.posted()[-1] == f"/api/admin/tenants/acme/keys/{'k' * 43}"
         await pilot.press("j", "V")
         await until(lambda: len(toasts(app)) > 2)
-        assert toasts(app)[2][1] == "default has no keys"
+        assert toasts(app)[2][1] == "default has only sent spans so far: create it first, with C"
 
     run()
 
@@ -211,7 +211,14 @@ async def test_the_system_is_shown(pilot, api):
     await pilot.press("9")
     await until(lambda: "1\u202f620 open traces" in screen_text(pilot.app))
     text = screen_text(pilot.app)
-    for told in ("296 MiB", "25 % of a core", "2, 12", "42 records wait", "20 s", "463 / 42 / 3"):
+    for told in (
+        "296 MiB",
+        "25 % of a core",
+        "2, 12",
+        "42 records waiting",
+        "20 s",
+        "463 / 42 / 3",
+    ):
         assert told in text
     api.routes["GET", "/api/admin/checkpoint"] = refusal(503, "no answer", "wait")
     await pilot.press("space")

@@ -19,6 +19,7 @@ from tui import text
 from tui.client import Client, ClientError, read_events, segment
 from tui.panel import matches
 from tui.panels.details import plot, trial_text
+from tui.panels.drawing import condition
 from tui.panels.problems import problems
 from tui.state import HISTORY, State, parse
 
@@ -85,6 +86,8 @@ def test_other_figures():
     assert text.count(None) == "–"
     assert text.count(1234567) == "1\u202f234\u202f567"
     assert [text.many(n, "tenant") for n in (0, 1, 2)] == ["0 tenants", "1 tenant", "2 tenants"]
+    assert [text.many(n, "more entry") for n in (1, 2)] == ["1 more entry", "2 more entries"]
+    assert [text.many(n, "key") for n in (0, 1)] == ["0 keys", "1 key"]
     assert text.ago(None, 5) == "never"
     assert text.ago(4.5, 5) == "now"
     assert text.age(5, 200) == "3 min"
@@ -185,9 +188,9 @@ def test_what_is_not_well_the_worst_first():
     assert problems(state) == [
         ("bad", "projection is 10 % full, 2 blocked"),
         ("bad", "projection: no progress"),
+        ("bad", "breaker ledger: open"),
         ("busy", "ingestion is draining"),
         ("busy", "storage-write is 55 % full"),
-        ("busy", "breaker ledger: open"),
     ]
     assert problems(State()) == []
 
@@ -309,3 +312,15 @@ def test_a_stream_that_falls_silent_times_out():
     with pytest.raises(ClientError) as found:
         asyncio.run(read())
     assert found.value.kind == "timed out"
+
+
+def test_a_stage_that_gives_batches_up_is_not_called_working():
+    state = State()
+    state.update(parse(snapshot_at(60), T0))
+    data = snapshot_at(61)
+    data["metrics"]["stages"]["rule-evaluation"]["dead"] = 3
+    state.update(parse(data, T0 + 1))
+    assert state.now is not None
+    words = {stage.name: condition(stage, state) for stage in state.now.stages}
+    assert words["rule-evaluation"] == ("bad", "dropping")
+    assert words["storage-write"] == ("good", "working")

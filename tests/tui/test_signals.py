@@ -103,7 +103,7 @@ async def test_a_signal_is_opened_with_its_trace_and_the_matching_spans_marked(p
     assert isinstance(pilot.app.screen, Detail)
     lines = screen_text(pilot.app).splitlines()
     text = "\n".join(lines)
-    assert "always does not hold" in text
+    assert "always is broken" in text
     assert "◆a     1  charge.where(amount > 1000)" in text
     spans = [line for line in lines if "█" in line]
     marked = [line for line in spans if "◆" in line]
@@ -238,3 +238,17 @@ async def test_a_list_that_cannot_be_read_is_told(pilot, api):
     await pilot.press("5")
     await until(lambda: bool(toasts(pilot.app)))
     assert "not read: the query took too long" in shown(pilot, api)
+
+
+@piloted()
+async def test_other_signals_are_shown_from_the_newest_on(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("G")
+    assert pilot.app.panel.selected == records.signal(2)["id"]
+    api.routes["GET", "/api/v1/signals"] = {
+        "signals": [records.signal(number) for number in range(39, 9, -1)],
+        "next": None,
+    }
+    pilot.app.panel.filter_by("severity", "critical")
+    await until(lambda: len(pilot.app.panel._shown) == 30)
+    assert pilot.app.panel.selected == records.signal(39)["id"]

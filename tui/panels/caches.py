@@ -15,7 +15,7 @@ from tui.listing import check_tenant
 from tui.panels.details import plot, show_cache
 from tui.state import Cache, State
 from tui.table import Cell, Column, Row, TablePanel
-from tui.text import NONE, count, millis, number, percent
+from tui.text import NONE, count, many, millis, number, percent
 from tui.widgets import Live
 
 
@@ -89,7 +89,7 @@ class CachesPanel(TablePanel):
 
         async def run() -> str:
             answer = await self.betrace.client.invalidate_cache(cache.name, tenant)
-            return f"{answer.get('invalidated', 'all')} entries of {cache.name} removed"
+            return f"{many(answer.get('invalidated'), 'entry')} of {cache.name} removed"
 
         whose = f"of the tenant {tenant}" if tenant else "of all tenants"
         self.betrace.change(
@@ -141,5 +141,5 @@ def _history(name: str, state: State, width: int) -> str:
 
 def _warmed(answer: Json) -> str:
     loaded, failed = answer.get("loaded", 0), answer.get("failed", 0)
-    said = f"{loaded} entries of {answer.get('tenants', 0)} tenants loaded"
+    said = f"{many(loaded, 'entry')} of {many(answer.get('tenants', 0), 'tenant')} loaded"
     return f"{said}, {failed} failed" if failed else said

@@ -15,7 +15,7 @@ from tui.listing import MOST, Listing, Part, objects
 from tui.panels.evidence import Shown
 from tui.state import State
 from tui.table import Cell, Column, Row
-from tui.text import clock, count, date, duration, moment, number, size
+from tui.text import clock, count, date, duration, many, moment, number, size
 from tui.widgets import Detail, fields, marked, toned
 
 MARK = "✚"
@@ -30,10 +30,10 @@ class DeadLettersPanel(Listing):
         Column("mark", " ", 1),
         Column("id", "id", 5, right=True),
         Column("stage", "stage", 15),
-        Column("tenant", "tenant", 10),
+        Column("tenant", "tenant", 12),
         Column("attempts", "tried", 5, right=True),
         Column("failed", "failed", 8),
-        Column("retry", "next retry", 11),
+        Column("retry", "next retry", 10),
         Column("error", "error"),
         Column("weight", "items", 6, right=True),
         Column("bytes", "size", 9, right=True),
@@ -60,8 +60,8 @@ class DeadLettersPanel(Listing):
         self._marked &= set(self._letters)
 
     def head(self) -> Sequence[Part]:
-        many = f"{count(len(self._letters))}{' oldest' if self._more else ''} dead letters"
-        parts: list[Part] = [marked(many, "bad" if self._letters else "good")]
+        told = many(len(self._letters), "oldest dead letter" if self._more else "dead letter")
+        parts: list[Part] = [marked(told, "bad" if self._letters else "good")]
         if self._marked:
             parts += ["  ", (f"{MARK} {len(self._marked)} marked", "bold $warning")]
         return parts
@@ -133,7 +133,7 @@ class DeadLettersPanel(Listing):
                 f"{verb} {what}?",
                 verb,
                 self._each(action, chosen),
-                [(f"{len(chosen)} letters with {count(items)} items", "kept", after)],
+                [(f"{many(len(chosen), 'letter')} with {many(items, 'item')}", "kept", after)],
                 note,
             )
         )
@@ -153,7 +153,8 @@ class DeadLettersPanel(Listing):
                     missing += 1
             self._marked.clear()
             told = f"{done} {_DONE[action]}"
-            return f"{told}, {missing} were no longer there" if missing else told
+            gone = "was" if missing == 1 else "were"
+            return f"{told}, {missing} {gone} no longer there" if missing else told
 
         return run
 
@@ -163,8 +164,8 @@ class DeadLettersPanel(Listing):
             self._marked.clear()
             return f"{answer.get('retried', 'all')} {_DONE['retry']}"
 
-        many = f"{count(len(self._letters))}{' or more' if self._more else ''}"
-        effects = [("letters", f"{many} kept", "given to their stages")]
+        known = f"{count(len(self._letters))}{' or more' if self._more else ''}"
+        effects = [("letters", f"{known} kept", "given to their stages")]
         self.betrace.change(
             Change("Retry all dead letters?", "Retry all", run, effects, _WAYS["retry"][2])
         )
@@ -224,7 +225,7 @@ class LetterShown(Shown):
             text = json.dumps(letter["payload"], indent=2, ensure_ascii=False)
             lines.append(Content(text[:_MOST_TEXT]))
             if len(text) > _MOST_TEXT:
-                lines.append(Content(f"… and {count(len(text) - _MOST_TEXT)} more characters"))
+                lines.append(Content(f"… and {many(len(text) - _MOST_TEXT, 'more character')}"))
         else:
             told = marked(f"not read: {self.problem}", "bad") if self.problem else "is read …"
             lines.append(Content.assemble(told))

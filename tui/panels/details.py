@@ -17,6 +17,7 @@ from tui.text import (
     count,
     duration,
     fill_tone,
+    many,
     millis,
     number,
     percent,
@@ -85,7 +86,11 @@ def stage_text(state: State, name: str, width: int) -> Content | None:
                 ("peak", f"{count(stage.peak)} {unit} in the last second"),
                 (
                     "blocked",
-                    marked(f"{stage.blocked} senders wait for room", "bad")
+                    marked(
+                        f"{many(stage.blocked, 'sender')} "
+                        f"{'waits' if stage.blocked == 1 else 'wait'} for room",
+                        "bad",
+                    )
                     if stage.blocked
                     else "no sender waits",
                 ),
@@ -127,9 +132,9 @@ def breaker_text(state: State, name: str) -> Content | None:
             ("next trial", trial_text(breaker.state, breaker.retry_in)),
             (
                 "failures",
-                f"{percent(breaker.failure_rate)} of the last {breaker.window_calls} calls; opens "
-                f"at {percent(limit('failureRate'))} of {limit('minimumCalls'):.0f} to "
-                f"{limit('windowCalls'):.0f}",
+                f"{percent(breaker.failure_rate)} of the last "
+                f"{many(breaker.window_calls, 'call')}; opens at {percent(limit('failureRate'))} "
+                f"of {limit('minimumCalls'):.0f} to {limit('windowCalls'):.0f}",
             ),
             (
                 "slow calls",
@@ -139,9 +144,12 @@ def breaker_text(state: State, name: str) -> Content | None:
             (
                 "limits",
                 f"a call may take {limit('timeoutSeconds'):g} s; open for "
-                f"{limit('openSeconds'):g} s, then {limit('halfOpenCalls'):.0f} trials",
+                f"{limit('openSeconds'):g} s, then {many(int(limit('halfOpenCalls')), 'trial')}",
             ),
-            ("running", f"{breaker.running} calls, {breaker.trials_left} trials left"),
+            (
+                "running",
+                f"{many(breaker.running, 'call')}, {many(breaker.trials_left, 'trial')} left",
+            ),
             (
                 "calls",
                 ", ".join(f"{words(k)} {count(n)}" for k, n in breaker.calls.items()) or NONE,

@@ -18,6 +18,8 @@ def condition(stage: Stage, state: State) -> tuple[Tone, str]:
     busy = state.rate(f"{stage.name}.in")
     if stage.status == "failed":
         return "bad", "stalled"
+    if state.rate(f"{stage.name}.dropped"):
+        return "bad", "dropping"
     if stage.state == "paused":
         return "busy", "paused"
     if stage.blocked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from textual.content import Content
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tui.app import BetraceApp
 
 
-class Shown:
+class Shown(ABC):
     """Text that is made once for each width, since a trace does not change."""
 
     def __init__(self) -> None:
@@ -31,8 +32,9 @@ class Shown:
     def changed(self) -> None:
         self._drawn = None
 
+    @abstractmethod
     def make(self, width: int) -> Content:
-        raise NotImplementedError
+        """The text in lines of this width."""
 
 
 class SignalShown(Shown):
@@ -134,8 +136,8 @@ def show_signal(app: BetraceApp, signal: Json) -> None:
 
 
 def clause_text(clause: Any) -> str:
-    """Which part of a rule does not hold."""
-    return f"{clause} does not hold" if clause else NONE
+    """Which part of a rule is broken."""
+    return f"{clause} is broken" if clause else NONE
 
 
 def counts_text(counts: Json, evidence: Json) -> Content:
@@ -160,9 +162,9 @@ def trace_text(trace: Json) -> str:
     ]
     if trace.get("errors"):
         parts.append(many(trace["errors"], "error"))
-    for name, told in (("missing", "requests are missing"), ("omitted", "spans left out")):
+    for name, noun, told in (("missing", "request", "missing"), ("omitted", "span", "left out")):
         if trace.get(name):
-            parts.append(f"✖ {trace[name]} {told}")
+            parts.append(f"✖ {many(trace[name], noun)} {told}")
     return ", ".join(part for part in parts if part)
 
 

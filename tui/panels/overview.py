@@ -15,7 +15,7 @@ from tui.panels.details import show_stage
 from tui.panels.drawing import draw_pipeline
 from tui.panels.problems import problems
 from tui.state import Breaker, Cache, State
-from tui.text import bar, duration, millis, number, percent, status_tone, words
+from tui.text import bar, duration, millis, number, percent, plural, status_tone, words
 from tui.widgets import Live, Section, Tile, marked, toned
 
 NAME_WIDTH = 15
@@ -95,7 +95,7 @@ class Overview(Panel, can_focus=True):
         self.query_one("#tile-latency", Tile).show(
             millis(now.end_to_end_p99),
             "",
-            f"{number(now.open_traces)} open traces",
+            f"{number(now.open_traces)} open {plural(now.open_traces, 'trace')}",
             "good",
             state.history("end_to_end_p99"),
         )

@@ -13,7 +13,7 @@ from tui.panels.details import plot, show_stage
 from tui.panels.drawing import condition
 from tui.state import State
 from tui.table import Cell, Column, Row, TablePanel
-from tui.text import SYMBOLS, age, fill_tone, millis, number, status_tone
+from tui.text import SYMBOLS, age, fill_tone, millis, number, plural, status_tone
 from tui.widgets import Live, marked
 
 DRAIN_SECONDS = 10
@@ -54,8 +54,8 @@ class PipelinePanel(TablePanel):
             self.query_one("#ingestion", Live).text(
                 "ingestion ",
                 marked(now.ingestion, tone),
-                f"   {number(now.in_flight)} spans in flight, ",
-                f"{number(now.open_traces)} open traces",
+                f"   {number(now.in_flight)} {plural(now.in_flight, 'span')} in flight, "
+                f"{number(now.open_traces)} open {plural(now.open_traces, 'trace')}",
             )
         super().show(state)
 

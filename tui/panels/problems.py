@@ -32,7 +32,8 @@ def problems(state: State) -> list[tuple[Tone, str]]:
             found.append((tone, text))
     for component in now.components:
         if component.status not in ("ok", ""):
-            tone = "bad" if component.status == "failed" else "busy"
+            refuses = component.detail in ("open", "forced_open")  # of a breaker
+            tone = "bad" if component.status == "failed" or refuses else "busy"
             name = component.name.replace("breaker-", "breaker ").replace("fallback-", "fallback ")
             detail = component.detail.replace("_", " ") or component.status
             found.append((tone, f"{name}: {detail}"))

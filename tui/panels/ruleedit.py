@@ -251,7 +251,9 @@ def difference(old: str, new: str) -> str:
         if line.startswith(("- ", "+ "))
     ]
     left = len(found) - _MOST_LINES
-    return "\n".join(found[:_MOST_LINES] + ([f"… and {left} more lines"] if left > 0 else []))
+    return "\n".join(
+        found[:_MOST_LINES] + ([f"… and {many(left, 'more line')}"] if left > 0 else [])
+    )
 
 
 def _short(value: object) -> str:

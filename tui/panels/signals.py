@@ -73,6 +73,7 @@ class SignalsPanel(TenantListing):
             self._held.clear()
             self._ordered = None
             self._read_as, self._most, self._next = read_as, PAGE, None
+            self.from_top()
         await self._read_page()
         if not self._live:
             self.betrace.start(self._follow, "tail")

@@ -78,7 +78,7 @@ class SystemPanel(Panel):
             ("saved", self._saved()),
             (
                 "covers",
-                f"{count(covers.get('openTraces'))} open traces of "
+                f"{many(covers.get('openTraces'), 'open trace')} of "
                 f"{many(covers.get('tenants'), 'tenant')}, {size(found.get('bytes'))}",
             ),
             ("a restart reads", f"{size(left)} of the log beyond it"),
@@ -148,7 +148,7 @@ def process_text(state: State, width: int) -> Content:
         ),
         (
             "traces",
-            f"{count(now.open_traces)} open, {count(windows.get('totalSpansInMemory'))} spans, "
+            f"{count(now.open_traces)} open, {many(windows.get('totalSpansInMemory'), 'span')}, "
             f"{size(windows.get('memoryBytes'))}",
         ),
         ("running for", duration(now.uptime)),
@@ -169,7 +169,7 @@ def stores_text(state: State, fallbacks: list[Json]) -> Content:
     for each in fallbacks:
         waiting = each.get("pendingRecords") or 0
         told = (
-            marked(f"{count(waiting)} records wait, {size(each.get('pendingBytes'))}", "busy")
+            marked(f"{many(waiting, 'record')} waiting, {size(each.get('pendingBytes'))}", "busy")
             if waiting
             else toned("nothing waits", "quiet")
         )

@@ -37,8 +37,8 @@ class TenantsPanel(Listing):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("C", "change_create", "Create", tooltip="Create a tenant"),
         Binding("U", "change_quota", "Quota", tooltip="How many spans a second it may send"),
-        Binding("K", "change_add_key", "Rotate key", tooltip="Add a key; the others expire"),
-        Binding("V", "change_revoke", "Revoke key", tooltip="A key counts no more, at once"),
+        Binding("K", "change_add_key", "Rotate", tooltip="Add a key; the others expire"),
+        Binding("V", "change_revoke", "Revoke", tooltip="A key counts no more, at once"),
         Binding("D", "change_delete", "Delete", tooltip="Delete the tenant with all its data"),
         Binding("o", "view", "View", tooltip="Look at its signals and rules"),
     ]
@@ -110,6 +110,10 @@ class TenantsPanel(Listing):
         """Ask about the tenant under the cursor."""
         tenant = self._tenant
         if tenant is None:
+            return
+        if tenant.get("state") == "implicit":
+            told = f"{tenant['name']} has only sent spans so far: create it first, with C"
+            self.betrace.notify(told, title="✖ not done", markup=False)
             return
 
         async def run() -> None:

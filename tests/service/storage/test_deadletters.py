@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from service.storage.deadletters import DeadLetterError, DeadLetterStore, NewLetter
+from service.storage.deadletters import MAX_LIMIT, DeadLetterError, DeadLetterStore, NewLetter
 
 
 class Clock:
@@ -148,6 +148,14 @@ def test_deleted_letters_are_gone_with_their_bytes(opened):
     assert store.delete([1, 2, 99]) == {"rule-evaluation": (1, 3), "projection": (1, 3)}
     assert [found.id for found in store.page()] == [3]
     assert store.held_bytes == 1
+
+
+def test_a_page_of_the_most_there_may_be_tells_of_more(opened):
+    store = opened(1 << 24)
+    store.add([letter(str(n).encode()) for n in range(MAX_LIMIT + 5)])
+    assert len(store.page(limit=MAX_LIMIT)) == MAX_LIMIT
+    assert len(store.page(limit=MAX_LIMIT + 1)) == MAX_LIMIT + 1
+    assert len(store.page(limit=10 * MAX_LIMIT)) == MAX_LIMIT + 1
 
 
 def test_beyond_the_limit_the_oldest_are_exported_before_they_are_dropped(opened, tmp_path):
