@@ -46,7 +46,8 @@ def span_account(pipeline: Pipeline, replayed: int) -> SpanAccount:
         accepted=accepted,
         replayed=replayed,
         carried=letters.carried_spans,
-        evaluated=pipeline.stages[SPANS_STAGE].statistics().weight_out,
+        evaluated=pipeline.stages[SPANS_STAGE].statistics().weight_out
+        + pipeline.folded_all_the_same,
         in_flight=waiting + channel.size - letters.retrying_spans,
         dead_lettered=letters.spans,
         discarded=letters.counts.lost_weight.get(SPANS_STAGE, 0),

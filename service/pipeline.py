@@ -129,6 +129,8 @@ class Pipeline:
         }
 
         self.finished = trio.Event()
+        self.folded_all_the_same = 0
+        """Spans of batches that trace-correlation gave up though they were in their traces."""
         self._retrying = trio.CancelScope()
         self.progress = LogProgress()
         self.in_flight = InFlight()
@@ -332,11 +334,13 @@ class Pipeline:
 
     async def _bury_spans(self, batch: SpanBatch, error: Exception, attempts: int) -> None:
         """Keep a batch as a dead letter, unless what failed came after it."""
-        if self.correlate.has(batch):
-            self.letters.finished([batch])
-            await trio.lowlevel.checkpoint()
-        else:
+        if not self.correlate.has(batch):
             await self.letters.bury("trace-correlation", batch, error, attempts)
+            return
+        await trio.lowlevel.checkpoint()
+        # From here to the return nothing waits: the stage lets go of it at the same time.
+        self.letters.finished([batch])
+        self.folded_all_the_same += len(batch)
 
     async def _retry_letters(self) -> None:
         """Give dead letters to their stages again, once the log has been read after a restart."""

@@ -9,8 +9,9 @@ import trio
 
 from service.app import Service
 from service.traces import foldrun
+from service.traces.table import TraceTable
 from tests.service.inprocess import closed, running, send, settings, standing, write_rules
-from tests.service.traces.spans import S
+from tests.service.traces.spans import TRACE, S
 
 RULES = {
     "all": "count(a) == 1500",  # more than the window in which a repeated span is known
@@ -82,3 +83,28 @@ async def test_its_rest_is_a_dead_letter_through_checkpoints_and_crashes(tmp_pat
         assert service.pipeline.correlate.counts.repeated == 0
         assert broken(service) == {"all", "late"}
         assert service.account().balance == 0
+
+
+async def test_a_batch_in_its_traces_is_no_dead_letter_when_what_came_after_it_failed(
+    tmp_path, monkeypatch
+):
+    close = TraceTable.close
+    failures: list[int] = []
+
+    def fail(self: TraceTable, *args: Any) -> Any:
+        if failures:
+            failures.pop()
+            raise MemoryError("says the test")
+        return close(self, *args)
+
+    monkeypatch.setattr(TraceTable, "close", fail)
+    write_rules(tmp_path, RULES)
+    async with running(settings(tmp_path, redelivery={"attempts": 0})) as service:
+        failures += [0, 0]
+        await send(service, [S(1, complete=True), S(2, trace=b"\2" * 16)])
+        await closed(service)
+        assert not failures
+        assert service.pipeline.folded_all_the_same == 2
+        account = service.account()
+        assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
+        assert standing(service) == {(TRACE.hex(), "b"), ((b"\2" * 16).hex(), "b")}
