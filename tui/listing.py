@@ -70,6 +70,17 @@ class TenantListing(Listing):
         Binding("o", "tenant", "Of tenant", tooltip="Look at another tenant's"),
     ]
 
+    async def load(self) -> None:
+        """An operator's token is no tenant's: there is nothing to read before one is chosen."""
+        try:
+            await super().load()
+        except ClientError as error:
+            if self.betrace.client.tenant is None and error.status in (401, 403):
+                self.problem = "whose? press o to choose a tenant"
+                self.show(self.betrace.state)
+                return
+            raise
+
     @property
     def whose(self) -> Part:
         return toned(f"tenant {self.betrace.client.tenant or 'default'}", "good")

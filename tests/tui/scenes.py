@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from textual.pilot import Pilot
+from textual.widgets import Input, TextArea
 
-from tests.tui.fake import T0, FakeApi, snapshot_at, until
+from tests.tui.fake import T0, FakeApi, screen_text, snapshot_at, until
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Scene:
     read_only: bool = False
     both: bool = False
     """Whether it is looked at in 120×40 too."""
+    shows: Mapping[str, str] = field(default_factory=dict)
+    """What is on the screen when all that a key began is there: for those whose worker asks the
+    service before anything can be seen."""
 
 
 def overloaded(api: FakeApi) -> None:
@@ -60,8 +64,10 @@ SCENES = {
     "signal": Scene(("5", "enter"), both=True),
     "rules": Scene(("6",), both=True),
     "rule": Scene(("6", "j", "j", "enter")),
-    "rule-edit": Scene(("6", "E"), both=True),
-    "rule-test": Scene(("6", "T", "enter")),
+    "rule-edit": Scene(("6", "E"), both=True, shows={"E": "the condition is right"}),
+    "rule-test": Scene(
+        ("6", "T", "enter"), shows={"T": "against which trace", "enter": "spans matched by"}
+    ),
     "dead-letters": Scene(("7", "x"), both=True),
     "dead-letter": Scene(("7", "enter")),
     "tenants": Scene(("8",), both=True),
@@ -84,6 +90,10 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
     for key in scene.keys:
         await pilot.press(key)
         await settled(pilot)
+        text = scene.shows.get(key, "")
+        await until(lambda text=text: text in screen_text(app))  # type: ignore[misc]
+    for writing in (*app.screen.query(TextArea), *app.screen.query(Input)):
+        writing.cursor_blink = False
     if scene.keys[0] == "5":
         await until(lambda: bool(api.tails))
         app._show()

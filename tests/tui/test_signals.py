@@ -252,3 +252,22 @@ async def test_other_signals_are_shown_from_the_newest_on(pilot, api):
     pilot.app.panel.filter_by("severity", "critical")
     await until(lambda: len(pilot.app.panel._shown) == 30)
     assert pilot.app.panel.selected == records.signal(39)["id"]
+
+
+@pytest.mark.parametrize(("number", "path"), [("5", "/api/v1/signals"), ("6", "/api/v1/rules")])
+def test_with_an_operators_token_a_tenant_is_to_be_chosen(number, path):
+    def refuses(request: httpx.Request) -> httpx.Response:
+        if "x-scope-orgid" in request.headers:
+            return httpx.Response(200, json={"signals": records.signals(), "rules": []})
+        return refusal(401, "the token is no JSON Web Token", "get a new one")
+
+    @piloted()
+    async def run(pilot, api):
+        api.routes["GET", path] = refuses
+        await pilot.press(number)
+        await until(lambda: "whose? press o to choose a tenant" in shown(pilot, api))
+        assert not toasts(pilot.app)
+        pilot.app.view_tenant("acme")
+        await until(lambda: "whose?" not in shown(pilot, api))
+
+    run()
