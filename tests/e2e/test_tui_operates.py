@@ -113,7 +113,7 @@ async def operate(operator: Operator, service: Running) -> None:
         assert "will be tried again" in await operator.change("A")
     await operator.until(lambda: not app.panel._shown)
 
-    assert "entries of ruleContainers removed" in await operator.change("4", "I")
+    assert "of ruleContainers removed" in await operator.change("4", "I")
     assert "ingestion is paused" in await operator.change("2", "P")
     assert app.state.now.ingestion == "paused"
     assert "ingestion is open" in await operator.change("R")

@@ -29,6 +29,7 @@ class ScriptedQueue:
             raise trio.WouldBlock
         self.taken.append(item)
         if self.outcome is not None:
+            item.release()  # as the stage does that takes it from the queue
             item.reply.set(self.outcome)
 
     async def offer(self, item: Request, timeout: float) -> bool:
