@@ -26,6 +26,31 @@ from service.storage.duckschema import Cursor
 from service.storage.keys import KeyArray, KeyBudget, Keys, frame_keys, id_key, id_keys
 from service.storage.traces_table import TRACES, trace_id_halves, traces_table
 
+# Given, so that Arrow need not guess: to guess a type of Python's values it looks for a module
+# (dateutil) in all of sys.path, 50 µs a column.
+_SIGNALS = pa.schema(
+    [
+        ("id", pa.binary()),
+        ("key", pa.uint64()),
+        ("seq", pa.int64()),
+        ("trace_id", pa.binary()),
+        ("trace_key", pa.uint64()),
+        ("kind", pa.string()),
+        ("status", pa.string()),
+        ("counts", pa.string()),
+        ("evidence", pa.string()),
+        ("labels", pa.string()),
+        ("context", pa.string()),
+        ("reason", pa.string()),
+        ("rule_id", pa.string()),
+        ("rule_version", pa.string()),
+        ("severity", pa.string()),
+        ("clause", pa.string()),
+        ("detected_at", pa.int64()),
+        ("early", pa.bool_()),
+        ("message", pa.string()),
+    ]
+)
 _PLAIN = ("rule_id", "rule_version", "severity", "clause", "detected_at", "early", "message")
 _TRACE_COLUMNS = ", ".join(TRACES.names)
 
@@ -142,10 +167,10 @@ def write_signals(db: Cursor, known: Known, signals: Sequence[Signal]) -> int:
         of = np.array([signal.kind is Kind.RETRACTED for signal in fresh], np.bool_)
         known.retracted.add(trace_keys[of])
     rows = {
-        "id": pa.array(ids, pa.binary()),
+        "id": ids,
         "key": keys,
         "seq": np.arange(known.last_seq + 1, known.last_seq + 1 + len(fresh)),
-        "trace_id": pa.array(traces, pa.binary()),
+        "trace_id": traces,
         "trace_key": trace_keys,
         "kind": [str(signal.kind) for signal in fresh],
         "status": [
@@ -158,9 +183,7 @@ def write_signals(db: Cursor, known: Known, signals: Sequence[Signal]) -> int:
         "context": [None if s.context is None else orjson.dumps(s.context) for s in fresh],
         "reason": [s.reason for s in fresh],
     } | {name: [getattr(signal, name) for signal in fresh] for name in _PLAIN}
-    for name in ("counts", "evidence", "labels", "context", "reason"):
-        rows[name] = pa.array(rows[name], pa.string())
-    _insert(db, "signals", pa.table(rows))
+    _insert(db, "signals", pa.table(rows, _SIGNALS))
     known.last_seq += len(fresh)
     earlier = sorted(back.difference(ids))
     if earlier:

@@ -78,7 +78,7 @@ def _table(parts: Sequence[DueTraces]) -> pa.Table:
                 rows[:, POSITION_0 : POSITION_0 + POSITIONS], rows[:, POSITION_COUNT]
             ),
             "partial": rows[:, FLAGS] & PARTIAL != 0,
-            "rules_version": pa.repeat(parts[0].rules.version, len(rows)),
+            "rules_version": pa.repeat(pa.scalar(parts[0].rules.version, pa.string()), len(rows)),
         }
     )
 
