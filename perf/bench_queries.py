@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 
 from perf import report
-from perf.rows import make_signals
+from perf.rows import make_signals, trace_of
 from service.storage.duck import DuckStore
 
 TENANT = "shop"
@@ -34,10 +34,15 @@ Json = dict[str, Any]
 Question = Callable[[], object]
 
 
-def rows(first: int, count: int, random: np.random.Generator) -> Json:
-    """Columns of closed traces: random ids, times that go on, few services and names."""
+def rows(first: int, count: int, random: np.random.Generator, every: int = 0) -> Json:
+    """Columns of closed traces: random ids, times that go on, few services and names. One in
+    ``every`` has a signal."""
     at = START + np.arange(first, first + count) * STEP
     ids = random.integers(-(2**63), 2**63 - 1, (count, 2))
+    if every:
+        numbers = range(-(-first // every), -(-(first + count) // every))
+        halves = np.array([divmod(trace_of(number), 2**64) for number in numbers], np.uint64)
+        ids[-first % every :: every] = halves.view(np.int64).reshape(-1, 2)
     names = pa.array([f"GET /api/{k}" for k in range(200)])
     services = pa.array([f"service-{k}" for k in range(50)])
     three = random.integers(0, 50, (count, 3))
@@ -67,11 +72,11 @@ def rows(first: int, count: int, random: np.random.Generator) -> Json:
 
 
 def fill(store: DuckStore, traces: int, signals: int) -> Json:
-    """Write the rows, a twentieth of the signals after each twentieth of the traces."""
+    """Write the rows, the traces first; how many a second."""
     random = np.random.default_rng(7)
     spent_traces = spent_signals = 0.0
     for first in range(0, traces, BATCH):
-        columns = rows(first, min(BATCH, traces - first), random)
+        columns = rows(first, min(BATCH, traces - first), random, max(1, traces // signals))
         began = time.perf_counter()
         store.write(TENANT, traces=columns)
         spent_traces += time.perf_counter() - began
@@ -120,6 +125,13 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
         ),
         "traces longer than 6 s": lambda: store.traces(TENANT, min_duration=6 * SECOND),
         "traces with a signal": lambda: store.traces(TENANT, has_signal=True),
+        "traces with a signal, next page": lambda: store.traces(
+            TENANT, has_signal=True, cursor=following
+        ),
+        "traces without a signal": lambda: store.traces(TENANT, has_signal=False),
+        "traces of a service, with a signal": lambda: store.traces(
+            TENANT, service="service-7", has_signal=True
+        ),
         "one trace": lambda: store.trace(TENANT, page[50].trace_id),
         "100 traces by id": lambda: store.find_traces(TENANT, ids),
         "a trace there is not": lambda: store.trace(TENANT, "ab" * 16),

@@ -60,9 +60,9 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
     "cachehits": ("cachehits", "--secs 60", "--secs 8 --tenants 10 --users 5 --rules 5", 200),
     "queries": (
         "bench_queries",
-        "--traces 2000000 --signals 100000 --repeats 5",
+        "--repeats 5",
         "--traces 100000 --signals 1000 --repeats 1",
-        300,
+        500,
     ),
     "curves": (
         "curves",

@@ -12,13 +12,18 @@ from service.traces.tenant import TenantTraces
 SECOND = 1_000_000_000
 
 
+def trace_of(number: int) -> int:
+    """The trace id of a signal of :func:`make_signals`."""
+    return number * 0x9E3779B97F4A7C15 % 2**128
+
+
 def make_signals(count: int, first: int) -> list[Signal]:
     """Signals of distinct traces, numbered from ``first``."""
     rule = rule_definitions(1)[0]
     version = rule_version(rule["condition"])
     made = []
     for i in range(first, first + count):
-        trace = f"{i * 0x9E3779B97F4A7C15 % 2**128:032x}"
+        trace = f"{trace_of(i):032x}"
         made.append(
             Signal(
                 id=signal_id(TENANT, rule["id"], version, trace, Kind.RAISED),
