@@ -192,7 +192,7 @@ class Generator:
             connection.wrong = wrong
             head = self._wrong_heads.get(wrong, head)
             if wrong == "truncated":
-                data = data[: len(data) // 2 + 1]
+                data = data[:-1]  # anywhere else may be the end of a whole message
             elif wrong == "garbage":
                 data = b"\x07" * 100
         connection.out = [memoryview(b"%b%d\r\n\r\n" % (head, len(data))), memoryview(data)]
