@@ -40,6 +40,8 @@ __all__ = ["DuckFiles", "StoreError"]
 _CHECKPOINT_SIZE = "64MB"
 _UNSAVED_FILE_BYTES = 850_000  # memory of a file with a few rows that are not checkpointed yet
 _SAVED_AT_ONCE = 4
+_SAVED_SECONDS = 60.0  # a log with more than _SAVED_BYTES is not left longer: memory stays flat,
+_SAVED_BYTES = 4 << 20  # and little is to be read after a crash
 _CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk half of its time
 _INTERRUPTED_SECONDS = 1.0  # for a query to notice
 _UNSAVED_FACTOR = 2  # memory of such rows, in sizes of their log
@@ -62,6 +64,7 @@ class _File:
     last_used: float = 0.0
     known: Known | None = None  # of its rows; guarded by ``writing``
     unsaved: int = 0  # bytes in its write-ahead log, whose rows DuckDB must keep in memory
+    saved: float = 0.0  # when that was short the last time
 
     @property
     def alias(self) -> str:
@@ -216,7 +219,7 @@ class DuckFiles:
                 raise StoreError("the store is closed", transient=False)
             if tenant in self._removed:
                 raise _gone(tenant)
-            return self._files.setdefault(tenant, _File(tenant, path))
+            return self._files.setdefault(tenant, _File(tenant, path, saved=self._clock()))
 
     def _enter(self, tenant: str) -> _File:
         """Count a user of the tenant's file, and attach it where it is not."""
@@ -317,8 +320,13 @@ class DuckFiles:
         DuckDB checkpoints a file when its log is long, whatever its memory is used for, so that
         many tenants with a little each would exhaust it (1 GiB at some 1200 tenants).
         Those written longest ago are checkpointed; a few at most, so that no write waits long.
+        So is one whose log was not short for a minute: between a few large logs memory would
+        grow for many minutes.
         """
         self._note_unsaved(written, _size(written.path.with_name(FILE + ".wal")))
+        if self._clock() - written.saved > _SAVED_SECONDS:
+            written.saved = self._clock()  # also where it fails
+            self._save(written)
         excess = self._unsaved - self._unsaved_max
         if excess <= 0:
             return
@@ -331,6 +339,8 @@ class DuckFiles:
     def _note_unsaved(self, file: _File, size: int) -> None:
         with self._lock:
             self._unsaved -= _memory(file)
+            if size < max(file.unsaved, _SAVED_BYTES):
+                file.saved = self._clock()
             file.unsaved = size
             self._unsaved += _memory(file)
 

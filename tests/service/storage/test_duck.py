@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.signals import Kind, Signal, signal_id
+from service.storage import duckfiles
 from service.storage.duck import (
     MOST_POSITIONS,
     BadQuery,
@@ -579,6 +580,23 @@ class TestFiles:
             assert logs[-1] == "t29"  # those written longest ago are saved
             assert "t00" not in logs
             assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
+
+    def test_a_long_log_is_checkpointed_within_a_minute(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
+        clock, log = Clock(), tmp_path / "shop/betrace.duckdb.wal"
+        with DuckStore(tmp_path, clock=clock) as store:
+            for clock.now in (100, 159, 160):  # the file is new at 100
+                store.write_signals("shop", [make(clock.now)])
+                assert log.stat().st_size
+            clock.now = 161
+            store.write_signals("shop", [make(161)])
+            assert not log.exists()
+            clock.now = 200
+            store.write_signals("shop", [make(200)])
+            assert log.stat().st_size  # a minute from 161 on
+            assert store.counts("shop").signals == 5
 
     def test_a_file_that_is_being_written_is_not_checkpointed(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path, memory_bytes=20 << 20) as store:
