@@ -8,6 +8,7 @@ evidence; there is none to give then.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from perf import stacks
@@ -95,6 +96,16 @@ def soak(runs: Runs) -> str:
         _waits(values["run"]["threads"]),
         f"load average of the machine {machine['load_average_before']} before, "
         f"{machine['load_average_after']} after",
+    )
+
+
+def soak_memory(runs: Runs) -> str:
+    """Of the soak's memory: how much it grew in each slice."""
+    sizes = [part["rss_mb"] for part in runs["soak"]["slices"]]
+    grown = [f"{after - before:+.0f}" for before, after in pairwise(sizes)]
+    return (
+        f"from slice to slice {', '.join(grown)} MB; DuckDB keeps new rows and pages up to "
+        "duckdb.memory_bytes, which takes longer than a soak to fill"
     )
 
 

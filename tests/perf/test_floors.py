@@ -251,6 +251,10 @@ def test_the_other_runs_say_what_they_saw() -> None:
         "ready without a free core, part of the time: trio 40%; load average of the machine 0.5 "
         "before, 1.5 after",
     )
+    grown = soak(rss_mb=1.2)
+    grown["slices"] = [{"rss_mb": 500.0}, {"rss_mb": 580.4}, {"rss_mb": 600.0}]
+    _, words = verdict({"soak": grown}, "soak, last minute ÷ first: RSS")
+    assert words.startswith("from slice to slice +80, +20 MB; DuckDB")
     row = {"taken": 1.0, "offered": 2.0, "refusals": 3}
     over = {"rows": {"twice that": row}, "accepted": 2, "evaluated": 1, "problems": ["lost 1"]}
     assert verdict({"overload": over}, "twice what it takes") == (MISSED, "lost 1")
