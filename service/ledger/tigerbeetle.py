@@ -2,8 +2,9 @@
 
 A transfer has room for ids, not for a message or evidence, so signals are also kept in a local
 file (:class:`service.ledger.sqlite.SqliteLedger`), from which they are read again. A batch is put
-there first, as outgoing; then it is sent; then it is settled there. A process that dies in between
-finds it outgoing at its next start and sends it once more: ids make that harmless. TigerBeetle's
+there first, as outgoing; then it is sent; then it is settled there, which nobody waits for but the
+next batch. A process that dies in between finds it outgoing at its next start and sends it once
+more: ids make that harmless. TigerBeetle's
 client has no timeout and a call cannot be taken back, so whoever gives a call up
 (:meth:`TigerBeetleLedger.replace`) does not know what became of it, and sends the same events
 again, with another client.
@@ -18,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, Protocol, TypeVar
@@ -51,6 +52,7 @@ MOST_TRANSFERS = 8189
 """Of one request of 1 MiB."""
 _KNOWN_ACCOUNTS = 100_000
 _PAGE = 1000
+_READERS_WAIT_SECONDS = 1.0
 _NEW = (tb.CreateAccountStatus.CREATED, tb.CreateTransferStatus.CREATED)
 _THERE = (tb.CreateAccountStatus.EXISTS, tb.CreateTransferStatus.EXISTS)
 
@@ -71,6 +73,23 @@ class _Session:
     client: Client
     writing: threading.Lock = field(default_factory=threading.Lock)
     accounts: set[int] = field(default_factory=set)
+
+
+class _Settling(threading.Thread):
+    """The journal is told what became of a batch (:meth:`SqliteLedger.settle`)."""
+
+    def __init__(self, journal: SqliteLedger, recorded: list[Signal], gone: list[Signal]) -> None:
+        super().__init__(name="journal", daemon=True)
+        self._journal = journal
+        self._recorded = recorded
+        self._gone = gone
+        self.error: LedgerError | None = None
+
+    def run(self) -> None:
+        try:
+            self._journal.settle(self._recorded, self._gone)
+        except LedgerError as error:
+            self.error = error
 
 
 class TigerBeetleLedger:
@@ -102,7 +121,9 @@ class TigerBeetleLedger:
         self._batch = batch
         self._close_seconds = close_seconds
         self._connect = connect
-        self._left_over = True  # what the last process may have left outgoing
+        self._left_over = True  # there may be outgoing signals that nobody sends again
+        self._settling: _Settling | None = None
+        self._lock = threading.Lock()  # of these two, held for a moment only
         self.problem: str | None = None
         """What keeps the ledger from working until somebody puts it right."""
         self._clients = Clients(self._open, lambda session: session.client.close())
@@ -147,6 +168,8 @@ class TigerBeetleLedger:
         """See :meth:`service.ledger.base.Ledger.record`. After a transient error it is not known
         which of the signals are recorded; each is new the first time this returns for it."""
         with self._using() as session, session.writing:
+            with suppress(LedgerError):  # then there are signals left over
+                self._settled()
             if self._left_over:
                 self._send_left_over(session)
             new = self._journal.hold(signals)
@@ -162,9 +185,27 @@ class TigerBeetleLedger:
             after = page[-1][0]
             self._post(session, [signal for _, signal in page])
             sent += len(page)
-        self._left_over = False
+        self._settled()
+        with self._lock:
+            self._left_over = self._clients.left(session)
         if sent:
-            _log.info("%d signals that the last stop left on their way were sent again", sent)
+            _log.info("%d signals that had been left on their way were sent again", sent)
+
+    def _settled(self, seconds: float | None = None) -> None:
+        """Wait until the journal knows what became of all batches, up to ``seconds``. Where it
+        could not be told, raises its error once, and what is outgoing is sent again before all
+        else."""
+        settling = self._settling
+        if settling is None:
+            return
+        settling.join(seconds)
+        with self._lock:
+            if settling.is_alive() or self._settling is not settling:
+                return
+            self._settling = None
+            self._left_over |= settling.error is not None
+        if settling.error is not None:
+            raise settling.error
 
     def _post(self, session: _Session, signals: list[Signal]) -> dict[str, str]:
         """Send signals that are held, and settle them; why, by id, those that are refused are."""
@@ -179,8 +220,11 @@ class TigerBeetleLedger:
             if self._clients.left(session):
                 # Who waited has gone, and sends them again: then they are settled, as new.
                 raise LedgerError("the call was left behind", transient=True)
+            self._settled()
             gone = [signal for signal in signals if signal.id in refused]
-            self._journal.settle([s for s in sent if s.id not in refused], gone)
+            recorded = [signal for signal in sent if signal.id not in refused]
+            self._settling = _Settling(self._journal, recorded, gone)
+            self._settling.start()
         for reason in set(refused.values()):
             _log.error("TigerBeetle refuses signals for ever, %s", reason)
         return refused
@@ -218,7 +262,7 @@ class TigerBeetleLedger:
     def balances(self, tenant: str) -> dict[str, int]:
         """See :meth:`service.ledger.base.Ledger.balances`: of the rules that raised a signal here,
         the balances of all who write to the cluster."""
-        accounts = {rule: rule_account(tenant, rule) for rule in self._journal.balances(tenant)}
+        accounts = {rule: rule_account(tenant, rule) for rule in self._read().balances(tenant)}
         found = self._balances(list(accounts.values()))
         return {rule: found.get(account, 0) for rule, account in accounts.items()}
 
@@ -235,28 +279,38 @@ class TigerBeetleLedger:
 
     def tenants(self) -> list[str]:
         """See :class:`service.record.Entries`."""
-        return self._journal.tenants()
+        return self._read().tenants()
 
     def count(self, tenant: str) -> int:
         """See :class:`service.record.Entries`."""
-        return self._journal.count(tenant)
+        return self._read().count(tenant)
 
     def last_entry(self, tenant: str) -> int:
         """See :class:`service.record.Entries`."""
-        return self._journal.last_entry(tenant)
+        return self._read().last_entry(tenant)
 
     def entries(self, tenant: str, after: int = 0, limit: int = _PAGE) -> list[tuple[int, Signal]]:
         """See :class:`service.record.Entries`."""
-        return self._journal.entries(tenant, after, limit)
+        return self._read().entries(tenant, after, limit)
 
     def held(self, after: int = 0, limit: int = _PAGE) -> list[tuple[int, Signal]]:
         """See :class:`service.record.Entries`."""
-        return self._journal.held(after, limit)
+        return self._read().held(after, limit)
+
+    def _read(self) -> SqliteLedger:
+        """The journal, of all batches unless it hangs."""
+        with suppress(LedgerError):
+            self._settled(_READERS_WAIT_SECONDS)
+        return self._journal
 
     # Clients
 
     def replace(self, since: float) -> None:
         """See :meth:`service.ledger.base.Ledger.replace`."""
+        with self._lock:
+            if self._settling is not None and self._settling.is_alive():
+                self._settling = None  # it may be what hangs
+                self._left_over = True
         self._clients.replace(since)
         self._journal.replace(since)
 
@@ -264,6 +318,8 @@ class TigerBeetleLedger:
         """See :meth:`service.ledger.base.Ledger.close`."""
         if not self._clients.close(self._close_seconds):
             _log.warning("TigerBeetle's client hangs and is not closed")
+        with suppress(LedgerError):  # what is outgoing is sent at the next start
+            self._settled(self._close_seconds)
         self._journal.close()
 
     def _open(self) -> _Session:

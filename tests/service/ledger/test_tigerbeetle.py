@@ -278,7 +278,7 @@ def test_what_a_dead_process_left_on_its_way_is_sent_at_the_next_start(
     assert len(cluster.transfers) == (3 if carried_out else 1)
     second = open_ledger()
     second.start(5)
-    assert "2 signals that the last stop left on their way" in caplog.text
+    assert "2 signals that had been left on their way" in caplog.text
     assert len(cluster.transfers) == second.count("shop") == second.balance("shop", "r1") == 3
     assert second.held() == []
     assert second.record([make(1)]) == [False]
@@ -293,6 +293,108 @@ def test_the_next_start_need_not_find_the_cluster(open_ledger, cluster) -> None:
     assert [signal for _, signal in second.held()] == [make(1)]  # for who must know of it
     assert second.record([make(2)]) == [True]  # the first that reaches the cluster takes it along
     assert second.balance("shop", "r1") == 2
+
+
+class TestSettling:
+    """The journal is told what became of a batch when the batch's caller has gone on."""
+
+    @pytest.fixture
+    def settle(self, monkeypatch) -> Iterator[list[threading.Event]]:
+        """Each settling waits for the next of these, or goes on where there is none."""
+        waits: list[threading.Event] = []
+        real = SqliteLedger.settle
+
+        def slow(journal, recorded, refused=()) -> None:
+            if waits:
+                waits.pop(0).wait(10)
+            real(journal, recorded, refused)
+
+        monkeypatch.setattr(SqliteLedger, "settle", slow)
+        return waits
+
+    @staticmethod
+    def in_thread(call) -> tuple[threading.Thread, list[object]]:
+        answers: list[object] = []
+        thread = threading.Thread(target=lambda: answers.append(call()))
+        thread.start()
+        return thread, answers
+
+    @staticmethod
+    def error_of(call, *arguments) -> LedgerError:
+        with pytest.raises(LedgerError) as caught:
+            call(*arguments)
+        return caught.value
+
+    def test_is_not_waited_for_but_by_the_next_batch(self, ledger, settle) -> None:
+        gate = threading.Event()
+        settle.append(gate)
+        assert ledger.record([make(1)]) == [True]  # although it is not settled
+        thread, answers = self.in_thread(lambda: ledger.record([make(1), make(2)]))
+        thread.join(0.1)
+        assert not answers
+        gate.set()
+        thread.join(5)
+        assert answers == [[False, True]]
+        assert (ledger.count("shop"), ledger.held()) == (2, [])
+
+    def test_is_waited_for_by_readers_but_not_for_long(self, ledger, settle, monkeypatch) -> None:
+        gate = threading.Event()
+        settle.append(gate)
+        ledger.record([make(1)])
+        monkeypatch.setattr("service.ledger.tigerbeetle._READERS_WAIT_SECONDS", 0.05)
+        assert ledger.count("shop") == 0
+        assert [signal for _, signal in ledger.held()] == [make(1)]
+        monkeypatch.setattr("service.ledger.tigerbeetle._READERS_WAIT_SECONDS", 10)
+        thread, answers = self.in_thread(lambda: ledger.count("shop"))
+        gate.set()
+        thread.join(5)
+        assert answers == [1]
+
+    def test_that_fails_is_made_up_for_before_anything_else(
+        self, ledger, cluster, monkeypatch
+    ) -> None:
+        real = SqliteLedger.settle
+        failing = iter([True, True])
+
+        def settle(journal, recorded, refused=()) -> None:
+            if next(failing, False):
+                raise LedgerError("the disk is full", transient=True)
+            real(journal, recorded, refused)
+
+        monkeypatch.setattr(SqliteLedger, "settle", settle)
+        assert ledger.record([make(1)]) == [True]
+        with pytest.raises(LedgerError, match="the disk is full"):  # to settle what was left over
+            ledger.record([make(2)])
+        assert [signal for _, signal in ledger.held()] == [make(1)]
+        assert ledger.record([make(1), make(2)]) == [False, True]
+        assert ledger.held() == []
+        assert ledger.balance("shop", "r1") == ledger.count("shop") == len(cluster.transfers) == 2
+
+    def test_that_hangs_is_left_behind(self, ledger, cluster, settle) -> None:
+        gate = threading.Event()
+        settle.append(gate)
+        assert ledger.record([make(1)]) == [True]
+        began = time.monotonic()
+        thread, answers = self.in_thread(lambda: self.error_of(ledger.record, [make(2)]))
+        thread.join(0.1)
+        ledger.replace(began)  # who waits for the settling has given up
+        assert ledger.record([make(3)]) == [True]
+        assert ledger.count("shop") == 2  # what was left over was settled on the way
+        gate.set()
+        thread.join(5)
+        assert "left behind" in str(answers[0])
+        assert ledger.record([make(2)]) == [True]
+        assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
+        assert ledger.held() == []
+
+    def test_is_over_when_the_ledger_is_closed(self, open_ledger, settle) -> None:
+        gate = threading.Event()
+        settle.append(gate)
+        first = open_ledger()
+        first.record([make(1)])
+        threading.Timer(0.05, gate.set).start()
+        first.close()
+        assert open_ledger().held() == []
 
 
 def test_close_gives_up_a_call_that_hangs_and_never_closes_under_it(
