@@ -105,7 +105,9 @@ class DuckDb(Section):
     """A tenant's file is closed when unused for this long."""
     memory_bytes: Annotated[int, Field(ge=64 * MIB, le=1 << 44)] = 1024 * MIB
     """Memory that DuckDB may use for all tenants together. A tenant whose rows are not checkpointed
-    yet takes almost 1 MB; beyond three quarters of it, files are checkpointed before their time."""
+    yet takes almost 1 MB; beyond three quarters of it, files are checkpointed before their time.
+    Of pages of files a thirty-second part stays after a checkpoint: the system has them in its
+    cache."""
     threads: Workers = 2
     """Threads that DuckDB may use."""
 

@@ -7,6 +7,7 @@ All tenants share the instance's buffer pool and threads, yet each one's data is
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import duckdb
 
+from service.storage import duckmemory
 from service.storage.duckschema import (
     FATAL,
     FILE,
@@ -40,8 +42,11 @@ __all__ = ["DuckFiles", "StoreError"]
 _CHECKPOINT_SIZE = "64MB"
 _UNSAVED_FILE_BYTES = 850_000  # memory of a file with a few rows that are not checkpointed yet
 _SAVED_AT_ONCE = 4
-_SAVED_SECONDS = 60.0  # a log with more than _SAVED_BYTES is not left longer: memory stays flat,
-_SAVED_BYTES = 4 << 20  # and little is to be read after a crash
+# A log with more than _SAVED_BYTES is not left longer: memory stays flat, and little is to be read
+# after a crash. A little apart, so that the files of many tenants are not saved all at once.
+_SAVED_SECONDS = (45.0, 75.0)
+_SAVED_BYTES = 4 << 20
+_PAGES_PART = 32  # of the memory, for pages of files that are kept after a checkpoint
 _CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk half of its time
 _INTERRUPTED_SECONDS = 1.0  # for a query to notice
 _UNSAVED_FACTOR = 2  # memory of such rows, in sizes of their log
@@ -65,6 +70,7 @@ class _File:
     known: Known | None = None  # of its rows; guarded by ``writing``
     unsaved: int = 0  # bytes in its write-ahead log, whose rows DuckDB must keep in memory
     saved: float = 0.0  # when that was short the last time
+    patience: float = field(default_factory=lambda: random.uniform(*_SAVED_SECONDS))
 
     @property
     def alias(self) -> str:
@@ -115,6 +121,7 @@ class DuckFiles:
         self._attached_max = attached_max
         self._unsaved = 0  # the memory of all such rows
         self._unsaved_max = memory_bytes * 3 // 4
+        self._memory = memory_bytes
         self._keys = KeyBudget(key_bytes)
         self._clock = clock
         self._lock = threading.Lock()
@@ -320,11 +327,15 @@ class DuckFiles:
         DuckDB checkpoints a file when its log is long, whatever its memory is used for, so that
         many tenants with a little each would exhaust it (1 GiB at some 1200 tenants).
         Those written longest ago are checkpointed; a few at most, so that no write waits long.
-        So is one whose log was not short for a minute: between a few large logs memory would
+        So is one whose log was not short for about a minute: between a few large logs memory would
         grow for many minutes.
         """
+        before = written.unsaved
         self._note_unsaved(written, _size(written.path.with_name(FILE + ".wal")))
-        if self._clock() - written.saved > _SAVED_SECONDS:
+        if written.unsaved < before:  # DuckDB made a checkpoint by itself
+            with suppress(duckdb.Error, StoreError), self._cursor() as root:
+                self._trim(root)
+        if self._clock() - written.saved > written.patience:
             written.saved = self._clock()  # also where it fails
             self._save(written)
         excess = self._unsaved - self._unsaved_max
@@ -352,12 +363,16 @@ class DuckFiles:
         try:
             with suppress(duckdb.Error, StoreError), self._cursor() as root:
                 root.execute(f"CHECKPOINT {file.alias}").fetchall()
+                self._trim(root)
             self._note_unsaved(file, _size(file.path.with_name(FILE + ".wal")))
         finally:
             file.writing.release()
             with file.changed:
                 file.users -= 1
                 file.changed.notify_all()
+
+    def _trim(self, root: Cursor) -> None:
+        duckmemory.let_go_of_pages(root, self._memory // _PAGES_PART, self._memory)
 
     # Detaching
 

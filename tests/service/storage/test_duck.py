@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.signals import Kind, Signal, signal_id
-from service.storage import duckfiles
+from service.storage import duckfiles, duckmemory
 from service.storage.duck import (
     MOST_POSITIONS,
     BadQuery,
@@ -581,10 +581,40 @@ class TestFiles:
             assert "t00" not in logs
             assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
 
+    @pytest.mark.parametrize("by", ["the store", "DuckDB"])
+    def test_pages_of_files_are_let_go_of_after_a_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+    ) -> None:
+        if by == "the store":
+            monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
+            monkeypatch.setattr(duckfiles, "_SAVED_SECONDS", (0.0, 0.0))
+        else:
+            monkeypatch.setattr(duckfiles, "_CHECKPOINT_SIZE", "4MB")
+        clock = Clock()
+        with DuckStore(tmp_path, memory_bytes=64 << 20, clock=clock) as store:
+
+            def held() -> dict[str, int]:
+                with store._files.use("shop") as db:
+                    limit = db.execute("SELECT current_setting('memory_limit')").fetchall()
+                    assert limit == [("64.0 MiB",)]
+                    return duckmemory.used(db)
+
+            most = 0
+            for clock.now in range(12):
+                first = 10_000 * clock.now
+                store.write_signals("shop", [make(first + i) for i in range(10_000)])
+                most = max(most, held()["BASE_TABLE"])
+            assert 0 < most <= 3 << 20  # a thirty-second part of 64 MiB, and what is open
+            file = tmp_path / "shop/betrace.duckdb"
+            assert file.stat().st_size > 6 << 20
+            assert store.counts("shop").signals == 120_000
+            assert len(store.signals("shop", limit=1000)[0]) == 1000
+
     def test_a_long_log_is_checkpointed_within_a_minute(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
+        monkeypatch.setattr(duckfiles, "_SAVED_SECONDS", (60.0, 60.0))
         clock, log = Clock(), tmp_path / "shop/betrace.duckdb.wal"
         with DuckStore(tmp_path, clock=clock) as store:
             for clock.now in (100, 159, 160):  # the file is new at 100
