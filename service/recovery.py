@@ -327,7 +327,7 @@ def _outline(snapshot: Snapshot) -> Snapshot:
         replace(
             saved,
             tables=[
-                replace(table, arrays={"fill": table.arrays["fill"]}, told=[], definitions=[])
+                replace(table, arrays={"fill": table.arrays["fill"]}, told=[], definitions=b"")
                 for table in saved.tables
             ],
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import orjson
 
 from service.otlp.columns import Bytes, Rows
 from service.otlp.wire import hash_text
@@ -83,6 +84,9 @@ class CompiledRules:
     checks_of_rule: tuple[tuple[int, ...], ...]
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
+    definitions: bytes
+    """The rules as a rule file has them, a JSON array: made once, since every checkpoint of every
+    tenant holds it."""
 
 
 def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
@@ -141,6 +145,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
+        definitions=orjson.dumps([rule.definition() for rule in enabled]),
     )
 
 

@@ -92,7 +92,7 @@ class DuckDb(Section):
     waiting_rows: Count = 160_000
     """Rows that may wait for a commit, of all tenants together; about 0.5 kB each. Where three
     quarters of them wait, the tenant with the most is written, whatever commits cost."""
-    commit_cores: Annotated[float, Field(gt=0, le=64)] = 0.05
+    commit_cores: Annotated[float, Field(gt=0, le=64)] = 0.025
     """CPU time that commits may take, in cores: with more tenants each one's rows wait longer.
     Commits with signals go first and may take five times as much."""
     pool_max: Workers = 5

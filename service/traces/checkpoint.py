@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from isal import isal_zlib
 
 _log = logging.getLogger("service.checkpoint")
@@ -33,11 +34,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class TableSnapshot:
-    """One :class:`~service.traces.table.TraceTable`: its rules as definitions, the names of their
-    checks in order, arrays by name, and what was told of traces, by slot."""
+    """One :class:`~service.traces.table.TraceTable`: its rules as definitions (a JSON array), the
+    names of their checks in order, arrays by name, and what was told of traces, by slot."""
 
     version: str
-    definitions: list[dict[str, Any]]
+    definitions: bytes
     check_names: list[str]
     arrays: Mapping[str, Array]
     told: list[tuple[int, list[list[Any]]]] = field(default_factory=list)
@@ -97,7 +98,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
                 "tables": [
                     {
                         "version": table.version,
-                        "definitions": table.definitions,
+                        "definitions": orjson.Fragment(table.definitions),
                         "check_names": table.check_names,
                         "arrays": {name: place(array) for name, array in table.arrays.items()},
                         "told": table.told,
@@ -108,7 +109,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
             for saved in snapshot.tenants
         ],
     }
-    text = json.dumps(header).encode()
+    text = orjson.dumps(header)
     parts: list[bytes | memoryview] = [_HEAD.pack(_MAGIC, len(text)), text]
     parts += [array.data.cast("B") for array in arrays if array.nbytes]
     # The newest has the largest number, also after the wall clock was set back.
@@ -177,7 +178,7 @@ def read_checkpoint(path: Path) -> Snapshot:
                 [
                     TableSnapshot(
                         table["version"],
-                        table["definitions"],
+                        orjson.dumps(table["definitions"]),
                         table["check_names"],
                         {name: take(place) for name, place in table["arrays"].items()},
                         table["told"],

@@ -87,7 +87,7 @@ def _describe(due: DueTraces) -> dict[str, Any]:
         ],
         "told": [[k, listed(told)] for k, told in due.told.items()],
         "version": due.rules.version,
-        "rules": [rule.definition() for rule in due.rules.rules],
+        "rules": orjson.Fragment(due.rules.definitions),
         "checks": list(due.rules.check_names),
     }
 

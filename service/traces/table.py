@@ -302,11 +302,10 @@ class TraceTable:
 
     def snapshot(self) -> TableSnapshot:
         """Copies of everything, for a checkpoint."""
-        definitions = [rule.definition() for rule in self.rules.rules]
         told = [(slot, listed(each)) for slot, each in self.told.items()]
         names = list(self.rules.check_names)
         return TableSnapshot(
-            self.rules.version, definitions, names, saved_arrays(self.arrays), told
+            self.rules.version, self.rules.definitions, names, saved_arrays(self.arrays), told
         )
 
     def restore(self, saved: TableSnapshot) -> None:

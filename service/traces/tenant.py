@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from service.otlp.columns import (
     BODY,
@@ -103,7 +104,9 @@ class TenantTraces:
         """
         compiled = []
         for table in saved.tables:
-            rules = compile_rules([make_rule(d) for d in table.definitions], table.version)
+            rules = compile_rules(
+                [make_rule(each) for each in orjson.loads(table.definitions)], table.version
+            )
             if list(rules.check_names) != table.check_names:
                 raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
             compiled.append(rules)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
 from service.traces import checkpoint as module
@@ -29,7 +30,8 @@ def snapshot(taken_ns: int = 5, tenants: int = 2) -> Snapshot:
             "names": np.full((number, 3), 255, np.uint8),
             "none": np.zeros((0, 7), np.int64),
         }
-        return TableSnapshot(f"v{number}", [{"id": "r", "condition": "日本"}], ["a"], arrays)
+        definitions = orjson.dumps([{"id": "r", "condition": "日本"}])
+        return TableSnapshot(f"v{number}", definitions, ["a"], arrays)
 
     return Snapshot(
         taken_ns,

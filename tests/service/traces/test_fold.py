@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -396,12 +397,11 @@ def test_slots_rings_and_entries_are_used_again(steps):
 def snapshot_of(traces: TenantTraces) -> Any:
     """A snapshot whose rules are definitions, as real rules have them."""
     saved = traces.snapshot()
-    for table in saved.tables:
-        table.definitions[:] = [
-            {"id": "r0", "condition": "count(a) > 1"},
-            {"id": "r1", "condition": "count(*) > 2"},
-        ]
-    return saved
+    definitions = orjson.dumps(
+        [{"id": "r0", "condition": "count(a) > 1"}, {"id": "r1", "condition": "count(*) > 2"}]
+    )
+    tables = [replace(table, definitions=definitions) for table in saved.tables]
+    return replace(saved, tables=tables)
 
 
 # What is kept of a trace
