@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import orjson
 import pytest
 
 from service.rules.compile import (
@@ -13,6 +14,7 @@ from service.rules.compile import (
     R_EARLY_ON_EMPTY,
     compile_rules,
 )
+from service.rules.definition import make_rule
 from service.rules.parse import parse
 from service.rules.syntax import And, CountCompare, SpanSet
 from tests.service.traces.engine import compiled
@@ -128,10 +130,11 @@ def test_numbers_past_any_count_stay_within_int64():
 
 
 def test_rules_that_are_off_are_left_out():
-    on = SimpleNamespace(id="on", version="1", enabled=True, syntax=parse("a"))
-    off = SimpleNamespace(id="off", version="1", enabled=False, syntax=parse("b"))
+    on = make_rule({"id": "on", "condition": "a", "labels": {"team": "größe"}})
+    off = make_rule({"id": "off", "condition": "b", "enabled": False})
     rules = compile_rules([off, on, off], "v")
     assert rules.rules == (on,)
+    assert [make_rule(each) for each in orjson.loads(rules.definitions)] == [on]
     assert rules.check_names == ("a",)
     assert rules.version == "v"
 
