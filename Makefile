@@ -45,7 +45,7 @@ clean:
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Measurements: perf/*.py say what each does (make load PERF=--help), perf/REPORT.md has the last
-# ones. make report runs all of them, half an hour, and writes it anew. docs/performance.md: more.
+# ones. make report runs all of them, 35 minutes, and writes it anew. docs/performance.md: more.
 .PHONY: load bench curves memory flamegraph regress soak overload cachehits summary queries report
 
 # load is not the first: a line that begins with that word is a directive of make

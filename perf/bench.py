@@ -34,6 +34,7 @@ from perf.rounds import ROUND_SECONDS, ROUNDS, WARM_UP, Rounds, Taken, async_rou
 from perf.rows import SECOND, closed_traces, make_signals
 from perf.target import GeneratorProcess, Service, service
 from perf.workload import Shape, make_bodies, rule_definitions
+from service.garbage import short_pauses
 from service.http.request import Reply, Request
 from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from service.otlp.wire import scan_bodies
@@ -366,7 +367,10 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     facts = report.machine()
     found: Json = {}
-    with tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d:
+    with (
+        short_pauses(),  # as in the service
+        tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d,
+    ):
         directory = Path(d)
         calls: dict[str, Callable[[], Json]] = {
             "ingestion": lambda: ingestion(directory),

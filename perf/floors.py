@@ -76,12 +76,14 @@ def _bench(
 
 
 def _tigerbeetle(runs: Runs) -> tuple[str, bool]:
-    found = runs["bench"]["ledger"]
-    p99, bare = (
-        found[name]["p99_us"] / 1000 for name in ("tigerbeetle 128", "tigerbeetle, bare client 128")
+    ours, bare = hints.ledgers(runs)
+    p50, p99, p99_bare = (us / 1000 for us in (ours["p50_us"], ours["p99_us"], bare["p99_us"]))
+    without = runs["bench"]["ledger"]["tigerbeetle 128"]["p99_us"] / 1000
+    return (
+        f"20 a second: p99 {p99:.1f} ms, p50 {p50:.1f} (bare client: p99 {p99_bare:.1f} ms); "
+        f"without a pause: p99 {without:.1f} ms",
+        p99 < 5,
     )
-    p50 = found["tigerbeetle 128"]["p50_us"] / 1000
-    return f"p99 {p99:.1f} ms, p50 {p50:.1f} (bare client: p99 {bare:.1f} ms)", p99 < 5
 
 
 def _end_to_end(key: str) -> Callable[[Runs], tuple[str, bool]]:

@@ -77,7 +77,7 @@ class Service:
             waiting = sum(q["currentSize"] + q["busyConsumers"] for q in _rows(queues))
             if not found["spansInFlight"] and not windows["activeWindows"] and not waiting:
                 return found
-            time.sleep(0.2)
+            time.sleep(1)  # to be asked costs the service CPU that is counted
         raise TimeoutError("the service did not finish its work")
 
     def stop(self) -> None:

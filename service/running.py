@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from service.garbage import short_pauses
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run_service(
     """
     from service.app import open_service  # takes a second: not for --help and rules check
 
-    with ExitStack() as stack:
+    with short_pauses(), ExitStack() as stack:
         make = open_service(settings, stack)
         trio.run(_main, make, companion, notice)
 

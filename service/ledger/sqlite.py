@@ -28,6 +28,10 @@ SCHEMA_VERSION = 2
 APPLICATION_ID = 0x42544C47  # "BTLG", for file(1)
 _IDS_PER_QUERY = 500
 _BUSY_SECONDS = 2.0
+# Pages in the write-ahead log after which a commit moves them into the file. Somebody waits for
+# signals that are held, nobody for what becomes of them.
+_LOG_PAGES = 1000
+_LOG_PAGES_HELD = 8000
 _CLOSE_SECONDS = 5.0
 
 # Transfers are written once: the triggers refuse any change. Balances follow from them in the
@@ -182,10 +186,13 @@ class SqliteLedger:
             raise LedgerError(f"{self._path}: {error}: {remedy}", transient=transient) from error
 
     @contextmanager
-    def _writing(self, synchronous: str | None = None) -> Iterator[sqlite3.Connection]:
+    def _writing(
+        self, synchronous: str | None = None, log_pages: int = _LOG_PAGES
+    ) -> Iterator[sqlite3.Connection]:
         """A transaction, committed unless an exception leaves it."""
         with self._clients.use() as connections, connections.writing, self._errors():
             db = connections.writer
+            db.execute(f"PRAGMA wal_autocheckpoint = {log_pages}")
             if synchronous is not None:
                 db.execute(f"PRAGMA synchronous = {synchronous}")
             try:
@@ -225,7 +232,7 @@ class SqliteLedger:
         texts = [_text(signal) for signal in signals]
         if not ids:
             return []
-        with self._writing() as db:
+        with self._writing(log_pages=_LOG_PAGES_HELD) as db:
             new = _first(ids, _existing(db, "transfers", ids))
             db.executemany(
                 "INSERT INTO outgoing (id, signal) VALUES (?, ?) ON CONFLICT (id) DO NOTHING",
@@ -399,7 +406,7 @@ def _rule(signal: Signal) -> int:
 
 def _text(signal: Signal) -> bytes:
     try:
-        return orjson.dumps(signal.to_json())
+        return orjson.dumps(signal)
     except orjson.JSONEncodeError as error:
         raise LedgerError(
             f"signal {signal.id} cannot be written as JSON: {error}", transient=False

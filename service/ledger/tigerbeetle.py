@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import compress
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import tigerbeetle as tb
@@ -75,21 +76,43 @@ class _Session:
     accounts: set[int] = field(default_factory=set)
 
 
-class _Settling(threading.Thread):
-    """The journal is told what became of a batch (:meth:`SqliteLedger.settle`)."""
+@dataclass(eq=False, slots=True)
+class _Settling:
+    """What became of a batch, of which the journal is being told."""
 
-    def __init__(self, journal: SqliteLedger, recorded: list[Signal], gone: list[Signal]) -> None:
-        super().__init__(name="journal", daemon=True)
+    recorded: list[Signal]
+    gone: list[Signal]
+    done: threading.Event = field(default_factory=threading.Event)
+    error: LedgerError | None = None
+
+
+class _Settler:
+    """A thread that tells the journal (:meth:`SqliteLedger.settle`), one batch after the other. It
+    is not started anew for each: who starts a thread waits for it to run, and then for the
+    interpreter's lock."""
+
+    def __init__(self, journal: SqliteLedger) -> None:
         self._journal = journal
-        self._recorded = recorded
-        self._gone = gone
-        self.error: LedgerError | None = None
+        self._queue: SimpleQueue[_Settling | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="journal", daemon=True).start()
 
-    def run(self) -> None:
-        try:
-            self._journal.settle(self._recorded, self._gone)
-        except LedgerError as error:
-            self.error = error
+    def put(self, settling: _Settling) -> None:
+        self._queue.put(settling)
+
+    def stop(self) -> None:
+        """End the thread when it has done what it was given."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (settling := self._queue.get()) is not None:
+            try:
+                self._journal.settle(settling.recorded, settling.gone)
+            except LedgerError as error:
+                settling.error = error
+            except Exception as error:  # somebody waits for it
+                settling.error = LedgerError(f"the journal: {error!r}", transient=True)
+            settling.done.set()
+            del settling
 
 
 class TigerBeetleLedger:
@@ -123,7 +146,8 @@ class TigerBeetleLedger:
         self._connect = connect
         self._left_over = True  # there may be outgoing signals that nobody sends again
         self._settling: _Settling | None = None
-        self._lock = threading.Lock()  # of these two, held for a moment only
+        self._settler = _Settler(journal)
+        self._lock = threading.Lock()  # of these three, held for a moment only
         self.problem: str | None = None
         """What keeps the ledger from working until somebody puts it right."""
         self._clients = Clients(self._open, lambda session: session.client.close())
@@ -198,9 +222,9 @@ class TigerBeetleLedger:
         settling = self._settling
         if settling is None:
             return
-        settling.join(seconds)
+        settling.done.wait(seconds)
         with self._lock:
-            if settling.is_alive() or self._settling is not settling:
+            if not settling.done.is_set() or self._settling is not settling:
                 return
             self._settling = None
             self._left_over |= settling.error is not None
@@ -223,8 +247,9 @@ class TigerBeetleLedger:
             self._settled()
             gone = [signal for signal in signals if signal.id in refused]
             recorded = [signal for signal in sent if signal.id not in refused]
-            self._settling = _Settling(self._journal, recorded, gone)
-            self._settling.start()
+            with self._lock:
+                self._settling = _Settling(recorded, gone)
+                self._settler.put(self._settling)
         for reason in set(refused.values()):
             _log.error("TigerBeetle refuses signals for ever, %s", reason)
         return refused
@@ -308,8 +333,10 @@ class TigerBeetleLedger:
     def replace(self, since: float) -> None:
         """See :meth:`service.ledger.base.Ledger.replace`."""
         with self._lock:
-            if self._settling is not None and self._settling.is_alive():
+            if self._settling is not None and not self._settling.done.is_set():
                 self._settling = None  # it may be what hangs
+                self._settler.stop()
+                self._settler = _Settler(self._journal)
                 self._left_over = True
         self._clients.replace(since)
         self._journal.replace(since)
@@ -320,6 +347,7 @@ class TigerBeetleLedger:
             _log.warning("TigerBeetle's client hangs and is not closed")
         with suppress(LedgerError):  # what is outgoing is sent at the next start
             self._settled(self._close_seconds)
+        self._settler.stop()
         self._journal.close()
 
     def _open(self) -> _Session:

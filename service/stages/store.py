@@ -188,7 +188,7 @@ def _check(signal: Signal) -> bytes:
     """The signal as JSON. Raises :exc:`PoisonError` where no ledger can take it."""
     try:
         transfer(signal)
-        return orjson.dumps(signal.to_json())
+        return orjson.dumps(signal)
     except (LedgerError, orjson.JSONEncodeError) as error:
         raise PoisonError(f"signal {signal.id}: {error}") from error
 
