@@ -7,7 +7,7 @@ with twice as many busy processes as cores, that ratio varied from try to try by
 deviation), the median of the turns' ratios by 3 to 5 %. A figure whose speed, as a ratio to the
 reference, fell below 90 % of the one in perf/baseline.json is measured twice more; if it stays
 below, the exit code is 1. ``--accept`` writes what was measured as the new baseline, the median of
-three tries.
+three tries. Processors have a baseline each: their ratios differ by more than the gate allows.
 
 ``PERF_SLOWDOWN=fold=1.3`` makes the figure ``fold`` 1.3 times as slow, to see the gate fail.
 """
@@ -237,9 +237,9 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     if options.accept and _slowdowns():
         sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
-    known = BASELINE.exists()
-    baseline: Json = json.loads(BASELINE.read_text()) if known else {"figures": {}}
     facts = report.machine()
+    processors: Json = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    figures_before: Json = processors.get(facts["cpu"], {}).get("figures", {})
     reference = Reference()
     reference()
     judged: list[Judged] = []
@@ -249,7 +249,7 @@ def main(given: list[str] | None = None) -> None:
             if name not in measures:
                 sys.exit(f"there is no figure {name!r}: there are {', '.join(measures)}")
         for name in options.only or measures:
-            accepted = baseline["figures"].get(name, {}).get("speed")
+            accepted = figures_before.get(name, {}).get("speed")
             if options.accept:
                 judged.append(measured(name, measures[name], reference, accepted))
             else:
@@ -262,12 +262,15 @@ def main(given: list[str] | None = None) -> None:
     print(text)
     report.say_saved("regress", {"machine": facts, "figures": found, "slower": slower}, text)
     if options.accept:
-        kept = baseline["figures"] | found if options.only else found
-        values = {"machine": facts, "figures": kept}
-        BASELINE.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        kept = figures_before | found if options.only else found
+        processors[facts["cpu"]] = {"machine": facts, "figures": kept}
+        BASELINE.write_text(json.dumps(processors, indent=1, ensure_ascii=False) + "\n")
         print(f"\naccepted: {os.path.relpath(BASELINE, report.ROOT)}")
-    elif not baseline["figures"]:
-        sys.exit("\nnothing was accepted yet: run it with --accept once")
+    elif not figures_before:
+        sys.exit(
+            f"\nnothing was accepted yet on this processor ({facts['cpu']}): run it with --accept "
+            "once, on a build that is known to be good"
+        )
     elif slower:
         sys.exit(f"\nslower than {LEAST:.0%} of what was accepted: {', '.join(slower)}")
 

@@ -85,8 +85,8 @@ def test_the_gate_passes_and_fails_on_an_injected_slowdown(
     with pytest.raises(SystemExit, match="nothing was accepted yet"):
         regress.main(["--only", "fold"])
     regress.main(["--only", "fold", "--accept"])
-    accepted = json.loads(baseline.read_text())["figures"]["fold"]["speed"]
-    assert accepted > 0
+    (accepted,) = json.loads(baseline.read_text()).values()
+    assert accepted["figures"]["fold"]["speed"] > 0
 
     regress.main(["--only", "fold"])
     assert json.loads((report.OUT / "regress.json").read_text())["slower"] == []
@@ -96,6 +96,21 @@ def test_the_gate_passes_and_fails_on_an_injected_slowdown(
         regress.main(["--only", "fold"])
     assert json.loads((report.OUT / "regress.json").read_text())["slower"] == ["fold"]
     assert "SLOWER" in capsys.readouterr().out
+
+
+def test_each_processor_has_a_baseline_of_its_own(
+    baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = report.machine()
+    monkeypatch.setattr(report, "machine", lambda: real | {"cpu": "one"})
+    regress.main(["--only", "decode", "--accept"])
+    monkeypatch.setattr(report, "machine", lambda: real | {"cpu": "other"})
+    with pytest.raises(SystemExit, match=r"nothing was accepted yet on this processor \(other\)"):
+        regress.main(["--only", "decode"])
+    regress.main(["--only", "decode", "--accept"])
+    kept = json.loads(baseline.read_text())
+    assert kept.keys() == {"one", "other"}
+    assert all(each["figures"].keys() == {"decode"} for each in kept.values())
 
 
 def test_a_run_with_a_slowdown_cannot_be_accepted(
@@ -112,6 +127,8 @@ def test_a_figure_that_there_is_not_is_named(baseline: Path) -> None:
         regress.main(["--only", "folding"])
 
 
-def test_the_accepted_baseline_has_every_figure(tmp_path: Path) -> None:
-    kept = json.loads(regress.BASELINE.read_text())["figures"]
-    assert set(kept) == set(regress.figures(tmp_path))
+def test_the_accepted_baselines_have_every_figure(tmp_path: Path) -> None:
+    processors = json.loads(regress.BASELINE.read_text())
+    assert processors
+    for kept in processors.values():
+        assert set(kept["figures"]) == set(regress.figures(tmp_path))
