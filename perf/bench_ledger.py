@@ -37,23 +37,35 @@ def ledger(directory: Path) -> dict[str, Json]:
     if PROGRAM is None:
         print(f"  {MISSING}", file=sys.stderr)
         return found
-    server = Server(directory)
-    server.start()
-    try:
-        return found | _tigerbeetle(server, directory)
-    finally:
-        server.close()
+    for name, counts, pace in (("paced", COUNTS[-1:], PACE), ("unpaced", COUNTS, 0)):
+        own = directory / name
+        own.mkdir()
+        server = Server(own)
+        server.start()
+        try:
+            found |= _tigerbeetle(server, own, counts, pace)
+        finally:
+            server.close()
+    return found
 
 
-def _tigerbeetle(server: Server, directory: Path) -> dict[str, Json]:
+def _tigerbeetle(
+    server: Server, directory: Path, counts: Sequence[int], pace: float
+) -> dict[str, Json]:
+    """The adapter, then the bare client, with a server that is new."""
     journal = SqliteLedger(directory / "journal.sqlite")
     book = TigerBeetleLedger(server.address, CLUSTER, journal, BATCH)
     book.start(10)
-    found = _measured("tigerbeetle", book.record, 0)
+    found = _measured("tigerbeetle", book.record, 0, counts=counts, pace=pace)
     book.close()
     client = tb.ClientSync(CLUSTER, server.address)
     found |= _measured(
-        "tigerbeetle, bare client", client.create_transfers, 1 << 40, lambda s: [*map(event, s)]
+        "tigerbeetle, bare client",
+        client.create_transfers,
+        1 << 40,
+        lambda s: [*map(event, s)],
+        counts,
+        pace,
     )
     client.close()
     return found
@@ -64,22 +76,22 @@ def _measured(
     record: Callable[[Sequence[Signal]], object] | Callable[[list[tb.Transfer]], object],
     first: int,
     prepare: Callable[[Sequence[Signal]], Sequence[object]] = lambda signals: signals,
+    counts: Sequence[int] = COUNTS,
+    pace: float = 0,
 ) -> dict[str, Json]:
+    """Calls with so many signals; ``pace`` a second, or without a pause."""
     found = {}
-    for count in COUNTS:
+    for count in counts:
 
         def call(count: int = count) -> Taken:
             nonlocal first
             made = prepare(make_signals(count, first))
             first += count
+            if pace:
+                time.sleep(1 / pace)
             return timed(lambda: record(made))  # type: ignore[arg-type]
 
-        found[f"{name} {count}"] = rounds(count, call)
-    if name != "sqlite":
-
-        def paced() -> Taken:
-            time.sleep(1 / PACE)
-            return call()
-
-        found[f"{name} 128, {PACE} a second"] = rounds(128, paced, PACED_ROUND_SECONDS)
+        how = f", {pace} a second" if pace else ""
+        seconds = PACED_ROUND_SECONDS if pace else None
+        found[f"{name} {count}{how}"] = rounds(count, call, seconds)
     return found
