@@ -127,7 +127,7 @@ def tigerbeetle(runs: Runs) -> str:
     if bare["p99_us"] >= 5000:
         text += f" and misses it too (p99 {bare['p99_us'] / 1000:.1f} ms): its server and the disk"
     else:
-        text += ", the rest is the adapter's: mostly SqliteLedger.hold, a synced commit before the request"
+        text += ", the rest is the adapter's: mostly SqliteLedger.hold, a commit synced before"
     return text
 
 
