@@ -20,6 +20,7 @@ import orjson
 
 from service.otlp.columns import Bytes, Rows
 from service.otlp.wire import hash_text
+from service.rules.definition import make_rule
 from service.rules.format import format_check
 from service.rules.names import NameTable
 from service.rules.program import ProgramBuilder
@@ -147,6 +148,12 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         identities=frozenset((rule.id, rule.version) for rule in enabled),
         definitions=orjson.dumps([rule.definition() for rule in enabled]),
     )
+
+
+def compile_definitions(definitions: bytes, version: str) -> CompiledRules:
+    """Compile rules again from their :attr:`CompiledRules.definitions`. Raises
+    :exc:`~service.rules.definition.RuleFileError` where one is no rule any more."""
+    return compile_rules([make_rule(each) for each in orjson.loads(definitions)], version)
 
 
 def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Rows, Rows]:

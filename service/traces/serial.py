@@ -16,8 +16,8 @@ import numpy.typing as npt
 import orjson
 import zstandard
 
-from service.rules.compile import CompiledRules, compile_rules
-from service.rules.definition import RuleFileError, make_rule
+from service.rules.compile import CompiledRules, compile_definitions
+from service.rules.definition import RuleFileError
 from service.traces.due import Context, DueTraces
 from service.traces.raised import listed, unlisted
 
@@ -118,4 +118,4 @@ def _build(header: dict[str, Any], arrays: Arrays) -> DueTraces:
 
 @lru_cache(maxsize=_COMPILED_KEPT)
 def _compiled(definitions: bytes, version: str) -> CompiledRules:
-    return compile_rules([make_rule(each) for each in orjson.loads(definitions)], version)
+    return compile_definitions(definitions, version)

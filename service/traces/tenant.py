@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from service.otlp.columns import (
     BODY,
@@ -24,8 +23,7 @@ from service.otlp.columns import (
     Rows,
     SpanBatch,
 )
-from service.rules.compile import CompiledRules, compile_rules
-from service.rules.definition import make_rule
+from service.rules.compile import CompiledRules, compile_definitions
 from service.traces.checkpoint import TenantSnapshot
 from service.traces.closed import ClosedTraces
 from service.traces.due import DueTraces
@@ -104,9 +102,7 @@ class TenantTraces:
         """
         compiled = []
         for table in saved.tables:
-            rules = compile_rules(
-                [make_rule(each) for each in orjson.loads(table.definitions)], table.version
-            )
+            rules = compile_definitions(table.definitions, table.version)
             if list(rules.check_names) != table.check_names:
                 raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
             compiled.append(rules)
