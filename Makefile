@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LINKS := .links/betrace
 STAMP := $(VENV)/.installed
 
 # How many examples hypothesis tries where kernels run as ordinary Python, for their coverage.
@@ -13,6 +14,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(LINKS)
+	ln -sfn ../../channels $(LINKS)/channels
+	ln -sfn ../../service $(LINKS)/service
+	ln -sfn ../../tui $(LINKS)/tui
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -63,4 +68,4 @@ report: setup
 
 grafana: setup
 	$(BIN)/python -m grafana.generate
-	$(BIN)/python -m service.metrics_docs > docs/metrics.md
+	$(BIN)/python -m betrace.service.cli.docs.metrics > docs/metrics.md

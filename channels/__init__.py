@@ -1,7 +1,7 @@
 """Bounded channels and the stages between them: the parts of a pipeline on Trio."""
 
-from .batcher import Batcher, Pace
-from .breaker import (
+from betrace.channels.batcher import Batcher, Pace
+from betrace.channels.breaker import (
     Breaker,
     BreakerOpen,
     BreakerSettings,
@@ -10,14 +10,14 @@ from .breaker import (
     BreakerTimeout,
     Transition,
 )
-from .channel import ReceiveChannel, SendChannel, open_channel
-from .errors import ExpectedError, TransientError, is_expected
-from .shutdown import Step, shut_down
-from .stage import Stage, StageStatistics
-from .state import ChannelStatistics, PeakReader
-from .supervisor import supervise
-from .tap import DropReason, Tap, TapStatistics
-from .threads import ThreadRunner, ThreadStatistics, ThreadTimeout
+from betrace.channels.channel import ReceiveChannel, SendChannel, open_channel
+from betrace.channels.errors import ExpectedError, TransientError, is_expected
+from betrace.channels.shutdown import Step, shut_down
+from betrace.channels.stage import Stage, StageStatistics
+from betrace.channels.state import ChannelStatistics, PeakReader
+from betrace.channels.supervisor import supervise
+from betrace.channels.tap import DropReason, Tap, TapStatistics
+from betrace.channels.threads import ThreadRunner, ThreadStatistics, ThreadTimeout
 
 __all__ = [
     "Batcher",

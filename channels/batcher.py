@@ -16,7 +16,7 @@ from typing import Generic, Protocol, Self, TypeVar, final
 
 import trio
 
-from .channel import ReceiveChannel
+from betrace.channels.channel import ReceiveChannel
 
 T = TypeVar("T")
 

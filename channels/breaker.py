@@ -34,7 +34,7 @@ from typing import TypeVar, TypeVarTuple, final
 
 import trio
 
-from .errors import TransientError
+from betrace.channels.errors import TransientError
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")

@@ -33,7 +33,13 @@ import trio
 import trio.abc
 from trio.lowlevel import Abort, RaiseCancelT, enable_ki_protection
 
-from .state import ChannelState, ChannelStatistics, PeakReader, WaitingReceiver, WaitingSender
+from betrace.channels.state import (
+    ChannelState,
+    ChannelStatistics,
+    PeakReader,
+    WaitingReceiver,
+    WaitingSender,
+)
 
 T = TypeVar("T")
 

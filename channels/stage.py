@@ -41,10 +41,10 @@ from typing import Generic, TypeVar
 
 import trio
 
-from .batcher import Batcher, Pace
-from .channel import ReceiveChannel
-from .errors import ExpectedError, is_expected
-from .supervisor import backoff, supervise
+from betrace.channels.batcher import Batcher, Pace
+from betrace.channels.channel import ReceiveChannel
+from betrace.channels.errors import ExpectedError, is_expected
+from betrace.channels.supervisor import backoff, supervise
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """What a channel shares among its ends: the queue, who waits, the weights, and how it is reported.
 
-The ends themselves, with the rules for those who use them, are in `channels.channel`.
+The ends themselves, with the rules for those who use them, are in `betrace.channels.channel`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from typing import Generic, TypeVar, final
 
 import trio
 
-from .channel import open_channel
-from .supervisor import backoff
+from betrace.channels.channel import open_channel
+from betrace.channels.supervisor import backoff
 
 T = TypeVar("T")
 

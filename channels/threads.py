@@ -21,7 +21,7 @@ from typing import Generic, Self, TypeVar, TypeVarTuple, cast, final
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, TrioToken
 
-from .errors import TransientError
+from betrace.channels.errors import TransientError
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")

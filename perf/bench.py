@@ -25,29 +25,38 @@ import orjson
 import trio
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
-from perf import report
-from perf.bench_caches import caches
-from perf.bench_ledger import COUNTS, MISSING, ledger
-from perf.engine import TENANT, compiled
-from perf.rounds import ROUND_SECONDS, ROUNDS, WARM_UP, Rounds, Taken, async_rounds, rounds, timed
-from perf.rows import SECOND, closed_traces, make_signals
-from perf.target import GeneratorProcess, Service, service
-from perf.workload import Shape, make_bodies, rule_definitions
-from service.garbage import short_pauses
-from service.http.request import Reply, Request
-from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
-from service.otlp.wire import scan_bodies
-from service.signals import Kind, rule_version, signal_id
-from service.stages.evaluate import decide_due
-from service.stages.ingest import IngestStage
-from service.storage.duck import DuckStore
-from service.storage.fallback import FallbackFiles
-from service.storage.spanlog import SpanLog
-from service.traces.due import DueTraces
-from service.traces.index import trace_table
-from service.traces.progress import LogProgress
-from service.traces.tenant import TenantTraces
+from betrace.channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
+from betrace.service.cli.garbage import short_pauses
+from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
+from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.progress import LogProgress
+from betrace.service.pipeline.request import Reply, Request
+from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.pipeline.stages.ingest import IngestStage
+from betrace.service.pipeline.trace_rows import trace_table
+from betrace.service.signals import Kind, rule_version, signal_id
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.fallback_files import FallbackFiles
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.tenant_traces import TenantTraces
+from perf.lib.bench_caches import caches
+from perf.lib.bench_ledger import COUNTS, MISSING, ledger
+from perf.lib.engine import TENANT, compiled
+from perf.lib.rounds import (
+    ROUND_SECONDS,
+    ROUNDS,
+    WARM_UP,
+    Rounds,
+    Taken,
+    async_rounds,
+    rounds,
+    timed,
+)
+from perf.lib.rows import SECOND, closed_traces, make_signals
+from perf.lib.target import GeneratorProcess, Service, service
+from perf.lib.workload import Shape, make_bodies, rule_definitions
+from perf.report import output as report
 
 WINDOW = 10  # spans a batch when a trace is streamed
 

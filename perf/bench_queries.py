@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from perf import report
-from perf.rows import make_signals, trace_of
-from service.storage.duck import DuckStore
+from betrace.service.storage.duck.store import DuckStore
+from perf.lib.rows import make_signals, trace_of
+from perf.report import output as report
 
 TENANT = "shop"
 SECOND = 10**9

@@ -22,10 +22,10 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from perf import report
+from betrace.service.tenancy.tokens import make_token, public_pem
 from perf.generator import tenant_name
-from perf.target import service
-from service.tenancy.tokens import make_token, public_pem
+from perf.lib.target import service
+from perf.report import output as report
 
 FLOORS = {"ruleContainers": 0.8, "publicKeys": 0.9, "traceMetadata": 0.7}
 EXPORTERS = 3  # of each tenant, each with a token of its own

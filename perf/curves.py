@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from perf import load, report
-from perf.charts import Series, chart
-from perf.engine import (
+from perf import load
+from perf.lib.engine import (
     BATCH,
     Cost,
     Engine,
@@ -33,6 +32,8 @@ from perf.engine import (
     interleaved,
     one_after_another,
 )
+from perf.report import output as report
+from perf.report.charts import Series, chart
 
 GROUP = 20  # batches between closings of the reference: a thousand traces of ten spans
 BATCHES = 200  # at least, a measurement

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from perf import report
+from perf.report import output as report
 
 # name of the step: program, arguments, arguments of --quick, seconds it may take
 STEPS: dict[str, tuple[str, str, str, int]] = {

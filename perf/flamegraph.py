@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from perf import report, stacks, threads
-from perf.target import GeneratorProcess, Service, service
+from perf.lib import stacks, threads
+from perf.lib.target import GeneratorProcess, Service, service
+from perf.report import output as report
 
 SAMPLES = 200  # a second
 LONGEST = 600  # seconds of load; it ends with the sampling

@@ -10,8 +10,8 @@ import argparse
 import sys
 import time
 
-from tests.service.otlp import reference
-from tests.service.otlp.generate import case
+from tests.support import otlp_reference as reference
+from tests.support.otlp_generator import case
 
 COMPANY = 5  # bodies scanned together
 

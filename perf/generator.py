@@ -1,6 +1,7 @@
 """An OTLP/HTTP load generator for this machine's loopback that uses few CPU cycles.
 
-Bodies are encoded in advance (:mod:`perf.workload`); for each send only their ids are rewritten.
+Bodies are encoded in advance (:mod:`perf.lib.workload`); for each send only their ids are
+rewritten.
 Connections are kept alive and served by one epoll loop. *Closed loop*: each connection sends as
 soon as it has its answer. *Open loop*: requests are due at a rate, and latency counts from when a
 request was due, so that a server that falls behind cannot hide it.
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from perf.workload import Body, Shape, make_bodies
+from perf.lib.workload import Body, Shape, make_bodies
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OTHER_FILES = 64  # of the generator, beside its connections

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from perf import report, threads
-from perf.target import GeneratorProcess, Service, service
-from service.settings.edge import Ingest
+from betrace.service.config.edge import Ingest
+from perf.lib import threads
+from perf.lib.target import GeneratorProcess, Service, service
+from perf.report import output as report
 
 MOST_ERRORS = 0.001
 FLOOR = 100_000  # spans/s, requirement B and F

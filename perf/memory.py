@@ -22,19 +22,19 @@ from typing import Any
 import httpx
 import psutil
 
-from perf import report
-from perf.engine import TENANT
+from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.warmup import warm_up
+from betrace.service.rules.compile import CompiledRules, compile_rules
+from betrace.service.rules.definition import make_rule
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.traces.tenant_traces import TenantTraces
 from perf.generator import TENANT_HEADER
-from perf.target import Service, service
-from perf.workload import Shape, make_bodies, rule_definitions
-from service.otlp.wire import scan_bodies
-from service.rules.compile import CompiledRules, compile_rules
-from service.rules.definition import make_rule
-from service.storage.duck import DuckStore
-from service.storage.frames import Frame
-from service.storage.spanlog import SpanLog
-from service.traces.tenant import TenantTraces
-from service.warmup import warm_up
+from perf.lib.engine import TENANT
+from perf.lib.target import Service, service
+from perf.lib.workload import Shape, make_bodies, rule_definitions
+from perf.report import output as report
 
 SECOND = 1_000_000_000
 MB = 1e6

@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from perf import report
-from perf.target import GeneratorProcess, Service, service
+from perf.lib.target import GeneratorProcess, Service, service
+from perf.report import output as report
 
 ASKED = {
     "query": "/api/v1/signals?limit=10",

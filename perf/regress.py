@@ -29,16 +29,18 @@ from typing import Any
 import numpy as np
 import trio
 
-from perf import bench, report, rows
-from perf.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
-from perf.workload import Shape, make_bodies, rule_definitions
-from service.ledger.sqlite import SqliteLedger
-from service.otlp.json import to_protobuf
-from service.otlp.wire import scan_bodies
-from service.rules.compile import compile_rules
-from service.rules.definition import make_rule
-from service.storage.duck import DuckStore
-from service.traces.index import trace_table
+from betrace.service.otlp.json import to_protobuf
+from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.trace_rows import trace_table
+from betrace.service.rules.compile import compile_rules
+from betrace.service.rules.definition import make_rule
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.sqlite import SqliteLedger
+from perf import bench
+from perf.lib import rows
+from perf.lib.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
+from perf.lib.workload import Shape, make_bodies, rule_definitions
+from perf.report import output as report
 
 BASELINE = Path(__file__).parent / "baseline.json"
 LEAST = 0.9

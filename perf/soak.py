@@ -19,10 +19,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from perf import load, report, threads
-from perf.charts import Series, chart
+from perf import load
+from perf.lib import threads
+from perf.lib.target import GeneratorProcess, Service, service
 from perf.load import run_once
-from perf.target import GeneratorProcess, Service, service
+from perf.report import output as report
+from perf.report.charts import Series, chart
 
 WITHIN = 0.1  # the last slice of the first
 LOOK_SECONDS = 0.5  # between looks on average; at random, so as not to keep step with its clocks

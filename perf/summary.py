@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perf import floors, hints, report
-from perf.report import shown, table
+from perf.report import floors, hints
+from perf.report import output as report
+from perf.report.output import shown, table
 
 REPORT = (
     report.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"

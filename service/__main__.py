@@ -1,6 +1,6 @@
-"""``python -m service``: the command line."""
+"""``python -m betrace.service``: the command line."""
 
-from service.cli import main
+from betrace.service.cli.main import main
 
 if __name__ == "__main__":
     main()

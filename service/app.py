@@ -15,47 +15,48 @@ from typing import Any
 
 import trio
 
-from channels import ThreadRunner
-from service import events, metrics
-from service.accounts import SpanAccount, span_account
-from service.administration import Administration
-from service.archive.daily import Daily
-from service.archive.keeper import archive_directory
-from service.audit import AuditLog
-from service.cachecontrol import Caches
-from service.components import components
-from service.export.exports import Exports
-from service.http.api import create_api
-from service.http.asgi import ingest_app, serve
-from service.http.health import metrics_app
-from service.http.ingest import Edge
-from service.http.listener import ARRIVAL_SHARE, serve_ingest
-from service.latencies import Latencies
-from service.ledger.open import open_ledger
-from service.performance import Performance
-from service.pipeline import Pipeline
-from service.queries import StoreQueries
-from service.rebuild import Rebuild
-from service.record import Record, SignalLedger
-from service.recovery import Recovery
-from service.reserves import Reserves, open_reserves
-from service.rules.files import RuleStore
-from service.rules.registry import RuleRegistry
-from service.settings import OFF, Settings
-from service.signals import Signal
-from service.storage.duck import DuckStore
-from service.storage.openfiles import affordable, raise_limit
-from service.storage.spanlog import SpanLog
-from service.subscriptions import Subscriptions
-from service.tenancy.administration import TenantAdministration
-from service.tenancy.authentication import operator_token
-from service.tenancy.directory import TenantDirectory
-from service.tenancy.gate import Gate
-from service.tenancy.removal import Removal
-from service.tracemetadata import TraceMetadataCache
-from service.traces.tenant import TenantTraces
-from service.warmup import warm_up
-from service.watch import Watch
+from betrace.channels import ThreadRunner
+from betrace.service.api.administration import Administration
+from betrace.service.api.app import create_api
+from betrace.service.api.asgi import ingest_app, serve
+from betrace.service.api.cache_control import Caches
+from betrace.service.api.components import components
+from betrace.service.api.endpoints.health import metrics_app
+from betrace.service.api.metrics import exposition as metrics
+from betrace.service.api.performance import Performance
+from betrace.service.api.queries import StoreQueries
+from betrace.service.api.subscriptions import Subscriptions
+from betrace.service.api.tenant_administration import TenantAdministration
+from betrace.service.api.trace_cache import TraceMetadataCache
+from betrace.service.config.settings import OFF, Settings
+from betrace.service.export.archiver import archive_directory
+from betrace.service.export.daily import Daily
+from betrace.service.export.destinations import Exports
+from betrace.service.pipeline.accounts import SpanAccount, span_account
+from betrace.service.pipeline.pipeline import Pipeline
+from betrace.service.pipeline.recovery.rebuild import Rebuild
+from betrace.service.pipeline.recovery.recovery import Recovery
+from betrace.service.pipeline.recovery.removal import Removal
+from betrace.service.pipeline.warmup import warm_up
+from betrace.service.pipeline.watch import Watch
+from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
+from betrace.service.rules.registry import RuleRegistry
+from betrace.service.rules.store import RuleStore
+from betrace.service.signals import Signal
+from betrace.service.storage.audit_log import AuditLog
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.open import open_ledger
+from betrace.service.storage.ledger.record import Record, SignalLedger
+from betrace.service.storage.local_stores import Reserves, open_reserves
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.open_files import affordable, raise_limit
+from betrace.service.telemetry import events
+from betrace.service.telemetry.latencies import Latencies
+from betrace.service.tenancy.authentication import operator_token
+from betrace.service.tenancy.directory import TenantDirectory
+from betrace.service.tenancy.gate import Gate
+from betrace.service.traces.tenant_traces import TenantTraces
 
 _log = logging.getLogger("service")
 
@@ -360,7 +361,7 @@ class Service:
         yield from list(self.pipeline.correlate.tenants)
         yield from self.registry.store.tenants()
 
-    # What is live: service.http.backend.Backend
+    # What is live: betrace.service.api.backend.Backend
 
     @property
     def ready(self) -> bool:

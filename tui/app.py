@@ -19,16 +19,16 @@ from textual.theme import Theme
 from textual.widgets import ContentSwitcher, Footer, Input
 from textual.worker import Worker
 
-from tui.bars import NavBar, StatusBar
-from tui.changes import PREFIX, Change, Confirm
-from tui.client import Client, ClientError, Json
-from tui.connection import Connection, Link
-from tui.help import Help, TooSmall, bindings_of
-from tui.panel import Panel
-from tui.panels import PANELS
-from tui.state import State, parse
-from tui.text import Tone
-from tui.widgets import Detail
+from betrace.tui.client import Client, ClientError, Json
+from betrace.tui.connection import Connection, Link
+from betrace.tui.panels import PANELS
+from betrace.tui.state import State, parse
+from betrace.tui.widgets.bars import NavBar, StatusBar
+from betrace.tui.widgets.basic import Detail
+from betrace.tui.widgets.changes import PREFIX, Change, Confirm
+from betrace.tui.widgets.help import Help, TooSmall, bindings_of
+from betrace.tui.widgets.panel import Panel
+from betrace.tui.widgets.text import Tone
 
 UNREACHABLE = 3
 MIN_WIDTH, MIN_HEIGHT = 80, 24

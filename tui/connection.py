@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tui.client import Client, ClientError, Json
+from betrace.tui.client import Client, ClientError, Json
 
 Status = Literal["connecting", "connected", "lost"]
 

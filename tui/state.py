@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tui.client import Json
+from betrace.tui.client import Json
 
 HISTORY = 300
 """Points kept of each history: five minutes at one a second."""
@@ -135,7 +135,7 @@ class Snapshot:
 
 
 def parse(data: Json, at: float) -> Snapshot:
-    """A snapshot as :meth:`tui.client.Client.snapshot` and the stream give it."""
+    """A snapshot as :meth:`betrace.tui.client.Client.snapshot` and the stream give it."""
     metrics = _dict(data.get("metrics"))
     pipeline = _dict(data.get("pipeline"))
     components = tuple(

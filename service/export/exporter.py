@@ -19,13 +19,13 @@ from pathlib import Path
 
 import trio
 
-from channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
-from service import events
-from service.breakers import PoisonError
-from service.ledger.base import LedgerError
-from service.record import Entries
-from service.signals import Signal
-from service.storage.paths import write_atomically
+from betrace.channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
+from betrace.service.pipeline.breakers import PoisonError
+from betrace.service.signals import Signal
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.paths import write_atomically
+from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.export")
 

@@ -10,7 +10,7 @@ import orjson
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
 
-from service.signals import Kind, Signal, signal_id
+from betrace.service.signals import Kind, Signal, signal_id
 
 _SEVERITIES = {
     "critical": SeverityNumber.SEVERITY_NUMBER_FATAL,

@@ -1,6 +1,6 @@
 """Kernels that find attributes in the bytes of a validated message.
 
-The scanner (:mod:`service.otlp.scanner`) keeps no attributes; they are searched on demand,
+The scanner (:mod:`betrace.service.otlp.scanner`) keeps no attributes; they are searched on demand,
 in the few spans that a rule's name pattern selected. The bytes must have passed the scanner.
 On others these kernels still end, within bounds, with an arbitrary answer.
 
@@ -28,9 +28,9 @@ is a reference into a string table (``string_value_strindex``, of the profiles s
 
 from __future__ import annotations
 
-from service.jit import lean_kernel
-from service.otlp.columns import Bytes, Rows
-from service.otlp.primitives import (
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.otlp.primitives import (
     BYTES_TYPE,
     END_GROUP,
     FIXED32,

@@ -1,6 +1,6 @@
 """The columns of scanned spans.
 
-A request body is scanned once into rows of ``int64`` (see :mod:`service.otlp.wire`); a span
+A request body is scanned once into rows of ``int64`` (see :mod:`betrace.service.otlp.wire`); a span
 never becomes a Python object on the hot path. Text stays where it is: rows hold offsets into
 ``buf``, the scanned bytes. Attributes are not copied out either: a row holds where its span
 message lies, and the few spans that a rule cares about are searched on demand.

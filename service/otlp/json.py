@@ -22,8 +22,8 @@ from typing import Any
 
 import orjson
 
-from service.otlp.primitives import BYTES_TYPE, FIXED32, FIXED64, VARINT
-from service.otlp.scanner import MAX_DEPTH
+from betrace.service.otlp.primitives import BYTES_TYPE, FIXED32, FIXED64, VARINT
+from betrace.service.otlp.scanner import MAX_DEPTH
 
 Pairs = dict[str | tuple[str, str], bytes]
 """What is encoded already, as a request repeats much: keys, and attributes by key and text."""

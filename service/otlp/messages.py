@@ -1,8 +1,8 @@
 """Reading protobuf messages column by column: one field of many messages in one kernel call.
 
 For work away from the hot path that needs all of a span, such as the archive: where the scanner
-(:mod:`service.otlp.scanner`) keeps what rules need, this finds the rest. Only bytes that the
-scanner accepted may be read with it; what is malformed all the same ends its message.
+(:mod:`betrace.service.otlp.scanner`) keeps what rules need, this finds the rest. Only bytes that
+the scanner accepted may be read with it; what is malformed all the same ends its message.
 
 Messages are rows whose first two columns are offset and length in ``buf``.
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.jit import lean_kernel
-from service.otlp.attributes import MISSING, merge_any_value, skip
-from service.otlp.columns import Bytes, Rows
-from service.otlp.primitives import (
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.attributes import MISSING, merge_any_value, skip
+from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.otlp.primitives import (
     BYTES_TYPE,
     FIXED32,
     FIXED64,
@@ -145,7 +145,7 @@ def _key_values(buf: Bytes, messages: Rows, out: Rows) -> None:
 
 def key_values(buf: Bytes, messages: Rows) -> Rows:
     """``messages`` read as ``KeyValue``: rows of the key's offset and size, and the value's type,
-    value and size as :func:`service.otlp.attributes.find_attribute` gives them."""
+    value and size as :func:`betrace.service.otlp.attributes.find_attribute` gives them."""
     out = np.empty((len(messages), KEY_VALUE_COLUMNS), np.int64)
     _key_values(buf, messages, out)
     return out

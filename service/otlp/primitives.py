@@ -19,8 +19,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import config, types
 from numba.extending import intrinsic
 
-from service.jit import lean_kernel
-from service.otlp.columns import Bytes
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.columns import Bytes
 
 int64: Any = np.int64  # Any: kernels mix it with int, which it is to numba
 

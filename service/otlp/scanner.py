@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.jit import lean_kernel
-from service.otlp.attributes import (
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.attributes import (
     BOOL,
     LENGTH,
     SPAN_ATTRIBUTES,
@@ -24,7 +24,7 @@ from service.otlp.attributes import (
     find_attribute,
     find_resource_attribute,
 )
-from service.otlp.columns import (
+from betrace.service.otlp.columns import (
     BODY,
     COMPLETE,
     END,
@@ -61,7 +61,7 @@ from service.otlp.columns import (
     Bytes,
     Rows,
 )
-from service.otlp.primitives import (
+from betrace.service.otlp.primitives import (
     BAD_GROUP,
     BAD_TAG,
     BAD_UTF8,
@@ -85,7 +85,7 @@ from service.otlp.primitives import (
     read_varint,
     same_bytes,
 )
-from service.otlp.schema import (
+from betrace.service.otlp.schema import (
     CODE_FIELD,
     END_FIELD,
     GROUP_TYPE,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.otlp.columns import Rows
-from service.otlp.primitives import BYTES_TYPE, FIXED64, VARINT
+from betrace.service.otlp.columns import Rows
+from betrace.service.otlp.primitives import BYTES_TYPE, FIXED64, VARINT
 
 # Message types.
 (

@@ -3,8 +3,8 @@
 Decodes ``opentelemetry.proto.collector.trace.v1.ExportTraceServiceRequest``
 (opentelemetry-proto 1.x). Accepts what the protobuf library accepts, gives the same values, and
 refuses the rest. The kernels behind it, and what they promise, are in
-:mod:`service.otlp.scanner`, :mod:`service.otlp.attributes` and
-:mod:`service.otlp.primitives`; what others need of them is found here as well.
+:mod:`betrace.service.otlp.scanner`, :mod:`betrace.service.otlp.attributes` and
+:mod:`betrace.service.otlp.primitives`; what others need of them is found here as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.otlp.attributes import (
+from betrace.service.otlp.attributes import (
     ARRAY,
     BOOL,
     BYTES,
@@ -32,7 +32,7 @@ from service.otlp.attributes import (
     find_resource_attribute,
     next_array_item,
 )
-from service.otlp.columns import (
+from betrace.service.otlp.columns import (
     BODY_COLUMNS,
     MSG_LEN,
     MSG_OFF,
@@ -44,7 +44,7 @@ from service.otlp.columns import (
     Bytes,
     SpanBatch,
 )
-from service.otlp.primitives import (
+from betrace.service.otlp.primitives import (
     BAD_GROUP,
     BAD_LENGTH,
     BAD_TAG,
@@ -57,7 +57,15 @@ from service.otlp.primitives import (
     hash_bytes,
     same_bytes,
 )
-from service.otlp.scanner import COUNTS, MAX_DEPTH, RESOURCES, SCOPES, SPANS, STACK_COLUMNS, scan
+from betrace.service.otlp.scanner import (
+    COUNTS,
+    MAX_DEPTH,
+    RESOURCES,
+    SCOPES,
+    SPANS,
+    STACK_COLUMNS,
+    scan,
+)
 
 __all__ = [
     "ARRAY",

@@ -1,7 +1,7 @@
 """A tenant's rules, compiled to the distinct checks they contain.
 
-A *check* is a :class:`~service.rules.syntax.SpanSet`: a span name and a predicate. Folding a
-span means to find the checks it satisfies; deciding a rule means to run its small program over
+A *check* is a :class:`~betrace.service.rules.syntax.SpanSet`: a span name and a predicate. Folding
+a span means to find the checks it satisfies; deciding a rule means to run its small program over
 the checks' counts. Both work on the arrays built here.
 
 Counts only grow while a trace is open, so each atom of a rule changes its truth value at known
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import orjson
 
-from service.otlp.columns import Bytes, Rows
-from service.otlp.wire import hash_text
-from service.rules.definition import make_rule
-from service.rules.format import format_check
-from service.rules.names import NameTable
-from service.rules.program import ProgramBuilder
-from service.rules.syntax import (
+from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.otlp.wire import hash_text
+from betrace.service.rules.definition import make_rule
+from betrace.service.rules.format import format_check
+from betrace.service.rules.names import NameTable
+from betrace.service.rules.program import ProgramBuilder
+from betrace.service.rules.syntax import (
     And,
     Before,
     CountCompare,
@@ -38,7 +38,7 @@ from service.rules.syntax import (
 )
 
 if TYPE_CHECKING:
-    from service.rules.files import Rule
+    from betrace.service.rules.store import Rule
 
 # Instructions of a rule program, rows (op, a, b, c), on a stack of three-valued truths.
 EXISTS, COUNT_NUMBER, COUNT_COUNT, BEFORE, CONSTANT, AND, OR, NOT, END = range(9)
@@ -152,7 +152,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
 
 def compile_definitions(definitions: bytes, version: str) -> CompiledRules:
     """Compile rules again from their :attr:`CompiledRules.definitions`. Raises
-    :exc:`~service.rules.definition.RuleFileError` where one is no rule any more."""
+    :exc:`~betrace.service.rules.definition.RuleFileError` where one is no rule any more."""
     return compile_rules([make_rule(each) for each in orjson.loads(definitions)], version)
 
 

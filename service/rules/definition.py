@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from service.rules.errors import RuleSyntaxError, close_match
-from service.rules.parse import parse
-from service.rules.syntax import RuleSyntax
-from service.rules.values import value_text
-from service.signals import rule_version
+from betrace.service.rules.errors import RuleSyntaxError, close_match
+from betrace.service.rules.parse import parse
+from betrace.service.rules.syntax import RuleSyntax
+from betrace.service.rules.values import value_text
+from betrace.service.signals import rule_version
 
 SEVERITIES = ("critical", "high", "medium", "low", "info")
 RULE_ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from service.rules.errors import KEYWORDS
-from service.rules.syntax import (
+from betrace.service.rules.errors import KEYWORDS
+from betrace.service.rules.syntax import (
     And,
     Attribute,
     Before,
@@ -26,7 +26,7 @@ from service.rules.syntax import (
     SpanSet,
     Truthy,
 )
-from service.rules.values import number_text, read_number
+from betrace.service.rules.values import number_text, read_number
 
 _SPAN_NAME = re.compile(r"[A-Za-z_*][A-Za-z0-9_*-]*(\.[A-Za-z_*][A-Za-z0-9_*-]*)*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_-]*)*")

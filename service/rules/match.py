@@ -1,7 +1,7 @@
 """Whether a span satisfies a predicate: a kernel, and plain Python for what the kernel leaves.
 
-The kernel runs the programs of :mod:`service.rules.program` over the received bytes. It decides
-comparisons of integers, doubles, bools and plain text; regular expressions, membership in
+The kernel runs the programs of :mod:`betrace.service.rules.program` over the received bytes. It
+decides comparisons of integers, doubles, bools and plain text; regular expressions, membership in
 arrays and numbers written in unusual ways it hands back as ``ASK`` to
 :func:`evaluate`, which reads the few attributes it needs and uses the same plain comparison that
 the programs were built with.
@@ -15,8 +15,8 @@ from typing import cast
 import numpy as np
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue
 
-from service.jit import lean_kernel
-from service.otlp.attributes import (
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.attributes import (
     ARRAY,
     BOOL,
     BYTES,
@@ -32,10 +32,8 @@ from service.otlp.attributes import (
     find_attribute,
     find_resource_attribute,
 )
-from service.otlp.columns import (
-    END as SPAN_END,
-)
-from service.otlp.columns import (
+from betrace.service.otlp.columns import END as SPAN_END
+from betrace.service.otlp.columns import (
     KIND,
     MESSAGE_LEN,
     MESSAGE_OFF,
@@ -57,8 +55,8 @@ from service.otlp.columns import (
     Rows,
     SpanBatch,
 )
-from service.otlp.primitives import same_bytes
-from service.rules.program import (
+from betrace.service.otlp.primitives import same_bytes
+from betrace.service.rules.program import (
     ANY,
     CONTAINS,
     END,
@@ -92,7 +90,7 @@ from service.rules.program import (
     NEGATE,
     TRUTHY,
 )
-from service.rules.syntax import (
+from betrace.service.rules.syntax import (
     KINDS,
     STATUSES,
     And,
@@ -104,7 +102,7 @@ from service.rules.syntax import (
     Scope,
     Truthy,
 )
-from service.rules.values import AttributeValue, compare, truthy
+from betrace.service.rules.values import AttributeValue, compare, truthy
 
 NO, YES, ASK = range(3)
 

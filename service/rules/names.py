@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.jit import lean_kernel
-from service.otlp.columns import Bytes, Rows
-from service.otlp.primitives import same_bytes
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.otlp.primitives import same_bytes
 
 N_HASH, N_OFF, N_LEN, N_FIRST, N_COUNT = range(5)  # columns of a slot; N_LEN -1: empty
 G_OFF, G_LEN, G_CHECK = range(3)  # columns of a pattern

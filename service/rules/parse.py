@@ -1,4 +1,4 @@
-"""Parsing of rules: text to :class:`service.rules.syntax.RuleSyntax`.
+"""Parsing of rules: text to :class:`betrace.service.rules.syntax.RuleSyntax`.
 
 The grammar is in ``grammar.lark``; Lark's LALR(1) parser needs time linear in the text and no
 recursion. What a grammar cannot say well (limits, wildcards, fields, patterns) is checked here.
@@ -15,13 +15,13 @@ from typing import Any, cast
 import re2
 from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedToken
 
-from service.rules.errors import (
+from betrace.service.rules.errors import (
     RuleSyntaxError,
     close_match,
     unexpected_character,
     unexpected_token,
 )
-from service.rules.syntax import (
+from betrace.service.rules.syntax import (
     FIELDS,
     And,
     Attribute,
@@ -41,12 +41,7 @@ from service.rules.syntax import (
     SpanSet,
     Truthy,
 )
-from service.rules.values import (
-    MAX_NUMBER_CHARS,
-    compile_pattern,
-    number_text,
-    read_number,
-)
+from betrace.service.rules.values import MAX_NUMBER_CHARS, compile_pattern, number_text, read_number
 
 MAX_TEXT_BYTES = 16 * 1024  # of UTF-8
 MAX_DEPTH = 32

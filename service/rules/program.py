@@ -1,11 +1,11 @@
-"""Predicates as small programs over rows, run by the kernel in :mod:`service.rules.match`.
+"""Predicates as small programs over rows, run by the kernel in :mod:`betrace.service.rules.match`.
 
 A predicate becomes instructions of an accumulator machine: a leaf sets the accumulator to
 true or false, ``JUMP_FALSE`` and ``JUMP_TRUE`` give ``and`` and ``or`` their short circuit.
 A leaf's literal is turned into whatever lets the kernel compare without arithmetic: the range
 of 64-bit integers and the range of doubles that satisfy it, its text, and its outcome for
 ``true``, ``false`` and a missing attribute. All of these are computed here with the plain
-Python comparison of :mod:`service.rules.values`, so that there is one meaning.
+Python comparison of :mod:`betrace.service.rules.values`, so that there is one meaning.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.otlp.columns import Bytes, Rows
-from service.rules.syntax import (
+from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.rules.syntax import (
     FIELDS,
     KINDS,
     STATUSES,
@@ -32,7 +32,7 @@ from service.rules.syntax import (
     Scope,
     Truthy,
 )
-from service.rules.values import compare, truthy
+from betrace.service.rules.values import compare, truthy
 
 # Instructions: rows (op, argument).
 LEAF, NEGATE, JUMP_FALSE, JUMP_TRUE, END = range(5)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
-from service.caches import LoadingCache
-from service.rules.compile import CompiledRules, compile_rules
-from service.rules.files import Rule, RuleStore
-from service.settings.base import MIB
+from betrace.service.caches import LoadingCache
+from betrace.service.config.base import MIB
+from betrace.service.rules.compile import CompiledRules, compile_rules
+from betrace.service.rules.store import Rule, RuleStore
 
 _RULE_BYTES = 4096
 

@@ -1,5 +1,5 @@
-"""The syntax tree of a rule, as :mod:`service.rules.parse` builds it. All nodes are immutable
-and hashable, so that equal checks of different rules can be found and shared."""
+"""The syntax tree of a rule, as :mod:`betrace.service.rules.parse` builds it. All nodes are
+immutable and hashable, so that equal checks of different rules can be found and shared."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import re2
 
-from service.rules.syntax import Literal, Number
+from betrace.service.rules.syntax import Literal, Number
 
 AttributeValue = str | bool | int | float | bytes | list[Any] | dict[str, Any] | None
 """An attribute as OTLP's AnyValue has it; None is a missing one."""
@@ -101,7 +101,8 @@ def _compile(pattern: bytes) -> Any:
 
 
 def compare(value: AttributeValue, op: str, literals: Sequence[Literal]) -> bool:
-    """Whether ``value op literal`` holds; ``op`` as in :class:`service.rules.syntax.Compare`.
+    """Whether ``value op literal`` holds; ``op`` as in
+    :class:`betrace.service.rules.syntax.Compare`.
 
     Only ``in`` looks at more than the first literal. Never raises on odd data.
     """

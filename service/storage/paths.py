@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from service.tenants import TENANT_RULE, is_tenant_name
+from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
 SHARED = frozenset(
     {"archive", "checkpoints", "dead-letters-exported", "export", "fallback", "ledger", "rules"}

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from cachetools import TLRUCache
 
-from channels import ThreadRunner
-from service.http.access import Denied
-from service.settings import Auth
-from service.tenancy.directory import DirectoryError, PublicKey
-from service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify
-from service.tenants import is_tenant_name
+from betrace.channels import ThreadRunner
+from betrace.service.config.settings import Auth
+from betrace.service.tenancy.access import Denied
+from betrace.service.tenancy.directory import DirectoryError, PublicKey
+from betrace.service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify
+from betrace.service.tenants import is_tenant_name
 
 LEAST_SECRET_CHARACTERS = 20
 
@@ -35,7 +35,8 @@ class SecretError(Exception):
 
 
 class TokenAuthenticator:
-    """Implements :class:`service.http.access.Authenticator`. Methods are called on the Trio thread.
+    """Implements :class:`betrace.service.tenancy.access.Authenticator`. Methods are called on the
+    Trio thread.
 
     ``tenant_exists`` says whether an operator may act for a tenant; ``clock`` is the wall clock in
     seconds.

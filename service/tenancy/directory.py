@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from service.tenancy.tokens import key_id
-from service.tenants import TENANT_RULE, is_tenant_name
+from betrace.service.tenancy.tokens import key_id
+from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x42544E54  # "BTNT", for file(1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from channels import ThreadRunner
-from service.caches import LoadingCache
-from service.record import Entries
-from service.settings import Settings
-from service.tenancy.authentication import TokenAuthenticator
-from service.tenancy.directory import PublicKey, State, TenantDirectory
-from service.tenancy.living import LivingEntries
-from service.tenants import Quotas
+from betrace.channels import ThreadRunner
+from betrace.service.caches import LoadingCache
+from betrace.service.config.settings import Settings
+from betrace.service.storage.ledger.record import Entries
+from betrace.service.tenancy.authentication import TokenAuthenticator
+from betrace.service.tenancy.directory import PublicKey, State, TenantDirectory
+from betrace.service.tenancy.ledger_filter import LivingEntries
+from betrace.service.tenants import Quotas
 
 PUBLIC_KEYS = "publicKeys"
 PublicKeys = LoadingCache[tuple[str, str], PublicKey]

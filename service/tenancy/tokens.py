@@ -17,7 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from service.tenants import is_tenant_name
+from betrace.service.tenants import is_tenant_name
 
 ALGORITHM = "EdDSA"
 MAX_TOKEN_CHARACTERS = 4096

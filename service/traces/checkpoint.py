@@ -34,7 +34,8 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class TableSnapshot:
-    """One :class:`~service.traces.table.TraceTable`: its rules as definitions (a JSON array), the
+    """One :class:`~betrace.service.traces.table.TraceTable`: its rules as definitions (a JSON
+    array), the
     names of their checks in order, arrays by name, and what was told of traces, by slot."""
 
     version: str
@@ -46,7 +47,7 @@ class TableSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class TenantSnapshot:
-    """One :class:`~service.traces.tenant.TenantTraces`."""
+    """One :class:`~betrace.service.traces.tenant_traces.TenantTraces`."""
 
     tenant: str
     services: list[str]
@@ -59,8 +60,8 @@ class Snapshot:
     frame and those up to it that were not folded. ``mark`` is a ticket: work with a smaller
     one must be safe before the snapshot may be used. ``letters`` are the ids of dead letters whose
     spans are in the traces. ``recorded`` is the ledger's last entry by tenant before they were
-    copied, ``raised`` what :class:`service.traces.raised.RaisedBefore` saved, ``unfinished`` what
-    :class:`service.traces.unfinished.Unfinished` did."""
+    copied, ``raised`` what :class:`betrace.service.traces.signal_history.RaisedBefore` saved,
+    ``unfinished`` what :class:`betrace.service.traces.partial_folds.Unfinished` did."""
 
     taken_ns: int
     progress: dict[str, tuple[int, list[int]]]

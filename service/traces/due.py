@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.otlp.columns import Bytes, Rows
-from service.rules.compile import CompiledRules
-from service.traces.layout import FLAGS as SLOT_FLAGS
-from service.traces.layout import HI, LO, ROOT_NAME_LEN, ROOTED, SERVICES_1, SERVICES_2
-from service.traces.raised import Told
+from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.rules.compile import CompiledRules
+from betrace.service.traces.layout import FLAGS as SLOT_FLAGS
+from betrace.service.traces.layout import HI, LO, ROOT_NAME_LEN, ROOTED, SERVICES_1, SERVICES_2
+from betrace.service.traces.signal_history import Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Context:
 class DueTraces:
     """Traces of one tenant that are to be decided by ``rules``.
 
-    ``rows`` are slot rows (:mod:`service.traces.layout`), ``names`` the root names beside them, and
+    ``rows`` are slot rows (:mod:`betrace.service.traces.layout`), ``names`` the root names beside
+    them, and
     ``entries[starts[k]:starts[k + 1]]`` the matches of trace ``k``. Where ``closed`` is false,
     the traces go on and only what no later span can undo may be decided. ``told`` is, by number,
     what was said of traces that had been closed earlier: what stands and no longer holds is
@@ -51,7 +52,7 @@ class DueTraces:
     received_ns: int = 0
     spans: int = 0
     ticket: int = 0
-    """Of :class:`service.traces.progress.InFlight`."""
+    """Of :class:`betrace.service.pipeline.progress.InFlight`."""
 
     def __len__(self) -> int:
         return len(self.rows)

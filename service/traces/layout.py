@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.otlp.columns import Bytes, Rows
+from betrace.service.otlp.columns import Bytes, Rows
 
 # Columns of a slot. Times are nanoseconds since 1970: SEEN as received, START and END as sent.
 (
@@ -90,7 +90,7 @@ class TraceArrays(NamedTuple):
 
     ``table`` is a hash table (linear probing, a power of two long) of slot number + 1 below the 32
     low bits of the hash, 0 for empty; ``secret`` are three random odd numbers that hashes are made
-    with. ``chains`` are those of ``ring_large``: see :func:`service.traces.pools.chained`.
+    with. ``chains`` are those of ``ring_large``: see :func:`betrace.service.traces.pools.chained`.
     ``activity[slot]`` is LAST_SEEN of an open trace, else ``NEVER``: apart from the slots, so that
     looking for idle traces reads little memory.
     """
@@ -109,7 +109,7 @@ class TraceArrays(NamedTuple):
 
 
 class RuleArrays(NamedTuple):
-    """The part of :class:`~service.rules.compile.CompiledRules` that the fold reads."""
+    """The part of :class:`~betrace.service.rules.compile.CompiledRules` that the fold reads."""
 
     predicates: Rows
     code: Rows
@@ -120,7 +120,7 @@ class RuleArrays(NamedTuple):
 
 
 class BatchArrays(NamedTuple):
-    """A :class:`~service.otlp.columns.SpanBatch`. ``services`` numbers the service of each
+    """A :class:`~betrace.service.otlp.columns.SpanBatch`. ``services`` numbers the service of each
     resource; ``positions`` are the log positions of each body; rows with ``skip`` set are passed
     over."""
 

@@ -1,11 +1,11 @@
 """Kernels for the pools that open traces are made of: the hash table of slots, free lists, and the
-rings of span ids; the arrays are described in :mod:`service.traces.layout`."""
+rings of span ids; the arrays are described in :mod:`betrace.service.traces.layout`."""
 
 from __future__ import annotations
 
-from service.jit import lean_kernel
-from service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows
-from service.traces.layout import (
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows
+from betrace.service.traces.layout import (
     CHAINS,
     FREE,
     HI,

@@ -9,15 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.otlp.columns import Bytes, Rows, SpanBatch
-from service.rules.compile import CompiledRules
-from service.rules.decide import broken
-from service.traces import pools, upkeep
-from service.traces.checkpoint import TableSnapshot
-from service.traces.closed import ClosedTraces
-from service.traces.due import Context, DueTraces
-from service.traces.foldrun import Folded, FoldRun
-from service.traces.layout import (
+from betrace.service.otlp.columns import Bytes, Rows, SpanBatch
+from betrace.service.rules.compile import CompiledRules
+from betrace.service.traces import pools
+from betrace.service.traces import sweep_kernels as upkeep
+from betrace.service.traces.arrays import (
+    LEAST_SLOTS,
+    empty_arrays,
+    grown,
+    restored_arrays,
+    saved_arrays,
+)
+from betrace.service.traces.checkpoint import TableSnapshot
+from betrace.service.traces.decide import broken
+from betrace.service.traces.due import Context, DueTraces
+from betrace.service.traces.eviction import SWEEP_BATCH, Held
+from betrace.service.traces.folding import Folded, FoldRun
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.layout import (
     CLOSED,
     CLOSED_AT,
     CLOSED_COUNT,
@@ -42,17 +51,9 @@ from service.traces.layout import (
     RuleArrays,
     TraceArrays,
 )
-from service.traces.limits import SWEEP_BATCH, Held
-from service.traces.raised import Told, listed, merged, next_steps, unlisted
-from service.traces.room import (
-    LEAST_SLOTS,
-    empty_arrays,
-    grown,
-    restored_arrays,
-    saved_arrays,
-)
-from service.traces.unfinished import Ask
-from service.traces.window import Windows
+from betrace.service.traces.partial_folds import Ask
+from betrace.service.traces.signal_history import Told, listed, merged, next_steps, unlisted
+from betrace.service.traces.window import Windows
 
 _MASK = 2**64 - 1
 
@@ -138,7 +139,7 @@ class TraceTable:
         """Add the spans of a batch to their traces; errors are in what is returned.
 
         ``services`` numbers the service of each resource row, ``now`` is the time of receipt in
-        nanoseconds; for the others see :class:`~service.traces.foldrun.FoldRun`.
+        nanoseconds; for the others see :class:`~betrace.service.traces.folding.FoldRun`.
         """
         run = FoldRun(self, batch, services, now, skip, asks, known_only=known_only, closed=closed)
         return run.run()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from channels import Batcher, ReceiveChannel, SendChannel, open_channel
+from betrace.channels import Batcher, ReceiveChannel, SendChannel, open_channel
 
 Item = tuple[str, int, int]  # key, weight, number
 

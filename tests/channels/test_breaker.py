@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from channels import Breaker, BreakerOpen, BreakerSettings, BreakerState, BreakerTimeout, Transition
+from betrace.channels import (
+    Breaker,
+    BreakerOpen,
+    BreakerSettings,
+    BreakerState,
+    BreakerTimeout,
+    Transition,
+)
 
 SETTINGS = BreakerSettings(
     window=6, minimum_calls=4, failure_rate=0.5, open_for=15.0, trial_calls=3, timeout=5.0

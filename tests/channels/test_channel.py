@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
-from channels import ReceiveChannel, SendChannel, open_channel
+from betrace.channels import ReceiveChannel, SendChannel, open_channel
 
 Pair = tuple[SendChannel[str], ReceiveChannel[str]]
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 from trio.testing import MockClock
 
-from channels import Batcher, open_channel
+from betrace.channels import Batcher, open_channel
 
 
 class Every:

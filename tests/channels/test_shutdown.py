@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from channels.shutdown import Step, shut_down
+from betrace.channels.shutdown import Step, shut_down
 
 
 def slow_steps(log: list[tuple[float, str]], *durations: float) -> list[Step]:

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from channels import ExpectedError, SendChannel, Stage, TransientError, open_channel
+from betrace.channels import ExpectedError, SendChannel, Stage, TransientError, open_channel
 
 Item = str
 Handler = Callable[[list[Item]], Awaitable[None]]

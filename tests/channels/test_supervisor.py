@@ -8,8 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from channels import supervise
-from channels.supervisor import backoff
+from betrace.channels import supervise
+from betrace.channels.supervisor import backoff
 
 
 def test_backoff_doubles_up_to_a_limit() -> None:

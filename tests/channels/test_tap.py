@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from channels import DropReason, Tap
+from betrace.channels import DropReason, Tap
 
 
 def dropped(tap: Tap[str]) -> dict[str, int]:

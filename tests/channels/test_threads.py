@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from channels import ThreadRunner, ThreadTimeout
+from betrace.channels import ThreadRunner, ThreadTimeout
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
-from service.ledger.sqlite import SqliteLedger
-from service.signals import Kind, Signal
-from service.storage.duck import DuckStore
+from betrace.service.signals import Kind, Signal
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.crash.clients import Clients
 from tests.crash.victim import Victim
 from tests.crash.workload import TENANTS, Standing, Traces, write_rules
@@ -31,7 +31,7 @@ class Campaign:
         directory: Path,
         seed: int,
         rate: float = 60.0,
-        entry: tuple[str, ...] = ("-m", "service"),
+        entry: tuple[str, ...] = ("-m", "betrace.service"),
         **settings: str,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)

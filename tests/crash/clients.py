@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tests.crash.workload import Part, Traces
-from tests.strategies import encode
+from tests.support.strategies import encode
 
 CONNECTIONS = 6
 MAX_PARTS = 8  # in a request

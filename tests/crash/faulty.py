@@ -19,16 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from channels import TransientError
-from service.cli import main
-from service.ledger.base import LedgerError
-from service.ledger.sqlite import SqliteLedger
-from service.otlp.columns import SpanBatch
-from service.signals import Signal
-from service.stages.correlate import CorrelateStage
-from service.storage.disk import Buffer, Disk
-from service.storage.duck import DuckStore, StoreError
-from service.traces.due import DueTraces
+from betrace.channels import TransientError
+from betrace.service.cli.main import main
+from betrace.service.otlp.columns import SpanBatch
+from betrace.service.pipeline.stages.correlate import CorrelateStage
+from betrace.service.signals import Signal
+from betrace.service.storage.disk import Buffer, Disk
+from betrace.service.storage.duck.store import DuckStore, StoreError
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.ledger.sqlite import SqliteLedger
+from betrace.service.traces.due import DueTraces
 
 FAULTS = Path(os.environ.pop("BETRACE_FAULTS"))
 

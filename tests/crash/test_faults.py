@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.campaign import Campaign
-from tests.e2e.running import wait_for
+from tests.support.process import wait_for
 
 pytestmark = pytest.mark.slow
 

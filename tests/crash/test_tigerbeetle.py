@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from service.ledger.sqlite import SqliteLedger
-from service.ledger.tigerbeetle import TigerBeetleLedger
+from betrace.service.storage.ledger.sqlite import SqliteLedger
+from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger
 from tests.crash.campaign import Campaign, same
 from tests.crash.workload import TENANTS
-from tests.service.ledger.server import BATCH, CLUSTER, MISSING, PROGRAM, Server
+from tests.support.tigerbeetle_server import BATCH, CLUSTER, MISSING, PROGRAM, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason=MISSING)]
 

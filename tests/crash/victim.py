@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.running import environment
+from tests.support.process import environment
 
 START_SECONDS = 180  # kernels may have to be compiled
 STOP_SECONDS = 60
@@ -47,7 +47,7 @@ class Victim:
     ``service.log`` there. ``entry`` is the Python command that runs it."""
 
     def __init__(
-        self, directory: Path, entry: tuple[str, ...] = ("-m", "service"), **settings: str
+        self, directory: Path, entry: tuple[str, ...] = ("-m", "betrace.service"), **settings: str
     ):
         self.directory = directory
         self.data = directory / "data"

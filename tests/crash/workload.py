@@ -13,8 +13,8 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.rules.definition import make_rule
-from tests.oracle import OracleSpan, breach
+from betrace.service.rules.definition import make_rule
+from tests.support.oracle import OracleSpan, breach
 
 TENANTS = ("default", "acme", "globex")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.running import Running, running
+from tests.support.process import Running, running
 
 
 @pytest.fixture(scope="session")

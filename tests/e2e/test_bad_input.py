@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from tests.e2e.running import Running
+from tests.support.process import Running
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import Running, wait_for
+from tests.support.process import Running, wait_for
 
 pytestmark = pytest.mark.slow
 

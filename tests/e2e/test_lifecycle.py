@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.e2e.running import Running, command, environment, running, wait_for
+from tests.support.process import Running, command, environment, running, wait_for
 
 pytestmark = pytest.mark.slow
 

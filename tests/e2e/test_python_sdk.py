@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import format_span_id, format_trace_id
 
-from tests.e2e.running import Running, wait_for
+from tests.support.process import Running, wait_for
 
 pytestmark = pytest.mark.slow
 

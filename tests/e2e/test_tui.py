@@ -14,11 +14,11 @@ import time
 
 import pytest
 
-from tests.e2e.running import Running, command, environment
+from betrace.tui.app import BetraceApp
+from betrace.tui.client import Client
 from tests.e2e.test_python_sdk import pay
-from tests.tui.fake import screen_text, until
-from tui.app import BetraceApp
-from tui.client import Client
+from tests.support.process import Running, command, environment
+from tests.support.tui_fake import screen_text, until
 
 pytestmark = pytest.mark.slow
 

@@ -13,13 +13,13 @@ import httpx
 import pytest
 from textual.widgets import TextArea
 
-from tests.e2e.running import Running, running
+from betrace.tui.app import BetraceApp
+from betrace.tui.client import Client
+from betrace.tui.panels.rule_edit import RuleEditor
+from betrace.tui.widgets.changes import Ask, Confirm
 from tests.e2e.test_python_sdk import pay
-from tests.tui.fake import screen_text, toasts, until
-from tui.app import BetraceApp
-from tui.changes import Ask, Confirm
-from tui.client import Client
-from tui.panels.ruleedit import RuleEditor
+from tests.support.process import Running, running
+from tests.support.tui_fake import screen_text, toasts, until
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from .files import dashboard, panels
+from tests.support.grafana_files import dashboard, panels
 
 # https://grafana.com/docs/grafana/latest/dashboards/build-dashboards/view-dashboard-json-model/
 # and packages/grafana-data/src/valueFormats/categories.ts

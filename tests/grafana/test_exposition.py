@@ -9,12 +9,19 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from channels import ThreadTimeout
-from service import metrics_docs
-from tests.service import inprocess
-from tests.service.traces.spans import S
-
-from .files import FOLDER, ROOT, alerts, metrics_of, needs_promtool, promtool, queries
+from betrace.channels import ThreadTimeout
+from betrace.service.cli.docs import metrics as metrics_docs
+from tests.support import inprocess
+from tests.support.grafana_files import (
+    FOLDER,
+    ROOT,
+    alerts,
+    metrics_of,
+    needs_promtool,
+    promtool,
+    queries,
+)
+from tests.support.spans import S
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +217,10 @@ def test_the_number_of_series_does_not_grow_with_tenants(scrapes):
 
 async def test_a_disk_that_hangs_holds_up_its_scrape_only(tmp_path, monkeypatch):
     let_go = threading.Event()
-    monkeypatch.setattr("service.metrics.stores.shutil.disk_usage", lambda _: let_go.wait(20) and 0)
-    monkeypatch.setattr("service.app.SCRAPE_SECONDS", 0.2)
+    monkeypatch.setattr(
+        "betrace.service.api.metrics.stores.shutil.disk_usage", lambda _: let_go.wait(20) and 0
+    )
+    monkeypatch.setattr("betrace.service.app.SCRAPE_SECONDS", 0.2)
     async with inprocess.running(inprocess.settings(tmp_path)) as service:
         with pytest.raises(ThreadTimeout):
             await service.scrape()

@@ -6,9 +6,17 @@ from itertools import combinations
 import pytest
 import yaml
 
-from service import metrics_docs
-
-from .files import FOLDER, ROOT, alerts, dashboard, metrics_of, needs_promtool, panels, promtool
+from betrace.service.cli.docs import metrics as metrics_docs
+from tests.support.grafana_files import (
+    FOLDER,
+    ROOT,
+    alerts,
+    dashboard,
+    metrics_of,
+    needs_promtool,
+    panels,
+    promtool,
+)
 
 # operations.md, "Metrics"
 REQUIRED = """

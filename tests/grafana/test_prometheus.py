@@ -16,9 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.running import Running, environment, running, wait_for
-
-from .files import FOLDER, alerts, queries
+from tests.support.grafana_files import FOLDER, alerts, queries
+from tests.support.process import Running, environment, running, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -118,10 +117,16 @@ def scraping(directory: Path, service: Running) -> Iterator[Prometheus]:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """One that has seen the shop for a while, and goes on seeing it."""
     directory = tmp_path_factory.mktemp("scraped")
-    with resources.as_file(resources.files("service").joinpath("demo_rules")) as rules:
+    with resources.as_file(resources.files("betrace.service.cli.demo").joinpath("rules")) as rules:
         shutil.copytree(rules, directory / "rules")
     with running(directory) as service, scraping(directory / "prometheus", service) as prometheus:
-        command = [sys.executable, "-m", "service.demo_shop", "--endpoint", service.ingest]
+        command = [
+            sys.executable,
+            "-m",
+            "betrace.service.cli.demo.shop",
+            "--endpoint",
+            service.ingest,
+        ]
         # First every scenario once, which is counted from 0 and therefore seen as an increase.
         subprocess.run([*command, "--once"], env=environment(), check=True, timeout=60)
         shop = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)

@@ -12,7 +12,6 @@ import pytest
 
 from perf import (
     bench,
-    bench_caches,
     bench_queries,
     cachehits,
     curves,
@@ -20,11 +19,11 @@ from perf import (
     load,
     memory,
     overload,
-    report,
-    rounds,
     soak,
     summary,
 )
+from perf.lib import bench_caches, rounds
+from perf.report import output as report
 
 Json = dict[str, Any]
 

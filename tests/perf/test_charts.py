@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from perf.charts import BOTTOM, DOTTED, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, chart
+from perf.report.charts import BOTTOM, DOTTED, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

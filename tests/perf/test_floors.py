@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from perf import floors, hints
-from perf.floors import MISSED, NOT_RUN, REACHED
+from perf.report import floors, hints
+from perf.report.floors import MISSED, NOT_RUN, REACHED
 
 Json = dict[str, Any]
 

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 
 from perf.generator import Generator, Load, Result
-from perf.workload import Shape, make_bodies
+from perf.lib.workload import Shape, make_bodies
 
 SHAPE = Shape(spans=5, spans_per_trace=5, breaches=0.0)
 Answer = Callable[[socket.socket, int], None]  # on a connection, to the request of that number

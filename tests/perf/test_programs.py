@@ -17,20 +17,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from perf import (
-    bench_ledger,
-    everything,
-    floors,
-    fuzz_wire,
-    generator,
-    memory,
-    report,
-    summary,
-    workload,
-)
+from perf import everything, fuzz_wire, generator, memory, summary
 from perf.generator import Generator, Load
-from perf.target import GeneratorProcess, Service, service
-from perf.workload import Shape, make_bodies
+from perf.lib import bench_ledger, workload
+from perf.lib.target import GeneratorProcess, Service, service
+from perf.lib.workload import Shape, make_bodies
+from perf.report import floors
+from perf.report import output as report
 from tests.perf.conftest import Programs
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from perf import regress, report
+from perf import regress
+from perf.report import output as report
 
 OWN, BESIDE = 0.002, 0.001  # CPU seconds of a figure and of the reference
 

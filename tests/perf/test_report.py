@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from perf import everything, floors, report, soak, summary
+from perf import everything, soak, summary
+from perf.report import floors
+from perf.report import output as report
 
 
 def test_a_table_is_aligned_markdown() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perf import stacks
+from perf.lib import stacks
 
 CPU = {"trio": 0.6, "fallback-duckdb": 0.3, "jemalloc_bg_thd": 0.1}
 RAW = """\

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from channels import ThreadRunner
-from perf import threads
-from perf.threads import ENDED, MAIN, OTHER, Used
+from betrace.channels import ThreadRunner
+from perf.lib import threads
+from perf.lib.threads import ENDED, MAIN, OTHER, Used
 
 
 async def test_a_busy_thread_of_a_runner_is_found_by_its_name() -> None:

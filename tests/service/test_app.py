@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import pytest
 import trio
 
-from service.app import open_service
-from service.http.request import Done
-from tests.service.inprocess import closed, folded, running, send, settings, write_rules
-from tests.service.traces.spans import TRACE, S
+from betrace.service.app import open_service
+from betrace.service.pipeline.request import Done
+from tests.support.inprocess import closed, folded, running, send, settings, write_rules
+from tests.support.spans import TRACE, S
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import trio.testing
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from channels import ThreadRunner
-from service.caches import LoadingCache
+from betrace.channels import ThreadRunner
+from betrace.service.caches import LoadingCache
 
 KEYS = st.tuples(st.sampled_from("ab"), st.integers(0, 3))
 

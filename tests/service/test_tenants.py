@@ -1,6 +1,6 @@
 import pytest
 
-from service.tenants import Quotas, is_tenant_name
+from betrace.service.tenants import Quotas, is_tenant_name
 
 
 class Clock:

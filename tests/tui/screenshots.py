@@ -8,8 +8,8 @@ import re
 import time
 from pathlib import Path
 
-from tests.tui.fake import FakeApi
-from tests.tui.scenes import SCENES, prepare
+from tests.support.tui_fake import FakeApi
+from tests.support.tui_scenes import SCENES, prepare
 
 PICTURES = Path(__file__).parents[2] / "docs" / "tui"
 SIZE = (100, 30)

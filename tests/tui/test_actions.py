@@ -7,8 +7,8 @@ import asyncio
 import httpx
 import pytest
 
-from tests.tui.fake import FakeApi, piloted, refusal, screen_text, toasts, until
-from tui.changes import Ask, Change, Confirm
+from betrace.tui.widgets.changes import Ask, Change, Confirm
+from tests.support.tui_fake import FakeApi, piloted, refusal, screen_text, toasts, until
 
 ACTIONS = [
     ("2", "P", "/api/admin/pipeline/pause", "ingestion: open → paused", "ingestion is paused"),

@@ -9,11 +9,11 @@ import sys
 import httpx
 import pytest
 
-from tests.tui.fake import T0, URL, FakeApi, piloted, refusal, screen_text, toasts, until
-from tui import connection
-from tui.app import run
-from tui.client import Client, ClientError
-from tui.connection import Connection, Link
+from betrace.tui import connection
+from betrace.tui.app import run
+from betrace.tui.client import Client, ClientError
+from betrace.tui.connection import Connection, Link
+from tests.support.tui_fake import T0, URL, FakeApi, piloted, refusal, screen_text, toasts, until
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_a_url_that_is_none(capsys):
 
 
 class Answering:
-    """`tui.app.Client`, with a fake behind it."""
+    """`betrace.tui.app.Client`, with a fake behind it."""
 
     def __init__(self, api: FakeApi) -> None:
         self.api = api
@@ -139,7 +139,7 @@ class Answering:
 def test_without_the_right_token_it_says_what_to_give(monkeypatch, capsys):
     api = FakeApi()
     api.routes["GET", "/api/performance/queue-stats"] = refusal(401, "no valid token", "see /docs")
-    monkeypatch.setattr("tui.app.Client", Answering(api))
+    monkeypatch.setattr("betrace.tui.app.Client", Answering(api))
     assert run(URL, "wrong", "shop") == 3
     assert "no valid token; see /docs; give the operator token" in capsys.readouterr().err
     sent = api.requests[0].headers
@@ -149,7 +149,7 @@ def test_without_the_right_token_it_says_what_to_give(monkeypatch, capsys):
 
 
 def test_without_a_terminal_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("tui.app.Client", Answering(FakeApi()))
+    monkeypatch.setattr("betrace.tui.app.Client", Answering(FakeApi()))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     assert run(URL) == 3
     assert "needs a terminal" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_without_a_terminal_it_says_so(monkeypatch, capsys):
 def test_something_else_that_answers_there(monkeypatch, capsys):
     api = FakeApi()
     api.routes["GET", "/readyz"] = httpx.Response(200, text="<html>")
-    monkeypatch.setattr("tui.app.Client", Answering(api))
+    monkeypatch.setattr("betrace.tui.app.Client", Answering(api))
     assert run(URL) == 3
     assert "is no BeTrace API" in capsys.readouterr().err
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rich.text import Text
 from textual.app import App, ComposeResult
 
-from tests.tui.fake import until
-from tui.grid import Grid
+from betrace.tui.widgets.grid import Grid
+from tests.support.tui_fake import until
 
 HEIGHT = 10
 """Lines of the window; the head takes one of them."""

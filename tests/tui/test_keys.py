@@ -9,11 +9,11 @@ from textual.command import CommandPalette
 from textual.events import Key
 from textual.widgets import Input
 
-from tests.tui.fake import FakeApi, piloted, screen_text, snapshot_at, toasts, until
-from tui.changes import Confirm
-from tui.help import Help, TooSmall
-from tui.panels import PANELS
-from tui.widgets import Detail
+from betrace.tui.panels import PANELS
+from betrace.tui.widgets.basic import Detail
+from betrace.tui.widgets.changes import Confirm
+from betrace.tui.widgets.help import Help, TooSmall
+from tests.support.tui_fake import FakeApi, piloted, screen_text, snapshot_at, toasts, until
 
 
 @piloted()

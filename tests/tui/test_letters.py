@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tui.fake import T0, piloted, refusal, screen_text, toasts, until
-from tui.changes import Ask, Confirm
-from tui.panels.deadletters import retry_text
-from tui.panels.tenants import check_key, quota_text
-from tui.pick import Pick
-from tui.widgets import Detail
+from betrace.tui.panels.dead_letters import retry_text
+from betrace.tui.panels.tenants import check_key, quota_text
+from betrace.tui.widgets.basic import Detail
+from betrace.tui.widgets.changes import Ask, Confirm
+from betrace.tui.widgets.pick import Pick
+from tests.support.tui_fake import T0, piloted, refusal, screen_text, toasts, until
 
 PUBLIC = "-----BEGIN PUBLIC KEY-----\nMCow\n-----END PUBLIC KEY-----\n"
 

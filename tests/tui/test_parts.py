@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tui.fake import T0, URL, FakeApi, snapshot_at
-from tui import client as client_module
-from tui import text
-from tui.client import Client, ClientError, read_events, segment
-from tui.panel import matches
-from tui.panels.details import plot, trial_text
-from tui.panels.drawing import condition
-from tui.panels.problems import problems
-from tui.state import HISTORY, State, parse
+from betrace.tui import client as client_module
+from betrace.tui.client import Client, ClientError, read_events, segment
+from betrace.tui.panels.details import plot, trial_text
+from betrace.tui.panels.drawing import condition
+from betrace.tui.panels.problems import problems
+from betrace.tui.state import HISTORY, State, parse
+from betrace.tui.widgets import text
+from betrace.tui.widgets.panel import matches
+from tests.support.tui_fake import T0, URL, FakeApi, snapshot_at
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

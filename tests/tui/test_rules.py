@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from textual.widgets import Input, TextArea
 
-from tests.tui import records
-from tests.tui.fake import piloted, refusal, screen_text, toasts, until
-from tui.changes import Confirm
-from tui.highlight import highlighted, words
-from tui.panels.ruleedit import RuleEditor, difference, error_text
-from tui.pick import Pick
-from tui.widgets import Detail
+from betrace.tui.panels.rule_edit import RuleEditor, difference, error_text
+from betrace.tui.widgets.basic import Detail
+from betrace.tui.widgets.changes import Confirm
+from betrace.tui.widgets.highlight import highlighted, words
+from betrace.tui.widgets.pick import Pick
+from tests.support import tui_records as records
+from tests.support.tui_fake import piloted, refusal, screen_text, toasts, until
 
 
 @piloted()

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tui import records
-from tests.tui.fake import piloted, refusal, screen_text, toasts, until
-from tui.panels import signals as signals_module
-from tui.pick import Pick
-from tui.waterfall import MAX_SPANS, Span, marks, ordered, spans_of, waterfall
-from tui.widgets import Detail
+from betrace.tui.panels import signals as signals_module
+from betrace.tui.widgets.basic import Detail
+from betrace.tui.widgets.pick import Pick
+from betrace.tui.widgets.waterfall import MAX_SPANS, Span, marks, ordered, spans_of, waterfall
+from tests.support import tui_records as records
+from tests.support.tui_fake import piloted, refusal, screen_text, toasts, until
 
 
 async def opened(pilot, api):

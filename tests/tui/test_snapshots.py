@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tui.fake import FakeApi
-from tests.tui.scenes import SCENES, prepare
-from tui import connection
+from betrace.tui import connection
+from tests.support.tui_fake import FakeApi
+from tests.support.tui_scenes import SCENES, prepare
 
 SMALL, USUAL = (80, 24), (120, 40)
 LOOKS = [(name, SMALL) for name in SCENES]

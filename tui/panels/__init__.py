@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from tui.panel import Panel
-from tui.panels.breakers import BreakersPanel
-from tui.panels.caches import CachesPanel
-from tui.panels.deadletters import DeadLettersPanel
-from tui.panels.overview import Overview
-from tui.panels.pipeline import PipelinePanel
-from tui.panels.rules import RulesPanel
-from tui.panels.signals import SignalsPanel
-from tui.panels.system import SystemPanel
-from tui.panels.tenants import TenantsPanel
+from betrace.tui.panels.breakers import BreakersPanel
+from betrace.tui.panels.caches import CachesPanel
+from betrace.tui.panels.dead_letters import DeadLettersPanel
+from betrace.tui.panels.overview import Overview
+from betrace.tui.panels.pipeline import PipelinePanel
+from betrace.tui.panels.rules import RulesPanel
+from betrace.tui.panels.signals import SignalsPanel
+from betrace.tui.panels.system import SystemPanel
+from betrace.tui.panels.tenants import TenantsPanel
+from betrace.tui.widgets.panel import Panel
 
 PANELS: tuple[type[Panel], ...] = (
     Overview,

@@ -7,11 +7,20 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 
-from tui.changes import Change
-from tui.panels.details import show_breaker, trial_text
-from tui.state import Breaker, State
-from tui.table import Cell, Column, Row, TablePanel
-from tui.text import NONE, SYMBOLS, clock, duration, number, percent, status_tone, words
+from betrace.tui.panels.details import show_breaker, trial_text
+from betrace.tui.state import Breaker, State
+from betrace.tui.widgets.changes import Change
+from betrace.tui.widgets.table import Cell, Column, Row, TablePanel
+from betrace.tui.widgets.text import (
+    NONE,
+    SYMBOLS,
+    clock,
+    duration,
+    number,
+    percent,
+    status_tone,
+    words,
+)
 
 _AFTER = {"trip": "open", "reset": "closed", "force-open": "forced open", "disable": "disabled"}
 _NOTES = {

@@ -9,14 +9,14 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from tui.changes import Ask, Change
-from tui.client import Json
-from tui.listing import check_tenant
-from tui.panels.details import plot, show_cache
-from tui.state import Cache, State
-from tui.table import Cell, Column, Row, TablePanel
-from tui.text import NONE, count, many, millis, number, percent
-from tui.widgets import Live
+from betrace.tui.client import Json
+from betrace.tui.panels.details import plot, show_cache
+from betrace.tui.state import Cache, State
+from betrace.tui.widgets.basic import Live
+from betrace.tui.widgets.changes import Ask, Change
+from betrace.tui.widgets.listing import check_tenant
+from betrace.tui.widgets.table import Cell, Column, Row, TablePanel
+from betrace.tui.widgets.text import NONE, count, many, millis, number, percent
 
 
 class CachesPanel(TablePanel):

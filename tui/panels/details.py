@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from textual.content import Content
 
-from tui.panels.drawing import condition
-from tui.state import State
-from tui.text import (
+from betrace.tui.panels.drawing import condition
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Detail, fields, marked, toned
+from betrace.tui.widgets.text import (
     NONE,
     ago,
     bar,
@@ -24,10 +25,9 @@ from tui.text import (
     status_tone,
     words,
 )
-from tui.widgets import Detail, fields, marked, toned
 
 if TYPE_CHECKING:
-    from tui.app import BetraceApp
+    from betrace.tui.app import BetraceApp
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

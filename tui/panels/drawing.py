@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from tui.state import Stage, State
-from tui.text import SYMBOLS, Tone, bar, fill_tone, millis, number, words
-from tui.widgets import STYLES, toned
+from betrace.tui.state import Stage, State
+from betrace.tui.widgets.basic import STYLES, toned
+from betrace.tui.widgets.text import SYMBOLS, Tone, bar, fill_tone, millis, number, words
 
 Parts = list[str | tuple[str, str]]
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from textual.content import Content
 
-from tui.client import ClientError, Json
-from tui.listing import mapping
-from tui.state import State
-from tui.text import NONE, date, many, millis, moment, severity, status_tone
-from tui.waterfall import MATCH, Span, letters, marks, spans_of, waterfall
-from tui.widgets import Detail, fields, marked, toned
+from betrace.tui.client import ClientError, Json
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Detail, fields, marked, toned
+from betrace.tui.widgets.listing import mapping
+from betrace.tui.widgets.text import NONE, date, many, millis, moment, severity, status_tone
+from betrace.tui.widgets.waterfall import MATCH, Span, letters, marks, spans_of, waterfall
 
 if TYPE_CHECKING:
-    from tui.app import BetraceApp
+    from betrace.tui.app import BetraceApp
 
 
 class Shown(ABC):

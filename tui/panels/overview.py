@@ -10,13 +10,22 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
 
-from tui.panel import Panel
-from tui.panels.details import show_stage
-from tui.panels.drawing import draw_pipeline
-from tui.panels.problems import problems
-from tui.state import Breaker, Cache, State
-from tui.text import bar, duration, millis, number, percent, plural, status_tone, words
-from tui.widgets import Live, Section, Tile, marked, toned
+from betrace.tui.panels.details import show_stage
+from betrace.tui.panels.drawing import draw_pipeline
+from betrace.tui.panels.problems import problems
+from betrace.tui.state import Breaker, Cache, State
+from betrace.tui.widgets.basic import Live, Section, Tile, marked, toned
+from betrace.tui.widgets.panel import Panel
+from betrace.tui.widgets.text import (
+    bar,
+    duration,
+    millis,
+    number,
+    percent,
+    plural,
+    status_tone,
+    words,
+)
 
 NAME_WIDTH = 15
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from tui.changes import Change
-from tui.panels.details import plot, show_stage
-from tui.panels.drawing import condition
-from tui.state import State
-from tui.table import Cell, Column, Row, TablePanel
-from tui.text import SYMBOLS, age, fill_tone, millis, number, plural, status_tone
-from tui.widgets import Live, marked
+from betrace.tui.panels.details import plot, show_stage
+from betrace.tui.panels.drawing import condition
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Live, marked
+from betrace.tui.widgets.changes import Change
+from betrace.tui.widgets.table import Cell, Column, Row, TablePanel
+from betrace.tui.widgets.text import SYMBOLS, age, fill_tone, millis, number, plural, status_tone
 
 DRAIN_SECONDS = 10
 

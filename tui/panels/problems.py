@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tui.state import State
-from tui.text import Tone, clock, fill_tone, number, percent
+from betrace.tui.state import State
+from betrace.tui.widgets.text import Tone, clock, fill_tone, number, percent
 
 _WORST: dict[Tone, int] = {"bad": 0, "busy": 1, "good": 2, "quiet": 3}
 

@@ -8,16 +8,16 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from tui.changes import Change
-from tui.client import ClientError, Json
-from tui.highlight import highlighted
-from tui.listing import Part, TenantListing, mapping, objects
-from tui.panels.ruleedit import RuleEditor
-from tui.panels.ruletest import test_condition
-from tui.state import State
-from tui.table import Cell, Column, Row
-from tui.text import NONE, SEVERITIES, count, many, number, severity
-from tui.widgets import Detail, fields, marked, toned
+from betrace.tui.client import ClientError, Json
+from betrace.tui.panels.rule_edit import RuleEditor
+from betrace.tui.panels.rule_test import test_condition
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Detail, fields, marked, toned
+from betrace.tui.widgets.changes import Change
+from betrace.tui.widgets.highlight import highlighted
+from betrace.tui.widgets.listing import Part, TenantListing, mapping, objects
+from betrace.tui.widgets.table import Cell, Column, Row
+from betrace.tui.widgets.text import NONE, SEVERITIES, count, many, number, severity
 
 FIELDS = ("name", "description", "severity", "labels", "condition")
 """What a rule is saved with, besides whether it is enabled."""

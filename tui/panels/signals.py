@@ -9,14 +9,14 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.events import Hide
 
-from tui.client import ClientError, Json
-from tui.listing import Part, TenantListing, objects
-from tui.panels.evidence import show_signal
-from tui.pick import Pick
-from tui.state import State
-from tui.table import Cell, Column, Row
-from tui.text import NONE, SEVERITIES, SYMBOLS, clock, moment, severity, status_tone
-from tui.widgets import marked
+from betrace.tui.client import ClientError, Json
+from betrace.tui.panels.evidence import show_signal
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import marked
+from betrace.tui.widgets.listing import Part, TenantListing, objects
+from betrace.tui.widgets.pick import Pick
+from betrace.tui.widgets.table import Cell, Column, Row
+from betrace.tui.widgets.text import NONE, SEVERITIES, SYMBOLS, clock, moment, severity, status_tone
 
 PAGE = 200
 """Signals that are read first, and kept while they come."""

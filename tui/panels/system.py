@@ -9,14 +9,25 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 
-from tui.changes import Change
-from tui.client import ClientError, Json
-from tui.listing import mapping, objects
-from tui.panel import Panel
-from tui.panels.details import plot
-from tui.state import State
-from tui.text import NONE, count, date, duration, many, moment, number, percent, size, status_tone
-from tui.widgets import Draw, Section, fields, marked, toned
+from betrace.tui.client import ClientError, Json
+from betrace.tui.panels.details import plot
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Draw, Section, fields, marked, toned
+from betrace.tui.widgets.changes import Change
+from betrace.tui.widgets.listing import mapping, objects
+from betrace.tui.widgets.panel import Panel
+from betrace.tui.widgets.text import (
+    NONE,
+    count,
+    date,
+    duration,
+    many,
+    moment,
+    number,
+    percent,
+    size,
+    status_tone,
+)
 
 _NARROW = 60
 

@@ -9,14 +9,14 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from tui.changes import Ask, Change
-from tui.client import Json
-from tui.listing import MOST, Listing, Part, check_tenant, objects
-from tui.pick import Pick
-from tui.state import State
-from tui.table import Cell, Column, Row
-from tui.text import NONE, SYMBOLS, count, date, many, moment, number, status_tone
-from tui.widgets import Detail, fields, marked
+from betrace.tui.client import Json
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Detail, fields, marked
+from betrace.tui.widgets.changes import Ask, Change
+from betrace.tui.widgets.listing import MOST, Listing, Part, check_tenant, objects
+from betrace.tui.widgets.pick import Pick
+from betrace.tui.widgets.table import Cell, Column, Row
+from betrace.tui.widgets.text import NONE, SYMBOLS, count, date, many, moment, number, status_tone
 
 MOST_KEY_BYTES = 10_000
 

@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import trio
 
-from channels import BreakerState
-from service.export.exports import OTLP, WEBHOOK, Exports, destinations
-from service.ledger.base import LedgerError
-from service.ledger.sqlite import SqliteLedger
-from service.record import Entries
-from service.settings import Settings
-from service.signals import Kind
-from tests.service.export.receiver import Receiver, receiving
-from tests.service.inprocess import closed, running, send, write_rules
-from tests.service.inprocess import settings as service_settings
-from tests.service.ledger.conformance import make
-from tests.service.traces.spans import S
+from betrace.channels import BreakerState
+from betrace.service.config.settings import Settings
+from betrace.service.export.destinations import OTLP, WEBHOOK, Exports, destinations
+from betrace.service.signals import Kind
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.sqlite import SqliteLedger
+from tests.support.http_receiver import Receiver, receiving
+from tests.support.inprocess import closed, running, send, write_rules
+from tests.support.inprocess import settings as service_settings
+from tests.support.ledger_conformance import make
+from tests.support.spans import S
 
-from service.breakers import Breakers  # isort: skip
-from service.export import exporter as exporter_module  # isort: skip
+from betrace.service.pipeline.breakers import Breakers  # isort: skip
+from betrace.service.export import exporter as exporter_module  # isort: skip
 
 
 @pytest.fixture

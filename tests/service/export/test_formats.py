@@ -7,9 +7,9 @@ import json
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
 
-from service.export.formats import alert_groups, alertmanager, otlp_logs
-from service.signals import Kind
-from tests.service.ledger.conformance import make
+from betrace.service.export.formats import alert_groups, alertmanager, otlp_logs
+from betrace.service.signals import Kind
+from tests.support.ledger_conformance import make
 
 
 def test_a_log_record_says_what_broke_and_where() -> None:

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.otlp.encoding import BadEncoding, BodyTooLarge, UnknownEncoding, decode_body
+from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, UnknownEncoding, decode_body
 
 LIMIT = 1 << 20
 TEXT = b"resource spans, scope spans, spans; " * 300

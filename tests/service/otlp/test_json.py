@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from service.otlp import wire
-from service.otlp.json import OtlpJsonError, to_protobuf
-from tests.service.otlp import reference
-from tests.service.otlp.generate import Generator
+from betrace.service.otlp import wire
+from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from tests.support import otlp_reference as reference
+from tests.support.otlp_generator import Generator
 
 CASES = Path(__file__).parents[3] / "../shared/cases/otlp"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from service.otlp.json import to_protobuf
-from service.otlp.render import trace_as_json
+from betrace.service.otlp.json import to_protobuf
+from betrace.service.otlp.render import trace_as_json
 
 TRACE, OTHER = b"\xab" * 16, b"\xcd" * 16
 

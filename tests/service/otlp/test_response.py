@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from service.otlp.response import export_response, status_body
+from betrace.service.otlp.response import export_response, status_body
 
 
 def test_full_success_is_an_empty_message() -> None:

@@ -11,8 +11,8 @@ import pytest
 from numba.core import config
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from service.otlp import primitives, wire
-from service.otlp.columns import (
+from betrace.service.otlp import primitives, wire
+from betrace.service.otlp.columns import (
     COMPLETE,
     END,
     ERROR,
@@ -31,9 +31,9 @@ from service.otlp.columns import (
     START,
     STATUS,
 )  # fmt: skip
-from service.otlp.scanner import MAX_DEPTH
-from tests.service.otlp import reference
-from tests.service.otlp.generate import (
+from betrace.service.otlp.scanner import MAX_DEPTH
+from tests.support import otlp_reference as reference
+from tests.support.otlp_generator import (
     DELIMITED,
     END_GROUP,
     FIXED32,

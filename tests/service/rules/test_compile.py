@@ -8,16 +8,11 @@ import numpy as np
 import orjson
 import pytest
 
-from service.rules.compile import (
-    COUNT_NUMBER,
-    R_EARLY,
-    R_EARLY_ON_EMPTY,
-    compile_rules,
-)
-from service.rules.definition import make_rule
-from service.rules.parse import parse
-from service.rules.syntax import And, CountCompare, SpanSet
-from tests.service.traces.engine import compiled
+from betrace.service.rules.compile import COUNT_NUMBER, R_EARLY, R_EARLY_ON_EMPTY, compile_rules
+from betrace.service.rules.definition import make_rule
+from betrace.service.rules.parse import parse
+from betrace.service.rules.syntax import And, CountCompare, SpanSet
+from tests.support.engine import compiled
 
 
 def thresholds(text: str) -> dict[str, list[int]]:

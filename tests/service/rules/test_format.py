@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from service.rules.format import format_check, format_condition, format_rule
-from service.rules.parse import parse
-from service.rules.syntax import Exists, RuleSyntax, SpanSet
-from tests import strategies
+from betrace.service.rules.format import format_check, format_condition, format_rule
+from betrace.service.rules.parse import parse
+from betrace.service.rules.syntax import Exists, RuleSyntax, SpanSet
+from tests.support import strategies
 
 
 @given(strategies.rules())

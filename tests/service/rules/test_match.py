@@ -12,16 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from service.otlp.attributes import OUT_SIZE
-from service.otlp.columns import RESOURCE, SCOPE, SpanBatch
-from service.otlp.wire import scan_bodies
-from service.rules.match import ASK, NO, YES, evaluate, read_attribute, satisfies
-from service.rules.program import ProgramBuilder
-from service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope, Truthy
-from service.rules.values import compare, number_text, read_number
-from tests import oracle
-from tests.oracle import OracleSpan
-from tests.strategies import (
+from betrace.service.otlp.attributes import OUT_SIZE
+from betrace.service.otlp.columns import RESOURCE, SCOPE, SpanBatch
+from betrace.service.otlp.wire import scan_bodies
+from betrace.service.rules.match import ASK, NO, YES, evaluate, read_attribute, satisfies
+from betrace.service.rules.program import ProgramBuilder
+from betrace.service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope, Truthy
+from betrace.service.rules.values import compare, number_text, read_number
+from tests.support import oracle
+from tests.support.oracle import OracleSpan
+from tests.support.strategies import (
     CMP,
     KEYS,
     encode,

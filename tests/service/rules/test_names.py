@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.otlp.wire import hash_text
-from service.rules import names as module
-from service.rules.names import (
+from betrace.service.otlp.wire import hash_text
+from betrace.service.rules import names as module
+from betrace.service.rules.names import (
     FULL,
     LONGEST_NAME,
     N_COUNT,
@@ -24,8 +24,8 @@ from service.rules.names import (
     find_name,
     glob_match,
 )
-from tests.oracle import name_matches
-from tests.strategies import NAME_PATTERNS, SPAN_NAMES
+from tests.support.oracle import name_matches
+from tests.support.strategies import NAME_PATTERNS, SPAN_NAMES
 
 pytestmark = pytest.mark.kernel
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.rules.errors import KEYWORDS, RuleSyntaxError
-from service.rules.parse import MAX_TEXT_BYTES, parse
-from service.rules.syntax import (
+from betrace.service.rules.errors import KEYWORDS, RuleSyntaxError
+from betrace.service.rules.parse import MAX_TEXT_BYTES, parse
+from betrace.service.rules.syntax import (
     FIELDS,
     And,
     Attribute,

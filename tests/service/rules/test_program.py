@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.rules.program import (
+from betrace.service.rules.program import (
     EMPTY,
     EQ,
     GE,
@@ -29,7 +29,7 @@ from service.rules.program import (
     int_range,
     ordered_bits,
 )
-from service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope, Truthy
+from betrace.service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope, Truthy
 
 OPERATORS = {
     EQ: operator.eq,

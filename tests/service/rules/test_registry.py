@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.rules.files import RuleStore, make_rule
-from service.rules.registry import RuleRegistry, rules_version, weight
+from betrace.service.rules.registry import RuleRegistry, rules_version, weight
+from betrace.service.rules.store import RuleStore, make_rule
 
 CONDITION = "count(a) > 1"
 

@@ -9,15 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.rules.syntax import Literal
-from service.rules.values import (
-    MAX_NUMBER_CHARS,
-    compare,
-    number_text,
-    read_number,
-    truthy,
-)
-from tests import oracle, strategies
+from betrace.service.rules.syntax import Literal
+from betrace.service.rules.values import MAX_NUMBER_CHARS, compare, number_text, read_number, truthy
+from tests.support import oracle, strategies
 
 NAN = float("nan")
 INF = float("inf")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.rules.parse import parse
-from tests.oracle import OracleSpan, breach, name_matches
+from betrace.service.rules.parse import parse
+from tests.support.oracle import OracleSpan, breach, name_matches
 
 CASES = Path(__file__).parents[3] / "../shared/cases/rules-verdict.json"
 

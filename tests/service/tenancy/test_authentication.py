@@ -3,15 +3,14 @@ import time
 import pytest
 import trio
 
-from channels import ThreadRunner
-from service.http.access import Denied
-from service.settings import Auth
-from service.tenancy import authentication
-from service.tenancy.authentication import SecretError, TokenAuthenticator, operator_token
-from service.tenancy.directory import DirectoryError, PublicKey
-from service.tenancy.tokens import key_id, make_token
-
-from .keys import new_key, raw, sign
+from betrace.channels import ThreadRunner
+from betrace.service.config.settings import Auth
+from betrace.service.tenancy import authentication
+from betrace.service.tenancy.access import Denied
+from betrace.service.tenancy.authentication import SecretError, TokenAuthenticator, operator_token
+from betrace.service.tenancy.directory import DirectoryError, PublicKey
+from betrace.service.tenancy.tokens import key_id, make_token
+from tests.support.tenant_keys import new_key, raw, sign
 
 OPERATOR = "operator-token-of-the-tests"
 SCRAPER = "scrape-token-of-the-tests"

@@ -2,7 +2,7 @@ import sqlite3
 
 import pytest
 
-from service.tenancy.directory import (
+from betrace.service.tenancy.directory import (
     MOST_KEYS,
     DirectoryError,
     Hidden,
@@ -11,9 +11,8 @@ from service.tenancy.directory import (
     TenantDirectory,
     UnknownTenantError,
 )
-from service.tenancy.tokens import key_id
-
-from .keys import new_key, raw
+from betrace.service.tenancy.tokens import key_id
+from tests.support.tenant_keys import new_key, raw
 
 SECOND = 1_000_000_000
 

@@ -6,17 +6,16 @@ import time
 from contextlib import asynccontextmanager
 from urllib.parse import quote
 
-from service.http.api import create_api
-from service.http.backend import Operator
-from service.http.health import metrics_app
-from service.http.ingest import Head
-from service.http.openapi import all_endpoints
-from service.http.request import Done
-from service.tenancy.tokens import key_id, make_token
-from tests.service.inprocess import closed, running, send, settings
-from tests.service.traces.spans import S
-
-from .keys import hs256, new_key, raw, sign, unsigned
+from betrace.service.api.app import create_api
+from betrace.service.api.backend import Operator
+from betrace.service.api.endpoints.health import metrics_app
+from betrace.service.api.openapi import all_endpoints
+from betrace.service.pipeline.request import Done
+from betrace.service.receiver.admission import Head
+from betrace.service.tenancy.tokens import key_id, make_token
+from tests.support.inprocess import closed, running, send, settings
+from tests.support.spans import S
+from tests.support.tenant_keys import hs256, new_key, raw, sign, unsigned
 
 OPERATOR = "operator-token-of-the-tests"
 SCRAPER = "scrape-token-of-the-tests"

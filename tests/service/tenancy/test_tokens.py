@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.tenancy.tokens import (
+from betrace.service.tenancy.tokens import (
     BadKeyError,
     BadTokenError,
     claimed,
@@ -19,8 +19,7 @@ from service.tenancy.tokens import (
     verify,
     write_private_key,
 )
-
-from .keys import hs256, new_key, part, raw, sign, unsigned
+from tests.support.tenant_keys import hs256, new_key, part, raw, sign, unsigned
 
 KEY = new_key()
 NOW = time.time()

@@ -10,8 +10,8 @@ import numpy as np
 import orjson
 import pytest
 
-from service.traces import checkpoint as module
-from service.traces.checkpoint import (
+from betrace.service.traces import checkpoint as module
+from betrace.service.traces.checkpoint import (
     KEPT,
     Snapshot,
     TableSnapshot,

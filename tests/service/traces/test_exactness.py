@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.rules.parse import parse
-from tests.oracle import OracleSpan, breach
-from tests.service.traces.engine import Engine
-from tests.strategies import encode, rules, traces
+from betrace.service.rules.parse import parse
+from tests.support.engine import Engine
+from tests.support.oracle import OracleSpan, breach
+from tests.support.strategies import encode, rules, traces
 
 pytestmark = pytest.mark.kernel
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.otlp.columns import SPAN_ID
-from service.rules import names as names_module
-from service.rules.parse import parse
-from service.traces import table as table_module
-from service.traces.closed import ClosedTraces
-from service.traces.layout import (
+from betrace.service.otlp.columns import SPAN_ID
+from betrace.service.rules import names as names_module
+from betrace.service.rules.parse import parse
+from betrace.service.traces import table as table_module
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.layout import (
     CLOSED,
     E_CHECK,
     E_COUNT,
@@ -50,9 +50,9 @@ from service.traces.layout import (
     STATE,
     TraceArrays,
 )
-from service.traces.tenant import MOST_SERVICES, OTHER_SERVICES, TenantTraces
-from tests.service.traces.engine import Engine, compiled
-from tests.service.traces.spans import TRACE, S, batch, body, many, of_traces
+from betrace.service.traces.tenant_traces import MOST_SERVICES, OTHER_SERVICES, TenantTraces
+from tests.support.engine import Engine, compiled
+from tests.support.spans import TRACE, S, batch, body, many, of_traces
 
 pytestmark = pytest.mark.kernel
 

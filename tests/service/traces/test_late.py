@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from service.rules.parse import parse
-from service.signals import Kind
-from tests.oracle import OracleSpan
-from tests.service.traces.engine import Engine, compiled
-from tests.strategies import encode
+from betrace.service.rules.parse import parse
+from betrace.service.signals import Kind
+from tests.support.engine import Engine, compiled
+from tests.support.oracle import OracleSpan
+from tests.support.strategies import encode
 
 pytestmark = pytest.mark.kernel
 

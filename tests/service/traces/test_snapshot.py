@@ -12,16 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.rules.compile import compile_rules
-from service.rules.definition import make_rule
-from service.signals import Signal
-from service.stages.evaluate import decide_due
-from service.traces.checkpoint import Snapshot, read_latest, write_checkpoint
-from service.traces.closed import ClosedTraces
-from service.traces.due import DueTraces
-from service.traces.layout import FREE, HI, STATE
-from service.traces.tenant import TenantTraces
-from tests.service.traces.spans import S, batch, many
+from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.rules.compile import compile_rules
+from betrace.service.rules.definition import make_rule
+from betrace.service.signals import Signal
+from betrace.service.traces.checkpoint import Snapshot, read_latest, write_checkpoint
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.layout import FREE, HI, STATE
+from betrace.service.traces.tenant_traces import TenantTraces
+from tests.support.spans import S, batch, many
 
 pytestmark = pytest.mark.kernel
 

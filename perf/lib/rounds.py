@@ -1,0 +1,93 @@
+"""Rounds of calls, and what a call takes: some to warm up, then those that count."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from perf.report import output as report
+
+WARM_UP, ROUNDS = 3, 5
+ROUND_SECONDS = 0.2
+
+Json = dict[str, Any]
+
+
+class Rounds:
+    """Rounds of calls: wall-clock time and CPU of this process, and single calls for
+    percentiles."""
+
+    def __init__(self) -> None:
+        self._wall: list[float] = []
+        self._cpu: list[float] = []
+        self._single: list[float] = []
+
+    def add(self, wall: float, cpu: float, calls: Sequence[float]) -> None:
+        """A measured round; seconds."""
+        self._wall.append(wall / len(calls))
+        self._cpu.append(cpu / len(calls))
+        self._single.extend(calls)
+
+    def result(self, items: int) -> Json:
+        """Microseconds a call, and items a second."""
+        ordered = sorted(self._single)
+
+        def quantile(q: float) -> float:
+            return round(1e6 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1)
+
+        return {
+            "items": items,
+            "wall_us": report.spread([1e6 * w for w in self._wall], 1),
+            "cpu_us": report.spread([1e6 * c for c in self._cpu], 1),
+            "p50_us": quantile(0.5),
+            "p99_us": quantile(0.99),
+            "calls": len(ordered),
+            "items_per_second": round(items / statistics.median(self._wall)),
+        }
+
+
+Taken = tuple[float, float]  # seconds of wall clock, of CPU
+
+
+def timed(call: Callable[[], object]) -> Taken:
+    """Call, and what that took."""
+    cpu, began = time.process_time(), time.perf_counter()
+    call()
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def rounds(items: int, call: Callable[[], Taken | None], seconds: float | None = None) -> Json:
+    """Call in rounds. A call says what it took where parts of it do not count."""
+    found = Rounds()
+    for i in range(WARM_UP + ROUNDS):
+        taken: list[float] = []
+        own_cpu = 0.0
+        cpu = time.process_time()
+        end = time.perf_counter() + (ROUND_SECONDS if seconds is None else seconds)
+        while time.perf_counter() < end or not taken:
+            began = time.perf_counter()
+            own = call()
+            taken.append(time.perf_counter() - began if own is None else own[0])
+            own_cpu += own[1] if own is not None else 0.0
+        cpu = own_cpu or time.process_time() - cpu
+        if i >= WARM_UP:
+            found.add(sum(taken), cpu, taken)
+    return found.result(items)
+
+
+async def async_rounds(items: int, call: Callable[[], Awaitable[None]]) -> Json:
+    """The same for an async call."""
+    found = Rounds()
+    for i in range(WARM_UP + ROUNDS):
+        taken: list[float] = []
+        cpu = time.process_time()
+        end = time.perf_counter() + ROUND_SECONDS
+        while time.perf_counter() < end or not taken:
+            began = time.perf_counter()
+            await call()
+            taken.append(time.perf_counter() - began)
+        if i >= WARM_UP:
+            found.add(sum(taken), time.process_time() - cpu, taken)
+    return found.result(items)

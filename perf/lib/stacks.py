@@ -1,0 +1,99 @@
+"""Where samples of a program's stacks lie: by thread and function, from py-spy's raw format.
+
+A line of it is the frames of a stack from the outermost to the innermost, joined by ``;``, the
+first being the thread, then a space and how often the stack was seen. py-spy leaves out what it
+knows to be idle, but not every wait; so where a thread's stack ends in a function of ``WAITS`` it
+does not count, and a thread's samples share the CPU that the system says it used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from perf.lib.threads import MAIN, SYSTEM_NAME
+from perf.report import output as report
+
+MOST = 20  # rows of the table
+MAIN_THREAD = "MainThread"  # Python's name for it
+# The functions in which the service's threads wait for work.
+WAITS = {
+    ("ThreadRunner._serve", "channels/threads.py"),
+    ("EpollIOManager.get_events", "trio/_core/_io_epoll.py"),
+    ("Condition.wait", "threading.py"),
+    ("Event.wait", "threading.py"),
+}
+_THREAD = re.compile(r"thread \(\w+\): (?P<name>.*?)(-\d+)?$")
+_FRAME = re.compile(r"(?P<function>.*) \((?P<file>.*?)(:\d+)?\)$")
+
+Json = dict[str, Any]
+Place = tuple[str, str, str]  # thread, function, file
+
+
+def functions(raw: str, cpu: Mapping[str, float]) -> Json:
+    """For each function of a thread the share of the CPU in which it ran itself (``self``; what it
+    calls in C and in compiled kernels is its own), or something that it called (``total``); those
+    with most of its own first. ``cpu`` has each thread's share of what the process used, by name
+    (:func:`perf.lib.threads.between`); what belongs to threads that were not seen is ``unseen``."""
+    seen: Counter[str] = Counter()
+    own: Counter[Place] = Counter()
+    whole: Counter[Place] = Counter()
+    for line in raw.splitlines():
+        stack, _, count = line.rpartition(" ")
+        first, *frames = stack.split(";")
+        named = _THREAD.match(first)
+        if not count.isdigit() or not named or not frames or _place(frames[-1]) in WAITS:
+            continue
+        name = MAIN if named["name"] == MAIN_THREAD else named["name"][:SYSTEM_NAME]
+        if name not in cpu:
+            continue
+        seen[name] += int(count)
+        places = [(name, *_place(frame)) for frame in frames]
+        own[places[-1]] += int(count)
+        whole.update(dict.fromkeys(places, int(count)))
+    order = sorted(
+        whole, key=lambda at: (-own[at] * cpu[at[0]] / seen[at[0]], -whole[at] / seen[at[0]])
+    )
+    return {
+        "samples": seen.total(),
+        "unseen": round(sum(share for name, share in cpu.items() if name not in seen), 4),
+        "functions": [
+            {
+                "thread": at[0],
+                "function": at[1],
+                "file": at[2],
+                "self": round(own[at] / seen[at[0]] * cpu[at[0]], 4),
+                "total": round(whole[at] / seen[at[0]] * cpu[at[0]], 4),
+            }
+            for at in order
+        ],
+    }
+
+
+def _place(frame: str) -> tuple[str, str]:
+    found = _FRAME.match(frame)
+    return (found["function"], found["file"]) if found else (frame, "")
+
+
+def table(found: Json, most: int = MOST) -> str:
+    """The functions with the most samples of their own."""
+    rows: Iterable[tuple[str, ...]] = (
+        (
+            f"`{each['function']}` {each['file']}",
+            each["thread"],
+            f"{each['self']:.1%}",
+            f"{each['total']:.1%}",
+        )
+        for each in found["functions"][:most]
+    )
+    return report.table(["function", "thread", "itself", "with what it calls"], rows)
+
+
+def said(found: Json, most: int = 3) -> str:
+    """The functions with the most samples of their own, in a line."""
+    return ", ".join(
+        f"{each['function']} ({each['thread']}) {each['self']:.0%}"
+        for each in found["functions"][:most]
+    )

@@ -1,0 +1,139 @@
+"""What each thread of a process used, by its name in the system: CPU, and waits for a core.
+
+From Linux's /proc (proc(5): ``task/TID/stat`` for user and system time in ticks, ``schedstat`` for
+the nanoseconds a thread ran and was ready without a core). The service names its worker threads
+after their runners (channels/threads.py); a thread that a library starts has the name of the
+thread that started it, unless it gives itself one.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perf.report import output as report
+
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+SYSTEM_NAME = 15  # letters of a thread's name that Linux keeps
+MAIN = "trio"  # the service's first thread
+OTHER = "DuckDB, Arrow"  # libraries' own threads, started by the first one without a name
+ENDED = "ended meanwhile"
+LEAST_SHARE = 0.005  # of the CPU; threads below are shown as one row
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Seconds since a thread's start: on a core in user and in system mode, and ready to run while
+    none was free."""
+
+    name: str
+    user: float
+    system: float
+    waited: float
+
+
+def threads(pid: int, root: Path = Path("/proc")) -> dict[int, Used]:
+    """What the threads of a process used until now, by their ids; those that end while this
+    looks are left out."""
+    found = {}
+    folder = root / str(pid)
+    for task in (folder / "task").iterdir():
+        try:
+            # The name is in brackets and may hold brackets and spaces itself.
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            waited = int((task / "schedstat").read_text().split()[1]) / 1e9
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        fields = rest.split()
+        user, system = (int(fields[i]) * TICK for i in (11, 12))
+        found[int(task.name)] = Used(name, user, system, waited)
+    main = found.get(pid)
+    if main is not None:
+        unnamed = main.name
+        for thread, used in found.items():
+            if used.name == unnamed:
+                name = MAIN if thread == pid else OTHER
+                found[thread] = Used(name, used.user, used.system, used.waited)
+    return found
+
+
+def between(
+    before: Mapping[int, Used], after: Mapping[int, Used], seconds: float, spans: int, cpu: float
+) -> dict[str, Json]:
+    """What was used from ``before`` to ``after``, ``seconds`` and ``spans`` later, by name, most
+    first. ``cpu`` is what the whole process used, in seconds: what its threads do not account for
+    was used by threads that ended."""
+    total: dict[str, list[float]] = {}
+    nothing = Used("", 0.0, 0.0, 0.0)
+    for thread, now in after.items():
+        then = before.get(thread, nothing)
+        sums = total.setdefault(now.name, [0.0, 0.0, 0.0])
+        for i, key in enumerate(("user", "system", "waited")):
+            sums[i] += max(0.0, getattr(now, key) - getattr(then, key))
+    rest = cpu - sum(user + system for user, system, _ in total.values())
+    if rest > LEAST_SHARE * cpu:
+        total[ENDED] = [rest, 0.0, 0.0]
+    used = {name: user + system for name, (user, system, _) in total.items()}
+    return {
+        name: {
+            "cores": round(used[name] / seconds, 4),
+            "system_cores": round(total[name][1] / seconds, 4),
+            "us_per_span": round(1e6 * used[name] / max(1, spans), 4),
+            "share": round(used[name] / cpu, 4) if cpu else 0.0,
+            "waited_share": round(total[name][2] / seconds, 4),
+        }
+        for name in sorted(used, key=lambda name: -used[name])
+    }
+
+
+def median(runs: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
+    """The medians of several runs, most first; a thread that a run does not have used nothing."""
+    names = {name: None for run in runs for name in run}
+    keys = ("cores", "system_cores", "us_per_span", "share", "waited_share")
+    found = {
+        name: {
+            key: round(statistics.median(run.get(name, {}).get(key, 0.0) for run in runs), 4)
+            for key in keys
+        }
+        for name in names
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]["share"]))
+
+
+def table(found: Mapping[str, Json]) -> str:
+    """The threads as a Markdown table; those that use next to nothing in one row."""
+    shown = {name: used for name, used in found.items() if used["share"] >= LEAST_SHARE}
+    few = [used for name, used in found.items() if name not in shown]
+    rows = [_row(name, [used]) for name, used in shown.items()]
+    if few:
+        rows.append(_row(f"{len(few)} more", few))
+    head = ["thread of the service", "CPU, µs a span", "share", "cores", "in the system", "waited"]
+    return report.table(head, rows)
+
+
+def _row(name: str, of: Iterable[Json]) -> list[str]:
+    sums = dict.fromkeys(("us_per_span", "share", "cores", "system_cores", "waited_share"), 0.0)
+    for used in of:
+        for key in sums:
+            sums[key] += used[key]
+    system = sums["system_cores"] / sums["cores"] if sums["cores"] else 0.0
+    return [
+        name,
+        f"{sums['us_per_span']:.2f}",
+        f"{sums['share']:.0%}",
+        f"{sums['cores']:.2f}",
+        f"{system:.0%}",
+        f"{sums['waited_share']:.0%}",
+    ]
+
+
+NOTE = (
+    "*In the system*: part of its CPU that the kernel used for it (sockets, files). *Waited*: part "
+    "of the time in which it was ready to run and no core was free."
+)

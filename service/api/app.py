@@ -1,0 +1,176 @@
+"""The control plane: queries, operation, health and documentation, as a Quart application.
+
+Each request goes the same way: the caller is found out, the parameters are checked, the handler of
+the endpoint (:mod:`betrace.service.api.endpoint`) is called, and what it returns or raises is
+written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Container
+from typing import Any
+
+import orjson
+import trio
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from betrace.channels.threads import ThreadRunner
+from betrace.service.api.asgi import App, Receive, Scope, Send
+from betrace.service.api.backend import Backend
+from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
+from betrace.service.api.openapi import all_endpoints
+from betrace.service.api.params import near, read_param, read_params
+from betrace.service.config.settings import Api
+from betrace.service.receiver.responses import ApiError
+from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
+
+_log = logging.getLogger("service.http")
+
+_BODY_SECONDS = 30
+_HINTS = {
+    413: "send less, or raise api.max_body_bytes",
+    408: "send the body faster",
+}
+
+
+def create_api(
+    backend: Backend,
+    settings: Api | None = None,
+    authenticator: Authenticator | None = None,
+    closed: Container[str] = frozenset(),
+) -> QuartTrio:
+    """The application. Blocking calls run in threads of its own, which end with the process.
+    ``closed`` are the tenants that are deleted."""
+    settings = settings or Api()
+    app = QuartTrio("service.http", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["BODY_TIMEOUT"] = _BODY_SECONDS
+    app.config["RESPONSE_TIMEOUT"] = None  # handlers have their own; streams have none
+    tools = Tools(backend, settings, ThreadRunner("api", settings.query_threads))
+    listed = all_endpoints()
+    for number, endpoint in enumerate(listed):
+        app.add_url_rule(
+            endpoint.path.replace("{", "<").replace("}", ">"),
+            endpoint=f"{number}",
+            view_func=_view(endpoint, tools, authenticator, closed),
+            methods=[endpoint.method],
+            provide_automatic_options=False,
+        )
+    paths = {endpoint.path for endpoint in listed}
+
+    @app.errorhandler(HTTPException)
+    async def unmatched(error: HTTPException) -> Response:
+        status = error.code or 500
+        if status == 404:
+            return _error(
+                ApiError(404, f"there is nothing at {request.path[:200]}", _nearby(paths))
+            )
+        if status == 405:
+            allowed = sorted(getattr(error, "valid_methods", None) or [])
+            return _error(
+                ApiError(
+                    405,
+                    f"{request.method} is not for {request.path[:200]}",
+                    f"use {' or '.join(allowed)}",
+                    {"allow": ", ".join(allowed)},
+                )
+            )
+        return _error(ApiError(status, str(error.description), _HINTS.get(status, "see /docs")))
+
+    app.asgi_app = _finishing(app.asgi_app)  # type: ignore[assignment,method-assign]
+    return app
+
+
+def _finishing(app: Callable[..., Awaitable[None]]) -> App:
+    """Let the end of a response be sent undisturbed. Hypercorn reports the disconnect to the
+    application while it ends the response, and Quart-Trio then cancels the task that does so:
+    a connection that must be closed stayed open, a kept one lost its timeout."""
+
+    async def finishing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def whole(message: dict[str, Any]) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            with trio.CancelScope(shield=last):
+                await send(message)
+
+        await app(scope, receive, whole)
+
+    return finishing
+
+
+def _nearby(paths: set[str]) -> str:
+    hint = near(request.path, paths)
+    return hint if hint.startswith("did") else "see /docs for what there is"
+
+
+def _view(
+    endpoint: Endpoint, tools: Tools, authenticator: Authenticator | None, closed: Container[str]
+) -> Callable[..., Awaitable[Response]]:
+    path_params = {param.name: param for param in endpoint.path_params}
+
+    async def view(**path: str) -> Response:
+        try:
+            tenant = await _caller(endpoint, authenticator, closed)
+            params = read_params(endpoint.params, request.args.items(multi=True))
+            for name, text in path.items():
+                params[name] = read_param(path_params[name], text)
+            body: bytes = b""
+            if endpoint.body is not None:
+                body = await request.get_data(False, False, False)
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            client = request.remote_addr or ""
+            call = Call(tools, tenant, params, headers, body, client)
+            return _write(await endpoint.handler(call))
+        except ApiError as error:
+            return _error(error)
+        except HTTPException:  # the body was too large or too slow
+            raise
+        except Exception:
+            _log.exception("%s %s failed", endpoint.method, endpoint.path)
+            hint = "this is a fault of the service, told in its log; try again later"
+            return _error(ApiError(500, "the service failed to answer", hint))
+
+    return view
+
+
+async def _caller(
+    endpoint: Endpoint, authenticator: Authenticator | None, closed: Container[str]
+) -> str:
+    """The tenant, or empty for operators and where no one asks."""
+    if endpoint.access == "none":
+        return ""
+    authorization = request.headers.get("authorization")
+    scope = request.headers.get("x-scope-orgid")
+    caller: str | Denied | None = ""
+    if endpoint.access == "tenant":
+        if authenticator is not None:
+            caller = await authenticator.caller(authorization, scope)
+        else:
+            caller = claimed_tenant(scope)
+        if isinstance(caller, str) and caller in closed:
+            caller = closed_tenant(caller)
+    elif authenticator is not None:
+        scrapes = endpoint.access == "scrape"
+        check = authenticator.scraper if scrapes else authenticator.operator
+        caller = await check(authorization)
+    if isinstance(caller, Denied):
+        headers = {"www-authenticate": "Bearer"} if caller.status == 401 else {}
+        raise ApiError(caller.status, caller.message, "see /docs", headers)
+    return caller or ""
+
+
+def _write(result: Any) -> Response:
+    answer = result if isinstance(result, Answer) else Answer(result)
+    body = answer.body
+    if isinstance(body, dict | list):
+        body = orjson.dumps(body)
+    response = Response(body, answer.status, content_type=answer.media_type)
+    response.headers.update(answer.headers)
+    response.headers.setdefault("x-content-type-options", "nosniff")
+    return response
+
+
+def _error(error: ApiError) -> Response:
+    return _write(Answer(error.body(), error.status, headers=error.headers))

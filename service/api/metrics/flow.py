@@ -1,0 +1,168 @@
+"""Metrics of what flows: spans, signals, traces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from betrace.service.api.metrics.declared import Declared, Samples, one
+
+if TYPE_CHECKING:
+    from betrace.service.app import Service
+
+
+def _signals(service: Service) -> Samples:
+    seen = service.pipeline.evaluate.counts.by_severity
+    for severity in ("critical", "high", "medium", "low", "info"):
+        for kind in ("raised", "retracted"):
+            yield (severity, kind), seen.get((severity, kind), 0)
+
+
+DECLARED = (
+    Declared(
+        "betrace_span_ingestion",
+        "counter",
+        "Spans accepted: in the span log and acknowledged.",
+        (),
+        lambda s: one(s.pipeline.ingest.counts.accepted),
+    ),
+    Declared(
+        "betrace_spans_rejected",
+        "counter",
+        "Spans left out of accepted requests: a trace or span id that is none.",
+        (),
+        lambda s: one(s.pipeline.ingest.counts.rejected),
+    ),
+    Declared(
+        "betrace_spans_refused",
+        "counter",
+        "Spans (estimated) of requests that were not accepted, by reason.",
+        ("reason",),
+        lambda s: [((reason,), n) for reason, n in s.edge.refused_spans.items()],
+    ),
+    Declared(
+        "betrace_requests_refused",
+        "counter",
+        "Export requests that were not accepted, by reason.",
+        ("reason",),
+        lambda s: [((reason,), n) for reason, n in s.edge.refused_requests.items()],
+    ),
+    Declared(
+        "betrace_spans_evaluated",
+        "counter",
+        "Spans folded into their traces, repeated and replayed ones included.",
+        (),
+        lambda s: one(s.account().evaluated),
+    ),
+    Declared(
+        "betrace_spans_replayed",
+        "counter",
+        "Spans read back from the span log at the start.",
+        (),
+        lambda s: one(s.account().replayed),
+    ),
+    Declared(
+        "betrace_spans_dead_lettered",
+        "gauge",
+        "Spans in dead letters, not folded into their traces.",
+        (),
+        lambda s: one(s.account().dead_lettered),
+    ),
+    Declared(
+        "betrace_spans_discarded",
+        "counter",
+        "Spans in dead letters that were discarded, or moved to files.",
+        (),
+        lambda s: one(s.account().discarded),
+    ),
+    Declared(
+        "betrace_spans_repeated",
+        "counter",
+        "Spans that came a second time and were not counted.",
+        (),
+        lambda s: one(s.pipeline.correlate.counts.repeated),
+    ),
+    Declared(
+        "betrace_spans_in_flight",
+        "gauge",
+        "Spans accepted and not yet evaluated.",
+        (),
+        lambda s: one(s.spans_in_flight()),
+    ),
+    Declared(
+        "betrace_signals",
+        "counter",
+        "Signals, by severity and kind.",
+        ("severity", "kind"),
+        _signals,
+    ),
+    Declared(
+        "betrace_signals_early",
+        "counter",
+        "Signals raised before their trace had closed.",
+        (),
+        lambda s: one(s.pipeline.evaluate.counts.early),
+    ),
+    Declared(
+        "betrace_open_traces",
+        "gauge",
+        "Traces that may still get spans.",
+        (),
+        lambda s: one(s.pipeline.correlate.survey.open),
+    ),
+    Declared(
+        "betrace_traces_closed",
+        "counter",
+        "Traces closed.",
+        (),
+        lambda s: one(s.pipeline.correlate.counts.closed),
+    ),
+    Declared(
+        "betrace_traces_reopened",
+        "counter",
+        "Closed traces to which spans came late.",
+        (),
+        lambda s: one(s.pipeline.correlate.counts.reopened),
+    ),
+    Declared(
+        "betrace_traces_recalled",
+        "counter",
+        "Closed and forgotten traces reopened from the index and the log.",
+        (),
+        lambda s: one(s.pipeline.history.recalled),
+    ),
+    Declared(
+        "betrace_traces_partial",
+        "counter",
+        "Traces reopened without all the spans that came before.",
+        (),
+        lambda s: one(s.pipeline.history.partial),
+    ),
+    Declared(
+        "betrace_traces_closed_for_room",
+        "counter",
+        "Traces closed early because more than traces.max_open were open.",
+        (),
+        lambda s: one(s.pipeline.correlate.counts.closed_for_room),
+    ),
+    Declared(
+        "betrace_long_lived_traces",
+        "gauge",
+        "Open traces with more than traces.long_lived_spans spans.",
+        (),
+        lambda s: one(s.pipeline.correlate.survey.long_lived),
+    ),
+    Declared(
+        "betrace_trace_window_bytes",
+        "gauge",
+        "Memory of open and recently closed traces.",
+        (),
+        lambda s: one(s.pipeline.correlate.survey.nbytes),
+    ),
+    Declared(
+        "betrace_active_tenants",
+        "gauge",
+        "Tenants with open or recently closed traces.",
+        (),
+        lambda s: one(len(s.traces())),
+    ),
+)

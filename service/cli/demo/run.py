@@ -1,0 +1,312 @@
+"""``betrace demo``: the service on a temporary directory, and a sample shop that sends to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import httpx
+import trio
+
+from betrace.service.cli.serve import run_service
+from betrace.service.config.load import load
+from betrace.service.telemetry.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from betrace.service.app import Addresses
+
+IDLE_SECONDS = 2.0  # more than the shop's slowest span and its flush together
+ONCE_SECONDS = 30.0  # for all of --once but the start of the service
+_POLL_SECONDS = 0.2
+_SETTLE_SECONDS = 0.5  # for a signal that should not be there to arrive
+_COLOURS = {"critical": "red", "high": "yellow", "medium": "cyan"}
+
+Json = dict[str, Any]
+
+
+class DemoError(Exception):
+    """The demo could not run to its end; the text says why and what to do."""
+
+
+@dataclass(slots=True)
+class Customer:
+    """A trace that the shop sent: what it should break, and what was found."""
+
+    trace_id: str
+    scenario: str
+    expected: frozenset[str]
+    found: set[str] = field(default_factory=set)
+
+    @property
+    def ok(self) -> bool:
+        """Whether exactly the expected rules raised a signal."""
+        return self.found == self.expected
+
+    def to_json(self) -> Json:
+        """The fields, ``ok`` included."""
+        return {
+            "trace_id": self.trace_id,
+            "scenario": self.scenario,
+            "expected": sorted(self.expected),
+            "found": sorted(self.found),
+            "ok": self.ok,
+        }
+
+
+def run_demo(addresses: Mapping[str, str], *, once: bool, as_json: bool) -> int:
+    """Run the demo; ``addresses`` are of ``ingest``, ``api`` and ``metrics``. Until Ctrl-C, exit
+    code 0; or ``once``: 0 if every signal that was expected is there and no other, else 1.
+
+    Raises :exc:`DemoError`, :exc:`~betrace.service.config.load.ConfigError` and what
+    :func:`~betrace.service.cli.serve.run_service` raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="betrace-demo-") as directory:
+        settings = load(
+            None,
+            {f"{section}.address": address for section, address in addresses.items()}
+            | {
+                "storage.path": f"{directory}/data",
+                "rules.directory": str(_copy_rules(Path(directory, "rules"))),
+                "traces.idle_seconds": IDLE_SECONDS,
+                "logging.level": "warning",
+                "tls.certificate": "",
+                "tls.key": "",
+            },
+        )
+        set_up_logging(settings.logging)
+        demo = _Demo(once=once, as_json=as_json)
+        demo.say("starting the service on a temporary directory")
+        run_service(settings, demo.run, demo.say)
+    return demo.code()
+
+
+def _copy_rules(directory: Path) -> Path:
+    directory.mkdir()
+    for source in resources.files("betrace.service.cli.demo").joinpath("rules").iterdir():
+        if source.name.endswith(".yaml"):
+            (directory / source.name).write_bytes(source.read_bytes())
+    return directory
+
+
+class _Demo:
+    def __init__(self, *, once: bool, as_json: bool) -> None:
+        self._once = once
+        self._as_json = as_json
+        self._customers: dict[str, Customer] = {}
+        self._checked = False
+        self._addresses: Addresses
+
+    def say(self, text: str) -> None:
+        """Tell what goes on: with --json on standard error."""
+        click.echo(text, err=self._as_json)
+
+    def code(self) -> int:
+        """The exit code."""
+        if not self._once:
+            return 0
+        if not self._checked:
+            raise DemoError("stopped before everything was checked; run it again")
+        return 0 if all(customer.ok for customer in self._customers.values()) else 1
+
+    async def run(self, addresses: Addresses) -> None:
+        """What goes on beside the service."""
+        self._addresses = addresses
+        if addresses.ingest is None or addresses.api is None:
+            raise DemoError("the demo needs both listeners; leave out --ingest off and --api off")
+        self.say(f"spans in at {addresses.ingest}, questions to {addresses.api}")
+        async with (
+            httpx.AsyncClient(base_url=addresses.api, trust_env=False, timeout=10) as client,
+            trio.open_nursery() as nursery,
+        ):
+            await nursery.start(self._print_signals, client)
+            if self._once:
+                await self._check_once(client)
+                nursery.cancel_scope.cancel()
+            else:
+                self._say_where_to_look()
+                await self._run_shop()
+                raise DemoError("the sample shop has ended; what it wrote above says why")
+
+    # The shop
+
+    async def _run_shop(self, *options: str) -> None:
+        """Run the shop to its end, taking down its customers."""
+        from betrace.service.cli.demo.shop import SCENARIOS
+
+        assert self._addresses.ingest is not None
+        command = [sys.executable, "-m", "betrace.service.cli.demo.shop"]
+        command += ["--endpoint", self._addresses.ingest, *options]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
+        environment["NO_PROXY"] = "*"
+        async with trio.open_nursery() as nursery:
+            # In a session of its own, so that a Ctrl-C is the demo's alone.
+            process: trio.Process = await nursery.start(
+                partial(
+                    trio.run_process,
+                    command,
+                    stdout=subprocess.PIPE,
+                    check=False,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+            assert process.stdout is not None
+            async for line in _lines(process.stdout):
+                sent = json.loads(line)
+                scenario = sent["scenario"]
+                self._customers[sent["trace_id"]] = Customer(
+                    sent["trace_id"], scenario, SCENARIOS[scenario][1]
+                )
+        if process.returncode:
+            raise DemoError(
+                f"the sample shop failed with exit code {process.returncode}; "
+                "what it wrote above says why"
+            )
+
+    # Signals
+
+    async def _print_signals(
+        self,
+        client: httpx.AsyncClient,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Print each signal as the service has stored it."""
+        async with client.stream("GET", "/api/v1/signals/stream", timeout=None) as response:
+            task_status.started()
+            async for line in response.aiter_lines():
+                if line.startswith("data:"):
+                    self._print_signal(json.loads(line.removeprefix("data:")))
+
+    def _print_signal(self, signal: Json) -> None:
+        if self._as_json:
+            if not self._once:
+                click.echo(json.dumps(signal, ensure_ascii=False))
+            return
+        severity = signal["severity"]
+        label = click.style(f"{severity:8}", fg=_COLOURS.get(severity), bold=True)
+        retracted = "retracted: " if signal["kind"] == "retracted" else ""
+        click.echo(f"{label} {signal['rule_id']}  trace {signal['trace_id']}")
+        click.echo(f"         {retracted}{signal['message']}")
+
+    def _say_where_to_look(self) -> None:
+        api, metrics = self._addresses.api, self._addresses.metrics
+        self.say("")
+        self.say("where to look next:")
+        self.say(f"  signals   curl -s '{api}/api/v1/signals?severity=critical&limit=5'")
+        self.say(f"  a trace   curl -s {api}/api/v1/traces/<trace id>")
+        self.say(f"  rules     curl -s {api}/api/v1/rules")
+        self.say(f"  the API   {api}/docs")
+        self.say(f"  metrics   curl -s {metrics or api}/metrics")
+        self.say(f"  send your own: OTEL_EXPORTER_OTLP_ENDPOINT={self._addresses.ingest}")
+        self.say("Ctrl-C ends the demo, and its data goes with it")
+        self.say("")
+
+    # --once
+
+    async def _check_once(self, client: httpx.AsyncClient) -> None:
+        with trio.move_on_after(ONCE_SECONDS):
+            await self._run_shop("--once")
+            await self._wait_until_closed(client)
+            await self._wait_for_expected(client)
+            await trio.sleep(_SETTLE_SECONDS)
+            await self._read_signals(client)
+            self._checked = True
+        if not self._checked:
+            self.say(f"not everything was there after {ONCE_SECONDS:g} s")
+            await self._read_signals(client)
+            self._checked = bool(self._customers)
+        self._report()
+
+    async def _wait_until_closed(self, client: httpx.AsyncClient) -> None:
+        """Until every trace that was sent is decided: it is then in the index."""
+        while True:
+            listed = await _get(client, "/api/v1/traces?limit=1000")
+            if self._customers.keys() <= {trace["trace_id"] for trace in listed["traces"]}:
+                return
+            await trio.sleep(_POLL_SECONDS)
+
+    async def _wait_for_expected(self, client: httpx.AsyncClient) -> None:
+        while True:
+            await self._read_signals(client)
+            if all(c.expected <= c.found for c in self._customers.values()):
+                return
+            await trio.sleep(_POLL_SECONDS)
+
+    async def _read_signals(self, client: httpx.AsyncClient) -> None:
+        """Take down what the API says of each trace now; of other traces too, should there be."""
+        listed = await _get(client, "/api/v1/signals?status=active&limit=1000")
+        for customer in self._customers.values():
+            customer.found.clear()
+        for signal in listed["signals"]:
+            trace_id = signal["trace_id"]
+            customer = self._customers.setdefault(
+                trace_id, Customer(trace_id, "was never here", frozenset())
+            )
+            customer.found.add(signal["rule_id"])
+
+    def _report(self) -> None:
+        customers = list(self._customers.values())
+        expected = sum(len(c.expected) for c in customers)
+        met = sum(len(c.expected & c.found) for c in customers)
+        unexpected = sum(len(c.found - c.expected) for c in customers)
+        ok = bool(customers) and all(c.ok for c in customers)
+        if self._as_json:
+            report = {
+                "ok": ok,
+                "expected": expected,
+                "found": met,
+                "unexpected": unexpected,
+                "traces": [c.to_json() for c in customers],
+            }
+            click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+            return
+        click.echo()
+        click.echo(f"    {'a customer …':44} {'expected':32} found")
+        for customer in customers:
+            mark = click.style("ok  ", fg="green") if customer.ok else click.style("BAD ", fg="red")
+            rows = max(len(customer.expected), len(customer.found), 1)
+            wanted, found = (
+                [*sorted(rules), *([""] * (rows - len(rules)))] or ["-"]
+                for rules in (customer.expected, customer.found)
+            )
+            for row in range(rows):
+                name = customer.scenario if row == 0 else ""
+                click.echo(
+                    f"{mark if row == 0 else '    '}{name:44} {wanted[row] or '-':32} "
+                    f"{found[row] or '-'}"
+                )
+        click.echo()
+        extra = f", and {unexpected} that nobody expected" if unexpected else ""
+        click.echo(
+            f"{len(customers)} traces, {met} of {expected} expected signals found{extra}: "
+            + ("as it should be" if ok else "this is wrong")
+        )
+
+
+async def _get(client: httpx.AsyncClient, path: str) -> Json:
+    response = await client.get(path)
+    if response.status_code != 200:
+        raise DemoError(
+            f"GET {path} was answered with {response.status_code}: {response.text[:500].strip()}; "
+            "see the service's log above"
+        )
+    body: Json = response.json()
+    return body
+
+
+async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in stream:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line

@@ -1,0 +1,227 @@
+"""The sample shop of ``betrace demo``, instrumented with the OpenTelemetry SDK; its own process.
+
+Its five services each have a tracer provider of their own, which exports over OTLP/HTTP as a
+service's would, and pass the trace on in W3C ``traceparent`` headers. Each scenario is one
+customer's trace; some break rules of ``rules/``. For each it prints a line of JSON:
+``{"trace_id", "scenario"}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, format_trace_id
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+SERVICES = ("frontend", "checkout", "payment", "inventory", "notifications")
+SLOW_SECONDS = 1.1
+_FLUSH_MS = 200
+
+Headers = dict[str, str]
+
+
+class Shop:
+    """The services, and what they do for a customer. A context manager: leaving it exports what
+    is left."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._providers = [_provider(service, endpoint) for service in SERVICES]
+        self._tracers = {
+            service: provider.get_tracer("shop")
+            for service, provider in zip(SERVICES, self._providers, strict=True)
+        }
+        self._propagator = TraceContextTextMapPropagator()
+
+    def __enter__(self) -> Shop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for provider in self._providers:
+            provider.shutdown()
+
+    @contextmanager
+    def _serve(self, service: str, name: str, headers: Headers) -> Iterator[tuple[Span, Headers]]:
+        """A request that ``service`` serves: its span, and the headers for calls to others."""
+        context = self._propagator.extract(headers)
+        tracer: Tracer = self._tracers[service]
+        with tracer.start_as_current_span(name, context, SpanKind.SERVER) as span:
+            onward: Headers = {}
+            self._propagator.inject(onward)
+            yield span, onward
+
+    def _note(self, service: str, headers: Headers, message: str) -> None:
+        with self._serve(service, "log.write", headers) as (span, _):
+            span.set_attribute("message", message)
+
+    def order(
+        self,
+        amount: float,
+        *,
+        check_fraud: bool = True,
+        reserve_first: bool = True,
+        attempts: int = 1,
+        decline: bool = False,
+        alert: bool = True,
+        log: str = "payment taken",
+        pause: float = 0.0,
+    ) -> str:
+        """A customer checks out; the id of the trace."""
+        with self._serve("frontend", "POST /checkout", {}) as (root, headers):
+            root.set_attribute("http.request.method", "POST")
+            with self._serve("checkout", "checkout.place_order", headers) as (span, headers):
+                span.set_attribute("order.total", amount)
+                if reserve_first:
+                    self._reserve(headers)
+                self._pay(headers, amount, check_fraud, attempts, decline, log)
+                if not reserve_first:
+                    self._reserve(headers)
+                if decline and alert:
+                    with self._serve("notifications", "alert.raise", headers):
+                        pass
+                time.sleep(pause)
+        return format_trace_id(root.get_span_context().trace_id)
+
+    def _reserve(self, headers: Headers) -> None:
+        with self._serve("inventory", "inventory.reserve", headers) as (span, _):
+            span.set_attributes({"sku": "A-113", "quantity": 1})
+
+    def _pay(
+        self,
+        headers: Headers,
+        amount: float,
+        check_fraud: bool,
+        attempts: int,
+        decline: bool,
+        log: str,
+    ) -> None:
+        with self._serve("payment", "payment.charge_card", headers) as (charge, headers):
+            charge.set_attributes({"amount": amount, "currency": "EUR"})
+            if check_fraud:
+                with self._serve("payment", "payment.fraud_check", headers):
+                    pass
+            for attempt in range(1, attempts + 1):
+                with self._serve("payment", "payment.attempt", headers) as (span, _):
+                    span.set_attribute("attempt", attempt)
+            if decline:
+                charge.set_status(StatusCode.ERROR, "declined by the bank")
+            self._note("payment", headers, log)
+
+    def browse(self) -> str:
+        """A customer looks at the cart; the id of the trace."""
+        with self._serve("frontend", "GET /cart", {}) as (root, headers):
+            root.set_attribute("http.request.method", "GET")
+            with self._serve("inventory", "inventory.look_up", headers):
+                pass
+        return format_trace_id(root.get_span_context().trace_id)
+
+
+# Every scenario, with the rules of rules/ that it breaks.
+SCENARIOS: dict[str, tuple[Callable[[Shop], str], frozenset[str]]] = {
+    "looks at the cart": (Shop.browse, frozenset()),
+    "buys a book": (lambda shop: shop.order(29.90, check_fraud=False), frozenset()),
+    "buys a laptop": (lambda shop: shop.order(1899.0), frozenset()),
+    "buys a laptop, and nobody checks for fraud": (
+        lambda shop: shop.order(1899.0, check_fraud=False),
+        frozenset({"payment-fraud-check"}),
+    ),
+    "pays at the third attempt": (lambda shop: shop.order(49.0, attempts=3), frozenset()),
+    "pays at the sixth attempt": (
+        lambda shop: shop.order(49.0, attempts=6),
+        frozenset({"payment-retries"}),
+    ),
+    "is charged before the stock is reserved": (
+        lambda shop: shop.order(15.0, reserve_first=False),
+        frozenset({"stock-reserved-before-charge"}),
+    ),
+    "waits for the checkout": (
+        lambda shop: shop.order(15.0, pause=SLOW_SECONDS),
+        frozenset({"slow-checkout"}),
+    ),
+    "finds the card number in a log": (
+        lambda shop: shop.order(15.0, log="charged card 4111 1111 1111 1111"),
+        frozenset({"no-card-number-in-logs"}),
+    ),
+    "has a card declined, and an alert is raised": (
+        lambda shop: shop.order(15.0, decline=True),
+        frozenset(),
+    ),
+    "has a card declined, and nobody is told": (
+        lambda shop: shop.order(15.0, decline=True, alert=False),
+        frozenset({"error-without-alert"}),
+    ),
+    "has a very bad day": (
+        lambda shop: shop.order(
+            5000.0,
+            check_fraud=False,
+            reserve_first=False,
+            attempts=9,
+            decline=True,
+            alert=False,
+            log="card 4111-1111-1111-1111 declined",
+        ),
+        frozenset(
+            {
+                "payment-fraud-check",
+                "stock-reserved-before-charge",
+                "payment-retries",
+                "error-without-alert",
+                "no-card-number-in-logs",
+            }
+        ),
+    ),
+}
+
+
+def _provider(service: str, endpoint: str) -> TracerProvider:
+    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    compression = Compression.Gzip if service == "payment" else Compression.NoCompression
+    exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", compression=compression)
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_FLUSH_MS))
+    return provider
+
+
+def _run(shop: Shop, scenario: str) -> None:
+    act, _ = SCENARIOS[scenario]
+    line = {"trace_id": act(shop), "scenario": scenario}
+    print(json.dumps(line), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Send traces to ``--endpoint``: every scenario ``--once``, or customers without end, which
+    ends when nobody reads what it prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m betrace.service.cli.demo.shop", description=__doc__
+    )
+    parser.add_argument("--endpoint", required=True, help="such as http://127.0.0.1:4318")
+    parser.add_argument("--once", action="store_true", help="every scenario once, then end")
+    options = parser.parse_args(argv)
+    with Shop(options.endpoint) as shop:
+        if options.once:
+            for scenario in SCENARIOS:
+                _run(shop, scenario)
+            return
+        customers = random.Random()
+        good = [name for name, (_, broken) in SCENARIOS.items() if not broken]
+        bad = [name for name, (_, broken) in SCENARIOS.items() if broken]
+        try:
+            while True:
+                _run(shop, customers.choice(good if customers.random() < 0.7 else bad))
+                time.sleep(customers.uniform(0.3, 1.5))
+        except BrokenPipeError:  # nobody reads any more; nor what is left in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

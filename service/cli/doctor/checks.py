@@ -1,0 +1,79 @@
+"""``betrace doctor``: what would keep the service from working, and what to do about it.
+
+Nothing is changed: stores are opened for reading, and a file written to measure the disk is
+deleted again. The service may run meanwhile, and is then asked how it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from betrace.service.cli.doctor import machine, stores
+from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding
+from betrace.service.config.load import ConfigError, load
+from betrace.service.config.settings import Settings
+
+__all__ = ["FAILED", "OK", "WARNING", "Diagnosis", "Finding", "diagnose"]
+
+_CHECKS: tuple[tuple[str, Callable[[Settings], Iterator[Finding]]], ...] = (
+    ("secrets", machine.secrets),
+    ("data directory", machine.directory),
+    ("disk", machine.disk),
+    ("service", machine.service),
+    ("ports", machine.ports),
+    ("limits", machine.limits),
+    ("clock", machine.clock),
+    ("rules", stores.rules),
+    ("span log", stores.span_log),
+    ("checkpoint", stores.checkpoint),
+    ("ledger", stores.ledger),
+    ("DuckDB", stores.duckdb_files),
+    ("waiting", stores.waiting),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All that was found, in the order of the checks."""
+
+    findings: list[Finding]
+
+    @property
+    def good(self) -> bool:
+        """Whether there is nothing to do."""
+        return all(finding.status == OK for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"good": self.good, "checks": [each.to_json() for each in self.findings]}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        for each in self.findings:
+            yield f"{each.status:<8} {each.check:<15} {each.found}"
+            if each.remedy:
+                yield f"{'':<24} → {each.remedy}"
+        number = sum(each.status != OK for each in self.findings)
+        yield f"{number} to look at" if number else "all is well"
+
+
+def diagnose(config: Path | None, given: Mapping[str, Any]) -> Diagnosis:
+    """Check everything with the settings of ``config``, variables and ``given``, as ``serve`` would
+    have them. A check that fails itself is a finding."""
+    try:
+        settings = load(config, given)
+    except ConfigError as error:
+        found = [Finding("configuration", FAILED, line) for line in str(error).splitlines()]
+        return Diagnosis(found)
+    origin = "the defaults" if config is None else str(config)
+    findings = [Finding("configuration", OK, f"{origin}, variables and options agree")]
+    for name, check in _CHECKS:
+        try:
+            findings += check(settings)
+        except Exception as error:  # the other checks are wanted all the more
+            text = f"could not be checked: {type(error).__name__}: {error}"
+            findings.append(Finding(name, WARNING, text, "look at what the message names"))
+    return Diagnosis(findings)

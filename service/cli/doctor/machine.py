@@ -1,0 +1,286 @@
+"""Checks of the machine: directory, disk, ports, limits, clock; and of a service that runs."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import socket
+import ssl
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+
+from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
+from betrace.service.config.settings import OFF, Settings, split_address
+from betrace.service.storage.spanlog.log import LOCK_FILE
+from betrace.service.tenancy.authentication import SecretError, operator_token
+from betrace.service.traces.checkpoint import checkpoint_files
+
+_CHECK_BYTES = 1 << 20
+_SLOW_SYNC_SECONDS = 0.5  # as BetraceLogSyncSlow
+_ALMOST_FULL, _FILLING = 0.05, 0.2
+_MIN_FREE_INODES = 0.05
+_FUTURE_SECONDS = 5.0
+_FIRST_YEAR = 2025
+_CERTIFICATE_DAYS = 14
+_ASK_SECONDS = 5.0
+_OTHER_FILES = 256  # stores, logs and threads, beside connections
+_TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
+
+
+def secrets(settings: Settings) -> Iterator[Finding]:
+    """Operator token and certificate."""
+    if settings.auth.enabled:
+        try:
+            operator_token(settings.auth)
+        except SecretError as error:
+            yield Finding("secrets", FAILED, *_halves(error))
+        else:
+            yield Finding("secrets", OK, "the operator token can be read")
+    if settings.tls.certificate:
+        yield _certificate(settings.tls.certificate, settings.tls.key)
+
+
+def _certificate(certificate: str, key: str) -> Finding:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        first = x509.load_pem_x509_certificates(Path(certificate).read_bytes())[0]
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        remedy = "set tls.certificate and tls.key to a PEM chain and its key"
+        return Finding("secrets", FAILED, f"TLS cannot use {certificate}: {error}", remedy)
+    left = first.not_valid_after_utc - datetime.now(UTC)
+    text = f"the certificate ends on {first.not_valid_after_utc:%Y-%m-%d}"
+    if left.days < _CERTIFICATE_DAYS:
+        return Finding("secrets", FAILED if left.days < 0 else WARNING, text, "renew it")
+    return Finding("secrets", OK, text)
+
+
+def _halves(error: Exception) -> tuple[str, str]:
+    """What is wrong and what to do, of a message that has both."""
+    found, _, remedy = str(error).partition("; ")
+    return found, remedy
+
+
+def directory(settings: Settings) -> Iterator[Finding]:
+    """Whether the data directory can be used."""
+    path = settings.storage.path
+    if not path.exists():
+        parent = next((each for each in path.absolute().parents if each.exists()), Path("/"))
+        if os.access(parent, os.W_OK | os.X_OK):
+            yield Finding("data directory", OK, f"{path} is not there yet; the start makes it")
+        else:
+            remedy = "make it for the user that runs the service, or set storage.path"
+            yield Finding("data directory", FAILED, f"{path} cannot be made in {parent}", remedy)
+    elif not path.is_dir():
+        yield Finding("data directory", FAILED, f"{path} is no directory", "set storage.path")
+    elif not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        remedy = f"give user {os.getuid()} the right to read and write it"
+        yield Finding("data directory", FAILED, f"{path} may not be written", remedy)
+    else:
+        yield Finding("data directory", OK, str(path.absolute()))
+
+
+def disk(settings: Settings) -> Iterator[Finding]:
+    """Room, inodes, and how long a sync takes."""
+    path = _existing(settings.storage.path)
+    system = os.statvfs(path)
+    free = system.f_bavail / max(1, system.f_blocks)
+    text = (
+        f"{size(system.f_bavail * system.f_frsize)} free ({free:.0%}) on the file system of {path}"
+    )
+    remedy = "enlarge it, or move the data directory while the service is stopped"
+    if free < _ALMOST_FULL:
+        yield Finding("disk", FAILED, text, remedy)
+    elif free < _FILLING:
+        yield Finding("disk", WARNING, text, remedy)
+    else:
+        yield Finding("disk", OK, text)
+    if system.f_files and system.f_favail / system.f_files < _MIN_FREE_INODES:
+        text = f"only {system.f_favail} more files can be made on the file system of {path}"
+        yield Finding("disk", WARNING, text, "delete files that are not the service's")
+    if path == settings.storage.path and os.access(path, os.W_OK):
+        yield _sync(path)
+
+
+def _sync(path: Path) -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".doctor-") as file:
+            file.write(os.urandom(_CHECK_BYTES))
+            file.flush()
+            started = time.perf_counter()
+            os.fsync(file.fileno())
+            took = time.perf_counter() - started
+    except OSError as error:
+        remedy = "mend the disk, or set storage.path to another"
+        return Finding("disk", FAILED, f"{path} cannot be written: {error.strerror}", remedy)
+    text = f"{size(_CHECK_BYTES)} written and synced in {1000 * took:.0f} ms"
+    if took > _SLOW_SYNC_SECONDS:
+        remedy = "see BetraceLogSyncSlow in docs/runbook.md"
+        return Finding("disk", WARNING, text, remedy)
+    return Finding("disk", OK, text)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or its nearest parent that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def owner(data: Path) -> int | None:
+    """The process whose data directory this is now, None if it is nobody's; 0 if it is not
+    known."""
+    try:
+        descriptor = os.open(data / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+        return int(text) if text.isdigit() else 0
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def service(settings: Settings) -> Iterator[Finding]:
+    """Whether it runs on the data directory, and what it says of itself."""
+    pid = owner(settings.storage.path)
+    if pid is None:
+        yield Finding("service", OK, "it does not run on this data directory")
+        return
+    yield Finding("service", OK, f"process {pid} runs on this data directory")
+    if settings.api.address == OFF:
+        return
+    scheme = "https" if settings.tls.certificate else "http"
+    url = f"{scheme}://{settings.api.address}/readyz"
+    remedy = "see its log, and docs/runbook.md"
+    try:
+        components = _components(url)
+    except (OSError, ValueError) as error:
+        yield Finding("service", FAILED, f"{url} does not answer: {error}", remedy)
+        return
+    bad = {name: part for name, part in components.items() if part["status"] != "ok"}
+    for name, part in bad.items():
+        status = FAILED if part["status"] == "failed" else WARNING
+        text = f"its {name} is {part['status']}: {part['detail']}"
+        yield Finding("service", status, text, remedy)
+    if not bad:
+        yield Finding("service", OK, f"{url} says that all {len(components)} parts are ok")
+
+
+def _components(url: str) -> dict[str, dict[str, str]]:
+    """What ``/readyz`` says. The certificate is not verified: this only asks how it is."""
+    unverified = ssl.create_default_context()
+    unverified.check_hostname = False
+    unverified.verify_mode = ssl.CERT_NONE
+    handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)]
+    opener = urllib.request.build_opener(*handlers)
+    try:
+        with opener.open(url, timeout=_ASK_SECONDS) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as error:  # 503 while it is not ready, with the same body
+        with error:
+            body = error.read()
+    found: dict[str, dict[str, str]] = json.loads(body)["components"]
+    return found
+
+
+def ports(settings: Settings) -> Iterator[Finding]:
+    """Whether each listener's address is free, or the running service's own."""
+    pid = owner(settings.storage.path)
+    own = _listening(pid) if pid else set()
+    for name in ("ingest", "api", "metrics"):
+        address: str = getattr(settings, name).address
+        if address != OFF:
+            yield _port(f"{name}.address", address, own)
+
+
+def _listening(pid: int) -> set[int]:
+    with suppress(psutil.Error):
+        found = psutil.Process(pid).net_connections("tcp")
+        return {each.laddr.port for each in found if each.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def _port(setting: str, address: str, own: set[int]) -> Finding:
+    host, port = split_address(address)
+    if port in own:
+        return Finding("ports", OK, f"{address} ({setting}) is the running service's")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+    except OSError as error:
+        remedy = f"set {setting} to an address of this machine that is free, or stop what has it"
+        text = f"{address} ({setting}) cannot be listened on: {error.strerror}"
+        return Finding("ports", FAILED, text, remedy)
+    return Finding("ports", OK, f"{address} ({setting}) is free")
+
+
+def limits(settings: Settings) -> Iterator[Finding]:
+    """Open files and memory."""
+    wanted = settings.ingest.max_connections + _OTHER_FILES
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # to which the service raises the other
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        remedy = f"raise it (ulimit -Hn {wanted}), or lower ingest.max_connections"
+        text = f"a process may open {hard} files; ingest.max_connections needs {wanted}"
+        yield Finding("limits", WARNING, text, remedy)
+    else:
+        yield Finding("limits", OK, "a process may open enough files")
+    needed = settings.duckdb.memory_bytes + settings.ingest.max_buffered_bytes
+    available = psutil.virtual_memory().available
+    text = f"{size(available)} of memory available, {size(needed)} set aside by settings"
+    if owner(settings.storage.path) is None and available < needed:
+        remedy = "lower duckdb.memory_bytes and ingest.max_buffered_bytes, or give it more"
+        yield Finding("limits", WARNING, text, remedy)
+    else:
+        yield Finding("limits", OK, text)
+
+
+def clock(settings: Settings) -> Iterator[Finding]:
+    """Whether the wall clock can be right."""
+    now = time.time()
+    newest = max(_times(settings.storage.path), default=0.0)
+    if datetime.now(UTC).year < _FIRST_YEAR:
+        text = f"the clock says {datetime.now(UTC):%Y-%m-%d}"
+        yield Finding("clock", FAILED, text, "set it: verdicts depend on when spans came")
+    elif newest > now + _FUTURE_SECONDS:
+        text = f"the data directory has something from {newest - now:.0f} s in the future"
+        remedy = "set the clock: traces would stay open that long, and tokens not be valid"
+        yield Finding("clock", FAILED, text, remedy)
+    elif _unsynchronised():
+        text = "the kernel does not know the clock to be synchronised"
+        yield Finding("clock", WARNING, text, "run a time service, such as chrony")
+    else:
+        yield Finding("clock", OK, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+
+
+def _times(data: Path) -> Iterator[float]:
+    """Seconds since 1970 of what the service wrote lately."""
+    for path in checkpoint_files(data / "checkpoints")[:1]:
+        yield int(path.stem) / 1e9
+    if data.is_dir():
+        for entry in os.scandir(data):
+            with suppress(OSError):
+                yield entry.stat().st_mtime
+
+
+def _unsynchronised() -> bool:
+    """As adjtimex(2) says; it only reads with modes = 0, which is the structure's first field."""
+    state = ctypes.create_string_buffer(512)  # struct timex takes 208 bytes
+    call = getattr(ctypes.CDLL(None), "adjtimex", None)
+    return call is not None and call(state) == _TIME_ERROR

@@ -1,0 +1,255 @@
+"""Checks of what is kept: rules, span log, checkpoint, ledger, DuckDB; read only, and bounded."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote
+
+import duckdb
+
+from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
+from betrace.service.cli.doctor.machine import owner
+from betrace.service.config.settings import Settings, split_address
+from betrace.service.rules.store import RuleStore
+from betrace.service.storage.duck.schema import FILE
+from betrace.service.storage.ledger.base import AMOUNT, tenant_account
+from betrace.service.storage.ledger.open import LEDGER_FILE
+from betrace.service.storage.ledger.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from betrace.service.storage.paths import tenant_directory, tenants_with
+from betrace.service.storage.spanlog.log import SpanLog, pack_position
+from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
+
+_MOST_TENANTS = 100  # whose files are opened; those written last
+_MOST_SECONDS = 20.0  # of one check
+_OLD_CHECKPOINT_SECONDS = 300.0  # as BetraceCheckpointOld
+
+
+def rules(settings: Settings) -> Iterator[Finding]:
+    """Whether all rule files are taken."""
+    given = settings.rules.directory
+    path = Path(given) if given else settings.storage.path / "rules"
+    if not path.is_dir():
+        if given:
+            remedy = "make it, or set rules.directory"
+            yield Finding("rules", FAILED, f"the directory {path} is not there", remedy)
+        else:
+            yield Finding("rules", OK, "there are none yet")
+        return
+    store = RuleStore(path)
+    store.load()
+    for problem in store.problems.values():
+        yield Finding("rules", WARNING, problem, f"betrace rules check {path}")
+    if not store.problems:
+        yield Finding("rules", OK, f"all files in {path} are right")
+
+
+def span_log(settings: Settings) -> Iterator[Finding]:
+    """Whether the last segment of each tenant's log can be read."""
+    data = settings.storage.path
+    running = owner(data) is not None
+    deadline = time.monotonic() + _MOST_SECONDS
+    looked = frames = spans = 0
+    with closing(SpanLog(data, read_only=True)) as log:
+        tenants = log.tenants()
+        for tenant in _latest(data, tenants, "log"):
+            for segment in log.segments(tenant)[-1:]:
+                for _, frame in log.frames(tenant, start=pack_position(segment.number, 0)):
+                    frames, spans = frames + 1, spans + frame.spans
+                    if time.monotonic() > deadline:
+                        break
+            looked += 1
+            if time.monotonic() > deadline:
+                break
+        damaged = list(log.skipped)
+    for skipped in damaged[:10]:
+        where = f"segment {skipped.segment} of {skipped.tenant}, {size(skipped.bytes)}"
+        if running:
+            continue  # a frame that is just being written looks the same
+        text = f"{where} at {skipped.offset} cannot be read: {skipped.reason}"
+        remedy = "the start cuts off what a crash left half written; otherwise mend the disk"
+        yield Finding("span log", WARNING, text, remedy)
+    if running or not damaged:
+        text = f"the last segments of {looked} of {len(tenants)} tenants, {frames} requests with "
+        yield Finding("span log", OK, f"{text}{spans} spans, can be read")
+
+
+def checkpoint(settings: Settings) -> Iterator[Finding]:
+    """Whether the newest checkpoint is whole, and how old it is."""
+    files = checkpoint_files(settings.storage.path / "checkpoints")
+    if not files:
+        yield Finding("checkpoint", OK, "there is none: a start reads the whole log")
+        return
+    try:
+        snapshot = read_checkpoint(files[0])
+    except FileNotFoundError:  # the service has just replaced it
+        yield Finding("checkpoint", OK, "a new one has just been written")
+        return
+    except (OSError, ValueError, KeyError) as error:
+        text = f"{files[0].name} cannot be read: {error}"
+        remedy = "nothing: the start takes the one before it, or reads the whole log"
+        yield Finding("checkpoint", WARNING, text, remedy)
+        return
+    age = time.time() - snapshot.taken_ns / 1e9
+    text = f"{size(files[0].stat().st_size)}, {age:.0f} s old"
+    if owner(settings.storage.path) is not None and age > _OLD_CHECKPOINT_SECONDS:
+        remedy = "see BetraceCheckpointOld in docs/runbook.md"
+        yield Finding("checkpoint", WARNING, text, remedy)
+    else:
+        yield Finding("checkpoint", OK, text)
+
+
+def ledger(settings: Settings) -> Iterator[Finding]:
+    """The SQLite file, which is the ledger or its journal; and TigerBeetle's replicas."""
+    path = settings.storage.path / LEDGER_FILE
+    if path.exists():
+        yield _sqlite(path)
+    else:
+        yield Finding("ledger", OK, "there is none yet")
+    if settings.ledger.kind == "tigerbeetle":
+        yield from _tigerbeetle(settings)
+
+
+def _sqlite(path: Path) -> Finding:
+    remedy = "stop the service and restore the file from a backup, or put it aside"
+    deadline = time.monotonic() + _MOST_SECONDS
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+            (kind,) = database.execute("PRAGMA application_id").fetchone()
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if kind != APPLICATION_ID:
+                return Finding("ledger", FAILED, f"{path} is no ledger of BeTrace", remedy)
+            if version > SCHEMA_VERSION:
+                text = f"{path} was written by a newer version ({version})"
+                return Finding("ledger", FAILED, text, "run that version of BeTrace")
+            database.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+            (result,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            (number,) = database.execute("SELECT count(*) FROM transfers").fetchone()
+    except sqlite3.OperationalError as error:
+        if time.monotonic() > deadline:
+            return Finding("ledger", OK, f"{path}, too large to be checked in a moment")
+        return Finding("ledger", FAILED, f"{path} cannot be read: {error}", remedy)
+    except sqlite3.DatabaseError as error:
+        return Finding("ledger", FAILED, f"{path} is damaged: {error}", remedy)
+    if result != "ok":
+        return Finding("ledger", FAILED, f"{path} is damaged: {result}", remedy)
+    return Finding("ledger", OK, f"{path}, {number} transfers")
+
+
+def _tigerbeetle(settings: Settings) -> Iterator[Finding]:
+    limits = settings.ledger.tigerbeetle
+    reached = 0
+    addresses = [each.strip() for each in limits.addresses.split(",")]
+    for address in addresses:
+        try:
+            socket.create_connection(split_address(address), limits.start_seconds).close()
+        except OSError as error:
+            text = f"TigerBeetle at {address} does not answer: {error.strerror or error}"
+            remedy = "start it, or set ledger.tigerbeetle.addresses; signals wait meanwhile"
+            yield Finding("ledger", FAILED, text, remedy)
+        else:
+            reached += 1
+    if 2 * reached > len(addresses):
+        journal = _journal(settings.storage.path / LEDGER_FILE)
+        yield _ask_tigerbeetle(limits.addresses, limits.cluster_id, limits.start_seconds, journal)
+
+
+def _journal(path: Path) -> dict[int, int]:
+    """By account of some tenants how many transfers it has in the file."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+            rows = database.execute(
+                "SELECT tenant, (debits + credits) / ? FROM accounts WHERE rule_id IS NULL LIMIT ?",
+                (AMOUNT, _MOST_TENANTS),
+            )
+            return {tenant_account(tenant): transfers for tenant, transfers in rows}
+    except sqlite3.Error:  # which the check of the file tells
+        return {}
+
+
+def _ask_tigerbeetle(
+    addresses: str, cluster: int, seconds: float, journal: dict[int, int]
+) -> Finding:
+    import tigerbeetle as tb  # loads its library
+
+    answered = threading.Event()
+    recorded: list[int] = []
+
+    def ask() -> None:
+        client = tb.ClientSync(cluster, addresses)
+        accounts = client.lookup_accounts(list(journal) or [1])
+        recorded.extend((a.debits_posted + a.credits_posted) // AMOUNT for a in accounts)
+        answered.set()
+
+    # A client waits for ever for a cluster of another id, so it is left behind.
+    threading.Thread(target=ask, daemon=True).start()
+    if answered.wait(seconds):
+        text = f"TigerBeetle at {addresses} answers"
+        held = sum(journal.values())
+        if sum(recorded) < held:
+            text += (
+                f"; it lacks {held - sum(recorded)} of {held} transfers of the journal, which are "
+                "older than its use: balances begin after them (docs/ledger.md)"
+            )
+        return Finding("ledger", OK, text)
+    text = f"TigerBeetle at {addresses} takes no requests within {seconds:g} s"
+    remedy = f"check that the cluster's id is {cluster} (ledger.tigerbeetle.cluster_id) and that "
+    return Finding("ledger", FAILED, text, remedy + "client and server are of one version")
+
+
+def duckdb_files(settings: Settings) -> Iterator[Finding]:
+    """Whether each tenant's file can be opened."""
+    data = settings.storage.path
+    tenants = tenants_with(data, FILE)
+    if owner(data) is not None:
+        text = f"the running service has the files of {len(tenants)} tenants; it checks them itself"
+        yield Finding("DuckDB", OK, text)
+        return
+    deadline = time.monotonic() + _MOST_SECONDS
+    looked, bad = 0, 0
+    for tenant in _latest(data, tenants, FILE):
+        if time.monotonic() > deadline:
+            break
+        path = tenant_directory(data, tenant) / FILE
+        looked += 1
+        try:
+            with duckdb.connect(str(path), read_only=True) as database:
+                database.execute("SELECT count(*) FROM duckdb_tables()").fetchone()
+        except duckdb.Error as error:
+            bad += 1
+            text = f"{path} cannot be opened: {str(error).splitlines()[0]}"
+            remedy = "nothing: a start puts it aside and makes it again from ledger and log"
+            yield Finding("DuckDB", WARNING, text, remedy)
+    if not bad:
+        yield Finding("DuckDB", OK, f"the files of {looked} of {len(tenants)} tenants can be read")
+
+
+def waiting(settings: Settings) -> Iterator[Finding]:
+    """What waits in local files for a store."""
+    files = list((settings.storage.path / "fallback").glob("*/*"))
+    held = sum(path.stat().st_size for path in files if path.is_file())
+    exported = settings.storage.path / "dead-letters-exported"
+    moved = len(list(exported.iterdir())) if exported.is_dir() else 0
+    if moved:
+        remedy = "see BetraceDeadLettersExported in docs/runbook.md"
+        yield Finding("waiting", WARNING, f"{moved} files of exported dead letters", remedy)
+    if held:
+        text = f"{size(held)} in local files wait for their store"
+        remedy = "nothing while it is written back; see BetraceFallbackPending in docs/runbook.md"
+        yield Finding("waiting", WARNING, text, remedy)
+    if not held and not moved:
+        yield Finding("waiting", OK, "nothing waits in local files")
+
+
+def _latest(data: Path, tenants: list[str], name: str) -> list[str]:
+    """Of so many tenants those written last."""
+
+    def written(tenant: str) -> float:
+        return (tenant_directory(data, tenant) / name).stat().st_mtime
+
+    return sorted(tenants, key=written, reverse=True)[:_MOST_TENANTS]

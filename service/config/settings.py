@@ -1,0 +1,127 @@
+"""The settings: their names, units, defaults, bounds and meaning. ``config.toml`` and
+``docs/configuration.md`` are generated from here (:mod:`betrace.service.cli.docs.configuration`);
+loading is in :mod:`betrace.service.config.load`.
+
+The text below a setting is its documentation. A name says its unit where it has one:
+``_seconds``, ``_ms``, ``_bytes``, ``_spans``, ``_signals``, ``_rows``.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from betrace.service.config.base import OFF, is_loopback, split_address
+from betrace.service.config.edge import (
+    Api,
+    Auth,
+    Ingest,
+    Logging,
+    Metrics,
+    Quotas,
+    Shutdown,
+    Tls,
+    Tracing,
+)
+from betrace.service.config.stages import (
+    Audit,
+    Breakers,
+    Caches,
+    Checkpoint,
+    DeadLetters,
+    Export,
+    Fallback,
+    Pipeline,
+    Redelivery,
+    Rules,
+    Traces,
+)
+from betrace.service.config.stores import Archive, DuckDb, Ledger, Log, Retention, Storage
+
+__all__ = [
+    "OFF",
+    "Api",
+    "Archive",
+    "Audit",
+    "Auth",
+    "Breakers",
+    "Caches",
+    "Checkpoint",
+    "DeadLetters",
+    "DuckDb",
+    "Export",
+    "Fallback",
+    "Ingest",
+    "Ledger",
+    "Log",
+    "Logging",
+    "Metrics",
+    "Pipeline",
+    "Quotas",
+    "Redelivery",
+    "Retention",
+    "Rules",
+    "Settings",
+    "Shutdown",
+    "Storage",
+    "Tls",
+    "Traces",
+    "Tracing",
+    "is_loopback",
+    "split_address",
+]
+
+
+class Settings(BaseModel):
+    """All settings. Immutable; :func:`betrace.service.config.load.load` makes one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ingest: Ingest = Ingest()
+    api: Api = Api()
+    metrics: Metrics = Metrics()
+    storage: Storage = Storage()
+    log: Log = Log()
+    pipeline: Pipeline = Pipeline()
+    traces: Traces = Traces()
+    rules: Rules = Rules()
+    ledger: Ledger = Ledger()
+    duckdb: DuckDb = DuckDb()
+    archive: Archive = Archive()
+    retention: Retention = Retention()
+    caches: Caches = Caches()
+    breakers: Breakers = Breakers()
+    export: Export = Export()
+    redelivery: Redelivery = Redelivery()
+    dead_letters: DeadLetters = DeadLetters()
+    fallback: Fallback = Fallback()
+    audit: Audit = Audit()
+    checkpoint: Checkpoint = Checkpoint()
+    quotas: Quotas = Quotas()
+    auth: Auth = Auth()
+    tls: Tls = Tls()
+    shutdown: Shutdown = Shutdown()
+    logging: Logging = Logging()
+    tracing: Tracing = Tracing()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        taken: dict[tuple[str, int], str] = {}
+        for section in ("ingest", "api", "metrics"):
+            address: str = getattr(self, section).address
+            if address == OFF:
+                continue
+            host, port = split_address(address)
+            if not (is_loopback(host) or self.auth.enabled or self.auth.insecure):
+                raise ValueError(
+                    f"{section}.address is {address}, which other machines can reach, without "
+                    "authentication; set auth.enabled, listen on 127.0.0.1, or accept the risk "
+                    "with auth.insecure = true (--insecure)"
+                )
+            if port and (other := taken.setdefault((host, port), section)) != section:
+                raise ValueError(
+                    f"{section}.address and {other}.address are both {address}; "
+                    "give each a port of its own"
+                )
+        return self

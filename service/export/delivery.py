@@ -1,0 +1,69 @@
+"""Signals over HTTP: to an OTLP endpoint for logs, or to a webhook."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+
+import httpx
+
+from betrace.service.export.exporter import Deliver, Unacceptable, Unavailable
+from betrace.service.export.formats import alert_groups, alertmanager, otlp_logs
+from betrace.service.signals import Signal
+
+# What will not be better the next time. Others, such as 401, somebody can put right.
+_FINAL = frozenset({400, 413, 415, 422})
+_SHOWN = 200
+
+
+def otlp_delivery(
+    client: httpx.AsyncClient, endpoint: str, headers: Mapping[str, str], version: str
+) -> Deliver:
+    """Sends log records to ``endpoint``, such as ``http://collector:4318/v1/logs``."""
+
+    async def deliver(signals: list[Signal]) -> None:
+        kind = {"Content-Type": "application/x-protobuf"}
+        await _post(client, endpoint, otlp_logs(signals, version), {**kind, **headers})
+
+    return deliver
+
+
+def webhook_delivery(
+    client: httpx.AsyncClient, url: str, headers: Mapping[str, str], external_url: str
+) -> Deliver:
+    """Sends a request for each tenant and rule."""
+
+    async def deliver(signals: list[Signal]) -> None:
+        for group in alert_groups(signals):
+            body = alertmanager(group, external_url)
+            await _post(client, url, body, {"Content-Type": "application/json", **headers})
+
+    return deliver
+
+
+async def _post(
+    client: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]
+) -> None:
+    try:
+        answer = await client.post(url, content=body, headers=dict(headers))
+    except httpx.HTTPError as error:
+        raise Unavailable(f"{url}: {error or type(error).__name__}") from error
+    if answer.is_success:
+        return
+    said = f"{url} answered {answer.status_code}: {answer.text[:_SHOWN]}"
+    if answer.status_code in _FINAL:
+        raise Unacceptable(said)
+    raise Unavailable(said, _seconds(answer.headers.get("Retry-After", "")))
+
+
+def _seconds(retry_after: str) -> float:
+    return float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0.0
+
+
+def make_client(timeout: float) -> httpx.AsyncClient:
+    """A client that follows no redirects and no proxy settings of its environment; it trusts the
+    system's certificates, or those of ``SSL_CERT_FILE``."""
+    limits = httpx.Limits(max_connections=2, max_keepalive_connections=1)
+    return httpx.AsyncClient(
+        timeout=timeout, limits=limits, trust_env=False, verify=ssl.create_default_context()
+    )

@@ -1,0 +1,173 @@
+"""Dead letters as bytes: what of an item is kept so that its stage can be given it again.
+
+A batch of spans is its positions in the span log, which has the bytes; due traces and what was
+decided of them are kept whole. All functions block, so they run in worker threads.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+from betrace.service.otlp.columns import SpanBatch
+from betrace.service.pipeline.recovery.recovery import read_frames
+from betrace.service.pipeline.stages.evaluate import Decided
+from betrace.service.signals import Signal
+from betrace.service.storage.dead_letters import Letter
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.serialize import SerialError, from_bytes, to_bytes
+
+FRAMES, DUE, DECIDED = "frames", "due", "decided"
+
+Item = SpanBatch | DueTraces | Decided
+
+
+class LetterError(Exception):
+    """A letter whose item cannot be made again; the message says why."""
+
+
+@dataclass(slots=True)
+class Held:
+    """Letters of a stage. Those that were tried again and are done do not count any more, even
+    where they are not deleted yet."""
+
+    letters: int = 0
+    weight: int = 0
+
+
+@dataclass(slots=True)
+class Retry:
+    """A letter whose item was given to its stage again."""
+
+    letter: Letter
+    item: Item
+    saved: int = 0
+    """Checkpoints that have its spans."""
+
+
+@dataclass(slots=True)
+class DeadLetterCounts:
+    """What was done since the start, in letters unless said otherwise."""
+
+    kept: int = 0
+    retried: int = 0
+    recovered: int = 0
+    discarded: int = 0
+    lost_weight: dict[str, int] = field(default_factory=dict)
+    """By stage, the weight of letters that were discarded or exported."""
+    retried_weight: dict[str, int] = field(default_factory=dict)
+    """By stage, the weight that was given to it again."""
+
+
+def weigh(item: Item) -> int:
+    """Of an item in its channel: spans, traces or rows."""
+    return item.weight if isinstance(item, Decided) else len(item) or 1
+
+
+def frame_positions(batch: SpanBatch) -> list[int]:
+    """The span-log positions of a batch."""
+    return [int(position) for position in batch.positions if position > 0]
+
+
+def encode(item: Item) -> tuple[str, bytes]:
+    """The kind of an item, and its bytes."""
+    if isinstance(item, SpanBatch):
+        return FRAMES, orjson.dumps({"positions": frame_positions(item)})
+    if isinstance(item, DueTraces):
+        return DUE, to_bytes(item)
+    return DECIDED, decided_to_bytes(item)
+
+
+def decided_to_bytes(item: Decided) -> bytes:
+    """What was decided, as a line of JSON."""
+    return orjson.dumps(
+        {
+            "tenant": item.tenant,
+            "signals": [signal.to_json() for signal in item.signals],
+            "closed": None if item.closed is None else _text(to_bytes(item.closed)),
+            "spilled": None if item.spilled is None else item.spilled.tolist(),
+            "due_ns": item.due_ns,
+        }
+    )
+
+
+def decode(tenant: str, kind: str, payload: bytes, log: SpanLog, max_body_bytes: int) -> Item:
+    """The item. Raises :exc:`LetterError`."""
+    try:
+        if kind == FRAMES:
+            return _read_batch(tenant, positions_in(payload), log, max_body_bytes)
+        if kind == DUE:
+            return from_bytes(payload)
+        if kind == DECIDED:
+            return decided_from_bytes(payload)
+    except (SerialError, LookupError, TypeError, ValueError) as error:
+        raise LetterError(f"its payload cannot be read: {error}") from error
+    raise LetterError(f"its payload is of the kind {kind!r}, which this program does not know")
+
+
+def positions_in(payload: bytes) -> list[int]:
+    """The span-log positions in a payload of the kind :data:`FRAMES`."""
+    positions: list[int] = orjson.loads(payload)["positions"]
+    return positions
+
+
+def describe(kind: str, payload: bytes) -> dict[str, Any]:
+    """What a payload holds, for someone to look at, without making the item of it."""
+    try:
+        if kind == FRAMES:
+            return {"positions": positions_in(payload)}
+        if kind == DUE:
+            return _shown(from_bytes(payload))
+        value = orjson.loads(payload)
+        closed = value["closed"]
+        return {
+            "signals": value["signals"],
+            "closed": None if closed is None else _shown(from_bytes(base64.b64decode(closed))),
+        }
+    except (SerialError, LookupError, TypeError, ValueError) as error:
+        return {"unreadable": str(error)}
+
+
+def _shown(due: DueTraces) -> dict[str, Any]:
+    return {
+        "closed": due.closed,
+        "rulesVersion": due.rules.version,
+        "rules": [rule.id for rule in due.rules.rules],
+        "traces": [due.trace_id(k) for k in range(len(due))],
+    }
+
+
+def _read_batch(tenant: str, positions: list[int], log: SpanLog, max_body_bytes: int) -> SpanBatch:
+    found = log.read_many(tenant, positions)
+    frames = [frame for frame in found if isinstance(frame, Frame)]
+    if len(frames) < len(positions):
+        lost = next(each for each in found if not isinstance(each, Frame))
+        raise LetterError(
+            f"{len(positions) - len(frames)} of its {len(positions)} frames are no longer in the "
+            f"span log ({lost})"
+        )
+    return read_frames(tenant, positions, frames, max_body_bytes)
+
+
+def decided_from_bytes(line: bytes) -> Decided:
+    """What :func:`decided_to_bytes` was given, without its ticket. Raises LookupError, TypeError or
+    ValueError for anything else."""
+    value = orjson.loads(line)
+    closed, spilled = value["closed"], value["spilled"]
+    return Decided(
+        value["tenant"],
+        [Signal.from_json(each) for each in value["signals"]],
+        None if closed is None else from_bytes(base64.b64decode(closed)),
+        None if spilled is None else np.array(spilled, np.int64),
+        value["due_ns"],
+    )
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,84 @@
+"""Syncing the span log: once for all who wait (group commit), and on a schedule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import trio
+
+from betrace.channels import ThreadRunner
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.telemetry import events
+
+
+class GroupSync:
+    """Makes the log durable. Callers that come while a sync runs share the next one."""
+
+    def __init__(self, log: SpanLog, threads: ThreadRunner) -> None:
+        self._log = log
+        self._threads = threads
+        self._lock = trio.Lock()
+        self._waiting: set[str] = set()
+        self._generation = 0
+        self._failed: dict[int, LogSyncError] = {}
+        self.last_seconds = 0.0
+        self.failures = 0
+        self._failing = 0  # since the last success
+
+    async def sync(self, tenants: Iterable[str]) -> None:
+        """Return when what these tenants had written before is durable.
+
+        Raises :exc:`LogSyncError` when the disk failed for one of them.
+        """
+        wanted = set(tenants)
+        self._waiting |= wanted
+        ticket = self._generation  # the sync with this number begins after this call
+        async with self._lock:
+            if self._generation == ticket:
+                await self._run()
+            error = self._failed.get(ticket)
+        if error is not None and error.tenants & wanted:
+            raise error
+
+    async def _run(self) -> None:
+        number, self._generation = self._generation, self._generation + 1
+        tenants, self._waiting = self._waiting, set()
+        self._failed.pop(number - 64, None)  # nobody waits that long behind a lock that is fair
+        started = time.perf_counter()
+        # Until it is done it failed: those who share it must not be told otherwise when this task
+        # is cancelled, or when something unexpected is raised.
+        self._failed[number] = LogSyncError(sorted(tenants), OSError("the sync did not end"))
+        try:
+            await self._threads.run(self._log.sync, tenants)
+            del self._failed[number]
+        except LogSyncError as error:
+            self._failed[number] = error
+            self._note(error)
+        else:
+            self._note(None)
+        finally:
+            self.last_seconds = time.perf_counter() - started
+
+    def _note(self, error: LogSyncError | None) -> None:
+        if error is not None:
+            self.failures += 1
+            if not self._failing:
+                events.SYNC_FAILED(error=error)
+            self._failing += 1
+        elif self._failing:
+            events.SYNC_WORKS(failures=self._failing)
+            self._failing = 0
+
+    async def every(self, seconds: float) -> None:
+        """Sync whatever is not durable, for ever."""
+        while True:
+            await trio.sleep(seconds)
+            started = time.perf_counter()
+            try:
+                await self._threads.run(self._log.sync, None)
+            except LogSyncError as error:
+                self._note(error)
+            else:
+                self._note(None)
+            self.last_seconds = time.perf_counter() - started

@@ -1,0 +1,130 @@
+"""What is known of a trace that was closed and forgotten: its row of the index, its frames in the
+log. Late spans reopen it from there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
+from betrace.service.pipeline.recovery.recovery import read_frames
+from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError, TraceRow
+from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.traces.signal_history import told_of
+from betrace.service.traces.tenant_traces import Recalled
+
+_log = logging.getLogger("service.history")
+
+_MASK = 2**64 - 1
+
+# Read for the late spans of one batch at most, in rounds; traces beyond it are reopened as partial.
+MOST_TRACES = 5000
+MOST_SECONDS = 2.0  # after which no further round begins
+
+# Read in one round at most.
+ROUND_TRACES = 256
+MAX_FRAMES = 1024
+MAX_SPANS = 50_000
+
+
+class TraceHistory:
+    """Reads closed traces back. Called in the thread that folds; it blocks, so it is bounded."""
+
+    def __init__(
+        self,
+        store: DuckStore,
+        log: SpanLog,
+        max_body_bytes: int,
+        behind: Callable[[], bool] = lambda: False,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._behind = behind
+        self._seconds = seconds
+        self._log = log
+        self._max_body = max_body_bytes
+        self.recalled = 0
+        """Traces that were reopened from the log."""
+        self.partial = 0
+        """Traces reopened without all the spans that came before."""
+        self.unknown = 0
+        """Traces asked for that the index does not have: new ones, mostly."""
+
+    def load(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
+        """What there is of the traces (rows of hi, lo), in rounds that are read when asked for, so
+        that the spans of one are held at a time. Traces beyond what is read for a batch are lost.
+        """
+        until = self._seconds() + MOST_SECONDS
+        for at in range(0, min(len(ids), MOST_TRACES), ROUND_TRACES):
+            if at and self._seconds() >= until:
+                break
+            yield self._round(tenant, ids[at : min(at + ROUND_TRACES, MOST_TRACES)])
+        else:
+            at = MOST_TRACES
+        beyond = ids[at:]
+        if len(beyond):
+            self.partial += len(beyond)
+            _log.warning(
+                "%d late traces of %s are judged without what came before: too many at once",
+                len(beyond),
+                tenant,
+            )
+            yield Recalled(ids[:0], [], None, beyond)
+
+    def _round(self, tenant: str, ids: Rows) -> Recalled:
+        """What there is of up to ``ROUND_TRACES`` traces.
+
+        A trace counts as whole when all the spans that its row of the index counts were read.
+        Traces that the index does not have are new, unless the store is behind: then there may be
+        something of each.
+        """
+        names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
+        try:
+            behind = self._behind()  # first: what is written back after this is found
+            found = self._store.find_traces(tenant, names)
+            raised = self._store.raised_of(tenant, list(found)) if found else {}
+        except (StoreError, PoolTimeout) as error:
+            _log.warning("late spans of %s are judged without what came before: %s", tenant, error)
+            self.partial += len(ids)
+            return Recalled(ids[:0], [], None, ids)
+        known = [k for k, name in enumerate(names) if name in found]
+        self.unknown += len(ids) - len(known)
+        lost = ids[:0]
+        if behind:
+            lost = ids[[k for k, name in enumerate(names) if name not in found]]
+            self.partial += len(lost)
+        rows = [found[names[k]] for k in known]
+        batch = self._read(tenant, rows)
+        if batch is None:
+            self.partial += len(known)
+            return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
+        told = [
+            {(each[0], each[1]): told_of(*each[2:]) for each in raised.get(names[k], ())}
+            for k in known
+        ]
+        of = batch.spans[:, [TRACE_HI, TRACE_LO, SPAN_ID]]
+        read = [len(np.unique(of[(of[:, :2] == ids[k]).all(axis=1)], axis=0)) for k in known]
+        whole = [
+            not (behind or row.partial) and n >= row.spans
+            for n, row in zip(read, rows, strict=True)
+        ]
+        self.recalled += len(known)
+        self.partial += whole.count(False)
+        return Recalled(ids[known], whole, batch, lost, told)
+
+    def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
+        """The spans of the frames that hold the traces, None if no frame could be read."""
+        wanted = list(dict.fromkeys(position for row in rows for position in row.positions))
+        wanted = wanted[:MAX_FRAMES]
+        positions: list[int] = []
+        frames: list[Frame] = []
+        spans = 0
+        for position, frame in zip(wanted, self._log.read_many(tenant, wanted), strict=True):
+            if isinstance(frame, Frame) and spans + frame.spans <= MAX_SPANS:
+                spans += frame.spans
+                frames.append(frame)
+                positions.append(position)
+        return read_frames(tenant, positions, frames, self._max_body) if frames else None

@@ -1,0 +1,182 @@
+"""DuckDB made anew where a tenant's file is gone: signals from the ledger, the trace index from
+the span log.
+
+That a rebuild is due is noted in a file of the tenant's directory before anything makes a new
+DuckDB file, and stays noted until the rebuild is complete: a stop in between begins it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from betrace.service.pipeline.recovery.history import TraceHistory
+from betrace.service.pipeline.recovery.replay import Replay, Stretch
+from betrace.service.pipeline.trace_rows import frame_columns, trace_table
+from betrace.service.rules.compile import CompiledRules, compile_rules
+from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreCorrupt, StoreError
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.ledger.record import PAGE, Entries
+from betrace.service.storage.paths import tenant_directory, write_atomically
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.telemetry import events
+from betrace.service.traces.due import DueTraces
+
+_log = logging.getLogger("service.rebuild")
+
+MARK = "rebuild.json"
+AT_ONCE_BYTES = 1 << 30
+"""Of all tenants' logs: what is rebuilt before spans are accepted; more is rebuilt while the
+service runs, and until it is done late spans of traces closed long ago begin new ones."""
+_REPORT_SECONDS = 5.0
+
+
+class Rebuild:
+    """Finds what is missing and makes it again. Methods block; :meth:`run` for long."""
+
+    def __init__(
+        self,
+        data: Path,
+        log: SpanLog,
+        ledger: Entries,
+        store: DuckStore,
+        rules_of: Callable[[str], CompiledRules],
+        max_body_bytes: int,
+        closed: Container[str] = frozenset(),
+    ) -> None:
+        self._closed = closed  # tenants that are deleted
+        self.working: str | None = None
+        """The tenant whose file is being made again."""
+        self._data = data
+        self._log = log
+        self._ledger = ledger
+        self._store = store
+        self._rules_of = rules_of
+        self._max_body = max_body_bytes
+        self._stopped = False
+        self.pending: list[str] = []
+        """Tenants whose files are to be made again."""
+
+    def find(self) -> bool:
+        """Look for missing and damaged files and note them; before anything else uses the store.
+        Whether all of it is little enough to be done at once."""
+        size = 0
+        known = set(self._store.tenants())
+        recorded = set(self._recorded())
+        for tenant in sorted(recorded | known | set(self._log.tenants())):
+            if tenant in self._closed:
+                continue
+            mark = self._mark(tenant)
+            if mark.exists() or self._missing(tenant, tenant in known, tenant in recorded):
+                if not mark.exists():
+                    mark.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(mark, orjson.dumps({"stop": self._log.end(tenant)}))
+                self.pending.append(tenant)
+                size += sum(segment.bytes for segment in self._log.segments(tenant))
+        return size <= AT_ONCE_BYTES
+
+    def compare(self) -> None:
+        """Look for tenants of whom the ledger has more signals than DuckDB; when the log's tail is
+        read, and with it what the last stop left undone."""
+        for tenant in set(self._recorded()) - set(self.pending):
+            try:
+                if self._store.counts(tenant).signals < self._ledger.count(tenant):
+                    self.pending.append(tenant)
+            except (LedgerError, StoreError, PoolTimeout) as error:
+                _log.warning("whether DuckDB has all signals of %s: %s", tenant, error)
+
+    def _recorded(self) -> list[str]:
+        try:
+            return self._ledger.tenants()
+        except LedgerError as error:
+            _log.warning("whether DuckDB has all signals cannot be seen: %s", error)
+            return []
+
+    def _missing(self, tenant: str, has_file: bool, has_signals: bool) -> bool:
+        if not has_file:
+            return has_signals or self._log.end(tenant) > 0
+        try:
+            self._store.counts(tenant)
+        except StoreCorrupt as error:
+            _log.error("the DuckDB file of %s is put aside and made again: %s", tenant, error)
+            self._store.recreate(tenant)
+            return True
+        except (StoreError, PoolTimeout) as error:
+            _log.warning("the DuckDB file of %s cannot be read: %s", tenant, error)
+        return False
+
+    def run(self) -> None:
+        """Make again what is pending; what fails stays noted for the next start."""
+        for tenant in list(self.pending):
+            if self._stopped:
+                return
+            self.working = tenant
+            try:
+                mark = self._mark(tenant)
+                signals = self._signals(tenant)
+                traces = 0
+                if mark.exists():
+                    traces = self._traces(tenant, int(orjson.loads(mark.read_bytes())["stop"]))
+                if self._over(tenant):
+                    continue
+                mark.unlink(missing_ok=True)
+                self.pending.remove(tenant)
+                events.DUCKDB_REBUILT(tenant=tenant, signals=signals, traces=traces)
+            except (LedgerError, StoreError, PoolTimeout, OSError, ValueError, KeyError) as error:
+                events.DUCKDB_INCOMPLETE(tenant=tenant, error=error)
+
+    def stop(self) -> None:
+        """Have :meth:`run` return soon."""
+        self._stopped = True
+
+    def forget(self, tenant: str) -> None:
+        """A tenant is deleted: nothing of it is to be made again."""
+        if tenant in self.pending:
+            self.pending.remove(tenant)
+
+    def _over(self, tenant: str) -> bool:
+        return self._stopped or tenant in self._closed
+
+    def _signals(self, tenant: str) -> int:
+        found = after = 0
+        while not self._over(tenant) and (page := self._ledger.entries(tenant, after, PAGE)):
+            after = page[-1][0]
+            found += self._store.add_missing(tenant, [signal for _, signal in page])
+        return found
+
+    def _traces(self, tenant: str, stop: int) -> int:
+        """The rows of the index, from the frames before a position."""
+        version = self._rules_of(tenant).version
+        replay = Replay(
+            self._log,
+            Stretch(tenant, stop=stop),
+            compile_rules([], version),
+            self._max_body,
+            history=TraceHistory(self._store, self._log, self._max_body).load,
+        )
+        reported = time.monotonic()
+        for due in replay.due():
+            if self._over(tenant):
+                break
+            if due.closed:
+                self._write(due)
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                _log.info("the trace index of %s: %d traces so far", tenant, replay.traces)
+        return replay.traces
+
+    def _write(self, due: DueTraces) -> None:
+        spilled = due.spilled
+        self._store.write(
+            due.tenant,
+            traces=trace_table(due) if len(due) else None,
+            frames=frame_columns(np.asarray(spilled)) if spilled is not None else None,
+        )
+
+    def _mark(self, tenant: str) -> Path:
+        return tenant_directory(self._data, tenant) / MARK

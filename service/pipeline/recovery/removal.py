@@ -1,0 +1,265 @@
+"""Deleting a tenant with all its data, while the service runs and others send.
+
+The order makes it safe: first the tenant is *closed*, durably, so that nothing new of it is taken;
+then what is under way is waited for; then every store forgets it; and last, two checkpoints later,
+no file has it any more and the deletion is complete. A deletion that fails or hangs is tried again,
+later and later, and holds up no other; after a crash all steps are done again, and what the
+checkpoints still have of the tenant is passed over.
+
+The ledger is append-only and keeps its accounts; its entries up to now are hidden
+(:mod:`betrace.service.tenancy.ledger_filter`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+import trio
+
+from betrace.channels import ThreadRunner
+from betrace.service.api.queries import StoreQueries
+from betrace.service.export.parquet import tenant_archive
+from betrace.service.pipeline.pipeline import Pipeline
+from betrace.service.pipeline.recovery.rebuild import Rebuild
+from betrace.service.pipeline.recovery.recovery import Recovery
+from betrace.service.storage.dead_letters import DeadLetterError
+from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.paths import tenant_directory
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.tenancy.directory import DirectoryError, Hidden, State
+from betrace.service.tenancy.gate import Gate
+from betrace.service.traces.checkpoint import KEPT
+
+_log = logging.getLogger("service.tenancy")
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+AT_ONCE = 4
+"""Tenants whose data is being deleted at a time, those that hang included."""
+ATTEMPT_SECONDS = 60.0
+"""After which a deletion that hangs is left for the others."""
+RETRY_SECONDS = 5.0
+"""After the first failure; twice as long after each further one, up to LONGEST_RETRY_SECONDS."""
+LONGEST_RETRY_SECONDS = 300.0
+POLL_SECONDS = 0.05
+
+_FAILURES = (
+    DeadLetterError,
+    DirectoryError,
+    LedgerError,
+    OSError,
+    PoolTimeout,
+    StoreError,
+    trio.TooSlowError,
+)
+
+
+class Removal:
+    """Deletes tenants. Methods are called on the Trio thread.
+
+    Args:
+      data: the data directory.
+      archive: the directory of the archive.
+      gate: what lets tenants in.
+      ledger: all of it, what is hidden too.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        archive: Path,
+        gate: Gate,
+        ledger: Entries,
+        log: SpanLog,
+        store: DuckStore,
+        queries: StoreQueries,
+        pipeline: Pipeline,
+        recovery: Recovery,
+        rebuild: Rebuild,
+        threads: ThreadRunner,
+    ) -> None:
+        self._data = data
+        self._archive = archive
+        self._gate = gate
+        self._directory = gate.directory
+        self._closed = gate.closed
+        self._ledger = ledger
+        self._log = log
+        self._store = store
+        self._queries = queries
+        self._pipeline = pipeline
+        self._recovery = recovery
+        self._rebuild = rebuild
+        self._threads = threads
+        self._wanted: dict[str, trio.Event] = {}
+        self._erased: dict[str, None] = {}  # but for what checkpoints have; in this order
+        self._arrived, self._forgotten = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
+        self._turns = trio.CapacityLimiter(AT_ONCE)
+        self._erasing = ThreadRunner("removal", AT_ONCE)
+        self._lock = threading.Lock()
+        self._busy: set[str] = set()  # tenants of which a thread deletes; guarded by the lock
+        self.removed = 0
+        """Tenants deleted since the start."""
+
+    async def begin(self, tenant: str) -> trio.Event:
+        """Close a tenant, durably, and have it deleted; the event is set when that is done."""
+        found = self._wanted.get(tenant)
+        if found is not None:
+            return found
+        self._closed.add(tenant)
+        try:
+            await self._threads.run(self._directory.begin_deletion, tenant)
+        except BaseException:
+            self._closed.discard(tenant)
+            raise
+        done = self._wanted[tenant] = trio.Event()
+        self._arrived.unpark_all()
+        return done
+
+    async def reopen(self, tenant: str) -> None:
+        """Take what a tenant sends again: it was created anew."""
+        await self._threads.run(self._pipeline.progress.reopen, tenant)
+        await self._threads.run(self._store.reopen, tenant)
+        self._pipeline.letters.reopen_tenant(tenant)
+        self._closed.discard(tenant)
+
+    async def take_up(self) -> None:
+        """At the start, before anything is read back: go on where the last process stopped. What
+        hangs is left for :meth:`run`."""
+        for tenant in await self._threads.run(self._directory.in_state, State.DELETING):
+            self._wanted[tenant] = trio.Event()
+        with trio.move_on_after(ATTEMPT_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for tenant in self._wanted:
+                    nursery.start_soon(self._attempt, tenant)
+
+    async def run(self) -> None:
+        """Delete tenants as they come, for ever; once the traces are restored."""
+        begun: set[trio.Event] = set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._forget)
+            while True:
+                for tenant, done in self._wanted.items():
+                    if done not in begun:
+                        nursery.start_soon(self._delete, tenant)
+                begun = set(self._wanted.values())
+                await self._arrived.park()
+
+    def close(self) -> None:
+        """Start no more threads."""
+        self._erasing.close()
+
+    async def _delete(self, tenant: str) -> None:
+        pause = RETRY_SECONDS
+        while not await self._attempt(tenant):
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+        self._erased[tenant] = None
+        self._forgotten.unpark_all()
+
+    async def _attempt(self, tenant: str) -> bool:
+        """Whether nothing but checkpoints has anything of the tenant any more."""
+        async with self._turns:
+            try:
+                with trio.fail_after(ATTEMPT_SECONDS):
+                    await self._erase(tenant)
+            except _FAILURES as error:
+                _log.warning(
+                    "the tenant %s cannot be deleted yet: %s",
+                    tenant,
+                    "it took too long" if isinstance(error, trio.TooSlowError) else error,
+                )
+                return False
+            return True
+
+    async def _forget(self) -> None:
+        """Complete the deletions of those that are erased, as many together as there are: when the
+        checkpoints that have something of them are replaced."""
+        while True:
+            while not self._erased:
+                await self._forgotten.park()
+            erased = list(self._erased)
+            try:
+                for _ in range(KEPT):
+                    if not await self._recovery.save():
+                        raise OSError("a checkpoint without it cannot be written")
+                for tenant in erased:
+                    await self._threads.run(self._directory.finish_deletion, tenant)
+                    del self._erased[tenant]
+                    self._wanted.pop(tenant).set()
+                    self.removed += 1
+                    _log.info("the tenant %s is deleted, with all its data", tenant)
+            except _FAILURES as error:
+                _log.warning("%d tenants cannot be deleted yet: %s", len(self._erased), error)
+                await trio.sleep(RETRY_SECONDS)
+
+    async def _run(self, tenant: str, fn: Callable[[*Ts], R], *args: *Ts) -> R:
+        """Call it in a thread, which is left behind when the attempt ends."""
+
+        def alone() -> R:
+            # A thread left behind must have returned before the tenant may be created anew.
+            with self._lock:
+                if tenant in self._busy:
+                    raise OSError("an earlier attempt hangs still")
+                self._busy.add(tenant)
+            try:
+                return fn(*args)
+            finally:
+                with self._lock:
+                    self._busy.discard(tenant)
+
+        return await self._erasing.run(alone, abandon_on_cancel=True)
+
+    async def _erase(self, tenant: str) -> None:
+        pipeline = self._pipeline
+        self._gate.keys_changed(tenant)
+        pipeline.letters.close_tenant(tenant)
+        await self._run(tenant, pipeline.progress.close, tenant)
+        await _until(lambda: not pipeline.progress.waiting(tenant))
+        mark = await self._run(tenant, pipeline.correlate.forget, tenant)
+        await pipeline.in_flight.wait(mark)
+        await _until(lambda: self._rebuild.working != tenant)
+        self._rebuild.forget(tenant)
+        pipeline.evaluate.forget(tenant)
+        await pipeline.letters.forget_tenant(tenant)
+        for fallback in pipeline.fallbacks.values():
+            await fallback.drop(tenant)
+        self._gate.hidden[tenant] = await self._run(tenant, self._hide, tenant)
+        await self._run(tenant, self._remove_files, tenant)
+        pipeline.progress.forget(tenant)
+
+    def _hide(self, tenant: str) -> Hidden:
+        after = 0
+        while page := self._ledger.held(after):
+            after = page[-1][0]
+            if any(signal.tenant == tenant for _, signal in page):
+                raise OSError("the ledger does not know yet whether it has signals of it")
+        hidden = Hidden(self._ledger.last_entry(tenant), self._ledger.count(tenant))
+        self._directory.hide(tenant, hidden)
+        return hidden
+
+    def _remove_files(self, tenant: str) -> None:
+        self._queries.delete_rules(tenant)
+        self._store.remove(tenant)
+        self._log.delete_tenant(tenant)
+        for directory in (
+            tenant_archive(self._archive, tenant),
+            tenant_directory(self._data, tenant),  # what else there is: notes, files put aside
+        ):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(directory)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Wait for what threads do, of which no event tells."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(POLL_SECONDS)

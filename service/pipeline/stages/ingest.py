@@ -1,0 +1,204 @@
+"""span-ingestion: decode, validate, append to the span log, answer the client.
+
+Requests that wait together are handled in one worker-thread call: a call costs about as much as
+scanning a hundred spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import trio
+
+from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.otlp.columns import (
+    ERROR,
+    ERROR_OFF,
+    REJECTED_SPAN_ID,
+    REJECTED_TRACE_ID,
+    SPAN_COUNT,
+    SpanBatch,
+)
+from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
+from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.otlp.wire import ERRORS, scan_bodies
+from betrace.service.pipeline.batch_audit import BatchAudit
+from betrace.service.pipeline.log_sync import GroupSync
+from betrace.service.pipeline.progress import LogProgress, TenantClosed
+from betrace.service.pipeline.request import Done, Refused, Request
+from betrace.service.storage.spanlog.frames import ContentType, Encoding
+from betrace.service.storage.spanlog.log import Frame, LogSyncError, LogWriteError, SpanLog
+
+Outcome = Done | Refused
+
+
+@dataclass(slots=True)
+class IngestCounts:
+    """What the stage has done, in spans unless said otherwise."""
+
+    requests: int = 0
+    """Answered."""
+    accepted: int = 0
+    rejected: int = 0
+    """Left out of accepted requests: ids that are none."""
+    unacknowledged: int = 0
+    """In the log and passed on, but their requests were refused, since the disk did not sync: the
+    client sends them again, and they are known by their ids."""
+    refused_requests: int = 0
+    """That could not be decoded, written or synced."""
+    bytes: int = 0
+    """Of bodies accepted, as they came."""
+
+
+class IngestStage:
+    """The handler of the span-ingestion stage.
+
+    ``synced`` makes a request wait until its frame is safe from the death of the machine;
+    ``audit`` is told of each request that is accepted.
+    """
+
+    def __init__(
+        self,
+        log: SpanLog,
+        threads: ThreadRunner,
+        onward: SendChannel[SpanBatch],
+        progress: LogProgress,
+        max_body_bytes: int,
+        synced: GroupSync | None = None,
+        audit: BatchAudit | None = None,
+    ) -> None:
+        self._log = log
+        self._threads = threads
+        self._onward = onward
+        self._progress = progress
+        self._max_body = max_body_bytes
+        self._synced = synced
+        self._audit = audit
+        self.counts = IngestCounts()
+
+    async def handle(self, requests: list[Request]) -> None:
+        """Take requests to the log, answer them, and pass their spans on."""
+        counts = self.counts
+        batches, outcomes = await self._threads.run(self._ingest, requests)
+        if self._synced is not None and batches:
+            try:
+                await self._synced.sync({batch.tenant for batch in batches})
+            except LogSyncError as error:
+                for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+                    concerned = request.tenant in error.tenants
+                    if concerned and isinstance(outcome, Done) and outcome.spans:
+                        outcomes[i] = Refused(503, str(error))
+                        counts.unacknowledged += outcome.spans
+        for request, outcome in zip(requests, outcomes, strict=True):
+            request.reply.set(outcome)
+            counts.requests += 1
+            if isinstance(outcome, Done):
+                counts.accepted += outcome.spans
+                counts.rejected += outcome.rejected
+                counts.bytes += len(request.body)
+                if self._audit is not None:
+                    self._audit.accepted(request, outcome)
+            else:
+                counts.refused_requests += 1
+        for batch in batches:
+            await self._onward.send(batch)
+        for request in requests:
+            request.release()
+
+    async def refuse(self, request: Request, error: Exception, attempts: int) -> None:
+        """Answer a request that the stage failed on; the client has it still and may retry."""
+        request.reply.set(
+            Refused(503, f"the request could not be processed ({type(error).__name__})")
+        )
+        self.counts.refused_requests += 1
+        request.release()
+        await trio.lowlevel.checkpoint()
+
+    def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
+        """In a worker thread: the batches, one a tenant, and each request's outcome."""
+        outcomes: list[Outcome] = [Done(0)] * len(requests)
+        by_tenant: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_tenant.setdefault(request.tenant, []).append(i)
+        # All are scanned before the first is appended: where one makes this raise, none is in the
+        # log, and all can be handled again.
+        scanned: list[tuple[SpanBatch, list[int]]] = []
+        for tenant, numbers in by_tenant.items():
+            decoded: list[int] = []
+            bodies: list[bytes | memoryview] = []
+            for i in numbers:
+                body = self._decode(requests[i])
+                if isinstance(body, Refused):
+                    outcomes[i] = body
+                elif body:
+                    decoded.append(i)
+                    bodies.append(body)
+            if bodies:
+                scanned.append((scan_bodies(tenant, bodies), decoded))
+        batches = []
+        for batch, decoded in scanned:
+            try:
+                self._append(batch, [requests[i] for i in decoded])
+            except TenantClosed:
+                for i in decoded:
+                    outcomes[i] = Refused(403, f"the tenant {batch.tenant} is deleted")
+                continue
+            for i, row, position in zip(decoded, batch.bodies, batch.positions, strict=True):
+                outcomes[i] = _outcome(row, int(position))
+            if len(batch) and batch.received_ns:
+                batches.append(batch)
+        return batches, outcomes
+
+    def _decode(self, request: Request) -> bytes | memoryview | Refused:
+        """The body as protobuf."""
+        try:
+            body = decode_body(request.body, request.encoding, self._max_body)
+            return to_protobuf(body) if request.content_type == "json" else body
+        except BodyTooLarge as error:
+            return Refused(413, str(error))
+        except (BadEncoding, OtlpJsonError) as error:
+            return Refused(400, str(error))
+
+    def _append(self, batch: SpanBatch, requests: Sequence[Request]) -> None:
+        """Log the bodies that have spans; sets the batch's positions and time, or leaves the time
+        0 when the log could not be written."""
+        batch.positions = np.zeros(len(requests), np.int64)
+        logged = [k for k in range(len(requests)) if batch.bodies[k, SPAN_COUNT] > 0]
+        frames = [
+            Frame(
+                cast(ContentType, requests[k].content_type),
+                cast(Encoding, requests[k].encoding),
+                requests[k].received_ns,
+                requests[k].body,
+                int(batch.bodies[k, SPAN_COUNT]),
+            )
+            for k in logged
+        ]
+        if not frames:
+            return
+        try:
+            batch.positions[logged] = self._progress.append(
+                batch.tenant, lambda: self._log.append(batch.tenant, frames)
+            )
+        except LogWriteError:
+            return
+        batch.received_ns = max(frame.received_ns for frame in frames)
+
+
+def _outcome(row: np.ndarray, position: int) -> Outcome:
+    error = int(row[ERROR])
+    if error:
+        return Refused(400, f"{ERRORS[error]} (seen at byte {int(row[ERROR_OFF])} of the body)")
+    spans = int(row[SPAN_COUNT])
+    if spans and not position:
+        return Refused(503, "the span log cannot be written; send the spans again later")
+    bad_trace, bad_span = int(row[REJECTED_TRACE_ID]), int(row[REJECTED_SPAN_ID])
+    reasons = []
+    if bad_trace:
+        reasons.append(f"{bad_trace} spans have a trace id that is not 16 bytes, or all zeros")
+    if bad_span:
+        reasons.append(f"{bad_span} spans have a span id that is not 8 bytes, or all zeros")
+    return Done(spans, bad_trace + bad_span, "; ".join(reasons), position)

@@ -1,0 +1,46 @@
+"""Compiling the kernels before the service is ready, by running them once."""
+
+from __future__ import annotations
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from betrace.service.otlp import wire
+from betrace.service.rules.compile import compile_rules
+from betrace.service.rules.definition import make_rule
+from betrace.service.traces.decide import decide
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.tenant_traces import TenantTraces
+
+_RULES = (
+    "when { warm.up.where(a == 1 and b contains x) } always { up.* }",
+    "count(warm.up) > 1 or warm.up before x",
+)
+
+
+def _sample() -> bytes:
+    request = ExportTraceServiceRequest()
+    spans = request.resource_spans.add().scope_spans.add().spans
+    for number in (1, 2):
+        span = spans.add(trace_id=b"t" * 16, span_id=bytes([number] * 8), name="warm.up")
+        span.attributes.add(key="a").value.int_value = 1
+    return request.SerializeToString()
+
+
+def warm_up() -> None:
+    """Compile, or load from the cache on disk, every kernel that a request runs."""
+    wire.warm_up()
+    rules = [
+        make_rule({"id": f"r{i}", "condition": condition}) for i, condition in enumerate(_RULES)
+    ]
+    traces = TenantTraces("warm-up", compile_rules(rules, "warm-up"))
+    batch = wire.scan_bodies("warm-up", [_sample()])
+    for _, folded in traces.fold(batch, 1):
+        if folded.early is not None:
+            decide(folded.early)
+    for due in traces.close_due(10, 1, 1):
+        decide(due)
+    closed = ClosedTraces(1 << 12)
+    traces.fold(batch, 20, closed)  # opens them again
+    traces.close_due(40, 1)
+    traces.evict(10**10, 1, 0, closed)
+    traces.fold(batch, 10**10, closed)

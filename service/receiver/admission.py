@@ -1,0 +1,503 @@
+"""The ingestion edge: what happens to a request before and after the pipeline, without any
+framework (OTLP/HTTP 1.x: opentelemetry-proto, docs/specification.md).
+
+A listener calls, for each request::
+
+    head = await edge.admit(method, path, headers)   # a Head, or the HttpResponse that refuses it
+    with edge.body(head) as body:                    # limits hold while the body arrives
+        refusal = body.feed(chunk)                   # None, or the HttpResponse that refuses it
+        response = await edge.handle(head, body.take())
+
+A listener that keeps the body itself calls ``body.reserve(size)`` in place of ``feed``, and hands
+its own bytes to ``handle``.
+
+All of it runs on the Trio thread for each request, so it is kept to dictionary lookups. A client
+that goes away while its request is queued is not noticed: its spans are accepted all the same.
+
+The weight of a request is its estimated number of spans, since counting them needs the body
+decoded: its length divided by the running mean of bytes per span of the same content type and
+encoding, which every answer of the pipeline corrects.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Protocol, Self
+
+import trio
+
+from betrace.service.config.settings import Ingest
+from betrace.service.otlp.response import export_response
+from betrace.service.pipeline.request import Done, Refused, Reply, Request
+from betrace.service.receiver.responses import (
+    JSON,
+    MEDIA_TYPES,
+    PROTOBUF,
+    Headers,
+    HttpResponse,
+    export_error,
+    respond,
+)
+from betrace.service.receiver.shares import Shares
+from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
+from betrace.service.tenants import DEFAULT_TENANT, Quotas
+
+PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
+ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
+    "deflate": "deflate"
+}
+REASONS = (
+    "not_found",
+    "method",
+    "unauthenticated",
+    "tenant",
+    "type",
+    "too_large",
+    "undecodable",
+    "quota",
+    "overloaded",
+    "memory",
+    "slow_body",
+    "slow_head",
+    "malformed",
+    "paused",
+    "draining",
+    "unavailable",
+)
+
+# Bytes of a span before the first answer was seen, by content type and whether compressed.
+_FIRST_GUESS = {PROTOBUF: 400.0, JSON: 900.0}
+_COMPRESSION = 7.0
+# Of the capacity, in the queue and waiting for room in it. To wait in vain costs more than all else
+# that is done for a request: hundreds that did so took most of Trio's thread.
+_MOST_WAITING = 1.1
+_MEMORY = 0.98  # of the running means: about the last 50 requests count
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the headers of an admitted request say. ``length`` is the announced length of the body
+    in bytes, None for a chunked one."""
+
+    tenant: str
+    content_type: str
+    encoding: str
+    length: int | None
+
+
+_UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of what has none, or none that can be read
+
+
+class Queue(Protocol):
+    """The sending end of the span-ingestion channel, weighed by ``Request.weight``."""
+
+    @property
+    def fill(self) -> float: ...
+
+    def send_nowait(self, item: Request) -> None: ...
+
+    async def offer(self, item: Request, timeout: float) -> bool: ...
+
+
+class Edge:
+    """Admits requests, queues them, answers them.
+
+    ``capacity`` is that of the queue, in spans; ``closed`` are the tenants that are deleted. Under
+    load, tenants share the queue and the memory for bodies
+    (:mod:`betrace.service.receiver.shares`).
+    ``refused_spans`` and ``refused_requests`` count by reason (``REASONS``) what was not
+    accepted, the spans as estimated.
+    """
+
+    def __init__(
+        self,
+        settings: Ingest,
+        queue: Queue,
+        quotas: Quotas,
+        authenticator: Authenticator | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+        capacity: int = 10_000,
+        closed: Container[str] = frozenset(),
+    ) -> None:
+        self._closed_tenants = closed
+        self._spans = Shares(capacity, settings.refuse_above)
+        self._bytes = Shares(settings.max_buffered_bytes, settings.refuse_above)
+        self._queue = queue
+        self._quotas = quotas
+        self._authenticator = authenticator
+        self._clock_ns = clock_ns
+        self._max_body: Final = settings.max_body_bytes
+        self._offer_timeout: Final = settings.offer_timeout_ms / 1000
+        self.answer_timeout: Final = settings.answer_timeout_seconds
+        self._retry_min: Final = settings.retry_after_min_seconds
+        self._retry_max: Final = settings.retry_after_max_seconds
+        self._closed: tuple[str, str] | None = None  # reason, message
+        self._requests = 0  # admitted, and not answered
+        self._settled: trio.Event | None = None
+        self._refusals = 0.0  # recent fraction of requests refused for load
+        self._bytes_per_span = {
+            (kind, encoding): size / (_COMPRESSION if encoding else 1)
+            for kind, size in _FIRST_GUESS.items()
+            for encoding in ENCODINGS.values()
+        }
+        self._seen = {key: (size, 1.0) for key, size in self._bytes_per_span.items()}
+        self._complete = {kind: self._accepted(kind, Done(0)) for kind in MEDIA_TYPES}
+        self.accepted_requests = 0
+        self.refused_requests = dict.fromkeys(REASONS, 0)
+        self.refused_spans = dict.fromkeys(REASONS, 0)
+
+    # What the service decides.
+
+    def pause(self) -> None:
+        """Refuse new requests until :meth:`resume`."""
+        self._closed = ("paused", "ingestion is paused by an operator; send the spans again later")
+
+    def drain(self) -> None:
+        """Refuse new requests for good: the service stops."""
+        self._closed = ("draining", "the service is shutting down; send the spans again")
+
+    def resume(self) -> None:
+        """Accept requests again after :meth:`pause`; a service that drains goes on draining."""
+        if self.state == "paused":
+            self._closed = None
+
+    async def settled(self) -> None:
+        """Return when every request that was admitted is answered, or its client gone."""
+        if self._requests:
+            self._settled = trio.Event()
+            await self._settled.wait()
+
+    @property
+    def state(self) -> str:
+        """``open``, ``paused`` or ``draining``."""
+        return "open" if self._closed is None else self._closed[0]
+
+    # The way of a request.
+
+    async def admit(self, method: str, path: str, headers: Headers) -> Head | HttpResponse:
+        """Check everything that can be refused before the body is read. Names of headers are
+        lower case, as ASGI and HTTP/2 have them."""
+        if self._authenticator is None:
+            return self._check(method, path, headers, None)
+        authorization = None
+        for name, value in headers:
+            if name == b"authorization":
+                authorization = value.decode("latin-1")
+        caller: str | Denied | None = None
+        if authorization is not None:
+            caller = self._authenticator.remembered(authorization)
+        if caller is None:
+            caller = await self._authenticator.tenant(authorization)
+        return self._check(method, path, headers, caller)
+
+    def _check(
+        self, method: str, path: str, headers: Headers, caller: str | Denied | None
+    ) -> Head | HttpResponse:
+        type_header = encoding_header = b""
+        length_header = None
+        tenant_header: str | None = None
+        for name, value in headers:
+            if name == b"content-type":
+                type_header = value
+            elif name == b"content-length":
+                length_header = value
+            elif name == b"content-encoding":
+                encoding_header = encoding_header + b"," + value if encoding_header else value
+            elif name == b"x-scope-orgid":
+                tenant_header = value.decode("latin-1")
+        kind = _content_type(type_header)
+        encoding = _encoding(encoding_header)
+        length = int(length_header) if length_header and length_header.isdigit() else None
+        head = Head(DEFAULT_TENANT, kind or JSON, encoding or "", length)
+        if path not in PATHS:
+            message = f"there is nothing at {path[:200]}; send traces to /v1/traces"
+            if path in ("/v1/metrics", "/v1/logs"):
+                message = f"{path} is not supported; export traces only, to /v1/traces"
+            return self._refuse(head, 404, "not_found", message)
+        if method != "POST":
+            return self._refuse(
+                head, 405, "method", f"use POST, not {method[:20]}", (b"allow", b"POST")
+            )
+        if isinstance(caller, Denied):
+            challenge = [(b"www-authenticate", b"Bearer")] if caller.status == 401 else []
+            if caller.status == 503:
+                challenge = [self._retry_after(self._retry_max)]
+            return self._refuse(head, caller.status, "unauthenticated", caller.message, *challenge)
+        if kind is None:
+            shown = type_header.decode("latin-1")[:100]
+            message = f"content type {shown!r} is not known" if shown else "no content type given"
+            message += "; send application/x-protobuf or application/json"
+            return self._refuse(head, 415, "type", message)
+        if encoding is None:
+            shown = encoding_header.decode("latin-1")[:100]
+            message = f"content encoding {shown!r} is not known; send gzip, zstd, deflate or none"
+            return self._refuse(head, 415, "type", message, (b"accept-encoding", b"gzip, zstd"))
+        if caller is None:
+            caller = claimed_tenant(tenant_header)
+        if isinstance(caller, Denied):
+            return self._refuse(head, caller.status, "tenant", caller.message)
+        tenant = caller
+        if tenant in self._closed_tenants:
+            denied = closed_tenant(tenant)
+            return self._refuse(head, denied.status, "tenant", denied.message)
+        head = Head(tenant, kind, encoding, length)
+        if length is not None and length > self._max_body:
+            return self.too_large(head)
+        if self._closed is not None:
+            reason, message = self._closed
+            return self._refuse(head, 503, reason, message, self._retry_after(self._retry_max))
+        wait = self._quotas.admit(tenant, 0)
+        if wait is not None:
+            return self._over_quota(head, wait)
+        if not self._has_room(tenant):
+            return self._overloaded(head, "overloaded")
+        return head
+
+    def _has_room(self, tenant: str) -> bool:
+        """Whether a tenant's share of the queue is not used up, and few wait for room in it."""
+        fill = self._queue.fill
+        if self._spans.total > _MOST_WAITING * self._spans.capacity:
+            return False
+        return fill < 1 and self._spans.admits(tenant, 0, int(fill * self._spans.capacity))
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Of bodies held in memory, those still arriving included."""
+        return self._bytes.total
+
+    def body(self, head: Head) -> Body:
+        """What collects the body of an admitted request; use it as a context manager."""
+        return Body(self, head)
+
+    async def handle(self, head: Head, body: bytes | memoryview) -> HttpResponse:
+        """Queue an admitted request and answer it. Never raises for what a client, a store or the
+        load does."""
+        with trio.move_on_after(self.answer_timeout):
+            return await self.process(head, body)
+        return self.unanswered(head, len(body))
+
+    async def process(self, head: Head, body: bytes | memoryview) -> HttpResponse:
+        """:meth:`handle` without its time limit, for a listener that cancels this call after
+        ``answer_timeout`` seconds by itself and then answers :meth:`unanswered`: a cancel scope
+        of its own is a tenth of what a small request costs."""
+        weight = self.estimate(head.content_type, head.encoding, len(body))
+        wait = self._quotas.admit(head.tenant, weight)
+        if wait is not None:
+            return self._over_quota(head, wait)
+        if not self._has_room(head.tenant):  # others may have come while the body did
+            self._quotas.settle(head.tenant, -weight)
+            return self._overloaded(head, "overloaded", weight)
+        reply = Reply()
+        self._spans.take(head.tenant, weight)
+        request = Request(
+            head.tenant,
+            head.content_type,
+            head.encoding,
+            body,
+            self._clock_ns(),
+            weight,
+            reply,
+            self._spans,
+        )
+        if not await self._enqueue(request):
+            self._quotas.settle(head.tenant, -weight)
+            return self._overloaded(head, "overloaded", weight)
+        self._refusals *= _MEMORY
+        return self._answer(head, len(body), weight, await reply.wait())
+
+    async def _enqueue(self, request: Request) -> bool:
+        queued = False
+        try:
+            try:
+                self._queue.send_nowait(request)
+                queued = True
+            except trio.WouldBlock:
+                queued = await self._queue.offer(request, self._offer_timeout)
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            self.drain()
+        finally:
+            if not queued:
+                request.release()
+        return queued
+
+    def unanswered(self, head: Head, size: int) -> HttpResponse:
+        """The outcome of a request of ``size`` bytes is not known in time."""
+        message = "the spans were received but are not yet written; send them again"
+        retry = self._retry_after(self._retry_max)
+        spans = self.estimate(head.content_type, head.encoding, size)
+        return self._refuse(head, 503, "unavailable", message, retry, spans=spans)
+
+    def _answer(self, head: Head, size: int, weight: int, outcome: Done | Refused) -> HttpResponse:
+        if isinstance(outcome, Refused):
+            self._quotas.settle(head.tenant, -weight)
+            reason = {400: "undecodable", 403: "tenant", 413: "too_large"}.get(
+                outcome.status, "unavailable"
+            )
+            retry = [self._retry_after(self._retry_max)] if outcome.status == 503 else []
+            return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=weight)
+        self.accepted_requests += 1
+        self._quotas.settle(head.tenant, outcome.spans - weight)
+        if outcome.spans:
+            self._learn((head.content_type, head.encoding), size, outcome.spans)
+        if outcome.rejected:
+            return self._accepted(head.content_type, outcome)
+        return self._complete[head.content_type]
+
+    @staticmethod
+    def _accepted(kind: str, outcome: Done) -> HttpResponse:
+        body = export_response(kind == JSON, outcome.rejected, outcome.message)
+        return respond(200, body, MEDIA_TYPES[kind])
+
+    # Weights.
+
+    def estimate(self, content_type: str, encoding: str, size: int) -> int:
+        """About how many spans a body of ``size`` bytes holds, at least 1."""
+        return int(size / self._bytes_per_span[content_type, encoding]) or 1
+
+    def _learn(self, key: tuple[str, str], size: int, spans: int) -> None:
+        total, count = self._seen[key]
+        total, count = total * _MEMORY + size, count * _MEMORY + spans
+        self._seen[key] = (total, count)
+        self._bytes_per_span[key] = max(total / count, 1.0)
+
+    # Refusals.
+
+    def too_large(self, head: Head) -> HttpResponse:
+        """The body is larger than a body may be."""
+        message = (
+            f"the body is larger than {self._max_body} bytes; send fewer spans in a request "
+            "(or raise ingest.max_body_bytes)"
+        )
+        return self._refuse(head, 413, "too_large", message)
+
+    def slow_body(self, head: Head) -> HttpResponse:
+        """The body did not arrive in time."""
+        reason = "slow_body"
+        message = "the body did not arrive in time; send it again, in smaller requests"
+        if self._closed is not None and self.state == "draining":
+            reason, message = self._closed
+        retry = self._retry_after(self._retry_min)
+        return self._refuse(head, 503, reason, message, retry, (b"connection", b"close"))
+
+    def slow_head(self) -> HttpResponse:
+        """The head of a request did not arrive in time."""
+        message = "the headers did not arrive in time; send them again"
+        return self._refuse(_UNKNOWN, 408, "slow_head", message, spans=0)
+
+    def malformed(self, status: int, message: str) -> HttpResponse:
+        """What arrived is not a request: ``status`` is 400, 431 or 505."""
+        return self._refuse(_UNKNOWN, status, "malformed", message, spans=0)
+
+    def no_memory(self, head: Head) -> HttpResponse:
+        """Too many bodies are held at once."""
+        return self._overloaded(head, "memory")
+
+    def _over_quota(self, head: Head, wait: float) -> HttpResponse:
+        seconds = min(max(math.ceil(wait), self._retry_min), self._retry_max)
+        rate = self._quotas.rate(head.tenant)
+        message = (
+            f"tenant {head.tenant} sends more than its quota of {rate} spans a second; "
+            "send less, or ask for a larger quota"
+        )
+        return self._refuse(head, 429, "quota", message, self._retry_after(seconds))
+
+    def _overloaded(self, head: Head, reason: str, spans: int | None = None) -> HttpResponse:
+        """The longer most requests are refused, the longer clients are asked to wait."""
+        self._refusals = self._refusals * _MEMORY + (1 - _MEMORY)
+        span = self._retry_max - self._retry_min
+        retry = self._retry_after(self._retry_min + round(span * self._refusals))
+        message = "the service is overloaded; send the spans again later"
+        if self._closed is not None:
+            reason, message = self._closed
+        return self._refuse(head, 503, reason, message, retry, spans=spans)
+
+    @staticmethod
+    def _retry_after(seconds: int) -> tuple[bytes, bytes]:
+        return (b"retry-after", b"%d" % seconds)
+
+    def _refuse(
+        self,
+        head: Head,
+        status: int,
+        reason: str,
+        message: str,
+        *extra: tuple[bytes, bytes],
+        spans: int | None = None,
+    ) -> HttpResponse:
+        if spans is None:
+            spans = self.estimate(head.content_type, head.encoding, head.length or 0)
+        self.refused_requests[reason] += 1
+        self.refused_spans[reason] += spans
+        return export_error(status, head.content_type, message, *extra)
+
+
+class Body:
+    """Collects the body of one request, within the limit for one and for all together."""
+
+    __slots__ = ("_chunks", "_edge", "_head", "_reserved", "_size")
+
+    def __init__(self, edge: Edge, head: Head) -> None:
+        self._edge = edge
+        self._head = head
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._reserved = 0
+
+    def __enter__(self) -> Self:
+        self._edge._requests += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._reserved:
+            self._edge._bytes.give_back(self._head.tenant, self._reserved)
+            self._reserved = 0
+        self._chunks.clear()
+        self._edge._requests -= 1
+        if self._edge._settled is not None and not self._edge._requests:
+            self._edge._settled.set()
+
+    def feed(self, chunk: bytes) -> HttpResponse | None:
+        """Take the next part, or refuse the request."""
+        self._size += len(chunk)
+        refusal = self.reserve(self._size)
+        if refusal is None:
+            self._chunks.append(chunk)
+        return refusal
+
+    def reserve(self, size: int) -> HttpResponse | None:
+        """Claim memory for ``size`` bytes in all, or refuse the request. For a listener that keeps
+        the parts itself. Memory is claimed for what has arrived, not for what is announced: who
+        announces much and sends little must not keep others out."""
+        edge = self._edge
+        if size > edge._max_body:
+            return edge.too_large(self._head)
+        claim = size - self._reserved
+        if claim > 0:
+            if not edge._bytes.admits(self._head.tenant, claim):
+                return edge.no_memory(self._head)
+            edge._bytes.take(self._head.tenant, claim)
+            self._reserved += claim
+        return None
+
+    def take(self) -> bytes:
+        """The whole body. What is reserved for it stays so until the context ends."""
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+
+
+@lru_cache(maxsize=256)
+def _content_type(header: bytes) -> str | None:
+    media_type = header.partition(b";")[0].strip().lower()
+    if media_type in (b"application/x-protobuf", b"application/protobuf"):
+        return PROTOBUF
+    if media_type == b"application/json":
+        return JSON
+    return None
+
+
+@lru_cache(maxsize=256)
+def _encoding(header: bytes) -> str | None:
+    return ENCODINGS.get(header.decode("latin-1").strip().lower())

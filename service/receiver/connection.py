@@ -1,0 +1,331 @@
+"""One connection of the ingestion listener: requests in, answers out, in order.
+
+Time limits cost nothing per request: a connection notes in ``deadline`` until when it may stay as
+it is, and the listener looks at all connections now and then and calls :meth:`Connection.expire`
+on those that are late. One cancel scope serves a connection's whole life, since being late ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from betrace.service.config.base import MIB
+from betrace.service.receiver.admission import Body, Edge, Head
+from betrace.service.receiver.http1 import (
+    CONTINUE,
+    HEAD_END,
+    MAX_HEAD_BYTES,
+    ChunkedBody,
+    NotHttpError,
+    RequestHead,
+    parse_head,
+    render,
+    too_large_head,
+)
+from betrace.service.receiver.responses import HttpResponse
+from betrace.service.receiver.transport import TlsTransport, Transport
+
+# After a refusal the rest of the body is read and dropped, within these limits: closing a
+# connection with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
+LINGER_BYTES: Final = 32 * MIB
+LINGER_SECONDS: Final = 2.0
+SEND_SECONDS: Final = 10.0
+# When the service stops, a request may be on its way on a connection that looks idle.
+RETIRE_SECONDS: Final = 0.25
+
+_log = logging.getLogger("service.http")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds that a connection may be idle, and that a request's head and its body may take. A TLS
+    handshake has as much time as a head."""
+
+    idle: float
+    head: float
+    body: float
+
+
+class Connection:
+    """Serves ``transport`` until either side ends it.
+
+    ``deadline`` is the time on Trio's clock when :meth:`expire` is due.
+    """
+
+    __slots__ = (
+        "_closing",
+        "_edge",
+        "_idle",
+        "_limits",
+        "_owed",
+        "_processing",
+        "_rest",
+        "_scope",
+        "_transport",
+        "_unread",
+        "deadline",
+    )
+
+    def __init__(self, transport: Transport, edge: Edge, limits: Limits) -> None:
+        self._transport = transport
+        self._edge = edge
+        self._limits = limits
+        self._scope = trio.CancelScope()
+        self._rest = b""  # received and not yet used
+        self._unread: int | ChunkedBody = 0  # of the body in progress: bytes, or chunks
+        self._idle = True
+        self._closing = False
+        self._processing = False  # the request is whole, its outcome not known
+        self._owed: Callable[[], HttpResponse] | None = None  # the answer to a client that is late
+        self.deadline = trio.current_time() + limits.idle
+
+    # What the listener decides.
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._idle
+
+    def expire(self) -> None:
+        """The deadline has passed: the connection ends, with an answer if one is owed."""
+        self.deadline = math.inf
+        self._scope.cancel()
+
+    def retire(self) -> None:
+        """The service stops: the connection ends once a request in progress is answered, an idle
+        one soon."""
+        self._closing = True
+        if self._idle:
+            self._scope.deadline = trio.current_time() + RETIRE_SECONDS
+
+    def give_up(self) -> None:
+        """There is no more time for requests that are still arriving."""
+        if not self._processing:
+            self.expire()
+
+    # The life of the connection.
+
+    async def run(self) -> None:
+        """Serve requests until the end. Raises nothing, except when cancelled from outside."""
+        try:
+            with self._scope:
+                try:
+                    await self._serve()
+                except NotHttpError as error:
+                    await self._part(self._edge.malformed(error.status, error.message))
+            if self._scope.cancelled_caught and self._owed is not None:
+                with trio.move_on_after(LINGER_SECONDS):
+                    await self._part(self._owed())
+        except (OSError, trio.BrokenResourceError):
+            pass  # the client is gone
+        except Exception:
+            _log.exception("a connection of the ingestion listener failed; it is closed")
+        finally:
+            await self._transport.close()
+
+    async def _serve(self) -> None:
+        if isinstance(self._transport, TlsTransport):
+            self.deadline = trio.current_time() + self._limits.head
+            await self._transport.handshake()
+        while (block := await self._read_head()) is not None:
+            if not await self._answer(parse_head(block)):
+                break
+        if self._rest:
+            await self._linger()
+
+    async def _answer(self, request: RequestHead) -> bool:
+        """Read the body of a request and answer it; whether the connection goes on."""
+        edge = self._edge
+        self.deadline = math.inf
+        self._unread = ChunkedBody() if request.length is None else request.length
+        head = await edge.admit(request.method, request.path, request.headers)
+        if isinstance(head, HttpResponse):
+            return await self._refuse(request, head)
+        with edge.body(head) as memory:
+            body: bytes | memoryview | HttpResponse | None
+            if request.length is None:
+                body = await self._read_chunks(request, head, memory)
+            else:
+                body = await self._read_body(request, head, memory, request.length)
+            if body is None:
+                return False
+            if not isinstance(body, HttpResponse):
+                size = len(body)
+                self._owed = lambda: edge.unanswered(head, size)
+                self.deadline = trio.current_time() + edge.answer_timeout
+                self._processing = True
+                response = await edge.process(head, body)
+                self._owed = None
+                more = await self._send(request, response)
+                self._processing = False
+                return more
+        self._owed = None
+        return await self._refuse(request, body)
+
+    # Reading.
+
+    async def _read_head(self) -> bytes | None:
+        """The head of the next request; None when there is none."""
+        received = self._rest
+        if not received:
+            if self._closing:
+                return None
+            self._idle = True
+            self.deadline = trio.current_time() + self._limits.idle
+            received = await self._transport.receive()
+            if not received:
+                return None
+            self._idle = False
+            self._scope.deadline = math.inf
+        end = received.find(HEAD_END) + len(HEAD_END)
+        if not len(HEAD_END) < end <= MAX_HEAD_BYTES:
+            return await self._gather_head(received)
+        self._rest = received[end:]
+        return received[:end]
+
+    async def _gather_head(self, received: bytes) -> bytes | None:
+        """The head of a request that did not arrive at once."""
+        self.deadline = trio.current_time() + self._limits.head
+        self._owed = self._edge.slow_head
+        gathered = bytearray()
+        searched = 0
+        while received:
+            gathered += received
+            while gathered.startswith(b"\r\n"):  # empty lines before a request are tolerated
+                del gathered[:2]
+                searched = 0
+            end = gathered.find(HEAD_END, max(0, searched - 3))
+            searched = len(gathered)
+            if max(end + len(HEAD_END), 0 if end >= 0 else searched) > MAX_HEAD_BYTES:
+                raise too_large_head()
+            if end >= 0:
+                end += len(HEAD_END)
+                self._owed = None
+                self._rest = bytes(gathered[end:])
+                return bytes(gathered[:end])
+            if gathered and not gathered[:1].isupper() and gathered != b"\r":
+                raise NotHttpError(400, "this is not an HTTP/1.1 request; is it TLS or HTTP/2?")
+            received = await self._transport.receive()
+        return None
+
+    async def _read_body(
+        self, request: RequestHead, head: Head, memory: Body, length: int
+    ) -> bytes | memoryview | HttpResponse | None:
+        """The body of an announced length, or what refuses it; None when the client is gone."""
+        received = self._rest
+        refusal = memory.reserve(min(len(received), length))
+        if refusal is not None:
+            return refusal
+        self._rest = received[length:]
+        self._unread = 0
+        if len(received) >= length:
+            return received[:length]
+        await self._begin_body(request, head, received)
+
+        def claim(arrived: int) -> bool:
+            nonlocal refusal
+            refusal = memory.reserve(arrived)
+            self._unread = length - arrived if refusal is not None else 0
+            return refusal is None
+
+        body = await self._transport.receive_body(received, length, claim)
+        return body if refusal is None else refusal
+
+    async def _read_chunks(
+        self, request: RequestHead, head: Head, memory: Body
+    ) -> bytes | HttpResponse | None:
+        """The same of a chunked body."""
+        chunks = self._unread
+        assert isinstance(chunks, ChunkedBody)
+        received = self._rest
+        await self._begin_body(request, head, received)
+        while True:
+            self._rest = chunks.feed(received)
+            refusal = memory.reserve(len(chunks.data))
+            if refusal is not None:
+                return refusal
+            if chunks.complete:
+                return bytes(chunks.data)
+            received = await self._transport.receive()
+            if not received:
+                return None
+
+    async def _begin_body(self, request: RequestHead, head: Head, received: bytes) -> None:
+        """Not all of the body is there: set its time limit, and ask for it if the client waits."""
+        self._owed = lambda: self._edge.slow_body(head)
+        self.deadline = trio.current_time() + self._limits.body
+        if request.expects_continue and not received:
+            await self._transport.send(CONTINUE)
+
+    async def _discard(self) -> bool:
+        """Read and drop what is left of the body; whether its end was reached."""
+        left = self._unread
+        received = self._rest
+        dropped = 0
+        while dropped <= LINGER_BYTES:
+            if isinstance(left, ChunkedBody):
+                self._rest = left.feed(received)
+                left.data.clear()
+                if left.complete:
+                    return True
+            elif len(received) >= left:
+                self._rest = received[left:]
+                return True
+            else:
+                left -= len(received)
+            dropped += len(received)
+            received = await self._transport.receive()
+            if not received:
+                break
+        return False
+
+    # Answering.
+
+    async def _send(self, request: RequestHead, response: HttpResponse, keep: bool = True) -> bool:
+        """Send a response; whether the connection goes on, which only ``keep`` allows."""
+        keep = keep and request.persistent and not self._closing
+        self.deadline = trio.current_time() + SEND_SECONDS
+        data = render(response, close=not keep, bodiless=request.method == "HEAD")
+        await self._transport.send(data)
+        return keep
+
+    async def _refuse(self, request: RequestHead, response: HttpResponse) -> bool:
+        """Send a response before the whole body was read; whether the connection goes on.
+
+        It does where the rest of the body is read soon. A client that waits for ``100 Continue``
+        may send the body or not, so it is clear only to the client where the next request begins.
+        """
+        left = self._unread
+        keep = isinstance(left, ChunkedBody) or left <= LINGER_BYTES
+        keep = await self._send(request, response, keep and not request.expects_continue)
+        self.deadline = trio.current_time() + LINGER_SECONDS
+        await trio.lowlevel.checkpoint()  # nothing else may have waited on this request's way
+        if not keep:
+            await self._linger()
+            return False
+        try:
+            return await self._discard()
+        except NotHttpError:
+            return False  # the request is answered
+
+    async def _part(self, response: HttpResponse) -> None:
+        """Send a last response, and end the connection."""
+        self._owed = None
+        self.deadline = trio.current_time() + LINGER_SECONDS
+        await self._transport.send(render(response, close=True))
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Tell the client that this is the end, and wait until it agrees."""
+        self._rest = b""
+        self.deadline = trio.current_time() + LINGER_SECONDS
+        await self._transport.end()
+        dropped = 0
+        while dropped <= LINGER_BYTES and (received := await self._transport.receive()):
+            dropped += len(received)

@@ -1,0 +1,207 @@
+"""HTTP/1.1 messages as bytes (RFC 9112): heads and chunked bodies taken apart by llhttp, which
+``httptools`` wraps, and responses put together. No input or output here.
+
+llhttp runs in its strict mode, which refuses what request smuggling needs: Content-Length together
+with Transfer-Encoding, several or odd lengths, folded lines, bare LF, space before a colon, chunk
+sizes that overflow. What it leaves to its caller is checked in :func:`parse_head`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Final
+
+import httptools
+
+from betrace.service.config.base import KIB
+from betrace.service.receiver.responses import HttpResponse
+
+HEAD_END = b"\r\n\r\n"
+MAX_HEAD_BYTES: Final = 32 * KIB
+MAX_HEADERS: Final = 100
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+_CHUNKED_HEAD = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+
+
+class NotHttpError(Exception):
+    """What arrived is not a request that can be taken: an HTTP status, and what is wrong."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def too_large_head() -> NotHttpError:
+    """The head of a request, or what stands between the parts of its body, is too large."""
+    return NotHttpError(
+        _TOO_LARGE, f"send at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes together"
+    )
+
+
+class RequestHead:
+    """The head of a request, and llhttp's view of it while it is parsed.
+
+    ``path`` is the request target without its query, percent-encoded as it came; names in
+    ``headers`` are lower case. ``length`` is that of the body in bytes, None when it is
+    ``chunked``. ``persistent`` and ``expects_continue`` are what the client asks for.
+    """
+
+    __slots__ = (
+        "expects_continue",
+        "headers",
+        "length",
+        "method",
+        "path",
+        "persistent",
+        "target",
+    )
+
+    def __init__(self) -> None:
+        self.method = ""
+        self.target = b""
+        self.path = ""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.length: int | None = 0
+        self.persistent = True
+        self.expects_continue = False
+
+    def on_url(self, url: bytes) -> None:
+        """Called by the parser."""
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        self.headers.append((name.lower(), value))
+
+
+def parse_head(block: bytes) -> RequestHead:
+    """The head in ``block``, which ends with the empty line. Raises :exc:`NotHttpError`."""
+    head = RequestHead()
+    parser = httptools.HttpRequestParser(head)
+    try:
+        parser.feed_data(block)
+    except httptools.HttpParserUpgrade:
+        pass  # an offer, which a server may ignore (RFC 9110, 7.8)
+    except httptools.HttpParserError as error:
+        raise NotHttpError(400, f"this is not an HTTP/1.1 request: {error}") from None
+    version = parser.get_http_version()
+    if version not in ("1.1", "1.0"):
+        raise NotHttpError(505, f"HTTP/{version} is not spoken here; use HTTP/1.1")
+    if len(head.headers) > MAX_HEADERS:
+        raise too_large_head()
+    head.method = parser.get_method().decode("ascii")
+    path = head.target.partition(b"?")[0]
+    if path[:1] != b"/" and b"://" in path:
+        try:
+            path = httptools.parse_url(head.target).path or b"/"
+        except httptools.HttpParserError:
+            raise NotHttpError(400, "the request target is not a URL") from None
+    head.path = path.decode("latin-1")
+    hosts = 0
+    for name, value in head.headers:
+        if name == b"content-length":
+            head.length = int(value)
+        elif name == b"host":
+            hosts += 1
+        elif name == b"connection":
+            head.persistent &= b"close" not in value.lower()
+        elif name == b"expect":
+            head.expects_continue = value.lower() == b"100-continue"
+        elif name == b"transfer-encoding":
+            if value.lower() != b"chunked" or version == "1.0":
+                raise NotHttpError(
+                    400, "the only Transfer-Encoding is chunked, with HTTP/1.1; use it or none"
+                )
+            head.length = None
+    if version == "1.0":
+        head.persistent = head.expects_continue = False
+    elif hosts != 1:
+        raise NotHttpError(400, f"HTTP/1.1 needs one Host header; this request has {hosts}")
+    return head
+
+
+class ChunkedBody:
+    """Undoes the chunked transfer coding. ``data`` is the body so far, ``complete`` whether that
+    is all. Extensions and trailers are dropped."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.complete = False
+        self._silent = 0  # bytes since the last one of the body
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(_CHUNKED_HEAD)
+
+    def feed(self, received: bytes) -> bytes:
+        """Take what was received, and return what follows the end of the body.
+
+        The parser does not tell where a message ends, and would take what follows for the next.
+        But a message can only end with CRLF CRLF, so it is fed up to each of those in turn; the
+        first three bytes singly, since some of the four may have come with an earlier call.
+
+        Raises :exc:`NotHttpError`.
+        """
+        view = memoryview(received)
+        start = 0
+        while start < len(view) and not self.complete:
+            end = start + 1
+            if start >= 3:
+                found = received.find(HEAD_END, start - 3)
+                end = found + 4 if found >= 0 else len(view)
+            self._silent += end - start
+            try:
+                self._parser.feed_data(view[start:end])
+            except httptools.HttpParserError as error:
+                raise NotHttpError(400, f"the chunked body is malformed: {error}") from None
+            if self._silent > MAX_HEAD_BYTES:
+                raise too_large_head()
+            start = end
+        return received[start:]
+
+    def on_body(self, part: bytes) -> None:
+        """Called by the parser."""
+        self._silent = 0
+        self.data += part
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self.complete = True
+
+
+class DateLine:
+    """The Date header, made once a second."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._second = 0
+        self._line = b""
+
+    def line(self) -> bytes:
+        """The header's line, for now."""
+        second = int(self._clock())
+        if second != self._second:
+            self._second = second
+            self._line = b"date: %s\r\n" % formatdate(second, usegmt=True).encode()
+        return self._line
+
+
+_date = DateLine()
+
+
+def render(response: HttpResponse, *, close: bool, bodiless: bool = False) -> bytes:
+    """The response as bytes. ``close`` announces the end of the connection; ``bodiless`` leaves
+    the body out, as the answer to HEAD must, but not its length."""
+    parts = [_STATUS_LINES[response.status], _date.line()]
+    for name, value in response.headers:
+        if name != b"connection":
+            parts += (name, b": ", value, b"\r\n")
+    parts.append(b"connection: close\r\n\r\n" if close else b"\r\n")
+    if not bodiless:
+        parts.append(response.body)
+    return b"".join(parts)

@@ -1,0 +1,78 @@
+"""Responses, and the two forms of errors: ``google.rpc.Status`` for exporters, a JSON object with
+code, message and hint for everyone else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+
+from betrace.service.otlp.response import status_body
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+# The google.rpc.Code for an HTTP status, as googleapis' code.proto maps them where it does.
+RPC_CODES = {
+    400: 3,  # INVALID_ARGUMENT
+    401: 16,  # UNAUTHENTICATED
+    403: 7,  # PERMISSION_DENIED
+    404: 5,  # NOT_FOUND
+    405: 12,  # UNIMPLEMENTED
+    408: 4,  # DEADLINE_EXCEEDED
+    413: 3,
+    415: 3,
+    429: 8,  # RESOURCE_EXHAUSTED
+    431: 3,
+    503: 14,  # UNAVAILABLE
+    505: 12,
+}
+
+PROTOBUF = "protobuf"
+JSON = "json"
+MEDIA_TYPES = {PROTOBUF: b"application/x-protobuf", JSON: b"application/json"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HttpResponse:
+    """A complete response. ``headers`` include content-type and content-length."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+def respond(
+    status: int, body: bytes, media_type: bytes, *extra: tuple[bytes, bytes]
+) -> HttpResponse:
+    """A response with ``body`` of ``media_type`` and ``extra`` headers."""
+    headers = [(b"content-type", media_type), (b"content-length", b"%d" % len(body)), *extra]
+    return HttpResponse(status, headers, body)
+
+
+def export_error(
+    status: int, content_type: str, message: str, *extra: tuple[bytes, bytes]
+) -> HttpResponse:
+    """An error for an exporter: a ``google.rpc.Status`` as ``content_type`` (protobuf | json)."""
+    body = status_body(content_type == JSON, RPC_CODES[status], message)
+    return respond(status, body, MEDIA_TYPES[content_type], *extra)
+
+
+@dataclass(slots=True)
+class ApiError(Exception):
+    """What ends a request to the API: an HTTP status, what is wrong, and what to do about it."""
+
+    status: int
+    message: str
+    hint: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """``{"error": {"code", "message", "hint", ...details}}``; the code is the status'
+        name, such as ``not_found``."""
+        code = HTTPStatus(self.status).name.lower()
+        error = {"code": code, "message": self.message, "hint": self.hint, **self.details}
+        return orjson.dumps({"error": error})

@@ -1,0 +1,171 @@
+"""The ingestion listener: HTTP/1.1 for :class:`~betrace.service.receiver.admission.Edge`, without
+a framework.
+
+Why not Hypercorn, and what makes this cheaper, is in ``docs/decisions``. What a connection does is
+in :mod:`betrace.service.receiver.connection`; here they are accepted, counted, timed and retired.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+from typing import Final
+
+import trio
+
+from betrace.service.config.settings import Ingest, Tls
+from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.connection import Connection, Limits
+from betrace.service.receiver.sockets import bad_certificate, listen, url_of
+from betrace.service.receiver.transport import SocketTransport, TlsTransport, Transport
+
+# What accept() raises when descriptors or memory have run out.
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_EXHAUSTED_PAUSE: Final = 0.5
+_SWEEP_SECONDS: Final = 1.0
+# Of the grace period, for requests to arrive; what is left is for those that arrived last.
+ARRIVAL_SHARE: Final = 0.75
+
+_log = logging.getLogger("service.http")
+
+
+async def serve_ingest(
+    edge: Edge,
+    settings: Ingest,
+    address: str,
+    shutdown: trio.Event,
+    *,
+    tls: Tls | None = None,
+    grace_seconds: float = 30,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hand requests that arrive at ``address`` to ``edge`` until ``shutdown``, then let those in
+    progress finish for ``grace_seconds``; those that are still arriving after ``ARRIVAL_SHARE``
+    of that are refused. Starts with the URL listened on.
+
+    Raises :exc:`~betrace.service.receiver.sockets.ListenError` when the address or the certificate
+    cannot be used.
+    """
+    context = _tls_context(tls) if tls is not None and tls.certificate else None
+    listener = listen(address)
+    server = _Server(edge, settings, context)
+    async with trio.open_nursery() as around:
+        around.start_soon(server.sweep)
+        async with trio.open_nursery() as nursery:
+            accepting = trio.CancelScope()
+            nursery.start_soon(server.accept, listener, nursery, accepting)
+            task_status.started(url_of(listener, tls=context is not None))
+            await shutdown.wait()
+            accepting.cancel()
+            server.retire()
+            around.start_soon(server.give_up_after, ARRIVAL_SHARE * grace_seconds)
+            nursery.cancel_scope.deadline = trio.current_time() + grace_seconds
+        around.cancel_scope.cancel()
+
+
+def _tls_context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+    except OSError as error:
+        raise bad_certificate(tls.certificate, tls.key, error) from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Server:
+    """The open connections of one listener."""
+
+    def __init__(self, edge: Edge, settings: Ingest, context: ssl.SSLContext | None) -> None:
+        self._edge = edge
+        self._context = context
+        self._most = settings.max_connections
+        self._limits = Limits(
+            settings.keep_alive_seconds,
+            settings.head_timeout_seconds,
+            settings.body_timeout_seconds,
+        )
+        self._connections: set[Connection] = set()
+        self._room = trio.Event()
+
+    async def accept(
+        self, listener: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope
+    ) -> None:
+        """Accept connections until ``scope`` is cancelled, then close ``listener``. While there
+        are as many as there may be, the one that is idle longest makes room for the next; while
+        all are busy, or the process has run out of descriptors, further ones wait in the
+        kernel."""
+        with listener, scope:
+            while True:
+                if len(self._connections) >= self._most:
+                    await trio.lowlevel.wait_readable(listener)
+                    self._make_room()
+                    self._room = trio.Event()
+                    with trio.move_on_after(_SWEEP_SECONDS):
+                        await self._room.wait()
+                    continue
+                try:
+                    connected, _ = listener.accept()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener)
+                except OSError as error:
+                    if error.errno in _EXHAUSTED:
+                        _log.warning(
+                            "no connection can be accepted now (%s); raise the limit of open "
+                            "files, or lower ingest.max_connections",
+                            error.strerror,
+                        )
+                        await trio.sleep(_EXHAUSTED_PAUSE)
+                    else:  # the client has given up meanwhile
+                        await trio.lowlevel.checkpoint()
+                else:
+                    connection = Connection(self._transport(connected), self._edge, self._limits)
+                    self._connections.add(connection)
+                    nursery.start_soon(self._run, connection)
+                    await trio.lowlevel.checkpoint()
+
+    def _make_room(self) -> None:
+        """End the connection that has been idle longest, if one is: whoever keeps many open must
+        not keep others out."""
+        idle = [connection for connection in self._connections if connection.idle]
+        if idle:
+            min(idle, key=lambda connection: connection.deadline).expire()
+
+    def _transport(self, connected: socket.socket) -> Transport:
+        connected.setblocking(False)
+        if self._context is None:
+            return SocketTransport(connected)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(connected))
+        return TlsTransport(trio.SSLStream(stream, self._context, server_side=True))
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            self._room.set()
+
+    async def sweep(self) -> None:
+        """End connections whose deadline has passed."""
+        limits = self._limits
+        shortest = min(limits.idle, limits.head, limits.body, self._edge.answer_timeout)
+        pause = min(_SWEEP_SECONDS, shortest / 4)
+        while True:
+            await trio.sleep(pause)
+            now = trio.current_time()
+            for connection in self._connections:
+                if connection.deadline <= now:
+                    connection.expire()
+
+    def retire(self) -> None:
+        """Let every connection end once its request in progress is answered."""
+        for connection in self._connections:
+            connection.retire()
+
+    async def give_up_after(self, seconds: float) -> None:
+        """Refuse then what is still arriving."""
+        await trio.sleep(seconds)
+        for connection in self._connections:
+            connection.give_up()

@@ -1,0 +1,47 @@
+"""Addresses and certificates of the listeners."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from betrace.service.config.base import split_address
+
+_BACKLOG = 1024
+
+
+class ListenError(Exception):
+    """An address or a certificate cannot be used; the text says why and what to do."""
+
+
+def listen(address: str) -> socket.socket:
+    """A non-blocking socket that listens on ``host:port``. Raises :exc:`ListenError`."""
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        remedy = "choose an address of this machine"
+        if error.errno == errno.EADDRINUSE:
+            remedy = "end the program that uses it, or choose another port"
+        elif error.errno == errno.EACCES:
+            remedy = "choose a port above 1023"
+        reason = str(error.strerror).partition(" (while")[0].lower()
+        raise ListenError(f"cannot listen on {address} ({reason}); {remedy}") from error
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket, *, tls: bool) -> str:
+    """The URL that a listening socket is reached at."""
+    host, port = listener.getsockname()[:2]
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def bad_certificate(certificate: str, key: str, error: OSError) -> ListenError:
+    """What to say of a certificate that cannot be loaded."""
+    return ListenError(
+        f"the certificate {certificate} or its key {key} cannot be used "
+        f"({error.strerror or error}); check tls.certificate and tls.key"
+    )

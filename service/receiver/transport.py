@@ -1,0 +1,173 @@
+"""The two ends that a connection of the ingestion listener reads from and writes to: a socket, and
+TLS over one.
+
+The socket is used directly and not through ``trio.socket``: each operation there is a checkpoint,
+which costs a turn of the scheduler even when the kernel had the answer at once. Here a task waits
+only for what is not there yet, so callers see to it that every loop of theirs waits for something.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+import trio
+
+from betrace.service.config.base import KIB, MIB
+
+READ_BYTES: Final = 64 * KIB
+_LOW_WATER_BYTES: Final = MIB
+_CLOSE_SECONDS: Final = 1.0
+
+
+Claim = Callable[[int], bool]
+"""Told of each further part how many bytes of a body have arrived in all; whether to go on."""
+
+
+class Transport(Protocol):
+    """One connection's bytes. Everything raises :exc:`OSError` or
+    :exc:`trio.BrokenResourceError` when the connection fails."""
+
+    async def receive(self) -> bytes:
+        """What has arrived, at most ``READ_BYTES``; waits for it; empty at the end."""
+        ...
+
+    async def receive_body(
+        self, start: bytes, length: int, claim: Claim
+    ) -> bytes | memoryview | None:
+        """The ``length`` bytes that begin with ``start``; None if the connection ends before, or
+        ``claim`` refuses."""
+        ...
+
+    async def send(self, data: bytes) -> None:
+        """Send all of ``data``."""
+        ...
+
+    async def end(self) -> None:
+        """Tell the peer that nothing more will be sent."""
+        ...
+
+    async def close(self) -> None:
+        """Close, within a second."""
+        ...
+
+
+class SocketTransport:
+    """A connected non-blocking TCP socket."""
+
+    __slots__ = ("_descriptor", "_low_water", "_socket")
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._descriptor = connected.fileno()
+        self._low_water = 1
+
+    async def receive(self) -> bytes:
+        """See :class:`Transport`."""
+        if self._low_water != 1:
+            self._wake_at(1)
+        while True:
+            await trio.lowlevel.wait_readable(self._descriptor)
+            try:
+                return self._socket.recv(READ_BYTES)
+            except BlockingIOError:
+                continue
+
+    async def receive_body(
+        self, start: bytes, length: int, claim: Claim
+    ) -> bytes | memoryview | None:
+        """See :class:`Transport`.
+
+        The rest goes straight into a buffer of the whole length, whose memory is not touched
+        before bytes arrive in it. SO_RCVLOWAT lets the task sleep until all of it (at most
+        ``_LOW_WATER_BYTES``) has arrived; the kernel then also makes room for as much.
+        """
+        buffer = np.empty(length, np.uint8).data
+        position = len(start)
+        buffer[:position] = start
+        while True:
+            try:
+                received = self._socket.recv_into(buffer[position:])
+            except BlockingIOError:
+                self._wake_at(min(length - position, _LOW_WATER_BYTES))
+                await trio.lowlevel.wait_readable(self._descriptor)
+                continue
+            if not received:
+                return None
+            position += received
+            if not claim(position):
+                return None
+            if position == length:
+                return buffer
+
+    def _wake_at(self, bytes_waiting: int) -> None:
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, bytes_waiting)
+        self._low_water = bytes_waiting
+
+    async def send(self, data: bytes) -> None:
+        """See :class:`Transport`."""
+        sent = 0
+        while True:
+            try:
+                sent += self._socket.send(data[sent:] if sent else data)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._descriptor)
+                continue
+            if sent == len(data):
+                return
+
+    async def end(self) -> None:
+        """See :class:`Transport`."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    async def close(self) -> None:
+        """See :class:`Transport`."""
+        trio.lowlevel.notify_closing(self._descriptor)
+        self._socket.close()
+
+
+class TlsTransport:
+    """TLS over a connected socket."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        self._stream = stream
+
+    async def handshake(self) -> None:
+        """See :class:`Transport`."""
+        await self._stream.do_handshake()
+
+    async def receive(self) -> bytes:
+        """See :class:`Transport`."""
+        return bytes(await self._stream.receive_some(READ_BYTES))
+
+    async def receive_body(
+        self, start: bytes, length: int, claim: Claim
+    ) -> bytes | memoryview | None:
+        """See :class:`Transport`."""
+        parts = [start]
+        missing = length - len(start)
+        while missing:
+            part = await self._stream.receive_some(min(missing, READ_BYTES))
+            if not part:
+                return None
+            parts.append(bytes(part))
+            missing -= len(part)
+            if not claim(length - missing):
+                return None
+        return b"".join(parts)
+
+    async def send(self, data: bytes) -> None:
+        """See :class:`Transport`."""
+        await self._stream.send_all(data)
+
+    async def end(self) -> None:
+        """See :class:`Transport`. Nothing here: after TLS's own notice little could be received."""
+
+    async def close(self) -> None:
+        """See :class:`Transport`."""
+        with trio.move_on_after(_CLOSE_SECONDS):
+            await self._stream.aclose()

@@ -1,0 +1,459 @@
+"""Dead letters: items that a stage failed on for good, kept in an SQLite file.
+
+A letter is durable when :meth:`DeadLetterStore.add` returns. One that is there already (the same
+stage, tenant and payload) is not stored twice; its new failure is noted. Beyond ``max_bytes`` of
+payloads the oldest are written to a file, ``<export>/<time>-<first id>.jsonl.gz``, and only then
+deleted. All methods block and may be called from any thread; they raise :exc:`DeadLetterError`.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from betrace.channels import TransientError
+from betrace.service.storage.paths import sync_directory
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4254444C  # "BTDL", for file(1)
+MAX_LIMIT = 1000
+_BUSY_SECONDS = 2.0
+_KEEP_AFTER_EXPORT = 0.9  # of max_bytes
+_IDS_PER_QUERY = 500
+_MAX_ERROR_CHARACTERS = 2000
+
+_SCHEMA = f"""
+CREATE TABLE letters (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    key BLOB NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    payload BLOB NOT NULL,
+    bytes INTEGER NOT NULL,
+    weight INTEGER NOT NULL,
+    error TEXT NOT NULL,
+    transient INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    first_failed_ns INTEGER NOT NULL,
+    last_failed_ns INTEGER NOT NULL,
+    next_retry_ns INTEGER
+) STRICT;
+CREATE INDEX letters_due ON letters (stage, next_retry_ns) WHERE next_retry_ns IS NOT NULL;
+PRAGMA user_version = {SCHEMA_VERSION};
+PRAGMA application_id = {APPLICATION_ID};
+"""
+_COLUMNS = (
+    "id, tenant, stage, kind, bytes, weight, error, transient, attempts, "
+    "first_failed_ns, last_failed_ns, next_retry_ns"
+)
+
+_NOTE = (
+    "UPDATE letters SET error = ?, transient = ?, attempts = attempts + ?, last_failed_ns = ?, "
+    "next_retry_ns = ? WHERE id = ?"
+)
+
+
+class DeadLetterError(TransientError):
+    """The store did not do it; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewLetter:
+    """What is to be kept. ``weight`` is the item's in its channel: spans, traces or rows;
+    ``next_retry_ns`` when it is tried again by itself, None for not."""
+
+    tenant: str
+    stage: str
+    kind: str
+    payload: bytes
+    weight: int
+    error: str
+    transient: bool
+    attempts: int
+    next_retry_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A letter as listed. Times are nanoseconds since 1970."""
+
+    id: int
+    tenant: str
+    stage: str
+    kind: str
+    bytes: int
+    weight: int
+    error: str
+    transient: bool
+    attempts: int
+    first_failed_ns: int
+    last_failed_ns: int
+    next_retry_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Letters of a stage and their weight."""
+
+    letters: int
+    weight: int
+
+
+class DeadLetterStore:
+    """The letters in the file ``path``, made if missing.
+
+    Args:
+      path: of the SQLite file.
+      export: directory for the letters that no longer fit.
+      max_bytes: of payloads; a single larger one is kept all the same, alone.
+      clock_ns: the wall clock.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        export: Path,
+        max_bytes: int,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._path = path
+        self._export = export
+        self._max_bytes = max_bytes
+        self._clock_ns = clock_ns
+        self._lock = threading.Lock()
+        self._rewriting = threading.Lock()  # of files that letters were moved to
+        self.exported = 0
+        """Letters moved to files since the start."""
+        self._exported: list[Letter] = []
+        with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._migrate()
+                row = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM letters").fetchone()
+                self._bytes: int = row[0]
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise DeadLetterError(
+                f"{self._path} was written by a newer program (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}): upgrade, or choose another data directory"
+            )
+        if version == 0:  # before the first table is made, or it has no effect
+            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        if version == 0:
+            self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise DeadLetterError(
+                f"dead letters at {self._path}: {error}: check the disk's space and health"
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._errors():
+            before = self._bytes
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._bytes = before
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return self._bytes
+
+    def add(self, letters: Sequence[NewLetter]) -> list[bool]:
+        """Keep letters, all or none; for each, whether it is new. Makes room first if need be."""
+        size = sum(len(letter.payload) for letter in letters)
+        if self._bytes + size > self._max_bytes:
+            self._make_room(self._bytes + size - int(self._max_bytes * _KEEP_AFTER_EXPORT))
+        now = self._clock_ns()
+        added = []
+        with self._transaction() as db:
+            for letter in letters:
+                key = _key(letter)
+                row = db.execute("SELECT id FROM letters WHERE key = ?", (key,)).fetchone()
+                added.append(row is None)
+                if row is not None:
+                    self._note(db, row[0], letter, now)
+                    continue
+                db.execute(
+                    "INSERT INTO letters (key, tenant, stage, kind, payload, bytes, weight, error, "
+                    "transient, attempts, first_failed_ns, last_failed_ns, next_retry_ns) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        key,
+                        letter.tenant,
+                        letter.stage,
+                        letter.kind,
+                        letter.payload,
+                        len(letter.payload),
+                        letter.weight,
+                        letter.error[:_MAX_ERROR_CHARACTERS],
+                        letter.transient,
+                        letter.attempts,
+                        now,
+                        now,
+                        letter.next_retry_ns,
+                    ),
+                )
+                self._bytes += len(letter.payload)
+        return added
+
+    def _note(self, db: sqlite3.Connection, letter_id: int, again: NewLetter, now: int) -> None:
+        db.execute(
+            _NOTE,
+            (
+                again.error[:_MAX_ERROR_CHARACTERS],
+                again.transient,
+                again.attempts,
+                now,
+                again.next_retry_ns,
+                letter_id,
+            ),
+        )
+
+    def failed_again(
+        self,
+        letter_id: int,
+        error: str,
+        *,
+        transient: bool,
+        attempts: int,
+        next_retry_ns: int | None,
+    ) -> bool:
+        """Note that trying a letter again failed, after ``attempts`` deliveries more; whether the
+        letter is there."""
+        text = error[:_MAX_ERROR_CHARACTERS]
+        with self._transaction() as db:
+            values = (text, transient, attempts, self._clock_ns(), next_retry_ns, letter_id)
+            return db.execute(_NOTE, values).rowcount > 0
+
+    def delete(self, letter_ids: Iterable[int]) -> dict[str, tuple[int, int]]:
+        """Delete letters; how many there were and their weight, by stage."""
+        found: dict[str, tuple[int, int]] = {}
+        ids = list(letter_ids)
+        with self._transaction() as db:
+            for some in _chunks(ids):
+                rows = db.execute(
+                    f"DELETE FROM letters WHERE id IN ({_marks(some)}) "
+                    "RETURNING stage, weight, bytes",
+                    some,
+                ).fetchall()
+                for stage, weight, size in rows:
+                    letters, total = found.get(stage, (0, 0))
+                    found[stage] = (letters + 1, total + weight)
+                    self._bytes -= size
+        if found:
+            self._vacuum()
+        return found
+
+    def page(
+        self,
+        *,
+        stage: str | None = None,
+        tenant: str | None = None,
+        limit: int = 100,
+        after: int = 0,
+    ) -> list[Letter]:
+        """Letters, oldest first, with an id above ``after``: at most `MAX_LIMIT`, and one that
+        tells whether there are more."""
+        where, values = _where(stage, tenant)
+        with self._lock, self._errors():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM letters WHERE id > ?{where} ORDER BY id LIMIT ?",
+                (after, *values, min(limit, MAX_LIMIT + 1)),
+            ).fetchall()
+        return [_letter(row) for row in rows]
+
+    def get(self, letter_id: int) -> tuple[Letter, bytes] | None:
+        """A letter and its payload."""
+        with self._lock, self._errors():
+            row = self._db.execute(
+                f"SELECT {_COLUMNS}, payload FROM letters WHERE id = ?", (letter_id,)
+            ).fetchone()
+        return None if row is None else (_letter(row[:-1]), row[-1])
+
+    def due(self, stage: str, now_ns: int, limit: int, leave_out: Iterable[int] = ()) -> list[int]:
+        """The ids of a stage's letters whose time to be tried has come, the earliest first."""
+        skip = orjson.dumps(list(leave_out)).decode()
+        with self._lock, self._errors():
+            rows = self._db.execute(
+                "SELECT id FROM letters WHERE stage = ? AND next_retry_ns <= ? "
+                "AND id NOT IN (SELECT value FROM json_each(?)) "
+                "ORDER BY next_retry_ns, id LIMIT ?",
+                (stage, now_ns, skip, limit),
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def retry(
+        self,
+        letter_ids: Iterable[int] | None = None,
+        *,
+        stage: str | None = None,
+        tenant: str | None = None,
+    ) -> int:
+        """Let letters be tried now: those of the ids, or all that the filters let through; how many
+        there are."""
+        now = self._clock_ns()
+        where, values = _where(stage, tenant)
+        with self._transaction() as db:
+            if letter_ids is None:
+                return db.execute(
+                    f"UPDATE letters SET next_retry_ns = ? WHERE TRUE{where}", (now, *values)
+                ).rowcount
+            return sum(
+                db.execute(
+                    f"UPDATE letters SET next_retry_ns = ? WHERE id IN ({_marks(some)})",
+                    (now, *some),
+                ).rowcount
+                for some in _chunks(list(letter_ids))
+            )
+
+    def counts(self) -> dict[str, Count]:
+        """By stage."""
+        with self._lock, self._errors():
+            rows = self._db.execute(
+                "SELECT stage, count(*), sum(weight) FROM letters GROUP BY stage"
+            ).fetchall()
+        return {stage: Count(letters, weight) for stage, letters, weight in rows}
+
+    def close(self) -> None:
+        """Close the file. Twice does no harm."""
+        with self._lock:
+            self._db.close()
+
+    def _make_room(self, wanted: int) -> None:
+        """Move so many bytes of the oldest to a file."""
+        moved: list[tuple[Any, ...]] = []
+        with self._lock, self._errors():
+            size = 0
+            for row in self._db.execute(f"SELECT {_COLUMNS}, payload FROM letters ORDER BY id"):
+                if size >= wanted:
+                    break
+                moved.append(row)
+                size += len(row[-1])
+            if not moved:
+                return
+            self._write_export(moved)
+        self.delete(row[0] for row in moved)
+        self.exported += len(moved)
+        with self._lock:
+            self._exported += [_letter(row[:-1]) for row in moved]
+
+    def drop_exported(self, tenant: str) -> int:
+        """Take the letters of a tenant out of the files that letters were moved to; how many."""
+        dropped = 0
+        with self._rewriting:
+            for path in sorted(self._export.glob("*.jsonl.gz")) if self._export.is_dir() else ():
+                with self._errors():
+                    dropped += _rewrite_without(path, tenant)
+        return dropped
+
+    def take_exported(self) -> list[Letter]:
+        """The letters that were moved to files since the last call."""
+        with self._lock:
+            taken, self._exported = self._exported, []
+        return taken
+
+    def _write_export(self, rows: list[tuple[Any, ...]]) -> None:
+        self._export.mkdir(parents=True, exist_ok=True)
+        names = _COLUMNS.split(", ")
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock_ns() / 1e9))
+        path = self._export / f"{stamp}-{rows[0][0]}.jsonl.gz"
+        temporary = path.with_name(path.name + ".new")
+        with temporary.open("wb") as raw:
+            with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+                for row in rows:
+                    shown = dict(zip(names, row, strict=False))
+                    shown["payload"] = base64.b64encode(row[-1]).decode()
+                    file.write(orjson.dumps(shown, option=orjson.OPT_APPEND_NEWLINE))
+            raw.flush()
+            os.fsync(raw.fileno())
+        temporary.replace(path)
+        sync_directory(self._export)
+
+    def _vacuum(self) -> None:
+        """Give free pages back to the disk."""
+        with self._lock, self._errors():
+            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+
+
+def _rewrite_without(path: Path, tenant: str) -> int:
+    gone = kept = 0
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as raw:
+        with gzip.open(path) as source, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+            for line in source:
+                if orjson.loads(line)["tenant"] == tenant:
+                    gone += 1
+                else:
+                    kept += 1
+                    file.write(line)
+        raw.flush()
+        os.fsync(raw.fileno())
+    if not gone:
+        temporary.unlink()
+    elif kept:
+        temporary.replace(path)
+    else:
+        path.unlink()
+        temporary.unlink()
+    sync_directory(path.parent)
+    return gone
+
+
+def _key(letter: NewLetter) -> bytes:
+    head = "".join(f"{len(part)}:{part}" for part in (letter.stage, letter.tenant, letter.kind))
+    return hashlib.sha256(head.encode() + letter.payload).digest()
+
+
+def _letter(row: tuple[Any, ...]) -> Letter:
+    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    return Letter(**values | {"transient": bool(values["transient"])})
+
+
+def _where(stage: str | None, tenant: str | None) -> tuple[str, list[str]]:
+    given = {"stage": stage, "tenant": tenant}
+    used = {name: value for name, value in given.items() if value is not None}
+    return "".join(f" AND {name} = ?" for name in used), list(used.values())
+
+
+def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    for first in range(0, len(ids), _IDS_PER_QUERY):
+        yield ids[first : first + _IDS_PER_QUERY]
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))

@@ -1,0 +1,290 @@
+"""What can be asked of a tenant's DuckDB file: rows as values, pages, and their cursors.
+
+Every function takes a connection whose default database is the tenant's. Values are bound as
+parameters; the text of a query depends only on which filters are there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from betrace.service.signals import Kind, Signal
+from betrace.service.storage.duck.keys import id_key
+from betrace.service.storage.duck.schema import MAX_ROWS, Cursor, transaction
+
+MAX_LIMIT = MAX_ROWS - 1
+MAX_BUCKETS = 10_000
+_CURSOR = struct.Struct(">cq16s")
+
+
+class BadQuery(ValueError):  # noqa: N818
+    """What was asked cannot be answered; the message says what to ask instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSignal:
+    """A signal as it stands now. ``status`` is ``retracted`` of a raised signal that no longer
+    holds, and of every retraction; ``seq`` grows in the order in which they were stored."""
+
+    signal: Signal
+    status: Literal["active", "retracted"]
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """How many signals of a rule were raised within a bucket of time, and how many of those
+    were retracted since."""
+
+    bucket_ns: int
+    rule_id: str
+    severity: str
+    raised: int
+    retracted: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """A trace of the index; see :data:`betrace.service.storage.duck.arrow.TRACES`."""
+
+    trace_id: str
+    start_ns: int
+    end_ns: int
+    first_seen_ns: int
+    last_seen_ns: int
+    spans: int
+    errors: int
+    root_name: str | None
+    root_service: str | None
+    services: list[str]
+    partial: bool
+    rules_version: str
+    positions: list[int]
+    """All of its frames, in order; empty in lists of traces."""
+
+
+_SIGNAL = (
+    "lower(hex(id)), rule_id, rule_version, severity, kind, clause, lower(hex(trace_id)), "
+    "detected_at, early, counts, evidence, message, labels, reason, context, status, seq"
+)
+TRACE = (
+    "lower(hex(trace_id)), start_ns, end_ns, first_seen_ns, last_seen_ns, spans, errors, "
+    "root_name, root_service, services, partial, rules_version"
+)
+
+
+def id_bytes(text: str, what: str) -> bytes:
+    """The 16 bytes of an id of 32 hex digits; :exc:`BadQuery` where it is none."""
+    if len(text) == 32:
+        try:
+            return bytes.fromhex(text)
+        except ValueError:
+            pass
+    raise BadQuery(f"{what} {text!r} is not 32 hexadecimal digits")
+
+
+def one(db: Cursor, sql: str, parameters: Any = ()) -> tuple[Any, ...] | None:
+    """The first row of a query's result, which is read to its end: a connection takes nothing new
+    while a result is unfinished."""
+    rows = db.execute(sql, parameters).fetchall()
+    return rows[0] if rows else None
+
+
+class Where:
+    """The conditions of a query and their parameters."""
+
+    def __init__(self) -> None:
+        self.conditions: list[str] = []
+        self.parameters: list[Any] = []
+
+    def add(self, condition: str, *values: Any) -> None:
+        """``condition`` with a ``?`` for each value; left out where the first is None."""
+        if not values or values[0] is not None:
+            self.conditions.append(condition)
+            self.parameters.extend(values)
+
+    @property
+    def sql(self) -> str:
+        return f"WHERE {' AND '.join(self.conditions)}" if self.conditions else ""
+
+
+def read_cursor(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes] | None:
+    """Check the limit, and read a cursor: the key of the last row of the page before."""
+    if not 1 <= limit <= MAX_LIMIT:
+        raise BadQuery(f"limit must be 1 to {MAX_LIMIT}, not {limit}")
+    if cursor is None:
+        return None
+    try:
+        data = base64.b64decode(cursor.encode("ascii"), b"-_", validate=True)
+        found, time, key = _CURSOR.unpack(data)
+    except (binascii.Error, struct.error, ValueError):
+        found = b""
+    if found != kind:
+        raise BadQuery("the cursor is not one of this list: pass on 'next' of the page before")
+    return time, key
+
+
+def make_cursor(kind: bytes, time: int, key: str) -> str:
+    """The cursor of the page after the row with this time and id, in a list of this kind."""
+    data = _CURSOR.pack(kind, time, bytes.fromhex(key))
+    return base64.urlsafe_b64encode(data).decode()
+
+
+def _stored(tenant: str, row: tuple[Any, ...]) -> StoredSignal:
+    (key, rule, version, severity, kind, clause, trace, at, early) = row[:9]
+    (counts, evidence, message, labels, reason, context, status, seq) = row[9:]
+    signal = Signal(
+        id=key,
+        tenant=tenant,
+        rule_id=rule,
+        rule_version=version,
+        severity=severity,
+        kind=Kind(kind),
+        clause=clause,
+        trace_id=trace,
+        detected_at=at,
+        early=early,
+        counts=orjson.loads(counts),
+        evidence=orjson.loads(evidence),
+        message=message,
+        labels=orjson.loads(labels),
+        reason=reason,
+        context=None if context is None else orjson.loads(context),
+    )
+    return StoredSignal(signal, status, seq)
+
+
+def trace_row(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
+    """Of a row with the columns ``TRACE``."""
+    return TraceRow(*(*row, positions))
+
+
+def signals(
+    db: Cursor,
+    tenant: str,
+    *,
+    rule: str | None = None,
+    severity: str | None = None,
+    trace_id: str | None = None,
+    status: str | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    limit: int = 100,
+    cursor: str | None = None,
+) -> tuple[list[StoredSignal], str | None]:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.signals`."""
+    after = read_cursor(limit, b"s", cursor)
+    where = Where()
+    where.add("rule_id = ?", rule)
+    where.add("severity = ?", severity)
+    where.add("status = ?", status)
+    where.add("detected_at >= ?", since)
+    where.add("detected_at < ?", until)
+    if trace_id is not None:
+        key = id_bytes(trace_id, "trace_id")
+        where.add("trace_key = ? AND trace_id = ?", id_key(key), key)
+    if after is not None:
+        where.add("(detected_at < ? OR (detected_at = ? AND id < ?))", after[0], *after)
+    rows = db.execute(
+        f"SELECT {_SIGNAL} FROM signals {where.sql} ORDER BY detected_at DESC, id DESC LIMIT ?",
+        [*where.parameters, limit + 1],
+    ).fetchall()
+    found = [_stored(tenant, row) for row in rows[:limit]]
+    last = found[-1].signal if len(rows) > limit else None
+    return found, make_cursor(b"s", last.detected_at, last.id) if last else None
+
+
+def signal(db: Cursor, tenant: str, signal_id: str) -> StoredSignal | None:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.signal`."""
+    key = id_bytes(signal_id, "signal id")
+    query = f"SELECT {_SIGNAL} FROM signals WHERE key = ? AND id = ?"
+    row = one(db, query, [id_key(key), key])
+    return _stored(tenant, row) if row else None
+
+
+def signals_after(db: Cursor, tenant: str, seq: int, limit: int) -> list[StoredSignal]:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.signals_after`."""
+    rows = db.execute(
+        f"SELECT {_SIGNAL} FROM signals WHERE seq > ? ORDER BY seq LIMIT ?", [seq, limit]
+    ).fetchall()
+    return [_stored(tenant, row) for row in rows]
+
+
+def summary(db: Cursor, since: int, until: int, bucket: int) -> list[SummaryRow]:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.summary`."""
+    rows = db.execute(
+        "SELECT detected_at // $bucket * $bucket AS bucket_ns, rule_id, severity, count(*), "
+        "count(*) FILTER (status = 'retracted') FROM signals WHERE kind = 'raised' "
+        "AND detected_at >= $since AND detected_at < $until "
+        "GROUP BY ALL ORDER BY bucket_ns, rule_id, severity",
+        {"bucket": bucket, "since": since, "until": until},
+    ).fetchall()
+    return [SummaryRow(*row) for row in rows]
+
+
+def check_summary(since: int, until: int, bucket: int) -> None:
+    """Refuse a summary of too many buckets."""
+    if bucket < 1 or until - since > bucket * MAX_BUCKETS:
+        raise BadQuery(f"at most {MAX_BUCKETS} buckets: choose a larger bucket or a shorter time")
+
+
+def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.find_traces`."""
+    wanted = {each.lower(): id_key(id_bytes(each, "trace_id")) for each in trace_ids}
+    keys = [list(wanted.values())]
+    found: dict[str, TraceRow] = {}
+    with transaction(db):  # a row's number holds within one
+        rows = db.execute(
+            "SELECT rowid FROM traces WHERE key IN (SELECT unnest(?::UBIGINT[]))", keys
+        ).fetchall()
+        if not rows:
+            return found
+        spilled: dict[str, set[int]] = {}
+        for key, positions in db.execute(
+            "SELECT lower(hex(trace_id)), positions FROM trace_frames "
+            "WHERE key IN (SELECT unnest(?::UBIGINT[]))",
+            keys,
+        ).fetchall():
+            spilled.setdefault(key, set()).update(positions)
+        # The other columns of those rows after: a tenth of the time of asking for both at once.
+        numbers = ",".join(str(int(number)) for (number,) in rows)
+        for row in db.execute(
+            f"SELECT {TRACE}, positions FROM traces WHERE rowid IN ({numbers})"
+        ).fetchall():
+            key, positions = row[0], row[-1]
+            if key in wanted:
+                found[key] = trace_row(row[:-1], sorted(spilled.get(key, set()).union(positions)))
+    return found
+
+
+def raised_of(
+    db: Cursor, trace_ids: Sequence[str]
+) -> dict[str, list[tuple[str, str, int, int, str]]]:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.raised_of`."""
+    ids = [id_bytes(each, "trace_id") for each in trace_ids]
+    found: dict[str, list[tuple[str, str, int, int, str]]] = {}
+    for trace_id, *row in db.execute(
+        "SELECT lower(hex(trace_id)), rule_id, rule_version, count(*) FILTER (kind = 'raised'), "
+        "count(*) FILTER (kind = 'retracted'), arg_max(clause, seq) FROM signals "
+        "WHERE trace_key IN (SELECT unnest(?::UBIGINT[])) AND trace_id IN (SELECT unnest(?)) "
+        "GROUP BY 1, 2, 3",
+        [[id_key(each) for each in ids], ids],
+    ).fetchall():
+        found.setdefault(trace_id, []).append(tuple(row))
+    return found
+
+
+def spilled(db: Cursor, trace_id: str) -> list[int]:
+    """See :meth:`betrace.service.storage.duck.store.DuckStore.spilled`."""
+    key = id_bytes(trace_id, "trace_id")
+    rows = db.execute(
+        "SELECT positions FROM trace_frames WHERE key = ? AND trace_id = ?", [id_key(key), key]
+    ).fetchall()
+    return sorted({position for (chunk,) in rows for position in chunk})

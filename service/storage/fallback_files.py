@@ -1,0 +1,316 @@
+"""Local files for what a store would not take: lines of JSON, synced, read back in order.
+
+A directory holds files ``<number>.jsonl``, the lowest number the oldest. What :meth:`append` was
+given survives the death of the machine when it returns. Lines are read in the order in which they
+were written and are *consumed* when the store has them; a file that is consumed is deleted. After a
+restart its files are read from their beginnings again, so it must not matter to the store to be
+given a line twice.
+
+A last line without its end was never acknowledged and is cut off. A line that is not what it should
+be is set aside in ``damaged.txt``, counted, and does not hold up the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from betrace.service.storage.disk import Disk
+from betrace.service.storage.paths import sync_directory
+
+_SUFFIX = ".jsonl"
+_NEW = ".new"
+_DAMAGED = "damaged.txt"
+_BLOCK = 1 << 20
+
+
+class FallbackFull(Exception):  # noqa: N818
+    """The files have their greatest size; nothing was written."""
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    number: int
+    path: Path
+    size: int  # of whole lines
+    lines: int
+    read: int = 0  # bytes that were consumed
+    sealed: bool = False  # nothing more is appended
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Lines of one file, without their ends, that were read and not yet consumed."""
+
+    number: int
+    end: int
+    lines: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackStatistics:
+    """What is in the files, and what happened since they were opened."""
+
+    files: int
+    lines: int
+    bytes: int
+    max_bytes: int
+    appended: int
+    """Lines."""
+    consumed: int
+    """Lines."""
+    damaged: int
+    """Lines set aside, and ends cut off."""
+
+
+class FallbackFiles:
+    """The files in ``directory``, made if missing. All methods block and may be called from any
+    thread; they raise :exc:`OSError` where the disk fails.
+
+    Args:
+      directory: for these files alone.
+      max_bytes: of all files together.
+      file_bytes: a file of this size is followed by another.
+      disk: the calls that change files.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        max_bytes: int,
+        file_bytes: int = 8 << 20,
+        disk: Disk | None = None,
+    ) -> None:
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._file_bytes = file_bytes
+        self._disk = disk or Disk()
+        self._lock = threading.Lock()
+        self._files: deque[_File] = deque()
+        self._descriptor = -1  # of the last file, where more may be appended
+        self._appended = self._consumed = self._damaged = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"*{_NEW}"):  # by a crash within drop()
+            left.unlink()
+        numbered = [path for path in directory.glob(f"*{_SUFFIX}") if path.stem.isdigit()]
+        self._next = max((int(path.stem) for path in numbered), default=0) + 1
+        for path in sorted(numbered, key=lambda path: int(path.stem)):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        """Take a file of before into account."""
+        size = lines = end = 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                lines += block.count(b"\n")
+                last = block.rfind(b"\n")
+                if last >= 0:
+                    end = size + last + 1
+                size += len(block)
+        if end < size:
+            self._damaged += 1
+            os.truncate(path, end)
+        if end:
+            self._files.append(_File(int(path.stem), path, end, lines, sealed=True))
+        else:
+            path.unlink()
+
+    @property
+    def pending(self) -> int:
+        """Bytes that are not consumed."""
+        return sum(file.size - file.read for file in tuple(self._files))
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Write lines, each JSON without line breaks; all are durable when it returns, and none is
+        there after an error. Raises :exc:`FallbackFull`."""
+        data = [part for line in lines for part in (line, b"\n")]
+        size = sum(len(part) for part in data)
+        if not size:
+            return
+        with self._lock:
+            held = sum(file.size for file in self._files)
+            if held + size > self._max_bytes:
+                raise FallbackFull(
+                    f"{self._directory} holds {held} bytes, at most {self._max_bytes}: bring back "
+                    "the store that they are written to, or raise fallback.max_bytes"
+                )
+            file = self._last()
+            try:
+                self._disk.write_all(self._descriptor, data, file.size)
+                self._disk.sync(self._descriptor)
+            except OSError:
+                # What is left behind the end may come back after a crash, as a repetition.
+                with suppress(OSError):
+                    self._disk.truncate(self._descriptor, file.size)
+                self._seal(file)
+                raise
+            file.size += size
+            file.lines += len(lines)
+            self._appended += len(lines)
+            if file.size >= self._file_bytes:
+                self._seal(file)
+
+    def _last(self) -> _File:
+        """The file to append to."""
+        if self._files and not self._files[-1].sealed:
+            return self._files[-1]
+        path = self._directory / f"{self._next:06d}{_SUFFIX}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o644)
+        try:
+            sync_directory(self._directory)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+        file = _File(self._next, path, 0, 0)
+        self._next += 1
+        self._files.append(file)
+        return file
+
+    def _seal(self, file: _File) -> None:
+        os.close(self._descriptor)
+        file.sealed = True
+        if file.read == file.size:
+            self._remove(file)
+
+    def read(self, max_lines: int, max_bytes: int) -> Chunk | None:
+        """The oldest lines that are not consumed, None without any. At least one line; for the rest
+        the limits hold."""
+        with self._lock:
+            while self._files and self._files[0].read == self._files[0].size:
+                if not self._files[0].sealed:
+                    return None
+                self._remove(self._files[0])
+            if not self._files:
+                return None
+            file = self._files[0]
+            number, path, start, size = file.number, file.path, file.read, file.size
+        with path.open("rb") as source:
+            source.seek(start)
+            lines: list[bytes] = []
+            end = start
+            while end < size and len(lines) < max_lines:
+                line = source.readline()
+                if lines and end - start + len(line) > max_bytes:
+                    break
+                if not line:  # somebody cut the file
+                    end = size
+                    break
+                end += len(line)
+                lines.append(line.rstrip(b"\n"))
+        return Chunk(number, end, lines)
+
+    def consume(self, chunk: Chunk) -> None:
+        """Let go of what was read; deletes its file if that was the end of it."""
+        with self._lock:
+            file = self._files[0] if self._files else None
+            if file is None or file.number != chunk.number or chunk.end <= file.read:
+                return
+            file.read = chunk.end
+            file.lines -= len(chunk.lines)
+            self._consumed += len(chunk.lines)
+            if file.read == file.size:
+                if not file.sealed:
+                    os.close(self._descriptor)
+                self._remove(file)
+
+    def set_aside(self, line: bytes) -> None:
+        """Keep a line that cannot be understood, for someone to look at."""
+        with self._lock, (self._directory / _DAMAGED).open("ab") as file:
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self._damaged += 1
+
+    def drop(self, unwanted: Callable[[bytes], bool]) -> int:
+        """Delete the lines that are ``unwanted``, those set aside too, while no chunk is out; how
+        many. What is not deleted keeps its order."""
+        with self._lock:
+            if self._files and not self._files[-1].sealed:
+                self._seal(self._files[-1])
+            dropped = 0
+            for file in list(self._files):
+                gone, kept, size = self._rewrite(file.path, file.read, file.size, unwanted)
+                if gone:
+                    dropped += gone
+                    file.read, file.lines, file.size = 0, kept, size
+                    if not kept:
+                        self._remove(file)
+            damaged = self._directory / _DAMAGED
+            if damaged.exists():
+                dropped += self._rewrite(damaged, 0, damaged.stat().st_size, unwanted)[0]
+            return dropped
+
+    def _rewrite(
+        self, path: Path, start: int, end: int, unwanted: Callable[[bytes], bool]
+    ) -> tuple[int, int, int]:
+        """Keep of a file's part what is wanted; the lines that went, those that stay, and their
+        bytes."""
+        gone = kept = size = 0
+        temporary = path.with_suffix(_NEW)
+        with path.open("rb") as source, temporary.open("wb") as target:
+            source.seek(start)
+            while source.tell() < end and (line := source.readline()):
+                if unwanted(line.rstrip(b"\n")):
+                    gone += 1
+                else:
+                    target.write(line)
+                    kept += 1
+                    size += len(line)
+            target.flush()
+            os.fsync(target.fileno())
+        if gone:
+            temporary.replace(path)
+            sync_directory(self._directory)
+        else:
+            temporary.unlink()
+        return gone, kept, size
+
+    def pages(self, lines: int) -> Iterator[list[bytes]]:
+        """All lines that are there and not consumed, oldest first, so many at once; files that are
+        consumed meanwhile are passed over."""
+        with self._lock:
+            files = [(file.path, file.read, file.size) for file in self._files]
+        for path, start, end in files:
+            with suppress(FileNotFoundError), path.open("rb") as source:
+                source.seek(start)
+                while source.tell() < end:
+                    page = [line.rstrip(b"\n") for line in islice(source, lines)]
+                    if not page:
+                        break
+                    yield page
+
+    def statistics(self) -> FallbackStatistics:
+        """What there is now."""
+        with self._lock:
+            return FallbackStatistics(
+                files=len(self._files),
+                lines=sum(file.lines for file in self._files),
+                bytes=sum(file.size for file in self._files),
+                max_bytes=self._max_bytes,
+                appended=self._appended,
+                consumed=self._consumed,
+                damaged=self._damaged,
+            )
+
+    def names(self) -> list[tuple[str, int]]:
+        """The files, oldest first, each with the bytes that are not consumed."""
+        with self._lock:
+            return [(file.path.name, file.size - file.read) for file in self._files]
+
+    def close(self) -> None:
+        """Close the file that is open for appending. Twice does no harm."""
+        with self._lock:
+            if self._files and not self._files[-1].sealed:
+                self._seal(self._files[-1])
+
+    def _remove(self, file: _File) -> None:
+        with suppress(FileNotFoundError):
+            file.path.unlink()
+        self._files.remove(file)

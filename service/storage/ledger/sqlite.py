@@ -1,0 +1,419 @@
+"""The embedded ledger: one SQLite file, append-only."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from betrace.service.signals import Signal
+from betrace.service.storage.ledger.base import (
+    AMOUNT,
+    LedgerError,
+    rule_account,
+    tenant_account,
+    transfer,
+    transfer_id,
+)
+from betrace.service.storage.ledger.clients import ClientCounts, Clients
+
+SCHEMA_VERSION = 2
+APPLICATION_ID = 0x42544C47  # "BTLG", for file(1)
+_IDS_PER_QUERY = 500
+_BUSY_SECONDS = 2.0
+# Pages in the write-ahead log after which a commit moves them into the file. Somebody waits for
+# signals that are held, nobody for what becomes of them.
+_LOG_PAGES = 1000
+_LOG_PAGES_HELD = 8000
+_CLOSE_SECONDS = 5.0
+
+# Transfers are written once: the triggers refuse any change. Balances follow from them in the
+# same transaction and are there only so that nobody has to add up.
+_SCHEMA = f"""
+CREATE TABLE transfers (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
+    debit_account BLOB NOT NULL REFERENCES accounts (id),
+    credit_account BLOB NOT NULL REFERENCES accounts (id),
+    code INTEGER NOT NULL CHECK (code IN (1, 2)),
+    tenant TEXT NOT NULL,
+    signal BLOB NOT NULL
+) STRICT;
+CREATE INDEX transfers_of_tenant ON transfers (tenant, seq);
+CREATE TABLE accounts (
+    id BLOB PRIMARY KEY,
+    ledger INTEGER NOT NULL,
+    tenant TEXT NOT NULL,
+    rule_id TEXT,
+    debits INTEGER NOT NULL DEFAULT 0,
+    credits INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+CREATE INDEX accounts_of_tenant ON accounts (tenant, rule_id);
+CREATE TRIGGER post AFTER INSERT ON transfers BEGIN
+    UPDATE accounts SET debits = debits + {AMOUNT} WHERE id = new.debit_account;
+    UPDATE accounts SET credits = credits + {AMOUNT} WHERE id = new.credit_account;
+END;
+CREATE TRIGGER keep_transfers BEFORE UPDATE ON transfers BEGIN
+    SELECT RAISE(ABORT, 'the ledger is append-only');
+END;
+CREATE TRIGGER keep_all_transfers BEFORE DELETE ON transfers BEGIN
+    SELECT RAISE(ABORT, 'the ledger is append-only');
+END;
+CREATE TRIGGER keep_all_accounts BEFORE DELETE ON accounts BEGIN
+    SELECT RAISE(ABORT, 'the ledger is append-only');
+END;
+PRAGMA application_id = {APPLICATION_ID};
+"""
+
+# Signals on their way to a ledger elsewhere, of which this file is the journal.
+_OUTGOING = f"""
+CREATE TABLE outgoing (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
+    signal BLOB NOT NULL
+) STRICT;
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+_TRANSIENT = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PROTOCOL,
+}
+
+
+@dataclass(eq=False, slots=True)
+class _Connections:
+    writer: sqlite3.Connection
+    reader: sqlite3.Connection
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    reading: threading.Lock = field(default_factory=threading.Lock)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
+class SqliteLedger:
+    """A :class:`betrace.service.storage.ledger.base.Ledger` in the file ``path``, made if missing.
+
+    It keeps the whole signals too, so that the query store can be built from it again. Writers
+    take turns; readers have a connection of their own and wait for nobody.
+
+    ``synchronous`` is FULL, because what has been recorded is never looked for again: the
+    checkpoint that follows passes over its spans. With NORMAL a commit may be undone by the
+    machine's death, not by the process's.
+
+    The file is also the journal of a ledger elsewhere (:meth:`hold`, :meth:`settle`): a signal is
+    outgoing until that ledger is known to have it, and a transfer here from then on.
+    """
+
+    kind = "sqlite"
+    problem: str | None = None
+
+    def __init__(self, path: Path, synchronous: Literal["full", "normal"] = "full") -> None:
+        self._path = path
+        self._synchronous = synchronous.upper()
+        with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as connection:
+                self._migrate(connection)
+        self._clients = Clients(self._open, _Connections.close)
+        with self._clients.use():
+            pass
+
+    @property
+    def clients(self) -> ClientCounts:
+        """Connections that were given up because a call of theirs hung."""
+        return self._clients.counts
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    def _open(self) -> _Connections:
+        with self._errors():
+            writer = self._connect()
+            try:
+                writer.execute(f"PRAGMA synchronous = {self._synchronous}")
+                reader = self._connect()
+                reader.execute("PRAGMA query_only = ON")
+            except BaseException:
+                writer.close()
+                raise
+        return _Connections(writer, reader)
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise LedgerError(
+                f"{self._path} was written by a newer program (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}): upgrade, or choose another data directory",
+                transient=False,
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        if version < SCHEMA_VERSION:
+            first = _SCHEMA if version == 0 else ""
+            db.executescript(f"BEGIN IMMEDIATE;{first}{_OUTGOING}COMMIT;")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Tell SQLite's errors as :exc:`LedgerError`."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            transient = code in _TRANSIENT
+            remedy = (
+                "check the disk's space and health, and that no other program holds the file"
+                if transient
+                else "restore the file, or move it away to begin a new ledger"
+            )
+            raise LedgerError(f"{self._path}: {error}: {remedy}", transient=transient) from error
+
+    @contextmanager
+    def _writing(
+        self, synchronous: str | None = None, log_pages: int = _LOG_PAGES
+    ) -> Iterator[sqlite3.Connection]:
+        """A transaction, committed unless an exception leaves it."""
+        with self._clients.use() as connections, connections.writing, self._errors():
+            db = connections.writer
+            db.execute(f"PRAGMA wal_autocheckpoint = {log_pages}")
+            if synchronous is not None:
+                db.execute(f"PRAGMA synchronous = {synchronous}")
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+            finally:
+                if synchronous is not None:
+                    db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._clients.succeeded()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._clients.use() as connections, connections.reading, self._errors():
+            yield connections.reader
+
+    def record(self, signals: Sequence[Signal]) -> list[bool]:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.record`; one transaction, so all
+        or nothing."""
+        ids = _ids(signals)
+        texts = [_text(signal) for signal in signals]
+        if not ids:
+            return []
+        with self._writing() as db:
+            new = _first(ids, _existing(db, "transfers", ids))
+            _insert(db, list(compress(zip(signals, texts, strict=True), new)))
+        return new
+
+    def hold(self, signals: Sequence[Signal]) -> list[bool]:
+        """Keep signals that another ledger shall record. For each, whether it must be told: False
+        where it was settled before, or is in ``signals`` twice."""
+        ids = _ids(signals)
+        texts = [_text(signal) for signal in signals]
+        if not ids:
+            return []
+        with self._writing(log_pages=_LOG_PAGES_HELD) as db:
+            new = _first(ids, _existing(db, "transfers", ids))
+            db.executemany(
+                "INSERT INTO outgoing (id, signal) VALUES (?, ?) ON CONFLICT (id) DO NOTHING",
+                compress(zip(ids, texts, strict=True), new),
+            )
+        return new
+
+    def settle(self, recorded: Sequence[Signal], refused: Sequence[Signal] = ()) -> None:
+        """What became of signals that are held: the other ledger has the ``recorded``, which are
+        transfers here now, and will never have the ``refused``, which are forgotten.
+
+        The disk is not waited for: after the machine's death they may be held once more.
+        """
+        with self._writing("NORMAL") as db:
+            held = _existing(db, "outgoing", _ids(recorded), "id, signal")
+            # As it was told first; what makes the transfer is the same in every telling.
+            signals = {_bytes(transfer_id(signal.id)): signal for signal in recorded}
+            _insert(db, [(signals[key], text) for key, text in held.items()])
+            db.executemany(
+                "DELETE FROM outgoing WHERE id = ?",
+                [(key,) for key in (*held, *_ids(refused))],
+            )
+
+    def take_over(self) -> None:
+        """Be the ledger from now on: what is held for another one is recorded here."""
+        while page := self.held():
+            self.settle([signal for _, signal in page])
+
+    def held(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Signal]]:
+        """Signals of which it is not known whether the other ledger has them, oldest first, up to
+        ``limit`` of those after a number, each with its own."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT seq, signal FROM outgoing WHERE seq > ? ORDER BY seq LIMIT ?",
+                (after, limit),
+            ).fetchall()
+        return [(seq, _signal(text)) for seq, text in rows]
+
+    def balance(self, tenant: str, rule_id: str) -> int:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`."""
+        account = rule_account(tenant, rule_id).to_bytes(16, "big")
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT debits - credits FROM accounts WHERE id = ?", (account,)
+            ).fetchone()
+        return int(row[0]) if row else 0
+
+    def balances(self, tenant: str) -> dict[str, int]:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.balances`."""
+        with self._reading() as db:
+            return dict(
+                db.execute(
+                    "SELECT rule_id, debits - credits FROM accounts "
+                    "WHERE tenant = ? AND rule_id IS NOT NULL ORDER BY rule_id",
+                    (tenant,),
+                )
+            )
+
+    def entries(self, tenant: str, after: int = 0, limit: int = 1000) -> list[tuple[int, Signal]]:
+        """The tenant's signals in the order they were recorded, up to ``limit`` of those after
+        the sequence number ``after``, each with its own."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT seq, signal FROM transfers WHERE tenant = ? AND seq > ? "
+                "ORDER BY seq LIMIT ?",
+                (tenant, after, limit),
+            ).fetchall()
+        return [(seq, _signal(text)) for seq, text in rows]
+
+    def last_entry(self, tenant: str) -> int:
+        """The sequence number of the tenant's newest signal; 0 without any."""
+        with self._reading() as db:
+            (seq,) = db.execute(
+                "SELECT max(seq) FROM transfers WHERE tenant = ?", (tenant,)
+            ).fetchone()
+        return seq or 0
+
+    def count(self, tenant: str) -> int:
+        """How many signals the tenant has, retractions included."""
+        account = tenant_account(tenant).to_bytes(16, "big")
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT debits + credits FROM accounts WHERE id = ?", (account,)
+            ).fetchone()
+        return row[0] // AMOUNT if row else 0
+
+    def tenants(self) -> list[str]:
+        """The tenants that ever had a signal, sorted."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT tenant FROM accounts WHERE rule_id IS NULL ORDER BY tenant"
+            ).fetchall()
+        return [tenant for (tenant,) in rows]
+
+    def replace(self, since: float) -> None:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.replace`. A transaction that hangs
+        keeps its lock
+        on the file: until it ends, the new connection finds it locked, which is transient."""
+        self._clients.replace(since)
+
+    def close(self) -> None:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.close`."""
+        self._clients.close(_CLOSE_SECONDS)
+
+
+def _ids(signals: Sequence[Signal]) -> list[bytes]:
+    return [transfer_id(signal.id).to_bytes(16, "big") for signal in signals]
+
+
+def _existing(
+    db: sqlite3.Connection, table: str, ids: list[bytes], columns: str = "id, 0"
+) -> dict[bytes, Any]:
+    """Those of ``ids`` that are in ``table``, each with the second of the two columns."""
+    found: dict[bytes, Any] = {}
+    for first in range(0, len(ids), _IDS_PER_QUERY):
+        some = ids[first : first + _IDS_PER_QUERY]
+        marks = ",".join("?" * len(some))
+        found |= dict(db.execute(f"SELECT {columns} FROM {table} WHERE id IN ({marks})", some))
+    return found
+
+
+def _first(ids: list[bytes], existing: Iterable[bytes]) -> list[bool]:
+    """For each id, whether it is neither among the existing nor here before."""
+    seen = set(existing)
+    new = []
+    for each in ids:
+        new.append(each not in seen)
+        seen.add(each)
+    return new
+
+
+def _insert(db: sqlite3.Connection, chosen: Sequence[tuple[Signal, bytes]]) -> None:
+    """Signals with their texts as transfers, and their accounts where missing."""
+    moves = [(transfer(signal), signal, text) for signal, text in chosen]
+    accounts = {
+        row
+        for move, signal, _ in moves
+        for row in (
+            (_bytes(tenant_account(signal.tenant)), move.ledger, signal.tenant, None),
+            (_bytes(_rule(signal)), move.ledger, signal.tenant, signal.rule_id),
+        )
+    }
+    db.executemany(
+        "INSERT INTO accounts (id, ledger, tenant, rule_id) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT (id) DO NOTHING",
+        accounts,
+    )
+    db.executemany(
+        "INSERT INTO transfers (id, debit_account, credit_account, code, tenant, signal) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (
+                _bytes(move.id),
+                _bytes(move.debit_account),
+                _bytes(move.credit_account),
+                int(move.code),
+                signal.tenant,
+                text,
+            )
+            for move, signal, text in moves
+        ],
+    )
+
+
+def _bytes(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def _rule(signal: Signal) -> int:
+    return rule_account(signal.tenant, signal.rule_id)
+
+
+def _text(signal: Signal) -> bytes:
+    try:
+        return orjson.dumps(signal)
+    except orjson.JSONEncodeError as error:
+        raise LedgerError(
+            f"signal {signal.id} cannot be written as JSON: {error}", transient=False
+        ) from error
+
+
+def _signal(text: bytes) -> Signal:
+    return Signal.from_json(orjson.loads(text))

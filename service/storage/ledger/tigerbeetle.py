@@ -1,0 +1,440 @@
+"""The ledger in TigerBeetle, with a journal of the whole signals beside it.
+
+A transfer has room for ids, not for a message or evidence, so signals are also kept in a local
+file (:class:`betrace.service.storage.ledger.sqlite.SqliteLedger`), from which they are read again.
+A batch is put
+there first, as outgoing; then it is sent; then it is settled there, which nobody waits for but the
+next batch. A process that dies in between finds it outgoing at its next start and sends it once
+more: ids make that harmless. TigerBeetle's
+client has no timeout and a call cannot be taken back, so whoever gives a call up
+(:meth:`TigerBeetleLedger.replace`) does not know what became of it, and sends the same events
+again, with another client.
+
+Protocol and limits: https://docs.tigerbeetle.com, "Reliable Transaction Submission".
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import compress
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+import tigerbeetle as tb
+from tigerbeetle.client import InitError
+
+from betrace.service.signals import Signal
+from betrace.service.storage.ledger.base import (
+    AMOUNT,
+    LedgerError,
+    RefusedError,
+    ledger_number,
+    rule_account,
+    tenant_account,
+    transfer,
+)
+from betrace.service.storage.ledger.clients import ClientCounts, Clients
+from betrace.service.storage.ledger.sqlite import SqliteLedger
+
+T = TypeVar("T")
+
+_log = logging.getLogger("service.ledger")
+# Each client tells of each attempt to connect; what matters of that the service tells itself.
+logging.getLogger("tigerbeetle").setLevel(logging.ERROR)
+
+TENANT, RULE = 1, 2
+"""Codes of accounts."""
+MOST_TRANSFERS = 8189
+"""Of one request of 1 MiB."""
+_KNOWN_ACCOUNTS = 100_000
+_PAGE = 1000
+_READERS_WAIT_SECONDS = 1.0
+_NEW = (tb.CreateAccountStatus.CREATED, tb.CreateTransferStatus.CREATED)
+_THERE = (tb.CreateAccountStatus.EXISTS, tb.CreateTransferStatus.EXISTS)
+
+
+class Client(Protocol):
+    """What is used of ``tigerbeetle.ClientSync``."""
+
+    def create_accounts(self, accounts: list[tb.Account]) -> list[Any]: ...
+    def create_transfers(self, transfers: list[tb.Transfer]) -> list[Any]: ...
+    def lookup_accounts(self, accounts: list[int]) -> list[tb.Account]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Session:
+    """A client, one writer at a time, and the accounts that are known to be there."""
+
+    client: Client
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    accounts: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class _Settling:
+    """What became of a batch, of which the journal is being told."""
+
+    recorded: list[Signal]
+    gone: list[Signal]
+    done: threading.Event = field(default_factory=threading.Event)
+    error: LedgerError | None = None
+
+
+class _Settler:
+    """A thread that tells the journal (:meth:`SqliteLedger.settle`), one batch after the other. It
+    is not started anew for each: who starts a thread waits for it to run, and then for the
+    interpreter's lock."""
+
+    def __init__(self, journal: SqliteLedger) -> None:
+        self._journal = journal
+        self._queue: SimpleQueue[_Settling | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="journal", daemon=True).start()
+
+    def put(self, settling: _Settling) -> None:
+        self._queue.put(settling)
+
+    def stop(self) -> None:
+        """End the thread when it has done what it was given."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (settling := self._queue.get()) is not None:
+            try:
+                self._journal.settle(settling.recorded, settling.gone)
+            except LedgerError as error:
+                settling.error = error
+            except Exception as error:  # somebody waits for it
+                settling.error = LedgerError(f"the journal: {error!r}", transient=True)
+            settling.done.set()
+            del settling
+
+
+class TigerBeetleLedger:
+    """A :class:`betrace.service.storage.ledger.base.Ledger` in a TigerBeetle cluster.
+
+    Args:
+      addresses: of the replicas, ``ip:port``, separated by commas.
+      cluster_id: the number the cluster was formatted with.
+      journal: keeps the whole signals; closed with the ledger.
+      batch: transfers of one request at most; 253 for a server with ``--development``.
+      close_seconds: how long :meth:`close` waits.
+      connect: makes the client.
+    """
+
+    kind = "tigerbeetle"
+
+    def __init__(
+        self,
+        addresses: str,
+        cluster_id: int,
+        journal: SqliteLedger,
+        batch: int = MOST_TRANSFERS,
+        close_seconds: float = 5.0,
+        connect: Callable[[int, str], Client] = tb.ClientSync,
+    ) -> None:
+        self._addresses = addresses
+        self._cluster = cluster_id
+        self._journal = journal
+        self._batch = batch
+        self._close_seconds = close_seconds
+        self._connect = connect
+        self._left_over = True  # there may be outgoing signals that nobody sends again
+        self._settling: _Settling | None = None
+        self._settler = _Settler(journal)
+        self._lock = threading.Lock()  # of these three, held for a moment only
+        self.problem: str | None = None
+        """What keeps the ledger from working until somebody puts it right."""
+        self._clients = Clients(self._open, lambda session: session.client.close())
+
+    @property
+    def clients(self) -> ClientCounts:
+        """Clients that were given up."""
+        return self._clients.counts
+
+    def start(self, seconds: float) -> None:
+        """Speak with the server, and send what the last process left outgoing; wait for that up to
+        ``seconds``. Raises :exc:`LedgerError` where the server answers and it never will work; a
+        server that is away is logged."""
+        failed: list[LedgerError] = []
+        began = time.monotonic()
+        thread = threading.Thread(target=self._try_start, args=(failed,), daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            self.replace(began)
+            _log.warning(
+                "TigerBeetle at %s did not answer within %g s; signals wait in local files: check "
+                "that it runs, the addresses, and that the cluster's id is %d",
+                self._addresses,
+                seconds,
+                self._cluster,
+            )
+        for error in failed:
+            if not error.transient:
+                raise error
+            _log.warning("TigerBeetle at %s does not work yet: %s", self._addresses, error)
+
+    def _try_start(self, failed: list[LedgerError]) -> None:
+        try:
+            with self._using() as session:
+                session.client.lookup_accounts([1])
+            self.record([])
+        except LedgerError as error:
+            failed.append(error)
+
+    def record(self, signals: Sequence[Signal]) -> list[bool]:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.record`. After a transient error
+        it is not known
+        which of the signals are recorded; each is new the first time this returns for it."""
+        with self._using() as session, session.writing:
+            with suppress(LedgerError):  # then there are signals left over
+                self._settled()
+            if self._left_over:
+                self._send_left_over(session)
+            new = self._journal.hold(signals)
+            reasons = self._post(session, list(compress(signals, new)))
+        if not reasons:
+            return new
+        refused = {i: reasons[s.id] for i, s in enumerate(signals) if s.id in reasons}
+        raise RefusedError([n and i not in refused for i, n in enumerate(new)], refused)
+
+    def _send_left_over(self, session: _Session) -> None:
+        sent = after = 0
+        while page := self._journal.held(after, _PAGE):
+            after = page[-1][0]
+            self._post(session, [signal for _, signal in page])
+            sent += len(page)
+        self._settled()
+        with self._lock:
+            self._left_over = self._clients.left(session)
+        if sent:
+            _log.info("%d signals that had been left on their way were sent again", sent)
+
+    def _settled(self, seconds: float | None = None) -> None:
+        """Wait until the journal knows what became of all batches, up to ``seconds``. Where it
+        could not be told, raises its error once, and what is outgoing is sent again before all
+        else."""
+        settling = self._settling
+        if settling is None:
+            return
+        settling.done.wait(seconds)
+        with self._lock:
+            if not settling.done.is_set() or self._settling is not settling:
+                return
+            self._settling = None
+            self._left_over |= settling.error is not None
+        if settling.error is not None:
+            raise settling.error
+
+    def _post(self, session: _Session, signals: list[Signal]) -> dict[str, str]:
+        """Send signals that are held, and settle them; why, by id, those that are refused are."""
+        refused = self._create_accounts(session, signals)
+        sent = [signal for signal in signals if signal.id not in refused]
+        for some in _chunks(sent, self._batch):
+            results = session.client.create_transfers([event(signal) for signal in some])
+            for signal, result in zip(some, results, strict=True):
+                if result.status not in (*_NEW, *_THERE):
+                    refused[signal.id] = f"transfer: {result.status.name}"
+        if signals:
+            if self._clients.left(session):
+                # Who waited has gone, and sends them again: then they are settled, as new.
+                raise LedgerError("the call was left behind", transient=True)
+            self._settled()
+            gone = [signal for signal in signals if signal.id in refused]
+            recorded = [signal for signal in sent if signal.id not in refused]
+            with self._lock:
+                self._settling = _Settling(recorded, gone)
+                self._settler.put(self._settling)
+        for reason in set(refused.values()):
+            _log.error("TigerBeetle refuses signals for ever, %s", reason)
+        return refused
+
+    def _create_accounts(self, session: _Session, signals: list[Signal]) -> dict[str, str]:
+        """See that the accounts are there: a transfer without is refused, and its id with it for
+        ever. The signals that cannot have them, and why."""
+        accounts: dict[int, tb.Account] = {}
+        for signal in signals:
+            for account in _accounts(signal):
+                if account.id not in session.accounts:
+                    accounts.setdefault(account.id, account)
+        failed: dict[int, str] = {}
+        for some in _chunks(list(accounts.values()), self._batch):
+            results = session.client.create_accounts(some)
+            for account, result in zip(some, results, strict=True):
+                if result.status not in (*_NEW, *_THERE):
+                    failed[account.id] = f"account: {result.status.name}"
+        if len(session.accounts) + len(accounts) > _KNOWN_ACCOUNTS:
+            session.accounts.clear()
+        session.accounts.update(accounts.keys() - failed.keys())
+        if not failed:
+            return {}
+        return {
+            signal.id: failed[account]
+            for signal in signals
+            for account in (tenant_account(signal.tenant), _rule(signal))
+            if account in failed
+        }
+
+    def balance(self, tenant: str, rule_id: str) -> int:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`; of all who write to the
+        cluster."""
+        return self._balances([rule_account(tenant, rule_id)]).get(rule_account(tenant, rule_id), 0)
+
+    def balances(self, tenant: str) -> dict[str, int]:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.balances`: of the rules that
+        raised a signal here, the balances of all who write to the cluster."""
+        accounts = {rule: rule_account(tenant, rule) for rule in self._read().balances(tenant)}
+        found = self._balances(list(accounts.values()))
+        return {rule: found.get(account, 0) for rule, account in accounts.items()}
+
+    def _balances(self, accounts: list[int]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        with self._using() as session:
+            for some in _chunks(accounts, self._batch):
+                for account in session.client.lookup_accounts(some):
+                    posted = account.debits_posted - account.credits_posted
+                    found[account.id] = posted // AMOUNT
+        return found
+
+    # What is read again: betrace.service.storage.ledger.record.Entries
+
+    def tenants(self) -> list[str]:
+        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        return self._read().tenants()
+
+    def count(self, tenant: str) -> int:
+        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        return self._read().count(tenant)
+
+    def last_entry(self, tenant: str) -> int:
+        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        return self._read().last_entry(tenant)
+
+    def entries(self, tenant: str, after: int = 0, limit: int = _PAGE) -> list[tuple[int, Signal]]:
+        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        return self._read().entries(tenant, after, limit)
+
+    def held(self, after: int = 0, limit: int = _PAGE) -> list[tuple[int, Signal]]:
+        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        return self._read().held(after, limit)
+
+    def _read(self) -> SqliteLedger:
+        """The journal, of all batches unless it hangs."""
+        with suppress(LedgerError):
+            self._settled(_READERS_WAIT_SECONDS)
+        return self._journal
+
+    # Clients
+
+    def replace(self, since: float) -> None:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.replace`."""
+        with self._lock:
+            if self._settling is not None and not self._settling.done.is_set():
+                self._settling = None  # it may be what hangs
+                self._settler.stop()
+                self._settler = _Settler(self._journal)
+                self._left_over = True
+        self._clients.replace(since)
+        self._journal.replace(since)
+
+    def close(self) -> None:
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.close`."""
+        if not self._clients.close(self._close_seconds):
+            _log.warning("TigerBeetle's client hangs and is not closed")
+        with suppress(LedgerError):  # what is outgoing is sent at the next start
+            self._settled(self._close_seconds)
+        self._settler.stop()
+        self._journal.close()
+
+    def _open(self) -> _Session:
+        try:
+            return _Session(self._connect(self._cluster, self._addresses))
+        except InitError as error:
+            self.problem = (
+                f"TigerBeetle's client cannot be made ({error}): check "
+                "ledger.tigerbeetle.addresses and the system's limits"
+            )
+            raise LedgerError(self.problem, transient=False) from error
+
+    @contextmanager
+    def _using(self) -> Iterator[_Session]:
+        """The session for one call; its errors told as :exc:`LedgerError`."""
+        with self._clients.use() as session:
+            try:
+                yield session
+            except (tb.ClientReleaseTooLowError, tb.ClientReleaseTooHighError) as error:
+                self._clients.discard(session)
+                low = isinstance(error, tb.ClientReleaseTooLowError)
+                self.problem = (
+                    f"TigerBeetle at {self._addresses} does not speak with this client's release, "
+                    f"{importlib.metadata.version('tigerbeetle')}, which is too "
+                    f"{'old' if low else 'new'}: "
+                    + (
+                        "install the server's release of the Python package tigerbeetle"
+                        if low
+                        else "upgrade the server, or install its release of the Python package "
+                        "tigerbeetle"
+                    )
+                )
+                raise LedgerError(self.problem, transient=False) from error
+            except tb.TooMuchDataError as error:
+                self.problem = (
+                    f"TigerBeetle takes fewer than {self._batch} transfers at once: lower "
+                    "ledger.tigerbeetle.batch_transfers (253 with --development)"
+                )
+                raise LedgerError(self.problem, transient=False) from error
+            except (tb.ClientEvictedError, tb.ClientClosedError) as error:
+                self._clients.discard(session)
+                raise LedgerError(
+                    f"TigerBeetle: {error} Another is made.", transient=True
+                ) from error
+            else:
+                self.problem = None
+                self._clients.succeeded()
+
+
+def _rule(signal: Signal) -> int:
+    return rule_account(signal.tenant, signal.rule_id)
+
+
+def _accounts(signal: Signal) -> Iterable[tb.Account]:
+    tenant, ledger = tenant_account(signal.tenant), ledger_number(signal.tenant)
+    yield tb.Account(id=tenant, ledger=ledger, code=TENANT, user_data_128=tenant)
+    yield tb.Account(id=_rule(signal), ledger=ledger, code=RULE, user_data_128=tenant)
+
+
+def event(signal: Signal) -> tb.Transfer:
+    """The signal's transfer. All of it follows from the signal's id: a breach that is found again
+    after a crash must give the identical event."""
+    move = transfer(signal)
+    return tb.Transfer(
+        id=move.id,
+        debit_account_id=move.debit_account,
+        credit_account_id=move.credit_account,
+        amount=AMOUNT,
+        user_data_128=_hex(signal.trace_id, 128),
+        user_data_64=_hex(signal.rule_version, 64),
+        ledger=move.ledger,
+        code=int(move.code),
+    )
+
+
+def _hex(text: str, bits: int) -> int:
+    """The number that ``text`` is in hexadecimal; 0 where it is none, or has too many bits."""
+    try:
+        number = int(text, 16)
+    except ValueError:
+        return 0
+    return number if 0 <= number < 1 << bits else 0
+
+
+def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

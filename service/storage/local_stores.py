@@ -1,0 +1,38 @@
+"""What is kept on the local disk when things go wrong: opened together, before Trio runs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from betrace.service.config.settings import Settings
+from betrace.service.storage.dead_letters import DeadLetterStore
+from betrace.service.storage.fallback_files import FallbackFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Reserves:
+    """Dead letters, and fallback files for each store."""
+
+    letters: DeadLetterStore
+    ledger: FallbackFiles
+    duckdb: FallbackFiles
+
+
+def open_reserves(data: Path, settings: Settings, stack: ExitStack) -> Reserves:
+    """Open the reserves in the data directory; ``stack`` closes them."""
+    letters = DeadLetterStore(
+        data / "dead-letters.sqlite",
+        data / "dead-letters-exported",
+        settings.dead_letters.max_bytes,
+    )
+    stack.callback(letters.close)
+    files = []
+    for store in ("ledger", "duckdb"):
+        opened = FallbackFiles(
+            data / "fallback" / store, settings.fallback.max_bytes, settings.fallback.file_bytes
+        )
+        stack.callback(opened.close)
+        files.append(opened)
+    return Reserves(letters, *files)

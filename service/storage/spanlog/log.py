@@ -1,0 +1,372 @@
+"""The span log: every accepted request body as it came, the source of truth.
+
+Layout: ``<data>/<tenant>/log/<YYYY-MM-DD>/<segment>.seg``; the format of a segment is described in
+:mod:`betrace.service.storage.spanlog.frames`. All methods block and may be called from any thread;
+appends to one tenant exclude each other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from betrace.service.storage.disk import Disk
+from betrace.service.storage.lockfile import LockedError, LockFile
+from betrace.service.storage.paths import tenant_directory, tenants_with, write_atomically
+from betrace.service.storage.spanlog.frames import Frame, Skipped, pack_position, unpack_position
+from betrace.service.storage.spanlog.open_files import OpenFiles
+from betrace.service.storage.spanlog.sync import LogSyncer
+from betrace.service.storage.spanlog.tenant_log import (
+    FrameCorrupt,
+    FrameMissing,
+    LogWriteError,
+    Segment,
+    TenantLog,
+)
+
+__all__ = [
+    "Disk",
+    "Frame",
+    "FrameCorrupt",
+    "FrameMissing",
+    "LockedError",
+    "LogSyncError",
+    "LogWriteError",
+    "Segment",
+    "Skipped",
+    "SpanLog",
+    "SpanLogStatistics",
+    "pack_position",
+    "unpack_position",
+]
+
+_LOG = "log"
+_DELETED = "log.deleted"
+LOCK_FILE = "log.lock"
+"""In the data directory; who has it locked owns the log, and with it the directory."""
+_FLOOR = "log.floor"
+_SKIPPED_KEPT = 1000
+
+
+class LogSyncError(OSError):
+    """The disk failed to make frames durable. ``tenants`` names whose: for theirs that were
+    written since the last sync nothing is promised."""
+
+    def __init__(self, tenants: Sequence[str], cause: OSError) -> None:
+        super().__init__(
+            cause.errno,
+            f"the span log could not be synced for {', '.join(tenants[:5])}"
+            f"{' and others' if len(tenants) > 5 else ''} ({cause.strerror or cause}): "
+            "check the disk",
+        )
+        self.tenants = frozenset(tenants)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLogStatistics:
+    """What the log did since it was opened."""
+
+    bytes: int
+    """Written, headers included."""
+    frames: int
+    """Appended."""
+    spans: int
+    """Accepted spans in the appended frames."""
+    write_failures: int
+    """Appends that raised."""
+    sync_failures: int
+    """Tenants' syncs that raised."""
+    unsynced_bytes: int
+    """Written and not yet synced."""
+    last_sync_seconds: float
+    """How long the last sync took that had something to do."""
+    open_files: int
+    skipped: int
+    """Damaged stretches met, see :attr:`SpanLog.skipped`."""
+
+
+class SpanLog:
+    """The log in ``directory``.
+
+    A segment is closed at ``segment_bytes`` (a single larger frame has one to itself); at most
+    ``open_files`` files are kept open. Raises :exc:`LockedError` where another process owns the
+    log; with ``read_only`` the log is not owned, and another process may be appending to it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        segment_bytes: int = 128 << 20,
+        open_files: int = 128,
+        read_only: bool = False,
+        disk: Disk | None = None,
+    ) -> None:
+        if not 4096 <= segment_bytes <= 2 << 30:
+            raise ValueError("segment_bytes must be between 4096 and 2 GiB")
+        self.skipped: deque[Skipped] = deque(maxlen=_SKIPPED_KEPT)
+        """The last damaged stretches that were met."""
+        self._directory = directory
+        self._segment_bytes = segment_bytes
+        self._files = OpenFiles(open_files, os.O_RDONLY if read_only else os.O_RDWR)
+        self._read_only = read_only
+        self._disk = disk or Disk()
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._tenants: dict[str, TenantLog] = {}
+        self._bytes = self._frames = self._spans = 0
+        self._write_failures = self._sync_failures = self._skips = 0
+        self._last_sync = 0.0
+        self._owner: LockFile | None = None
+        self._syncer: LogSyncer | None = None
+        if not read_only:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._owner = LockFile(directory / LOCK_FILE)
+            self._syncer = LogSyncer(directory, self._disk)
+            for tenant in tenants_with(directory, _DELETED):
+                shutil.rmtree(tenant_directory(directory, tenant) / _DELETED)
+        floor = directory / _FLOOR
+        self._floor = int(floor.read_text()) if floor.exists() else 0
+
+    def _skip(self, skipped: Skipped) -> None:
+        with self._lock:
+            self._skips += 1
+            self.skipped.append(skipped)
+
+    def _tenant(self, tenant: str) -> TenantLog:
+        directory = tenant_directory(self._directory, tenant) / _LOG
+        with self._lock:
+            log = self._tenants.get(tenant)
+            if log is None:
+                log = self._tenants[tenant] = TenantLog(
+                    tenant,
+                    directory,
+                    self._files,
+                    self._disk,
+                    self._segment_bytes,
+                    self._floor,
+                    self._skip,
+                )
+        log.open(recover=not self._read_only)
+        return log
+
+    def _existing(self, tenant: str) -> TenantLog | None:
+        """The log of ``tenant`` where it has one: asking for others must not fill the memory."""
+        directory = tenant_directory(self._directory, tenant) / _LOG
+        if tenant not in self._tenants and not directory.is_dir():
+            return None
+        log = self._tenant(tenant)
+        if self._read_only:
+            log.refresh()
+        return log
+
+    def _own(self) -> None:
+        if self._owner is None:
+            raise RuntimeError("the span log is closed, or was opened read-only")
+
+    # Writing
+
+    def append(self, tenant: str, frames: Sequence[Frame]) -> list[int]:
+        """Write frames and return their positions, in order, once the system has them all (they
+        survive the death of the process; that of the machine after :meth:`sync`).
+
+        All or nothing: raises :exc:`LogWriteError` and takes back what it wrote where the disk
+        is full or fails; :exc:`ValueError` for a bad tenant name or a frame over 1 GiB.
+        """
+        self._own()
+        if not frames:
+            return []
+        while True:
+            log = self._tenant(tenant)
+            with log.lock:
+                if log.gone:
+                    continue
+                try:
+                    positions = log.append(frames)
+                except LogWriteError:
+                    with self._lock:
+                        self._write_failures += 1
+                    raise
+            with self._lock:
+                self._frames += len(frames)
+                self._bytes += sum(frame.stored_bytes for frame in frames)
+                self._spans += sum(frame.spans for frame in frames)
+            return positions
+
+    def sync(self, tenants: Iterable[str] | None = None) -> int:
+        """Make durable what was appended to ``tenants`` (all without) before the call; returns how
+        many bytes that were. Several tenants are synced at once (:class:`LogSyncer`). Raises
+        :exc:`LogSyncError` after all were tried."""
+        self._own()
+        with self._lock:
+            logs = (
+                list(self._tenants.values())
+                if tenants is None
+                else [
+                    self._tenants[name] for name in dict.fromkeys(tenants) if name in self._tenants
+                ]
+            )
+        with self._sync_lock:
+            logs = [log for log in logs if log.dirty]
+            if not logs:
+                return 0
+            assert self._syncer is not None
+            start = time.perf_counter()
+            results = self._syncer.sync(logs)
+            self._last_sync = time.perf_counter() - start
+        failed = [
+            (log.tenant, result)
+            for log, result in zip(logs, results, strict=True)
+            if isinstance(result, OSError)
+        ]
+        if failed:
+            with self._lock:
+                self._sync_failures += len(failed)
+            raise LogSyncError([name for name, _ in failed], failed[0][1])
+        return sum(result for result in results if isinstance(result, int))
+
+    # Reading
+
+    def end(self, tenant: str) -> int:
+        """The position after the last frame, 0 without any: the next is here or later."""
+        log = self._existing(tenant)
+        if log is None:
+            return 0
+        return log.end() if self._read_only else log.written
+
+    written = end
+
+    def synced(self, tenant: str) -> int:
+        """The position up to which the frames survive the death of the machine."""
+        log = self._existing(tenant)
+        return log.synced if log else 0
+
+    def read(self, tenant: str, position: int) -> Frame:
+        """The frame at ``position``, its checksum checked. Raises :exc:`FrameMissing` where there
+        is no such segment, :exc:`FrameCorrupt` where no whole frame is there."""
+        found = self.read_many(tenant, [position])[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def read_many(
+        self, tenant: str, positions: Sequence[int]
+    ) -> list[Frame | FrameMissing | FrameCorrupt]:
+        """The frames at ``positions``, in their order, or in a frame's place why it could not be
+        read: one that is damaged does not hide the others."""
+        log = self._existing(tenant)
+        if log is None:
+            return [FrameMissing(f"tenant {tenant} has no log") for _ in positions]
+        found: dict[int, Frame | FrameMissing | FrameCorrupt] = {}
+        for position in sorted(set(positions)):
+            try:
+                found[position] = log.read(position)
+            except (FrameMissing, FrameCorrupt) as error:
+                found[position] = error
+        return [found[position] for position in positions]
+
+    def frames(
+        self,
+        tenant: str,
+        start: int | None = None,
+        stop: int | None = None,
+        since_ns: int | None = None,
+        until_ns: int | None = None,
+    ) -> Iterator[tuple[int, Frame]]:
+        """The frames from position ``start`` (the first without) to before ``stop`` (what is
+        there now without), received at ``since_ns`` or later and before ``until_ns``, each with
+        its position, in order of position.
+
+        Damaged stretches are passed over and reported in :attr:`skipped`.
+        """
+        log = self._existing(tenant)
+        if log is None:
+            return iter(())
+        if stop is None and not self._read_only:
+            stop = log.written
+        return log.frames(start or 0, stop, since_ns, until_ns)
+
+    def tenants(self) -> list[str]:
+        """The tenants that have a log, sorted."""
+        return tenants_with(self._directory, _LOG)
+
+    def segments(self, tenant: str) -> list[Segment]:
+        """The tenant's segments, in order."""
+        log = self._existing(tenant)
+        return log.segments() if log else []
+
+    def statistics(self) -> SpanLogStatistics:
+        with self._lock:
+            return SpanLogStatistics(
+                bytes=self._bytes,
+                frames=self._frames,
+                spans=self._spans,
+                write_failures=self._write_failures,
+                sync_failures=self._sync_failures,
+                unsynced_bytes=sum(log.unsynced for log in self._tenants.values()),
+                last_sync_seconds=self._last_sync,
+                open_files=len(self._files),
+                skipped=self._skips,
+            )
+
+    # Deleting
+
+    def release(self, tenant: str, segments: Collection[int]) -> int:
+        """Delete segments of ``tenant`` (archived, or past retention) by number; returns the
+        bytes freed. The newest segment stays, so that numbers go on from it."""
+        self._own()
+        log = self._existing(tenant)
+        return log.release(segments) if log else 0
+
+    def delete_tenant(self, tenant: str) -> None:
+        """Delete the tenant's whole log. Should it come back, its segment numbers go on, so
+        that no old position points into its new log."""
+        self._own()
+        log = self._existing(tenant)
+        if log is None:
+            return
+        directory = tenant_directory(self._directory, tenant)
+        with log.lock:
+            if log.gone:  # by another thread, at the same time
+                return
+            last = log.retire()
+            with self._lock:
+                self._floor = max(self._floor, last)
+                write_atomically(self._directory / _FLOOR, f"{self._floor}\n".encode())
+                if (directory / _LOG).exists():
+                    (directory / _LOG).rename(directory / _DELETED)
+                del self._tenants[tenant]
+        shutil.rmtree(directory / _DELETED, ignore_errors=True)
+        with suppress(OSError):  # other stores have files there
+            directory.rmdir()
+
+    def close(self) -> None:
+        """Sync, close the files and give the log up. Twice does no harm."""
+        if self._owner is not None:
+            try:
+                self.sync()
+            finally:
+                assert self._syncer is not None
+                self._syncer.close()
+                self._owner.release()
+                self._owner = None
+        self._files.close()
+
+    def __enter__(self) -> SpanLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

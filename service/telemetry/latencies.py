@@ -1,0 +1,106 @@
+"""What is timed: histograms for Prometheus, and the same latencies of the last window for the API.
+
+Observed as it happens, once a batch or a signal, never once a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Histogram
+
+from betrace.service.telemetry.window import Recent
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LEADS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a histogram says of itself."""
+
+    name: str
+    text: str
+    labels: tuple[str, ...]
+
+
+class Timed:
+    """A histogram whose latencies are also kept for the window. Used on the Trio thread."""
+
+    def __init__(self, histogram: Histogram, recent: Callable[[float], None]) -> None:
+        self._histogram = histogram
+        self._recent = recent
+
+    def observe(self, seconds: float) -> None:
+        """Note one latency."""
+        self._histogram.observe(seconds)
+        self._recent(seconds)
+
+
+class Latencies:
+    """The histograms, in seconds; ``declared`` lists them. ``recent`` has those of the window."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry | None = None,
+        *,
+        window_seconds: float = 60,
+        ledger_kind: str = "sqlite",
+    ) -> None:
+        self.registry = registry or CollectorRegistry()
+        self.recent = Recent(window_seconds)
+        self.declared: list[Observed] = []
+
+        def histogram(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
+        ) -> Histogram:
+            self.declared.append(Observed(name, text, labels))
+            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+        self._stage = histogram(
+            "betrace_stage_latency_seconds", "Time a stage worked on a batch.", "stage"
+        )
+        ledger = histogram(
+            "betrace_ledger_write_latency_seconds",
+            "Time to record a batch of signals in the ledger.",
+            "ledger",
+        )
+        self.ledger_family = ledger
+        self.ledger = Timed(ledger.labels(ledger_kind), self.recent.latency("ledger").observe)
+        self.duckdb = Timed(
+            histogram(
+                "betrace_duckdb_insert_latency_seconds", "Time to write a batch of rows to DuckDB."
+            ),
+            self.recent.latency("duckdb").observe,
+        )
+        self.fallback = histogram(
+            "betrace_fallback_write_latency_seconds",
+            "Time to write what a store did not take to local files, the disk's sync included.",
+            "store",
+        )
+        for store in ("ledger", "duckdb"):
+            self.fallback.labels(store)
+        self.end_to_end = Timed(
+            histogram(
+                "betrace_end_to_end_latency_seconds",
+                "From the receipt of the last span that mattered, or the trace's close, to the "
+                "signal in the ledger.",
+            ),
+            self.recent.latency("end-to-end").observe,
+        )
+        self.early_lead = histogram(
+            "betrace_early_lead_seconds",
+            "How long before its close a trace was signalled early.",
+            buckets=_LEADS,
+        )
+        self.evaluation = Timed(
+            histogram(
+                "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
+            ),
+            self.recent.latency("evaluation").observe,
+        )
+
+    def stage(self, name: str) -> Timed:
+        """The time that a stage works on a batch."""
+        return Timed(self._stage.labels(name), self.recent.latency(f"stage {name}").observe)

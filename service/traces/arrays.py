@@ -1,0 +1,136 @@
+"""The arrays of open traces as a whole: made empty, grown, copied for a checkpoint and made again
+from one."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from betrace.service.otlp.columns import Rows
+from betrace.service.traces import pools
+from betrace.service.traces.layout import (
+    CHAIN_COLUMNS,
+    ENTRIES_FREE,
+    ENTRIES_USED,
+    ENTRY_COLUMNS,
+    FILL_SIZE,
+    LARGE_FREE,
+    LARGE_RING,
+    LARGE_USED,
+    MIDDLE_FREE,
+    MIDDLE_RING,
+    MIDDLE_USED,
+    NAME_BYTES,
+    NEED_ENTRIES,
+    NEED_LARGE,
+    NEED_MIDDLE,
+    NEED_SLOTS,
+    NEVER,
+    SLOT_COLUMNS,
+    SLOTS_FREE,
+    SLOTS_USED,
+    SMALL_RING,
+    TraceArrays,
+)
+
+LEAST_SLOTS = 64
+
+Array = npt.NDArray[Any]
+
+
+def empty_arrays(slots: int) -> TraceArrays:
+    """Arrays without a trace, with room for ``slots`` of them (a power of two)."""
+    fill = np.zeros(FILL_SIZE, np.int64)
+    fill[[SLOTS_FREE, ENTRIES_FREE, MIDDLE_FREE, LARGE_FREE]] = -1
+    return TraceArrays(
+        table=np.zeros(2 * slots, np.int64),
+        secret=np.frombuffer(secrets.token_bytes(24), np.int64) | 1,
+        slots=np.zeros((slots, SLOT_COLUMNS), np.int64),
+        activity=np.full(slots, NEVER, np.int64),
+        names=np.zeros((slots, NAME_BYTES), np.uint8),
+        ring_small=np.zeros((slots, SMALL_RING), np.int64),
+        ring_middle=np.zeros((8, MIDDLE_RING), np.int64),
+        ring_large=np.zeros((1, LARGE_RING), np.int64),
+        chains=np.zeros((1, CHAIN_COLUMNS), np.int16),
+        entries=np.zeros((slots, ENTRY_COLUMNS), np.int64),
+        fill=fill,
+    )
+
+
+def grown(old: TraceArrays, reason: int, checks: int) -> TraceArrays:
+    """The same with the pool doubled that a kernel found full, as it says by ``reason``; a trace
+    has at most ``checks`` entries."""
+    if reason == NEED_ENTRIES:
+        return old._replace(entries=doubled(old.entries, checks))
+    if reason == NEED_MIDDLE:
+        return old._replace(ring_middle=doubled(old.ring_middle))
+    if reason == NEED_LARGE:
+        return old._replace(ring_large=doubled(old.ring_large), chains=doubled(old.chains))
+    assert reason == NEED_SLOTS
+    activity = doubled(old.activity)
+    activity[len(old.activity) :] = NEVER
+    slots = doubled(old.slots)
+    table = np.zeros(2 * len(old.table), np.int64)
+    pools.rebuild(table, old.secret, slots, int(old.fill[SLOTS_USED]))
+    return old._replace(
+        table=table,
+        slots=slots,
+        activity=activity,
+        names=doubled(old.names),
+        ring_small=doubled(old.ring_small),
+    )
+
+
+def saved_arrays(a: TraceArrays) -> dict[str, Array]:
+    """Copies of the parts in use, by name; what can be made from them is left out."""
+    fill = a.fill
+    used = int(fill[SLOTS_USED])
+    return {
+        "fill": fill.copy(),
+        "slots": a.slots[:used].copy(),
+        "activity": a.activity[:used].copy(),
+        "names": a.names[:used].copy(),
+        "ring_small": a.ring_small[:used].copy(),
+        "ring_middle": a.ring_middle[: fill[MIDDLE_USED]].copy(),
+        "ring_large": a.ring_large[: fill[LARGE_USED]].copy(),
+        "entries": a.entries[: fill[ENTRIES_USED]].copy(),
+    }
+
+
+def restored_arrays(saved: Mapping[str, Array]) -> TraceArrays:
+    """Arrays with what :func:`saved_arrays` copied, and room for more."""
+    slots = LEAST_SLOTS
+    while slots < len(saved["slots"]):
+        slots *= 2
+    room = empty_arrays(slots)
+    for name in ("slots", "activity", "names", "ring_small"):
+        getattr(room, name)[: len(saved[name])] = saved[name]
+    room.fill[:] = saved["fill"]
+    arrays = room._replace(
+        ring_middle=_with_room(saved["ring_middle"], 8),
+        ring_large=_with_room(saved["ring_large"], 1),
+        chains=np.zeros((len(saved["ring_large"]) + 1, CHAIN_COLUMNS), np.int16),
+        entries=_with_room(saved["entries"], slots),
+    )
+    with np.errstate(over="ignore"):
+        pools.rebuild(arrays.table, arrays.secret, arrays.slots, len(saved["slots"]))
+        pools.relink(arrays)
+    return arrays
+
+
+def doubled(array: npt.NDArray, more: int = 0) -> npt.NDArray:  # type: ignore[type-arg]
+    """A copy twice as long, and ``more``; the new rows are zero."""
+    twice = np.zeros((2 * len(array) + more, *array.shape[1:]), array.dtype)
+    twice[: len(array)] = array
+    return twice
+
+
+def _with_room(array: npt.NDArray[np.int64], least: int) -> Rows:
+    """A copy with at least ``least`` rows more."""
+    longer = np.zeros((len(array) + least, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer

@@ -1,0 +1,264 @@
+"""Deciding rules from the counts of their checks.
+
+While a trace is open its counts can only grow, so an expression is true, false or unknown
+(Kleene's three-valued logic): with n spans so far ``count(x) > k`` is true once n > k and
+unknown before. What is true then is true for good. On a closed trace everything is known.
+
+Only rules that a trace touches are run, and those that a trace without any match breaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from betrace.service.jit import lean_kernel
+from betrace.service.otlp.columns import Rows
+from betrace.service.rules.compile import (
+    AND,
+    CONSTANT,
+    COUNT_COUNT,
+    COUNT_NUMBER,
+    END,
+    EQ,
+    EXISTS,
+    FALSE,
+    GT,
+    LE,
+    LT,
+    NE,
+    OR,
+    R_ALWAYS,
+    R_EARLY,
+    R_EARLY_ON_EMPTY,
+    R_NEVER,
+    R_WHEN,
+    TRUE,
+    UNKNOWN,
+    CompiledRules,
+)
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE
+
+ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # which clause a breach broke
+CLAUSES = {ALWAYS_BROKEN: "always", NEVER_BROKEN: "never"}
+
+STACK = 512  # deeper than any rule of 16 KiB nested 32 deep can need
+
+
+@lean_kernel
+def _truth(holds: bool) -> int:
+    return TRUE if holds else FALSE
+
+
+@lean_kernel
+def _count_number(count: int, op: int, number: int, closed: bool) -> int:
+    if closed:
+        if op == EQ:
+            return _truth(count == number)
+        if op == NE:
+            return _truth(count != number)
+        return _truth(count < number if op == LT else count > number)
+    if op == GT:
+        return TRUE if count > number else UNKNOWN
+    if op == LT:
+        return FALSE if count >= number else UNKNOWN
+    if count > number:
+        return FALSE if op == EQ else TRUE
+    return UNKNOWN
+
+
+@lean_kernel
+def _count_count(left: int, op: int, right: int) -> int:
+    if op == EQ:
+        return _truth(left == right)
+    if op == NE:
+        return _truth(left != right)
+    if op == LT:
+        return _truth(left < right)
+    if op == LE:
+        return _truth(left <= right)
+    if op == GT:
+        return _truth(left > right)
+    return _truth(left >= right)
+
+
+@lean_kernel
+def _run(
+    programs: Rows, start: int, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
+) -> int:
+    """The truth of one program. ``entry_of[check]`` is the row of its entry, -1 without one."""
+    pc = start
+    top = -1
+    while programs[pc, 0] != END:
+        op = programs[pc, 0]
+        a = programs[pc, 1]
+        if op == AND:
+            top -= 1
+            stack[top] = min(stack[top], stack[top + 1])
+        elif op == OR:
+            top -= 1
+            stack[top] = max(stack[top], stack[top + 1])
+        elif op <= CONSTANT:
+            top += 1
+            if op == CONSTANT:
+                stack[top] = a
+            elif op == EXISTS:
+                stack[top] = TRUE if entry_of[a] >= 0 else FALSE if closed else UNKNOWN
+            elif op == COUNT_NUMBER:
+                count = entries[entry_of[a], E_COUNT] if entry_of[a] >= 0 else 0
+                stack[top] = _count_number(count, programs[pc, 2], programs[pc, 3], closed)
+            elif not closed:
+                stack[top] = UNKNOWN
+            elif op == COUNT_COUNT:
+                b = programs[pc, 3]
+                left = entries[entry_of[a], E_COUNT] if entry_of[a] >= 0 else 0
+                right = entries[entry_of[b], E_COUNT] if entry_of[b] >= 0 else 0
+                stack[top] = _count_count(left, programs[pc, 2], right)
+            else:  # BEFORE
+                b = programs[pc, 2]
+                stack[top] = _truth(
+                    entry_of[a] >= 0
+                    and entry_of[b] >= 0
+                    and entries[entry_of[a], E_EVIDENCE] < entries[entry_of[b], E_EVIDENCE]
+                )
+        else:  # NOT
+            stack[top] = TRUE - stack[top]
+        pc += 1
+    return stack[top]
+
+
+@lean_kernel
+def _decide_rule(
+    rule: Rows, programs: Rows, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
+) -> int:
+    """0, or which clause is broken for certain: ``when and (not always or never)``."""
+    if _run(programs, rule[R_WHEN], entries, entry_of, closed, stack) != TRUE:
+        return 0
+    if _run(programs, rule[R_ALWAYS], entries, entry_of, closed, stack) == FALSE:
+        return ALWAYS_BROKEN
+    if _run(programs, rule[R_NEVER], entries, entry_of, closed, stack) == TRUE:
+        return NEVER_BROKEN
+    return 0
+
+
+@lean_kernel
+def _decide(
+    first: int,
+    entries: Rows,
+    starts: Rows,
+    closed: bool,
+    skip_early: bool,
+    rule_rows: Rows,
+    programs: Rows,
+    rules_of: Rows,
+    rules_of_starts: Rows,
+    on_empty: Rows,
+    entry_of: Rows,
+    stamps: Rows,
+    stack: Rows,
+    out: Rows,
+) -> tuple[int, int]:
+    """Decide the traces from ``first`` on; ``(next trace, breaches)`` with rows (trace, rule,
+    clause) in ``out``. Stops before a trace that might not fit: ``out`` must hold all rules."""
+    found = 0
+    n_rules = len(rule_rows)
+    for k in range(first, len(starts) - 1):
+        if found + n_rules > len(out):
+            return k, found
+        for e in range(starts[k], starts[k + 1]):
+            entry_of[entries[e, E_CHECK]] = e
+        for e in range(starts[k], starts[k + 1] + 1):
+            own = e < starts[k + 1]
+            if own:
+                check = entries[e, E_CHECK]
+                lo = rules_of_starts[check]
+                hi = rules_of_starts[check + 1]
+            elif closed:
+                lo = 0
+                hi = len(on_empty)
+            else:
+                break
+            for i in range(lo, hi):
+                r = rules_of[i] if own else on_empty[i]
+                if stamps[r] == k + 1:
+                    continue
+                stamps[r] = k + 1
+                rule = rule_rows[r]
+                clause = _decide_rule(rule, programs, entries, entry_of, closed, stack)
+                if (
+                    clause
+                    and skip_early
+                    and rule[R_EARLY]
+                    and not rule[R_EARLY_ON_EMPTY]
+                    and _decide_rule(rule, programs, entries, entry_of, False, stack)
+                ):
+                    continue
+                if clause:
+                    out[found, 0] = k
+                    out[found, 1] = r
+                    out[found, 2] = clause
+                    found += 1
+        for e in range(starts[k], starts[k + 1]):
+            entry_of[entries[e, E_CHECK]] = -1
+    return len(starts) - 1, found
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """Trace number ``trace`` of a :class:`DueTraces` breaks rule number ``rule``."""
+
+    trace: int
+    rule: int
+    clause: int  # ALWAYS_BROKEN or NEVER_BROKEN
+    early: bool
+
+
+def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
+    """All breaches that are certain.
+
+    Of closed traces, those that were certain before the end are left out: they were
+    raised when they became so. ``raised_early=False`` gives them all.
+    """
+    rules: CompiledRules = due.rules
+    n_rules = len(rules.rules)
+    if not len(due) or not n_rules:
+        return []
+    values, value_starts = rules.rules_of if due.closed else rules.early_of
+    entry_of = np.full(len(rules.checks) + 1, -1, np.int64)
+    stamps = np.zeros(n_rules, np.int64)
+    stack = np.zeros(STACK, np.int64)
+    out = np.zeros((max(n_rules, 1024), 3), np.int64)
+    breaches: list[Breach] = []
+    at = 0
+    while at < len(due):
+        at, found = _decide(
+            at,
+            due.entries,
+            due.starts,
+            due.closed,
+            due.closed and raised_early,
+            rules.rule_rows,
+            rules.programs,
+            values,
+            value_starts,
+            rules.on_empty,
+            entry_of,
+            stamps,
+            stack,
+            out,
+        )
+        breaches.extend(
+            Breach(int(k), int(r), int(clause), not due.closed) for k, r, clause in out[:found]
+        )
+    return breaches
+
+
+def broken(due: DueTraces) -> list[dict[tuple[str, str], str]]:
+    """For each trace the rules (id, version) that it breaks, with the clause."""
+    found: list[dict[tuple[str, str], str]] = [{} for _ in range(len(due))]
+    for breach in decide(due, raised_early=False):
+        rule = due.rules.rules[breach.rule]
+        found[breach.trace][rule.id, rule.version] = CLAUSES[breach.clause]
+    return found

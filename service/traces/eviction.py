@@ -1,0 +1,75 @@
+"""What limits the traces of all tenants together: how many are held, which of the open ones are
+closed to make room, and which of the closed ones are forgotten."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from betrace.service.otlp.columns import Rows
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.layout import SLOTS_USED
+
+if TYPE_CHECKING:
+    from betrace.service.traces.table import TraceTable
+
+SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
+
+
+@dataclass(slots=True)
+class Held:
+    """How many traces the tables that share this hold: running totals, kept by the tables."""
+
+    open: int = 0
+    closed: int = 0
+
+
+def idle_longest(tables: Sequence[TraceTable], count: int) -> list[tuple[TraceTable, Rows]]:
+    """The ``count`` open slots of all tables that have been idle longest, or all there are; up to
+    ``SWEEP_BATCH`` in each piece."""
+    used = [table.arrays.activity[: table.arrays.fill[SLOTS_USED]] for table in tables]
+    count = min(count, sum(table.open_count for table in tables))
+    if not count:
+        return []
+    chosen = np.sort(np.argpartition(np.concatenate(used), count - 1)[:count])
+    found = []
+    for table, slots in zip(tables, used, strict=True):
+        own = chosen[(chosen >= 0) & (chosen < len(slots))]
+        chosen = chosen - len(slots)
+        found += [(table, own[at : at + SWEEP_BATCH]) for at in range(0, len(own), SWEEP_BATCH)]
+    return found
+
+
+def forget_closed(
+    tables: Sequence[TraceTable],
+    closed_before: int,
+    fresh_from: int,
+    excess: int,
+    closed: ClosedTraces,
+) -> int:
+    """Free the traces closed before a time, and of all tables together those closed longest ago,
+    up to ``excess`` with the former, that were closed before ``fresh_from``. They are put into
+    ``closed``. How many.
+
+    Costs a comparison for each table; work is done in those only that have something to free.
+    """
+    freed = 0
+    for table in tables:
+        if table.closed_from < closed_before:
+            freed += table.evict(closed_before, fresh_from, 0, closed)
+    if freed >= excess:
+        return freed
+    oldest = [(t.closed_from, i) for i, t in enumerate(tables) if t.closed_from < fresh_from]
+    heapq.heapify(oldest)
+    while oldest and freed < excess:
+        _, i = heapq.heappop(oldest)
+        table = tables[i]  # alone until the next table has older ones
+        until = min(fresh_from, oldest[0][0] + 1) if oldest else fresh_from
+        freed += table.evict(closed_before, until, excess - freed, closed)
+        if table.closed_from < fresh_from:
+            heapq.heappush(oldest, (table.closed_from, i))
+    return freed

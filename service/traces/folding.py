@@ -1,0 +1,288 @@
+"""A batch on its way through one table: the kernel's calls, and what is done between them.
+
+At each moment a run knows how far it has come. Where it fails, what it has done stays done and is
+handed over like that of one that did not, with the error; its rest can be folded later
+(:mod:`betrace.service.traces.partial_folds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Bytes, Rows, SpanBatch
+from betrace.service.rules.match import evaluate
+from betrace.service.traces import fold_kernels as kernels
+from betrace.service.traces.arrays import doubled
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.layout import (
+    ASKED,
+    CLOSED,
+    COMPLETIONS,
+    COUNTS_SIZE,
+    DIRTIED,
+    DONE,
+    LATE,
+    LATENESS,
+    MATCHED,
+    NAMES_FULL,
+    NEED_ASK,
+    NEED_ENTRIES,
+    NEED_SPILL,
+    OPENED,
+    POSITIONS,
+    REPEATS,
+    SPILLS,
+    STATE,
+    STOPPED_SLOT,
+    BatchArrays,
+    FoldOutputs,
+)
+from betrace.service.traces.partial_folds import Ask
+
+if TYPE_CHECKING:
+    from betrace.service.traces.table import TraceTable
+
+_NO_FILTER = np.zeros((2, 0), np.int64)
+
+
+@dataclass(slots=True, eq=False)
+class Folded:
+    """What came of folding a batch, which was received at ``received_ns`` and perhaps ``replayed``
+    from the log.
+
+    ``early`` are traces for which a rule may have become certain, ``completed`` slots that said
+    so themselves, ``spilled`` rows (hi, lo, log positions) of long traces, ``late`` the rows of the
+    batch that were left because their trace may have been closed and forgotten. With an ``error``
+    it stopped there; ``dirty`` are slots that could then not be copied for ``early``.
+    """
+
+    early: DueTraces | None
+    completed: Rows
+    spilled: Rows
+    late: Rows
+    dirty: Rows
+    opened: int
+    repeated: int
+    matched: int
+    reopened: int
+    received_ns: int
+    replayed: bool
+    error: Exception | None = None
+
+
+class FoldRun:
+    """One batch and one table.
+
+    Rows with ``skip`` set are passed over; afterwards it is set for all rows that are in a trace.
+    ``asks`` are comparisons left from before: those with traces of this table are made, and those
+    that fail now are left in it. With ``known_only`` only spans of traces that are here are taken.
+    With ``closed``, new traces that it may hold are not opened but reported as late.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_arrays",
+        "_asks",
+        "_batch",
+        "_filters",
+        "_known_only",
+        "_now",
+        "_outputs",
+        "_reopened",
+        "_resumed",
+        "_row",
+        "_salt",
+        "_table",
+    )
+
+    def __init__(
+        self,
+        table: TraceTable,
+        batch: SpanBatch,
+        services: Rows,
+        now: int,
+        skip: Bytes,
+        asks: list[Ask],
+        *,
+        known_only: bool,
+        closed: ClosedTraces | None,
+    ) -> None:
+        n = len(batch)
+        positions = batch.positions
+        self._table = table
+        self._batch = batch
+        self._now = now
+        self._known_only = known_only
+        self._asks = asks
+        self._arrays = BatchArrays(
+            batch.buf,
+            batch.spans,
+            batch.resources,
+            batch.scopes,
+            services,
+            positions if len(positions) else np.zeros(len(batch.bodies), np.int64),
+            skip,
+        )
+        self._outputs = FoldOutputs(
+            table.ask,
+            np.empty(n, np.int64),
+            np.empty(n, np.int64),
+            np.empty((16, 2 + POSITIONS), np.int64),
+            np.empty(n if closed is not None else 0, np.int64),
+            np.zeros(COUNTS_SIZE, np.int64),
+        )
+        self._filters = _NO_FILTER if closed is None else closed.filters
+        self._salt = 0 if closed is None else closed.salt(table.tenant)
+        self._row = 0
+        self._reopened = 0
+        self._resumed: list[tuple[int, int, int]] = []  # of asks: row, check, slot
+        self._answered = False
+
+    def run(self) -> Folded:
+        """Fold the batch, as far as possible."""
+        table = self._table
+        table.touch(self._now, self._now)  # first: a fold that fails may have opened traces
+        early, error = None, None
+        try:
+            with np.errstate(over="ignore"):
+                if self._asks:
+                    self._resume()
+                self._take_rows()
+                if self._outputs.counts[ASKED] or self._resumed:
+                    self._answer()
+                self._answered = True
+            if dirtied := self._outputs.counts[DIRTIED]:
+                early = table.early(self._outputs.dirty[:dirtied], self._now)
+        except Exception as failure:
+            error = failure
+        if not self._answered:
+            self._asks += [ask for ask, *_ in self._asked() if ask not in self._asks]
+        outputs, counts = self._outputs, self._outputs.counts.tolist()
+        late = outputs.late[: counts[LATENESS]]
+        if not self._known_only:  # else the kernel has done it
+            self._arrays.skip[: self._row] = 1
+            if len(late):
+                self._arrays.skip[late] = 0
+        table.count()
+        return Folded(
+            early,
+            outputs.completed[: counts[COMPLETIONS]],
+            outputs.spilled[: counts[SPILLS]],
+            late,
+            outputs.dirty[: counts[DIRTIED] if early is None else 0],
+            opened=counts[OPENED],
+            repeated=counts[REPEATS],
+            matched=counts[MATCHED],
+            reopened=self._reopened,
+            received_ns=self._batch.received_ns,
+            replayed=self._batch.replayed,
+            error=error,
+        )
+
+    def _take_rows(self) -> None:
+        table = self._table
+        scratch = np.zeros(4, np.int64)
+        ahead = np.empty((2, kernels.AHEAD), np.int64)
+        names = table.rules.names
+        while True:
+            self._row, reason = kernels.fold(
+                self._arrays,
+                self._row,
+                self._known_only,
+                self._filters,
+                self._salt,
+                self._now,
+                names.arrays,
+                table.rule_arrays,
+                table.arrays,
+                self._outputs,
+                scratch,
+                ahead,
+            )
+            if reason == DONE:
+                return
+            if reason == LATE:
+                self._reopen(int(self._outputs.counts[STOPPED_SLOT]))
+            elif reason == NAMES_FULL:
+                names.forget()
+            elif reason == NEED_ASK:
+                ask = doubled(self._outputs.ask, len(table.rules.checks))
+                self._outputs = self._outputs._replace(ask=ask)
+                table.ask = ask
+            elif reason == NEED_SPILL:
+                spilled = doubled(self._outputs.spilled)
+                self._outputs = self._outputs._replace(spilled=spilled)
+            else:
+                table.grow(reason)
+
+    def _reopen(self, slot: int) -> None:
+        self._table.reopen(slot, self._now)
+        self._reopened += 1
+
+    def _resume(self) -> None:
+        """Find the traces of what was left to be compared."""
+        table = self._table
+        checks = table.rules.check_names
+        for row, check in list(self._asks):
+            hi, lo = self._batch.spans[row, [TRACE_HI, TRACE_LO]].tolist()
+            slot = table.find(hi, lo)
+            if slot < 0:
+                continue
+            if check is not None and check not in checks:  # rules that the trace is not judged by
+                self._asks.remove((row, check))
+                continue
+            if table.arrays.slots[slot, STATE] == CLOSED:
+                self._reopen(slot)
+            self._resumed.append((row, -1 if check is None else checks.index(check), slot))
+
+    def _asked(self) -> list[tuple[Ask, int, int]]:
+        """What is to be compared in Python, each with the number of its check and its slot."""
+        names = self._table.rules.check_names
+        new = self._outputs.ask[: self._outputs.counts[ASKED]].tolist()
+        return [
+            ((row, None if check < 0 else names[check]), check, slot)
+            for row, check, slot in [*self._resumed, *new]
+        ]
+
+    def _answer(self) -> None:
+        """Evaluate in Python what the kernel asked for, and count what matched: all of it, or
+        none where there is no room."""
+        table = self._table
+        asked = self._asked()
+        matched: list[tuple[int, int, int]] = []
+        failed: list[Ask] = []
+        error: Exception | None = None
+        for ask, check, slot in asked:
+            try:
+                matched += [(ask[0], c, slot) for c in self._matches(ask[0], check)]
+            except Exception as failure:  # a comparison that fails holds up no other
+                failed.append(ask)
+                error = failure
+        while table.spare_entries() < len(matched):
+            table.grow(NEED_ENTRIES)
+        if matched:
+            rows = np.array(matched, np.int64)
+            kernels.add_asked(self._arrays, rows, table.rule_arrays, table.arrays, self._outputs)
+        known = {ask for ask, *_ in asked}
+        self._asks[:] = [ask for ask in self._asks if ask not in known] + failed
+        self._answered = True
+        if error is not None:
+            raise error
+
+    def _matches(self, row: int, check: int) -> list[int]:
+        """Those of the checks that a row was asked for which it satisfies."""
+        rules = self._table.rules
+        wanted: Sequence[int] = (check,)
+        if check < 0:
+            wanted = rules.names.glob_checks(self._batch.name(row).encode())
+        found = []
+        for c in wanted:
+            predicate = rules.checks[c].where
+            if predicate is None or evaluate(predicate, self._batch, row):
+                found.append(c)
+        return found

@@ -1,0 +1,94 @@
+"""Trying rules on one trace: the engine of the pipeline, on spans at hand, with nothing kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO
+from betrace.service.otlp.wire import ERRORS, scan_bodies
+from betrace.service.pipeline.stages.evaluate import raise_signal
+from betrace.service.rules.compile import CompiledRules
+from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.tenant_traces import TenantTraces
+
+_MASK = 2**64 - 1
+
+
+class TrialError(ValueError):
+    """The spans cannot be judged; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a rule says of a trace. ``clause`` is the one that is broken (always | never), None
+    without a breach; ``counts`` and ``evidence`` are by check, as in a signal."""
+
+    rule_id: str
+    breach: bool
+    clause: str | None
+    counts: dict[str, int]
+    evidence: dict[str, list[str]]
+
+
+class Trial:
+    """Collects the spans of one trace and lets compiled rules judge it as complete.
+
+    Of ``trace_id`` (32 hex digits) only its spans count; without it all spans must be of one trace.
+    """
+
+    def __init__(self, rules: CompiledRules, trace_id: str | None = None) -> None:
+        self._traces = TenantTraces("trial", rules)
+        self._wanted: str | None = trace_id
+        self._anything = trace_id is None
+        self.spans = 0
+        """Added, without those that came again."""
+
+    def add(self, body: bytes) -> int:
+        """Add the spans of a request (protobuf, decompressed); how many of them are of the trace.
+        Raises :exc:`TrialError`."""
+        batch = scan_bodies("trial", [body])
+        row = batch.bodies[0]
+        if row[ERROR]:
+            raise TrialError(f"{ERRORS[int(row[ERROR])]} (at byte {int(row[ERROR_OFF])})")
+        if self._anything and len(batch):
+            ids = np.unique(batch.spans[:, [TRACE_HI, TRACE_LO]], axis=0)
+            hi, lo = (int(half) & _MASK for half in ids[0])
+            found = f"{hi:016x}{lo:016x}"
+            if len(ids) > 1 or self._wanted not in (None, found):
+                raise TrialError("it has spans of several traces; give those of one")
+            self._wanted = found
+        elif len(batch):
+            value = int(self._wanted or "0", 16)
+            halves = np.array([value >> 64, value & _MASK], np.uint64).view(np.int64)
+            batch.spans = batch.spans[(batch.spans[:, [TRACE_HI, TRACE_LO]] == halves).all(axis=1)]
+        if len(batch):
+            for _, folded in self._traces.fold(batch, now=1):
+                self.spans += len(batch) - folded.repeated
+        return len(batch)
+
+    def verdicts(self, *, complete: bool = True) -> list[Verdict]:
+        """The verdict of each enabled rule; call it once. Of a trace that is not ``complete``,
+        breaches are those that no further span can undo. Raises :exc:`TrialError` without a span.
+        """
+        closed = self._traces.close_due(now=2, idle_ns=0)
+        if not closed:
+            raise TrialError("it has no span with a valid trace id and span id")
+        due = closed[0]
+        due.closed = complete
+        broken = {breach.rule: breach for breach in decide(due, raised_early=False)}
+        return [_verdict(due, k, broken.get(k)) for k in range(len(due.rules.rules))]
+
+
+def _verdict(due: DueTraces, rule: int, breach: Breach | None) -> Verdict:
+    # A signal has the counts and evidence also of a rule that is not broken.
+    signal = raise_signal(due, breach or Breach(0, rule, NEVER_BROKEN, early=False), 0)
+    return Verdict(
+        signal.rule_id,
+        breach is not None,
+        signal.clause if breach is not None else None,
+        signal.counts,
+        signal.evidence,
+    )

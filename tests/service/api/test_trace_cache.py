@@ -1,0 +1,105 @@
+"""What keeps the cache of traces true, at its bounds, with a store that the test writes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from betrace.service.api import trace_cache as tracemetadata
+from betrace.service.api.trace_cache import TraceMetadataCache
+from betrace.service.storage.duck.store import Change, StoreError
+
+
+class Store:
+    """Has every trace, once for each version."""
+
+    def __init__(self):
+        self.on_change = None
+        self.version = 1
+        self.broken = False
+
+    def connections(self):
+        return {"open": 1}
+
+    def trace(self, tenant, trace_id):
+        if self.broken:
+            raise StoreError("away", transient=True)
+        return SimpleNamespace(positions=[self.version])
+
+    def signals(self, tenant, **_):
+        return [SimpleNamespace(signal=SimpleNamespace(context=None, trace_id="01"))], None
+
+
+@pytest.fixture
+def store():
+    return Store()
+
+
+@pytest.fixture
+def now():
+    return [0.0]
+
+
+@pytest.fixture
+def cache(store, now):
+    return TraceMetadataCache(
+        store, maxsize=10, ttl_seconds=100, max_bytes=1 << 20, clock=lambda: now[0]
+    )
+
+
+def seen(cache, tenant="a"):
+    return cache.find(tenant, "01").row.positions
+
+
+def test_a_write_of_which_nothing_is_known_drops_all_of_the_tenant(cache, store):
+    assert seen(cache) == seen(cache, "b") == [1]
+    store.version = 2
+    store.on_change("a", None)
+    assert seen(cache) == [2]
+    assert seen(cache, "b") == [1]
+
+
+def test_a_write_long_after_the_last_look_drops_the_tenant(cache, store, now):
+    seen(cache)
+    now[0] = 201.0
+    store.on_change("a", Change((), None, None))
+    assert cache.cache.statistics().size == 0
+    store.version = 2
+    assert seen(cache) == [2]
+
+
+def test_when_too_many_tenants_are_looked_at_all_is_forgotten(cache, store):
+    with mock.patch.object(tracemetadata, "_MOST_TENANTS", 2):
+        for tenant in ("a", "b"):
+            seen(cache, tenant)
+        assert cache.cache.statistics().size == 2
+        seen(cache, "c")  # is not kept either: the next write of it would not be noticed
+        assert cache.cache.statistics().size == 0
+        store.version = 2
+        assert seen(cache, "a") == [2]
+
+
+def test_loading_ahead_stops_where_the_store_is_away(cache, store):
+    signals, _ = store.signals("a")
+    cache.listed("a", signals)
+    cache.listed("b", signals)
+    store.broken = True
+    assert cache.load_ahead() == 0
+    store.broken = False
+    assert cache.load_ahead() == 1
+    assert cache.cache.statistics().size == 1
+
+
+def test_a_warm_up_opens_no_file(cache):
+    assert cache.warm_up("closed", 5) == 0
+    assert cache.warm_up("open", 5) == 1
+
+
+def test_nothing_is_loaded_ahead_for_whom_nobody_looks_at_any_more(cache, store, now):
+    signals, _ = store.signals("a")
+    seen(cache)
+    now[0] = 150.0
+    store.on_change("a", Change([each.signal for each in signals], None, None))
+    assert cache.load_ahead() == 0

@@ -1,0 +1,31 @@
+"""Late spans that were answered just before a crash find the trace that was closed long before."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from betrace.service.pipeline.request import Done
+from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.spans import TRACE, S
+
+pytestmark = [pytest.mark.kernel, pytest.mark.slow]
+
+
+async def test_a_late_span_in_the_tail_of_the_log(tmp_path):
+    write_rules(tmp_path, {"no-b": "when { a } always { b }"})
+    config = settings(tmp_path, caches={"trace_metadata_ttl_seconds": 0.1})
+    async with running(config, die=True) as service:
+        assert await send(service, [S(1, "a")]) == Done(1)
+        with trio.fail_after(20):
+            while standing(service) != {(TRACE.hex(), "no-b")}:
+                await trio.sleep(0.05)
+            while any(traces.closed_count for traces in service.traces().values()):
+                await trio.sleep(0.1)
+        assert await service.recovery.save()
+        assert await send(service, [S(2, "b")]) == Done(1)
+    async with running(config) as service:
+        await closed(service)
+        assert standing(service) == set()
+        found = await trio.to_thread.run_sync(service.store.find_traces, "default", [TRACE.hex()])
+        assert found[TRACE.hex()].spans == 2

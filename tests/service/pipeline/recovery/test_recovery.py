@@ -1,0 +1,331 @@
+"""Sudden death at any point: what was answered with 200 is evaluated once, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import trio
+
+from betrace.service.api.backend import Operator
+from betrace.service.app import Service
+from betrace.service.pipeline.recovery.recovery import read_frames
+from betrace.service.pipeline.request import Done
+from betrace.service.rules.parse import parse
+from betrace.service.storage.spanlog.frames import Frame
+from tests.support.inprocess import (
+    closed,
+    folded,
+    ledger_signals,
+    running,
+    send,
+    settings,
+    standing,
+    write_rules,
+)
+from tests.support.oracle import OracleSpan, breach
+from tests.support.spans import TRACE, S, body
+
+RULES = {
+    "many": "count(a) > 3",
+    "no-b": "when { a } always { b }",
+    "two": "count(a) == 2",
+    "few-b": "when { a } always { count(b) < 2 }",
+    "more-a": "count(a) > count(b)",
+}
+TRACE_ID = TRACE.hex()
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_rules(tmp_path, RULES)
+    return settings(tmp_path)
+
+
+def expected(spans: list[S]) -> set[tuple[str, str]]:
+    """What the oracle says of the traces that the spans make."""
+    traces: dict[bytes, list[OracleSpan]] = {}
+    for span in spans:
+        traces.setdefault(span.trace, []).append(
+            OracleSpan(span.name, span.trace, span.id.to_bytes(8, "big"), span.start, span.end)
+        )
+    return {
+        (trace.hex(), rule)
+        for trace, own in traces.items()
+        for rule, text in RULES.items()
+        if breach(parse(text), own)
+    }
+
+
+async def spans_in_index(service: Any, traces: set[str]) -> dict[str, int]:
+    found = await trio.to_thread.run_sync(service.store.find_traces, "default", sorted(traces))
+    return {trace: row.spans for trace, row in found.items()}
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("BETRACE_CRASHES", "2"))))
+async def test_any_interleaving_of_spans_checkpoints_and_crashes(tmp_path, seed):
+    rng = random.Random(seed)
+    write_rules(tmp_path, RULES)
+    config = settings(tmp_path, traces={"idle_seconds": rng.choice([0.1, 0.4, 60])})
+    sent: list[S] = []
+    number = 0
+    for _ in range(4):
+        async with running(config, die=rng.random() < 0.8) as service:
+            for _ in range(rng.randrange(1, 6)):
+                spans = []
+                for _ in range(rng.randrange(1, 6)):
+                    number += 1
+                    trace = bytes([rng.randrange(1, 6)]) * 16
+                    spans.append(S(number, rng.choice("aab"), trace=trace, start=rng.randrange(9)))
+                assert await send(service, spans) == Done(len(spans))
+                sent += spans
+                if rng.random() < 0.3:
+                    sent.append(rng.choice(sent))  # a client's retry
+                    await send(service, [sent[-1]])
+                what = rng.choice(["nothing", "nothing", "fold", "checkpoint", "close", "both"])
+                if what in ("fold", "checkpoint", "both"):
+                    await folded(service)
+                if what in ("close", "both") and config.traces.idle_seconds < 1:
+                    await closed(service)
+                if what in ("checkpoint", "both"):
+                    with trio.fail_after(20):
+                        assert await service.recovery.save()
+            await trio.sleep(rng.choice([0, 0, 0.3]))
+    async with running(settings(tmp_path)) as service:
+        await closed(service)
+        assert standing(service) == expected(sent)
+        ids = [s.id for s in ledger_signals(service)]
+        assert len(ids) == len(set(ids))
+        distinct = {(s.trace.hex(), s.id) for s in sent}
+        counted = await spans_in_index(service, {trace for trace, _ in distinct})
+        assert counted == Counter(trace for trace, _ in distinct)
+
+
+async def test_a_verdict_that_changes_back_again_stands_again(tmp_path):
+    write_rules(tmp_path, {"more-a": "count(a) > count(b)"})
+    async with running(settings(tmp_path)) as service:
+        for span in (S(1, "a"), S(2, "b"), S(3, "a")):
+            await send(service, [span])
+            await closed(service)
+        assert standing(service) == {(TRACE_ID, "more-a")}
+
+
+async def test_what_was_only_answered_is_found_in_the_log(config):
+    async with running(config, die=True) as service:
+        assert await send(service, [S(1), S(2)]) == Done(2)
+    async with running(config) as service:
+        assert service.recovery.replayed.spans == 2
+        await closed(service)
+        assert (TRACE_ID, "two") in standing(service)
+
+
+async def test_a_clean_stop_leaves_nothing_to_read_again(config):
+    async with running(config) as service:
+        await send(service, [S(1)])
+        await folded(service)
+    async with running(config) as service:
+        assert service.recovery.replayed.spans == 0
+        await send(service, [S(2)])
+        await closed(service)
+        assert (TRACE_ID, "two") in standing(service)
+        assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2
+
+
+async def test_an_operator_saves_a_checkpoint_and_sees_what_it_covers(config, monkeypatch):
+    me = Operator("me", "here")
+    async with running(config) as service:
+        await send(service, [S(1), S(2), S(3, trace=b"\2" * 16)])
+        await folded(service)
+        before = await service.admin.checkpoint()
+        assert before["toReplayBytes"] > 100
+        assert await service.admin.save_checkpoint(me)
+        shown = await service.admin.checkpoint()
+        covers = shown["covers"]
+        assert covers["openTraces"] + covers["closedTraces"] == 2
+        assert (covers["tenants"], covers["requestsNotFolded"]) == (1, 0)
+        assert 0 <= shown["ageSeconds"] < 20
+        assert shown["bytes"] > 0
+        assert shown["toReplayBytes"] <= before["toReplayBytes"]
+        assert "checkpoint.save" in (config.storage.path / "audit.jsonl").read_text()
+        ticket = service.pipeline.in_flight.enter()
+        monkeypatch.setattr("betrace.service.api.administration.CHECKPOINT_SECONDS", 0.1)
+        assert await service.admin.save_checkpoint(me) is None
+        service.pipeline.in_flight.leave(ticket)
+        assert await service.admin.save_checkpoint(me)
+    async with running(config) as service:
+        assert (await service.admin.checkpoint())["covers"]["tenants"] == 1
+
+
+async def test_a_checkpoint_covers_what_came_before_it(config):
+    async with running(config, die=True) as service:
+        await send(service, [S(i) for i in range(1, 2000)])
+        await folded(service)
+        assert await service.recovery.save()
+        await send(service, [S(5000, "b")])
+        await folded(service)
+    async with running(config) as service:
+        assert service.recovery.replayed.spans == 1
+        await closed(service)
+        assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2000
+
+
+async def test_a_verdict_that_late_spans_change_around_a_crash_is_retracted(config):
+    """The trace was closed, its breach stored, a late span came, then the process died: all of it
+    after the last checkpoint."""
+    async with running(config, die=True) as service:
+        await send(service, [S(1), S(2)])
+        await closed(service)
+        assert (TRACE_ID, "two") in standing(service)
+        await send(service, [S(3)])
+    async with running(config) as service:
+        await closed(service)
+        assert (TRACE_ID, "two") not in standing(service)
+        assert standing(service) == expected([S(1), S(2), S(3)])
+
+
+async def test_a_long_trace_closed_before_a_crash_is_not_counted_twice(config):
+    """More spans than are remembered by their ids are read from the log again."""
+    spans = [S(i, "x") for i in range(1, 3001)]
+    async with running(config, die=True) as service:
+        await send(service, spans)
+        await closed(service)
+        assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 3000
+    for _ in range(2):
+        async with running(config, die=True) as service:
+            await closed(service)
+            assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 3000
+
+
+async def test_a_damaged_checkpoint_is_passed_over(config, caplog):
+    async with running(config, die=True) as service:
+        await send(service, [S(1), S(2)])
+        await folded(service)
+        await service.recovery.save()
+    for path in (config.storage.path / "checkpoints").glob("*.checkpoint"):
+        path.write_bytes(path.read_bytes()[:-10])
+    async with running(config) as service:
+        assert service.recovery.replayed.spans == 2
+        await closed(service)
+        assert (TRACE_ID, "two") in standing(service)
+    assert "passed over" in caplog.text
+
+
+async def test_a_checkpoint_that_cannot_be_used_loses_nothing(config, monkeypatch, caplog):
+    """Its rules compile to other checks, as in another version: the whole log is read instead."""
+    async with running(config, die=True) as service:
+        await send(service, [S(1), S(2)])
+        await send(service, [S(1)], tenant="other")
+        await folded(service)
+        await service.recovery.save()
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("compile to other checks now")
+
+    monkeypatch.setattr("betrace.service.traces.tenant_traces.TenantTraces.restored", refuse)
+    async with running(config) as service:
+        assert service.recovery.replayed.spans == 3
+        await closed(service)
+        assert (TRACE_ID, "two") in standing(service)
+    assert "cannot be used" in caplog.text
+
+
+async def test_checkpoints_that_cannot_be_written_are_counted(config, monkeypatch, caplog):
+    async with running(config, die=True) as service:
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "no space left on device")
+
+        monkeypatch.setattr("betrace.service.pipeline.recovery.recovery.write_checkpoint", full)
+        before = service.recovery.failures, service.recovery.saved_at
+        assert not await service.recovery.save()
+        assert service.recovery.failures > before[0]
+        assert service.recovery.saved_at == before[1]
+    assert "check the disk" in caplog.text
+
+
+async def test_a_checkpoint_waits_for_what_left_the_traces(config):
+    async with running(config, die=True) as service:
+        ticket = service.pipeline.in_flight.enter()
+        with trio.move_on_after(0.3) as waited:
+            await service.recovery.save()
+        assert waited.cancelled_caught
+        service.pipeline.in_flight.leave(ticket)
+        with trio.fail_after(5):
+            assert await service.recovery.save()
+
+
+async def test_checkpoints_are_saved_while_the_service_runs(tmp_path):
+    config = settings(tmp_path, checkpoint={"interval_seconds": 0.2})
+    async with running(config) as service:
+        with trio.fail_after(10):
+            while not list((tmp_path / "data/checkpoints").glob("*.checkpoint")):
+                await trio.sleep(0.05)
+        assert service.recovery.saved_at is not None
+
+
+async def test_a_damaged_frame_is_counted_and_the_rest_is_read(config):
+    async with running(config, die=True) as service:
+        for number in (1, 2, 3):
+            await send(service, [S(number, "x" * 50)])
+        await folded(service)
+    segment = max(config.storage.path.rglob("*.seg"), key=lambda path: path.stat().st_size)
+    data = bytearray(segment.read_bytes())
+    middle = data.index(b"x" * 50, data.index(b"x" * 50) + 50)
+    data[middle] ^= 1
+    segment.write_bytes(data)
+    async with running(config) as service:
+        assert service.recovery.replayed.spans == 2
+        await closed(service)
+        assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2
+
+
+async def test_a_lower_limit_of_bodies_does_not_keep_the_service_from_its_log(tmp_path):
+    async with running(settings(tmp_path), die=True) as service:
+        assert await send(service, [S(i, "x" * 200) for i in range(1, 200)]) == Done(199)
+    smaller = settings(tmp_path, ingest={"address": "off", "max_body_bytes": 10_000})
+    async with running(smaller) as service:
+        assert service.recovery.replayed.spans == 199
+        await closed(service)
+        assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 199
+
+
+def test_a_frame_that_cannot_be_decoded_hides_no_other(caplog):
+    good = Frame("protobuf", "", 5, body(S(1), S(2)), 2)
+    bad = [
+        Frame("protobuf", "gzip", 6, b"no gzip", 1),
+        Frame("json", "", 7, b"{", 1),
+        Frame("protobuf", "", 8, b"\xff\xff", 1),
+    ]
+    batch = read_frames("t", [10, 20, 30, 40], [bad[0], good, *bad[1:]], 1)
+    assert len(batch) == 2
+    assert batch.positions.tolist() == [10, 20, 30, 40]
+    assert batch.received_ns == 8
+    assert (batch.bodies[:, 4] != 0).tolist() == [True, False, True, True]
+    assert caplog.text.count("cannot be decoded") == 2
+
+
+async def saved_after(service: Service, before: float) -> None:
+    """Return when a checkpoint is saved that is newer than one."""
+    with trio.fail_after(20):
+        while (service.recovery.saved_at or 0.0) <= before:
+            await trio.sleep(0.02)
+
+
+async def test_traces_opened_before_rules_changed_keep_theirs_through_a_crash(tmp_path):
+    write_rules(tmp_path, {"no-b": "when { a } always { b }"})
+    idle = {"idle_seconds": 3600}
+    async with running(settings(tmp_path, traces=idle), die=True) as service:
+        await saved_after(service, 0.0)
+        saved = service.recovery.saved_at
+        assert await send(service, [S(1, "a")]) == Done(1)
+        await folded(service)
+        write_rules(tmp_path, {"no-c": "when { a } always { c }"})
+        await service.reload_rules()
+        assert await send(service, [S(1, "a", trace=bytes([7]) * 16)]) == Done(1)
+        await saved_after(service, saved)
+    async with running(settings(tmp_path)) as service:
+        await closed(service)
+        assert standing(service) == {(TRACE.hex(), "no-b"), ("07" * 16, "no-c")}

@@ -1,0 +1,186 @@
+"""Deletions that hang or fail hold up no others, in virtual time."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import trio
+
+from betrace.channels import ThreadRunner
+from betrace.service.pipeline.recovery.removal import (
+    AT_ONCE,
+    ATTEMPT_SECONDS,
+    RETRY_SECONDS,
+    Removal,
+)
+from betrace.service.tenancy.directory import State, TenantDirectory
+from tests.support import virtual
+
+
+class Store:
+    """What removes the files: some tenants' hang, some fail a few times."""
+
+    def __init__(self) -> None:
+        self.stuck: dict[str, threading.Event] = {}
+        self.failures: dict[str, int] = {}
+        self.tried: list[tuple[float, str]] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+        self.now = trio.lowlevel.current_clock().current_time
+
+    def remove(self, tenant: str) -> None:
+        with self.lock:
+            self.tried.append((self.now(), tenant))
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            if tenant in self.stuck:
+                with virtual.hanging():
+                    self.stuck[tenant].wait(20)
+            if self.failures.get(tenant, 0):
+                self.failures[tenant] -= 1
+                raise OSError("the disk is away")
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+    def times(self, tenant: str) -> list[float]:
+        return [when for when, each in self.tried if each == tenant]
+
+
+class Recovery:
+    """Counts checkpoints; ``failing`` of them cannot be written."""
+
+    saved = failing = 0
+
+    async def save(self) -> bool:
+        await trio.sleep(1)
+        if self.failing:
+            self.failing -= 1
+            return False
+        self.saved += 1
+        return True
+
+
+async def nothing(*_: Any) -> None:
+    pass
+
+
+@asynccontextmanager
+async def deleting(path: Path, *tenants: str):
+    directory = TenantDirectory(path / "tenants.sqlite")
+    for tenant in tenants:
+        directory.create(tenant, None, None)
+    store, recovery = Store(), Recovery()
+    pipeline = MagicMock()
+    pipeline.progress.waiting.return_value = False
+    pipeline.in_flight.wait = nothing
+    pipeline.letters.forget_tenant = nothing
+    pipeline.fallbacks = {}
+    ledger = MagicMock(**{"held.return_value": [], "last_entry.return_value": 0})
+    ledger.count.return_value = 0
+    gate = SimpleNamespace(
+        directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
+    )
+    with ThreadRunner("service", 2) as threads:
+        removal = Removal(
+            path / "data",
+            path / "archive",
+            gate,  # type: ignore[arg-type]
+            ledger,
+            MagicMock(),
+            store,  # type: ignore[arg-type]
+            MagicMock(),
+            pipeline,
+            recovery,  # type: ignore[arg-type]
+            MagicMock(working=None),
+            threads,
+        )
+        yield removal, store, recovery, directory
+        for event in store.stuck.values():
+            event.set()
+        removal.close()
+    directory.close()
+
+
+def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
+    names = [f"t{n}" for n in range(12)]
+
+    async def main() -> None:
+        async with (
+            deleting(tmp_path, *names) as (removal, store, recovery, directory),
+            trio.open_nursery() as nursery,
+        ):
+            store.stuck = {name: threading.Event() for name in names[:3]}
+            nursery.start_soon(removal.run)
+            done = {name: await removal.begin(name) for name in names}
+            with trio.fail_after(ATTEMPT_SECONDS / 2):
+                for name in names[3:]:
+                    await done[name].wait()
+            assert store.most_at_once <= AT_ONCE
+            assert recovery.saved <= 8  # shared
+            assert directory.in_state(State.DELETING) == set(names[:3])
+            # An attempt that ended while its thread hangs does not begin another beside it.
+            await trio.sleep(10 * ATTEMPT_SECONDS)
+            assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
+            for event in store.stuck.values():
+                event.set()
+            store.stuck.clear()
+            with trio.fail_after(1000):
+                for name in names[:3]:
+                    await done[name].wait()
+            assert directory.in_state(State.DELETING) == set()
+            assert removal.removed == 12
+            nursery.cancel_scope.cancel()
+
+    virtual.run(main)
+
+
+def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with (
+            deleting(tmp_path, "acme", "beta") as (removal, store, recovery, _),
+            trio.open_nursery() as nursery,
+        ):
+            store.failures["acme"] = 10
+            recovery.failing = 1
+            nursery.start_soon(removal.run)
+            acme, beta = await removal.begin("acme"), await removal.begin("beta")
+            with trio.fail_after(2 * RETRY_SECONDS):
+                await beta.wait()
+            await acme.wait()
+            times = store.times("acme")
+            pauses = [round(b - a) for a, b in pairwise(times)]
+            assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300, 300]
+            assert await removal.begin("acme") is not acme  # it may be done once more
+            nursery.cancel_scope.cancel()
+
+    virtual.run(main)
+
+
+def test_one_that_hangs_does_not_keep_the_service_from_starting(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with deleting(tmp_path, "acme", "beta") as (removal, store, _, directory):
+            store.stuck["acme"] = threading.Event()
+            directory.begin_deletion("acme")
+            directory.begin_deletion("beta")
+            began = trio.current_time()
+            await removal.take_up()
+            assert trio.current_time() - began <= ATTEMPT_SECONDS + 1
+            assert {tenant for _, tenant in store.tried} == {"acme", "beta"}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(removal.run)
+                await trio.sleep(1)
+                store.stuck.pop("acme").set()
+                for done in list(removal._wanted.values()):
+                    await done.wait()
+                nursery.cancel_scope.cancel()
+            assert directory.in_state(State.DELETED) == {"acme", "beta"}
+
+    virtual.run(main)

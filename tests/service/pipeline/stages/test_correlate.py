@@ -1,0 +1,344 @@
+"""trace-correlation on a virtual clock: what is due and when, and what happens on failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from betrace.channels import open_channel
+from betrace.service.pipeline.progress import InFlight, LogProgress
+from betrace.service.pipeline.stages.correlate import LOOKED_AT, CorrelateStage, TraceLimits
+from betrace.service.rules.parse import parse
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.window import Windows
+from tests.support.engine import compiled
+from tests.support.spans import S, batch
+
+SECOND = 10**9
+pytestmark = pytest.mark.kernel
+
+
+class Here:
+    """A runner that calls at once: threads do not wait for a virtual clock."""
+
+    async def run(self, function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+
+class Rig:
+    """The stage with a clock that is Trio's, and what it passed on."""
+
+    def __init__(self, **limits: int) -> None:
+        given = {
+            "idle_ns": 5 * SECOND,
+            "max_age_ns": 3600 * SECOND,
+            "sweep_ns": 300 * SECOND,
+            "keep_ns": 600 * SECOND,
+            "keep": 1000,
+            "most_open": 1000,
+        } | limits
+        self.rules = {"t": compiled([parse("count(a) > 1"), parse("always { b }")])}
+        self.offset = 0
+        self.behind = False
+        self.progress, self.in_flight = LogProgress(), InFlight()
+        send, self.receive = open_channel("due", 1000, lambda due: len(due) or 1, hold=True)
+        self.position = 0
+        self.stage = CorrelateStage(
+            lambda tenant: self.rules.get(tenant, self.rules["t"]),
+            Here(),  # type: ignore[arg-type]
+            send,
+            self.progress,
+            self.in_flight,
+            TraceLimits(**given),
+            ClosedTraces(1 << 14),
+            lambda _, ids: (),
+            Windows(),
+            self.clock,
+            lambda: self.behind,
+        )
+
+    def clock(self) -> int:
+        return int((trio.current_time() + 10**6) * SECOND) + self.offset
+
+    def batch(self, *spans: S, tenant: str = "t") -> Any:
+        self.position += 10
+        made = batch(*spans)
+        made.tenant = tenant
+        made.positions = np.array([self.position])
+        made.received_ns = self.clock()
+        self.progress.append(tenant, lambda: [self.position])
+        return made
+
+    async def send(self, *spans: S, tenant: str = "t") -> None:
+        await self.stage.handle([self.batch(*spans, tenant=tenant)])
+
+    def due(self) -> list[DueTraces]:
+        found = []
+        while True:
+            try:
+                item = self.receive.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                return found
+            self.receive.done(self.receive.weigh(item))
+            found.append(item)
+
+
+@pytest.fixture
+async def rig(nursery, autojump_clock):
+    rig = Rig()
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    return rig
+
+
+async def test_a_trace_is_due_when_it_was_idle(rig, autojump_clock):
+    await rig.send(S(1))
+    await trio.sleep(4)
+    await rig.send(S(2, "b"))
+    await trio.sleep(4.9)
+    assert rig.due() == []
+    await trio.sleep(0.6)
+    (due,) = rig.due()
+    assert due.closed
+    assert due.spans == 2
+    assert rig.stage.counts.closed == 1
+
+
+async def test_a_trace_is_due_early_when_a_count_settles_a_rule(rig, autojump_clock):
+    await rig.send(S(1))
+    assert rig.due() == []
+    await rig.send(S(2))
+    (due,) = rig.due()
+    assert not due.closed
+    await rig.send(S(3))
+    assert rig.due() == []
+
+
+async def test_a_trace_that_says_so_is_due_at_once(rig, autojump_clock):
+    await rig.send(S(1), S(2, complete=True))
+    early, closed = rig.due()
+    assert (early.closed, closed.closed) == (False, True)
+    await trio.sleep(20)
+    assert rig.due() == []
+
+
+async def test_a_trace_that_trickles_is_due_when_it_is_too_old(nursery, autojump_clock):
+    rig = Rig(max_age_ns=60 * SECOND, sweep_ns=10 * SECOND)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    start = trio.current_time()
+    for number in range(1, 100):
+        await rig.send(S(number, "x"))
+        await trio.sleep(1)
+        if found := [due for due in rig.due() if len(due)]:  # also log positions are passed on
+            assert 60 <= trio.current_time() - start <= 72
+            assert found[0].closed
+            return
+    raise AssertionError("never closed")
+
+
+async def test_nothing_is_closed_before_the_log_is_read(nursery, autojump_clock):
+    rig = Rig()
+    nursery.start_soon(rig.stage.tick)
+    await rig.send(S(1))
+    await trio.sleep(100)
+    assert rig.due() == []
+    rig.stage.caught_up.set()
+    await trio.sleep(1)
+    assert len(rig.due()) == 1
+
+
+async def test_too_many_open_traces_are_closed_from_the_idlest(nursery, autojump_clock):
+    rig = Rig(most_open=3)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    for number in range(1, 8):
+        await rig.send(S(1, "x", trace=bytes([number]) * 16))
+    await trio.sleep(0.5)
+    closed = [due.trace_id(k)[:2] for due in rig.due() for k in range(len(due))]
+    assert sorted(closed) == ["01", "02", "03", "04"]
+    assert rig.stage.counts.closed_for_room == 4
+
+
+async def test_closed_traces_are_shared_fairly_and_forgotten(nursery, autojump_clock):
+    rig = Rig(keep=10, sweep_ns=SECOND)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    for number in range(1, 41):
+        await rig.send(S(1, "x", trace=bytes([number]) * 16), tenant="big")
+    await rig.send(S(1, "x"), S(2, "x", trace=b"\2" * 16), tenant="small")
+    await trio.sleep(20)
+    kept = {name: traces.closed_count for name, traces in rig.stage.tenants.items()}
+    assert sum(kept.values()) <= 10
+    assert kept["big"] >= 8
+    await trio.sleep(700)
+    assert rig.stage.tenants == {}
+
+
+async def test_a_batch_delivered_again_is_passed_over(rig, autojump_clock):
+    first, second = rig.batch(S(1)), rig.batch(S(2))
+    await rig.stage.handle([first])
+    await rig.stage.handle([first, second])
+    assert rig.stage.counts.folded == 2
+    assert rig.stage.counts.repeated == 0
+    assert rig.progress.snapshot() == {"t": (20, [])}
+
+
+async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, monkeypatch):
+    good, bad = rig.batch(S(1), S(2)), rig.batch(S(3))
+    fold_one = rig.stage._fold_one
+
+    def fail(given: Any) -> Any:
+        if given is bad:
+            raise RuntimeError("injected")
+        return fold_one(given)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.stage, "_fold_one", fail)
+        with pytest.raises(RuntimeError, match="injected"):
+            await rig.stage.handle([good, bad])
+    assert len(rig.due()) == 1
+    assert rig.progress.snapshot() == {"t": (20, [20])}
+    await rig.stage.handle([good])
+    await rig.stage.handle([bad])
+    assert rig.stage.counts.folded == 3
+    assert rig.progress.snapshot() == {"t": (20, [])}
+
+
+async def test_everything_that_is_due_has_a_ticket(rig, autojump_clock):
+    await rig.send(S(1), S(2, complete=True))
+    await rig.send(S(1, trace=b"\2" * 16))
+    await trio.sleep(10)
+    tickets = [due.ticket for due in rig.due()]
+    assert len(set(tickets)) == len(tickets) == len(rig.in_flight) == 3
+    assert all(tickets)
+
+
+async def test_a_clock_that_is_set_back_changes_nothing(rig, autojump_clock):
+    await rig.send(S(1, "x"))
+    await trio.sleep(2)
+    rig.offset = -3600 * SECOND
+    await trio.sleep(2)
+    assert rig.due() == []
+    await trio.sleep(2)
+    (closed,) = rig.due()
+    rig.in_flight.leave(closed.ticket)
+    rig.offset = -7200 * SECOND
+    await trio.sleep(590)
+    assert rig.stage.tenants["t"].closed_count == 1
+    await rig.send(S(2, "b"))  # late
+    await trio.sleep(6)
+    (again,) = rig.due()
+    assert again.spans == 2
+
+
+async def test_room_is_made_by_those_idle_longest_whosever_they_are(nursery, autojump_clock):
+    rig = Rig(most_open=2)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    for number, tenant in ((1, "first"), (2, "second"), (3, "first"), (4, "third")):
+        await rig.send(S(1, "x", trace=bytes([number]) * 16), tenant=tenant)
+        await rig.send(S(1, "x", trace=bytes([number]) * 16), tenant=tenant)
+        await trio.sleep(0.01)
+    await rig.send(S(2, "x", trace=b"\1" * 16), tenant="first")
+    await trio.sleep(0.5)
+    closed = [(due.tenant, due.trace_id(k)[:2]) for due in rig.due() for k in range(len(due))]
+    assert sorted(closed) == [("first", "03"), ("second", "02")]
+
+
+async def test_when_nobody_takes_it_any_more_the_clock_stops(autojump_clock):
+    rig = Rig()
+    rig.stage.caught_up.set()
+    await rig.send(S(1, "x"))
+    rig.receive.close()
+    with trio.fail_after(60):
+        await rig.stage.tick()
+
+
+async def test_rules_that_change_reach_new_traces(rig, autojump_clock):
+    await rig.send(S(1, "x"))
+    rig.rules["t"] = compiled([parse("a")], "v2")
+    await rig.send(S(2, "x"), S(1, "x", trace=b"\2" * 16))
+    await trio.sleep(10)
+    versions = sorted((due.rules.version, due.spans) for due in rig.due())
+    assert versions == [("v1", 2), ("v2", 1)]
+
+
+async def test_a_survey_of_what_is_held(rig, autojump_clock):
+    await rig.send(S(1, "x"), S(2, "x"))
+    await trio.sleep(1.5)
+    assert rig.stage.survey.open == 1
+    assert rig.stage.survey.spans == 2
+    assert rig.stage.survey.nbytes > 0
+    await trio.sleep(10)
+    assert (rig.stage.survey.open, rig.stage.survey.closed) == (0, 1)
+
+
+async def test_closed_traces_are_kept_while_the_index_does_not_have_them(nursery, autojump_clock):
+    rig = Rig(keep=2, keep_ns=SECOND)
+    rig.behind = True
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+
+    async def closed(first: int, last: int) -> int:
+        for number in range(first, last):
+            await rig.send(S(1, "x", trace=bytes([number]) * 16))
+        await trio.sleep(20)
+        return sum(traces.closed_count for traces in rig.stage.tenants.values())
+
+    assert await closed(1, 11) == 10
+    assert await closed(11, 41) == 0  # there are limits
+    assert await closed(41, 51) == 10
+    rig.behind = False
+    await trio.sleep(5)
+    assert await closed(0, 0) == 0
+
+
+async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
+    nursery, autojump_clock
+):
+    rig = Rig(keep=5)
+    rig.stage.caught_up.set()
+    nursery.start_soon(rig.stage.tick)
+    last: dict[str, float] = {}
+    for number in range(200):
+        tenant = f"t{number * 7 % 13}"
+        if number < 100 or tenant in ("t1", "t2"):
+            await rig.send(S(number + 1, "x"), tenant=tenant)
+            last[tenant] = trio.current_time()
+        await trio.sleep(0.1 + number % 3)
+        for due in rig.due():
+            if len(due):  # others only pass on log positions
+                rig.in_flight.leave(due.ticket)
+                assert 5 <= trio.current_time() - last.pop(due.tenant) <= 5.25 + 2.1
+        assert set(last) == {n for n, t in rig.stage.tenants.items() if t.open_count}
+        assert rig.stage._held.open == len(last)
+        kept = sum(traces.closed_count for traces in rig.stage.tenants.values())
+        assert rig.stage._held.closed == kept
+    rig.stage.forget("t1")
+    assert rig.stage._held.open == sum(t.open_count for t in rig.stage.tenants.values())
+
+
+async def test_thousands_of_tenants_are_looked_at_in_turn(nursery, autojump_clock):
+    rig = Rig()
+    rig.stage.caught_up.set()
+    for number in range(3 * LOOKED_AT):
+        await rig.send(S(number + 1), tenant=f"t{number}")
+    await trio.sleep(5)
+    nursery.start_soon(rig.stage.tick)
+    await trio.sleep(0.1)  # the clock's ticks are in between
+    found: list[DueTraces] = []
+    for round_ in range(1, 4):
+        await trio.sleep(0.25)
+        found += [due for due in rig.due() if len(due)]
+        assert len(found) == round_ * LOOKED_AT
+    assert len({due.tenant for due in found}) == 3 * LOOKED_AT
+    await rig.send(S(1000), tenant="t7")
+    await trio.sleep(5 + 4 * 0.25)
+    assert [due.tenant for due in rig.due() if due.closed] == ["t7"]

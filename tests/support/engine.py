@@ -1,0 +1,135 @@
+"""The engine without the pipeline: spans in, standing breaches out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from betrace.service.otlp.columns import Rows
+from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.rules.compile import CompiledRules, compile_rules
+from betrace.service.rules.definition import make_rule
+from betrace.service.rules.format import format_rule
+from betrace.service.rules.syntax import RuleSyntax
+from betrace.service.signals import Kind, Signal
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, SPANS
+from betrace.service.traces.signal_history import Rule, Told, told_of
+from betrace.service.traces.tenant_traces import Recalled, TenantTraces
+
+
+def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
+    definitions = [
+        make_rule({"id": f"r{i}", "condition": format_rule(rule)}) for i, rule in enumerate(rules)
+    ]
+    return compile_rules(definitions, version)
+
+
+def standing(signals: Sequence[Signal]) -> set[tuple[str, str]]:
+    """Trace and rule of what was raised and not retracted, in whatever order the signals are. Of
+    each episode there is one signal of each kind at most, and only the last may stand."""
+    ids: dict[tuple[str, str, int, Kind], str] = {}
+    for s in signals:
+        assert ids.setdefault((s.trace_id, s.rule_id, s.episode, s.kind), s.id) == s.id
+    raised = {key[:3] for key in ids if key[3] is Kind.RAISED}
+    stands = [key for key in raised if (*key, Kind.RETRACTED) not in ids]
+    assert not any((trace, rule, n + 1) in raised for trace, rule, n in stands)
+    found = {key[:2] for key in stands}
+    assert len(found) == len(stands)
+    return found
+
+
+def told_by(signals: Sequence[Signal], trace_id: str) -> Told:
+    """What signals say of a trace, as the query store counts them."""
+    of: dict[Rule, dict[str, Signal]] = {}
+    for signal in signals:
+        if signal.trace_id == trace_id:
+            of.setdefault((signal.rule_id, signal.rule_version), {})[signal.id] = signal
+    return {
+        rule: told_of(
+            sum(s.kind is Kind.RAISED for s in own.values()),
+            sum(s.kind is Kind.RETRACTED for s in own.values()),
+            list(own.values())[-1].clause,
+        )
+        for rule, own in of.items()
+    }
+
+
+class Engine:
+    """Folds request bodies and keeps what the signals say: ``standing`` (trace id, rule id).
+
+    Its log is a list of bodies, at the positions 1, 2, ...; its index holds the positions and span
+    counts of closed traces, by (hi, lo).
+    """
+
+    def __init__(self, rules: Sequence[RuleSyntax], tenant: str = "t") -> None:
+        self.traces = TenantTraces(tenant, compiled(rules))
+        self.now = 1000
+        self.signals: list[Signal] = []
+        self.log: list[bytes] = []
+        self.index: dict[tuple[int, int], tuple[set[int], int]] = {}
+        self.spilled: dict[tuple[int, int], set[int]] = {}
+        self.closed = ClosedTraces(1 << 14)
+        self.recalled = 0
+
+    def send(self, *bodies: bytes) -> None:
+        self.now += 1
+        batch = scan_bodies(self.traces.tenant, bodies)
+        assert not batch.bodies[:, 4].any()
+        self.log += bodies
+        batch.positions = np.arange(len(self.log) - len(bodies), len(self.log)) + 1
+        batch.received_ns = self.now
+        for table, folded in self.traces.fold(batch, self.now, self.closed, self.history):
+            for hi, lo, *positions in folded.spilled.tolist():
+                self.spilled.setdefault((hi, lo), set()).update(positions)
+            if folded.early is not None:
+                self._decide(folded.early)
+            if len(folded.completed):
+                self._decide(table.close(folded.completed, self.now))
+
+    def history(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
+        """What the index and the log have of closed traces."""
+        found = [pair for pair in map(tuple, ids.tolist()) if pair in self.index]
+        if not found:
+            return
+        positions = sorted(set().union(*(self.index[pair][0] for pair in found)))
+        batch = scan_bodies(tenant, [self.log[p - 1] for p in positions])
+        batch.positions = np.array(positions, np.int64)
+        batch.received_ns = self.now
+        self.recalled += len(found)
+        told = [self.told(f"{hi % 2**64:016x}{lo % 2**64:016x}") for hi, lo in found]
+        yield Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0], told)
+
+    def told(self, trace_id: str) -> Told:
+        """What the signals of a trace say, as the query store counts them."""
+        return told_by(self.signals, trace_id)
+
+    def forget(self) -> None:
+        """Free all closed traces."""
+        self.traces.evict(self.now + 10**12, 1, 0, self.closed)
+
+    def close(self) -> None:
+        """Close all traces, as if they had been idle."""
+        self.now += 1
+        for due in self.traces.close_due(self.now + 1, 1):
+            self._decide(due)
+
+    def restart(self) -> None:
+        """Go on from a snapshot, as after a restart."""
+        self.traces = TenantTraces.restored(self.traces.snapshot())
+
+    @property
+    def standing(self) -> set[tuple[str, str]]:
+        """What was raised and not retracted; never twice at a time."""
+        return standing(self.signals)
+
+    def _decide(self, due: DueTraces) -> None:
+        for row in due.rows if due.closed else ():
+            pair = (int(row[HI]), int(row[LO]))
+            positions = set(row[POSITION_0 : POSITION_0 + row[POSITION_COUNT]].tolist())
+            positions |= self.spilled.get(pair, set())
+            self.index[pair] = positions | self.index.get(pair, (set(), 0))[0], int(row[SPANS])
+        self.signals += decide_due(due, self.now).signals

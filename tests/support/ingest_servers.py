@@ -1,0 +1,121 @@
+"""What the tests of the ingestion listeners share: one started either way, and raw requests."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from betrace.service.api.asgi import ingest_app, serve
+from betrace.service.config.settings import Ingest, Tls
+from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.server import serve_ingest
+from betrace.service.tenants import Quotas
+from tests.support.http_requests import ScriptedQueue, Served
+
+MIB = 1 << 20
+
+
+@dataclass
+class Listening(Served):
+    """A listener, its edge, and what the edge queued."""
+
+    edge: Edge = None
+    queue: ScriptedQueue = None
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [bytes(request.body) for request in self.queue.taken]
+
+
+@asynccontextmanager
+async def listening(
+    kind: str = "lean",
+    queue: ScriptedQueue | None = None,
+    *,
+    tls: Tls | None = None,
+    grace_seconds: float = 2,
+    address: str = "127.0.0.1:0",
+    authenticator=None,
+    **settings,
+) -> AsyncIterator[Listening]:
+    """The listener on a free port while the context is open. Fails when it does not end within
+    10 seconds after that, or leaves memory reserved."""
+    ingest = Ingest(**settings)
+    queue = queue or ScriptedQueue()
+    edge = Edge(ingest, queue, Quotas(), authenticator)
+    shutdown = trio.Event()
+    options = {"tls": tls, "grace_seconds": grace_seconds}
+    if kind == "lean":
+        start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
+    else:
+        options["keep_alive_seconds"] = ingest.keep_alive_seconds
+        start = partial(serve, ingest_app(edge, ingest), address, shutdown, **options)
+    async with trio.open_nursery() as nursery:
+        served = Listening(await nursery.start(start), shutdown, edge=edge, queue=queue)
+        try:
+            yield served
+        finally:
+            for client in served.clients:
+                await trio.aclose_forcefully(client.stream)
+            shutdown.set()
+            nursery.cancel_scope.deadline = trio.current_time() + 10
+    assert not nursery.cancel_scope.cancelled_caught
+    assert edge.buffered_bytes == 0
+
+
+def post(body: bytes, *headers: str, path: str = "/v1/traces", version: str = "1.1") -> bytes:
+    """A request as bytes, with Content-Length unless ``headers`` say how long it is."""
+    lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/x-protobuf"]
+    lines += headers
+    if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+async def until(condition) -> None:
+    """Wait until ``condition()`` holds, 5 seconds at most."""
+    with trio.fail_after(5):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+def write_certificate(directory) -> Tls:
+    """A certificate for 127.0.0.1, signed by itself."""
+    certificate, key = directory / "c.pem", directory / "k.pem"
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return Tls(certificate=str(certificate), key=str(key))

@@ -1,0 +1,112 @@
+"""The whole service in this process, without listeners, on a directory; and its sudden death."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from betrace.service.app import Service, open_service
+from betrace.service.config.settings import Settings
+from betrace.service.pipeline.request import Done, Refused, Reply, Request
+from betrace.service.signals import Signal
+from tests.support.engine import standing as traces_standing
+from tests.support.spans import S, body
+
+OFF = {"address": "off"}
+
+
+def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
+    """Settings for a service on ``directory``, whose traces are idle soon."""
+    given: dict[str, Any] = {
+        "storage": {"path": directory / "data"},
+        "ingest": OFF,
+        "api": OFF,
+        "metrics": OFF,
+        "rules": {"directory": str(directory / "rules")},
+        "traces": {"idle_seconds": 0.2},
+        "checkpoint": {"interval_seconds": 3600},
+        "duckdb": {"flush_ms": 20},
+        "shutdown": {"delay_seconds": 0, "grace_seconds": 20},
+    }
+    for name, values in sections.items():
+        given[name] = given.get(name, {}) | values
+    return Settings(**given)
+
+
+def write_rules(directory: Path, rules: dict[str, str], tenant: str = "default") -> None:
+    """Rules by id as a file of the tenant."""
+    folder = directory / "rules" / tenant
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"  - id: {id}\n    condition: '{text}'\n" for id, text in rules.items()]
+    (folder / "rules.yaml").write_text("rules:\n" + "".join(lines))
+
+
+@asynccontextmanager
+async def running(config: Settings, *, die: bool = False) -> AsyncIterator[Service]:
+    """The service until the block ends: then it drains, or dies without saving anything."""
+    with ExitStack() as stack:
+        service = open_service(config, stack)()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(service.run)
+                yield service
+                if die:
+                    nursery.cancel_scope.cancel()
+                else:
+                    service.stop()
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
+                while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
+                    await trio.sleep(0.01)  # a dead process would have no threads left
+            service.close()
+
+
+def request(data: bytes, tenant: str = "default", **more: Any) -> Request:
+    now = time.time_ns()
+    given = {"content_type": "protobuf", "encoding": "", "received_ns": now, "weight": 1} | more
+    return Request(tenant=tenant, body=data, reply=Reply(), **given)
+
+
+async def send(
+    service: Service, spans: Sequence[S], tenant: str = "default", **more: Any
+) -> Done | Refused:
+    """Send spans in one request and wait for its outcome."""
+    asked = request(body(*spans), tenant, **{"weight": max(1, len(spans))} | more)
+    await service.pipeline.requests.send(asked)
+    return await asked.reply.wait()
+
+
+def ledger_signals(service: Service, tenant: str = "default") -> list[Signal]:
+    """All signals of the tenant in the ledger, oldest first."""
+    return [signal for _, signal in service.ledger.entries(tenant, 0, 1000)]
+
+
+def standing(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
+    """Trace and rule of what was raised and not retracted."""
+    return traces_standing(ledger_signals(service, tenant))
+
+
+async def folded(service: Service) -> None:
+    """Return when all accepted spans are in their traces."""
+    with trio.fail_after(20):
+        while service.spans_in_flight():
+            await trio.sleep(0.01)
+
+
+async def closed(service: Service) -> None:
+    """Return when no trace is open and everything is stored."""
+    still = 0
+    with trio.fail_after(20):
+        while still < 3:  # a thread may be between two of these at any one look
+            await trio.sleep(0.02)
+            # What is closed is under way once the lock is free, however long its thread has none of
+            # the processor: between the two nothing is open and nothing under way.
+            with service.pipeline.correlate._lock:
+                busy = service.spans_in_flight() or len(service.pipeline.in_flight)
+                opened = any(traces.open_count for traces in service.traces().values())
+            still = 0 if busy or opened else still + 1

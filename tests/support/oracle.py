@@ -1,0 +1,267 @@
+"""A naive evaluator of rules, written from the specification alone.
+
+It sees the whole trace at once, compares by its own code (exact fractions, code points) and
+shares nothing with the product but the syntax tree. Product and oracle test each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import re2
+
+from betrace.service.rules.format import format_check
+from betrace.service.rules.syntax import (
+    And,
+    Attribute,
+    Before,
+    Compare,
+    CountCompare,
+    Exists,
+    Literal,
+    Not,
+    Or,
+    RuleSyntax,
+    Scope,
+    SpanSet,
+    Truthy,
+    span_sets,
+)
+
+
+@dataclass(frozen=True)
+class OracleSpan:
+    """A span. Attribute values are str, bool, int, float, bytes, list, dict, or None for an
+    attribute without a value, which is as if it were not there."""
+
+    name: str
+    trace_id: bytes = b"\1" * 16
+    span_id: bytes = b"\1" * 8
+    start: int = 0  # nanoseconds
+    end: int = 1_000_000
+    kind: str = "internal"
+    status: str = "unset"
+    status_message: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    resource: dict[str, Any] = field(default_factory=dict)
+    scope: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``matched`` are the ids of all spans of each check, by start."""
+
+    clause: str
+    counts: dict[str, int]
+    matched: dict[str, list[bytes]]
+
+
+def breach(rule: RuleSyntax, spans: Sequence[OracleSpan]) -> Verdict | None:
+    """The breach of ``rule`` by the trace that ``spans`` are, None if it is kept."""
+    distinct = {(span.trace_id, span.span_id): span for span in reversed(spans)}
+    trace = list(distinct.values())
+    if rule.when is not None and not holds(rule.when, trace):
+        return None
+    if rule.always is not None and not holds(rule.always, trace):
+        clause = "always"
+    elif rule.never is not None and holds(rule.never, trace):
+        clause = "never"
+    else:
+        return None
+    counts, matched = {}, {}
+    for part in (rule.when, rule.always, rule.never):
+        for check in span_sets(part):
+            found = sorted(matching(check, trace), key=lambda span: (span.start, span.span_id))
+            counts[format_check(check)] = len(found)
+            matched[format_check(check)] = [span.span_id for span in found]
+    return Verdict(clause, counts, matched)
+
+
+def holds(condition: Any, trace: list[OracleSpan]) -> bool:
+    """Whether a condition holds of a whole trace."""
+    match condition:
+        case Or(items):
+            return any(holds(item, trace) for item in items)
+        case And(items):
+            return all(holds(item, trace) for item in items)
+        case Not(item):
+            return not holds(item, trace)
+        case Exists(check):
+            return len(matching(check, trace)) > 0
+        case CountCompare(left, op, right):
+            sides = [
+                Fraction(len(matching(side, trace)) if isinstance(side, SpanSet) else side)
+                for side in (left, right)
+            ]
+            return ORDER[op](sides[0], sides[1])
+        case Before(first, second):
+            starts = [[span.start for span in matching(c, trace)] for c in (first, second)]
+            return bool(starts[0] and starts[1]) and min(starts[0]) < min(starts[1])
+    raise AssertionError(condition)
+
+
+def matching(check: SpanSet, trace: list[OracleSpan]) -> list[OracleSpan]:
+    """The spans of the check's name that satisfy its predicate."""
+    return [
+        span
+        for span in trace
+        if name_matches(check.name, span.name)
+        and (check.where is None or satisfies(check.where, span))
+    ]
+
+
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a name is of a pattern; ``*`` stands for any text, also none."""
+    reachable = {0}  # how many characters of the name the pattern so far can have eaten
+    for char in pattern:
+        if char == "*":
+            reachable = set(range(min(reachable), len(name) + 1)) if reachable else set()
+        else:
+            reachable = {i + 1 for i in reachable if name[i : i + 1] == char}
+    return len(name) in reachable
+
+
+def satisfies(predicate: Any, span: OracleSpan) -> bool:
+    """Whether a span satisfies a predicate."""
+    match predicate:
+        case Or(items):
+            return any(satisfies(item, span) for item in items)
+        case And(items):
+            return all(satisfies(item, span) for item in items)
+        case Not(item):
+            return not satisfies(item, span)
+        case Truthy(attribute):
+            return is_true(look_up(attribute, span))
+        case Compare(attribute, op, literals):
+            return compares(look_up(attribute, span), op, literals)
+    raise AssertionError(predicate)
+
+
+def look_up(attribute: Attribute, span: OracleSpan) -> Any:
+    """The attribute's value, None where it is missing."""
+    if attribute.scope is Scope.FIELD:
+        service = span.resource.get("service.name")
+        return {
+            "name": span.name,
+            "kind": span.kind,
+            "status": span.status,
+            "statusMessage": span.status_message,
+            "duration": span.end - span.start if span.end > span.start else 0,
+            "service": service if isinstance(service, str) else None,
+            "scope": span.scope,
+        }[attribute.name]
+    if attribute.scope is Scope.ANY and span.attributes.get(attribute.name) is not None:
+        return span.attributes[attribute.name]
+    return span.resource.get(attribute.name)
+
+
+def is_true(value: Any) -> bool:
+    """Whether a bare attribute of this value holds."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return value == "true"
+    return isinstance(value, int | float) and value != 0
+
+
+def compares(value: Any, op: str, literals: Sequence[Literal]) -> bool:
+    """Whether ``value op literal``."""
+    literal = literals[0]
+    if value is None:
+        return op == "!="
+    if isinstance(value, list):
+        return op == "contains" and any(
+            compares(item, "==", [literal]) for item in value if item is not None
+        )
+    if not isinstance(value, str | bool | int | float):
+        return False
+    if op == "contains":
+        return as_text(value).find(literal.text) >= 0
+    if op == "matches":
+        return re2.search(literal.text, as_text(value)) is not None
+    if op == "in":
+        return any(compares(value, "==", [member]) for member in literals)
+    if isinstance(value, float) and np.isnan(value):
+        return op == "!="
+    number = as_number(value)
+    if literal.number is not None and number is not None:
+        if isinstance(number, float):  # infinite
+            return ORDER[op](number, 0.0)
+        return ORDER[op](number, Fraction(literal.number))
+    return ORDER[op]([ord(c) for c in as_text(value)], [ord(c) for c in literal.text])
+
+
+ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a < b or a == b,
+    ">": lambda a, b: b < a,
+    ">=": lambda a, b: b < a or a == b,
+}
+
+
+def as_text(value: Any) -> str:
+    """The text of a string, bool or number."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return ["false", "true"][value]
+    if isinstance(value, float):
+        if np.isnan(value):
+            return "NaN"
+        if np.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        if Fraction(value).denominator != 1:
+            return np.format_float_positional(value, unique=True, trim="-")
+        value = Fraction(value).numerator
+    return str(value)
+
+
+def as_number(value: Any) -> Fraction | float | None:
+    """The exact number that a value reads as (a float where it is infinite), or None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and np.isinf(value):
+        return value
+    if isinstance(value, int | float):
+        return Fraction(value)
+    return text_as_number(value)
+
+
+def text_as_number(text: str) -> Fraction | None:
+    """The number that a text is, decimals rounded to a double as everywhere."""
+    sign, rest = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
+    whole, rest = _digits(rest)
+    fraction, exponent = None, None
+    if rest[:1] == ".":
+        fraction, rest = _digits(rest[1:])
+    if rest[:1] in ("e", "E"):
+        negative = rest[1:2] == "-"
+        exponent, rest = _digits(rest[2:] if rest[1:2] in ("+", "-") else rest[1:])
+    if whole == "" or fraction == "" or exponent == "" or rest != "":
+        return None
+    mantissa = sum(int(d) * 10**i for i, d in enumerate(reversed(whole + (fraction or ""))))
+    if fraction is None and exponent is None:
+        return Fraction(sign * mantissa)
+    power = -len(fraction or "")
+    if exponent is not None:
+        power += (-1 if negative else 1) * min(int(exponent), 100_000)
+    if mantissa == 0:
+        return Fraction(0)
+    exact = Fraction(mantissa) * Fraction(10) ** power
+    try:
+        return Fraction(sign * float(exact))
+    except OverflowError:
+        return None
+
+
+def _digits(text: str) -> tuple[str, str]:
+    end = 0
+    while end < len(text) and text[end] in "0123456789":
+        end += 1
+    return text[:end], text[end:]

@@ -1,0 +1,147 @@
+"""The real service as a process of its own, and questions to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+START_SECONDS = 180  # kernels may have to be compiled
+ANSWER_SECONDS = 20
+
+RULES = """\
+rules:
+  - id: fraud-check
+    name: Payments over 1000 are checked for fraud
+    severity: critical
+    labels: {team: payments}
+    condition: |
+      when   { payment.charge_card.where(amount > 1000) }
+      always { payment.fraud_check }
+  - id: too-many-spans
+    severity: low
+    condition: count("loop") > 3
+"""
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+class Running:
+    """A service that runs: where it listens, and its process."""
+
+    def __init__(self, process: subprocess.Popen[str], urls: dict[str, str | None]) -> None:
+        self.process = process
+        self.ingest = f"{urls['ingest']}"
+        self.api = f"{urls['api']}"
+        self.metrics = f"{urls['metrics']}"
+        self.log: list[str] = []
+
+    def get(self, path: str, tenant: str | None = None) -> httpx.Response:
+        headers = {"x-scope-orgid": tenant} if tenant else {}
+        return httpx.get(self.api + path, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
+
+    def signals(self, trace_id: str, tenant: str | None = None) -> list[Json]:
+        response = self.get(f"/api/v1/signals?trace_id={trace_id}", tenant)
+        assert response.status_code == 200, response.text
+        return list(response.json()["signals"])
+
+    def trace(self, trace_id: str, tenant: str | None = None) -> Json:
+        """The trace, once it is closed."""
+
+        def ask() -> Json | None:
+            response = self.get(f"/api/v1/traces/{trace_id}", tenant)
+            assert response.status_code in (200, 404), response.text
+            found: Json = response.json() if response.status_code == 200 else {}
+            return found if found.get("state") == "closed" else None
+
+        return wait_for(ask)
+
+    def send(self, body: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        """Post a body to the spans' port."""
+        given = {"content-type": "application/x-protobuf"} | (headers or {})
+        url = f"{self.ingest}/v1/traces"
+        return httpx.post(url, content=body, headers=given, timeout=ANSWER_SECONDS, trust_env=False)
+
+    def samples(self, listener: str) -> dict[str, float]:
+        """Samples of the exposition, by name with labels."""
+        response = httpx.get(f"{listener}/metrics", trust_env=False)
+        assert response.status_code == 200
+        lines = [line for line in response.text.splitlines() if line and line[0] != "#"]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def wait_for(ask: Callable[[], T | None], seconds: float = ANSWER_SECONDS) -> T:
+    """The first answer that is not empty."""
+    end = time.monotonic() + seconds
+    while not (answer := ask()):
+        assert time.monotonic() < end, f"nothing came in {seconds} s"
+        time.sleep(0.05)
+    return answer
+
+
+def command(*arguments: str) -> list[str]:
+    """How the command line is called."""
+    return [sys.executable, "-m", "betrace.service", *arguments]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's, with settings of the service."""
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("BETRACE_", "OTEL_"))}
+    return mine | {f"BETRACE_{name.upper()}": value for name, value in settings.items()}
+
+
+@contextmanager
+def running(directory: Path, *options: str, **settings: str) -> Iterator[Running]:
+    """The service on free ports, with its data and rules below ``directory``."""
+    rules = directory / "rules"
+    if not rules.exists():
+        rules.mkdir(parents=True)
+        (rules / "payments.yaml").write_text(RULES)
+    arguments = ["serve", "--json", "--data", str(directory / "data"), "--rules", str(rules)]
+    for listener in ("ingest", "api", "metrics"):
+        arguments += [f"--{listener}", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        command(*arguments, *options),
+        env=environment(traces__idle_seconds="1", **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log: list[str] = []
+    assert process.stdout is not None
+    assert process.stderr is not None
+    reader = threading.Thread(target=log.extend, args=(process.stderr,))
+    watchdog = threading.Timer(START_SECONDS, process.kill)
+    reader.start()
+    watchdog.start()
+    try:
+        first = process.stdout.readline()
+        watchdog.cancel()
+        assert first, "the service did not start:\n" + "".join(log)
+        service = Running(process, json.loads(first))
+        service.log = log
+        yield service
+    finally:
+        watchdog.cancel()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()

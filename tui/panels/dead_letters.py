@@ -1,0 +1,235 @@
+"""Dead letters: what failed for good, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+
+from betrace.tui.client import ClientError, Json
+from betrace.tui.panels.evidence import Shown
+from betrace.tui.state import State
+from betrace.tui.widgets.basic import Detail, fields, marked, toned
+from betrace.tui.widgets.changes import Change
+from betrace.tui.widgets.listing import MOST, Listing, Part, objects
+from betrace.tui.widgets.table import Cell, Column, Row
+from betrace.tui.widgets.text import clock, count, date, duration, many, moment, number, size
+
+MARK = "✚"
+
+
+class DeadLettersPanel(Listing):
+    TITLE = "Dead letters"
+    SHORT = "Dead"
+    EMPTY = "no dead letters: nothing failed for good"
+
+    COLUMNS = (
+        Column("mark", " ", 1),
+        Column("id", "id", 5, right=True),
+        Column("stage", "stage", 15),
+        Column("tenant", "tenant", 12),
+        Column("attempts", "tried", 5, right=True),
+        Column("failed", "failed", 8),
+        Column("retry", "next retry", 10),
+        Column("error", "error"),
+        Column("weight", "items", 6, right=True),
+        Column("bytes", "size", 9, right=True),
+    )
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("x", "mark", "Mark", tooltip="Mark the letter, or take its mark away"),
+        Binding("X", "mark_all", "Mark all", tooltip="Mark all that are shown, or none"),
+        Binding("R", "change_letters('retry')", "Retry", tooltip="Try the marked letters again"),
+        Binding("D", "change_letters('discard')", "Discard", tooltip="Delete the marked letters"),
+        Binding("A", "change_retry_all", "Retry all", tooltip="Try all letters again"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._letters: dict[str, Json] = {}
+        self._more = False
+        self._marked: set[str] = set()
+
+    async def read(self) -> None:
+        answer = await self.betrace.client.get("/api/admin/dead-letters", limit=MOST)
+        self._letters = {str(each.get("id")): each for each in objects(answer.get("deadLetters"))}
+        self._more = answer.get("next") is not None
+        self._marked &= set(self._letters)
+
+    def head(self) -> Sequence[Part]:
+        told = many(len(self._letters), "oldest dead letter" if self._more else "dead letter")
+        parts: list[Part] = [marked(told, "bad" if self._letters else "good")]
+        if self._marked:
+            parts += ["  ", (f"{MARK} {len(self._marked)} marked", "bold $warning")]
+        return parts
+
+    def rows(self, state: State) -> Iterable[Row]:
+        now = self.betrace.clock()
+        for identity, letter in self._letters.items():
+            again, failed = moment(letter.get("next_retry")), moment(letter.get("last_failed"))
+            yield Row(
+                identity,
+                (
+                    Cell(MARK if identity in self._marked else " ", "busy"),
+                    Cell(identity, order=float(identity) if identity.isdigit() else 0.0),
+                    Cell(str(letter.get("stage", ""))),
+                    Cell(str(letter.get("tenant", ""))),
+                    Cell(number(letter.get("attempts")), order=letter.get("attempts") or 0),
+                    Cell(clock(failed), order=failed or 0.0),
+                    Cell(retry_text(again, now), order=again or 0.0),
+                    Cell(" ".join(str(letter.get("error", "")).split())),
+                    Cell(number(letter.get("weight")), order=letter.get("weight") or 0),
+                    Cell(size(letter.get("bytes")), order=letter.get("bytes") or 0),
+                ),
+            )
+
+    def drill(self, key: str) -> None:
+        letter = self._letters.get(key)
+        if letter is None:
+            return
+        shown = LetterShown(letter)
+        detail = Detail(f"Dead letter {key}", shown.draw)
+        self.betrace.push_screen(detail)
+
+        async def read() -> None:
+            try:
+                shown.letter = await self.betrace.client.get(f"/api/admin/dead-letters/{key}")
+            except ClientError as error:
+                shown.problem = str(error)
+            shown.changed()
+            if detail.is_attached:
+                detail.show(self.betrace.state)
+
+        self.betrace.start(read, "detail")
+
+    # Keys
+
+    def action_mark(self) -> None:
+        if self.selected is not None:
+            self._marked ^= {self.selected}
+            self.show(self.betrace.state)
+            self.table.action_cursor_down()
+
+    def action_mark_all(self) -> None:
+        shown = set(self._shown)
+        self._marked = set() if shown <= self._marked else self._marked | shown
+        self.show(self.betrace.state)
+
+    def action_change_letters(self, action: str) -> None:
+        """Of those that are marked, else of the one under the cursor."""
+        chosen = sorted(self._marked, key=list(self._letters).index)
+        if not chosen and self.selected is not None:
+            chosen = [self.selected]
+        if not chosen:
+            return
+        verb, after, note = _WAYS[action]
+        what = f"the dead letter {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} dead letters"
+        items = sum(self._letters[each].get("weight") or 0 for each in chosen)
+        self.betrace.change(
+            Change(
+                f"{verb} {what}?",
+                verb,
+                self._each(action, chosen),
+                [(f"{many(len(chosen), 'letter')} with {many(items, 'item')}", "kept", after)],
+                note,
+            )
+        )
+
+    def _each(self, action: str, chosen: Sequence[str]) -> Callable[[], Awaitable[str]]:
+        async def run() -> str:
+            done = missing = 0
+            for identity in chosen:
+                try:
+                    await self.betrace.client.dead_letter(action, identity)
+                    done += 1
+                except ClientError as error:
+                    if error.status != 404:
+                        raise ClientError(
+                            error.kind, f"after {done} of {len(chosen)}: {error}", error.status
+                        ) from error
+                    missing += 1
+            self._marked.clear()
+            told = f"{done} {_DONE[action]}"
+            gone = "was" if missing == 1 else "were"
+            return f"{told}, {missing} {gone} no longer there" if missing else told
+
+        return run
+
+    def action_change_retry_all(self) -> None:
+        async def run() -> str:
+            answer = await self.betrace.client.retry_dead_letters()
+            self._marked.clear()
+            return f"{answer.get('retried', 'all')} {_DONE['retry']}"
+
+        known = f"{count(len(self._letters))}{' or more' if self._more else ''}"
+        effects = [("letters", f"{known} kept", "given to their stages")]
+        self.betrace.change(
+            Change("Retry all dead letters?", "Retry all", run, effects, _WAYS["retry"][2])
+        )
+
+
+_WAYS = {
+    "retry": (
+        "Retry",
+        "given to their stages",
+        "A letter that fails again stays, with one attempt more.",
+    ),
+    "discard": (
+        "Discard",
+        "deleted",
+        "Deleted for good: what is in them is not evaluated, or not recorded.",
+    ),
+}
+_DONE = {"retry": "will be tried again", "discard": "discarded"}
+
+
+def retry_text(at: float | None, now: float) -> str:
+    """When a letter is tried again by itself."""
+    if at is None:
+        return "when told"
+    return f"in {duration(at - now)}" if at > now else "now"
+
+
+class LetterShown(Shown):
+    """A letter; its payload when it was read."""
+
+    def __init__(self, letter: Json) -> None:
+        super().__init__()
+        self.letter = letter
+        self.problem = ""
+
+    def make(self, width: int) -> Content:
+        letter = self.letter
+        again = moment(letter.get("next_retry"))
+        lines = [
+            fields(
+                ("stage", str(letter.get("stage", ""))),
+                ("tenant", str(letter.get("tenant", ""))),
+                ("kind", str(letter.get("kind", ""))),
+                ("error", toned(str(letter.get("error", "")), "bad")),
+                ("transient", "yes" if letter.get("transient") else "no"),
+                ("attempts", count(letter.get("attempts"))),
+                ("first failed", date(moment(letter.get("first_failed")))),
+                ("last failed", date(moment(letter.get("last_failed")))),
+                ("next retry", "when told to" if again is None else date(again)),
+                ("items", count(letter.get("weight"))),
+                ("size", size(letter.get("bytes"))),
+            ),
+            Content(""),
+            Content.assemble(("payload", "bold")),
+        ]
+        if "payload" in letter:
+            text = json.dumps(letter["payload"], indent=2, ensure_ascii=False)
+            lines.append(Content(text[:_MOST_TEXT]))
+            if len(text) > _MOST_TEXT:
+                lines.append(Content(f"… and {many(len(text) - _MOST_TEXT, 'more character')}"))
+        else:
+            told = marked(f"not read: {self.problem}", "bad") if self.problem else "is read …"
+            lines.append(Content.assemble(told))
+        return Content("\n").join(lines)
+
+
+_MOST_TEXT = 50_000

@@ -1,0 +1,98 @@
+"""Help made of the bindings, and the screen of a window that is too small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.events import Resize
+from textual.screen import ModalScreen
+from textual.widget import Widget
+from textual.widgets import Footer, Static
+
+from betrace.tui.widgets.panel import Panel
+
+_GENERAL = (
+    ("↑ ↓ j k", "Up and down; also page keys, g and G, ctrl+d and ctrl+u"),
+    ("tab", "Next part of the panel"),
+    ("enter", "Open what the cursor is on; esc goes back"),
+    ("ctrl+p", "Palette: every action by name"),
+)
+
+
+def bindings_of(owner: Widget | App[int]) -> Iterator[Binding]:
+    """The bindings that a panel or the application declares, without those for moving about."""
+    seen = set[str]()
+    for bindings in owner._bindings.key_to_bindings.values():
+        for binding in bindings:
+            moves = binding.action.startswith(("vi(", "move(")) or binding.system
+            if binding.description and not moves and binding.action not in seen:
+                seen.add(binding.action)
+                yield binding
+
+
+class Help(ModalScreen[None]):
+    """All keys that work now."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,question_mark,q,enter", "dismiss", "Back"),
+        Binding("j,down", "scroll('down')", "Down", show=False),
+        Binding("k,up", "scroll('up')", "Up", show=False),
+    ]
+
+    def __init__(self, panel: Panel) -> None:
+        super().__init__()
+        self._panel = panel
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="detail") as scroll:
+            scroll.border_title = "Keys"
+            yield Static(self._text())
+        yield Footer()
+
+    def _text(self) -> Content:
+        lines = [Content.assemble((f"{self._panel.TITLE}", "bold"))]
+        lines += [self._line(binding) for binding in bindings_of(self._panel)]
+        lines += [Content(""), Content.assemble(("Everywhere", "bold"))]
+        lines += [_keys(key, text) for key, text in _GENERAL]
+        app: App[int] = self.app  # type: ignore[assignment]
+        lines += [self._line(binding) for binding in bindings_of(app)]
+        return Content("\n").join(lines)
+
+    def _line(self, binding: Binding) -> Content:
+        text = binding.description
+        if binding.tooltip:
+            text += f": {binding.tooltip[0].lower()}{binding.tooltip[1:]}"
+        if self._panel.check_action(binding.action.partition("(")[0], ()) is None:
+            text += " (disabled: read-only)"
+        return _keys(self.app.get_key_display(binding), text)
+
+    def action_scroll(self, where: str) -> None:
+        getattr(self.query_one(VerticalScroll), f"scroll_{where}")(animate=False)
+
+
+def _keys(key: str, text: str) -> Content:
+    return Content.assemble((f"  {key:<9}", "bold $primary"), text)
+
+
+class TooSmall(ModalScreen[None]):
+    """Stands in for everything while the window is too small."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("q", "app.quit", "Quit")]
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__()
+        self._needed = f"{width}×{height}"
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="too-small")
+
+    def on_resize(self, event: Resize) -> None:
+        self.query_one(Static).update(
+            f"The window is {event.size.width}×{event.size.height}; BeTrace needs {self._needed}. "
+            "Make it larger, or press q to quit."
+        )
