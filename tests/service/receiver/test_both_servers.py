@@ -10,7 +10,7 @@ import pytest
 import trio
 from google.rpc.status_pb2 import Status
 
-from betrace.service.api.asgi import ListenError
+from betrace.service.receiver.sockets import ListenError
 from betrace.service.config.settings import Tls
 from betrace.service.pipeline.request import Done, Refused
 from tests.support.http_requests import ScriptedQueue
