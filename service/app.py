@@ -447,6 +447,7 @@ class Service:
         self.daily.close()
         self.exports.close()
         self._exposition.close()
+        self.tools.threads.close()
 
 
 def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:

@@ -220,7 +220,7 @@ async def test_a_disk_that_hangs_holds_up_its_scrape_only(tmp_path, monkeypatch)
     monkeypatch.setattr(
         "betrace.service.api.metrics.stores.shutil.disk_usage", lambda _: let_go.wait(20) and 0
     )
-    monkeypatch.setattr("betrace.service.app.SCRAPE_SECONDS", 0.2)
+    monkeypatch.setattr("betrace.service.api.metrics.exposition.SCRAPE_SECONDS", 0.2)
     async with inprocess.running(inprocess.settings(tmp_path)) as service:
         with pytest.raises(ThreadTimeout):
             await service.scrape()

@@ -40,13 +40,13 @@ def test_readers_accept_valid_and_reject_invalid_text():
     ("given_pairs", "message", "hint"),
     [
         ([("limt", "5")], "unknown parameter 'limt'", "did you mean limit?"),
-        ([("zzzz", "5")], "unknown parameter 'zzzz'", "known are: limit, since"),
+        ([("zzzz", "5")], "unknown parameter 'zzzz'", "use one of: limit, since"),
         ([("limit", "5"), ("limit", "6")], "limit is given twice", "once"),
         ([("limit", "0")], "limit is '0'", "limit must be an integer from 1 to 1000"),
-        ([("since", "x")], "since is 'x'", "since must be a time, such as 2025-"),
+        ([("since", "x")], "since is 'x'", "since must be a time such as 2025-"),
     ],
 )
-def test_bad_parameters_are_explained(given_pairs, message, hint):
+def test_invalid_parameters_are_explained(given_pairs, message, hint):
     with pytest.raises(ApiError) as caught:
         read_params((LIMIT, SINCE), given_pairs)
     assert caught.value.status == 400
