@@ -19,14 +19,14 @@ from betrace.channels import ThreadRunner
 from betrace.service.api.app import create_api
 from betrace.service.api.asgi import serve
 from betrace.service.api.audit import AuditTrail
-from betrace.service.api.cache_control import Caches
+from betrace.service.api.cache_control import CacheControl
 from betrace.service.api.components import components
 from betrace.service.api.endpoint import Tools
 from betrace.service.api.ingest_app import ingest_app
 from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.performance import Performance
-from betrace.service.api.rule_editor import RuleEditor
+from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.sources import Sources
 from betrace.service.api.subscriptions import Subscription, Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
@@ -138,7 +138,7 @@ class Service:
             self.pipeline.correlate,
             settings.ingest.max_body_bytes,
         )
-        self.editor = RuleEditor(registry, closed)
+        self.rule_writer = RuleWriter(registry, closed)
         self._threads = ThreadRunner("service", 2)
         self.recovery: Recovery = Recovery(
             settings.storage.path / "checkpoints",
@@ -166,7 +166,7 @@ class Service:
         self._rebuilding = ThreadRunner("rebuild", 1)
         self.daily: Daily = Daily(settings, log, store)
         self._loading = ThreadRunner("caches", 1)
-        self.caches = Caches(
+        self.caches = CacheControl(
             registry, self.gate, self.trace_metadata, self._active_tenants, self._loading
         )
         self.audit = AuditTrail(
@@ -184,7 +184,7 @@ class Service:
             ledger,
             log,
             store,
-            self.editor.delete_all,
+            self.rule_writer.delete_all,
             self.pipeline,
             self.recovery,
             self.rebuild,
@@ -221,7 +221,7 @@ class Service:
             store,
             self.trace_metadata,
             self.reader,
-            self.editor,
+            self.rule_writer,
             self.subscriptions,
             self.tenants,
             self.audit,

@@ -27,7 +27,7 @@ WARM_SIGNALS = 5
 """A warm-up loads the traces of this many of each tenant's newest signals."""
 
 
-class Caches:
+class CacheControl:
     """All caches. ``active`` returns the tenants to warm up, those in use first; a warm-up covers
     as many as fit."""
 

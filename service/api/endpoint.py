@@ -16,7 +16,7 @@ from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.params import Param, near
 from betrace.service.api.performance import Performance
-from betrace.service.api.rule_editor import RuleEditor
+from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.sources import Sources
 from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
@@ -58,7 +58,7 @@ class Tools:
     store: DuckStore
     metadata: TraceMetadataCache
     reader: TraceReader
-    editor: RuleEditor
+    rule_writer: RuleWriter
     subscriptions: Subscriptions
     tenants: TenantAdministration
     audit: AuditTrail

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from betrace.service.api.audit import AuditError
-from betrace.service.api.rule_editor import RuleExistsError, TenantDeletedError
+from betrace.service.api.rule_writer import RuleExistsError, TenantDeletedError
 from betrace.service.rules.definition import Problem, RuleFileError
 from betrace.service.rules.store import (
     RuleConflictError,

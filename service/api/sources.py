@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from betrace.service.api.cache_control import Caches
+from betrace.service.api.cache_control import CacheControl
 from betrace.service.config.settings import Settings
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
@@ -35,7 +35,7 @@ class Sources:
     recovery: Recovery
     exports: Exports
     daily: Daily
-    caches: Caches
+    caches: CacheControl
 
     @property
     def ready(self) -> bool:

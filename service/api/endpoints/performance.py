@@ -34,8 +34,9 @@ async def get_metrics(call: Call) -> Any:
     the start. A latency is within 1 % of the exact percentile.
 
     `tigerBeetleWriteLatency` is the p99 of recording a batch of signals in the ledger, whatever the
-    ledger is. `ruleEvaluationP99` is that of deciding a batch, `endToEndP99` that from the decisive
-    span to the signal in the ledger, `duckDBWriteLatency` that of writing a batch of rows.
+    ledger is. `ruleEvaluationP99` is that of deciding a batch, `endToEndP99` that from the last
+    span that mattered until its signal is in the ledger, `duckDBWriteLatency` that of writing a
+    batch of rows.
     `duckDBInsertThroughput` is in rows. `spansRefused` is by reason.
 
     A stage has `in` and `out` (items: requests or batches), `unitsIn` and `unitsOut` (spans, traces

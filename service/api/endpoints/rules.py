@@ -134,14 +134,14 @@ async def get_rule(call: Call) -> Any:
 async def put_rule(call: Call) -> Any:
     """The fields are those of a rule file. The rule is checked before it is saved, and its earlier
     versions are kept. To replace a rule, send its `ETag` or `*` as `If-Match`; to create one, omit
-    the header. Open traces are evaluated by the rules that were valid when they were opened."""
+    the header. Open traces are evaluated by the rules in force when they were opened."""
     rule_id = call.params["id"]
     rule = call.json({"condition": str}, _OPTIONAL)
     if rule.pop("id", rule_id) != rule_id:
         raise ApiError(
             400, "the id in the body differs from the one in the path", "omit it from the body"
         )
-    put, if_match = call.tools.editor.put, _if_match(call)
+    put, if_match = call.tools.rule_writer.put, _if_match(call)
     with _disk_errors():
         saved, created = await call.blocking(put, call.tenant, rule_id, rule, if_match)
     return _tagged(saved, 201 if created else 200)
@@ -166,7 +166,7 @@ async def delete_rule(call: Call) -> Any:
     if if_match is None:
         raise ApiError(428, "If-Match was not sent", "send the ETag of the rule, or If-Match: *")
     with _disk_errors():
-        await call.blocking(call.tools.editor.delete, call.tenant, call.params["id"], if_match)
+        await call.blocking(call.tools.rule_writer.delete, call.tenant, call.params["id"], if_match)
     return Answer(b"", 204)
 
 

@@ -66,6 +66,7 @@ SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HE
 )
 async def list_signals(call: Call) -> Any:
     """For the next page, pass `next` as `cursor` with the same filters; it is null on the last."""
+    # The parameters have the names of the store's filters.
     signals = partial(call.tools.store.signals, call.tenant, **call.params)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
@@ -197,7 +198,8 @@ async def get_signal(call: Call) -> Any:
 async def list_traces(call: Call) -> Any:
     """Traces are listed once they are closed. A search that takes long, because there are millions
     of traces, stops before the page is full: then `searched_to` is the start time down to which it
-    searched, and `next` continues from there. It is null for full pages and for the last page."""
+    searched, and `next` continues from there. Otherwise `searched_to` is null."""
+    # The parameters have the names of the store's filters.
     traces = partial(call.tools.store.traces, call.tenant, **call.params)
     found, following, searched_to = await call.blocking(traces)
     return {

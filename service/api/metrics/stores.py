@@ -186,7 +186,7 @@ DECLARED = (
     Declared(
         "betrace_data_disk_bytes",
         "gauge",
-        "Free and used bytes of the file system of the data directory.",
+        "Bytes of the file system of the data directory: free for BeTrace to write, and used.",
         ("state",),
         _disk,
         blocks=True,

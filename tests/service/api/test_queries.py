@@ -15,7 +15,7 @@ from betrace.channels import ThreadRunner, open_channel
 from betrace.service.api import trace_view
 from betrace.service.api.app import create_api
 from betrace.service.api.endpoint import Tools
-from betrace.service.api.rule_editor import RuleEditor
+from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.config.settings import Api
@@ -103,7 +103,7 @@ def stores(tmp_path, warm):
             s.duck,
             metadata,
             s.reader,
-            RuleEditor(s.registry, ()),
+            RuleWriter(s.registry, ()),
             *[None] * 5,
             api_threads,
         )

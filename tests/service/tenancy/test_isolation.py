@@ -58,7 +58,7 @@ async def world(tmp_path, fill=True):
             service.gate.directory.add_key(tenant, raw(key), 0)
         rule = {"name": SECRET, "condition": f"never {{ {SECRET} }}", "severity": "low"}
         if fill:
-            service.editor.put("acme", RULE, rule, None)
+            service.rule_writer.put("acme", RULE, rule, None)
             await service.reload_rules()
             await send(service, [S(1, SECRET, TRACE, service=SECRET, x=SECRET)], "acme")
             await closed(service)

@@ -207,7 +207,7 @@ async def test_tenants_called_as_shared_directories_are_harmless(tmp_path):
     config = settings(tmp_path, rules={"directory": ""})
     async with running(config) as service:
         for name in names:
-            service.editor.put(
+            service.rule_writer.put(
                 name,
                 "r",
                 {"name": "n", "condition": f"never {{ {MARK} }}", "severity": "low"},

@@ -23,7 +23,7 @@ class TenantDeletedError(Exception):
     """The tenant is deleted, or is being deleted."""
 
 
-class RuleEditor:
+class RuleWriter:
     """Saves and deletes rules, one at a time: a rule that is new when it is checked is still new
     when it is saved. Methods block and may be called from any thread; they raise :exc:`OSError`
     and the errors of :class:`betrace.service.rules.store.RuleStore`.
