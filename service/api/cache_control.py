@@ -19,7 +19,7 @@ from betrace.service.storage.duck.schema import StoreError
 from betrace.service.tenancy.directory import DirectoryError
 from betrace.service.tenancy.gate import Gate
 
-_log = logging.getLogger("betrace.service.caches")
+_log = logging.getLogger("service.caches")
 
 Json = dict[str, Any]
 

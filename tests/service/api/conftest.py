@@ -2,8 +2,15 @@
 
 import pytest
 
+from betrace.service.pipeline.warmup import warm_up
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import opened, settings
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Compile the kernels first, because that takes longer than a query may."""
+    warm_up()
 
 
 @pytest.fixture

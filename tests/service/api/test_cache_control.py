@@ -35,11 +35,13 @@ def stats(service, name="traceMetadata"):
     return service.cache_stats()[name]
 
 
-async def test_caches_are_warm_soon_after_the_start(config):
+async def test_caches_are_warm_soon_after_the_start(config, caplog):
+    caplog.set_level("INFO", "service")
     async with running(config) as service:
         with trio.fail_after(10):
-            while stats(service, "ruleContainers")["size"] < 2:
+            while "caches are warm" not in caplog.text:
                 await trio.sleep(0.02)
+        assert stats(service, "ruleContainers")["size"] == 2
         assert stats(service, "ruleContainers")["missCount"] == 0
         await send(service, [S(1)], "acme")
         await folded(service)

@@ -1,4 +1,4 @@
-"""Queries and rule changes on real stores: rule files, DuckDB, the span log, and the engine."""
+"""Queries on real stores: rule files, DuckDB, the span log, and the traces in memory."""
 
 import gzip
 import json
@@ -26,50 +26,18 @@ from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.stages.correlate import CorrelateStage, TraceLimits
 from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
-from betrace.service.pipeline.warmup import warm_up
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
-from betrace.service.signals import Kind, Signal, rule_version, signal_id
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.window import Windows
+from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
 
 pytestmark = pytest.mark.kernel
 
-SECOND = 10**9
-NOW = time.time_ns() // SECOND * SECOND
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-OTHER = "1" * 32
-RULE = {"condition": "never { payment.bypass }", "severity": "critical"}
-
-
-def span(name, number, trace=TRACE, **attributes):
-    return {
-        "traceId": trace,
-        "spanId": f"{number:016x}",
-        "name": name,
-        "startTimeUnixNano": str(NOW + number),
-        "endTimeUnixNano": str(NOW + number + 5),
-        "attributes": [
-            {"key": key.replace("_", "."), "value": {"boolValue": value}}
-            for key, value in attributes.items()
-        ],
-    }
-
-
 END = {"trace_complete": True}
-
-
-def otlp(*spans):
-    return {"resourceSpans": [{"scopeSpans": [{"spans": list(spans)}]}]}
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """Compile the kernels first, because that takes longer than a query may."""
-    warm_up()
 
 
 @pytest.fixture
@@ -190,25 +158,6 @@ def frame(*spans, encoding=""):
     body = json.dumps(otlp(*spans)).encode()
     payload = gzip.compress(body) if encoding == "gzip" else body
     return Frame("json", encoding, NOW, payload, len(spans))
-
-
-def make_signal(number=0, rule="bypass", kind=Kind.RAISED):
-    version = rule_version(RULE["condition"])
-    return Signal(
-        id=signal_id("default", rule, version, TRACE, kind),
-        tenant="default",
-        rule_id=rule,
-        rule_version=version,
-        severity="critical",
-        kind=kind,
-        clause="never",
-        trace_id=TRACE,
-        detected_at=NOW + number,
-        early=False,
-        counts={"payment.bypass": 1},
-        evidence={"payment.bypass": [f"{2:016x}"]},
-        message="broken",
-    )
 
 
 async def add_rules(stores, **conditions):
@@ -502,141 +451,8 @@ async def test_filters_of_traces(stores, filters, found):
     assert all(t["start"].endswith("Z") for t in page["traces"])
 
 
-@pytest.mark.parametrize("header", ["1", '"', '""', '"1" "2"', 'W/"1"'])
-async def test_an_invalid_if_match(stores, header):
-    error = await ask(stores, "PUT", "/api/v1/rules/a", 400, RULE, If_Match=header)
-    assert "with its quotes" in error["error"]["hint"]
-
-
-async def test_validating_a_condition(stores):
-    path = "/api/v1/rules/validate"
-    valid = await ask(stores, "POST", path, 200, {"condition": "never { a }"})
-    assert valid == {"valid": True, "errors": []}
-    answer = await ask(stores, "POST", path, 200, {"condition": "never {\n  payment > 3 }"})
-    assert answer["valid"] is False
-    (error,) = answer["errors"]
-    assert set(error) == {"line", "column", "message", "hint"}
-    assert error["line"] == 2
-    await ask(stores, "POST", path, 400, {"conditon": "a"})
-
-
 async def test_a_closed_store_gets_503(stores):
     stores.duck.write_signals("default", [make_signal()])
     stores.duck.close()
     error = await ask(stores, "GET", "/api/v1/signals", 503)
     assert "store cannot answer" in error["error"]["message"]
-
-
-async def test_rules_are_files_and_change_under_their_etag(stores):
-    created = await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
-    assert (created["name"], created["enabled"]) == ("bypass", True)
-    assert (stores.directory / "default" / "bypass.yaml").exists()
-    assert stores.answer.headers["etag"] == created["etag"]
-    assert await ask(stores, "GET", "/api/v1/rules/bypass") == created
-    assert stores.answer.headers["etag"] == created["etag"]
-    (listed,) = (await ask(stores, "GET", "/api/v1/rules"))["rules"]
-    assert listed == {**created, "active_signals": 0}
-    error = await ask(stores, "PUT", "/api/v1/rules/bypass", 428, RULE)
-    assert f"If-Match: {created['etag']}" in error["error"]["hint"]
-    assert stores.answer.headers["etag"] == created["etag"]
-    low = {**RULE, "severity": "low"}
-    changed = await ask(stores, "PUT", "/api/v1/rules/bypass", 200, low, If_Match=created["etag"])
-    assert changed["etag"] != created["etag"]
-    assert changed["version"] == created["version"]  # the condition is the same
-    error = await ask(stores, "PUT", "/api/v1/rules/bypass", 412, RULE, If_Match=created["etag"])
-    assert "read the rule again" in error["error"]["hint"]
-    assert [r.severity for r in stores.rules.versions("default", "bypass")] == ["critical"]
-    await ask(stores, "PUT", "/api/v1/rules/none", 404, RULE, If_Match="*")
-    await ask(stores, "DELETE", "/api/v1/rules/none", 404, If_Match="*")
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 428)
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 412, If_Match=created["etag"])
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 204, If_Match=changed["etag"])
-    assert (await ask(stores, "GET", "/api/v1/rules"))["rules"] == []
-
-
-async def test_a_change_of_rules_takes_effect_at_once(stores):
-    assert stores.registry.compiled("default").rules == ()
-    created = await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
-    (compiled,) = stores.registry.compiled("default").rules
-    assert compiled.version == created["version"]
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 204, If_Match="*")
-    assert stores.registry.compiled("default").rules == ()
-
-
-async def test_rules_are_listed_with_their_active_signals(stores):
-    await add_rules(stores, a="never { x }", b="never { y }")
-    path = "/api/v1/rules"
-    signals = [make_signal(0, "a"), make_signal(1, "b"), make_signal(2, "b", Kind.RETRACTED)]
-    stores.duck.write_signals("default", [*signals, make_signal(3, "gone")])
-    rules = (await ask(stores, "GET", path))["rules"]
-    assert [(r["id"], r["active_signals"]) for r in rules] == [("a", 1), ("b", 0)]
-    stores.duck.close()
-    rules = (await ask(stores, "GET", path))["rules"]
-    assert [(r["id"], r["active_signals"]) for r in rules] == [("a", None), ("b", None)]
-
-
-async def test_rules_written_by_hand_are_not_overwritten(stores):
-    text = "rules:\n  - {id: a, condition: x}\n  - {id: b, condition: y}\n"
-    (stores.directory / "shop.yaml").write_text(text)
-    stores.rules.poll()
-    error = await ask(stores, "PUT", "/api/v1/rules/a", 409, RULE, If_Match="*")
-    assert "shop.yaml" in error["error"]["message"]
-    await ask(stores, "DELETE", "/api/v1/rules/a", 409, If_Match="*")
-
-
-async def test_an_invalid_rule_is_not_saved(stores):
-    body = {"condition": "never {\n  payment > 3 }", "labels": {"a": [1]}}
-    error = (await ask(stores, "PUT", "/api/v1/rules/a", 400, body))["error"]
-    assert sorted(str(f["line"]) for f in error["errors"]) == ["2", "None"]
-    assert not (stores.directory / "default").exists()
-
-
-async def test_a_full_disk_gets_503(stores, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(stores.rules, "put", full)
-    error = (await ask(stores, "PUT", "/api/v1/rules/a", 503, RULE))["error"]
-    assert "No space left" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("condition", "breach", "clause", "counts"),
-    [
-        ("never { a }", True, "never", {"a": 2}),
-        ("always { b }", True, "always", {"b": 0}),
-        ("when { a } always { a }", False, None, {"a": 2}),
-        ("count(a) > 1", True, "never", {"a": 2}),
-    ],
-)
-async def test_testing_a_rule(stores, condition, breach, clause, counts):
-    body = {"condition": condition, "trace": otlp(span("a", 1), span("a", 2))}
-    answer = await ask(stores, "POST", "/api/v1/rules/test", 200, body)
-    assert (answer["breach"], answer["clause"], answer["counts"]) == (breach, clause, counts)
-    assert set(answer) == {"breach", "clause", "counts", "evidence"}
-    if "a" in counts:
-        assert answer["evidence"]["a"] == [f"{1:016x}", f"{2:016x}"]
-
-
-@pytest.mark.parametrize(
-    ("trace", "words"),
-    [
-        (otlp(), "no span"),
-        (otlp(span("a", 1), span("a", 2, OTHER)), "several traces"),
-        (otlp({**span("a", 1), "traceId": "xyz"}), "traceId"),
-        (otlp({**span("a", 1), "traceId": "0" * 32}), "no span"),
-        ({"resourceSpans": 5}, "resourceSpans"),
-        ({}, "no span"),
-    ],
-)
-async def test_testing_a_rule_on_an_invalid_trace(stores, trace, words):
-    body = {"condition": "a", "trace": trace}
-    error = (await ask(stores, "POST", "/api/v1/rules/test", 400, body))["error"]
-    assert words in error["message"]
-    assert "OTLP JSON" in error["hint"]
-
-
-async def test_testing_an_invalid_rule(stores):
-    body = {"condition": "never { a", "trace": otlp(span("a", 1))}
-    error = (await ask(stores, "POST", "/api/v1/rules/test", 400, body))["error"]
-    assert error["errors"][0]["line"] == 1
