@@ -16,23 +16,27 @@ from typing import Any
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.api.administration import Administration
 from betrace.service.api.app import create_api
-from betrace.service.api.asgi import ingest_app, serve
-from betrace.service.api.cache_control import Caches
+from betrace.service.api.asgi import serve
+from betrace.service.api.audit import AuditTrail
+from betrace.service.api.cache_control import CacheControl
 from betrace.service.api.components import components
-from betrace.service.api.endpoints.health import metrics_app
-from betrace.service.api.metrics import exposition as metrics
+from betrace.service.api.endpoint import Tools
+from betrace.service.api.ingest_app import ingest_app
+from betrace.service.api.metrics.exposition import Exposition
+from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.performance import Performance
-from betrace.service.api.queries import StoreQueries
-from betrace.service.api.subscriptions import Subscriptions
+from betrace.service.api.rule_writer import RuleWriter
+from betrace.service.api.sources import Sources
+from betrace.service.api.subscriptions import Subscription, Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
+from betrace.service.api.trace_view import TraceReader
 from betrace.service.config.settings import OFF, Settings
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
-from betrace.service.pipeline.accounts import SpanAccount, span_account
+from betrace.service.pipeline.accounts import SpanAccount
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -61,8 +65,6 @@ from betrace.service.traces.tenant_traces import TenantTraces
 _log = logging.getLogger("service")
 
 Json = dict[str, Any]
-
-SCRAPE_SECONDS = 5.0  # then a scrape fails: Prometheus gives up after 10 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Service:
         self.latencies = Latencies(
             window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind
         )
-        self.subscriptions = Subscriptions(settings.api.max_streams)
+        self.subscriptions = Subscriptions()
         self.gate = Gate(
             settings, directory, operator_token, lambda name: self.tenants.exists(name)
         )
@@ -128,15 +130,15 @@ class Service:
             ttl_seconds=settings.caches.trace_metadata_ttl_seconds,
             max_bytes=settings.caches.trace_metadata_bytes,
         )
-        self.queries = StoreQueries(
+        self.reader = TraceReader(
             store,
             self.trace_metadata,
             log,
-            registry,
+            registry.store.rules,
             self.pipeline.correlate,
             settings.ingest.max_body_bytes,
-            closed,
         )
+        self.rule_writer = RuleWriter(registry, closed)
         self._threads = ThreadRunner("service", 2)
         self.recovery: Recovery = Recovery(
             settings.storage.path / "checkpoints",
@@ -164,20 +166,16 @@ class Service:
         self._rebuilding = ThreadRunner("rebuild", 1)
         self.daily: Daily = Daily(settings, log, store)
         self._loading = ThreadRunner("caches", 1)
-        self.caches = Caches(
+        self.caches = CacheControl(
             registry, self.gate, self.trace_metadata, self._active_tenants, self._loading
         )
-        self.audit = AuditLog(
-            settings.storage.path / "audit.jsonl", settings.audit.max_bytes, settings.audit.files
-        )
-        self.admin = Administration(
-            self.pipeline,
-            self.edge,
-            self.audit,
+        self.audit = AuditTrail(
+            AuditLog(
+                settings.storage.path / "audit.jsonl",
+                settings.audit.max_bytes,
+                settings.audit.files,
+            ),
             self._threads,
-            self.wall_time,
-            self.caches,
-            self.recovery,
         )
         self.removal = Removal(
             settings.storage.path,
@@ -186,31 +184,51 @@ class Service:
             ledger,
             log,
             store,
-            self.queries,
+            self.rule_writer.delete_all,
             self.pipeline,
             self.recovery,
             self.rebuild,
             self._threads,
         )
         self.tenants = TenantAdministration(
-            self.gate, self.removal, log, self.subscriptions, self._threads, self.admin.note
+            self.gate, self.removal, log, self.subscriptions, self._threads, self.audit
         )
-        self._performance = Performance(
+        self.sources = Sources(
+            settings,
+            self.started_at,
+            lambda: self._state,
+            self.wall_time,
+            log,
+            registry.store,
+            ledger,
             self.pipeline,
             self.edge,
-            self.latencies,
-            settings.metrics.window_seconds,
-            self.account,
-            self.wall_time,
+            self.recovery,
+            self.exports,
+            self.daily,
+            self.caches,
         )
+        self._performance = Performance(self.sources, self.latencies)
         self._watch = Watch(
             self.pipeline.stages,
             self.pipeline.queues,
             self.edge,
             settings.pipeline.stall_seconds,
         )
-        self._exposition = metrics.Exposition(self, self.latencies)
-        self._scrapes = ThreadRunner("metrics", 1)
+        self._exposition = Exposition(self.sources, self.latencies)
+        self.tools = Tools(
+            self.sources,
+            store,
+            self.trace_metadata,
+            self.reader,
+            self.rule_writer,
+            self.subscriptions,
+            self.tenants,
+            self.audit,
+            self._performance,
+            self._exposition,
+            ThreadRunner("api", settings.api.query_threads),
+        )
         self._stop = trio.Event()
         self._state = "starting"
         self._clock_offset = 0.0
@@ -228,9 +246,11 @@ class Service:
         async with trio.open_nursery() as outer:
             listen = partial(self._listen, outer, tls=tls)
             guard = self.gate.authenticator
-            app = create_api(self, settings.api, guard, self.gate.closed)
+            app = create_api(self.tools, guard, self.gate.closed)
             api = await listen(app, settings.api.address, stop_api)
-            scrape = await listen(metrics_app(self, guard), settings.metrics.address, stop_api)
+            scrape = await listen(
+                metrics_app(self._exposition, guard), settings.metrics.address, stop_api
+            )
             await self._threads.run(warm_up, abandon_on_cancel=True)
             await self._threads.run(self.registry.store.load)
             outer.start_soon(self._watch_rules)
@@ -361,7 +381,7 @@ class Service:
         yield from list(self.pipeline.correlate.tenants)
         yield from self.registry.store.tenants()
 
-    # What is live: betrace.service.api.backend.Backend
+    # What is live
 
     @property
     def ready(self) -> bool:
@@ -382,19 +402,17 @@ class Service:
 
     def account(self) -> SpanAccount:
         """Where every span is."""
-        return span_account(self.pipeline, self.recovery.replayed.spans)
+        return self.sources.account()
 
     def components(self) -> Mapping[str, Json]:
         """The state of each part."""
-        return components(self, self._state)
+        return components(self.sources)
 
     async def scrape(self) -> bytes:
-        """All metrics in Prometheus' text format, rendered in a thread; the Trio thread only reads
-        the numbers. Raises :exc:`channels.ThreadTimeout` where the disk does not answer."""
-        families = self._exposition.read()
-        return await self._scrapes.run(self._exposition.render, families, timeout=SCRAPE_SECONDS)
+        """All metrics in Prometheus' text format."""
+        return await self._exposition.scrape()
 
-    def subscribe_signals(self, tenant: str) -> Any:
+    def subscribe_signals(self, tenant: str) -> Subscription:
         """The tenant's signals from now on."""
         return self.subscriptions.open(tenant)
 
@@ -428,7 +446,8 @@ class Service:
         self._rebuilding.close()
         self.daily.close()
         self.exports.close()
-        self._scrapes.close()
+        self._exposition.close()
+        self.tools.threads.close()
 
 
 def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:

@@ -85,7 +85,7 @@ async def test_signals_are_told_to_those_who_listen(config):
         mine, other = service.subscribe_signals("default"), service.subscribe_signals("other")
         await send(service, [S(1), S(2)])
         with trio.fail_after(10):
-            told = {(await mine.receive())["rule_id"] for _ in range(2)}
+            told = {(await mine.receive()).rule_id for _ in range(2)}
         assert told == {"many", "no-b"}
         service.stop()
         with trio.fail_after(20), pytest.raises(trio.EndOfChannel):

@@ -14,7 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from betrace.service.api.asgi import ingest_app, serve
+from betrace.service.api.asgi import serve
+from betrace.service.api.ingest_app import ingest_app
 from betrace.service.config.settings import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.server import serve_ingest

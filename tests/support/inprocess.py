@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ def write_rules(directory: Path, rules: dict[str, str], tenant: str = "default")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"  - id: {id}\n    condition: '{text}'\n" for id, text in rules.items()]
     (folder / "rules.yaml").write_text("rules:\n" + "".join(lines))
+
+
+@contextmanager
+def opened(config: Settings) -> Iterator[Service]:
+    """The service with its stores, but not running: enough for requests without a pipeline."""
+    with ExitStack() as stack:
+        service = open_service(config, stack)()
+        service.registry.store.load()
+        try:
+            yield service
+        finally:
+            service.close()
 
 
 @asynccontextmanager

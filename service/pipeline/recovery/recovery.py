@@ -20,7 +20,6 @@ import numpy as np
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
-from betrace.service.api.params import write_time
 from betrace.service.otlp.columns import ERROR, SpanBatch
 from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
@@ -41,6 +40,7 @@ from betrace.service.storage.spanlog.log import (
     pack_position,
 )
 from betrace.service.telemetry import events
+from betrace.service.times import write_time
 from betrace.service.traces.checkpoint import (
     Snapshot,
     checkpoint_files,

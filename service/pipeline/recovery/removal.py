@@ -23,7 +23,6 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.api.queries import StoreQueries
 from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
@@ -81,7 +80,7 @@ class Removal:
         ledger: Entries,
         log: SpanLog,
         store: DuckStore,
-        queries: StoreQueries,
+        delete_rules: Callable[[str], None],
         pipeline: Pipeline,
         recovery: Recovery,
         rebuild: Rebuild,
@@ -95,7 +94,7 @@ class Removal:
         self._ledger = ledger
         self._log = log
         self._store = store
-        self._queries = queries
+        self._delete_rules = delete_rules
         self._pipeline = pipeline
         self._recovery = recovery
         self._rebuild = rebuild
@@ -248,7 +247,7 @@ class Removal:
         return hidden
 
     def _remove_files(self, tenant: str) -> None:
-        self._queries.delete_rules(tenant)
+        self._delete_rules(tenant)
         self._store.remove(tenant)
         self._log.delete_tenant(tenant)
         for directory in (

@@ -1,4 +1,4 @@
-"""What only the ASGI application on Hypercorn does; the rest is in ``test_listeners``."""
+"""What only the ASGI application on Hypercorn does."""
 
 from __future__ import annotations
 

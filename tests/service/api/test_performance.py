@@ -1,4 +1,4 @@
-"""What /api/performance tells of a service that worked: rates, latencies, stages."""
+"""The numbers of /api/performance: rates, latencies, stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.spans import S
 STAGES = ("span-ingestion", "trace-correlation", "rule-evaluation", "storage-write", "projection")
 
 
-async def test_rates_and_latencies_are_of_what_happened(tmp_path):
+async def test_rates_and_latencies_after_work(tmp_path):
     write_rules(tmp_path, {"r": "never { a }"})
     async with running(settings(tmp_path)) as service:
         before = service.performance_metrics()
@@ -58,7 +58,7 @@ async def test_rates_and_latencies_are_of_what_happened(tmp_path):
         assert json.loads(json.dumps(found)) == found
 
 
-async def test_a_latency_is_as_exact_as_promised(tmp_path):
+async def test_a_latency_is_as_exact_as_documented(tmp_path):
     async with running(settings(tmp_path)) as service:
         observe = service.latencies.ledger.observe
         for milliseconds in range(1, 101):
@@ -67,9 +67,7 @@ async def test_a_latency_is_as_exact_as_promised(tmp_path):
         assert found == pytest.approx(99, rel=RELATIVE_ERROR)
 
 
-async def test_those_who_look_at_the_same_time_share_quantiles_and_not_totals(
-    tmp_path, monkeypatch
-):
+async def test_simultaneous_requests_share_quantiles_but_not_totals(tmp_path, monkeypatch):
     monkeypatch.setattr(performance, "SHARED_SECONDS", 60)
     async with running(settings(tmp_path)) as service:
         service.latencies.ledger.observe(0.01)
@@ -86,7 +84,7 @@ async def test_those_who_look_at_the_same_time_share_quantiles_and_not_totals(
         assert service.performance_metrics()["tigerBeetleWriteLatency"] > 900
 
 
-async def test_the_window_moves_on_in_a_running_service(tmp_path):
+async def test_the_window_moves_in_a_running_service(tmp_path):
     config = settings(tmp_path, metrics={"address": "off", "window_seconds": 0.3})
     async with running(config) as service:
         service.latencies.ledger.observe(1)
@@ -94,3 +92,17 @@ async def test_the_window_moves_on_in_a_running_service(tmp_path):
         with trio.fail_after(10):
             while service.performance_metrics()["tigerBeetleWriteLatency"] is not None:
                 await trio.sleep(0.05)
+
+
+async def test_channels_caches_and_the_process(client):
+    path = "/api/performance"
+    queues = (await client.get(f"{path}/queue-stats"))["queues"]
+    assert [queue["name"] for queue in queues] == list(STAGES)
+    assert [queue["unit"] for queue in queues] == ["spans", "spans", "traces", "rows", "rows"]
+    assert await client.get(f"{path}/queue-stats/span-ingestion") == queues[0]
+    error = await client.get(f"{path}/queue-stats/span-ingest", 404)
+    assert error["hint"] == "did you mean span-ingestion?"
+    assert (await client.get(f"{path}/metrics"))["spanIngestionRate"] == 0
+    assert (await client.get(f"{path}/trace-windows"))["activeWindows"] == 0
+    assert (await client.get(f"{path}/system-stats"))["threads"] > 1
+    assert (await client.get(f"{path}/cache-stats"))["ruleContainers"]["hitCount"] == 0

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
 
 from betrace.channels import BreakerState, TransientError
-from betrace.service.api.backend import AuditError, Operator
 from betrace.service.app import open_service
 from betrace.service.config.load import load
 from betrace.service.pipeline.dead_letters import SPANS_STAGE
 from betrace.service.pipeline.request import Done, Reply, Request
-from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
+from tests.support.api_client import ApiClient
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
@@ -30,7 +30,6 @@ rules:
       when { a }
       always { b }
 """
-ME = Operator("tests", "here")
 
 
 def body(*numbers, complete=True):
@@ -183,7 +182,8 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
             heal()
             await trio.sleep(1)
             assert service.account().dead_lettered == 4
-            assert await service.admin.retry_dead_letters(ME, None, None, None) == 2
+            retried = await ApiClient(service).post("/api/admin/dead-letters/retry", 202)
+            assert retried == {"retried": 2}
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
         account = service.account()
         assert (account.evaluated, account.dead_lettered, account.in_flight) == (6, 0, 0)
@@ -201,7 +201,7 @@ async def test_dead_letters_survive_a_restart(tmp_path):
     async with harness.running() as service:
         account = service.account()
         assert (account.carried, account.dead_lettered, account.replayed) == (2, 2, 0)
-        await service.admin.retry_dead_letters(ME, None, None, None)
+        await ApiClient(service).post("/api/admin/dead-letters/retry", 202)
         await harness.until(harness.all_there)
         account = service.account()
         assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
@@ -268,7 +268,7 @@ async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
         assert service.account().dead_lettered == 0  # the spans are folded
         shown = service.components()["breaker-rule-evaluation"]
         assert shown == {"status": "degraded", "detail": "forced_open"}
-        await service.admin.act_on_breaker(ME, "rule-evaluation", "reset")
+        await ApiClient(service).post("/api/admin/breakers/rule-evaluation/reset")
         assert service.pipeline.breakers.evaluation.state is BreakerState.CLOSED
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
         await harness.until(lambda: service.pipeline.letters.total == 0)
@@ -278,13 +278,14 @@ async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
 async def test_what_operators_do_is_in_the_audit_log(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
-        found = await service.admin.drain(ME, 5)
+        post = partial(ApiClient(service).post, x_operator="tests")
+        found = await post("/api/admin/pipeline/drain?wait=5")
         assert (found["ingestion"], found["drained"]) == ("paused", True)
-        assert (await service.admin.resume(ME))["ingestion"] == "open"
-        assert (await service.admin.pause(ME))["ingestion"] == "paused"
-        await service.admin.act_on_breaker(ME, "ledger", "trip")
-        await service.admin.write_back_now(ME)
-        assert not await service.admin.discard_dead_letter(ME, 17)
+        assert (await post("/api/admin/pipeline/resume"))["ingestion"] == "open"
+        assert (await post("/api/admin/pipeline/pause"))["ingestion"] == "paused"
+        await post("/api/admin/breakers/ledger/trip")
+        await post("/api/admin/fallback/replay", 202)
+        await post("/api/admin/dead-letters/17/discard", 404)
     lines = (tmp_path / "data" / "audit.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert [line.split('"action":"')[1].split('"')[0] for line in lines] == [
@@ -295,7 +296,7 @@ async def test_what_operators_do_is_in_the_audit_log(tmp_path):
         "fallback.replay",
         "dead-letters.discard",
     ]
-    assert all('"operator":"tests","client":"here"' in line for line in lines)
+    assert all('"operator":"tests","client":"<local>"' in line for line in lines)
 
 
 async def test_metrics_of_all_that_is_there_from_the_start(tmp_path):
@@ -323,27 +324,26 @@ async def test_operators_see_and_discard_dead_letters(tmp_path):
         for number in (1, 2, 3):
             await harness.send(number)
             await harness.until(lambda n=number: service.account().dead_lettered == n)
-        admin = service.admin
-        page, following = await admin.dead_letters(SPANS_STAGE, "default", 2, 0)
-        assert [letter["id"] for letter in page] == ["1", "2"]
-        assert page[0]["next_retry"] is None
-        assert page[0]["last_failed"].endswith("Z")
-        rest, last = await admin.dead_letters(None, None, 2, following)
-        assert ([letter["id"] for letter in rest], last) == (["3"], None)
-        assert len((await admin.dead_letter(2))["payload"]["positions"]) == 1
-        assert await admin.dead_letter(9) is None
-        assert await admin.discard_dead_letter(ME, 2)
+        client, path = ApiClient(service), "/api/admin/dead-letters"
+        page = await client.get(f"{path}?stage={SPANS_STAGE}&tenant=default&limit=2")
+        letters = page["deadLetters"]
+        assert [letter["id"] for letter in letters] == ["1", "2"]
+        assert letters[0]["next_retry"] is None
+        assert letters[0]["last_failed"].endswith("Z")
+        rest = await client.get(f"{path}?limit=2&cursor={page['next']}")
+        assert ([letter["id"] for letter in rest["deadLetters"]], rest["next"]) == (["3"], None)
+        assert len((await client.get(f"{path}/2"))["payload"]["positions"]) == 1
+        await client.get(f"{path}/9", 404)
+        assert (await client.get(f"{path}?tenant=other"))["deadLetters"] == []
+        assert (await client.get(f"{path}?stage=projection"))["deadLetters"] == []
+        assert await client.post(f"{path}/2/discard") == {"discarded": 1}
         account = service.account()
         assert (account.dead_lettered, account.discarded) == (2, 1)
         heal()
-        assert await admin.retry_dead_letters(ME, 1, None, None) == 1
+        assert await client.post(f"{path}/1/retry", 202) == {"retried": 1}
         await harness.until(lambda: harness.recorded() == [1])
         service.pipeline.letters._store.close()
-        with pytest.raises(DeadLetterError):
-            await admin.discard_dead_letter(ME, 3)
-        (tmp_path / "data" / "audit.jsonl").unlink()
-        (tmp_path / "data" / "audit.jsonl").mkdir()
-        with pytest.raises(AuditError, match="cannot be written"):
-            await admin.pause(ME)
-        assert admin.pipeline()["ingestion"] == "open"
+        assert "disk space" in (await client.post(f"{path}/3/discard", 503))["hint"]
+        last = (tmp_path / "data" / "audit.jsonl").read_text().splitlines()[-1]
+        assert '"failed":' in last
     harness.check()

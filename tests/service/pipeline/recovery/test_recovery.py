@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import trio
 
-from betrace.service.api.backend import Operator
 from betrace.service.app import Service
 from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.parse import parse
 from betrace.service.storage.spanlog.frames import Frame
+from tests.support.api_client import ApiClient
 from tests.support.inprocess import (
     closed,
     folded,
@@ -135,14 +135,14 @@ async def test_a_clean_stop_leaves_nothing_to_read_again(config):
 
 
 async def test_an_operator_saves_a_checkpoint_and_sees_what_it_covers(config, monkeypatch):
-    me = Operator("me", "here")
+    path = "/api/admin/checkpoint"
     async with running(config) as service:
         await send(service, [S(1), S(2), S(3, trace=b"\2" * 16)])
         await folded(service)
-        before = await service.admin.checkpoint()
+        client = ApiClient(service)
+        before = await client.get(path)
         assert before["toReplayBytes"] > 100
-        assert await service.admin.save_checkpoint(me)
-        shown = await service.admin.checkpoint()
+        shown = await client.post(path)
         covers = shown["covers"]
         assert covers["openTraces"] + covers["closedTraces"] == 2
         assert (covers["tenants"], covers["requestsNotFolded"]) == (1, 0)
@@ -151,12 +151,13 @@ async def test_an_operator_saves_a_checkpoint_and_sees_what_it_covers(config, mo
         assert shown["toReplayBytes"] <= before["toReplayBytes"]
         assert "checkpoint.save" in (config.storage.path / "audit.jsonl").read_text()
         ticket = service.pipeline.in_flight.enter()
-        monkeypatch.setattr("betrace.service.api.administration.CHECKPOINT_SECONDS", 0.1)
-        assert await service.admin.save_checkpoint(me) is None
+        monkeypatch.setattr("betrace.service.api.endpoints.checkpoints.CHECKPOINT_SECONDS", 0.1)
+        error = await client.post(path, 503)
+        assert ("behind" in error["message"], "/readyz" in error["hint"]) == (True, True)
         service.pipeline.in_flight.leave(ticket)
-        assert await service.admin.save_checkpoint(me)
+        await client.post(path)
     async with running(config) as service:
-        assert (await service.admin.checkpoint())["covers"]["tenants"] == 1
+        assert (await ApiClient(service).get(path))["covers"]["tenants"] == 1
 
 
 async def test_a_checkpoint_covers_what_came_before_it(config):

@@ -8,7 +8,7 @@ import orjson
 import pytest
 import trio
 
-from betrace.service.api.backend import Operator
+from betrace.service.api.audit import Operator
 from betrace.service.pipeline.recovery import removal
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.fallback_files import FallbackFiles
@@ -207,7 +207,7 @@ async def test_tenants_called_as_shared_directories_are_harmless(tmp_path):
     config = settings(tmp_path, rules={"directory": ""})
     async with running(config) as service:
         for name in names:
-            service.queries.put_rule(
+            service.rule_writer.put(
                 name,
                 "r",
                 {"name": "n", "condition": f"never {{ {MARK} }}", "severity": "low"},
@@ -221,7 +221,7 @@ async def test_tenants_called_as_shared_directories_are_harmless(tmp_path):
         assert await service.tenants.delete(ME, "fallback", 20)
         for name in ("checkpoints", "dead-letters-exported", "log"):
             assert len(signals(service, name)) == 5
-            assert service.queries.rule(name, "r")["id"] == "r"
+            assert service.registry.store.rule(name, "r").id == "r"
         data = tmp_path / "data"
         shared = {path.name for path in data.iterdir() if path.is_dir()} - {"log"}
         assert {name for name in shared if is_tenant_name(name)} <= SHARED
