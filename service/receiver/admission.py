@@ -26,10 +26,11 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import trio
 
+from betrace.channels import SendChannel
 from betrace.service.config.settings import Ingest
 from betrace.service.otlp.response import export_response
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
@@ -92,17 +93,6 @@ class Head:
 _UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of what has none, or none that can be read
 
 
-class Queue(Protocol):
-    """The sending end of the span-ingestion channel, weighed by ``Request.weight``."""
-
-    @property
-    def fill(self) -> float: ...
-
-    def send_nowait(self, item: Request) -> None: ...
-
-    async def offer(self, item: Request, timeout: float) -> bool: ...
-
-
 class Edge:
     """Admits requests, queues them, answers them.
 
@@ -116,7 +106,7 @@ class Edge:
     def __init__(
         self,
         settings: Ingest,
-        queue: Queue,
+        queue: SendChannel[Request],
         quotas: Quotas,
         authenticator: Authenticator | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -125,6 +115,7 @@ class Edge:
     ) -> None:
         self._closed_tenants = closed
         self._spans = Shares(capacity, settings.refuse_above)
+        self._give_back_spans = self._spans.give_back
         self._bytes = Shares(settings.max_buffered_bytes, settings.refuse_above)
         self._queue = queue
         self._quotas = quotas
@@ -301,7 +292,7 @@ class Edge:
             self._clock_ns(),
             weight,
             reply,
-            self._spans,
+            self._give_back_spans,
         )
         if not await self._enqueue(request):
             self._quotas.settle(head.tenant, -weight)

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from betrace.service.api.metrics.declared import Declared, Samples, one
-from betrace.service.export.destinations import DESTINATIONS
+from betrace.service.config.stages import EXPORTS
 from betrace.service.export.exporter import Exporter
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _export(value: Callable[[Exporter], float]) -> Callable[[Service], Samples]:
 
     def samples(service: Service) -> Samples:
         on = {exporter.name: value(exporter) for exporter in service.exports}
-        for name in DESTINATIONS:
+        for name in EXPORTS:
             yield (name,), on.get(name, 0)
 
     return samples
@@ -220,7 +220,7 @@ DECLARED = (
         "counter",
         "Rows written to DuckDB.",
         (),
-        lambda s: one(s.pipeline.store_counts.rows),
+        lambda s: one(s.pipeline.project.rows),
     ),
     Declared(
         "betrace_start_time_seconds",

@@ -20,8 +20,7 @@ from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.recovery.history import TraceHistory
-from betrace.service.pipeline.stages.correlate import CorrelateStage, TraceLimits
-from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.rules.registry import RuleRegistry
@@ -31,7 +30,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.window import Windows
+from betrace.service.traces.verdicts import decide_due
 from tests.support.scripted_backend import ScriptedBackend
 
 pytestmark = pytest.mark.kernel
@@ -86,9 +85,7 @@ def stores(tmp_path, warm):
         s.progress,
         InFlight(),
         TraceLimits(SECOND, SECOND, SECOND, SECOND, 100, 1000),
-        ClosedTraces(1 << 16),
-        lambda tenant, ids: s.history.load(tenant, ids),
-        Windows(),
+        LateSpans(ClosedTraces(1 << 16), lambda tenant, ids: s.history.load(tenant, ids)),
         time.time_ns,
     )
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:

@@ -15,11 +15,11 @@ from betrace.service.pipeline.dead_letters import SPANS_STAGE, DeadLetters
 from betrace.service.pipeline.letter_codec import LetterError
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.pipeline.stages.evaluate import Decided
 from betrace.service.storage.dead_letters import DeadLetterError, DeadLetterStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
+from betrace.service.traces.verdicts import Decided
 from tests.support.failing_stores import decided, due
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
@@ -405,7 +405,7 @@ def test_a_store_that_fails_lets_go_of_nothing(tmp_path):
         ("due", b"x", "cannot be read"),
         ("decided", b"[]", "cannot be read"),
         ("decided", b'{"signals": 5}', "cannot be read"),
-        ("unheard of", b"", "does not know"),
+        ("unheard of", b"", "unknown kind"),
     ],
 )
 def test_payloads_that_cannot_be_read(tmp_path, kind, payload, words):

@@ -104,7 +104,7 @@ async def test_a_batch_in_its_traces_is_no_dead_letter_when_what_came_after_it_f
         await send(service, [S(1, complete=True), S(2, trace=b"\2" * 16)])
         await closed(service)
         assert not failures
-        assert service.pipeline.folded_all_the_same == 2
+        assert service.pipeline.failed_after_folding == 2
         account = service.account()
         assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
         assert standing(service) == {(TRACE.hex(), "b"), ((b"\2" * 16).hex(), "b")}

@@ -88,19 +88,17 @@ async def deleting(path: Path, *tenants: str):
     gate = SimpleNamespace(
         directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
     )
+    stores: Any = SimpleNamespace(log=MagicMock(), ledger=ledger, duckdb=store)
     with ThreadRunner("service", 2) as threads:
         removal = Removal(
             path / "data",
-            path / "archive",
+            stores,
             gate,  # type: ignore[arg-type]
-            ledger,
-            MagicMock(),
-            store,  # type: ignore[arg-type]
-            MagicMock(),
             pipeline,
             recovery,  # type: ignore[arg-type]
             MagicMock(working=None),
             threads,
+            (),
         )
         yield removal, store, recovery, directory
         for event in store.stuck.values():

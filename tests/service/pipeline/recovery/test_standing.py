@@ -171,7 +171,7 @@ async def test_any_interleaving_of_faults_dead_letters_and_crashes(
                 await trio.sleep(0.05)
         await closed(service)
         with trio.fail_after(30):
-            while service.pipeline.store.fallback.pending:
+            while service.pipeline.record.fallback.pending:
                 await trio.sleep(0.05)
         assert standing(service) == expected(sent)
         shown, _ = service.store.signals("default", status="active", limit=1000)

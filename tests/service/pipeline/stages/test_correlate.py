@@ -11,11 +11,15 @@ import trio
 
 from betrace.channels import open_channel
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import LOOKED_AT, CorrelateStage, TraceLimits
+from betrace.service.pipeline.stages.correlate import (
+    LOOKED_AT,
+    CorrelateStage,
+    LateSpans,
+    TraceLimits,
+)
 from betrace.service.rules.parse import parse
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.window import Windows
 from tests.support.engine import compiled
 from tests.support.spans import S, batch
 
@@ -56,11 +60,8 @@ class Rig:
             self.progress,
             self.in_flight,
             TraceLimits(**given),
-            ClosedTraces(1 << 14),
-            lambda _, ids: (),
-            Windows(),
+            LateSpans(ClosedTraces(1 << 14), lambda _, ids: (), lambda: self.behind),
             self.clock,
-            lambda: self.behind,
         )
 
     def clock(self) -> int:

@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from betrace.channels import (
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.stages import evaluate
 from betrace.service.pipeline.stages.evaluate import FEW_SIGNALS, EvaluateStage
+from betrace.service.telemetry.latencies import Latencies
 from tests.support.failing_stores import Faulty, decided, due
 from tests.support.virtual import run
 
@@ -38,9 +40,13 @@ class Evaluating:
             self._clock_ns,
             self.breaker,
             self._bury,
-            lambda seconds: None,
-            self.seconds.append,
+            self._latencies(),
         )
+
+    def _latencies(self):
+        latencies = Latencies()
+        latencies.evaluation = SimpleNamespace(observe=self.seconds.append)
+        return latencies
 
     def _clock_ns(self):
         """Called in the thread that decides: it fails or hangs there."""

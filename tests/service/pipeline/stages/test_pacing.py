@@ -11,7 +11,7 @@ from betrace.service.pipeline.stages.pacing import URGENT_SHARES, CommitPace
 
 async def test_the_pause_grows_with_the_cost(autojump_clock: MockClock) -> None:
     pace = CommitPace(0.05)
-    pace.held = True
+    pace.active = True
     for _ in range(200):
         pace.observe(0.01, 0)
     assert pace.cost == pytest.approx(0.01, rel=0.01)
@@ -37,5 +37,5 @@ async def test_nothing_is_held_back_until_the_log_was_read(autojump_clock: MockC
     pace = CommitPace(0.0001)
     pace.taken(urgent=False)
     assert pace.due(urgent=False) <= trio.current_time()
-    pace.held = True
+    pace.active = True
     assert pace.due(urgent=False) > trio.current_time() + 10

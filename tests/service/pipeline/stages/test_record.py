@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from betrace.channels import Breaker, BreakerSettings, BreakerState, ThreadRunner, open_channel
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.breakers import Breakers, PoisonError
+from betrace.service.pipeline.fallback import GuardedStore
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.stages.pacing import CommitPace
-from betrace.service.pipeline.stages.record import ProjectStage, StoreCounts, StoreStage
+from betrace.service.pipeline.stages.project import ProjectStage
+from betrace.service.pipeline.stages.record import RecordStage
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.telemetry.latencies import Latencies
@@ -34,21 +36,16 @@ class Storing:
         )
         self.stored = []
         self.buried = []
-        self.counts = StoreCounts()
         send, self.passed = open_channel("rows", 100_000, lambda d: d.weight)
-        self.stage = StoreStage(
-            ledger,
-            self.threads,
+        self.stage = RecordStage(
+            GuardedStore(ledger, self.threads, self.breaker, self.files, self._bury),
+            5,
             send,
             self.stored.extend,
-            5,
-            self.counts,
             Latencies(),
             time.time_ns,
-            self.breaker,
-            self.files,
-            self._bury,
         )
+        self.counts = self.stage.counts
         self.fallback = self.stage.fallback
 
     async def _bury(self, stage, items, error, attempts):
@@ -82,7 +79,7 @@ def test_a_working_ledger_gets_the_signals_and_the_files_nothing(tmp_path):
             assert storing.passed.statistics().items_queued == 2
             assert not storing.fallback.pending
             await storing.stage.handle([decided(2)])
-            assert (storing.counts.signals, storing.counts.repeated) == (3, 1)
+            assert (storing.counts.new, storing.counts.repeated) == (3, 1)
 
     run(main)
 
@@ -101,7 +98,7 @@ def test_what_a_failing_ledger_refuses_is_written_back_later(tmp_path, fault, tr
             await storing.settled()
             assert storing.ledger.order == ids(1, 2)
             assert [s.id for s in storing.stored] == ids(1, 2)
-            assert (storing.counts.signals, storing.counts.repeated) == (2, 0)
+            assert (storing.counts.new, storing.counts.repeated) == (2, 0)
             assert storing.fallback.last_error is None
             assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +171,7 @@ def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_told(tmp_
             with pytest.raises(PoisonError, match=f"{ids(2)[0]}: never"):
                 await storing.stage.handle([decided(1, 2, 3)])
             assert [s.id for s in storing.stored] == ids(1, 3)
-            assert (storing.counts.signals, storing.counts.repeated) == (2, 0)
+            assert (storing.counts.new, storing.counts.repeated) == (2, 0)
             assert not storing.fallback.pending
             assert storing.breaker.snapshot().failed == 0
 
@@ -409,15 +406,10 @@ class Projecting:
         self.buried = []
         self.in_flight = InFlight()
         self.stage = ProjectStage(
-            store,
-            self.threads,
-            StoreCounts(),
+            GuardedStore(store, self.threads, self.breaker, self.files, self._bury),
             self.in_flight,
-            Latencies(),
-            self.breaker,
-            self.files,
-            self._bury,
             CommitPace(1.0),
+            Latencies(),
         )
         self.fallback = self.stage.fallback
 
