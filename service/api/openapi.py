@@ -56,7 +56,7 @@ counts once. A body that arrives slower than `ingest.body_timeout_seconds` gets 
 
 HTTP/1.1, in the strict form of RFC 9112: a request whose length can be disputed is a 400, and ends
 its connection. HTTP/1.0 is answered and the connection ended; anything else is a 505. HTTP/2 is
-spoken with `ingest.server = "hypercorn"` and TLS only.
+not supported on this port; use HTTP/1.1.
 """
 _GENERAL = {
     "tenant": {

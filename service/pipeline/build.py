@@ -63,13 +63,13 @@ def build_pipeline(
     clock_ns: Callable[[], int] = time.time_ns,
 ) -> Pipeline:
     """The pipeline. ``recorded`` is called with signals that are new in the ledger."""
-    builder = _Builder(settings, stores, breakers, latencies, clock_ns)
+    builder = _PipelineBuilder(settings, stores, breakers, latencies, clock_ns)
     pipeline = builder.pipeline(recorded)
     builder.add_stages(pipeline)
     return pipeline
 
 
-class _Builder:
+class _PipelineBuilder:
     def __init__(
         self,
         settings: Settings,

@@ -1,5 +1,5 @@
-"""Responses, and the two forms of errors: ``google.rpc.Status`` for exporters, a JSON object with
-code, message and hint for everyone else."""
+"""Responses, and the two forms of errors: ``google.rpc.Status`` for exporters, and a JSON object
+with code, message and hint for everyone else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betrace.service.otlp.response import status_body
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-# The google.rpc.Code for an HTTP status, as googleapis' code.proto maps them where it does.
+# The google.rpc.Code for an HTTP status, as in googleapis' code.proto where it maps them.
 RPC_CODES = {
     400: 3,  # INVALID_ARGUMENT
     401: 16,  # UNAUTHENTICATED
@@ -62,7 +62,7 @@ def export_error(
 
 @dataclass(slots=True)
 class ApiError(Exception):
-    """What ends a request to the API: an HTTP status, what is wrong, and what to do about it."""
+    """An error response of the API: an HTTP status, what is wrong, and what to do about it."""
 
     status: int
     message: str
@@ -71,8 +71,8 @@ class ApiError(Exception):
     details: dict[str, Any] = field(default_factory=dict)
 
     def body(self) -> bytes:
-        """``{"error": {"code", "message", "hint", ...details}}``; the code is the status'
-        name, such as ``not_found``."""
+        """``{"error": {"code", "message", "hint", ...details}}``; the code is the name of
+        the status, such as ``not_found``."""
         code = HTTPStatus(self.status).name.lower()
         error = {"code": code, "message": self.message, "hint": self.hint, **self.details}
         return orjson.dumps({"error": error})

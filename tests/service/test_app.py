@@ -80,7 +80,7 @@ async def test_everything_it_reports_adds_up(config):
         assert {"hitCount", "missCount"} <= service.cache_stats()["ruleContainers"].keys()
 
 
-async def test_signals_are_told_to_those_who_listen(config):
+async def test_signals_are_sent_to_subscribers(config):
     async with running(config) as service:
         mine, other = service.subscribe_signals("default"), service.subscribe_signals("other")
         await send(service, [S(1), S(2)])
@@ -92,7 +92,7 @@ async def test_signals_are_told_to_those_who_listen(config):
             await other.receive()
 
 
-async def test_a_rule_file_that_is_wrong_is_reported_and_the_old_rules_stay(
+async def test_a_wrong_rule_file_is_reported_and_the_old_rules_stay_in_force(
     config, tmp_path, caplog
 ):
     async with running(config) as service:
@@ -142,7 +142,7 @@ async def test_a_stage_that_is_paused_or_stalls_is_reported(tmp_path):
         assert service.components()["trace-correlation"]["status"] == "ok"
 
 
-async def test_open_traces_go_on_after_a_restart(tmp_path):
+async def test_open_traces_continue_after_a_restart(tmp_path):
     write_rules(tmp_path, {"two": "count(a) == 2"})
     config = settings(tmp_path, traces={"idle_seconds": 60})
     async with running(config) as service:

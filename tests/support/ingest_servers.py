@@ -1,4 +1,4 @@
-"""What the tests of the ingestion listeners share: one started either way, and raw requests."""
+"""What the tests of the ingestion listener share: a running listener and raw requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from betrace.service.api.asgi import ingest_app, serve
 from betrace.service.config.settings import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.server import serve_ingest
@@ -38,7 +37,6 @@ class Listening(Served):
 
 @asynccontextmanager
 async def listening(
-    kind: str = "lean",
     queue: ScriptedQueue | None = None,
     *,
     tls: Tls | None = None,
@@ -47,18 +45,14 @@ async def listening(
     authenticator=None,
     **settings,
 ) -> AsyncIterator[Listening]:
-    """The listener on a free port while the context is open. Fails when it does not end within
-    10 seconds after that, or leaves memory reserved."""
+    """The listener on a free port while the context is open. Fails if it does not end within
+    10 seconds after that, or if memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
     edge = Edge(ingest, queue, Quotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
-    if kind == "lean":
-        start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
-    else:
-        options["keep_alive_seconds"] = ingest.keep_alive_seconds
-        start = partial(serve, ingest_app(edge, ingest), address, shutdown, **options)
+    start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
     async with trio.open_nursery() as nursery:
         served = Listening(await nursery.start(start), shutdown, edge=edge, queue=queue)
         try:

@@ -211,7 +211,7 @@ async def test_dead_letters_survive_a_restart(tmp_path):
         assert harness.all_there()
 
 
-async def test_a_ledger_that_is_away_holds_up_nothing(tmp_path):
+async def test_an_unavailable_ledger_delays_nothing(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         heal = failing(service.ledger, "record", LedgerError("it is away", transient=True))
@@ -228,7 +228,7 @@ async def test_a_ledger_that_is_away_holds_up_nothing(tmp_path):
     harness.check()
 
 
-async def test_a_duckdb_that_is_away_holds_up_nothing(tmp_path):
+async def test_an_unavailable_duckdb_delays_nothing(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         heal = failing(service.store, "write", StoreError("it is away", transient=True))
@@ -241,7 +241,7 @@ async def test_a_duckdb_that_is_away_holds_up_nothing(tmp_path):
     harness.check()
 
 
-async def test_fallback_files_of_before_a_restart_are_written_back(tmp_path):
+async def test_fallback_files_are_written_back_after_a_restart(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.force_open()
@@ -258,7 +258,7 @@ async def test_fallback_files_of_before_a_restart_are_written_back(tmp_path):
     harness.check()
 
 
-async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
+async def test_refused_evaluation_recovers_by_itself(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.evaluation.force_open()
@@ -275,7 +275,7 @@ async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
     harness.check()
 
 
-async def test_what_operators_do_is_in_the_audit_log(tmp_path):
+async def test_operator_actions_are_in_the_audit_log(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         found = await service.admin.drain(ME, 5)
@@ -298,7 +298,7 @@ async def test_what_operators_do_is_in_the_audit_log(tmp_path):
     assert all('"operator":"tests","client":"here"' in line for line in lines)
 
 
-async def test_metrics_of_all_that_is_there_from_the_start(tmp_path):
+async def test_all_metrics_exist_from_the_start(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.trip()

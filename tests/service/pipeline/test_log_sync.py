@@ -53,7 +53,7 @@ def group(log: Log) -> GroupSync:
     return GroupSync(log, Threads(1.0))  # type: ignore[arg-type]
 
 
-async def test_those_who_come_while_a_sync_runs_share_the_next(log, group, autojump_clock):
+async def test_callers_that_arrive_during_a_sync_share_the_next(log, group, autojump_clock):
     finished: dict[str, float] = {}
 
     async def sync(tenant: str, after: float) -> None:
@@ -74,7 +74,7 @@ async def test_those_who_come_while_a_sync_runs_share_the_next(log, group, autoj
     }
 
 
-async def test_a_sync_that_began_before_the_call_does_not_count(log, group, autojump_clock):
+async def test_a_sync_that_started_before_the_call_does_not_count(log, group, autojump_clock):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(group.sync, ["t"])
         await trio.sleep(0.5)
@@ -82,7 +82,7 @@ async def test_a_sync_that_began_before_the_call_does_not_count(log, group, auto
         assert log.synced == [{"t"}, {"t"}]
 
 
-async def test_a_failure_is_told_to_those_whose_tenants_it_concerns(log, group, autojump_clock):
+async def test_a_failure_is_raised_for_the_affected_tenants(log, group, autojump_clock):
     log.fails = {"bad"}
     outcomes: dict[str, str] = {}
 
@@ -106,7 +106,7 @@ async def test_a_failure_is_told_to_those_whose_tenants_it_concerns(log, group, 
 
 
 @pytest.mark.parametrize("how", ["cancelled", "unexpected error"])
-async def test_nobody_is_told_that_a_sync_happened_that_did_not(log, group, autojump_clock, how):
+async def test_no_caller_succeeds_without_a_finished_sync(log, group, autojump_clock, how):
     """The task that runs the sync for all ends without it; the others must not believe in it."""
     told: list[str] = []
 
@@ -149,7 +149,7 @@ async def test_old_failures_are_forgotten(log, group, autojump_clock):
     assert len(group._failed) <= 64
 
 
-async def test_whatever_is_not_durable_is_synced_on_a_schedule(log, group, autojump_clock):
+async def test_unsynced_data_is_synced_on_a_schedule(log, group, autojump_clock):
     log.fails = {"t"}
     with trio.move_on_after(10.5):
         await group.every(2.0)

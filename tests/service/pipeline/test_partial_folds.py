@@ -44,7 +44,7 @@ def spans() -> list[S]:
     return [S(n, x="v1" if n == 1200 else "w") for n in range(1, 1501)]
 
 
-async def test_a_batch_delivered_again_counts_once(tmp_path, fault):
+async def test_a_redelivered_batch_counts_once(tmp_path, fault):
     write_rules(tmp_path, RULES)
     retry = {"attempts": 3, "delay_seconds": 0.01}
     async with running(settings(tmp_path, redelivery=retry)) as service:
@@ -58,7 +58,9 @@ async def test_a_batch_delivered_again_counts_once(tmp_path, fault):
         assert service.account().balance == 0
 
 
-async def test_its_rest_is_a_dead_letter_through_checkpoints_and_crashes(tmp_path, fault):
+async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoints_and_crashes(
+    tmp_path, fault
+):
     write_rules(tmp_path, RULES)
     retry = {"attempts": 1, "delay_seconds": 0.01, "transient_retry_seconds": 3600}
     config = settings(tmp_path, redelivery=retry)
@@ -85,9 +87,7 @@ async def test_its_rest_is_a_dead_letter_through_checkpoints_and_crashes(tmp_pat
         assert service.account().balance == 0
 
 
-async def test_a_batch_in_its_traces_is_no_dead_letter_when_what_came_after_it_failed(
-    tmp_path, monkeypatch
-):
+async def test_a_folded_batch_is_no_dead_letter_when_a_later_step_fails(tmp_path, monkeypatch):
     close = TraceTable.close
     failures: list[int] = []
 

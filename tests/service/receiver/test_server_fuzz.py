@@ -95,7 +95,7 @@ conversations = st.lists(
     phases=[Phase.explicit, Phase.generate],
 )
 @given(conversations)
-def test_the_listener_outlives_whatever_it_is_sent(talks):
+def test_the_listener_survives_any_input(talks):
     async def main():
         logged = []
         handler = logging.Handler()

@@ -72,7 +72,7 @@ EXPECTED_ROWS = {trace_id(1): (2, 1), trace_id(2): (1, 1), trace_id(3): (2, 2)}
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-async def test_a_lost_file_is_made_again_before_spans_are_accepted(tmp_path, damaged):
+async def test_a_lost_file_is_rebuilt_before_spans_are_accepted(tmp_path, damaged):
     config = await filled(tmp_path)
     path = tmp_path / "data" / TENANT / "betrace.duckdb"
     path.unlink()
@@ -90,7 +90,7 @@ async def test_a_lost_file_is_made_again_before_spans_are_accepted(tmp_path, dam
     assert path.with_name("betrace.duckdb.damaged").exists() == damaged
 
 
-async def test_signals_that_the_file_lacks_are_added_while_it_runs(tmp_path):
+async def test_missing_signals_are_added_while_the_service_runs(tmp_path):
     config = await filled(tmp_path)
     path = tmp_path / "data" / TENANT / "betrace.duckdb"
     path.unlink()
@@ -113,7 +113,7 @@ class Away:
         return refuse
 
 
-def test_a_rebuild_that_was_interrupted_begins_again(tmp_path):
+def test_an_interrupted_rebuild_starts_again(tmp_path):
     with SpanLog(tmp_path) as log, DuckStore(tmp_path) as store:
         log.append(TENANT, [frame(S(1, "a", trace=trace(1)))])
         rules = compile_rules([], "v7")
@@ -148,7 +148,7 @@ def test_a_rebuild_that_was_interrupted_begins_again(tmp_path):
         assert done.pending == []
 
 
-def test_a_large_log_is_not_for_the_start(tmp_path, monkeypatch):
+def test_a_large_log_is_not_rebuilt_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("betrace.service.pipeline.recovery.rebuild.AT_ONCE_BYTES", 100)
     with SpanLog(tmp_path) as log, DuckStore(tmp_path) as store:
         log.append(TENANT, [frame(*(S(n, "a", trace=trace(n)) for n in range(1, 50)))])

@@ -104,7 +104,7 @@ async def test_any_interleaving_of_spans_checkpoints_and_crashes(tmp_path, seed)
         assert counted == Counter(trace for trace, _ in distinct)
 
 
-async def test_a_verdict_that_changes_back_again_stands_again(tmp_path):
+async def test_a_verdict_that_changes_back_is_active_again(tmp_path):
     write_rules(tmp_path, {"more-a": "count(a) > count(b)"})
     async with running(settings(tmp_path)) as service:
         for span in (S(1, "a"), S(2, "b"), S(3, "a")):
@@ -113,7 +113,7 @@ async def test_a_verdict_that_changes_back_again_stands_again(tmp_path):
         assert standing(service) == {(TRACE_ID, "more-a")}
 
 
-async def test_what_was_only_answered_is_found_in_the_log(config):
+async def test_acknowledged_spans_are_found_in_the_log(config):
     async with running(config, die=True) as service:
         assert await send(service, [S(1), S(2)]) == Done(2)
     async with running(config) as service:
@@ -122,7 +122,7 @@ async def test_what_was_only_answered_is_found_in_the_log(config):
         assert (TRACE_ID, "two") in standing(service)
 
 
-async def test_a_clean_stop_leaves_nothing_to_read_again(config):
+async def test_nothing_is_replayed_after_a_clean_stop(config):
     async with running(config) as service:
         await send(service, [S(1)])
         await folded(service)
@@ -159,7 +159,7 @@ async def test_an_operator_saves_a_checkpoint_and_sees_what_it_covers(config, mo
         assert (await service.admin.checkpoint())["covers"]["tenants"] == 1
 
 
-async def test_a_checkpoint_covers_what_came_before_it(config):
+async def test_a_checkpoint_covers_everything_before_it(config):
     async with running(config, die=True) as service:
         await send(service, [S(i) for i in range(1, 2000)])
         await folded(service)
@@ -172,7 +172,7 @@ async def test_a_checkpoint_covers_what_came_before_it(config):
         assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2000
 
 
-async def test_a_verdict_that_late_spans_change_around_a_crash_is_retracted(config):
+async def test_a_verdict_changed_by_late_spans_around_a_crash_is_retracted(config):
     """The trace was closed, its breach stored, a late span came, then the process died: all of it
     after the last checkpoint."""
     async with running(config, die=True) as service:
@@ -199,7 +199,7 @@ async def test_a_long_trace_closed_before_a_crash_is_not_counted_twice(config):
             assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 3000
 
 
-async def test_a_damaged_checkpoint_is_passed_over(config, caplog):
+async def test_a_damaged_checkpoint_is_skipped(config, caplog):
     async with running(config, die=True) as service:
         await send(service, [S(1), S(2)])
         await folded(service)
@@ -246,7 +246,7 @@ async def test_checkpoints_that_cannot_be_written_are_counted(config, monkeypatc
     assert "check the disk" in caplog.text
 
 
-async def test_a_checkpoint_waits_for_what_left_the_traces(config):
+async def test_a_checkpoint_waits_until_everything_that_left_the_traces_is_stored(config):
     async with running(config, die=True) as service:
         ticket = service.pipeline.in_flight.enter()
         with trio.move_on_after(0.3) as waited:
@@ -282,7 +282,7 @@ async def test_a_damaged_frame_is_counted_and_the_rest_is_read(config):
         assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2
 
 
-async def test_a_lower_limit_of_bodies_does_not_keep_the_service_from_its_log(tmp_path):
+async def test_a_lower_body_limit_does_not_prevent_reading_the_log(tmp_path):
     async with running(settings(tmp_path), die=True) as service:
         assert await send(service, [S(i, "x" * 200) for i in range(1, 200)]) == Done(199)
     smaller = settings(tmp_path, ingest={"address": "off", "max_body_bytes": 10_000})

@@ -56,7 +56,7 @@ def signals(service, tenant):
     return service.store.signals(tenant)[0]
 
 
-async def test_all_of_a_tenant_goes_and_nothing_of_another(tmp_path):
+async def test_all_data_of_a_tenant_is_deleted_and_nothing_of_others(tmp_path):
     fill(tmp_path, "acme", "beta")
     async with running(settings(tmp_path)) as service:
         await some(service, "acme", "beta")
@@ -84,7 +84,7 @@ async def test_all_of_a_tenant_goes_and_nothing_of_another(tmp_path):
         assert "acme" in service.gate.closed
 
 
-async def test_it_is_deleted_while_it_sends(tmp_path):
+async def test_a_tenant_is_deleted_while_it_sends(tmp_path):
     fill(tmp_path, "acme", "beta")
     outcomes = {"acme": [], "beta": []}
 
@@ -110,7 +110,7 @@ async def test_it_is_deleted_while_it_sends(tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["_hide", "_remove_files", "finish_deletion", "save"])
-async def test_a_deletion_that_was_cut_short_is_taken_up_at_the_start(tmp_path, monkeypatch, stop):
+async def test_an_interrupted_deletion_continues_at_the_start(tmp_path, monkeypatch, stop):
     fill(tmp_path, "acme", "beta")
 
     def crash(*args):
@@ -147,7 +147,7 @@ async def test_a_deletion_that_was_cut_short_is_taken_up_at_the_start(tmp_path, 
         assert signals(service, "acme") == []
 
 
-async def test_one_that_is_made_again_begins_with_nothing(tmp_path):
+async def test_a_recreated_tenant_starts_empty(tmp_path):
     fill(tmp_path, "acme")
     config = settings(tmp_path)
     async with running(config) as service:
@@ -167,7 +167,7 @@ async def test_one_that_is_made_again_begins_with_nothing(tmp_path):
         assert {int(each.signal.trace_id, 16) for each in found} == set(range(51, 56))
 
 
-async def test_what_waits_in_fallback_files_and_dead_letters_goes_too(tmp_path):
+async def test_fallback_files_and_dead_letters_are_deleted_too(tmp_path):
     fill(tmp_path, "acme", "beta")
     async with running(settings(tmp_path)) as service:
         service.pipeline.breakers.act("duckdb", "force-open")
@@ -202,7 +202,7 @@ async def test_what_waits_in_fallback_files_and_dead_letters_goes_too(tmp_path):
     assert not (tmp_path / "data" / "acme").exists()
 
 
-async def test_tenants_called_as_shared_directories_are_harmless(tmp_path):
+async def test_tenants_named_like_shared_directories_are_harmless(tmp_path):
     names = ["rules", "fallback", "checkpoints", "dead-letters-exported", "log"]
     config = settings(tmp_path, rules={"directory": ""})
     async with running(config) as service:
@@ -260,7 +260,7 @@ def test_lines_are_dropped_from_fallback_files(tmp_path):
     files.close()
 
 
-async def test_letters_that_were_moved_to_files_lose_those_of_the_tenant(tmp_path):
+async def test_exported_letters_of_the_tenant_are_deleted(tmp_path):
     async with running(settings(tmp_path)) as service:
         folder = tmp_path / "data" / "dead-letters-exported"
         folder.mkdir()
@@ -274,7 +274,7 @@ async def test_letters_that_were_moved_to_files_lose_those_of_the_tenant(tmp_pat
         )
 
 
-async def test_what_fails_is_tried_again(tmp_path, monkeypatch):
+async def test_a_failed_deletion_is_retried(tmp_path, monkeypatch):
     monkeypatch.setattr(removal, "RETRY_SECONDS", 0.05)
     fill(tmp_path, "acme")
     async with running(settings(tmp_path)) as service:

@@ -107,7 +107,7 @@ async def deleting(path: Path, *tenants: str):
     directory.close()
 
 
-def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
+def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
     names = [f"t{n}" for n in range(12)]
 
     async def main() -> None:
@@ -140,7 +140,7 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
     virtual.run(main)
 
 
-def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
+def test_a_failing_deletion_is_retried_with_growing_pauses(tmp_path: Path) -> None:
     async def main() -> None:
         async with (
             deleting(tmp_path, "acme", "beta") as (removal, store, recovery, _),
@@ -162,7 +162,7 @@ def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
     virtual.run(main)
 
 
-def test_one_that_hangs_does_not_keep_the_service_from_starting(tmp_path: Path) -> None:
+def test_a_hanging_deletion_does_not_block_the_start(tmp_path: Path) -> None:
     async def main() -> None:
         async with deleting(tmp_path, "acme", "beta") as (removal, store, _, directory):
             store.stuck["acme"] = threading.Event()

@@ -57,7 +57,7 @@ class Evaluating:
         self.buried += [(stage, item, type(error), attempts) for item in items]
 
 
-def test_a_call_that_takes_too_long_is_left_behind_and_its_batch_buried(monkeypatch):
+def test_a_call_that_takes_too_long_is_abandoned_and_its_batch_buried(monkeypatch):
     monkeypatch.setattr(evaluate, "SMALL", -1)
 
     async def main():
@@ -98,7 +98,7 @@ def test_while_the_breaker_is_open_batches_are_buried_at_once():
     run(main)
 
 
-def test_tickets_go_on_or_are_given_back():
+def test_tickets_are_passed_on_or_returned():
     async def main():
         evaluating = Evaluating()
         closed, early = due(1), due(2, closed=False)

@@ -25,7 +25,7 @@ async def test_the_pause_grows_with_the_cost(autojump_clock: MockClock) -> None:
     assert wait == pytest.approx(0.2 / URGENT_SHARES, rel=0.01)
 
 
-async def test_rows_do_not_make_a_commit_dear() -> None:
+async def test_rows_do_not_count_as_the_cost_of_a_commit() -> None:
     few, many = CommitPace(0.05), CommitPace(0.05)
     for _ in range(200):
         few.observe(0.003, 3)
@@ -33,7 +33,7 @@ async def test_rows_do_not_make_a_commit_dear() -> None:
     assert few.cost == pytest.approx(many.cost, rel=0.05)
 
 
-async def test_nothing_is_held_back_until_the_log_was_read(autojump_clock: MockClock) -> None:
+async def test_commits_are_not_paced_until_the_log_is_read(autojump_clock: MockClock) -> None:
     pace = CommitPace(0.0001)
     pace.taken(urgent=False)
     assert pace.due(urgent=False) <= trio.current_time()

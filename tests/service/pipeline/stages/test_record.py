@@ -86,7 +86,7 @@ def test_a_working_ledger_gets_the_signals_and_the_files_nothing(tmp_path):
 
 @pytest.mark.parametrize("fault", ["error", "late error"])
 @pytest.mark.parametrize("transient", [True, False])
-def test_what_a_failing_ledger_refuses_is_written_back_later(tmp_path, fault, transient):
+def test_signals_that_a_failing_ledger_refuses_are_written_back_later(tmp_path, fault, transient):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.fault, storing.ledger.transient = fault, transient
@@ -105,7 +105,7 @@ def test_what_a_failing_ledger_refuses_is_written_back_later(tmp_path, fault, tr
     run(main)
 
 
-def test_while_the_breaker_is_open_the_ledger_is_left_alone(tmp_path):
+def test_the_ledger_is_not_called_while_the_breaker_is_open(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.fault = "error"
@@ -128,7 +128,7 @@ def test_while_the_breaker_is_open_the_ledger_is_left_alone(tmp_path):
     run(main)
 
 
-def test_new_signals_go_behind_those_that_wait(tmp_path):
+def test_new_signals_go_behind_pending_ones(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.script = iter(["error", "error"])
@@ -144,7 +144,7 @@ def test_new_signals_go_behind_those_that_wait(tmp_path):
     run(main)
 
 
-def test_a_ledger_that_hangs_is_left_behind(tmp_path):
+def test_a_hanging_ledger_call_is_abandoned(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         async with storing.running():
@@ -163,7 +163,7 @@ def test_a_ledger_that_hangs_is_left_behind(tmp_path):
     run(main)
 
 
-def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_told(tmp_path):
+def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_reported(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.refused = set(ids(2))
@@ -194,7 +194,7 @@ def test_a_refused_signal_in_the_files_becomes_a_dead_letter(tmp_path):
     run(main)
 
 
-def test_files_that_are_full_make_the_stage_wait(tmp_path):
+def test_the_stage_waits_while_the_files_are_full(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger(), max_bytes=700)
         storing.ledger.fault = "error"
@@ -225,7 +225,7 @@ def test_when_neither_the_ledger_nor_the_files_work_the_ledger_is_tried_again(tm
     run(main)
 
 
-def test_a_signal_that_no_ledger_takes_is_poison_and_trips_nothing(tmp_path):
+def test_an_unrecordable_signal_is_poison_and_does_not_trip_the_breaker(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         bad = decided(1)
@@ -243,7 +243,7 @@ def test_a_signal_that_no_ledger_takes_is_poison_and_trips_nothing(tmp_path):
     run(main)
 
 
-def test_files_of_before_the_restart_are_written_back(tmp_path):
+def test_files_are_written_back_after_a_restart(tmp_path):
     async def main():
         ledger = FaultyLedger()
         ledger.fault = "error"
@@ -297,7 +297,7 @@ def test_write_back_now_does_not_wait_for_the_next_try(tmp_path):
     run(main)
 
 
-def test_a_bug_in_the_store_does_not_end_the_way_back(tmp_path):
+def test_a_bug_in_the_store_does_not_end_the_write_back(tmp_path):
     class Odd(FaultyLedger):
         odd = True
 
@@ -492,7 +492,7 @@ def test_rows_are_found_after_a_restart(tmp_path):
     run(main)
 
 
-def test_a_duckdb_that_hangs_is_left_behind(tmp_path):
+def test_a_hanging_duckdb_call_is_abandoned(tmp_path):
     async def main():
         projecting = Projecting(tmp_path, FaultyStore())
         async with projecting.running():
@@ -521,7 +521,7 @@ def test_full_files_make_the_projection_wait_until_duckdb_is_back(tmp_path):
     run(main)
 
 
-def test_the_breakers_are_as_the_settings_say():
+def test_the_breakers_follow_the_settings():
     breakers = Breakers(Settings().breakers)
     evaluation, ledger, duckdb = breakers
     assert evaluation.settings.timeout == 10
