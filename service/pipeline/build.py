@@ -115,8 +115,8 @@ class _PipelineBuilder:
         )
 
     def pipeline(self, recorded: Callable[[list[Signal]], None]) -> Pipeline:
-        """The pipeline without its stages, which need it. The handlers are built from the last to
-        the first, because each needs the next channel."""
+        """The pipeline without its stages, which need it. Handlers are built from last to first,
+        because trace-correlation asks whether the projection is behind."""
         settings, stores, threads = self._settings, self._stores, self._threads
         progress, in_flight = LogProgress(), InFlight()
         letters = self._dead_letters(progress, in_flight)
