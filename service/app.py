@@ -270,9 +270,9 @@ class Service:
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
     metrics_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("metrics", 1))
 
-    started_at: float = field(default_factory=time.time)
-    _stop: trio.Event = field(default_factory=trio.Event)
-    _state: str = "starting"
+    started_at: float = field(default_factory=time.time, init=False)
+    _stop: trio.Event = field(default_factory=trio.Event, init=False)
+    _state: str = field(default="starting", init=False)
 
     def __post_init__(self) -> None:
         self._exposition = Exposition(self, self.latencies)

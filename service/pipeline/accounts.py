@@ -10,7 +10,7 @@ from betrace.service.pipeline.pipeline import Pipeline
 
 @dataclass(frozen=True, slots=True)
 class SpanAccount:
-    """Spans since the start: what came in, and where it is now."""
+    """Spans since the start: how many were received, and where they are now."""
 
     accepted: int
     """Spans of requests answered with 200, or with 503 because the disk did not sync: those spans

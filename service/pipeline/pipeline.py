@@ -81,11 +81,11 @@ class Pipeline:
     batch_audit: BatchAudit | None
     slow_batches: SlowBatches | None
 
-    finished: trio.Event = field(default_factory=trio.Event)
+    finished: trio.Event = field(default_factory=trio.Event, init=False)
     """Set when :meth:`run` has processed everything after :meth:`close`."""
-    failed_after_folding: int = 0
+    failed_after_folding: int = field(default=0, init=False)
     """Spans of batches whose delivery to trace-correlation failed although they were folded."""
-    _retrying: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _retrying: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
 
     @property
     def fallbacks(self) -> dict[str, Fallback[Any]]:

@@ -41,7 +41,7 @@ async def test_readiness_ends_before_the_drain(tmp_path):
         await trio.sleep(0.1)
         assert not service.ready
         assert service.components()["service"]["status"] == "stopping"
-        assert await send(service, [S(1)]) == Done(1)  # what still comes in the delay is taken
+        assert await send(service, [S(1)]) == Done(1)  # requests during the delay are accepted
 
 
 async def test_listeners_have_addresses(tmp_path):

@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 @dataclass
 class Listening(Served):
-    """A listener, its edge, and what the edge queued."""
+    """A listener, its edge, and the requests that the edge queued."""
 
     edge: Edge = None
     queue: ScriptedQueue = None
@@ -67,7 +67,7 @@ async def listening(
 
 
 def post(body: bytes, *headers: str, path: str = "/v1/traces", version: str = "1.1") -> bytes:
-    """A request as bytes, with Content-Length unless ``headers`` say how long it is."""
+    """A request as bytes, with Content-Length unless ``headers`` give the length."""
     lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/x-protobuf"]
     lines += headers
     if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
@@ -87,7 +87,7 @@ async def until(condition) -> None:
 
 
 def write_certificate(directory) -> Tls:
-    """A certificate for 127.0.0.1, signed by itself."""
+    """A self-signed certificate for 127.0.0.1."""
     certificate, key = directory / "c.pem", directory / "k.pem"
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])

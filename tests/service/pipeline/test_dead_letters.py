@@ -47,7 +47,7 @@ def body(number: int, spans: int = 2) -> bytes:
 
 
 class World:
-    """Dead letters, and channels in place of the stages."""
+    """Dead letters, with channels instead of stages."""
 
     def __init__(self, directory, max_bytes=1 << 20):
         self.store = DeadLetterStore(
@@ -88,7 +88,7 @@ class World:
         return scope.cancelled_caught
 
     def batch(self, *numbers, tenant="acme"):
-        """Spans that are in the log and not folded."""
+        """Spans that are in the log but not folded."""
         bodies = [body(number) for number in numbers]
         frames = [Frame("protobuf", "", 5, each, 2) for each in bodies]
         positions = self.progress.append(tenant, lambda: self.log.append(tenant, frames))
@@ -127,7 +127,7 @@ async def test_transient_letters_are_retried_after_a_minute(world):
         again = await world.receives[EVALUATION].receive()
     assert isinstance(again, DueTraces)
     assert np.array_equal(again.rows, item.rows)
-    assert world.store.page() != []  # until it is safe
+    assert world.store.page() != []  # until it is stored
     world.in_flight.leave(again.ticket)
     assert world.letters.total == 0
     await trio.sleep(2)
@@ -144,7 +144,7 @@ async def test_other_letters_wait_for_an_operator(world):
     assert await world.letters.retry([letter.id]) == 1
     with trio.fail_after(3):
         await world.receives[EVALUATION].receive()
-    assert await world.nothing_comes(EVALUATION, 90)  # it is under way, and not sent twice
+    assert await world.nothing_comes(EVALUATION, 90)  # it is in progress and not sent twice
 
 
 @world_test
@@ -196,7 +196,7 @@ async def test_spans_are_read_from_the_log_again(world):
     batch = world.batch(1, 2)
     assert len(world.pending()) == 2
     await world.letters.bury(SPANS_STAGE, batch, ValueError("odd"), 4)
-    assert world.pending() == []  # the letter has them: a restart must not read them
+    assert world.pending() == []  # they are in the letter: a restart must not read them
     assert world.letters.spans == 4
     await world.letters.retry()
     again = await world.receives[SPANS_STAGE].receive()
@@ -356,7 +356,7 @@ def test_letters_in_the_log_or_the_checkpoint_are_dropped_at_the_start(tmp_path)
                 await world.letters.bury(SPANS_STAGE, batch, ValueError("odd"), 4)
             after = world.progress.snapshot()
             await world.letters.bury(SPANS_STAGE, third, ValueError("odd"), 4)
-        # The checkpoint of before: all three are read from the log. That of after: the third is.
+        # The earlier checkpoint: all three are read from the log. The later: only the third is.
         for snapshot, saved, left in ((after, [], [1, 2]), (after, [2], [1]), (before, [], [])):
             world = World(tmp_path)
             for tenant, (last, pending) in snapshot.items():
@@ -393,7 +393,7 @@ def test_a_failing_store_loses_nothing(tmp_path):
                 await world.letters.bury(EVALUATION, item, ValueError("odd"), 4)
             assert len(world.in_flight) == 1
             assert world.letters.total == 0
-            await trio.sleep(10)  # and the retries go on trying
+            await trio.sleep(10)  # and the retries continue
 
     run(main)
 

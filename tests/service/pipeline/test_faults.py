@@ -1,5 +1,5 @@
-"""The whole service without listeners, while its parts fail: nothing is lost or doubled, and every
-span is accounted for."""
+"""The whole service without listeners while parts of it fail: nothing is lost or counted twice, and
+every span is accounted for."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Harness:
             service.close()
 
     async def _watch(self, _):
-        """Look at the accounts as often as possible."""
+        """Check the accounts as often as possible."""
         while True:
             account = self.service.account()
             self.samples += 1
@@ -143,7 +143,7 @@ class Harness:
 
 
 def failing(owner, name, error):
-    """Let a method fail until the returned function is called."""
+    """Make a method fail until the returned function is called."""
     original = getattr(owner, name)
     state = {"broken": True, "calls": 0}
 
@@ -177,7 +177,7 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
         assert service.components()["dead-letters"]["status"] == "degraded"
         if isinstance(error, TransientError):
             calls = heal.calls()
-            await harness.until(lambda: heal.calls() > calls)  # they are tried again by themselves
+            await harness.until(lambda: heal.calls() > calls)  # they are retried automatically
             heal()
         else:
             heal()
@@ -217,7 +217,7 @@ async def test_an_unavailable_ledger_delays_nothing(tmp_path):
         heal = failing(service.ledger, "record", LedgerError("it is away", transient=True))
         for number in range(1, 81):
             await harness.send(number)
-        await harness.until(lambda: len(harness.projected()) == 80)  # safe in the files
+        await harness.until(lambda: len(harness.projected()) == 80)  # durable in the files
         assert harness.recorded() == []
         components = service.components()
         assert components["fallback-ledger"]["status"] == "degraded"

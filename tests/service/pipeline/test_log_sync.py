@@ -1,4 +1,4 @@
-"""Group commit: one sync for all who wait, failures for those they concern."""
+"""Group commit: one sync for all waiting callers, failures for the affected ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betrace.service.storage.spanlog.log import LogSyncError
 
 
 class Log:
-    """A span log that only notes who was synced; ``fails`` are tenants whose disk fails."""
+    """A span log that only records synced tenants; the disk of tenants in ``fails`` fails."""
 
     def __init__(self) -> None:
         self.synced: list[set[str] | None] = []
@@ -102,12 +102,12 @@ async def test_a_failure_is_raised_for_the_affected_tenants(log, group, autojump
     assert outcomes == {"first": "safe", "good": "safe", "bad": "bad", "both": "bad"}
     assert group.failures == 1
     log.fails = set()
-    await group.sync(["bad"])  # the disk is well again
+    await group.sync(["bad"])  # the disk works again
 
 
 @pytest.mark.parametrize("how", ["cancelled", "unexpected error"])
 async def test_no_caller_succeeds_without_a_finished_sync(log, group, autojump_clock, how):
-    """The task that runs the sync for all ends without it; the others must not believe in it."""
+    """The task that runs the shared sync is cancelled; the other callers must see a failure."""
     told: list[str] = []
 
     async def follow() -> None:

@@ -14,7 +14,7 @@ from tests.support.inprocess import closed, running, send, settings, standing, w
 from tests.support.spans import TRACE, S
 
 RULES = {
-    "all": "count(a) == 1500",  # more than the window in which a repeated span is known
+    "all": "count(a) == 1500",  # more than the window in which repeated spans are recognized
     "late": 'count(a.where(x matches "^v")) == 1',
     "b": "when { a } always { b }",
 }
@@ -22,7 +22,7 @@ RULES = {
 
 @pytest.fixture
 def fault(monkeypatch):
-    """While it holds anything, comparisons in Python fail."""
+    """Comparisons in Python fail while it is not empty."""
     left: list[int] = []
     evaluate = foldrun.evaluate
 

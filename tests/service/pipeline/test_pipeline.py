@@ -179,7 +179,7 @@ async def test_a_failed_sync_refuses_the_affected_requests(tmp_path, monkeypatch
             assert await good.reply.wait() == Done(1)
             wrong = await odd.reply.wait()
             assert isinstance(wrong, Refused)
-            assert wrong.status == 400  # sending it again would not help
+            assert wrong.status == 400  # a retry would not help
         # The client sends it again, and it counts once.
         assert await send(service, [S(1)]) == Done(1)
         await closed(service)
@@ -205,7 +205,7 @@ async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
         monkeypatch.setattr(correlate, "_fold_one", sometimes)
         for number in range(1, 6):
             trace = bytes([number]) * 16
-            # More spans than are remembered, so that folding twice would count twice.
+            # More spans than are remembered, so that folding twice would count them twice.
             spans = [S(i, "x", trace=trace) for i in range(1, 1200)] + [S(5000, trace=trace)]
             await service.pipeline.requests.send(request(body(*spans), weight=1200))
         await closed(service)
@@ -240,7 +240,7 @@ async def test_only_the_request_that_makes_the_stage_fail_is_refused(config, mon
         assert isinstance(outcomes[1], Refused)
         assert outcomes[1].status == 503
         await closed(service)
-        # What was appended before the failure does not wait for ever to be folded.
+        # Frames appended before the failure do not stay pending forever.
         assert all(not pending for _, pending in service.pipeline.progress.snapshot().values())
         assert service.log.statistics().frames == 2
 

@@ -1,4 +1,4 @@
-"""How far the work has come, as a checkpoint must know it."""
+"""How far the work has come, for checkpoints."""
 
 from __future__ import annotations
 

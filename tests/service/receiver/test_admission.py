@@ -25,7 +25,7 @@ async def admit(edge, *headers, method="POST", path="/v1/traces"):
 
 
 def status(response):
-    """The google.rpc.Status of an error, in whichever encoding."""
+    """The google.rpc.Status of an error, in either encoding."""
     headers = dict(response.headers)
     assert headers[b"content-length"] == str(len(response.body)).encode()
     if headers[b"content-type"] == b"application/x-protobuf":
@@ -170,7 +170,7 @@ async def test_refusals_of_the_pipeline_reach_the_client(code, reason, rpc, retr
 
 
 async def under_way(edge, queue, nursery, tenant="default"):
-    """Have a request of the tenant wait in the queue."""
+    """Let a request of the tenant wait in the queue."""
     before = len(queue.taken)
     queue.outcome = None
     nursery.start_soon(edge.handle, Head(tenant, "protobuf", "", None), b"x")
@@ -195,7 +195,7 @@ async def test_a_full_channel_refuses_before_the_body(nursery):
     assert isinstance(await admit(edge), Head)
     queue.fill = 0.91
     request.release()
-    request.release()  # twice does no harm
+    request.release()  # idempotent
     assert isinstance(await admit(edge), Head)
     nursery.cancel_scope.cancel()
 
@@ -238,7 +238,7 @@ async def test_only_a_tenth_of_the_queue_may_wait_to_be_queued(nursery):
         nursery.start_soon(edge.handle, head, b"x" * 900)
         await trio.testing.wait_all_tasks_blocked()
         waiting += 1
-    assert 110 < waiting * weight <= 110 + weight  # of 100, in the queue or not
+    assert 110 < waiting * weight <= 110 + weight  # of 100, queued or not
     nursery.cancel_scope.cancel()
 
 
@@ -329,7 +329,7 @@ async def test_weights_follow_the_spans_that_bodies_contained():
     for _ in range(300):
         await edge.handle(Head("a", "protobuf", "gzip", None), b"x" * 500)
     assert edge.estimate("protobuf", "gzip", 5000) == pytest.approx(100, abs=2)
-    assert edge.estimate("protobuf", "", 4000) == 10  # others are not touched
+    assert edge.estimate("protobuf", "", 4000) == 10  # other tenants are not affected
     assert edge.estimate("protobuf", "", 0) == 1
 
 
@@ -382,12 +382,12 @@ async def test_memory_for_bodies_is_bounded_and_shared():
     head, other = Head("a", "json", "", 4096), Head("b", "json", "", None)
     with edge.body(head) as one, edge.body(head) as two, edge.body(other) as three:
         assert one.feed(b"x") is None
-        assert edge.buffered_bytes == 1  # what was announced does not count
+        assert edge.buffered_bytes == 1  # announced bytes do not count
         assert one.feed(b"x" * 3999) is None
         assert two.feed(b"x" * 3000) is None
         response = two.feed(b"x" * 400)
         assert (response.status, retry_after(response)) == (503, 1)
-        assert three.feed(b"x" * 700) is None  # a tenth is for those who hold nothing
+        assert three.feed(b"x" * 700) is None  # a tenth is reserved for tenants with nothing
         assert three.feed(b"x" * 200).status == 503
         assert edge.buffered_bytes == 7700
     assert edge.buffered_bytes == 0

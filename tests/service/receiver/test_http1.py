@@ -1,4 +1,4 @@
-"""HTTP/1.1 messages as bytes: whatever arrives, in whatever pieces."""
+"""HTTP/1.1 messages as bytes: any input, in any pieces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.ingest_servers import chunk, post
 
 HEAD = post(b"", "X-Scope-OrgID: acme", "Content-Length: 12", "Connection: keep-alive")
 
-# Bytes that matter to a parser of HTTP, more often than others.
+# Mostly bytes that matter to an HTTP parser.
 telling = st.one_of(
     st.sampled_from(
         [b"\r\n", b"\r", b"\n", b" ", b"\t", b":", b";", b",", b"\0", b"\x80", b"0", b"a", b"\xff"]

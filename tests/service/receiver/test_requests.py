@@ -77,11 +77,11 @@ async def test_a_chunked_body_over_the_limit_is_refused_while_it_arrives():
     async with listening(max_body_bytes=100_000) as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked") + chunk(bytes(60_000)) * 2)
-        status, _, body = await client.response()  # the body is not yet complete
+        status, _, body = await client.response()  # the body is not complete yet
         assert status == 413
         assert "100000 bytes" in Status.FromString(body).message
         await client.send(chunk(b"x") + b"0\r\n\r\n")
-        await client.send(post(b"next"))  # the rest was read, so the connection goes on
+        await client.send(post(b"next"))  # the rest was read, so the connection stays open
         assert (await client.response())[0] == 200
     assert server.bodies == [b"next"]
 

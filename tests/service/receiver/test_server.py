@@ -1,5 +1,5 @@
-"""What our own ingestion listener does beyond tests of both: exact bytes, strictness, time limits,
-numbers of connections, and the end."""
+"""The ingestion listener in detail: exact bytes, strictness, time limits, limits of connections,
+and shutdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def short_farewells(monkeypatch):
 
 
 async def everything(client) -> bytes:
-    """All that the server sends until it closes."""
+    """Everything that the server sends until it closes."""
     received = client.buffer
     with trio.fail_after(5):
         while part := await client.stream.receive_some():
@@ -235,7 +235,7 @@ async def test_invalid_request_lines(line, expected):
 async def test_an_invalid_head_is_refused_before_its_end():
     async with listening() as server:
         client = await server.connect()
-        await client.send(b"\x16\x03\x01")  # a TLS client says hello, and waits
+        await client.send(b"\x16\x03\x01")  # a TLS client hello
         status, _, body = await client.response()
         assert status == 400
         assert b"TLS" in body
@@ -482,7 +482,7 @@ async def test_connections_above_the_limit_wait_for_one_that_ends():
     async with listening(max_connections=2) as server:
         first, second = [await server.connect() for _ in range(2)]
         for client in (first, second):
-            await client.send(post(b"abc")[:-1])  # busy: the body is not all there
+            await client.send(post(b"abc")[:-1])  # busy: the body is incomplete
         await until(lambda: server.edge.buffered_bytes == 4)
         third = await server.connect()
         await third.send(post(b"b"))
@@ -516,7 +516,7 @@ async def test_the_time_limit_of_heads_applies_to_tls_handshakes(tmp_path):
 
 
 class Exhausted:
-    """A listening socket that runs out of descriptors, or whose clients have left."""
+    """A listening socket that runs out of descriptors, or whose clients have disconnected."""
 
     def __init__(self, real, errors):
         self._real, self._errors = real, errors
@@ -566,7 +566,7 @@ async def test_a_bug_ends_only_its_connection(caplog):
     assert "on purpose" in caplog.text
 
 
-# The end
+# Shutdown
 
 
 async def test_at_shutdown_only_requests_in_progress_are_finished():

@@ -18,7 +18,7 @@ def test_a_single_tenant_may_take_all_but_the_reserve():
 def test_above_half_a_tenant_with_more_than_an_equal_share_is_refused():
     shares = Shares(100, 0.9)
     shares.take("a", 48)
-    assert shares.admits("a", 2)  # nobody looks at shares yet
+    assert shares.admits("a", 2)  # shares do not matter yet
     shares.take("b", 10)
     assert not shares.admits("a", 1)
     assert shares.admits("b", 10)

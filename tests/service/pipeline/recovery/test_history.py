@@ -1,4 +1,4 @@
-"""Late spans of many traces at once: read back in rounds, within a time."""
+"""Late spans of many traces at once: the traces are read back in rounds, within a time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Late spans that were answered just before a crash find the trace that was closed long before."""
+"""Late spans acknowledged just before a crash find their trace, which was closed long before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lost and damaged files of DuckDB are made again; a long log is read with few traces open."""
+"""Lost and damaged DuckDB files are rebuilt; a long log is read with few open traces."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ async def rows(service: Any, *numbers: int) -> dict[str, tuple[int, int]]:
 
 
 async def filled(tmp_path: Path) -> Any:
-    """Traces 1 to 3, the second broken, the third healed late; the service has ended."""
+    """Traces 1 to 3, the second in breach, the third fixed by a late span; the service has
+    ended."""
     write_rules(tmp_path, RULES)
     config = settings(tmp_path)
     async with running(config) as service:
@@ -81,7 +82,7 @@ async def test_a_lost_file_is_rebuilt_before_spans_are_accepted(tmp_path, damage
     async with running(config) as service:
         assert await shown(service) == {trace_id(2)}
         assert await rows(service, 1, 2, 3) == EXPECTED_ROWS
-        # A late span finds its trace, as if nothing had been.
+        # A late span finds its trace as if nothing had happened.
         assert await send(service, [S(6, "b", trace=trace(2))]) == Done(1)
         await closed(service)
         assert await shown(service) == set()

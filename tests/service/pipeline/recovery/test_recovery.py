@@ -1,4 +1,4 @@
-"""Sudden death at any point: what was answered with 200 is evaluated once, whatever happens."""
+"""A crash at any point: everything answered with 200 is evaluated exactly once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config(tmp_path):
 
 
 def expected(spans: list[S]) -> set[tuple[str, str]]:
-    """What the oracle says of the traces that the spans make."""
+    """The oracle's verdict on the traces of the spans."""
     traces: dict[bytes, list[OracleSpan]] = {}
     for span in spans:
         traces.setdefault(span.trace, []).append(
@@ -173,8 +173,8 @@ async def test_a_checkpoint_covers_everything_before_it(config):
 
 
 async def test_a_verdict_changed_by_late_spans_around_a_crash_is_retracted(config):
-    """The trace was closed, its breach stored, a late span came, then the process died: all of it
-    after the last checkpoint."""
+    """After the last checkpoint the trace was closed, its breach was stored, a late span arrived,
+    and the process died."""
     async with running(config, die=True) as service:
         await send(service, [S(1), S(2)])
         await closed(service)
@@ -187,7 +187,7 @@ async def test_a_verdict_changed_by_late_spans_around_a_crash_is_retracted(confi
 
 
 async def test_a_long_trace_closed_before_a_crash_is_not_counted_twice(config):
-    """More spans than are remembered by their ids are read from the log again."""
+    """More spans than are remembered by id are read from the log again."""
     spans = [S(i, "x") for i in range(1, 3001)]
     async with running(config, die=True) as service:
         await send(service, spans)
@@ -214,7 +214,7 @@ async def test_a_damaged_checkpoint_is_skipped(config, caplog):
 
 
 async def test_a_checkpoint_that_cannot_be_used_loses_nothing(config, monkeypatch, caplog):
-    """Its rules compile to other checks, as in another version: the whole log is read instead."""
+    """Its rules compile to other checks, as in another version, so the whole log is read."""
     async with running(config, die=True) as service:
         await send(service, [S(1), S(2)])
         await send(service, [S(1)], tenant="other")
@@ -308,7 +308,7 @@ def test_a_frame_that_cannot_be_decoded_hides_no_other(caplog):
 
 
 async def saved_after(service: Service, before: float) -> None:
-    """Return when a checkpoint is saved that is newer than one."""
+    """Return when a newer checkpoint is saved."""
     with trio.fail_after(20):
         while (service.recovery.saved_at or 0.0) <= before:
             await trio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Deleting a tenant from a running service: nothing of it is left, and nobody else notices."""
+"""Deleting a tenant from a running service leaves nothing of it and affects no other tenant."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MARK = "marked"
 
 
 def span(number):
-    """A span that is the whole of a trace."""
+    """A span that is a complete trace."""
     return S(number, MARK, number.to_bytes(16, "big"))
 
 
 def files_with(directory, text):
-    """The files that hold a text, but for those that keep it: the ledger, the audit log, and the
+    """The files that contain a text, except those that keep it: the ledger, the audit log, and the
     directory of tenants with its name."""
     kept = ("ledger.sqlite", "audit.jsonl", "tenants.sqlite")
     return [
@@ -45,7 +45,7 @@ def fill(directory, *tenants):
 
 
 async def some(service, *tenants, first=0):
-    """Have tenants send traces that raise signals, and one that stays open."""
+    """Let tenants send traces that raise signals, and one that stays open."""
     for tenant in tenants:
         spans = [span(first + n + 1) for n in range(5)]
         assert isinstance(await send(service, spans, tenant), Done)
@@ -161,7 +161,7 @@ async def test_a_recreated_tenant_starts_empty(tmp_path):
         await closed(service)
         assert len(signals(service, "acme")) == 5
         service.store.remove("acme")
-    async with running(config) as service:  # DuckDB is made again, from the ledger and the log
+    async with running(config) as service:  # DuckDB is rebuilt from the ledger and the log
         found = signals(service, "acme")
         assert len(found) == 5
         assert {int(each.signal.trace_id, 16) for each in found} == set(range(51, 56))

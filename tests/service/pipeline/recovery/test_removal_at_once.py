@@ -1,4 +1,4 @@
-"""Deletions that hang or fail hold up no others, in virtual time."""
+"""Deletions that hang or fail do not delay others, in virtual time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support import virtual
 
 
 class Store:
-    """What removes the files: some tenants' hang, some fail a few times."""
+    """A store whose ``remove`` hangs for some tenants and fails a few times for others."""
 
     def __init__(self) -> None:
         self.stuck: dict[str, threading.Event] = {}
@@ -124,7 +124,7 @@ def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
             assert store.most_at_once <= AT_ONCE
             assert recovery.saved <= 8  # shared
             assert directory.in_state(State.DELETING) == set(names[:3])
-            # An attempt that ended while its thread hangs does not begin another beside it.
+            # While the thread of an ended attempt hangs, no second one is started.
             await trio.sleep(10 * ATTEMPT_SECONDS)
             assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
             for event in store.stuck.values():

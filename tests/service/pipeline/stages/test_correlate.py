@@ -1,4 +1,4 @@
-"""trace-correlation on a virtual clock: what is due and when, and what happens on failures."""
+"""trace-correlation on a virtual clock: which traces are due when, and what failures do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.kernel
 
 
 class Here:
-    """A runner that calls at once: threads do not wait for a virtual clock."""
+    """A runner that calls at once, because threads do not wait for a virtual clock."""
 
     async def run(self, function: Callable[..., Any], *args: Any, **_: Any) -> Any:
         await trio.lowlevel.checkpoint()
@@ -36,7 +36,7 @@ class Here:
 
 
 class Rig:
-    """The stage with a clock that is Trio's, and what it passed on."""
+    """The stage on Trio's clock, and what it passed on."""
 
     def __init__(self, **limits: int) -> None:
         given = {
@@ -137,7 +137,7 @@ async def test_a_trace_that_never_idles_is_due_at_its_maximum_age(nursery, autoj
     for number in range(1, 100):
         await rig.send(S(number, "x"))
         await trio.sleep(1)
-        if found := [due for due in rig.due() if len(due)]:  # also log positions are passed on
+        if found := [due for due in rig.due() if len(due)]:  # log positions are passed on too
             assert 60 <= trio.current_time() - start <= 72
             assert found[0].closed
             return
@@ -315,7 +315,7 @@ async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
             last[tenant] = trio.current_time()
         await trio.sleep(0.1 + number % 3)
         for due in rig.due():
-            if len(due):  # others only pass on log positions
+            if len(due):  # others contain only log positions
                 rig.in_flight.leave(due.ticket)
                 assert 5 <= trio.current_time() - last.pop(due.tenant) <= 5.25 + 2.1
         assert set(last) == {n for n, t in rig.stage.tenants.items() if t.open_count}
@@ -333,7 +333,7 @@ async def test_thousands_of_tenants_are_searched_in_turn(nursery, autojump_clock
         await rig.send(S(number + 1), tenant=f"t{number}")
     await trio.sleep(5)
     nursery.start_soon(rig.stage.tick)
-    await trio.sleep(0.1)  # the clock's ticks are in between
+    await trio.sleep(0.1)  # between ticks of the clock
     found: list[DueTraces] = []
     for round_ in range(1, 4):
         await trio.sleep(0.25)

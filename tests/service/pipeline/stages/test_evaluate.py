@@ -49,7 +49,7 @@ class Evaluating:
         return latencies
 
     def _clock_ns(self):
-        """Called in the thread that decides: it fails or hangs there."""
+        """Called in the deciding thread, where it fails or hangs."""
         self.faulty.meet(RuntimeError("a bug"), lambda: None)
         return 5
 
@@ -108,7 +108,7 @@ def test_tickets_are_passed_on_or_returned():
         passed = await evaluating.passed.receive()
         assert passed.ticket == closed.ticket
         assert np.array_equal(passed.closed.rows, closed.rows)
-        assert len(evaluating.in_flight) == 1  # nothing came of the other
+        assert len(evaluating.in_flight) == 1  # the other had no result
         assert len(evaluating.seconds) == 1  # observed once for the batch
         assert 0 < evaluating.seconds[0] < 10
         evaluating.threads.close()
@@ -133,7 +133,7 @@ def test_small_batches_are_decided_without_a_thread_until_they_give_many_signals
         monkeypatch.setattr(stage, "_decide", decide)
         small = evaluate.SMALL // len(due().rules.rules)
         assert await calls(due(*range(small))) == 0
-        assert await calls(due(*range(small)), due(1)) == 1  # together it is more
+        assert await calls(due(*range(small)), due(1)) == 1  # together they are more
         found[:] = range(FEW_SIGNALS + 1)
         assert await calls(due(1)) == 0
         assert await calls(due(2)) == 1

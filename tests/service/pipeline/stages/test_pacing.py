@@ -1,4 +1,4 @@
-"""Commits have a share of a core, and those with signals one of their own."""
+"""Commits have a share of a core; commits with signals have a share of their own."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_signals_that_a_failing_ledger_refuses_are_written_back_later(tmp_path, 
         async with storing.running():
             await storing.stage.handle([decided(1, 2)])
             assert storing.fallback.pending
-            assert storing.passed.statistics().items_queued == 1  # safe, so it goes on
+            assert storing.passed.statistics().items_queued == 1  # durable, so it is passed on
             storing.ledger.fault = None
             await storing.settled()
             assert storing.ledger.order == ids(1, 2)
@@ -121,7 +121,7 @@ def test_the_ledger_is_not_called_while_the_breaker_is_open(tmp_path):
             storing.ledger.fault = None
             await storing.settled()
             assert storing.ledger.order == ids(0, 1, 2, 4)
-            # Trials closed it: one chunk was enough for all that was pending, so one more.
+            # Trial calls close it; one chunk was enough for everything pending, so one more is due.
             await storing.stage.handle([decided(5)])
             assert storing.breaker.state is BreakerState.CLOSED
 
@@ -156,8 +156,8 @@ def test_a_hanging_ledger_call_is_abandoned(tmp_path):
                 assert storing.ledger.replaced == 1
                 assert storing.fallback.pending
             await storing.settled()
-            assert [s.id for s in storing.stored] == ids(1)  # told once, whoever recorded it
-            # The call that hung went on and recorded it, too: still one.
+            assert [s.id for s in storing.stored] == ids(1)  # reported once, whoever recorded it
+            # The hanging call continued and recorded it too: still one.
             assert storing.ledger.new == Counter(ids(1))
 
     run(main)
@@ -204,7 +204,7 @@ def test_the_stage_waits_while_the_files_are_full(tmp_path):
                 await storing.stage.handle([decided(2, 3, 4)])
             assert waiting.cancelled_caught
             assert storing.fallback.refusals > 1
-            assert storing.passed.statistics().items_queued == 1  # the second is not safe
+            assert storing.passed.statistics().items_queued == 1  # the second is not durable
             storing.ledger.fault = None
             await storing.stage.handle([decided(2, 3, 4)])
             await storing.settled()
@@ -325,7 +325,7 @@ FAULTS = st.sampled_from([None, None, "error", "late error"])
 
 
 async def cancel_after(steps, scope):
-    """Cancel in the middle of what is going on: in a thread, mostly."""
+    """Cancel in the middle of the work, mostly in a thread."""
     for _ in range(steps):
         await trio.lowlevel.checkpoint()
     scope.cancel()
@@ -339,7 +339,8 @@ def test_every_signal_is_recorded_once_whatever_fails(tmp_path_factory, steps):
     given = []
 
     async def life(todo):
-        """One process: works until it is killed; what was not safe comes again, as from the log."""
+        """One process, which works until it is killed; items not durable come again, as from a
+        log."""
         storing = Storing(directory, ledger)
         async with storing.running(), trio.open_nursery() as killer:
             while todo:
@@ -431,7 +432,7 @@ def test_rows_that_duckdb_refuses_are_written_back_in_order(tmp_path):
         async with projecting.running():
             ticket = projecting.in_flight.enter()
             await projecting.stage.handle([decided(1, 2, ticket=ticket)])
-            assert len(projecting.in_flight) == 0  # safe in the files
+            assert len(projecting.in_flight) == 0  # durable in the files
             await projecting.stage.handle([decided(3, tenant="b"), decided(4, tenant="b")])
             await projecting.stage.handle([decided(5)])
             projecting.store.fault = None
@@ -439,7 +440,7 @@ def test_rows_that_duckdb_refuses_are_written_back_in_order(tmp_path):
             assert projecting.store.traces == {"acme": traces(1, 2, 5), "b": traces(3, 4)}
             assert projecting.store.signals["acme"] == ids(1, 2, 5)
             await projecting.stage.handle([decided(6)])
-            await projecting.settled()  # it may have been one trial too many
+            await projecting.settled()  # it may have been one trial call too many
             assert projecting.store.traces["acme"] == traces(1, 2, 5, 6)
 
     run(main)
