@@ -148,7 +148,7 @@ def build(
     )
 
     # Recovery and upkeep
-    record = Record(visible, stores.reserves.ledger)
+    record = Record(visible, stores.local.ledger)
     recovery = Recovery(settings, stores, pipeline, record, threads, gate.closed)
     rebuild = Rebuild(data, log, visible, duckdb, registry.compiled, max_body, gate.closed)
 

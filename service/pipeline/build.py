@@ -51,7 +51,7 @@ class Stores:
     registry: RuleRegistry
     ledger: SignalLedger
     duckdb: DuckStore
-    reserves: Reserves
+    local: Reserves
 
 
 def build_pipeline(
@@ -125,7 +125,7 @@ class _PipelineBuilder:
                 stores.duckdb,
                 threads["duckdb"],
                 self._breakers.duckdb,
-                stores.reserves.duckdb,
+                stores.local.duckdb,
                 letters.bury_all,
             ),
             in_flight,
@@ -137,7 +137,7 @@ class _PipelineBuilder:
                 stores.ledger,
                 threads["ledger"],
                 self._breakers.ledger,
-                stores.reserves.ledger,
+                stores.local.ledger,
                 letters.bury_all,
             ),
             settings.ledger.batch_signals,
@@ -288,7 +288,7 @@ class _PipelineBuilder:
 
     def _dead_letters(self, progress: LogProgress, in_flight: InFlight) -> DeadLetters:
         letters = DeadLetters(
-            self._stores.reserves.letters,
+            self._stores.local.letters,
             self._stores.log,
             progress,
             in_flight,

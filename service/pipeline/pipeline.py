@@ -146,7 +146,7 @@ class Pipeline:
                 if name != "span-ingestion"
             }
             await self.correlate.caught_up.wait()
-            self.project.pace.active = True
+            self.project.pace.held = True
             await self.letters.run(channels)
 
     def close(self) -> None:

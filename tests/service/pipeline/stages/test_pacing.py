@@ -1,4 +1,4 @@
-"""Commits have a share of a core; commits with signals have a share of their own."""
+"""Commits have a share of a core, and those with signals one of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from betrace.service.pipeline.stages.pacing import URGENT_SHARES, CommitPace
 
 async def test_the_pause_grows_with_the_cost(autojump_clock: MockClock) -> None:
     pace = CommitPace(0.05)
-    pace.active = True
+    pace.held = True
     for _ in range(200):
         pace.observe(0.01, 0)
     assert pace.cost == pytest.approx(0.01, rel=0.01)
@@ -25,7 +25,7 @@ async def test_the_pause_grows_with_the_cost(autojump_clock: MockClock) -> None:
     assert wait == pytest.approx(0.2 / URGENT_SHARES, rel=0.01)
 
 
-async def test_rows_do_not_count_as_the_cost_of_a_commit() -> None:
+async def test_rows_do_not_make_a_commit_dear() -> None:
     few, many = CommitPace(0.05), CommitPace(0.05)
     for _ in range(200):
         few.observe(0.003, 3)
@@ -33,9 +33,9 @@ async def test_rows_do_not_count_as_the_cost_of_a_commit() -> None:
     assert few.cost == pytest.approx(many.cost, rel=0.05)
 
 
-async def test_commits_are_not_paced_until_the_log_is_read(autojump_clock: MockClock) -> None:
+async def test_nothing_is_held_back_until_the_log_was_read(autojump_clock: MockClock) -> None:
     pace = CommitPace(0.0001)
     pace.taken(urgent=False)
     assert pace.due(urgent=False) <= trio.current_time()
-    pace.active = True
+    pace.held = True
     assert pace.due(urgent=False) > trio.current_time() + 10
