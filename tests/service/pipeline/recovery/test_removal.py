@@ -9,6 +9,8 @@ import pytest
 import trio
 
 from betrace.service.api.backend import Operator
+from betrace.service.export.archiver import archive_directory
+from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.recovery import removal
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.fallback_files import FallbackFiles
@@ -58,6 +60,10 @@ def signals(service, tenant):
 
 async def test_all_data_of_a_tenant_is_deleted_and_nothing_of_others(tmp_path):
     fill(tmp_path, "acme", "beta")
+    archive = archive_directory(settings(tmp_path))
+    for name in ("acme", "beta"):
+        tenant_archive(archive, name).mkdir(parents=True)
+        (tenant_archive(archive, name) / "spans.parquet").write_bytes(b"x")
     async with running(settings(tmp_path)) as service:
         await some(service, "acme", "beta")
         await closed(service)
@@ -68,6 +74,8 @@ async def test_all_data_of_a_tenant_is_deleted_and_nothing_of_others(tmp_path):
         assert "acme" not in service.traces()
         assert not (tmp_path / "data" / "acme").exists()
         assert not (tmp_path / "rules" / "acme").exists()
+        assert not tenant_archive(archive, "acme").exists()
+        assert tenant_archive(archive, "beta").exists()
         assert files_with(tmp_path, "acme-rule") == []
         assert signals(service, "acme") == []
         refused = await send(service, [span(99)], "acme")
