@@ -1,72 +1,39 @@
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from betrace.channels import Breaker, BreakerSettings, BreakerState, ThreadRunner, open_channel
-from betrace.service.config.settings import Settings
-from betrace.service.pipeline.breakers import Breakers, PoisonError
-from betrace.service.pipeline.fallback import GuardedStore
-from betrace.service.pipeline.progress import InFlight
-from betrace.service.pipeline.stages.pacing import CommitPace
-from betrace.service.pipeline.stages.project import ProjectStage
+from betrace.channels import BreakerState, open_channel
+from betrace.service.pipeline.breakers import PoisonError
 from betrace.service.pipeline.stages.record import RecordStage
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.telemetry.latencies import Latencies
-from tests.support.failing_stores import FaultyLedger, FaultyStore, decided, signal
+from tests.support.failing_stores import FaultyLedger, decided, signal
+from tests.support.store_stages import LIMITS, StageOverStore, ids
 from tests.support.virtual import run
 
-LIMITS = BreakerSettings(window=4, minimum_calls=4, open_for=15.0, timeout=5.0, trial_calls=2)
 
-
-class Storing:
+class Storing(StageOverStore):
     """A storage-write stage over a faulty ledger; what it passes on is in ``passed``."""
 
     def __init__(self, directory, ledger, max_bytes=1 << 20, limits=LIMITS):
+        files = FallbackFiles(directory, max_bytes, file_bytes=2000)
+        super().__init__("ledger", ledger, files, limits)
         self.ledger = ledger
-        self.files = FallbackFiles(directory, max_bytes, file_bytes=2000)
-        self.threads = ThreadRunner("ledger", 2)
-        self.breaker = Breaker(
-            "ledger", limits, is_failure=lambda error: not isinstance(error, PoisonError)
-        )
         self.stored = []
-        self.buried = []
         send, self.passed = open_channel("rows", 100_000, lambda d: d.weight)
         self.stage = RecordStage(
-            GuardedStore(ledger, self.threads, self.breaker, self.files, self._bury),
-            5,
-            send,
-            self.stored.extend,
-            Latencies(),
-            time.time_ns,
+            self.guarded, 5, send, self.stored.extend, Latencies(), time.time_ns
         )
         self.counts = self.stage.counts
         self.fallback = self.stage.fallback
 
     async def _bury(self, stage, items, error, attempts):
         self.buried.append((stage, [s.id for each in items for s in each.signals], str(error)))
-
-    @asynccontextmanager
-    async def running(self):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.fallback.write_back)
-            yield
-            nursery.cancel_scope.cancel()
-        self.fallback.close()
-        self.threads.close()
-
-    async def settled(self):
-        while self.fallback.pending:
-            await trio.sleep(1)
-
-
-def ids(*numbers):
-    return [signal(number).id for number in numbers]
 
 
 def test_a_working_ledger_gets_the_signals_and_the_files_nothing(tmp_path):
@@ -391,143 +358,3 @@ def test_the_real_ledger_through_an_outage(tmp_path):
         ledger.close()
 
     run(main)
-
-
-# The projection
-
-
-class Projecting:
-    def __init__(self, directory, store, limits=LIMITS):
-        self.store = store
-        self.files = FallbackFiles(directory, 1 << 20)
-        self.threads = ThreadRunner("duckdb", 2)
-        self.breaker = Breaker(
-            "duckdb", limits, is_failure=lambda error: not isinstance(error, PoisonError)
-        )
-        self.buried = []
-        self.in_flight = InFlight()
-        self.stage = ProjectStage(
-            GuardedStore(store, self.threads, self.breaker, self.files, self._bury),
-            self.in_flight,
-            CommitPace(1.0),
-            Latencies(),
-        )
-        self.fallback = self.stage.fallback
-
-    async def _bury(self, stage, items, error, attempts):
-        self.buried += [(stage, item, str(error)) for item in items]
-
-    running = Storing.running
-    settled = Storing.settled
-
-
-def traces(*numbers):
-    return [(number + 1).to_bytes(16, "big") for number in numbers]
-
-
-def test_rows_that_duckdb_refuses_are_written_back_in_order(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.store.fault = "error"
-        async with projecting.running():
-            ticket = projecting.in_flight.enter()
-            await projecting.stage.handle([decided(1, 2, ticket=ticket)])
-            assert len(projecting.in_flight) == 0  # durable in the files
-            await projecting.stage.handle([decided(3, tenant="b"), decided(4, tenant="b")])
-            await projecting.stage.handle([decided(5)])
-            projecting.store.fault = None
-            await projecting.settled()
-            assert projecting.store.traces == {"acme": traces(1, 2, 5), "b": traces(3, 4)}
-            assert projecting.store.signals["acme"] == ids(1, 2, 5)
-            await projecting.stage.handle([decided(6)])
-            await projecting.settled()  # it may have been one trial call too many
-            assert projecting.store.traces["acme"] == traces(1, 2, 5, 6)
-
-    run(main)
-
-
-def test_rows_that_can_never_be_written_are_poison(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.store.fault, projecting.store.transient = "error", False
-        async with projecting.running():
-            for _ in range(6):
-                with pytest.raises(PoisonError, match="DuckDB is away"):
-                    await projecting.stage.handle([decided(1)])
-            assert projecting.breaker.state is BreakerState.CLOSED
-
-    run(main)
-
-
-def test_poison_in_the_files_is_buried_and_the_rest_is_written(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.store.poison = traces(2)[0].hex()
-        projecting.breaker.force_open()
-        async with projecting.running():
-            await projecting.stage.handle([decided(1), decided(2), decided(3)])
-            projecting.breaker.reset()
-            await projecting.settled()
-            assert projecting.store.traces["acme"] == traces(1, 3)
-            ((stage, item, error),) = projecting.buried
-            assert stage == "projection"
-            assert [s.id for s in item.signals] == ids(2)
-            assert "does not fit" in error
-
-    run(main)
-
-
-def test_rows_are_found_after_a_restart(tmp_path):
-    async def main():
-        store = FaultyStore()
-        store.fault = "error"
-        projecting = Projecting(tmp_path, store)
-        async with projecting.running():
-            await projecting.stage.handle([decided(1, 2)])
-        store.fault = None
-        again = Projecting(tmp_path, store)
-        async with again.running():
-            await again.settled()
-        assert store.traces["acme"] == traces(1, 2)
-
-    run(main)
-
-
-def test_a_hanging_duckdb_call_is_abandoned(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        async with projecting.running():
-            with projecting.store.hanging():
-                started = trio.current_time()
-                await projecting.stage.handle([decided(1)])
-                assert trio.current_time() - started == pytest.approx(5)
-                assert projecting.fallback.pending
-            await projecting.settled()
-            assert set(projecting.store.traces["acme"]) == set(traces(1))
-
-    run(main)
-
-
-def test_full_files_make_the_projection_wait_until_duckdb_is_back(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.files._max_bytes = 10
-        projecting.store.script = iter(["error"] * 3)
-        async with projecting.running():
-            started = trio.current_time()
-            await projecting.stage.handle([decided(1)])
-            assert trio.current_time() - started >= 3
-            assert projecting.store.traces["acme"] == traces(1)
-
-    run(main)
-
-
-def test_the_breakers_follow_the_settings():
-    breakers = Breakers(Settings().breakers)
-    evaluation, ledger, duckdb = breakers
-    assert evaluation.settings.timeout == 10
-    assert (evaluation.settings.minimum_calls, evaluation.settings.open_for) == (100, 30)
-    for storage in (ledger, duckdb):
-        limits = storage.settings
-        assert (limits.timeout, limits.minimum_calls, limits.open_for) == (5, 50, 15)
-        assert limits.failure_rate == 0.5
