@@ -1,4 +1,4 @@
-"""Serving ASGI applications with Hypercorn."""
+"""Serves ASGI applications, the API and the metrics, with Hypercorn on Trio."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def serve(
     """Serve an ASGI application at ``address`` until ``shutdown``, then give requests in progress
     ``grace_seconds`` to finish. Starts with the URL of the listener.
 
-    Raises :exc:`betrace.service.receiver.sockets.ListenError` when the address or the certificate
+    Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
     cannot be used.
     """
     config = Config()

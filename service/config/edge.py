@@ -35,13 +35,11 @@ class Ingest(Section):
     """Largest request body, before and after decompression; above it the answer is 413."""
     max_buffered_bytes: Size = 256 * MIB
     """Request bodies held in memory at once, those still arriving included; above it 503."""
-    server: Literal["lean", "hypercorn"] = "lean"
-    """lean is several times faster and speaks HTTP/1.1; hypercorn also speaks HTTP/2 over TLS."""
     max_connections: Count = 1024
-    """Connections open at once with server = lean; more wait to be accepted."""
+    """Connections open at once; more wait to be accepted."""
     head_timeout_seconds: Seconds = 10
-    """The headers of a request must have arrived within this of its first byte; then the answer
-    is 408 and the connection ends. As much time has a TLS handshake. With server = lean."""
+    """The headers of a request must arrive within this after its first byte; otherwise the answer
+    is 408 and the connection ends. The same limit applies to TLS handshakes."""
     body_timeout_seconds: Seconds = 30
     """A body must have arrived within this; then the answer is 503 and the connection ends."""
     answer_timeout_seconds: Seconds = 30

@@ -57,6 +57,12 @@ class ConfigError(Exception):
         self.problems = problems
 
 
+_REMOVED = {
+    "ingest.server": "delete it: spans are always received by BeTrace's own HTTP/1.1 server",
+}
+"""Settings of earlier versions, and what to do about them."""
+
+
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings of the file at ``path`` (None: the defaults), the environment, and
     ``overrides``, whose keys are dotted (``{"storage.path": "/data"}``); the later wins.
@@ -144,6 +150,8 @@ class _Origin:
         loc, kind = fault["loc"], fault["type"]
         key = ".".join(str(part) for part in loc)
         origin = self.of(loc)
+        if kind == "extra_forbidden" and key in _REMOVED:
+            return f"{key} in {origin} is no longer a setting; {_REMOVED[key]}"
         if kind == "extra_forbidden":
             return f"{key} in {origin} is not a setting; {_suggestion(loc)}"
         if kind == "model_type":

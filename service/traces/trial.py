@@ -8,11 +8,11 @@ import numpy as np
 
 from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO
 from betrace.service.otlp.wire import ERRORS, scan_bodies
-from betrace.service.pipeline.stages.evaluate import raise_signal
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import raise_signal
 
 _MASK = 2**64 - 1
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.rules.format import format_rule
@@ -19,6 +18,7 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, SPANS
 from betrace.service.traces.signal_history import Rule, Told, told_of
 from betrace.service.traces.tenant_traces import Recalled, TenantTraces
+from betrace.service.traces.verdicts import decide_due
 
 
 def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:

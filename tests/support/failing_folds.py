@@ -14,8 +14,7 @@ import pytest
 from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import CorrelateStage, NotNow, TraceLimits
-from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, NotNow, TraceLimits
 from betrace.service.rules import names as names_module
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.parse import parse
@@ -32,7 +31,7 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, REPEATED, SPANS
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import Recalled, TenantTraces
-from betrace.service.traces.window import Windows
+from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import compiled, standing, told_by
 from tests.support.oracle import OracleSpan, breach
 from tests.support.spans import S, body
@@ -161,9 +160,7 @@ class World:
             self.progress,
             self.in_flight,
             TraceLimits(2 * SECOND, 3600 * SECOND, 1, 3600 * SECOND, 1000, 1000),
-            self.closed,
-            self.history,
-            Windows(),
+            LateSpans(self.closed, self.history),
             lambda: self.now,
         )
 

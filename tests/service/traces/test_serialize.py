@@ -6,10 +6,10 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.traces.due import Context
 from betrace.service.traces.serialize import FORMAT, SerialError, from_bytes, to_bytes
 from betrace.service.traces.signal_history import Raised
+from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import Engine
 from tests.support.failing_stores import due
 from tests.support.strategies import encode, rules, splits, traces

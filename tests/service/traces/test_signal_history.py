@@ -8,13 +8,13 @@ import numpy as np
 import orjson
 import pytest
 
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.signals import Kind, signal_id
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.record import Record
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.traces.layout import E_CHECK, E_COUNT, ENTRY_COLUMNS
 from betrace.service.traces.signal_history import Raised, RaisedBefore, next_steps
+from betrace.service.traces.verdicts import decide_due
 from tests.support.failing_stores import RULES, due, signal
 
 pytestmark = pytest.mark.kernel

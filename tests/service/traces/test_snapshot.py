@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.signals import Signal
@@ -21,6 +20,7 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FREE, HI, STATE
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from tests.support.spans import S, batch, many
 
 pytestmark = pytest.mark.kernel
