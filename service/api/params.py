@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from betrace.service.config.suggest import close_match
 from betrace.service.receiver.responses import ApiError
 
 MAX_NS = (1 << 63) - 1
@@ -75,9 +75,9 @@ def read_param(param: Param, text: str) -> Any:
 def near(word: str, known: Iterable[str]) -> str:
     """A hint for a word that is not known."""
     names = sorted(known)
-    found = difflib.get_close_matches(word[:80], names, 1, 0.6)
+    found = close_match(word, names)
     if found:
-        return f"did you mean {found[0]}?"
+        return f"did you mean {found}?"
     return f"known are: {', '.join(names)}" if names else "there are none here"
 
 

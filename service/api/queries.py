@@ -13,8 +13,9 @@ from betrace.service.api.trace_view import OpenTraces, TraceReader, signal_json,
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from betrace.service.receiver.responses import ApiError
 from betrace.service.rules.compile import compile_rules
+from betrace.service.rules.definition import Rule, etag, make_rule
 from betrace.service.rules.registry import RuleRegistry
-from betrace.service.rules.store import Rule, RuleConflictError, RuleNotFoundError, etag, make_rule
+from betrace.service.rules.store import RuleConflictError, RuleNotFoundError
 from betrace.service.storage.duck.store import (
     BadQuery,
     DuckStore,

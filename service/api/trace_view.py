@@ -19,7 +19,7 @@ from betrace.service.otlp.encoding import EncodingError, decode_body
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from betrace.service.otlp.render import trace_as_json
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.rules.store import Rule
+from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.store import DuckStore, StoredSignal, TraceRow
 from betrace.service.storage.spanlog.log import Frame, FrameCorrupt, FrameMissing, SpanLog
 from betrace.service.traces.due import DueTraces

@@ -14,7 +14,7 @@ from betrace.service.app import Service, open_service
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.signals import Signal
-from tests.support.engine import standing as traces_standing
+from tests.support.engine import active
 from tests.support.spans import S, body
 
 OFF = {"address": "off"}
@@ -88,7 +88,7 @@ def ledger_signals(service: Service, tenant: str = "default") -> list[Signal]:
 
 def standing(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
     """Trace and rule of what was raised and not retracted."""
-    return traces_standing(ledger_signals(service, tenant))
+    return active(ledger_signals(service, tenant))
 
 
 async def folded(service: Service) -> None:

@@ -9,12 +9,8 @@ from typing import Any
 import trio
 
 from betrace.service.api.backend import RuleExistsError
-from betrace.service.rules.store import (
-    RuleConflictError,
-    RuleNotFoundError,
-    RuleReadOnlyError,
-    make_rule,
-)
+from betrace.service.rules.definition import make_rule
+from betrace.service.rules.store import RuleConflictError, RuleNotFoundError, RuleReadOnlyError
 from betrace.service.storage.duck.queries import SummaryRow
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -13,12 +13,11 @@ from betrace.service.api.backend import RuleExistsError
 from betrace.service.api.endpoint import Answer, Call, Endpoints
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.receiver.responses import ApiError
+from betrace.service.rules.definition import Problem, RuleFileError
 from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
 from betrace.service.rules.store import (
-    Problem,
     RuleConflictError,
-    RuleFileError,
     RuleLimitError,
     RuleNotFoundError,
     RuleReadOnlyError,

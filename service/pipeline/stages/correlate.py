@@ -22,12 +22,12 @@ from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.traces.checkpoint import Snapshot
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.eviction import Held, forget_closed, idle_longest
+from betrace.service.traces.eviction import forget_closed, idle_longest
 from betrace.service.traces.folding import Folded
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.layout import CLOSED, NEVER, STATE
-from betrace.service.traces.partial_folds import Unfinished
-from betrace.service.traces.signal_history import RaisedBefore
+from betrace.service.traces.layout import CLOSED, NEVER, STATE, TraceTotals
+from betrace.service.traces.partial_folds import PartialFolds
+from betrace.service.traces.signal_history import LedgerHistory
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import INDEX_LAG_NS, History, TenantTraces
 from betrace.service.traces.window import Windows
@@ -132,10 +132,10 @@ class CorrelateStage:
         self._looked_at = 0  # how many of the tables, in this round
         self._resumed_ns = 0
         self.tenants: dict[str, TenantTraces] = {}
-        self._held = Held()  # by all of them
+        self._held = TraceTotals()  # by all of them
         self.counts = CorrelateCounts()
-        self._raised = RaisedBefore()
-        self._unfinished = Unfinished()
+        self._raised = LedgerHistory()
+        self._unfinished = PartialFolds()
         self._owing: dict[str, TenantTraces] = {}  # that have something to pass on of a failure
         self.caught_up = trio.Event()
         self.rules_changed = trio.Event()
@@ -200,18 +200,18 @@ class CorrelateStage:
                 self._progress.snapshot(),
                 [traces.snapshot() for traces in self.tenants.values()],
                 self._in_flight.mark(),
-                raised=self._raised.saved(),
-                unfinished=self._unfinished.saved(),
+                ledger_history=self._raised.saved(),
+                partial_folds=self._unfinished.saved(),
             )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; before anything is folded, in a worker thread. Where it cannot be
         used, which raises what :meth:`TenantTraces.restored` does, nothing is changed."""
-        raised = RaisedBefore()
-        raised.restore(snapshot.raised)
-        unfinished = Unfinished()
-        unfinished.restore(snapshot.unfinished)
-        held = Held()
+        raised = LedgerHistory()
+        raised.restore(snapshot.ledger_history)
+        unfinished = PartialFolds()
+        unfinished.restore(snapshot.partial_folds)
+        held = TraceTotals()
         tenants = {
             saved.tenant: TenantTraces.restored(
                 saved, self._windows, raised.of(saved.tenant), held, unfinished.of(saved.tenant)
@@ -320,7 +320,7 @@ class CorrelateStage:
         counts = self.counts
         complete = folded.completed
         if folded.replayed:  # more of it may be read: decided at the end
-            complete = table.never_told(complete)
+            complete = table.without_history(complete)
         if len(complete) or len(folded.spilled):
             closed = table.close(complete, self._time())
             closed.spilled = folded.spilled

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from betrace.service.app import Service
-from betrace.service.traces import folding as foldrun
+from betrace.service.traces import folding
 from betrace.service.traces.table import TraceTable
 from tests.support.inprocess import closed, running, send, settings, standing, write_rules
 from tests.support.spans import TRACE, S
@@ -24,7 +24,7 @@ RULES = {
 def fault(monkeypatch):
     """While it holds anything, comparisons in Python fail."""
     left: list[int] = []
-    evaluate = foldrun.evaluate
+    evaluate = folding.evaluate
 
     def fail(*args: Any) -> bool:
         if left:
@@ -32,7 +32,7 @@ def fault(monkeypatch):
             raise MemoryError("says the test")
         return evaluate(*args)
 
-    monkeypatch.setattr(foldrun, "evaluate", fail)
+    monkeypatch.setattr(folding, "evaluate", fail)
     return left
 
 

@@ -1,4 +1,4 @@
-"""Comparison of values, by example and against the oracle."""
+"""Comparisons of values: examples, and agreement with the oracle."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers(text: str, number: float) -> None:
         "9" * (MAX_NUMBER_CHARS + 1),
     ],
 )
-def test_no_numbers(text: str) -> None:
+def test_texts_that_are_not_numbers(text: str) -> None:
     assert read_number(text) is None
 
 
@@ -205,7 +205,7 @@ def test_in_is_equality_with_any_member() -> None:
     assert not compare(["USD"], "in", members)
 
 
-def test_an_unknown_operator_is_a_mistake_of_the_caller() -> None:
+def test_an_unknown_operator_raises() -> None:
     with pytest.raises(ValueError, match="unknown comparison"):
         compare("x", "~", (literal("x"),))
 
@@ -225,14 +225,14 @@ def test_search_agrees_with_the_oracle(value: Any, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("value", [True, "true", 1, -0.5, NAN, INF, 2**70])
-def test_true(value: Any) -> None:
+def test_values_that_hold(value: Any) -> None:
     assert truthy(value)
 
 
 @pytest.mark.parametrize(
     "value", [False, "false", "TRUE", "1", "", 0, 0.0, -0.0, None, b"true", [True], {"true": 1}]
 )
-def test_not_true(value: Any) -> None:
+def test_values_that_do_not_hold(value: Any) -> None:
     assert not truthy(value)
 
 
