@@ -72,15 +72,26 @@ class Folded:
     error: Exception | None = None
 
 
-class FoldRun:
-    """Folds one batch into one table.
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """A batch to be folded into the tables of its tenant, and what is left of it."""
 
-    ``services`` has the service number of each resource row; ``now`` is the time of receipt in
-    nanoseconds. Rows with ``skip`` set are skipped; afterwards it is set for all rows that are in a
-    trace. ``asks`` are comparisons left over from an earlier fold: those of traces in this table
-    are made, and those that fail now are added. With ``known_only``, only spans of traces that are
-    in the table are folded. With ``closed``, new traces that it may contain are not opened but
-    reported as late.
+    batch: SpanBatch
+    services: Rows
+    """The service number of each resource row."""
+    now: int
+    """When it was received (nanoseconds)."""
+    skip: Bytes
+    """1 for each row that is in a trace, or must not be folded; the fold sets it."""
+    asks: list[Ask]
+    """Comparisons left over from an earlier fold; the fold makes them, and adds those that fail."""
+
+
+class FoldRun:
+    """Folds a batch into one table.
+
+    With ``known_only``, only spans of traces that are in the table are folded. With ``closed``, new
+    traces that it may contain are not opened but reported as late.
     """
 
     __slots__ = (
@@ -102,30 +113,27 @@ class FoldRun:
     def __init__(
         self,
         table: TraceTable,
-        batch: SpanBatch,
-        services: Rows,
-        now: int,
-        skip: Bytes,
-        asks: list[Ask],
+        delivery: Delivery,
         *,
         known_only: bool = False,
         closed: ClosedTraces | None = None,
     ) -> None:
+        batch = delivery.batch
         n = len(batch)
         positions = batch.positions
         self._table = table
         self._batch = batch
-        self._now = now
+        self._now = delivery.now
         self._known_only = known_only
-        self._asks = asks
+        self._asks = delivery.asks
         self._arrays = BatchArrays(
             batch.buf,
             batch.spans,
             batch.resources,
             batch.scopes,
-            services,
+            delivery.services,
             positions if len(positions) else np.zeros(len(batch.bodies), np.int64),
-            skip,
+            delivery.skip,
         )
         self._outputs = FoldOutputs(
             table.ask,

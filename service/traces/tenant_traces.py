@@ -25,7 +25,7 @@ from betrace.service.otlp.columns import (
 from betrace.service.rules.compile import CompiledRules, compile_definitions
 from betrace.service.traces.checkpoint import TenantSnapshot
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.folding import Folded, FoldRun
+from betrace.service.traces.folding import Delivery, Folded, FoldRun
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import TraceTotals
 from betrace.service.traces.partial_folds import Ask, TenantPartialFolds
@@ -170,16 +170,15 @@ class TenantTraces:
         done: list[Part] = []
         skip, asks = self._partial_folds.remainder(batch)
         try:
-            services = self._service_numbers(batch)
+            delivery = Delivery(batch, self._service_numbers(batch), now, skip, asks)
             newest = self.tables[-1]
             for table in self.tables[:-1]:
-                run = FoldRun(table, batch, services, now, skip, asks, known_only=True)
-                _add(done, table, run.run())
-            first = FoldRun(newest, batch, services, now, skip, asks, closed=closed).run()
+                _add(done, table, FoldRun(table, delivery, known_only=True).run())
+            first = FoldRun(newest, delivery, closed=closed).run()
             _add(done, newest, first)
             if len(first.late) or asks:
                 lost = self._recall(batch, skip, asks, history)
-                second = FoldRun(newest, batch, services, now, skip, asks).run()
+                second = FoldRun(newest, delivery).run()
                 newest.mark_partial(lost)
                 _add(done, newest, second)
         except Exception:
@@ -214,9 +213,9 @@ class TenantTraces:
         newest = self.tables[-1]
         wanted = _of_traces(batch, recalled.ids)
         skip = (~wanted).astype(np.uint8)
-        services = self._service_numbers(batch)
+        delivery = Delivery(batch, self._service_numbers(batch), batch.received_ns, skip, [])
         try:
-            folded = FoldRun(newest, batch, services, batch.received_ns, skip, []).run()
+            folded = FoldRun(newest, delivery).run()
             if folded.error is not None:
                 raise folded.error
             newest.recall(recalled.ids, recalled.signal_history)
