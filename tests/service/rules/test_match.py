@@ -176,7 +176,7 @@ def test_text_is_ordered_by_code_point(value, other, op):
     predicate = Compare(X, op, (other_literal,))
     try:
         batch = with_x(value)
-    except UnicodeEncodeError:  # a lone surrogate is in no request
+    except UnicodeEncodeError:  # requests cannot contain lone surrogates
         return
     expected = compare(value, op, (other_literal,))
     assert agree(predicate, batch) is expected
@@ -216,7 +216,7 @@ def test_an_attribute_without_a_value_does_not_hide_the_resource():
     assert agree(Compare(X, "==", (literal(1),)), batch)
 
 
-# What the oracle's spans cannot have
+# Cases that the oracle's spans cannot express
 
 
 def raw(**fields: Any) -> tuple[ExportTraceServiceRequest, Any]:

@@ -130,7 +130,7 @@ def test_a_full_table_drops_all_learned_names(monkeypatch, slots, text, checks):
     learned = learn_until_full(table)
     assert learned > 1
     assert look_up(table, f"name {learned}") == FULL
-    assert look_up(table, "name 0") == [1, 2]  # what is known is still known
+    assert look_up(table, "name 0") == [1, 2]  # stored names stay
     table.forget()
     assert look_up(table, f"name {learned}") == [1, 2]
     assert look_up(table, "exact") == [0, 1]

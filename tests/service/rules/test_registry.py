@@ -113,8 +113,8 @@ def test_a_saved_rule_is_in_force_after_its_tenant_is_forgotten(registry):
     ids=lambda change: next(iter(change)),
 )
 def test_everything_that_signals_contain_changes_the_version(change):
-    """Or a change would not reach a tenant that has open traces: it keeps the rules of a version
-    that it knows."""
+    """Otherwise a change would not reach a tenant with open traces, because it keeps the rules of a
+    known version."""
     assert rules_version((rule(),)) != rules_version((rule(**change),))
 
 

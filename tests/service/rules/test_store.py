@@ -431,7 +431,7 @@ def test_the_api_does_not_change_files_written_by_hand(store: RuleStore, tmp_pat
             store.put(tenant, rule_id, rule(rule_id))
         with pytest.raises(RuleReadOnlyError):
             store.delete(tenant, rule_id)
-    assert not store.put("acme", "d", rule("d", "new"))  # as the API itself would name it
+    assert not store.put("acme", "d", rule("d", "new"))  # the file has the name that the API uses
     assert ids(store, "acme") == ["b", "c", "d"]
 
 
@@ -463,7 +463,7 @@ def test_versions_are_kept_up_to_a_limit(store: RuleStore, tmp_path: Path) -> No
     assert [r.condition for r in store.versions("acme", "a")] == [f"x{i}" for i in range(23, 3, -1)]
     rewrite(tmp_path / "acme/a.yaml", "rules: [")
     store.put("acme", "a", rule("a", "mended"))
-    assert store.versions("acme", "a")[0].condition == "x23"  # the broken one is not readable
+    assert store.versions("acme", "a")[0].condition == "x23"  # the invalid version cannot be read
     assert store.versions("acme", "b") == []
 
 

@@ -121,7 +121,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         ("1500", ">", 1000, True),
         ("1500", "==", "1500.0", True),
         (1500, "==", "1.5e3", True),
-        ("abc", ">", 1000, True),  # as text: "a" is above "1"
+        ("abc", ">", 1000, True),  # as text: "a" is greater than "1"
         ("", "<", 1000, True),
         (2**53 + 1, "==", 2**53, False),
         (2**53 + 1, "==", 2.0**53, False),
@@ -156,7 +156,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         (None, "contains", "", False),
         (None, "matches", "", False),
         (None, "in", "x", False),
-        # NaN equals nothing
+        # NaN is not equal to anything
         (NAN, "==", "NaN", False),
         (NAN, "in", "NaN", False),
         (NAN, "!=", 1, True),
@@ -164,7 +164,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         (NAN, "<", 1, False),
         (NAN, ">=", "A", False),
         (NAN, "contains", "aN", True),
-        # what does not fit
+        # values that are neither numbers nor text
         (b"x", "==", "x", False),
         (b"x", "!=", "x", False),
         (b"x", "contains", "x", False),
