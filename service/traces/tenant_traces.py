@@ -36,7 +36,7 @@ from betrace.service.traces.window import Windows
 MOST_SERVICES = 4096  # service names with a number of their own; others share OTHER_SERVICES
 OTHER_SERVICES = "(other services)"
 
-INDEX_LAG_NS = 2_000_000_000  # traces closed longer ago are in the trace index
+INDEX_LAG_NS = 2_000_000_000  # after it, closed traces are in the index, unless stores are behind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +46,13 @@ class Recalled:
     ids: Rows
     """Rows (hi, lo)."""
     whole: list[bool]
-    """Whether all spans of the trace could be read, by id."""
+    """For each of the ids, whether all spans of the trace could be read."""
     batch: SpanBatch | None
     """The spans of the frames that contain the traces, and of other traces in those frames."""
     lost: Rows
     """Ids of traces that may exist, but could not be read."""
     signal_history: Sequence[SignalHistory] = ()
-    """The signals of each trace, by id."""
+    """For each of the ids, the signals of the trace."""
 
 
 History = Callable[[str, Rows], Iterable[Recalled]]
