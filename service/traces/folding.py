@@ -72,7 +72,7 @@ class Folded:
     error: Exception | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Delivery:
     """A batch to be folded into the tables of its tenant, and what is left of it."""
 
