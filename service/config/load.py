@@ -6,7 +6,6 @@ tables are written as JSON. What is wrong stops the start with :exc:`ConfigError
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -26,6 +25,7 @@ from pydantic_settings import (
 
 from betrace.service.config.base import OFF, is_loopback, split_address
 from betrace.service.config.settings import Settings
+from betrace.service.config.suggest import close_match
 
 __all__ = ["OFF", "PREFIX", "ConfigError", "Settings", "is_loopback", "load", "split_address"]
 
@@ -195,9 +195,9 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     here = list(type(table).model_fields) if isinstance(table, BaseModel) else []
     if not sections:
         here = list(Settings.model_fields)
-    near = difflib.get_close_matches(name.lower(), here, 1, 0.6)
+    near = close_match(name, here)
     if near:
-        return f"did you mean {'.'.join([*sections, near[0]])}?"
+        return f"did you mean {'.'.join([*sections, near])}?"
     elsewhere = [
         f"{section}.{name}"
         for section, field in Settings.model_fields.items()

@@ -21,7 +21,7 @@ from betrace.service.traces.layout import (
     PARTIAL,
     REOPENED,
 )
-from betrace.service.traces.signal_history import Rule, standing_elsewhere
+from betrace.service.traces.signal_history import RuleVersion, active_elsewhere
 
 _MASK = 2**64 - 1
 _CHANGED = "spans that arrived after the trace was closed changed the verdict"
@@ -72,32 +72,34 @@ def _found(due: DueTraces) -> Iterator[tuple[Breach, Kind, int]]:
     the id is the same, so it is recorded only if it was missing."""
     breaches = decide(due)
     rules = due.rules.rules
-    broken: dict[int, set[Rule]] = {}  # by trace that was closed before
+    broken: dict[int, set[RuleVersion]] = {}  # by trace that was closed before
     if due.closed:
         again = np.flatnonzero(due.rows[:, FLAGS] & REOPENED).tolist()
-        broken = {k: set() for k in [*again, *due.told]}
+        broken = {k: set() for k in [*again, *due.signal_history]}
     if broken:
         named = {(breach.trace, breach.rule) for breach in breaches}
         for breach in decide(due, raised_early=False):
             if (k := breach.trace) in broken:
                 rule = rules[breach.rule]
                 broken[k].add((rule.id, rule.version))
-                before = due.told.get(k, {}).get((rule.id, rule.version))
-                if (k, breach.rule) not in named and not (before and before.stands):
+                before = due.signal_history.get(k, {}).get((rule.id, rule.version))
+                if (k, breach.rule) not in named and not (before and before.active):
                     # Certain early now, but perhaps not when it was folded under other rules.
                     breaches.append(breach)
-    elsewhere = {k: standing_elsewhere(told, due.rules.identities) for k, told in due.told.items()}
+    elsewhere = {
+        k: active_elsewhere(told, due.rules.identities) for k, told in due.signal_history.items()
+    }
     for breach in breaches:
         rule = rules[breach.rule]
         if rule.id not in elsewhere.get(breach.trace, ()):
-            before = due.told.get(breach.trace, {}).get((rule.id, rule.version))
-            yield breach, Kind.RAISED, before.steps // 2 if before else 0
-    for k, told in due.told.items() if due.closed else ():
+            before = due.signal_history.get(breach.trace, {}).get((rule.id, rule.version))
+            yield breach, Kind.RAISED, before.emitted // 2 if before else 0
+    for k, told in due.signal_history.items() if due.closed else ():
         for number, rule in enumerate(rules):
             before = told.get((rule.id, rule.version))
-            if before and before.stands and (rule.id, rule.version) not in broken[k]:
+            if before and before.active and (rule.id, rule.version) not in broken[k]:
                 clause = ALWAYS_BROKEN if before.clause == "always" else NEVER_BROKEN
-                yield Breach(k, number, clause, early=False), Kind.RETRACTED, before.steps // 2
+                yield Breach(k, number, clause, early=False), Kind.RETRACTED, before.emitted // 2
 
 
 def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) -> Signal:

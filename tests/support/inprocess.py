@@ -14,7 +14,7 @@ from betrace.service.app import Service, open_service
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.signals import Signal
-from tests.support.engine import standing as traces_standing
+from tests.support.engine import active
 from tests.support.spans import S, body
 
 OFF = {"address": "off"}
@@ -98,9 +98,9 @@ def ledger_signals(service: Service, tenant: str = "default") -> list[Signal]:
     return [signal for _, signal in service.ledger.entries(tenant, 0, 1000)]
 
 
-def standing(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
+def active_signals(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
     """Trace and rule of the active signals: raised and not retracted."""
-    return traces_standing(ledger_signals(service, tenant))
+    return active(ledger_signals(service, tenant))
 
 
 async def folded(service: Service) -> None:

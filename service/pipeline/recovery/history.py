@@ -13,7 +13,7 @@ from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, Span
 from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError, TraceRow
 from betrace.service.storage.spanlog.log import Frame, SpanLog
-from betrace.service.traces.signal_history import told_of
+from betrace.service.traces.signal_history import rule_signals
 from betrace.service.traces.tenant_traces import Recalled
 
 _log = logging.getLogger("service.history")
@@ -100,7 +100,7 @@ class TraceHistory:
             self.partial += len(known)
             return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
         told = [
-            {(each[0], each[1]): told_of(*each[2:]) for each in raised.get(names[k], ())}
+            {(each[0], each[1]): rule_signals(*each[2:]) for each in raised.get(names[k], ())}
             for k in known
         ]
         of = batch.spans[:, [TRACE_HI, TRACE_LO, SPAN_ID]]

@@ -161,8 +161,8 @@ class Recovery:
             snapshot,
             progress={t: known for t, known in snapshot.progress.items() if t not in gone},
             tenants=[saved for saved in snapshot.tenants if saved.tenant not in gone],
-            raised={t: traces for t, traces in snapshot.raised.items() if t not in gone},
-            unfinished={t: rest for t, rest in snapshot.unfinished.items() if t not in gone},
+            ledger_history={t: h for t, h in snapshot.ledger_history.items() if t not in gone},
+            partial_folds={t: rest for t, rest in snapshot.partial_folds.items() if t not in gone},
         )
 
     def _project(self, signals: list[Signal]) -> None:
@@ -337,13 +337,15 @@ def _outline(snapshot: Snapshot) -> Snapshot:
         replace(
             saved,
             tables=[
-                replace(table, arrays={"fill": table.arrays["fill"]}, told=[], definitions=b"")
+                replace(
+                    table, arrays={"fill": table.arrays["fill"]}, signal_history=[], definitions=b""
+                )
                 for table in saved.tables
             ],
         )
         for saved in snapshot.tenants
     ]
-    return replace(snapshot, tenants=tenants, raised={}, unfinished={})
+    return replace(snapshot, tenants=tenants, ledger_history={}, partial_folds={})
 
 
 def _count(snapshot: Snapshot, which: int) -> int:

@@ -24,12 +24,12 @@ from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.traces.checkpoint import Snapshot
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.eviction import Held, forget_closed, idle_longest
+from betrace.service.traces.eviction import forget_closed, idle_longest
 from betrace.service.traces.folding import Folded
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.layout import CLOSED, NEVER, STATE
-from betrace.service.traces.partial_folds import Unfinished
-from betrace.service.traces.signal_history import RaisedBefore
+from betrace.service.traces.layout import CLOSED, NEVER, STATE, TraceTotals
+from betrace.service.traces.partial_folds import PartialFolds
+from betrace.service.traces.signal_history import LedgerHistory
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import INDEX_LAG_NS, History, TenantTraces
 from betrace.service.traces.window import Windows
@@ -154,9 +154,9 @@ class CorrelateStage:
         self._resumed_ns = 0
         self._lock = threading.Lock()  # guards the tenants and the counts
         self.tenants: dict[str, TenantTraces] = {}
-        self._held = Held()  # totals of all tenants
-        self._raised = RaisedBefore()
-        self._unfinished = Unfinished()
+        self._totals = TraceTotals()  # totals of all tenants
+        self._ledger_history = LedgerHistory()
+        self._partial_folds = PartialFolds()
         self._owing: dict[str, TenantTraces] = {}  # tenants with results that are not passed on
         self.survey = MemorySurvey()
         self.counts = CorrelateCounts()
@@ -223,18 +223,18 @@ class CorrelateStage:
                 self._progress.snapshot(),
                 [traces.snapshot() for traces in self.tenants.values()],
                 self._in_flight.mark(),
-                raised=self._raised.saved(),
-                unfinished=self._unfinished.saved(),
+                ledger_history=self._ledger_history.saved(),
+                partial_folds=self._partial_folds.saved(),
             )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot; call in a worker thread before anything is folded. Raises what
         :meth:`TenantTraces.restored` raises, and then changes nothing."""
-        raised = RaisedBefore()
-        raised.restore(snapshot.raised)
-        unfinished = Unfinished()
-        unfinished.restore(snapshot.unfinished)
-        held = Held()
+        raised = LedgerHistory()
+        raised.restore(snapshot.ledger_history)
+        unfinished = PartialFolds()
+        unfinished.restore(snapshot.partial_folds)
+        held = TraceTotals()
         tenants = {
             saved.tenant: TenantTraces.restored(
                 saved,
@@ -249,16 +249,16 @@ class CorrelateStage:
             for tenant, (last, pending) in snapshot.progress.items():
                 self._progress.restore(tenant, last, pending)
             self.tenants = tenants
-            self._held = held
-            self._raised = raised
-            self._unfinished = unfinished
+            self._totals = held
+            self._ledger_history = raised
+            self._partial_folds = unfinished
             self._now_ns = snapshot.taken_ns
 
     def note_raised(self, signals: Iterable[Signal]) -> None:
         """Take into account signals that were stored after the snapshot, in the order in which they
         were stored; call before anything is folded."""
         with self._lock:
-            self._raised.note(signals)
+            self._ledger_history.note(signals)
 
     def forget(self, tenant: str) -> int:
         """Drop all traces of a tenant that has no waiting frames; call in a worker thread. Work
@@ -267,8 +267,8 @@ class CorrelateStage:
             traces = self.tenants.pop(tenant, None)
             for table in traces.tables if traces is not None else ():
                 table.leave()
-            self._raised.forget(tenant)
-            self._unfinished.forget(tenant)
+            self._ledger_history.forget(tenant)
+            self._partial_folds.forget(tenant)
             self._owing.pop(tenant, None)
             return self._in_flight.mark()
 
@@ -282,8 +282,8 @@ class CorrelateStage:
         """No span from before the restart can reopen a trace any more, so earlier signals of traces
         that are not in memory are forgotten here; the stores know them."""
         with self._lock:
-            if len(self._raised):
-                self._raised.keep(self._is_here)
+            if len(self._ledger_history):
+                self._ledger_history.keep(self._is_here)
 
     def _is_here(self, tenant: str, trace_id: str) -> bool:
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
@@ -348,7 +348,7 @@ class CorrelateStage:
         counts = self.counts
         complete = folded.completed
         if folded.replayed:  # the log may contain more of it: decided at the end
-            complete = table.never_told(complete)
+            complete = table.without_history(complete)
         if len(complete) or len(folded.spilled):
             closed = table.close(complete, self._time())
             closed.spilled = folded.spilled
@@ -363,10 +363,10 @@ class CorrelateStage:
         rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
-            before = self._raised.of(tenant)
-            unfinished = self._unfinished.of(tenant)
+            before = self._ledger_history.of(tenant)
+            unfinished = self._partial_folds.of(tenant)
             traces = TenantTraces(
-                tenant, rules, self._limits.windows, before, self._held, unfinished
+                tenant, rules, self._limits.windows, before, self._totals, unfinished
             )
             self.tenants[tenant] = traces
         elif traces.rules is not rules:
@@ -416,15 +416,15 @@ class CorrelateStage:
         ones above the limit."""
         limits = self._limits
         tables = self._tables()
-        excess = self._held.open - limits.most_open
+        excess = self._totals.open - limits.most_open
         for table, slots in idle_longest(tables, excess) if excess > 0 else ():
             found.append(table.close(slots, now))
             self.counts.closed_for_room += len(slots)
             self.counts.closed += len(slots)
-        excess = self._held.closed - limits.keep
+        excess = self._totals.closed - limits.keep
         lag_ns = INDEX_LAG_NS
         # Above MOST_KEPT even closed traces that are not in the index yet may be forgotten.
-        if self._held.closed <= MOST_KEPT * limits.keep:
+        if self._totals.closed <= MOST_KEPT * limits.keep:
             lag_ns += self._in_flight.oldest_ns()
             if self._late.behind():
                 excess, lag_ns = 0, now
@@ -455,8 +455,8 @@ class CorrelateStage:
         found = [table.survey() for table in self._tables()]
         self.survey = MemorySurvey(
             now,
-            open=self._held.open,
-            closed=self._held.closed,
+            open=self._totals.open,
+            closed=self._totals.closed,
             long_lived=sum(each.long_lived for each in found),
             spans=sum(each.spans for each in found),
             nbytes=sum(each.nbytes for each in found),

@@ -8,9 +8,9 @@ import pytest
 import trio
 
 from betrace.service.app import Service
-from betrace.service.traces import folding as foldrun
+from betrace.service.traces import folding
 from betrace.service.traces.table import TraceTable
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
 
 RULES = {
@@ -24,7 +24,7 @@ RULES = {
 def fault(monkeypatch):
     """Comparisons in Python fail while it is not empty."""
     left: list[int] = []
-    evaluate = foldrun.evaluate
+    evaluate = folding.evaluate
 
     def fail(*args: Any) -> bool:
         if left:
@@ -32,12 +32,12 @@ def fault(monkeypatch):
             raise MemoryError("says the test")
         return evaluate(*args)
 
-    monkeypatch.setattr(foldrun, "evaluate", fail)
+    monkeypatch.setattr(folding, "evaluate", fail)
     return left
 
 
 def broken(service: Service) -> set[str]:
-    return {rule for _, rule in standing(service)}
+    return {rule for _, rule in active_signals(service)}
 
 
 def spans() -> list[S]:
@@ -107,4 +107,4 @@ async def test_a_folded_batch_is_no_dead_letter_when_a_later_step_fails(tmp_path
         assert service.pipeline.failed_after_folding == 2
         account = service.sources.account()
         assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
-        assert standing(service) == {(TRACE.hex(), "b"), ((b"\2" * 16).hex(), "b")}
+        assert active_signals(service) == {(TRACE.hex(), "b"), ((b"\2" * 16).hex(), "b")}

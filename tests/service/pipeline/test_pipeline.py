@@ -12,6 +12,7 @@ import trio
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.spanlog.log import LogSyncError, LogWriteError
 from tests.support.inprocess import (
+    active_signals,
     closed,
     folded,
     ledger_signals,
@@ -19,7 +20,6 @@ from tests.support.inprocess import (
     running,
     send,
     settings,
-    standing,
     write_rules,
 )
 from tests.support.spans import TRACE, S, body
@@ -40,7 +40,7 @@ async def test_from_a_request_to_the_ledger_and_the_index(config):
         outcome = await send(service, [S(1), S(2), S(3), S(9, trace=OTHER)])
         assert outcome == Done(4)
         await closed(service)
-        assert standing(service) == {
+        assert active_signals(service) == {
             (TRACE_ID, "many"),
             (TRACE_ID, "no-b"),
             (OTHER.hex(), "no-b"),
@@ -61,9 +61,9 @@ async def test_tenants_are_isolated(config, tmp_path):
         await send(service, [S(1), S(2, "b")])
         await send(service, [S(1)], tenant="nobody")
         await closed(service)
-        assert standing(service, "shop") == {(TRACE_ID, "any")}
-        assert standing(service) == {(TRACE_ID, "one")}
-        assert standing(service, "nobody") == set()
+        assert active_signals(service, "shop") == {(TRACE_ID, "any")}
+        assert active_signals(service) == {(TRACE_ID, "one")}
+        assert active_signals(service, "nobody") == set()
 
 
 async def test_closing_drains_what_was_accepted(config):
@@ -139,7 +139,7 @@ async def test_requests_are_refused_without_a_trace_if_the_log_cannot_be_written
         assert service.pipeline.ingest.counts.accepted == 0
         assert await send(service, [S(1)]) == Done(1)
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
+        assert active_signals(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
 
 
 async def test_ack_synced_waits_for_the_disk(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ async def test_a_failed_sync_refuses_the_affected_requests(tmp_path, monkeypatch
         # The client sends it again, and it counts once.
         assert await send(service, [S(1)]) == Done(1)
         await closed(service)
-        assert (TRACE_ID, "one") in standing(service)
+        assert (TRACE_ID, "one") in active_signals(service)
         assert service.sources.account().balance == 0
 
 
@@ -210,8 +210,8 @@ async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
             await service.pipeline.requests.send(request(body(*spans), weight=1200))
         await closed(service)
         assert failures > 3
-        assert {rule for _, rule in standing(service)} == {"one"}
-        assert len(standing(service)) == 5
+        assert {rule for _, rule in active_signals(service)} == {"one"}
+        assert len(active_signals(service)) == 5
         repeated = sum(int(t.arrays.slots[:, 9].sum()) for t in tables(service))
         assert repeated == 0
         assert correlate.counts.folded == 6000
@@ -276,17 +276,17 @@ async def test_changed_rules_apply_to_new_traces(config, tmp_path):
         await service.reload_rules()
         await send(service, [S(2), S(3, trace=OTHER)])
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "no-b"), (OTHER.hex(), "new")}
+        assert active_signals(service) == {(TRACE_ID, "no-b"), (OTHER.hex(), "new")}
 
 
 async def test_late_spans_retract(config):
     async with running(config) as service:
         await send(service, [S(1)])
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
+        assert active_signals(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
         await send(service, [S(2, "b"), S(3)])
         await closed(service)
-        assert standing(service) == set()
+        assert active_signals(service) == set()
         kinds = [(s.rule_id, str(s.kind)) for s in ledger_signals(service)]
         assert sorted(kinds) == [
             ("no-b", "raised"),

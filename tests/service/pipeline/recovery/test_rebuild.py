@@ -16,7 +16,7 @@ from betrace.service.rules.compile import compile_rules
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.spanlog.log import Frame, SpanLog
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import S, body
 
 pytestmark = pytest.mark.kernel
@@ -65,7 +65,7 @@ async def filled(tmp_path: Path) -> Any:
         await closed(service)
         assert await send(service, [S(5, "b", trace=trace(3))]) == Done(1)
         await closed(service)
-        assert standing(service) == {(trace_id(2), "no-b")}
+        assert active_signals(service) == {(trace_id(2), "no-b")}
     return config
 
 
@@ -182,4 +182,4 @@ async def test_a_long_log_is_read_with_few_traces_open(tmp_path):
         assert service.pipeline.correlate.counts.closed_for_room >= 88
         await closed(service)
         broken = {(trace_id(n), "no-b") for n in range(2, 100)}
-        assert standing(service) == broken
+        assert active_signals(service) == broken

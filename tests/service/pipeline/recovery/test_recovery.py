@@ -17,13 +17,13 @@ from betrace.service.rules.parse import parse
 from betrace.service.storage.spanlog.frames import Frame
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import (
+    active_signals,
     closed,
     folded,
     ledger_signals,
     running,
     send,
     settings,
-    standing,
     write_rules,
 )
 from tests.support.oracle import OracleSpan, breach
@@ -96,7 +96,7 @@ async def test_any_interleaving_of_spans_checkpoints_and_crashes(tmp_path, seed)
             await trio.sleep(rng.choice([0, 0, 0.3]))
     async with running(settings(tmp_path)) as service:
         await closed(service)
-        assert standing(service) == expected(sent)
+        assert active_signals(service) == expected(sent)
         ids = [s.id for s in ledger_signals(service)]
         assert len(ids) == len(set(ids))
         distinct = {(s.trace.hex(), s.id) for s in sent}
@@ -110,7 +110,7 @@ async def test_a_verdict_that_changes_back_is_active_again(tmp_path):
         for span in (S(1, "a"), S(2, "b"), S(3, "a")):
             await send(service, [span])
             await closed(service)
-        assert standing(service) == {(TRACE_ID, "more-a")}
+        assert active_signals(service) == {(TRACE_ID, "more-a")}
 
 
 async def test_acknowledged_spans_are_found_in_the_log(config):
@@ -119,7 +119,7 @@ async def test_acknowledged_spans_are_found_in_the_log(config):
     async with running(config) as service:
         assert service.recovery.replayed.spans == 2
         await closed(service)
-        assert (TRACE_ID, "two") in standing(service)
+        assert (TRACE_ID, "two") in active_signals(service)
 
 
 async def test_nothing_is_replayed_after_a_clean_stop(config):
@@ -130,7 +130,7 @@ async def test_nothing_is_replayed_after_a_clean_stop(config):
         assert service.recovery.replayed.spans == 0
         await send(service, [S(2)])
         await closed(service)
-        assert (TRACE_ID, "two") in standing(service)
+        assert (TRACE_ID, "two") in active_signals(service)
         assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 2
 
 
@@ -179,12 +179,12 @@ async def test_a_verdict_changed_by_late_spans_around_a_crash_is_retracted(confi
     async with running(config, die=True) as service:
         await send(service, [S(1), S(2)])
         await closed(service)
-        assert (TRACE_ID, "two") in standing(service)
+        assert (TRACE_ID, "two") in active_signals(service)
         await send(service, [S(3)])
     async with running(config) as service:
         await closed(service)
-        assert (TRACE_ID, "two") not in standing(service)
-        assert standing(service) == expected([S(1), S(2), S(3)])
+        assert (TRACE_ID, "two") not in active_signals(service)
+        assert active_signals(service) == expected([S(1), S(2), S(3)])
 
 
 async def test_a_long_trace_closed_before_a_crash_is_not_counted_twice(config):
@@ -210,8 +210,8 @@ async def test_a_damaged_checkpoint_is_skipped(config, caplog):
     async with running(config) as service:
         assert service.recovery.replayed.spans == 2
         await closed(service)
-        assert (TRACE_ID, "two") in standing(service)
-    assert "passed over" in caplog.text
+        assert (TRACE_ID, "two") in active_signals(service)
+    assert "skipped checkpoint" in caplog.text
 
 
 async def test_a_checkpoint_that_cannot_be_used_loses_nothing(config, monkeypatch, caplog):
@@ -229,7 +229,7 @@ async def test_a_checkpoint_that_cannot_be_used_loses_nothing(config, monkeypatc
     async with running(config) as service:
         assert service.recovery.replayed.spans == 3
         await closed(service)
-        assert (TRACE_ID, "two") in standing(service)
+        assert (TRACE_ID, "two") in active_signals(service)
     assert "cannot be used" in caplog.text
 
 
@@ -329,4 +329,4 @@ async def test_traces_opened_before_rules_changed_keep_theirs_through_a_crash(tm
         await saved_after(service, saved)
     async with running(settings(tmp_path)) as service:
         await closed(service)
-        assert standing(service) == {(TRACE.hex(), "no-b"), ("07" * 16, "no-c")}
+        assert active_signals(service) == {(TRACE.hex(), "no-b"), ("07" * 16, "no-c")}

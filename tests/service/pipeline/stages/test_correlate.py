@@ -319,11 +319,11 @@ async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
                 rig.in_flight.leave(due.ticket)
                 assert 5 <= trio.current_time() - last.pop(due.tenant) <= 5.25 + 2.1
         assert set(last) == {n for n, t in rig.stage.tenants.items() if t.open_count}
-        assert rig.stage._held.open == len(last)
+        assert rig.stage._totals.open == len(last)
         kept = sum(traces.closed_count for traces in rig.stage.tenants.values())
-        assert rig.stage._held.closed == kept
+        assert rig.stage._totals.closed == kept
     rig.stage.forget("t1")
-    assert rig.stage._held.open == sum(t.open_count for t in rig.stage.tenants.values())
+    assert rig.stage._totals.open == sum(t.open_count for t in rig.stage.tenants.values())
 
 
 async def test_thousands_of_tenants_are_searched_in_turn(nursery, autojump_clock):

@@ -15,7 +15,7 @@ from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.parse import parse
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.oracle import OracleSpan, breach
 from tests.support.spans import TRACE, S
 
@@ -63,7 +63,7 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
         assert await service.recovery.save()
         await send(service, [S(1, "a")])
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "no-b")}
+        assert active_signals(service) == {(TRACE_ID, "no-b")}
         fold_fault.on = True
         assert await send(service, [S(2, "b")]) == Done(1)
         await dead(service, 1)
@@ -75,7 +75,7 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
             while service.pipeline.letters.spans:
                 await trio.sleep(0.01)
         await closed(service)
-        assert standing(service) == set()
+        assert active_signals(service) == set()
 
 
 RULES = {
@@ -173,7 +173,7 @@ async def test_any_interleaving_of_faults_dead_letters_and_crashes(
         with trio.fail_after(30):
             while service.pipeline.record.fallback.pending:
                 await trio.sleep(0.05)
-        assert standing(service) == expected(sent)
+        assert active_signals(service) == expected(sent)
         shown, _ = service.store.signals("default", status="active", limit=1000)
         assert {(s.signal.trace_id, s.signal.rule_id) for s in shown} == expected(sent)
         assert len(shown) == len(expected(sent))
