@@ -10,7 +10,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from betrace.service.storage.duck import search as tracesearch
@@ -54,7 +54,7 @@ def put(db: Any, rows: list[tuple[int, int, int, int, bool]]) -> None:
 
 def expected(db: Any, wanted: TraceFilter, since: int | None, until: int | None) -> list[Any]:
     conditions = ["start_ns >= ?", "start_ns < ?"]
-    values: list[Any] = [since or -MAX, MAX if until is None else until]
+    values: list[Any] = [-MAX if since is None else since, MAX if until is None else until]
     if wanted.service is not None:
         conditions.append("list_contains(services, ?)")
         values.append(wanted.service)
@@ -91,6 +91,9 @@ FILTERS = st.builds(
 )
 
 
+@example(
+    [(0, 0, 0, 0, False), (-5, 0, 0, 0, False)], TraceFilter(), 0, None, 1, 1, 0.0, 0
+)  # a trace from before 1970 is not wanted since 1970
 @settings(max_examples=100, deadline=None)
 @given(
     ROWS,
