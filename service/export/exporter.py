@@ -20,11 +20,11 @@ from pathlib import Path
 import trio
 
 from betrace.channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
+from betrace.service.durable import write_atomically
 from betrace.service.pipeline.breakers import PoisonError
 from betrace.service.signals import Signal
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Entries
-from betrace.service.storage.paths import write_atomically
 from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.export")

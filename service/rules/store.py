@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from betrace.service.durable import sync_directory, write_atomically
 from betrace.service.rules.definition import (
     SEVERITIES,
     Problem,
@@ -168,7 +169,7 @@ class RuleStore:
                 raise RuleNotFoundError(f"there is no rule '{rule_id}'")
             self._keep_version(path, rule_id)
             path.unlink()
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             self._scan()
             self._forget_deleted(path.parent)
 
@@ -339,24 +340,5 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that after a crash it is the one or the other."""
-    # Hidden, so never read as a rule file; always the same name, so that crashes leave one.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # The temporary file is hidden, so it is never read as a rule file.
+    write_atomically(path, data, path.with_name(f".{path.name}.tmp"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from betrace.service.storage.paths import sync_directory
+from betrace.service.durable import sync_directory
 
 
 class AuditLog:

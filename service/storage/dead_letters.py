@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import os
 import sqlite3
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import orjson
 
 from betrace.channels import TransientError
-from betrace.service.storage.paths import sync_directory
+from betrace.service.durable import replacing, sync_directory
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x4254444C  # "BTDL", for file(1)
@@ -392,17 +391,11 @@ class DeadLetterStore:
         names = _COLUMNS.split(", ")
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock_ns() / 1e9))
         path = self._export / f"{stamp}-{rows[0][0]}.jsonl.gz"
-        temporary = path.with_name(path.name + ".new")
-        with temporary.open("wb") as raw:
-            with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
-                for row in rows:
-                    shown = dict(zip(names, row, strict=False))
-                    shown["payload"] = base64.b64encode(row[-1]).decode()
-                    file.write(orjson.dumps(shown, option=orjson.OPT_APPEND_NEWLINE))
-            raw.flush()
-            os.fsync(raw.fileno())
-        temporary.replace(path)
-        sync_directory(self._export)
+        with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+            for row in rows:
+                shown = dict(zip(names, row, strict=False))
+                shown["payload"] = base64.b64encode(row[-1]).decode()
+                file.write(orjson.dumps(shown, option=orjson.OPT_APPEND_NEWLINE))
 
     def _vacuum(self) -> None:
         """Give free pages back to the disk."""
@@ -411,26 +404,23 @@ class DeadLetterStore:
 
 
 def _rewrite_without(path: Path, tenant: str) -> int:
-    gone = kept = 0
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as raw:
-        with gzip.open(path) as source, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+    """Remove a tenant's letters from an exported file; returns how many it had."""
+
+    def lines(of_tenant: bool) -> Iterator[bytes]:
+        with gzip.open(path) as source:
             for line in source:
-                if orjson.loads(line)["tenant"] == tenant:
-                    gone += 1
-                else:
-                    kept += 1
-                    file.write(line)
-        raw.flush()
-        os.fsync(raw.fileno())
+                if (orjson.loads(line)["tenant"] == tenant) == of_tenant:
+                    yield line
+
+    gone = sum(1 for _ in lines(of_tenant=True))
     if not gone:
-        temporary.unlink()
-    elif kept:
-        temporary.replace(path)
-    else:
+        return 0
+    if next(lines(of_tenant=False), None) is None:
         path.unlink()
-        temporary.unlink()
-    sync_directory(path.parent)
+        sync_directory(path.parent)
+        return gone
+    with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+        file.writelines(lines(of_tenant=False))
     return gone
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from betrace.service.durable import replacing, sync_directory
 from betrace.service.storage.disk import Disk
-from betrace.service.storage.paths import sync_directory
 
 _SUFFIX = ".jsonl"
 _NEW = ".new"
@@ -250,26 +250,21 @@ class FallbackFiles:
     def _rewrite(
         self, path: Path, start: int, end: int, unwanted: Callable[[bytes], bool]
     ) -> tuple[int, int, int]:
-        """Keep of a file's part what is wanted; the lines that went, those that stay, and their
-        bytes."""
+        """Remove the unwanted lines from a part of a file; the part before it goes too. Returns
+        the lines removed, the lines kept, and the bytes kept. Without unwanted lines the file
+        stays as it is."""
         gone = kept = size = 0
-        temporary = path.with_suffix(_NEW)
-        with path.open("rb") as source, temporary.open("wb") as target:
-            source.seek(start)
-            while source.tell() < end and (line := source.readline()):
-                if unwanted(line.rstrip(b"\n")):
-                    gone += 1
-                else:
-                    target.write(line)
-                    kept += 1
-                    size += len(line)
-            target.flush()
-            os.fsync(target.fileno())
+        for line in _lines(path, start, end):
+            if unwanted(line.rstrip(b"\n")):
+                gone += 1
+            else:
+                kept += 1
+                size += len(line)
         if gone:
-            temporary.replace(path)
-            sync_directory(self._directory)
-        else:
-            temporary.unlink()
+            with replacing(path) as target:
+                target.writelines(
+                    line for line in _lines(path, start, end) if not unwanted(line.rstrip(b"\n"))
+                )
         return gone, kept, size
 
     def pages(self, lines: int) -> Iterator[list[bytes]]:
@@ -314,3 +309,11 @@ class FallbackFiles:
         with suppress(FileNotFoundError):
             file.path.unlink()
         self._files.remove(file)
+
+
+def _lines(path: Path, start: int, end: int) -> Iterator[bytes]:
+    """The lines that begin from ``start`` to before ``end``, with their ends."""
+    with path.open("rb") as source:
+        source.seek(start)
+        while source.tell() < end and (line := source.readline()):
+            yield line

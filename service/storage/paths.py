@@ -36,23 +36,3 @@ def tenants_with(data: Path, name: str) -> list[str]:
         if ours and entry.is_dir() and (data / entry.name / name).exists():
             found.append(tenant)
     return sorted(found)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file ``path`` by ``data``: after a crash it holds the old bytes or the new."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)

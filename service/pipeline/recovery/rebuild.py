@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from betrace.service.durable import write_atomically
 from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
@@ -22,7 +23,7 @@ from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreCorrupt, StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import PAGE, Entries
-from betrace.service.storage.paths import tenant_directory, write_atomically
+from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 from betrace.service.traces.due import DueTraces

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from betrace.service.durable import write_atomically
 from betrace.service.storage.disk import Disk
 from betrace.service.storage.lockfile import LockedError, LockFile
-from betrace.service.storage.paths import tenant_directory, tenants_with, write_atomically
+from betrace.service.storage.paths import tenant_directory, tenants_with
 from betrace.service.storage.spanlog.frames import Frame, Skipped, pack_position, unpack_position
 from betrace.service.storage.spanlog.open_files import OpenFiles
 from betrace.service.storage.spanlog.sync import LogSyncer

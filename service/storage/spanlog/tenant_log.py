@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+from betrace.service.durable import sync_directory
 from betrace.service.storage.disk import Buffer, Disk
-from betrace.service.storage.paths import sync_directory
 from betrace.service.storage.spanlog import frames as format_
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
