@@ -46,8 +46,9 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.signals import Signal
 from betrace.service.storage.audit_log import AuditLog
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.ledger.open import open_ledger
-from betrace.service.storage.ledger.record import Record, SignalLedger
+from betrace.service.storage.ledger.record import Record
 from betrace.service.storage.local_stores import Reserves, open_reserves
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
@@ -82,7 +83,7 @@ class Service:
         settings: Settings,
         log: SpanLog,
         registry: RuleRegistry,
-        ledger: SignalLedger,
+        ledger: Ledger,
         store: DuckStore,
         reserves: Reserves,
         directory: TenantDirectory,
@@ -91,7 +92,7 @@ class Service:
         self.settings = settings
         self.log: SpanLog = log
         self.registry = registry
-        self.ledger: SignalLedger = ledger
+        self.ledger: Ledger = ledger
         self.store = store
         self.started_at: float = time.time()
         self.latencies = Latencies(
@@ -112,8 +113,8 @@ class Service:
             self._stored,
             self.latencies,
         )
-        living = self.gate.living(ledger)
-        self.exports: Exports = Exports(settings, living, self.pipeline.breakers)
+        entries = self.gate.current_entries(ledger)
+        self.exports: Exports = Exports(settings, entries, self.pipeline.breakers)
         self.edge: Edge = Edge(
             settings.ingest,
             self.pipeline.requests,
@@ -147,7 +148,7 @@ class Service:
             self._threads,
             store,
             self.pipeline.closed,
-            Record(living, reserves.ledger),
+            Record(entries, reserves.ledger),
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
             closed,
@@ -155,7 +156,7 @@ class Service:
         self.rebuild = Rebuild(
             settings.storage.path,
             log,
-            living,
+            entries,
             store,
             registry.compiled,
             settings.ingest.max_body_bytes,

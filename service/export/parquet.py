@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from betrace.service.durable import replace_durably
 from betrace.service.export.columns import SCHEMA, span_table
 from betrace.service.otlp.columns import ERROR, SPAN_COUNT, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
+from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame
 from betrace.service.storage.spanlog.log import Segment, SpanLog, pack_position
 

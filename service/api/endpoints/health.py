@@ -9,7 +9,7 @@ from betrace.service.api.asgi import App, Receive, Scope, Send, lifespan
 from betrace.service.api.backend import Backend
 from betrace.service.api.endpoint import Answer, Call, Endpoints
 from betrace.service.receiver.responses import ApiError
-from betrace.service.tenancy.access import Authenticator, Denied
+from betrace.service.tenancy.authentication import Authenticator, Denied
 
 endpoints = Endpoints("Health", access="none")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError, TraceRow
+from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.log import Frame, SpanLog
 from betrace.service.traces.signal_history import told_of
 from betrace.service.traces.tenant_traces import Recalled

@@ -30,11 +30,10 @@ from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.tenancy.directory import DirectoryError, Hidden, State
+from betrace.service.tenancy.directory import DirectoryError, Hidden, TenantState
 from betrace.service.tenancy.gate import Gate
 from betrace.service.traces.checkpoint import KEPT
 
@@ -78,7 +77,7 @@ class Removal:
         data: Path,
         archive: Path,
         gate: Gate,
-        ledger: Entries,
+        ledger: LedgerEntries,
         log: SpanLog,
         store: DuckStore,
         queries: StoreQueries,
@@ -135,7 +134,7 @@ class Removal:
     async def take_up(self) -> None:
         """At the start, before anything is read back: go on where the last process stopped. What
         hangs is left for :meth:`run`."""
-        for tenant in await self._threads.run(self._directory.in_state, State.DELETING):
+        for tenant in await self._threads.run(self._directory.in_state, TenantState.DELETING):
             self._wanted[tenant] = trio.Event()
         with trio.move_on_after(ATTEMPT_SECONDS):
             async with trio.open_nursery() as nursery:
@@ -239,7 +238,7 @@ class Removal:
 
     def _hide(self, tenant: str) -> Hidden:
         after = 0
-        while page := self._ledger.held(after):
+        while page := self._ledger.outgoing(after):
             after = page[-1][0]
             if any(signal.tenant == tenant for _, signal in page):
                 raise OSError("the ledger does not know yet whether it has signals of it")

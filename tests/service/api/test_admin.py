@@ -2,9 +2,9 @@ import pytest
 
 from betrace.service.api.backend import AuditError, Operator
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.tenancy.access import Denied
 from tests.service.api.test_app import Client
 from tests.support.scripted_backend import ScriptedBackend
+from tests.support.tenant_keys import authenticating, bearer, new_key
 
 ME = Operator("operator", "<local>")
 
@@ -208,15 +208,14 @@ async def test_an_action_that_cannot_be_done_now_is_503(client, admin, error):
 
 
 async def test_actions_need_the_operator_token():
-    class Nobody:
-        async def operator(self, authorization):
-            return Denied(401, "who are you?")
-
+    key = new_key()
     backend = ScriptedBackend()
     backend.admin = ScriptedAdmin()
-    client = Client(backend, Nobody())
-    await client.ask("POST", "/api/admin/pipeline/pause", 401)
-    await client.get("/api/admin/dead-letters", 401)
+    with authenticating({"acme": key}) as authenticator:
+        client = Client(backend, authenticator)
+        await client.ask("POST", "/api/admin/pipeline/pause", 401)
+        await client.get("/api/admin/dead-letters", 401)
+        await client.get("/api/admin/dead-letters", 403, Authorization=bearer(key, "acme"))
     assert backend.admin.done == []
 
 

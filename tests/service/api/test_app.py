@@ -11,8 +11,8 @@ from betrace.service.api.endpoints.health import metrics_app
 from betrace.service.api.openapi import all_endpoints, markdown, openapi
 from betrace.service.config.settings import Api
 from betrace.service.storage.duck.queries import SummaryRow
-from betrace.service.tenancy.access import Denied
 from tests.support.scripted_backend import TRACE, ScriptedBackend, signal
+from tests.support.tenant_keys import OPERATOR, SCRAPER, authenticating, bearer, new_key
 
 ROOT = Path(__file__).parents[3]
 MINUTE = 60 * 10**9
@@ -205,46 +205,32 @@ async def test_the_tenant_is_the_callers():
     assert "a tenant name is" in error["message"]
 
 
-class Gate:
-    async def caller(self, authorization, scope):
-        if authorization == "Bearer op":
-            return scope
-        return await self.tenant(authorization)
-
-    async def scraper(self, authorization):
-        return None if authorization == "Bearer scrape" else Denied(403, "scrapers only")
-
-    async def tenant(self, authorization):
-        if authorization is None:
-            return Denied(401, "send a bearer token")
-        return "acme" if authorization == "Bearer acme" else Denied(403, "not for this")
-
-    async def operator(self, authorization):
-        return None if authorization == "Bearer op" else Denied(403, "operators only")
-
-
 async def test_authentication():
-    client = Client(authenticator=Gate())
-    error = await client.get("/api/v1/signals", 401, X_Scope_OrgID="acme")
-    assert error["message"] == "send a bearer token"
-    assert client.headers["www-authenticate"] == "Bearer"
-    await client.get("/api/v1/signals", 403, Authorization="Bearer x")
-    await client.get("/api/v1/signals", Authorization="Bearer acme", X_Scope_OrgID="other")
-    assert client.queries.asked[0][0] == "acme"
-    await client.get("/api/performance/metrics", 403, Authorization="Bearer acme")
-    await client.get("/api/performance/metrics", Authorization="Bearer op")
-    await client.get("/api/v1/signals", Authorization="Bearer op", X_Scope_OrgID="other")
-    assert client.queries.asked[1][0] == "other"
-    await client.get("/metrics", 403, Authorization="Bearer acme")
-    await client.get("/metrics", Authorization="Bearer scrape")
-    for open_path in ("/livez", "/readyz", "/openapi.json", "/docs"):
-        await client.get(open_path)
+    key = new_key()
+    acme, operator = bearer(key, "acme"), f"Bearer {OPERATOR}"
+    with authenticating({"acme": key, "other": new_key()}) as authenticator:
+        client = Client(authenticator=authenticator)
+        error = await client.get("/api/v1/signals", 401, X_Scope_OrgID="acme")
+        assert "no token was sent" in error["message"]
+        assert client.headers["www-authenticate"] == "Bearer"
+        await client.get("/api/v1/signals", 401, Authorization="Bearer x")
+        await client.get("/api/v1/signals", Authorization=acme, X_Scope_OrgID="other")
+        assert client.queries.asked[0][0] == "acme"
+        await client.get("/api/performance/metrics", 403, Authorization=acme)
+        await client.get("/api/performance/metrics", Authorization=operator)
+        await client.get("/api/v1/signals", Authorization=operator, X_Scope_OrgID="other")
+        assert client.queries.asked[1][0] == "other"
+        await client.get("/api/v1/signals", 403, Authorization=operator, X_Scope_OrgID="nobody")
+        await client.get("/metrics", 403, Authorization=acme)
+        await client.get("/metrics", Authorization=f"Bearer {SCRAPER}")
+        for open_path in ("/livez", "/readyz", "/openapi.json", "/docs"):
+            await client.get(open_path)
 
 
 async def test_a_tenant_that_is_deleted_is_refused():
     client = Client(closed={"gone"})
     error = await client.get("/api/v1/signals", 403, X_Scope_OrgID="gone")
-    assert "is deleted" in error["message"]
+    assert "was deleted" in error["message"]
     await client.get("/api/v1/signals", X_Scope_OrgID="other")
 
 

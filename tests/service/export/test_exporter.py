@@ -14,8 +14,7 @@ from betrace.channels import BreakerState
 from betrace.service.config.settings import Settings
 from betrace.service.export.destinations import OTLP, WEBHOOK, Exports, destinations
 from betrace.service.signals import Kind
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.http_receiver import Receiver, receiving
 from tests.support.inprocess import closed, running, send, write_rules
@@ -58,7 +57,7 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
 
 
 @asynccontextmanager
-async def exporting(settings: Settings, ledger: Entries) -> AsyncIterator[Exports]:
+async def exporting(settings: Settings, ledger: LedgerEntries) -> AsyncIterator[Exports]:
     breakers = Breakers(settings.breakers, destinations(settings.export))
     exports = Exports(settings, ledger, breakers)
     try:

@@ -6,14 +6,16 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.config.settings import Auth
 from betrace.service.tenancy import authentication
-from betrace.service.tenancy.access import Denied
-from betrace.service.tenancy.authentication import SecretError, TokenAuthenticator, operator_token
+from betrace.service.tenancy.authentication import (
+    Authenticator,
+    Denied,
+    SecretError,
+    operator_token,
+)
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token
-from tests.support.tenant_keys import new_key, raw, sign
+from tests.support.tenant_keys import OPERATOR, SCRAPER, new_key, raw, sign
 
-OPERATOR = "operator-token-of-the-tests"
-SCRAPER = "scrape-token-of-the-tests"
 KEY = new_key()
 KID = key_id(raw(KEY))
 
@@ -28,7 +30,7 @@ class World:
         self.error = None
         self.threads = ThreadRunner("signatures", 1)
         given = {"enabled": True, "operator_token": OPERATOR, "scrape_token": SCRAPER} | settings
-        self.gate = TokenAuthenticator(
+        self.gate = Authenticator(
             Auth(**given), OPERATOR, self.load, self.exists, self.threads, lambda: self.now
         )
 
@@ -188,12 +190,12 @@ def test_where_the_operator_token_is(tmp_path):
     assert operator_token(Auth(enabled=True, operator_token_file=str(path))) == OPERATOR
     assert operator_token(Auth(enabled=True, operator_token=OPERATOR)) == OPERATOR
     path.write_text("short")
-    with pytest.raises(SecretError, match="less than 20"):
+    with pytest.raises(SecretError, match="fewer than 20"):
         operator_token(Auth(enabled=True, operator_token_file=str(path)))
     with pytest.raises(SecretError, match="cannot be read"):
         operator_token(Auth(enabled=True, operator_token_file=str(tmp_path / "none")))
     path.write_bytes(b"\xff" * 40)
-    with pytest.raises(SecretError, match="no text"):
+    with pytest.raises(SecretError, match="not text"):
         operator_token(Auth(enabled=True, operator_token_file=str(path)))
 
 

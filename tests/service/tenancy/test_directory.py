@@ -6,9 +6,9 @@ from betrace.service.tenancy.directory import (
     MOST_KEYS,
     DirectoryError,
     Hidden,
-    State,
     TenantConflictError,
     TenantDirectory,
+    TenantState,
     UnknownTenantError,
 )
 from betrace.service.tenancy.tokens import key_id
@@ -43,7 +43,7 @@ def test_what_was_made_is_there_after_a_restart(tmp_path, directory):
     directory.close()
     again = TenantDirectory(tmp_path / "data" / "tenants.sqlite")
     assert again.get("acme") == made
-    assert made.state is State.ACTIVE
+    assert made.state is TenantState.ACTIVE
     assert [each.public for each in made.keys] == [key]
     assert [each.name for each in again.page()] == ["acme", "beta"]
     assert [each.name for each in again.page("acme", 5)] == ["beta"]
@@ -90,11 +90,11 @@ def test_a_key_is_revoked_at_once(directory):
 def test_keys_are_bounded_and_not_repeated(directory):
     key = raw(new_key())
     directory.create("acme", None, key)
-    with pytest.raises(TenantConflictError, match="has this key"):
+    with pytest.raises(TenantConflictError, match="already has this key"):
         directory.add_key("acme", key, 0)
     for _ in range(MOST_KEYS - 1):
         directory.add_key("acme", raw(new_key()), 3600)
-    with pytest.raises(TenantConflictError, match="as many as it may"):
+    with pytest.raises(TenantConflictError, match="the most allowed"):
         directory.add_key("acme", raw(new_key()), 3600)
 
 
@@ -104,7 +104,7 @@ def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(director
     directory.begin_deletion("acme")
     assert directory.public_key("acme", key_id(key)) is None
     assert directory.quotas() == {}
-    assert directory.get("acme").state is State.DELETING
+    assert directory.get("acme").state is TenantState.DELETING
     for change in (
         lambda: directory.create("acme", None, None),
         lambda: directory.set_quota("acme", 1),
@@ -116,16 +116,16 @@ def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(director
     directory.finish_deletion("acme")
     assert directory.get("acme") is None
     assert directory.page() == []
-    assert directory.in_state(State.DELETED) == {"acme"}
+    assert directory.in_state(TenantState.DELETED) == {"acme"}
     again = directory.create("acme", None, None)
     assert again.keys == ()
     assert directory.hidden() == {"acme": Hidden(17, 3)}
-    assert directory.in_state(State.DELETED, State.DELETING) == set()
+    assert directory.in_state(TenantState.DELETED, TenantState.DELETING) == set()
 
 
 def test_one_that_was_never_made_can_be_deleted(directory):
     directory.begin_deletion("wild")
-    assert directory.in_state(State.DELETING) == {"wild"}
+    assert directory.in_state(TenantState.DELETING) == {"wild"}
     with pytest.raises(ValueError, match="a tenant name"):
         directory.begin_deletion("..")
 

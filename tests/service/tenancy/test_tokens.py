@@ -61,7 +61,7 @@ def test_only_ed25519_public_keys_are_taken():
     with pytest.raises(BadKeyError, match="not an Ed25519 key"):
         read_public_key(pem)
     for text in ("", "x", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "\0"):
-        with pytest.raises(BadKeyError, match="no PEM public key"):
+        with pytest.raises(BadKeyError, match="not a PEM public key"):
             read_public_key(text)
 
 
@@ -78,20 +78,20 @@ HEAD = {"alg": "EdDSA", "kid": KID}
         (hs256(raw(KEY), KID, GOOD), "not signed with EdDSA"),
         (hs256(public_pem(KEY).encode(), KID, GOOD), "not signed with EdDSA"),
         (unsigned({"alg": ["EdDSA"], "kid": KID}, GOOD), "token"),
-        (unsigned({"alg": "EdDSA"}, GOOD, "AA"), "kid names no key"),
-        (unsigned({"alg": "EdDSA", "kid": "../../etc/passwd"}, GOOD, "AA"), "kid names no key"),
-        (unsigned({"alg": "EdDSA", "kid": "' OR 1=1 --"}, GOOD, "AA"), "kid names no key"),
+        (unsigned({"alg": "EdDSA"}, GOOD, "AA"), "kid is not a key id"),
+        (unsigned({"alg": "EdDSA", "kid": "../../etc/passwd"}, GOOD, "AA"), "kid is not a key id"),
+        (unsigned({"alg": "EdDSA", "kid": "' OR 1=1 --"}, GOOD, "AA"), "kid is not a key id"),
         (unsigned({"alg": "EdDSA", "kid": 7}, GOOD, "AA"), "token"),
-        (unsigned(HEAD, {"exp": SOON}, "AA"), "names no tenant"),
-        (unsigned(HEAD, GOOD | {"tenant": "../acme"}, "AA"), "names no tenant"),
-        (unsigned(HEAD, GOOD | {"tenant": ["acme"]}, "AA"), "names no tenant"),
-        (unsigned(HEAD, GOOD | {"tenant": "acme\n"}, "AA"), "names no tenant"),
-        (unsigned(HEAD, [GOOD], "AA"), "no JSON Web Token"),
-        (unsigned(HEAD, GOOD, "!"), "no JSON Web Token"),
-        ("a.b.c", "no JSON Web Token"),
-        ("", "no JSON Web Token"),
-        ("." * 4000, "no JSON Web Token"),
-        (part(HEAD) + "." + "W" * 3000 + ".AA", "no JSON Web Token"),
+        (unsigned(HEAD, {"exp": SOON}, "AA"), "is not a tenant name"),
+        (unsigned(HEAD, GOOD | {"tenant": "../acme"}, "AA"), "is not a tenant name"),
+        (unsigned(HEAD, GOOD | {"tenant": ["acme"]}, "AA"), "is not a tenant name"),
+        (unsigned(HEAD, GOOD | {"tenant": "acme\n"}, "AA"), "is not a tenant name"),
+        (unsigned(HEAD, [GOOD], "AA"), "not a JSON Web Token"),
+        (unsigned(HEAD, GOOD, "!"), "not a JSON Web Token"),
+        ("a.b.c", "not a JSON Web Token"),
+        ("", "not a JSON Web Token"),
+        ("." * 4000, "not a JSON Web Token"),
+        (part(HEAD) + "." + "W" * 3000 + ".AA", "not a JSON Web Token"),
         ("x" * 4097, "longer than 4096"),
     ],
 )

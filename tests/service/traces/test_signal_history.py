@@ -148,7 +148,7 @@ def test_the_record_is_the_ledger_and_its_fallback_files(tmp_path):
 
     assert since(recorded, 20 * minute) == [third, second]
     assert since({}, 0) == [third, old, old, first, second]
-    ledger.hold([third])  # perhaps the ledger has it
+    ledger.add_outgoing([third])  # perhaps the ledger has it
     assert since(recorded, 20 * minute) == [third, third, second]
     ledger.close()
     assert record.last_entries() == recorded  # as far as is known

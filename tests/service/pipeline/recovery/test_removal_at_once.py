@@ -19,7 +19,7 @@ from betrace.service.pipeline.recovery.removal import (
     RETRY_SECONDS,
     Removal,
 )
-from betrace.service.tenancy.directory import State, TenantDirectory
+from betrace.service.tenancy.directory import TenantDirectory, TenantState
 from tests.support import virtual
 
 
@@ -125,7 +125,7 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
                     await done[name].wait()
             assert store.most_at_once <= AT_ONCE
             assert recovery.saved <= 8  # shared
-            assert directory.in_state(State.DELETING) == set(names[:3])
+            assert directory.in_state(TenantState.DELETING) == set(names[:3])
             # An attempt that ended while its thread hangs does not begin another beside it.
             await trio.sleep(10 * ATTEMPT_SECONDS)
             assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
@@ -135,7 +135,7 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
             with trio.fail_after(1000):
                 for name in names[:3]:
                     await done[name].wait()
-            assert directory.in_state(State.DELETING) == set()
+            assert directory.in_state(TenantState.DELETING) == set()
             assert removal.removed == 12
             nursery.cancel_scope.cancel()
 
@@ -181,6 +181,6 @@ def test_one_that_hangs_does_not_keep_the_service_from_starting(tmp_path: Path) 
                 for done in list(removal._wanted.values()):
                     await done.wait()
                 nursery.cancel_scope.cancel()
-            assert directory.in_state(State.DELETED) == {"acme", "beta"}
+            assert directory.in_state(TenantState.DELETED) == {"acme", "beta"}
 
     virtual.run(main)

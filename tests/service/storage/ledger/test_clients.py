@@ -116,7 +116,7 @@ def test_a_replacement_waits_ever_longer(monkeypatch: pytest.MonkeyPatch) -> Non
         with made.clients.use() as client:
             made.clients.discard(client)
             made.clients.discard(client)  # no more than once
-        refused(made.use, "another is made in", transient=True)
+        refused(made.use, "a new one is made in", transient=True)
         before = now
         while True:
             try:

@@ -145,30 +145,30 @@ def test_a_file_of_the_first_schema_is_taken_along(path: Path) -> None:
     db.close()
     ledger = SqliteLedger(path)
     assert ledger.record([make(1), make(2)]) == [False, True]
-    assert ledger.hold([make(3)]) == [True]
+    assert ledger.add_outgoing([make(3)]) == [True]
     ledger.close()
 
 
 def test_what_is_held_becomes_an_entry_when_it_is_settled(ledger: SqliteLedger) -> None:
     ledger.record([make(0)])
     first = make(1, message="first")
-    assert ledger.hold([]) == []
-    assert ledger.hold([make(0), first, make(2), first]) == [False, True, True, False]
-    assert ledger.hold([make(1, message="second"), make(3)]) == [True, True]
-    assert [signal for _, signal in ledger.held()] == [first, make(2), make(3)]
-    assert [s for _, s in ledger.held(ledger.held()[0][0], limit=1)] == [make(2)]
+    assert ledger.add_outgoing([]) == []
+    assert ledger.add_outgoing([make(0), first, make(2), first]) == [False, True, True, False]
+    assert ledger.add_outgoing([make(1, message="second"), make(3)]) == [True, True]
+    assert [signal for _, signal in ledger.outgoing()] == [first, make(2), make(3)]
+    assert [s for _, s in ledger.outgoing(ledger.outgoing()[0][0], limit=1)] == [make(2)]
     assert ledger.count("shop") == 1
     ledger.settle([make(1, message="second"), make(2)], refused=[make(3)])
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert [signal for _, signal in ledger.entries("shop")] == [make(0), first, make(2)]
     ledger.settle([make(2)])  # by a second thread: it is settled
     assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
 
 
 def test_the_ledger_that_takes_over_has_what_was_held(ledger: SqliteLedger) -> None:
-    ledger.hold([make(1), make(2, tenant="other")])
+    ledger.add_outgoing([make(1), make(2, tenant="other")])
     ledger.take_over()
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert (ledger.balances("shop"), ledger.balances("other")) == ({"r1": 1}, {"r1": 1})
 
 

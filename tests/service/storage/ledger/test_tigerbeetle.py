@@ -135,7 +135,7 @@ def test_one_event_refused_is_no_reason_to_lose_the_others(ledger, cluster) -> N
     assert ledger.balance("shop", "r1") == 2
     # It is not an entry and not on its way: nothing sends it again by itself.
     assert [s.trace_id for _, s in ledger.entries("shop")] == [make(i).trace_id for i in (1, 3)]
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert (ledger.count("shop"), ledger.tenants(), ledger.last_entry("shop")) == (2, ["shop"], 2)
 
 
@@ -181,7 +181,7 @@ def test_a_call_left_behind_is_unknown_and_sent_again(ledger, cluster) -> None:
     assert inside.wait(5)
     ledger.replace(began)
     assert ledger.clients.left_behind == 1
-    assert [s.trace_id for _, s in ledger.held()] == [make(i).trace_id for i in (1, 2)]
+    assert [s.trace_id for _, s in ledger.outgoing()] == [make(i).trace_id for i in (1, 2)]
     assert ledger.record([make(3)]) == [True]  # a new client does not wait for the old
     go_on.set()
     thread.join(5)
@@ -190,7 +190,7 @@ def test_a_call_left_behind_is_unknown_and_sent_again(ledger, cluster) -> None:
     assert len(cluster.transfers) == 4  # it was carried out
     assert ledger.record([make(1), make(2)]) == [True, True]
     assert ledger.balance("shop", "r1") == len(cluster.transfers) == 4
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert (ledger.clients.left_behind, ledger.clients.replaced) == (0, 1)
     assert [client.closed for client in cluster.clients] == [True, False]
 
@@ -199,7 +199,7 @@ def test_a_call_left_behind_is_unknown_and_sent_again(ledger, cluster) -> None:
 def test_a_client_that_is_dead_is_replaced(ledger, cluster, error) -> None:
     ledger.record([make(1)])
     cluster.script = iter([error])
-    with pytest.raises(LedgerError, match="Another is made") as caught:
+    with pytest.raises(LedgerError, match="A new client is made") as caught:
         ledger.record([make(2)])
     assert caught.value.transient
     assert ledger.record([make(1), make(2)]) == [False, True]
@@ -278,9 +278,9 @@ def test_what_a_dead_process_left_on_its_way_is_sent_at_the_next_start(
     assert len(cluster.transfers) == (3 if carried_out else 1)
     second = open_ledger()
     second.start(5)
-    assert "2 signals that had been left on their way" in caplog.text
+    assert "2 outgoing signals were sent again" in caplog.text
     assert len(cluster.transfers) == second.count("shop") == second.balance("shop", "r1") == 3
-    assert second.held() == []
+    assert second.outgoing() == []
     assert second.record([make(1)]) == [False]
 
 
@@ -290,7 +290,7 @@ def test_the_next_start_need_not_find_the_cluster(open_ledger, cluster) -> None:
     with pytest.raises(LedgerError):
         first.record([make(1)])
     second = open_ledger()
-    assert [signal for _, signal in second.held()] == [make(1)]  # for who must know of it
+    assert [signal for _, signal in second.outgoing()] == [make(1)]  # for who must know of it
     assert second.record([make(2)]) == [True]  # the first that reaches the cluster takes it along
     assert second.balance("shop", "r1") == 2
 
@@ -335,7 +335,7 @@ class TestSettling:
         gate.set()
         thread.join(5)
         assert answers == [[False, True]]
-        assert (ledger.count("shop"), ledger.held()) == (2, [])
+        assert (ledger.count("shop"), ledger.outgoing()) == (2, [])
 
     def test_is_waited_for_by_readers_but_not_for_long(self, ledger, settle, monkeypatch) -> None:
         gate = threading.Event()
@@ -345,7 +345,7 @@ class TestSettling:
             "betrace.service.storage.ledger.tigerbeetle._READERS_WAIT_SECONDS", 0.05
         )
         assert ledger.count("shop") == 0
-        assert [signal for _, signal in ledger.held()] == [make(1)]
+        assert [signal for _, signal in ledger.outgoing()] == [make(1)]
         monkeypatch.setattr("betrace.service.storage.ledger.tigerbeetle._READERS_WAIT_SECONDS", 10)
         thread, answers = self.in_thread(lambda: ledger.count("shop"))
         gate.set()
@@ -367,9 +367,9 @@ class TestSettling:
         assert ledger.record([make(1)]) == [True]
         with pytest.raises(LedgerError, match="the disk is full"):  # to settle what was left over
             ledger.record([make(2)])
-        assert [signal for _, signal in ledger.held()] == [make(1)]
+        assert [signal for _, signal in ledger.outgoing()] == [make(1)]
         assert ledger.record([make(1), make(2)]) == [False, True]
-        assert ledger.held() == []
+        assert ledger.outgoing() == []
         assert ledger.balance("shop", "r1") == ledger.count("shop") == len(cluster.transfers) == 2
 
     def test_that_hangs_is_left_behind(self, ledger, cluster, settle) -> None:
@@ -387,7 +387,7 @@ class TestSettling:
         assert "left behind" in str(answers[0])
         assert ledger.record([make(2)]) == [True]
         assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
-        assert ledger.held() == []
+        assert ledger.outgoing() == []
 
     def test_is_over_when_the_ledger_is_closed(self, open_ledger, settle) -> None:
         gate = threading.Event()
@@ -396,7 +396,7 @@ class TestSettling:
         first.record([make(1)])
         threading.Timer(0.05, gate.set).start()
         first.close()
-        assert open_ledger().held() == []
+        assert open_ledger().outgoing() == []
 
 
 def test_close_gives_up_a_call_that_hangs_and_never_closes_under_it(
@@ -420,7 +420,7 @@ def test_close_gives_up_a_call_that_hangs_and_never_closes_under_it(
     ledger.close()
     ledger.close()
     assert time.monotonic() - started < 3
-    assert "hangs and is not closed" in caplog.text
+    assert "hangs and was not closed" in caplog.text
     assert not cluster.clients[0].closed
     released.set()
     thread.join(5)
