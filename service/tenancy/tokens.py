@@ -95,8 +95,8 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise BadKeyError(
-            f"{path} is not an Ed25519 private key in PEM without a password; name the file written "
-            "by `betrace tenants create`"
+            f"{path} is not an Ed25519 private key in PEM without a password; name the file "
+            "written by `betrace tenants create`"
         )
     return key
 
