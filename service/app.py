@@ -443,18 +443,7 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     )
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
-    duck = settings.duckdb
-    store = stack.enter_context(
-        DuckStore(
-            data,
-            memory_bytes=duck.memory_bytes,
-            threads=duck.threads,
-            pool_max=duck.pool_max,
-            pool_idle=duck.pool_idle,
-            pool_timeout=duck.pool_timeout_seconds,
-            idle_close=duck.idle_close_seconds,
-        )
-    )
+    store = stack.enter_context(DuckStore(data, settings.duckdb))
     rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
     kept = settings.caches
     registry = RuleRegistry(

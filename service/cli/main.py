@@ -61,7 +61,7 @@ def _explain(error: BaseException) -> str:
     from betrace.service.cli.rules import InputError
     from betrace.service.config.load import ConfigError
     from betrace.service.rules.store import RuleStoreError
-    from betrace.service.storage.duck.files import StoreError
+    from betrace.service.storage.duck.schema import StoreError
     from betrace.service.storage.ledger.base import LedgerError
     from betrace.service.storage.lockfile import LockedError
     from betrace.service.tenancy.authentication import SecretError

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from betrace.service.config.stores import DuckDb
 from betrace.service.signals import Signal
 from betrace.service.storage.duck import queries as duckqueries
 from betrace.service.storage.duck import write as duckwrite
@@ -86,25 +87,15 @@ class DuckStore:
     def __init__(
         self,
         directory: Path,
+        limits: DuckDb | None = None,
         *,
-        memory_bytes: int = 1 << 30,
-        threads: int = 2,
-        pool_max: int = 5,
-        pool_idle: int = 1,
-        pool_timeout: float = 5.0,
-        idle_close: float = 300.0,
         attached_max: int = 1000,
         key_bytes: int = 128 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = DuckFiles(
             directory,
-            memory_bytes=memory_bytes,
-            threads=threads,
-            pool_max=pool_max,
-            pool_idle=pool_idle,
-            pool_timeout=pool_timeout,
-            idle_close=idle_close,
+            limits or DuckDb(),
             attached_max=attached_max,
             key_bytes=key_bytes,
             clock=clock,

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from betrace.service.config.stores import DuckDb
 from betrace.service.signals import Kind, Signal, signal_id
 from betrace.service.storage.duck import files as duckfiles
 from betrace.service.storage.duck import memory as duckmemory
@@ -93,9 +94,14 @@ def trace_id(number: int) -> str:
     return f"{number:032x}"
 
 
+def limits(**changes: Any) -> DuckDb:
+    """The default limits with changes, which may be outside the allowed ranges."""
+    return DuckDb.model_construct(**(dict(DuckDb()) | changes))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[DuckStore]:
-    with DuckStore(tmp_path, pool_timeout=0.2) as store:
+    with DuckStore(tmp_path, limits(pool_timeout_seconds=0.2)) as store:
         yield store
 
 
@@ -496,7 +502,7 @@ class TestFiles:
     def test_closing_interrupts_what_does_not_end(self, tmp_path: Path) -> None:
         """A thread that was left behind does not keep the store from closing."""
         begun, errors = threading.Event(), []
-        store = DuckStore(tmp_path, pool_timeout=0.05)
+        store = DuckStore(tmp_path, limits(pool_timeout_seconds=0.05))
         store.write_signals("a", [make(1)])
 
         def work(write: bool) -> None:
@@ -524,7 +530,7 @@ class TestFiles:
             assert store.counts("a").signals == 1
 
     def test_closing_waits_for_what_ends(self, tmp_path: Path) -> None:
-        store = DuckStore(tmp_path, pool_timeout=5)
+        store = DuckStore(tmp_path, limits(pool_timeout_seconds=5))
         begun = threading.Event()
 
         def work() -> None:
@@ -549,7 +555,7 @@ class TestFiles:
 
     def test_idle_files_are_closed_and_opened_again(self, tmp_path: Path) -> None:
         clock = Clock()
-        with DuckStore(tmp_path, idle_close=60, clock=clock) as store:
+        with DuckStore(tmp_path, limits(idle_close_seconds=60), clock=clock) as store:
             store.write_signals("a", [make(1)])
             clock.now = 30
             store.write_signals("b", [make(1)])
@@ -572,7 +578,7 @@ class TestFiles:
     def test_rows_that_only_memory_holds_are_bounded(self, tmp_path: Path) -> None:
         """Each tenant's first rows cost DuckDB memory until its file is checkpointed."""
         clock = Clock()
-        with DuckStore(tmp_path, memory_bytes=20 << 20, clock=clock) as store:
+        with DuckStore(tmp_path, limits(memory_bytes=20 << 20), clock=clock) as store:
             for i in range(30):
                 clock.now = i
                 store.write(f"t{i:02}", signals=[make(i)], traces=columns(i))
@@ -587,12 +593,12 @@ class TestFiles:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
     ) -> None:
         if by == "the store":
-            monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
-            monkeypatch.setattr(duckfiles, "_SAVED_SECONDS", (0.0, 0.0))
+            monkeypatch.setattr(duckmemory, "_SAVED_BYTES", 1)
+            monkeypatch.setattr(duckmemory, "_SAVED_SECONDS", (0.0, 0.0))
         else:
             monkeypatch.setattr(duckfiles, "_CHECKPOINT_SIZE", "4MB")
         clock = Clock()
-        with DuckStore(tmp_path, memory_bytes=64 << 20, clock=clock) as store:
+        with DuckStore(tmp_path, limits(memory_bytes=64 << 20), clock=clock) as store:
 
             def held() -> dict[str, int]:
                 with store._files.use("shop") as db:
@@ -614,8 +620,8 @@ class TestFiles:
     def test_a_long_log_is_checkpointed_within_a_minute(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
-        monkeypatch.setattr(duckfiles, "_SAVED_SECONDS", (60.0, 60.0))
+        monkeypatch.setattr(duckmemory, "_SAVED_BYTES", 1)
+        monkeypatch.setattr(duckmemory, "_SAVED_SECONDS", (60.0, 60.0))
         clock, log = Clock(), tmp_path / "shop/betrace.duckdb.wal"
         with DuckStore(tmp_path, clock=clock) as store:
             for clock.now in (100, 159, 160):  # the file is new at 100
@@ -630,7 +636,7 @@ class TestFiles:
             assert store.counts("shop").signals == 5
 
     def test_a_file_that_is_being_written_is_not_checkpointed(self, tmp_path: Path) -> None:
-        with DuckStore(tmp_path, memory_bytes=20 << 20) as store:
+        with DuckStore(tmp_path, limits(memory_bytes=20 << 20)) as store:
             store.write_signals("busy", [make(1)])
             with store._files.use("busy", write=True) as db:
                 db.execute("DELETE FROM signals").fetchall()
@@ -640,7 +646,7 @@ class TestFiles:
             assert store.counts("busy").signals == 0
 
     def test_connections_are_bounded(self, tmp_path: Path) -> None:
-        with DuckStore(tmp_path, pool_max=2, pool_timeout=0.05) as store:
+        with DuckStore(tmp_path, limits(pool_max=2, pool_timeout_seconds=0.05)) as store:
             store.write_signals("a", [make(1)])
             with store._files.use("a"), store._files.use("a"):
                 assert store.connections() == {"a": 2}
@@ -659,7 +665,7 @@ class TestFiles:
 
     def test_many_threads(self, tmp_path: Path) -> None:
         failures: list[BaseException] = []
-        with DuckStore(tmp_path, pool_timeout=30, attached_max=2) as store:
+        with DuckStore(tmp_path, limits(pool_timeout_seconds=30), attached_max=2) as store:
 
             def work(number: int) -> None:
                 try:

@@ -22,7 +22,7 @@ from betrace.service.storage.duck.store import (
     StoreError,
     TraceRow,
 )
-from tests.service.storage.duck.test_store import columns, make, trace_id
+from tests.service.storage.duck.test_store import columns, limits, make, trace_id
 
 # As the first version of the program made it.
 SCHEMA_1 = """
@@ -172,7 +172,7 @@ class TestOnce:
         }
 
     def test_after_files_were_closed_and_opened(self, tmp_path: Path) -> None:
-        with DuckStore(tmp_path, idle_close=0) as store:
+        with DuckStore(tmp_path, limits(idle_close_seconds=0)) as store:
             for _ in range(3):
                 fill(store)
                 assert store.counts("shop") == RowCounts(6, 3, 2)
