@@ -51,11 +51,7 @@ class _Tenants:
 
     def __init__(self, directory: Path, rules: int, stack: ExitStack) -> None:
         self._log = stack.enter_context(SpanLog(directory))
-        self._store = stack.enter_context(
-            DuckStore(
-                directory, DuckDb.model_construct(**(dict(DuckDb()) | {"idle_close_seconds": 0.0}))
-            )
-        )
+        self._store = stack.enter_context(DuckStore(directory, DuckDb(idle_close_seconds=1e-9)))
         self._rules = rules
         self.open: dict[str, tuple[CompiledRules, TenantTraces]] = {}
 

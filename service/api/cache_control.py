@@ -14,7 +14,8 @@ from betrace.channels import ThreadRunner
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.caches import LoadingCache
 from betrace.service.rules.registry import RuleRegistry
-from betrace.service.storage.duck.store import PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.tenancy.directory import DirectoryError
 from betrace.service.tenancy.gate import Gate
 

@@ -15,13 +15,11 @@ from betrace.service.receiver.responses import ApiError
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import Rule, RuleConflictError, RuleNotFoundError, etag, make_rule
-from betrace.service.storage.duck.store import (
-    BadQuery,
-    DuckStore,
-    PoolTimeout,
-    StoreError,
-    SummaryRow,
-)
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import BadQuery, SignalFilter, SummaryRow
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.search import TraceFilter
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.trial import Trial, TrialError, Verdict
 
@@ -59,7 +57,12 @@ class StoreQueries:
 
     def signals(self, tenant: str, query: SignalQuery) -> tuple[list[Json], str | None]:
         with _asking():
-            found, following = self._duck.signals(tenant, **asdict(query))
+            wanted = SignalFilter(
+                query.rule, query.severity, query.trace_id, query.status, query.since, query.until
+            )
+            found, following = self._duck.signals(
+                tenant, wanted, limit=query.limit, cursor=query.cursor
+            )
         self._metadata.listed(tenant, found)
         return [signal_json(stored) for stored in found], following
 
@@ -76,7 +79,16 @@ class StoreQueries:
 
     def traces(self, tenant: str, query: TraceQuery) -> tuple[list[Json], str | None, int | None]:
         with _asking():
-            found, following, searched_to = self._duck.traces(tenant, **asdict(query))
+            wanted = TraceFilter(
+                query.service,
+                query.name,
+                query.min_duration,
+                query.has_signal,
+                query.since,
+            )
+            found, following, searched_to = self._duck.traces(
+                tenant, wanted, limit=query.limit, cursor=query.cursor
+            )
         return [trace_json(row) for row in found], following, searched_to
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:

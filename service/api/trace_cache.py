@@ -24,14 +24,10 @@ from cachetools import LRUCache
 
 from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
-from betrace.service.storage.duck.store import (
-    Change,
-    DuckStore,
-    PoolTimeout,
-    StoredSignal,
-    StoreError,
-    TraceRow,
-)
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore, StoreChange
 
 MAX_SIGNALS = 1000
 """Of a trace, the newest."""
@@ -127,13 +123,13 @@ class TraceMetadataCache:
                 self._viewed.clear()
             self._viewed[tenant] = self._clock()
 
-    def changed(self, tenant: str, change: Change | None) -> None:
+    def changed(self, tenant: str, change: StoreChange | None) -> None:
         """The store has written something of a tenant."""
         self._drop(tenant, change)
         if change is not None and self._is_viewed(tenant):
             self._note(tenant, change)
 
-    def _note(self, tenant: str, change: Change) -> None:
+    def _note(self, tenant: str, change: StoreChange) -> None:
         """Have traces loaded that have signals, now or when they are closed."""
         closed = change.traces_closed()
         with self._lock:
@@ -143,7 +139,7 @@ class TraceMetadataCache:
                 if self._expected.pop((tenant, trace_id), False):
                     self._ahead.append((tenant, trace_id))
 
-    def _drop(self, tenant: str, change: Change | None) -> None:
+    def _drop(self, tenant: str, change: StoreChange | None) -> None:
         loaded = self._kept.get(tenant)
         if loaded is None:
             return
@@ -204,5 +200,5 @@ class TraceMetadataCache:
         row = self._store.trace(tenant, trace_id)
         if row is None:
             return None
-        signals, _ = self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)
+        signals, _ = self._store.signals(tenant, SignalFilter(trace_id=trace_id), limit=MAX_SIGNALS)
         return TraceMetadata(row, tuple(signals))

@@ -20,8 +20,11 @@ from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from betrace.service.otlp.render import trace_as_json
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.store import Rule
-from betrace.service.storage.duck.store import DuckStore, StoredSignal, TraceRow
-from betrace.service.storage.spanlog.log import Frame, FrameCorrupt, FrameMissing, SpanLog
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
     ERRORS,
@@ -166,7 +169,8 @@ class TraceReader:
         if is_open:
             self._metadata.expect(tenant, trace_id)
             row = self._store.trace(tenant, trace_id)
-        return row, self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)[0]
+        of_trace = SignalFilter(trace_id=trace_id)
+        return row, self._store.signals(tenant, of_trace, limit=MAX_SIGNALS)[0]
 
     @contextmanager
     def _compiled(self, tenant: str) -> Iterator[CompiledRules]:

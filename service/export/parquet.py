@@ -22,8 +22,9 @@ from betrace.service.durable import replace_durably
 from betrace.service.export.columns import SCHEMA, span_table
 from betrace.service.otlp.columns import ERROR, SPAN_COUNT, SpanBatch
 from betrace.service.storage.spanlog.decode import read_frames
-from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame
-from betrace.service.storage.spanlog.log import Segment, SpanLog, pack_position
+from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame, pack_position
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.tenant_log import Segment
 
 _BATCH_SPANS = 20_000
 _SEGMENT_BYTES = b"betrace.segment_bytes"

@@ -20,7 +20,9 @@ from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreCorrupt, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import PAGE, LedgerEntries, LedgerError
 from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog

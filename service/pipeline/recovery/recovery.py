@@ -26,18 +26,15 @@ from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.stages.correlate import CorrelateStage, NotNow
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Record
 from betrace.service.storage.spanlog.decode import read_frames
-from betrace.service.storage.spanlog.frames import unpack_position
-from betrace.service.storage.spanlog.log import (
-    Frame,
-    FrameCorrupt,
-    FrameMissing,
-    SpanLog,
-    pack_position,
-)
+from betrace.service.storage.spanlog.frames import Frame, pack_position, unpack_position
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.telemetry import events
 from betrace.service.traces.checkpoint import (
     Snapshot,

@@ -29,7 +29,9 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog

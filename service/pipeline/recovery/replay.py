@@ -17,7 +17,8 @@ from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.storage.spanlog.decode import read_frames
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.eviction import idle_longest
 from betrace.service.traces.late_filter import ClosedTraces

@@ -40,7 +40,9 @@ from betrace.service.pipeline.stages.evaluate import Decided
 from betrace.service.pipeline.stages.pacing import CommitPace
 from betrace.service.pipeline.trace_rows import frame_columns, trace_tables
 from betrace.service.signals import Signal
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.fallback_files import FallbackFiles, FallbackFull
 from betrace.service.storage.ledger.base import Ledger, LedgerError, RefusedError, transfer
 from betrace.service.telemetry.latencies import Latencies

@@ -9,7 +9,8 @@ import pytest
 
 from betrace.service.api import trace_cache as tracemetadata
 from betrace.service.api.trace_cache import TraceMetadataCache
-from betrace.service.storage.duck.store import Change, StoreError
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import StoreChange
 
 
 class Store:
@@ -28,7 +29,7 @@ class Store:
             raise StoreError("away", transient=True)
         return SimpleNamespace(positions=[self.version])
 
-    def signals(self, tenant, **_):
+    def signals(self, tenant, wanted=None, **_):
         return [SimpleNamespace(signal=SimpleNamespace(context=None, trace_id="01"))], None
 
 
@@ -64,7 +65,7 @@ def test_a_write_of_which_nothing_is_known_drops_all_of_the_tenant(cache, store)
 def test_a_write_long_after_the_last_look_drops_the_tenant(cache, store, now):
     seen(cache)
     now[0] = 201.0
-    store.on_change("a", Change((), None, None))
+    store.on_change("a", StoreChange((), None, None))
     assert cache.cache.statistics().size == 0
     store.version = 2
     assert seen(cache) == [2]
@@ -101,5 +102,5 @@ def test_nothing_is_loaded_ahead_for_whom_nobody_looks_at_any_more(cache, store,
     signals, _ = store.signals("a")
     seen(cache)
     now[0] = 150.0
-    store.on_change("a", Change([each.signal for each in signals], None, None))
+    store.on_change("a", StoreChange([each.signal for each in signals], None, None))
     assert cache.load_ahead() == 0

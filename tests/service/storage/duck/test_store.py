@@ -22,23 +22,23 @@ from betrace.service.signals import Kind, Signal, signal_id
 from betrace.service.storage.duck import files as duckfiles
 from betrace.service.storage.duck import memory as duckmemory
 from betrace.service.storage.duck.arrow import (
+    MOST_POSITIONS,
     frames_table,
     trace_id_array,
     trace_id_halves,
     trace_ids,
     traces_table,
 )
-from betrace.service.storage.duck.store import (
-    MOST_POSITIONS,
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import (
     BadQuery,
-    DuckStore,
-    PoolTimeout,
-    RowCounts,
-    StoreCorrupt,
+    SignalFilter,
     StoredSignal,
-    StoreError,
     SummaryRow,
 )
+from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
+from betrace.service.storage.duck.search import TraceFilter
+from betrace.service.storage.duck.store import DuckStore, RowCounts
 
 SECOND = 10**9
 
@@ -146,8 +146,8 @@ class TestSignals:
             assert found is not None
             assert (found.signal, found.status) == (each, "retracted")
         assert store.write_signals("shop", [raised]) == 0
-        assert ids(store.signals("shop", status="active")) == [2]
-        assert ids(store.signals("shop", status="retracted")) == [1, 1]
+        assert ids(store.signals("shop", SignalFilter(status="active"))) == [2]
+        assert ids(store.signals("shop", SignalFilter(status="retracted"))) == [1, 1]
 
     def test_filters(self, store: DuckStore) -> None:
         store.write_signals(
@@ -155,11 +155,15 @@ class TestSignals:
             [make(i, f"r{i % 3}", severity="low" if i % 2 else "high") for i in range(10)],
         )
         assert ids(store.signals("shop")) == list(range(9, -1, -1))
-        assert ids(store.signals("shop", rule="r1")) == [7, 4, 1]
-        assert ids(store.signals("shop", rule="r1", severity="low")) == [7, 1]
-        assert ids(store.signals("shop", trace_id=trace_id(4))) == [4]
-        assert ids(store.signals("shop", since=3 * SECOND, until=6 * SECOND)) == [5, 4, 3]
-        assert ids(store.signals("shop", rule="' OR 1=1 --")) == []
+        assert ids(store.signals("shop", SignalFilter(rule="r1"))) == [7, 4, 1]
+        assert ids(store.signals("shop", SignalFilter(rule="r1", severity="low"))) == [7, 1]
+        assert ids(store.signals("shop", SignalFilter(trace_id=trace_id(4)))) == [4]
+        assert ids(store.signals("shop", SignalFilter(since=3 * SECOND, until=6 * SECOND))) == [
+            5,
+            4,
+            3,
+        ]
+        assert ids(store.signals("shop", SignalFilter(rule="' OR 1=1 --"))) == []
         assert ids(store.signals("other")) == []
 
     def test_pages(self, store: DuckStore) -> None:
@@ -198,7 +202,7 @@ class TestSignals:
     def test_a_cursor_of_another_list_is_refused(self, store: DuckStore) -> None:
         store.write("shop", signals=[make(1), make(2)], traces=columns(1, 2))
         _, cursor = store.signals("shop", limit=1)
-        with pytest.raises(BadQuery, match="not one of this list"):
+        with pytest.raises(BadQuery, match="does not belong to this list"):
             store.traces("shop", cursor=cursor)
 
     def test_bad_questions(self, store: DuckStore) -> None:
@@ -210,7 +214,7 @@ class TestSignals:
             with pytest.raises(BadQuery, match="32 hexadecimal digits"):
                 store.signal("shop", bad)
             with pytest.raises(BadQuery, match="trace_id"):
-                store.signals("shop", trace_id=bad)
+                store.signals("shop", SignalFilter(trace_id=bad))
         with pytest.raises(BadQuery, match="buckets"):
             store.summary("shop", 0, 10_001, 1)
         with pytest.raises(BadQuery, match="buckets"):
@@ -319,7 +323,7 @@ class TestTraces:
         store.write_signals("shop", [make(4, kind=Kind.RETRACTED)])
 
         def found(**filters: Any) -> list[int]:
-            rows, _, _ = store.traces("shop", **filters)
+            rows, _, _ = store.traces("shop", TraceFilter(**filters))
             assert all(row.positions == [] for row in rows)
             return [int(row.trace_id, 16) for row in rows]
 

@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 
 from betrace.service.signals import Kind
 from betrace.service.storage.duck.arrow import trace_id_array
-from betrace.service.storage.duck.schema import SCHEMA_VERSION
-from betrace.service.storage.duck.store import (
-    DuckStore,
-    RowCounts,
-    StoredSignal,
-    StoreError,
-    TraceRow,
-)
+from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.duck.schema import SCHEMA_VERSION, StoreError
+from betrace.service.storage.duck.store import DuckStore, RowCounts
 from tests.service.storage.duck.test_store import columns, limits, make, trace_id
 
 # As the first version of the program made it.

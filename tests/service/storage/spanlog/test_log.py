@@ -16,22 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betrace.service.storage.disk import Buffer, Disk
+from betrace.service.storage.lockfile import LockedError
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
     FRAME_HEADER_BYTES,
+    Frame,
     file_header,
     frame_header,
-)
-from betrace.service.storage.spanlog.log import (
-    Frame,
-    FrameCorrupt,
-    FrameMissing,
-    LockedError,
-    LogSyncError,
-    LogWriteError,
-    SpanLog,
     pack_position,
     unpack_position,
+)
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.storage.spanlog.tenant_log import (
+    FrameCorrupt,
+    FrameMissing,
+    LogWriteError,
 )
 
 DAY = 86_400 * 10**9

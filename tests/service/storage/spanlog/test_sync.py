@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from betrace.service.storage.disk import Disk
 from betrace.service.storage.spanlog import filesystem
 from betrace.service.storage.spanlog import sync as logsync
 from betrace.service.storage.spanlog.filesystem import reliable, sync_filesystem
-from betrace.service.storage.spanlog.log import Disk, Frame, LogSyncError, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
 from betrace.service.storage.spanlog.tenant_log import TenantLog
 
 TENANTS = [f"t{k:02}" for k in range(logsync.MANY)]
