@@ -49,7 +49,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.ledger.open import open_ledger
 from betrace.service.storage.ledger.record import Record
-from betrace.service.storage.local_stores import Reserves, open_reserves
+from betrace.service.storage.local_stores import LocalStores, open_local_stores
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
@@ -85,7 +85,7 @@ class Service:
         registry: RuleRegistry,
         ledger: Ledger,
         store: DuckStore,
-        reserves: Reserves,
+        local: LocalStores,
         directory: TenantDirectory,
         operator_token: str | None,
     ) -> None:
@@ -109,7 +109,7 @@ class Service:
             registry,
             ledger,
             store,
-            reserves,
+            local,
             self._stored,
             self.latencies,
         )
@@ -148,7 +148,7 @@ class Service:
             self._threads,
             store,
             self.pipeline.closed,
-            Record(entries, reserves.ledger),
+            Record(entries, local.ledger),
             settings.ingest.max_body_bytes,
             self.pipeline.letters,
             closed,
@@ -449,8 +449,8 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     registry = RuleRegistry(
         RuleStore(rules), kept.rule_sets, kept.rule_sets_ttl_seconds, kept.rule_sets_bytes
     )
-    reserves = open_reserves(data, settings, stack)
+    local = open_local_stores(data, settings, stack)
     directory = TenantDirectory(data / "tenants.sqlite")
     stack.callback(directory.close)
     token = operator_token(settings.auth) if settings.auth.enabled else None
-    return lambda: Service(settings, log, registry, ledger, store, reserves, directory, token)
+    return lambda: Service(settings, log, registry, ledger, store, local, directory, token)

@@ -38,7 +38,7 @@ from betrace.service.rules.registry import RuleRegistry
 from betrace.service.signals import Signal
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import Ledger
-from betrace.service.storage.local_stores import Reserves
+from betrace.service.storage.local_stores import LocalStores
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.due import DueTraces
@@ -66,7 +66,7 @@ class Queue:
 class Pipeline:
     """span-ingestion, trace-correlation, rule-evaluation, storage-write and its projection.
 
-    ``reserves`` keep what a stage failed on and what a store did not take. ``stored`` is told of
+    ``local`` keeps what a stage failed on and what a store did not take. ``stored`` is told of
     signals that are new in the ledger.
     """
 
@@ -87,7 +87,7 @@ class Pipeline:
         registry: RuleRegistry,
         ledger: Ledger,
         store: DuckStore,
-        reserves: Reserves,
+        local: LocalStores,
         stored: Callable[[list[Signal]], None],
         latencies: Latencies,
         clock_ns: Callable[[], int] = time.time_ns,
@@ -143,7 +143,7 @@ class Pipeline:
         self.in_flight = InFlight()
         self.breakers = Breakers(settings.breakers, destinations(settings.export))
         self.letters = DeadLetters(
-            reserves.letters,
+            local.letters,
             log,
             self.progress,
             self.in_flight,
@@ -215,7 +215,7 @@ class Pipeline:
             latencies,
             clock_ns,
             self.breakers.ledger,
-            reserves.ledger,
+            local.ledger,
             self.letters.bury_all,
         )
         self.project = ProjectStage(
@@ -225,7 +225,7 @@ class Pipeline:
             self.in_flight,
             latencies,
             self.breakers.duckdb,
-            reserves.duckdb,
+            local.duckdb,
             self.letters.bury_all,
             CommitPace(settings.duckdb.commit_cores),
         )

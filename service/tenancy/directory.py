@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from betrace.service.storage.sqlite_errors import remedy
 from betrace.service.tenancy.tokens import key_id
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
@@ -144,7 +145,7 @@ class TenantDirectory:
             yield
         except (sqlite3.Error, OSError) as error:
             raise DirectoryError(
-                f"the tenants at {self._path}: {error}: check the disk's space and health"
+                f"the tenant directory {self._path}: {error}: {remedy(error, 'the tenants in it')}"
             ) from error
 
     @contextmanager

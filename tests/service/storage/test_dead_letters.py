@@ -228,3 +228,23 @@ def test_a_closed_store_says_so(opened):
     store.close()
     with pytest.raises(DeadLetterError):
         store.add([letter()])
+
+
+@pytest.mark.parametrize("keep", [0, 5000])
+def test_a_damaged_file_is_reported_with_its_path_and_the_remedy(opened, tmp_path, keep):
+    path = tmp_path / "d.sqlite"
+    store = opened()
+    store.add([letter(bytes([n]) * 1000) for n in range(20)])
+    store.close()
+    data = path.read_bytes()
+    path.write_bytes(data[:keep] + b"?" * (len(data) - keep))
+
+    def use():
+        store = opened()
+        try:
+            store.page()
+        finally:
+            store.close()
+
+    with pytest.raises(DeadLetterError, match=r"d\.sqlite: .*: the file is damaged; restore it"):
+        use()

@@ -662,3 +662,41 @@ def test_file_header_is_refused_when_cut(tmp_path: Path) -> None:
         assert bodies(log) == []
         assert [s.reason for s in log.skipped] == ["damaged file header"]
         assert len(file_header("shop", 1, 1, bytes(8))) == FILE_HEADER_BYTES
+
+
+class TestStrayFiles:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "2026-13-45/00000009.seg",
+            "20261101xx/00000009.seg",
+            "copy/00000009.seg",
+            "2026-11-01/9.seg",
+            "2026-11-01/00000099.seg",
+            "2026-11-01/00000000.seg",
+            "2026-11-01/99999999999.seg",
+            "2026-11-01/9999999999.seg",
+            "2026-11-01/٠٠٠٠٠٠٠٩.seg",
+            "2026-11-01/00000009 (copy).seg",
+            "2999-11-01/00000001.seg",
+        ],
+    )
+    def test_a_file_that_is_not_a_segment_is_reported_and_ignored(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    ) -> None:
+        with SpanLog(tmp_path, segment_bytes=4096) as log:
+            positions = log.append("shop", [frame(), frame(bytes(4096)), frame(b"last")])
+            number = len(log.segments("shop"))
+        stray = tmp_path / "shop/log" / name
+        stray.parent.mkdir(exist_ok=True)
+        if stray.stem == "00000099":
+            stray.mkdir()
+        else:
+            stray.write_bytes(b"stray")
+        with SpanLog(tmp_path, segment_bytes=4096) as log:
+            assert [log.read("shop", p).payload for p in positions][-1] == b"last"
+            (after,) = log.append("shop", [frame(b"after")])
+            assert len(bodies(log)) == 4
+            assert unpack_position(after)[0] in (number, number + 1)
+        assert caplog.text.count(str(stray)) == 1
+        assert "move it away" in caplog.text
