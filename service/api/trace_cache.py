@@ -100,7 +100,7 @@ class TraceMetadataCache:
         """What the store has of a trace, None where its index does not have it. Raises what the
         store does."""
         self._view(tenant)
-        found = self.cache.get_blocking((tenant, trace_id.lower()))
+        found = self.cache.get((tenant, trace_id.lower()))
         if found is None:
             self.expect(tenant, trace_id)
         return found

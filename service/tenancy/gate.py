@@ -42,7 +42,6 @@ class Gate:
         self.public_keys: PublicKeys = LoadingCache(
             PUBLIC_KEYS,
             lambda key: directory.public_key(*key),
-            self._keys,
             maxsize=settings.caches.public_keys,
             ttl_seconds=settings.caches.public_keys_ttl_seconds,
         )
@@ -51,7 +50,7 @@ class Gate:
             self.authenticator = Authenticator(
                 settings.auth,
                 operator_token,
-                self.public_keys.get,
+                self._public_key,
                 tenant_exists,
                 self._signatures,
             )
@@ -64,6 +63,12 @@ class Gate:
         )
         for tenant, quota in directory.quotas().items():
             self.quotas.set(tenant, quota)
+
+    async def _public_key(self, key: tuple[str, str]) -> PublicKey | None:
+        found = self.public_keys.peek(key)
+        if found is not None:
+            return found
+        return await self._keys.run(self.public_keys.load_ahead, key, abandon_on_cancel=True)
 
     def current_entries(self, ledger: LedgerEntries) -> CurrentEntries:
         """The ledger without its hidden entries."""
