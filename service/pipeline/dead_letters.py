@@ -120,7 +120,7 @@ class DeadLetters:
     @property
     def held_bytes(self) -> int:
         """Bytes of all payloads."""
-        return self._store.held_bytes
+        return self._store.payload_bytes
 
     @property
     def exported(self) -> int:

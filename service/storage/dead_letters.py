@@ -190,7 +190,7 @@ class DeadLetterStore:
                 raise
 
     @property
-    def held_bytes(self) -> int:
+    def payload_bytes(self) -> int:
         """Bytes of all payloads in the file."""
         return self._bytes
 

@@ -274,7 +274,7 @@ class SqliteLedger:
 
     def balance(self, tenant: str, rule_id: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`."""
-        account = rule_account(tenant, rule_id).to_bytes(16, "big")
+        account = _bytes(rule_account(tenant, rule_id))
         with self._reading() as db:
             row = db.execute(
                 "SELECT debits - credits FROM accounts WHERE id = ?", (account,)
@@ -313,7 +313,7 @@ class SqliteLedger:
 
     def count(self, tenant: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.count`."""
-        account = tenant_account(tenant).to_bytes(16, "big")
+        account = _bytes(tenant_account(tenant))
         with self._reading() as db:
             row = db.execute(
                 "SELECT debits + credits FROM accounts WHERE id = ?", (account,)
@@ -339,7 +339,7 @@ class SqliteLedger:
 
 
 def _ids(signals: Sequence[Signal]) -> list[bytes]:
-    return [transfer_id(signal.id).to_bytes(16, "big") for signal in signals]
+    return [_bytes(transfer_id(signal.id)) for signal in signals]
 
 
 def _existing(

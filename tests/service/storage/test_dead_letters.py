@@ -67,7 +67,7 @@ def test_a_letter_is_there_after_a_restart(opened):
         7,
     )
     assert again.get(found.id) == (found, b"payload")
-    assert again.held_bytes == 7
+    assert again.payload_bytes == 7
     assert again.counts()["rule-evaluation"].weight == 3
 
 
@@ -81,7 +81,7 @@ def test_the_same_item_is_kept_once_and_its_failures_add_up(opened):
     first, second = store.page()
     assert (first.attempts, first.error, second.attempts) == (8, "worse", 4)
     assert first.last_failed_ns >= first.first_failed_ns
-    assert store.held_bytes == 2
+    assert store.payload_bytes == 2
 
 
 def test_another_stage_or_tenant_or_kind_is_another_letter(opened):
@@ -152,7 +152,7 @@ def test_deleted_letters_are_gone_with_their_bytes(opened):
     store.add([letter(b"aa"), letter(b"bbb", stage="projection"), letter(b"c")])
     assert store.delete([1, 2, 99]) == {"rule-evaluation": (1, 3), "projection": (1, 3)}
     assert [found.id for found in store.page()] == [3]
-    assert store.held_bytes == 1
+    assert store.payload_bytes == 1
 
 
 def test_a_page_of_the_most_there_may_be_tells_of_more(opened):
@@ -167,7 +167,7 @@ def test_beyond_the_limit_the_oldest_are_exported_before_they_are_dropped(opened
     store = opened(max_bytes=1000)
     for number in range(12):
         store.add([letter(bytes([number]) * 100)])
-    assert store.held_bytes <= 1000
+    assert store.payload_bytes <= 1000
     kept = {found.id for found in store.page()}
     exported = []
     for path in sorted((tmp_path / "exported").iterdir()):
@@ -202,7 +202,7 @@ def test_when_letters_cannot_be_exported_none_is_dropped_and_none_is_added(opene
     assert found.bytes == 900
     (tmp_path / "exported").unlink()
     assert store.add([letter(b"b" * 900)]) == [True]
-    assert store.held_bytes == 900
+    assert store.payload_bytes == 900
 
 
 def test_adding_is_all_or_nothing(opened):
@@ -210,7 +210,7 @@ def test_adding_is_all_or_nothing(opened):
     with pytest.raises(DeadLetterError):
         store.add([letter(b"good"), letter(b"bad", weight="a lot")])
     assert store.page() == []
-    assert store.held_bytes == 0
+    assert store.payload_bytes == 0
 
 
 def test_a_file_of_a_newer_program_is_refused(opened, tmp_path):

@@ -464,7 +464,7 @@ class TestTables:
         del given_["spans"]
         with pytest.raises(ValueError, match="'spans' is missing"):
             traces_table(given_)
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="do not match"):
             traces_table(columns(1, spans=["many"]))
         with pytest.raises(ValueError, match="missing"):
             frames_table(pa.table({"trace_id": [b"1" * 16]}))
