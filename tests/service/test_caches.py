@@ -279,7 +279,7 @@ def test_wrong_sizes_are_refused(wrong):
         LoadingCache("test", str, **wrong)
 
 
-def test_threads_look_up_at_once():
+def test_concurrent_look_ups_and_invalidations():
     """Many threads, few keys, invalidations between: no value that was dropped comes back."""
     current = dict.fromkeys(range(4), 0)
 

@@ -104,7 +104,7 @@ def test_pages_with_filters(opened):
     assert store.get(99) is None
 
 
-def test_due_are_those_whose_time_has_come_the_earliest_first(opened):
+def test_due_letters_come_earliest_first(opened):
     store = opened()
     store.add(
         [
@@ -155,7 +155,7 @@ def test_deleted_letters_are_gone_with_their_bytes(opened):
     assert store.payload_bytes == 1
 
 
-def test_a_page_of_the_most_there_may_be_tells_of_more(opened):
+def test_the_largest_page_says_whether_there_are_more(opened):
     store = opened(1 << 24)
     store.add([letter(str(n).encode()) for n in range(MAX_LIMIT + 5)])
     assert len(store.page(limit=MAX_LIMIT)) == MAX_LIMIT

@@ -84,7 +84,7 @@ async def test_it_is_remembered_until_the_grace_of_its_key_is_over(world):
     assert isinstance(await world.gate.tenant(header), Denied)
 
 
-async def test_a_revoked_key_counts_no_more(world):
+async def test_a_revoked_key_is_invalid(world):
     header = world.bearer()
     await world.gate.tenant(header)
     del world.keys["acme", KID]
@@ -116,7 +116,7 @@ async def test_tokens_that_are_remembered_are_bounded():
     world.threads.close()
 
 
-async def test_an_unknown_tenant_key_and_signature_are_told_alike(world):
+async def test_an_unknown_tenant_key_and_signature_have_the_same_message(world):
     stranger = new_key()
     forged = sign(stranger, {"tenant": "acme", "exp": int(world.now) + 60}, kid=KID)
     nobody = make_token(stranger, "nobody", world.now, 60)
@@ -138,7 +138,7 @@ async def test_an_unknown_tenant_key_and_signature_are_told_alike(world):
         "\u20ac",
     ],
 )
-async def test_what_is_no_token_is_a_401(world, header):
+async def test_an_invalid_token_is_a_401(world, header):
     assert (await world.gate.tenant(header)).status == 401
 
 
@@ -184,7 +184,7 @@ async def test_secrets_are_compared_in_constant_time(world, monkeypatch):
     assert {len(side) for pair in compared for side in pair} == {32}  # of whatever was sent
 
 
-def test_where_the_operator_token_is(tmp_path):
+def test_sources_of_the_operator_token(tmp_path):
     path = tmp_path / "token"
     path.write_text(OPERATOR + "\n")
     assert operator_token(Auth(enabled=True, operator_token_file=str(path))) == OPERATOR

@@ -36,7 +36,7 @@ def directory(tmp_path, clock):
     made.close()
 
 
-def test_what_was_made_is_there_after_a_restart(tmp_path, directory):
+def test_tenants_survive_a_restart(tmp_path, directory):
     key = raw(new_key())
     made = directory.create("acme", 500, key)
     directory.create("beta", None, None)
@@ -52,7 +52,7 @@ def test_what_was_made_is_there_after_a_restart(tmp_path, directory):
     again.close()
 
 
-def test_a_tenant_is_made_once(directory):
+def test_a_tenant_is_created_once(directory):
     directory.create("acme", None, None)
     with pytest.raises(TenantConflictError, match="exists"):
         directory.create("acme", None, None)
@@ -60,7 +60,7 @@ def test_a_tenant_is_made_once(directory):
         directory.create("../acme", None, None)
 
 
-def test_old_keys_count_for_their_grace(directory, clock):
+def test_old_keys_are_valid_for_their_grace_period(directory, clock):
     old, new = raw(new_key()), raw(new_key())
     directory.create("acme", None, old)
     directory.add_key("acme", new, 60)
@@ -74,7 +74,7 @@ def test_old_keys_count_for_their_grace(directory, clock):
     assert key_id(old) not in [key.kid for key in directory.get("acme").keys]
 
 
-def test_a_key_is_revoked_at_once(directory):
+def test_a_key_is_revoked_immediately(directory):
     key = raw(new_key())
     directory.create("acme", None, key)
     directory.create("beta", None, key)

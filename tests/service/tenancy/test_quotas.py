@@ -53,7 +53,7 @@ def test_an_estimate_is_corrected():
     assert SpanQuotas().settle("a", 5) is None
 
 
-def test_the_tenant_silent_longest_is_forgotten():
+def test_the_least_recently_used_bucket_is_dropped():
     quotas = SpanQuotas(10, 1, tracked=2, clock=Clock())
     for tenant in ("a", "b", "a", "c"):
         quotas.admit(tenant, 5 if tenant == "a" else 20)

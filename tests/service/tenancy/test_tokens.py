@@ -52,7 +52,7 @@ def test_a_private_key_is_written_for_its_owner_alone(tmp_path):
         read_private_key(path)
 
 
-def test_only_ed25519_public_keys_are_taken():
+def test_only_ed25519_public_keys_are_accepted():
     assert read_public_key(public_pem(KEY)) == raw(KEY)
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = other.public_bytes(
@@ -95,7 +95,7 @@ HEAD = {"alg": "EdDSA", "kid": KID}
         ("x" * 4097, "longer than 4096"),
     ],
 )
-def test_what_is_no_token_of_ours_names_nothing(token, says):
+def test_an_invalid_token_claims_nothing(token, says):
     with pytest.raises(BadTokenError, match=says):
         claimed(token)
 
@@ -124,7 +124,7 @@ NOT_SIGNED = "not signed with a valid key"
         (sign(KEY, GOOD, crit=["b64"], b64=False), NOT_SIGNED),
     ],
 )
-def test_what_is_not_signed_or_not_valid_now_proves_nothing(token, says):
+def test_a_token_not_signed_or_not_valid_now_is_refused(token, says):
     with pytest.raises(BadTokenError, match=says):
         verify(token, "acme", raw(KEY), 30)
 
@@ -140,7 +140,7 @@ def test_clocks_may_differ_a_little():
 
 
 @given(st.data())
-def test_a_changed_token_proves_nothing(data):
+def test_a_changed_token_is_refused(data):
     token = make_token(KEY, "acme", NOW, 86_400)
     at = data.draw(st.integers(0, len(token) - 1))
     with_ = data.draw(st.sampled_from("ABCDwxyz0189-_.=+/ \n"))

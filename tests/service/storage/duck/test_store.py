@@ -205,7 +205,7 @@ class TestSignals:
         with pytest.raises(BadQuery, match="does not belong to this list"):
             store.traces("shop", cursor=cursor)
 
-    def test_bad_questions(self, store: DuckStore) -> None:
+    def test_invalid_queries(self, store: DuckStore) -> None:
         store.write_signals("shop", [make(1)])
         for limit in (0, -1, 1001):
             with pytest.raises(BadQuery, match="limit must be 1 to 1000"):
@@ -285,7 +285,7 @@ class TestTraces:
         assert [found[trace_id(i)].spans for i in (1, 2)] == [7, 6]
         assert [found[trace_id(i)].positions for i in (1, 2)] == [[1, 8, 9], [3]]
 
-    def test_a_row_that_comes_late_hides_no_newer_one(self, store: DuckStore) -> None:
+    def test_a_late_row_does_not_hide_a_newer_one(self, store: DuckStore) -> None:
         """A dead letter is written after what came of the trace since."""
         newer = columns(1, 2, last_seen_ns=np.array([50, 60]), spans=[9, 9])
         older = columns(1, last_seen_ns=np.array([40]), spans=[4], positions=[[0]])
@@ -459,7 +459,7 @@ class TestTables:
         ]
         assert trace_ids(array[:0]) == []
 
-    def test_what_does_not_fit_is_named(self) -> None:
+    def test_a_column_of_the_wrong_type_is_named(self) -> None:
         given_ = columns(1)
         del given_["spans"]
         with pytest.raises(ValueError, match="'spans' is missing"):
@@ -551,7 +551,7 @@ class TestFiles:
         with duckdb.connect(str(tmp_path / "a/betrace.duckdb")) as db:
             assert db.execute("SELECT count(*) FROM meta").fetchall() == [(2,)]
 
-    def test_asking_makes_no_files(self, store: DuckStore, tmp_path: Path) -> None:
+    def test_queries_create_no_files(self, store: DuckStore, tmp_path: Path) -> None:
         assert store.signals("nobody") == ([], None)
         assert store.signal("nobody", "0" * 32) is None
         assert store.counts("nobody") == RowCounts(0, 0, 0)
@@ -570,7 +570,7 @@ class TestFiles:
             assert ids(store.signals("a")) == [1]
             assert store.attached == 2
 
-    def test_only_so_many_files_are_open(self, tmp_path: Path) -> None:
+    def test_the_number_of_open_files_is_bounded(self, tmp_path: Path) -> None:
         clock = Clock()
         with DuckStore(tmp_path, attached_max=3, clock=clock) as store:
             for i in range(8):
@@ -593,7 +593,7 @@ class TestFiles:
             assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
 
     @pytest.mark.parametrize("by", ["the store", "DuckDB"])
-    def test_pages_of_files_are_let_go_of_after_a_checkpoint(
+    def test_pages_of_files_are_dropped_after_a_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
     ) -> None:
         if by == "the store":
@@ -659,7 +659,7 @@ class TestFiles:
                 assert store.signals("b") == ([], None)
             assert store.connections() == {"a": 1}
 
-    def test_a_second_writer_waits_then_is_told(self, store: DuckStore) -> None:
+    def test_a_second_writer_waits_then_gets_an_error(self, store: DuckStore) -> None:
         with (
             store._files.use("a", write=True),
             pytest.raises(PoolTimeout, match="another write"),
@@ -737,7 +737,9 @@ class TestFiles:
         assert store.write_signals("a", [make(3)]) == 1
         assert ids(store.signals("a")) == [3]
 
-    def test_a_disk_that_takes_no_new_file_is_told(self, store: DuckStore, tmp_path: Path) -> None:
+    def test_a_disk_that_takes_no_new_file_is_an_error(
+        self, store: DuckStore, tmp_path: Path
+    ) -> None:
         (tmp_path / "a").touch()
         with pytest.raises(StoreError, match="check the disk") as caught:
             store.write_signals("a", [make(1)])
@@ -767,7 +769,7 @@ class TestDamage:
         path.write_bytes(data)
 
     @pytest.mark.parametrize("kind", ["garbage", "empty", "cut", "flipped"])
-    def test_a_damaged_file_is_told_and_rebuilt(self, tmp_path: Path, kind: str) -> None:
+    def test_a_damaged_file_is_reported_and_rebuilt(self, tmp_path: Path, kind: str) -> None:
         with DuckStore(tmp_path) as store:
             store.write("shop", signals=[make(1)], traces=columns(1))
             store.write_signals("other", [make(9)])
@@ -784,7 +786,7 @@ class TestDamage:
             assert store.write_signals("shop", [make(1)]) == 1
             assert path.with_name("betrace.duckdb.damaged").exists()
 
-    def test_a_deleted_file_is_begun_anew(self, tmp_path: Path) -> None:
+    def test_a_deleted_file_is_created_again(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
             store.write_signals("shop", [make(1)])
             (tmp_path / "shop/betrace.duckdb").unlink()
@@ -851,7 +853,7 @@ class TestDamage:
             (duckdb.ConversionException, False),
         ],
     )
-    def test_errors_are_told_apart(
+    def test_errors_are_transient_or_not(
         self, store: DuckStore, kind: type[duckdb.Error], transient: bool
     ) -> None:
         def fail() -> None:

@@ -77,7 +77,7 @@ def fill(store: DuckStore) -> None:
 
 
 class TestMigration:
-    def test_a_file_of_the_first_version_is_brought_up(self, tmp_path: Path) -> None:
+    def test_a_file_of_the_first_version_is_migrated(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
             fill(store)
             before = everything(store)
@@ -100,7 +100,7 @@ class TestMigration:
                 "trace_frames",
             }
 
-    def test_what_was_migrated_is_not_again(self, tmp_path: Path) -> None:
+    def test_a_migrated_file_is_not_migrated_again(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
             fill(store)
         as_version_1(tmp_path / "shop/betrace.duckdb")

@@ -49,7 +49,7 @@ def test_whole_signals_come_back_in_order(ledger: SqliteLedger) -> None:
     assert ledger.tenants() == ["other", "shop"]
 
 
-def test_the_first_telling_stays(ledger: SqliteLedger) -> None:
+def test_the_first_version_of_a_signal_stays(ledger: SqliteLedger) -> None:
     ledger.record([make(1, message="first")])
     ledger.record([make(1, message="second")])
     assert [signal.message for _, signal in ledger.entries("shop")] == ["first"]
@@ -89,7 +89,9 @@ def test_a_batch_is_all_or_nothing(ledger: SqliteLedger) -> None:
     assert ledger.record([make(1)]) == [True]
 
 
-def test_a_file_held_by_another_is_transient(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_locked_by_another_process_is_transient(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("betrace.service.storage.ledger.sqlite._BUSY_SECONDS", 0.05)
     ledger = SqliteLedger(path, synchronous="normal")
     other = sqlite3.connect(path, isolation_level=None)
@@ -136,7 +138,7 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
         SqliteLedger(path)
 
 
-def test_a_file_of_the_first_schema_is_taken_along(path: Path) -> None:
+def test_a_file_of_the_first_schema_is_migrated(path: Path) -> None:
     ledger = SqliteLedger(path)
     ledger.record([make(1)])
     ledger.close()
@@ -149,7 +151,7 @@ def test_a_file_of_the_first_schema_is_taken_along(path: Path) -> None:
     ledger.close()
 
 
-def test_what_is_held_becomes_an_entry_when_it_is_settled(ledger: SqliteLedger) -> None:
+def test_an_outgoing_signal_becomes_an_entry_when_settled(ledger: SqliteLedger) -> None:
     ledger.record([make(0)])
     first = make(1, message="first")
     assert ledger.add_outgoing([]) == []
@@ -165,7 +167,7 @@ def test_what_is_held_becomes_an_entry_when_it_is_settled(ledger: SqliteLedger) 
     assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
 
 
-def test_the_ledger_that_takes_over_has_what_was_held(ledger: SqliteLedger) -> None:
+def test_the_ledger_that_takes_over_has_the_outgoing_signals(ledger: SqliteLedger) -> None:
     ledger.add_outgoing([make(1), make(2, tenant="other")])
     ledger.take_over()
     assert ledger.outgoing() == []
@@ -213,7 +215,7 @@ def test_a_connection_that_hangs_is_replaced(
     assert ledger.clients.left_behind == 0
 
 
-def test_close_does_not_wait_for_ever(
+def test_close_waits_for_a_limited_time(
     ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "_CLOSE_SECONDS", 0.1)

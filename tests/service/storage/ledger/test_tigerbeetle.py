@@ -123,7 +123,7 @@ def test_a_request_too_large_names_the_setting(ledger, cluster) -> None:
     assert ledger.problem is None
 
 
-def test_one_event_refused_is_no_reason_to_lose_the_others(ledger, cluster) -> None:
+def test_one_refused_event_does_not_lose_the_others(ledger, cluster) -> None:
     cluster.failed.add(int(make(2).id, 16))
     with pytest.raises(
         RefusedError, match="refuses 2 signals: transfer: ID_ALREADY_FAILED"
@@ -139,7 +139,7 @@ def test_one_event_refused_is_no_reason_to_lose_the_others(ledger, cluster) -> N
     assert (ledger.count("shop"), ledger.tenants(), ledger.last_entry("shop")) == (2, ["shop"], 2)
 
 
-def test_a_transfer_that_is_there_otherwise_is_refused(ledger, cluster) -> None:
+def test_a_transfer_that_exists_with_other_values_is_refused(ledger, cluster) -> None:
     signal = make(1)
     other = tb.Transfer(id=int(signal.id, 16), amount=1)
     cluster.transfers[other.id] = other
@@ -147,7 +147,7 @@ def test_a_transfer_that_is_there_otherwise_is_refused(ledger, cluster) -> None:
         ledger.record([signal])
 
 
-def test_without_its_account_a_signal_is_refused_before_its_id_is_burnt(ledger, cluster) -> None:
+def test_without_its_account_a_signal_is_refused_before_its_id_is_used(ledger, cluster) -> None:
     cluster.accounts[rule_account("shop", "r2")] = tb.Account(
         id=rule_account("shop", "r2"), ledger=1, code=9
     )
@@ -236,9 +236,7 @@ def test_a_client_that_cannot_be_made_is_fatal(tmp_path) -> None:
     ledger.close()
 
 
-def test_a_cluster_that_is_away_does_not_keep_the_service_from_starting(
-    ledger, cluster, caplog
-) -> None:
+def test_an_unreachable_cluster_does_not_prevent_the_start(ledger, cluster, caplog) -> None:
     released = threading.Event()
     cluster.script = iter([lambda: released.wait(10) and None])
     ledger.start(0.05)
@@ -248,14 +246,14 @@ def test_a_cluster_that_is_away_does_not_keep_the_service_from_starting(
     assert ledger.record([make(1)]) == [True]
 
 
-def test_a_cluster_that_stumbles_does_not_either(ledger, cluster, caplog) -> None:
+def test_a_transient_error_does_not_prevent_the_start(ledger, cluster, caplog) -> None:
     cluster.script = iter([tb.ClientEvictedError()])
     ledger.start(5)
     assert "does not work yet" in caplog.text
 
 
 @pytest.mark.parametrize("carried_out", [False, True])
-def test_what_a_dead_process_left_on_its_way_is_sent_at_the_next_start(
+def test_outgoing_signals_are_sent_at_the_next_start(
     open_ledger, cluster, carried_out, caplog
 ) -> None:
     caplog.set_level("INFO", "service.ledger")
@@ -325,7 +323,7 @@ class TestSettling:
             call(*arguments)
         return caught.value
 
-    def test_is_not_waited_for_but_by_the_next_batch(self, ledger, settle) -> None:
+    def test_only_the_next_batch_waits_for_it(self, ledger, settle) -> None:
         gate = threading.Event()
         settle.append(gate)
         assert ledger.record([make(1)]) == [True]  # although it is not settled
@@ -337,7 +335,7 @@ class TestSettling:
         assert answers == [[False, True]]
         assert (ledger.count("shop"), ledger.outgoing()) == (2, [])
 
-    def test_is_waited_for_by_readers_but_not_for_long(self, ledger, settle, monkeypatch) -> None:
+    def test_readers_wait_for_it_briefly(self, ledger, settle, monkeypatch) -> None:
         gate = threading.Event()
         settle.append(gate)
         ledger.record([make(1)])
@@ -352,7 +350,7 @@ class TestSettling:
         thread.join(5)
         assert answers == [1]
 
-    def test_that_fails_is_made_up_for_before_anything_else(
+    def test_a_failed_batch_is_sent_again_before_anything_else(
         self, ledger, cluster, monkeypatch
     ) -> None:
         real = SqliteLedger.settle
@@ -372,7 +370,7 @@ class TestSettling:
         assert ledger.outgoing() == []
         assert ledger.balance("shop", "r1") == ledger.count("shop") == len(cluster.transfers) == 2
 
-    def test_that_hangs_is_left_behind(self, ledger, cluster, settle) -> None:
+    def test_a_hanging_settlement_is_left_behind(self, ledger, cluster, settle) -> None:
         gate = threading.Event()
         settle.append(gate)
         assert ledger.record([make(1)]) == [True]

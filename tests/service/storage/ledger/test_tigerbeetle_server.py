@@ -211,7 +211,7 @@ def test_a_server_paused_under_load_loses_nothing(server, open_ledger) -> None:
     assert ledger.clients.left_behind == 0  # the calls came back, and closed their clients
 
 
-def test_a_new_process_sends_what_the_old_left_on_its_way(server, open_ledger) -> None:
+def test_a_new_process_sends_outgoing_signals_of_the_old_one(server, open_ledger) -> None:
     first = open_ledger()
     first.record([make(1)])
     server.pause()

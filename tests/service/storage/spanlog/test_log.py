@@ -245,7 +245,7 @@ class TestSync:
             assert log.statistics().unsynced_bytes == 0
             assert log.statistics().last_sync_seconds > 0
 
-    def test_files_closed_meanwhile_are_synced_too(self, tmp_path: Path) -> None:
+    def test_files_closed_in_the_meantime_are_synced_too(self, tmp_path: Path) -> None:
         synced: list[str] = []
 
         def sync(descriptor: int) -> None:
@@ -274,7 +274,7 @@ class TestSync:
         with SpanLog(tmp_path) as log:
             assert log.synced("shop") == log.end("shop") > 0
 
-    def test_a_failure_is_told_and_its_segment_not_used_again(self, tmp_path: Path) -> None:
+    def test_a_failed_sync_raises_and_its_segment_is_not_used_again(self, tmp_path: Path) -> None:
         broken: set[str] = {"a/"}
 
         def sync(descriptor: int) -> None:
@@ -597,7 +597,7 @@ class TestDamage:
 
 
 class TestOwnership:
-    def test_a_second_owner_is_told_who_the_first_is(self, tmp_path: Path) -> None:
+    def test_a_second_owner_learns_the_pid_of_the_first(self, tmp_path: Path) -> None:
         script = (
             "import sys; from pathlib import Path\n"
             "from betrace.service.storage.spanlog.log import SpanLog\n"
@@ -617,7 +617,7 @@ class TestOwnership:
         with SpanLog(tmp_path) as log:
             log.append("shop", [frame()])
 
-    def test_closed_means_closed(self, tmp_path: Path) -> None:
+    def test_a_closed_client_is_refused(self, tmp_path: Path) -> None:
         log = SpanLog(tmp_path)
         log.close()
         log.close()
