@@ -83,7 +83,7 @@ async def deleting(path: Path, *tenants: str):
     pipeline.in_flight.wait = nothing
     pipeline.letters.forget_tenant = nothing
     pipeline.fallbacks = {}
-    ledger = MagicMock(**{"held.return_value": [], "last_entry.return_value": 0})
+    ledger = MagicMock(**{"outgoing.return_value": [], "last_entry.return_value": 0})
     ledger.count.return_value = 0
     gate = SimpleNamespace(
         directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
