@@ -19,6 +19,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
+from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.duck.search import TraceFilter
 from betrace.service.storage.duck.store import DuckStore
 from perf.lib.rows import make_signals, trace_of
 from perf.report import output as report
@@ -106,9 +108,9 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
     """What the API and the stages ask."""
     page, following, _ = store.traces(TENANT, limit=100)
     middle = START + traces // 2 * STEP
-    _, deep, _ = store.traces(TENANT, limit=100, until=middle)
+    _, deep, _ = store.traces(TENANT, TraceFilter(until=middle), limit=100)
     found, after = store.signals(TENANT, limit=100)
-    ids = [row.trace_id for row in store.traces(TENANT, limit=100, until=middle)[0]]
+    ids = [row.trace_id for row in store.traces(TENANT, TraceFilter(until=middle), limit=100)[0]]
     one = found[0].signal
     times = [each.signal.detected_at for each in found]
     day = 86_400 * SECOND
@@ -117,28 +119,34 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
         "traces, next page": lambda: store.traces(TENANT, limit=100, cursor=following),
         "traces, page from the middle": lambda: store.traces(TENANT, limit=100, cursor=deep),
         "traces, page of 1000": lambda: store.traces(TENANT, limit=1000),
-        "traces of a service": lambda: store.traces(TENANT, service="service-7"),
-        "traces of a rare root name": lambda: store.traces(TENANT, name="GET /api/199"),
-        "traces of a root name there is not": lambda: store.traces(TENANT, name="none"),
+        "traces of a service": lambda: store.traces(TENANT, TraceFilter(service="service-7")),
+        "traces of a rare root name": lambda: store.traces(
+            TENANT, TraceFilter(name="GET /api/199")
+        ),
+        "traces of a root name there is not": lambda: store.traces(
+            TENANT, TraceFilter(name="none")
+        ),
         "traces of an hour, of a service": lambda: store.traces(
-            TENANT, service="service-7", since=middle, until=middle + 3600 * SECOND
+            TENANT, TraceFilter(service="service-7", since=middle, until=middle + 3600 * SECOND)
         ),
-        "traces longer than 6 s": lambda: store.traces(TENANT, min_duration=6 * SECOND),
-        "traces with a signal": lambda: store.traces(TENANT, has_signal=True),
+        "traces longer than 6 s": lambda: store.traces(
+            TENANT, TraceFilter(min_duration=6 * SECOND)
+        ),
+        "traces with a signal": lambda: store.traces(TENANT, TraceFilter(has_signal=True)),
         "traces with a signal, next page": lambda: store.traces(
-            TENANT, has_signal=True, cursor=following
+            TENANT, TraceFilter(has_signal=True), cursor=following
         ),
-        "traces without a signal": lambda: store.traces(TENANT, has_signal=False),
+        "traces without a signal": lambda: store.traces(TENANT, TraceFilter(has_signal=False)),
         "traces of a service, with a signal": lambda: store.traces(
-            TENANT, service="service-7", has_signal=True
+            TENANT, TraceFilter(service="service-7", has_signal=True)
         ),
         "one trace": lambda: store.trace(TENANT, page[50].trace_id),
         "100 traces by id": lambda: store.find_traces(TENANT, ids),
         "a trace there is not": lambda: store.trace(TENANT, "ab" * 16),
         "signals, first page of 100": lambda: store.signals(TENANT, limit=100),
         "signals, next page": lambda: store.signals(TENANT, limit=100, cursor=after),
-        "signals of a rule": lambda: store.signals(TENANT, rule=one.rule_id),
-        "signals of a trace": lambda: store.signals(TENANT, trace_id=one.trace_id),
+        "signals of a rule": lambda: store.signals(TENANT, SignalFilter(rule=one.rule_id)),
+        "signals of a trace": lambda: store.signals(TENANT, SignalFilter(trace_id=one.trace_id)),
         "one signal": lambda: store.signal(TENANT, one.id),
         "summary of a day by the hour": lambda: store.summary(
             TENANT, max(times) - day, max(times) + 1, 3600 * SECOND

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import psutil
 
+from betrace.service.config.stores import DuckDb
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.rules.compile import CompiledRules, compile_rules
@@ -50,7 +51,7 @@ class _Tenants:
 
     def __init__(self, directory: Path, rules: int, stack: ExitStack) -> None:
         self._log = stack.enter_context(SpanLog(directory))
-        self._store = stack.enter_context(DuckStore(directory, idle_close=0.0))
+        self._store = stack.enter_context(DuckStore(directory, DuckDb(idle_close_seconds=1e-9)))
         self._rules = rules
         self.open: dict[str, tuple[CompiledRules, TenantTraces]] = {}
 

@@ -53,9 +53,10 @@ from betrace.service.rules.watch import RuleWatch
 from betrace.service.signals import Signal
 from betrace.service.storage.audit_log import AuditLog
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.ledger.open import open_ledger
-from betrace.service.storage.ledger.record import Record, SignalLedger
-from betrace.service.storage.local_stores import open_reserves
+from betrace.service.storage.ledger.record import Record
+from betrace.service.storage.local_stores import open_local_stores
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
@@ -91,24 +92,13 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     )
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
-    duck = settings.duckdb
-    duckdb = stack.enter_context(
-        DuckStore(
-            data,
-            memory_bytes=duck.memory_bytes,
-            threads=duck.threads,
-            pool_max=duck.pool_max,
-            pool_idle=duck.pool_idle,
-            pool_timeout=duck.pool_timeout_seconds,
-            idle_close=duck.idle_close_seconds,
-        )
-    )
+    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
     rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
     caches = settings.caches
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
     )
-    return Stores(log, registry, ledger, duckdb, open_reserves(data, settings, stack))
+    return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
 
 
 def build(
@@ -126,7 +116,7 @@ def build(
     # The way of spans and signals
     latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
     gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
-    visible = gate.living(ledger)  # without entries of deleted tenants
+    visible = gate.current_entries(ledger)  # without entries of deleted tenants
     breakers = Breakers(settings.breakers, settings.export.destinations)
     exports = Exports(settings, visible, breakers)
     subscriptions = Subscriptions()
@@ -259,7 +249,7 @@ class Service:
     settings: Settings
     log: SpanLog
     registry: RuleRegistry
-    ledger: SignalLedger
+    ledger: Ledger
     store: DuckStore
     latencies: Latencies
     gate: Gate

@@ -22,7 +22,7 @@ from betrace.service.otlp.render import trace_as_json
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
-from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
@@ -141,7 +141,8 @@ class TraceReader:
         if is_open:
             self._metadata.expect(tenant, trace_id)
             row = self._store.trace(tenant, trace_id)
-        return row, self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)[0]
+        of_trace = SignalFilter(trace_id=trace_id)
+        return row, self._store.signals(tenant, of_trace, limit=MAX_SIGNALS)[0]
 
     @contextmanager
     def _compiled(self, tenant: str) -> Iterator[CompiledRules]:

@@ -61,16 +61,17 @@ def _explain(error: BaseException) -> str:
     from betrace.service.config.load import ConfigError
     from betrace.service.receiver.sockets import ListenError
     from betrace.service.rules.store import RuleStoreError
-    from betrace.service.storage.duck.files import StoreError
+    from betrace.service.storage.dead_letters import DeadLetterError
+    from betrace.service.storage.duck.schema import StoreError
     from betrace.service.storage.ledger.base import LedgerError
     from betrace.service.storage.lockfile import LockedError
     from betrace.service.tenancy.authentication import SecretError
     from betrace.service.tenancy.directory import DirectoryError
     from betrace.service.tenancy.tokens import BadKeyError
 
-    told = (ConfigError, DemoError, InputError, ListenError, LedgerError, LockedError)
+    told = (ConfigError, DeadLetterError, DemoError, InputError, ListenError, LedgerError)
     tenancy = (BadKeyError, DirectoryError, SecretError)
-    if isinstance(error, (*told, *tenancy, RuleStoreError, StoreError)):
+    if isinstance(error, (*told, *tenancy, LockedError, RuleStoreError, StoreError)):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

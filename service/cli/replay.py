@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from betrace.service.rules.compile import CompiledRules
     from betrace.service.signals import Signal
     from betrace.service.storage.duck.store import DuckStore
-    from betrace.service.storage.ledger.record import SignalLedger
+    from betrace.service.storage.ledger.base import Ledger
     from betrace.service.storage.spanlog.log import SpanLog
 
 FOUND = 1
@@ -179,7 +179,7 @@ class _Run:
         self._since, self._until, self._now = since, until, now
         self._as_json = as_json
         self.total = _Total()
-        self._ledger: SignalLedger | None = None
+        self._ledger: Ledger | None = None
         self._store: DuckStore | None = None
         try:
             self._log: SpanLog = stack.enter_context(SpanLog(data, read_only=dry_run))

@@ -39,7 +39,7 @@ def run_service(
     Raises what keeps the service from starting:
     :exc:`~betrace.service.receiver.sockets.ListenError`,
     :exc:`~betrace.service.storage.lockfile.LockedError`,
-    :exc:`~betrace.service.storage.duck.files.StoreError`,
+    :exc:`~betrace.service.storage.duck.schema.StoreError`,
     :exc:`~betrace.service.storage.ledger.base.LedgerError`, :exc:`OSError`; perhaps in an
     exception group.
     """

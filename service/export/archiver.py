@@ -10,7 +10,9 @@ from pathlib import Path
 
 from betrace.service.config.settings import Settings
 from betrace.service.export.parquet import Archived, ArchiveError, archive_segment, find_archived
-from betrace.service.storage.spanlog.log import Segment, SpanLog, pack_position
+from betrace.service.storage.spanlog.frames import pack_position
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.tenant_log import Segment
 from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
 
 

@@ -11,7 +11,9 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.config.settings import Settings
 from betrace.service.export.archiver import Keeper, Kept, Pace, archive_directory, log_until, today
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 

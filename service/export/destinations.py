@@ -16,13 +16,13 @@ from betrace.service.export.delivery import make_client, otlp_delivery, webhook_
 from betrace.service.export.exporter import Exporter
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.base import LedgerEntries
 
 
 class Exports:
     """All exporters. Methods are called on the Trio thread."""
 
-    def __init__(self, settings: Settings, entries: Entries, breakers: Breakers) -> None:
+    def __init__(self, settings: Settings, entries: LedgerEntries, breakers: Breakers) -> None:
         self._threads = ThreadRunner("export", 1)
         wanted = settings.export
         self._client = make_client(settings.breakers.export.timeout_seconds)

@@ -20,11 +20,10 @@ from pathlib import Path
 import trio
 
 from betrace.channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
+from betrace.service.durable import write_atomically
 from betrace.service.pipeline.breakers import PoisonError
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
-from betrace.service.storage.paths import write_atomically
+from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.export")
@@ -65,7 +64,7 @@ class Exporter:
         self,
         name: str,
         deliver: Deliver,
-        entries: Entries,
+        entries: LedgerEntries,
         path: Path,
         breaker: Breaker,
         threads: ThreadRunner,

@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from betrace.service.durable import replace_durably
 from betrace.service.export.columns import SCHEMA, span_table
 from betrace.service.otlp.columns import ERROR, SPAN_COUNT, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.storage.paths import sync_directory
-from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame
-from betrace.service.storage.spanlog.log import Segment, SpanLog, pack_position
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame, pack_position
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.tenant_log import Segment
 
 _BATCH_SPANS = 20_000
 _SEGMENT_BYTES = b"betrace.segment_bytes"
@@ -102,10 +103,7 @@ def archive_segment(
                 raise ArchiveError(
                     f"{temporary} has {written.spans} rows instead of {spans}: check the disk"
                 )
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_directory(path.parent)
+            replace_durably(temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink()

@@ -28,8 +28,8 @@ from betrace.service.pipeline.stages.record import RecordStage
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.signals import Signal
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.ledger.record import SignalLedger
-from betrace.service.storage.local_stores import Reserves
+from betrace.service.storage.ledger.base import Ledger
+from betrace.service.storage.local_stores import LocalStores
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.due import DueTraces
@@ -49,9 +49,9 @@ class Stores:
 
     log: SpanLog
     registry: RuleRegistry
-    ledger: SignalLedger
+    ledger: Ledger
     duckdb: DuckStore
-    local: Reserves
+    local: LocalStores
 
 
 def build_pipeline(

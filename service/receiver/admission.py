@@ -44,8 +44,14 @@ from betrace.service.receiver.responses import (
     respond,
 )
 from betrace.service.receiver.shares import Shares
-from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
-from betrace.service.tenants import DEFAULT_TENANT, Quotas
+from betrace.service.tenancy.authentication import (
+    Authenticator,
+    Denied,
+    claimed_tenant,
+    closed_tenant,
+)
+from betrace.service.tenancy.quotas import SpanQuotas
+from betrace.service.tenants import DEFAULT_TENANT
 
 PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
 ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
@@ -107,7 +113,7 @@ class Edge:
         self,
         settings: Ingest,
         queue: SendChannel[Request],
-        quotas: Quotas,
+        quotas: SpanQuotas,
         authenticator: Authenticator | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         capacity: int = 10_000,

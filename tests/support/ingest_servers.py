@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from betrace.service.config.settings import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.server import serve_ingest
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue, Served
 
 MIB = 1 << 20
@@ -49,7 +49,7 @@ async def listening(
     10 seconds after that, or if memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
-    edge = Edge(ingest, queue, Quotas(), authenticator)
+    edge = Edge(ingest, queue, SpanQuotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
     start = partial(serve_ingest, edge, ingest, address, shutdown, **options)

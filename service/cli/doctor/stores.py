@@ -22,7 +22,8 @@ from betrace.service.storage.ledger.base import AMOUNT, tenant_account
 from betrace.service.storage.ledger.open import LEDGER_FILE
 from betrace.service.storage.ledger.sqlite import APPLICATION_ID, SCHEMA_VERSION
 from betrace.service.storage.paths import tenant_directory, tenants_with
-from betrace.service.storage.spanlog.log import SpanLog, pack_position
+from betrace.service.storage.spanlog.frames import pack_position
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
 
 _MOST_TENANTS = 100  # whose files are opened; those written last

@@ -389,7 +389,7 @@ async def test_signals_and_traces_in_pages(stores):
     assert trace["trace_id"] == TRACE
     assert (await ask(stores, "GET", "/api/v1/traces?min_duration=1s"))["traces"] == []
     error = await ask(stores, "GET", "/api/v1/traces?cursor=abc", 400)
-    assert "not one of this list" in error["error"]["message"]
+    assert "does not belong to this list" in error["error"]["message"]
 
 
 async def test_the_summary(stores):

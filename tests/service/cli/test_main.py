@@ -28,6 +28,7 @@ from betrace.service.cli.main import cli
 from betrace.service.cli.serve import run_service
 from betrace.service.config.load import load
 from betrace.service.config.settings import Logging
+from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.telemetry.logs import set_up_logging
 from tests.support.loggers import restored
 
@@ -134,6 +135,7 @@ def test_version() -> None:
         (PermissionError(13, "Permission denied", "/x"), "betrace: /x: Permission denied; check"),
         (httpx.ConnectError("refused"), "did not answer (refused); try again"),
         (ExceptionGroup("", [OSError("a"), ExceptionGroup("", [OSError("b")])]), "betrace: b"),
+        (DeadLetterError("the dead letters are damaged"), "betrace: the dead letters are damaged"),
         (ZeroDivisionError("by zero"), "a bug: ZeroDivisionError: by zero; please report"),
     ],
 )

@@ -14,7 +14,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.service.export import parquet
 from betrace.service.export.archiver import Keeper, covered
 from betrace.service.export.parquet import ArchiveError, archive_segment, find_archived
-from betrace.service.storage.spanlog.log import Frame, SpanLog, pack_position
+from betrace.service.storage.spanlog.frames import Frame, pack_position
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.checkpoint import Snapshot, write_checkpoint
 
 DAY = date(2025, 1, 31)

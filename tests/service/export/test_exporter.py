@@ -16,8 +16,7 @@ from betrace.service.config.stages import EXPORT_OTLP as OTLP
 from betrace.service.config.stages import EXPORT_WEBHOOK as WEBHOOK
 from betrace.service.export.destinations import Exports
 from betrace.service.signals import Kind
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.http_receiver import Receiver, receiving
 from tests.support.inprocess import closed, running, send, write_rules
@@ -60,7 +59,7 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
 
 
 @asynccontextmanager
-async def exporting(settings: Settings, ledger: Entries) -> AsyncIterator[Exports]:
+async def exporting(settings: Settings, ledger: LedgerEntries) -> AsyncIterator[Exports]:
     breakers = Breakers(settings.breakers, settings.export.destinations)
     exports = Exports(settings, ledger, breakers)
     try:

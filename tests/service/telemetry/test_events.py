@@ -23,7 +23,7 @@ from betrace.service.storage.spanlog.log import LogSyncError
 from betrace.service.telemetry import events
 from betrace.service.telemetry.events import DECLARED, Event, Told
 from betrace.service.telemetry.logs import set_up_logging
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.loggers import restored
 from tests.support.spans import S
@@ -175,7 +175,7 @@ def watched() -> tuple[Watch, Edge, Any, Any]:
 
     stage: Stage[object] = Stage("stage", receive, handle, on_dead=bury)
     queue = MeasuredChannel(send, receive, send.peak_reader(), send.peak_reader(), "spans")
-    edge = Edge(Ingest(), send, Quotas(0, 10, {}, 10))
+    edge = Edge(Ingest(), send, SpanQuotas(0, 10, {}, 10))
     return (
         Watch({"stage": stage}, {"stage": queue}, edge.refused_requests, edge.refused_spans, 30),
         edge,

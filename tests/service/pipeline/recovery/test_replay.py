@@ -15,9 +15,11 @@ from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.signals import Kind
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
@@ -152,7 +154,7 @@ class TestCommand:
         assert ledger.balances("acme") == {"checked": 1}
         ledger.close()
         with DuckStore(data) as store:
-            (standing,) = store.signals("acme", status="active")[0]
+            (standing,) = store.signals("acme", SignalFilter(status="active"))[0]
             assert standing.signal.trace_id == trace_id(1)
 
     def test_other_rules_and_the_whole_log(self, data: Path, tmp_path: Path) -> None:
