@@ -56,7 +56,7 @@ from perf.lib.rounds import (
 from perf.lib.rows import SECOND, closed_traces, make_signals
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.lib.workload import Shape, make_bodies, rule_definitions
-from perf.report import output as report
+from perf.report import output
 
 WINDOW = 10  # spans a batch when a trace is streamed
 
@@ -321,7 +321,7 @@ def _not_for_ever(began: float) -> None:
 def show(facts: Json, found: Json) -> str:
     """The report as text."""
     lines = [
-        f"Benchmarks. {report.describe(facts)}.",
+        f"Benchmarks. {output.describe(facts)}.",
         f"{WARM_UP} rounds of warm-up, {ROUNDS} measured of {ROUND_SECONDS} s; median "
         "(least–greatest) of the rounds' means. Spans of the load test (about 415 bytes and 9 "
         "attributes, protobuf, one in ten of interest), 100 rules, ack = written; no load beside.",
@@ -339,15 +339,15 @@ def show(facts: Json, found: Json) -> str:
         rows: list[tuple[str, ...]] = [
             (
                 name,
-                report.shown(r["wall_us"], 1),
-                report.shown(r["cpu_us"], 1),
+                output.shown(r["wall_us"], 1),
+                output.shown(r["cpu_us"], 1),
                 f"{r['p99_us']:,.1f}",
                 f"{r['items_per_second']:,}",
             )
             for name, r in found[group].items()
         ]
         head = [group, "µs a call", "CPU, µs a call", "p99, µs", f"{item}/s"]
-        lines += ["", report.table(head, rows)]
+        lines += ["", output.table(head, rows)]
         if group == "ledger" and f"tigerbeetle {COUNTS[0]}" not in found[group]:
             lines += ["", f"TigerBeetle not measured: {MISSING}."]
     if "end_to_end" in found:
@@ -362,7 +362,7 @@ def show(facts: Json, found: Json) -> str:
             )
         ]
         title = f"after its span was sent, ms, at {e['sent_per_second']:,} spans/s"
-        lines += ["", report.table([title, *keys], rows), "", f"{e['probes']} probes."]
+        lines += ["", output.table([title, *keys], rows), "", f"{e['probes']} probes."]
     return "\n".join(lines)
 
 
@@ -374,7 +374,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--probes", type=int, default=40)
     parser.add_argument("--warm-up", type=float, default=2, help="seconds of load before them")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     found: Json = {}
     with (
         short_pauses(),  # as in the service
@@ -396,7 +396,7 @@ def main(given: list[str] | None = None) -> None:
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text = show(facts, found)
     print(text)
-    report.say_saved("bench", {"machine": facts, **found}, text)
+    output.say_saved("bench", {"machine": facts, **found}, text)
 
 
 if __name__ == "__main__":

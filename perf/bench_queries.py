@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from betrace.service.storage.duck.store import DuckStore
 from perf.lib.rows import make_signals, trace_of
-from perf.report import output as report
+from perf.report import output
 
 TENANT = "shop"
 SECOND = 10**9
@@ -99,7 +99,7 @@ def ask(question: Question, repeats: int) -> Json:
         began = time.perf_counter()
         question()
         taken.append((time.perf_counter() - began) * 1e3)
-    return {"first_ms": round(taken[0], 1), "ms": report.spread(taken[1:], 2)}
+    return {"first_ms": round(taken[0], 1), "ms": output.spread(taken[1:], 2)}
 
 
 def questions(store: DuckStore, traces: int) -> dict[str, Question]:
@@ -151,17 +151,17 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
 def show(values: Json) -> str:
     """The report as text."""
     rows = [
-        (name, f"{answer['first_ms']:,.1f}", report.shown(answer["ms"], 1))
+        (name, f"{answer['first_ms']:,.1f}", output.shown(answer["ms"], 1))
         for name, answer in values["answers"].items()
     ]
     written = ", ".join(f"{name} {value:,}" for name, value in values["written"].items())
     return "\n".join(
         [
-            f"Queries. {report.describe(values['machine'])}.",
+            f"Queries. {output.describe(values['machine'])}.",
             f"One tenant with {values['traces']:,} traces and {values['signals']:,} signals, "
             f"{values['file_mb']:,} MB; memory grew by {values['rss_growth_mb']} MB.",
             "",
-            report.table(["", "first, ms", "then, ms"], rows),
+            output.table(["", "first, ms", "then, ms"], rows),
             "",
             f"Writing: {written}.",
         ]
@@ -174,7 +174,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--signals", type=int, default=500_000)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
@@ -223,7 +223,7 @@ def main(given: list[str] | None = None) -> None:
     }
     text = show(values)
     print(text)
-    report.say_saved("queries", values, text)
+    output.say_saved("queries", values, text)
 
 
 if __name__ == "__main__":

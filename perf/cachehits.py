@@ -25,7 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.service.tenancy.tokens import make_token, public_pem
 from perf.generator import tenant_name
 from perf.lib.target import service
-from perf.report import output as report
+from perf.report import output
 
 FLOORS = {"ruleContainers": 0.8, "publicKeys": 0.9, "traceMetadata": 0.7}
 EXPORTERS = 3  # of each tenant, each with a token of its own
@@ -166,7 +166,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--secs", type=float, default=120)
     parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     operator = secrets.token_hex(16)
     settings = {"auth__enabled": "true", "auth__operator_token": operator}
     settings["traces__idle_seconds"] = str(options.idle)
@@ -185,16 +185,16 @@ def main(given: list[str] | None = None) -> int:
     head = ["cache", "hit rate", "floor", "hits / misses", "loads", ""]
     text = "\n".join(
         [
-            f"Hit rates of the caches. {report.describe(facts)}.",
+            f"Hit rates of the caches. {output.describe(facts)}.",
             f"{options.tenants} tenants with {options.rules} rules, {options.users} users, "
             f"{options.secs:g} s from the start of the service on: {done}.",
             "",
-            report.table(head, rows),
+            output.table(head, rows),
         ]
     )
     print(text)
     values = {"machine": facts, "options": vars(options), "caches": stats, "done": dict(load.done)}
-    report.say_saved("cachehits", values, text)
+    output.say_saved("cachehits", values, text)
     return 0 if all(row[-1] == "reached" for row in rows) else 1
 
 

@@ -32,7 +32,7 @@ from perf.lib.engine import (
     interleaved,
     one_after_another,
 )
-from perf.report import output as report
+from perf.report import output
 from perf.report.charts import Series, chart
 
 GROUP = 20  # batches between closings of the reference: a thousand traces of ten spans
@@ -86,8 +86,8 @@ class _Run:
             folds.append(cost.folding / reference.folding)
             costs.append(cost)
         return {
-            "ratio": report.spread(ratios, 3),
-            "fold_ratio": report.spread(folds, 3),
+            "ratio": output.spread(ratios, 3),
+            "fold_ratio": output.spread(folds, 3),
             "path_us": round(statistics.median(c.path for c in costs) / 1000, 3),
             "fold_us": round(statistics.median(c.folding for c in costs) / 1000, 3),
             "close_us": round(statistics.median(c.close / c.spans for c in costs) / 1000, 3),
@@ -240,7 +240,7 @@ def tenants(counts: Sequence[int], rate: float, seconds: float) -> Json:
         _say("tenants", points[-1])
     least = statistics.mean(p["path_us"] for p in points if p["x"] == counts[0])
     for point in points:
-        point["ratio"] = report.spread([point["path_us"] / least], 3)
+        point["ratio"] = output.spread([point["path_us"] / least], 3)
     return {
         "title": "Tenants at an equal total rate",
         "unit": "tenants",
@@ -256,7 +256,7 @@ def _say(what: str, point: Json) -> None:
 
 def draw(curves: Json) -> None:
     """The pictures of docs/perf."""
-    report.PICTURES.mkdir(parents=True, exist_ok=True)
+    output.PICTURES.mkdir(parents=True, exist_ok=True)
     for name, curve in curves.items():
         lines = []
         whole = "service over HTTP" if name == "tenants" else "decode, fold, decide, index"
@@ -275,7 +275,7 @@ def draw(curves: Json) -> None:
             lines,
             FLAT,
         )
-        (report.PICTURES / f"{name.replace('_', '-')}.svg").write_text(picture)
+        (output.PICTURES / f"{name.replace('_', '-')}.svg").write_text(picture)
     for name in ("trace_length", "open_traces"):
         if name not in curves:
             continue
@@ -289,7 +289,7 @@ def draw(curves: Json) -> None:
             "kB a trace",
             [Series("arrays of open traces", points)],
         )
-        (report.PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
+        (output.PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
 
 
 def main(given: list[str] | None = None) -> None:
@@ -303,7 +303,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--secs", type=float, default=8, help="for each number of tenants")
     parser.add_argument("--many", type=int, nargs=2, default=[500, 10_000], help="traces, spans")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     run = _Run()
     curves = {
         "trace_length": trace_length(run, options.repeats, options.most_spans),
@@ -323,7 +323,7 @@ def main(given: list[str] | None = None) -> None:
         "curves": curves,
         "many_long_traces": many,
     }
-    report.save("curves", values)
+    output.save("curves", values)
     draw(curves)
 
 

@@ -1,6 +1,6 @@
 """Every measurement in sequence, unattended, then perf/REPORT.md.
 
-``python -m perf.everything`` takes 35 minutes on an idle machine of two cores. A step that
+``python -m perf.everything`` takes an hour on an idle machine of two cores. A step that
 fails or takes too long does not stop the others; they are named at the end, and the exit code is 1.
 ``--quick`` tries every step with tiny sizes (a few minutes): its figures mean nothing, and they go
 to a directory of their own. ``--baseline`` accepts the regression gate's figures.
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from perf.report import output as report
+from perf.report import output
 
 # name of the step: program, arguments, arguments of --quick, seconds it may take
 STEPS: dict[str, tuple[str, str, str, int]] = {
@@ -55,6 +55,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
         200,
     ),
     "bench": ("bench", "", "--only evaluation fallback end_to_end --probes 2", 400),
+    "beside": ("beside", "--seconds 4 --rounds 2", "--seconds 1 --rounds 1 --rows ^max", 1500),
     "overload": ("overload", "--secs 60", "--secs 3 --calibrate 2", 300),
     "memory": ("memory", "", "--cycles 20", 500),
     "cachehits": ("cachehits", "--secs 60", "--secs 8 --tenants 10 --users 5 --rules 5", 200),
@@ -91,7 +92,7 @@ def run(name: str, quick: bool, baseline: bool, environment: dict[str, str]) -> 
     began = time.monotonic()
     print(f"== {name}: python -m perf.{program} {' '.join(given)}", flush=True)
     command = [sys.executable, "-m", f"perf.{program}", *given]
-    process = subprocess.Popen(command, cwd=report.ROOT, env=environment)
+    process = subprocess.Popen(command, cwd=output.ROOT, env=environment)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -129,7 +130,7 @@ def main(given: list[str] | None = None) -> None:
         if why := run(name, options.quick, options.baseline, environment):
             failed[name] = why
     summary = [sys.executable, "-m", "perf.summary"]
-    if subprocess.run(summary, cwd=report.ROOT, env=environment).returncode:
+    if subprocess.run(summary, cwd=output.ROOT, env=environment).returncode:
         failed["summary"] = "see above"
     print(
         f"{(time.monotonic() - began) / 60:.1f} min, results in "

@@ -19,7 +19,7 @@ from typing import Any
 
 from perf.lib import stacks, threads
 from perf.lib.target import GeneratorProcess, Service, service
-from perf.report import output as report
+from perf.report import output
 
 SAMPLES = 200  # a second
 LONGEST = 600  # seconds of load; it ends with the sampling
@@ -87,13 +87,13 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
     )
     return "\n".join(
         [
-            f"Functions. {report.describe(facts)}.",
+            f"Functions. {output.describe(facts)}.",
             f"py-spy, {found['samples']:,} samples in {options.secs} s, at "
             f"{found['spans_per_second']:,} spans/s while it sampled; {max(1, options.tenants)} "
             f"tenant{'s' if options.tenants > 1 else ''}. Shares of the service's CPU: each "
             "thread's from the system, shared among its functions as they were seen. Kernels, "
             "libraries in C and waits for the GIL count for the function that calls them.",
-            f"Payload: {report.describe_payload(found['payload'])}.",
+            f"Payload: {output.describe_payload(found['payload'])}.",
             "",
             f"Threads: {among}.",
             "",
@@ -114,15 +114,15 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--native", action="store_true", help="frames of C as well")
     parser.add_argument("--name", default="flamegraph", help="of the files in perf/out")
     options = parser.parse_args(given)
-    facts = report.machine()
-    report.OUT.mkdir(exist_ok=True)
-    picture = report.OUT / f"{options.name}.svg"
+    facts = output.machine()
+    output.OUT.mkdir(exist_ok=True)
+    picture = output.OUT / f"{options.name}.svg"
     found = measure(options, picture)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text = show(facts, options, found)
     print(text)
-    report.say_saved(options.name, {"machine": facts, "options": vars(options), **found}, text)
-    print(os.path.relpath(picture, report.ROOT))
+    output.say_saved(options.name, {"machine": facts, "options": vars(options), **found}, text)
+    print(os.path.relpath(picture, output.ROOT))
 
 
 if __name__ == "__main__":

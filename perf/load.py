@@ -17,7 +17,7 @@ from typing import Any
 from betrace.service.config.edge import Ingest
 from perf.lib import threads
 from perf.lib.target import GeneratorProcess, Service, service
-from perf.report import output as report
+from perf.report import output
 
 MOST_ERRORS = 0.001
 FLOOR = 100_000  # spans/s, requirement B and F
@@ -182,9 +182,9 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
         f"{spans} spans a request: {p}" for p in unstored(stored, runs, repeated_ids=repeated)
     ]
     keys = [key for key, value in runs[0].items() if isinstance(value, int | float)]
-    summary = {key: report.spread([run[key] for run in runs], 4) for key in keys}
+    summary = {key: output.spread([run[key] for run in runs], 4) for key in keys}
     percentiles = {
-        p: report.spread([run["generator"]["latency_ms"].get(p, 0.0) for run in runs])
+        p: output.spread([run["generator"]["latency_ms"].get(p, 0.0) for run in runs])
         for p in ("p50", "p95", "p99", "max")
     }
     return {
@@ -202,13 +202,13 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
     tenants = max(1, options.tenants)
     loop = f"{options.rate:,.0f} spans/s offered" if options.rate else "closed loop"
     lines = [
-        f"Load, {time.strftime('%Y-%m-%d')}. {report.describe(facts)}.",
+        f"Load, {time.strftime('%Y-%m-%d')}. {output.describe(facts)}.",
         f"Acknowledged when {options.ack}, {options.connections} connections, "
         f"{loop}, {tenants} tenant{'s' if tenants > 1 else ''}, {options.secs:g} s after "
         f"{options.warm_up:g} s of warm-up, {options.repeats} repeats: median (least–greatest). "
         "The generator shares the cores.",
     ]
-    lines += [f"Payload: {report.describe_payload(row['payload'])}." for row in rows.values()]
+    lines += [f"Payload: {output.describe_payload(row['payload'])}." for row in rows.values()]
     head = ["", *(f"{spans} spans/request" for spans in rows)]
     body = []
     for title, key, digits in (
@@ -221,10 +221,10 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
         ("resident memory, MB", "rss_mb", 0),
         ("spans behind when the load ended", "behind_at_end", 0),
     ):
-        body.append([title, *(report.shown(r["summary"][key], digits) for r in rows.values())])
+        body.append([title, *(output.shown(r["summary"][key], digits) for r in rows.values())])
     for p in ("p50", "p99", "max"):
         body.append(
-            [f"request {p}, ms", *(report.shown(r["latency_ms"][p], 1) for r in rows.values())]
+            [f"request {p}, ms", *(output.shown(r["latency_ms"][p], 1) for r in rows.values())]
         )
     for title, keys in (
         ("accepted / evaluated", ("accepted", "evaluated")),
@@ -239,7 +239,7 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
     body.append(
         ["error rate", *(f"{r['summary']['error_rate']['max']:.3%}" for r in rows.values())]
     )
-    lines += ["", report.table(head, body)]
+    lines += ["", output.table(head, body)]
     for spans, row in rows.items():
         lines += ["", f"At {spans} spans a request:", "", threads.table(row["threads"])]
     lines += ["", threads.NOTE, "", f"Beside it ({SOURCE}; read the ratios):", ""]
@@ -252,7 +252,7 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
     ours += [cell(spans, "spans_per_second", 0) for spans in (512, 100)]
     ours += [cell(spans, "cpu_us_per_span", 2) for spans in (512, 100)]
     titles = ["", "spans/s at 512", "spans/s at 100", "µs a span at 512", "at 100"]
-    lines.append(report.table(titles, [ours, *(GZIP_OTHERS if options.gzip else OTHERS)]))
+    lines.append(output.table(titles, [ours, *(GZIP_OTHERS if options.gzip else OTHERS)]))
     reached = {spans: row["spans_per_second"]["median"] >= FLOOR for spans, row in own.items()}
     said = ", ".join(f"{n} a request {'reached' if r else 'MISSED'}" for n, r in reached.items())
     lines += ["", f"Floor of {FLOOR:,} spans/s: {said}."]
@@ -284,7 +284,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     options = parse(given)
-    facts = report.machine()
+    facts = output.machine()
     rows: dict[int, Json] = {}
     wrong: list[str] = []
     for spans in options.spans:
@@ -294,7 +294,7 @@ def main(given: list[str] | None = None) -> None:
     text = show(facts, options, rows)
     print(text)
     values = {"machine": facts, "options": vars(options), "rows": rows, "problems": wrong}
-    report.say_saved(options.name, values, text)
+    output.say_saved(options.name, values, text)
     if wrong:
         sys.exit("\n".join(["FAILED:", *wrong]))
 

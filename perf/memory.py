@@ -34,7 +34,7 @@ from perf.generator import TENANT_HEADER
 from perf.lib.engine import TENANT
 from perf.lib.target import Service, service
 from perf.lib.workload import Shape, make_bodies, rule_definitions
-from perf.report import output as report
+from perf.report import output
 
 SECOND = 1_000_000_000
 MB = 1e6
@@ -191,7 +191,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--cycles", type=int, default=1000, help="of creating and deleting")
     parser.add_argument("--only", nargs="+", choices=["cycles", *CASES], default=["cycles", *CASES])
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     found: Json = {}
     for name in options.only:
         if name == "cycles":
@@ -206,13 +206,13 @@ def main(given: list[str] | None = None) -> None:
         shown_floor = "–" if floor is None else f"< {floor} MB"
         rows.append((name, f"{values['growth_mb']} MB", shown_floor, verdict))
     lines = [
-        f"Memory. {report.describe(facts)}.",
+        f"Memory. {output.describe(facts)}.",
         "Growth of resident memory: of the running service for the cycles (after the first "
         f"{TOGETHER}), else of a process of its own with the kernels loaded. In a cycle a tenant "
         f"is created with {CYCLE_RULES} rules, 100 spans of it are decided and stored, and it is "
         f"deleted with all its data; {TOGETHER} tenants live at a time.",
         "",
-        report.table(["", "growth", "floor", ""], rows),
+        output.table(["", "growth", "floor", ""], rows),
     ]
     for values in found.values():
         if "growth_mb_by_step" in values:
@@ -224,7 +224,7 @@ def main(given: list[str] | None = None) -> None:
             ]
     text = "\n".join(lines)
     print(text)
-    report.say_saved("memory", {"machine": facts, "cases": found}, text)
+    output.say_saved("memory", {"machine": facts, "cases": found}, text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 
 from perf.lib.target import GeneratorProcess, Service, service
-from perf.report import output as report
+from perf.report import output
 
 ASKED = {
     "query": "/api/v1/signals?limit=10",
@@ -226,11 +226,11 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
     add("service, cores", *(f"{r['service_cores']:.2f}" for r in of))
     add("resident memory, MB", *(f"{r['rss_mb']:,.0f}" for r in of))
     lines = [
-        f"Overload, {time.strftime('%Y-%m-%d')}. {report.describe(facts)}.",
+        f"Overload, {time.strftime('%Y-%m-%d')}. {output.describe(facts)}.",
         f"{options.spans} spans a request, {options.rules} rules, {options.times:g} times the rate "
         f"of a closed loop for {options.secs:g} s. The generator shares the cores.",
         "",
-        report.table(["", *rows], body),
+        output.table(["", *rows], body),
         "",
         f"Answered with 200: {found['told_accepted']:,} spans; accepted {found['accepted']:,}, "
         f"evaluated {found['evaluated']:,}. Breaches sent {found['breaches_sent']:,}, signals "
@@ -252,13 +252,13 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--rules", type=int, default=100)
     parser.add_argument("--name", default="overload", help="of the JSON file in perf/out")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     found = measure(options)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text, wrong = show(facts, options, found), problems(found)
     print(text)
     values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
-    report.say_saved(options.name, values, text)
+    output.say_saved(options.name, values, text)
     if wrong:
         sys.exit("\n".join(["FAILED:", *wrong]))
 

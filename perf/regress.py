@@ -40,7 +40,7 @@ from perf import bench
 from perf.lib import rows
 from perf.lib.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
 from perf.lib.workload import Shape, make_bodies, rule_definitions
-from perf.report import output as report
+from perf.report import output
 
 BASELINE = Path(__file__).parent / "baseline.json"
 LEAST = 0.9
@@ -239,7 +239,7 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     if options.accept and _slowdowns():
         sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
-    facts = report.machine()
+    facts = output.machine()
     processors: Json = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     figures_before: Json = processors.get(facts["cpu"], {}).get("figures", {})
     reference = Reference()
@@ -260,14 +260,14 @@ def main(given: list[str] | None = None) -> None:
     slower = [each.name for each in judged if not each.good]
     head = ["figure", "speed ÷ reference", "spread of its time", "÷ accepted", "tries", ""]
     rows = [each.row() for each in judged]
-    text = "\n".join([f"Regression. {report.describe(facts)}.", "", report.table(head, rows)])
+    text = "\n".join([f"Regression. {output.describe(facts)}.", "", output.table(head, rows)])
     print(text)
-    report.say_saved("regress", {"machine": facts, "figures": found, "slower": slower}, text)
+    output.say_saved("regress", {"machine": facts, "figures": found, "slower": slower}, text)
     if options.accept:
         kept = figures_before | found if options.only else found
         processors[facts["cpu"]] = {"machine": facts, "figures": kept}
         BASELINE.write_text(json.dumps(processors, indent=1, ensure_ascii=False) + "\n")
-        print(f"\naccepted: {os.path.relpath(BASELINE, report.ROOT)}")
+        print(f"\naccepted: {os.path.relpath(BASELINE, output.ROOT)}")
     elif not figures_before:
         sys.exit(
             f"\nnothing was accepted yet on this processor ({facts['cpu']}): run it with --accept "

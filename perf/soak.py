@@ -23,7 +23,7 @@ from perf import load
 from perf.lib import threads
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.load import run_once
-from perf.report import output as report
+from perf.report import output
 from perf.report.charts import Series, chart
 
 WITHIN = 0.1  # the last slice of the first
@@ -151,11 +151,11 @@ def draw(found: Json) -> None:
         "rate": ("spans/s", [(second + 0.5, float(spans)) for second, spans in rates]),
         "memory": ("resident memory, MB", [(at, mb) for at, mb in found["memory"]]),
     }
-    report.PICTURES.mkdir(parents=True, exist_ok=True)
+    output.PICTURES.mkdir(parents=True, exist_ok=True)
     for name, (unit, points) in lines.items():
         line = Series(unit, [(x, y, y, y) for x, y in points])
         picture = chart(f"Soak: {unit}", "seconds", unit, [line], linear=True)
-        (report.PICTURES / f"soak-{name}.svg").write_text(picture)
+        (output.PICTURES / f"soak-{name}.svg").write_text(picture)
 
 
 def show(facts: Json, options: argparse.Namespace, found: Json, wrong: list[str]) -> str:
@@ -188,21 +188,21 @@ def show(facts: Json, options: argparse.Namespace, found: Json, wrong: list[str]
     queueing = [(name, f"{ms:.2f}") for name, ms in found["queueing_ms"].items()]
     return "\n".join(
         [
-            f"Soak. {report.describe(facts)}.",
+            f"Soak. {output.describe(facts)}.",
             f"{options.rate:,.0f} spans/s offered in an open loop for {options.secs:g} s after "
             f"{options.warm_up:g} s of warm-up, {options.tenants} tenants, "
             f"{options.connections} connections; "
             f"the generator shares the cores and used {run['generator_cores']:.2f} of one, the "
             f"service {run['service_cores']:.2f}.",
-            f"Payload: {report.describe_payload(found['payload'])}.",
+            f"Payload: {output.describe_payload(found['payload'])}.",
             "",
-            report.table(
+            output.table(
                 [f"slice of {options.slice:g} s", *(title for title, _ in titles.values())], rows
             ),
             "",
-            report.table(["counted from the warm-up to the end", ""], counts),
+            output.table(["counted from the warm-up to the end", ""], counts),
             "",
-            report.table(["channel", "mean time in it, work included, ms"], queueing),
+            output.table(["channel", "mean time in it, work included, ms"], queueing),
             "",
             "Rows wait in the projection channel on purpose, for company in a transaction.",
             "",
@@ -236,14 +236,14 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     options = parse(given)
-    facts = report.machine()
+    facts = output.machine()
     found, wrong = measure(options)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     draw(found)
     text = show(facts, options, found, wrong)
     print(text)
     values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
-    report.say_saved("soak", values, text)
+    output.say_saved("soak", values, text)
     worse = [key for key, good in found["judged"]["good"].items() if not good]
     if worse:
         wrong.append(f"the last slice is not within {WITHIN:.0%} of the first: {', '.join(worse)}")

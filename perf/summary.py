@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perf.report import floors, hints
-from perf.report import output as report
+from perf.report import floors, hints, output
 from perf.report.output import shown, table
 
 REPORT = (
-    report.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"
+    output.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"
 )
-PICTURES = Path(os.path.relpath(report.PICTURES, REPORT.parent)).as_posix()  # seen from it
+PICTURES = Path(os.path.relpath(output.PICTURES, REPORT.parent)).as_posix()  # seen from it
 PATH_FLAT = 1.2
 
 Json = dict[str, Any]
@@ -107,7 +106,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
 def _curves(curves: Json) -> Iterator[str]:
     yield "## Curves"
     yield ""
-    yield f"{report.describe(curves['machine'])}."
+    yield f"{output.describe(curves['machine'])}."
     yield ""
     yield (
         "*Path* is decoding, folding, closing, deciding and the rows of the trace index, in one "
@@ -131,6 +130,7 @@ def _curves(curves: Json) -> Iterator[str]:
 
 
 TEXTS = (
+    ("beside", "Beside Rotel and bare HTTP", "beside"),
     ("soak", "Soak", "soak"),
     ("overload", "Overload", "overload"),
     ("bench", "Benchmarks", "bench"),
@@ -145,7 +145,7 @@ TEXTS = (
 
 def main() -> None:
     names = [name for name, _ in LOADS] + [name for name, _, _ in TEXTS] + ["curves"]
-    runs = {name: values for name in names if (values := report.saved(name))}
+    runs = {name: values for name in names if (values := output.saved(name))}
     lines = [
         "# Performance",
         "",
@@ -163,7 +163,7 @@ def main() -> None:
     else:
         lines += ["## Curves", "", "Not run: `make curves`.", ""]
     for name, title in LOADS:
-        text = report.OUT / f"{name}.md"
+        text = output.OUT / f"{name}.md"
         if name in runs and text.exists():
             lines += [f"## Load: {title[0].lower()}{title[1:]}", "", text.read_text()]
             problems = runs[name]["problems"]
@@ -172,7 +172,7 @@ def main() -> None:
                 "",
             ]
     for name, title, target in TEXTS:
-        text = report.OUT / f"{name}.md"
+        text = output.OUT / f"{name}.md"
         said = text.read_text() if text.exists() else f"Not run: `make {target}`.\n"
         lines += [f"## {title}", "", said]
         if name == "soak" and name in runs:
@@ -181,7 +181,7 @@ def main() -> None:
         if runs.get(name, {}).get("problems"):
             lines += [f"Checks failed: {'; '.join(runs[name]['problems'])}.", ""]
     REPORT.write_text("\n".join(lines).rstrip() + "\n")
-    print(os.path.relpath(REPORT, report.ROOT))
+    print(os.path.relpath(REPORT, output.ROOT))
 
 
 if __name__ == "__main__":

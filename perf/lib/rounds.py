@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from perf.report import output as report
+from perf.report import output
 
 WARM_UP, ROUNDS = 3, 5
 ROUND_SECONDS = 0.2
@@ -39,8 +39,8 @@ class Rounds:
 
         return {
             "items": items,
-            "wall_us": report.spread([1e6 * w for w in self._wall], 1),
-            "cpu_us": report.spread([1e6 * c for c in self._cpu], 1),
+            "wall_us": output.spread([1e6 * w for w in self._wall], 1),
+            "cpu_us": output.spread([1e6 * c for c in self._cpu], 1),
             "p50_us": quantile(0.5),
             "p99_us": quantile(0.99),
             "calls": len(ordered),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perf.lib.threads import MAIN, SYSTEM_NAME
-from perf.report import output as report
+from perf.report import output
 
 MOST = 20  # rows of the table
 MAIN_THREAD = "MainThread"  # Python's name for it
@@ -88,7 +88,7 @@ def table(found: Json, most: int = MOST) -> str:
         )
         for each in found["functions"][:most]
     )
-    return report.table(["function", "thread", "itself", "with what it calls"], rows)
+    return output.table(["function", "thread", "itself", "with what it calls"], rows)
 
 
 def said(found: Json, most: int = 3) -> str:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,17 @@ STOP_SECONDS = 120
 Json = dict[str, Any]
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU that a process and its children used since its start, in user and system mode."""
+    used = process.cpu_times()
+    seconds = used.user + used.system + used.children_user + used.children_system
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended since: its parent has its CPU
+            times = child.cpu_times()
+            seconds += times.user + times.system
+    return float(seconds)
+
+
 class Service:
     """A running service: its URLs, its process, and questions to it."""
 
@@ -44,8 +55,7 @@ class Service:
 
     def cpu_seconds(self) -> float:
         """CPU used since its start, in user and system mode."""
-        times = self._usage.cpu_times()
-        return float(times.user + times.system)
+        return cpu_seconds(self._usage)
 
     def threads(self) -> dict[int, threads.Used]:
         """What each of its threads used since its start."""

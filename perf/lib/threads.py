@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perf.report import output as report
+from perf.report import output
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 SYSTEM_NAME = 15  # letters of a thread's name that Linux keeps
@@ -114,7 +114,7 @@ def table(found: Mapping[str, Json]) -> str:
     if few:
         rows.append(_row(f"{len(few)} more", few))
     head = ["thread of the service", "CPU, µs a span", "share", "cores", "in the system", "waited"]
-    return report.table(head, rows)
+    return output.table(head, rows)
 
 
 def _row(name: str, of: Iterable[Json]) -> list[str]:

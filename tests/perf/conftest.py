@@ -13,6 +13,7 @@ import pytest
 from perf import (
     bench,
     bench_queries,
+    beside,
     cachehits,
     curves,
     flamegraph,
@@ -23,7 +24,7 @@ from perf import (
     summary,
 )
 from perf.lib import bench_caches, rounds
-from perf.report import output as report
+from perf.report import output
 
 Json = dict[str, Any]
 
@@ -49,8 +50,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     """Programs whose rounds, pauses and stores are small."""
     out = tmp_path_factory.mktemp("perf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "OUT", out)
-        patch.setattr(report, "PICTURES", out)
+        patch.setattr(output, "OUT", out)
+        patch.setattr(output, "PICTURES", out)
         patch.setattr(summary, "REPORT", out / "REPORT.md")
         patch.setattr(summary, "PICTURES", ".")
         for module in (rounds, bench):
@@ -72,6 +73,16 @@ def loaded(tiny: Programs) -> Json:
     given = "--spans 100 --secs 0.6 --warm-up 0.4 --repeats 2 --idle 0.3 --rules 5 --tenants 3"
     load.main([*given.split(), "--wrong=0.1", "--breaches=0.01"])
     return tiny.saved("load")
+
+
+@pytest.fixture(scope="session")
+def compared(tiny: Programs) -> Json:
+    """One row beside the other servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside, "WARM_UP", 0.3)
+        patch.setattr(beside, "IDLE_SECONDS", 0.3)
+        beside.main(["--seconds", "0.5", "--rounds", "2", "--rows", "10000 spans/s, 100 JSON"])
+    return tiny.saved("beside")
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,7 @@ from perf.generator import Generator, Load
 from perf.lib import bench_ledger, workload
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.lib.workload import Shape, make_bodies
-from perf.report import floors
-from perf.report import output as report
+from perf.report import floors, output
 from tests.perf.conftest import Programs
 
 pytestmark = pytest.mark.slow
@@ -64,6 +63,21 @@ def runs_of_loads(loaded: Json) -> floors.Runs:
     """The runs of perf.load that the report has, all with the figures of one."""
     values = loaded | {"rows": {str(spans): loaded["rows"]["100"] for spans in (100, 512)}}
     return {name: values for name, _ in summary.LOADS}
+
+
+def test_beside_measures_all_servers_under_the_same_load(compared: Json, tiny: Programs) -> None:
+    (row,) = compared["rows"].values()
+    assert compared["problems"] == []
+    assert row["payload"]["encoding"] == "json"
+    assert set(row["servers"]) == {"BeTrace", "Rotel", "bare HTTP"}
+    for server, runs in row["runs"].items():
+        assert len(runs) == 2
+        found = row["servers"][server]
+        assert found["spans_per_second"]["median"] == pytest.approx(10_000, rel=0.5)
+        assert found["cpu_us_per_span_to_the_end"]["median"] > 0
+        assert found["p99_ms"]["median"] >= found["p50_ms"]["median"] > 0
+    assert all(run["accepted"] == run["evaluated"] > 0 for run in row["runs"]["BeTrace"])
+    assert "| 10000 spans/s, 100 JSON | BeTrace " in tiny.text("beside")
 
 
 def test_soak_has_slices_channels_counts_and_pictures(soaked: Json, tiny: Programs) -> None:
@@ -199,7 +213,7 @@ def test_summary_of_all_runs_has_a_row_for_each_floor(
     tiny: Programs,
 ) -> None:
     for name, values in runs_of_loads(loaded).items():
-        report.save(name, values)
+        output.save(name, values)
         if name != "load":
             shutil.copy(tiny.out / "load.md", tiny.out / f"{name}.md")
     summary.main()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from perf import regress
-from perf.report import output as report
+from perf.report import output
 
 OWN, BESIDE = 0.002, 0.001  # CPU seconds of a figure and of the reference
 
@@ -22,7 +22,7 @@ def every(*seconds: float) -> Callable[[], float]:
 
 @pytest.fixture
 def baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(regress, "BASELINE", tmp_path / "baseline.json")
     monkeypatch.delenv("PERF_SLOWDOWN", raising=False)
     return tmp_path / "baseline.json"
@@ -90,22 +90,22 @@ def test_the_gate_passes_and_fails_on_an_injected_slowdown(
     assert accepted["figures"]["fold"]["speed"] > 0
 
     regress.main(["--only", "fold"])
-    assert json.loads((report.OUT / "regress.json").read_text())["slower"] == []
+    assert json.loads((output.OUT / "regress.json").read_text())["slower"] == []
 
     monkeypatch.setenv("PERF_SLOWDOWN", "fold=1.3")
     with pytest.raises(SystemExit, match="slower than 90% of what was accepted: fold"):
         regress.main(["--only", "fold"])
-    assert json.loads((report.OUT / "regress.json").read_text())["slower"] == ["fold"]
+    assert json.loads((output.OUT / "regress.json").read_text())["slower"] == ["fold"]
     assert "SLOWER" in capsys.readouterr().out
 
 
 def test_each_processor_has_a_baseline_of_its_own(
     baseline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = report.machine()
-    monkeypatch.setattr(report, "machine", lambda: real | {"cpu": "one"})
+    real = output.machine()
+    monkeypatch.setattr(output, "machine", lambda: real | {"cpu": "one"})
     regress.main(["--only", "decode", "--accept"])
-    monkeypatch.setattr(report, "machine", lambda: real | {"cpu": "other"})
+    monkeypatch.setattr(output, "machine", lambda: real | {"cpu": "other"})
     with pytest.raises(SystemExit, match=r"nothing was accepted yet on this processor \(other\)"):
         regress.main(["--only", "decode"])
     regress.main(["--only", "decode", "--accept"])
