@@ -12,7 +12,6 @@ from betrace.channels.breaker import (
 )
 from betrace.channels.channel import ReceiveChannel, SendChannel, open_channel
 from betrace.channels.errors import ExpectedError, TransientError, is_expected
-from betrace.channels.shutdown import Step, shut_down
 from betrace.channels.stage import Stage, StageStatistics
 from betrace.channels.state import ChannelStatistics, PeakReader
 from betrace.channels.supervisor import supervise
@@ -36,7 +35,6 @@ __all__ = [
     "SendChannel",
     "Stage",
     "StageStatistics",
-    "Step",
     "Tap",
     "TapStatistics",
     "ThreadRunner",
@@ -46,6 +44,5 @@ __all__ = [
     "Transition",
     "is_expected",
     "open_channel",
-    "shut_down",
     "supervise",
 ]

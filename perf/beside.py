@@ -186,11 +186,11 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[str, Json]) -> str
         [
             f"{output.describe(facts)}.",
             f"8 connections, {options.seconds:g} s after {WARM_UP:g} s of warm-up, "
-            f"{options.rounds} rounds in turns: median (min–max). The load generator shares the cores. BeTrace "
-            f"evaluates {RULES} rules and stores everything, acknowledged when written; Rotel "
-            "decodes the spans and drops them; bare HTTP (uvicorn with httptools) reads the body "
-            f"and answers 200. Where a rate is given, {TENANTS} tenants send it. CPU is counted "
-            "from the first request until everything is stored, warm-up included.",
+            f"{options.rounds} rounds in turns: median (min–max). The load generator shares the "
+            f"cores. BeTrace evaluates {RULES} rules and stores everything, acknowledged when "
+            "written; Rotel decodes the spans and drops them; bare HTTP (uvicorn with httptools) "
+            f"reads the body and answers 200. Where a rate is given, {TENANTS} tenants send it. "
+            "CPU is counted from the first request until everything is stored, warm-up included.",
             "",
             "The number after the rate is spans a request.",
             "",

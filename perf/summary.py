@@ -1,10 +1,11 @@
-"""perf/REPORT.md, from the JSON of the last runs in perf/out.
+"""Write perf/REPORT.md from the JSON of the last runs in perf/out.
 
-``python -m perf.summary`` writes it anew; what was not run is said to be missing.
+``python -m perf.summary`` replaces it. A program that was not run is named as missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,8 @@ TEXTS = (
 )
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(given)
     names = [name for name, _ in LOADS] + [name for name, _, _ in TEXTS] + ["curves"]
     runs = {name: values for name in names if (values := output.saved(name))}
     lines = [

@@ -216,7 +216,7 @@ def test_summary_of_all_runs_has_a_row_for_each_floor(
         output.save(name, values)
         if name != "load":
             shutil.copy(tiny.out / "load.md", tiny.out / f"{name}.md")
-    summary.main()
+    summary.main([])
     written = summary.REPORT.read_text()
     table = written.split("## Floors")[1].split("\n## ")[0]
     rows = [line for line in table.split("\n") if line.startswith("| ")][1:]

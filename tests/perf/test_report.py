@@ -57,7 +57,7 @@ def test_a_report_of_nothing_says_what_was_not_run(
 ) -> None:
     monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
-    summary.main()
+    summary.main([])
     written = (tmp_path / "REPORT.md").read_text()
     assert written.count(f"| {floors.NOT_RUN} ") == len(floors.FLOORS)
     for command in ("curves", "soak", "overload", "bench", "memory", "cachehits", "queries"):
@@ -71,7 +71,7 @@ def test_the_checks_that_failed_are_in_the_report(
     monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
     (tmp_path / "load.json").write_text(json.dumps({"rows": {}, "problems": ["lost 3 spans"]}))
     (tmp_path / "load.md").write_text("the table\n")
-    summary.main()
+    summary.main([])
     assert "the table\n\nChecks failed: lost 3 spans." in (tmp_path / "REPORT.md").read_text()
 
 
