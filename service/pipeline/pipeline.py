@@ -15,6 +15,7 @@ from betrace.channels import (
     ReceiveChannel,
     SendChannel,
     Stage,
+    StageOptions,
     ThreadRunner,
     open_channel,
 )
@@ -251,7 +252,7 @@ class Pipeline:
                 if traces is not None:
                     traces.done()
 
-            self.stages[name] = Stage(name, receive, handler, on_done=done, **options)
+            self.stages[name] = Stage(name, receive, handler, StageOptions(on_done=done, **options))
 
         # A request that makes the stage fail is refused: its client still has it.
         add(

@@ -12,7 +12,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from betrace.channels import ExpectedError, SendChannel, Stage, TransientError, open_channel
+from betrace.channels import (
+    ExpectedError,
+    SendChannel,
+    Stage,
+    StageOptions,
+    TransientError,
+    open_channel,
+)
 
 Item = str
 Handler = Callable[[list[Item]], Awaitable[None]]
@@ -52,7 +59,7 @@ def make(
 ) -> tuple[SendChannel[Item], Stage[Item]]:
     send, receive = open_channel("work", capacity, len, hold=True)
     settings.setdefault("on_dead", recorder.bury)
-    return send, Stage("work", receive, recorder.handle, **settings)
+    return send, Stage("work", receive, recorder.handle, StageOptions(**settings))
 
 
 async def test_takes_all_that_waits_as_one_batch_and_ends_with_its_channel(
@@ -227,10 +234,10 @@ async def test_an_unexpected_error_restarts_the_worker_and_loses_nothing(
     assert recorder.dead == [(3.0, "bad", bug, 4)]
     assert stage.statistics().restarts == 1
     crash, burial = caplog.records
-    assert crash.message == "worker work-1 crashed; it is restarted in 0.1 s"
+    assert crash.message == "worker work-1 crashed; restarting it in 0.1 s"
     assert crash.exc_info is not None
     assert crash.exc_info[1] is bug
-    assert burial.message == "stage work gives up an item after 4 deliveries: KeyError('bug')"
+    assert burial.message == "stage work gave up an item after 4 deliveries: KeyError('bug')"
 
 
 async def test_errors_of_given_kinds_and_groups_of_them_are_expected(
@@ -273,7 +280,7 @@ async def test_an_item_is_kept_until_on_dead_takes_it(
         send.close()
     assert tries == [3.0, 4.0, 6.0, 10.0]
     assert stage.statistics().dead == 1
-    assert "cannot put a dead item away; again in 1 s" in caplog.text
+    assert "on_dead failed; calling it again in 1 s" in caplog.text
 
 
 async def test_a_failing_observer_does_not_undo_a_batch(
@@ -310,10 +317,10 @@ async def test_slow_calls_are_told_whether_they_failed_or_not(
         pass
 
     send, receive = open_channel("work", 100, len, hold=True)
-    stage = Stage(
-        "work", receive, handle, on_dead=bury, attempts=1, on_slow=observe, slow_after=0.5,
-        max_batch_weight=1,
-    )  # fmt: skip
+    options = StageOptions[str](
+        on_dead=bury, attempts=1, on_slow=observe, slow_after=0.5, max_batch_weight=1
+    )
+    stage = Stage("work", receive, handle, options)
     for item in ("slow", "quick", "bad"):
         send.send_nowait(item)
     send.close()
@@ -451,10 +458,7 @@ async def test_every_item_is_done_or_dead_whatever_fails(
 
     weigh: Callable[[str], int] = len
     send, receive = open_channel("work", capacity, weigh, hold=True)
-    stage = Stage(
-        "work",
-        receive,
-        handle,
+    options = StageOptions[str](
         on_dead=bury,
         workers=workers,
         attempts=3,
@@ -462,6 +466,7 @@ async def test_every_item_is_done_or_dead_whatever_fails(
         max_batch_wait=dice.choice([0, 0.2]),
         batch_key=dice.choice([None, len]),
     )
+    stage = Stage("work", receive, handle, options)
     sent = [f"{n}".rjust(dice.randrange(3, 8)) for n in range(120)]
 
     async def produce() -> None:
@@ -497,7 +502,7 @@ async def test_every_item_is_done_or_dead_whatever_fails(
 async def test_closing_its_receiver_ends_a_stage(autojump_clock: MockClock) -> None:
     recorder = Recorder()
     send, receive = open_channel("work", 10, len, hold=True)
-    stage = Stage("work", receive, recorder.handle, on_dead=recorder.bury)
+    stage = Stage("work", receive, recorder.handle, StageOptions(on_dead=recorder.bury))
     async with trio.open_nursery() as nursery:
         await nursery.start(stage.run)
         await send.send("a")
@@ -524,4 +529,4 @@ def test_a_stage_needs_a_channel_that_holds() -> None:
     _, receive = open_channel("work", 10, len)
     recorder = Recorder()
     with pytest.raises(ValueError, match="hold=True"):
-        Stage("work", receive, recorder.handle, on_dead=recorder.bury)
+        Stage("work", receive, recorder.handle, StageOptions(on_dead=recorder.bury))

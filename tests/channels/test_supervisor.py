@@ -35,7 +35,7 @@ async def test_restarts_with_growing_pauses_until_it_returns(
         )
     assert starts == [0.0, 1.0, 3.0, 7.0, 15.0, 25.0, 35.0]
     assert [error.args for error in crashes] == [(n,) for n in range(1, 7)]
-    assert caplog.messages[1] == "it crashed; it is restarted in 2.0 s"
+    assert caplog.messages[1] == "it crashed; restarting it in 2.0 s"
     assert all(record.exc_info for record in caplog.records)
 
 

@@ -105,7 +105,7 @@ async def test_a_hanging_thread_is_left_behind_counted_and_replaced(
     release: threading.Event,
 ) -> None:
     with ThreadRunner("hang", 1) as threads:
-        with pytest.raises(ThreadTimeout, match=r"not back after 0\.05 s; thread left behind"):
+        with pytest.raises(ThreadTimeout, match=r"no result after 0\.05 s; thread left behind"):
             await threads.run(release.wait, timeout=0.05)
         now = threads.statistics()
         assert (now.abandoned, now.left_behind, now.running) == (1, 1, 0)
