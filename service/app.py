@@ -355,7 +355,7 @@ class Service:
 
     def _stored(self, signals: list[Signal]) -> None:
         self.subscriptions.publish(signals)
-        self.exports.tell(signals)
+        self.exports.notify(signals)
 
     def _active_tenants(self) -> Iterator[str]:
         yield from list(self.pipeline.correlate.tenants)

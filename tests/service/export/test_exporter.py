@@ -44,7 +44,7 @@ def ledger(tmp_path: Path) -> Iterator[SqliteLedger]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter_module, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(exporter_module, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(exporter_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(exporter_module, "POLL_SECONDS", 0.1)
 
 
 def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
@@ -93,7 +93,7 @@ async def test_what_was_there_before_is_not_sent_and_what_comes_is(
         await begun(tmp_path)
         new = [make(2), make(3, tenant="other")]
         ledger.record(new)
-        exports.tell(new)
+        exports.notify(new)
         await until(lambda: len(receiver.records()) == 2)
         (exporter,) = exports
         await until(lambda: exporter.sent == 2 and exporter.lag_seconds() == 0)
@@ -114,7 +114,7 @@ async def test_it_goes_on_where_it_stopped(
         await until(lambda: bool(json.loads(cursor(tmp_path).read_text())))
     async with exporting(settings, ledger) as exports:
         ledger.record([make(9)])
-        exports.tell([make(9)])
+        exports.notify([make(9)])
         await until(lambda: len(receiver.records()) == 4)
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 9]
 
@@ -130,7 +130,7 @@ async def test_a_destination_that_is_away_for_a_while_gets_everything(
         await begun(tmp_path)
         (exporter,) = exports
         ledger.record([make(number) for number in range(1, 6)])
-        exports.tell([make(1)])
+        exports.notify([make(1)])
         await until(lambda: exporter.failures > 2)
         assert exporter.lag_seconds() >= 0
         assert exporter.waiting_since is not None
@@ -150,7 +150,7 @@ async def test_the_breaker_opens_and_an_operator_can_close_it(
         await begun(tmp_path)
         (exporter,) = exports
         ledger.record([make(1)])
-        exports.tell([make(1)])
+        exports.notify([make(1)])
         breaker = exporter.breaker
         await until(lambda: breaker.state is BreakerState.OPEN)
         breaker.force_open()
@@ -169,7 +169,7 @@ async def test_only_the_signal_that_is_not_taken_is_left_out(
     async with exporting(settings, ledger) as exports:
         await begun(tmp_path)
         ledger.record(signals)
-        exports.tell(signals)
+        exports.notify(signals)
         (exporter,) = exports
         await until(lambda: exporter.sent + exporter.rejected == 7)
         assert exporter.rejected == 1
@@ -188,7 +188,7 @@ async def test_many_signals_of_many_tenants_come_in_order_each(
         await begun(tmp_path)
         for at in range(0, len(signals), 100):
             ledger.record(signals[at : at + 100])
-        exports.tell(signals)
+        exports.notify(signals)
         await until(lambda: len(receiver.records()) >= len(signals))
     assert len(receiver.records()) == len(signals)
     assert all(len(body) < 20_000 for body in receiver.taken())
@@ -204,7 +204,7 @@ async def test_webhooks_get_firing_and_resolved_alerts(
         await begun(tmp_path, WEBHOOK)
         signals = [make(1), make(1, kind=Kind.RETRACTED), make(2, rule="r2")]
         ledger.record(signals)
-        exports.tell(signals)
+        exports.notify(signals)
         await until(lambda: len(receiver.alerts()) == 3)
     assert [(a["labels"]["alertname"], a["status"]) for a in receiver.alerts()] == [
         ("r1", "firing"),
@@ -223,7 +223,7 @@ async def test_a_cursor_that_is_damaged_begins_with_what_comes(
     async with exporting(configured(tmp_path, otlp={"endpoint": receiver.url}), ledger) as exports:
         await until(lambda: "shop" in cursor(tmp_path).read_text())
         ledger.record([make(2)])
-        exports.tell([make(2)])
+        exports.notify([make(2)])
         await until(lambda: len(receiver.records()) == 1)
     assert "damaged" in caplog.text
 
@@ -251,7 +251,7 @@ async def test_a_ledger_that_cannot_be_read_is_read_later(
         await begun(tmp_path)
         fragile.failures = 2
         ledger.record([make(1)])
-        exports.tell([make(1)])
+        exports.notify([make(1)])
         await until(lambda: len(receiver.records()) == 1)
 
 

@@ -12,6 +12,21 @@ from numba.core import config
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from betrace.service.otlp import primitives, wire
+from betrace.service.otlp.attributes import (
+    ARRAY,
+    BOOL,
+    INT,
+    LENGTH,
+    MISSING,
+    OUT_SIZE,
+    RESOURCE_ATTRIBUTES,
+    SPAN_ATTRIBUTES,
+    TYPE,
+    VALUE,
+    find_attribute,
+    find_resource_attribute,
+    next_array_item,
+)
 from betrace.service.otlp.columns import (
     COMPLETE,
     END,
@@ -67,10 +82,10 @@ def find(span: bytes, key: bytes = b"k") -> tuple[int, int, int]:
     batch = wire.scan_bodies("t", [request(IDS + span)])
     assert batch.bodies[0, ERROR] == 0
     row = batch.spans[0]
-    out = np.zeros(wire.OUT_SIZE, np.int64)
+    out = np.zeros(OUT_SIZE, np.int64)
     wanted = np.frombuffer(key, np.uint8)
-    wire.find_attribute(batch.buf, row[-2], row[-1], wire.SPAN_ATTRIBUTES, wanted, 0, len(key), out)
-    return int(out[wire.TYPE]), int(out[wire.VALUE]), int(out[wire.LENGTH])
+    find_attribute(batch.buf, row[-2], row[-1], SPAN_ATTRIBUTES, wanted, 0, len(key), out)
+    return int(out[TYPE]), int(out[VALUE]), int(out[LENGTH])
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -315,33 +330,33 @@ def test_the_service_name_is_of_the_first_attribute_with_a_value() -> None:
 
 def test_finding_attributes() -> None:
     number = varint(3 << 3) + varint(-5)
-    assert find(attribute(b"k", number))[:2] == (wire.INT, -5)
-    assert find(attribute(b"kk", number))[0] == wire.MISSING
-    assert find(attribute(b"k", b"") + attribute(b"k", number))[:2] == (wire.INT, -5)
-    assert find(attribute(b"k", number) + attribute(b"k", delimited(1, b"x")))[0] == wire.INT
-    assert find(attribute(b"k", delimited(1, b"x") + number))[0] == wire.INT  # oneof: the last
+    assert find(attribute(b"k", number))[:2] == (INT, -5)
+    assert find(attribute(b"kk", number))[0] == MISSING
+    assert find(attribute(b"k", b"") + attribute(b"k", number))[:2] == (INT, -5)
+    assert find(attribute(b"k", number) + attribute(b"k", delimited(1, b"x")))[0] == INT
+    assert find(attribute(b"k", delimited(1, b"x") + number))[0] == INT  # oneof: the last
     twice = delimited(9, delimited(1, b"z") + delimited(2, number) + delimited(1, b"k"))
-    assert find(twice)[:2] == (wire.INT, -5)  # the last key
-    assert find(twice, b"z")[0] == wire.MISSING
-    assert find(attribute(b"k", number + varint(8 << 3) + b"\1"))[0] == wire.MISSING
-    assert find(attribute(b"", varint(2 << 3) + varint(2**40)), b"")[:2] == (wire.BOOL, 1)
+    assert find(twice)[:2] == (INT, -5)  # the last key
+    assert find(twice, b"z")[0] == MISSING
+    assert find(attribute(b"k", number + varint(8 << 3) + b"\1"))[0] == MISSING
+    assert find(attribute(b"", varint(2 << 3) + varint(2**40)), b"")[:2] == (BOOL, 1)
 
 
 def test_two_arrays_in_one_value_give_the_last() -> None:
     one, two = (delimited(5, delimited(1, delimited(1, x))) for x in (b"a", b"b"))
     kind, off, length = find(attribute(b"k", one + two))
-    assert kind == wire.ARRAY
+    assert kind == ARRAY
     batch = wire.scan_bodies("t", [request(IDS + attribute(b"k", one + two))])
-    out = np.zeros(wire.OUT_SIZE, np.int64)
-    cursor = wire.next_array_item(batch.buf, off, length, 0, out)
-    assert batch.text(int(out[wire.VALUE]), int(out[wire.LENGTH])) == "b"
-    assert wire.next_array_item(batch.buf, off, length, cursor, out) == -1
+    out = np.zeros(OUT_SIZE, np.int64)
+    cursor = next_array_item(batch.buf, off, length, 0, out)
+    assert batch.text(int(out[VALUE]), int(out[LENGTH])) == "b"
+    assert next_array_item(batch.buf, off, length, cursor, out) == -1
 
 
 def test_finders_end_on_bytes_that_were_never_validated() -> None:
     rng = random.Random(5)
     key = np.frombuffer(b"k", np.uint8)
-    out = np.zeros(wire.OUT_SIZE, np.int64)
+    out = np.zeros(OUT_SIZE, np.int64)
     for seed in range(0, 400, SHARE):
         data = mutate(
             rng, mutate(rng, attribute(b"k", delimited(5, delimited(1, rng.randbytes(9)))))
@@ -351,12 +366,12 @@ def test_finders_end_on_bytes_that_were_never_validated() -> None:
         if not data:
             continue
         buf = np.frombuffer(data, np.uint8)
-        for field in (wire.SPAN_ATTRIBUTES, wire.RESOURCE_ATTRIBUTES):
-            wire.find_attribute(buf, 0, len(buf), field, key, 0, 1, out)
-        wire.find_resource_attribute(buf, 0, len(buf), key, 0, 1, out)
+        for field in (SPAN_ATTRIBUTES, RESOURCE_ATTRIBUTES):
+            find_attribute(buf, 0, len(buf), field, key, 0, 1, out)
+        find_resource_attribute(buf, 0, len(buf), key, 0, 1, out)
         cursor = 0
         for _ in range(100):
-            cursor = wire.next_array_item(buf, 0, len(buf), cursor, out)
+            cursor = next_array_item(buf, 0, len(buf), cursor, out)
             if cursor < 0:
                 break
         else:
@@ -369,10 +384,10 @@ def test_the_hash_sees_every_byte_and_the_length() -> None:
     assert len({wire.hash_text(text) for text in texts}) == len(texts)
     data = np.frombuffer(b"xxGET /orders/{id}yy", np.uint8)
     with np.errstate(over="ignore"):
-        assert wire.hash_bytes(data, 2, 16) == wire.hash_text("GET /orders/{id}")
+        assert primitives.hash_bytes(data, 2, 16) == wire.hash_text("GET /orders/{id}")
         # At the end of a buffer the last bytes are read differently.
         inside = np.frombuffer(b"yy" * 9, np.uint8)
-        assert wire.hash_bytes(data, 18, 2) == wire.hash_bytes(inside, 2, 2)
+        assert primitives.hash_bytes(data, 18, 2) == primitives.hash_bytes(inside, 2, 2)
 
 
 def is_utf8(data: bytes) -> bool:
@@ -427,5 +442,9 @@ def test_big_request_survives() -> None:
 def test_warm_up_compiles_what_there_is() -> None:
     wire.warm_up()
     if not config.DISABLE_JIT:
-        for kernel in (wire.find_attribute, wire.next_array_item, wire.find_resource_attribute):
+        for kernel in (
+            find_attribute,
+            next_array_item,
+            find_resource_attribute,
+        ):
             assert kernel.signatures  # type: ignore[attr-defined]
