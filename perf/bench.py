@@ -1,7 +1,7 @@
-"""Micro-benchmarks of the critical paths: ingestion, evaluation, ledger, DuckDB, caches; and the
-latency from a span to its signal while the service is under load.
+"""Micro-benchmarks of the critical paths, and the latency from a span to its signal under load.
 
-``python -m perf.bench`` runs each three times to warm up and five times to measure.
+The paths are ingestion, evaluation, ledger, DuckDB and caches. ``python -m perf.bench`` runs each
+benchmark three times to warm up and five times to measure.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Json = dict[str, Any]
 
 
 def ingestion(directory: Path) -> dict[str, Json]:
-    """The span-ingestion stage for one request: decode, validate, append to the log; and the
+    """Measure the span-ingestion stage for one request (decode, validate, append to the log), and
     decoding alone."""
     found = {}
     for spans in (1, 100, 1000):
@@ -115,7 +115,7 @@ async def _stage(directory: Path, spans: int, bodies: Sequence[bytes]) -> Json:
 
 
 async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> float:
-    """Calls of the span-ingestion stage with all bodies at once; CPU seconds of this process."""
+    """Call the span-ingestion stage with all bodies at once; return CPU seconds of this process."""
     with SpanLog(directory) as log:
         send, receive = _channel()
         threads = ThreadRunner("bench", 1)
@@ -136,7 +136,7 @@ async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> f
 
 
 class _OneTrace:
-    """A trace of some spans, folded whole or in windows, closed and decided."""
+    """Fold a trace whole or in windows, close it and decide it."""
 
     def __init__(self, spans: int, window: int) -> None:
         shape = Shape(spans=spans, spans_per_trace=spans, breaches=1.0)
@@ -176,7 +176,7 @@ class _OneTrace:
 
 
 def evaluation() -> dict[str, Json]:
-    """All spans of a trace against 100 rules: in one batch, and streamed in windows."""
+    """Measure a trace against 100 rules, in one batch and streamed in windows."""
     found = {}
     for spans in (10, 50, 100, 500):
         for name, window in (("batch", spans), (f"streaming by {WINDOW}", WINDOW)):
@@ -194,7 +194,7 @@ def evaluation() -> dict[str, Json]:
 
 
 def duckdb(directory: Path) -> dict[str, Json]:
-    """Signals, and traces of the trace index, written to the query store in one transaction."""
+    """Measure writing signals and traces to the query store in one transaction."""
     found = {}
     first = 0
     with DuckStore(directory / "duck") as store:
@@ -220,7 +220,7 @@ def duckdb(directory: Path) -> dict[str, Json]:
 
 
 def fallback(directory: Path) -> dict[str, Json]:
-    """What the stores would not take, written and synced to local files."""
+    """Measure writing and syncing records to fallback files."""
     files = FallbackFiles(directory / "fallback", 1 << 30)
     found = {}
     for count in (1, 128):
@@ -245,8 +245,8 @@ def _probe(trace: bytes) -> bytes:
 
 
 def end_to_end(rate: float, probes: int, warm_up: float) -> Json:
-    """From sending the last span that a rule needs until its signal is in the ledger, and until the
-    API shows it, at a constant load; milliseconds."""
+    """Measure the milliseconds from sending the last span that a rule needs until its signal is in
+    the ledger, and until the API shows it, at a constant load."""
     with service() as target:
         seconds = str(probes * 0.75 + warm_up)
         options = ["--url", f"{target.ingest}/v1/traces", "--rate", str(rate), "--spans", "100"]
@@ -306,7 +306,7 @@ def _send_probe(target: Service, number: int) -> tuple[float, float, float]:
         _not_for_ever(began)
         time.sleep(0.02)
     shown = time.perf_counter() - began
-    time.sleep(0.05 + 0.01 * (number % 7))  # so that probes do not keep step with the batches
+    time.sleep(0.05 + 0.01 * (number % 7))  # so that probes are not synchronised with the batches
     return answered, recorded, shown
 
 

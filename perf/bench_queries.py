@@ -1,8 +1,7 @@
 """The API's queries on a large tenant: ten million traces and half a million signals.
 
-``python -m perf.bench_queries`` writes the rows through the store's own writer into a temporary
-directory (about 1 GB), asks each question cold once and then several times, and writes
-perf/out/queries.json.
+``python -m perf.bench_queries`` writes the rows with the store's writer to a temporary directory
+(about 1 GB), runs each query once cold and then several times, and writes perf/out/queries.json.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from perf.report import output
 TENANT = "shop"
 SECOND = 10**9
 START = 1_790_000_000 * SECOND
-STEP = 60_000_000  # nanoseconds between traces: ten million are a week
+STEP = 60_000_000  # nanoseconds between traces: ten million span a week
 BATCH = 100_000
 MOST_MS = 100.0  # for a page of signals or traces
 
@@ -35,7 +34,7 @@ Question = Callable[[], object]
 
 
 def rows(first: int, count: int, random: np.random.Generator, every: int = 0) -> Json:
-    """Columns of closed traces: random ids, times that go on, few services and names. One in
+    """Return columns of closed traces: random ids, increasing times, few services and names. One in
     ``every`` has a signal."""
     at = START + np.arange(first, first + count) * STEP
     ids = random.integers(-(2**63), 2**63 - 1, (count, 2))
@@ -72,7 +71,7 @@ def rows(first: int, count: int, random: np.random.Generator, every: int = 0) ->
 
 
 def fill(store: DuckStore, traces: int, signals: int) -> Json:
-    """Write the rows, the traces first; how many a second."""
+    """Write the rows, traces first; return rows a second."""
     random = np.random.default_rng(7)
     spent_traces = spent_signals = 0.0
     for first in range(0, traces, BATCH):
@@ -93,7 +92,7 @@ def fill(store: DuckStore, traces: int, signals: int) -> Json:
 
 
 def ask(question: Question, repeats: int) -> Json:
-    """Milliseconds of the first time and of the others."""
+    """Return the milliseconds of the first run and of the others."""
     taken = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -103,7 +102,7 @@ def ask(question: Question, repeats: int) -> Json:
 
 
 def questions(store: DuckStore, traces: int) -> dict[str, Question]:
-    """What the API and the stages ask."""
+    """Return the queries of the API and the stages."""
     page, following, _ = store.traces(TENANT, limit=100)
     middle = START + traces // 2 * STEP
     _, deep, _ = store.traces(TENANT, limit=100, until=middle)

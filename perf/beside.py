@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -195,8 +195,18 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[str, Json]) -> str
             "The number after the rate is spans a request.",
             "",
             output.table(head, body),
+            *_repeats(rows),
         ]
     )
+
+
+def _repeats(rows: dict[str, Json]) -> Iterator[str]:
+    """Name the rows whose compressed bodies were sent more than once: repeated spans cost less."""
+    for name, row in rows.items():
+        sends = [run["generator"]["sends_per_body"] for run in row["runs"][OURS]]
+        if row["payload"]["gzip"] and max(sends) > 1:
+            yield ""
+            yield f"{name}: BeTrace got each body up to {max(sends)} times; repeated spans cost less."
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:

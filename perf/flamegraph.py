@@ -1,9 +1,9 @@
 """A flame graph of the service under load, and its functions by CPU.
 
-``python -m perf.flamegraph`` writes perf/out/flamegraph.svg: py-spy samples the service while the
-generator sends to it; threads that wait are left out. Then it samples once more and prints the
-functions in which most samples lie. Sampling another process needs the right to trace it (root,
-or ptrace_scope 0), and slows it down: the shares count, not the rate.
+``python -m perf.flamegraph`` writes perf/out/flamegraph.svg: py-spy samples the service under load,
+without waiting threads. Then it samples again and prints the functions with the most samples.
+Sampling needs permission to trace another process (root, or ptrace_scope 0), and slows it down:
+read the shares, not the rate.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from perf.lib.target import GeneratorProcess, Service, service
 from perf.report import output
 
 SAMPLES = 200  # a second
-LONGEST = 600  # seconds of load; it ends with the sampling
+LONGEST = 600  # seconds of load at most; it ends with the sampling
 
 Json = dict[str, Any]
 
 
 def sample(target: Service, options: argparse.Namespace, form: str, path: Path) -> None:
-    """Sample the service into a file; ends the program where that is not allowed."""
+    """Sample the service into a file. Exits if that is not permitted."""
     sampler = [str(Path(sys.executable).with_name("py-spy")), "record"]
     sampler += ["--pid", str(target.process.pid), "--duration", str(options.secs)]
     sampler += ["--rate", str(SAMPLES), "--threads", "--format", form, "--output", str(path)]
@@ -39,7 +39,7 @@ def sample(target: Service, options: argparse.Namespace, form: str, path: Path) 
 
 
 def measure(options: argparse.Namespace, picture: Path) -> Json:
-    """Sample twice: the picture, and the functions."""
+    """Sample twice: for the picture, and for the functions."""
     with (
         service(rules=options.rules, tenants=options.tenants) as target,
         tempfile.TemporaryDirectory() as directory,

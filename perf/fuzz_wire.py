@@ -1,7 +1,8 @@
-"""Compare the protobuf scanner with the protobuf library on many generated requests.
+"""Compares the protobuf scanner with the protobuf library on many generated requests.
 
-``python -m perf.fuzz_wire --cases 100000 [--first SEED]`` checks each body alone, then in
-company, then as the library writes it. On a difference it prints the case's seed and bytes.
+``python -m perf.fuzz_wire --cases 100000 [--first SEED]`` checks each body alone, then together
+with others, then as the library writes it. If there is a difference, it prints the seed and the
+bytes.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def run(cpu: float) -> Json:
         "cpu_us_per_span": cpu / 2,
         "cpu_us_per_span_to_the_end": cpu,
         "rss_mb": 100.0,
-        "generator": {"latency_ms": {"p50": 1.0, "p99": 9.0}},
+        "generator": {"latency_ms": {"p50": 1.0, "p99": 9.0}, "sends_per_body": 1.5},
     }
 
 
@@ -56,10 +56,14 @@ def test_the_table_compares_medians_with_rotel() -> None:
     }
     options = beside.parse(["--rounds", "3"])
     facts = beside.output.machine()
-    text = beside.show(facts, options, {"maximum rate, 512": {"servers": servers}})
+    row = {"servers": servers, "runs": {OURS: [run(3.0)]}, "payload": {"gzip": True}}
+    text = beside.show(facts, options, {"maximum rate, 512": row})
     ours, rotel, bare = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert ours.startswith("| maximum rate, 512 | BeTrace ")
     assert "4.00 (3.00–5.00)" in ours
     assert " 2.00 " in ours.split("|")[4]
     assert " 1.00 " in rotel.split("|")[4]
     assert " 0.25 " in bare.split("|")[4]
+    assert "maximum rate, 512: BeTrace got each body up to 1.5 times" in text
+    row["payload"]["gzip"] = False  # ids of other bodies are rewritten for each send
+    assert "got each body" not in beside.show(facts, options, {"maximum rate, 512": row})
