@@ -206,7 +206,7 @@ def _repeats(rows: dict[str, Json]) -> Iterator[str]:
         sends = [run["generator"]["sends_per_body"] for run in row["runs"][OURS]]
         if row["payload"]["gzip"] and max(sends) > 1:
             yield ""
-            yield f"{name}: BeTrace got each body up to {max(sends)} times; repeated spans cost less."
+            yield f"{name}: BeTrace got bodies up to {max(sends)} times; repeated spans cost less."
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:

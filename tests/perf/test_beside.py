@@ -64,6 +64,6 @@ def test_the_table_compares_medians_with_rotel() -> None:
     assert " 2.00 " in ours.split("|")[4]
     assert " 1.00 " in rotel.split("|")[4]
     assert " 0.25 " in bare.split("|")[4]
-    assert "maximum rate, 512: BeTrace got each body up to 1.5 times" in text
+    assert "maximum rate, 512: BeTrace got bodies up to 1.5 times" in text
     row["payload"]["gzip"] = False  # ids of other bodies are rewritten for each send
-    assert "got each body" not in beside.show(facts, options, {"maximum rate, 512": row})
+    assert "got bodies" not in beside.show(facts, options, {"maximum rate, 512": row})

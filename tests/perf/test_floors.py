@@ -262,13 +262,13 @@ def test_the_other_runs_say_what_they_saw() -> None:
     memory = {"cases": {"1000 create/send/delete cycles of a tenant": grown}}
     assert verdict({"memory": memory}, "1000 create/delete cycles of a tenant") == (
         MISSED,
-        "of it +30.0 MB in the second half of the cycles",
+        "+30.0 MB of it in the second half of the cycles",
     )
     stats = {"hitRate": 0.69, "hitCount": 690, "missCount": 310, "evictionCount": 5}
     cachehits = {"caches": {"traceMetadata": stats}, "options": {"secs": 60.0}}
     assert verdict({"cachehits": cachehits}, "hit rate: trace metadata") == (
         MISSED,
-        "310 misses in 1,000 look-ups, 5 evictions, 60 s from an empty cache on",
+        "310 misses in 1,000 look-ups, 5 evictions in 60 s, starting with an empty cache",
     )
     answers = {"traces, page of 1000": {"ms": middle(140)}, "one trace": {"ms": middle(3)}}
     slow = {"answers": answers, "slower_than_100_ms": ["traces, page of 1000"], "traces": 10}

@@ -335,7 +335,7 @@ def test_there_are_bodies_for_hundreds_of_connections() -> None:
 
 def test_the_process_of_the_generator_says_why_it_ended() -> None:
     with pytest.raises(
-        RuntimeError, match=r"ended before its event 'ready': .*need as many bodies"
+        RuntimeError, match=r"before its event 'ready': .*need as many bodies"
     ):
         GeneratorProcess(["--url", "http://127.0.0.1:1", "--connections", "9", "--bodies", "3"])
 
