@@ -1,4 +1,4 @@
-"""Batches that come out at a pace."""
+"""Batches delayed by a pace."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def batches(
         send.close()
 
 
-async def test_batches_come_out_at_the_pace_the_oldest_first(autojump_clock: MockClock) -> None:
+async def test_batches_come_out_at_the_pace_oldest_first(autojump_clock: MockClock) -> None:
     async with batches(Every(10.0), ["a", "b", "c", "a"]) as found:
         await trio.sleep(25)
         assert found == [(1.0, "aa"), (11.0, "b"), (21.0, "c")]

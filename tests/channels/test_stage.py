@@ -27,7 +27,7 @@ Handler = Callable[[list[Item]], Awaitable[None]]
 
 @dataclass
 class Recorder:
-    """A handler which notes its calls and raises for chosen items, a number of times each."""
+    """A handler that records its calls and raises a number of times for chosen items."""
 
     errors: dict[Item, list[Exception]] = field(default_factory=dict)
     duration: float = 0.0
@@ -62,7 +62,7 @@ def make(
     return send, Stage("work", receive, recorder.handle, StageOptions(**settings))
 
 
-async def test_takes_all_that_waits_as_one_batch_and_ends_with_its_channel(
+async def test_takes_everything_queued_as_one_batch_and_ends_with_its_channel(
     autojump_clock: MockClock,
 ) -> None:
     recorder = Recorder()
@@ -152,7 +152,7 @@ async def test_a_single_attempt_means_no_redelivery(autojump_clock: MockClock) -
     assert len(recorder.calls) == 1
 
 
-async def test_fresh_items_go_on_while_others_wait_for_redelivery(
+async def test_new_items_proceed_while_others_wait_for_redelivery(
     autojump_clock: MockClock,
 ) -> None:
     recorder = Recorder({"bad": [TransientError()] * 4})
@@ -196,7 +196,7 @@ async def test_one_worker_means_one_call_at_a_time_and_turns_are_shared(
             await send.send("x")
         send.close()
     assert recorder.most_running == 1
-    # Due at 1.4 and at 3.0, in the middle of other calls: it gets the next turn.
+    # Due at 1.4 and 3.0, during other calls: it gets the next turn.
     assert [round(at, 3) for at, items in recorder.calls if items == ["bad"]] == [0.0, 1.6, 3.2]
     assert recorder.done.count("x") == 20
 
@@ -240,7 +240,7 @@ async def test_an_unexpected_error_restarts_the_worker_and_loses_nothing(
     assert burial.message == "stage work gave up an item after 4 deliveries: KeyError('bug')"
 
 
-async def test_errors_of_given_kinds_and_groups_of_them_are_expected(
+async def test_errors_of_listed_kinds_and_their_groups_are_expected(
     autojump_clock: MockClock,
 ) -> None:
     group = ExceptionGroup("both", [OSError(), ExceptionGroup("inner", [ExpectedError()])])
@@ -299,7 +299,7 @@ async def test_a_failing_observer_does_not_undo_a_batch(
     assert "observer on_done failed" in caplog.text
 
 
-async def test_slow_calls_are_told_whether_they_failed_or_not(
+async def test_slow_calls_are_reported_whether_they_failed_or_not(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[tuple[list[str], float, str | None]] = []
@@ -342,7 +342,7 @@ async def test_pause_and_resume(autojump_clock: MockClock) -> None:
         stage.pause()
         await send.send("x")
         await trio.sleep(5)
-        assert len(recorder.calls) == 1  # neither the fresh item nor the redelivery
+        assert len(recorder.calls) == 1  # neither the new item nor the redelivery
         assert stage.statistics().paused
         assert not stage.stalled(1.0)
         stage.resume()
@@ -407,7 +407,7 @@ async def test_drained_waits_for_redeliveries_and_senders(autojump_clock: MockCl
         send.close()
 
 
-async def test_cancelling_passes_through_and_is_no_failure(autojump_clock: MockClock) -> None:
+async def test_cancellation_passes_through_and_is_not_a_failure(autojump_clock: MockClock) -> None:
     recorder = Recorder(duration=10.0)
     send, stage = make(recorder)
     with trio.move_on_after(1.0) as scope:
@@ -424,7 +424,7 @@ async def test_cancelling_passes_through_and_is_no_failure(autojump_clock: MockC
 async def test_every_item_is_done_or_dead_whatever_fails(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
-    """Random failures of handler and burial, pauses, workers and limits."""
+    """Random failures of handler and on_dead, pauses, workers and limits."""
     caplog.set_level(logging.CRITICAL)
     dice = random.Random(seed)
     workers, capacity = dice.randrange(1, 4), dice.randrange(5, 60)
@@ -520,12 +520,12 @@ async def test_closing_its_receiver_ends_a_stage(autojump_clock: MockClock) -> N
         ({"max_batch_weight": 0}, "max_batch_weight"),
     ],
 )
-def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(Recorder(), **settings)
 
 
-def test_a_stage_needs_a_channel_that_holds() -> None:
+def test_a_stage_needs_a_channel_with_hold() -> None:
     _, receive = open_channel("work", 10, len)
     recorder = Recorder()
     with pytest.raises(ValueError, match="hold=True"):

@@ -1,4 +1,4 @@
-"""Restarting with pauses that grow."""
+"""Restarts with growing pauses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_restarts_with_growing_pauses_until_it_returns(
     assert all(record.exc_info for record in caplog.records)
 
 
-async def test_a_run_longer_than_the_pause_begins_anew(
+async def test_a_run_longer_than_the_pause_resets_it(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     starts: list[float] = []

@@ -1,4 +1,4 @@
-"""Each metric that a panel, an alert or a page names is in the exposition of a running service."""
+"""Each metric named in a panel, an alert or a page is exposed by a running service."""
 
 import re
 import statistics
@@ -73,8 +73,8 @@ def test_metrics_of_alerts_exist(names, alert):
     assert found or alert["alert"] == "BetraceDown"  # which asks Prometheus' own: up
 
 
-def test_label_values_that_panels_and_alerts_ask_for_exist(samples):
-    """A value with a slip of the pen would make an alert silent for ever."""
+def test_label_values_in_panels_and_alerts_exist(samples):
+    """A misspelt value would silence an alert for ever."""
     asked = {
         (metric, label, value)
         for query in [query for _, query in queries()] + [alert["expr"] for alert in alerts()]
@@ -88,20 +88,20 @@ def test_label_values_that_panels_and_alerts_ask_for_exist(samples):
     assert asked <= exposed, asked - exposed
 
 
-def test_metrics_that_the_tests_of_alerts_make_up_exist(names):
+def test_metrics_in_the_tests_of_alerts_exist(names):
     series = re.findall(r"series: (\w+)\{", (FOLDER / "alerts_test.yaml").read_text())
     assert series
     assert set(series) - {"up"} <= names
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
-def test_metrics_that_pages_name_exist(names, page):
+def test_metrics_named_in_pages_exist(names, page):
     text = (ROOT / page).read_text("utf-8")
     named = set(re.findall(r"`((?:betrace|process|python)_[a-z_]+)[`{]", text))
     assert named <= names | {name.removesuffix("_bucket") for name in names}
 
 
-def test_what_is_exposed_is_what_is_documented(families):
+def test_exposed_metrics_are_the_documented_ones(families):
     documented = {
         metric.name: (metric.kind, metric.text)
         for metric in metrics_docs.service_metrics() + metrics_docs.process_metrics()
@@ -125,7 +125,7 @@ def test_labels_are_as_documented(families):
             assert set(sample.labels) - {"le"} == documented[name], sample
 
 
-def test_what_happened_is_counted(samples):
+def test_events_are_counted(samples):
     def value(name, **labels):
         return samples[name, tuple(sorted(labels.items()))]
 
@@ -143,7 +143,7 @@ def test_what_happened_is_counted(samples):
 
 
 @needs_promtool
-def test_promtool_likes_the_metrics(exposition):
+def test_promtool_accepts_the_metrics(exposition):
     promtool("check", "metrics", given=exposition.encode())
 
 
@@ -159,8 +159,8 @@ def test_all_three_caches_are_exposed(samples):
 
 @pytest.fixture(scope="module")
 def scrapes(tmp_path_factory):
-    """Of a service with 500 tenants: their number, how long scrapes take, how late the Trio thread
-    was meanwhile, and the number of series with 1 and with 500 tenants."""
+    """Figures of a service with 500 tenants: duration of scrapes, delay of the Trio thread
+    meanwhile, and the number of series with 1 and with 500 tenants."""
     directory = tmp_path_factory.mktemp("tenants")
     inprocess.write_rules(directory, {"r": "never { a }"})
     settings = inprocess.settings(directory, traces={"idle_seconds": 600})
@@ -204,8 +204,8 @@ def test_a_scrape_of_500_tenants_is_quick(scrapes):
     assert statistics.median(took) < 0.05
 
 
-def test_a_scrape_does_not_hold_up_the_trio_thread(scrapes):
-    """Which passes batches from stage to stage."""
+def test_a_scrape_does_not_block_the_trio_thread(scrapes):
+    """The Trio thread passes batches from stage to stage."""
     _, _, late, _ = scrapes
     assert statistics.quantiles(late, n=100)[98] < 0.05
 
@@ -215,7 +215,7 @@ def test_the_number_of_series_does_not_grow_with_tenants(scrapes):
     assert many == one
 
 
-async def test_a_disk_that_hangs_holds_up_its_scrape_only(tmp_path, monkeypatch):
+async def test_a_hanging_disk_delays_only_its_scrape(tmp_path, monkeypatch):
     let_go = threading.Event()
     monkeypatch.setattr(
         "betrace.service.api.metrics.stores.shutil.disk_usage", lambda _: let_go.wait(20) and 0

@@ -1,4 +1,4 @@
-"""Each floor's judgement at its edge, and the hints that the runs give for those missed."""
+"""Each floor's verdict at its limit, and the hints for missed floors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load(rate: float = 500_000, errors: float = 0.0, us: float = 3.0, p99: float
 
 
 def called(p50: float, p99: float, items: int = 1, wall: float | None = None) -> Json:
-    """A benchmark's microseconds."""
+    """A benchmark's figures in microseconds."""
     mean = wall or p50
     return {
         "items": items,
@@ -142,7 +142,7 @@ def test_edges_of_benchmarks(group: str, name: str, given: Json, what: str, expe
     assert bool(found[0][5]) == (expected == MISSED)
 
 
-def test_what_was_not_run_says_which_command_runs_it() -> None:
+def test_a_floor_without_a_run_names_its_command() -> None:
     rows = list(floors.rows({}))
     assert len(rows) == len(floors.FLOORS)
     assert {row[4] for row in rows} == {NOT_RUN}
@@ -154,11 +154,11 @@ def test_what_was_not_run_says_which_command_runs_it() -> None:
     }
 
 
-def test_what_is_reached_has_no_hint() -> None:
+def test_a_reached_floor_has_no_hint() -> None:
     assert verdict({"load": load()}, "100 spans a request") == (REACHED, "")
 
 
-def test_a_load_that_is_missed_names_threads_functions_and_waits() -> None:
+def test_a_missed_load_names_threads_functions_and_waits() -> None:
     functions = [
         {"thread": "trio", "function": "send", "file": "a.py", "self": 0.2, "total": 0.2},
         {"thread": "ingest", "function": "scan", "file": "b.py", "self": 0.1, "total": 0.3},
@@ -174,7 +174,7 @@ def test_a_load_that_is_missed_names_threads_functions_and_waits() -> None:
     assert "functions" not in verdict(runs, "512 spans a request")[1]
 
 
-def test_a_slow_answer_names_the_cores_and_who_waits_for_one() -> None:
+def test_a_slow_answer_names_the_cores_and_waiting_threads() -> None:
     said = verdict({"load": load(p99=80)}, "p99 of a request, 100 a request")[1]
     assert said == (
         "8 connections, service 1.20 and generator 0.10 of 2 cores; "
@@ -189,7 +189,7 @@ def test_a_slow_answer_names_the_cores_and_who_waits_for_one() -> None:
         (4_900, "takes 50% of the p50 (4.0 ms); the adapter takes the rest"),
     ],
 )
-def test_the_ledger_is_told_from_its_bare_client(bare_p99: float, said: str) -> None:
+def test_the_ledger_is_compared_with_its_bare_client(bare_p99: float, said: str) -> None:
     ledger = {
         "tigerbeetle 128": called(8000, 25_000),
         "tigerbeetle 128, 20 a second": called(8000, 19_700),
@@ -200,7 +200,7 @@ def test_the_ledger_is_told_from_its_bare_client(bare_p99: float, said: str) -> 
     assert said in hint
 
 
-def test_a_tail_is_told_from_a_middle_that_is_slow() -> None:
+def test_a_slow_tail_is_distinguished_from_a_slow_median() -> None:
     machine = {"load_average_before": 3.0}
     caches = {"key, hit": called(2, 5000), "rules, hit": called(1500, 5000)}
     runs = {"bench": {"caches": caches, "machine": machine}}
@@ -208,7 +208,7 @@ def test_a_tail_is_told_from_a_middle_that_is_slow() -> None:
     assert verdict(runs, "cache rules, hit")[1] == "not a tail: p50 1.50 ms"
 
 
-def test_curves_say_what_grew() -> None:
+def test_curves_name_what_grew() -> None:
     def point(x: int, path: float, fold: float, close: float) -> Json:
         ratio = middle(path)
         return {"x": x, "path_us": path, "fold_us": fold, "close_us": close, "ratio": ratio}
@@ -219,7 +219,7 @@ def test_curves_say_what_grew() -> None:
     assert verdict(runs, "CPU a span is flat over rules of a tenant") == (MISSED, grew)
 
 
-def test_the_curve_of_tenants_says_which_threads_grew() -> None:
+def test_the_curve_of_tenants_names_threads_that_grew() -> None:
     def point(x: int, path: float, end: float, **threads: float) -> Json:
         shares = {name: used(us, 0.1) for name, us in threads.items()}
         given = {"path_us": path, "to_the_end_us": end, "ratio": middle(path)}
@@ -236,8 +236,8 @@ def test_the_curve_of_tenants_says_which_threads_grew() -> None:
         assert verdict(runs, f"CPU a span is flat over {what}") == (MISSED, grew)
 
 
-def test_runs_without_evidence_give_no_hint() -> None:
-    """Of an older version: there is a verdict all the same."""
+def test_runs_without_evidence_have_no_hint() -> None:
+    """A run of an older version still gets a verdict."""
     old = load(50_000)
     for row in old["rows"].values():
         del row["threads"]
@@ -245,7 +245,7 @@ def test_runs_without_evidence_give_no_hint() -> None:
     assert hints.said("words", {}) == "words"
 
 
-def test_the_other_runs_say_what_they_saw() -> None:
+def test_hints_of_the_other_runs() -> None:
     failed = soak(p99_ms=2.0)
     assert verdict({"soak": failed}, "soak, last minute ÷ first: p99 of a request") == (
         MISSED,

@@ -1,4 +1,4 @@
-"""The programs of perf/ do their work: the sizes are tiny, the accounts must hold all the same."""
+"""The programs of perf/ work: the sizes are tiny, but their checks must pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Json = dict[str, Any]
 
 
 def verdicts(runs: floors.Runs, command: str) -> dict[str, str]:
-    """The verdicts of a command's floors."""
+    """Return the verdicts of a command's floors."""
     rows = zip(floors.FLOORS, floors.rows(runs), strict=True)
     return {row[1]: row[4] for floor, row in rows if floor.command == command}
 
@@ -60,7 +60,7 @@ def test_load_counts_what_it_sent_against_what_was_evaluated_and_stored(
 
 
 def runs_of_loads(loaded: Json) -> floors.Runs:
-    """The runs of perf.load that the report has, all with the figures of one."""
+    """Return the report's runs of perf.load, all with the same figures."""
     values = loaded | {"rows": {str(spans): loaded["rows"]["100"] for spans in (100, 512)}}
     return {name: values for name, _ in summary.LOADS}
 
@@ -166,7 +166,7 @@ def test_bench_measures_every_size(benched: Json, tiny: Programs) -> None:
     assert "| stage 1000 " in tiny.text("bench")
 
 
-def test_queries_asks_every_question(queried: Json) -> None:
+def test_queries_runs_every_query(queried: Json) -> None:
     assert queried["traces"] == 2000
     assert {"traces, first page of 100", "signals, next page", "one trace"} <= set(
         queried["answers"]
@@ -239,7 +239,7 @@ def test_fuzz_wire_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> No
     assert "40 cases" in capsys.readouterr().out
 
 
-def test_everything_runs_steps_and_names_those_that_failed(
+def test_everything_runs_all_steps_and_lists_failures(
     tiny: Programs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -261,7 +261,7 @@ def test_everything_runs_steps_and_names_those_that_failed(
     shutil.rmtree(written)
 
 
-def test_every_step_of_everything_is_a_program_that_knows_its_arguments() -> None:
+def test_every_step_of_everything_is_a_program_with_valid_arguments() -> None:
     for name, (program, arguments, tiny_arguments, seconds) in everything.STEPS.items():
         module = __import__(f"perf.{program}", fromlist=["main"])
         for given in (arguments, tiny_arguments):
@@ -292,7 +292,7 @@ def target() -> Any:
 def test_the_generator_counts_as_the_service_does(
     target: Service, shape: Shape, bodies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As in a process of its own: it has trace ids that no other generator has.
+    # As in a separate process, use trace ids that no other generator has.
     monkeypatch.setattr(workload, "_FIRST", np.uint64(secrets.randbits(48)))
     before = target.settle(1)
     load = Load(f"{target.ingest}/v1/traces", connections=4, seconds=0.4, warm_up=0.1, rate=4000)
@@ -313,7 +313,7 @@ def test_the_generator_counts_as_the_service_does(
         (["--url", "http://example.com/v1/traces"], "only to http:// on this machine's loopback"),
     ],
 )
-def test_the_generator_says_why_it_cannot_begin(
+def test_the_generator_explains_why_it_cannot_start(
     given: Sequence[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     few = make_bodies(Shape(spans=1), 3)
@@ -333,15 +333,13 @@ def test_there_are_bodies_for_hundreds_of_connections() -> None:
     assert len(make_bodies(Shape(spans=1, gzip=True), least=2500)) == 2500
 
 
-def test_the_process_of_the_generator_says_why_it_ended() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"before its event 'ready': .*need as many bodies"
-    ):
+def test_the_generator_process_explains_why_it_ended() -> None:
+    with pytest.raises(RuntimeError, match=r"before its event 'ready': .*need as many bodies"):
         GeneratorProcess(["--url", "http://127.0.0.1:1", "--connections", "9", "--bodies", "3"])
 
 
 def test_pictures_of_the_report_are_where_it_says() -> None:
-    """In the repository."""
+    """The pictures of the report in the repository exist."""
     written = (Path(summary.__file__).parent / "REPORT.md").read_text()
     pictures = [
         part.split(")")[0] for part in written.split("![")[1:] for part in [part.split("](")[1]]

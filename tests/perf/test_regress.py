@@ -1,4 +1,4 @@
-"""The regression gate: a slowdown fails it, a machine that is slower as a whole does not."""
+"""The regression gate fails on a slowdown, but not on a slower machine."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_speed_is_a_ratio_to_the_reference_so_a_slow_machine_does_not_change_it(
     assert slow["speed"] == pytest.approx(fast["speed"])
 
 
-def test_neighbours_that_disturb_some_turns_do_not_change_it() -> None:
+def test_disturbances_in_some_turns_do_not_change_it() -> None:
     disturbed = regress.speed("x", every(OWN, OWN, 9 * OWN), every(BESIDE, 5 * BESIDE, BESIDE))
     assert disturbed["speed"] == pytest.approx(0.5)
     assert disturbed["max"] == pytest.approx(9)
 
 
-def test_a_figure_just_above_the_least_is_good_one_below_is_not() -> None:
+def test_the_gate_passes_just_above_the_limit_and_fails_below() -> None:
     assert regress.judge("x", every(OWN), every(BESIDE), 0.5 / 0.91).good
     judged = regress.judge("x", every(OWN), every(BESIDE), 0.5 / 0.89)
     assert not judged.good
@@ -50,7 +50,7 @@ def test_a_figure_just_above_the_least_is_good_one_below_is_not() -> None:
     assert judged.row()[3] == "0.89"
 
 
-def test_a_figure_that_was_disturbed_once_is_tried_again() -> None:
+def test_a_figure_that_was_disturbed_once_is_measured_again() -> None:
     turns = 1 + regress.REPEATS  # one to warm up
     disturbed = [3 * OWN] * turns + [OWN] * turns
     judged = regress.judge("x", every(*disturbed), every(BESIDE), 0.5)
@@ -64,14 +64,14 @@ def test_a_new_figure_is_good() -> None:
     assert judged.row()[-1] == "new"
 
 
-def test_a_slowdown_is_as_large_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_injected_slowdown_has_the_requested_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERF_SLOWDOWN", "other=2,x=1.3")
     slowed = regress.speed("x", every(OWN), every(BESIDE))
     assert slowed["speed"] == pytest.approx(0.5 / 1.3, rel=0.05)
     assert regress.speed("y", every(OWN), every(BESIDE))["speed"] == pytest.approx(0.5)
 
 
-def test_what_is_accepted_is_the_middle_of_three_tries() -> None:
+def test_the_median_of_three_tries_is_accepted() -> None:
     turns = 1 + regress.REPEATS
     tries = [2 * OWN] * turns + [OWN] * turns + [4 * OWN] * turns
     judged = regress.measured("x", every(*tries), every(BESIDE), None)
@@ -81,7 +81,7 @@ def test_what_is_accepted_is_the_middle_of_three_tries() -> None:
 def test_the_gate_passes_and_fails_on_an_injected_slowdown(
     baseline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The real figure. 1.3 is far beyond what noise does to it: 2 to 3 % (standard deviation) with
+    """Uses the real figure. 1.3 is far above its noise, which is 2 to 3 % (standard deviation) with
     twice as many busy processes as cores."""
     with pytest.raises(SystemExit, match="nothing was accepted yet"):
         regress.main(["--only", "fold"])
@@ -99,7 +99,7 @@ def test_the_gate_passes_and_fails_on_an_injected_slowdown(
     assert "SLOWER" in capsys.readouterr().out
 
 
-def test_each_processor_has_a_baseline_of_its_own(
+def test_each_processor_has_its_own_baseline(
     baseline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = output.machine()
@@ -123,7 +123,7 @@ def test_a_run_with_a_slowdown_cannot_be_accepted(
     assert not baseline.exists()
 
 
-def test_a_figure_that_there_is_not_is_named(baseline: Path) -> None:
+def test_an_unknown_figure_is_named(baseline: Path) -> None:
     with pytest.raises(SystemExit, match="no figure 'folding': there are decode"):
         regress.main(["--only", "folding"])
 

@@ -1,4 +1,4 @@
-"""Tables and heads of reports, and the report of nothing."""
+"""Tables and heads of reports, and the report without runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_spread_is_median_least_and_greatest() -> None:
     assert output.shown(output.spread([1234.56]), 1) == "1,234.6"
 
 
-def test_the_machine_is_described_and_a_busy_one_is_called_so() -> None:
+def test_the_description_mentions_a_busy_machine() -> None:
     facts = output.machine()
     quiet = output.describe(facts | {"load_average_before": 0.1, "cores": 2})
     assert "busy" not in quiet
@@ -52,7 +52,7 @@ def test_figures_are_saved_with_their_text(
     assert capsys.readouterr().out.strip().endswith("x.json")
 
 
-def test_a_report_of_nothing_says_what_was_not_run(
+def test_a_report_without_runs_lists_what_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "OUT", tmp_path)
@@ -64,9 +64,7 @@ def test_a_report_of_nothing_says_what_was_not_run(
         assert f"Not run: `make {command}`." in written
 
 
-def test_the_checks_that_failed_are_in_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_checks_are_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
     (tmp_path / "load.json").write_text(json.dumps({"rows": {}, "problems": ["lost 3 spans"]}))

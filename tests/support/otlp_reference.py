@@ -1,4 +1,4 @@
-"""What the protobuf library says of a request, compared with what the scanner says."""
+"""Compares the protobuf library's reading of a request with the scanner's."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ _TYPES = {
     "array_value": ARRAY,
     "kvlist_value": KVLIST,
     "bytes_value": BYTES,
-    "string_value_strindex": MISSING,  # of the profiles signal only
+    "string_value_strindex": MISSING,  # only in the profiles signal
 }
 
 
 def parse(body: bytes) -> Any:
-    """The request as the library reads it, or None when it refuses."""
+    """Return the request as read by the library, or None if it refuses."""
     try:
         return ExportTraceServiceRequest.FromString(body)
     except DecodeError:
@@ -84,9 +84,9 @@ def parse(body: bytes) -> Any:
 
 
 def check(bodies: Sequence[bytes], strict: bool = False) -> int:
-    """Scan ``bodies`` together and compare everything; returns how many were accepted.
+    """Scan ``bodies`` together and compare everything; return how many were accepted.
 
-    ``strict``: no array occurs twice in one value, where the finder may give the last one only.
+    ``strict``: no value contains two arrays, of which the finder may return only the last.
     """
     batch = wire.scan_bodies("tenant", bodies)
     assert len(batch.bodies) == len(bodies)
@@ -189,7 +189,7 @@ def _check_surroundings(
 
 
 def _first(attributes: Any, key: str) -> Any:
-    """The value of the first attribute with that key and a value."""
+    """Return the value of the first attribute with that key and a value."""
     for attribute in attributes:
         if attribute.key == key and _TYPES[attribute.value.WhichOneof("value")] != MISSING:
             return attribute.value
@@ -205,7 +205,7 @@ def _same(a: Message, b: Message) -> bool:
 
 
 def _check_value(batch: SpanBatch, out: Any, value: AnyValue | None, strict: bool) -> None:
-    """``out``, as a finder filled it, says what ``value`` says."""
+    """Check that a finder's ``out`` agrees with ``value``."""
     kind, payload, length = (int(x) for x in out[:3])
     member = value.WhichOneof("value") if value is not None else None
     assert kind == _TYPES[member]
@@ -234,7 +234,7 @@ def _check_value(batch: SpanBatch, out: Any, value: AnyValue | None, strict: boo
 
 
 def _check_tail(found: Any, whole: Any, strict: bool) -> None:
-    """``found`` is ``whole``, or the end of it where two occurrences merged."""
+    """Check that ``found`` is ``whole``, or its end if two occurrences merged."""
     assert len(found) == len(whole) if strict else len(found) <= len(whole)
     for a, b in zip(reversed(found), reversed(whole), strict=False):
         assert _same(a, b)

@@ -69,7 +69,7 @@ def test_closed_days_can_be_queried_with_plain_duckdb(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_archived_is_left_alone_and_what_grew_is_archived_again(tmp_path: Path) -> None:
+def test_only_segments_that_grew_are_archived_again(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
         first = archiver(tmp_path, log)
@@ -93,7 +93,7 @@ def test_only_archived_segments_that_no_restart_reads_are_released(tmp_path: Pat
 
         run = archiver(tmp_path, log)
         run.release(until, archived=True)
-        assert run.done.released_segments == 0  # no checkpoint says what is evaluated
+        assert run.done.released_segments == 0  # no checkpoint exists
 
         save(tmp_path, {"acme": (last, [positions[1]])})
         run.release(until, archived=True)
@@ -115,7 +115,7 @@ def test_only_archived_segments_that_no_restart_reads_are_released(tmp_path: Pat
         assert run.done.released_bytes > 0
 
 
-def test_without_an_archive_the_log_is_released_all_the_same(tmp_path: Path) -> None:
+def test_the_log_is_released_without_an_archive_too(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
         last = log.append("acme", [frame(DAY + timedelta(days=1))])[0]
@@ -125,7 +125,7 @@ def test_without_an_archive_the_log_is_released_all_the_same(tmp_path: Path) -> 
     assert run.done.released_segments == 1
 
 
-def test_a_damaged_segment_is_archived_as_far_as_it_goes_and_kept(tmp_path: Path) -> None:
+def test_a_damaged_segment_is_archived_as_far_as_readable_and_kept(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY), frame(DAY)])
         last = log.append("acme", [frame(DAY + timedelta(days=1))])[0]
@@ -144,7 +144,7 @@ def test_a_damaged_segment_is_archived_as_far_as_it_goes_and_kept(tmp_path: Path
         assert len(log.segments("acme")) == 2
 
 
-def test_a_count_that_differs_keeps_the_segment_out_of_the_archive(tmp_path: Path) -> None:
+def test_a_segment_with_a_wrong_span_count_is_not_archived(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY, spans=3, counted=2)])
         log.append("other", [frame(DAY)])
@@ -152,7 +152,7 @@ def test_a_count_that_differs_keeps_the_segment_out_of_the_archive(tmp_path: Pat
         assert [file.spans for file in run.archive(DAY + timedelta(days=1))] == [3]
     assert len(run.done.failures) == 1
     assert "3 spans instead of the 2" in run.done.failures[0]
-    assert len(list((tmp_path / "archive").rglob("*"))) == 5  # nothing temporary is left
+    assert len(list((tmp_path / "archive").rglob("*"))) == 5  # no temporary file is left
 
 
 def test_a_disk_that_fails_leaves_nothing_behind(
@@ -171,7 +171,7 @@ def test_a_disk_that_fails_leaves_nothing_behind(
     assert not [path for path in (tmp_path / "archive").rglob("*") if path.is_file()]
 
 
-def test_a_file_that_is_no_parquet_is_written_again(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_is_rewritten(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
         (segment,) = log.segments("acme")
@@ -207,7 +207,7 @@ def test_a_stopped_run_ends_between_segments(tmp_path: Path) -> None:
     assert run.done.files == 1
 
 
-def test_what_checkpoints_cover(tmp_path: Path) -> None:
+def test_positions_covered_by_checkpoints(tmp_path: Path) -> None:
     assert covered(tmp_path / "checkpoints") == {}
     save(tmp_path, {"a": (pack_position(3, 8), []), "b": (pack_position(2, 5), [4, 9])})
     assert covered(tmp_path / "checkpoints") == {"a": pack_position(3, 8) + 1, "b": 4}

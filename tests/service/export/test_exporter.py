@@ -1,4 +1,4 @@
-"""Signals reach their destination at least once, in whatever state it is."""
+"""Signals reach their destination at least once, despite failures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def begun(tmp_path: Path, name: str = OTLP) -> None:
     await until(cursor(tmp_path, name).exists)
 
 
-async def test_what_was_there_before_is_not_sent_and_what_comes_is(
+async def test_a_new_destination_gets_only_new_signals(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     ledger.record([make(1)])
@@ -102,13 +102,13 @@ async def test_what_was_there_before_is_not_sent_and_what_comes_is(
     assert receiver.requests[0][0]["content-type"] == "application/x-protobuf"
 
 
-async def test_it_goes_on_where_it_stopped(
+async def test_it_continues_where_it_stopped(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     settings = configured(tmp_path, otlp={"endpoint": receiver.url})
     async with exporting(settings, ledger):
         await begun(tmp_path)
-    ledger.record([make(number) for number in range(1, 4)])  # nobody tells of these
+    ledger.record([make(number) for number in range(1, 4)])  # without a notification
     async with exporting(settings, ledger):
         await until(lambda: len(receiver.records()) == 3)
         await until(lambda: bool(json.loads(cursor(tmp_path).read_text())))
@@ -119,7 +119,7 @@ async def test_it_goes_on_where_it_stopped(
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 9]
 
 
-async def test_a_destination_that_is_away_for_a_while_gets_everything(
+async def test_a_destination_gets_everything_after_an_outage(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -160,7 +160,7 @@ async def test_the_breaker_opens_and_an_operator_can_close_it(
         assert exporter.sent == 0
 
 
-async def test_only_the_signal_that_is_not_taken_is_left_out(
+async def test_only_the_rejected_signal_is_skipped(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     receiver.refuses = "unspeakable"
@@ -177,7 +177,7 @@ async def test_only_the_signal_that_is_not_taken_is_left_out(
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 5, 6, 7]
 
 
-async def test_many_signals_of_many_tenants_come_in_order_each(
+async def test_many_signals_of_many_tenants_arrive_in_order(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter_module, "BATCH_SIGNALS", 10)
@@ -214,7 +214,7 @@ async def test_webhooks_get_firing_and_resolved_alerts(
     assert receiver.requests[0][0]["content-type"] == "application/json"
 
 
-async def test_a_cursor_that_is_damaged_begins_with_what_comes(
+async def test_a_damaged_progress_file_starts_with_new_signals(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
     cursor(tmp_path).parent.mkdir()
@@ -242,7 +242,7 @@ class Fragile:
         return getattr(self._ledger, name)
 
 
-async def test_a_ledger_that_cannot_be_read_is_read_later(
+async def test_reading_the_ledger_is_retried(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     fragile = Fragile(ledger, 2)

@@ -1,4 +1,4 @@
-"""Bodies decoded to protobuf."""
+"""Decoding bodies to protobuf."""
 
 from __future__ import annotations
 
