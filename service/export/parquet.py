@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from betrace.service.export.columns import SCHEMA, span_table
 from betrace.service.otlp.columns import ERROR, SPAN_COUNT, SpanBatch
 from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.storage.paths import sync_directory
+from betrace.service.storage.paths import sync_directory, tenant_archive
 from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame
 from betrace.service.storage.spanlog.log import Segment, SpanLog, pack_position
 
@@ -51,11 +51,6 @@ def parquet_path(directory: Path, tenant: str, segment: Segment) -> Path:
     return tenant_archive(directory, tenant) / (
         f"date={segment.day.isoformat()}/{segment.number:08d}.parquet"
     )
-
-
-def tenant_archive(directory: Path, tenant: str) -> Path:
-    """The directory of a tenant's files."""
-    return directory / f"tenant={tenant}"
 
 
 def find_archived(directory: Path, tenant: str, segment: Segment) -> Archived | None:

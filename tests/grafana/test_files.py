@@ -19,7 +19,6 @@ from tests.support.grafana_files import (
     promtool,
 )
 
-
 REQUIRED = """
     betrace_span_ingestion_total betrace_spans_refused_total
     betrace_rule_evaluation_latency_seconds betrace_ledger_write_latency_seconds

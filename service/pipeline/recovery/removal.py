@@ -24,7 +24,6 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.api.queries import StoreQueries
-from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -32,7 +31,7 @@ from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Entries
-from betrace.service.storage.paths import tenant_directory
+from betrace.service.storage.paths import tenant_archive, tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.tenancy.directory import DirectoryError, Hidden, State
 from betrace.service.tenancy.gate import Gate
