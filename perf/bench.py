@@ -323,15 +323,15 @@ def show(facts: Json, found: Json) -> str:
     lines = [
         f"Benchmarks. {output.describe(facts)}.",
         f"{WARM_UP} rounds of warm-up, {ROUNDS} measured of {ROUND_SECONDS} s; median "
-        "(least–greatest) of the rounds' means. Spans of the load test (about 415 bytes and 9 "
-        "attributes, protobuf, one in ten of interest), 100 rules, ack = written; no load beside.",
+        "(min–max) of the rounds' means. Spans of the load test (about 415 bytes and 9 attributes, "
+        "protobuf, one in ten matches a rule), 100 rules, ack = written, no other load.",
     ]
     for group, item in (
         ("ingestion", "spans"),
         ("evaluation", "spans"),
         ("ledger", "signals"),
         ("duckdb", "rows"),
-        ("caches", "lookups"),
+        ("caches", "look-ups"),
         ("fallback", "signals"),
     ):
         if group not in found:
@@ -361,7 +361,7 @@ def show(facts: Json, found: Json) -> str:
                 ("signal in GET /api/v1/signals", "api_ms"),
             )
         ]
-        title = f"after its span was sent, ms, at {e['sent_per_second']:,} spans/s"
+        title = f"time after sending its span, ms, at {e['sent_per_second']:,} spans/s"
         lines += ["", output.table([title, *keys], rows), "", f"{e['probes']} probes."]
     return "\n".join(lines)
 
@@ -370,9 +370,9 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     groups = ["ingestion", "evaluation", "ledger", "duckdb", "caches", "fallback", "end_to_end"]
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
-    parser.add_argument("--rate", type=float, default=20_000, help="spans/s beside the probes")
+    parser.add_argument("--rate", type=float, default=20_000, help="spans/s during the probes")
     parser.add_argument("--probes", type=int, default=40)
-    parser.add_argument("--warm-up", type=float, default=2, help="seconds of load before them")
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds before the probes")
     options = parser.parse_args(given)
     facts = output.machine()
     found: Json = {}

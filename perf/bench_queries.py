@@ -118,7 +118,7 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
         "traces, page of 1000": lambda: store.traces(TENANT, limit=1000),
         "traces of a service": lambda: store.traces(TENANT, service="service-7"),
         "traces of a rare root name": lambda: store.traces(TENANT, name="GET /api/199"),
-        "traces of a root name there is not": lambda: store.traces(TENANT, name="none"),
+        "traces of an unknown root name": lambda: store.traces(TENANT, name="none"),
         "traces of an hour, of a service": lambda: store.traces(
             TENANT, service="service-7", since=middle, until=middle + 3600 * SECOND
         ),
@@ -133,13 +133,13 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
         ),
         "one trace": lambda: store.trace(TENANT, page[50].trace_id),
         "100 traces by id": lambda: store.find_traces(TENANT, ids),
-        "a trace there is not": lambda: store.trace(TENANT, "ab" * 16),
+        "an unknown trace": lambda: store.trace(TENANT, "ab" * 16),
         "signals, first page of 100": lambda: store.signals(TENANT, limit=100),
         "signals, next page": lambda: store.signals(TENANT, limit=100, cursor=after),
         "signals of a rule": lambda: store.signals(TENANT, rule=one.rule_id),
         "signals of a trace": lambda: store.signals(TENANT, trace_id=one.trace_id),
         "one signal": lambda: store.signal(TENANT, one.id),
-        "summary of a day by the hour": lambda: store.summary(
+        "summary of a day by hour": lambda: store.summary(
             TENANT, max(times) - day, max(times) + 1, 3600 * SECOND
         ),
         "summary of everything": lambda: store.summary(TENANT, 0, 2**63 - 1, 2**63 - 1),

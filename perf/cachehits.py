@@ -161,7 +161,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tenants", type=int, default=200)
     parser.add_argument("--users", type=int, default=40)
-    parser.add_argument("--rules", type=int, default=20, help="of each tenant")
+    parser.add_argument("--rules", type=int, default=20, help="rules of each tenant")
     parser.add_argument("--secs", type=float, default=120)
     parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
     options = parser.parse_args(given)
@@ -186,7 +186,7 @@ def main(given: list[str] | None = None) -> int:
         [
             f"Hit rates of the caches. {output.describe(facts)}.",
             f"{options.tenants} tenants with {options.rules} rules, {options.users} users, "
-            f"{options.secs:g} s from the start of the service on: {done}.",
+            f"the first {options.secs:g} s after the start of the service: {done}.",
             "",
             output.table(head, rows),
         ]

@@ -89,10 +89,10 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
         [
             f"Functions. {output.describe(facts)}.",
             f"py-spy, {found['samples']:,} samples in {options.secs} s, at "
-            f"{found['spans_per_second']:,} spans/s while it sampled; {max(1, options.tenants)} "
+            f"{found['spans_per_second']:,} spans/s while sampling; {max(1, options.tenants)} "
             f"tenant{'s' if options.tenants > 1 else ''}. Shares of the service's CPU: each "
-            "thread's from the system, shared among its functions as they were seen. Kernels, "
-            "libraries in C and waits for the GIL count for the function that calls them.",
+            "thread's share is from the system, distributed over its functions by samples. "
+            "Kernels, C libraries and waits for the GIL count for the function that calls them.",
             f"Payload: {output.describe_payload(found['payload'])}.",
             "",
             f"Threads: {among}.",
@@ -104,15 +104,15 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spans", type=int, default=100, help="a request")
-    parser.add_argument("--secs", type=int, default=10, help="of each of two samplings")
+    parser.add_argument("--spans", type=int, default=100, help="spans a request")
+    parser.add_argument("--secs", type=int, default=10, help="seconds of each of the two samplings")
     parser.add_argument("--warm-up", type=float, default=3)
-    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: as fast as it goes")
+    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: maximum rate")
     parser.add_argument("--tenants", type=int, default=0)
-    parser.add_argument("--rules", type=int, default=100, help="of a tenant")
-    parser.add_argument("--gil", action="store_true", help="only samples that hold the GIL")
-    parser.add_argument("--native", action="store_true", help="frames of C as well")
-    parser.add_argument("--name", default="flamegraph", help="of the files in perf/out")
+    parser.add_argument("--rules", type=int, default=100, help="rules of a tenant")
+    parser.add_argument("--gil", action="store_true", help="only samples of threads with the GIL")
+    parser.add_argument("--native", action="store_true", help="include C frames")
+    parser.add_argument("--name", default="flamegraph", help="name of the files in perf/out")
     options = parser.parse_args(given)
     facts = output.machine()
     output.OUT.mkdir(exist_ok=True)

@@ -43,7 +43,7 @@ def main(given: list[str] | None = None) -> None:
     took = time.monotonic() - began
     print(
         f"{options.cases} cases ({size / 1e6:.0f} MB), {accepted} accepted by both, "
-        f"{options.cases - accepted} refused by both, no difference, {took:.0f} s"
+        f"{options.cases - accepted} refused by both, no differences, {took:.0f} s"
     )
 
 

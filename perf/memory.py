@@ -186,7 +186,7 @@ def _apart(name: str) -> Json:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cycles", type=int, default=1000, help="of creating and deleting")
+    parser.add_argument("--cycles", type=int, default=1000, help="number of create/delete cycles")
     parser.add_argument("--only", nargs="+", choices=["cycles", *CASES], default=["cycles", *CASES])
     options = parser.parse_args(given)
     facts = output.machine()
@@ -205,10 +205,10 @@ def main(given: list[str] | None = None) -> None:
         rows.append((name, f"{values['growth_mb']} MB", shown_floor, verdict))
     lines = [
         f"Memory. {output.describe(facts)}.",
-        "Growth of resident memory: of the running service for the cycles (after the first "
-        f"{TOGETHER}), else of a process of its own with the kernels loaded. In a cycle a tenant "
-        f"is created with {CYCLE_RULES} rules, 100 spans of it are decided and stored, and it is "
-        f"deleted with all its data; {TOGETHER} tenants live at a time.",
+        "Growth of resident memory: for the cycles, of the running service (after the first "
+        f"{TOGETHER}); otherwise, of a separate process with the kernels loaded. A cycle creates a "
+        f"tenant with {CYCLE_RULES} rules, evaluates and stores 100 of its spans, and deletes it "
+        f"with all its data; {TOGETHER} tenants exist at a time.",
         "",
         output.table(["", "growth", "floor", ""], rows),
     ]

@@ -234,8 +234,8 @@ def measured(name: str, measure: Measure, reference: Measure, accepted: float | 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--accept", action="store_true", help="make this the new baseline")
-    parser.add_argument("--only", nargs="+", metavar="FIGURE", help="these figures alone")
+    parser.add_argument("--accept", action="store_true", help="write the new baseline")
+    parser.add_argument("--only", nargs="+", metavar="FIGURE", help="only these figures")
     options = parser.parse_args(given)
     if options.accept and _slowdowns():
         sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
@@ -249,7 +249,7 @@ def main(given: list[str] | None = None) -> None:
         measures = figures(Path(d))
         for name in [*(options.only or []), *_slowdowns()]:
             if name not in measures:
-                sys.exit(f"there is no figure {name!r}: there are {', '.join(measures)}")
+                sys.exit(f"unknown figure {name!r}; the figures are {', '.join(measures)}")
         for name in options.only or measures:
             accepted = figures_before.get(name, {}).get("speed")
             if options.accept:
@@ -270,11 +270,11 @@ def main(given: list[str] | None = None) -> None:
         print(f"\naccepted: {os.path.relpath(BASELINE, output.ROOT)}")
     elif not figures_before:
         sys.exit(
-            f"\nnothing was accepted yet on this processor ({facts['cpu']}): run it with --accept "
-            "once, on a build that is known to be good"
+            f"\nthere is no baseline for this processor ({facts['cpu']}): run with --accept once, "
+            "on a build that is known to be good"
         )
     elif slower:
-        sys.exit(f"\nslower than {LEAST:.0%} of what was accepted: {', '.join(slower)}")
+        sys.exit(f"\nbelow {LEAST:.0%} of the accepted speed: {', '.join(slower)}")
 
 
 if __name__ == "__main__":

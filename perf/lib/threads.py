@@ -134,6 +134,6 @@ def _row(name: str, of: Iterable[Json]) -> list[str]:
 
 
 NOTE = (
-    "*In the system*: part of its CPU that the kernel used for it (sockets, files). *Waited*: part "
-    "of the time in which it was ready to run and no core was free."
+    "*In the system*: fraction of its CPU used by the kernel (sockets, files). *Waited*: fraction "
+    "of the time in which it was ready to run but had no core."
 )
