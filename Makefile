@@ -50,11 +50,11 @@ clean:
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Measurements: perf/*.py say what each does (make load PERF=--help), perf/REPORT.md has the last
-# ones. make report runs all of them, 35 minutes, and writes it anew. docs/performance.md: more.
-.PHONY: load bench curves memory flamegraph regress soak overload cachehits summary queries report
+# ones. make report runs all of them, an hour, and writes it anew. docs/performance.md: more.
+.PHONY: load bench beside curves memory flamegraph regress soak overload cachehits summary queries report
 
 # load is not the first: a line that begins with that word is a directive of make
-bench load curves memory flamegraph regress soak overload cachehits summary: setup
+bench load beside curves memory flamegraph regress soak overload cachehits summary: setup
 	$(BIN)/python -m perf.$@ $(PERF)
 
 queries: setup

@@ -36,7 +36,6 @@ from betrace.service.config.settings import OFF, Settings
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
-from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.pipeline import Pipeline
@@ -57,6 +56,7 @@ from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.ledger.open import open_ledger
 from betrace.service.storage.ledger.record import Record
 from betrace.service.storage.local_stores import open_local_stores
+from betrace.service.storage.paths import tenant_archive
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
@@ -123,7 +123,7 @@ def build(
 
     def recorded(signals: list[Signal]) -> None:
         subscriptions.publish(signals)
-        exports.tell(signals)
+        exports.notify(signals)
 
     pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
     edge = Edge(

@@ -1,4 +1,4 @@
-"""What a look-up in each cache takes, a hit and a miss."""
+"""Benchmarks of the caches: the time of a hit and of a miss."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Json = dict[str, Any]
 
 
 def caches(directory: Path) -> dict[str, Json]:
-    """A hit and a miss of each cache: compiled rules (100 of them), public keys, and traces with
-    their signals out of a store of ``STORED``."""
+    """Measure a hit and a miss of each cache: compiled rules (100), public keys, and traces with
+    their signals in a store of ``STORED``."""
     folder = directory / "rules"
     write_rules(folder, [], 100)
     rules = RuleStore(folder)

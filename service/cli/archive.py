@@ -49,7 +49,7 @@ def archive(
       betrace archive --before 2025-02-01 --directory /mnt/archive
     """
     from betrace.service.config.load import load
-    from betrace.service.export.archiver import Keeper, archive_directory, log_until, today
+    from betrace.service.export.archiver import Archiver, archive_directory, log_until, today
     from betrace.service.storage.lockfile import LockedError
     from betrace.service.storage.spanlog.log import SpanLog
 
@@ -70,7 +70,7 @@ def archive(
             known = ", ".join(log.tenants()) or "none"
             raise Failure(f"the tenant {tenant} has no spans; there are: {known}")
         tenants = None if tenant is None else [tenant]
-        keeper = Keeper(
+        keeper = Archiver(
             log,
             archive_directory(settings),
             path / "checkpoints",

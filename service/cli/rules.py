@@ -154,8 +154,8 @@ def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list
 
 def _protobuf(path: Path) -> bytes:
     """The trace in a file as an OTLP export request in protobuf."""
-    from betrace.service.otlp.encoding import EncodingError, decode_body
-    from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+    from betrace.service.otlp.body import BadBody, protobuf_body
+    from betrace.service.otlp.encoding import BodyTooLarge
 
     try:
         with path.open("rb") as file:
@@ -165,12 +165,15 @@ def _protobuf(path: Path) -> bytes:
             f"{path} cannot be read ({error.strerror}); name a file with a trace"
         ) from error
     try:
-        if body.startswith(_GZIP):
-            body = decode_body(body, "gzip", MAX_TRACE_BYTES)
-        if len(body) > MAX_TRACE_BYTES:
-            raise InputError(f"{path} is larger than {MAX_TRACE_BYTES >> 20} MiB; give less of it")
-        return to_protobuf(body) if body and not _CONTROL.search(body) else body
-    except (EncodingError, OtlpJsonError) as error:
+        encoding = "gzip" if body.startswith(_GZIP) else ""
+        body = protobuf_body(body, "protobuf", encoding, MAX_TRACE_BYTES)
+        text = body and not _CONTROL.search(body)
+        return protobuf_body(body, "json", "", MAX_TRACE_BYTES) if text else body
+    except BodyTooLarge as error:
+        raise InputError(
+            f"{path} is larger than {MAX_TRACE_BYTES >> 20} MiB; give less of it"
+        ) from error
+    except BadBody as error:
         raise InputError(
             f"{path} is no trace in OTLP JSON: {error}; "
             "the answer of GET /api/v1/traces/{id} is one"

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from betrace.channels import ReceiveChannel, Stage, ThreadRunner, open_channel
+from betrace.channels import ReceiveChannel, Stage, StageOptions, ThreadRunner, open_channel
 from betrace.service.config.settings import Settings, Tracing
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.batch_audit import BatchAudit
@@ -284,7 +284,7 @@ class _PipelineBuilder:
                 traces.done()
 
         receive: ReceiveChannel[T] = self._channels[name].receive
-        return Stage(name, receive, handler, on_done=done, **options)
+        return Stage(name, receive, handler, StageOptions(on_done=done, **options))
 
     def _dead_letters(self, progress: LogProgress, in_flight: InFlight) -> DeadLetters:
         letters = DeadLetters(

@@ -25,6 +25,11 @@ def tenant_directory(data: Path, tenant: str) -> Path:
     return data / (tenant + _SUFFIX if tenant in SHARED else tenant)
 
 
+def tenant_archive(archive: Path, tenant: str) -> Path:
+    """The directory of a tenant's Parquet files in the archive."""
+    return archive / f"tenant={tenant}"
+
+
 def tenants_with(data: Path, name: str) -> list[str]:
     """The tenants, sorted, whose directory contains a file or directory called ``name``."""
     if not data.is_dir():

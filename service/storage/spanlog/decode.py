@@ -6,9 +6,9 @@ import logging
 
 import numpy as np
 
+from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.columns import SpanBatch
-from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
-from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.storage.spanlog.frames import Frame
 
@@ -30,9 +30,9 @@ def read_frames(
     limit = max(max_body_bytes, _LARGEST_BODY)
     for frame in frames:
         try:
-            body = decode_body(bytes(frame.payload), frame.encoding, limit)
-            bodies.append(to_protobuf(body) if frame.content_type == "json" else body)
-        except (BadEncoding, BodyTooLarge, OtlpJsonError) as error:
+            payload = bytes(frame.payload)
+            bodies.append(protobuf_body(payload, frame.content_type, frame.encoding, limit))
+        except (BadBody, BodyTooLarge) as error:
             _log.error("a frame in the log of %s cannot be decoded: %s", tenant, error)
             bodies.append(_UNREADABLE)
     batch = scan_bodies(tenant, bodies)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from betrace.channels import ExpectedError, Stage, ThreadRunner, open_channel
+from betrace.channels import ExpectedError, Stage, StageOptions, ThreadRunner, open_channel
 from betrace.service.cli.docs import events as events_docs
 from betrace.service.config.settings import Ingest, Logging
 from betrace.service.pipeline.log_sync import GroupSync
@@ -173,7 +173,7 @@ def watched() -> tuple[Watch, Edge, Any, Any]:
     async def bury(*_: object) -> None:
         raise AssertionError
 
-    stage: Stage[object] = Stage("stage", receive, handle, on_dead=bury)
+    stage: Stage[object] = Stage("stage", receive, handle, StageOptions(on_dead=bury))
     queue = MeasuredChannel(send, receive, send.peak_reader(), send.peak_reader(), "spans")
     edge = Edge(Ingest(), send, SpanQuotas(0, 10, {}, 10))
     return (

@@ -10,12 +10,11 @@ import trio
 
 from betrace.service.api.audit import Operator
 from betrace.service.export.archiver import archive_directory
-from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.recovery import removal
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.paths import SHARED
+from betrace.service.storage.paths import SHARED, tenant_archive
 from betrace.service.tenancy.directory import TenantState
 from betrace.service.tenants import is_tenant_name
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
