@@ -97,7 +97,7 @@ def test_list_shows_a_line_each(service):
     lines = run(service, "list").stdout.splitlines()
     assert len(lines) == 6
     assert lines[1].split()[:4] == ["1", "rule-evaluation", "acme", "4"]
-    assert "when told to" in lines[1]
+    assert "on request" in lines[1]
     assert "2025-01-31T12:01:05" in lines[2]
     assert lines[2].endswith("boom 2")
 
@@ -129,7 +129,7 @@ def test_show(service):
 
 
 def test_retry_and_discard(service):
-    assert run(service, "retry", "1", "2").stdout == "2 letters will be tried again\n"
+    assert run(service, "retry", "1", "2").stdout == "2 letters will be retried\n"
     assert run(service, "discard", "1").stdout == "1 letter discarded\n"
     assert [asked[:2] for asked in service.asked] == [
         ("POST", ["1", "retry"]),
@@ -140,7 +140,7 @@ def test_retry_and_discard(service):
 
 def test_those_that_are_not_there_are_named(service):
     result = run(service, "retry", "1", "99", code=1)
-    assert result.stdout == "1 letter will be tried again\n"
+    assert result.stdout == "1 letter will be retried\n"
     assert "no dead letter 99" in result.stderr
     found = json.loads(run(service, "discard", "99", "--json", code=1).stdout)
     assert found == {"done": 0, "missing": [99]}
@@ -148,7 +148,7 @@ def test_those_that_are_not_there_are_named(service):
 
 def test_retry_of_all(service):
     output = run(service, "retry", "--all", "--tenant", "acme", "--token", "secret").stdout
-    assert output == "5 letters will be tried again\n"
+    assert output == "5 letters will be retried\n"
     assert service.asked == [("POST", ["retry"], {"tenant": "acme"}, "Bearer secret")]
 
 

@@ -94,7 +94,9 @@ JSON_TRACE = {
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     found = [path]
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         if isinstance(command, click.Group):
             found += commands(command, (*path, name))
         else:
@@ -134,7 +136,7 @@ def test_version() -> None:
         (PermissionError(13, "Permission denied", "/x"), "betrace: /x: Permission denied; check"),
         (httpx.ConnectError("refused"), "did not answer (refused); try again"),
         (ExceptionGroup("", [OSError("a"), ExceptionGroup("", [OSError("b")])]), "betrace: b"),
-        (ZeroDivisionError("by zero"), "a bug: ZeroDivisionError: by zero; please report"),
+        (ZeroDivisionError("by zero"), "this is a bug: ZeroDivisionError: by zero; please report"),
     ],
 )
 def test_errors_are_sentences(monkeypatch: Any, error: Exception, says: str) -> None:
@@ -196,7 +198,7 @@ def test_a_directory_stands_for_its_files(rules: Path, tmp_path: Path) -> None:
     empty.mkdir()
     result = betrace("rules", "check", empty)
     assert result.exit_code == 3
-    assert "has no rule files; they are named *.yaml" in result.stderr
+    assert "has no rule files; their names end in .yaml" in result.stderr
 
 
 # rules test
@@ -245,8 +247,8 @@ def test_one_rule_also_one_that_is_not_enabled(rules: Path, tmp_path: Path) -> N
     ("content", "says"),
     [
         (b"", "no span with a valid trace id"),
-        (b"{]", "is no trace in OTLP JSON"),
-        (b"hello", "is no trace in OTLP JSON"),
+        (b"{]", "is not a trace in OTLP JSON"),
+        (b"hello", "is not a trace in OTLP JSON"),
         (b"\x1f\x8b\x08\x00garbage", "gzip"),
         (a_trace(1, traces=2), "several traces"),
         (a_trace(1)[:-1], "(at byte "),
@@ -287,7 +289,7 @@ def test_what_keeps_it_from_serving(tmp_path: Path) -> None:
         (["--config", "missing.toml"], "missing.toml cannot be read"),
         (["--ingest", "nowhere"], "ingest.address"),
         (["--api", "0.0.0.0:8090"], "--insecure"),
-        (["--rules", tmp_path / "missing"], "make it, or name another with --rules"),
+        (["--rules", tmp_path / "missing"], "create it, or name another with --rules"),
         (["--data", "/dev/null/data"], "/dev/null/data"),
     ):
         result = betrace("serve", *arguments)
