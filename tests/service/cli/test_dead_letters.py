@@ -128,6 +128,16 @@ def test_show(service):
     assert "no dead letter 99" in run(service, "show", "99", code=3).stderr
 
 
+def test_escape_sequences_are_escaped(service):
+    service.letters[3]["error"] = "\x1b[2Jboom\nmore \x9b1m"
+    assert r"\x1b[2Jboom" in run(service, "list").stdout
+    shown = run(service, "show", "3").stdout
+    assert r"\x1b[2Jboom" in shown
+    assert r"more \x9b1m" in shown
+    assert "\x1b" not in shown
+    assert "\x9b" not in run(service, "show", "3", "--json").stdout
+
+
 def test_retry_and_discard(service):
     assert run(service, "retry", "1", "2").stdout == "2 letters will be retried\n"
     assert run(service, "discard", "1").stdout == "1 letter discarded\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from betrace.service.app import Addresses
 from betrace.service.cli.demo import run as demo
 from betrace.service.cli.demo import shop as demo_shop
 from betrace.service.cli.main import cli
@@ -165,6 +167,27 @@ def test_it_goes_on_until_ctrl_c(monkeypatch: Any) -> None:
     assert printed == found
     assert {told["kind"] for told in printed} == {"raised"}
     assert "where to look next" in result.stderr
+
+
+def test_default_ports_are_used_if_they_are_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert demo._free(address) == "127.0.0.1:0"
+    assert demo._free(address) == address
+
+
+@pytest.mark.parametrize(
+    ("api", "line"),
+    [
+        ("http://127.0.0.1:8090", "  the TUI   betrace tui"),
+        ("http://127.0.0.1:99", "  the TUI   betrace tui --url http://127.0.0.1:99"),
+    ],
+)
+def test_it_says_how_to_start_the_tui(api: str, line: str, capsys: Any) -> None:
+    shown = demo._Demo(once=False, as_json=False)
+    shown._addresses = Addresses(ingest="http://127.0.0.1:4318", api=api, metrics=None)
+    shown._say_where_to_look()
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_shop_that_fails_is_told(monkeypatch: Any) -> None:

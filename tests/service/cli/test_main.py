@@ -124,7 +124,37 @@ def test_version() -> None:
     result = betrace("version", "--json")
     assert result.exit_code == 0
     told = json.loads(result.stdout)
-    assert betrace("version").stdout == f"betrace {told['betrace']} (Python {told['python']})\n"
+    text = f"betrace {told['betrace']} (Python {told['python']})\n"
+    assert betrace("version").stdout == text
+    assert betrace("--version").stdout == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "says"),
+    [
+        (
+            ["tui"],
+            "textual",
+            "betrace tui needs Textual; install it with: pip install 'betrace[tui]'",
+        ),
+        (["demo"], "opentelemetry.sdk", "install it with: pip install 'betrace[demo]'"),
+        (["serve"], "tigerbeetle", "betrace serve needs the TigerBeetle client; install it with"),
+        (["serve"], "other", "this is a bug: ModuleNotFoundError"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    monkeypatch: Any, arguments: list[str], missing: str, says: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ModuleNotFoundError(f"No module named '{missing}'", name=missing)
+
+    monkeypatch.setattr(
+        module.Commands, "get_command", lambda _, __, name: click.Command(name, callback=fail)
+    )
+    result = betrace(*arguments)
+    assert result.exit_code == 3
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 # Errors
@@ -219,6 +249,15 @@ def test_a_breach_and_why(rules: Path, tmp_path: Path, form: str) -> None:
         "loops (medium, not enabled) is kept: loops",
         "  loop  0",
     ]
+
+
+def test_names_with_escape_sequences_are_escaped(rules: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.pb"
+    trace.write_bytes(a_trace(1500))
+    rules.write_text('rules: [{id: a, name: "\\e[31mred", condition: "never { \\"x\\" }"}]\n')
+    result = betrace("rules", "test", rules, "--trace", trace)
+    assert "\x1b" not in result.stdout
+    assert r"\x1b[31mred" in result.stdout
 
 
 def test_a_rule_that_is_kept(rules: Path, tmp_path: Path) -> None:
