@@ -23,7 +23,7 @@ from betrace.service.api.backend import Backend
 from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.api.params import near, read_param, read_params
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from betrace.service.receiver.responses import ApiError
 from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
 

@@ -17,7 +17,7 @@ from hypercorn.trio.run import worker_serve
 from hypercorn.utils import wrap_app
 
 from betrace.service.config.base import KIB, MIB
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.responses import HttpResponse
 from betrace.service.receiver.sockets import ListenError, bad_certificate, listen, url_of

@@ -12,7 +12,7 @@ import trio
 from betrace.channels.threads import ThreadRunner, ThreadTimeout
 from betrace.service.api.backend import Backend
 from betrace.service.api.params import Param, near
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from betrace.service.receiver.responses import ApiError
 
 Ts = TypeVarTuple("Ts")

@@ -10,7 +10,8 @@ import trio
 from opentelemetry.util.re import parse_env_headers
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Export, Settings
+from betrace.service.config.settings import Settings
+from betrace.service.config.stages import Export
 from betrace.service.export.delivery import make_client, otlp_delivery, webhook_delivery
 from betrace.service.export.exporter import Exporter
 from betrace.service.pipeline.breakers import Breakers

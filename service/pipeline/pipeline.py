@@ -18,7 +18,8 @@ from betrace.channels import (
     ThreadRunner,
     open_channel,
 )
-from betrace.service.config.settings import Settings, Tracing
+from betrace.service.config.edge import Tracing
+from betrace.service.config.settings import Settings
 from betrace.service.export.destinations import destinations
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.batch_audit import BatchAudit

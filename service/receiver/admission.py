@@ -30,7 +30,7 @@ from typing import Final, Protocol, Self
 
 import trio
 
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.otlp.response import export_response
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.receiver.responses import (

@@ -15,7 +15,7 @@ from pathlib import Path
 from cachetools import TLRUCache
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Auth
+from betrace.service.config.edge import Auth
 from betrace.service.tenancy.access import Denied
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify

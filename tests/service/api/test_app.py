@@ -9,7 +9,7 @@ from betrace.service.api.app import create_api
 from betrace.service.api.backend import SignalQuery, TraceQuery
 from betrace.service.api.endpoints.health import metrics_app
 from betrace.service.api.openapi import all_endpoints, markdown, openapi
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from betrace.service.storage.duck.queries import SummaryRow
 from betrace.service.tenancy.access import Denied
 from tests.support.scripted_backend import TRACE, ScriptedBackend, signal

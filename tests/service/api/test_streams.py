@@ -6,7 +6,7 @@ import trio
 from betrace.service.api.app import create_api
 from betrace.service.api.endpoint import event
 from betrace.service.api.endpoints import performance, signals
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from tests.support.http_requests import serving
 from tests.support.scripted_backend import ScriptedBackend, signal
 

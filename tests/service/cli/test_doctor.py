@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from betrace.service.cli.doctor import machine, stores
-from betrace.service.cli.doctor.checks import FAILED, OK, WARNING, Finding, diagnose
-from betrace.service.cli.doctor.finding import size
+from betrace.service.cli.doctor.checks import diagnose
+from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
 from betrace.service.cli.main import cli
 from betrace.service.config.settings import Settings
 from betrace.service.storage.ledger.base import tenant_account
@@ -165,8 +166,8 @@ def test_a_directory_that_is_a_file(tmp_path):
 
 def test_rights_are_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "may not be written" in worst(machine.directory(settings(tmp_path))).found
-    assert "cannot be made" in worst(machine.directory(settings(tmp_path / "new"))).found
+    assert "is not writable" in worst(machine.directory(settings(tmp_path))).found
+    assert "cannot be created" in worst(machine.directory(settings(tmp_path / "new"))).found
 
 
 @pytest.mark.parametrize(("free", "status"), [(50, OK), (15, WARNING), (3, FAILED)])
@@ -207,7 +208,7 @@ def test_the_running_services_own_port(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as own, LockFile(tmp_path / LOCK_FILE):
         address = f"127.0.0.1:{own.getsockname()[1]}"
         found = worst(machine.ports(settings(tmp_path, api={"address": address})))
-        assert "is the running service's" in found.found
+        assert "belongs to the running service" in found.found
 
 
 def test_who_owns_the_directory(tmp_path):
@@ -220,7 +221,7 @@ def test_who_owns_the_directory(tmp_path):
 @pytest.mark.parametrize(
     ("code", "body", "status", "text"),
     [
-        (200, {"a": {"status": "ok", "detail": ""}}, OK, "all 1 parts are ok"),
+        (200, {"a": {"status": "ok", "detail": ""}}, OK, "all 1 components are ok"),
         (503, {"a": {"status": "failed", "detail": "no disk"}}, FAILED, "a is failed: no disk"),
         (200, {"a": {"status": "degraded", "detail": "x"}}, WARNING, "a is degraded: x"),
         (200, None, FAILED, "does not answer"),
@@ -368,7 +369,7 @@ def test_ledgers_that_are_none(data):
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE x (y)")
     database.close()
-    assert "is no ledger" in worst(stores.ledger(settings(data))).found
+    assert "is not a ledger" in worst(stores.ledger(settings(data))).found
 
 
 def test_a_ledger_that_takes_too_long(data, monkeypatch):
@@ -437,6 +438,16 @@ def test_a_tigerbeetle_that_became_the_ledger_later_lacks_what_was_before(data, 
         assert "lacks 1 of 1 transfers" in found[1].found
         Client.accounts = 3  # other instances share the cluster
         assert "lacks" not in list(stores.ledger(given))[1].found
+
+
+def test_tigerbeetle_without_its_extra(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tigerbeetle", None)
+    with socket.create_server(("127.0.0.1", 0)) as replica:
+        limits = {"addresses": f"127.0.0.1:{replica.getsockname()[1]}"}
+        given = settings(data, ledger={"kind": "tigerbeetle", "tigerbeetle": limits})
+        found = worst(stores.ledger(given))
+    assert found.status == FAILED
+    assert "pip install 'betrace[tigerbeetle]'" in found.remedy
 
 
 def test_a_damaged_duckdb_file(data):

@@ -26,8 +26,8 @@ from betrace.service.cli import main as module
 from betrace.service.cli import serve as running
 from betrace.service.cli.main import cli
 from betrace.service.cli.serve import run_service
+from betrace.service.config.edge import Logging
 from betrace.service.config.load import load
-from betrace.service.config.settings import Logging
 from betrace.service.telemetry.logs import set_up_logging
 from tests.support.loggers import restored
 

@@ -11,7 +11,7 @@ import trio
 from google.rpc.status_pb2 import Status
 
 from betrace.service.api.asgi import ListenError
-from betrace.service.config.settings import Tls
+from betrace.service.config.edge import Tls
 from betrace.service.pipeline.request import Done, Refused
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import MIB, chunk, listening, post, until, write_certificate

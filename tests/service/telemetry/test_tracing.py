@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from betrace.service.config.settings import Tracing
+from betrace.service.config.edge import Tracing
 from betrace.service.telemetry.tracing import MOST_AT_ONCE, SlowBatches
 from tests.support.inprocess import closed, running, send, settings, write_rules
 from tests.support.spans import S
