@@ -36,7 +36,7 @@ def rules(settings: Settings) -> Iterator[Finding]:
     """Whether all rule files are valid."""
     path = rules_directory(settings)
     if not path.is_dir():
-        if path != settings.storage.path / "rules":
+        if settings.rules.directory or path != settings.storage.path / "rules":
             remedy = "create it, or set rules.directory"
             yield Finding("rules", FAILED, f"the directory {path} does not exist", remedy)
         else:
@@ -212,9 +212,7 @@ def duckdb_files(settings: Settings) -> Iterator[Finding]:
     data = settings.storage.path
     tenants = tenants_with(data, FILE)
     if owner(data) is not None:
-        text = (
-            f"the running service uses the files of {len(tenants)} tenants and checks them itself"
-        )
+        text = f"the running service checks the files of {len(tenants)} tenants itself"
         yield Finding("DuckDB", OK, text)
         return
     deadline = time.monotonic() + _MOST_SECONDS
