@@ -113,7 +113,7 @@ class Environment:
     def run(
         self, *arguments: str | Path, without: str = "", code: int = 0, **settings: str
     ) -> subprocess.CompletedProcess[str]:
-        ran = subprocess.run(**self.command(*arguments, without=without, **settings), timeout=60)  # type: ignore[call-overload]
+        ran = subprocess.run(**self.command(*arguments, without=without, **settings), timeout=120)  # type: ignore[call-overload]
         assert ran.returncode == code, ran.stdout + ran.stderr
         return ran
 
@@ -160,7 +160,7 @@ def test_the_wheel_has_betrace_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_environment_is_what_the_tests_think(environment: Environment) -> None:
-    code = "import betrace.service, os; print(betrace.service.__file__)"
+    code = "import betrace.service; print(betrace.service.__file__)"
     where = environment.run("-c", code).stdout.strip()
     assert Path(where).is_relative_to(environment.packages)
     code = f"import os; print(os.access({str(environment.packages)!r}, os.W_OK))"
@@ -181,7 +181,7 @@ def serve(environment: Environment, data: Path, **options: str) -> None:
         assert process.stdout is not None
         ready = process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=60)
     assert ready, log
     assert json.loads(ready)["api"].startswith("http://127.0.0.1:")
     assert process.returncode == 0, log

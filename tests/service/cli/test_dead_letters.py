@@ -93,7 +93,7 @@ def run(service, *arguments, code=0):
     return result
 
 
-def test_list_shows_a_line_each(service):
+def test_list_prints_one_line_per_letter(service):
     lines = run(service, "list").stdout.splitlines()
     assert len(lines) == 6
     assert lines[1].split()[:4] == ["1", "rule-evaluation", "acme", "4"]
@@ -102,7 +102,7 @@ def test_list_shows_a_line_each(service):
     assert lines[2].endswith("boom 2")
 
 
-def test_list_says_when_there_are_more(service):
+def test_list_says_if_there_are_more(service):
     output = run(service, "list", "--limit", "2", "--stage", "projection", "--tenant", "b").stdout
     assert "more than 2" in output
     assert service.asked[0][2] == {"stage": "projection", "tenant": "b", "limit": "2"}
@@ -114,7 +114,7 @@ def test_list_reads_page_by_page(service):
     assert [each["id"] for each in found] == [str(number) for number in range(1, 1501)]
 
 
-def test_list_without_any(service):
+def test_an_empty_list(service):
     service.letters = {}
     assert run(service, "list").stdout == "no dead letters\n"
     assert json.loads(run(service, "list", "--json").stdout) == []
@@ -148,7 +148,7 @@ def test_retry_and_discard(service):
     ]
 
 
-def test_those_that_are_not_there_are_named(service):
+def test_missing_letters_are_named(service):
     result = run(service, "retry", "1", "99", code=1)
     assert result.stdout == "1 letter will be retried\n"
     assert "no dead letter 99" in result.stderr
@@ -184,7 +184,7 @@ def test_a_refusal_is_a_sentence(service):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://["])
-def test_a_service_that_is_not_there(url):
+def test_an_unreachable_service(url):
     result = CliRunner().invoke(dead_letters, ["list", "--url", url])
     assert result.exit_code == 3
     assert "betrace serve" in result.stderr

@@ -16,7 +16,7 @@ KID = "k" * 43
 
 @pytest.fixture
 def service(monkeypatch, tmp_path):
-    """A scripted service: ``answers`` by method and path; ``asked`` is what it was asked."""
+    """A scripted service: ``answers`` by method and path; ``asked`` has its requests."""
     monkeypatch.chdir(tmp_path)
     for name in ("BETRACE_TOKEN", "BETRACE_AUTH__OPERATOR_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -53,7 +53,7 @@ def tenant(name, **more):
     return {"name": name, "state": "active", "createdAt": None, "quota": None, "keys": []} | more
 
 
-def test_create_makes_a_key_here_and_sends_its_public_half(service, tmp_path):
+def test_create_makes_a_key_and_sends_its_public_half(service, tmp_path):
     service.answers["POST", ""] = (201, tenant("acme"))
     out = run("create", "acme", "--quota", "5", "--token", "secret")
     assert "acme.pem" in out
@@ -63,7 +63,7 @@ def test_create_makes_a_key_here_and_sends_its_public_half(service, tmp_path):
     assert "PRIVATE" not in json.dumps(body)
 
 
-def test_a_key_that_the_service_does_not_know_is_not_left_behind(service, tmp_path):
+def test_the_key_of_a_refused_tenant_is_removed(service, tmp_path):
     error = {"error": {"message": "the tenant acme exists", "hint": "choose another name"}}
     service.answers["POST", ""] = (409, error)
     out = run("create", "acme", code=3)
