@@ -32,7 +32,8 @@ from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.settings import OFF, Settings
+from betrace.service.config.base import OFF
+from betrace.service.config.settings import Settings
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from betrace.channels import ReceiveChannel, Stage, StageOptions, ThreadRunner, open_channel
-from betrace.service.config.settings import Settings, Tracing
+from betrace.service.config.edge import Tracing
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.breakers import Breakers

@@ -31,7 +31,7 @@ from typing import Final, Self
 import trio
 
 from betrace.channels import SendChannel
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.otlp.response import export_response
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.receiver.responses import (

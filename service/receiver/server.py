@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.connection import Connection, Limits
 from betrace.service.receiver.sockets import bad_certificate, listen, url_of

@@ -17,7 +17,7 @@ from pathlib import Path
 from cachetools import TLRUCache
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Auth
+from betrace.service.config.edge import Auth
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.server import serve_ingest
 from betrace.service.tenancy.quotas import SpanQuotas

@@ -15,7 +15,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Auth
+from betrace.service.config.edge import Auth
 from betrace.service.tenancy.authentication import Authenticator
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token

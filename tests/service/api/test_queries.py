@@ -18,7 +18,7 @@ from betrace.service.api.endpoint import Tools
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress

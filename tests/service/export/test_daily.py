@@ -147,7 +147,7 @@ def test_the_command_releases_what_is_past_retention(
     monkeypatch.setenv("BETRACE_RETENTION__LOG_DAYS", "30")
     result = run("--data", str(tmp_path))
     assert result.exit_code == 0
-    assert "past retention and are deleted" in result.stderr
+    assert "bytes of the log that were past retention" in result.stderr
     with SpanLog(tmp_path) as log:
         assert len(log.segments("acme")) == 1
 

@@ -139,8 +139,8 @@ async def test_a_destination_gets_everything_after_an_outage(
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 4, 5]
     assert exporter.failures == 6
     told = [record.getMessage() for record in caplog.records if record.name == "service.events"]
-    assert [text for text in told if "cannot be sent" in text][1:] == []
-    assert any("takes signals again" in text for text in told)
+    assert [text for text in told if "cannot send signals" in text][1:] == []
+    assert any("accepts signals again" in text for text in told)
 
 
 async def test_the_breaker_opens_and_an_operator_can_close_it(

@@ -4,7 +4,7 @@ import trio
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.pipeline.request import Done, Refused, Reply
 from betrace.service.receiver.admission import REASONS, Edge, Head
 from betrace.service.tenancy.quotas import SpanQuotas

@@ -4,7 +4,7 @@ import pytest
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Auth
+from betrace.service.config.edge import Auth
 from betrace.service.tenancy import authentication
 from betrace.service.tenancy.authentication import (
     Authenticator,
