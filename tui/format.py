@@ -1,24 +1,17 @@
-"""Figures and states as an operator reads them.
-
-A state is always a word and a symbol; its colour comes on top. Colours are names of theme variables
-(:data:`TONES`), so that they follow the theme.
-"""
+"""Numbers, times and sizes as short text."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal
-
-Tone = Literal["good", "busy", "bad", "quiet"]
-
-SYMBOLS: dict[Tone, str] = {"good": "●", "busy": "▲", "bad": "✖", "quiet": "○"}
 
 NONE = "–"
-"""What stands where there is no figure."""
+"""Shown where there is no value."""
 
 _UNITS = ("", "k", "M", "G", "T")
+_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def number(value: float | None) -> str:
@@ -46,7 +39,7 @@ def many(value: int | None, noun: str) -> str:
 
 
 def plural(value: int | None, noun: str) -> str:
-    """A noun as it stands after a count: tenant, tenants, entries."""
+    """A noun in the form that follows a count: tenant, tenants, entries."""
     if value == 1:
         return noun
     return f"{noun[:-1]}ies" if noun.endswith("entry") else f"{noun}s"
@@ -61,9 +54,11 @@ def percent(fraction: float | None) -> str:
 
 
 def millis(value: float | None) -> str:
-    """Milliseconds in the unit that suits."""
+    """Milliseconds in a suitable unit: 12 µs, 3.4 ms, 120 ms, 2.5 s."""
     if value is None or not math.isfinite(value):
         return NONE
+    if value < 0.9995:
+        return f"{value * 1000:.0f} µs"
     if value < 10:
         return f"{value:.1f} ms"
     return f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.1f} s"
@@ -95,27 +90,26 @@ def size(value: float | None) -> str:
 
 
 def clock(at: float | None) -> str:
-    """A time of day; seconds since 1970 in local time."""
+    """The local time of day of a time in seconds since 1970."""
     return NONE if at is None else time.strftime("%H:%M:%S", time.localtime(at))
 
 
+def short_date(at: float | None) -> str:
+    """Month, day and local time: 11-14 22:13:25."""
+    return NONE if at is None else time.strftime("%m-%d %H:%M:%S", time.localtime(at))
+
+
+def date(at: float | None) -> str:
+    """A date and its local time: 2023-11-14 22:13:25."""
+    return NONE if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
 def moment(text: object) -> float | None:
-    """Seconds since 1970 of a time as the service writes it (RFC 3339)."""
+    """An RFC 3339 time of the service in seconds since 1970."""
     try:
         return datetime.fromisoformat(f"{str(text)[:19]}+00:00").timestamp()
     except ValueError:
         return None
-
-
-def date(at: float | None) -> str:
-    """A day and its time, in local time."""
-    return NONE if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def severity(word: str) -> tuple[str, Tone]:
-    """A severity with its symbol, and its tone."""
-    tone = SEVERITY_TONES.get(word, "quiet")
-    return f"{SYMBOLS[tone]} {word or NONE}", tone
 
 
 def ago(at: float | None, now: float) -> str:
@@ -128,9 +122,21 @@ def age(at: float | None, now: float) -> str:
     return ago(at, now) if at is None or now - at < 1 else " ".join(duration(now - at).split()[:2])
 
 
+def words(name: str) -> str:
+    """An identifier of the service as words: half_open → half open."""
+    return name.replace("_", " ")
+
+
+def cut(text: str, width: int) -> str:
+    """Text of at most ``width`` characters; an ellipsis replaces what is cut off."""
+    if len(text) <= width:
+        return text
+    return text[:width] if width <= 1 else f"{text[: width - 1]}…"
+
+
 def bar(fraction: float, width: int, peak: float = 0.0) -> str:
-    """A bar of so many characters, up to a peak in a lighter shade. What is not empty shows at
-    least one, and what is not full leaves one."""
+    """A bar of ``width`` characters, with a lighter shade up to ``peak``. A bar above zero has at
+    least one full character, and a bar below one has at least one that is not full."""
     full = _cells(fraction, width)
     high = max(full, _cells(peak, width))
     return "█" * full + "▒" * (high - full) + "░" * (width - high)
@@ -142,40 +148,39 @@ def _cells(fraction: float, width: int) -> int:
     return min(max(1, round(fraction * width)), max(1, width - 1))
 
 
-def fill_tone(percent_full: float, blocked: int = 0) -> Tone:
-    """How a channel does: from 50 % it is filling, from 90 % spans are refused."""
-    if blocked or percent_full >= 90:
-        return "bad"
-    return "busy" if percent_full >= 50 else "good"
+def plot(points: Sequence[float], width: int, top: float | None = None) -> str:
+    """A line of blocks, one for each point, the last point last. ``top`` is a full block; without
+    it the largest point is."""
+    points = points[-max(1, width) :]
+    most = top if top is not None else max(points, default=0.0)
+    steps = len(_BLOCKS) - 1
+    return "".join(
+        _BLOCKS[min(steps, max(1 if value > 0 else 0, round(value / most * steps)))]
+        if most > 0
+        else _BLOCKS[0]
+        for value in points
+    )
 
 
-STATUS_TONES: dict[str, Tone] = {
-    "ok": "good",
-    "working": "good",
-    "active": "good",
-    "deleting": "busy",
-    "closed": "good",
-    "open": "bad",
-    "half_open": "busy",
-    "forced_open": "bad",
-    "disabled": "busy",
-    "degraded": "busy",
-    "paused": "busy",
-    "starting": "busy",
-    "stopping": "busy",
-    "failed": "bad",
-}
-"""Tones of the words that the service uses for states."""
+def condense(points: Sequence[float], width: int) -> list[float]:
+    """At most ``width`` points: each is the maximum of the same number of consecutive points,
+    except the first, which may have fewer."""
+    group = max(1, math.ceil(len(points) / max(1, width)))
+    first = len(points) % group
+    starts = range(first, len(points), group)
+    found = [max(points[:first])] if first else []
+    return found + [max(points[at : at + group]) for at in starts]
 
 
-SEVERITIES = ("critical", "high", "medium", "low", "info")
-SEVERITY_TONES: dict[str, Tone] = {"critical": "bad", "high": "busy", "medium": "good"}
-
-
-def status_tone(word: str) -> Tone:
-    return STATUS_TONES.get(word, "quiet")
-
-
-def words(name: str) -> str:
-    """A name of the service as words: half_open → half open."""
-    return name.replace("_", " ")
+def plot_lines(points: Sequence[float], height: int) -> list[str]:
+    """A graph of ``height`` lines, top line first. The largest point is full."""
+    most = max(points, default=0.0)
+    steps = len(_BLOCKS) - 1
+    total = max(1, height) * steps
+    levels = [
+        max(1, round(value / most * total)) if most > 0 and value > 0 else 0 for value in points
+    ]
+    return [
+        "".join(_BLOCKS[min(steps, max(0, level - base))] for level in levels)
+        for base in range(total - steps, -1, -steps)
+    ]

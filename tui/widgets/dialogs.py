@@ -1,9 +1,8 @@
-"""Changes that an operator makes: what they are, and the question that comes before each."""
+"""Questions: whether to make a change, and a line of text."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -13,34 +12,11 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, Static
 
-PREFIX = "change_"
-"""Actions whose names begin so (``action_change_trip``) change something; `--read-only` disables
-them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One change, for :meth:`betrace.tui.app.BetraceApp.change`."""
-
-    title: str
-    """The question, such as: Trip the breaker ledger?"""
-
-    verb: str
-    """What the button says: Trip."""
-
-    run: Callable[[], Awaitable[str]]
-    """Does it, and returns what to tell: "ledger is open". Raises
-    :exc:`betrace.tui.client.ClientError`."""
-
-    effects: Sequence[tuple[str, str, str]] = ()
-    """What changes: (name, old, new)."""
-
-    note: str = ""
-    """What it means, or cannot be undone."""
+from betrace.tui.changes import OperatorChange
 
 
 class Confirm(ModalScreen[bool]):
-    """Asks before a change; Cancel has the focus."""
+    """Asks before a change. Cancel has the focus."""
 
     AUTO_FOCUS = "#cancel"
 
@@ -50,7 +26,7 @@ class Confirm(ModalScreen[bool]):
         Binding("left,right,h,l,up,down,j,k", "other", "Other button", show=False),
     ]
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: OperatorChange) -> None:
         super().__init__()
         self._change = change
 
@@ -66,7 +42,7 @@ class Confirm(ModalScreen[bool]):
                 yield Static(Content(change.note), classes="dialog-note")
             with Horizontal(classes="dialog-buttons"):
                 yield Button("Cancel", id="cancel")
-                yield Button(Content(change.verb), id="confirm", variant="warning")
+                yield Button(Content(change.verb), id="confirm")
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         self.dismiss(event.button.id == "confirm")
@@ -79,7 +55,7 @@ class Confirm(ModalScreen[bool]):
 
 
 class Ask(ModalScreen[str | None]):
-    """Asks for a line of text; None if cancelled.
+    """Asks for a line of text; returns None when cancelled.
 
     ``check`` returns what is wrong with the text, or an empty string.
     """

@@ -1,40 +1,22 @@
-"""The pipeline as a drawing: a box for each stage with the channel before it."""
+"""The pipeline as a diagram: one box for each stage with its input channel."""
 
 from __future__ import annotations
 
 from textual.content import Content
 
-from betrace.tui.state import Stage, State
-from betrace.tui.widgets.basic import STYLES, toned
-from betrace.tui.widgets.text import SYMBOLS, Tone, bar, fill_tone, millis, number, words
+from betrace.tui.format import bar, millis, number, words
+from betrace.tui.panels.health import stage_condition
+from betrace.tui.state import ServiceState, StageStatus
+from betrace.tui.tones import STYLES, SYMBOLS, fill_tone, toned
 
 Parts = list[str | tuple[str, str]]
 
 MIN_INNER = 8
 
 
-def condition(stage: Stage, state: State) -> tuple[Tone, str]:
-    """How a stage and its channel do, in a word or two."""
-    busy = state.rate(f"{stage.name}.in")
-    if stage.status == "failed":
-        return "bad", "stalled"
-    if state.rate(f"{stage.name}.dropped"):
-        return "bad", "dropping"
-    if stage.state == "paused":
-        return "busy", "paused"
-    if stage.blocked:
-        return "bad", f"{stage.blocked} blocked"
-    tone = fill_tone(stage.fill)
-    if tone != "good":
-        return tone, "full" if tone == "bad" else "filling"
-    if stage.status in ("starting", "stopping"):
-        return "busy", stage.status
-    return "good", "working" if busy or stage.busy or stage.size else "idle"
-
-
-def draw_pipeline(state: State, width: int, chosen: int | None = None) -> Content:
-    """Seven lines; the box of ``chosen`` has double edges. An arrow says what goes over to a stage:
-    → something, · nothing, ■ that the stage before waits for room."""
+def draw_pipeline(state: ServiceState, width: int, chosen: int | None = None) -> Content:
+    """Seven lines. The box of ``chosen`` has double edges. The sign before a box shows its input:
+    → spans arrive, · nothing arrives, ■ the stage before is blocked by a full channel."""
     now = state.now
     if now is None or not now.stages:
         return Content("")
@@ -49,9 +31,9 @@ def draw_pipeline(state: State, width: int, chosen: int | None = None) -> Conten
     return Content("\n").join(Content.assemble(*line) for line in lines)
 
 
-def _arrow(lines: list[Parts], state: State, stage: Stage) -> None:
-    for number_, line in enumerate(lines):
-        if number_ != 1:
+def _arrow(lines: list[Parts], state: ServiceState, stage: StageStatus) -> None:
+    for row, line in enumerate(lines):
+        if row != 1:
             line.append(" ")
         elif stage.blocked:
             line.append(toned("■", "bad"))
@@ -59,8 +41,8 @@ def _arrow(lines: list[Parts], state: State, stage: Stage) -> None:
             line.append("→" if state.rate(f"{stage.name}.in") else toned("·", "quiet"))
 
 
-def _box(state: State, stage: Stage, inner: int, chosen: bool) -> list[Parts]:
-    tone, word = condition(stage, state)
+def _box(state: ServiceState, stage: StageStatus, inner: int, chosen: bool) -> list[Parts]:
+    tone, word = stage_condition(stage, state)
     edge = STYLES[tone] if tone != "good" else ("$primary" if chosen else "$text-muted")
     top_left, top_right, bottom_left, bottom_right, flat, side = "╔╗╚╝═║" if chosen else "╭╮╰╯─│"
     name = stage.name if len(stage.name) <= inner - 2 else stage.name.rpartition("-")[2]
@@ -86,7 +68,7 @@ def _box(state: State, stage: Stage, inner: int, chosen: bool) -> list[Parts]:
 
 
 def _fit(parts: Parts, width: int) -> Parts:
-    """Parts cut or filled to a width."""
+    """Parts cut or padded to a width."""
     fitted: Parts = []
     left = width
     for part in parts:

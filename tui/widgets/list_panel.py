@@ -1,4 +1,4 @@
-"""Tables of what is not in the snapshots: read when they are looked at, and again now and then."""
+"""Tables of data that is not in the snapshots: read when visible, and again periodically."""
 
 from __future__ import annotations
 
@@ -10,44 +10,47 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from betrace.tui.client import ClientError, Json
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Live, marked, toned
+from betrace.tui.client import ClientError
+from betrace.tui.json_values import objects
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import marked, toned
+from betrace.tui.widgets.live_text import LiveText
 from betrace.tui.widgets.pick import Pick
-from betrace.tui.widgets.table import TablePanel
+from betrace.tui.widgets.table_panel import TablePanel
 
 TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MOST = 1000
-"""What is read of a list, at most."""
+"""Maximum number of entries read from a list."""
 
 Part = str | tuple[str, str]
 
 
-class Listing(TablePanel):
-    """A table with a line above it. A subclass gives ``rows``, ``read`` and ``head``."""
+class ListPanel(TablePanel):
+    """A table with a line above it. A subclass implements ``rows``, ``read`` and ``head``."""
 
     RELOAD = 5.0
 
     def __init__(self) -> None:
         super().__init__()
+        self._loaded = False
         self.problem = ""
-        """Why it could not be read, the last time."""
+        """Why the last read failed; empty if it did not."""
 
     def above(self) -> ComposeResult:
-        yield Live(classes="head")
+        yield LiveText(classes="head")
 
     def head(self) -> Sequence[Part]:
-        """What stands above the table."""
+        """The line above the table."""
         return ()
 
     @abstractmethod
     async def read(self) -> None:
-        """Read what is shown, and keep it. Raises :exc:`betrace.tui.client.ClientError`."""
+        """Read the entries. Raises :exc:`betrace.tui.client.ClientError`."""
 
     async def load(self) -> None:
         try:
             await self.read()
-            self.problem = ""
+            self.problem, self._loaded = "", True
         except ClientError as error:
             self.problem = str(error)
             raise
@@ -55,45 +58,51 @@ class Listing(TablePanel):
             if self.betrace.frozen_at is None:
                 self.show(self.betrace.state)
 
-    def show(self, state: State) -> None:
+    def empty_text(self) -> str:
+        """Says that there is nothing only if that is known."""
+        if self._loaded or self.filter_text or self.betrace.state.stale:
+            return super().empty_text()
+        return "Not loaded." if self.problem else "Loading …"
+
+    def show(self, state: ServiceState) -> None:
         super().show(state)
         parts = list(self.head())
         if self.problem:
-            parts = [marked(f"not read: {self.problem}", "bad"), "  ", *parts]
-        self.query_one(".head", Live).text(*parts)
+            parts = [marked(f"not loaded: {self.problem}", "bad"), "  ", *parts]
+        self.query_one(".head", LiveText).text(*parts)
 
 
-class TenantListing(Listing):
-    """A listing of what is one tenant's, with a key to look at another's."""
+class TenantListPanel(ListPanel):
+    """A list that belongs to one tenant, with a key to choose another."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "tenant", "Of tenant", tooltip="Look at another tenant's"),
+        Binding("o", "tenant", "Tenant", tooltip="Show another tenant"),
     ]
 
     async def load(self) -> None:
-        """An operator's token is no tenant's: there is nothing to read before one is chosen."""
+        """With an operator's token, which belongs to no tenant, ask for a tenant first."""
         try:
             await super().load()
         except ClientError as error:
             if self.betrace.client.tenant is None and error.status in (401, 403):
-                self.problem = "whose? press o to choose a tenant"
+                self.problem = "press o to choose a tenant"
                 self.show(self.betrace.state)
                 return
             raise
 
     @property
-    def whose(self) -> Part:
+    def tenant_label(self) -> Part:
         return toned(f"tenant {self.betrace.client.tenant or 'default'}", "good")
 
     def action_tenant(self) -> None:
         async def ask() -> None:
             try:
                 names = await tenant_names(self)
-            except ClientError:  # who is no operator may still name one
+            except ClientError:  # without an operator's token the user can still type a name
                 names = []
             options = [(name, name) for name in names]
             chosen = await self.betrace.push_screen_wait(
-                Pick("Look at which tenant's signals and rules?", options, check_tenant)
+                Pick("Show signals and rules of which tenant?", options, check_tenant)
             )
             if chosen is not None:
                 self.betrace.view_tenant(chosen)
@@ -107,16 +116,7 @@ async def tenant_names(panel: TablePanel) -> list[str]:
 
 
 def check_tenant(text: str) -> str:
-    """What keeps a text from being a tenant's name."""
+    """What is wrong with a tenant's name, or an empty string."""
     if TENANT.fullmatch(text):
         return ""
-    return "a tenant's name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit"
-
-
-def objects(value: object) -> list[Json]:
-    """The objects of a list, in an answer that may not be as it should."""
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def mapping(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
+    return "use 1 to 63 of a-z, 0-9, - and _, beginning with a letter or digit"
