@@ -176,6 +176,8 @@ class BetraceApp(BaseApp):
         return self.is_running
 
     def _show(self) -> None:
+        found = badges(self.state).items()
+        self._main.query_one(NavBar).badge({self.panel_numbers[k] - 1: v for k, v in found})
         self.panel.show(self.state)
         if isinstance(self.screen, Detail):
             self.screen.show(self.state)
@@ -183,8 +185,6 @@ class BetraceApp(BaseApp):
     def _show_bars(self) -> None:
         if self._up:
             self._main.query_one(StatusBar).show(self, self.connection.link)
-            found = badges(self.state).items()
-            self._main.query_one(NavBar).badge({self.panel_numbers[k] - 1: v for k, v in found})
 
     def _restyle(self, _: Theme) -> None:
         for panel in self._main.query(Panel):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from betrace.tui import client as client_module
-from betrace.tui import format
+from betrace.tui import format, tones
 from betrace.tui.client import ApiClient, ClientError, read_events, segment
 from betrace.tui.format import plot
 from betrace.tui.panels.details import trial_text

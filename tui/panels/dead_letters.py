@@ -184,7 +184,7 @@ _WAYS = {
     "discard": (
         "Discard",
         "deleted",
-        "This cannot be undone. Their contents will not be evaluated or recorded.",
+        "This cannot be undone. The contents will not be evaluated or recorded.",
     ),
 }
 _DONE = {"retry": "queued for retry", "discard": "discarded"}

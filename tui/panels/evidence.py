@@ -31,18 +31,27 @@ class SignalText(CachedText):
         signal = self.signal
         status = str(signal.get("status") or "active")
         labels = mapping(signal.get("labels"))
-        lines = [
-            fields(
-                ("rule", f"{signal.get('rule_id')} (version {signal.get('rule_version')})"),
-                ("severity", toned(*severity(str(signal.get("severity", ""))))),
-                ("status", marked(status, signal_tone(status))),
-                ("what", str(signal.get("message", ""))),
-                ("clause", clause_text(signal.get("clause"))),
-                ("reason", str(signal.get("reason") or NONE)),
-                ("detected", date(moment(signal.get("detected_at")))),
-                ("labels", ", ".join(f"{k}={v}" for k, v in labels.items()) or NONE),
-                ("tenant", str(signal.get("tenant", ""))),
+        facts: list[tuple[str, str | Content]] = [
+            ("rule", f"{signal.get('rule_id')} (version {signal.get('rule_version')})"),
+            (
+                "severity",
+                Content.assemble(
+                    toned(*severity(str(signal.get("severity", "")))),
+                    "  ",
+                    marked(status, signal_tone(status)),
+                ),
             ),
+            ("message", str(signal.get("message", ""))),
+            ("clause", clause_text(signal.get("clause"))),
+        ]
+        if signal.get("reason"):
+            facts.append(("reason", str(signal["reason"])))
+        facts.append(("detected", date(moment(signal.get("detected_at")))))
+        if labels:
+            facts.append(("labels", ", ".join(f"{k}={v}" for k, v in labels.items())))
+        facts.append(("tenant", str(signal.get("tenant", ""))))
+        lines = [
+            fields(*facts),
             Content(""),
             counts_text(mapping(signal.get("counts")), mapping(signal.get("evidence"))),
             Content(""),

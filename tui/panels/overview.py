@@ -95,11 +95,12 @@ class OverviewPanel(Panel, can_focus=True):
 
     def _problem(self, problem: Problem) -> Content:
         """A line of the state, with the key of the panel that shows more. A click opens it."""
-        number_ = self.betrace.panel_numbers.get(problem.panel, 1)
-        text = f"{SYMBOLS[problem.tone]} {problem.text}"
-        link = f"[{STYLES[problem.tone]} @click=app.panel({number_})]$text[/]"
+        key = self.betrace.panel_numbers.get(problem.panel, 1)
+        link = Content.from_markup(f"[@click=app.panel({key})]$text[/]", text=problem.text)
         return Content.assemble(
-            Content.from_markup(link, text=text), toned(f"  → {number_}", "quiet")
+            (f"{SYMBOLS[problem.tone]} ", STYLES[problem.tone]),
+            link,
+            toned(f"  → {key}", "quiet"),
         )
 
     def action_move(self, by: int) -> None:

@@ -39,7 +39,7 @@ class SignalsPanel(TenantListPanel):
         Column("time", "time", 14),
         Column("severity", "severity", 10),
         Column("status", "status", 11, narrow=1),
-        Column("rule", "rule", 23, narrow=18),
+        Column("rule", "rule", 28, narrow=18),
         Column("message", "message", 20, flex=True),
         Column("clause", "clause", 7, shown_from=120),
         Column("trace", "trace", 32, shown_from=160),
