@@ -65,6 +65,7 @@ SCENES = {
     "rules": Scene(("6",), both=True),
     "rule": Scene(("6", "j", "j", "enter")),
     "rule-edit": Scene(("6", "E"), both=True, shows={"E": "the condition is valid"}),
+    "rule-new": Scene(("6", "A"), shows={"A": "write a condition"}),
     "rule-test": Scene(
         ("6", "T", "enter"), shows={"T": "on which trace", "enter": "spans matched by"}
     ),

@@ -71,7 +71,7 @@ def test_an_action_asks_first_and_reports_its_result(number):
     async def run(pilot, api):
         app = pilot.app
         await pilot.press(number)
-        for _, key, path, effect, told in (each for each in ACTIONS if each[0] == number):
+        for _, key, path, effect, message in (each for each in ACTIONS if each[0] == number):
             before, shown = api.posted(), len(toasts(app))
             await pilot.press(key)
             await until(lambda effect=effect: effect in screen_text(app))
@@ -82,7 +82,7 @@ def test_an_action_asks_first_and_reports_its_result(number):
             await until(lambda shown=shown: len(toasts(app)) > shown)
             assert api.posted() == [*before, path]
             assert toasts(app)[-1][0] == "✔ done"
-            assert told in toasts(app)[-1][1]
+            assert message in toasts(app)[-1][1]
 
     run()
 

@@ -184,8 +184,8 @@ def test_any_sequence_of_updates_shows_the_requested_rows(steps):
                 grid.show_rows(order, changed)
                 assert [row.key.value for row in grid.ordered_rows] == order == grid.keys
                 for key in order:
-                    told = f"in {step}" if key in known else f"of {key}"
-                    assert [cell.plain for cell in grid.get_row(key)] == [key, told]
+                    wanted = f"in {step}" if key in known else f"of {key}"
+                    assert [cell.plain for cell in grid.get_row(key)] == [key, wanted]
                 if selected in known:
                     assert grid.selected == selected
                 before = set(order)

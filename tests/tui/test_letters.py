@@ -186,7 +186,7 @@ def test_a_key_is_rotated_and_one_revoked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (PUBLIC, ""),
         (PUBLIC.replace("PUBLIC", "PRIVATE"), "this is a private key"),
@@ -194,12 +194,12 @@ def test_a_key_is_rotated_and_one_revoked(tmp_path, monkeypatch):
         ("ü", "cannot be read"),
     ],
 )
-def test_only_public_keys_leave_the_machine(tmp_path, text, told):
+def test_only_public_keys_leave_the_machine(tmp_path, text, message):
     path = tmp_path / "key.pem"
     path.write_text(text, encoding="utf-8")
     found = check_key(str(path))
-    assert told in found
-    assert bool(found) == bool(told)
+    assert message in found
+    assert bool(found) == bool(message)
 
 
 def test_quotas_in_words():
@@ -215,7 +215,7 @@ async def test_the_system_panel_shows_figures_and_errors(pilot, api):
     await pilot.press("9")
     await until(lambda: "1\u202f620 open traces" in screen_text(pilot.app))
     text = screen_text(pilot.app)
-    for told in (
+    for message in (
         "296 MiB",
         "25 % of a core",
         "2, 12",
@@ -223,7 +223,7 @@ async def test_the_system_panel_shows_figures_and_errors(pilot, api):
         "20 s",
         "463 / 42 / 3",
     ):
-        assert told in text
+        assert message in text
     api.routes["GET", "/api/admin/checkpoint"] = refusal(503, "no answer", "wait")
     await pilot.press("space")
     await until(lambda: "✖ not loaded: no answer; wait" in screen_text(pilot.app))

@@ -18,7 +18,7 @@ from betrace.tui import format, tones
 from betrace.tui.client import ApiClient, ClientError, read_events, segment
 from betrace.tui.format import plot
 from betrace.tui.panels.details import trial_text
-from betrace.tui.panels.health import Problem, badges, problems, stage_condition
+from betrace.tui.panels.health import HealthProblem, badges, problems, stage_condition
 from betrace.tui.state import HISTORY, ServiceState, parse
 from betrace.tui.widgets.text_filter import matches
 from tests.support.tui_fake import T0, URL, FakeApi, snapshot_at
@@ -214,11 +214,11 @@ def test_problems_are_listed_worst_first():
     state = ServiceState()
     state.update(parse(data, T0))
     assert problems(state) == [
-        Problem("bad", "projection is 10 % full, 2 blocked", "PipelinePanel"),
-        Problem("bad", "projection: no progress", "PipelinePanel"),
-        Problem("bad", "breaker ledger: open", "BreakersPanel"),
-        Problem("busy", "ingestion is draining", "PipelinePanel"),
-        Problem("busy", "storage-write is 55 % full", "PipelinePanel"),
+        HealthProblem("bad", "projection is 10 % full, 2 blocked", "PipelinePanel"),
+        HealthProblem("bad", "projection: no progress", "PipelinePanel"),
+        HealthProblem("bad", "breaker ledger: open", "BreakersPanel"),
+        HealthProblem("busy", "ingestion is draining", "PipelinePanel"),
+        HealthProblem("busy", "storage-write is 55 % full", "PipelinePanel"),
     ]
     assert problems(ServiceState()) == []
 
@@ -245,11 +245,11 @@ def test_a_lost_connection_and_a_service_that_is_not_ready_are_problems():
     assert problems(state) == []
     state.stale = True
     assert problems(state) == [
-        Problem("bad", "no connection; this is the state at 22:13:20", "SystemPanel")
+        HealthProblem("bad", "no connection; this is the state at 22:13:20", "SystemPanel")
     ]
     state.stale = False
     state.update(parse(data | {"ready": False}, T0 + 1))
-    assert problems(state) == [Problem("bad", "the service is not ready", "SystemPanel")]
+    assert problems(state) == [HealthProblem("bad", "the service is not ready", "SystemPanel")]
 
 
 # Server-sent events and the client

@@ -112,20 +112,20 @@ async def test_a_check_while_the_editor_closes_does_nothing(pilot, api):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("severity", "urgent", "severity: 'urgent' is unknown"),
         ("labels", "team", "labels: 'team' is not a label"),
     ],
 )
-def test_an_invalid_field_is_reported(field, value, told):
+def test_an_invalid_field_is_reported(field, value, message):
     @piloted()
     async def run(pilot, api):
         screen = await edited(pilot)
         screen.query_one(f"#rule-{field}", Input).value = value
         await pilot.press("ctrl+s")
         await until(lambda: bool(toasts(pilot.app)))
-        assert toasts(pilot.app)[0][1].startswith(told)
+        assert toasts(pilot.app)[0][1].startswith(message)
         assert api.posted() == []
 
     run()

@@ -337,9 +337,9 @@ def test_an_operators_token_asks_for_a_tenant(number, path):
     async def run(pilot, api):
         api.routes["GET", path] = refuses
         await pilot.press(number)
-        await until(lambda: "press o to choose a tenant" in shown(pilot, api))
+        await until(lambda: "no tenant chosen; press o" in shown(pilot, api))
         assert not toasts(pilot.app)
         pilot.app.view_tenant("acme")
-        await until(lambda: "press o to choose" not in shown(pilot, api))
+        await until(lambda: "no tenant chosen" not in shown(pilot, api))
 
     run()

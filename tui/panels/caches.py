@@ -10,9 +10,10 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 
 from betrace.tui.changes import OperatorChange
-from betrace.tui.format import NONE, count, many, millis, number, percent, plot
+from betrace.tui.format import NONE, count, many, millis, number, percent
 from betrace.tui.json_values import Json
 from betrace.tui.panels.details import show_cache
+from betrace.tui.panels.history_graph import history_graph
 from betrace.tui.state import CacheStatus, ServiceState
 from betrace.tui.widgets.dialogs import Ask
 from betrace.tui.widgets.list_panel import check_tenant
@@ -31,9 +32,9 @@ class CachesPanel(TablePanel):
         Column("evictions", "evicted", 7, right=True),
         Column("load", "load", 7, right=True),
         Column("failed", "failed", 6, right=True),
-        Column("hits", "total hits", 11, right=True),
-        Column("misses", "misses", 9, right=True),
-        Column("loads", "loads", 9, right=True),
+        Column("hits", "total hits", 11, right=True, shown_from=110),
+        Column("misses", "misses", 9, right=True, shown_from=110),
+        Column("loads", "loads", 9, right=True, shown_from=110),
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -133,9 +134,10 @@ def _cells(cache: CacheStatus, now: float | None) -> tuple[Cell, ...]:
 
 
 def _history(name: str, state: ServiceState, width: int) -> str:
-    points = state.history(f"{name}.hit_rate")
-    line = plot(points, max(10, width - 18), 1.0) if points else "no requests yet"
-    return f"{name:<16.16} {line}"
+    history = f"{name}.hit_rate"
+    if not state.history(history):
+        return f"{name:<16.16} no requests yet"
+    return f"{name:<16.16} {history_graph(state, history, max(10, width - 50), percent, 1.0)}"
 
 
 def _warmed(answer: Json) -> str:

@@ -20,6 +20,7 @@ from betrace.tui.format import (
     words,
 )
 from betrace.tui.panels.health import stage_condition
+from betrace.tui.panels.history_graph import history_graph
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import fill_tone, marked, status_tone, toned
 from betrace.tui.widgets.detail import Detail
@@ -45,7 +46,7 @@ def stage_text(state: ServiceState, name: str, width: int) -> Content | None:
         return None
     tone, word = stage_condition(stage, state)
     unit = stage.unit
-    room = max(10, width - 26)
+    room = max(10, width - 40)
     return Content("\n").join(
         [
             fields(
@@ -88,8 +89,8 @@ def stage_text(state: ServiceState, name: str, width: int) -> Content | None:
             ),
             Content(""),
             fields(
-                (f"{unit}/s out", _graph(state, f"{name}.out", room, None)),
-                ("fill", _graph(state, f"{name}.fill", room, 100.0)),
+                (f"{unit}/s out", history_graph(state, f"{name}.out", room, number)),
+                ("fill", history_graph(state, f"{name}.fill", room, _percent, 100.0)),
             ),
         ]
     )
@@ -187,11 +188,5 @@ def cache_text(state: ServiceState, name: str, width: int) -> Content | None:
     return Content("\n").join(lines)
 
 
-def _graph(state: ServiceState, name: str, width: int, top: float | None) -> str:
-    """The last points of a history, with the value of a full block and the period."""
-    points = state.history(name, width)
-    if not points:
-        return NONE
-    most = f"{top:.0f} %" if top is not None else number(max(points))
-    period = duration(round(state.period(name, len(points))))
-    return f"{plot(points, width, top)}  max {most}, last {period}"
+def _percent(value: float) -> str:
+    return f"{value:.0f} %"

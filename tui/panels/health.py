@@ -12,7 +12,7 @@ _WORST: dict[Tone, int] = {"bad": 0, "busy": 1, "good": 2, "quiet": 3}
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class HealthProblem:
     """Something that needs attention, and the name of the panel that shows it."""
 
     tone: Tone
@@ -39,29 +39,29 @@ def stage_condition(stage: StageStatus, state: ServiceState) -> tuple[Tone, str]
     return "good", "working" if busy or stage.busy or stage.size else "idle"
 
 
-def problems(state: ServiceState) -> list[Problem]:
+def problems(state: ServiceState) -> list[HealthProblem]:
     """All problems, the worst first."""
     now = state.now
     if now is None:
         return []
-    found: list[Problem] = []
+    found: list[HealthProblem] = []
     if state.stale:
         text = f"no connection; this is the state at {clock(now.at)}"
-        found.append(Problem("bad", text, "SystemPanel"))
+        found.append(HealthProblem("bad", text, "SystemPanel"))
     if not now.ready:
-        found.append(Problem("bad", "the service is not ready", "SystemPanel"))
+        found.append(HealthProblem("bad", "the service is not ready", "SystemPanel"))
     if now.ingestion != "open":
-        found.append(Problem("busy", f"ingestion is {now.ingestion}", "PipelinePanel"))
+        found.append(HealthProblem("busy", f"ingestion is {now.ingestion}", "PipelinePanel"))
     refused = state.rate("refused")
     if refused:
-        found.append(Problem("bad", f"{number(refused)} spans/s refused", "PipelinePanel"))
+        found.append(HealthProblem("bad", f"{number(refused)} spans/s refused", "PipelinePanel"))
     for stage in now.stages:
         tone = fill_tone(stage.fill, stage.blocked)
         if tone != "good":
             text = f"{stage.name} is {percent(stage.fill / 100)} full"
             if stage.blocked:
                 text += f", {stage.blocked} blocked"
-            found.append(Problem(tone, text, "PipelinePanel"))
+            found.append(HealthProblem(tone, text, "PipelinePanel"))
     stages = {stage.name for stage in now.stages}
     found += [
         _of_component(each, stages) for each in now.components if each.status not in ("ok", "")
@@ -70,7 +70,7 @@ def problems(state: ServiceState) -> list[Problem]:
     return found
 
 
-def _of_component(component: ComponentStatus, stages: set[str]) -> Problem:
+def _of_component(component: ComponentStatus, stages: set[str]) -> HealthProblem:
     refuses = component.detail in ("open", "forced_open")  # a breaker
     tone: Tone = "bad" if component.status == "failed" or refuses else "busy"
     name, panel = component.name, "SystemPanel"
@@ -84,7 +84,7 @@ def _of_component(component: ComponentStatus, stages: set[str]) -> Problem:
         panel = "RulesPanel"
     elif name in stages:
         panel = "PipelinePanel"
-    return Problem(tone, f"{name}: {words(component.detail) or component.status}", panel)
+    return HealthProblem(tone, f"{name}: {words(component.detail) or component.status}", panel)
 
 
 def badges(state: ServiceState) -> dict[str, tuple[str, Tone]]:

@@ -12,7 +12,7 @@ from textual.content import Content
 
 from betrace.tui.format import bar, cut, duration, millis, number, percent, plural, words
 from betrace.tui.panels.details import show_stage
-from betrace.tui.panels.health import Problem, problems
+from betrace.tui.panels.health import HealthProblem, problems
 from betrace.tui.panels.pipeline_diagram import draw_pipeline
 from betrace.tui.state import BreakerStatus, CacheStatus, ServiceState
 from betrace.tui.tones import STYLES, SYMBOLS, marked, status_tone, toned
@@ -93,7 +93,7 @@ class OverviewPanel(Panel, can_focus=True):
         for name, figure in figures.items():
             self.query_one(f"#tile-{name}", Tile).show(state, figure)
 
-    def _problem(self, problem: Problem) -> Content:
+    def _problem(self, problem: HealthProblem) -> Content:
         """A line of the state, with the key of the panel that shows more. A click opens it."""
         key = self.betrace.panel_numbers.get(problem.panel, 1)
         link = Content.from_markup(f"[@click=app.panel({key})]$text[/]", text=problem.text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -12,19 +11,9 @@ from textual.content import Content
 
 from betrace.tui.changes import OperatorChange
 from betrace.tui.client import ClientError
-from betrace.tui.format import (
-    NONE,
-    count,
-    date,
-    duration,
-    many,
-    moment,
-    number,
-    percent,
-    plot,
-    size,
-)
+from betrace.tui.format import NONE, count, date, duration, many, moment, number, percent, size
 from betrace.tui.json_values import Json, mapping, objects
+from betrace.tui.panels.history_graph import history_graph
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import marked, status_tone, toned
 from betrace.tui.widgets.fields import fields
@@ -149,15 +138,16 @@ def process_text(state: ServiceState, width: int) -> Content:
     collections = mapping(system.get("gc")).get("collections")
     used = state.rate("cpu")
     cores = cpu.get("cores") or 1
+    busy = f"{percent(used)} of a core"
     room = max(10, min(_NARROW, width - 62))
     return fields(
         (
             "memory",
-            f"{size(memory.get('rssBytes')):<17} {_graph(state, 'memory', room, None, size)}",
+            f"{size(memory.get('rssBytes')):<17} {history_graph(state, 'memory', room, size)}",
         ),
         (
             "CPU",
-            f"{percent(used) + ' of a core':<17} {_graph(state, 'cpu', room, cores, _cores)}",
+            f"{busy:<17} {history_graph(state, 'cpu', room, _cores, cores)}",
         ),
         ("cores, threads", f"{cores}, {system.get('threads', NONE)}"),
         (
@@ -171,22 +161,6 @@ def process_text(state: ServiceState, width: int) -> Content:
         ),
         ("running for", duration(now.uptime)),
     )
-
-
-def _graph(
-    state: ServiceState,
-    name: str,
-    width: int,
-    top: float | None,
-    show: Callable[[float], str],
-) -> str:
-    """The last points of a history, with the value of a full block and the period."""
-    points = state.history(name, width)
-    if not points:
-        return ""
-    most = show(top if top is not None else max(points))
-    period = duration(round(state.period(name, len(points))))
-    return f"{plot(points, width, top)} full: {most}, last {period}"
 
 
 def _cores(value: float) -> str:

@@ -138,7 +138,7 @@ class TenantsPanel(ListPanel):
             path = await self.betrace.push_screen_wait(
                 Ask(
                     f"Public key of {name}",
-                    "File with an Ed25519 public key in PEM; leave empty to add one later",
+                    "PEM file with an Ed25519 public key; empty for none yet",
                     check=lambda text: check_key(text) if text else "",
                 )
             )
@@ -205,7 +205,7 @@ class TenantsPanel(ListPanel):
             path = await self.betrace.push_screen_wait(
                 Ask(
                     f"New key of {name}",
-                    "File with an Ed25519 public key in PEM",
+                    "PEM file with an Ed25519 public key",
                     check=check_key,
                 )
             )

@@ -85,7 +85,7 @@ class TenantListPanel(ListPanel):
             await super().load()
         except ClientError as error:
             if self.betrace.client.tenant is None and error.status in (401, 403):
-                self.problem = "press o to choose a tenant"
+                self.problem = "no tenant chosen; press o"
                 self.show(self.betrace.state)
                 return
             raise
