@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from betrace.service.app import Addresses, Service
     from betrace.service.config.settings import Settings
 
-_log = logging.getLogger("betrace.service.cli.serve")
+_log = logging.getLogger("service.running")
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _RELOAD = signal.SIGHUP

@@ -24,7 +24,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 
-_log = logging.getLogger("betrace.service.export")
+_log = logging.getLogger("service.archive")
 
 FIRST_AFTER_SECONDS = 60.0
 AGAIN_AFTER_SECONDS = 3600.0
