@@ -49,7 +49,7 @@ from betrace.channels.supervisor import backoff, supervise
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.stage")
 
 LONGEST_BURIAL_PAUSE = 30.0
 """Maximum seconds between two calls of ``on_dead`` for one item."""
