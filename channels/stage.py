@@ -128,6 +128,15 @@ class StageOptions(Generic[T]):
     """Maximum weight of a batch; a single heavier item is a batch of its own. None means the
     channel's capacity."""
 
+    interval: float = 0.0
+    """Minimum seconds between the starts of two batches, so that items that arrive one by one are
+    handled together. An item that arrives after a longer pause is handled at once. Not used with
+    ``max_batch_wait`` or ``batch_key``."""
+
+    enough: int | None = None
+    """A queued weight that starts the next batch before the interval is over. None means
+    ``max_batch_weight``."""
+
     max_batch_wait: float = 0.0
     """Seconds that a batch may wait to grow; 0 takes what is queued."""
 
@@ -223,6 +232,8 @@ class Stage(Generic[T]):
         self._handler = handler
         self._options = options
         self._max_batch_weight = options.max_batch_weight or receive.capacity
+        self._enough = options.enough or self._max_batch_weight
+        self._next_start = -math.inf
         self._batcher: Batcher[T] | None = None
         if options.max_batch_wait > 0 or options.batch_key is not None:
             pacing = None
@@ -336,7 +347,10 @@ class Stage(Generic[T]):
                 if self._batcher is not None:
                     items = await self._batcher.next()
                 else:
-                    items = await self._receive.receive_some(self._max_batch_weight)
+                    items = await self._receive.receive_some(
+                        self._max_batch_weight, until=self._next_start, enough=self._enough
+                    )
+                    self._next_start = trio.current_time() + self._options.interval
             except (trio.EndOfChannel, trio.ClosedResourceError):
                 return
             batch = [_Delivery(item, self._receive.weigh(item)) for item in items]
@@ -357,6 +371,13 @@ class Stage(Generic[T]):
 
     async def _take_turn(self) -> None:
         """Wait for a turn to call the handler, and until the stage is not paused."""
+        if not self.paused:
+            try:
+                self._turns.acquire_nowait()
+            except trio.WouldBlock:
+                pass
+            else:
+                return  # no checkpoint: receiving the batch was one
         await self._resumed.wait()
         await self._turns.acquire()
         while self.paused:

@@ -171,8 +171,7 @@ class CorrelateStage:
         if self._changed:
             self._changed = False
             self.rules_changed.set()
-        for traces in due:
-            await self._onward.send(traces)
+        await self._onward.send_each(due)
         if error is not None:
             raise error
 
@@ -205,8 +204,7 @@ class CorrelateStage:
             with trio.CancelScope(shield=True):  # what was closed must be passed on
                 found, error = await self._threads.run(self._close_due)
                 try:
-                    for due in found:
-                        await self._onward.send(due)
+                    await self._onward.send_each(found)
                 except trio.BrokenResourceError:
                     return  # stopped without draining: they are closed again after a restart
                 if error is not None:
