@@ -125,9 +125,11 @@ class WaitingReceiver(Generic[T]):
 
 
 class GatheringReceiver:
-    """A task that waits in `receive_some` for more items: until a weight of ``enough`` is queued, or
-    until the time ``until`` if anything is queued then. ``scope`` gets its deadline when the first
-    item is queued."""
+    """A task that waits in `receive_some` for more items.
+
+    It waits until a weight of ``enough`` is queued, or until the time ``until`` if anything is
+    queued then. ``scope`` gets its deadline when the first item is queued.
+    """
 
     __slots__ = ("end", "enough", "error", "scope", "until")
 
@@ -210,7 +212,7 @@ class ChannelState(Generic[T]):
                 self.wake_gatherer(now)
 
     def wake_gatherer(self, now: float, at_once: bool = False) -> None:
-        """Wake the first gathering task if it should not wait longer; otherwise set its deadline."""
+        """Wake the first gathering task if its wait is over; otherwise set its deadline."""
         task, gatherer = next(iter(self.gatherers.items()))
         if at_once or self.size - self.in_flight >= gatherer.enough or now >= gatherer.until:
             del self.gatherers[task]

@@ -27,9 +27,9 @@ _ROWS_OF_A_COMMIT = 300  # that cost about as much as an empty commit
 
 
 class CommitPace:
-    """A :class:`betrace.channels.Pace` that limits the CPU time of commits to ``cores``, and that of
-    commits with signals to five times as much. ``cpu_seconds`` returns the CPU time that the process
-    has used. Use it on the Trio thread."""
+    """A :class:`betrace.channels.Pace` that limits the CPU time of commits to ``cores``, and that
+    of commits with signals to five times as much. ``cpu_seconds`` returns the CPU time that the
+    process has used. Use it on the Trio thread."""
 
     def __init__(self, cores: float, cpu_seconds: Callable[[], float] = time.process_time) -> None:
         self._most = cores
@@ -38,7 +38,7 @@ class CommitPace:
         self._looked: tuple[float, float] | None = None  # time, CPU seconds
         self._budgets = {False: _Budget(1), True: _Budget(URGENT_SHARES)}
         self.held = False
-        """False until the tail of the log was read after a restart: its late spans need the rows."""
+        """False until the log was read after a restart, because its late spans need the rows."""
         self.cost = _FIRST_COST
         """CPU seconds of a commit without its rows, as a moving average."""
 
