@@ -301,12 +301,18 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
 
     @enable_ki_protection
     async def receive_some(
-        self, max_weight: int, *, until: float = -math.inf, enough: int = 1
+        self,
+        max_weight: int,
+        *,
+        until: float = -math.inf,
+        enough: int = 1,
+        items: float = math.inf,
     ) -> list[T]:
         """Take the queued items up to ``max_weight``, waiting if nothing is queued.
 
         Before the time ``until`` of `trio.current_time` it waits for more items, unless a weight of
-        ``enough`` is queued, a sender waits for capacity, or all senders are closed.
+        ``enough`` or as many as ``items`` are queued, a sender waits for capacity, or all senders
+        are closed.
 
         Always returns at least one item, however heavy; further items fit in ``max_weight``
         together with it. If cancelled, nothing was taken. Raises like `receive`.
@@ -316,26 +322,27 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
         if (
             trio.current_time() < until
             and state.size - state.in_flight < enough
+            and len(state.queue) < items
             and not state.senders
             and state.open_senders
             and not self._closed
         ):
-            await self._gather(until, enough)
+            await self._gather(until, enough, items)
             gathered = bool(state.queue)
         # The wait was a checkpoint.
         first = self.receive_nowait() if gathered else await self.receive()
-        items = [first]
+        received = [first]
         if state.queue:
             weight = state.weight_of(first)
             while state.queue:
                 weight += state.queue[0][1]
                 if weight > max_weight:
                     break
-                items.append(state.take()[0])
+                received.append(state.take()[0])
                 state.settle()  # items admitted by this may be taken as well
-        return items
+        return received
 
-    async def _gather(self, until: float, enough: int) -> None:
+    async def _gather(self, until: float, enough: int, items: float) -> None:
         state = self._state
         task = trio.lowlevel.current_task()
 
@@ -345,7 +352,7 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
 
         # An empty channel needs no timer; the first item sets the deadline.
         with trio.CancelScope(deadline=until if state.queue else math.inf) as scope:
-            gatherer = GatheringReceiver(self, enough, until, scope)
+            gatherer = GatheringReceiver(self, enough, items, until, scope)
             state.gatherers[task] = gatherer
             await trio.lowlevel.wait_task_rescheduled(abort)
         if gatherer.error is not None:

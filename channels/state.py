@@ -127,15 +127,18 @@ class WaitingReceiver(Generic[T]):
 class GatheringReceiver:
     """A task that waits in `receive_some` for more items.
 
-    It waits until a weight of ``enough`` is queued, or until the time ``until`` if anything is
-    queued then. ``scope`` gets its deadline when the first item is queued.
+    It waits until a weight of ``enough`` or ``items`` items are queued, or until the time ``until``
+    if anything is queued then. ``scope`` gets its deadline when the first item is queued.
     """
 
-    __slots__ = ("end", "enough", "error", "scope", "until")
+    __slots__ = ("end", "enough", "error", "items", "scope", "until")
 
-    def __init__(self, end: object, enough: int, until: float, scope: trio.CancelScope) -> None:
+    def __init__(
+        self, end: object, enough: int, items: float, until: float, scope: trio.CancelScope
+    ) -> None:
         self.end = end
         self.enough = enough
+        self.items = items
         self.until = until
         self.scope = scope
         self.error: type[Exception] | None = None
@@ -214,7 +217,8 @@ class ChannelState(Generic[T]):
     def wake_gatherer(self, now: float, at_once: bool = False) -> None:
         """Wake the first gathering task if its wait is over; otherwise set its deadline."""
         task, gatherer = next(iter(self.gatherers.items()))
-        if at_once or self.size - self.in_flight >= gatherer.enough or now >= gatherer.until:
+        enough = self.size - self.in_flight >= gatherer.enough
+        if at_once or enough or len(self.queue) >= gatherer.items or now >= gatherer.until:
             del self.gatherers[task]
             trio.lowlevel.reschedule(task)
         elif gatherer.scope.deadline > gatherer.until:

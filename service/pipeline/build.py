@@ -227,6 +227,7 @@ class _PipelineBuilder:
                 retry_delay=0.01,
                 interval=INGEST_INTERVAL,
                 enough=INGEST_ENOUGH,
+                adapts=True,
             ),
             "trace-correlation": self._stage(
                 "trace-correlation",

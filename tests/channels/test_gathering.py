@@ -149,3 +149,41 @@ async def test_a_stage_starts_batches_at_intervals(autojump_clock: MockClock) ->
         send.close()
     assert batches == [(5.0, 1), (6.0, 3), (6.5, 3)]
     assert math.isfinite(stage.statistics().last_progress or math.nan)
+
+
+async def test_a_stage_does_not_wait_for_senders_that_wait_for_it(
+    autojump_clock: MockClock,
+) -> None:
+    """Eight senders that each wait for the outcome: once all have sent, a batch starts."""
+    send, receive = open_channel("test", 100, lambda _: 1, hold=True)
+    outcomes: dict[int, trio.Event] = {}
+    sizes: list[int] = []
+
+    async def handle(items: list[int]) -> None:
+        sizes.append(len(items))
+        await trio.sleep(0.01)
+        for number in items:
+            outcomes.pop(number).set()
+
+    async def bury(item: int, error: Exception, attempts: int) -> None:
+        raise AssertionError
+
+    async def client(number: int) -> None:
+        for _ in range(200):
+            await trio.sleep(0.001 * number)
+            outcomes[number] = outcome = trio.Event()
+            await send.send(number)
+            await outcome.wait()
+
+    options = StageOptions(on_dead=bury, interval=1.0, adapts=True)
+    stage = Stage("test", receive, handle, options)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(stage.run)
+        async with trio.open_nursery() as clients:
+            for number in range(8):
+                clients.start_soon(client, number)
+        send.close()
+    assert sum(sizes) == 1600
+    assert max(sizes) == 8
+    # An interval for each batch would take 200 seconds.
+    assert trio.current_time() < 30
