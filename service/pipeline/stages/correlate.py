@@ -201,6 +201,8 @@ class CorrelateStage:
         await self.caught_up.wait()
         while True:
             await trio.sleep(TICK_SECONDS)
+            if self._is_empty():
+                continue
             with trio.CancelScope(shield=True):  # what was closed must be passed on
                 found, error = await self._threads.run(self._close_due)
                 try:
@@ -209,6 +211,10 @@ class CorrelateStage:
                     return  # stopped without draining: they are closed again after a restart
                 if error is not None:
                     raise error
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing to close, forget, pass on or report."""
+        return not (self.tenants or self._owing or self.survey.open or self.survey.closed)
 
     def snapshot(self) -> Snapshot:
         """The state of all traces and the log positions they contain; call in a worker thread.
