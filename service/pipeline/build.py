@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Stages wait for company when there is little to do (decision 21).
+INGEST_INTERVAL = 0.005  # seconds
+INGEST_ENOUGH = 500  # spans
+FOLD_INTERVAL = 0.05  # seconds; early signals are delayed by this at most
+
 
 @dataclass(frozen=True, slots=True)
 class Stores:
@@ -181,7 +186,8 @@ class _PipelineBuilder:
             self._batches.send,
             progress,
             max_body,
-            sync if settings.log.ack == "synced" else None,
+            sync,
+            settings.log.ack == "synced",
             audit,
         )
         return Pipeline(
@@ -219,12 +225,17 @@ class _PipelineBuilder:
                 on_dead=pipeline.ingest.refuse,
                 attempts=2,
                 retry_delay=0.01,
+                interval=INGEST_INTERVAL,
+                enough=INGEST_ENOUGH,
+                adapts=True,
             ),
             "trace-correlation": self._stage(
                 "trace-correlation",
                 pipeline.correlate_batches,
                 workers=p.correlate_workers,
                 max_batch_weight=p.correlate_batch_spans,
+                interval=FOLD_INTERVAL,
+                enough=p.correlate_capacity_spans // 4,
                 on_dead=pipeline.bury_spans,
             ),
             "rule-evaluation": self._stage(
