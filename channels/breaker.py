@@ -39,7 +39,7 @@ from betrace.channels.errors import TransientError
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.breaker")
 
 KEPT_TRANSITIONS = 20
 """The number of transitions that a breaker remembers."""
