@@ -40,6 +40,7 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.grpc.server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
@@ -70,6 +71,7 @@ class Addresses:
     """Where the service listens: URLs, None for a listener that is off."""
 
     ingest: str | None
+    grpc: str | None
     api: str | None
     metrics: str | None
 
@@ -254,11 +256,16 @@ class Service:
                 if self.rebuild.pending:
                     inner.start_soon(self._rebuild)
                 ingest = await self._listen_for_spans(inner, stop_ingest)
+                grpc = await self._listen_for_grpc(inner, stop_ingest)
                 self._state = "ready"
                 events.READY(
-                    seconds=time.time() - self.started_at, ingest=ingest, api=api, metrics=scrape
+                    seconds=time.time() - self.started_at,
+                    ingest=ingest,
+                    grpc=grpc,
+                    api=api,
+                    metrics=scrape,
                 )
-                task_status.started(Addresses(ingest, api, scrape))
+                task_status.started(Addresses(ingest, grpc, api, scrape))
                 await self._stop.wait()
                 self._state = "draining"
                 events.DRAINING()
@@ -299,6 +306,14 @@ class Service:
             return await self._listen(nursery, app, settings.address, stop, tls=tls)
         listener = partial(serve_ingest, tls=tls, grace_seconds=grace)
         url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
+        return url
+
+    async def _listen_for_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
+        settings, tls = self.settings.ingest, self.settings.tls
+        if OFF in (settings.address, settings.grpc_address):
+            return None
+        listener = partial(serve_grpc, tls=tls, grace_seconds=self._grace)
+        url: str = await nursery.start(listener, self.edge, settings, stop)
         return url
 
     async def _listen(

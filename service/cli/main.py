@@ -6,6 +6,7 @@ to import are imported by the commands that need them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -112,6 +113,7 @@ def _as_json(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Rule files: of the tenant `default` in DIR, of others in DIR/<tenant> (rules.directory).",
 )
 @click.option("--ingest", metavar=ADDRESS, help="Where spans come in, or off (ingest.address).")
+@click.option("--grpc", metavar=ADDRESS, help="OTLP over gRPC, or off (ingest.grpc_address).")
 @click.option("--api", metavar=ADDRESS, help="Where the API listens, or off (api.address).")
 @click.option("--metrics", metavar=ADDRESS, help="A listener for metrics, or off.")
 @click.option("--insecure", is_flag=True, help="Let other machines in without authentication.")
@@ -121,6 +123,7 @@ def serve(
     data: str | None,
     rules: str | None,
     ingest: str | None,
+    grpc: str | None,
     api: str | None,
     metrics: str | None,
     insecure: bool,
@@ -147,6 +150,7 @@ def serve(
         "storage.path": data,
         "rules.directory": rules,
         "ingest.address": ingest,
+        "ingest.grpc_address": grpc,
         "api.address": api,
         "metrics.address": metrics,
         "auth.insecure": insecure or None,
@@ -161,10 +165,10 @@ def serve(
 
     async def say_where(addresses: Any) -> None:
         if as_json:
-            shown = {"ingest": addresses.ingest, "api": addresses.api, "metrics": addresses.metrics}
-            click.echo(json.dumps(shown))
+            click.echo(json.dumps(dataclasses.asdict(addresses)))
         else:
             click.echo(f"spans    {_url(addresses.ingest, '/v1/traces')}  (OTLP over HTTP)")
+            click.echo(f"spans    {_url(addresses.grpc, '')}  (OTLP over gRPC)")
             click.echo(f"API      {_url(addresses.api, '/docs')}")
             click.echo(f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}")
         sys.stdout.flush()

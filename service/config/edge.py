@@ -27,10 +27,13 @@ def _http_or_empty(text: str) -> str:
 
 
 class Ingest(Section):
-    """The listener that receives spans: OTLP over HTTP."""
+    """The listeners that receive spans: OTLP over HTTP, and over gRPC."""
 
     address: Listen = "127.0.0.1:4318"
-    """Where it listens, as host:port; off for an instance that only answers queries."""
+    """Where OTLP over HTTP is received, as host:port; off for an instance that only answers
+    queries, which then has no gRPC either."""
+    grpc_address: Listen = "127.0.0.1:4317"
+    """Where OTLP over gRPC is received, as host:port, or off."""
     max_body_bytes: Size = 20 * MIB
     """Largest request body, before and after decompression; above it the answer is 413."""
     max_buffered_bytes: Size = 256 * MIB

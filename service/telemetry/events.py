@@ -80,7 +80,8 @@ REPLAYED = _event(
 READY = _event(
     "service.ready",
     logging.INFO,
-    "ready after {seconds:.1f} s: spans at {ingest}, API at {api}, metrics at {metrics}",
+    "ready after {seconds:.1f} s: spans at {ingest} and {grpc} (gRPC), API at {api}, "
+    "metrics at {metrics}",
     "Requests are accepted. An address is None where a listener is off.",
 )
 DRAINING = _event(
@@ -108,6 +109,14 @@ ACCEPTING = _event(
     "no requests are refused any more: {reason}, {requests} requests with about {spans} spans in "
     "{seconds:.0f} s",
     "For five seconds none was refused for that reason.",
+)
+CLIENT_ERROR = _event(
+    "ingestion.client_error",
+    logging.WARNING,
+    "{peer} sends what is not accepted: {message}{again}",
+    "A client's request was answered with 400, 401, 403, 404, 405, 415 or 505, or the same over "
+    "gRPC. Once a minute for each kind and peer.",
+    "kind",
 )
 STAGE_STALLED = _event(
     "stage.stalled",

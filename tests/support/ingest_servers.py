@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from betrace.service.api.asgi import ingest_app, serve
 from betrace.service.config.settings import Ingest, Tls
 from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.grpc.server import serve_grpc
 from betrace.service.receiver.server import serve_ingest
 from betrace.service.tenants import Quotas
 from tests.support.http_requests import ScriptedQueue, Served
@@ -54,7 +55,10 @@ async def listening(
     edge = Edge(ingest, queue, Quotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
-    if kind == "lean":
+    if kind == "grpc":
+        ingest = ingest.model_copy(update={"grpc_address": address})
+        start = partial(serve_grpc, edge, ingest, shutdown, **options)
+    elif kind == "lean":
         start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
     else:
         options["keep_alive_seconds"] = ingest.keep_alive_seconds

@@ -75,6 +75,7 @@ def run_demo(addresses: Mapping[str, str], *, once: bool, as_json: bool) -> int:
             None,
             {f"{section}.address": address for section, address in addresses.items()}
             | {
+                "ingest.grpc_address": "127.0.0.1:0",
                 "storage.path": f"{directory}/data",
                 "rules.directory": str(_copy_rules(Path(directory, "rules"))),
                 "traces.idle_seconds": IDLE_SECONDS,

@@ -299,7 +299,7 @@ def test_what_keeps_it_from_serving(tmp_path: Path) -> None:
 
 def settings(directory: Path) -> Any:
     free = {f"{section}.address": "127.0.0.1:0" for section in ("ingest", "api", "metrics")}
-    return load(None, free | {"storage.path": str(directory)})
+    return load(None, free | {"ingest.grpc_address": "off", "storage.path": str(directory)})
 
 
 @pytest.fixture
@@ -324,7 +324,8 @@ def test_serve_says_where_until_sigterm(
         real(settings, brief)
 
     monkeypatch.setattr(running, "run_service", run_briefly)
-    free = ["--ingest", "127.0.0.1:0", "--api", "127.0.0.1:0", "--metrics", "off"]
+    free = ["--ingest", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    free += ["--api", "127.0.0.1:0", "--metrics", "off"]
     result = betrace("serve", "--data", tmp_path / "data", *free, *option)
     assert result.exit_code == 0, result.output
     if option:
@@ -332,8 +333,9 @@ def test_serve_says_where_until_sigterm(
         assert told["metrics"] is None
         assert told["api"] != told["ingest"]
         return
-    spans, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
+    spans, grpc, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
     assert spans.endswith("/v1/traces")
+    assert grpc.startswith("http://127.0.0.1:")
     assert metrics == api.replace("/docs", "/metrics")
 
 
