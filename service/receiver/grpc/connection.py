@@ -304,7 +304,10 @@ class GrpcConnection:
         self._reading.cancel()
 
     def _fail(self, code: ErrorCodes, text: str) -> None:
-        """The client has broken the protocol or asks for too much."""
+        """The client has broken the protocol or asks for too much: no call is answered any more,
+        and those that wait for the pipeline are accepted all the same."""
+        self._abandon()
+        self._calls.clear()
         self._errors.note(
             f"http2 {code.name}", self._transport.peer, f"{text}; the connection is closed"
         )
@@ -383,6 +386,8 @@ class GrpcConnection:
             if isinstance(event, RequestReceived):
                 await self._begin(event)
             elif isinstance(event, StreamReset):
+                if not event.remote_reset:  # the client made h2 do it
+                    self._budget.spend(frames.RST_STREAM, trio.current_time())
                 self._forget(event.stream_id)
             elif isinstance(event, (WindowUpdated, RemoteSettingsChanged)):
                 for call in [c for c in self._calls.values() if c.unsent]:
