@@ -41,14 +41,17 @@ from betrace.service.receiver.grpc.budget import Budget
 from betrace.service.receiver.grpc.frames import Frame, FrameReader, Http2Error
 from betrace.service.receiver.grpc.framing import (
     OK,
+    PREFIX_BYTES,
     Code,
     FramingError,
     Headers,
     MessageReader,
     RpcStatus,
+    TooLargeError,
     encode_message,
     parse_timeout,
     status_of,
+    success,
     trailers,
 )
 from betrace.service.receiver.grpc.hpack_cache import RepeatingDecoder
@@ -107,19 +110,21 @@ class _Call:
         "scope",
         "status",
         "timeout",
+        "told",
         "unsent",
         "watched",
     )
 
-    def __init__(self, id: int, method: str, deadline: float, timeout: float) -> None:
+    def __init__(self, id: int, method: str, deadline: float, timeout: float, limit: int) -> None:
         self.id = id
         self.method = method
         self.deadline = min(deadline, timeout)
         self.timeout = timeout  # when the client gives up, on Trio's clock
-        self.message = MessageReader()
+        self.message = MessageReader(limit)
         self.head: Head | None = None
         self.body: Body | None = None
         self.received = False  # the client has ended its side
+        self.told = False  # and h2 knows
         self.processing = False
         self.scope: trio.CancelScope | None = None
         self.unsent = b""  # waits for the client's window
@@ -412,7 +417,8 @@ class GrpcConnection:
             self._take_part(call, frame)
         elif frame.stream > self._last_stream or not frame.stream % 2:
             raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "DATA for a stream that is not open")
-        self._open_window()
+        if self._window < WINDOW_BYTES // 2:
+            self._open_window()
 
     def _open_window(self) -> None:
         """Let the client send more, unless enough complete messages wait already."""
@@ -434,11 +440,13 @@ class GrpcConnection:
         now = trio.current_time()
         given = fields.get(b"grpc-timeout")
         timeout = math.inf if given is None else parse_timeout(given)
-        call = _Call(stream, method, now + self._limits.body, now + (timeout or 0.0))
+        export = method in calls.HTTP_PATHS
+        limit = self._limits.body_bytes if export else calls.MAX_HEALTH_BYTES
+        call = _Call(stream, method, now + self._limits.body, now + (timeout or 0.0), limit)
         self._calls[stream] = call
         self._reading.deadline = math.inf
         self._note_deadline(call.deadline)
-        call.received = event.stream_ended is not None
+        call.received = call.told = event.stream_ended is not None
         if self._refusal is not None:
             self._finish(call, self._refusal)
         elif not _is_grpc(fields.get(b"content-type", b"")):
@@ -449,7 +457,7 @@ class GrpcConnection:
             self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, "grpc-timeout is malformed"))
         elif timeout <= 0:
             self._late(call, now)
-        elif method in calls.HTTP_PATHS:
+        elif export:
             await self._admit(call, fields)
         elif method not in (calls.CHECK, calls.WATCH):
             self._errors.note("method", self._transport.peer, calls.unimplemented(method).message)
@@ -477,43 +485,29 @@ class GrpcConnection:
 
     def _take_part(self, call: _Call, frame: Frame) -> None:
         if frame.payload:
+            message = call.message
             try:
-                taken = call.message.feed(
-                    frame.payload,
-                    lambda length: self._announce(call, length),
-                    lambda size: self._claim(call, size),
-                )
+                message.feed(frame.payload)
+            except TooLargeError as error:
+                self._too_large(call, error)
+                return
             except FramingError as error:
                 self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, str(error)))
                 return
-            if not taken:
-                return
+            if call.body is not None:
+                refusal = call.body.reserve(message.received)
+                if refusal is not None:
+                    self._refuse(call, refusal)
+                    return
         if frame.ended:
             call.received = True
-            ending = frames.make(frames.DATA, frames.END_STREAM, call.id)
-            self._h2.receive_data(ending)
             self._end(call)
 
-    def _announce(self, call: _Call, length: int) -> bool:
-        """Whether a message of ``length`` bytes is taken."""
+    def _too_large(self, call: _Call, error: TooLargeError) -> None:
         if call.head is None:
-            if length <= calls.MAX_HEALTH_BYTES:
-                return True
-            self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, "the request is too large"))
-            return False
-        encoding = call.head.encoding if call.message.compressed else ""
-        call.head = Head(call.head.tenant, call.head.content_type, encoding, length)
-        if length <= self._limits.body_bytes:
-            return True
-        self._refuse(call, self._edge.too_large(call.head))
-        return False
-
-    def _claim(self, call: _Call, size: int) -> bool:
-        """Whether memory for ``size`` bytes of the message is to be had."""
-        refusal = call.body.reserve(size) if call.body is not None else None
-        if refusal is not None:
-            self._refuse(call, refusal)
-        return refusal is None
+            self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, str(error)))
+        else:
+            self._refuse(call, self._edge.too_large(call.head))
 
     def _end(self, call: _Call) -> None:
         """The client has sent all of its call."""
@@ -524,12 +518,15 @@ class GrpcConnection:
             self._answer_health(call)
         else:
             assert self._tasks is not None
+            head = call.head
+            if not call.message.compressed and head.encoding:
+                head = Head(head.tenant, head.content_type, "", head.length)
             call.processing = True
             call.scope = trio.CancelScope()
             call.deadline = min(trio.current_time() + self._edge.answer_timeout, call.timeout)
             self._note_deadline(call.deadline)
             self._processing_bytes += call.message.received
-            self._tasks.start_soon(self._process, call, call.head, call.scope)
+            self._tasks.start_soon(self._process, call, head, call.scope)
 
     async def _process(self, call: _Call, head: Head, scope: trio.CancelScope) -> None:
         message = call.message.take()
@@ -546,10 +543,11 @@ class GrpcConnection:
                 response = self._edge.unanswered(head, size)
             if response.status == 200:
                 self._budget.answered()
-                self._respond(call, encode_message(response.body), OK)
+                self._succeed(call, response.body)
             else:
                 self._refuse(call, response)
-        self._open_window()
+        if self._window < WINDOW_BYTES // 2:
+            self._open_window()
         await self._flush()
 
     def _late(self, call: _Call, now: float) -> None:
@@ -585,6 +583,7 @@ class GrpcConnection:
             )
             call.deadline = min(trio.current_time() + _CHECK_SECONDS, call.timeout)
             self._note_deadline(call.deadline)
+            self._tell_h2(call)
             self._h2.send_headers(call.id, _HEAD)
             self._send_message(call, encode_message(call.watched))
         elif calls.is_known(service):
@@ -610,6 +609,7 @@ class GrpcConnection:
 
     def _finish(self, call: _Call, status: RpcStatus, more: Headers | None = None) -> None:
         """End a call without a message. Its client may not have sent all of it."""
+        self._tell_h2(call)
         if call.unsent:
             self._reset(call, ErrorCodes.CANCEL)
             return
@@ -623,6 +623,7 @@ class GrpcConnection:
     def _answer_http(self, call: _Call) -> None:
         """Answer what is HTTP/2, but no gRPC."""
         self._errors.note("not gRPC", self._transport.peer, _NOT_GRPC)
+        self._tell_h2(call)
         body = (_NOT_GRPC + "\n").encode()
         room = self._h2.local_flow_control_window(call.id) >= len(body)
         fields = [(b":status", b"415"), (b"content-type", b"text/plain")]
@@ -631,7 +632,28 @@ class GrpcConnection:
             self._h2.send_data(call.id, body, end_stream=True)
         self._close(call)
 
+    def _succeed(self, call: _Call, message: bytes) -> None:
+        """Answer an export. What all clients get goes past h2, whose records of the stream end
+        here: that saves a third of what a call costs."""
+        h2, size = self._h2, PREFIX_BYTES + len(message)
+        fits = h2.local_flow_control_window(call.id) >= size <= h2.max_outbound_frame_size
+        if not fits or h2.encoder.table_size_changes:
+            self._respond(call, encode_message(message), OK)
+            return
+        self._pending_bytes()  # what h2 has to send goes first
+        self._unsent += success(call.id, message)
+        h2.outbound_flow_control_window -= size
+        del h2.streams[call.id]
+        self._drop(call)
+
+    def _tell_h2(self, call: _Call) -> None:
+        """Let h2 know that the client has ended its side, before it is answered through h2."""
+        if call.received and not call.told:
+            call.told = True
+            self._h2.receive_data(frames.make(frames.DATA, frames.END_STREAM, call.id))
+
     def _respond(self, call: _Call, message: bytes, status: RpcStatus) -> None:
+        self._tell_h2(call)
         self._h2.send_headers(call.id, _HEAD)
         call.status = status
         self._send_message(call, message)

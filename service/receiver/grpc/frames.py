@@ -140,6 +140,13 @@ class FrameReader:
             if self._block:
                 self._check_block(kind, stream)
             if kind == DATA:
+                end = position + _HEAD_BYTES + length
+                if end <= size and stream and not flags & PADDED:  # the usual case
+                    payload = view[position + _HEAD_BYTES : end]
+                    ended = flags & END_STREAM == END_STREAM
+                    frames.append(Frame(DATA, flags, stream, payload, _EMPTY, length, ended))
+                    position = end
+                    continue
                 padded = flags & PADDED
                 if padded and size - position == _HEAD_BYTES and length:
                     break  # the length of the padding is the next byte

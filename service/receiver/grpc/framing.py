@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -26,6 +25,12 @@ _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 Headers = list[tuple[bytes, bytes]]
+
+# RFC 7541: ":status: 200" is entry 8 of the static table, "content-type" entry 31.
+_SUCCESS_BLOCK = b"\x88\x0f\x10\x10application/grpc"
+_SUCCESS_TRAILERS = b"\x00\x0bgrpc-status\x010"
+_SUCCESS_HEAD = len(_SUCCESS_BLOCK).to_bytes(3, "big") + b"\x01\x04"  # HEADERS, END_HEADERS
+_SUCCESS_TRAILERS_HEAD = len(_SUCCESS_TRAILERS).to_bytes(3, "big") + b"\x01\x05"  # END_STREAM too
 
 
 class Code(IntEnum):
@@ -57,17 +62,18 @@ class FramingError(Exception):
     """What arrived is not one gRPC message; the text says why."""
 
 
+class TooLargeError(FramingError):
+    """The message is larger than one may be."""
+
+
 class MessageReader:
-    """Collects the one message of a unary call from the parts of its DATA.
+    """Collects the one message of a unary call, of at most ``limit`` bytes, from the parts of its
+    DATA. ``length`` is None before its prefix is complete."""
 
-    ``claim`` is called with the length in the prefix, before the message, and then whenever bytes
-    have arrived, with their number; it returns False when the message is refused, and nothing more
-    is kept. ``length`` is None before the prefix is complete.
-    """
+    __slots__ = ("_buffer", "_head", "_whole", "compressed", "length", "limit", "received")
 
-    __slots__ = ("_buffer", "_head", "_whole", "compressed", "length", "received")
-
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.compressed = False
         self.length: int | None = None
         self.received = 0
@@ -80,44 +86,63 @@ class MessageReader:
         """Whether the whole message has arrived."""
         return self.received == self.length
 
-    def feed(
-        self, part: memoryview, begin: Callable[[int], bool], claim: Callable[[int], bool]
-    ) -> bool:
-        """Take the next part; False when ``begin``, which is told the message's length, or
-        ``claim``, which is told how much of it has arrived, refuses it. Raises
-        :exc:`FramingError`."""
+    def feed(self, part: memoryview) -> None:
+        """Take the next part. Raises :exc:`FramingError`."""
         if self.length is None:
-            needed = PREFIX_BYTES - len(self._head)
-            self._head += part[:needed]
-            part = part[needed:]
-            if len(self._head) < PREFIX_BYTES:
-                return True
-            if self._head[0] > 1:
-                raise FramingError(f"the compressed flag is {self._head[0]}, not 0 or 1")
-            self.compressed = bool(self._head[0])
-            length = int.from_bytes(self._head[1:], "big")
-            self.length = length
-            if not begin(length):
-                return False
-            if len(part) >= length:
-                self._whole = part[:length]  # not copied: the received bytes stay in memory
-            else:
-                # Its memory is not touched before bytes arrive in it.
-                self._buffer = np.empty(length, np.uint8).data
-        if not part:
-            return True
+            part = self._begin(part)
+            if self.length is None:
+                return
         end = self.received + len(part)
         if end > self.length:
             raise FramingError("more than one message was sent; a call has one")
         if self._buffer is not None:
             self._buffer[self.received : end] = part
         self.received = end
-        return claim(end)
+
+    def _begin(self, part: memoryview) -> memoryview:
+        """Take the prefix; what follows it."""
+        needed = PREFIX_BYTES - len(self._head)
+        self._head += part[:needed]
+        part = part[needed:]
+        if len(self._head) < PREFIX_BYTES:
+            return part
+        if self._head[0] > 1:
+            raise FramingError(f"the compressed flag is {self._head[0]}, not 0 or 1")
+        self.compressed = bool(self._head[0])
+        length = int.from_bytes(self._head[1:], "big")
+        if length > self.limit:
+            raise TooLargeError(f"the message is larger than {self.limit} bytes")
+        self.length = length
+        if len(part) >= length:
+            self._whole = part[:length]  # not copied: the received bytes stay in memory
+        else:
+            # Its memory is not touched before bytes arrive in it.
+            self._buffer = np.empty(length, np.uint8).data
+        return part
 
     def take(self) -> memoryview:
         """The complete message, still compressed if ``compressed``."""
         whole = self._whole if self._whole is not None else self._buffer
         return whole if whole is not None else memoryview(b"")
+
+
+def success(stream: int, message: bytes) -> bytes:
+    """The frames of a complete answer with ``message`` and OK: HEADERS, DATA, trailers. The headers
+    are literals that no dynamic table remembers, so they are the same bytes each time."""
+    id = stream.to_bytes(4, "big")
+    size = PREFIX_BYTES + len(message)
+    return b"%b%b%b%b%b\x00%b%b%b%b%b" % (
+        _SUCCESS_HEAD,
+        id,
+        _SUCCESS_BLOCK,
+        size.to_bytes(3, "big") + b"\x00\x00",
+        id,
+        len(message).to_bytes(4, "big"),
+        message,
+        _SUCCESS_TRAILERS_HEAD,
+        id,
+        _SUCCESS_TRAILERS,
+    )
 
 
 def encode_message(message: bytes) -> bytes:

@@ -7,6 +7,7 @@ import urllib.parse
 from contextlib import suppress
 
 import pytest
+from hpack import Decoder
 from hyperframe.frame import DataFrame, Frame, HeadersFrame, PingFrame, SettingsFrame
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,10 @@ from betrace.service.receiver.grpc.framing import (
     FramingError,
     MessageReader,
     RpcStatus,
+    TooLargeError,
     parse_timeout,
     percent_encode,
+    success,
     trailers,
 )
 from tests.support.grpc_peer import prefixed
@@ -34,44 +37,48 @@ cuts = st.lists(st.integers(0, 10_000), max_size=8)
 
 @given(st.binary(max_size=300), st.integers(0, 1), cuts)
 def test_a_message_in_pieces(message, flag, cuts):
-    reader, begun, claims = MessageReader(), [], []
-
-    def begin(length):
-        begun.append(length)
-        return True
-
-    def claim(size):
-        claims.append(size)
-        return True
-
+    reader = MessageReader(300)
     for piece in pieces(prefixed(message, flag), cuts):
         assert not reader.complete
-        assert reader.feed(memoryview(piece), begin, claim)
+        reader.feed(memoryview(piece))
     assert reader.complete
     assert bytes(reader.take()) == message
+    assert (reader.received, reader.length) == (len(message), len(message))
     assert reader.compressed == bool(flag)
-    assert begun == [len(message)]
-    assert claims == sorted(claims)
-    assert (claims or [0])[-1] == len(message)
 
 
 @given(st.binary(min_size=1, max_size=50), cuts)
 def test_bytes_after_the_message_are_refused(more, cuts):
-    reader = MessageReader()
+    reader = MessageReader(300)
 
     def feed_all():
         for piece in pieces(prefixed(b"message") + more, cuts):
-            reader.feed(memoryview(piece), lambda _: True, lambda _: True)
+            reader.feed(memoryview(piece))
 
     with pytest.raises(FramingError):
         feed_all()
 
 
-def test_what_is_refused_is_not_kept():
-    reader = MessageReader()
-    assert not reader.feed(memoryview(prefixed(b"message")), lambda _: False, lambda _: True)
-    reader = MessageReader()
-    assert not reader.feed(memoryview(prefixed(b"message")), lambda _: True, lambda _: False)
+def test_a_length_over_the_limit_is_refused_before_the_message():
+    reader = MessageReader(300)
+    with pytest.raises(TooLargeError):
+        reader.feed(memoryview(b"\x00\xff\xff\xff\xff"))
+
+
+@given(st.binary(max_size=300), st.integers(0, (1 << 30) - 1).map(lambda n: 2 * n + 1))
+def test_a_success_is_what_h2_would_send(message, stream):
+    reader, decoder = FrameReader(), Decoder()
+    head, data, end = reader.feed(success(stream, message))
+    assert {head.stream, data.stream, end.stream} == {stream}
+    assert (head.kind, head.flags) == (frames.HEADERS, frames.END_HEADERS)
+    assert (data.kind, data.ended, bytes(data.payload)) == (frames.DATA, False, prefixed(message))
+    assert (end.kind, end.flags) == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM)
+    assert decoder.decode(bytes(head.payload)) == [
+        (":status", "200"),
+        ("content-type", "application/grpc"),
+    ]
+    assert decoder.decode(bytes(end.payload)) == [("grpc-status", "0")]
+    assert not decoder.header_table.dynamic_entries
 
 
 headers = st.builds(
