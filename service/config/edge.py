@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
@@ -19,11 +20,23 @@ from betrace.service.config.base import (
 )
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
+
 
 def _http_or_empty(text: str) -> str:
     if text and not text.startswith(("http://", "https://")):
         raise ValueError("is not a URL: write http://host:port/v1/traces, or nothing")
     return text
+
+
+def _origins(origins: list[str]) -> list[str]:
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"has {origin!r}, which is not an origin: write scheme, host and port only, in "
+                'lower case, such as "https://shop.example"'
+            )
+    return origins
 
 
 class Ingest(Section):
@@ -38,6 +51,9 @@ class Ingest(Section):
     """Largest request body, before and after decompression; above it the answer is 413."""
     max_buffered_bytes: Size = 256 * MIB
     """Request bodies held in memory at once, those still arriving included; above it 503."""
+    cors_origins: Annotated[list[str], AfterValidator(_origins)] = Field(default_factory=list)
+    """Origins of pages that may send spans from a browser, such as "https://shop.example"; "*" for
+    all, only without authentication."""
     server: Literal["lean", "hypercorn"] = "lean"
     """lean is several times faster and speaks HTTP/1.1; hypercorn also speaks HTTP/2 over TLS."""
     max_connections: Count = 1024

@@ -107,6 +107,11 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.auth.enabled and "*" in self.ingest.cors_origins:
+            raise ValueError(
+                'ingest.cors_origins has "*" while auth.enabled is true; name the origins whose '
+                "pages may send"
+            )
         taken: dict[tuple[str, int], str] = {}
         addresses = {
             "ingest.address": self.ingest.address,

@@ -16,6 +16,7 @@ import trio
 
 from betrace.service.receiver.admission import Body, Edge, Head
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
+from betrace.service.receiver.cors import Cors
 from betrace.service.receiver.grpc.connection import GrpcConnection
 from betrace.service.receiver.grpc.framing import Code, RpcStatus
 from betrace.service.receiver.http1 import (
@@ -54,6 +55,7 @@ class Connection:
 
     __slots__ = (
         "_closing",
+        "_cors",
         "_edge",
         "_errors",
         "_idle",
@@ -69,12 +71,18 @@ class Connection:
     )
 
     def __init__(
-        self, transport: Transport, edge: Edge, limits: Limits, errors: ClientErrors
+        self,
+        transport: Transport,
+        edge: Edge,
+        limits: Limits,
+        errors: ClientErrors,
+        cors: Cors | None = None,
     ) -> None:
         self._transport = transport
         self._edge = edge
         self._limits = limits
         self._errors = errors
+        self._cors = cors
         self._scope = trio.CancelScope()
         self._rest = b""  # received and not yet used
         self._unread: int | ChunkedBody = 0  # of the body in progress: bytes, or chunks
@@ -151,6 +159,10 @@ class Connection:
         edge = self._edge
         self.deadline = math.inf
         self._unread = ChunkedBody() if request.length is None else request.length
+        if self._cors is not None and request.method == "OPTIONS":
+            preflight = self._cors.preflight(request.path, request.headers)
+            if preflight is not None:
+                return await self._refuse(request, preflight)
         head = await edge.admit(request.method, request.path, request.headers)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
@@ -299,6 +311,8 @@ class Connection:
         keep = keep and request.persistent and not self._closing
         if response.status in STATUSES:
             self._note(response)
+        if self._cors is not None and response.status != 204:
+            response = self._cors.expose(request.headers, response)
         self.deadline = trio.current_time() + SEND_SECONDS
         data = render(response, close=not keep, bodiless=request.method == "HEAD")
         await self._transport.send(data)

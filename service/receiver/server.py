@@ -14,6 +14,7 @@ import ssl
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -22,6 +23,7 @@ from betrace.service.config.settings import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.connection import Connection
+from betrace.service.receiver.cors import Cors
 from betrace.service.receiver.limits import Limits
 from betrace.service.receiver.sockets import bad_certificate, listen, url_of
 from betrace.service.receiver.transport import SocketTransport, TlsTransport, Transport
@@ -72,7 +74,9 @@ class Protocol:
     connection: Callable[[Transport, Edge, Limits, ClientErrors], AnyConnection]
 
 
-HTTP: Final = Protocol("http/1.1", Connection)
+def http(settings: Ingest) -> Protocol:
+    """HTTP/1.1. Preflights of browsers are answered whatever ``ingest.cors_origins`` is."""
+    return Protocol("http/1.1", partial(Connection, cors=Cors(settings.cors_origins)))
 
 
 async def serve_ingest(
@@ -83,16 +87,17 @@ async def serve_ingest(
     *,
     tls: Tls | None = None,
     grace_seconds: float = 30,
-    protocol: Protocol = HTTP,
+    protocol: Protocol | None = None,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hand requests that arrive at ``address`` to ``edge`` until ``shutdown``, then let those in
     progress finish for ``grace_seconds``; those that are still arriving after ``ARRIVAL_SHARE``
-    of that are refused. Starts with the URL listened on.
+    of that are refused. ``protocol`` is HTTP/1.1 by default. Starts with the URL listened on.
 
     Raises :exc:`~betrace.service.receiver.sockets.ListenError` when the address or the certificate
     cannot be used.
     """
+    protocol = protocol or http(settings)
     context = None
     if tls is not None and tls.certificate:
         context = _tls_context(tls, protocol.alpn)
