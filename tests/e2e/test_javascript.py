@@ -18,32 +18,6 @@ from tests.support.process import Running, running, wait_for
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent / "js"
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the script and the packages it needs."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("node and npm are not installed")
-    folder = tmp_path_factory.mktemp("js")
-    for name in ("package.json", "send.mjs", "page.mjs"):
-        shutil.copy(HERE / name, folder)
-    try:
-        subprocess.run(
-            [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"npm install failed: {error.stderr.decode()[-300:]}")
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm install took more than two minutes")
-    return folder
-
 
 @pytest.mark.parametrize("compression", ["", "gzip"])
 @pytest.mark.parametrize("kind", ["json", "proto", "grpc"])
