@@ -54,9 +54,19 @@ same type; every error is a `google.rpc.Status` whose message says what to do.
 whose answer was lost may have been accepted: sending it again is safe, since a span sent twice
 counts once. A body that arrives slower than `ingest.body_timeout_seconds` gets 503.
 
+Logs and metrics (`/v1/logs`, `/v1/metrics`) get 404 with the variable that turns them off, and are
+counted apart. Pages of the origins in `ingest.cors_origins` may send too: preflights are answered,
+and `Retry-After` is readable for them.
+
 HTTP/1.1, in the strict form of RFC 9112: a request whose length can be disputed is a 400, and ends
 its connection. HTTP/1.0 is answered and the connection ended; anything else is a 505. HTTP/2 is
-spoken with `ingest.server = "hypercorn"` and TLS only.
+spoken with `ingest.server = "hypercorn"` and TLS only; a gRPC client on this port is told the other one.
+
+### OTLP over gRPC
+
+On a listener of its own (`ingest.grpc_address`, 127.0.0.1:4317, or off):
+`opentelemetry.proto.collector.trace.v1.TraceService/Export`, with the same admission, and
+`grpc.health.v1.Health`. Statuses, limits and clients are in docs/clients.md.
 """
 _GENERAL = {
     "tenant": {
