@@ -60,7 +60,8 @@ and `Retry-After` is readable for them.
 
 HTTP/1.1, in the strict form of RFC 9112: a request whose length can be disputed is a 400, and ends
 its connection. HTTP/1.0 is answered and the connection ended; anything else is a 505. HTTP/2 is
-spoken with `ingest.server = "hypercorn"` and TLS only; a gRPC client on this port is told the other one.
+spoken with `ingest.server = "hypercorn"` and TLS only; a gRPC client on this port is told the
+other one.
 
 ### OTLP over gRPC
 
