@@ -31,7 +31,6 @@ from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Reply, Request
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.signals import Kind, rule_version, signal_id
@@ -40,6 +39,7 @@ from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from perf.lib.bench_caches import caches
 from perf.lib.bench_ledger import COUNTS, MISSING, ledger
 from perf.lib.engine import TENANT, compiled

@@ -1,10 +1,11 @@
 """How numba kernels are compiled: without the GIL, bounds-checked, cached on disk.
 
-Numba looks only at a kernel's own file to tell whether its cached code is current, but kernels of
-other files are compiled into it. So the cache lies in a folder named by a digest of all of them.
+Numba checks only a kernel's own file to decide whether its cached code is current, but kernels of
+other files are compiled into it. The name of the cache folder is therefore a digest of all of them:
+kernels must be in the folders ``otlp``, ``rules`` and ``traces``.
 
-``NUMBA_DISABLE_JIT=1`` turns every kernel into ordinary Python, which is how the
-tests measure their coverage.
+``NUMBA_DISABLE_JIT=1`` turns every kernel into ordinary Python; the tests measure their coverage
+that way.
 """
 
 from __future__ import annotations
@@ -39,22 +40,16 @@ if not _settings.CACHE_DIR:  # NUMBA_CACHE_DIR is not set
     _settings.CACHE_DIR = str(_cache_directory())
 
 
-def kernel(function: F) -> F:
+def lean_kernel(function: F) -> F:
     """Compile ``function`` in nopython mode; it runs without the GIL and is cached on disk.
 
-    Array accesses are bounds-checked: kernels read bytes from strangers, and a wrong
-    index must raise :exc:`IndexError`, never read beyond an array.
-    """
-    return cast(F, numba.njit(cache=True, nogil=True, boundscheck=True)(function))
+    Array accesses are bounds-checked, because kernels read untrusted bytes: a wrong index must
+    raise :exc:`IndexError` and never read beyond an array.
 
-
-def lean_kernel(function: F) -> F:
-    """A :func:`kernel` that leaves the reference counts of the arrays it is given alone.
-
-    An ordinary kernel counts a reference to each array argument, atomically, whenever it is
-    called, by another kernel too: small kernels that call each other spend most of their time
-    on that (the span scanner is 3.7 times as fast without). The price: it can neither allocate
-    nor return an array (numba refuses to compile an allocation). Both kinds may call each other.
+    References to array arguments are not counted. Numba counts one for each array argument,
+    atomically, at every call, even between kernels: small kernels that call each other spend most
+    of their time on that (the span scanner is 3.7 times as fast without it). In exchange, a kernel
+    can neither allocate nor return an array (numba refuses to compile an allocation).
     """
     njit: Any = numba.njit  # its type leaves _nrt out
     return cast(F, njit(cache=True, nogil=True, boundscheck=True, _nrt=False)(function))

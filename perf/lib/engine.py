@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from betrace.service.otlp.columns import FLAGS, HAS_PARENT, SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import make_rule
@@ -22,6 +21,7 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import ENTRIES_USED, LARGE_USED, MIDDLE_USED, SLOTS_USED
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from perf.lib.workload import Shape, make_bodies, rule_definitions
 
 SECOND = 1_000_000_000

@@ -1,8 +1,7 @@
-"""The control plane: queries, operation, health and documentation, as a Quart application.
+"""The API: queries, operation, health and documentation, as a Quart application.
 
-Each request goes the same way: the caller is found out, the parameters are checked, the handler of
-the endpoint (:mod:`betrace.service.api.endpoint`) is called, and what it returns or raises is
-written.
+For each request it identifies the caller, checks the parameters, calls the handler of the endpoint
+(:mod:`betrace.service.api.endpoint`), and writes what the handler returns or raises.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from betrace.channels.threads import ThreadRunner
 from betrace.service.api.asgi import App, Receive, Scope, Send
-from betrace.service.api.backend import Backend
 from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
+from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.api.params import near, read_param, read_params
-from betrace.service.config.settings import Api
-from betrace.service.receiver.responses import ApiError
 from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
 
 _log = logging.getLogger("service.http")
@@ -37,19 +33,14 @@ _HINTS = {
 
 
 def create_api(
-    backend: Backend,
-    settings: Api | None = None,
-    authenticator: Authenticator | None = None,
-    closed: Container[str] = frozenset(),
+    tools: Tools, authenticator: Authenticator | None, closed: Container[str]
 ) -> QuartTrio:
-    """The application. Blocking calls run in threads of its own, which end with the process.
-    ``closed`` are the tenants that are deleted."""
-    settings = settings or Api()
+    """The application. Without ``authenticator``, callers are who they say they are. ``closed``
+    are the deleted tenants."""
     app = QuartTrio("service.http", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["MAX_CONTENT_LENGTH"] = tools.sources.settings.api.max_body_bytes
     app.config["BODY_TIMEOUT"] = _BODY_SECONDS
-    app.config["RESPONSE_TIMEOUT"] = None  # handlers have their own; streams have none
-    tools = Tools(backend, settings, ThreadRunner("api", settings.query_threads))
+    app.config["RESPONSE_TIMEOUT"] = None  # handlers have timeouts; streams may go on for ever
     listed = all_endpoints()
     for number, endpoint in enumerate(listed):
         app.add_url_rule(
@@ -73,7 +64,7 @@ def create_api(
             return _error(
                 ApiError(
                     405,
-                    f"{request.method} is not for {request.path[:200]}",
+                    f"{request.method} is not allowed on {request.path[:200]}",
                     f"use {' or '.join(allowed)}",
                     {"allow": ", ".join(allowed)},
                 )
@@ -85,9 +76,9 @@ def create_api(
 
 
 def _finishing(app: Callable[..., Awaitable[None]]) -> App:
-    """Let the end of a response be sent undisturbed. Hypercorn reports the disconnect to the
-    application while it ends the response, and Quart-Trio then cancels the task that does so:
-    a connection that must be closed stayed open, a kept one lost its timeout."""
+    """Shield the sending of the last part of a response. Hypercorn reports the disconnect to the
+    application while it ends the response, and Quart-Trio then cancels the sending task:
+    connections that should close stayed open, and kept ones lost their timeout."""
 
     async def finishing(scope: Scope, receive: Receive, send: Send) -> None:
         async def whole(message: dict[str, Any]) -> None:
@@ -102,7 +93,7 @@ def _finishing(app: Callable[..., Awaitable[None]]) -> App:
 
 def _nearby(paths: set[str]) -> str:
     hint = near(request.path, paths)
-    return hint if hint.startswith("did") else "see /docs for what there is"
+    return hint if hint.startswith("did") else "see /docs for all paths"
 
 
 def _view(
@@ -127,10 +118,13 @@ def _view(
             return _error(error)
         except HTTPException:  # the body was too large or too slow
             raise
-        except Exception:
+        except Exception as error:
+            known = translate(error)
+            if known is not None:
+                return _error(known)
             _log.exception("%s %s failed", endpoint.method, endpoint.path)
-            hint = "this is a fault of the service, told in its log; try again later"
-            return _error(ApiError(500, "the service failed to answer", hint))
+            hint = "this is a bug, and the service's log has the details; try again later"
+            return _error(ApiError(500, "the service failed to answer this request", hint))
 
     return view
 
@@ -138,7 +132,7 @@ def _view(
 async def _caller(
     endpoint: Endpoint, authenticator: Authenticator | None, closed: Container[str]
 ) -> str:
-    """The tenant, or empty for operators and where no one asks."""
+    """The tenant; empty for operators and for public endpoints."""
     if endpoint.access == "none":
         return ""
     authorization = request.headers.get("authorization")

@@ -1,8 +1,4 @@
-"""The ingestion edge as a bare ASGI application, and how both listeners are served.
-
-No framework: at these rates Hypercorn alone is the cost that counts. Hypercorn sends ``100
-Continue`` by itself before the application runs; the refusal follows as the final response.
-"""
+"""Serves ASGI applications, the API and the metrics, with Hypercorn on Trio."""
 
 from __future__ import annotations
 
@@ -16,91 +12,25 @@ from hypercorn.config import Config, Sockets
 from hypercorn.trio.run import worker_serve
 from hypercorn.utils import wrap_app
 
-from betrace.service.config.base import KIB, MIB
-from betrace.service.config.settings import Ingest, Tls
-from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.responses import HttpResponse
-from betrace.service.receiver.sockets import ListenError, bad_certificate, listen, url_of
+from betrace.service.config.base import KIB
+from betrace.service.config.settings import Tls
+from betrace.service.receiver.sockets import bad_certificate, listen, url_of
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# After a refusal the rest of the body is read and dropped, within these limits: closing a
-# connection with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
-_LINGER_BYTES = 32 * MIB
-_LINGER_SECONDS = 2.0
-
 _server_log = logging.getLogger("service.http.hypercorn")
-
-__all__ = ["App", "ListenError", "Receive", "Scope", "Send", "ingest_app", "lifespan", "serve"]
-
-
-def ingest_app(edge: Edge, settings: Ingest) -> App:
-    """The ASGI application that hands requests to ``edge``."""
-    timeout = settings.body_timeout_seconds
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        kind = scope["type"]
-        if kind == "lifespan":
-            await lifespan(receive, send)
-            return
-        if kind != "http":
-            await send({"type": "websocket.close", "code": 1003})
-            return
-        head = await edge.admit(scope["method"], scope["path"], scope["headers"])
-        if isinstance(head, HttpResponse):
-            await _refuse(head, receive, send)
-            return
-        with edge.body(head) as body:
-            refusal: HttpResponse | None = None
-            complete = False
-            with trio.move_on_after(timeout):
-                while not complete and refusal is None:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return
-                    refusal = body.feed(message["body"])
-                    complete = not message["more_body"]
-            if refusal is None and not complete:
-                await _send(edge.slow_body(head), send)
-            elif refusal is None:
-                await _send(await edge.handle(head, body.take()), send)
-        if refusal is not None:
-            await _refuse(refusal, receive, send, complete)
-
-    return app
 
 
 async def lifespan(receive: Receive, send: Send) -> None:
-    """The ASGI lifespan protocol of an application that has nothing to set up."""
+    """The ASGI lifespan protocol for an application without setup."""
     while True:
         message = await receive()
         await send({"type": message["type"] + ".complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-async def _send(response: HttpResponse, send: Send, more: bool = False) -> None:
-    start = {"type": "http.response.start", "status": response.status, "headers": response.headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": response.body, "more_body": more})
-
-
-async def _refuse(
-    response: HttpResponse, receive: Receive, send: Send, complete: bool = False
-) -> None:
-    await _send(response, send, more=True)
-    dropped = 0
-    with trio.move_on_after(_LINGER_SECONDS):
-        while not complete and dropped <= _LINGER_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            dropped += len(message["body"])
-            complete = not message["more_body"]
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def serve(
@@ -113,10 +43,11 @@ async def serve(
     grace_seconds: float = 30,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve an ASGI application at ``address`` until ``shutdown``, then let requests in progress
-    finish for ``grace_seconds``. Starts with the URL listened on.
+    """Serve an ASGI application at ``address`` until ``shutdown``, then give requests in progress
+    ``grace_seconds`` to finish. Starts with the URL of the listener.
 
-    Raises :exc:`ListenError` when the address or the certificate cannot be used.
+    Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
+    cannot be used.
     """
     config = Config()
     config.errorlog = _server_log
@@ -151,7 +82,7 @@ async def serve(
 
 
 def _closing(app: Any, stopping: trio.Event) -> Any:
-    """Have responses over HTTP/1 that begin while ``stopping`` say that their connection ends."""
+    """Send ``connection: close`` with HTTP/1 responses that start while ``stopping``."""
 
     async def closing(scope: Scope, receive: Receive, send: Send) -> None:
         async def say(message: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""The service's caches by name: their statistics, emptying and filling them."""
+"""The caches by name: statistics, invalidation and warm-up."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -14,21 +14,22 @@ from betrace.channels import ThreadRunner
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.caches import LoadingCache
 from betrace.service.rules.registry import RuleRegistry
-from betrace.service.storage.duck.store import PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.tenancy.directory import DirectoryError
 from betrace.service.tenancy.gate import Gate
 
-_log = logging.getLogger("betrace.service.caches")
+_log = logging.getLogger("service.caches")
 
 Json = dict[str, Any]
 
 WARM_SIGNALS = 5
-"""Of each tenant, the traces of so many of its newest signals are loaded by a warm-up."""
+"""A warm-up loads the traces of this many of each tenant's newest signals."""
 
 
-class Caches:
-    """``active`` gives the tenants that a warm-up is for, those in use first; what fits of them is
-    loaded."""
+class CacheControl:
+    """All caches. ``active`` returns the tenants to warm up, those in use first; a warm-up covers
+    as many as fit."""
 
     def __init__(
         self,
@@ -50,34 +51,34 @@ class Caches:
 
     @property
     def names(self) -> list[str]:
-        """Of the caches."""
+        """The names of the caches."""
         return list(self._caches)
 
-    def statistics(self) -> Mapping[str, Json]:
-        """Of every cache, as the API shows them."""
+    def statistics(self) -> dict[str, Json]:
+        """Statistics of every cache, by name."""
         return {name: cache.statistics().to_json() for name, cache in self._caches.items()}
 
     def invalidate(self, name: str, tenant: str | None) -> int:
-        """Drop the entries of a cache, of one tenant or of all; how many there were. Tokens that
-        were verified with a key that is dropped are verified again."""
+        """Drop the entries of a cache, for one tenant or for all; returns their number. Tokens
+        verified with a dropped key are verified again."""
         cache = self._caches[name]
-        whose: set[str] = set() if tenant is None else {tenant}
+        tenants: set[str] = set() if tenant is None else {tenant}
 
-        def doomed(key: Any) -> bool:
-            of: str = key if isinstance(key, str) else key[0]
-            if tenant not in (None, of):
+        def matches(key: Any) -> bool:
+            owner: str = key if isinstance(key, str) else key[0]
+            if tenant not in (None, owner):
                 return False
-            whose.add(of)
+            tenants.add(owner)
             return True
 
-        dropped = cache.invalidate_where(doomed)
+        dropped = cache.invalidate_where(matches)
         if cache is self._gate.public_keys:
-            for each in whose:
+            for each in tenants:
                 self._gate.keys_changed(each)
         return dropped
 
     async def warm_up_after(self, seconds: float) -> None:
-        """Fill the caches once, so long from now."""
+        """Fill the caches once, after a delay."""
         await trio.sleep(seconds)
         found = await self.warm_up()
         _log.info(
@@ -88,15 +89,15 @@ class Caches:
         )
 
     async def warm_up(self) -> Json:
-        """Fill the caches for the active tenants: ``tenants``, ``loaded`` and ``failed`` entries,
-        ``seconds``."""
+        """Fill the caches for the active tenants; returns ``tenants``, ``loaded`` and ``failed``
+        entries, and ``seconds``."""
         async with self._warming:
             started = time.monotonic()
             most = self._registry.cache.statistics().max_size
             tenants = list(islice(dict.fromkeys(self._active()), most))
             loaded = failed = 0
             for tenant in tenants:
-                # One at a time, each a call of its own: others get the thread in between.
+                # One call per tenant, so that others can use the thread in between.
                 one, wrong = await self._threads.run(self._warm, tenant, abandon_on_cancel=True)
                 loaded += one
                 failed += wrong
@@ -105,7 +106,7 @@ class Caches:
             return {**found, "seconds": seconds}
 
     def _warm(self, tenant: str) -> tuple[int, int]:
-        """What was loaded for a tenant, and how many of its parts failed."""
+        """How many entries of a tenant were loaded, and how many kinds of them failed."""
         failed = 0
         loaded = 0
         for load in (self._warm_rules, self._warm_keys, self._warm_traces):
@@ -113,7 +114,7 @@ class Caches:
                 loaded += load(tenant)
             except (StoreError, PoolTimeout, DirectoryError) as error:
                 failed += 1
-                _log.warning("a cache stays cold for %s: %s", tenant, error)
+                _log.warning("a cache was not filled for the tenant %s: %s", tenant, error)
         return loaded, failed
 
     def _warm_rules(self, tenant: str) -> int:

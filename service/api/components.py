@@ -1,57 +1,55 @@
-"""The parts of the service, each with its state: what ``/readyz`` shows."""
+"""The state of each part of the service, as ``/readyz`` shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from betrace.service.api.sources import Sources
 from betrace.service.pipeline import breakers
-
-if TYPE_CHECKING:
-    from betrace.service.app import Service
 
 Json = dict[str, Any]
 
 
-def components(service: Service, state: str) -> Mapping[str, Json]:
-    """``status`` and ``detail`` by name. While the service as a whole is starting or draining, that
-    is the status of each."""
+def components(sources: Sources) -> dict[str, Json]:
+    """``status`` and ``detail`` by name. While the service starts or drains, nearly every
+    component has that status."""
+    pipeline, ledger, state = sources.pipeline, sources.ledger, sources.state()
     whole = {"starting": "starting", "draining": "stopping"}.get(state)
     found: dict[str, Json] = {
         "service": {"status": whole or "ok", "detail": state},
-        "span-log": {"status": "ok", "detail": f"{service.pipeline.sync.failures} sync failures"},
+        "span-log": {"status": "ok", "detail": f"{pipeline.sync.failures} sync failures"},
     }
-    if service.pipeline.sync.failures:
+    if pipeline.sync.failures:
         found["span-log"]["status"] = "degraded"
-    stall = service.settings.pipeline.stall_seconds
-    for name, stage in service.pipeline.stages.items():
+    stall = sources.settings.pipeline.stall_seconds
+    for name, stage in pipeline.stages.items():
         status, detail = "ok", "working"
         if stage.paused:
             status, detail = "degraded", "paused"
         elif stage.stalled(stall):
             status, detail = "failed", f"no progress for {stall:g} s with input waiting"
         found[name] = {"status": whole or status, "detail": detail}
-    for breaker in service.pipeline.breakers:
+    for breaker in pipeline.breakers:
         shown = {"status": whole or breakers.status(breaker), "detail": str(breaker.state)}
         found[f"breaker-{breaker.name}"] = shown
-    hanging, problem = service.ledger.clients.left_behind, service.ledger.problem
+    hung, problem = ledger.clients.left_behind, ledger.problem
     found["ledger"] = {
-        "status": whole or ("degraded" if problem or hanging else "ok"),
-        "detail": problem or f"{service.ledger.kind}, {hanging} clients hang",
+        "status": whole or ("degraded" if problem or hung else "ok"),
+        "detail": problem or f"{ledger.kind}; {hung or 'no'} hung clients",
     }
-    for name, fallback in service.pipeline.fallbacks.items():
+    for name, fallback in pipeline.fallbacks.items():
         lines = fallback.statistics().lines
         status = "degraded" if fallback.pending else "ok"
-        detail = f"{lines} records wait to be written back" if lines else "nothing waits"
+        detail = f"{lines} records are waiting to be written back" if lines else "nothing waiting"
         found[f"fallback-{name}"] = {"status": whole or status, "detail": detail}
-    letters = service.pipeline.letters.total
+    letters = pipeline.letters.total
     found["dead-letters"] = {
         "status": whole or ("degraded" if letters else "ok"),
         "detail": f"{letters} letters" if letters else "none",
     }
-    problems = service.registry.store.problems
+    problems = sources.rules.problems
     found["rules"] = {
         "status": "degraded" if problems else "ok",
-        "detail": f"{len(problems)} files not taken" if problems else "all files taken",
+        "detail": f"{len(problems)} files rejected" if problems else "all files loaded",
     }
     return found

@@ -1,35 +1,48 @@
-"""What an endpoint of the API is: one description serves routing, checking and documentation."""
+"""Endpoints: one description serves routing, checking and documentation."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVarTuple
+from typing import Any, Literal, TypeVar, TypeVarTuple
 
 import orjson
 import trio
 
 from betrace.channels.threads import ThreadRunner, ThreadTimeout
-from betrace.service.api.backend import Backend
+from betrace.service.api.audit import AuditTrail, Operator
+from betrace.service.api.errors import ApiError, unavailable
+from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.params import Param, near
-from betrace.service.config.settings import Api
-from betrace.service.receiver.responses import ApiError
+from betrace.service.api.performance import Performance
+from betrace.service.api.rule_writer import RuleWriter
+from betrace.service.api.sources import Sources
+from betrace.service.api.subscriptions import Subscriptions
+from betrace.service.api.tenant_administration import TenantAdministration
+from betrace.service.api.trace_cache import TraceMetadataCache
+from betrace.service.api.trace_view import TraceReader
+from betrace.service.storage.duck.store import DuckStore
 
+R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 Access = Literal["tenant", "operator", "scrape", "none"]
-"""Who may call an endpoint: a tenant, an operator, who reads metrics, anyone."""
+"""Who may call an endpoint: tenants, operators, readers of metrics, or anyone."""
 JSON_TYPE = "application/json"
 HTML_TYPE = "text/html; charset=utf-8"
 EVENTS_TYPE = "text/event-stream"
-# Seconds between comments on a silent stream, so that proxies and clients keep it open.
+OPERATOR_HEADER = "x-operator"
 KEEP_ALIVE = 15.0
+"""Seconds between comments on a silent stream, so that proxies and clients keep it open."""
+
+_OPERATOR = re.compile(r"[\w.@+-]{1,64}")
 
 
 @dataclass(slots=True)
 class Answer:
-    """A response other than 200 with JSON: ``body`` is JSON values, or bytes as they are, or an
-    iterator of the parts of a stream."""
+    """A response other than 200 with JSON. ``body`` is a JSON value, bytes to send unchanged, or
+    an iterator over the parts of a stream."""
 
     body: Any
     status: int = 200
@@ -39,47 +52,65 @@ class Answer:
 
 @dataclass(slots=True)
 class Tools:
-    """What all calls share."""
+    """What endpoints work with; filled by :mod:`betrace.service.app`."""
 
-    backend: Backend
-    settings: Api
+    sources: Sources
+    store: DuckStore
+    metadata: TraceMetadataCache
+    reader: TraceReader
+    rule_writer: RuleWriter
+    subscriptions: Subscriptions
+    tenants: TenantAdministration
+    audit: AuditTrail
+    performance: Performance
+    exposition: Exposition
     threads: ThreadRunner
+    """For calls that block."""
     streams: int = 0
+    """Open event streams."""
 
 
 @dataclass(slots=True)
 class Call:
-    """A checked request: the caller's ``tenant`` (empty where none is needed), the values of
-    the query and path ``params``, lower-case ``headers``, and the ``body``."""
+    """A checked request: the caller's ``tenant`` (empty where none is needed) and address
+    ``client``, the values of the query and path ``params``, lower-case ``headers``, the body."""
 
     tools: Tools
     tenant: str
     params: dict[str, Any]
     headers: dict[str, str]
     body: bytes
-    client: str = ""
-    """The caller's address."""
+    client: str
 
-    @property
-    def backend(self) -> Backend:
-        return self.tools.backend
-
-    async def blocking(self, function: Callable[[*Ts], Any], *args: *Ts) -> Any:
-        """Call a function that blocks in a thread. Raises :exc:`ApiError` 503 after the
-        configured time; the call may then still go on."""
-        timeout = self.tools.settings.query_timeout_seconds
+    async def blocking(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
+        """Call a blocking function in a thread. Raises :exc:`ApiError` 503 after
+        ``api.query_timeout_seconds``; the call may then still be running."""
+        timeout = self.tools.sources.settings.api.query_timeout_seconds
         try:
             return await self.tools.threads.run(function, *args, timeout=timeout)
         except ThreadTimeout:
-            raise ApiError(
-                503,
+            raise unavailable(
                 f"the query took longer than {timeout:g} s",
                 "narrow it (since, until, limit) or try again later",
-                {"retry-after": "5"},
             ) from None
 
+    def operator(self) -> Operator:
+        """Who acts, by the name in ``X-Operator`` if there is one."""
+        name = self.headers.get(OPERATOR_HEADER, "")
+        if name and not _OPERATOR.fullmatch(name):
+            raise ApiError(
+                400,
+                "the header X-Operator is not a valid name",
+                "use 1 to 64 letters, digits or . _ @ + -",
+            )
+        return Operator(name or "operator", self.client)
+
+    async def note(self, action: str, **target: Any) -> None:
+        """Write the operator's action to the audit log; call this before acting."""
+        await self.tools.audit.note(self.operator(), action, target)
+
     def json(self, required: dict[str, type], optional: dict[str, type]) -> dict[str, Any]:
-        """The fields of a JSON object in the body. Raises :exc:`ApiError` 400."""
+        """The fields of the JSON object in the body. Raises :exc:`ApiError` 400."""
         example = ", ".join(f'"{name}": …' for name in required)
         try:
             value = orjson.loads(self.body)
@@ -93,28 +124,25 @@ class Call:
                 raise ApiError(400, f"unknown field {name[:80]!r} in the body", near(name, known))
             if type(item) is not known[name]:
                 word = _JSON_NAMES[known[name]]
-                raise ApiError(400, f"the field {name} is of the wrong type", f"it must be {word}")
+                raise ApiError(400, f"the field {name} has the wrong type", f"it must be {word}")
         for name in required:
             if name not in value:
                 raise ApiError(
-                    400, f"the field {name} is missing in the body", f"send {{{example}}}"
+                    400, f"the field {name} is missing from the body", f"send {{{example}}}"
                 )
         return value
 
     def stream(self, source: Callable[[], AsyncIterator[bytes]]) -> Answer:
         """A stream of server-sent events from an async generator. Raises :exc:`ApiError` 503
-        when there are too many."""
+        when ``api.max_streams`` are open."""
         tools = self.tools
-        if tools.streams >= tools.settings.max_streams:
-            raise ApiError(
-                503,
-                f"{tools.streams} streams are open already",
-                "close one, or raise api.max_streams",
-                {"retry-after": "5"},
+        if tools.streams >= tools.sources.settings.api.max_streams:
+            raise unavailable(
+                f"{tools.streams} streams are open already", "close one, or raise api.max_streams"
             )
 
         async def counted() -> AsyncIterator[bytes]:
-            # Counted while it runs: a generator that was never started is never closed either.
+            # Counted while it runs, because a generator that never starts is never closed.
             tools.streams += 1
             parts = source()
             try:
@@ -134,12 +162,12 @@ _JSON_NAMES = {
     dict: "an object",
     bool: "true or false",
     list: "a list",
-    int: "a whole number",
+    int: "an integer",
 }
 
 
 def event(name: str, data: Any, identity: str | None = None) -> bytes:
-    """A server-sent event (WHATWG HTML, 9.2)."""
+    """A server-sent event (WHATWG HTML, section 9.2)."""
     head = f"id: {identity}\n" if identity else ""
     return f"{head}event: {name}\ndata: ".encode() + orjson.dumps(data) + b"\n\n"
 
@@ -149,8 +177,8 @@ Handler = Callable[[Call], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An endpoint. ``path`` has its parameters in braces. ``answers`` maps each status to what it
-    means; those of checks that every endpoint has are added by the documentation."""
+    """An endpoint. ``path`` has its parameters in braces. ``answers`` gives the meaning of each
+    status; the documentation adds those of the checks that all endpoints share."""
 
     method: str
     path: str
@@ -167,7 +195,7 @@ class Endpoint:
 
 
 class Endpoints:
-    """A list of endpoints that a module declares, with a decorator."""
+    """The endpoints that a module declares with :meth:`add`."""
 
     def __init__(self, tag: str, access: Access = "tenant") -> None:
         self.tag = tag
@@ -188,7 +216,7 @@ class Endpoints:
         access: Access | None = None,
     ) -> Callable[[Handler], Handler]:
         """Declare the decorated function as the handler of ``method path``; its docstring is the
-        description. ``access`` is that of the list if not given."""
+        description. ``access`` defaults to that of the list."""
 
         def declare(handler: Handler) -> Handler:
             self.all.append(

@@ -1,7 +1,7 @@
-"""What operators are shown of the running service: ``/api/performance``.
+"""The numbers of ``/api/performance``.
 
-Totals are since the start; rates and latencies are those of the window, ``metrics.window_seconds``.
-All of it is read on the Trio thread from statistics that are kept anyway.
+Totals count from the start; rates and latencies cover the last ``metrics.window_seconds``. All of
+them are read on the Trio thread from statistics that exist anyway.
 """
 
 from __future__ import annotations
@@ -12,46 +12,31 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
 import trio
 
-from betrace.service.pipeline.accounts import SpanAccount
-from betrace.service.pipeline.pipeline import Pipeline
-from betrace.service.receiver.admission import Edge
+from betrace.service.api.sources import Sources
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.layout import NEVER
 
 Json = dict[str, Any]
 
 SHARED_SECONDS = 0.25
-"""Quantiles are worked out again when they are asked for after this."""
+"""Quantiles are computed at most this often."""
 
-_SPANS, _ROWS = "spans", "rows"  # names of rates beside those of stages
+_SPANS, _ROWS = "spans", "rows"  # names of the rates that are not of stages
 
 
 class Performance:
-    """The numbers of a service. ``account`` says where the spans are, ``wall_time`` makes seconds
-    since 1970 of a time of Trio's clock."""
+    """Reads the numbers, as JSON."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        edge: Edge,
-        latencies: Latencies,
-        window_seconds: float,
-        account: Callable[[], SpanAccount],
-        wall_time: Callable[[float], float],
-    ) -> None:
-        self.started_at = time.time()
-        self._pipeline = pipeline
-        self._edge = edge
+    def __init__(self, sources: Sources, latencies: Latencies) -> None:
+        self._sources = sources
+        self._pipeline = sources.pipeline
         self._recent = latencies.recent
-        self._window_seconds = window_seconds
-        self._account = account
-        self._wall_time = wall_time
         self._rates = latencies.recent.rates(self._counters)
         self._process = psutil.Process()
         self._shown: dict[str, Json] = {}
@@ -61,18 +46,17 @@ class Performance:
         pipeline = self._pipeline
         return {
             _SPANS: pipeline.ingest.counts.accepted,
-            _ROWS: pipeline.store_counts.rows,
+            _ROWS: pipeline.project.rows,
             **{name: s.statistics().weight_out for name, s in pipeline.stages.items()},
         }
 
     def metrics(self) -> Json:
-        """Rates, latencies in milliseconds (null where nothing was timed), totals, and the
-        stages."""
+        """Rates, latencies in milliseconds (null if nothing was timed), totals, and the stages."""
         pipeline = self._pipeline
-        account = self._account()
+        account = self._sources.account()
         rates = self._rates.rates()
         return {
-            "windowSeconds": self._window_seconds,
+            "windowSeconds": self._sources.settings.metrics.window_seconds,
             "spanIngestionRate": round(rates[_SPANS], 3),
             "ruleEvaluationP99": self._latency("evaluation")["p99"],
             "tigerBeetleWriteLatency": self._latency("ledger")["p99"],
@@ -80,7 +64,7 @@ class Performance:
             "duckDBInsertThroughput": round(rates[_ROWS], 3),
             "endToEndP99": self._latency("end-to-end")["p99"],
             "spansAccepted": account.accepted,
-            "spansRefused": dict(self._edge.refused_spans),
+            "spansRefused": dict(self._sources.edge.refused_spans),
             "spansReplayed": account.replayed,
             "spansCarried": account.carried,
             "spansEvaluated": account.evaluated,
@@ -109,11 +93,11 @@ class Performance:
             "errors": stats.failed,
             "dead": stats.dead,
             "lastError": stats.last_error,
-            "lastProgress": None if last is None else self._wall_time(last),
+            "lastProgress": None if last is None else self._sources.wall_time(last),
         }
 
     def _latency(self, name: str) -> Json:
-        """Quantiles in milliseconds; those who look at the same time share them."""
+        """Quantiles in milliseconds, shared by requests at about the same time."""
         now = trio.current_time()
         if now - self._shown_at >= SHARED_SECONDS:
             self._shown.clear()
@@ -131,7 +115,7 @@ class Performance:
         return self._shown[name]
 
     def queues(self) -> list[Json]:
-        """A row for each channel; reading takes the peak."""
+        """A row for each channel. Reading resets the peak."""
         peaks = {name: queue.api_peak.take() for name, queue in self._pipeline.queues.items()}
         return [{**row, "peak": peaks[row["name"]]} for row in self.fill()]
 
@@ -170,7 +154,7 @@ class Performance:
         }
 
     def system(self) -> Json:
-        """The process."""
+        """Memory, CPU time, threads and garbage collections of the process."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         memory = self._process.memory_info()
         return {
@@ -186,4 +170,4 @@ class Performance:
         }
 
     def _uptime(self) -> float:
-        return round(time.time() - self.started_at, 1)
+        return round(time.time() - self._sources.started_at, 1)

@@ -1,38 +1,32 @@
-"""What operators do with tenants; each action is in the audit log before it is done."""
+"""What operators do with tenants; each action is written to the audit log first."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.api.backend import Operator
-from betrace.service.api.params import write_time
+from betrace.service.api.audit import AuditTrail, Operator
 from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.tenancy.directory import State, Tenant, UnknownTenantError
 from betrace.service.tenancy.gate import Gate
 from betrace.service.tenancy.tokens import read_public_key
+from betrace.service.times import write_time
 
 Json = dict[str, Any]
 IMPLICIT = "implicit"
-"""The state of a tenant that was never created, and has sent spans all the same."""
-
-
-class Note(Protocol):
-    """Writes an action to the audit log."""
-
-    def __call__(self, who: Operator, action: str, target: Json) -> Awaitable[None]: ...
+"""The state of a tenant that has sent spans although it was never created."""
 
 
 class TenantAdministration:
-    """Implements :class:`betrace.service.api.backend.Tenants`. Methods are called on the Trio
-    thread; they raise :exc:`betrace.service.tenancy.directory.TenantError` and
-    :exc:`betrace.service.tenancy.directory.DirectoryError`."""
+    """Reads and changes tenants; as JSON a tenant is ``name``, ``state``, ``createdAt``, ``quota``
+    and ``keys``. Methods are called on the Trio thread. They raise
+    :exc:`betrace.service.tenancy.directory.TenantError`,
+    :exc:`betrace.service.tenancy.directory.DirectoryError` and, before they change anything,
+    :exc:`betrace.service.api.audit.AuditError`."""
 
     def __init__(
         self,
@@ -41,8 +35,7 @@ class TenantAdministration:
         log: SpanLog,
         subscriptions: Subscriptions,
         threads: ThreadRunner,
-        note: Note,
-        clock_ns: Callable[[], int] = time.time_ns,
+        audit: AuditTrail,
     ) -> None:
         self._gate = gate
         self._directory = gate.directory
@@ -52,14 +45,14 @@ class TenantAdministration:
         self._log = log
         self._subscriptions = subscriptions
         self._threads = threads
-        self._note = note
-        self._clock_ns = clock_ns
+        self._note = audit.note
         self._changing = trio.Lock()
 
-    # Asking
+    # Reading
 
     async def page(self, after: str, limit: int) -> tuple[list[Json], str | None]:
-        """Tenants by name beyond ``after``, and the name to go on from if there are more."""
+        """Tenants by name, after the name ``after``; and where the next page starts, None after the
+        last."""
 
         def look() -> list[Json]:
             known = {each.name: _shown(each) for each in self._directory.page(after, limit + 1)}
@@ -73,7 +66,7 @@ class TenantAdministration:
         return page, page[-1]["name"] if len(found) > limit else None
 
     async def get(self, name: str) -> Json | None:
-        """A tenant, None if there is none."""
+        """A tenant; None if it does not exist."""
 
         def look() -> Json | None:
             known = self._directory.get(name)
@@ -85,7 +78,7 @@ class TenantAdministration:
         return await self._threads.run(look)
 
     async def exists(self, name: str) -> bool:
-        """Whether there is an active tenant, also one that was never created."""
+        """Whether the tenant is active or implicit."""
         found = await self.get(name)
         return found is not None and found["state"] != State.DELETING
 
@@ -94,8 +87,8 @@ class TenantAdministration:
     async def create(
         self, who: Operator, name: str, quota: int | None, public_key: str | None
     ) -> Json:
-        """Make a tenant known, with its first key (PEM) if given. Raises
-        :exc:`betrace.service.tenancy.tokens.BadKeyError` also."""
+        """Create a tenant, optionally with its first key (PEM). Also raises
+        :exc:`betrace.service.tenancy.tokens.BadKeyError`."""
         public = None if public_key is None else read_public_key(public_key)
         async with self._changing:
             await self._note(who, "tenants.create", {"tenant": name, "quota": quota})
@@ -106,7 +99,7 @@ class TenantAdministration:
         return _shown(made)
 
     async def set_quota(self, who: Operator, name: str, quota: int | None) -> Json:
-        """Change how many spans a second a tenant may send; None for what is configured."""
+        """Change how many spans per second a tenant may send; None means the configured quota."""
         async with self._changing:
             await self._note(who, "tenants.quota", {"tenant": name, "quota": quota})
             changed = await self._threads.run(self._directory.set_quota, name, quota)
@@ -116,7 +109,7 @@ class TenantAdministration:
     async def add_key(
         self, who: Operator, name: str, public_key: str, grace_seconds: float
     ) -> Json:
-        """Add a key (PEM); those that were there count for ``grace_seconds`` more."""
+        """Add a key (PEM). The tenant's other keys stay valid for ``grace_seconds``."""
         public = read_public_key(public_key)
         async with self._changing:
             await self._note(
@@ -127,7 +120,7 @@ class TenantAdministration:
         return _shown(changed)
 
     async def revoke_key(self, who: Operator, name: str, kid: str) -> Json:
-        """Remove a key: its tokens do not count from now on."""
+        """Remove a key; its tokens are invalid from now on."""
         async with self._changing:
             await self._note(who, "tenants.revoke-key", {"tenant": name, "kid": kid})
             changed = await self._threads.run(self._directory.revoke_key, name, kid)
@@ -136,7 +129,8 @@ class TenantAdministration:
         return _shown(changed)
 
     async def delete(self, who: Operator, name: str, wait_seconds: float) -> bool:
-        """Delete a tenant with all its data; whether that was done within ``wait_seconds``."""
+        """Delete a tenant with all its data; whether that was completed within
+        ``wait_seconds``."""
         async with self._changing:
             if await self.get(name) is None:
                 raise UnknownTenantError(f"there is no tenant {name}", "see `betrace tenants list`")

@@ -1,14 +1,14 @@
-"""What the query store says of recent traces, cached for those who look at them.
+"""A cache of what the query store has of recently viewed traces.
 
-A user who comes from a signal opens its trace, then that of the next, and comes back. Each look
-costs the store several queries; this cache keeps their answer: the trace's row of the index, its
-log positions and its signals. Whatever the store writes of a trace drops it from here before the
-write returns, so that a look that begins later sees it. What late spans are folded into comes from
-the arrays of closed traces or from the index, never from here (docs/decisions/0015): no verdict of
-the pipeline depends on this cache.
+A user who comes from a signal opens its trace, then the next one, and comes back. Each view costs
+the store several queries; this cache keeps their results: the trace's row of the index, its log
+positions and its signals. A write of the store removes the traces it concerns before it returns,
+so a view that starts later sees it. Late spans are folded into the arrays of closed traces or into
+traces from the index, never into entries of this cache (docs/decisions/0015): no verdict of the
+pipeline depends on it.
 
-Nothing is done for tenants whose traces nobody looks at, so that closing traces by the thousand
-costs one look into a dictionary. Of the others, traces with new signals are loaded ahead.
+Nothing is done for tenants whose traces nobody views, so closing thousands of traces costs one
+dictionary lookup. For the others, traces with new signals are loaded ahead.
 """
 
 from __future__ import annotations
@@ -24,38 +24,34 @@ from cachetools import LRUCache
 
 from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
-from betrace.service.storage.duck.store import (
-    Change,
-    DuckStore,
-    PoolTimeout,
-    StoredSignal,
-    StoreError,
-    TraceRow,
-)
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import Change, DuckStore
 
 MAX_SIGNALS = 1000
-"""Of a trace, the newest."""
+"""Most signals kept of a trace, the newest."""
 
 AHEAD_SECONDS = 0.25
-AHEAD_TRACES = 10  # loaded ahead at once, at most
-_AHEAD_WAITING = 256  # older ones are left out
+AHEAD_TRACES = 10  # most loaded ahead at once
+_AHEAD_WAITING = 256  # older ones are skipped
 _LISTED_AHEAD = 5
 _MOST_EXPECTED = 4096
-_MOST_TENANTS = 4096  # of whom something is kept; beyond it everything is forgotten
+_MOST_TENANTS = 4096  # most tenants remembered; beyond it everything is forgotten
 
 _ROW_BYTES, _POSITION_BYTES, _SIGNAL_BYTES = 1024, 40, 2048
 
 
 @dataclass(frozen=True, slots=True)
 class TraceMetadata:
-    """A trace as the store has it: its row with all positions, its signals, newest first."""
+    """A trace in the store: its row with all positions, and its signals, newest first."""
 
     row: TraceRow
     signals: tuple[StoredSignal, ...]
 
 
 def weight(found: TraceMetadata) -> int:
-    """About the bytes of it."""
+    """Approximate size in bytes."""
     evidence = sum(len(str(stored.signal.context)) for stored in found.signals)
     return (
         _ROW_BYTES
@@ -66,8 +62,8 @@ def weight(found: TraceMetadata) -> int:
 
 
 class TraceMetadataCache:
-    """The cache, and what keeps it true and filled. All methods but :meth:`run` may be called from
-    any thread; :meth:`find` and :meth:`load_ahead` block."""
+    """The cache, and what keeps it correct and filled. All methods except :meth:`run` may be called
+    from any thread; :meth:`find`, :meth:`load_ahead` and :meth:`warm_up` block."""
 
     def __init__(
         self,
@@ -90,19 +86,18 @@ class TraceMetadataCache:
             weigher=weight,
             clock=clock,
         )
-        # A tenant is in here, with the time of its last load, whenever a key of it is in the
-        # cache or being loaded.
+        # Has every tenant with a key in the cache or being loaded, with the time of its last load.
         self._kept: dict[str, float] = {}
         self._viewed: dict[str, float] = {}
-        # Traces with signals that will be in the index later, or are looked at: early signals.
+        # Traces to load when they reach the index: viewed ones, and those with early signals.
         self._expected: LRUCache[tuple[str, str], bool] = LRUCache(_MOST_EXPECTED)
-        self._lock = threading.Lock()  # of changes to these
+        self._lock = threading.Lock()  # guards changes to these
         self._ahead: deque[tuple[str, str]] = deque(maxlen=_AHEAD_WAITING)
         store.on_change = self.changed
 
     def find(self, tenant: str, trace_id: str) -> TraceMetadata | None:
-        """What the store has of a trace, None where its index does not have it. Raises what the
-        store does."""
+        """What the store has of a trace; None if it is not in the index. Raises the errors of the
+        store."""
         self._view(tenant)
         found = self.cache.get_blocking((tenant, trace_id.lower()))
         if found is None:
@@ -110,13 +105,13 @@ class TraceMetadataCache:
         return found
 
     def expect(self, tenant: str, trace_id: str) -> None:
-        """Somebody looks at a trace that is not in the index yet: load it when it comes."""
+        """Load a trace when it reaches the index, because somebody views it now."""
         self._view(tenant)
         with self._lock:
             self._expected[tenant, trace_id.lower()] = True
 
     def listed(self, tenant: str, signals: Sequence[StoredSignal]) -> None:
-        """Somebody looks at a list of a tenant's signals: the first ones' traces may be next."""
+        """Somebody views a list of a tenant's signals: load the traces of the first ones ahead."""
         self._view(tenant)
         first = dict.fromkeys(stored.signal.trace_id for stored in signals[:_LISTED_AHEAD])
         self._ahead.extend((tenant, trace_id) for trace_id in reversed(first))
@@ -128,13 +123,13 @@ class TraceMetadataCache:
             self._viewed[tenant] = self._clock()
 
     def changed(self, tenant: str, change: Change | None) -> None:
-        """The store has written something of a tenant."""
+        """The store has written something of a tenant; None: anything may have changed."""
         self._drop(tenant, change)
         if change is not None and self._is_viewed(tenant):
             self._note(tenant, change)
 
     def _note(self, tenant: str, change: Change) -> None:
-        """Have traces loaded that have signals, now or when they are closed."""
+        """Load traces with signals ahead, now or when they are closed."""
         closed = change.traces_closed()
         with self._lock:
             for trace_id in dict.fromkeys(signal.trace_id for signal in change.signals):
@@ -163,7 +158,7 @@ class TraceMetadataCache:
         return seen is not None
 
     def load_ahead(self) -> int:
-        """Load traces that were stored last, some at most; how many."""
+        """Load some of the traces stored last; returns their number."""
         for number in range(AHEAD_TRACES):
             try:
                 key = self._ahead.pop()
@@ -176,8 +171,8 @@ class TraceMetadataCache:
         return AHEAD_TRACES
 
     def warm_up(self, tenant: str, signals: int) -> int:
-        """Load the traces of a tenant's newest signals; how many. Of a tenant whose file is closed,
-        since it was not used for long, none. Raises what the store does."""
+        """Load the traces of a tenant's newest signals; returns their number. Loads none if the
+        tenant's file was closed because it was idle. Raises the errors of the store."""
         if tenant not in self._store.connections():
             return 0
         newest, _ = self._store.signals(tenant, limit=signals)
@@ -185,7 +180,7 @@ class TraceMetadataCache:
         return sum(self.cache.load_ahead((tenant, each)) is not None for each in traces)
 
     async def run(self, threads: ThreadRunner) -> None:
-        """Load ahead, for ever."""
+        """Load traces ahead, for ever."""
         while True:
             await trio.sleep(AHEAD_SECONDS)
             if self._ahead:
@@ -193,14 +188,14 @@ class TraceMetadataCache:
 
     def _load(self, key: tuple[str, str]) -> TraceMetadata | None:
         tenant, trace_id = key
-        # Said before anything is read: a write that is not seen here will drop the key.
+        # Set before reading, so that a write not seen by this load drops the key.
         with self._lock:
             full = tenant not in self._kept and len(self._kept) >= _MOST_TENANTS
             if full:
                 self._kept.clear()
             self._kept[tenant] = self._clock()
         if full:
-            self.cache.invalidate_where()  # this load as well, it is not kept
+            self.cache.invalidate_where()  # this load is not kept either
         row = self._store.trace(tenant, trace_id)
         if row is None:
             return None

@@ -57,10 +57,10 @@ def _explain(error: BaseException) -> str:
     """What went wrong and what to do, in a sentence."""
     from httpx import HTTPError
 
-    from betrace.service.api.asgi import ListenError
     from betrace.service.cli.demo.run import DemoError
     from betrace.service.cli.rules import InputError
     from betrace.service.config.load import ConfigError
+    from betrace.service.receiver.sockets import ListenError
     from betrace.service.rules.store import RuleStoreError
     from betrace.service.storage.duck.files import StoreError
     from betrace.service.storage.ledger.base import LedgerError

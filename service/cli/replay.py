@@ -37,7 +37,7 @@ class _Time(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """Nanoseconds since 1970."""
-        from betrace.service.api.params import read_time
+        from betrace.service.times import read_time
 
         if isinstance(value, int):
             return value

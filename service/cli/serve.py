@@ -36,7 +36,8 @@ def run_service(
     once. SIGHUP looks at the rule files. Without ``companion`` the service runs alone; with one
     it also stops when that returns. ``notice`` is told of a start that takes long.
 
-    Raises what keeps the service from starting: :exc:`~betrace.service.api.asgi.ListenError`,
+    Raises what keeps the service from starting:
+    :exc:`~betrace.service.receiver.sockets.ListenError`,
     :exc:`~betrace.service.storage.lockfile.LockedError`,
     :exc:`~betrace.service.storage.duck.files.StoreError`,
     :exc:`~betrace.service.storage.ledger.base.LedgerError`, :exc:`OSError`; perhaps in an

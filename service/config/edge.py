@@ -54,13 +54,11 @@ class Ingest(Section):
     cors_origins: Annotated[list[str], AfterValidator(_origins)] = Field(default_factory=list)
     """Origins of pages that may send spans from a browser, such as "https://shop.example"; "*" for
     all, only without authentication."""
-    server: Literal["lean", "hypercorn"] = "lean"
-    """lean is several times faster and speaks HTTP/1.1; hypercorn also speaks HTTP/2 over TLS."""
     max_connections: Count = 1024
-    """Connections open at once with server = lean; more wait to be accepted."""
+    """Connections open at once; more wait to be accepted."""
     head_timeout_seconds: Seconds = 10
-    """The headers of a request must have arrived within this of its first byte; then the answer
-    is 408 and the connection ends. As much time has a TLS handshake. With server = lean."""
+    """The headers of a request must arrive within this after its first byte; otherwise the answer
+    is 408 and the connection ends. The same limit applies to TLS handshakes."""
     body_timeout_seconds: Seconds = 30
     """A body must have arrived within this; then the answer is 503 and the connection ends."""
     answer_timeout_seconds: Seconds = 30

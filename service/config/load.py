@@ -6,7 +6,6 @@ tables are written as JSON. What is wrong stops the start with :exc:`ConfigError
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -26,6 +25,7 @@ from pydantic_settings import (
 
 from betrace.service.config.base import OFF, is_loopback, split_address
 from betrace.service.config.settings import Settings
+from betrace.service.config.suggest import close_match
 
 __all__ = ["OFF", "PREFIX", "ConfigError", "Settings", "is_loopback", "load", "split_address"]
 
@@ -56,6 +56,12 @@ class ConfigError(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+_REMOVED = {
+    "ingest.server": "delete it: spans are always received by BeTrace's own HTTP/1.1 server",
+}
+"""Settings of earlier versions, and what to do about them."""
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
@@ -145,6 +151,8 @@ class _Origin:
         loc, kind = fault["loc"], fault["type"]
         key = ".".join(str(part) for part in loc)
         origin = self.of(loc)
+        if kind == "extra_forbidden" and key in _REMOVED:
+            return f"{key} in {origin} is no longer a setting; {_REMOVED[key]}"
         if kind == "extra_forbidden":
             return f"{key} in {origin} is not a setting; {_suggestion(loc)}"
         if kind == "model_type":
@@ -188,9 +196,9 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     here = list(type(table).model_fields) if isinstance(table, BaseModel) else []
     if not sections:
         here = list(Settings.model_fields)
-    near = difflib.get_close_matches(name.lower(), here, 1, 0.6)
+    near = close_match(name, here)
     if near:
-        return f"did you mean {'.'.join([*sections, near[0]])}?"
+        return f"did you mean {'.'.join([*sections, near])}?"
     elsewhere = [
         f"{section}.{name}"
         for section, field in Settings.model_fields.items()

@@ -275,11 +275,21 @@ class Webhook(Section):
     """The API's address for others, for links in alerts, such as https://betrace.example.org."""
 
 
+EXPORT_OTLP, EXPORT_WEBHOOK = EXPORTS = ("export-otlp", "export-webhook")
+"""Names of the export destinations, of their exporters and of their breakers."""
+
+
 class Export(Section):
     """Sending signals to other systems, each at least once. See docs/export.md."""
 
     otlp: Otlp = Otlp()
     webhook: Webhook = Webhook()
+
+    @property
+    def destinations(self) -> list[str]:
+        """The names of the destinations that are on."""
+        given = {EXPORT_OTLP: self.otlp.endpoint, EXPORT_WEBHOOK: self.webhook.url}
+        return [name for name, url in given.items() if url]
 
     @model_validator(mode="after")
     def _are_urls(self) -> Self:

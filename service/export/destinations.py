@@ -10,20 +10,13 @@ import trio
 from opentelemetry.util.re import parse_env_headers
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Export, Settings
+from betrace.service.config.settings import Settings
+from betrace.service.config.stages import EXPORT_OTLP, EXPORT_WEBHOOK
 from betrace.service.export.delivery import make_client, otlp_delivery, webhook_delivery
 from betrace.service.export.exporter import Exporter
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.signals import Signal
 from betrace.service.storage.ledger.record import Entries
-
-OTLP, WEBHOOK = DESTINATIONS = ("export-otlp", "export-webhook")
-
-
-def destinations(settings: Export) -> list[str]:
-    """The names of what is on: of exporters and their breakers."""
-    given = {OTLP: settings.otlp.endpoint, WEBHOOK: settings.webhook.url}
-    return [name for name, url in given.items() if url]
 
 
 class Exports:
@@ -34,13 +27,13 @@ class Exports:
         wanted = settings.export
         self._client = make_client(settings.breakers.export.timeout_seconds)
         deliveries = {
-            OTLP: otlp_delivery(
+            EXPORT_OTLP: otlp_delivery(
                 self._client,
                 wanted.otlp.endpoint,
                 parse_env_headers(wanted.otlp.headers),
                 version("betrace"),
             ),
-            WEBHOOK: webhook_delivery(
+            EXPORT_WEBHOOK: webhook_delivery(
                 self._client,
                 wanted.webhook.url,
                 parse_env_headers(wanted.webhook.headers),
@@ -56,7 +49,7 @@ class Exports:
                 breakers.exports[name],
                 self._threads,
             )
-            for name in destinations(wanted)
+            for name in wanted.destinations
         ]
 
     def __iter__(self) -> Iterator[Exporter]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -11,6 +10,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
 
 from betrace.service.signals import Kind, Signal, signal_id
+from betrace.service.times import write_time
 
 _SEVERITIES = {
     "critical": SeverityNumber.SEVERITY_NUMBER_FATAL,
@@ -108,7 +108,7 @@ def alertmanager(group: Sequence[Signal], external_url: str) -> bytes:
 
 def _alert(signal: Signal, external_url: str) -> dict[str, Any]:
     raised = signal.kind == Kind.RAISED
-    at = _rfc3339(signal.detected_at)
+    at = write_time(signal.detected_at)
     of = signal_id(
         signal.tenant,
         signal.rule_id,
@@ -140,8 +140,3 @@ def _alert(signal: Signal, external_url: str) -> dict[str, Any]:
 def _common(of_each: list[dict[str, str]]) -> dict[str, str]:
     first, *others = of_each
     return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
-
-
-def _rfc3339(ns: int) -> str:
-    seconds, rest = divmod(ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"

@@ -1,20 +1,15 @@
-"""Responses, and the two forms of errors: ``google.rpc.Status`` for exporters, a JSON object with
-code, message and hint for everyone else."""
+"""Responses of the OTLP port. Errors are a ``google.rpc.Status``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import Any
-
-import orjson
+from dataclasses import dataclass
 
 from betrace.service.otlp.response import status_body
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-# The google.rpc.Code for an HTTP status, as googleapis' code.proto maps them where it does.
+# The google.rpc.Code for an HTTP status, as in googleapis' code.proto where it maps them.
 RPC_CODES = {
     400: 3,  # INVALID_ARGUMENT
     401: 16,  # UNAUTHENTICATED
@@ -38,7 +33,7 @@ MEDIA_TYPES = {PROTOBUF: b"application/x-protobuf", JSON: b"application/json"}
 @dataclass(frozen=True, slots=True, eq=False)
 class HttpResponse:
     """A complete response. ``headers`` include content-type and content-length. A refusal of the
-    ingestion listeners has its ``message`` and ``reason`` once more outside the body."""
+    ingestion listeners also has its ``message`` and ``reason`` outside the body."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -62,21 +57,3 @@ def export_error(
     body = status_body(content_type == JSON, RPC_CODES[status], message)
     response = respond(status, body, MEDIA_TYPES[content_type], *extra)
     return HttpResponse(status, response.headers, body, message, reason)
-
-
-@dataclass(slots=True)
-class ApiError(Exception):
-    """What ends a request to the API: an HTTP status, what is wrong, and what to do about it."""
-
-    status: int
-    message: str
-    hint: str = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def body(self) -> bytes:
-        """``{"error": {"code", "message", "hint", ...details}}``; the code is the status'
-        name, such as ``not_found``."""
-        code = HTTPStatus(self.status).name.lower()
-        error = {"code": code, "message": self.message, "hint": self.hint, **self.details}
-        return orjson.dumps({"error": error})

@@ -76,7 +76,7 @@ async def test_python_with_tls_and_a_token(tmp_path: Path) -> None:
             for token in ("Bearer good", "Bearer bad")
         ]
 
-    async with listening("grpc", tls=tls, authenticator=Tokens()) as server:
+    async with listening(grpc=True, tls=tls, authenticator=Tokens()) as server:
         good, bad = await trio.to_thread.run_sync(send, server.url)
     assert (good, bad) == (SpanExportResult.SUCCESS, SpanExportResult.FAILURE)
     assert [request.tenant for request in server.queue.taken] == ["acme"]
@@ -101,7 +101,7 @@ async def test_javascript_with_tls_and_a_token(tmp_path: Path, folder: Path) -> 
             for token in ("good", "bad")
         ]
 
-    async with listening("grpc", tls=tls, authenticator=Tokens()) as server:
+    async with listening(grpc=True, tls=tls, authenticator=Tokens()) as server:
         good, bad = await trio.to_thread.run_sync(send, server.url)
     assert (good, bad) == (0, 1)
     assert {(r.tenant, r.encoding) for r in server.queue.taken} == {("acme", "gzip")}
@@ -113,7 +113,7 @@ async def test_python_comes_again_when_it_is_told(monkeypatch: pytest.MonkeyPatc
     def send(url: str) -> SpanExportResult:
         return export_one(OTLPSpanExporter(url, insecure=True))
 
-    async with listening("grpc", queue) as server, trio.open_nursery() as nursery:
+    async with listening(queue, grpc=True) as server, trio.open_nursery() as nursery:
         results = []
 
         async def run() -> None:

@@ -1,4 +1,4 @@
-"""Each metric that a panel, an alert or a page names is in the exposition of a running service."""
+"""Every metric used in a panel, an alert or a page is exposed by a running service."""
 
 import re
 import statistics
@@ -26,7 +26,7 @@ from tests.support.spans import S
 
 @pytest.fixture(scope="module")
 def exposition(tmp_path_factory):
-    """The metrics of a service that raised a signal."""
+    """The metrics of a service that has raised a signal."""
     directory = tmp_path_factory.mktemp("exposition")
     inprocess.write_rules(directory, {"r": "never { a }"})
 
@@ -35,7 +35,7 @@ def exposition(tmp_path_factory):
             await inprocess.send(service, [S(1), S(2)])
             await inprocess.closed(service)
             await service.recovery.save()
-            return (await service.scrape()).decode()
+            return (await service.tools.exposition.scrape()).decode()
 
     return trio.run(main)
 
@@ -70,11 +70,11 @@ def test_metrics_of_panels_exist(names):
 def test_metrics_of_alerts_exist(names, alert):
     found = metrics_of(alert["expr"])
     assert found <= names
-    assert found or alert["alert"] == "BetraceDown"  # which asks Prometheus' own: up
+    assert found or alert["alert"] == "BetraceDown"  # uses Prometheus' own metric up
 
 
-def test_label_values_that_panels_and_alerts_ask_for_exist(samples):
-    """A value with a slip of the pen would make an alert silent for ever."""
+def test_label_values_in_panels_and_alerts_exist(samples):
+    """A typo in a value would silence an alert for ever."""
     asked = {
         (metric, label, value)
         for query in [query for _, query in queries()] + [alert["expr"] for alert in alerts()]
@@ -88,20 +88,20 @@ def test_label_values_that_panels_and_alerts_ask_for_exist(samples):
     assert asked <= exposed, asked - exposed
 
 
-def test_metrics_that_the_tests_of_alerts_make_up_exist(names):
+def test_metrics_in_the_tests_of_alerts_exist(names):
     series = re.findall(r"series: (\w+)\{", (FOLDER / "alerts_test.yaml").read_text())
     assert series
     assert set(series) - {"up"} <= names
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
-def test_metrics_that_pages_name_exist(names, page):
+def test_metrics_in_pages_exist(names, page):
     text = (ROOT / page).read_text("utf-8")
     named = set(re.findall(r"`((?:betrace|process|python)_[a-z_]+)[`{]", text))
     assert named <= names | {name.removesuffix("_bucket") for name in names}
 
 
-def test_what_is_exposed_is_what_is_documented(families):
+def test_exposed_and_documented_metrics_are_the_same(families):
     documented = {
         metric.name: (metric.kind, metric.text)
         for metric in metrics_docs.service_metrics() + metrics_docs.process_metrics()
@@ -125,7 +125,7 @@ def test_labels_are_as_documented(families):
             assert set(sample.labels) - {"le"} == documented[name], sample
 
 
-def test_what_happened_is_counted(samples):
+def test_events_are_counted(samples):
     def value(name, **labels):
         return samples[name, tuple(sorted(labels.items()))]
 
@@ -143,7 +143,7 @@ def test_what_happened_is_counted(samples):
 
 
 @needs_promtool
-def test_promtool_likes_the_metrics(exposition):
+def test_promtool_accepts_the_metrics(exposition):
     promtool("check", "metrics", given=exposition.encode())
 
 
@@ -159,8 +159,8 @@ def test_all_three_caches_are_exposed(samples):
 
 @pytest.fixture(scope="module")
 def scrapes(tmp_path_factory):
-    """Of a service with 500 tenants: their number, how long scrapes take, how late the Trio thread
-    was meanwhile, and the number of series with 1 and with 500 tenants."""
+    """Scrapes of a service with 500 tenants: the number of tenants, durations of scrapes, delays of
+    the Trio thread meanwhile, and the number of series with 1 and with 500 tenants."""
     directory = tmp_path_factory.mktemp("tenants")
     inprocess.write_rules(directory, {"r": "never { a }"})
     settings = inprocess.settings(directory, traces={"idle_seconds": 600})
@@ -177,7 +177,7 @@ def scrapes(tmp_path_factory):
             for number in range(500):
                 await inprocess.send(service, [S(1)], f"tenant-{number}")
                 if number == 0:
-                    series.append((await service.scrape()).count(b"\n"))
+                    series.append((await service.tools.exposition.scrape()).count(b"\n"))
             await inprocess.folded(service)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(beat)
@@ -185,12 +185,12 @@ def scrapes(tmp_path_factory):
                 late.clear()
                 for _ in range(40):
                     started = time.perf_counter()
-                    text = await service.scrape()
+                    text = await service.tools.exposition.scrape()
                     took.append(time.perf_counter() - started)
                     await trio.sleep(0.02)
                 nursery.cancel_scope.cancel()
             series.append(text.count(b"\n"))
-            return len(service.traces())
+            return len(service.pipeline.correlate.tenants)
 
     tenants = trio.run(main)
     scrape, latest = 1000 * statistics.median(took), 1000 * max(late)
@@ -204,8 +204,8 @@ def test_a_scrape_of_500_tenants_is_quick(scrapes):
     assert statistics.median(took) < 0.05
 
 
-def test_a_scrape_does_not_hold_up_the_trio_thread(scrapes):
-    """Which passes batches from stage to stage."""
+def test_a_scrape_does_not_delay_the_trio_thread(scrapes):
+    """The Trio thread passes batches from stage to stage."""
     _, _, late, _ = scrapes
     assert statistics.quantiles(late, n=100)[98] < 0.05
 
@@ -215,18 +215,18 @@ def test_the_number_of_series_does_not_grow_with_tenants(scrapes):
     assert many == one
 
 
-async def test_a_disk_that_hangs_holds_up_its_scrape_only(tmp_path, monkeypatch):
-    let_go = threading.Event()
+async def test_a_hung_disk_delays_only_the_scrape(tmp_path, monkeypatch):
+    release = threading.Event()
     monkeypatch.setattr(
-        "betrace.service.api.metrics.stores.shutil.disk_usage", lambda _: let_go.wait(20) and 0
+        "betrace.service.api.metrics.stores.shutil.disk_usage", lambda _: release.wait(20) and 0
     )
-    monkeypatch.setattr("betrace.service.app.SCRAPE_SECONDS", 0.2)
+    monkeypatch.setattr("betrace.service.api.metrics.exposition.SCRAPE_SECONDS", 0.2)
     async with inprocess.running(inprocess.settings(tmp_path)) as service:
         with pytest.raises(ThreadTimeout):
-            await service.scrape()
+            await service.tools.exposition.scrape()
         with trio.fail_after(5):
             await inprocess.send(service, [S(1)])
             await inprocess.folded(service)
         monkeypatch.undo()
-        let_go.set()
-        assert b"betrace_data_disk_bytes" in await service.scrape()
+        release.set()
+        assert b"betrace_data_disk_bytes" in await service.tools.exposition.scrape()

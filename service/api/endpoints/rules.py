@@ -1,41 +1,45 @@
-"""Endpoints that read, change and try a tenant's rules."""
+"""Endpoints that read, change and test a tenant's rules."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
-from betrace.service.api.backend import RuleExistsError
-from betrace.service.api.endpoint import Answer, Call, Endpoints
+from betrace.service.api.endpoint import Answer, Call, Endpoints, Tools
+from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
-from betrace.service.receiver.responses import ApiError
+from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.rules.compile import compile_rules
+from betrace.service.rules.definition import (
+    SEVERITIES,
+    Rule,
+    etag,
+    make_rule,
+)
 from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
-from betrace.service.rules.store import (
-    Problem,
-    RuleConflictError,
-    RuleFileError,
-    RuleLimitError,
-    RuleNotFoundError,
-    RuleReadOnlyError,
-)
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.traces.trial import Trial, TrialError
 
 endpoints = Endpoints("Rules")
 
 RULE_ID = Param(
     "id",
-    "The rule's id.",
+    "The id of the rule.",
     read_pattern(
         r"[a-z0-9][a-z0-9._-]{0,127}",
-        "must be 1 to 128 characters a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
+        "must be 1 to 128 characters a-z, 0-9, '.', '_' and '-', starting with a letter or digit",
     ),
     {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,127}$"},
 )
 _TAGS = re.compile(r'"[^"]+"(\s*,\s*"[^"]+")*')
+_FOREVER = 2**63 - 1
 _TEXT = {"type": "string"}
 RULE_SCHEMA = {
     "type": "object",
@@ -44,7 +48,7 @@ RULE_SCHEMA = {
         "id": _TEXT,
         "name": _TEXT,
         "description": _TEXT,
-        "severity": {"type": "string", "enum": ["critical", "high", "medium", "low", "info"]},
+        "severity": {"type": "string", "enum": list(SEVERITIES)},
         "enabled": {"type": "boolean", "default": True},
         "labels": {"type": "object", "additionalProperties": _TEXT},
         "condition": _TEXT,
@@ -57,47 +61,27 @@ _OPTIONAL = {"id": str, "name": str, "description": str, "severity": str} | {
 }
 
 
-def _tagged(rule: dict[str, Any], status: int = 200) -> Answer:
-    return Answer(rule, status, headers={"etag": rule["etag"]})
+def _tagged(rule: Rule, status: int = 200) -> Answer:
+    return Answer(_rule_json(rule), status, headers={"etag": etag(rule)})
+
+
+def _rule_json(rule: Rule) -> dict[str, Any]:
+    return {**rule.definition(), "version": rule.version, "etag": etag(rule)}
 
 
 @contextmanager
-def _refusals(rule_id: str) -> Iterator[None]:
-    """Turn what the rule store raises into answers."""
+def _disk_errors() -> Iterator[None]:
     try:
         yield
-    except RuleNotFoundError as error:
-        raise ApiError(404, str(error), "list them: /api/v1/rules") from error
-    except RuleExistsError as error:
-        raise ApiError(
-            428,
-            f"the rule {rule_id} exists already",
-            f"to replace it, read it and send its ETag, If-Match: {error.etag}, or If-Match: *",
-            {"etag": error.etag},
+    except OSError as error:
+        raise unavailable(
+            f"the rule cannot be written ({error.strerror or error})",
+            "free disk space, or give the service write permission, then try again",
         ) from error
-    except RuleConflictError as error:
-        hint = "read it again, make your change to it, and send its new ETag"
-        raise ApiError(412, str(error), hint) from error
-    except (RuleReadOnlyError, RuleLimitError) as error:
-        raise ApiError(409, str(error), "nothing was changed") from error
-    except RuleFileError as error:
-        faults = [_fault(problem) for problem in error.problems]
-        raise ApiError(
-            400,
-            f"the rule has errors: {faults[0]['message']}",
-            faults[0]["hint"] or "nothing was saved",
-            details={"errors": faults},
-        ) from error
-
-
-def _fault(problem: Problem) -> dict[str, Any]:
-    if problem.syntax is not None:
-        return problem.syntax.to_json()
-    return {"line": None, "column": None, "message": problem.message, "hint": problem.hint}
 
 
 def _if_match(call: Call) -> str | None:
-    """The value of If-Match: * or entity tags in quotes; None without it."""
+    """The value of If-Match: * or entity tags in quotes; None if it was not sent."""
     header = call.headers.get("if-match", "").strip()
     if not header or header == "*":
         return header or None
@@ -109,9 +93,20 @@ def _if_match(call: Call) -> str | None:
 
 @endpoints.add("GET", "/api/v1/rules", "The tenant's rules", answers={200: '`{"rules": […]}`'})
 async def list_rules(call: Call) -> Any:
-    """By id; each with `version` (a hash of its condition), `etag` and `active_signals` (how many
-    stand; null while the store cannot say)."""
-    return {"rules": await call.blocking(call.backend.queries.rules, call.tenant)}
+    """Sorted by id. Each has `version` (a hash of its condition), `etag` and `active_signals` (the
+    number of active signals; null while the store is unavailable)."""
+    return {"rules": await call.blocking(_rules, call.tools, call.tenant)}
+
+
+def _rules(tools: Tools, tenant: str) -> list[dict[str, Any]]:
+    rules = sorted(tools.sources.rules.rules(tenant), key=lambda rule: rule.id)
+    active: dict[str, int | None] = {rule.id: 0 for rule in rules}
+    try:
+        for row in tools.store.summary(tenant, 0, _FOREVER, _FOREVER):
+            active[row.rule_id] = row.raised - row.retracted + (active.get(row.rule_id) or 0)
+    except (StoreError, PoolTimeout):  # the rules are files and can still be listed
+        active = dict.fromkeys(active)
+    return [{**_rule_json(rule), "active_signals": active[rule.id]} for rule in rules]
 
 
 @endpoints.add(
@@ -119,12 +114,10 @@ async def list_rules(call: Call) -> Any:
     "/api/v1/rules/{id}",
     "A rule",
     path_params=(RULE_ID,),
-    answers={200: "The rule; its `ETag` changes with it", 404: "There is no such rule"},
+    answers={200: "The rule; its `ETag` changes when the rule does", 404: "There is no such rule"},
 )
 async def get_rule(call: Call) -> Any:
-    rule_id = call.params["id"]
-    with _refusals(rule_id):
-        return _tagged(await call.blocking(call.backend.queries.rule, call.tenant, rule_id))
+    return _tagged(call.tools.sources.rules.rule(call.tenant, call.params["id"]))
 
 
 @endpoints.add(
@@ -136,24 +129,26 @@ async def get_rule(call: Call) -> Any:
     answers={
         200: "The rule was replaced",
         201: "The rule was created",
-        400: "The rule has errors, in `error.errors` as `rules/validate` gives them",
+        400: "The rule has errors, listed in `error.errors` as by `rules/validate`",
         404: "`If-Match` was sent, but there is no such rule",
-        409: "The rule is written in a file by hand, or there are too many",
-        412: "The rule is not the one that `If-Match` names",
+        409: "The rule belongs to a file written by hand, or there are too many rules",
+        412: "`If-Match` does not match the rule",
         428: "The rule exists, and `If-Match` was not sent",
     },
 )
 async def put_rule(call: Call) -> Any:
     """The fields are those of a rule file. The rule is checked before it is saved, and its earlier
-    versions are kept. To replace a rule send its `ETag` as `If-Match`, or `*`; to create one send
-    none. Traces already open are decided by the rules they were opened under."""
+    versions are kept. To replace a rule, send its `ETag` or `*` as `If-Match`; to create one, omit
+    the header. Open traces are evaluated by the rules in force when they were opened."""
     rule_id = call.params["id"]
     rule = call.json({"condition": str}, _OPTIONAL)
     if rule.pop("id", rule_id) != rule_id:
-        raise ApiError(400, "the id in the body is not that in the path", "leave it out there")
-    put = call.backend.queries.put_rule
-    with _refusals(rule_id):
-        saved, created = await call.blocking(put, call.tenant, rule_id, rule, _if_match(call))
+        raise ApiError(
+            400, "the id in the body differs from the one in the path", "omit it from the body"
+        )
+    put, if_match = call.tools.rule_writer.put, _if_match(call)
+    with _disk_errors():
+        saved, created = await call.blocking(put, call.tenant, rule_id, rule, if_match)
     return _tagged(saved, 201 if created else 200)
 
 
@@ -163,21 +158,20 @@ async def put_rule(call: Call) -> Any:
     "Delete a rule",
     path_params=(RULE_ID,),
     answers={
-        204: "The rule was deleted; its signals stay",
+        204: "The rule was deleted; its signals are kept",
         404: "There is no such rule",
-        409: "The rule is written in a file by hand",
-        412: "The rule is not the one that `If-Match` names",
+        409: "The rule belongs to a file written by hand",
+        412: "`If-Match` does not match the rule",
         428: "`If-Match` was not sent",
     },
 )
 async def delete_rule(call: Call) -> Any:
-    """Needs `If-Match`: the rule's `ETag`, or `*`."""
-    rule_id = call.params["id"]
+    """Requires `If-Match`: the `ETag` of the rule, or `*`."""
     if_match = _if_match(call)
     if if_match is None:
         raise ApiError(428, "If-Match was not sent", "send the ETag of the rule, or If-Match: *")
-    with _refusals(rule_id):
-        await call.blocking(call.backend.queries.delete_rule, call.tenant, rule_id, if_match)
+    with _disk_errors():
+        await call.blocking(call.tools.rule_writer.delete, call.tenant, call.params["id"], if_match)
     return Answer(b"", 204)
 
 
@@ -189,7 +183,7 @@ async def delete_rule(call: Call) -> Any:
     answers={200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`'},
 )
 async def validate_rule(call: Call) -> Any:
-    """Line and column count from 1."""
+    """Lines and columns count from 1."""
     given = call.json({"condition": str}, {})
     try:
         await call.blocking(parse, given["condition"])
@@ -201,7 +195,7 @@ async def validate_rule(call: Call) -> Any:
 @endpoints.add(
     "POST",
     "/api/v1/rules/test",
-    "What a condition says of a trace; nothing is saved",
+    "Evaluate a condition on a trace; nothing is saved",
     body={
         "type": "object",
         "required": ["condition", "trace"],
@@ -216,8 +210,22 @@ async def validate_rule(call: Call) -> Any:
     },
 )
 async def test_rule(call: Call) -> Any:
-    """The spans are taken as one complete trace."""
+    """The spans are evaluated as one complete trace."""
     given = call.json({"condition": str, "trace": dict}, {})
-    trace = orjson.dumps(given["trace"])
-    with _refusals("trial"):
-        return await call.blocking(call.backend.queries.test_rule, given["condition"], trace)
+    return await call.blocking(_evaluate, given["condition"], orjson.dumps(given["trace"]))
+
+
+def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
+    trial = Trial(compile_rules([make_rule({"id": "trial", "condition": condition})]))
+    try:
+        trial.add(to_protobuf(trace))
+        (verdict,) = trial.verdicts()
+    except (OtlpJsonError, TrialError) as error:
+        raise ApiError(
+            400,
+            f"the trace cannot be evaluated: {error}",
+            'send OTLP JSON: {"resourceSpans": […]}, with the spans of one trace',
+        ) from error
+    shown = asdict(verdict)
+    del shown["rule_id"]
+    return shown

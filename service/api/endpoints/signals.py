@@ -4,56 +4,43 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import trio
 
-from betrace.service.api.backend import SignalQuery, TraceQuery
 from betrace.service.api.endpoint import EVENTS_TYPE, KEEP_ALIVE, Answer, Call, Endpoints, event
+from betrace.service.api.errors import ApiError
 from betrace.service.api.params import (
     CURSOR,
     LIMIT,
-    SECOND,
     SINCE,
     UNTIL,
     Param,
     read_bool,
     read_choice,
-    read_duration,
     read_hex,
     read_text,
-    read_time,
-    write_time,
 )
-from betrace.service.receiver.responses import ApiError
+from betrace.service.api.rendering import signal_json, stored_signal_json, trace_row_json
+from betrace.service.rules.definition import SEVERITIES
+from betrace.service.times import SECOND, read_duration, read_time, write_time
 
 endpoints = Endpoints("Signals and traces")
 
-SEVERITIES = ("critical", "high", "medium", "low", "info")
 STATUSES = ("active", "retracted")
 MAX_BUCKETS = 1000
 
-RULE = Param("rule", "Of this rule (its id).", read_text)
+RULE = Param("rule", "Only signals of this rule (its id).", read_text)
 SEVERITY = Param(
     "severity",
-    "Of this severity.",
+    "Only signals of this severity.",
     read_choice(*SEVERITIES),
     {"type": "string", "enum": list(SEVERITIES)},
 )
 HEX_TRACE = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
-TRACE_ID = Param("trace_id", "The trace's id, 32 hex digits.", read_hex(32), HEX_TRACE)
-SIGNAL_ID = Param("id", "The signal's id, 32 hex digits.", read_hex(32), HEX_TRACE)
-
-
-def signal_json(signal: dict[str, Any]) -> dict[str, Any]:
-    """A signal with its time as text."""
-    return {**signal, "detected_at": write_time(signal["detected_at"])}
-
-
-def trace_json(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the trace index, or a trace, with its times as text."""
-    times = {name: write_time(row[name]) for name in ("start", "end")}
-    return {**row, **times}
+TRACE_ID = Param("trace_id", "The id of the trace, 32 hex digits.", read_hex(32), HEX_TRACE)
+SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HEX_TRACE)
 
 
 @endpoints.add(
@@ -63,10 +50,10 @@ def trace_json(row: dict[str, Any]) -> dict[str, Any]:
     params=(
         RULE,
         SEVERITY,
-        Param("trace_id", "Of this trace, 32 hex digits.", read_hex(32), HEX_TRACE),
+        Param("trace_id", "Only signals of this trace, 32 hex digits.", read_hex(32), HEX_TRACE),
         Param(
             "status",
-            "Whether the breach still holds.",
+            "Only active or only retracted signals.",
             read_choice(*STATUSES),
             {"type": "string", "enum": list(STATUSES)},
         ),
@@ -78,20 +65,12 @@ def trace_json(row: dict[str, Any]) -> dict[str, Any]:
     answers={200: '`{"signals": […], "next": cursor or null}`'},
 )
 async def list_signals(call: Call) -> Any:
-    """`next` is null when there are no more; else pass it as `cursor`, with the same filters."""
-    given = call.params
-    query = SignalQuery(
-        given["rule"],
-        given["severity"],
-        given["trace_id"],
-        given["status"],
-        given["since"],
-        given["until"],
-        given["limit"],
-        given["cursor"],
-    )
-    found, following = await call.blocking(call.backend.queries.signals, call.tenant, query)
-    return {"signals": [signal_json(signal) for signal in found], "next": following}
+    """For the next page, pass `next` as `cursor` with the same filters; it is null on the last."""
+    # The parameters have the names of the store's filters.
+    signals = partial(call.tools.store.signals, call.tenant, **call.params)
+    found, following = await call.blocking(signals)
+    call.tools.metadata.listed(call.tenant, found)
+    return {"signals": [stored_signal_json(stored) for stored in found], "next": following}
 
 
 @endpoints.add(
@@ -103,12 +82,12 @@ async def list_signals(call: Call) -> Any:
     media_type=EVENTS_TYPE,
 )
 async def stream_signals(call: Call) -> Answer:
-    """From now on; read the list for those before. A comment comes every 15 s of silence. A
+    """Starts now; read the list for earlier signals. After 15 s of silence a comment is sent. A
     client that is too slow misses signals."""
     rule, severity = call.params["rule"], call.params["severity"]
 
     async def events() -> AsyncIterator[bytes]:
-        subscription = call.backend.subscribe_signals(call.tenant)
+        subscription = call.tools.subscriptions.open(call.tenant)
         try:
             while True:
                 signal = None
@@ -119,8 +98,8 @@ async def stream_signals(call: Call) -> Answer:
                         return
                 if signal is None:
                     yield b": still here\n\n"
-                elif rule in (None, signal["rule_id"]) and severity in (None, signal["severity"]):
-                    yield event("signal", signal_json(signal), signal["id"])
+                elif rule in (None, signal.rule_id) and severity in (None, signal.severity):
+                    yield event("signal", signal_json(signal), signal.id)
         finally:
             subscription.close()
 
@@ -132,34 +111,32 @@ async def stream_signals(call: Call) -> Answer:
     "/api/v1/signals/summary",
     "Counts of signals by rule, severity and time",
     params=(
-        Param("since", "From this time on; an hour ago if left out.", read_time),
-        Param("until", "Before this time; now if left out.", read_time),
+        Param("since", "At or after this time; by default an hour before `until`.", read_time),
+        Param("until", "Before this time; by default now.", read_time),
         Param(
             "bucket",
-            "Width of a bucket, such as `5m`; else a 60th of the time.",
+            "Width of a bucket, such as `5m`; by default a 60th of the time.",
             read_duration,
         ),
     ),
     answers={200: "`total`, `retracted`, `by_rule`, `by_severity` and `buckets`"},
 )
 async def summarise_signals(call: Call) -> Any:
-    """What was raised, and how many of that was retracted since. Buckets begin at multiples of
-    their width; those without signals are left out; at most 1000."""
+    """Counts raised signals, and how many of them were retracted later. Buckets start at multiples
+    of their width; empty ones are omitted. At most 1000 buckets."""
     given = call.params
     until = given["until"] if given["until"] is not None else read_time("now")
     since = given["since"] if given["since"] is not None else max(until - 3600 * SECOND, 0)
     if since >= until:
-        raise ApiError(400, "since is not before until", "exchange them")
+        raise ApiError(400, "since must be earlier than until", "swap them, or choose other times")
     bucket = given["bucket"] or max((until - since) // 60, SECOND)
     if bucket < SECOND or (until - since) / bucket > MAX_BUCKETS:
         raise ApiError(
             400,
-            f"bucket gives more than {MAX_BUCKETS} buckets or is under a second",
-            "make bucket wider, or the time shorter",
+            f"bucket is below a second or makes more than {MAX_BUCKETS} buckets",
+            "choose a wider bucket or a shorter time",
         )
-    rows = await call.blocking(
-        call.backend.queries.signal_summary, call.tenant, since, until, bucket
-    )
+    rows = await call.blocking(call.tools.store.summary, call.tenant, since, until, bucket)
     by_rule: Counter[str] = Counter()
     by_severity: Counter[str] = Counter(dict.fromkeys(SEVERITIES, 0))
     buckets: defaultdict[int, Counter[str]] = defaultdict(Counter)
@@ -190,10 +167,12 @@ async def summarise_signals(call: Call) -> Any:
     answers={200: "The signal", 404: "There is no such signal"},
 )
 async def get_signal(call: Call) -> Any:
-    signal = await call.blocking(call.backend.queries.signal, call.tenant, call.params["id"])
-    if signal is None:
-        raise ApiError(404, f"there is no signal {call.params['id']}", "list them: /api/v1/signals")
-    return signal_json(signal)
+    found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
+    if found is None:
+        raise ApiError(
+            404, f"there is no signal {call.params['id']}", "list the signals: /api/v1/signals"
+        )
+    return stored_signal_json(found)
 
 
 @endpoints.add(
@@ -201,35 +180,30 @@ async def get_signal(call: Call) -> Any:
     "/api/v1/traces",
     "Recent traces, newest first",
     params=(
-        Param("service", "With a span of this service.", read_text),
-        Param("name", "Whose root span has this name.", read_text),
-        Param("min_duration", "At least this long, such as `250ms`.", read_duration),
+        Param("service", "Only traces with a span of this service.", read_text),
+        Param("name", "Only traces whose root span has this name.", read_text),
+        Param("min_duration", "Only traces at least this long, such as `250ms`.", read_duration),
         SINCE,
-        Param("has_signal", "With signals, or without.", read_bool, {"type": "boolean"}),
+        Param(
+            "has_signal",
+            "Only traces with (or without) active signals.",
+            read_bool,
+            {"type": "boolean"},
+        ),
         LIMIT,
         CURSOR,
     ),
     answers={200: '`{"traces": […], "next": cursor or null, "searched_to": time or null}`'},
 )
 async def list_traces(call: Call) -> Any:
-    """Traces appear when they are closed. A search through millions of traces that takes long stops
-    before the page is full: then `searched_to` says back to which start of a trace it got, and
-    `next` goes on from there. It is null for a full page and for the last."""
-    given = call.params
-    query = TraceQuery(
-        given["service"],
-        given["name"],
-        given["min_duration"],
-        given["since"],
-        given["has_signal"],
-        given["limit"],
-        given["cursor"],
-    )
-    found, following, searched_to = await call.blocking(
-        call.backend.queries.traces, call.tenant, query
-    )
+    """Traces are listed once they are closed. A search that takes long, because there are millions
+    of traces, stops before the page is full: then `searched_to` is the start time down to which it
+    searched, and `next` continues from there. Otherwise `searched_to` is null."""
+    # The parameters have the names of the store's filters.
+    traces = partial(call.tools.store.traces, call.tenant, **call.params)
+    found, following, searched_to = await call.blocking(traces)
     return {
-        "traces": [trace_json(row) for row in found],
+        "traces": [trace_row_json(row) for row in found],
         "next": following,
         "searched_to": None if searched_to is None else write_time(searched_to),
     }
@@ -238,7 +212,7 @@ async def list_traces(call: Call) -> Any:
 @endpoints.add(
     "GET",
     "/api/v1/traces/{trace_id}",
-    "A trace as OTLP JSON, its signals, its verdict by rule",
+    "A trace as OTLP JSON, with its signals and the verdict of each rule",
     path_params=(TRACE_ID,),
     answers={
         200: "`resourceSpans` (OTLP JSON), `state`, `signals`, `verdicts`, `missing`, `omitted`",
@@ -246,17 +220,17 @@ async def list_traces(call: Call) -> Any:
     },
 )
 async def get_trace(call: Call) -> Any:
-    """`state` is `open` or `closed`. The spans are read from the span log: `missing` says how many
-    of the requests that had some are damaged or no longer there, `omitted` how many were too many
-    to show. `verdicts` are those of the present rules, by id: `verdict` is `breach` (with
-    `clause`, and the id of the `signal` if there is one), `kept`, `open` (the trace is) or
-    `unknown` (spans are missing)."""
+    """`state` is `open` or `closed`. The spans are read from the span log: `missing` is the number
+    of requests with spans of the trace that are damaged or past retention, `omitted` the number
+    left out because the trace is too long. `verdicts` are those of the current rules, by id:
+    `verdict` is `breach` (with `clause`, and the id of the `signal` if there is one), `kept`,
+    `open` (the trace is open) or `unknown` (spans are missing)."""
     trace_id = call.params["trace_id"]
-    trace = await call.blocking(call.backend.queries.trace, call.tenant, trace_id)
+    trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:
         raise ApiError(
             404,
             f"there is no trace {trace_id}",
-            "a trace appears moments after its first span was accepted",
+            "a trace appears shortly after its first span is accepted",
         )
-    return {**trace_json(trace), "signals": [signal_json(s) for s in trace["signals"]]}
+    return trace

@@ -1,38 +1,37 @@
-"""How a metric is declared."""
+"""The declaration of a metric."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-if TYPE_CHECKING:
-    from betrace.service.app import Service
+from betrace.service.api.sources import Sources
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
-"""Values of labels, in the declared order, and the number."""
+"""Values of the labels, in the declared order, and the number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A metric that is read from the service when scraped."""
+    """A metric that is read when it is scraped."""
 
     name: str
     kind: Literal["counter", "gauge"]
     text: str
     labels: tuple[str, ...]
-    read: Callable[[Service], Samples]
+    read: Callable[[Sources], Samples]
     blocks: bool = False
-    """Whether reading asks the operating system for what may take long; it is then done in a
-    thread, and looks at nothing that belongs to the Trio thread."""
+    """Whether reading may block on the operating system. It then happens in a thread and must not
+    touch anything that belongs to the Trio thread."""
 
-    def family(self, service: Service) -> Metric:
-        """The metric with its present values."""
+    def family(self, sources: Sources) -> Metric:
+        """The metric with its current values."""
         family = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         metric = family(self.name, self.text, labels=self.labels)
-        for labels, value in self.read(service):
+        for labels, value in self.read(sources):
             metric.add_metric(list(labels), value)
         return metric
 

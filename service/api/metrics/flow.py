@@ -1,18 +1,15 @@
-"""Metrics of what flows: spans, signals, traces."""
+"""Metrics of spans, signals and traces."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from betrace.service.api.metrics.declared import Declared, Samples, one
+from betrace.service.api.sources import Sources
+from betrace.service.rules.definition import SEVERITIES
 
-if TYPE_CHECKING:
-    from betrace.service.app import Service
 
-
-def _signals(service: Service) -> Samples:
-    seen = service.pipeline.evaluate.counts.by_severity
-    for severity in ("critical", "high", "medium", "low", "info"):
+def _signals(sources: Sources) -> Samples:
+    seen = sources.pipeline.evaluate.counts.by_severity
+    for severity in SEVERITIES:
         for kind in ("raised", "retracted"):
             yield (severity, kind), seen.get((severity, kind), 0)
 
@@ -21,72 +18,72 @@ DECLARED = (
     Declared(
         "betrace_span_ingestion",
         "counter",
-        "Spans accepted: in the span log and acknowledged.",
+        "Spans accepted: written to the span log and acknowledged.",
         (),
         lambda s: one(s.pipeline.ingest.counts.accepted),
     ),
     Declared(
         "betrace_spans_rejected",
         "counter",
-        "Spans left out of accepted requests: a trace or span id that is none.",
+        "Spans left out of accepted requests because of an invalid trace or span id.",
         (),
         lambda s: one(s.pipeline.ingest.counts.rejected),
     ),
     Declared(
         "betrace_spans_refused",
         "counter",
-        "Spans (estimated) of requests that were not accepted, by reason.",
+        "Spans (estimated) of refused requests, by reason.",
         ("reason",),
         lambda s: [((reason,), n) for reason, n in s.edge.refused_spans.items()],
     ),
     Declared(
         "betrace_requests_refused",
         "counter",
-        "Export requests that were not accepted, by reason.",
+        "Refused export requests, by reason.",
         ("reason",),
         lambda s: [((reason,), n) for reason, n in s.edge.refused_requests.items()],
     ),
     Declared(
         "betrace_spans_evaluated",
         "counter",
-        "Spans folded into their traces, repeated and replayed ones included.",
+        "Spans folded into their traces, including repeated and replayed ones.",
         (),
         lambda s: one(s.account().evaluated),
     ),
     Declared(
         "betrace_spans_replayed",
         "counter",
-        "Spans read back from the span log at the start.",
+        "Spans read back from the span log at startup.",
         (),
         lambda s: one(s.account().replayed),
     ),
     Declared(
         "betrace_spans_dead_lettered",
         "gauge",
-        "Spans in dead letters, not folded into their traces.",
+        "Spans in dead letters and not folded into their traces.",
         (),
         lambda s: one(s.account().dead_lettered),
     ),
     Declared(
         "betrace_spans_discarded",
         "counter",
-        "Spans in dead letters that were discarded, or moved to files.",
+        "Spans in dead letters that were discarded or moved to files.",
         (),
         lambda s: one(s.account().discarded),
     ),
     Declared(
         "betrace_spans_repeated",
         "counter",
-        "Spans that came a second time and were not counted.",
+        "Spans received again and not counted twice.",
         (),
         lambda s: one(s.pipeline.correlate.counts.repeated),
     ),
     Declared(
         "betrace_spans_in_flight",
         "gauge",
-        "Spans accepted and not yet evaluated.",
+        "Spans accepted but not evaluated yet.",
         (),
-        lambda s: one(s.spans_in_flight()),
+        lambda s: one(s.account().in_flight),
     ),
     Declared(
         "betrace_signals",
@@ -98,14 +95,14 @@ DECLARED = (
     Declared(
         "betrace_signals_early",
         "counter",
-        "Signals raised before their trace had closed.",
+        "Signals raised before their trace was closed.",
         (),
         lambda s: one(s.pipeline.evaluate.counts.early),
     ),
     Declared(
         "betrace_open_traces",
         "gauge",
-        "Traces that may still get spans.",
+        "Traces that may still receive spans.",
         (),
         lambda s: one(s.pipeline.correlate.survey.open),
     ),
@@ -119,21 +116,21 @@ DECLARED = (
     Declared(
         "betrace_traces_reopened",
         "counter",
-        "Closed traces to which spans came late.",
+        "Closed traces reopened by late spans.",
         (),
         lambda s: one(s.pipeline.correlate.counts.reopened),
     ),
     Declared(
         "betrace_traces_recalled",
         "counter",
-        "Closed and forgotten traces reopened from the index and the log.",
+        "Traces no longer in memory that were reopened from the index and the log.",
         (),
         lambda s: one(s.pipeline.history.recalled),
     ),
     Declared(
         "betrace_traces_partial",
         "counter",
-        "Traces reopened without all the spans that came before.",
+        "Traces reopened without all of their earlier spans.",
         (),
         lambda s: one(s.pipeline.history.partial),
     ),
@@ -163,6 +160,6 @@ DECLARED = (
         "gauge",
         "Tenants with open or recently closed traces.",
         (),
-        lambda s: one(len(s.traces())),
+        lambda s: one(len(s.pipeline.correlate.tenants)),
     ),
 )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from betrace.channels import BreakerState
 from betrace.service.api.metrics.declared import Declared, Samples
+from betrace.service.api.sources import Sources
 from betrace.service.pipeline import breakers
 
-if TYPE_CHECKING:
-    from betrace.service.app import Service
 
-
-def _stage_items(service: Service) -> Samples:
-    for name, stage in service.pipeline.stages.items():
+def _stage_items(sources: Sources) -> Samples:
+    for name, stage in sources.pipeline.stages.items():
         stats = stage.statistics()
         yield (name, "done"), stats.items_out
         yield (name, "failed"), stats.failed
@@ -22,71 +19,71 @@ def _stage_items(service: Service) -> Samples:
         yield (name, "dead"), stats.dead
 
 
-def _progress(service: Service) -> Samples:
-    for name, stage in service.pipeline.stages.items():
+def _progress(sources: Sources) -> Samples:
+    for name, stage in sources.pipeline.stages.items():
         last = stage.statistics().last_progress
-        yield (name,), 0.0 if last is None else service.wall_time(last)
+        yield (name,), 0.0 if last is None else sources.wall_time(last)
 
 
-def _stalled(service: Service) -> Samples:
-    seconds = service.settings.pipeline.stall_seconds
-    for name, stage in service.pipeline.stages.items():
+def _stalled(sources: Sources) -> Samples:
+    seconds = sources.settings.pipeline.stall_seconds
+    for name, stage in sources.pipeline.stages.items():
         yield (name,), float(stage.stalled(seconds))
 
 
-def _breaker_states(service: Service) -> Samples:
-    for breaker in service.pipeline.breakers:
+def _breaker_states(sources: Sources) -> Samples:
+    for breaker in sources.pipeline.breakers:
         for state in BreakerState:
             yield (breaker.name, str(state)), float(breaker.state is state)
 
 
-def _breaker_calls(service: Service) -> Samples:
-    for breaker in service.pipeline.breakers:
+def _breaker_calls(sources: Sources) -> Samples:
+    for breaker in sources.pipeline.breakers:
         for kind, number in breakers.calls(breaker).items():
             yield (breaker.name, kind), number
 
 
-def _cache_requests(service: Service) -> Samples:
-    for name, stats in service.cache_stats().items():
+def _cache_requests(sources: Sources) -> Samples:
+    for name, stats in sources.caches.statistics().items():
         yield (name, "hit"), stats["hitCount"]
         yield (name, "miss"), stats["missCount"]
 
 
-def _cache_loads(service: Service) -> Samples:
-    for name, stats in service.cache_stats().items():
+def _cache_loads(sources: Sources) -> Samples:
+    for name, stats in sources.caches.statistics().items():
         yield (name, "success"), stats["loadSuccessCount"]
         yield (name, "failure"), stats["loadFailureCount"]
 
 
-def _cache_load_seconds(service: Service) -> Samples:
-    for name, stats in service.cache_stats().items():
+def _cache_load_seconds(sources: Sources) -> Samples:
+    for name, stats in sources.caches.statistics().items():
         loads = stats["loadSuccessCount"] + stats["loadFailureCount"]
         yield (name,), stats["averageLoadPenaltyMs"] * loads / 1e3
 
 
-def _of_caches(key: str) -> Callable[[Service], Samples]:
-    return lambda service: [((name,), s[key]) for name, s in service.cache_stats().items()]
+def _of_caches(key: str) -> Callable[[Sources], Samples]:
+    return lambda s: [((name,), found[key]) for name, found in s.caches.statistics().items()]
 
 
 DECLARED = (
     Declared(
         "betrace_seda_queue_size",
         "gauge",
-        "What is in a channel, being worked on included; in spans, traces or rows.",
+        "Size of a channel in spans, traces or rows, including what is being processed.",
         ("queue",),
         lambda s: [((n,), q.send.statistics().size) for n, q in s.pipeline.queues.items()],
     ),
     Declared(
         "betrace_seda_queue_capacity",
         "gauge",
-        "What a channel holds at most.",
+        "Capacity of a channel.",
         ("queue",),
         lambda s: [((n,), q.send.capacity) for n, q in s.pipeline.queues.items()],
     ),
     Declared(
         "betrace_seda_queue_peak",
         "gauge",
-        "The most that was in a channel since the last scrape.",
+        "Largest size of a channel since the last scrape.",
         ("queue",),
         lambda s: [((n,), q.metrics_peak.take()) for n, q in s.pipeline.queues.items()],
     ),
@@ -100,70 +97,70 @@ DECLARED = (
     Declared(
         "betrace_stage_last_progress_timestamp_seconds",
         "gauge",
-        "When a stage last finished an item; 0 before.",
+        "When a stage last finished an item; 0 before the first.",
         ("stage",),
         _progress,
     ),
     Declared(
         "betrace_stage_stalled",
         "gauge",
-        "1 while a stage has input and has finished nothing for pipeline.stall_seconds.",
+        "1 while a stage has input but has finished nothing for pipeline.stall_seconds.",
         ("stage",),
         _stalled,
     ),
     Declared(
         "betrace_cache_requests",
         "counter",
-        "Look-ups in a cache, by result.",
+        "Cache lookups, by result.",
         ("cache", "result"),
         _cache_requests,
     ),
     Declared(
         "betrace_cache_hit_ratio",
         "gauge",
-        "Part of the look-ups since the start that were answered from the cache; 0 before any.",
+        "Share of cache lookups since the start that were hits; 0 before the first.",
         ("cache",),
         _of_caches("hitRate"),
     ),
     Declared(
         "betrace_cache_entries",
         "gauge",
-        "Entries of a cache.",
+        "Entries in a cache.",
         ("cache",),
         _of_caches("size"),
     ),
     Declared(
         "betrace_cache_evictions",
         "counter",
-        "Entries that left a cache for room or age.",
+        "Cache entries evicted because of size or age.",
         ("cache",),
         _of_caches("evictionCount"),
     ),
     Declared(
         "betrace_cache_loads",
         "counter",
-        "What was loaded into a cache, by how it ended; warm-up and loading ahead included.",
+        "Cache loads by outcome, including warm-up and loading ahead.",
         ("cache", "outcome"),
         _cache_loads,
     ),
     Declared(
         "betrace_cache_load_seconds",
         "counter",
-        "Time spent in the loads of a cache; over their number it is what a miss costs.",
+        "Time spent on cache loads; divided by their number, the cost of a miss.",
         ("cache",),
         _cache_load_seconds,
     ),
     Declared(
         "betrace_circuit_breaker_state",
         "gauge",
-        "1 for the state that the breaker has, 0 for the others.",
+        "1 for the current state of the breaker, 0 for the others.",
         ("name", "state"),
         _breaker_states,
     ),
     Declared(
         "betrace_circuit_breaker_calls",
         "counter",
-        "Calls under a breaker, by how they ended; a slow one counts once more as slow.",
+        "Calls through a breaker, by outcome; a slow call is also counted as slow.",
         ("name", "kind"),
         _breaker_calls,
     ),

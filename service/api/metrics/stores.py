@@ -1,67 +1,65 @@
-"""Metrics of what is kept: the span log, checkpoints, dead letters, local files, DuckDB."""
+"""Metrics of the stores: span log, ledger, checkpoints, dead letters, fallback files, archive,
+DuckDB, exports."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from betrace.service.api.metrics.declared import Declared, Samples, one
-from betrace.service.export.destinations import DESTINATIONS
+from betrace.service.api.sources import Sources
+from betrace.service.config.stages import EXPORTS
 from betrace.service.export.exporter import Exporter
 
-if TYPE_CHECKING:
-    from betrace.service.app import Service
+
+def _checkpoint_time(sources: Sources) -> Samples:
+    return one(sources.recovery.saved_at or 0.0)
 
 
-def _checkpoint_time(service: Service) -> Samples:
-    return one(service.recovery.saved_at or 0.0)
+def _checkpoint_bytes(sources: Sources) -> Samples:
+    return one(sources.recovery.saved_bytes)
 
 
-def _checkpoint_bytes(service: Service) -> Samples:
-    return one(service.recovery.saved_bytes)
+def _checkpoint_failures(sources: Sources) -> Samples:
+    return one(sources.recovery.failures)
 
 
-def _checkpoint_failures(service: Service) -> Samples:
-    return one(service.recovery.failures)
-
-
-def _disk(service: Service) -> Samples:
+def _disk(sources: Sources) -> Samples:
     try:
-        usage = shutil.disk_usage(service.settings.storage.path)
-    except OSError:  # the rest of the scrape is wanted then more than ever
+        usage = shutil.disk_usage(sources.settings.storage.path)
+    except OSError:  # the other metrics are needed now more than ever
         return
     yield ("free",), usage.free
     yield ("used",), usage.used
 
 
-def _dead_letters(service: Service) -> Samples:
-    held = service.pipeline.letters.held
-    for name in service.pipeline.stages:
-        if name != "span-ingestion":  # what it fails on is refused
+def _dead_letters(sources: Sources) -> Samples:
+    held = sources.pipeline.letters.held
+    for name in sources.pipeline.stages:
+        if name != "span-ingestion":  # refuses what it fails on
             yield (name,), held[name].letters if name in held else 0
 
 
-def _export(value: Callable[[Exporter], float]) -> Callable[[Service], Samples]:
-    """A number of each destination, 0 for those that are off."""
+def _export(value: Callable[[Exporter], float]) -> Callable[[Sources], Samples]:
+    """A number for each destination; 0 if it is not configured."""
 
-    def samples(service: Service) -> Samples:
-        on = {exporter.name: value(exporter) for exporter in service.exports}
-        for name in DESTINATIONS:
+    def samples(sources: Sources) -> Samples:
+        on = {exporter.name: value(exporter) for exporter in sources.exports}
+        for name in EXPORTS:
             yield (name,), on.get(name, 0)
 
     return samples
 
 
-def _exported(service: Service) -> Samples:
+def _exported(sources: Sources) -> Samples:
     for outcome in ("sent", "rejected"):
-        for (name,), number in _export(attrgetter(outcome))(service):
+        for (name,), number in _export(attrgetter(outcome))(sources):
             yield (name, outcome), number
 
 
-def _audit_dropped(service: Service) -> Samples:
-    audit = service.pipeline.batch_audit
+def _audit_dropped(sources: Sources) -> Samples:
+    audit = sources.pipeline.batch_audit
     return one(audit.dropped() if audit is not None else 0)
 
 
@@ -69,43 +67,42 @@ DECLARED = (
     Declared(
         "betrace_export_signals",
         "counter",
-        "Signals sent to another system: sent, or rejected for good.",
+        "Signals exported, by outcome: sent, or permanently rejected.",
         ("destination", "outcome"),
         _exported,
     ),
     Declared(
         "betrace_export_failures",
         "counter",
-        "Deliveries to another system that failed and are tried again.",
+        "Failed deliveries to another system that are retried.",
         ("destination",),
         _export(attrgetter("failures")),
     ),
     Declared(
         "betrace_export_lag_seconds",
         "gauge",
-        "How old the oldest signal is that another system has not taken; 0 when none waits.",
+        "Age of the oldest signal that another system has not accepted; 0 if none is waiting.",
         ("destination",),
         _export(Exporter.lag_seconds),
     ),
     Declared(
         "betrace_audit_batches_dropped",
         "counter",
-        "Accepted requests that audit.batches could not note, since the disk was slow.",
+        "Accepted requests that audit.batches did not record because the disk was slow.",
         (),
         _audit_dropped,
     ),
     Declared(
         "betrace_ledger_clients_replaced",
         "counter",
-        "Clients of the ledger that were given up and replaced, for a call that hung or a session "
-        "that ended.",
+        "Ledger clients replaced because a call hung or a session ended.",
         (),
         lambda s: one(s.ledger.clients.replaced),
     ),
     Declared(
         "betrace_ledger_clients_left_behind",
         "gauge",
-        "Clients of the ledger that were given up and whose call has not come back.",
+        "Replaced ledger clients whose call is still hung.",
         (),
         lambda s: one(s.ledger.clients.left_behind),
     ),
@@ -119,35 +116,35 @@ DECLARED = (
     Declared(
         "betrace_span_log_unsynced_bytes",
         "gauge",
-        "Bytes of the span log that would be lost if the machine died now.",
+        "Bytes of the span log that a crash of the machine would lose now.",
         (),
         lambda s: one(s.log.statistics().unsynced_bytes),
     ),
     Declared(
         "betrace_span_log_sync_seconds",
         "gauge",
-        "How long the last sync of the span log took.",
+        "Duration of the last sync of the span log.",
         (),
         lambda s: one(s.pipeline.sync.last_seconds),
     ),
     Declared(
         "betrace_span_log_sync_failures",
         "counter",
-        "Syncs of the span log that the disk failed.",
+        "Failed syncs of the span log.",
         (),
         lambda s: one(s.pipeline.sync.failures),
     ),
     Declared(
         "betrace_checkpoint_timestamp_seconds",
         "gauge",
-        "When the last checkpoint was complete; 0 before the first.",
+        "When the last checkpoint was completed; 0 before the first.",
         (),
         _checkpoint_time,
     ),
     Declared(
         "betrace_checkpoint_bytes",
         "gauge",
-        "Size of the last checkpoint that was written.",
+        "Size of the last checkpoint.",
         (),
         _checkpoint_bytes,
     ),
@@ -168,28 +165,28 @@ DECLARED = (
     Declared(
         "betrace_span_log_released_bytes",
         "counter",
-        "Bytes of the span log deleted since they were past retention.",
+        "Bytes of the span log deleted because they were past retention.",
         (),
         lambda s: one(s.daily.released_bytes),
     ),
     Declared(
         "betrace_archive_failures",
         "counter",
-        "Runs of the daily task of archive and retention that could not do everything.",
+        "Incomplete runs of the daily archive and retention task.",
         (),
         lambda s: one(s.daily.failures),
     ),
     Declared(
         "betrace_archive_timestamp_seconds",
         "gauge",
-        "When the daily task of archive and retention last did everything; 0 before.",
+        "When the daily archive and retention task last completed; 0 before the first time.",
         (),
         lambda s: one(s.daily.succeeded_at or 0.0),
     ),
     Declared(
         "betrace_data_disk_bytes",
         "gauge",
-        "The file system of the data directory: what BeTrace may still write, and what is used.",
+        "Bytes of the file system of the data directory: free for BeTrace to write, and used.",
         ("state",),
         _disk,
         blocks=True,
@@ -204,14 +201,14 @@ DECLARED = (
     Declared(
         "betrace_dead_letters_exported",
         "counter",
-        "Dead letters moved to files, since they no longer fitted.",
+        "Dead letters moved to files because the store was full.",
         (),
         lambda s: one(s.pipeline.letters.exported),
     ),
     Declared(
         "betrace_fallback_pending",
         "gauge",
-        "Records in local files that wait for their store.",
+        "Records in local files that are waiting for their store.",
         ("store",),
         lambda s: [((n,), f.statistics().lines) for n, f in s.pipeline.fallbacks.items()],
     ),
@@ -220,7 +217,7 @@ DECLARED = (
         "counter",
         "Rows written to DuckDB.",
         (),
-        lambda s: one(s.pipeline.store_counts.rows),
+        lambda s: one(s.pipeline.project.rows),
     ),
     Declared(
         "betrace_start_time_seconds",

@@ -1,4 +1,4 @@
-"""The caches of the running service: filled, emptied, counted; and never wrong."""
+"""The caches of a running service: filled, emptied, counted, and never wrong."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from betrace.service.api.backend import Operator, SignalQuery
+from tests.support.api_client import ApiClient
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import S
 
-ME = Operator("kim", "<local>")
 NAMES = ("ruleContainers", "publicKeys", "traceMetadata")
 
 
@@ -24,22 +23,25 @@ def config(tmp_path):
 
 async def look(service, tenant="default"):
     """The traces of the tenant's signals, as a user opens them."""
-    signals, _ = await trio.to_thread.run_sync(service.queries.signals, tenant, SignalQuery())
-    found = {}
-    for each in {signal["trace_id"] for signal in signals}:
-        found[each] = await trio.to_thread.run_sync(service.queries.trace, tenant, each)
-    return found
+    client = ApiClient(service)
+    signals = (await client.get("/api/v1/signals", x_scope_orgid=tenant))["signals"]
+    return {
+        each: await client.get(f"/api/v1/traces/{each}", x_scope_orgid=tenant)
+        for each in {signal["trace_id"] for signal in signals}
+    }
 
 
 def stats(service, name="traceMetadata"):
-    return service.cache_stats()[name]
+    return service.caches.statistics()[name]
 
 
-async def test_caches_are_warm_soon_after_the_start(config):
+async def test_caches_are_warm_soon_after_the_start(config, caplog):
+    caplog.set_level("INFO", "service")
     async with running(config) as service:
         with trio.fail_after(10):
-            while stats(service, "ruleContainers")["size"] < 2:
+            while "caches are warm" not in caplog.text:
                 await trio.sleep(0.02)
+        assert stats(service, "ruleContainers")["size"] == 2
         assert stats(service, "ruleContainers")["missCount"] == 0
         await send(service, [S(1)], "acme")
         await folded(service)
@@ -47,14 +49,19 @@ async def test_caches_are_warm_soon_after_the_start(config):
 
 
 async def test_a_warm_up_loads_rules_keys_and_traces(config, tmp_path):
+    path = "/api/performance/cache-invalidate"
+
+    async def dropped(cache):
+        return (await ApiClient(service).post(f"{path}/{cache}", x_operator="kim"))["invalidated"]
+
     key = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
     async with running(config) as service:
         service.gate.directory.create("acme", None, key)
         await send(service, [S(1), S(2)], "acme")
         await closed(service)
         for name in NAMES:
-            await service.admin.invalidate_cache(ME, name, None)
-        found = await service.admin.warm_up_caches(ME)
+            await dropped(name)
+        found = await ApiClient(service).post("/api/admin/cache-warmup")
         assert found["failed"] == 0
         assert {name: stats(service, name)["size"] for name in NAMES} == {
             "ruleContainers": 2,
@@ -64,16 +71,16 @@ async def test_a_warm_up_loads_rules_keys_and_traces(config, tmp_path):
         assert found["loaded"] >= 4
         await look(service, "acme")
         assert (stats(service)["hitCount"], stats(service)["missCount"]) == (1, 0)
-        assert await service.admin.invalidate_cache(ME, "publicKeys", "default") == 0
-        assert await service.admin.invalidate_cache(ME, "publicKeys", "acme") == 1
-        assert await service.admin.invalidate_cache(ME, "ruleContainers", "acme") == 1
+        assert await dropped("publicKeys?tenantId=default") == 0
+        assert await dropped("publicKeys?tenantId=acme") == 1
+        assert await dropped("ruleContainers?tenantId=acme") == 1
         assert stats(service, "ruleContainers")["size"] == 1
     audit = [orjson.loads(x) for x in (tmp_path / "data/audit.jsonl").read_bytes().splitlines()]
     assert {each["action"] for each in audit} == {"cache.invalidate", "cache.warm-up"}
     assert {"cache": "publicKeys", "tenant": "acme", "operator": "kim"}.items() <= audit[-2].items()
 
 
-async def test_who_comes_back_to_a_trace_hits(config):
+async def test_a_second_view_of_a_trace_is_a_hit(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])
         await closed(service)
@@ -84,7 +91,7 @@ async def test_who_comes_back_to_a_trace_hits(config):
         assert (stats(service)["hitCount"], stats(service)["missCount"]) == (1, 1)
 
 
-async def test_traces_of_new_signals_are_loaded_ahead_where_somebody_looks(config):
+async def test_traces_of_new_signals_are_loaded_ahead_for_tenants_with_viewers(config):
     async with running(config) as service:
         await look(service)
         await send(service, [S(1), S(2)])
@@ -95,17 +102,17 @@ async def test_traces_of_new_signals_are_loaded_ahead_where_somebody_looks(confi
                 await trio.sleep(0.02)
         assert await look(service)
         assert (stats(service)["hitCount"], stats(service)["missCount"]) == (1, 0)
-        assert stats(service)["size"] == 1  # nobody looks at acme
+        assert stats(service)["size"] == 1  # nobody views acme
 
 
-async def test_a_trace_that_is_looked_at_while_it_is_open_is_loaded_when_it_is_closed(config):
+async def test_a_trace_viewed_while_open_is_loaded_when_it_closes(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])
         seen = None
         with trio.fail_after(10):
             while seen is None:  # the trace is open, its early signal may not be stored yet
                 trace = S(1).trace.hex()
-                seen = await trio.to_thread.run_sync(service.queries.trace, "default", trace)
+                seen = await trio.to_thread.run_sync(service.tools.reader.trace, "default", trace)
             while not stats(service)["size"]:
                 await trio.sleep(0.02)
         asked = stats(service)["missCount"]
@@ -114,8 +121,8 @@ async def test_a_trace_that_is_looked_at_while_it_is_open_is_loaded_when_it_is_c
         assert (stats(service)["hitCount"], stats(service)["missCount"]) == (1, asked)
 
 
-async def test_late_spans_are_seen_and_verdicts_are_as_without_a_cache(config, tmp_path):
-    """A trace that is looked at before and after late spans, closed ones that are forgotten too."""
+async def test_late_spans_are_visible_and_verdicts_are_as_without_a_cache(config, tmp_path):
+    """A trace viewed before and after late spans, after it left memory."""
     config = settings(tmp_path, caches={"trace_metadata": 1})
     async with running(config) as service:
         await send(service, [S(1)])
@@ -125,7 +132,7 @@ async def test_late_spans_are_seen_and_verdicts_are_as_without_a_cache(config, t
         assert before["verdicts"]["no-b"]["verdict"] == "breach"
         await send(service, [S(9, name="x", trace=b"\2" * 16)], "acme")
         with trio.fail_after(20):
-            while service.traces()["default"].closed_count:
+            while service.pipeline.correlate.tenants["default"].closed_count:
                 await trio.sleep(0.1)
         (before,) = (await look(service)).values()
         await send(service, [S(2), S(3, name="b")])

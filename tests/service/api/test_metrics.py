@@ -1,4 +1,4 @@
-"""The metrics: declared once, all in the exposition with help, with the labels they shall have."""
+"""Every declared metric is exposed with its help text and labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def families(tmp_path, *, busy: bool):
         if busy:
             await send(service, [S(1), S(2), S(2), S(0)])
             await closed(service)
-        text = (await service.scrape()).decode()
+        text = (await service.tools.exposition.scrape()).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
@@ -42,7 +42,7 @@ async def test_every_declared_metric_is_exposed_with_help_and_labels(tmp_path):
             assert set(sample.labels) == set(declared.labels)
 
 
-def test_names_are_those_of_prometheus_and_used_once():
+def test_names_follow_prometheus_and_are_unique():
     names = [declared.name for declared in DECLARED]
     assert len(names) == len(set(names))
     for declared in DECLARED:
@@ -51,7 +51,7 @@ def test_names_are_those_of_prometheus_and_used_once():
         assert "trace_id" not in declared.labels
 
 
-async def test_counts_are_what_happened(tmp_path):
+async def test_counts_after_work(tmp_path):
     found = await families(tmp_path, busy=True)
 
     def value(name: str, *labels: str) -> float:
@@ -89,7 +89,7 @@ async def test_latencies_are_observed(tmp_path):
         assert count(name) > 0, name
 
 
-async def test_label_sets_are_there_from_the_beginning(tmp_path):
+async def test_label_sets_exist_from_the_start(tmp_path):
     found = await families(tmp_path, busy=False)
     assert len(samples(found["betrace_signals"])) == 10
     for name in ("betrace_seda_queue_size", "betrace_seda_queue_capacity"):
@@ -111,7 +111,7 @@ def _specified() -> set[str]:
 
 
 @pytest.mark.skipif(not _specified(), reason="../shared/spec is not beside the repository")
-async def test_what_the_specification_names_is_there(tmp_path):
+async def test_the_metrics_of_the_specification_exist(tmp_path):
     found = await families(tmp_path, busy=False)
     known = set(found) | {f"{name}_total" for name, f in found.items() if f.type == "counter"}
     assert _specified() <= known

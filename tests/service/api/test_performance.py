@@ -1,4 +1,4 @@
-"""What /api/performance tells of a service that worked: rates, latencies, stages."""
+"""The numbers of /api/performance: rates, latencies, stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.support.spans import S
 STAGES = ("span-ingestion", "trace-correlation", "rule-evaluation", "storage-write", "projection")
 
 
-async def test_rates_and_latencies_are_of_what_happened(tmp_path):
+async def test_rates_and_latencies_after_work(tmp_path):
     write_rules(tmp_path, {"r": "never { a }"})
     async with running(settings(tmp_path)) as service:
-        before = service.performance_metrics()
+        before = service.tools.performance.metrics()
         assert before["spanIngestionRate"] == 0
         assert before["ruleEvaluationP99"] is None
         assert before["stages"]["projection"]["latencyMs"] == {
@@ -32,7 +32,7 @@ async def test_rates_and_latencies_are_of_what_happened(tmp_path):
         await folded(service)
         await closed(service)
         await trio.sleep(performance.SHARED_SECONDS)
-        found = service.performance_metrics()
+        found = service.tools.performance.metrics()
         elapsed = trio.current_time() - began
         assert found["spanIngestionRate"] == pytest.approx(60 / elapsed, rel=0.9)
         assert found["duckDBInsertThroughput"] > 0
@@ -58,39 +58,51 @@ async def test_rates_and_latencies_are_of_what_happened(tmp_path):
         assert json.loads(json.dumps(found)) == found
 
 
-async def test_a_latency_is_as_exact_as_promised(tmp_path):
+async def test_a_latency_is_as_exact_as_documented(tmp_path):
     async with running(settings(tmp_path)) as service:
         observe = service.latencies.ledger.observe
         for milliseconds in range(1, 101):
             observe(milliseconds / 1000)
-        found = service.performance_metrics()["tigerBeetleWriteLatency"]
+        found = service.tools.performance.metrics()["tigerBeetleWriteLatency"]
         assert found == pytest.approx(99, rel=RELATIVE_ERROR)
 
 
-async def test_those_who_look_at_the_same_time_share_quantiles_and_not_totals(
-    tmp_path, monkeypatch
-):
+async def test_simultaneous_requests_share_quantiles_but_not_totals(tmp_path, monkeypatch):
     monkeypatch.setattr(performance, "SHARED_SECONDS", 60)
     async with running(settings(tmp_path)) as service:
         service.latencies.ledger.observe(0.01)
-        first = service.performance_metrics()
+        first = service.tools.performance.metrics()
         service.latencies.ledger.observe(1)
         await send(service, [S(1)])
         await folded(service)
-        again = service.performance_metrics()
+        again = service.tools.performance.metrics()
         assert again["tigerBeetleWriteLatency"] == first["tigerBeetleWriteLatency"]
         assert again["spansAccepted"] == first["spansAccepted"] + 1
         monkeypatch.setattr(performance, "SHARED_SECONDS", 0)
         service.latencies.ledger.observe(1)
         service.latencies.ledger.observe(1)
-        assert service.performance_metrics()["tigerBeetleWriteLatency"] > 900
+        assert service.tools.performance.metrics()["tigerBeetleWriteLatency"] > 900
 
 
-async def test_the_window_moves_on_in_a_running_service(tmp_path):
+async def test_the_window_moves_in_a_running_service(tmp_path):
     config = settings(tmp_path, metrics={"address": "off", "window_seconds": 0.3})
     async with running(config) as service:
         service.latencies.ledger.observe(1)
-        assert service.performance_metrics()["tigerBeetleWriteLatency"] > 900
+        assert service.tools.performance.metrics()["tigerBeetleWriteLatency"] > 900
         with trio.fail_after(10):
-            while service.performance_metrics()["tigerBeetleWriteLatency"] is not None:
+            while service.tools.performance.metrics()["tigerBeetleWriteLatency"] is not None:
                 await trio.sleep(0.05)
+
+
+async def test_channels_caches_and_the_process(client):
+    path = "/api/performance"
+    queues = (await client.get(f"{path}/queue-stats"))["queues"]
+    assert [queue["name"] for queue in queues] == list(STAGES)
+    assert [queue["unit"] for queue in queues] == ["spans", "spans", "traces", "rows", "rows"]
+    assert await client.get(f"{path}/queue-stats/span-ingestion") == queues[0]
+    error = await client.get(f"{path}/queue-stats/span-ingest", 404)
+    assert error["hint"] == "did you mean span-ingestion?"
+    assert (await client.get(f"{path}/metrics"))["spanIngestionRate"] == 0
+    assert (await client.get(f"{path}/trace-windows"))["activeWindows"] == 0
+    assert (await client.get(f"{path}/system-stats"))["threads"] > 1
+    assert (await client.get(f"{path}/cache-stats"))["ruleContainers"]["hitCount"] == 0

@@ -1,4 +1,4 @@
-"""The API's queries over the real stores: rule files, DuckDB, the span log, and the engine."""
+"""Queries on real stores: rule files, DuckDB, the span log, and the traces in memory."""
 
 import gzip
 import json
@@ -12,62 +12,31 @@ import pytest
 import trio
 
 from betrace.channels import ThreadRunner, open_channel
-from betrace.service.api import trace_view as tracequery
+from betrace.service.api import trace_view
 from betrace.service.api.app import create_api
-from betrace.service.api.queries import StoreQueries
+from betrace.service.api.endpoint import Tools
+from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.trace_cache import TraceMetadataCache
+from betrace.service.api.trace_view import TraceReader
+from betrace.service.config.settings import Api
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.recovery.history import TraceHistory
-from betrace.service.pipeline.stages.correlate import CorrelateStage, TraceLimits
-from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
-from betrace.service.pipeline.warmup import warm_up
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
-from betrace.service.signals import Kind, Signal, rule_version, signal_id
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.window import Windows
-from tests.support.scripted_backend import ScriptedBackend
+from betrace.service.traces.verdicts import decide_due
+from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
 
 pytestmark = pytest.mark.kernel
 
-SECOND = 10**9
-NOW = time.time_ns() // SECOND * SECOND
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-OTHER = "1" * 32
-RULE = {"condition": "never { payment.bypass }", "severity": "critical"}
-
-
-def span(name, number, trace=TRACE, **attributes):
-    return {
-        "traceId": trace,
-        "spanId": f"{number:016x}",
-        "name": name,
-        "startTimeUnixNano": str(NOW + number),
-        "endTimeUnixNano": str(NOW + number + 5),
-        "attributes": [
-            {"key": key.replace("_", "."), "value": {"boolValue": value}}
-            for key, value in attributes.items()
-        ],
-    }
-
-
 END = {"trace_complete": True}
-
-
-def otlp(*spans):
-    return {"resourceSpans": [{"scopeSpans": [{"spans": list(spans)}]}]}
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """Kernels compile for longer than a query may take."""
-    warm_up()
 
 
 @pytest.fixture
@@ -86,25 +55,31 @@ def stores(tmp_path, warm):
         s.progress,
         InFlight(),
         TraceLimits(SECOND, SECOND, SECOND, SECOND, 100, 1000),
-        ClosedTraces(1 << 16),
-        lambda tenant, ids: s.history.load(tenant, ids),
-        Windows(),
+        LateSpans(ClosedTraces(1 << 16), lambda tenant, ids: s.history.load(tenant, ids)),
         time.time_ns,
     )
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
-        backend = ScriptedBackend()
         metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
-        backend.queries = s.queries = StoreQueries(
-            s.duck, metadata, s.log, s.registry, s.correlate, 1 << 20
+        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, s.correlate, 1 << 20)
+        api_threads = ThreadRunner("api", 2)
+        tools = Tools(
+            SimpleNamespace(settings=SimpleNamespace(api=Api()), rules=s.rules),
+            s.duck,
+            metadata,
+            s.reader,
+            RuleWriter(s.registry, ()),
+            *[None] * 5,
+            api_threads,
         )
-        s.client = create_api(backend).test_client()
+        s.client = create_api(tools, None, ()).test_client()
         yield s
     threads.close()
+    api_threads.close()
 
 
 async def accept(stores, *spans):
-    """What ingestion and correlation do with a request."""
+    """Do what ingestion and correlation do with a request."""
     sent = frame(*spans)
     positions = stores.progress.append("default", lambda: stores.log.append("default", [sent]))
     batch = scan_bodies("default", [to_protobuf(sent.payload)])
@@ -114,7 +89,7 @@ async def accept(stores, *spans):
 
 
 def project(stores):
-    """What evaluation and storage do with all that is due."""
+    """Do what evaluation and storage do with all due traces."""
     while True:
         try:
             due = stores.received.receive_nowait()
@@ -149,7 +124,7 @@ async def show(stores, status=200):
 async def ask(stores, method, path, status=200, body=None, **headers):
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     options = {} if body is None else {"json": body}
-    answer = await stores.client.open(path, method=method, headers=names, **options)
+    answer = stores.answer = await stores.client.open(path, method=method, headers=names, **options)
     text = await answer.get_data()
     assert answer.status_code == status, text
     return json.loads(text) if text else None
@@ -180,25 +155,6 @@ def frame(*spans, encoding=""):
     body = json.dumps(otlp(*spans)).encode()
     payload = gzip.compress(body) if encoding == "gzip" else body
     return Frame("json", encoding, NOW, payload, len(spans))
-
-
-def make_signal(number=0, rule="bypass", kind=Kind.RAISED):
-    version = rule_version(RULE["condition"])
-    return Signal(
-        id=signal_id("default", rule, version, TRACE, kind),
-        tenant="default",
-        rule_id=rule,
-        rule_version=version,
-        severity="critical",
-        kind=kind,
-        clause="never",
-        trace_id=TRACE,
-        detected_at=NOW + number,
-        early=False,
-        counts={"payment.bypass": 1},
-        evidence={"payment.bypass": [f"{2:016x}"]},
-        message="broken",
-    )
 
 
 async def add_rules(stores, **conditions):
@@ -241,7 +197,7 @@ async def test_a_trace_with_its_signals_and_verdicts(stores):
 
 
 @pytest.mark.parametrize("damage", [b"damaged", gzip.compress(b"no JSON"), gzip.compress(b"5")])
-async def test_what_is_damaged_makes_only_certain_verdicts(stores, damage):
+async def test_with_damaged_frames_only_breaches_are_certain(stores, damage):
     await add_rules(stores, seen="never { checkout }", absent="always { ship }", may="never { x }")
     frames = [
         frame(span("checkout", 1)),
@@ -257,7 +213,7 @@ async def test_what_is_damaged_makes_only_certain_verdicts(stores, damage):
     assert trace["verdicts"]["seen"]["signal"] is None
 
 
-async def test_frames_that_were_released_are_missing_and_the_signal_still_tells(stores):
+async def test_released_frames_are_missing_but_the_signal_has_the_verdict(stores):
     await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
     await add_rules(stores, other="never { checkout }")
     positions = store_trace(stores, [frame(span("checkout", 1)), frame(span("payment.bypass", 2))])
@@ -270,7 +226,7 @@ async def test_frames_that_were_released_are_missing_and_the_signal_still_tells(
     assert (told["clause"], told["counts"]) == ("never", {"payment.bypass": 1})
 
 
-async def test_spans_that_are_nowhere_make_nothing_certain(stores):
+async def test_missing_spans_make_verdicts_unknown(stores):
     await add_rules(stores, absent="always { ship }")
     store_trace(stores, [frame(span("checkout", 1))], spans=2)
     trace = await show(stores)
@@ -289,12 +245,12 @@ async def test_an_open_trace(stores):
     trace = await show(stores)
     assert names(trace) == ["checkout", "pay"]
     assert said(trace) == {"seen": "breach", "absent": "open"}
-    assert trace["verdicts"]["seen"]["signal"] is None  # it is on its way
+    assert trace["verdicts"]["seen"]["signal"] is None  # not recorded yet
     project(stores)
     trace = await show(stores)
     assert trace["verdicts"]["seen"]["signal"] == trace["signals"][0]["id"]
     await accept(stores, span("ship", 3, **END))
-    for _ in range(2):  # closed and not yet stored, then stored
+    for _ in range(2):  # first closed but not stored, then stored
         trace = await show(stores)
         assert (trace["state"], trace["spans"]) == ("closed", 3)
         assert names(trace) == ["checkout", "pay", "ship"]
@@ -302,7 +258,7 @@ async def test_an_open_trace(stores):
         project(stores)
 
 
-async def test_a_trace_that_is_closed_and_opened_again(stores):
+async def test_a_reopened_trace(stores):
     await add_rules(stores, absent="always { ship }")
     await accept(stores, span("checkout", 1, **END))
     project(stores)
@@ -322,7 +278,7 @@ async def test_a_trace_that_is_closed_and_opened_again(stores):
     assert sorted(s["status"] for s in trace["signals"]) == ["retracted", "retracted"]
 
 
-async def test_a_long_trace_with_positions_in_all_places(stores):
+async def test_a_long_trace_with_spilled_positions(stores):
     for number in range(20):
         await accept(stores, span(f"s{number}", number + 1))
         if number == 17:
@@ -336,7 +292,7 @@ async def test_a_long_trace_with_positions_in_all_places(stores):
     assert (trace["state"], names(trace)) == ("closed", [*wanted, "end"])
 
 
-async def test_a_trace_is_decided_by_the_rules_of_now(stores):
+async def test_a_trace_is_evaluated_by_the_current_rules(stores):
     await add_rules(stores, first="never { checkout }")
     await accept(stores, span("checkout", 1, **END))
     project(stores)
@@ -350,8 +306,8 @@ async def test_a_trace_is_decided_by_the_rules_of_now(stores):
     assert trace["verdicts"]["first"]["signal"] is None
 
 
-async def test_a_very_long_trace_is_shown_in_part_and_judged_as_a_whole(stores, monkeypatch):
-    monkeypatch.setattr(tracequery, "MAX_SPANS", 3)
+async def test_a_very_long_trace_is_shown_in_part_and_evaluated_as_a_whole(stores, monkeypatch):
+    monkeypatch.setattr(trace_view, "MAX_SPANS", 3)
     await add_rules(stores, last="never { s7 }", none="never { x }")
     frames = [frame(span(f"s{n}", n + 1), span(f"t{n}", n + 100)) for n in range(8)]
     store_trace(stores, [*frames, frame(span("elsewhere", 1, OTHER))])
@@ -362,8 +318,8 @@ async def test_a_very_long_trace_is_shown_in_part_and_judged_as_a_whole(stores, 
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_FRAMES", 2), ("MAX_BYTES", 100)])
-async def test_too_much_to_read(stores, monkeypatch, limit, value):
-    monkeypatch.setattr(tracequery, limit, value)
+async def test_a_trace_too_long_to_read(stores, monkeypatch, limit, value):
+    monkeypatch.setattr(trace_view, limit, value)
     await add_rules(stores, last="never { s7 }", first="never { s0 }")
     store_trace(stores, [frame(span(f"s{n}", n + 1), span("t", n + 100)) for n in range(8)])
     trace = await show(stores)
@@ -371,18 +327,18 @@ async def test_too_much_to_read(stores, monkeypatch, limit, value):
     assert said(trace) == {"last": "unknown", "first": "breach"}
 
 
-async def test_many_threads_ask_while_spans_come(stores):
+async def test_many_threads_read_while_spans_arrive(stores):
     await add_rules(stores, some="never { s.*7 }", few="count(s.*) < 30")
     stop = threading.Event()
 
     def ask_again():
         seen = 0
         while not stop.is_set():
-            trace = stores.queries.trace("default", TRACE)
+            trace = stores.reader.trace("default", TRACE)
             if trace is not None:
                 assert trace["spans"] >= seen
                 seen = trace["spans"]
-                # Positions may be between memory and store: spans can be missing, never a verdict.
+                # Spans may be missing while positions move to the store, verdicts may not.
                 few = "unknown" if trace["state"] == "closed" else "open"
                 whole = trace["state"] == "closed" and len(names(trace)) == seen
                 assert said(trace)["few"] == ("kept" if whole else few)
@@ -403,7 +359,7 @@ async def test_many_threads_ask_while_spans_come(stores):
     assert said(await show(stores)) == {"some": "breach", "few": "kept"}
 
 
-async def test_nothing_of_another_tenant_is_shown(stores):
+async def test_other_tenants_see_nothing(stores):
     store_trace(stores, [frame(span("checkout", 1))])
     stores.duck.write_signals("default", [make_signal()])
     await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
@@ -442,119 +398,58 @@ async def test_the_summary(stores):
     summary = await ask(stores, "GET", path)
     assert summary["by_rule"] == {"bypass": 1, "other": 1}
     assert [b["total"] for b in summary["buckets"]] == [2]
+    assert summary["by_severity"]["critical"] == summary["total"] == 2
+    assert summary["bucket_seconds"] == 1
+    by_default = await ask(stores, "GET", "/api/v1/signals/summary?until=now")
+    assert by_default["bucket_seconds"] == 60
 
 
-async def test_a_store_that_cannot_answer_is_a_503(stores):
+@pytest.mark.parametrize(
+    ("filters", "found"),
+    [
+        ("", [0, 1, 2]),
+        ("rule=rule-1", [1]),
+        ("severity=low", []),
+        ("severity=critical", [0, 1, 2]),
+        ("status=retracted", []),
+        (f"trace_id={TRACE.upper()}", [0, 1, 2]),
+        (f"trace_id={OTHER}", []),
+        (f"since={NOW + 1}", [1, 2]),
+        (f"until={NOW + 1}", [0]),
+        (f"rule=rule-1&since={NOW}&until={NOW + 2}&limit=1", [1]),
+    ],
+)
+async def test_filters_of_signals(stores, filters, found):
+    stores.duck.write_signals("default", [make_signal(n, f"rule-{n}") for n in range(3)])
+    page = await ask(stores, "GET", f"/api/v1/signals?{filters}")
+    assert sorted(s["rule_id"] for s in page["signals"]) == [f"rule-{n}" for n in found]
+
+
+@pytest.mark.parametrize(
+    ("filters", "found"),
+    [
+        ("service=shop", True),
+        ("service=other", False),
+        ("name=checkout", True),
+        ("name=x", False),
+        ("min_duration=7ns", True),
+        ("min_duration=8ns", False),
+        (f"since={NOW}", True),
+        (f"since={NOW + 1}", False),
+        ("has_signal=false", True),
+        ("has_signal=true", False),
+    ],
+)
+async def test_filters_of_traces(stores, filters, found):
+    store_trace(stores, [frame(span("checkout", 1))])
+    page = await ask(stores, "GET", f"/api/v1/traces?{filters}")
+    assert [t["trace_id"] for t in page["traces"]] == [TRACE] * found
+    assert page["searched_to"] is None
+    assert all(t["start"].endswith("Z") for t in page["traces"])
+
+
+async def test_a_closed_store_gets_503(stores):
     stores.duck.write_signals("default", [make_signal()])
     stores.duck.close()
     error = await ask(stores, "GET", "/api/v1/signals", 503)
     assert "store cannot answer" in error["error"]["message"]
-
-
-async def test_rules_are_files_and_change_under_their_etag(stores):
-    created = await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
-    assert (created["name"], created["enabled"]) == ("bypass", True)
-    assert (stores.directory / "default" / "bypass.yaml").exists()
-    assert await ask(stores, "GET", "/api/v1/rules/bypass") == created
-    (listed,) = (await ask(stores, "GET", "/api/v1/rules"))["rules"]
-    assert listed == {**created, "active_signals": 0}
-    await ask(stores, "PUT", "/api/v1/rules/bypass", 428, RULE)
-    low = {**RULE, "severity": "low"}
-    changed = await ask(stores, "PUT", "/api/v1/rules/bypass", 200, low, If_Match=created["etag"])
-    assert changed["etag"] != created["etag"]
-    assert changed["version"] == created["version"]  # the condition is the same
-    await ask(stores, "PUT", "/api/v1/rules/bypass", 412, RULE, If_Match=created["etag"])
-    assert [r.severity for r in stores.rules.versions("default", "bypass")] == ["critical"]
-    await ask(stores, "PUT", "/api/v1/rules/none", 404, RULE, If_Match="*")
-    await ask(stores, "DELETE", "/api/v1/rules/none", 404, If_Match="*")
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 412, If_Match=created["etag"])
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 204, If_Match=changed["etag"])
-    assert (await ask(stores, "GET", "/api/v1/rules"))["rules"] == []
-
-
-async def test_a_change_of_rules_takes_effect_at_once(stores):
-    assert stores.registry.compiled("default").rules == ()
-    created = await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
-    (compiled,) = stores.registry.compiled("default").rules
-    assert compiled.version == created["version"]
-    await ask(stores, "DELETE", "/api/v1/rules/bypass", 204, If_Match="*")
-    assert stores.registry.compiled("default").rules == ()
-
-
-async def test_rules_with_how_many_signals_stand(stores):
-    await add_rules(stores, a="never { x }", b="never { y }")
-    path = "/api/v1/rules"
-    signals = [make_signal(0, "a"), make_signal(1, "b"), make_signal(2, "b", Kind.RETRACTED)]
-    stores.duck.write_signals("default", [*signals, make_signal(3, "gone")])
-    rules = (await ask(stores, "GET", path))["rules"]
-    assert [(r["id"], r["active_signals"]) for r in rules] == [("a", 1), ("b", 0)]
-    stores.duck.close()
-    rules = (await ask(stores, "GET", path))["rules"]
-    assert [(r["id"], r["active_signals"]) for r in rules] == [("a", None), ("b", None)]
-
-
-async def test_rules_written_by_hand_are_not_overwritten(stores):
-    text = "rules:\n  - {id: a, condition: x}\n  - {id: b, condition: y}\n"
-    (stores.directory / "shop.yaml").write_text(text)
-    stores.rules.poll()
-    error = await ask(stores, "PUT", "/api/v1/rules/a", 409, RULE, If_Match="*")
-    assert "shop.yaml" in error["error"]["message"]
-    await ask(stores, "DELETE", "/api/v1/rules/a", 409, If_Match="*")
-
-
-async def test_a_rule_that_is_wrong_is_not_saved(stores):
-    body = {"condition": "never {\n  payment > 3 }", "labels": {"a": [1]}}
-    error = (await ask(stores, "PUT", "/api/v1/rules/a", 400, body))["error"]
-    assert sorted(str(f["line"]) for f in error["errors"]) == ["2", "None"]
-    assert not (stores.directory / "default").exists()
-
-
-async def test_a_full_disk_is_a_503(stores, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(stores.rules, "put", full)
-    error = (await ask(stores, "PUT", "/api/v1/rules/a", 503, RULE))["error"]
-    assert "No space left" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("condition", "breach", "clause", "counts"),
-    [
-        ("never { a }", True, "never", {"a": 2}),
-        ("always { b }", True, "always", {"b": 0}),
-        ("when { a } always { a }", False, None, {"a": 2}),
-        ("count(a) > 1", True, "never", {"a": 2}),
-    ],
-)
-async def test_trying_a_rule(stores, condition, breach, clause, counts):
-    body = {"condition": condition, "trace": otlp(span("a", 1), span("a", 2))}
-    answer = await ask(stores, "POST", "/api/v1/rules/test", 200, body)
-    assert (answer["breach"], answer["clause"], answer["counts"]) == (breach, clause, counts)
-    assert set(answer) == {"breach", "clause", "counts", "evidence"}
-    if "a" in counts:
-        assert answer["evidence"]["a"] == [f"{1:016x}", f"{2:016x}"]
-
-
-@pytest.mark.parametrize(
-    ("trace", "words"),
-    [
-        (otlp(), "no span"),
-        (otlp(span("a", 1), span("a", 2, OTHER)), "several traces"),
-        (otlp({**span("a", 1), "traceId": "xyz"}), "traceId"),
-        (otlp({**span("a", 1), "traceId": "0" * 32}), "no span"),
-        ({"resourceSpans": 5}, "resourceSpans"),
-        ({}, "no span"),
-    ],
-)
-async def test_a_trace_that_cannot_be_tried(stores, trace, words):
-    body = {"condition": "a", "trace": trace}
-    error = (await ask(stores, "POST", "/api/v1/rules/test", 400, body))["error"]
-    assert words in error["message"]
-    assert "OTLP JSON" in error["hint"]
-
-
-async def test_trying_a_rule_with_an_error(stores):
-    body = {"condition": "never { a", "trace": otlp(span("a", 1))}
-    error = (await ask(stores, "POST", "/api/v1/rules/test", 400, body))["error"]
-    assert error["errors"][0]["line"] == 1

@@ -1,3 +1,5 @@
+"""Event streams over a real connection, and how connections end."""
+
 import json
 
 import pytest
@@ -6,13 +8,13 @@ import trio
 from betrace.service.api.app import create_api
 from betrace.service.api.endpoint import event
 from betrace.service.api.endpoints import performance, signals
-from betrace.service.config.settings import Api
+from betrace.service.signals import Kind, Signal
 from tests.support.http_requests import serving
-from tests.support.scripted_backend import ScriptedBackend, signal
+from tests.support.inprocess import opened, settings
 
 
 class EventClient:
-    """Reads server-sent events. It asks with HTTP/1.0, so that the answer is not in chunks."""
+    """Reads server-sent events. Uses HTTP/1.0, so that the answer is not chunked."""
 
     @classmethod
     async def open(cls, server, path, *headers):
@@ -33,7 +35,7 @@ class EventClient:
         return fields["event"], json.loads(fields["data"]), fields.get("id")
 
     async def rest(self):
-        """All that comes until the connection ends."""
+        """Everything until the connection ends."""
         with trio.fail_after(5), pytest.raises(ConnectionError):
             await self._until(b"\0")
         return self.raw.buffer
@@ -49,75 +51,93 @@ class EventClient:
         return found
 
 
-async def subscribed(backend):
+async def subscribed(service, number=1):
+    """Return when so many listeners are there."""
     with trio.fail_after(5):
-        while not backend.feeds:
+        while len(service.subscriptions._open) != number:
             await trio.sleep(0.01)
-    return backend.feeds[0]
+
+
+def signal(number, severity="high"):
+    return Signal(
+        id=f"{number:032x}",
+        tenant="acme",
+        rule_id="payment",
+        rule_version="v",
+        severity=severity,
+        kind=Kind.RAISED,
+        clause="never",
+        trace_id="1" * 32,
+        detected_at=1_700_000_000_123_456_789,
+        early=False,
+        counts={},
+        evidence={},
+        message="broken",
+    )
+
+
+@pytest.fixture
+async def app(service):
+    return create_api(service.tools, None, ())
 
 
 STREAM = "/api/v1/signals/stream"
 
 
-async def test_signals_are_streamed_as_they_come():
-    backend = ScriptedBackend()
-    async with serving(create_api(backend)) as server:
+async def test_signals_are_streamed_as_they_are_stored(app, service):
+    async with serving(app) as server:
         client = await EventClient.open(server, STREAM + "?severity=high", "x-scope-orgid: acme")
         assert b"content-type: text/event-stream" in client.head
         assert await client.next() == "connected"
-        feed = await subscribed(backend)
-        assert backend.subscribed == ["acme"]
-        feed.send_nowait(signal(1, severity="low"))
-        feed.send_nowait(signal(2))
+        await subscribed(service)
+        service.subscriptions.publish([signal(1, severity="low"), signal(2)])
         name, data, identity = await client.next()
         assert (name, data["id"], identity) == ("signal", f"{2:032x}", f"{2:032x}")
-        assert data["detected_at"].endswith("Z")
-        feed.close()  # the service stops
+        assert data["detected_at"] == "2023-11-14T22:13:20.123456789Z"
+        service.subscriptions.close()  # the service stops
         assert await client.rest() == b""
 
 
-async def test_a_client_that_leaves_is_unsubscribed():
-    backend = ScriptedBackend()
-    async with serving(create_api(backend)) as server:
+async def test_a_client_that_leaves_is_unsubscribed(app, service):
+    async with serving(app) as server:
         client = await EventClient.open(server, STREAM)
-        feed = await subscribed(backend)
+        await subscribed(service)
         await client.close()
-        with trio.fail_after(5):
-            while feed.statistics().open_receive_channels:
-                await trio.sleep(0.01)
+        await subscribed(service, 0)
 
 
-async def test_silence_is_filled_with_comments(monkeypatch):
+async def test_comments_are_sent_during_silence(app, monkeypatch):
     monkeypatch.setattr(signals, "KEEP_ALIVE", 0.02)
-    async with serving(create_api(ScriptedBackend())) as server:
+    async with serving(app) as server:
         client = await EventClient.open(server, STREAM)
         comments = [await client.next() for _ in range(3)]
         assert comments == ["connected", "still here", "still here"]
 
 
-async def test_streams_are_limited():
-    app = create_api(ScriptedBackend(), Api(max_streams=1))
-    async with serving(app) as server:
-        first = await EventClient.open(server, STREAM)
-        await first.next()
-        second = await EventClient.open(server, STREAM)
-        assert second.status == 503
-        assert b"retry-after: 5" in second.head
-        assert b"api.max_streams" in await second.rest()
-        await first.close()
-        status = 503
-        with trio.fail_after(5):
-            while status != 200:  # until the place is free again
-                client = await EventClient.open(server, STREAM)
-                status = client.status
-                await client.close()
+async def test_streams_are_limited(tmp_path):
+    config = settings(tmp_path, api={"max_streams": 1})
+    with opened(config) as service:
+        async with serving(create_api(service.tools, None, ())) as server:
+            first = await EventClient.open(server, STREAM)
+            await first.next()
+            second = await EventClient.open(server, STREAM)
+            assert second.status == 503
+            assert b"retry-after: 5" in second.head
+            assert b"api.max_streams" in await second.rest()
+            await first.close()
+            status = 503
+            with trio.fail_after(5):
+                while status != 200:  # until the server notices that the first is closed
+                    client = await EventClient.open(server, STREAM)
+                    status = client.status
+                    await client.close()
 
 
-async def test_performance_is_streamed_in_snapshots(monkeypatch):
+async def test_performance_is_streamed_in_snapshots(app, monkeypatch):
     monkeypatch.setattr(performance, "SNAPSHOT_SECONDS", 0.02)
     parts = {"metrics", "queues", "caches", "traceWindows", "system"}
     parts |= {"breakers", "pipeline", "ready", "components"}
-    async with serving(create_api(ScriptedBackend())) as server:
+    async with serving(app) as server:
         client = await EventClient.open(server, "/api/performance/stream")
         assert await client.next() == "connected"
         for _ in range(2):
@@ -125,26 +145,25 @@ async def test_performance_is_streamed_in_snapshots(monkeypatch):
             assert (name, set(data)) == ("snapshot", parts)
 
 
-async def test_open_streams_do_not_hold_up_the_shutdown():
-    backend = ScriptedBackend()
+async def test_open_streams_do_not_delay_the_shutdown(app, service):
     with trio.fail_after(8):
-        async with serving(create_api(backend), grace_seconds=0.2) as server:
+        async with serving(app, grace_seconds=0.2) as server:
             client = await EventClient.open(server, STREAM)
-            await subscribed(backend)
+            await subscribed(service)
             server.shutdown.set()
             await client.rest()
 
 
-async def test_a_connection_that_must_be_closed_is():
-    async with serving(create_api(ScriptedBackend())) as server:
+async def test_connection_close_is_obeyed(app):
+    async with serving(app) as server:
         client = await server.connect()
         await client.send(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert (await client.response())[0] == 200
         assert await client.closed(5)
 
 
-async def test_a_kept_connection_serves_pipelined_requests_and_times_out():
-    async with serving(create_api(ScriptedBackend()), keep_alive_seconds=0.1) as server:
+async def test_a_kept_connection_serves_pipelined_requests_and_times_out(app):
+    async with serving(app, keep_alive_seconds=0.1) as server:
         client = await server.connect()
         await client.send(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n" * 5)
         assert [(await client.response())[0] for _ in range(5)] == [200] * 5

@@ -1,106 +1,73 @@
+"""Endpoints for tenants."""
+
+import json
+
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from betrace.service.api.backend import AuditError, Operator
-from betrace.service.tenancy.directory import (
-    DirectoryError,
-    TenantConflictError,
-    UnknownTenantError,
-)
-from betrace.service.tenancy.tokens import BadKeyError
-from tests.service.api.test_app import Client
-from tests.support.scripted_backend import ScriptedBackend
-
-ME = Operator("operator", "<local>")
-KID = "k" * 43
-ACME = {"name": "acme", "state": "active", "createdAt": None, "quota": None, "keys": []}
-
-
-class ScriptedTenants:
-    """Says what the test wrote down, and remembers what it was asked to do."""
-
-    def __init__(self):
-        self.done = []
-        self.error = None
-        self.deleted = True
-
-    def _do(self, *what):
-        self.done.append(what)
-        if self.error is not None:
-            raise self.error
-
-    async def page(self, after, limit):
-        self._do(after, limit)
-        return [ACME], "acme" if not after else None
-
-    async def get(self, name):
-        return ACME if name == "acme" else None
-
-    async def create(self, who, name, quota, public_key):
-        self._do(who, "create", name, quota, public_key)
-        return ACME
-
-    async def set_quota(self, who, name, quota):
-        self._do(who, "quota", name, quota)
-        return ACME
-
-    async def add_key(self, who, name, public_key, grace_seconds):
-        self._do(who, "key", name, public_key, grace_seconds)
-        return ACME
-
-    async def revoke_key(self, who, name, kid):
-        self._do(who, "revoke", name, kid)
-        return ACME
-
-    async def delete(self, who, name, wait_seconds):
-        self._do(who, "delete", name, wait_seconds)
-        return self.deleted
-
-
-@pytest.fixture
-def client():
-    backend = ScriptedBackend()
-    backend.tenants = ScriptedTenants()
-    return Client(backend)
-
-
-def done(client):
-    return client.backend.tenants.done
-
+from betrace.service.tenancy.directory import DirectoryError
+from betrace.service.tenancy.tokens import key_id
+from tests.support.api_client import ApiClient
+from tests.support.inprocess import running, settings
+from tests.support.tenant_keys import new_key, raw
 
 T = "/api/admin/tenants"
+FIRST, SECOND = new_key(), new_key()
+
+
+def pem(key):
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 async def test_tenants_in_pages(client):
-    assert await client.get(f"{T}?limit=1") == {"tenants": [ACME], "next": "acme"}
-    assert await client.get(f"{T}?limit=1&cursor=acme") == {"tenants": [ACME], "next": None}
-    assert done(client) == [("", 1), ("acme", 1)]
-    assert await client.get(f"{T}/acme") == ACME
+    for name in ("acme", "beta", "gamma"):
+        assert (await client.post(T, 201, {"tenant": name}))["name"] == name
+    page = await client.get(f"{T}?limit=2")
+    assert ([each["name"] for each in page["tenants"]], page["next"]) == (["acme", "beta"], "beta")
+    page = await client.get(f"{T}?limit=2&cursor=beta")
+    assert ([each["name"] for each in page["tenants"]], page["next"]) == (["gamma"], None)
+    assert (await client.get(f"{T}/gamma"))["state"] == "active"
     assert "no tenant" in (await client.get(f"{T}/other", 404))["message"]
 
 
-async def test_what_operators_do(client):
-    assert await client.ask("POST", T, 201, {"tenant": "acme"}) == ACME
-    await client.ask("POST", T, 201, {"tenant": "acme", "quota": 5, "publicKey": "PEM"})
-    await client.ask("PUT", f"{T}/acme/quota", 200, {"spansPerSecond": 0})
-    await client.ask("PUT", f"{T}/acme/quota", 200, {})
-    await client.ask("POST", f"{T}/acme/keys", 201, {"publicKey": "PEM"})
-    await client.ask("POST", f"{T}/acme/keys", 201, {"publicKey": "PEM", "graceSeconds": 0})
-    await client.ask("DELETE", f"{T}/acme/keys/{KID}")
-    assert await client.ask("DELETE", f"{T}/acme") == {"tenant": "acme", "state": "deleted"}
-    client.backend.tenants.deleted = False
-    answer = await client.ask("DELETE", f"{T}/acme?wait=0", 202, X_Operator="kim")
-    assert answer == {"tenant": "acme", "state": "deleting"}
-    assert done(client) == [
-        (ME, "create", "acme", None, None),
-        (ME, "create", "acme", 5, "PEM"),
-        (ME, "quota", "acme", 0),
-        (ME, "quota", "acme", None),
-        (ME, "key", "acme", "PEM", 86_400),
-        (ME, "key", "acme", "PEM", 0),
-        (ME, "revoke", "acme", KID),
-        (ME, "delete", "acme", 10),
-        (Operator("kim", "<local>"), "delete", "acme", 0),
+async def test_a_tenants_life(tmp_path):
+    async with running(settings(tmp_path)) as service:
+        client = ApiClient(service)
+        body = {"tenant": "acme", "quota": 5, "publicKey": pem(FIRST)}
+        made = await client.post(T, 201, body)
+        assert (made["state"], made["quota"]) == ("active", 5)
+        assert [key["kid"] for key in made["keys"]] == [key_id(raw(FIRST))]
+        assert (await client.ask("PUT", f"{T}/acme/quota", 200, {"spansPerSecond": 0}))[
+            "quota"
+        ] == 0
+        assert (await client.ask("PUT", f"{T}/acme/quota", 200, {}))["quota"] is None
+        changed = await client.post(f"{T}/acme/keys", 201, {"publicKey": pem(SECOND)})
+        expires = {key["kid"]: key["expiresAt"] for key in changed["keys"]}
+        assert expires[key_id(raw(FIRST))] is not None
+        assert expires[key_id(raw(SECOND))] is None
+        left = await client.ask("DELETE", f"{T}/acme/keys/{key_id(raw(FIRST))}")
+        assert [key["kid"] for key in left["keys"]] == [key_id(raw(SECOND))]
+        answer = await client.ask("DELETE", f"{T}/acme", X_Operator="kim")
+        assert answer == {"tenant": "acme", "state": "deleted"}
+    lines = (tmp_path / "data/audit.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["action"].removeprefix("tenants.") for record in records] == [
+        "create",
+        "quota",
+        "quota",
+        "add-key",
+        "revoke-key",
+        "delete",
     ]
+    assert records[3]["graceSeconds"] == 86_400
+    assert records[5]["operator"] == "kim"
+
+
+async def test_a_deletion_that_takes_longer_gets_202(client):
+    await client.post(T, 201, {"tenant": "acme"})  # the service does not run, so none is completed
+    answer = await client.ask("DELETE", f"{T}/acme?wait=0", 202)
+    assert answer == {"tenant": "acme", "state": "deleting"}
+    assert (await client.get(f"{T}/acme"))["state"] == "deleting"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +80,7 @@ async def test_what_operators_do(client):
         ("POST", T, {"tenant": "a", "quota": True}, "wrong type"),
         ("POST", T, {"tenant": "a", "quota": 1.5}, "wrong type"),
         ("POST", T, {"tenant": "a", "privateKey": "x"}, "unknown field"),
+        ("POST", T, {"tenant": "a", "publicKey": "x"}, "PEM"),
         ("PUT", f"{T}/acme/quota", {"spansPerSecond": 10**10}, "spansPerSecond is"),
         ("POST", f"{T}/acme/keys", {"publicKey": "x", "graceSeconds": -5}, "graceSeconds is -5"),
         ("DELETE", f"{T}/acme/keys/x", None, "kid is 'x'"),
@@ -120,22 +88,29 @@ async def test_what_operators_do(client):
         ("DELETE", f"{T}/acme?wait=100", None, "wait is '100'"),
     ],
 )
-async def test_what_is_wrong_is_told_and_not_done(client, method, path, body, says):
+async def test_invalid_requests_change_nothing(client, method, path, body, says):
+    await client.post(T, 201, {"tenant": "acme", "quota": 7})
+    before = await client.get(T)
     assert says in (await client.ask(method, path, 400, body))["message"]
-    assert done(client) == []
+    assert await client.get(T) == before
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (UnknownTenantError("there is no tenant acme", "see"), 404),
-        (TenantConflictError("the tenant acme exists", "choose"), 409),
-        (BadKeyError("no key"), 400),
-        (DirectoryError("disk"), 503),
-        (AuditError("disk"), 503),
-    ],
-)
-async def test_what_keeps_it_from_being_done_is_told(client, error, status):
-    client.backend.tenants.error = error
-    told = await client.ask("POST", T, status, {"tenant": "acme"})
-    assert told["message"] == str(error)
+async def test_missing_and_conflicting_tenants(client):
+    await client.post(T, 201, {"tenant": "acme"})
+    assert "exists" in (await client.post(T, 409, {"tenant": "acme"}))["message"]
+    for method, path, body in (
+        ("DELETE", f"{T}/other", None),
+        ("PUT", f"{T}/other/quota", {}),
+        ("POST", f"{T}/other/keys", {"publicKey": pem(FIRST)}),
+        ("DELETE", f"{T}/acme/keys/{'k' * 43}", None),
+    ):
+        await client.ask(method, path, 404, body)
+
+
+async def test_a_failing_disk_gets_503(client, service, monkeypatch):
+    def fails(*_):
+        raise DirectoryError("the disk is full")
+
+    monkeypatch.setattr(service.gate.directory, "create", fails)
+    error = await client.post(T, 503, {"tenant": "acme"})
+    assert error["message"] == "the disk is full"

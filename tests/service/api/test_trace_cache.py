@@ -1,4 +1,4 @@
-"""What keeps the cache of traces true, at its bounds, with a store that the test writes."""
+"""The cache of traces stays correct at its limits, with a store that the test controls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from unittest import mock
 
 import pytest
 
-from betrace.service.api import trace_cache as tracemetadata
+from betrace.service.api import trace_cache
 from betrace.service.api.trace_cache import TraceMetadataCache
-from betrace.service.storage.duck.store import Change, StoreError
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import Change
 
 
 class Store:
-    """Has every trace, once for each version."""
+    """Has every trace, whose positions are the version."""
 
     def __init__(self):
         self.on_change = None
@@ -53,7 +54,7 @@ def seen(cache, tenant="a"):
     return cache.find(tenant, "01").row.positions
 
 
-def test_a_write_of_which_nothing_is_known_drops_all_of_the_tenant(cache, store):
+def test_an_unknown_change_drops_the_whole_tenant(cache, store):
     assert seen(cache) == seen(cache, "b") == [1]
     store.version = 2
     store.on_change("a", None)
@@ -61,7 +62,7 @@ def test_a_write_of_which_nothing_is_known_drops_all_of_the_tenant(cache, store)
     assert seen(cache, "b") == [1]
 
 
-def test_a_write_long_after_the_last_look_drops_the_tenant(cache, store, now):
+def test_a_write_long_after_the_last_view_drops_the_tenant(cache, store, now):
     seen(cache)
     now[0] = 201.0
     store.on_change("a", Change((), None, None))
@@ -70,18 +71,18 @@ def test_a_write_long_after_the_last_look_drops_the_tenant(cache, store, now):
     assert seen(cache) == [2]
 
 
-def test_when_too_many_tenants_are_looked_at_all_is_forgotten(cache, store):
-    with mock.patch.object(tracemetadata, "_MOST_TENANTS", 2):
+def test_too_many_viewed_tenants_empty_the_cache(cache, store):
+    with mock.patch.object(trace_cache, "_MOST_TENANTS", 2):
         for tenant in ("a", "b"):
             seen(cache, tenant)
         assert cache.cache.statistics().size == 2
-        seen(cache, "c")  # is not kept either: the next write of it would not be noticed
+        seen(cache, "c")  # not kept either, because its next write would not be noticed
         assert cache.cache.statistics().size == 0
         store.version = 2
         assert seen(cache, "a") == [2]
 
 
-def test_loading_ahead_stops_where_the_store_is_away(cache, store):
+def test_loading_ahead_stops_while_the_store_is_unavailable(cache, store):
     signals, _ = store.signals("a")
     cache.listed("a", signals)
     cache.listed("b", signals)
@@ -92,12 +93,12 @@ def test_loading_ahead_stops_where_the_store_is_away(cache, store):
     assert cache.cache.statistics().size == 1
 
 
-def test_a_warm_up_opens_no_file(cache):
+def test_a_warm_up_opens_no_files(cache):
     assert cache.warm_up("closed", 5) == 0
     assert cache.warm_up("open", 5) == 1
 
 
-def test_nothing_is_loaded_ahead_for_whom_nobody_looks_at_any_more(cache, store, now):
+def test_nothing_is_loaded_ahead_for_tenants_without_recent_views(cache, store, now):
     signals, _ = store.signals("a")
     seen(cache)
     now[0] = 150.0

@@ -20,7 +20,7 @@ from betrace.service.cli.demo import run as demo
 from betrace.service.cli.demo import shop as demo_shop
 from betrace.service.cli.main import cli
 from betrace.service.otlp.encoding import decode_body
-from betrace.service.rules.store import check_file, load_file
+from betrace.service.rules.yaml_file import check_file, load_file
 from tests.support.loggers import restored
 
 RULES = Path(demo.__file__).parent / "rules"

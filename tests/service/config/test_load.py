@@ -214,6 +214,18 @@ def test_unknown_variables_are_refused(monkeypatch):
         load()
 
 
+def test_a_setting_of_an_earlier_version_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    path.write_text('[ingest]\nserver = "hypercorn"\n')
+    with pytest.raises(
+        ConfigError, match=r"ingest.server in .*config.toml is no longer .*delete it"
+    ):
+        load(path)
+    monkeypatch.setenv("BETRACE_INGEST__SERVER", "lean")
+    with pytest.raises(ConfigError, match=r"ingest.server in BETRACE_INGEST__SERVER is no longer"):
+        load()
+
+
 def test_a_table_that_is_not_json_is_refused(monkeypatch):
     monkeypatch.setenv("BETRACE_QUOTAS__TENANTS", "acme 5")
     with pytest.raises(ConfigError, match="as JSON"):

@@ -86,7 +86,7 @@ async def test_it_runs_soon_after_the_start_of_the_service(
             while service.daily.succeeded_at is None:
                 await trio.sleep(0.05)
         assert service.daily.spans == 9
-        assert b"betrace_archive_spans_total 9.0" in await service.scrape()
+        assert b"betrace_archive_spans_total 9.0" in await service.tools.exposition.scrape()
 
 
 async def test_it_runs_every_day_and_after_a_failure_within_an_hour(

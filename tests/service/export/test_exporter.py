@@ -12,7 +12,9 @@ import trio
 
 from betrace.channels import BreakerState
 from betrace.service.config.settings import Settings
-from betrace.service.export.destinations import OTLP, WEBHOOK, Exports, destinations
+from betrace.service.config.stages import EXPORT_OTLP as OTLP
+from betrace.service.config.stages import EXPORT_WEBHOOK as WEBHOOK
+from betrace.service.export.destinations import Exports
 from betrace.service.signals import Kind
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Entries
@@ -59,7 +61,7 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
 
 @asynccontextmanager
 async def exporting(settings: Settings, ledger: Entries) -> AsyncIterator[Exports]:
-    breakers = Breakers(settings.breakers, destinations(settings.export))
+    breakers = Breakers(settings.breakers, settings.export.destinations)
     exports = Exports(settings, ledger, breakers)
     try:
         async with trio.open_nursery() as nursery:
@@ -270,7 +272,7 @@ async def test_signals_of_the_running_service_are_exported(
         await send(service, [S(1, "pay"), S(2, "pay")])
         await closed(service)
         await until(lambda: len(receiver.records()) == 1)
-        exposition = (await service.scrape()).decode()
+        exposition = (await service.tools.exposition.scrape()).decode()
         assert 'betrace_export_signals_total{destination="export-otlp",outcome="sent"} 1.0' in (
             exposition
         )

@@ -1,23 +1,24 @@
-"""The whole service without listeners, while its parts fail: nothing is lost or doubled, and every
-span is accounted for."""
+"""The whole service without listeners while parts of it fail: nothing is lost or counted twice, and
+every span is accounted for."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
 
 from betrace.channels import BreakerState, TransientError
-from betrace.service.api.backend import AuditError, Operator
+from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.config.load import load
 from betrace.service.pipeline.dead_letters import SPANS_STAGE
 from betrace.service.pipeline.request import Done, Reply, Request
-from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
+from tests.support.api_client import ApiClient
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
@@ -30,7 +31,6 @@ rules:
       when { a }
       always { b }
 """
-ME = Operator("tests", "here")
 
 
 def body(*numbers, complete=True):
@@ -87,15 +87,15 @@ class Harness:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 yield service
                 service.stop()
-                while service._state != "stopped":
+                while service.state != "stopped":
                     await trio.sleep(0.01)
                 nursery.cancel_scope.cancel()
             service.close()
 
     async def _watch(self, _):
-        """Look at the accounts as often as possible."""
+        """Check the accounts as often as possible."""
         while True:
-            account = self.service.account()
+            account = self.service.sources.account()
             self.samples += 1
             if account.balance or account.in_flight < 0:
                 self.unbalanced.append(account)
@@ -143,7 +143,7 @@ class Harness:
 
 
 def failing(owner, name, error):
-    """Let a method fail until the returned function is called."""
+    """Make a method fail until the returned function is called."""
     original = getattr(owner, name)
     state = {"broken": True, "calls": 0}
 
@@ -171,21 +171,22 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
         heal = failing(service.pipeline.correlate, "_fold_one", error)
         await harness.send(3, 4, 5)
         await harness.send(6, tenant="acme")
-        await harness.until(lambda: service.account().dead_lettered == 4)
-        account = service.account()
+        await harness.until(lambda: service.sources.account().dead_lettered == 4)
+        account = service.sources.account()
         assert (account.accepted, account.evaluated, account.in_flight) == (6, 2, 0)
-        assert service.components()["dead-letters"]["status"] == "degraded"
+        assert components(service.sources)["dead-letters"]["status"] == "degraded"
         if isinstance(error, TransientError):
             calls = heal.calls()
-            await harness.until(lambda: heal.calls() > calls)  # they are tried again by themselves
+            await harness.until(lambda: heal.calls() > calls)  # they are retried automatically
             heal()
         else:
             heal()
             await trio.sleep(1)
-            assert service.account().dead_lettered == 4
-            assert await service.admin.retry_dead_letters(ME, None, None, None) == 2
+            assert service.sources.account().dead_lettered == 4
+            retried = await ApiClient(service).post("/api/admin/dead-letters/retry", 202)
+            assert retried == {"retried": 2}
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
-        account = service.account()
+        account = service.sources.account()
         assert (account.evaluated, account.dead_lettered, account.in_flight) == (6, 0, 0)
         await harness.until(lambda: not service.pipeline.letters._store.page())
     harness.check()
@@ -196,39 +197,39 @@ async def test_dead_letters_survive_a_restart(tmp_path):
     async with harness.running() as service:
         failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
         await harness.send(1, 2)
-        await harness.until(lambda: service.account().dead_lettered == 2)
+        await harness.until(lambda: service.sources.account().dead_lettered == 2)
     harness.check()
     async with harness.running() as service:
-        account = service.account()
+        account = service.sources.account()
         assert (account.carried, account.dead_lettered, account.replayed) == (2, 2, 0)
-        await service.admin.retry_dead_letters(ME, None, None, None)
+        await ApiClient(service).post("/api/admin/dead-letters/retry", 202)
         await harness.until(harness.all_there)
-        account = service.account()
+        account = service.sources.account()
         assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
     harness.check()
     async with harness.running() as service:
-        assert service.account().carried == 0
+        assert service.sources.account().carried == 0
         assert harness.all_there()
 
 
-async def test_a_ledger_that_is_away_holds_up_nothing(tmp_path):
+async def test_an_unavailable_ledger_delays_nothing(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         heal = failing(service.ledger, "record", LedgerError("it is away", transient=True))
         for number in range(1, 81):
             await harness.send(number)
-        await harness.until(lambda: len(harness.projected()) == 80)  # safe in the files
+        await harness.until(lambda: len(harness.projected()) == 80)  # durable in the files
         assert harness.recorded() == []
-        components = service.components()
-        assert components["fallback-ledger"]["status"] == "degraded"
+        found = components(service.sources)
+        assert found["fallback-ledger"]["status"] == "degraded"
         heal()
         await harness.until(harness.all_there)
         await harness.until(lambda: not service.pipeline.fallbacks["ledger"].pending)
-        assert service.components()["fallback-ledger"]["status"] == "ok"
+        assert components(service.sources)["fallback-ledger"]["status"] == "ok"
     harness.check()
 
 
-async def test_a_duckdb_that_is_away_holds_up_nothing(tmp_path):
+async def test_an_unavailable_duckdb_delays_nothing(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         heal = failing(service.store, "write", StoreError("it is away", transient=True))
@@ -241,7 +242,7 @@ async def test_a_duckdb_that_is_away_holds_up_nothing(tmp_path):
     harness.check()
 
 
-async def test_fallback_files_of_before_a_restart_are_written_back(tmp_path):
+async def test_fallback_files_are_written_back_after_a_restart(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.force_open()
@@ -258,33 +259,34 @@ async def test_fallback_files_of_before_a_restart_are_written_back(tmp_path):
     harness.check()
 
 
-async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
+async def test_refused_evaluation_recovers_by_itself(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.evaluation.force_open()
         await harness.send(1, 2)
         await harness.send(3, tenant="acme")
         await harness.until(lambda: service.pipeline.letters.total == 2)
-        assert service.account().dead_lettered == 0  # the spans are folded
-        shown = service.components()["breaker-rule-evaluation"]
+        assert service.sources.account().dead_lettered == 0  # the spans are folded
+        shown = components(service.sources)["breaker-rule-evaluation"]
         assert shown == {"status": "degraded", "detail": "forced_open"}
-        await service.admin.act_on_breaker(ME, "rule-evaluation", "reset")
+        await ApiClient(service).post("/api/admin/breakers/rule-evaluation/reset")
         assert service.pipeline.breakers.evaluation.state is BreakerState.CLOSED
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
         await harness.until(lambda: service.pipeline.letters.total == 0)
     harness.check()
 
 
-async def test_what_operators_do_is_in_the_audit_log(tmp_path):
+async def test_operator_actions_are_in_the_audit_log(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
-        found = await service.admin.drain(ME, 5)
+        post = partial(ApiClient(service).post, x_operator="tests")
+        found = await post("/api/admin/pipeline/drain?wait=5")
         assert (found["ingestion"], found["drained"]) == ("paused", True)
-        assert (await service.admin.resume(ME))["ingestion"] == "open"
-        assert (await service.admin.pause(ME))["ingestion"] == "paused"
-        await service.admin.act_on_breaker(ME, "ledger", "trip")
-        await service.admin.write_back_now(ME)
-        assert not await service.admin.discard_dead_letter(ME, 17)
+        assert (await post("/api/admin/pipeline/resume"))["ingestion"] == "open"
+        assert (await post("/api/admin/pipeline/pause"))["ingestion"] == "paused"
+        await post("/api/admin/breakers/ledger/trip")
+        await post("/api/admin/fallback/replay", 202)
+        await post("/api/admin/dead-letters/17/discard", 404)
     lines = (tmp_path / "data" / "audit.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert [line.split('"action":"')[1].split('"')[0] for line in lines] == [
@@ -295,14 +297,14 @@ async def test_what_operators_do_is_in_the_audit_log(tmp_path):
         "fallback.replay",
         "dead-letters.discard",
     ]
-    assert all('"operator":"tests","client":"here"' in line for line in lines)
+    assert all('"operator":"tests","client":"<local>"' in line for line in lines)
 
 
-async def test_metrics_of_all_that_is_there_from_the_start(tmp_path):
+async def test_all_metrics_exist_from_the_start(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.trip()
-        text = (await service.scrape()).decode()
+        text = (await service.tools.exposition.scrape()).decode()
     for sample in (
         'betrace_circuit_breaker_state{name="ledger",state="open"} 1.0',
         'betrace_circuit_breaker_state{name="ledger",state="closed"} 0.0',
@@ -322,28 +324,27 @@ async def test_operators_see_and_discard_dead_letters(tmp_path):
         heal = failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
         for number in (1, 2, 3):
             await harness.send(number)
-            await harness.until(lambda n=number: service.account().dead_lettered == n)
-        admin = service.admin
-        page, following = await admin.dead_letters(SPANS_STAGE, "default", 2, 0)
-        assert [letter["id"] for letter in page] == ["1", "2"]
-        assert page[0]["next_retry"] is None
-        assert page[0]["last_failed"].endswith("Z")
-        rest, last = await admin.dead_letters(None, None, 2, following)
-        assert ([letter["id"] for letter in rest], last) == (["3"], None)
-        assert len((await admin.dead_letter(2))["payload"]["positions"]) == 1
-        assert await admin.dead_letter(9) is None
-        assert await admin.discard_dead_letter(ME, 2)
-        account = service.account()
+            await harness.until(lambda n=number: service.sources.account().dead_lettered == n)
+        client, path = ApiClient(service), "/api/admin/dead-letters"
+        page = await client.get(f"{path}?stage={SPANS_STAGE}&tenant=default&limit=2")
+        letters = page["deadLetters"]
+        assert [letter["id"] for letter in letters] == ["1", "2"]
+        assert letters[0]["next_retry"] is None
+        assert letters[0]["last_failed"].endswith("Z")
+        rest = await client.get(f"{path}?limit=2&cursor={page['next']}")
+        assert ([letter["id"] for letter in rest["deadLetters"]], rest["next"]) == (["3"], None)
+        assert len((await client.get(f"{path}/2"))["payload"]["positions"]) == 1
+        await client.get(f"{path}/9", 404)
+        assert (await client.get(f"{path}?tenant=other"))["deadLetters"] == []
+        assert (await client.get(f"{path}?stage=projection"))["deadLetters"] == []
+        assert await client.post(f"{path}/2/discard") == {"discarded": 1}
+        account = service.sources.account()
         assert (account.dead_lettered, account.discarded) == (2, 1)
         heal()
-        assert await admin.retry_dead_letters(ME, 1, None, None) == 1
+        assert await client.post(f"{path}/1/retry", 202) == {"retried": 1}
         await harness.until(lambda: harness.recorded() == [1])
         service.pipeline.letters._store.close()
-        with pytest.raises(DeadLetterError):
-            await admin.discard_dead_letter(ME, 3)
-        (tmp_path / "data" / "audit.jsonl").unlink()
-        (tmp_path / "data" / "audit.jsonl").mkdir()
-        with pytest.raises(AuditError, match="cannot be written"):
-            await admin.pause(ME)
-        assert admin.pipeline()["ingestion"] == "open"
+        assert "disk space" in (await client.post(f"{path}/3/discard", 503))["hint"]
+        last = (tmp_path / "data" / "audit.jsonl").read_text().splitlines()[-1]
+        assert '"failed":' in last
     harness.check()

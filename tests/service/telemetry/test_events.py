@@ -16,7 +16,7 @@ from betrace.channels import ExpectedError, Stage, ThreadRunner, open_channel
 from betrace.service.cli.docs import events as events_docs
 from betrace.service.config.settings import Ingest, Logging
 from betrace.service.pipeline.log_sync import GroupSync
-from betrace.service.pipeline.pipeline import Queue
+from betrace.service.pipeline.pipeline import MeasuredChannel
 from betrace.service.pipeline.watch import QUIET_SECONDS, Watch
 from betrace.service.receiver.admission import Edge
 from betrace.service.storage.spanlog.log import LogSyncError
@@ -174,9 +174,14 @@ def watched() -> tuple[Watch, Edge, Any, Any]:
         raise AssertionError
 
     stage: Stage[object] = Stage("stage", receive, handle, on_dead=bury)
-    queue = Queue(send, receive, send.peak_reader(), send.peak_reader(), "spans")
+    queue = MeasuredChannel(send, receive, send.peak_reader(), send.peak_reader(), "spans")
     edge = Edge(Ingest(), send, Quotas(0, 10, {}, 10))
-    return Watch({"stage": stage}, {"stage": queue}, edge, 30), edge, stage, send
+    return (
+        Watch({"stage": stage}, {"stage": queue}, edge.refused_requests, edge.refused_spans, 30),
+        edge,
+        stage,
+        send,
+    )
 
 
 async def test_a_stall_and_its_end_are_told_once(autojump_clock, told):

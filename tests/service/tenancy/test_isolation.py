@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from urllib.parse import quote
 
 from betrace.service.api.app import create_api
-from betrace.service.api.backend import Operator
-from betrace.service.api.endpoints.health import metrics_app
+from betrace.service.api.audit import Operator
+from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.pipeline.request import Done
 from betrace.service.receiver.admission import Head
@@ -33,9 +33,7 @@ class World:
 
     def __init__(self, service):
         self.service = service
-        app = create_api(
-            service, service.settings.api, service.gate.authenticator, service.gate.closed
-        )
+        app = create_api(service.tools, service.gate.authenticator, service.gate.closed)
         self.client = app.test_client()
 
     def token(self, tenant):
@@ -60,7 +58,7 @@ async def world(tmp_path, fill=True):
             service.gate.directory.add_key(tenant, raw(key), 0)
         rule = {"name": SECRET, "condition": f"never {{ {SECRET} }}", "severity": "low"}
         if fill:
-            service.queries.put_rule("acme", RULE, rule, None)
+            service.tools.rule_writer.put("acme", RULE, rule, None)
             await service.reload_rules()
             await send(service, [S(1, SECRET, TRACE, service=SECRET, x=SECRET)], "acme")
             await closed(service)
@@ -126,10 +124,10 @@ async def test_no_endpoint_shows_or_changes_what_is_anothers(tmp_path):
 
 async def test_a_stream_has_the_callers_signals_only(tmp_path):
     async with world(tmp_path) as made:
-        mine = made.service.subscribe_signals("acme")
-        theirs = made.service.subscribe_signals("beta")
+        mine = made.service.subscriptions.open("acme")
+        theirs = made.service.subscriptions.open("beta")
         await send(made.service, [S(9, SECRET, b"\7" * 16)], "acme")
-        assert (await mine.receive())["tenant"] == "acme"
+        assert (await mine.receive()).tenant == "acme"
         await made.service.tenants.revoke_key(ME, "acme", key_id(raw(KEYS["acme"])))
         assert theirs._receive.statistics().current_buffer_used == 0
         assert mine.send not in [each.send for each in made.service.subscriptions._open]
@@ -287,7 +285,7 @@ async def test_a_revoked_key_and_a_deleted_tenant_are_out_at_once(tmp_path):
 
 async def test_metrics_name_no_tenant_and_want_a_token(tmp_path):
     async with world(tmp_path) as made:
-        app = metrics_app(made.service, made.service.gate.authenticator)
+        app = metrics_app(made.service.tools.exposition, made.service.gate.authenticator)
         for token, expected in ((None, 401), (made.token("acme"), 403), (SCRAPER, 200)):
             sent = []
 

@@ -1,4 +1,4 @@
-"""Deletions that hang or fail hold up no others, in virtual time."""
+"""Deletions that hang or fail do not delay others, in virtual time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support import virtual
 
 
 class Store:
-    """What removes the files: some tenants' hang, some fail a few times."""
+    """A store whose ``remove`` hangs for some tenants and fails a few times for others."""
 
     def __init__(self) -> None:
         self.stuck: dict[str, threading.Event] = {}
@@ -88,19 +88,17 @@ async def deleting(path: Path, *tenants: str):
     gate = SimpleNamespace(
         directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
     )
+    stores: Any = SimpleNamespace(log=MagicMock(), ledger=ledger, duckdb=store)
     with ThreadRunner("service", 2) as threads:
         removal = Removal(
             path / "data",
-            path / "archive",
+            stores,
             gate,  # type: ignore[arg-type]
-            ledger,
-            MagicMock(),
-            store,  # type: ignore[arg-type]
-            MagicMock(),
             pipeline,
             recovery,  # type: ignore[arg-type]
             MagicMock(working=None),
             threads,
+            (),
         )
         yield removal, store, recovery, directory
         for event in store.stuck.values():
@@ -109,7 +107,7 @@ async def deleting(path: Path, *tenants: str):
     directory.close()
 
 
-def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
+def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
     names = [f"t{n}" for n in range(12)]
 
     async def main() -> None:
@@ -126,7 +124,7 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
             assert store.most_at_once <= AT_ONCE
             assert recovery.saved <= 8  # shared
             assert directory.in_state(State.DELETING) == set(names[:3])
-            # An attempt that ended while its thread hangs does not begin another beside it.
+            # While the thread of an ended attempt hangs, no second one is started.
             await trio.sleep(10 * ATTEMPT_SECONDS)
             assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
             for event in store.stuck.values():
@@ -142,7 +140,7 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
     virtual.run(main)
 
 
-def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
+def test_a_failing_deletion_is_retried_with_growing_pauses(tmp_path: Path) -> None:
     async def main() -> None:
         async with (
             deleting(tmp_path, "acme", "beta") as (removal, store, recovery, _),
@@ -164,7 +162,7 @@ def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
     virtual.run(main)
 
 
-def test_one_that_hangs_does_not_keep_the_service_from_starting(tmp_path: Path) -> None:
+def test_a_hanging_deletion_does_not_block_the_start(tmp_path: Path) -> None:
     async def main() -> None:
         async with deleting(tmp_path, "acme", "beta") as (removal, store, _, directory):
             store.stuck["acme"] = threading.Event()

@@ -1,4 +1,4 @@
-"""A stretch of the log evaluated again, as module and as command."""
+"""A section of the log evaluated again, as module and as command."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def trace_id(number: int) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Trace 1 is broken, 2 kept, 3 healed by a late span; 4 and 5 reach over the edges of
-    the middle hour."""
+    """Trace 1 is in breach, 2 is not, 3 is corrected by a late span; 4 and 5 cross the edges of the
+    middle hour."""
     before, begin, end = NOW - 5 * HOUR, NOW - 4 * HOUR, NOW - 3 * HOUR
     frames = [
         frame(before, (9, "charge")),

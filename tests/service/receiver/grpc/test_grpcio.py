@@ -56,7 +56,7 @@ async def test_large_messages_with_and_without_gzip():
             export(opened, body[: 3 * MIB], compression=grpc.Compression.Gzip)
             return code(lambda: export(opened, body + b"x"))
 
-    async with listening("grpc") as server:
+    async with listening(grpc=True) as server:
         status, message = await in_thread(send, server.port)
     assert status == grpc.StatusCode.INVALID_ARGUMENT
     assert "20971520" in message
@@ -72,7 +72,7 @@ async def test_many_streams_of_many_threads():
             waiting = [call.future(b"%06d" % i * (i % 700), timeout=30) for i in range(500)]
             return [future.result() for future in waiting]
 
-    async with listening("grpc") as server:
+    async with listening(grpc=True) as server:
         assert await in_thread(send, server.port) == [b""] * 500
     assert sorted(server.bodies) == sorted(b"%06d" % i * (i % 700) for i in range(500))
 
@@ -90,7 +90,7 @@ async def test_deadlines_and_cancellation():
             export(opened, b"next")
             return late, future.code()
 
-    async with listening("grpc", queue) as server:
+    async with listening(queue, grpc=True) as server:
         late, cancelled = await in_thread(send, server.port)
         assert late[0] == grpc.StatusCode.DEADLINE_EXCEEDED
         assert cancelled == grpc.StatusCode.CANCELLED
@@ -115,7 +115,7 @@ async def test_keep_alive_pings():
             trio.from_thread.run_sync(queue.taken[0].reply.set, Done(1))
             return future.result()
 
-    async with listening("grpc", queue) as server:
+    async with listening(queue, grpc=True) as server:
         with trio.fail_after(20):
             assert await in_thread(send, server.port) == b""
 
@@ -132,10 +132,10 @@ async def test_a_client_connects_again_after_a_stop():
             export(opened, b"second", wait_for_ready=True)
 
     async with trio.open_nursery() as nursery:
-        async with listening("grpc") as server:
+        async with listening(grpc=True) as server:
             nursery.start_soon(in_thread, send, server.port)
             await until(connected.is_set)
-        async with listening("grpc", address=f"127.0.0.1:{server.port}") as other:
+        async with listening(grpc=True, address=f"127.0.0.1:{server.port}") as other:
             again.set()
             await until(lambda: other.bodies)
     assert (server.bodies, other.bodies) == ([b"first"], [b"second"])
@@ -153,7 +153,7 @@ async def test_health():
             assert next(watch) == b"\x08\x01"
             watch.cancel()
 
-    async with listening("grpc") as server:
+    async with listening(grpc=True) as server:
         await in_thread(ask, server.port)
 
 
@@ -180,7 +180,7 @@ async def test_tls_and_tokens(tmp_path):
             plain = code(lambda: export(opened, timeout=2))
         return bad, plain
 
-    async with listening("grpc", tls=tls, authenticator=Tokens()) as server:
+    async with listening(grpc=True, tls=tls, authenticator=Tokens()) as server:
         bad, plain = await in_thread(send, server.port)
     assert bad == (grpc.StatusCode.UNAUTHENTICATED, "unauthenticated; send a token")
     assert plain[0] in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -200,7 +200,7 @@ async def test_overload_is_retried_by_the_client():
         with channel(port, ("grpc.service_config", config)) as opened:
             return export(opened)
 
-    async with listening("grpc", queue) as server, trio.open_nursery() as nursery:
+    async with listening(queue, grpc=True) as server, trio.open_nursery() as nursery:
         nursery.start_soon(in_thread, send, server.port)
         await until(lambda: server.edge.refused_requests["overloaded"])
         queue.fill = 0.0
@@ -217,6 +217,6 @@ async def test_concurrent_channels():
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(one, range(8)))
 
-    async with listening("grpc") as server:
+    async with listening(grpc=True) as server:
         await in_thread(send, server.port)
     assert len(set(server.bodies)) == 160

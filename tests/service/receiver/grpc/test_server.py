@@ -22,7 +22,7 @@ async def connect(server) -> Peer:
 
 
 async def test_a_port_that_is_taken_is_said_with_the_option():
-    async with listening("grpc") as server:
+    async with listening(grpc=True) as server:
         settings = load(None, {"ingest.grpc_address": f"127.0.0.1:{server.port}"}).ingest
         edge = Edge(settings, ScriptedQueue(), Quotas())
         with pytest.raises(ListenError, match="--grpc off"):
@@ -39,7 +39,7 @@ def test_its_address_is_checked_with_the_others():
 
 
 async def test_one_that_is_idle_makes_room_for_the_next():
-    async with listening("grpc", max_connections=2) as server:
+    async with listening(grpc=True, max_connections=2) as server:
         peers = [await connect(server) for _ in range(3)]
         assert (await peers[2].ask(b"spans")).status == 0
         await peers[0].until(lambda: peers[0].closed, seconds=5)
@@ -48,7 +48,7 @@ async def test_one_that_is_idle_makes_room_for_the_next():
 
 
 async def test_a_stop_is_soon_when_nothing_is_under_way():
-    async with listening("grpc", grace_seconds=30) as server:
+    async with listening(grpc=True, grace_seconds=30) as server:
         peer = await connect(server)
         await peer.ask(b"spans")
         server.shutdown.set()
@@ -58,7 +58,7 @@ async def test_a_stop_is_soon_when_nothing_is_under_way():
 
 
 async def test_a_stop_refuses_what_is_still_arriving():
-    async with listening("grpc", grace_seconds=1) as server:
+    async with listening(grpc=True, grace_seconds=1) as server:
         peer = await connect(server)
         stream = await peer.begin()
         await until(lambda: server.edge._requests)

@@ -1,4 +1,4 @@
-"""What stands in the end is what the oracle says, whatever failed, died or came late between."""
+"""The signals active in the end are those of the oracle, whatever failed, crashed or was late."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.parse import parse
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.oracle import OracleSpan, breach
 from tests.support.spans import TRACE, S
 
@@ -35,7 +35,7 @@ def fold_fault(monkeypatch):
 
     def fail(self: CorrelateStage, batch: Any) -> Any:
         if fault.on:
-            raise TransientError("these spans do not fold, says the test")
+            raise TransientError("the test makes these spans fail")
         return fold(self, batch)
 
     monkeypatch.setattr(CorrelateStage, "_fold_one", fail)
@@ -43,17 +43,17 @@ def fold_fault(monkeypatch):
 
 
 async def dead(service, spans):
-    """Return when so many spans are in dead letters and none under way."""
+    """Return when ``spans`` spans are in dead letters and none in progress."""
     with trio.fail_after(20):
-        while service.pipeline.letters.spans < spans or service.spans_in_flight():
+        while service.pipeline.letters.spans < spans or service.sources.account().in_flight:
             await trio.sleep(0.01)
 
 
 async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_a_crash(
     tmp_path, fold_fault
 ):
-    """All of the trace comes after the last checkpoint, its breach is stored, and when the log is
-    read again all its spans become dead letters: no trace is open when the replay is done."""
+    """The whole trace arrives after the last checkpoint, its breach is stored, and all its spans
+    become dead letters when the log is read again: no trace is open after the replay."""
     write_rules(tmp_path, {"no-b": "when { a } always { b }"})
     retry = {"attempts": 1, "delay_seconds": 0.01, "transient_retry_seconds": 3600}
     config = settings(tmp_path, redelivery=retry)
@@ -63,7 +63,7 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
         assert await service.recovery.save()
         await send(service, [S(1, "a")])
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "no-b")}
+        assert active_signals(service) == {(TRACE_ID, "no-b")}
         fold_fault.on = True
         assert await send(service, [S(2, "b")]) == Done(1)
         await dead(service, 1)
@@ -75,7 +75,7 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
             while service.pipeline.letters.spans:
                 await trio.sleep(0.01)
         await closed(service)
-        assert standing(service) == set()
+        assert active_signals(service) == set()
 
 
 RULES = {
@@ -87,7 +87,7 @@ RULES = {
 
 
 def expected(spans: list[S]) -> set[tuple[str, str]]:
-    """What the oracle says of the traces that the spans make."""
+    """The oracle's verdict on the traces of the spans."""
     traces: dict[bytes, list[OracleSpan]] = {}
     for span in spans:
         traces.setdefault(span.trace, []).append(
@@ -103,14 +103,14 @@ def expected(spans: list[S]) -> set[tuple[str, str]]:
 
 @pytest.fixture
 def ledger_fault(monkeypatch):
-    """While it is on, the ledger records, and says that it failed."""
+    """While it is on, the ledger records but raises an error."""
     fault = Fault()
     record = SqliteLedger.record
 
     def late(self: SqliteLedger, signals: Any) -> Any:
         found = record(self, signals)
         if fault.on:
-            raise LedgerError("recorded, but nobody heard of it, says the test", transient=True)
+            raise LedgerError("recorded, but the test raises an error", transient=True)
         return found
 
     monkeypatch.setattr(SqliteLedger, "record", late)
@@ -118,7 +118,7 @@ def ledger_fault(monkeypatch):
 
 
 async def quiet(service):
-    """Return when what can be stored is stored: dead letters may be left."""
+    """Return when everything that can be stored is stored; dead letters may be left."""
     with trio.move_on_after(2):
         await closed(service)
 
@@ -127,8 +127,8 @@ async def quiet(service):
 async def test_any_interleaving_of_faults_dead_letters_and_crashes(
     tmp_path, fold_fault, ledger_fault, seed
 ):
-    """Few traces, whose verdicts go to and fro; spans that do not fold become dead letters and are
-    tried again in any order, before and after crashes; the ledger's answers get lost."""
+    """Few traces, whose verdicts change repeatedly. Spans that fail become dead letters and are
+    retried in any order, before and after crashes. The ledger's answers get lost."""
     rng = random.Random(seed)
     write_rules(tmp_path, RULES)
     config = settings(
@@ -171,9 +171,9 @@ async def test_any_interleaving_of_faults_dead_letters_and_crashes(
                 await trio.sleep(0.05)
         await closed(service)
         with trio.fail_after(30):
-            while service.pipeline.store.fallback.pending:
+            while service.pipeline.record.fallback.pending:
                 await trio.sleep(0.05)
-        assert standing(service) == expected(sent)
+        assert active_signals(service) == expected(sent)
         shown, _ = service.store.signals("default", status="active", limit=1000)
         assert {(s.signal.trace_id, s.signal.rule_id) for s in shown} == expected(sent)
         assert len(shown) == len(expected(sent))

@@ -1,4 +1,4 @@
-"""What both ingestion listeners do: ours, and Hypercorn with the ASGI application."""
+"""What the ingestion listener does with requests over a real socket."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import pytest
 import trio
 from google.rpc.status_pb2 import Status
 
-from betrace.service.api.asgi import ListenError
 from betrace.service.config.settings import Tls
 from betrace.service.pipeline.request import Done, Refused
+from betrace.service.receiver.sockets import ListenError
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import MIB, chunk, listening, post, until, write_certificate
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
 
-pytestmark = pytest.mark.parametrize("kind", ["lean", "hypercorn"])
 
-
-async def test_a_request_and_its_answer(kind):
-    async with listening(kind) as server, httpx.AsyncClient() as client:
+async def test_a_request_and_its_answer():
+    async with listening() as server, httpx.AsyncClient() as client:
         url = server.url + "/v1/traces"
         answer = await client.post(url, content=b"abc", headers=PROTOBUF)
         assert (answer.status_code, answer.content) == (200, b"")
@@ -38,9 +36,9 @@ async def test_a_request_and_its_answer(kind):
     assert (request.encoding, request.tenant) == ("gzip", "acme")
 
 
-async def test_what_the_pipeline_rejected_is_told(kind):
+async def test_rejected_spans_reach_the_client():
     queue = ScriptedQueue(outcome=Done(1, 2, "two were bad"))
-    async with listening(kind, queue) as server, httpx.AsyncClient() as client:
+    async with listening(queue) as server, httpx.AsyncClient() as client:
         answer = await client.post(server.url + "/v1/traces", json={})
         assert answer.json()["partialSuccess"]["rejectedSpans"] == "2"
         queue.outcome = Refused(400, "not protobuf")
@@ -50,9 +48,9 @@ async def test_what_the_pipeline_rejected_is_told(kind):
 
 
 @pytest.mark.parametrize("size", [1, 1000, 65_536, 70_000, 3 * MIB])
-async def test_bodies_of_all_sizes_in_all_pieces(kind, size):
+async def test_bodies_of_all_sizes_in_all_pieces(size):
     body = bytes(i * i % 251 for i in range(min(size, 70_000))) * max(1, size // 70_000)
-    async with listening(kind) as server:
+    async with listening() as server:
         client = await server.connect()
         for piece in (len(body), 50_000, 1 + len(body) // 3):
             request = post(body)
@@ -63,8 +61,8 @@ async def test_bodies_of_all_sizes_in_all_pieces(kind, size):
     assert server.bodies == [body] * 3
 
 
-async def test_a_body_of_20_mib_is_taken_and_one_byte_more_is_not(kind):
-    async with listening(kind) as server, httpx.AsyncClient(timeout=20) as client:
+async def test_a_body_of_20_mib_is_accepted_and_one_byte_more_is_refused():
+    async with listening() as server, httpx.AsyncClient(timeout=20) as client:
         url = server.url + "/v1/traces"
         answer = await client.post(url, content=bytes(20 * MIB), headers=PROTOBUF)
         assert answer.status_code == 200
@@ -75,21 +73,21 @@ async def test_a_body_of_20_mib_is_taken_and_one_byte_more_is_not(kind):
     assert [len(body) for body in server.bodies] == [20 * MIB, 1]
 
 
-async def test_a_chunked_body_over_the_limit_is_refused_while_it_arrives(kind):
-    async with listening(kind, max_body_bytes=100_000) as server:
+async def test_a_chunked_body_over_the_limit_is_refused_while_it_arrives():
+    async with listening(max_body_bytes=100_000) as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked") + chunk(bytes(60_000)) * 2)
-        status, _, body = await client.response()  # the body is not yet complete
+        status, _, body = await client.response()  # the body is not complete yet
         assert status == 413
         assert "100000 bytes" in Status.FromString(body).message
         await client.send(chunk(b"x") + b"0\r\n\r\n")
-        await client.send(post(b"next"))  # the rest was read, so the connection goes on
+        await client.send(post(b"next"))  # the rest was read, so the connection stays open
         assert (await client.response())[0] == 200
     assert server.bodies == [b"next"]
 
 
-async def test_a_chunked_body_that_never_ends_is_cut_off(kind):
-    async with listening(kind, max_body_bytes=100_000) as server:
+async def test_a_chunked_body_that_never_ends_is_cut_off():
+    async with listening(max_body_bytes=100_000) as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked"))
         megabyte = chunk(bytes(MIB))
@@ -99,8 +97,8 @@ async def test_a_chunked_body_that_never_ends_is_cut_off(kind):
     assert server.edge.refused_requests["too_large"] == 1
 
 
-async def test_a_chunked_body_within_the_limit(kind):
-    async with listening(kind) as server:
+async def test_a_chunked_body_within_the_limit():
+    async with listening() as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked") + chunk(b"ab"))
         await trio.sleep(0.01)
@@ -109,8 +107,8 @@ async def test_a_chunked_body_within_the_limit(kind):
     assert server.bodies == [b"abcd"]
 
 
-async def test_too_many_bodies_at_once_are_refused(kind):
-    async with listening(kind, max_body_bytes=4 * MIB, max_buffered_bytes=4 * MIB) as server:
+async def test_too_many_bodies_at_once_are_refused():
+    async with listening(max_body_bytes=4 * MIB, max_buffered_bytes=4 * MIB) as server:
         first, second, third = [await server.connect() for _ in range(3)]
         await first.send(post(bytes(2 * MIB), f"content-length: {3 * MIB}"))
         await until(lambda: server.edge.buffered_bytes >= MIB)
@@ -124,8 +122,8 @@ async def test_too_many_bodies_at_once_are_refused(kind):
     assert server.edge.refused_requests["memory"] == 1
 
 
-async def test_slow_senders_hold_what_they_sent_and_not_what_they_announce(kind):
-    async with listening(kind) as server:
+async def test_slow_senders_take_memory_for_what_they_sent_not_what_they_announced():
+    async with listening() as server:
         slow = [await server.connect() for _ in range(30)]
         for client in slow:
             await client.send(post(b"abc", f"content-length: {19 * MIB}"))  # 570 MiB in all
@@ -135,8 +133,8 @@ async def test_slow_senders_hold_what_they_sent_and_not_what_they_announce(kind)
         assert (await honest.response())[0] == 200
 
 
-async def test_a_slow_body_is_given_up_with_a_503(kind):
-    async with listening(kind, body_timeout_seconds=0.2) as server:
+async def test_a_slow_body_gets_a_503():
+    async with listening(body_timeout_seconds=0.2) as server:
         client = await server.connect()
         await client.send(post(b"abc", "content-length: 10"))
         status, headers, body = await client.response()
@@ -147,8 +145,8 @@ async def test_a_slow_body_is_given_up_with_a_503(kind):
 
 
 @pytest.mark.parametrize("framing", ["content-length: 10", "transfer-encoding: chunked"])
-async def test_a_client_that_goes_away_within_its_body_leaves_nothing(kind, framing):
-    async with listening(kind) as server:
+async def test_a_client_that_disconnects_during_its_body_leaves_nothing_behind(framing):
+    async with listening() as server:
         client = await server.connect()
         await client.send(post(b"3\r\nabc\r\n", framing))
         await until(lambda: server.edge.buffered_bytes)
@@ -157,8 +155,8 @@ async def test_a_client_that_goes_away_within_its_body_leaves_nothing(kind, fram
     assert server.bodies == []
 
 
-async def test_a_client_that_goes_away_while_queued_is_accepted_all_the_same(kind):
-    async with listening(kind, ScriptedQueue(outcome=None)) as server:
+async def test_a_request_is_accepted_even_if_its_client_disconnects_while_queued():
+    async with listening(ScriptedQueue(outcome=None)) as server:
         client = await server.connect()
         await client.send(post(b"abc"))
         await until(lambda: server.queue.taken)
@@ -169,8 +167,8 @@ async def test_a_client_that_goes_away_while_queued_is_accepted_all_the_same(kin
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS"])
-async def test_other_methods(kind, method):
-    async with listening(kind) as server, httpx.AsyncClient() as client:
+async def test_other_methods(method):
+    async with listening() as server, httpx.AsyncClient() as client:
         for _ in range(2):  # the second on the same connection
             answer = await client.request(method, server.url + "/v1/traces")
             assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
@@ -178,8 +176,8 @@ async def test_other_methods(kind, method):
             assert int(answer.headers["content-length"]) > 0
 
 
-async def test_pipelined_requests_are_answered_in_order(kind):
-    async with listening(kind) as server:
+async def test_pipelined_requests_are_answered_in_order():
+    async with listening() as server:
         client = await server.connect()
         get = b"GET /v1/traces HTTP/1.1\r\nhost: x\r\n\r\n"
         chunked = post(b"", "transfer-encoding: chunked") + chunk(b"two") + b"0\r\n\r\n"
@@ -189,8 +187,8 @@ async def test_pipelined_requests_are_answered_in_order(kind):
     assert server.bodies == [b"one", b"two", b"two", b"three"]
 
 
-async def test_a_refusal_before_the_body_keeps_the_connection(kind):
-    async with listening(kind, ScriptedQueue(fill=1.0)) as server:
+async def test_a_refusal_before_the_body_keeps_the_connection():
+    async with listening(ScriptedQueue(fill=1.0)) as server:
         client = await server.connect()
         await client.send(post(b"x" * 300_000))
         status, headers, _ = await client.response()
@@ -201,16 +199,16 @@ async def test_a_refusal_before_the_body_keeps_the_connection(kind):
     assert server.bodies == [b"again"]
 
 
-async def test_the_query_and_the_form_of_the_target_do_not_matter(kind):
-    async with listening(kind) as server:
+async def test_queries_in_the_target_are_ignored_and_both_paths_work():
+    async with listening() as server:
         client = await server.connect()
         for path in ("/v1/traces?a=b", "/api/otlp/traces"):
             await client.send(post(b"a", path=path))
             assert (await client.response())[0] == 200
 
 
-async def test_expect_100_continue(kind):
-    async with listening(kind) as server:
+async def test_expect_100_continue():
+    async with listening() as server:
         client = await server.connect()
         await client.send(post(b"", "expect: 100-continue", "content-length: 3"))
         assert (await client.response())[0] == 100
@@ -230,8 +228,8 @@ async def test_expect_100_continue(kind):
         b"GET / HTTP/1.1\r\nhost: x\r\nbig: " + b"x" * 70_000,
     ],
 )
-async def test_what_is_not_http_is_answered_and_ended(kind, raw):
-    async with listening(kind) as server:
+async def test_invalid_http_gets_an_answer_and_the_connection_ends(raw):
+    async with listening() as server:
         client = await server.connect()
         await client.send(raw)
         assert (await client.response())[0] in (400, 431)
@@ -239,16 +237,16 @@ async def test_what_is_not_http_is_answered_and_ended(kind, raw):
     assert server.bodies == []
 
 
-async def test_an_idle_connection_is_closed(kind):
-    async with listening(kind, keep_alive_seconds=0.2) as server:
+async def test_an_idle_connection_is_closed():
+    async with listening(keep_alive_seconds=0.2) as server:
         client = await server.connect()
         await client.send(post(b"abc"))
         assert (await client.response())[0] == 200
         assert await client.closed(2)
 
 
-async def test_a_request_in_progress_is_answered_at_shutdown(kind):
-    async with listening(kind, ScriptedQueue(outcome=None)) as server:
+async def test_a_request_in_progress_is_answered_at_shutdown():
+    async with listening(ScriptedQueue(outcome=None)) as server:
         client = await server.connect()
         idle = await server.connect()
         await client.send(post(b"abc"))
@@ -263,38 +261,38 @@ async def test_a_request_in_progress_is_answered_at_shutdown(kind):
             await server.connect()
 
 
-async def test_an_address_in_use_is_told_in_a_sentence(kind):
-    async with listening(kind) as server:
+async def test_an_address_in_use_is_a_readable_error():
+    async with listening() as server:
         with pytest.RaisesGroup(
             pytest.RaisesExc(ListenError, match=r"in use\); end the program that uses it"),
             flatten_subgroups=True,
         ):
-            async with listening(kind, address=f"127.0.0.1:{server.port}"):
+            async with listening(address=f"127.0.0.1:{server.port}"):
                 pass
 
 
-async def test_an_address_of_another_machine_is_told_in_a_sentence(kind):
+async def test_an_address_of_another_machine_is_a_readable_error():
     with pytest.RaisesGroup(
         pytest.RaisesExc(ListenError, match="choose an address of this machine"),
         flatten_subgroups=True,
     ):
-        async with listening(kind, address="192.0.2.1:0"):
+        async with listening(address="192.0.2.1:0"):
             pass
 
 
-async def test_a_certificate_that_is_missing_is_told_in_a_sentence(kind, tmp_path):
+async def test_a_missing_certificate_is_a_readable_error(tmp_path):
     tls = Tls(certificate=str(tmp_path / "c.pem"), key=str(tmp_path / "k.pem"))
     with pytest.RaisesGroup(
         pytest.RaisesExc(ListenError, match=r"cannot be used.*check tls.certificate and tls.key"),
         flatten_subgroups=True,
     ):
-        async with listening(kind, tls=tls):
+        async with listening(tls=tls):
             pass
 
 
-async def test_tls(kind, tmp_path):
+async def test_tls(tmp_path):
     tls = write_certificate(tmp_path)
-    async with listening(kind, tls=tls) as server:
+    async with listening(tls=tls) as server:
         assert server.url.startswith("https://")
         context = ssl.create_default_context(cafile=tls.certificate)
         big = bytes(range(256)) * 4000

@@ -1,0 +1,83 @@
+"""Endpoints that show, pause and drain the pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from betrace.service.api.endpoint import Answer, Call, Endpoints
+from betrace.service.api.params import WAIT
+from betrace.service.api.sources import Sources
+
+endpoints = Endpoints("Administration", access="operator")
+
+
+def pipeline_state(sources: Sources) -> dict[str, Any]:
+    """``ingestion``, ``drained``, ``waiting`` and ``stages``."""
+    pipeline = sources.pipeline
+    sizes = {name: queue.send.statistics().size for name, queue in pipeline.queues.items()}
+    waiting = {name: size for name, size in sizes.items() if size}
+    return {
+        "ingestion": sources.edge.state,
+        "drained": not waiting,
+        "waiting": waiting,
+        "stages": {
+            name: "paused" if stage.paused else "working" for name, stage in pipeline.stages.items()
+        },
+    }
+
+
+@endpoints.add(
+    "GET",
+    "/api/admin/pipeline",
+    "Whether spans are accepted, and what is in progress",
+    answers={200: '`{"ingestion": open, paused or draining, "drained", "waiting", "stages"}`'},
+)
+async def get_pipeline(call: Call) -> Any:
+    """`waiting` is the size of each channel that is not empty, in the unit of the channel."""
+    return pipeline_state(call.tools.sources)
+
+
+@endpoints.add(
+    "POST",
+    "/api/admin/pipeline/pause",
+    "Refuse new spans",
+    answers={200: "The pipeline"},
+)
+async def pause_pipeline(call: Call) -> Any:
+    """Requests get 503 until `resume`. Accepted spans are still processed."""
+    await call.note("pipeline.pause")
+    call.tools.sources.edge.pause()
+    return pipeline_state(call.tools.sources)
+
+
+@endpoints.add(
+    "POST",
+    "/api/admin/pipeline/resume",
+    "Accept spans again",
+    answers={200: "The pipeline"},
+)
+async def resume_pipeline(call: Call) -> Any:
+    await call.note("pipeline.resume")
+    call.tools.sources.edge.resume()
+    return pipeline_state(call.tools.sources)
+
+
+@endpoints.add(
+    "POST",
+    "/api/admin/pipeline/drain",
+    "Refuse new spans and wait until the channels are empty",
+    params=(WAIT,),
+    answers={200: "The pipeline, drained", 202: "The pipeline, not empty yet"},
+)
+async def drain_pipeline(call: Call) -> Any:
+    """Ingestion stays paused until `resume`."""
+    sources = call.tools.sources
+    await call.note("pipeline.drain")
+    sources.edge.pause()
+    with trio.move_on_after(call.params["wait"]):
+        for stage in sources.pipeline.stages.values():  # in the order of the channels
+            await stage.drained()
+    found = pipeline_state(sources)
+    return Answer(found, 200 if found["drained"] else 202)

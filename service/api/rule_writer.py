@@ -1,0 +1,79 @@
+"""Changes to the rules of tenants."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Container
+from typing import Any
+
+from betrace.service.rules.definition import Rule, etag, make_rule
+from betrace.service.rules.registry import RuleRegistry
+from betrace.service.rules.store import RuleConflictError, RuleNotFoundError
+
+
+class RuleExistsError(Exception):
+    """The rule was to be created but exists; ``etag`` is its entity tag, in quotes."""
+
+    def __init__(self, rule_id: str, etag: str) -> None:
+        super().__init__(f"the rule {rule_id} exists already")
+        self.etag = etag
+
+
+class TenantDeletedError(Exception):
+    """The tenant is deleted, or is being deleted."""
+
+
+class RuleWriter:
+    """Saves and deletes rules, one at a time: a rule that is new when it is checked is still new
+    when it is saved. Methods block and may be called from any thread; they raise :exc:`OSError`
+    and the errors of :class:`betrace.service.rules.store.RuleStore`.
+
+    ``closed`` are the deleted tenants.
+    """
+
+    def __init__(self, registry: RuleRegistry, closed: Container[str]) -> None:
+        self._registry = registry
+        self._rules = registry.store
+        self._closed = closed
+        self._changing = threading.Lock()
+
+    def put(
+        self, tenant: str, rule_id: str, definition: dict[str, Any], if_match: str | None
+    ) -> tuple[Rule, bool]:
+        """Check and save a rule, keeping its earlier versions; the rule, and whether it is new.
+        ``if_match`` is the value of the header, None to create. Raises :exc:`RuleExistsError`,
+        :exc:`TenantDeletedError`, and :exc:`betrace.service.rules.definition.RuleFileError` for a
+        wrong definition."""
+        rule = make_rule({**definition, "id": rule_id})
+        with self._changing:
+            if tenant in self._closed:
+                raise TenantDeletedError(f"the tenant {tenant} is deleted")
+            if if_match is None:
+                self._must_be_new(tenant, rule_id)
+            try:
+                created = self._rules.put(tenant, rule_id, rule, if_match=if_match)
+            except RuleConflictError:
+                self._rules.rule(tenant, rule_id)  # a missing rule is a RuleNotFoundError instead
+                raise
+        self._registry.forget(tenant)
+        return rule, created
+
+    def delete(self, tenant: str, rule_id: str, if_match: str) -> None:
+        """Delete a rule."""
+        with self._changing:
+            self._rules.rule(tenant, rule_id)
+            self._rules.delete(tenant, rule_id, if_match=if_match)
+        self._registry.forget(tenant)
+
+    def delete_all(self, tenant: str) -> None:
+        """Delete all rules of a deleted tenant."""
+        with self._changing:
+            self._rules.delete_tenant(tenant)
+        self._registry.forget(tenant)
+
+    def _must_be_new(self, tenant: str, rule_id: str) -> None:
+        try:
+            present = self._rules.rule(tenant, rule_id)
+        except RuleNotFoundError:
+            return
+        raise RuleExistsError(rule_id, etag(present))

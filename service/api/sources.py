@@ -1,0 +1,47 @@
+"""The parts of the running service that the API reads: for metrics, health and operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from betrace.service.api.cache_control import CacheControl
+from betrace.service.config.settings import Settings
+from betrace.service.export.daily import Daily
+from betrace.service.export.destinations import Exports
+from betrace.service.pipeline.accounts import SpanAccount, span_account
+from betrace.service.pipeline.pipeline import Pipeline
+from betrace.service.pipeline.recovery.recovery import Recovery
+from betrace.service.receiver.admission import Edge
+from betrace.service.rules.store import RuleStore
+from betrace.service.storage.ledger.record import SignalLedger
+from betrace.service.storage.spanlog.log import SpanLog
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Filled by :mod:`betrace.service.app`. ``state`` returns starting, ready, draining or
+    stopped; ``wall_time`` converts a time of Trio's clock to seconds since 1970."""
+
+    settings: Settings
+    started_at: float
+    state: Callable[[], str]
+    wall_time: Callable[[float], float]
+    log: SpanLog
+    rules: RuleStore
+    ledger: SignalLedger
+    pipeline: Pipeline
+    edge: Edge
+    recovery: Recovery
+    exports: Exports
+    daily: Daily
+    caches: CacheControl
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here: started, and not draining."""
+        return self.state() == "ready"
+
+    def account(self) -> SpanAccount:
+        """Where every span is."""
+        return span_account(self.pipeline, self.recovery.replayed.spans)
