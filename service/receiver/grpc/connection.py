@@ -19,8 +19,6 @@ import math
 from typing import Final
 
 import trio
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     Event,
@@ -31,30 +29,24 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
 
 from betrace.service.config.base import KIB, MIB
-from betrace.service.receiver.admission import Body, Edge, Head
+from betrace.service.receiver.admission import Edge, Head
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
 from betrace.service.receiver.grpc import calls, frames
 from betrace.service.receiver.grpc.budget import Budget
+from betrace.service.receiver.grpc.call import Call
 from betrace.service.receiver.grpc.frames import Frame, FrameReader, Http2Error
 from betrace.service.receiver.grpc.framing import (
-    OK,
-    PREFIX_BYTES,
     Code,
     FramingError,
     Headers,
-    MessageReader,
     RpcStatus,
     TooLargeError,
-    encode_message,
     parse_timeout,
     status_of,
-    success,
-    trailers,
 )
-from betrace.service.receiver.grpc.hpack_cache import RepeatingDecoder
+from betrace.service.receiver.grpc.outbound import MAX_WINDOW, Outbound, new_h2
 from betrace.service.receiver.limits import (
     LINGER_SECONDS,
     RETIRE_SECONDS,
@@ -64,78 +56,20 @@ from betrace.service.receiver.limits import (
 from betrace.service.receiver.responses import MEDIA_TYPES, PROTOBUF, HttpResponse
 from betrace.service.receiver.transport import TlsTransport, Transport
 
-MAX_STREAMS: Final = 100
 WINDOW_BYTES: Final = 4 * MIB
 MAX_UNSENT_BYTES: Final = 64 * KIB
 SMALL_DATA_BYTES: Final = 256  # such frames cost more than they bring
 _CHECK_SECONDS: Final = 1.0  # between looks at the health that is watched
-_GRACEFUL: Final = (1 << 31) - 1  # the last stream of a first GOAWAY
-_REMEMBERED_STREAMS: Final = 256
 
-_HEAD: Final = [(b":status", b"200"), (b"content-type", b"application/grpc")]
 _ENCODINGS: Final = [(b"grpc-accept-encoding", b"identity,gzip,deflate,zstd")]
+_NONE: Final[Headers] = []
 _TYPE: Final = (b"content-type", MEDIA_TYPES[PROTOBUF])
-_CONFIG: Final = H2Configuration(
-    client_side=False,
-    header_encoding=False,
-    validate_inbound_headers=False,
-    normalize_inbound_headers=False,
-    validate_outbound_headers=False,
-    normalize_outbound_headers=False,
-)
 _NOT_GRPC: Final = (
     "this port takes OTLP over gRPC; for OTLP over HTTP use the port of ingest.address (4318), "
     "with gRPC use the content type application/grpc"
 )
 
 _log = logging.getLogger("service.grpc")
-
-
-class _H2(H2Connection):
-    MAX_CLOSED_STREAMS = _REMEMBERED_STREAMS
-
-
-class _Call:
-    """A call under way. ``deadline`` is when the listener must look at it."""
-
-    __slots__ = (
-        "body",
-        "deadline",
-        "head",
-        "id",
-        "message",
-        "method",
-        "processing",
-        "received",
-        "scope",
-        "status",
-        "timeout",
-        "told",
-        "unsent",
-        "watched",
-    )
-
-    def __init__(self, id: int, method: str, deadline: float, timeout: float, limit: int) -> None:
-        self.id = id
-        self.method = method
-        self.deadline = min(deadline, timeout)
-        self.timeout = timeout  # when the client gives up, on Trio's clock
-        self.message = MessageReader(limit)
-        self.head: Head | None = None
-        self.body: Body | None = None
-        self.received = False  # the client has ended its side
-        self.told = False  # and h2 knows
-        self.processing = False
-        self.scope: trio.CancelScope | None = None
-        self.unsent = b""  # waits for the client's window
-        self.status: RpcStatus | None = None  # follows what is unsent
-        self.watched = b""  # the health that was sent last
-
-    def release(self) -> None:
-        """Give back the memory that is claimed for the message."""
-        if self.body is not None:
-            self.body.__exit__()
-            self.body = None
 
 
 class GrpcConnection:
@@ -160,10 +94,11 @@ class GrpcConnection:
         self._errors = errors
         now = trio.current_time()
         self.deadline = self._idle_until = now + limits.head
-        self._h2 = _new_h2(limits.body_bytes)
+        self._h2 = new_h2(limits.body_bytes)
+        self._out = Outbound(transport, self._h2)
         self._frames = FrameReader()
         self._budget = Budget(now)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._last_stream = 0
         self._window = WINDOW_BYTES  # what the client may send
         self._processing_bytes = 0
@@ -171,9 +106,6 @@ class GrpcConnection:
         self._partial_since = math.inf
         self._reading = trio.CancelScope()
         self._tasks: trio.Nursery | None = None
-        self._unsent = bytearray()  # frames that h2 does not know of
-        self._sending_since = math.inf
-        self._sent = trio.Event()
         self._closing = False
         self._over = False  # nothing is read any more
         self._farewell = b""
@@ -184,19 +116,23 @@ class GrpcConnection:
 
     @property
     def idle(self) -> bool:
-        """Whether no call is under way."""
-        return not self._calls
+        """Whether no call is in progress, except those that watch the health."""
+        return all(call.watched for call in self._calls.values())
 
     def expire(self) -> None:
-        """The deadline has passed: end what is late, the connection itself when it is idle."""
+        """End what is late; the connection if it is idle. Before the deadline, end the connection
+        if it is idle, to make room for another one."""
         now = trio.current_time()
-        if now - self._sending_since >= SEND_SECONDS:
+        if now < self.deadline:
+            if self.idle:
+                self._leave(ErrorCodes.NO_ERROR, "the connection is idle")
+            return
+        if now - self._out.sending_since >= SEND_SECONDS:
             self._abort()
             return
-        if not self._calls and self.deadline <= now < min(
-            self._idle_until, self._partial_since + self._limits.head
-        ):
-            self.deadline = self._idle_until  # what the deadline was for has ended
+        late = min(self._idle_until, self._partial_since + self._limits.head)
+        if not self._calls and now < late:
+            self.deadline = late  # what the deadline was for has ended
             return
         if not self._calls or now - self._partial_since >= self._limits.head:
             self._leave(ErrorCodes.NO_ERROR, "the connection is idle")
@@ -207,7 +143,7 @@ class GrpcConnection:
         if self._calls:
             self.deadline = min(call.deadline for call in self._calls.values())
         self._note_deadline(self._partial_since + self._limits.head)
-        self._note_deadline(self._sending_since + SEND_SECONDS)
+        self._note_deadline(self._out.sending_since + SEND_SECONDS)
         self._flush_soon()
 
     def retire(self) -> None:
@@ -216,7 +152,8 @@ class GrpcConnection:
         if not self._begun or self._tasks is None:
             self._reading.cancel()
             return
-        self._unsent += frames.goaway(_GRACEFUL, ErrorCodes.NO_ERROR, "the service is stopping")
+        goaway = frames.goaway(MAX_WINDOW, ErrorCodes.NO_ERROR, "the service is stopping")
+        self._out.add(goaway)
         for call in list(self._calls.values()):
             if call.method == calls.WATCH:
                 self._finish(call, RpcStatus(Code.UNAVAILABLE, "the service is stopping"))
@@ -260,16 +197,15 @@ class GrpcConnection:
                 return
             self._begun = True
             self._h2.initiate_connection()
-            self._unsent += self._h2.data_to_send()
-            self._unsent += frames.window_update(0, WINDOW_BYTES - 65_535)
+            self._out.add(frames.window_update(0, WINDOW_BYTES - 65_535))
             self._h2.receive_data(frames.PREFACE)
             self._note_idle()
             while True:
                 if received:
                     await self._take(received)
                     await self._flush()
-                    while self._pending_bytes() > MAX_UNSENT_BYTES:
-                        await self._sent.wait()
+                    while self._out.size > MAX_UNSENT_BYTES:
+                        await self._out.sent.wait()
                 received = await self._transport.receive()
                 if not received:
                     return
@@ -396,15 +332,26 @@ class GrpcConnection:
                 self._forget(event.stream_id)
             elif isinstance(event, (WindowUpdated, RemoteSettingsChanged)):
                 for call in [c for c in self._calls.values() if c.unsent]:
-                    self._send_unsent(call)
-            elif isinstance(event, TrailersReceived) and event.stream_id in self._calls:
-                self._end(self._calls[event.stream_id])
+                    if self._out.send_unsent(call):
+                        self._drop(call)
+            elif isinstance(event, TrailersReceived):
+                self._take_trailers(event.stream_id)
+
+    def _take_trailers(self, stream: int | None) -> None:
+        """The client ends a call with trailers, which gRPC does not know but HTTP/2 allows."""
+        call = self._calls.get(stream or 0)
+        if call is None:
+            return
+        if call.received:  # by DATA, which h2 has not seen
+            raise Http2Error(ErrorCodes.STREAM_CLOSED, "headers after the end of a call")
+        call.received = call.h2_knows = True
+        self._end(call)
 
     def _take_ping(self, frame: Frame) -> None:
         if frame.stream or len(frame.payload) != 8:
             raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "this is not a PING")
         if not frame.flags & frames.ACK:
-            self._unsent += frames.make(frames.PING, frames.ACK, 0, bytes(frame.payload))
+            self._out.add(frames.make(frames.PING, frames.ACK, 0, bytes(frame.payload)))
 
     def _take_data(self, frame: Frame) -> None:
         self._window -= frame.flow_bytes
@@ -424,7 +371,7 @@ class GrpcConnection:
         """Let the client send more, unless enough complete messages wait already."""
         allowed = WINDOW_BYTES - self._processing_bytes
         if self._window < allowed // 2:
-            self._unsent += frames.window_update(0, allowed - self._window)
+            self._out.add(frames.window_update(0, allowed - self._window))
             self._window = allowed
 
     # Calls.
@@ -442,15 +389,17 @@ class GrpcConnection:
         timeout = math.inf if given is None else parse_timeout(given)
         export = method in calls.HTTP_PATHS
         limit = self._limits.body_bytes if export else calls.MAX_HEALTH_BYTES
-        call = _Call(stream, method, now + self._limits.body, now + (timeout or 0.0), limit)
+        call = Call(stream, method, now + self._limits.body, now + (timeout or 0.0), limit)
         self._calls[stream] = call
         self._reading.deadline = math.inf
         self._note_deadline(call.deadline)
-        call.received = call.told = event.stream_ended is not None
+        call.received = call.h2_knows = event.stream_ended is not None
         if self._refusal is not None:
             self._finish(call, self._refusal)
         elif not _is_grpc(fields.get(b"content-type", b"")):
-            self._answer_http(call)
+            self._errors.note("not gRPC", self._transport.peer, _NOT_GRPC)
+            self._out.answer_http(call, _NOT_GRPC)
+            self._drop(call)
         elif fields.get(b":method") != b"POST":
             self._finish(call, RpcStatus(Code.UNIMPLEMENTED, "a call is a POST"))
         elif timeout is None:
@@ -465,7 +414,7 @@ class GrpcConnection:
         if call.received and stream in self._calls:
             self._end(call)
 
-    async def _admit(self, call: _Call, fields: dict[bytes, bytes]) -> None:
+    async def _admit(self, call: Call, fields: dict[bytes, bytes]) -> None:
         headers = [_TYPE]
         encoding = fields.get(b"grpc-encoding")
         if encoding is not None:
@@ -483,7 +432,7 @@ class GrpcConnection:
         call.head = head
         call.body = self._edge.body(head).__enter__()
 
-    def _take_part(self, call: _Call, frame: Frame) -> None:
+    def _take_part(self, call: Call, frame: Frame) -> None:
         if frame.payload:
             message = call.message
             try:
@@ -503,13 +452,13 @@ class GrpcConnection:
             call.received = True
             self._end(call)
 
-    def _too_large(self, call: _Call, error: TooLargeError) -> None:
+    def _too_large(self, call: Call, error: TooLargeError) -> None:
         if call.head is None:
             self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, str(error)))
         else:
             self._refuse(call, self._edge.too_large(call.head))
 
-    def _end(self, call: _Call) -> None:
+    def _end(self, call: Call) -> None:
         """The client has sent all of its call."""
         if not call.message.complete:
             text = "the message is cut short" if call.message.length else "there is no message"
@@ -528,7 +477,7 @@ class GrpcConnection:
             self._processing_bytes += call.message.received
             self._tasks.start_soon(self._process, call, head, call.scope)
 
-    async def _process(self, call: _Call, head: Head, scope: trio.CancelScope) -> None:
+    async def _process(self, call: Call, head: Head, scope: trio.CancelScope) -> None:
         message = call.message.take()
         size = len(message)
         response: HttpResponse | None = None
@@ -543,20 +492,21 @@ class GrpcConnection:
                 response = self._edge.unanswered(head, size)
             if response.status == 200:
                 self._budget.answered()
-                self._succeed(call, response.body)
+                self._succeed(call, response.body, export=True)
             else:
                 self._refuse(call, response)
         if self._window < WINDOW_BYTES // 2:
             self._open_window()
         await self._flush()
 
-    def _late(self, call: _Call, now: float) -> None:
+    def _late(self, call: Call, now: float) -> None:
         """The deadline of a call has passed."""
         if call.method == calls.WATCH and call.watched and now < call.timeout:
             call.deadline = min(now + _CHECK_SECONDS, call.timeout)
             self._show_health(call)
         elif call.unsent:
-            self._reset(call, ErrorCodes.CANCEL)
+            self._out.reset(call, ErrorCodes.CANCEL)
+            self._drop(call)
         elif now >= call.timeout:
             text = "the deadline of the call has passed; its spans may be accepted yet"
             self._finish(call, RpcStatus(Code.DEADLINE_EXCEEDED, text))
@@ -572,7 +522,7 @@ class GrpcConnection:
 
     # Health.
 
-    def _answer_health(self, call: _Call) -> None:
+    def _answer_health(self, call: Call) -> None:
         service = calls.service_name(bytes(call.message.take()))
         if service is None:
             self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, "this is no HealthCheckRequest"))
@@ -583,169 +533,71 @@ class GrpcConnection:
             )
             call.deadline = min(trio.current_time() + _CHECK_SECONDS, call.timeout)
             self._note_deadline(call.deadline)
-            self._tell_h2(call)
-            self._h2.send_headers(call.id, _HEAD)
-            self._send_message(call, encode_message(call.watched))
+            self._out.stream(call, call.watched)
         elif calls.is_known(service):
-            self._respond(call, encode_message(calls.health(self._edge)), OK)
+            self._succeed(call, calls.health(self._edge), export=False)
         else:
             self._finish(call, RpcStatus(Code.NOT_FOUND, f"there is no service {service[:100]}"))
 
-    def _show_health(self, call: _Call) -> None:
+    def _show_health(self, call: Call) -> None:
         """Send the health anew where it has changed."""
         health = calls.health(self._edge)
         if call.watched not in (health, calls.SERVICE_UNKNOWN) and not call.unsent:
             call.watched = health
-            self._send_message(call, encode_message(health))
+            self._out.send(call, health)
 
     # Answering.
 
-    def _refuse(self, call: _Call, response: HttpResponse) -> None:
-        """End a call as admission has it."""
+    def _refuse(self, call: Call, response: HttpResponse) -> None:
+        """End a call with what admission answers."""
         if response.status in STATUSES:
             self._errors.note(response.reason, self._transport.peer, response.message)
-        more = _ENCODINGS if response.status == 415 else []
-        self._finish(call, status_of(response), more)
+        self._finish(call, status_of(response), _ENCODINGS if response.status == 415 else [])
 
-    def _finish(self, call: _Call, status: RpcStatus, more: Headers | None = None) -> None:
-        """End a call without a message. Its client may not have sent all of it."""
-        self._tell_h2(call)
-        if call.unsent:
-            self._reset(call, ErrorCodes.CANCEL)
-            return
-        if call.watched:
-            self._h2.send_headers(call.id, trailers(status), end_stream=True)
+    def _finish(self, call: Call, status: RpcStatus, more: Headers = _NONE) -> None:
+        """End a call without a message."""
+        self._out.finish(call, status, more)
+        self._drop(call)
+
+    def _succeed(self, call: Call, message: bytes, *, export: bool) -> None:
+        """End a call with ``message``, now or when the client's window allows."""
+        out = self._out
+        if out.succeed(call, message) if export else out.respond(call, message):
+            self._drop(call)
         else:
-            fields = [*_HEAD, *(more or []), *trailers(status)]
-            self._h2.send_headers(call.id, fields, end_stream=True)
-        self._close(call)
+            self._wait_for_window(call)
 
-    def _answer_http(self, call: _Call) -> None:
-        """Answer what is HTTP/2, but no gRPC."""
-        self._errors.note("not gRPC", self._transport.peer, _NOT_GRPC)
-        self._tell_h2(call)
-        body = (_NOT_GRPC + "\n").encode()
-        room = self._h2.local_flow_control_window(call.id) >= len(body)
-        fields = [(b":status", b"415"), (b"content-type", b"text/plain")]
-        self._h2.send_headers(call.id, fields, end_stream=not room)
-        if room:
-            self._h2.send_data(call.id, body, end_stream=True)
-        self._close(call)
-
-    def _succeed(self, call: _Call, message: bytes) -> None:
-        """Answer an export. What all clients get goes past h2, whose records of the stream end
-        here: that saves a third of what a call costs."""
-        h2, size = self._h2, PREFIX_BYTES + len(message)
-        fits = h2.local_flow_control_window(call.id) >= size <= h2.max_outbound_frame_size
-        if not fits or h2.encoder.table_size_changes:
-            self._respond(call, encode_message(message), OK)
-            return
-        self._pending_bytes()  # what h2 has to send goes first
-        self._unsent += success(call.id, message)
-        h2.outbound_flow_control_window -= size
-        del h2.streams[call.id]
-        self._drop(call)
-
-    def _tell_h2(self, call: _Call) -> None:
-        """Let h2 know that the client has ended its side, before it is answered through h2."""
-        if call.received and not call.told:
-            call.told = True
-            self._h2.receive_data(frames.make(frames.DATA, frames.END_STREAM, call.id))
-
-    def _respond(self, call: _Call, message: bytes, status: RpcStatus) -> None:
-        self._tell_h2(call)
-        self._h2.send_headers(call.id, _HEAD)
-        call.status = status
-        self._send_message(call, message)
-
-    def _send_message(self, call: _Call, message: bytes) -> None:
-        call.unsent += message
-        self._send_unsent(call)
-
-    def _send_unsent(self, call: _Call) -> None:
-        """Send what the client's window allows, and then the status, if there is one."""
-        while call.unsent:
-            room = self._h2.local_flow_control_window(call.id)
-            room = min(room, self._h2.max_outbound_frame_size)
-            if room <= 0:
-                call.deadline = min(trio.current_time() + SEND_SECONDS, call.deadline)
-                self._note_deadline(call.deadline)
-                return
-            self._h2.send_data(call.id, call.unsent[:room])
-            call.unsent = call.unsent[room:]
-        if call.status is not None:
-            self._h2.send_headers(call.id, trailers(call.status), end_stream=True)
-            self._close(call)
-
-    def _close(self, call: _Call) -> None:
-        """All of the answer is sent."""
-        if not call.received:
-            # It stops a client that is still sending; RFC 9113, 8.1.
-            self._h2.reset_stream(call.id, ErrorCodes.NO_ERROR)
-        self._drop(call)
-
-    def _reset(self, call: _Call, code: ErrorCodes) -> None:
-        self._h2.reset_stream(call.id, code)
-        self._drop(call)
+    def _wait_for_window(self, call: Call) -> None:
+        call.deadline = min(trio.current_time() + SEND_SECONDS, call.deadline)
+        self._note_deadline(call.deadline)
 
     def _forget(self, stream: int | None) -> None:
-        """The client has cancelled a call. What is queued is accepted all the same."""
+        """The client has cancelled a call. Spans that are queued are accepted all the same."""
         call = self._calls.get(stream or 0)
         if call is not None:
             self._drop(call)
 
-    def _drop(self, call: _Call) -> None:
+    def _drop(self, call: Call) -> None:
+        """A call has ended."""
         del self._calls[call.id]
         if call.scope is None:
             call.release()
-        else:  # its spans are accepted all the same, if that does not take too long
+        else:  # the wait for the pipeline goes on without it, but not for ever
             call.scope.deadline = trio.current_time() + self._edge.answer_timeout
         if not self._calls:
             self._note_idle()
-
-    # Sending.
-
-    def _pending_bytes(self) -> int:
-        self._unsent += self._h2.data_to_send()
-        return len(self._unsent)
 
     def _flush_soon(self) -> None:
         if self._tasks is not None and not self._over:
             self._tasks.start_soon(self._flush)
 
     async def _flush(self) -> None:
-        """Send what there is, unless another task does already."""
-        if self._sending_since != math.inf:
-            return
+        self._note_deadline(trio.current_time() + SEND_SECONDS)
         try:
-            while self._pending_bytes():
-                data = bytes(self._unsent)
-                self._unsent.clear()
-                self._sending_since = trio.current_time()
-                self._note_deadline(self._sending_since + SEND_SECONDS)
-                await self._transport.send(data)
+            await self._out.flush()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             self._reading.cancel()  # the client is gone
-        finally:
-            self._sending_since = math.inf
-            self._sent.set()
-            self._sent = trio.Event()
 
 
 def _is_grpc(content_type: bytes) -> bool:
     return content_type in (b"application/grpc", b"application/grpc+proto")
-
-
-def _new_h2(max_body: int) -> H2Connection:
-    connection = _H2(_CONFIG)
-    connection.decoder = RepeatingDecoder(frames.MAX_CONTROL_BYTES)
-    connection.local_settings = Settings(
-        client=False,
-        initial_values={
-            SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
-            SettingCodes.MAX_HEADER_LIST_SIZE: frames.MAX_CONTROL_BYTES,
-            SettingCodes.INITIAL_WINDOW_SIZE: min(max_body + 64 * KIB, _GRACEFUL),
-            SettingCodes.MAX_FRAME_SIZE: frames.MAX_FRAME_BYTES,
-        },
-    )
-    return connection

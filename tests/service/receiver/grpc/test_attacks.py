@@ -13,7 +13,8 @@ from h2.errors import ErrorCodes
 from betrace.service.pipeline.request import Done
 from betrace.service.receiver.grpc import frames
 from betrace.service.receiver.grpc.budget import BURST, COSTS, PER_SECOND
-from betrace.service.receiver.grpc.connection import MAX_STREAMS, MAX_UNSENT_BYTES, WINDOW_BYTES
+from betrace.service.receiver.grpc.connection import MAX_UNSENT_BYTES, WINDOW_BYTES
+from betrace.service.receiver.grpc.outbound import MAX_STREAMS
 from tests.support.grpc_peer import prefixed, serving
 from tests.support.http_requests import ScriptedQueue
 
@@ -188,7 +189,7 @@ async def test_a_client_that_reads_nothing(autojump_clock):
         await s.done.wait()
         assert blocked.is_set()
         assert trio.current_time() - start < 15
-        assert len(s.connection._unsent) < MAX_UNSENT_BYTES
+        assert s.connection._out.size < MAX_UNSENT_BYTES
 
 
 async def test_zero_windows_hold_no_more_than_their_answers(autojump_clock):

@@ -15,8 +15,9 @@ from h2.settings import SettingCodes
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
 from betrace.service.pipeline.request import Done, Refused
-from betrace.service.receiver.grpc import calls
-from betrace.service.receiver.grpc.connection import MAX_STREAMS, WINDOW_BYTES
+from betrace.service.receiver.grpc import calls, frames
+from betrace.service.receiver.grpc.connection import WINDOW_BYTES
+from betrace.service.receiver.grpc.outbound import MAX_STREAMS
 from tests.support.grpc_peer import prefixed, serving
 from tests.support.http_requests import ScriptedQueue
 
@@ -170,6 +171,38 @@ async def test_a_call_without_data(autojump_clock):
     async with serving() as s:
         stream = await s.peer.begin(end=True)
         assert (await s.peer.answer(stream)).status == INVALID
+
+
+async def test_a_call_that_ends_with_trailers(autojump_clock):
+    async with serving() as s:
+        stream = await s.peer.begin()
+        await s.peer.send_data(stream, prefixed(b"spans"))
+        s.peer.h2.send_headers(stream, [(b"x", b"y")], end_stream=True)
+        await s.peer.flush()
+        assert (await s.peer.answer(stream)).status == OK
+    assert s.bodies == [b"spans"]
+
+
+async def test_trailers_after_the_end_do_not_send_spans_twice(autojump_clock):
+    queue = ScriptedQueue(outcome=None)
+    async with serving(queue) as s:
+        stream = await s.peer.call(b"spans")
+        block = s.peer.h2.encoder.encode([(b"x", b"y")])
+        flags = frames.END_HEADERS | frames.END_STREAM
+        await s.peer.send_raw(frames.make(frames.HEADERS, flags, stream, block))
+        assert (await s.peer.goaway())[0] == ErrorCodes.STREAM_CLOSED
+        queue.taken[0].reply.set(Done(1))
+    assert s.bodies == [b"spans"]
+
+
+async def test_a_watching_connection_makes_room(autojump_clock):
+    async with serving() as s:
+        watching = s.peer.answers[await s.peer.call(b"", calls.WATCH)]
+        await s.peer.until(lambda: watching.data)
+        await trio.sleep(5.5)
+        assert s.connection.idle
+        s.connection.expire()  # before its deadline
+        assert (await s.peer.goaway())[0] == ErrorCodes.NO_ERROR
 
 
 @pytest.mark.parametrize(
