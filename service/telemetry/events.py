@@ -113,9 +113,9 @@ ACCEPTING = _event(
 CLIENT_ERROR = _event(
     "ingestion.client_error",
     logging.WARNING,
-    "{peer} sends what is not accepted: {message}{again}",
-    "A client's request was answered with 400, 401, 403, 404, 405, 415 or 505, or the same over "
-    "gRPC. Once a minute for each kind and peer.",
+    "rejected a request from {peer}: {message}{again}",
+    "A client got 400, 401, 403, 404, 405, 415 or 505, or the same over gRPC; the message says what "
+    "to change. Logged once a minute for each kind and peer.",
     "kind",
 )
 STAGE_STALLED = _event(

@@ -59,7 +59,7 @@ async def test_errors_over_http_leave_a_line(caplog):
         await raw.response()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 5
-    assert all(line.startswith("127.0.0.1 ") for line in lines)
+    assert all(line.startswith("rejected a request from 127.0.0.1: ") for line in lines)
     for said in ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_LOGS_EXPORTER=none", "use POST"):
         assert sum(said in line for line in lines) == 1
 
