@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from hpack import Encoder
 
 from betrace.service.receiver.grpc import frames
-from betrace.service.receiver.grpc.calls import CHECK, EXPORT
 from betrace.service.receiver.grpc.frames import make
+from betrace.service.receiver.grpc.methods import CHECK, EXPORT
 from perf.lib.target import Service, service
 from perf.report import output as report
 

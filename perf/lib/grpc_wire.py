@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from hpack import Decoder, Encoder
 
-from betrace.service.receiver.grpc.calls import EXPORT
 from betrace.service.receiver.grpc.frames import (
     ACK,
     DATA,
@@ -23,6 +22,7 @@ from betrace.service.receiver.grpc.frames import (
     FrameReader,
     make,
 )
+from betrace.service.receiver.grpc.methods import EXPORT
 
 FRAME_BYTES = 16_384
 HTTP_STATUS = {0: 200, 3: 400, 7: 403, 8: 429, 12: 415, 14: 503, 16: 401}

@@ -41,8 +41,10 @@ _log = logging.getLogger("service.http")
 class AnyConnection(typing.Protocol):
     """One connection of a listener: it ends by itself, or when it is told."""
 
-    deadline: float
-    """When :meth:`expire` is due, on Trio's clock."""
+    @property
+    def deadline(self) -> float:
+        """When :meth:`expire` is due, on Trio's clock."""
+        ...
 
     @property
     def idle(self) -> bool:

@@ -114,8 +114,8 @@ CLIENT_ERROR = _event(
     "ingestion.client_error",
     logging.WARNING,
     "rejected a request from {peer}: {message}{again}",
-    "A client got 400, 401, 403, 404, 405, 415 or 505, or the same over gRPC; the message says what "
-    "to change. Logged once a minute for each kind and peer.",
+    "A client got 400, 401, 403, 404, 405, 415 or 505, or the same over gRPC; the message says "
+    "what to change. Logged once a minute for each kind and peer.",
     "kind",
 )
 STAGE_STALLED = _event(

@@ -17,8 +17,8 @@ from h2.errors import ErrorCodes
 from betrace.service.config.settings import Ingest
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.client_errors import ClientErrors
-from betrace.service.receiver.grpc.calls import EXPORT
 from betrace.service.receiver.grpc.connection import GrpcConnection
+from betrace.service.receiver.grpc.methods import EXPORT
 from betrace.service.receiver.limits import Limits
 from betrace.service.tenants import Quotas
 from tests.support.http_requests import ScriptedQueue

@@ -15,7 +15,7 @@ from h2.settings import SettingCodes
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
 from betrace.service.pipeline.request import Done, Refused
-from betrace.service.receiver.grpc import calls, frames
+from betrace.service.receiver.grpc import frames, methods
 from betrace.service.receiver.grpc.connection import WINDOW_BYTES
 from betrace.service.receiver.grpc.outbound import MAX_STREAMS
 from tests.support.grpc_peer import prefixed, serving
@@ -197,7 +197,7 @@ async def test_trailers_after_the_end_do_not_send_spans_twice(autojump_clock):
 
 async def test_a_watching_connection_makes_room(autojump_clock):
     async with serving() as s:
-        watching = s.peer.answers[await s.peer.call(b"", calls.WATCH)]
+        watching = s.peer.answers[await s.peer.call(b"", methods.WATCH)]
         await s.peer.until(lambda: watching.data)
         await trio.sleep(5.5)
         assert s.connection.idle
@@ -363,26 +363,26 @@ async def test_health(autojump_clock):
     name = b"opentelemetry.proto.collector.trace.v1.TraceService"
     async with serving() as s:
         for request in (b"", b"\x0a\x00", b"\x0a%c%b" % (len(name), name)):
-            answer = await s.peer.ask(request, calls.CHECK)
-            assert (answer.status, answer.data) == (OK, prefixed(calls.SERVING))
-        assert (await s.peer.ask(b"\x0a\x01x", calls.CHECK)).status == NOT_FOUND
+            answer = await s.peer.ask(request, methods.CHECK)
+            assert (answer.status, answer.data) == (OK, prefixed(methods.SERVING))
+        assert (await s.peer.ask(b"\x0a\x01x", methods.CHECK)).status == NOT_FOUND
         for request in (b"\x08\x01", b"\x0a\x05x", b"\x0a", bytes(2000), b"\x0a\x01\xff"):
-            assert (await s.peer.ask(request, calls.CHECK)).status == INVALID
+            assert (await s.peer.ask(request, methods.CHECK)).status == INVALID
         s.edge.pause()
-        assert (await s.peer.ask(b"", calls.CHECK)).data == prefixed(calls.NOT_SERVING)
+        assert (await s.peer.ask(b"", methods.CHECK)).data == prefixed(methods.NOT_SERVING)
         assert (await s.peer.ask(b"spans")).status == UNAVAILABLE
 
 
 async def test_watching_health(autojump_clock):
     async with serving() as s:
-        watching = s.peer.answers[await s.peer.call(b"", calls.WATCH)]
-        unknown = s.peer.answers[await s.peer.call(b"\x0a\x01x", calls.WATCH)]
+        watching = s.peer.answers[await s.peer.call(b"", methods.WATCH)]
+        unknown = s.peer.answers[await s.peer.call(b"\x0a\x01x", methods.WATCH)]
         await s.peer.until(lambda: watching.data and unknown.data)
-        assert watching.data == prefixed(calls.SERVING)
-        assert unknown.data == prefixed(calls.SERVICE_UNKNOWN)
+        assert watching.data == prefixed(methods.SERVING)
+        assert unknown.data == prefixed(methods.SERVICE_UNKNOWN)
         s.edge.pause()
         await s.peer.until(lambda: len(watching.data) > 7)
-        assert watching.data == prefixed(calls.SERVING) + prefixed(calls.NOT_SERVING)
+        assert watching.data == prefixed(methods.SERVING) + prefixed(methods.NOT_SERVING)
         s.connection.retire()
         await s.peer.until(lambda: watching.ended and unknown.ended)
         assert watching.status == unknown.status == UNAVAILABLE

@@ -7,7 +7,7 @@ import random
 import pytest
 import trio
 
-from betrace.service.receiver.grpc import calls, frames
+from betrace.service.receiver.grpc import frames, methods
 from betrace.service.receiver.grpc.frames import make
 from tests.support.grpc_peer import prefixed, serving
 
@@ -40,7 +40,7 @@ async def test_random_conversations(autojump_clock, caplog, seed):
         try:
             for _ in range(10):
                 stream = s.peer.h2.get_next_available_stream_id()
-                path = choose.choice([calls.EXPORT, calls.CHECK, calls.WATCH, "/x/Y"])
+                path = choose.choice([methods.EXPORT, methods.CHECK, methods.WATCH, "/x/Y"])
                 s.peer.h2.send_headers(stream, s.peer.head(path))
                 message = prefixed(choose.randbytes(choose.randrange(300)))
                 s.peer.h2.send_data(stream, message, end_stream=True)
