@@ -252,7 +252,8 @@ class GrpcConnection:
     # Frames.
 
     async def _take(self, received: bytes) -> None:
-        for frame in self._frames.feed(received):
+        complete = self._frames.feed(received)
+        for frame in complete:
             kind = frame.kind
             if kind == frames.DATA:
                 self._take_data(frame)
@@ -269,7 +270,7 @@ class GrpcConnection:
                     await self._take_events(self._h2.receive_data(frame.raw))
         if not self._frames.partial:
             self._partial_since = math.inf
-        elif self._partial_since == math.inf:
+        elif self._partial_since == math.inf or (complete and not self._frames.in_block):
             self._partial_since = trio.current_time()
         self._note_idle()
 

@@ -112,6 +112,11 @@ class FrameReader:
         self._continuations = 0
 
     @property
+    def in_block(self) -> bool:
+        """Whether a header block has begun and is not complete."""
+        return bool(self._block)
+
+    @property
     def partial(self) -> bool:
         """Whether a header block or a frame other than DATA has begun and is not complete."""
         return bool(self._rest or self._block)

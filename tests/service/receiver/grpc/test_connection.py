@@ -412,6 +412,31 @@ async def test_a_header_block_that_does_not_end(autojump_clock):
         assert trio.current_time() - start <= 7
 
 
+async def test_a_header_block_in_slow_parts_does_not_gain_time(autojump_clock):
+    async with serving(head_timeout_seconds=5) as s:
+        await s.peer.send_raw(frames.make(frames.HEADERS, 0, 1, b"\x82"))
+        start = trio.current_time()
+        for _ in range(3):
+            await trio.sleep(2.4)
+            if s.done.is_set():
+                break
+            await s.peer.send_raw(frames.make(frames.CONTINUATION, 0, 1, b"\x82"))
+        await s.peer.goaway()
+        assert trio.current_time() - start <= 7.5
+
+
+async def test_reads_that_end_within_frames_are_not_slow(autojump_clock):
+    """A busy connection is rarely read up to the end of a frame."""
+    ping = frames.make(frames.PING, 0, 0, bytes(8))
+    async with serving(head_timeout_seconds=5, keep_alive_seconds=100) as s:
+        await s.peer.send_raw(ping[:4])
+        for _ in range(20):
+            await trio.sleep(1)
+            await s.peer.send_raw(ping[4:] + ping[:4])
+        await s.peer.send_raw(ping[4:])
+        assert (await s.peer.ask(b"spans")).status == OK
+
+
 async def test_a_stop_answers_what_is_under_way(autojump_clock):
     queue = ScriptedQueue(outcome=None)
     async with serving(queue) as s:
