@@ -15,8 +15,9 @@ from betrace.service.receiver.admission import Edge, Head
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
 from betrace.service.receiver.grpc import methods
 from betrace.service.receiver.grpc.call import Call
-from betrace.service.receiver.grpc.frames import Frame, Http2Error
+from betrace.service.receiver.grpc.frames import DATA, Frame, Http2Error
 from betrace.service.receiver.grpc.framing import (
+    PREFIX_BYTES,
     Code,
     FramingError,
     Headers,
@@ -87,8 +88,9 @@ class Calls:
 
     # The way of a call.
 
-    async def begin(self, event: RequestReceived) -> None:
-        """A call begins: refuse it, or wait for its message."""
+    async def begin(self, event: RequestReceived, length: int | None) -> None:
+        """A call begins: refuse it, or wait for its message, of ``length`` bytes if that is known
+        already."""
         assert event.stream_id is not None
         assert event.headers is not None
         self.last_stream = event.stream_id
@@ -116,7 +118,7 @@ class Calls:
         elif timeout <= 0:
             self._end_late(call, now)
         elif export:
-            await self._admit(call, fields)
+            await self._admit(call, fields, length)
         elif method not in (methods.CHECK, methods.WATCH):
             status = methods.unimplemented(method)
             self._errors.note("method", self._peer(), status.message)
@@ -124,8 +126,10 @@ class Calls:
         if call.received and call.id in self._calls:
             self._complete(call)
 
-    async def _admit(self, call: Call, fields: dict[bytes, bytes]) -> None:
+    async def _admit(self, call: Call, fields: dict[bytes, bytes], length: int | None) -> None:
         headers = [_TYPE]
+        if length is not None:  # refused spans are estimated from it
+            headers.append((b"content-length", b"%d" % length))
         if (encoding := fields.get(b"grpc-encoding")) is not None:
             headers.append((b"content-encoding", encoding))
         headers += [(name, fields[name]) for name in _METADATA if name in fields]
@@ -321,6 +325,13 @@ class Calls:
                 self._drop(call)
             else:
                 call.scope.deadline = call.deadline
+
+
+def announced(frame: Frame | None, stream: int | None) -> int | None:
+    """The length of a call's message, if ``frame`` is the DATA that it begins with."""
+    if frame is None or frame.stream != stream or len(frame.payload) < PREFIX_BYTES:
+        return None
+    return int.from_bytes(frame.payload[1:PREFIX_BYTES], "big") if frame.kind == DATA else None
 
 
 def _is_grpc(content_type: bytes) -> bool:

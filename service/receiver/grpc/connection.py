@@ -33,7 +33,7 @@ from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.grpc import frames
 from betrace.service.receiver.grpc.budget import Budget
-from betrace.service.receiver.grpc.calls import NOT_GRPC, Calls
+from betrace.service.receiver.grpc.calls import NOT_GRPC, Calls, announced
 from betrace.service.receiver.grpc.frames import Frame, FrameReader, Http2Error
 from betrace.service.receiver.grpc.framing import RpcStatus
 from betrace.service.receiver.grpc.outbound import MAX_WINDOW, Outbound, new_h2
@@ -253,12 +253,13 @@ class GrpcConnection:
 
     async def _take(self, received: bytes) -> None:
         complete = self._frames.feed(received)
-        for frame in complete:
+        for number, frame in enumerate(complete):
             kind = frame.kind
             if kind == frames.DATA:
                 self._take_data(frame)
             elif kind in (frames.HEADERS, frames.CONTINUATION):
-                await self._take_events(self._h2.receive_data(frame.raw))
+                following = complete[number + 1] if number + 1 < len(complete) else None
+                await self._take_events(self._h2.receive_data(frame.raw), following)
             else:
                 self._budget.spend(kind, trio.current_time())
                 if kind == frames.PING:
@@ -274,11 +275,12 @@ class GrpcConnection:
             self._partial_since = trio.current_time()
         self._note_idle()
 
-    async def _take_events(self, events: list[Event]) -> None:
+    async def _take_events(self, events: list[Event], following: Frame | None = None) -> None:
+        """Act on what ``h2`` saw in a frame; ``following`` is the next one that has arrived."""
         for event in events:
             if isinstance(event, RequestReceived):
                 self._reading.deadline = math.inf
-                await self._calls.begin(event)
+                await self._calls.begin(event, announced(following, event.stream_id))
             elif isinstance(event, StreamReset):
                 if not event.remote_reset:  # the client made h2 do it
                     self._budget.spend(frames.RST_STREAM, trio.current_time())

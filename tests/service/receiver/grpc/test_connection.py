@@ -94,6 +94,16 @@ async def test_an_overload_says_when_to_come_again(autojump_clock):
     assert s.edge.refused_requests["overloaded"] == 1
 
 
+async def test_refused_spans_are_estimated_as_over_http(autojump_clock):
+    async with serving(ScriptedQueue(fill=1.0)) as s:
+        stream = s.peer.h2.get_next_available_stream_id()
+        s.peer.h2.send_headers(stream, s.peer.head())
+        s.peer.h2.send_data(stream, prefixed(bytes(12_000)), end_stream=True)
+        await s.peer.flush()
+        await trio.testing.wait_all_tasks_blocked()
+        assert s.edge.refused_spans["overloaded"] == s.edge.estimate("protobuf", "", 12_000) == 30
+
+
 async def test_a_quota_is_resource_exhausted_with_a_wait(autojump_clock, monkeypatch):
     async with serving() as s:
         monkeypatch.setattr(s.edge._quotas, "admit", lambda tenant, spans: 2.0)
