@@ -14,6 +14,7 @@ import click
 @click.option("--data", metavar="DIR", help="Where data is kept (storage.path).")
 @click.option("--rules", metavar="DIR", help="Rule files (rules.directory).")
 @click.option("--ingest", metavar="HOST:PORT", help="Where spans come in (ingest.address).")
+@click.option("--grpc", metavar="HOST:PORT", help="OTLP over gRPC (ingest.grpc_address).")
 @click.option("--api", metavar="HOST:PORT", help="Where the API listens (api.address).")
 @click.option("--metrics", metavar="HOST:PORT", help="A listener for metrics (metrics.address).")
 @click.option("--insecure", is_flag=True, help="As for serve.")
@@ -23,6 +24,7 @@ def doctor(
     data: str | None,
     rules: str | None,
     ingest: str | None,
+    grpc: str | None,
     api: str | None,
     metrics: str | None,
     insecure: bool,
@@ -44,6 +46,7 @@ def doctor(
         "storage.path": data,
         "rules.directory": rules,
         "ingest.address": ingest,
+        "ingest.grpc_address": grpc,
         "api.address": api,
         "metrics.address": metrics,
         "auth.insecure": insecure or None,
