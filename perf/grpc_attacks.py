@@ -23,7 +23,7 @@ from betrace.service.receiver.grpc import frames
 from betrace.service.receiver.grpc.frames import make
 from betrace.service.receiver.grpc.methods import CHECK, EXPORT
 from perf.lib.target import Service, service
-from perf.report import output as report
+from perf.report import output
 
 START = frames.PREFACE + make(frames.SETTINGS, 0, 0)
 MOST_FRAMES = 100_000
@@ -220,7 +220,7 @@ def main() -> None:
             print(f"  {rows[-1]}", file=sys.stderr)
         target.stop()
     titles = ["attack", "connections", "frames of one", "CPU of one, ms", "of a core"]
-    print(report.table([*titles, "MB more", "others waited, ms"], rows))
+    print(output.table([*titles, "MB more", "others waited, ms"], rows))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.settings import OFF, Settings
+from betrace.service.config.base import OFF
+from betrace.service.config.settings import Settings
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
-from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.pipeline import Pipeline
@@ -54,9 +54,11 @@ from betrace.service.rules.watch import RuleWatch
 from betrace.service.signals import Signal
 from betrace.service.storage.audit_log import AuditLog
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.ledger.open import open_ledger
-from betrace.service.storage.ledger.record import Record, SignalLedger
-from betrace.service.storage.local_stores import open_reserves
+from betrace.service.storage.ledger.record import Record
+from betrace.service.storage.local_stores import open_local_stores
+from betrace.service.storage.paths import tenant_archive
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
@@ -92,24 +94,13 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     )
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
-    duck = settings.duckdb
-    duckdb = stack.enter_context(
-        DuckStore(
-            data,
-            memory_bytes=duck.memory_bytes,
-            threads=duck.threads,
-            pool_max=duck.pool_max,
-            pool_idle=duck.pool_idle,
-            pool_timeout=duck.pool_timeout_seconds,
-            idle_close=duck.idle_close_seconds,
-        )
-    )
+    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
     rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
     caches = settings.caches
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
     )
-    return Stores(log, registry, ledger, duckdb, open_reserves(data, settings, stack))
+    return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
 
 
 def build(
@@ -127,14 +118,14 @@ def build(
     # The way of spans and signals
     latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
     gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
-    visible = gate.living(ledger)  # without entries of deleted tenants
+    visible = gate.current_entries(ledger)  # without entries of deleted tenants
     breakers = Breakers(settings.breakers, settings.export.destinations)
     exports = Exports(settings, visible, breakers)
     subscriptions = Subscriptions()
 
     def recorded(signals: list[Signal]) -> None:
         subscriptions.publish(signals)
-        exports.tell(signals)
+        exports.notify(signals)
 
     pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
     edge = Edge(
@@ -261,7 +252,7 @@ class Service:
     settings: Settings
     log: SpanLog
     registry: RuleRegistry
-    ledger: SignalLedger
+    ledger: Ledger
     store: DuckStore
     latencies: Latencies
     gate: Gate

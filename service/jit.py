@@ -10,8 +10,11 @@ that way.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cache_directory() -> Path:
+    """Next to this package, or, if that is read-only, in the user's cache folder."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for folder in ("otlp", "rules", "traces"):
@@ -31,8 +35,30 @@ def _cache_directory() -> Path:
             digest.update(source.read_bytes())
     base = package / "__pycache__"
     if not os.access(base if base.exists() else package, os.W_OK):
-        base = Path(tempfile.gettempdir()) / f"betrace-{os.getuid()}"
+        base = _user_cache()
     return base / f"kernels-{digest.hexdigest()[:16]}"
+
+
+def _user_cache() -> Path:
+    """``$XDG_CACHE_HOME/betrace`` or ``~/.cache/betrace``, made with mode 0700.
+
+    Cached kernels are code that this process runs. If another user owns the folder or can write to
+    it, or if it cannot be made, a fresh private folder is used instead, and removed at exit.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        parent = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+        path = parent / "betrace"
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+        private = found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o022
+        if stat.S_ISDIR(found.st_mode) and private and os.access(path, os.W_OK | os.X_OK):
+            return path
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        pass
+    fresh = Path(tempfile.mkdtemp(prefix="betrace-kernels-"))
+    atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+    return fresh
 
 
 _settings: Any = config

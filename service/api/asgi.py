@@ -13,7 +13,7 @@ from hypercorn.trio.run import worker_serve
 from hypercorn.utils import wrap_app
 
 from betrace.service.config.base import KIB
-from betrace.service.config.settings import Tls
+from betrace.service.config.edge import Tls
 from betrace.service.receiver.sockets import bad_certificate, listen, url_of
 
 Scope = dict[str, Any]

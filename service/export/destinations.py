@@ -1,4 +1,4 @@
-"""The destinations that the settings name, and what sends to them."""
+"""The configured destinations and their exporters."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from betrace.service.export.delivery import make_client, otlp_delivery, webhook_
 from betrace.service.export.exporter import Exporter
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.base import LedgerEntries
 
 
 class Exports:
-    """All exporters. Methods are called on the Trio thread."""
+    """All exporters. Call the methods on the Trio thread."""
 
-    def __init__(self, settings: Settings, entries: Entries, breakers: Breakers) -> None:
+    def __init__(self, settings: Settings, entries: LedgerEntries, breakers: Breakers) -> None:
         self._threads = ThreadRunner("export", 1)
         wanted = settings.export
         self._client = make_client(settings.breakers.export.timeout_seconds)
@@ -55,15 +55,15 @@ class Exports:
     def __iter__(self) -> Iterator[Exporter]:
         return iter(self._exporters)
 
-    def tell(self, signals: list[Signal]) -> None:
-        """These signals are in the ledger."""
+    def notify(self, signals: list[Signal]) -> None:
+        """Note that these signals are in the ledger."""
         if self._exporters:
             tenants = {signal.tenant for signal in signals}
             for exporter in self._exporters:
-                exporter.tell(tenants)
+                exporter.notify(tenants)
 
     async def run(self) -> None:
-        """Send, for ever."""
+        """Send until cancelled."""
         async with self._client, trio.open_nursery() as nursery:
             for exporter in self._exporters:
                 nursery.start_soon(exporter.run)

@@ -8,7 +8,7 @@ from typing import Any
 from betrace.channels import Tap, ThreadRunner
 from betrace.service.pipeline.request import Done, Request
 from betrace.service.storage.audit_log import AuditLog
-from betrace.service.storage.spanlog.log import unpack_position
+from betrace.service.storage.spanlog.frames import unpack_position
 
 CAPACITY = 10_000
 _WRITTEN_AT_ONCE = 1000

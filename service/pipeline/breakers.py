@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from betrace.channels import Breaker, BreakerSettings, BreakerState, ExpectedError, Transition
-from betrace.service.config.settings import Breakers as Configured
-from betrace.service.config.stages import Breaker as Limits
+from betrace.service.config.stages import BreakerSettings as Limits
+from betrace.service.config.stages import BreakersSettings as Configured
 from betrace.service.telemetry import events
 
 EVALUATION, LEDGER, DUCKDB = NAMES = ("rule-evaluation", "ledger", "duckdb")

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from betrace.channels import ReceiveChannel, Stage, ThreadRunner, open_channel
-from betrace.service.config.settings import Settings, Tracing
+from betrace.channels import ReceiveChannel, Stage, StageOptions, ThreadRunner, open_channel
+from betrace.service.config.edge import Tracing
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.breakers import Breakers
@@ -28,8 +29,8 @@ from betrace.service.pipeline.stages.record import RecordStage
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.signals import Signal
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.ledger.record import SignalLedger
-from betrace.service.storage.local_stores import Reserves
+from betrace.service.storage.ledger.base import Ledger
+from betrace.service.storage.local_stores import LocalStores
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.due import DueTraces
@@ -49,9 +50,9 @@ class Stores:
 
     log: SpanLog
     registry: RuleRegistry
-    ledger: SignalLedger
+    ledger: Ledger
     duckdb: DuckStore
-    local: Reserves
+    local: LocalStores
 
 
 def build_pipeline(
@@ -284,7 +285,7 @@ class _PipelineBuilder:
                 traces.done()
 
         receive: ReceiveChannel[T] = self._channels[name].receive
-        return Stage(name, receive, handler, on_done=done, **options)
+        return Stage(name, receive, handler, StageOptions(on_done=done, **options))
 
     def _dead_letters(self, progress: LogProgress, in_flight: InFlight) -> DeadLetters:
         letters = DeadLetters(

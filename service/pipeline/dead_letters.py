@@ -127,9 +127,9 @@ class DeadLetters:
         return sum(held.letters for held in self.held.values())
 
     @property
-    def held_bytes(self) -> int:
+    def payload_bytes(self) -> int:
         """Size of all payloads in bytes."""
-        return self._store.held_bytes
+        return self._store.payload_bytes
 
     @property
     def exported(self) -> int:

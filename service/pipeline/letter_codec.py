@@ -14,9 +14,9 @@ import numpy as np
 import orjson
 
 from betrace.service.otlp.columns import SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import Letter
+from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces

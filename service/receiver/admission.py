@@ -31,7 +31,7 @@ from typing import Final, Self
 import trio
 
 from betrace.channels import SendChannel
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.otlp.response import export_response
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.receiver.responses import (
@@ -44,8 +44,14 @@ from betrace.service.receiver.responses import (
     respond,
 )
 from betrace.service.receiver.shares import Shares
-from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
-from betrace.service.tenants import DEFAULT_TENANT, Quotas
+from betrace.service.tenancy.authentication import (
+    Authenticator,
+    Denied,
+    claimed_tenant,
+    closed_tenant,
+)
+from betrace.service.tenancy.quotas import SpanQuotas
+from betrace.service.tenants import DEFAULT_TENANT
 
 PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
 ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
@@ -114,7 +120,7 @@ class Edge:
         self,
         settings: Ingest,
         queue: SendChannel[Request],
-        quotas: Quotas,
+        quotas: SpanQuotas,
         authenticator: Authenticator | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         capacity: int = 10_000,

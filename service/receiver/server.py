@@ -19,7 +19,7 @@ from typing import Final
 
 import trio
 
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.connection import Connection

@@ -66,7 +66,7 @@ class RuleRegistry:
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's enabled rules, compiled now if they are not in the cache."""
-        found = self.cache.get_blocking(tenant)
+        found = self.cache.get(tenant)
         assert found is not None  # a tenant without rules has an empty set
         return found
 

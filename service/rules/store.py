@@ -14,7 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from betrace.service.rules.definition import Rule, RuleFileError, etag
+from betrace.service.durable import sync_directory, write_atomically
+from betrace.service.rules.definition import (
+    Rule,
+    RuleFileError,
+    etag,
+)
 from betrace.service.rules.yaml_file import MAX_RULES, dump_rules, load_file
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
@@ -142,7 +147,7 @@ class RuleStore:
                 raise RuleNotFoundError(f"there is no rule '{rule_id}'")
             self._keep_version(path, rule_id)
             path.unlink()
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             self._scan()
             self._forget_deleted(path.parent)
 
@@ -313,24 +318,5 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    """Replace the contents of ``path`` atomically and durably."""
-    # Hidden, so it is never read as a rule file; a fixed name, so that crashes leave at most one.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # The temporary file is hidden, so it is never read as a rule file.
+    write_atomically(path, data, path.with_name(f".{path.name}.tmp"))

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 from isal import isal_zlib
+
+from betrace.service.durable import replacing
 
 _log = logging.getLogger("service.checkpoint")
 
@@ -117,23 +117,13 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
     # The newest has the largest number, even if the wall clock was set back.
     newest = max((int(path.stem) for path in checkpoint_files(directory)), default=0)
     path = directory / f"{max(snapshot.taken_ns, newest + 1):020d}.checkpoint"
-    temporary = directory / "checkpoint.tmp"
     crc = 0
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                crc = isal_zlib.crc32(part, crc)
-                file.write(part)
-            file.write(struct.pack("<I", crc))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        temporary.rename(path)
-    except OSError:
-        with suppress(OSError):  # a full disk should not stay full because of it
-            temporary.unlink()
-        raise
-    _sync_directory(directory)
+    with replacing(path, directory / "checkpoint.tmp") as file:
+        for part in parts:
+            crc = isal_zlib.crc32(part, crc)
+            file.write(part)
+        file.write(struct.pack("<I", crc))
+        size = file.tell()
     for old in checkpoint_files(directory)[KEPT:]:
         old.unlink()
     return size
@@ -201,10 +191,3 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """The checkpoints in a directory, newest first."""
     found = (path for path in directory.glob("*.checkpoint") if path.stem.isdigit())
     return sorted(found, reverse=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(handle)
-    os.close(handle)

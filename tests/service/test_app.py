@@ -103,7 +103,7 @@ async def test_a_wrong_rule_file_is_reported_and_the_old_rules_stay_in_force(
         await service.reload_rules()
         await service.reload_rules()
         assert components(service.sources)["rules"]["status"] == "degraded"
-        assert caplog.text.count("not taken") == 1  # once for each problem
+        assert caplog.text.count("rule file rejected") == 1  # once for each problem
         await send(service, [S(1), S(2)])
         await closed(service)
         assert service.tools.performance.metrics()["signalsRaised"] == 2

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from h2.errors import ErrorCodes
 
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.grpc.connection import GrpcConnection

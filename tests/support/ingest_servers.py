@@ -14,11 +14,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.grpc.server import serve_grpc
 from betrace.service.receiver.server import serve_ingest
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue, Served
 
 MIB = 1 << 20
@@ -51,7 +51,7 @@ async def listening(
     not end within 10 seconds after that, or if memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
-    edge = Edge(ingest, queue, Quotas(), authenticator)
+    edge = Edge(ingest, queue, SpanQuotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
     start = partial(serve_ingest, edge, ingest, address, shutdown, **options)

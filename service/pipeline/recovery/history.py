@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError, TraceRow
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import TraceRow
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.signal_history import rule_signals
 from betrace.service.traces.tenant_traces import Recalled
 

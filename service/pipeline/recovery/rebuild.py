@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from betrace.service.durable import write_atomically
 from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreCorrupt, StoreError
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import PAGE, Entries
-from betrace.service.storage.paths import tenant_directory, write_atomically
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.base import PAGE, LedgerEntries, LedgerError
+from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 from betrace.service.traces.due import DueTraces
@@ -44,7 +46,7 @@ class Rebuild:
         self,
         data: Path,
         log: SpanLog,
-        ledger: Entries,
+        ledger: LedgerEntries,
         store: DuckStore,
         rules_of: Callable[[str], CompiledRules],
         max_body_bytes: int,

@@ -21,22 +21,16 @@ import trio
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import ERROR, SpanBatch
-from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
-from betrace.service.otlp.json import OtlpJsonError, to_protobuf
-from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.stages.correlate import NotNow
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.storage.duck.store import PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Record
-from betrace.service.storage.spanlog.frames import unpack_position
-from betrace.service.storage.spanlog.log import (
-    Frame,
-    FrameCorrupt,
-    FrameMissing,
-    pack_position,
-)
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame, pack_position, unpack_position
+from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.telemetry import events
 from betrace.service.times import write_time
 from betrace.service.traces.checkpoint import (
@@ -55,9 +49,7 @@ _log = logging.getLogger("service.recovery")
 
 _BATCH_SPANS = 4000
 _REPORT_SECONDS = 5.0
-_LARGEST_BODY = 1 << 30
-_UNREADABLE = b"\xff"  # invalid protobuf: the scanner reports an error
-_LATE_NS = 3600 * 1_000_000_000  # traces closed earlier are not in the filter after a restart
+_LATE_NS = 3600 * 1_000_000_000  # traces closed before are not known as late after a restart
 
 
 @dataclass(slots=True)
@@ -350,26 +342,3 @@ def _outline(snapshot: Snapshot) -> Snapshot:
 
 def _count(snapshot: Snapshot, which: int) -> int:
     return sum(int(t.arrays["fill"][which]) for saved in snapshot.tenants for t in saved.tables)
-
-
-def read_frames(
-    tenant: str, positions: list[int], frames: list[Frame], max_body_bytes: int
-) -> SpanBatch:
-    """The spans of frames read back from the log.
-
-    They were accepted, perhaps under a larger limit than ``max_body_bytes``, which is therefore no
-    limit here. A frame that cannot be decoded all the same is a body with an error.
-    """
-    bodies = []
-    limit = max(max_body_bytes, _LARGEST_BODY)
-    for frame in frames:
-        try:
-            body = decode_body(bytes(frame.payload), frame.encoding, limit)
-            bodies.append(to_protobuf(body) if frame.content_type == "json" else body)
-        except (BadEncoding, BodyTooLarge, OtlpJsonError) as error:
-            _log.error("a frame of the log of %s cannot be decoded: %s", tenant, error)
-            bodies.append(_UNREADABLE)
-    batch = scan_bodies(tenant, bodies)
-    batch.positions = np.array(positions, np.int64)
-    batch.received_ns = max(frame.received_ns for frame in frames)
-    return batch

@@ -28,10 +28,11 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.storage.duck.store import PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.paths import tenant_directory
-from betrace.service.tenancy.directory import DirectoryError, Hidden, State
+from betrace.service.tenancy.directory import DirectoryError, Hidden, TenantState
 from betrace.service.tenancy.gate import Gate
 from betrace.service.traces.checkpoint import KEPT
 
@@ -127,7 +128,7 @@ class Removal:
     async def take_up(self) -> None:
         """Continue the deletions of the last process; call it at the start, before anything is read
         back. Deletions that hang are left to :meth:`run`."""
-        for tenant in await self._threads.run(self._directory.in_state, State.DELETING):
+        for tenant in await self._threads.run(self._directory.in_state, TenantState.DELETING):
             self._wanted[tenant] = trio.Event()
         with trio.move_on_after(ATTEMPT_SECONDS):
             async with trio.open_nursery() as nursery:
@@ -231,7 +232,7 @@ class Removal:
 
     def _hide(self, tenant: str) -> Hidden:
         after = 0
-        while page := self._ledger.held(after):
+        while page := self._ledger.outgoing(after):
             after = page[-1][0]
             if any(signal.tenant == tenant for _, signal in page):
                 raise OSError("the outcome of ledger calls with its signals is not known yet")

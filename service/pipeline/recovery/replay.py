@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.eviction import idle_longest
 from betrace.service.traces.late_filter import ClosedTraces

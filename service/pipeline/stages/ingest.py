@@ -14,6 +14,7 @@ import numpy as np
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.columns import (
     ERROR,
     ERROR_OFF,
@@ -22,15 +23,15 @@ from betrace.service.otlp.columns import (
     SPAN_COUNT,
     SpanBatch,
 )
-from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
-from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress, TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
-from betrace.service.storage.spanlog.frames import ContentType, Encoding
-from betrace.service.storage.spanlog.log import Frame, LogSyncError, LogWriteError, SpanLog
+from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.storage.spanlog.tenant_log import LogWriteError
 
 Outcome = Done | Refused
 
@@ -154,11 +155,12 @@ class IngestStage:
     def _decode(self, request: Request) -> bytes | memoryview | Refused:
         """The body as protobuf."""
         try:
-            body = decode_body(request.body, request.encoding, self._max_body)
-            return to_protobuf(body) if request.content_type == "json" else body
+            return protobuf_body(
+                request.body, request.content_type, request.encoding, self._max_body
+            )
         except BodyTooLarge as error:
             return Refused(413, str(error))
-        except (BadEncoding, OtlpJsonError) as error:
+        except BadBody as error:
             return Refused(400, str(error))
 
     def _append(self, batch: SpanBatch, requests: Sequence[Request]) -> None:

@@ -19,7 +19,9 @@ from betrace.service.pipeline.fallback import Fallback, GuardedStore
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.stages.pacing import CommitPace
 from betrace.service.pipeline.trace_rows import frame_columns, trace_tables
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.verdicts import Decided
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import trio
 
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.grpc.connection import GrpcConnection
 from betrace.service.receiver.server import Protocol, serve_ingest

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.tenancy.access import Denied
+from betrace.service.tenancy.authentication import Denied
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import opened, settings
 
@@ -129,7 +129,7 @@ async def test_without_authentication_the_header_names_the_tenant(client, servic
 async def test_a_deleted_tenant_gets_403(client, service):
     service.gate.closed.add("gone")
     error = await client.get("/api/v1/signals", 403, X_Scope_OrgID="gone")
-    assert "is deleted" in error["message"]
+    assert "was deleted" in error["message"]
     await client.get("/api/v1/signals", X_Scope_OrgID="other")
 
 

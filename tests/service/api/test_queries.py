@@ -18,7 +18,7 @@ from betrace.service.api.endpoint import Tools
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress
@@ -389,7 +389,7 @@ async def test_signals_and_traces_in_pages(stores):
     assert trace["trace_id"] == TRACE
     assert (await ask(stores, "GET", "/api/v1/traces?min_duration=1s"))["traces"] == []
     error = await ask(stores, "GET", "/api/v1/traces?cursor=abc", 400)
-    assert "not one of this list" in error["error"]["message"]
+    assert "does not belong to this list" in error["error"]["message"]
 
 
 async def test_the_summary(stores):

@@ -1,4 +1,4 @@
-"""OTLP JSON: the same request as in protobuf, and errors that say where and what."""
+"""OTLP JSON: equal to the request in protobuf; errors name the place and the expectation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEX = {"trace_id", "span_id", "parent_span_id"}
 
 
 class Mapper:
-    """Protobuf to OTLP JSON by hand, in all the ways that the rules leave open."""
+    """Converts protobuf to OTLP JSON, using every freedom that the specification allows."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -71,7 +71,7 @@ class Mapper:
 
 
 def quiet_nans(message: Any) -> None:
-    """JSON has one NaN: make all of them that one."""
+    """Replace every NaN by the one that JSON has."""
     for field, value in message.ListFields():
         if field.message_type is not None:
             for item in value if field.is_repeated else [value]:
@@ -85,7 +85,7 @@ def test_the_same_request_in_json_and_in_protobuf(part: int) -> None:
     spans = 0
     for seed in range(part * 150, part * 150 + 150):
         request = reference.parse(Generator(seed).request())
-        if request is None:  # an unknown field's number was a known one's
+        if request is None:  # an unknown field had a known number
             continue
         request.DiscardUnknownFields()
         quiet_nans(request)
@@ -100,7 +100,7 @@ def test_the_same_request_in_json_and_in_protobuf(part: int) -> None:
 
 def read(name: str) -> list[bytes]:
     if not CASES.exists():
-        pytest.skip("the shared cases are not here")
+        pytest.skip("the shared test cases are missing")
     data = (CASES / name).read_bytes()
     return data.splitlines() if name.endswith(".jsonl") else [data]
 
@@ -159,7 +159,7 @@ def value_of(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("trace_id", ["", "ab" * 15, "ab" * 17, "a" * 31, "a" * 33, "a"])
-def test_hex_ids_of_a_wrong_length_are_left_to_the_scanner(trace_id: str) -> None:
+def test_hex_ids_of_a_wrong_length_are_passed_to_the_scanner(trace_id: str) -> None:
     batch = wire.scan_bodies("t", [to_protobuf(span_json(traceId=trace_id))])
     assert list(batch.bodies[0]) == [0, 0, 1, 0, 0, 0]
     batch = wire.scan_bodies("t", [to_protobuf(span_json(spanId=trace_id))])
@@ -220,7 +220,7 @@ def test_empty_lists_are_values() -> None:
 
 
 def test_the_same_attribute_of_a_resource_and_of_a_span() -> None:
-    """What is encoded once is used again in fields with another number."""
+    """Cached encodings are reused in fields with another number."""
     attributes = [{"key": "k", "value": {"stringValue": "v"}}]
     body = {
         "resourceSpans": [
@@ -320,7 +320,7 @@ def test_errors_in_values_say_where_and_what(value: Any, path: str, expected: st
 @pytest.mark.parametrize(
     "body", [b"", b"{", b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b"[" * 5000, b'{"a": 1e999}']
 )
-def test_what_is_not_json(body: bytes) -> None:
+def test_invalid_json(body: bytes) -> None:
     with pytest.raises(OtlpJsonError, match="The body is not JSON"):
         to_protobuf(body)
 
@@ -330,14 +330,14 @@ def test_an_empty_request() -> None:
         assert to_protobuf(body) == b""
 
 
-def test_long_values_are_cut_in_messages() -> None:
+def test_long_values_are_truncated_in_messages() -> None:
     with pytest.raises(OtlpJsonError) as caught:
         to_protobuf(span_json(traceId="x" * 10_000))
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("kind", ["arrayValue", "kvlistValue"])
-def test_nesting_has_the_scanners_limit(kind: str) -> None:
+def test_nesting_is_limited_as_in_the_scanner(kind: str) -> None:
     def nested(levels: int) -> bytes:
         value: Any = {"stringValue": "x"}
         for _ in range(levels):

@@ -14,8 +14,8 @@ from betrace.service.pipeline import letter_codec as letters
 from betrace.service.pipeline.dead_letters import SPANS_STAGE, DeadLetters
 from betrace.service.pipeline.letter_codec import LetterError
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.storage.dead_letters import DeadLetterError, DeadLetterStore
+from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces

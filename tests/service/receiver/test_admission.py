@@ -4,12 +4,12 @@ import trio
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.pipeline.request import Done, Refused, Reply
 from betrace.service.receiver.admission import REASONS, Edge, Head
-from betrace.service.tenancy.access import Denied
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue
+from tests.support.tenant_keys import UNREADABLE, authenticating, bearer, new_key
 
 PROTOBUF = (b"content-type", b"application/x-protobuf")
 JSON = (b"content-type", b"application/json")
@@ -17,7 +17,8 @@ JSON = (b"content-type", b"application/json")
 
 def make(queue=None, quotas=None, authenticator=None, **settings):
     queue = queue or ScriptedQueue()
-    return Edge(Ingest(**settings), queue, quotas or Quotas(), authenticator, lambda: 12345), queue
+    quotas = quotas or SpanQuotas()
+    return Edge(Ingest(**settings), queue, quotas, authenticator, lambda: 12345), queue
 
 
 async def admit(edge, *headers, method="POST", path="/v1/traces"):
@@ -80,10 +81,10 @@ async def test_good_heads(headers, expected, path):
             415,
             "not supported",
         ),
-        ([PROTOBUF, (b"x-scope-orgid", b"Acme")], 400, "'Acme' names no tenant: a tenant name is"),
-        ([PROTOBUF, (b"x-scope-orgid", b"")], 400, "names no tenant"),
-        ([JSON, (b"x-scope-orgid", b"../x")], 400, "names no tenant"),
-        ([JSON, (b"x-scope-orgid", b"\xff")], 400, "names no tenant"),
+        ([PROTOBUF, (b"x-scope-orgid", b"Acme")], 400, "'Acme' is not a tenant name: a tenant"),
+        ([PROTOBUF, (b"x-scope-orgid", b"")], 400, "is not a tenant name"),
+        ([JSON, (b"x-scope-orgid", b"../x")], 400, "is not a tenant name"),
+        ([JSON, (b"x-scope-orgid", b"\xff")], 400, "is not a tenant name"),
         (
             [PROTOBUF, (b"content-length", b"20971521")],
             413,
@@ -229,7 +230,7 @@ async def test_a_share_used_up_while_the_body_arrives_is_a_refusal(nursery):
 
 
 async def test_a_deleted_tenant_is_refused():
-    edge = Edge(Ingest(), ScriptedQueue(), Quotas(), closed={"gone"})
+    edge = Edge(Ingest(), ScriptedQueue(), SpanQuotas(), closed={"gone"})
     response = await admit(edge, PROTOBUF, (b"x-scope-orgid", b"gone"))
     assert (response.status, status(response).code) == (403, 7)
     assert edge.refused_requests["tenant"] == 1
@@ -247,7 +248,7 @@ async def test_a_request_that_cannot_be_queued_in_time_is_refused(autojump_clock
 
 async def test_only_a_tenth_of_the_queue_may_wait_to_be_queued(nursery):
     queue = ScriptedQueue(fill=0.99, room=False)
-    edge = Edge(Ingest(offer_timeout_ms=60_000), queue, Quotas(), capacity=100)
+    edge = Edge(Ingest(offer_timeout_ms=60_000), queue, SpanQuotas(), capacity=100)
     weight = edge.estimate("json", "", 900)
     waiting = 0
     while isinstance(await admit(edge, (b"x-scope-orgid", b"t%d" % waiting), JSON), Head):
@@ -306,7 +307,7 @@ async def test_pause_resume_and_drain():
 
 async def test_a_tenant_over_its_quota_gets_429():
     now = [0.0]
-    edge, queue = make(quotas=Quotas(10, 1, clock=lambda: now[0]))
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: now[0]))
     queue.outcome = Done(35)
     head = await admit(edge)
     assert (await edge.handle(head, b"x")).status == 200  # estimated as 1, corrected to 35
@@ -323,7 +324,7 @@ async def test_a_tenant_over_its_quota_gets_429():
 
 
 async def test_refused_requests_use_no_quota():
-    edge, queue = make(quotas=Quotas(10, 1, clock=lambda: 0.0))
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
     for outcome in (Refused(503, "disk"), Refused(400, "bad")):
         queue.outcome = outcome
         await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
@@ -334,7 +335,7 @@ async def test_refused_requests_use_no_quota():
 
 
 async def test_retry_after_for_quotas_stays_within_the_limits_of_exporters():
-    edge, queue = make(quotas=Quotas(1, 1, clock=lambda: 0.0))
+    edge, queue = make(quotas=SpanQuotas(1, 1, clock=lambda: 0.0))
     queue.outcome = Done(500)
     await edge.handle(await admit(edge), b"x")
     assert retry_after(await admit(edge)) == 5
@@ -350,35 +351,26 @@ async def test_weights_follow_the_spans_that_bodies_contained():
     assert edge.estimate("protobuf", "", 0) == 1
 
 
-class Gate:
-    def remembered(self, authorization):
-        return "acme" if authorization == "Bearer known" else None
-
-    async def tenant(self, authorization):
-        if authorization is None:
-            return Denied(401, "send a bearer token")
-        if authorization == "Bearer good":
-            return "acme"
-        if authorization == "Bearer broken":
-            return Denied(503, "tokens cannot be verified now")
-        return Denied(403, "this token is for queries only")
-
-
 async def test_authentication_decides_the_tenant():
-    edge, _ = make(authenticator=Gate())
-    head = await admit(
-        edge, PROTOBUF, (b"authorization", b"Bearer good"), (b"x-scope-orgid", b"other")
-    )
-    assert head.tenant == "acme"
-    response = await admit(edge)
-    assert (response.status, status(response).code) == (401, 16)
-    assert dict(response.headers)[b"www-authenticate"] == b"Bearer"
-    response = await admit(edge, PROTOBUF, (b"authorization", b"Bearer bad"))
-    assert (response.status, status(response).code) == (403, 7)
-    assert "queries only" in status(response).message
-    assert (await admit(edge, PROTOBUF, (b"authorization", b"Bearer known"))).tenant == "acme"
-    response = await admit(edge, PROTOBUF, (b"authorization", b"Bearer broken"))
-    assert (response.status, retry_after(response)) == (503, 5)
+    key = new_key()
+    with authenticating({"acme": key}) as authenticator:
+        edge, _ = make(authenticator=authenticator)
+
+        async def send(authorization: str, *headers):
+            sent = (b"authorization", authorization.encode())
+            return await admit(edge, PROTOBUF, sent, *headers)
+
+        for _ in range(2):  # the second time from memory
+            head = await send(bearer(key, "acme"), (b"x-scope-orgid", b"other"))
+            assert head.tenant == "acme"
+        response = await admit(edge)
+        assert (response.status, status(response).code) == (401, 16)
+        assert dict(response.headers)[b"www-authenticate"] == b"Bearer"
+        response = await send(bearer(new_key(), "acme"))
+        assert (response.status, status(response).code) == (401, 16)
+        assert "not signed with a valid key" in status(response).message
+        response = await send(bearer(key, UNREADABLE))
+        assert (response.status, retry_after(response)) == (503, 5)
 
 
 async def test_bodies_within_the_limits():

@@ -10,7 +10,7 @@ import pytest
 import trio
 from google.rpc.status_pb2 import Status
 
-from betrace.service.config.settings import Tls
+from betrace.service.config.edge import Tls
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.receiver.sockets import ListenError
 from tests.support.http_requests import ScriptedQueue

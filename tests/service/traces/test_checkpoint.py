@@ -10,7 +10,6 @@ import numpy as np
 import orjson
 import pytest
 
-from betrace.service.traces import checkpoint
 from betrace.service.traces.checkpoint import (
     KEPT,
     Snapshot,
@@ -138,7 +137,7 @@ def test_a_failed_write_leaves_the_existing_files(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "fsync", full)
+        patched.setattr(os, "fsync", full)
         for taken in (2, 3, 4):
             with pytest.raises(OSError, match="no space"):
                 write_checkpoint(tmp_path, snapshot(taken))
@@ -158,8 +157,8 @@ def test_the_unfinished_file_of_a_crashed_process_is_overwritten(tmp_path):
 
 def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     done: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (done.append("sync"), fsync(fd))[1])
-    monkeypatch.setattr(Path, "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
+    fsync, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append("rename"), rename(a, b))[1])
     write_checkpoint(tmp_path, snapshot(1))
     assert done == ["sync", "rename", "sync"]  # the file, its name, the directory

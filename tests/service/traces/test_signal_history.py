@@ -148,7 +148,7 @@ def test_the_record_combines_the_ledger_and_its_fallback_files(tmp_path):
 
     assert since(recorded, 20 * minute) == [third, second]
     assert since({}, 0) == [third, old, old, first, second]
-    ledger.hold([third])  # the ledger may have it
+    ledger.add_outgoing([third])  # perhaps the ledger has it
     assert since(recorded, 20 * minute) == [third, third, second]
     ledger.close()
     assert record.last_entries() == recorded  # the last known ones

@@ -13,6 +13,7 @@ from betrace.channels import TransientError
 from betrace.service.pipeline.request import Done
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.parse import parse
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
@@ -174,6 +175,6 @@ async def test_any_interleaving_of_faults_dead_letters_and_crashes(
             while service.pipeline.record.fallback.pending:
                 await trio.sleep(0.05)
         assert active_signals(service) == expected(sent)
-        shown, _ = service.store.signals("default", status="active", limit=1000)
+        shown, _ = service.store.signals("default", SignalFilter(status="active"), limit=1000)
         assert {(s.signal.trace_id, s.signal.rule_id) for s in shown} == expected(sent)
         assert len(shown) == len(expected(sent))

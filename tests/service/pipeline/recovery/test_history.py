@@ -16,7 +16,8 @@ from betrace.service.pipeline.recovery import history as tracehistory
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FLAGS, PARTIAL, SPANS
 from betrace.service.traces.tenant_traces import TenantTraces

@@ -13,9 +13,11 @@ import trio
 from betrace.service.pipeline.recovery.rebuild import MARK, Rebuild
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.compile import compile_rules
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import S, body
 
@@ -39,7 +41,7 @@ def frame(*spans: S, at: int = 0) -> Frame:
 
 async def shown(service: Any) -> set[str]:
     found, _ = await trio.to_thread.run_sync(
-        lambda: service.store.signals(TENANT, status="active", limit=1000)
+        lambda: service.store.signals(TENANT, SignalFilter(status="active"), limit=1000)
     )
     return {each.signal.trace_id for each in found}
 

@@ -11,10 +11,8 @@ import pytest
 import trio
 
 from betrace.service.app import Service
-from betrace.service.pipeline.recovery.recovery import read_frames
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.parse import parse
-from betrace.service.storage.spanlog.frames import Frame
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import (
     active_signals,
@@ -27,7 +25,7 @@ from tests.support.inprocess import (
     write_rules,
 )
 from tests.support.oracle import OracleSpan, breach
-from tests.support.spans import TRACE, S, body
+from tests.support.spans import TRACE, S
 
 RULES = {
     "many": "count(a) > 3",
@@ -291,21 +289,6 @@ async def test_a_lower_body_limit_does_not_prevent_reading_the_log(tmp_path):
         assert service.recovery.replayed.spans == 199
         await closed(service)
         assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 199
-
-
-def test_a_frame_that_cannot_be_decoded_hides_no_other(caplog):
-    good = Frame("protobuf", "", 5, body(S(1), S(2)), 2)
-    bad = [
-        Frame("protobuf", "gzip", 6, b"no gzip", 1),
-        Frame("json", "", 7, b"{", 1),
-        Frame("protobuf", "", 8, b"\xff\xff", 1),
-    ]
-    batch = read_frames("t", [10, 20, 30, 40], [bad[0], good, *bad[1:]], 1)
-    assert len(batch) == 2
-    assert batch.positions.tolist() == [10, 20, 30, 40]
-    assert batch.received_ns == 8
-    assert (batch.bodies[:, 4] != 0).tolist() == [True, False, True, True]
-    assert caplog.text.count("cannot be decoded") == 2
 
 
 async def saved_after(service: Service, before: float) -> None:

@@ -10,13 +10,12 @@ import trio
 
 from betrace.service.api.audit import Operator
 from betrace.service.export.archiver import archive_directory
-from betrace.service.export.parquet import tenant_archive
 from betrace.service.pipeline.recovery import removal
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.paths import SHARED
-from betrace.service.tenancy.directory import State
+from betrace.service.storage.paths import SHARED, tenant_archive
+from betrace.service.tenancy.directory import TenantState
 from betrace.service.tenants import is_tenant_name
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import S
@@ -149,7 +148,7 @@ async def test_an_interrupted_deletion_continues_at_the_start(tmp_path, monkeypa
                 await trio.sleep(0.02)
         assert not (tmp_path / "data" / "acme").exists()
         assert files_with(tmp_path, "acme-rule") == []
-        assert service.gate.directory.in_state(State.DELETED) == {"acme"}
+        assert service.gate.directory.in_state(TenantState.DELETED) == {"acme"}
         await closed(service)
         assert len(signals(service, "beta")) == 10
         assert signals(service, "acme") == []

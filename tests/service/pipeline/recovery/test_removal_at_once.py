@@ -19,7 +19,7 @@ from betrace.service.pipeline.recovery.removal import (
     RETRY_SECONDS,
     Removal,
 )
-from betrace.service.tenancy.directory import State, TenantDirectory
+from betrace.service.tenancy.directory import TenantDirectory, TenantState
 from tests.support import virtual
 
 
@@ -83,7 +83,7 @@ async def deleting(path: Path, *tenants: str):
     pipeline.in_flight.wait = nothing
     pipeline.letters.forget_tenant = nothing
     pipeline.fallbacks = {}
-    ledger = MagicMock(**{"held.return_value": [], "last_entry.return_value": 0})
+    ledger = MagicMock(**{"outgoing.return_value": [], "last_entry.return_value": 0})
     ledger.count.return_value = 0
     gate = SimpleNamespace(
         directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
@@ -123,7 +123,7 @@ def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
                     await done[name].wait()
             assert store.most_at_once <= AT_ONCE
             assert recovery.saved <= 8  # shared
-            assert directory.in_state(State.DELETING) == set(names[:3])
+            assert directory.in_state(TenantState.DELETING) == set(names[:3])
             # While the thread of an ended attempt hangs, no second one is started.
             await trio.sleep(10 * ATTEMPT_SECONDS)
             assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
@@ -133,7 +133,7 @@ def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
             with trio.fail_after(1000):
                 for name in names[:3]:
                     await done[name].wait()
-            assert directory.in_state(State.DELETING) == set()
+            assert directory.in_state(TenantState.DELETING) == set()
             assert removal.removed == 12
             nursery.cancel_scope.cancel()
 
@@ -179,6 +179,6 @@ def test_a_hanging_deletion_does_not_block_the_start(tmp_path: Path) -> None:
                 for done in list(removal._wanted.values()):
                     await done.wait()
                 nursery.cancel_scope.cancel()
-            assert directory.in_state(State.DELETED) == {"acme", "beta"}
+            assert directory.in_state(TenantState.DELETED) == {"acme", "beta"}
 
     virtual.run(main)
