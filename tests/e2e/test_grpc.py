@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 
 from betrace.service.pipeline.request import Refused
-from betrace.service.tenancy.access import Denied
+from betrace.service.tenancy.authentication import Denied
 from tests.e2e.test_python_sdk import pay
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import listening, write_certificate

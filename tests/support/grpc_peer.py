@@ -20,7 +20,7 @@ from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.grpc.connection import GrpcConnection
 from betrace.service.receiver.grpc.methods import EXPORT
 from betrace.service.receiver.limits import Limits
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue
 
 
@@ -226,7 +226,7 @@ async def serving(
     """A connection, with a listener's looks at its deadline. Fails when memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
-    edge = Edge(ingest, queue, Quotas(), authenticator)
+    edge = Edge(ingest, queue, SpanQuotas(), authenticator)
     near, far = trio.testing.memory_stream_pair()
     errors = ClientErrors(trio.current_time)
     limits = Limits(

@@ -13,7 +13,7 @@ import trio
 
 from betrace.service.pipeline.request import Done
 from betrace.service.receiver.grpc.methods import CHECK, EXPORT, WATCH
-from betrace.service.tenancy.access import Denied
+from betrace.service.tenancy.authentication import Denied
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import MIB, listening, until, write_certificate
 

@@ -9,7 +9,7 @@ from betrace.service.config.load import ConfigError, load
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.grpc.server import serve_grpc
 from betrace.service.receiver.sockets import ListenError
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.grpc_peer import Peer
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import listening, until
@@ -24,7 +24,7 @@ async def connect(server) -> Peer:
 async def test_a_port_that_is_taken_is_said_with_the_option():
     async with listening(grpc=True) as server:
         settings = load(None, {"ingest.grpc_address": f"127.0.0.1:{server.port}"}).ingest
-        edge = Edge(settings, ScriptedQueue(), Quotas())
+        edge = Edge(settings, ScriptedQueue(), SpanQuotas())
         with pytest.raises(ListenError, match="--grpc off"):
             await serve_grpc(edge, settings, trio.Event())
 
