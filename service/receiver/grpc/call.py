@@ -39,7 +39,7 @@ class Call:
         self.head: Head | None = None  # of an export that is admitted
         self.body: Body | None = None  # the memory that its message holds
         self.received = False  # the client has ended its side
-        self.h2_knows = False  # ... and h2 was told so
+        self.h2_knows = False  # ... and h2 knows it
         self.processing = False
         self.scope: trio.CancelScope | None = None  # of its wait for the pipeline
         self.unsent = b""  # waits for the client's window

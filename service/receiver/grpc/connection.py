@@ -1,6 +1,6 @@
 """One gRPC connection: reads frames, keeps windows and time limits, and ends.
 
-The reader is the only task that looks at what arrives; a call whose message is complete has a task
+One task reads; a call whose message is complete has a task
 of its own until its outcome is known (:mod:`betrace.service.receiver.grpc.calls`). ``h2`` keeps the
 state of the connection and its streams. DATA goes past it
 (:mod:`betrace.service.receiver.grpc.frames`), and so do PING, PRIORITY and GOAWAY, which need no

@@ -14,8 +14,8 @@ class RepeatingDecoder(Decoder):
     """A decoder that remembers header blocks for as long as its dynamic table does not change. From
     the second request of a connection on, most exporters send only indexes into it.
 
-    ``content-length`` is left out: ``h2`` would compare it with the DATA that it sees, which here
-    is none.
+    ``content-length`` is left out: ``h2`` would compare it with the DATA that it sees, which here is
+    empty.
     """
 
     def __init__(self, max_header_list_size: int) -> None:

@@ -34,6 +34,12 @@ def test_a_kind_and_peer_has_a_line_a_minute(caplog):
     assert "(2 more since the last line)" in caplog.records[-1].getMessage()
 
 
+def test_what_a_client_sends_does_not_break_lines(caplog):
+    ClientErrors(Clock()).note("method", "192.0.2.1", "there is no method /x\nERROR forged\x1b[2J")
+    (record,) = caplog.records
+    assert record.getMessage().isprintable()
+
+
 def test_many_peers_take_bounded_memory_and_lines(caplog):
     clock = Clock()
     errors = ClientErrors(clock)
