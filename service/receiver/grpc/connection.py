@@ -1,10 +1,9 @@
 """One gRPC connection: reads frames, keeps windows and time limits, and ends.
 
-One task reads; a call whose message is complete has a task
-of its own until its outcome is known (:mod:`betrace.service.receiver.grpc.calls`). ``h2`` keeps the
-state of the connection and its streams. DATA goes past it
-(:mod:`betrace.service.receiver.grpc.frames`), and so do PING, PRIORITY and GOAWAY, which need no
-state.
+One task reads; a call whose message is complete has a task of its own until its outcome is known
+(:mod:`betrace.service.receiver.grpc.calls`). ``h2`` keeps the state of the connection and its
+streams. DATA goes past it (:mod:`betrace.service.receiver.grpc.frames`), and so do PING, PRIORITY
+and GOAWAY, which need no state.
 
 Flow control: a client may always send what completes a message, within the limits for bodies, but
 nothing more while ``WINDOW_BYTES`` of complete messages wait for the pipeline.

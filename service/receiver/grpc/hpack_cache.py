@@ -14,8 +14,8 @@ class RepeatingDecoder(Decoder):
     """A decoder that remembers header blocks for as long as its dynamic table does not change. From
     the second request of a connection on, most exporters send only indexes into it.
 
-    ``content-length`` is left out: ``h2`` would compare it with the DATA that it sees, which here is
-    empty.
+    ``content-length`` is left out, because ``h2`` would compare it with the DATA that it sees, and
+    it sees none.
     """
 
     def __init__(self, max_header_list_size: int) -> None:
@@ -28,16 +28,15 @@ class RepeatingDecoder(Decoder):
         known = self._blocks.get(block)
         if known is not None:
             return known
-        before = self._table()
-        headers = [h for h in super().decode(block, raw) if h[0] != b"content-length"]
-        if self._table() != before or len(self._blocks) >= _REMEMBERED:
-            self._blocks.clear()
-        if self._table() == before:
-            self._blocks[block] = headers
-        return headers
-
-    def _table(self) -> tuple[int, int, int]:
-        """What differs once the dynamic table has changed: entries come in at its front."""
         table = self.header_table
         entries = table.dynamic_entries
-        return id(entries[0]) if entries else 0, len(entries), table.maxsize
+        first = entries[0] if entries else None  # new entries come before it
+        count, size = len(entries), table.maxsize
+        headers = [h for h in super().decode(block, raw) if h[0] != b"content-length"]
+        same = first is (entries[0] if entries else None)
+        same = same and count == len(entries) and size == table.maxsize
+        if not same or len(self._blocks) >= _REMEMBERED:
+            self._blocks.clear()
+        if same:
+            self._blocks[block] = headers
+        return headers
