@@ -59,7 +59,8 @@ Json = dict[str, Any]
 
 def arguments(options: argparse.Namespace, spans: int, url: str) -> list[str]:
     """Return the generator's options for one run."""
-    given = ["--url", url, "--spans", str(spans), "--secs", str(options.secs)]
+    path = "" if url.startswith("grpc://") else "/v1/traces"
+    given = ["--url", url + path, "--spans", str(spans), "--secs", str(options.secs)]
     given += ["--warm-up", str(options.warm_up), "--connections", str(options.connections)]
     given += ["--spans-per-trace", str(options.spans_per_trace), "--tenants", str(options.tenants)]
     given += ["--rate", str(options.rate), "--wrong", str(options.wrong)]
@@ -163,10 +164,10 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
     payload: Json = {}
     repeated = False
     with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
-        urls = {f"{target.ingest}/v1/traces": runs}
+        urls = {target.ingest: runs}
         if options.grpc:
             urls = {
-                f"{target.ingest}/v1/traces": over_http,
+                target.ingest: over_http,
                 target.grpc.replace("http://", "grpc://"): runs,
             }
         for url, those in [*urls.items()] * options.repeats:
