@@ -46,7 +46,7 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.grpc.server import serve_grpc
+from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
