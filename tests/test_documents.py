@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from betrace.service.config.load import load
 from betrace.service.rules.yaml_file import load_text
 
 ROOT = Path(__file__).parents[1]
@@ -42,3 +43,12 @@ def test_rules_that_are_shown_are_valid(page: str) -> None:
     assert files
     for code in files:
         assert load_text(code, page)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```toml" in p.read_text()], ids=name)
+def test_settings_that_are_shown_are_valid(page: Path, tmp_path: Path) -> None:
+    for kind, code in FENCE.findall(page.read_text()):
+        if kind == "toml":
+            file = tmp_path / "config.toml"
+            file.write_text(code)
+            assert load(file)
