@@ -136,7 +136,7 @@ class Bystander(threading.Thread):
         with socket.create_connection(self._address) as opened:
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             opened.sendall(START)
-            reader = frames.Http2FrameReader()
+            reader = frames.FrameReader()
             stream = 1
             while not self.over.wait(0.1):
                 block, message = head(CHECK), bytes(5)

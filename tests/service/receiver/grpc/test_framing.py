@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 from hpack import Decoder
-from hyperframe.frame import DataFrame, HeadersFrame, Http2Frame, PingFrame, SettingsFrame
+from hyperframe.frame import DataFrame, Frame, HeadersFrame, PingFrame, SettingsFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,7 +106,7 @@ others |= st.just(SettingsFrame(0, {4: 65_535}))
 
 
 @given(st.lists(headers | data | others, max_size=8), cuts)
-def test_frames_in_pieces(sent: list[Http2Frame], cuts):
+def test_frames_in_pieces(sent: list[Frame], cuts):
     wire = b"".join(frame.serialize() for frame in sent)
     reader, found = FrameReader(), []
     for piece in pieces(wire, cuts):
