@@ -95,7 +95,9 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
     duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
-    rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    rules = Path(settings.rules.directory or data / "rules")
+    if not settings.rules.directory:
+        rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
     caches = settings.caches
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
