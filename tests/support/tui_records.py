@@ -23,7 +23,7 @@ def signal(number: int, **more: Any) -> dict[str, Any]:
         "early": False,
         "counts": {"charge.where(amount > 1000)": 1, "fraud_check": 0},
         "evidence": {"charge.where(amount > 1000)": ["00000000000000a3"]},
-        "message": f"Payments over 1000 are checked: 'always' does not hold ({number})",
+        "message": f"Payments over 1000 are checked: missing: fraud_check ({number})",
         "labels": {"team": "payments"},
         "reason": None,
         "context": None,
@@ -216,7 +216,8 @@ def _done(method: str, path: str, name: str) -> Any:
         return {"valid": True, "errors": []}
     if path == "/api/v1/rules/test":
         given = signal(1)
-        return {"breach": True, "clause": "always"} | {n: given[n] for n in ("counts", "evidence")}
+        verdict = {"breach": True, "clause": "always", "message": "missing: fraud_check"}
+        return verdict | {n: given[n] for n in ("counts", "evidence")}
     if path.startswith("/api/v1/rules/"):
         return rule(name) if method == "PUT" else {}
     if path == "/api/admin/dead-letters/retry":

@@ -205,7 +205,8 @@ async def validate_rule(call: Call) -> Any:
         },
     },
     answers={
-        200: '`{"breach", "clause", "counts", "evidence"}`; `clause` is null without a breach',
+        200: '`{"breach", "clause", "counts", "evidence", "message"}`; `clause` and `message` '
+        "are null without a breach",
         400: "The condition has errors (`error.errors`), or the trace cannot be read",
     },
 )
