@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,10 @@ class RuleStore:
     def tenants(self) -> tuple[str, ...]:
         """The tenants that have rules, sorted."""
         return tuple(sorted(self._rules))
+
+    def all_rules(self) -> Mapping[str, tuple[Rule, ...]]:
+        """The rules by tenant. A change of rules makes a new mapping."""
+        return self._rules
 
     def rules(self, tenant: str) -> tuple[Rule, ...]:
         """The tenant's rules, including disabled ones, in the order of their files."""
