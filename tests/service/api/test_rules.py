@@ -103,6 +103,15 @@ async def test_rules_written_by_hand_are_not_overwritten(client, service, rules)
     service.registry.store.poll()
     error = await client.ask("PUT", "/api/v1/rules/a", 409, RULE, If_Match="*")
     assert "shop.yaml" in error["message"]
+    saved = await client.ask("PUT", "/api/v1/rules/own", 201, RULE)
+    listed = (await client.ask("GET", "/api/v1/rules"))["rules"]
+    assert [(each["id"], each["source"], each["editable"]) for each in listed] == [
+        ("a", "shop.yaml", False),
+        ("b", "shop.yaml", False),
+        ("own", "default/own.yaml", True),
+    ]
+    for rule in (saved, await client.ask("GET", "/api/v1/rules/own")):
+        assert (rule["source"], rule["editable"]) == ("default/own.yaml", True)
     await client.ask("DELETE", "/api/v1/rules/a", 409, If_Match="*")
 
 
