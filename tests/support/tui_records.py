@@ -112,6 +112,8 @@ def rule(identity: str, **more: Any) -> dict[str, Any]:
         "condition": "when   { charge.where(amount > 1000) }\nalways { fraud_check }\n",
         "version": "566b9383915a782e",
         "etag": f'"{identity}-1"',
+        "editable": True,
+        "source": f"default/{identity}.yaml",
         "active_signals": 12,
         **more,
     }
@@ -121,7 +123,13 @@ def rules() -> list[dict[str, Any]]:
     slow = '// slow\n"POST /checkout".where(span:duration >= 1s)\n'
     return [
         rule("fraud-check"),
-        rule("retries", severity="high", condition="never { count(attempt) > 4 }"),
+        rule(
+            "retries",
+            severity="high",
+            condition="never { count(attempt) > 4 }",
+            editable=False,
+            source="shop.yaml",
+        ),
         rule("slow-checkout", severity="medium", enabled=False, condition=slow),
     ]
 

@@ -119,7 +119,9 @@ def _rules(tools: Tools, tenant: str) -> list[dict[str, Any]]:
             active[row.rule_id] = row.raised - row.retracted + (active.get(row.rule_id) or 0)
     except (StoreError, PoolTimeout):  # the rules are files and can still be listed
         active = dict.fromkeys(active)
-    return [{**_rule_json(tools, tenant, rule), "active_signals": active[rule.id]} for rule in rules]
+    return [
+        {**_rule_json(tools, tenant, rule), "active_signals": active[rule.id]} for rule in rules
+    ]
 
 
 @endpoints.add(
