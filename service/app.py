@@ -25,6 +25,7 @@ from betrace.service.api.cache_control import CacheControl
 from betrace.service.api.endpoint import Tools
 from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.metrics.listener import metrics_app
+from betrace.service.api.metrics.rules import SignalsByRule
 from betrace.service.api.performance import Performance
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.sources import Sources
@@ -125,7 +126,10 @@ def build(
     exports = Exports(settings, visible, breakers)
     subscriptions = Subscriptions()
 
+    rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series)
+
     def recorded(signals: list[Signal]) -> None:
+        rule_signals.add(signals)
         subscriptions.publish(signals)
         exports.notify(signals)
 
@@ -188,6 +192,7 @@ def build(
         exports=exports,
         daily=daily,
         caches=caches,
+        rule_signals=rule_signals,
     )
     tools = Tools(
         sources,

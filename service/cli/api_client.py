@@ -1,9 +1,11 @@
-"""A client of a running service's administration, ``/api/admin``."""
+"""A client of a running service's API."""
 
 from __future__ import annotations
 
+import json
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -11,15 +13,20 @@ import httpx
 from betrace.service.cli.common import Failure, Server
 
 PAGE = 1000
+_SILENCE_SECONDS = 45.0  # the service breaks the silence of a stream every 15 s
 
 
-class AdminApi:
-    """The part of the administration below ``path``."""
+class Api:
+    """The part of the API below ``path``, for ``tenant`` if it is given."""
 
-    def __init__(self, server: Server, path: str, timeout: float = 10.0) -> None:
+    def __init__(
+        self, server: Server, path: str, timeout: float = 10.0, tenant: str | None = None
+    ) -> None:
         self._client = make_client(server, timeout)
+        if tenant is not None:
+            self._client.headers["x-scope-orgid"] = tenant
         self._server = server
-        self._path = f"/api/admin{path}"
+        self._path = path
 
     def ask(self, method: str, path: str = "", **more: Any) -> dict[str, Any]:
         """The answer; ``more`` is for :meth:`httpx.Client.request`. Raises :exc:`Failure`."""
@@ -29,6 +36,24 @@ class AdminApi:
         """Like :meth:`ask`, but None if the service answers 404."""
         status, body = self._request(method, path, more)
         return None if status == 404 else _checked(status, body)
+
+    @contextmanager
+    def stream(self, path: str, params: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """The objects of a stream of server-sent events, as they arrive. Raises :exc:`Failure`."""
+        try:
+            with self._client.stream(
+                "GET", self._path + path, params=params, timeout=_SILENCE_SECONDS
+            ) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    _checked(answer.status_code, answer.json())
+                yield (
+                    json.loads(line.removeprefix("data:"))
+                    for line in answer.iter_lines()
+                    if line.startswith("data:")
+                )
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise Failure(_explain(error, self._server)) from None
 
     def _request(self, method: str, path: str, more: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         try:

@@ -208,6 +208,14 @@ _ca_option = click.option(
 )
 
 
+tenant_option = click.option(
+    "--tenant",
+    envvar="BETRACE_TENANT",
+    metavar="NAME",
+    help="The tenant; by default that of the token, or `default`. Also BETRACE_TENANT.",
+)
+
+
 def server_options(command: Command) -> Command:
     """Add ``--url``, ``--token``, ``--ca`` and ``--json``. The command gets ``server`` and
     ``as_json``."""

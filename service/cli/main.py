@@ -26,7 +26,10 @@ _COMMANDS = {
     "replay": ("replay", "replay"),
     "rules": ("rules", "rules"),
     "serve": ("serve", "serve"),
+    "signals": ("signals", "signals"),
     "tenants": ("tenants", "tenants"),
+    "trace": ("traces", "trace"),
+    "traces": ("traces", "traces"),
     "tui": ("tui", "tui"),
 }
 

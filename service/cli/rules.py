@@ -175,14 +175,13 @@ class Judgement:
     verdict: Verdict
 
     def lines(self) -> Iterator[str]:
-        """The verdict and its reason: the clause, the counts, and the spans."""
+        """The verdict and its reason, the counts, and the spans."""
         rule, verdict = self.rule, self.verdict
         outcome = "is broken" if verdict.breach else "is kept"
         disabled = ", not enabled" * (not rule.enabled)
         yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
-            why = "does not hold" if verdict.clause == "always" else "holds"
-            yield f"  because its clause '{verdict.clause}' {why}"
+            yield f"  {verdict.message}"
         width = max((len(check) for check in verdict.counts), default=0)
         for check, count in verdict.counts.items():
             spans = ", ".join(verdict.evidence.get(check, []))

@@ -115,6 +115,9 @@ class Metrics(SettingsSection):
     """A listener for /metrics alone, as host:port, or off. The API serves /metrics too."""
     window_seconds: Seconds = 60
     """Length of the window for rates and latency percentiles."""
+    max_rule_series: Count = 2000
+    """Maximum series of betrace_rule_signals_total. Rules beyond it are counted together, with the
+    labels tenant and rule `(other)`."""
 
 
 class QuotaSettings(SettingsSection):

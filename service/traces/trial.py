@@ -9,6 +9,7 @@ import numpy as np
 from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
+from betrace.service.rules.wording import breach_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.tenant_traces import TenantTraces
@@ -24,13 +25,15 @@ class TrialError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The verdict of a rule on a trace. ``clause`` is the broken one (always | never), None without
-    a breach; ``counts`` and ``evidence`` are by check, as in a signal."""
+    a breach; ``counts`` and ``evidence`` are by check, as in a signal; ``message`` says why the
+    trace breaks the rule, None if it does not."""
 
     rule_id: str
     breach: bool
     clause: str | None
     counts: dict[str, int]
     evidence: dict[str, list[str]]
+    message: str | None
 
 
 class Trial:
@@ -86,10 +89,7 @@ class Trial:
 def _verdict(due: DueTraces, rule: int, breach: Breach | None) -> Verdict:
     # A signal also has the counts and evidence if the rule is not broken.
     signal = raise_signal(due, breach or Breach(0, rule, NEVER_BROKEN, early=False), 0)
-    return Verdict(
-        signal.rule_id,
-        breach is not None,
-        signal.clause if breach is not None else None,
-        signal.counts,
-        signal.evidence,
-    )
+    if breach is None:
+        return Verdict(signal.rule_id, False, None, signal.counts, signal.evidence, None)
+    message = breach_text(due.rules.rules[rule].syntax, signal.clause, signal.counts)
+    return Verdict(signal.rule_id, True, signal.clause, signal.counts, signal.evidence, message)

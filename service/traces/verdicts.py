@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from betrace.service.otlp.columns import Rows
+from betrace.service.rules.definition import Rule
+from betrace.service.rules.wording import breach_text, counts_text
 from betrace.service.signals import Kind, Signal, signal_id
 from betrace.service.traces.decide import ALWAYS_BROKEN, CLAUSES, NEVER_BROKEN, Breach, decide
 from betrace.service.traces.due import DueTraces
@@ -119,8 +121,6 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) 
             ids = row[E_EVIDENCE + 1 : E_EVIDENCE + 2 * kept : 2]
             evidence[name] = [f"{int(span_id) & _MASK:016x}" for span_id in ids]
     clause = CLAUSES[breach.clause]
-    found = ", ".join(f"{name}: {count}" for name, count in counts.items())
-    says = "does not hold" if clause == "always" else "holds"
     return Signal(
         id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind, episode),
         tenant=due.tenant,
@@ -134,12 +134,18 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) 
         early=breach.early,
         counts=counts,
         evidence=evidence,
-        message=f"{rule.name}: {clause!r} {says} ({found})",
+        message=_message(rule, clause, counts, kind),
         labels=dict(rule.labels),
         reason=_CHANGED if kind is Kind.RETRACTED else _caveat(due, breach.trace),
         context=_context(due, breach.trace),
         episode=episode,
     )
+
+
+def _message(rule: Rule, clause: str, counts: dict[str, int], kind: Kind) -> str:
+    if kind is Kind.RETRACTED:
+        return f"{rule.name}: no longer broken ({counts_text(counts)})"
+    return f"{rule.name}: {breach_text(rule.syntax, clause, counts)}"
 
 
 def _caveat(due: DueTraces, k: int) -> str | None:

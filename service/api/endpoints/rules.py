@@ -23,6 +23,7 @@ from betrace.service.rules.definition import (
 )
 from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
+from betrace.service.rules.store import RuleNotFoundError
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.traces.trial import Trial, TrialError
@@ -61,12 +62,23 @@ _OPTIONAL = {"id": str, "name": str, "description": str, "severity": str} | {
 }
 
 
-def _tagged(rule: Rule, status: int = 200) -> Answer:
-    return Answer(_rule_json(rule), status, headers={"etag": etag(rule)})
+def _tagged(call: Call, rule: Rule, status: int = 200) -> Answer:
+    shown = _rule_json(call.tools, call.tenant, rule)
+    return Answer(shown, status, headers={"etag": etag(rule)})
 
 
-def _rule_json(rule: Rule) -> dict[str, Any]:
-    return {**rule.definition(), "version": rule.version, "etag": etag(rule)}
+def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
+    try:
+        source, editable = tools.sources.rules.source(tenant, rule.id)
+    except RuleNotFoundError:  # it was deleted in the meantime
+        source, editable = None, False
+    return {
+        **rule.definition(),
+        "version": rule.version,
+        "etag": etag(rule),
+        "editable": editable,
+        "source": source,
+    }
 
 
 @contextmanager
@@ -93,8 +105,9 @@ def _if_match(call: Call) -> str | None:
 
 @endpoints.add("GET", "/api/v1/rules", "The tenant's rules", answers={200: '`{"rules": […]}`'})
 async def list_rules(call: Call) -> Any:
-    """Sorted by id. Each has `version` (a hash of its condition), `etag` and `active_signals` (the
-    number of active signals; null while the store is unavailable)."""
+    """Sorted by id. Each has `version` (a hash of its condition), `etag`, `source` (its file in the
+    rule directory), `editable` (false for files written by hand, which only change on disk) and
+    `active_signals` (the number of active signals; null while the store is unavailable)."""
     return {"rules": await call.blocking(_rules, call.tools, call.tenant)}
 
 
@@ -106,7 +119,9 @@ def _rules(tools: Tools, tenant: str) -> list[dict[str, Any]]:
             active[row.rule_id] = row.raised - row.retracted + (active.get(row.rule_id) or 0)
     except (StoreError, PoolTimeout):  # the rules are files and can still be listed
         active = dict.fromkeys(active)
-    return [{**_rule_json(rule), "active_signals": active[rule.id]} for rule in rules]
+    return [
+        {**_rule_json(tools, tenant, rule), "active_signals": active[rule.id]} for rule in rules
+    ]
 
 
 @endpoints.add(
@@ -117,7 +132,7 @@ def _rules(tools: Tools, tenant: str) -> list[dict[str, Any]]:
     answers={200: "The rule; its `ETag` changes when the rule does", 404: "There is no such rule"},
 )
 async def get_rule(call: Call) -> Any:
-    return _tagged(call.tools.sources.rules.rule(call.tenant, call.params["id"]))
+    return _tagged(call, call.tools.sources.rules.rule(call.tenant, call.params["id"]))
 
 
 @endpoints.add(
@@ -149,7 +164,7 @@ async def put_rule(call: Call) -> Any:
     put, if_match = call.tools.rule_writer.put, _if_match(call)
     with _disk_errors():
         saved, created = await call.blocking(put, call.tenant, rule_id, rule, if_match)
-    return _tagged(saved, 201 if created else 200)
+    return _tagged(call, saved, 201 if created else 200)
 
 
 @endpoints.add(
@@ -205,7 +220,8 @@ async def validate_rule(call: Call) -> Any:
         },
     },
     answers={
-        200: '`{"breach", "clause", "counts", "evidence"}`; `clause` is null without a breach',
+        200: '`{"breach", "clause", "counts", "evidence", "message"}`; `clause` and `message` '
+        "are null without a breach",
         400: "The condition has errors (`error.errors`), or the trace cannot be read",
     },
 )

@@ -245,7 +245,7 @@ def test_a_breach_and_why(rules: Path, tmp_path: Path, form: str) -> None:
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         "fraud-check (critical) is broken: Payments over 1000 are checked for fraud",
-        "  because its clause 'always' does not hold",
+        "  missing: payment.fraud_check",
         "  payment.charge_card.where(amount > 1000)  1  spans 0a0a0a0a0a0a0a0a",
         "  payment.fraud_check                       0",
         "loops (medium, not enabled) is kept: loops",
