@@ -5,7 +5,6 @@ Every function checks its bounds and raises :exc:`IndexError` outside an array.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,29 +24,6 @@ _VECTOR = ir.VectorType(_BYTE, BLOCK)
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, of: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index], source_etype=_BYTE), of.as_pointer())
-
-
-def _kernel_part(result: Any, codegen: Any, python: Callable[..., Any], arguments: int) -> Any:
-    """Return an intrinsic of arrays, each followed by an index, or ``python`` with the JIT off."""
-    if config.DISABLE_JIT:  # type: ignore[attr-defined]
-        return python
-    if arguments == 2:
-
-        def typing(typing_context: Any, buf: Any, index: Any) -> Any:
-            return result(buf, types.int64), codegen
-
-        return intrinsic(typing)
-    if arguments == 3:
-
-        def typing3(typing_context: Any, buf: Any, index: Any, value: Any) -> Any:
-            return result(buf, types.int64, types.int64), codegen
-
-        return intrinsic(typing3)
-
-    def typing4(typing_context: Any, buf: Any, index: Any, out: Any, at: Any) -> Any:
-        return result(buf, types.int64, out, types.int64), codegen
-
-    return intrinsic(typing4)
 
 
 def _stop_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -98,7 +74,8 @@ def _strtod_codegen(context: Any, builder: Any, signature: Any, args: Any) -> An
     text = _pointer(context, builder, signature.args[0], args[0], args[1], _BYTE)
     end = ir.PointerType(ir.PointerType(_BYTE))
     kind = ir.FunctionType(ir.DoubleType(), [ir.PointerType(_BYTE), end])
-    function = cgutils.get_or_insert_function(builder.module, kind, "strtod")
+    find: Any = cgutils.get_or_insert_function
+    function = find(builder.module, kind, "strtod")
     return builder.call(function, [text, ir.Constant(end, None)])
 
 
@@ -110,24 +87,27 @@ def _bits_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.bitcast(args[0], _WORD)
 
 
-def _bits_python(value: float) -> int:
-    return np.float64(value).view(np.int64)  # type: ignore[no-any-return]
-
-
-_stop = _kernel_part(types.int64, _stop_codegen, _stop_python, 2)
-_copy = _kernel_part(types.void, _copy_codegen, _copy_python, 4)
-_store = _kernel_part(types.void, _store_codegen, _store_python, 3)
-_strtod = _kernel_part(types.float64, _strtod_codegen, _strtod_python, 3)
+def _bits_python(value: float) -> Any:
+    return np.float64(value).view(np.int64)
 
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
-    double_bits: Any = _bits_python
+    _stop: Any = _stop_python
+    _copy: Any = _copy_python
+    _store: Any = _store_python
+    _strtod: Any = _strtod_python
+    _bits: Any = _bits_python
 else:
-
-    @intrinsic
-    def double_bits(typing_context: Any, value: Any) -> Any:
-        """Return the 64 bits of a double as int64."""
-        return types.int64(types.float64), _bits_codegen
+    _i64 = types.int64
+    _stop = intrinsic(lambda context, buf, at: (_i64(buf, _i64), _stop_codegen))
+    _copy = intrinsic(
+        lambda context, buf, at, out, to: (types.void(buf, _i64, out, _i64), _copy_codegen)
+    )
+    _store = intrinsic(lambda context, out, at, n: (types.void(out, _i64, _i64), _store_codegen))
+    _strtod = intrinsic(
+        lambda context, buf, at, end: (types.float64(buf, _i64, _i64), _strtod_codegen)
+    )
+    _bits = intrinsic(lambda context, value: (_i64(types.float64), _bits_codegen))
 
 
 @lean_kernel
@@ -166,3 +146,10 @@ def parse_decimal(buf: Bytes, start: int, end: int) -> float:
         raise IndexError("number outside the buffer")
     value: float = _strtod(buf, start, end)
     return value
+
+
+@lean_kernel
+def double_bits(value: float) -> int:
+    """Return the 64 bits of a double as int64."""
+    bits: int = _bits(value)
+    return bits

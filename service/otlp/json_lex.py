@@ -22,9 +22,11 @@ SYNTAX = 1
 TOO_DENSE = 2
 
 # A body may have FREE_CONTAINERS objects and arrays, and one more for each BYTES_A_CONTAINER bytes
-# read so far. Spans and attributes need at least 7 bytes for each; "{}," takes 3.
+# read so far. The shortest attribute value with content, {"intValue":1}, takes 15 bytes with its
+# comma; an empty object takes 3.
 FREE_CONTAINERS = 4096
 BYTES_A_CONTAINER = 4
+CONTAINERS = 0  # entry of info: how many were read
 
 QUOTE, BACKSLASH, COMMA, COLON, MINUS, PLUS, DOT = 0x22, 0x5C, 0x2C, 0x3A, 0x2D, 0x2B, 0x2E
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_ARRAY, CLOSE_ARRAY = 0x7B, 0x7D, 0x5B, 0x5D
@@ -264,9 +266,9 @@ def number_value(buf: Bytes, start: int, end: int) -> float:
 
 @lean_kernel
 def count_container(pos: int, info: Rows) -> bool:
-    """Count an object or array at ``pos`` in ``info[0]``; False if there are too many by now."""
-    info[0] += 1
-    return info[0] <= FREE_CONTAINERS + pos // BYTES_A_CONTAINER
+    """Count an object or array at ``pos`` in ``info``; False if there are too many by now."""
+    info[CONTAINERS] += 1
+    return info[CONTAINERS] <= FREE_CONTAINERS + pos // BYTES_A_CONTAINER
 
 
 @lean_kernel

@@ -58,6 +58,7 @@ from betrace.service.otlp.json_lex import (
     CLOSE_OBJECT,
     COLON,
     COMMA,
+    CONTAINERS,
     LETTER_N,
     OPEN_ARRAY,
     OPEN_OBJECT,
@@ -79,9 +80,8 @@ NOT_ARRAY = 5
 TOO_DEEP = 6
 SEVERAL_VALUES = 7
 
-# Entries of info.
+# Entries of info, after CONTAINERS.
 (
-    CONTAINERS,  # objects and arrays read
     LENGTH,  # bytes written
     DUPLICATES,  # members that a later one of the same name replaces
     ERROR,  # the first error, 0 for none
@@ -89,7 +89,7 @@ SEVERAL_VALUES = 7
     ERROR_DEPTH,  # the steps to it are path[0] .. path[ERROR_DEPTH]
     ERROR_FIELD,  # the packed field of the last step, if any
     ERROR_GIVEN,  # for SEVERAL_VALUES: the slots given, as bits; the offsets of their names follow
-) = range(8)
+) = range(1, 8)
 INFO = 8 + SLOTS
 
 # Columns of path: a name's number, and the index in the array that is its value or -1.

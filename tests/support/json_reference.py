@@ -1,13 +1,13 @@
-"""OTLP JSON to protobuf: the same request as wire bytes, for the scanner.
+"""Converts OTLP JSON to protobuf wire bytes with orjson and Python: what the kernel must equal.
 
-The JSON mapping of protobuf with OTLP's exceptions (opentelemetry.io/docs/specs/otlp, "JSON
+Protobuf's JSON mapping with OTLP's exceptions (opentelemetry.io/docs/specs/otlp, "JSON
 Protobuf Encoding"): lowerCamelCase names, ids as hex in either case, enums as numbers,
 64-bit integers as numbers or strings, unknown fields ignored, null as if absent.
 
-What the parser (orjson) decides: the text must be UTF-8 without a byte order mark and without lone
-surrogates; of a name given twice in one object the last counts; a number beyond a double's range is
-refused. Beyond 64 bits it hands integers over as doubles; those are refused as out of
-range here, like any integer written as a fraction that a double does not hold exactly.
+The parser (orjson) determines some rules: the text must be UTF-8 without a byte order mark and
+without lone surrogates; if an object has a name twice, the last one counts; a number beyond a
+double's range is refused. It returns integers beyond 64 bits as doubles. Those are refused here as
+out of range, like any integer written as a fraction that a double cannot represent exactly.
 """
 
 from __future__ import annotations
@@ -22,25 +22,22 @@ from typing import Any
 
 import orjson
 
+from betrace.service.otlp.json import OtlpJsonError
 from betrace.service.otlp.primitives import BYTES_TYPE, FIXED32, FIXED64, VARINT
 from betrace.service.otlp.scanner import MAX_DEPTH
 
 Pairs = dict[str | tuple[str, str], bytes]
-"""What is encoded already, as a request repeats much: keys, and attributes by key and text."""
+"""Encodings already made, because requests repeat much: keys, and attributes by key and text."""
 
 Encoder = Callable[[Any, int, Pairs], bytes]
-"""From a JSON value, its message's depth and the pairs so far to a field, tag included."""
+"""Encodes a JSON value, given its message's depth and the pairs so far, as a field with its tag."""
 
 Fields = dict[str, Encoder]
-"""A message type: its fields' encoders by JSON name."""
-
-
-class OtlpJsonError(ValueError):
-    """A body that is not OTLP JSON; the message says where, and what is expected."""
+"""A message type: the encoders of its fields, by JSON name."""
 
 
 class _Fault(Exception):
-    """What is wrong with a value; the path to it is added on the way out."""
+    """An invalid value; callers add the path to it."""
 
     def __init__(self, expected: str, got: object) -> None:
         super().__init__(expected)
@@ -62,10 +59,10 @@ class _Fault(Exception):
 
 
 def to_protobuf(body: bytes | memoryview) -> bytes:
-    """An ``ExportTraceServiceRequest`` in JSON as protobuf wire bytes.
+    """Convert an ``ExportTraceServiceRequest`` in JSON to protobuf wire bytes.
 
-    Raises :class:`OtlpJsonError`. An id of a wrong length goes through: the scanner counts its
-    span as rejected and keeps the others.
+    Raises :class:`OtlpJsonError`. Ids of a wrong length are passed on: the scanner rejects their
+    spans and keeps the others.
     """
     try:
         request = orjson.loads(body)
@@ -101,7 +98,7 @@ def _tag(number: int, wire_type: int) -> bytes:
 
 
 def _message(value: Any, fields: Fields, depth: int, pairs: Pairs) -> bytes:
-    """The content of a message, without tag and length."""
+    """Encode the content of a message, without tag and length."""
     if type(value) is not dict:
         raise _Fault("an object", value)
     parts = []
@@ -117,7 +114,7 @@ def _message(value: Any, fields: Fields, depth: int, pairs: Pairs) -> bytes:
 
 
 def _single(number: int, fields: Fields, oneof: bool = False) -> Encoder:
-    """A field with one message; ``oneof``: with no more than one of the fields set."""
+    """Encoder of a field with one message; with ``oneof``, at most one of its fields may be set."""
     tag = _tag(number, BYTES_TYPE)
 
     def encode(value: Any, depth: int, pairs: Pairs) -> bytes:
@@ -138,7 +135,7 @@ def _at_most_one(value: dict[str, Any], fields: Fields) -> None:
 
 
 def _repeated(one: Encoder) -> Encoder:
-    """A field with an array of what ``one`` encodes."""
+    """Encoder of a field with an array whose items ``one`` encodes."""
 
     def encode(value: Any, depth: int, pairs: Pairs) -> bytes:
         if type(value) is not list:
@@ -156,7 +153,7 @@ def _repeated(one: Encoder) -> Encoder:
 
 
 def _attributes(number: int) -> Encoder:
-    """A field with an array of ``KeyValue``; the usual shape, a key and one value, is cut short."""
+    """Encoder of a field with an array of ``KeyValue``, with a shortcut for a key and one value."""
     tag = _tag(number, BYTES_TYPE)
     one = _single(number, _KEY_VALUE)
 
@@ -189,7 +186,7 @@ def _attributes(number: int) -> Encoder:
                             try:
                                 data = encode_scalar(scalar, depth, pairs)
                             except _Fault:
-                                pass  # the long way finds it again, and its path
+                                pass  # the general encoder finds the error again, and its path
                             else:
                                 append(tag + _attribute(key, data, pairs))
                                 continue
@@ -203,7 +200,7 @@ def _attributes(number: int) -> Encoder:
 
 
 def _attribute(key: str, value: bytes, pairs: Pairs) -> bytes:
-    """A ``KeyValue`` with its length, without a tag; ``value`` is its ``AnyValue``'s content."""
+    """Encode a ``KeyValue`` with its length but no tag; ``value`` is its ``AnyValue``'s content."""
     head = pairs.get(key)
     if head is None:
         data = key.encode()
@@ -225,7 +222,7 @@ def _string(number: int) -> Encoder:
 
 
 def _identifier(number: int, size: int) -> Encoder:
-    """A field with an id of ``size`` bytes in hex; of a wrong length it stays one."""
+    """Encoder of a field with an id of ``size`` bytes in hex; a wrong length stays wrong."""
     tag = _tag(number, BYTES_TYPE)
     usual = tag + _length(size)
 
@@ -239,7 +236,7 @@ def _identifier(number: int, size: int) -> Encoder:
             data = binascii.unhexlify(value if len(value) % 2 == 0 else value + "0")
         except ValueError:
             raise _Fault(expected, value) from None
-        if len(data) == size:  # one digit was missing: not to be taken for an id
+        if len(data) == size:  # one digit was missing: it must not become a valid id
             data = data[:-1]
         return tag + _length(len(data)) + data
 
@@ -247,11 +244,11 @@ def _identifier(number: int, size: int) -> Encoder:
 
 
 _DIGITS = re.compile(r"-?[0-9]{1,20}\Z", re.ASCII)
-_EXACT = 2.0**53  # up to here a double holds every integer
+_EXACT = 2.0**53  # up to here a double represents every integer
 
 
 def _whole(value: Any, lowest: int, highest: int) -> int:
-    """An integer given as a number or a string."""
+    """Return an integer given as a number or a string."""
     number = value
     if type(value) is str:
         number = int(value) if _DIGITS.match(value) else None
@@ -297,7 +294,7 @@ def _enum(number: int, example: str) -> Encoder:
 
 
 def _fixed(number: int, wire_type: int) -> Encoder:
-    """A field with a fixed64 or fixed32."""
+    """Encoder of a field with a fixed64 or fixed32."""
     tag = _tag(number, wire_type)
     size = 8 if wire_type == FIXED64 else 4
     highest = 256**size - 1
@@ -310,7 +307,7 @@ def _fixed(number: int, wire_type: int) -> Encoder:
             and value.isdecimal()
             and value.isascii()
         ):
-            return tag + int(value).to_bytes(8, "little")  # a time of today in nanoseconds
+            return tag + int(value).to_bytes(8, "little")  # a current time in nanoseconds
         return tag + _whole(value, 0, highest).to_bytes(size, "little")
 
     return encode
@@ -351,7 +348,7 @@ def _double(number: int) -> Encoder:
 
 
 def _base64(number: int) -> Encoder:
-    """A field with bytes in base64, standard or URL-safe, with or without padding."""
+    """Encoder of a field with bytes in base64, standard or URL-safe, with or without padding."""
     tag = _tag(number, BYTES_TYPE)
 
     def encode(value: Any, depth: int, pairs: Pairs) -> bytes:
@@ -367,7 +364,7 @@ def _base64(number: int) -> Encoder:
     return encode
 
 
-# The messages, field by field as in opentelemetry-proto. Values nest, so theirs are filled later.
+# The messages of opentelemetry-proto. Values nest, so their fields are added later.
 _KEY_VALUE: Fields = {"key": _string(1), "keyStrindex": _int32(3)}
 _ANY_VALUE: Fields = {}
 _KEY_VALUE["value"] = _single(2, _ANY_VALUE, oneof=True)

@@ -1,77 +1,36 @@
-"""OTLP JSON: the same request as in protobuf, and errors that say where and what."""
+"""OTLP JSON: equal to the request in protobuf; errors name the place and the expectation."""
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
 import math
-import random
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
+from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from betrace.service.otlp import wire
+from betrace.service.otlp import json_fields, wire
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from tests.support import json_compare
 from tests.support import otlp_reference as reference
+from tests.support.json_cases import Mapper, case
 from tests.support.otlp_generator import Generator
 
 CASES = Path(__file__).parents[3] / "../shared/cases/otlp"
 
-_HEX = {"trace_id", "span_id", "parent_span_id"}
-
-
-class Mapper:
-    """Protobuf to OTLP JSON by hand, in all the ways that the rules leave open."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-
-    def message(self, message: Any) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for field, value in message.ListFields():
-            mapped = [self.value(field, v) for v in value] if field.is_repeated else None
-            result[field.json_name] = self.value(field, value) if mapped is None else mapped
-        if self.rng.random() < 0.1:
-            result["unknownField"] = self.rng.choice([None, 1, "x", {"a": []}, [1]])
-        if self.rng.random() < 0.1:
-            missing = [f.json_name for f in message.DESCRIPTOR.fields if f.json_name not in result]
-            result.update(dict.fromkeys(missing))
-        items = list(result.items())
-        self.rng.shuffle(items)
-        return dict(items)
-
-    def value(self, field: Any, value: Any) -> Any:
-        rng = self.rng
-        if field.message_type is not None:
-            return self.message(value)
-        if field.name in _HEX:
-            return value.hex().upper() if rng.random() < 0.3 else value.hex()
-        if field.type == field.TYPE_BYTES:
-            encode = rng.choice([base64.b64encode, base64.urlsafe_b64encode])
-            text = encode(value).decode()
-            return text.rstrip("=") if rng.random() < 0.3 else text
-        if field.type == field.TYPE_DOUBLE:
-            if math.isnan(value):
-                return "NaN"
-            if math.isinf(value):
-                return "Infinity" if value > 0 else "-Infinity"
-            if value.is_integer() and abs(value) < 2**53 and rng.random() < 0.3:
-                return int(value) if value or math.copysign(1, value) > 0 else value
-            return repr(value) if rng.random() < 0.2 else value
-        if field.type == field.TYPE_ENUM or isinstance(value, str | bool):
-            return value
-        if abs(value) < 2**53 and rng.random() < 0.1:
-            return float(value)
-        return str(value) if rng.random() < 0.5 else value
+pytestmark = pytest.mark.kernel
 
 
 def quiet_nans(message: Any) -> None:
-    """JSON has one NaN: make all of them that one."""
+    """Replace every NaN by the one that JSON has."""
     for field, value in message.ListFields():
         if field.message_type is not None:
             for item in value if field.is_repeated else [value]:
@@ -85,7 +44,7 @@ def test_the_same_request_in_json_and_in_protobuf(part: int) -> None:
     spans = 0
     for seed in range(part * 150, part * 150 + 150):
         request = reference.parse(Generator(seed).request())
-        if request is None:  # an unknown field's number was a known one's
+        if request is None:  # an unknown field had a known number
             continue
         request.DiscardUnknownFields()
         quiet_nans(request)
@@ -98,9 +57,49 @@ def test_the_same_request_in_json_and_in_protobuf(part: int) -> None:
     assert spans > 100
 
 
+def test_json_is_read_as_the_protobuf_library_reads_it() -> None:
+    """The library takes ids in base64; all else that :class:`Mapper` writes is the same to it."""
+    for seed in range(100):
+        request = reference.parse(Generator(seed).request())
+        if request is None:
+            continue
+        expected = ExportTraceServiceRequest()
+        values = Mapper(seed, ids="base64").message(request)
+        json_format.ParseDict(values, expected, ignore_unknown_fields=True, max_recursion_depth=200)
+        body = orjson.dumps(Mapper(seed).message(request))
+        found = ExportTraceServiceRequest.FromString(to_protobuf(body))
+        assert found.SerializeToString(deterministic=True) == expected.SerializeToString(
+            deterministic=True
+        )
+
+
+def test_the_fields_are_those_of_the_protobuf_library() -> None:
+    seen = {}
+
+    def compare(descriptor: Any, message: int) -> None:
+        seen[message] = descriptor.full_name
+        known = {f.json_name: f for f in descriptor.fields}
+        known.pop("oldName", None)
+        assert set(json_fields.FIELDS[message]) == set(known)
+        for name, (number, _kind, *child) in json_fields.FIELDS[message].items():
+            assert known[name].number == number
+            assert bool(child) == (known[name].message_type is not None)
+            if child and child[0] not in seen:
+                compare(known[name].message_type, child[0])
+
+    compare(ExportTraceServiceRequest.DESCRIPTOR, json_fields.REQUEST)
+    assert len(seen) == json_fields.MESSAGES
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_generated_bodies_are_read_as_by_the_reference_decoder(part: int) -> None:
+    accepted = sum(json_compare.check(case(seed)) for seed in range(part * 150, part * 150 + 150))
+    assert 40 < accepted < 120
+
+
 def read(name: str) -> list[bytes]:
     if not CASES.exists():
-        pytest.skip("the shared cases are not here")
+        pytest.skip("the shared test cases are missing")
     data = (CASES / name).read_bytes()
     return data.splitlines() if name.endswith(".jsonl") else [data]
 
@@ -159,7 +158,7 @@ def value_of(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("trace_id", ["", "ab" * 15, "ab" * 17, "a" * 31, "a" * 33, "a"])
-def test_hex_ids_of_a_wrong_length_are_left_to_the_scanner(trace_id: str) -> None:
+def test_hex_ids_of_a_wrong_length_are_passed_to_the_scanner(trace_id: str) -> None:
     batch = wire.scan_bodies("t", [to_protobuf(span_json(traceId=trace_id))])
     assert list(batch.bodies[0]) == [0, 0, 1, 0, 0, 0]
     batch = wire.scan_bodies("t", [to_protobuf(span_json(spanId=trace_id))])
@@ -220,7 +219,7 @@ def test_empty_lists_are_values() -> None:
 
 
 def test_the_same_attribute_of_a_resource_and_of_a_span() -> None:
-    """What is encoded once is used again in fields with another number."""
+    """The field that holds them has another number in each."""
     attributes = [{"key": "k", "value": {"stringValue": "v"}}]
     body = {
         "resourceSpans": [
@@ -320,7 +319,7 @@ def test_errors_in_values_say_where_and_what(value: Any, path: str, expected: st
 @pytest.mark.parametrize(
     "body", [b"", b"{", b'{"a": "\xff"}', b"\xef\xbb\xbf{}", b"[" * 5000, b'{"a": 1e999}']
 )
-def test_what_is_not_json(body: bytes) -> None:
+def test_invalid_json(body: bytes) -> None:
     with pytest.raises(OtlpJsonError, match="The body is not JSON"):
         to_protobuf(body)
 
@@ -330,14 +329,14 @@ def test_an_empty_request() -> None:
         assert to_protobuf(body) == b""
 
 
-def test_long_values_are_cut_in_messages() -> None:
+def test_long_values_are_truncated_in_messages() -> None:
     with pytest.raises(OtlpJsonError) as caught:
         to_protobuf(span_json(traceId="x" * 10_000))
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("kind", ["arrayValue", "kvlistValue"])
-def test_nesting_has_the_scanners_limit(kind: str) -> None:
+def test_nesting_is_limited_as_in_the_scanner(kind: str) -> None:
     def nested(levels: int) -> bytes:
         value: Any = {"stringValue": "x"}
         for _ in range(levels):
@@ -378,3 +377,115 @@ def test_any_json_is_a_request_or_an_error(value: Any) -> None:
     except OtlpJsonError:
         return
     assert reference.check([wire_bytes]) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=JSON)
+def test_any_json_is_read_as_by_the_reference_decoder(value: Any) -> None:
+    json_compare.check(json.dumps({"resourceSpans": value}).encode())
+
+
+@given(value=st.floats() | st.decimals(allow_nan=False, allow_infinity=False))
+def test_any_number_is_read_as_by_the_reference_decoder(value: Any) -> None:
+    attribute = b'{"attributes":[{"key":"k","value":{"doubleValue":%b}}],"startTimeUnixNano":%b}'
+    text = str(value).replace("nan", "NaN").encode()
+    for form in (text, b'"' + text + b'"'):
+        span = attribute % (form, form)
+        json_compare.check(b'{"resourceSpans":[{"scopeSpans":[{"spans":[%b]}]}]}' % span)
+
+
+@given(text=st.text(max_size=300), ends=st.integers(0, 40))
+def test_any_text_is_read_as_by_the_reference_decoder(text: str, ends: int) -> None:
+    """Wherever it lies in the body: near its end it is read byte by byte."""
+    for dumped in (json.dumps(text), json.dumps(text, ensure_ascii=False)):
+        body = '{"resourceSpans":[{"schemaUrl":' + dumped + "}" + " " * ends + "]}"
+        json_compare.check(body.encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 127, 128, 129, 16383, 16384, 70_000])
+def test_lengths_of_all_sizes(size: int) -> None:
+    """What is longer than the bytes reserved for its length is moved."""
+    value = {"stringValue": "x" * size}
+    attribute = value_of({"arrayValue": {"values": [value, {"kvlistValue": {"values": []}}]}})
+    assert attribute.array_value.values[0].string_value == "x" * size
+    assert len(attribute.array_value.values) == 2
+    assert value_of(value).string_value == "x" * size
+    assert span_of(span_json(status={"message": "x" * size})).status.message == "x" * size
+    body = span_json(attributes=[{"key": "é" * size, "value": value}])
+    assert span_of(body.replace(b"xx", b"x\\u0078")).attributes[0].key == "é" * size
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [
+        ('"name":"a","kind":1,"name":"b"', {"name": "b", "kind": 1}),
+        ('"name":"a","name":null', {}),
+        ('"name":"a","n\\u0061me":"b"', {"name": "b"}),
+        ('"name":3,"name":"b","name":"c"', {"name": "c"}),
+        ('"events":[{"name":"a"}],"events":[{"name":"b"}]', {"events": [{"name": "b"}]}),
+        ('"status":{"code":2,"code":1},"status":{"message":"m"}', {"status": {"message": "m"}}),
+        ('"status":{"code":[{"code":1,"code":2}]}, "status" : {"code":1}', {"status": {"code": 1}}),
+    ],
+)
+def test_of_repeated_names_the_last_counts(span: str, expected: dict[str, Any]) -> None:
+    body = b'{"resourceSpans":[{"scopeSpans":[{"spans":[{%b}]}]}]}' % span.encode()
+    found = span_of(body)
+    assert found == json_format.ParseDict(expected, type(found)())
+    assert json_compare.check(body)
+
+
+def test_many_repeated_names() -> None:
+    """More than the first pass makes room for."""
+    spans = ",".join(f'{{"kind":1,"name":"x","kind":{i}}}' for i in range(500))
+    body = b'{"resourceSpans":[{"scopeSpans":[{"spans":[%b]}]}]}' % spans.encode()
+    found = ExportTraceServiceRequest.FromString(to_protobuf(body)).resource_spans[0]
+    assert [span.kind for span in found.scope_spans[0].spans] == list(range(500))
+
+
+def test_an_error_in_a_replaced_value_does_not_count() -> None:
+    good = b'{"resourceSpans":[{"schemaUrl":"a"}]}'
+    assert to_protobuf(b'{"resourceSpans":[3],' + good[1:]) == to_protobuf(good)
+    with pytest.raises(OtlpJsonError, match=r"^resourceSpans: expected an array, got 4\.$"):
+        to_protobuf(b'{"resourceSpans":[3],"resourceSpans":4}')
+
+
+@pytest.mark.parametrize("empty", [b"{}", b"[]", b"[{}]", b"[[],{}]"])
+def test_bodies_of_empty_objects_are_refused(empty: bytes) -> None:
+    """Millions of them compress to some kilobytes."""
+    assert to_protobuf(b'{"unknown":[%b]}' % b",".join([empty] * 1300)) == b""
+    for form in (b'{"unknown":[%b]}', b'{"resourceSpans":[%b]}'):
+        with pytest.raises(OtlpJsonError, match="more than one JSON object or array for every 4"):
+            to_protobuf(form % b",".join([empty] * 60_000))
+
+
+@pytest.mark.slow
+def test_a_large_body_of_empty_objects_costs_little() -> None:
+    for item in (b"{}", b"{}, "):
+        body = b'{"resourceSpans":[' + b",".join([item] * (20_000_000 // (len(item) + 1))) + b"]}"
+        to_protobuf(b"{}")
+        began = time.thread_time()
+        with contextlib.suppress(OtlpJsonError):
+            to_protobuf(body)
+        assert time.thread_time() - began < 0.5
+
+
+def test_dense_attributes_are_accepted() -> None:
+    values = [{"intValue": 1}] * 20_000
+    body = orjson.dumps({"resourceSpans": [{"resource": {"attributes": [
+        {"key": "k", "value": {"arrayValue": {"values": values}}}]}}]})  # fmt: skip
+    request = ExportTraceServiceRequest.FromString(to_protobuf(body))
+    assert len(request.resource_spans[0].resource.attributes[0].value.array_value.values) == 20_000
+
+
+def test_the_body_may_be_any_buffer() -> None:
+    body = span_json(name="a")
+    assert to_protobuf(memoryview(body)) == to_protobuf(bytearray(body)) == to_protobuf(body)
+
+
+def test_strtod_is_exact_where_one_operation_is_not() -> None:
+    rng = np.random.default_rng(1)
+    doubles = rng.integers(0, 2**64, 2000, np.uint64).view(np.float64)
+    doubles = doubles[np.isfinite(doubles)]
+    values = [{"doubleValue": v} for v in doubles.tolist()]
+    array = value_of({"arrayValue": {"values": values}}).array_value
+    assert [v.double_value for v in array.values] == doubles.tolist()
