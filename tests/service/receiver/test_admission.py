@@ -303,13 +303,21 @@ async def test_a_tenant_over_its_quota_gets_429():
 
 async def test_what_is_refused_costs_no_quota():
     edge, queue = make(quotas=Quotas(10, 1, clock=lambda: 0.0))
-    for outcome in (Refused(503, "disk"), Refused(400, "bad")):
-        queue.outcome = outcome
-        await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
+    queue.outcome = Refused(503, "disk")
+    await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room = False
     await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room, queue.outcome = True, Done(1)
     assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 200
+
+
+@pytest.mark.parametrize("outcome", [Refused(400, "bad"), Refused(413, "large"), Done(0, 100)])
+async def test_invalid_bodies_and_rejected_spans_cost_quota(outcome):
+    """Decoding them takes as long as decoding what is accepted."""
+    edge, queue = make(quotas=Quotas(10, 1, clock=lambda: 0.0))
+    queue.outcome = outcome
+    await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
+    assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 429
 
 
 async def test_a_long_wait_for_quota_stays_within_what_exporters_bear():
