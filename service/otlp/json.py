@@ -112,15 +112,16 @@ def to_protobuf(body: bytes | bytearray | memoryview) -> bytes:
     path = np.empty((FRAMES, PATH_COLUMNS), np.int64)
     replaced = np.empty((_FEW, 2), np.int64)
     _transcode(body, buf, out, replaced, path, info)
-    while info[DUPLICATES]:
-        if info[DUPLICATES] > len(replaced):
+    if info[DUPLICATES]:
+        if info[DUPLICATES] > _FEW:
             replaced = np.empty((info[DUPLICATES], 2), np.int64)
-        else:
-            text = buf.copy()
-            blank(text, replaced[: info[DUPLICATES]])
-            buf = text
-            buf.flags.writeable = False
+            _transcode(body, buf, out, replaced, path, info)
+        text = buf.copy()
+        blank(text, replaced[: info[DUPLICATES]])
+        buf = text
+        buf.flags.writeable = False
         _transcode(body, buf, out, replaced, path, info)
+        assert not info[DUPLICATES]
     if info[ERROR]:
         raise OtlpJsonError(_message(buf, path, info))
     return out[: info[LENGTH]].tobytes()
