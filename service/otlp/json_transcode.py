@@ -384,8 +384,7 @@ def transcode(
             kind = field & 0xFF
             if kind == REPEATED_MESSAGE or kind == REPEATED_STRING:
                 if c == OPEN_ARRAY:
-                    if not count_container(pos, info):
-                        return TOO_DENSE
+                    info[CONTAINERS] += 1
                     levels += 1
                     index = 0
                     fresh = True

@@ -489,3 +489,49 @@ def test_strtod_is_exact_where_one_operation_is_not() -> None:
     values = [{"doubleValue": v} for v in doubles.tolist()]
     array = value_of({"arrayValue": {"values": values}}).array_value
     assert [v.double_value for v in array.values] == doubles.tolist()
+
+
+_SMALL = (
+    '{"u":[1,{"a":"é","b":[{},-1.5e-3]}],"resourceSpans":[{"schemaUrl":"\\f\\r\\u20ac","scopeSpans":'
+    '[{"spans":[{"kind":2,"flags":1.0,"attributes":[{"key":"k","value":{"boolValue":false}},'
+    '{"key":"k","value":{"doubleValue":1e-7}},{"value":{"intValue" : "5"},"key":"k"}]}]}]}]}'
+).encode()
+
+
+def test_every_truncation_of_a_body_is_read_as_by_the_reference_decoder() -> None:
+    assert json_compare.check(_SMALL)
+    for end in range(len(_SMALL)):
+        assert not json_compare.check(_SMALL[:end])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"false", b"falsy"),
+        (b"false", b"fals"),
+        (b"false", b"null"),
+        (b"[1,", b"[1,nul,"),
+        (b'"a":', b'"a"'),
+        (b'"a":', b'"a\\x":'),
+        (b'"b":', b"b:"),
+        (b"{},", b"{},]"),
+        (b"-1.5e-3", b"-1.5e"),
+        (b'"intValue" :', b'"intValue":'),
+        (b'"boolValue":', b'"boolValue" :'),
+        (b'"boolValue":', b'"boolValu\\u0065":'),
+        (b'"doubleValue":', b'"doubleValues":'),
+        (b'"doubleValue":', b'"doubleValue":  '),
+        (b'{"intValue" : "5"}', b'{"intValue" : "5"},'),
+        (b'"k","value":{"b', b'"k","value":{"int_value":1},"value":{"b'),
+    ],
+)
+def test_small_changes_of_a_body_are_read_as_by_the_reference_decoder(
+    old: bytes, new: bytes
+) -> None:
+    assert old in _SMALL
+    json_compare.check(_SMALL.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("body", [b"5", b" 1e305", b"1e309", b"true", b'"a"', b'"', b"{}{}", b" "])
+def test_bodies_that_are_no_object(body: bytes) -> None:
+    assert not json_compare.check(body)
