@@ -53,7 +53,7 @@ from betrace.service.otlp.json_lex import (
     string_end,
 )
 from betrace.service.otlp.json_transcode import (
-    DUPLICATES,
+    EDITS,
     ERROR,
     ERROR_DEPTH,
     ERROR_FIELD,
@@ -68,12 +68,12 @@ from betrace.service.otlp.json_transcode import (
     SEVERAL_VALUES,
     STACK_COLUMNS,
     TOO_DEEP,
-    blank,
+    edit,
     transcode,
 )
 from betrace.service.otlp.scanner import MAX_DEPTH
 
-_FEW = 64  # repeated names found in the first pass
+_FEW = 64  # edits found in the first pass
 
 _HEX = "an id of {} hex digits (not base64)"
 _WHOLE = "an integer from {} to {}, as a number or a string"
@@ -110,18 +110,18 @@ def to_protobuf(body: bytes | bytearray | memoryview) -> bytes:
     out = np.empty(2 * len(buf) + 64, np.uint8)
     info = np.empty(INFO, np.int64)
     path = np.empty((FRAMES, PATH_COLUMNS), np.int64)
-    replaced = np.empty((_FEW, 2), np.int64)
-    _transcode(body, buf, out, replaced, path, info)
-    if info[DUPLICATES]:
-        if info[DUPLICATES] > _FEW:
-            replaced = np.empty((info[DUPLICATES], 2), np.int64)
-            _transcode(body, buf, out, replaced, path, info)
+    edits = np.empty((_FEW, 2), np.int64)
+    _transcode(body, buf, out, edits, path, info)
+    if info[EDITS]:
+        if info[EDITS] > _FEW:
+            edits = np.empty((info[EDITS], 2), np.int64)
+            _transcode(body, buf, out, edits, path, info)
         text = buf.copy()
-        blank(text, replaced[: info[DUPLICATES]])
+        edit(buf, edits[: info[EDITS]], text)
         buf = text
         buf.flags.writeable = False
-        _transcode(body, buf, out, replaced, path, info)
-        assert not info[DUPLICATES]
+        _transcode(body, buf, out, edits, path, info)
+        assert not info[EDITS]
     if info[ERROR]:
         raise OtlpJsonError(_message(buf, path, info))
     return out[: info[LENGTH]].tobytes()
@@ -131,7 +131,7 @@ def _transcode(
     body: bytes | bytearray | memoryview,
     buf: Bytes,
     out: Bytes,
-    replaced: Rows,
+    edits: Rows,
     path: Rows,
     info: Rows,
 ) -> None:
@@ -140,7 +140,7 @@ def _transcode(
     seen = np.full((FRAMES, SLOTS), -1, np.int64)
     opened = np.empty(MAX_LEVELS, np.int64)
     with np.errstate(over="ignore"):  # large integers wrap around, which warns with the JIT off
-        code = transcode(buf, out, stack, seen, opened, replaced, path, info)
+        code = transcode(buf, out, stack, seen, opened, edits, path, info)
     if code == TOO_DENSE:
         raise OtlpJsonError(
             f"The body has more than one JSON object or array for every {BYTES_A_CONTAINER} bytes. "

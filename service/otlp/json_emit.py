@@ -47,10 +47,13 @@ from betrace.service.otlp.json_lex import (
 )
 from betrace.service.otlp.primitives import int64, load64
 
-BAD_VALUE = 3  # not what the field holds; after the errors of json_lex
+# Errors, after those of json_lex.
+BAD_VALUE = 3  # not what the field holds
+ESCAPED = 4  # valid perhaps, but it must be written without escapes first
 
 _EXACT = 2.0**53  # up to here a double represents every integer
 _INT64_MIN = -(2**63)
+_INFINITY = int.from_bytes(b"Infinity", "little")
 
 # What _whole reads.
 _NATURAL, _LARGE, _NEGATIVE, _NOT_WHOLE = range(4)  # _LARGE: 2**63 or more, modulo 2**64
@@ -199,6 +202,22 @@ def unescape(buf: Bytes, pos: int, end: int, out: Bytes, at: int) -> int:
 
 
 @lean_kernel
+def _is_escaped_ascii(buf: Bytes, pos: int, end: int) -> bool:
+    """Whether all escapes in valid string content are for characters that need none."""
+    while pos < end:
+        if buf[pos] == BACKSLASH:
+            if buf[pos + 1] == LETTER_U:
+                code = hex4(buf, pos + 2)
+                if code < 0x20 or code > 0x7E or code == QUOTE or code == BACKSLASH:
+                    return False
+            elif buf[pos + 1] != 0x2F:  # /
+                return False
+            pos += 1
+        pos += 1
+    return True
+
+
+@lean_kernel
 def put_string(buf: Bytes, start: int, out: Bytes, at: int) -> tuple[int, int]:
     """Write the length and text of the string whose content begins at ``start``. Return the
     positions after it, the first ``-SYNTAX`` if it is invalid."""
@@ -269,14 +288,13 @@ def _whole_of_double(value: float) -> tuple[int, int]:
 
 
 @lean_kernel
-def _put_whole(out: Bytes, at: int, kind: int, tag: int, value: int, which: int) -> int:
+def _put_whole(out: Bytes, at: int, kind: int, value: int, which: int) -> int:
     """Write an integer field; -1 if the integer is outside the field's range."""
     if which == _NOT_WHOLE:
         return -1
     if kind == FIXED64_FIELD:
         if which == _NEGATIVE:
             return -1
-        at = put_tag(out, at, tag)
         store64(out, at, value)
         return at + 8
     if which == _LARGE:
@@ -286,7 +304,6 @@ def _put_whole(out: Bytes, at: int, kind: int, tag: int, value: int, which: int)
             return -1
     elif kind != INT64 and (value < -0x80000000 or value > 0x7FFFFFFF):
         return -1
-    at = put_tag(out, at, tag)
     if kind == FIXED32_FIELD:
         store64(out, at, value)
         return at + 4
@@ -294,8 +311,7 @@ def _put_whole(out: Bytes, at: int, kind: int, tag: int, value: int, which: int)
 
 
 @lean_kernel
-def _put_double(out: Bytes, at: int, tag: int, value: float) -> int:
-    at = put_tag(out, at, tag)
+def _put_double(out: Bytes, at: int, value: float) -> int:
     store64(out, at, double_bits(value))
     return at + 8
 
@@ -325,33 +341,30 @@ def _is_decimal(text: Bytes, pos: int, end: int) -> bool:
 
 
 @lean_kernel
-def _put_double_text(text: Bytes, start: int, end: int, out: Bytes, at: int, tag: int) -> int:
+def _put_double_text(text: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
+    """Write a double given as text; -1 if it is none."""
     length = end - start
     if length == 3 and text[start] == 0x4E and text[start + 1] == 0x61 and text[start + 2] == 0x4E:
-        return _put_double(out, at, tag, math.nan)
+        return _put_double(out, at, math.nan)
     minus = length > 0 and text[start] == MINUS
     if length == 8 + minus:
         first = start + minus
         word = load64(text, first) if first + 8 <= text.shape[0] else int64(0)
         if word == _INFINITY:
-            return _put_double(out, at, tag, -math.inf if minus else math.inf)
+            return _put_double(out, at, -math.inf if minus else math.inf)
     if not _is_decimal(text, start, end):
         return -1
     value = number_value(text, start, end)
-    return -1 if math.isinf(value) else _put_double(out, at, tag, value)
-
-
-_INFINITY = int.from_bytes(b"Infinity", "little")
+    return -1 if math.isinf(value) else _put_double(out, at, value)
 
 
 @lean_kernel
-def _put_id(text: Bytes, start: int, end: int, out: Bytes, at: int, tag: int, size: int) -> int:
+def _put_id(text: Bytes, start: int, end: int, out: Bytes, at: int, size: int) -> int:
     """Write an id in hex; one of a wrong length keeps a wrong length."""
     digits = end - start
     length = (digits + 1) // 2
     if length == size and digits != 2 * size:  # one digit is missing
         length -= 1
-    at = put_tag(out, at, tag)
     at = put_varint(out, at, length)
     bad = int64(0)
     pos = start
@@ -368,14 +381,13 @@ def _put_id(text: Bytes, start: int, end: int, out: Bytes, at: int, tag: int, si
 
 
 @lean_kernel
-def _put_base64(text: Bytes, start: int, end: int, out: Bytes, at: int, tag: int) -> int:
+def _put_base64(text: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
     """Write bytes in base64, standard or URL-safe, with any padding."""
     while end > start and text[end - 1] == 0x3D:
         end -= 1
     rest = (end - start) % 4
     if rest == 1:
         return -1
-    at = put_tag(out, at, tag)
     at = put_varint(out, at, (end - start) * 3 // 4)
     bits = int64(0)
     count = 0
@@ -395,50 +407,46 @@ def _put_base64(text: Bytes, start: int, end: int, out: Bytes, at: int, tag: int
 
 
 @lean_kernel
-def _put_text(text: Bytes, start: int, end: int, out: Bytes, at: int, kind: int, tag: int) -> int:
+def _put_text(text: Bytes, start: int, end: int, out: Bytes, at: int, kind: int) -> int:
     """Write a field that is not a string from the text of a JSON string; -1 if it is no value of
     the field."""
     if kind == TRACE_ID:
-        return _put_id(text, start, end, out, at, tag, 16)
+        return _put_id(text, start, end, out, at, 16)
     if kind == SPAN_ID:
-        return _put_id(text, start, end, out, at, tag, 8)
+        return _put_id(text, start, end, out, at, 8)
     if kind == DOUBLE:
-        return _put_double_text(text, start, end, out, at, tag)
+        return _put_double_text(text, start, end, out, at)
     if kind == BASE64:
-        return _put_base64(text, start, end, out, at, tag)
+        return _put_base64(text, start, end, out, at)
     if kind == BOOL or kind == ENUM:
         return -1
     if end - start > 20 + (start < end and text[start] == MINUS):
         return -1
     value, which = _whole(text, start, end)
-    return _put_whole(out, at, kind, tag, value, which)
+    return _put_whole(out, at, kind, value, which)
 
 
 @lean_kernel
 def put_scalar(buf: Bytes, pos: int, out: Bytes, at: int, kind: int, tag: int) -> tuple[int, int]:
     """Write a field that is not a message from the JSON value at ``pos``. Return the positions
-    after it, the first ``-SYNTAX`` or ``-BAD_VALUE`` if it is invalid."""
+    after it, or as the first ``-SYNTAX``, ``-BAD_VALUE`` or ``-ESCAPED``."""
     c = int64(buf[pos])
+    at = put_tag(out, at, tag)
     if c == QUOTE:
         if kind == STRING:
-            return put_string(buf, pos + 1, out, put_tag(out, at, tag))
+            return put_string(buf, pos + 1, out, at)
         end, escaped = string_end(buf, pos + 1)
         if end < 0:
             return -SYNTAX, at
         if escaped:
-            text = at + 24  # more than what is written before the first byte is read
-            text_end = unescape(buf, pos + 1, end, out, text)
-            out[text_end] = 0  # ends a number
-            at = _put_text(out, text, text_end, out, at, kind, tag)
-        else:
-            at = _put_text(buf, pos + 1, end, out, at, kind, tag)
+            return (-ESCAPED if _is_escaped_ascii(buf, pos + 1, end) else -BAD_VALUE), at
+        at = _put_text(buf, pos + 1, end, out, at, kind)
         return (end + 1, at) if at >= 0 else (-BAD_VALUE, at)
     if kind == BOOL:
         if c == LETTER_T or c == LETTER_F:
             end = pos + (4 if c == LETTER_T else 5)
             if literal_end(buf, pos) != end:
                 return -SYNTAX, at
-            at = put_tag(out, at, tag)
             out[at] = 1 if c == LETTER_T else 0
             return end, at + 1
         return -BAD_VALUE, at
@@ -453,12 +461,12 @@ def put_scalar(buf: Bytes, pos: int, out: Bytes, at: int, kind: int, tag: int) -
         number = number_value(buf, pos, end)
         if integral and number == 0:
             number = 0.0  # an integer -0 has no sign
-        return end, _put_double(out, at, tag, number)
+        return end, _put_double(out, at, number)
     if integral:
         value, which = _whole(buf, pos, end)
     elif kind == ENUM:
         return -BAD_VALUE, at
     else:
         value, which = _whole_of_double(number_value(buf, pos, end))
-    at = _put_whole(out, at, kind, tag, value, which)
+    at = _put_whole(out, at, kind, value, which)
     return (end, at) if at >= 0 else (-BAD_VALUE, at)

@@ -7,8 +7,9 @@ may be more than it needs, which protobuf allows; attributes get one byte, becau
 fastest with that.
 
 A value that its field does not allow is noted, if it is the first, and skipped, because whatever
-follows decides whether the text is JSON at all. So is a name that an object has had before: the
-last one counts, so the caller blanks the members before it and starts again.
+follows decides whether the text is JSON at all. Two things that nobody sends need a second pass,
+over an edited copy of the text: names that an object has twice, of which the last counts, and
+escapes in numbers and ids.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from betrace.service.jit import lean_kernel
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.json_emit import (
+    ESCAPED,
     close_length,
     put_scalar,
     put_string,
@@ -75,15 +77,15 @@ from betrace.service.otlp.primitives import int64, load64, same_bytes
 from betrace.service.otlp.scanner import MAX_DEPTH
 
 # Errors of values, after those of json_lex and json_emit.
-NOT_OBJECT = 4
-NOT_ARRAY = 5
-TOO_DEEP = 6
-SEVERAL_VALUES = 7
+NOT_OBJECT = 5
+NOT_ARRAY = 6
+TOO_DEEP = 7
+SEVERAL_VALUES = 8
 
 # Entries of info, after CONTAINERS.
 (
     LENGTH,  # bytes written
-    DUPLICATES,  # members that a later one of the same name replaces
+    EDITS,  # to be made in the text, after which it must be read again
     ERROR,  # the first error, 0 for none
     ERROR_OFF,  # the value it is about
     ERROR_DEPTH,  # the steps to it are path[0] .. path[ERROR_DEPTH]
@@ -266,15 +268,15 @@ def transcode(
     stack: Rows,
     seen: Rows,
     opened: Rows,
-    replaced: Rows,
+    edits: Rows,
     path: Rows,
     info: Rows,
 ) -> int:
     """Write the ``ExportTraceServiceRequest`` in ``buf`` to ``out`` (``2 * len(buf) + 64`` bytes).
 
     Returns 0, ``SYNTAX`` or ``TOO_DENSE``. With 0, ``info`` says whether there was an error, and
-    whether names were repeated; then neither ``out`` nor the error counts. ``replaced`` gets the
-    ranges of replaced members, as many as it has room for.
+    how many edits the text needs; if any, neither ``out`` nor the error counts. As many of them
+    as fit are in ``edits``, for :func:`edit`.
 
     Scratch: ``stack`` (``FRAMES``, ``STACK_COLUMNS``), ``seen`` (``FRAMES``, ``SLOTS``) filled with
     -1, ``opened`` (``MAX_LEVELS``).
@@ -369,11 +371,11 @@ def transcode(
                 continue
             slot = field >> SLOT_SHIFT & 0xFF
             if seen[depth, slot] > start:
-                if info[DUPLICATES] < replaced.shape[0]:
+                if info[EDITS] < edits.shape[0]:
                     before = seen[depth, slot]
-                    replaced[info[DUPLICATES], 0] = before
-                    replaced[info[DUPLICATES], 1] = _member_end(buf, before, opened, info)
-                info[DUPLICATES] += 1
+                    edits[info[EDITS], 0] = before
+                    edits[info[EDITS], 1] = _member_end(buf, before, opened, info)
+                info[EDITS] += 1
             seen[depth, slot] = name
             if c == LETTER_N:
                 pos = literal_end(buf, pos)
@@ -446,7 +448,13 @@ def transcode(
         if after == -SYNTAX:
             return SYNTAX
         if after < 0:
-            _note(-after, pos, depth, field, index, stack, path, info)
+            if after == -ESCAPED:
+                if info[EDITS] < edits.shape[0]:
+                    edits[info[EDITS], 0] = pos + 1
+                    edits[info[EDITS], 1] = -string_end(buf, pos + 1)[0]
+                info[EDITS] += 1
+            else:
+                _note(-after, pos, depth, field, index, stack, path, info)
             pos = skip_value(buf, pos, levels, opened, info)
             if pos < 0:
                 return -pos
@@ -459,8 +467,19 @@ def transcode(
 
 
 @lean_kernel
-def blank(text: Bytes, ranges: Rows) -> None:
-    """Overwrite ranges of a text with spaces."""
-    for row in range(ranges.shape[0]):
-        for pos in range(ranges[row, 0], ranges[row, 1]):
+def edit(buf: Bytes, edits: Rows, text: Bytes) -> None:
+    """Make edits in ``text``, a copy of ``buf``, without moving anything.
+
+    An edit is a range to overwrite with spaces, or, if its end is negative, a string's content to
+    write without escapes.
+    """
+    for row in range(edits.shape[0]):
+        start = edits[row, 0]
+        end = edits[row, 1]
+        if end < 0:
+            end = 1 - end
+            start = unescape(buf, start, end - 1, text, start)
+            text[start] = QUOTE
+            start += 1
+        for pos in range(start, end):
             text[pos] = 0x20

@@ -442,6 +442,24 @@ def test_many_repeated_names() -> None:
     assert [span.kind for span in found.scope_spans[0].spans] == list(range(500))
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"kind": 1, "startTimeUnixNano": "1\\u0030"}, 10),
+        ({"startTimeUnixNano": "\\u0031\\u0032", "traceId": "\\u0061b"}, 12),
+        ({"startTimeUnixNano": "1\\n"}, None),
+        ({"startTimeUnixNano": "1\\u0022"}, None),
+        ({"startTimeUnixNano": "1\\/"}, None),
+        ({"traceId": "\\u00e9"}, None),
+    ],
+)
+def test_numbers_and_ids_with_escapes(value: dict[str, Any], expected: int | None) -> None:
+    body = span_json(**value).replace(b"\\\\", b"\\")
+    assert json_compare.check(body) == (expected is not None)
+    if expected is not None:
+        assert span_of(body).start_time_unix_nano == expected
+
+
 def test_an_error_in_a_replaced_value_does_not_count() -> None:
     good = b'{"resourceSpans":[{"schemaUrl":"a"}]}'
     assert to_protobuf(b'{"resourceSpans":[3],' + good[1:]) == to_protobuf(good)
