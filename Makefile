@@ -1,14 +1,17 @@
-# make setup | demo | demo-live | test | lint | format | clean, and what perf/ has
+# make setup | demo | demo-live | check | test | lint | format | clean, and the measurements below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LINKS := .links/betrace
 STAMP := $(VENV)/.installed
 
-# How many examples hypothesis tries where kernels run as ordinary Python, for their coverage.
+# Hypothesis examples per test while kernels run as ordinary Python, to measure their coverage.
 UNCOMPILED_EXAMPLES ?= 10
 
-.PHONY: setup demo demo-live test lint format clean
+# Processes that run the tests of make check. More than two do not pay on two cores.
+WORKERS ?= 2
+
+.PHONY: setup demo demo-live check test lint format clean
 
 setup: $(STAMP)
 
@@ -18,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	ln -sfn ../../channels $(LINKS)/channels
 	ln -sfn ../../service $(LINKS)/service
 	ln -sfn ../../tui $(LINKS)/tui
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
 
-# Ends by itself: every kind of trace once, each signal compared with what is expected.
+# Sends every kind of trace once, compares the signals with the expected ones, and exits.
 demo: setup
 	$(BIN)/betrace demo --once
 
@@ -38,23 +41,28 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The kernels once as ordinary Python, which shows their coverage; then everything, compiled.
+# For every change: lint, types, and all tests that are not slow, with compiled kernels.
+check: lint
+	$(BIN)/pytest -q -m "not slow" -n $(WORKERS) --dist worksteal
+
+# Everything. First the kernels as ordinary Python, for their coverage; then all tests with compiled
+# kernels, one at a time, because slow tests measure time.
 test: lint
 	$(BIN)/coverage erase
 	NUMBA_DISABLE_JIT=1 BETRACE_EXAMPLES=$(UNCOMPILED_EXAMPLES) \
-		$(BIN)/pytest -q -m "kernel and not slow" --cov --cov-report=
+		$(BIN)/pytest -q -m "kernel and not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=
 	$(BIN)/pytest --cov --cov-append --cov-fail-under=90
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Measurements: perf/*.py say what each does (make load PERF=--help), perf/REPORT.md has the last
-# ones. make report runs all of them, 35 minutes, and writes it anew. docs/performance.md: more.
-.PHONY: load bench curves memory flamegraph regress soak overload cachehits summary queries report
+# Measurements. Each perf/*.py describes itself (make load PERF=--help); perf/REPORT.md has the latest
+# results. make report runs all of them in an hour and rewrites it. See also docs/performance.md.
+.PHONY: load bench beside curves memory flamegraph regress soak overload cachehits summary queries report
 
-# load is not the first: a line that begins with that word is a directive of make
-bench load curves memory flamegraph regress soak overload cachehits summary: setup
+# load must not come first, because make reads a line that begins with it as a directive
+bench load beside curves memory flamegraph regress soak overload cachehits summary: setup
 	$(BIN)/python -m perf.$@ $(PERF)
 
 queries: setup
@@ -63,7 +71,7 @@ queries: setup
 report: setup
 	$(BIN)/python -m perf.everything $(PERF)
 
-# The dashboard from the panels in grafana/*.py, and the page of metrics from their declaration.
+# The dashboard is generated from grafana/*.py, the page of metrics from their declarations.
 .PHONY: grafana
 
 grafana: setup

@@ -1,6 +1,6 @@
 """Bounded channels and the stages between them: the parts of a pipeline on Trio."""
 
-from betrace.channels.batcher import Batcher, Pace
+from betrace.channels.batcher import Batcher, Pace, Pacing
 from betrace.channels.breaker import (
     Breaker,
     BreakerOpen,
@@ -12,8 +12,7 @@ from betrace.channels.breaker import (
 )
 from betrace.channels.channel import ReceiveChannel, SendChannel, open_channel
 from betrace.channels.errors import ExpectedError, TransientError, is_expected
-from betrace.channels.shutdown import Step, shut_down
-from betrace.channels.stage import Stage, StageStatistics
+from betrace.channels.stage import Stage, StageOptions, StageStatistics
 from betrace.channels.state import ChannelStatistics, PeakReader
 from betrace.channels.supervisor import supervise
 from betrace.channels.tap import DropReason, Tap, TapStatistics
@@ -31,12 +30,13 @@ __all__ = [
     "DropReason",
     "ExpectedError",
     "Pace",
+    "Pacing",
     "PeakReader",
     "ReceiveChannel",
     "SendChannel",
     "Stage",
+    "StageOptions",
     "StageStatistics",
-    "Step",
     "Tap",
     "TapStatistics",
     "ThreadRunner",
@@ -46,6 +46,5 @@ __all__ = [
     "Transition",
     "is_expected",
     "open_channel",
-    "shut_down",
     "supervise",
 ]

@@ -1,4 +1,4 @@
-"""Gathering items into batches by weight or time.
+"""Groups a channel's items into batches by weight or time.
 
 ::
 
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -22,19 +23,40 @@ T = TypeVar("T")
 
 
 class Pace(Protocol):
-    """Holds batches back where finishing one costs much whatever its size, so that they grow."""
+    """Delays batches so that they grow, where each costs much to process whatever its size."""
 
     def due(self, urgent: bool) -> float:
-        """The time, of `trio.current_time`, from which the next batch may come out."""
+        """Return the `trio.current_time` from which the next batch may come out."""
         ...
 
     def taken(self, urgent: bool) -> None:
-        """Note that a batch came out now, full or not."""
+        """Record that a batch came out now, full or not."""
         ...
 
 
+@dataclass(frozen=True)
+class Pacing(Generic[T]):
+    """How a pace delays batches.
+
+    A batch that waited the batcher's ``max_wait`` seconds is ready only when the pace allows it:
+    first the oldest urgent batch, otherwise the oldest.
+    """
+
+    pace: Pace
+    """It may be shared with the code that measures what a batch costs."""
+
+    urgent: Callable[[T], bool] | None = None
+    """Whether an item's batch goes before others."""
+
+    most_wait: float = math.inf
+    """Seconds after which a batch is ready at any pace."""
+
+    most_weight: float = math.inf
+    """While the open batches together weigh more, the heaviest is ready at any pace."""
+
+
 @dataclass(slots=True)
-class _Open(Generic[T]):
+class _OpenBatch(Generic[T]):
     """A batch that may still grow."""
 
     deadline: float
@@ -48,32 +70,24 @@ class Batcher(Generic[T]):
     """An async iterator of batches, each a list of at least one item in the order of arrival.
 
     A batch is ready when its weight is ``max_weight``, when the next item of its key would exceed
-    it, or when its first item was gathered ``max_wait`` seconds ago. Only a single item can be
-    heavier than ``max_weight``; it is a batch of its own. When more than ``max_keys`` batches would
-    be open, the oldest is ready too. When the channel ends, what was gathered comes out, and then
-    the iteration ends.
+    that, or ``max_wait`` seconds after its first item. An item heavier than ``max_weight`` is a
+    batch of its own. When more than ``max_keys`` batches would be open, the oldest is ready too.
+    When the channel ends, the open batches come out, and then the iteration ends.
 
-    With a ``pace``, a batch that waited ``max_wait`` is ready only when the pace lets it: the
-    oldest urgent one first, else the oldest. However slow the pace is, one that waited
-    ``most_wait`` is ready, and so is the heaviest one while more than ``most_weight`` is gathered.
-
-    At most ``max_keys + 1`` times ``max_weight`` is gathered, since nothing is received while a
-    batch is ready. Cancelling a wait loses nothing: what was gathered stays for the next call.
+    The batcher contains at most ``max_keys + 1`` times ``max_weight``, because it receives nothing
+    while a batch is ready. Cancelling a wait loses nothing: the items stay for the next call.
     Several tasks may iterate over one batcher; they take turns.
 
     Args:
       receive: where items come from; the batcher never closes it or calls `ReceiveChannel.done`.
       max_weight: of a batch, 1 or more.
-      max_wait: seconds; with 0 a batch holds what one look into the channel found.
-      key: gives the key of an item; without it all have the same.
+      max_wait: seconds; with 0 a batch is what one receive found.
+      key: returns an item's key; without it, all items have the same key.
       max_keys: how many batches of different keys may be open, 1 or more.
-      pace: see above; it may be shared with who measures what a batch costs.
-      urgent: whether an item's batch goes before others.
-      most_wait: seconds, with a pace.
-      most_weight: of all that is gathered, with a pace.
+      pacing: delays batches; see `Pacing`.
 
     Raises:
-      ValueError: a limit that cannot work.
+      ValueError: a limit cannot work.
     """
 
     def __init__(
@@ -84,10 +98,7 @@ class Batcher(Generic[T]):
         *,
         key: Callable[[T], Hashable] | None = None,
         max_keys: int = 64,
-        pace: Pace | None = None,
-        urgent: Callable[[T], bool] | None = None,
-        most_wait: float = float("inf"),
-        most_weight: float = float("inf"),
+        pacing: Pacing[T] | None = None,
     ) -> None:
         if max_weight < 1 or max_keys < 1 or max_wait < 0:
             raise ValueError(
@@ -99,13 +110,13 @@ class Batcher(Generic[T]):
         self._max_wait = max_wait
         self._key = key
         self._max_keys = max_keys
-        self._pace = pace
-        self._urgent = urgent
-        self._more_wait = max(0.0, most_wait - max_wait)
-        self._most_weight = most_weight
-        self._gathered = 0  # the weight of what is open
+        self._pace = None if pacing is None else pacing.pace
+        self._urgent = None if pacing is None else pacing.urgent
+        self._more_wait = max(0.0, math.inf if pacing is None else pacing.most_wait - max_wait)
+        self._most_weight = math.inf if pacing is None else pacing.most_weight
+        self._gathered = 0  # weight of the open batches
         self._urgent_keys: OrderedDict[Hashable, None] = OrderedDict()
-        self._open: OrderedDict[Hashable, _Open[T]] = OrderedDict()  # oldest first
+        self._open: OrderedDict[Hashable, _OpenBatch[T]] = OrderedDict()  # oldest first
         self._ready: deque[list[T]] = deque()
         self._received: deque[T] = deque()  # not yet put into a batch
         self._turn = trio.Lock()
@@ -123,10 +134,10 @@ class Batcher(Generic[T]):
         """Return the next batch.
 
         Raises:
-          trio.EndOfChannel: the channel has ended and everything gathered came out.
+          trio.EndOfChannel: the channel has ended and all batches have come out.
           trio.ClosedResourceError: the receiving end was closed.
         """
-        # One task at a time: another would wait without the deadlines of what this one gathers.
+        # One task at a time: another would not know the deadlines of the open batches.
         async with self._turn:
             while not self._ready:
                 if self._pace is not None:
@@ -148,8 +159,8 @@ class Batcher(Generic[T]):
                 self._close_oldest()
 
     def _take_waiting(self) -> None:
-        """Take what the channel has: where commits are slow there is always a batch to hand out,
-        and what waits in the channel would not make any of them larger."""
+        """Take what is queued. With slow commits a batch is always ready, and items left in the
+        channel would not make any batch larger."""
         weight = 0
         while not self._ready and weight < self._max_weight:
             try:
@@ -175,7 +186,7 @@ class Batcher(Generic[T]):
         if batch is None:
             if len(self._open) == self._max_keys:
                 self._close_oldest()
-            batch = self._open[key] = _Open(trio.current_time() + self._max_wait)
+            batch = self._open[key] = _OpenBatch(trio.current_time() + self._max_wait)
         batch.items.append(item)
         batch.weight += weight
         self._gathered += weight
@@ -197,7 +208,7 @@ class Batcher(Generic[T]):
         self._close(next(iter(self._open)))
 
     def _next_due(self) -> float:
-        """When the next batch is ready if nothing more comes."""
+        """Return when the next batch is ready if nothing else arrives."""
         if not self._open:
             return float("inf")
         oldest = next(iter(self._open.values())).deadline

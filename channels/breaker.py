@@ -1,4 +1,4 @@
-"""A circuit breaker: calls to a dependency that fails are refused until trials show that it works.
+"""A circuit breaker: refuses calls to a failing dependency until trial calls show that it works.
 
 The states and rules are those of resilience4j's CircuitBreaker with a count-based sliding window
 (https://resilience4j.readme.io/docs/circuitbreaker)::
@@ -9,17 +9,17 @@ The states and rules are those of resilience4j's CircuitBreaker with a count-bas
     except BreakerOpen as refused:          # not called; try again in refused.retry_in seconds
         ...
 
-- **closed**: calls go through. When the window holds the minimum number of calls, and the rate of
-  failures or of slow calls in it is at or over its threshold, the breaker opens.
+- **closed**: calls go through. When the window contains the minimum number of calls and its rate of
+  failed or slow calls reaches the threshold, the breaker opens.
 - **open**: calls are refused. The first call after ``open_for`` seconds makes it half-open.
-- **half_open**: a fixed number of trial calls goes through, others are refused. When all the trials
-  are back, their rates alone decide between closed and open.
-- **forced_open**: all calls are refused, and **disabled**: all go through and none is judged, until
-  an operator says otherwise.
+- **half_open**: a fixed number of trial calls go through, others are refused. When all trials have
+  returned, their rates alone decide between closed and open.
+- **forced_open**: all calls are refused until an operator changes the state.
+- **disabled**: all calls go through and none is judged until an operator changes the state.
 
-A call that is cancelled from outside, or leaves by anything else that is not an Exception, is
-neither success nor failure and gives its permit back. The result of a call that began in an earlier
-state (before some transition) does not count in the present one.
+A call that is cancelled from outside, or ends with a BaseException that is not an Exception, is
+neither a success nor a failure and returns its permit. The result of a call that began before a
+transition does not count after it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from betrace.channels.errors import TransientError
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.breaker")
 
 KEPT_TRANSITIONS = 20
-"""How many of its last transitions a breaker remembers."""
+"""The number of transitions that a breaker remembers."""
 
 
 class BreakerState(StrEnum):
@@ -56,16 +56,16 @@ class BreakerState(StrEnum):
 
 
 class BreakerOpen(TransientError):  # noqa: N818 (the name of a state, like trio's own)
-    """The breaker refused a call, which was not made."""
+    """The breaker refused a call; it was not made."""
 
     def __init__(self, name: str, state: BreakerState, retry_in: float) -> None:
         super().__init__(f"circuit breaker {name} is {state}")
         self.name = name
         """The breaker's name."""
         self.state = state
-        """Its state when it refused."""
+        """The breaker's state at that time."""
         self.retry_in = retry_in
-        """Seconds until a call may be permitted; infinite if an operator forced it open."""
+        """Seconds until a call may be permitted; infinite if forced open by an operator."""
 
 
 class BreakerTimeout(TransientError):  # noqa: N818
@@ -77,26 +77,26 @@ class BreakerSettings:
     """When a breaker opens and closes.
 
     Raises:
-      ValueError: a setting that cannot work, or two that contradict each other.
+      ValueError: a setting cannot work, or two contradict each other.
     """
 
     window: int = 100
-    """The number of last calls that the rates are taken from."""
+    """The number of most recent calls that the rates are computed from."""
 
     minimum_calls: int = 100
-    """The number of calls in the window below which there is no rate; at most ``window``."""
+    """The minimum number of calls in the window for a rate; at most ``window``."""
 
     failure_rate: float = 0.5
-    """Opens when this part of the calls, or more, failed; over 0, at most 1."""
+    """The breaker opens when at least this fraction of the calls failed; over 0, at most 1."""
 
     slow_rate: float = 1.0
-    """Opens when this part of the calls, or more, was slow, whether failed or not."""
+    """The breaker opens when at least this fraction of the calls was slow, failed or not."""
 
     slow_after: float = math.inf
-    """A call that takes longer than this many seconds is slow."""
+    """Seconds above which a call is slow."""
 
     open_for: float = 30.0
-    """Seconds to refuse calls before trials."""
+    """Seconds to refuse calls before trial calls."""
 
     trial_calls: int = 10
     """The number of calls permitted while half-open."""
@@ -127,49 +127,49 @@ class Transition:
     """One change of a breaker's state."""
 
     at: float
-    """`trio.current_time` of the change."""
+    """`trio.current_time` at the change."""
 
     before: BreakerState
-    """The state left."""
+    """The previous state."""
 
     after: BreakerState
-    """The state entered; the same as ``before`` if an operator began it anew."""
+    """The new state; the same as ``before`` if an operator restarted it."""
 
     reason: str
-    """Why, in words."""
+    """The reason as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerSnapshot:
-    """A breaker at one moment. Counts of calls are since it was made."""
+    """A breaker at one moment. Counts of calls are since its creation."""
 
     name: str
-    """What the breaker is called."""
+    """The breaker's name."""
 
     state: BreakerState
     """The state. It is ``open`` until the first call after the wait, with ``retry_in`` at 0."""
 
     since: float | None
-    """`trio.current_time` of when the state began; None if it is the first."""
+    """`trio.current_time` when the state began; None for the initial state."""
 
     failure_rate: float | None
-    """The part of the calls in the window that failed; None below the minimum number of calls."""
+    """The fraction of failed calls in the window; None below the minimum number of calls."""
 
     slow_rate: float | None
-    """The part that was slow; None below the minimum number of calls."""
+    """The fraction of slow calls; None below the minimum number of calls."""
 
     window_calls: int
-    """The number of calls in the window; while half-open, of trial calls that are back."""
+    """The number of calls in the window; while half-open, of trial calls that returned."""
 
     trials_left: int
-    """While half-open, how many more trial calls are permitted; otherwise 0."""
+    """While half-open, the number of further trial calls permitted; otherwise 0."""
 
     retry_in: float
-    """Seconds until a call may be permitted; 0 if one is now, infinite when forced open. While
-    trials are under way it is the time by which they should be back."""
+    """Seconds until a call may be permitted: 0 if one is permitted now, infinite if forced open.
+    While trials are running, the time by which they should have returned."""
 
     running: int
-    """Calls that are running."""
+    """Running calls."""
 
     permitted: int
     """Calls made."""
@@ -178,26 +178,26 @@ class BreakerSnapshot:
     """Calls refused."""
 
     succeeded: int
-    """Calls that returned, or raised what is no failure."""
+    """Calls that returned, or raised an exception that is not a failure."""
 
     failed: int
-    """Calls that failed, those that timed out among them."""
+    """Calls that failed, including those that timed out."""
 
     timed_out: int
     """Calls that timed out."""
 
     slow: int
-    """Calls that were slow, whether they failed or not."""
+    """Slow calls, failed or not."""
 
     cancelled: int
     """Calls that were cancelled from outside."""
 
     transitions: tuple[Transition, ...]
-    """The last changes of state, oldest first."""
+    """The last transitions, oldest first."""
 
 
 class _Window:
-    """The outcomes of the last calls and their counts."""
+    """The outcomes of the last calls, with counts."""
 
     def __init__(self, size: int) -> None:
         self.outcomes: deque[tuple[bool, bool]] = deque(maxlen=size)  # failed, slow
@@ -221,10 +221,10 @@ class Breaker:
     Args:
       name: for messages and statistics.
       settings: when it opens and closes.
-      is_failure: tells for an exception that a call raised whether the dependency failed; by
-        default any does. An exception that is no failure counts as success, since the dependency
+      is_failure: returns whether an exception raised by a call means that the dependency failed;
+        by default every exception does. Other exceptions count as success, because the dependency
         answered.
-      on_transition: observer called after each change of state. If it raises, that is logged.
+      on_transition: observer called after each transition. If it raises, that is logged.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class Breaker:
         """Return ``await fn(*args)`` if a call is permitted.
 
         Raises:
-          BreakerOpen: it is not.
+          BreakerOpen: no call is permitted.
           BreakerTimeout: the call took longer than ``settings.timeout``, and was cancelled.
           BaseException: what ``fn`` raised.
         """
@@ -298,11 +298,11 @@ class Breaker:
         self._enter(BreakerState.FORCED_OPEN, reason)
 
     def disable(self, reason: str = "disabled by an operator") -> None:
-        """Let all calls through, unjudged, until `reset`, `trip` or `force_open`."""
+        """Permit all calls and judge none, until `reset`, `trip` or `force_open`."""
         self._enter(BreakerState.DISABLED, reason)
 
     def snapshot(self) -> BreakerSnapshot:
-        """Return the state, the rates, and what was counted."""
+        """Return the state, the rates and the counts."""
         calls = len(self._window.outcomes)
         rated = calls >= self._enough_calls()
         return BreakerSnapshot(
@@ -329,7 +329,7 @@ class Breaker:
         """Take a permit and return the generation that its result belongs to."""
         if self._state is BreakerState.OPEN and self._retry_in() == 0:
             self._enter(
-                BreakerState.HALF_OPEN, f"open for {self.settings.open_for:g} s; a call tries"
+                BreakerState.HALF_OPEN, f"open for {self.settings.open_for:g} s; trial calls begin"
             )
         refuse = self._state in (BreakerState.OPEN, BreakerState.FORCED_OPEN)
         if self._state is BreakerState.HALF_OPEN:
@@ -344,7 +344,7 @@ class Breaker:
     def _judge(self, error: Exception) -> bool:
         try:
             return self._is_failure(error)
-        except Exception:  # a permit must not get lost over it
+        except Exception:  # the permit must be returned in any case
             logger.exception("circuit breaker %s: is_failure failed", self.name)
             return True
 
@@ -355,7 +355,7 @@ class Breaker:
             assert self._since is not None
             return max(0.0, self._since + self.settings.open_for - trio.current_time())
         if self._state is BreakerState.HALF_OPEN and self._trials_left == 0:
-            # The trials under way decide when they are back.
+            # The running trials decide when they return.
             return min(self.settings.timeout, self.settings.open_for)
         return 0.0
 
@@ -401,5 +401,5 @@ class Breaker:
         if self._on_transition is not None:
             try:
                 self._on_transition(transition)
-            except Exception:  # a call's outcome must not depend on who watches
+            except Exception:  # a call's outcome must not depend on its observer
                 logger.exception("circuit breaker %s: the observer failed", self.name)

@@ -1,7 +1,8 @@
 """A bounded channel that measures its content by weight instead of counting messages.
 
-A message can hold one record or eight thousand, so a limit on messages does not bound memory. Here
-each item has a weight, given by a function at :func:`open_channel`, and the capacity is a weight::
+A message can contain one record or eight thousand, so a limit on messages does not bound memory.
+Here each item has a weight, computed by a function passed to :func:`open_channel`, and the capacity
+is a weight::
 
     send, receive = open_channel("parsing", capacity=10_000, weigh=len)
 
@@ -10,16 +11,16 @@ each item has a weight, given by a function at :func:`open_channel`, and the cap
         if not await send.offer(batch, 0.1):
             refuse()                      # no room within 100 ms
 
-    async for batch in receive:           # ends when all senders are closed and all is taken
+    async for batch in receive:           # ends when all senders are closed and nothing is queued
         ...
 
-With ``hold=True`` an item goes on using capacity after it was taken, until the consumer says
-:meth:`ReceiveChannel.done`: capacity then bounds the work that exists, not just what waits.
+With ``hold=True`` an item uses capacity until the consumer calls :meth:`ReceiveChannel.done`, even
+after it was taken. Capacity then bounds all unfinished work, not just the queue.
 
-The rules are those of Trio's memory channels. Each operation is atomic with respect to
-cancellation: a cancelled ``send`` left nothing in the channel, a cancelled ``receive`` took nothing
-out. Senders are admitted in the order in which they came, whatever their weights: a light item does
-not overtake a heavy one that waits. Channels belong to the Trio thread.
+The semantics are those of Trio's memory channels. Each operation is atomic with respect to
+cancellation: a cancelled ``send`` leaves nothing in the channel, a cancelled ``receive`` takes
+nothing out. Senders are admitted in order, whatever their weights: a light item does not overtake a
+heavy one that waits. Use channels from the Trio thread only.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 
 class _End(ABC, Generic[T]):
-    """What both ends of a channel offer."""
+    """What both ends of a channel have in common."""
 
     def __init__(self, state: ChannelState[T]) -> None:
         self._state = state
@@ -53,21 +54,21 @@ class _End(ABC, Generic[T]):
 
     @property
     def name(self) -> str:
-        """What the channel was called at `open_channel`."""
+        """The name passed to `open_channel`."""
         return self._state.name
 
     @property
     def capacity(self) -> int:
-        """The weight that the channel holds before senders wait."""
+        """The weight in the channel above which senders wait."""
         return self._state.capacity
 
     @property
     def fill(self) -> float:
-        """How full the channel is, 0 to 1; cheap enough to ask for each request."""
+        """How full the channel is, 0 to 1; cheap enough to read for each request."""
         return self._state.fill()
 
     def weigh(self, item: T) -> int:
-        """Return the weight of an item as the channel sees it.
+        """Return the weight of an item.
 
         Raises:
           ValueError: the weight is less than 1.
@@ -75,17 +76,17 @@ class _End(ABC, Generic[T]):
         return self._state.weight_of(item)
 
     def statistics(self) -> ChannelStatistics:
-        """Return what the channel holds and has done."""
+        """Return the channel's content and counts."""
         return self._state.statistics()
 
     def peak_reader(self) -> PeakReader:
-        """Return a new observer of the channel's peak size, with a period of its own."""
+        """Return a new observer of the channel's peak size, with its own period."""
         return PeakReader(cast("ChannelState[object]", self._state))
 
     async def wait_empty(self) -> None:
         """Wait until nothing is queued, in flight or waiting to be sent.
 
-        Returns at the first such moment; more may have been sent when the caller runs again.
+        Returns at the first such moment; more may have been sent by the time the caller runs.
         """
         if self._state.size == 0:
             await trio.lowlevel.checkpoint()
@@ -94,7 +95,7 @@ class _End(ABC, Generic[T]):
 
     @abstractmethod
     def close(self) -> None:
-        """Close this end; closing it again does nothing."""
+        """Close this end. Idempotent."""
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +116,7 @@ class _End(ABC, Generic[T]):
 
 @final
 class SendChannel(_End[T], trio.abc.SendChannel[T]):
-    """The end of a channel that takes items in. Made by `open_channel` and `clone`."""
+    """The sending end of a channel, from `open_channel` or `clone`."""
 
     def __init__(self, state: ChannelState[T]) -> None:
         super().__init__(state)
@@ -126,8 +127,8 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
         """Put an item into the channel if there is room for it now.
 
         Raises:
-          trio.WouldBlock: there is no room, or others wait for room already.
-          trio.BrokenResourceError: there is no receiver any more.
+          trio.WouldBlock: there is no room, or other senders are waiting.
+          trio.BrokenResourceError: all receivers are closed.
           trio.ClosedResourceError: this end is closed.
         """
         state = self._state
@@ -141,11 +142,11 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
     async def send(self, value: T) -> None:
         """Put an item into the channel, waiting for room in turn.
 
-        An item heavier than the whole capacity is let in when the channel is empty. When
-        cancelled, the item is not in the channel.
+        An item heavier than the whole capacity is admitted when the channel is empty. If cancelled,
+        the item is not in the channel.
 
         Raises:
-          trio.BrokenResourceError: there is no receiver any more.
+          trio.BrokenResourceError: all receivers are closed.
           trio.ClosedResourceError: this end is closed, or was closed while waiting.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -160,8 +161,7 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
     async def offer(self, item: T, timeout: float) -> bool:
         """Put an item into the channel if there is room within ``timeout`` seconds.
 
-        Returns True if the item is in the channel and False if it is not. A timeout of 0 tries
-        once. Raises like `send`.
+        Returns whether the item is in the channel. A timeout of 0 tries once. Raises like `send`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
@@ -197,7 +197,7 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
         if self._closed:
             raise trio.ClosedResourceError(f"this sender of channel {self.name} is closed")
         if self._state.open_receivers == 0:
-            raise trio.BrokenResourceError(f"channel {self.name} has no receiver any more")
+            raise trio.BrokenResourceError(f"all receivers of channel {self.name} are closed")
 
     @enable_ki_protection
     def clone(self) -> SendChannel[T]:
@@ -240,7 +240,7 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
 
 @final
 class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
-    """The end of a channel that gives items out. Made by `open_channel` and `clone`."""
+    """The receiving end of a channel, from `open_channel` or `clone`."""
 
     def __init__(self, state: ChannelState[T]) -> None:
         super().__init__(state)
@@ -248,12 +248,12 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
 
     @property
     def hold(self) -> bool:
-        """Whether items taken use capacity until `done`."""
+        """Whether taken items use capacity until `done`."""
         return self._state.hold
 
     @enable_ki_protection
     def receive_nowait(self) -> T:
-        """Take the first item if there is one now.
+        """Take the first item if one is queued.
 
         Raises:
           trio.WouldBlock: nothing is queued.
@@ -267,7 +267,7 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
 
     @enable_ki_protection
     async def receive(self) -> T:
-        """Take the first item, waiting for one in turn. When cancelled, nothing was taken.
+        """Take the first item, waiting for one in turn. If cancelled, nothing was taken.
 
         Raises:
           trio.EndOfChannel: nothing is queued and all senders are closed.
@@ -283,10 +283,10 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
 
     @enable_ki_protection
     async def receive_some(self, max_weight: int) -> list[T]:
-        """Take all that is queued, up to ``max_weight``, waiting if nothing is.
+        """Take the queued items up to ``max_weight``, waiting if nothing is queued.
 
-        Always returns at least one item, however heavy; the items after it fit in ``max_weight``
-        together with it. When cancelled, nothing was taken. Raises like `receive`.
+        Always returns at least one item, however heavy; further items fit in ``max_weight``
+        together with it. If cancelled, nothing was taken. Raises like `receive`.
         """
         state = self._state
         first = await self.receive()
@@ -298,7 +298,7 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
                 if weight > max_weight:
                     break
                 items.append(state.take()[0])
-                state.settle()  # senders let in by this may be taken at once
+                state.settle()  # items admitted by this may be taken as well
         return items
 
     async def _wait_for_item(self) -> T:
@@ -326,10 +326,10 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
 
     @enable_ki_protection
     def done(self, weight: int) -> None:
-        """Give back the capacity of finished work; also possible after this end was closed.
+        """Release the capacity of finished work; also allowed after this end was closed.
 
         Args:
-          weight: of the finished items, as `weigh` gives it.
+          weight: of the finished items, as returned by `weigh`.
 
         Raises:
           ValueError: less than this is in flight (or the channel was opened without ``hold``).
@@ -360,7 +360,7 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
         """Close this end: its waiting receivers get `trio.ClosedResourceError`.
 
         When the last receiving end closes, senders get `trio.BrokenResourceError`, and what is
-        queued is thrown away (and counted in ``statistics().discarded``).
+        queued is discarded and counted in ``statistics().discarded``.
         """
         if self._closed:
             return
@@ -401,8 +401,8 @@ def open_channel(
 
     Args:
       name: for statistics and messages.
-      capacity: the weight that it holds before senders wait, 1 or more.
-      weigh: gives the weight of an item, an integer of 1 or more, the same each time it is asked.
+      capacity: the weight above which senders wait, 1 or more.
+      weigh: returns the weight of an item, 1 or more, and always the same.
       hold: whether an item uses capacity until `ReceiveChannel.done`, or only until it is taken.
       on_wait: observer called with (seconds queued, weight) for each item taken; must not raise.
 

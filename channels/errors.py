@@ -1,18 +1,18 @@
-"""The errors that the parts of a pipeline foresee, told apart from bugs."""
+"""Errors that a pipeline expects, as opposed to bugs."""
 
 from __future__ import annotations
 
 
 class ExpectedError(Exception):
-    """An error that a handler foresees: counted and acted on, but no reason for a traceback."""
+    """An error that a handler expects: it is counted and handled, without a traceback."""
 
 
 class TransientError(ExpectedError):
-    """An expected error that may go away by itself, so that trying again later makes sense."""
+    """An expected error that may go away, so that trying again later makes sense."""
 
 
 def is_expected(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Return whether the error, or each error of the group that it is, is of one of the kinds."""
+    """Return whether the error is of one of the kinds; for a group, whether all its errors are."""
     if isinstance(error, BaseExceptionGroup):
         return all(is_expected(member, kinds) for member in error.exceptions)
     return isinstance(error, kinds)

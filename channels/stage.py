@@ -1,4 +1,4 @@
-"""A stage of a pipeline: workers that take batches from a channel, and redelivery of what failed.
+"""A stage of a pipeline: workers that take batches from a channel, and redelivery of failed items.
 
 ::
 
@@ -6,28 +6,29 @@
     async def keep(item: Record, error: Exception, attempts: int) -> None: ...
 
     send, receive = open_channel("storage", 10_000, len, hold=True)
-    stage = Stage("storage", receive, store, workers=2, max_batch_weight=500, on_dead=keep)
+    options = StageOptions(on_dead=keep, workers=2, max_batch_weight=500)
+    stage = Stage("storage", receive, store, options)
     await nursery.start(stage.run)
     ...
     send.close()                 # the stage finishes what it has, then `run` returns
 
-**Delivery.** A batch that fails is redelivered item by item, so that one bad item fails alone: each
-item after ``retry_delay`` seconds, up to ``attempts`` deliveries in all, and then it goes to
-``on_dead``. If ``on_dead`` fails, the item is kept and ``on_dead`` tried again, with a growing
-pause. A handler sees an item more than once, so it must not matter to it. No item is let go before
-the handler returned or ``on_dead`` took it; only cancelling `Stage.run` ends the stage with items
-in it.
+**Delivery.** A batch that fails is redelivered item by item, so that one bad item fails alone. Each
+item is redelivered after ``retry_delay`` seconds, up to ``attempts`` deliveries in total, and then
+goes to ``on_dead``. If ``on_dead`` fails, the stage keeps the item and calls ``on_dead`` again
+after a growing pause. A handler may see an item more than once and must be idempotent. The stage
+keeps an item until the handler returned or ``on_dead`` took it; only cancelling `Stage.run` ends
+the stage with items in it.
 
-**Bounds.** An item uses the channel's capacity until it is finished, also while it waits for
-redelivery. So the stage never holds more than its channel's capacity: a stage whose items all fail
-takes fresh ones only as far as there is room, then blocks its senders. Waiting for redelivery takes
-no worker's time. When a redelivery is due it competes with the workers for one of ``workers`` turns
-to call the handler, first come, first served, so neither redeliveries nor fresh items wait for
-ever, and with ``workers=1`` the handler is never called twice at once.
+**Bounds.** An item uses the channel's capacity until it is finished, even while it waits for
+redelivery, so the stage never contains more than its channel's capacity. If all items fail, the
+stage fills up and then blocks its senders. Waiting for redelivery takes no worker's time. A
+redelivery that is due competes with the workers for one of ``workers`` turns to call the handler,
+first come, first served. So neither redeliveries nor new items starve, and with ``workers=1`` the
+handler never runs twice at once.
 
-**Errors.** An `ExpectedError` (or another of the kinds given as ``expected``) is counted. Any other
-Exception is a bug: it is logged with its traceback and the worker is restarted after a pause; the
-items are redelivered all the same.
+**Errors.** An `ExpectedError` (or another kind listed in ``expected``) is counted. Any other
+Exception is a bug: it is logged with its traceback, and the worker is restarted after a pause. The
+items are redelivered in both cases.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ from typing import Generic, TypeVar
 
 import trio
 
-from betrace.channels.batcher import Batcher, Pace
+from betrace.channels.batcher import Batcher, Pace, Pacing
 from betrace.channels.channel import ReceiveChannel
 from betrace.channels.errors import ExpectedError, is_expected
 from betrace.channels.supervisor import backoff, supervise
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.stage")
 
 LONGEST_BURIAL_PAUSE = 30.0
-"""The longest time in seconds between two tries of ``on_dead`` for one item."""
+"""Maximum seconds between two calls of ``on_dead`` for one item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,13 @@ class StageStatistics:
     """A stage at one moment. ``items_in == items_out + dead + items_held``."""
 
     name: str
-    """What the stage is called."""
+    """The stage's name."""
 
     workers: int
     """How many handler calls may run at once."""
 
     busy_workers: int
-    """How many run now."""
+    """How many are running."""
 
     paused: bool
     """Whether an operator paused the stage."""
@@ -89,16 +90,16 @@ class StageStatistics:
     """Their weight."""
 
     items_held: int
-    """Items taken and not finished: being handled, or waiting to be redelivered."""
+    """Items taken and not finished: in the handler, or waiting for redelivery."""
 
     waiting: int
-    """Items waiting to be redelivered, or for ``on_dead`` to work again."""
+    """Items waiting for redelivery, or for another call of ``on_dead``."""
 
     failed: int
     """Handler calls that raised."""
 
     redelivered: int
-    """Handler calls with a single item that had failed before."""
+    """Redeliveries: handler calls with a single item that had failed before."""
 
     burial_failures: int
     """Calls of ``on_dead`` that raised."""
@@ -110,11 +111,76 @@ class StageStatistics:
     """The last error of a handler call, as text."""
 
     last_progress: float | None
-    """`trio.current_time` of when an item was last finished or declared dead; None before."""
+    """`trio.current_time` when an item was last finished or declared dead; None before that."""
 
 
-class _Held(Generic[T]):
-    """An item that the stage answers for."""
+@dataclass(frozen=True, kw_only=True)  # no slots: they break StageOptions[T](…)
+class StageOptions(Generic[T]):
+    """How a stage takes, delivers, and gives up items."""
+
+    on_dead: Callable[[T, Exception, int], Awaitable[object]]
+    """Takes an item that failed for good, its last error, and the number of deliveries."""
+
+    workers: int = 1
+    """How many handler calls may run at once."""
+
+    max_batch_weight: int | None = None
+    """Maximum weight of a batch; a single heavier item is a batch of its own. None means the
+    channel's capacity."""
+
+    max_batch_wait: float = 0.0
+    """Seconds that a batch may wait to grow; 0 takes what is queued."""
+
+    batch_key: Callable[[T], Hashable] | None = None
+    """If set, a batch holds items of one key only (a tenant, for example)."""
+
+    max_batch_keys: int = 64
+    """How many batches of different keys may grow at once."""
+
+    pace: Pace | None = None
+    """Delays batches; see `Pacing`. It does not apply while more than three quarters of the
+    channel's capacity wait."""
+
+    urgent: Callable[[T], bool] | None = None
+    """Whether an item's batch goes first; see `Pacing`."""
+
+    most_batch_wait: float = math.inf
+    """Seconds after which a batch comes out at any pace; see `Pacing`."""
+
+    attempts: int = 4
+    """How often an item is delivered before it is dead."""
+
+    retry_delay: float = 1.0
+    """Seconds between an item's failure and its redelivery."""
+
+    expected: tuple[type[Exception], ...] = (ExpectedError,)
+    """Errors that are not bugs."""
+
+    on_done: Callable[[float, int], None] | None = None
+    """Observer, called with (seconds, weight) after each successful handler call."""
+
+    on_slow: Callable[[list[T], float, Exception | None], None] | None = None
+    """Observer, called before ``on_done`` with (items, seconds, error) for each handler call that
+    took at least ``slow_after`` seconds; error is None if it succeeded."""
+
+    slow_after: float = math.inf
+    """Seconds; see ``on_slow``."""
+
+    def check(self, stage: str) -> None:
+        """Raise ValueError if an option cannot work."""
+        if self.workers < 1 or self.attempts < 1 or self.retry_delay < 0:
+            raise ValueError(
+                f"stage {stage}: workers ({self.workers}) and attempts ({self.attempts}) must be "
+                f"1 or more, retry_delay ({self.retry_delay}) 0 or more"
+            )
+        if self.max_batch_weight is not None and self.max_batch_weight < 1:
+            raise ValueError(
+                f"stage {stage}: max_batch_weight is {self.max_batch_weight}; it must be 1 or more"
+            )
+
+
+class _Delivery(Generic[T]):
+    """An item that the stage has taken and not finished."""
 
     __slots__ = ("attempts", "burials", "error", "item", "weight")
 
@@ -131,28 +197,13 @@ class Stage(Generic[T]):
 
     Args:
       name: for statistics and the log.
-      receive: the channel's receiving end, opened with ``hold=True``. The stage closes it at its
-        end.
-      handler: called with one batch, a list of at least one item. Returning means that all is done.
-      workers: how many handler calls may run at once.
-      max_batch_weight: the most that a batch weighs, single heavier items apart; by default the
-        channel's capacity, that is, all there is.
-      max_batch_wait: how many seconds a batch may wait to grow; with 0 it is what there is.
-      batch_key: if given, a batch holds only items of one key (a tenant, say).
-      max_batch_keys: how many batches of different keys may grow at once.
-      pace, urgent, most_batch_wait: as `Batcher` has them; while more than three quarters of the
-        channel's capacity wait, batches come out whatever the pace.
-      attempts: how often an item is delivered in all before it is dead.
-      retry_delay: seconds between an item's failure and its redelivery.
-      on_dead: takes an item that failed for good, its last error, and the number of deliveries.
-      expected: the kinds of errors that are not bugs.
-      on_done: observer called with (seconds, weight) of each successful handler call.
-      on_slow: observer called before it with (items, seconds, error) of each handler call that took
-        ``slow_after`` seconds or more; error is None if it was successful.
-      slow_after: see ``on_slow``.
+      receive: the channel's receiving end, opened with ``hold=True``. The stage closes it when it
+        ends.
+      handler: called with one batch, a list of at least one item. It returns when all is done.
+      options: see `StageOptions`.
 
     Raises:
-      ValueError: a setting that cannot work.
+      ValueError: an option cannot work, or the channel was opened without ``hold``.
     """
 
     def __init__(
@@ -160,63 +211,38 @@ class Stage(Generic[T]):
         name: str,
         receive: ReceiveChannel[T],
         handler: Callable[[list[T]], Awaitable[object]],
-        *,
-        on_dead: Callable[[T, Exception, int], Awaitable[object]],
-        workers: int = 1,
-        max_batch_weight: int | None = None,
-        max_batch_wait: float = 0.0,
-        batch_key: Callable[[T], Hashable] | None = None,
-        max_batch_keys: int = 64,
-        pace: Pace | None = None,
-        urgent: Callable[[T], bool] | None = None,
-        most_batch_wait: float = float("inf"),
-        attempts: int = 4,
-        retry_delay: float = 1.0,
-        expected: tuple[type[Exception], ...] = (ExpectedError,),
-        on_done: Callable[[float, int], None] | None = None,
-        on_slow: Callable[[list[T], float, Exception | None], None] | None = None,
-        slow_after: float = math.inf,
+        options: StageOptions[T],
     ) -> None:
         if not receive.hold:
             raise ValueError(
-                f"stage {name}: open its channel with hold=True, to bound what it holds"
+                f"stage {name}: open its channel with hold=True, to bound the items in the stage"
             )
-        if workers < 1 or attempts < 1 or retry_delay < 0:
-            raise ValueError(
-                f"stage {name}: workers ({workers}) and attempts ({attempts}) must be 1 or more, "
-                f"retry_delay ({retry_delay}) 0 or more"
-            )
-        if max_batch_weight is not None and max_batch_weight < 1:
-            raise ValueError(
-                f"stage {name}: max_batch_weight is {max_batch_weight}; it must be 1 or more"
-            )
+        options.check(name)
         self.name = name
         self._receive = receive
         self._handler = handler
-        self._on_dead = on_dead
-        self._workers = workers
-        self._max_batch_weight = max_batch_weight or receive.capacity
+        self._options = options
+        self._max_batch_weight = options.max_batch_weight or receive.capacity
         self._batcher: Batcher[T] | None = None
-        if max_batch_wait > 0 or batch_key is not None:
+        if options.max_batch_wait > 0 or options.batch_key is not None:
+            pacing = None
+            if options.pace is not None:
+                pacing = Pacing(
+                    options.pace,
+                    options.urgent,
+                    options.most_batch_wait,
+                    receive.capacity * 3 // 4,
+                )
             self._batcher = Batcher(
                 receive,
                 self._max_batch_weight,
-                max_batch_wait,
-                key=batch_key,
-                max_keys=max_batch_keys,
-                pace=pace,
-                urgent=urgent,
-                most_wait=most_batch_wait,
-                most_weight=receive.capacity * 3 // 4,
+                options.max_batch_wait,
+                key=options.batch_key,
+                max_keys=options.max_batch_keys,
+                pacing=pacing,
             )
-        self._attempts = attempts
-        self._retry_delay = retry_delay
-        self._expected = expected
-        self._on_done = on_done
-        self._on_slow = on_slow
-        self._slow_after = slow_after
-        self._turns = trio.Semaphore(workers)
-        self._waiting: list[tuple[float, int, _Held[T]]] = []  # a heap by time due
+        self._turns = trio.Semaphore(options.workers)
+        self._waiting: list[tuple[float, int, _Delivery[T]]] = []  # a heap by time due
         self._sequence = 0
         self._more_waiting = trio.lowlevel.ParkingLot()
         self._resumed = trio.Event()
@@ -236,7 +262,7 @@ class Stage(Generic[T]):
         return not self._resumed.is_set()
 
     def pause(self) -> None:
-        """Stop calling the handler and ``on_dead``; calls that run are finished.
+        """Stop calling the handler and ``on_dead``; running calls finish.
 
         Each worker may still take one batch from the channel, which then waits in the stage.
         """
@@ -244,16 +270,16 @@ class Stage(Generic[T]):
             self._resumed = trio.Event()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         self._resumed_at = trio.current_time()
         self._resumed.set()
 
     async def drained(self) -> None:
-        """Wait until nothing is queued, in flight or waiting to be redelivered."""
+        """Wait until nothing is queued, in flight or waiting for redelivery."""
         await self._receive.wait_empty()
 
     def stalled(self, after: float) -> bool:
-        """Return whether there has been input, and no progress, for so many seconds.
+        """Return whether there has been input but no progress for ``after`` seconds.
 
         Progress is an item finished or declared dead. A paused stage is not stalled.
         """
@@ -264,10 +290,10 @@ class Stage(Generic[T]):
         return trio.current_time() - max(mark for mark in marks if mark is not None) >= after
 
     def statistics(self) -> StageStatistics:
-        """Return what the stage holds and has done."""
+        """Return the stage's counts and state."""
         return StageStatistics(
             name=self.name,
-            workers=self._workers,
+            workers=self._options.workers,
             busy_workers=self._busy,
             paused=self.paused,
             items_in=self._items_in,
@@ -287,12 +313,12 @@ class Stage(Generic[T]):
         )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the stage until its channel ended and everything in it is finished."""
+        """Run until the channel has ended and every item is finished."""
         with self._receive:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._redeliver, nursery)
                 async with trio.open_nursery() as workers:
-                    for number in range(1, self._workers + 1):
+                    for number in range(1, self._options.workers + 1):
                         workers.start_soon(self._supervise_worker, f"{self.name}-{number}")
                     task_status.started()
                 await self._receive.wait_empty()
@@ -313,23 +339,24 @@ class Stage(Generic[T]):
                     items = await self._receive.receive_some(self._max_batch_weight)
             except (trio.EndOfChannel, trio.ClosedResourceError):
                 return
-            batch = [_Held(item, self._receive.weigh(item)) for item in items]
+            batch = [_Delivery(item, self._receive.weigh(item)) for item in items]
             self._items_in += len(batch)
-            self._weight_in += sum(held.weight for held in batch)
+            self._weight_in += sum(delivery.weight for delivery in batch)
             await self._take_turn()
             try:
                 await self._deliver(batch, items)
             except Exception as error:
-                for held in batch:
-                    # With a single attempt the burial is next, which has no reason to wait.
-                    self._wait(held, self._retry_delay if self._attempts > 1 else 0.0)
-                if not is_expected(error, self._expected):
+                # With a single attempt the burial is next; it need not wait.
+                delay = self._options.retry_delay if self._options.attempts > 1 else 0.0
+                for delivery in batch:
+                    self._wait(delivery, delay)
+                if not is_expected(error, self._options.expected):
                     raise
             finally:
                 self._turns.release()
 
     async def _take_turn(self) -> None:
-        """Wait for a turn to call the handler, and as long as the stage is paused."""
+        """Wait for a turn to call the handler, and until the stage is not paused."""
         await self._resumed.wait()
         await self._turns.acquire()
         while self.paused:
@@ -337,8 +364,8 @@ class Stage(Generic[T]):
             await self._resumed.wait()
             await self._turns.acquire()
 
-    async def _deliver(self, batch: list[_Held[T]], items: list[T]) -> None:
-        """Call the handler once. Raises what it raises, after noting it with the items."""
+    async def _deliver(self, batch: list[_Delivery[T]], items: list[T]) -> None:
+        """Call the handler once. Records an exception with the items and raises it again."""
         started = trio.current_time()
         self._busy += 1
         try:
@@ -346,40 +373,40 @@ class Stage(Generic[T]):
         except Exception as error:
             self._failed += 1
             self._last_error = repr(error)
-            for held in batch:
-                held.attempts += 1
-                held.error = error
-            self._tell_if_slow(items, trio.current_time() - started, error)
+            for delivery in batch:
+                delivery.attempts += 1
+                delivery.error = error
+            self._report_if_slow(items, trio.current_time() - started, error)
             raise
         finally:
             self._busy -= 1
-        weight = sum(held.weight for held in batch)
+        weight = sum(delivery.weight for delivery in batch)
         self._items_out += len(batch)
         self._weight_out += weight
         self._last_progress = trio.current_time()
         self._receive.done(weight)
         seconds = self._last_progress - started
-        self._tell_if_slow(items, seconds, None)
-        if self._on_done is not None:
+        self._report_if_slow(items, seconds, None)
+        if self._options.on_done is not None:
             try:
-                self._on_done(seconds, weight)
-            except Exception:  # the batch is done, whatever the observer thinks of it
+                self._options.on_done(seconds, weight)
+            except Exception:  # the batch is done in any case
                 logger.exception("stage %s: the observer on_done failed", self.name)
 
-    def _tell_if_slow(self, items: list[T], seconds: float, error: Exception | None) -> None:
-        if self._on_slow is not None and seconds >= self._slow_after:
+    def _report_if_slow(self, items: list[T], seconds: float, error: Exception | None) -> None:
+        if self._options.on_slow is not None and seconds >= self._options.slow_after:
             try:
-                self._on_slow(items, seconds, error)
+                self._options.on_slow(items, seconds, error)
             except Exception:
                 logger.exception("stage %s: the observer on_slow failed", self.name)
 
-    def _wait(self, held: _Held[T], seconds: float) -> None:
+    def _wait(self, delivery: _Delivery[T], seconds: float) -> None:
         self._sequence += 1
-        heapq.heappush(self._waiting, (trio.current_time() + seconds, self._sequence, held))
+        heapq.heappush(self._waiting, (trio.current_time() + seconds, self._sequence, delivery))
         self._more_waiting.unpark_all()
 
     async def _redeliver(self, nursery: trio.Nursery) -> None:
-        """Start a retry for each item that is due, in a turn of its own."""
+        """Start a retry for each item that is due; each takes a turn."""
         while True:
             if not self._waiting:
                 await self._more_waiting.park()
@@ -388,49 +415,48 @@ class Stage(Generic[T]):
                     await self._more_waiting.park()
             else:
                 await self._take_turn()
-                _, _, held = heapq.heappop(self._waiting)
-                nursery.start_soon(self._retry, held)
+                _, _, delivery = heapq.heappop(self._waiting)
+                nursery.start_soon(self._retry, delivery)
 
-    async def _retry(self, held: _Held[T]) -> None:
-        """Deliver one item again, or bury it; gives back the turn."""
+    async def _retry(self, delivery: _Delivery[T]) -> None:
+        """Deliver one item again, or bury it, then release the turn."""
         try:
-            if held.attempts < self._attempts:
+            if delivery.attempts < self._options.attempts:
                 self._redelivered += 1
                 try:
-                    await self._deliver([held], [held.item])
+                    await self._deliver([delivery], [delivery.item])
                 except Exception as error:
-                    if held.attempts < self._attempts:
-                        self._wait(held, self._retry_delay)
+                    if delivery.attempts < self._options.attempts:
+                        self._wait(delivery, self._options.retry_delay)
                         return
-                    unexpected = not is_expected(error, self._expected)
+                    unexpected = not is_expected(error, self._options.expected)
                     logger.log(
                         logging.ERROR if unexpected else logging.INFO,
-                        "stage %s gives up an item after %d deliveries: %r",
+                        "stage %s gave up an item after %d deliveries: %r",
                         self.name,
-                        held.attempts,
+                        delivery.attempts,
                         error,
                         exc_info=error if unexpected else None,
                     )
                 else:
                     return
-            await self._bury(held)
+            await self._bury(delivery)
         finally:
             self._turns.release()
 
-    async def _bury(self, held: _Held[T]) -> None:
-        assert held.error is not None
+    async def _bury(self, delivery: _Delivery[T]) -> None:
+        assert delivery.error is not None
         try:
-            await self._on_dead(held.item, held.error, held.attempts)
+            await self._options.on_dead(delivery.item, delivery.error, delivery.attempts)
         except Exception:
             self._burial_failures += 1
-            held.burials += 1
-            pause = backoff(held.burials, max(self._retry_delay, 0.1), LONGEST_BURIAL_PAUSE)
-            logger.exception(
-                "stage %s cannot put a dead item away; again in %g s", self.name, pause
-            )
-            self._wait(held, pause)
+            delivery.burials += 1
+            first = max(self._options.retry_delay, 0.1)
+            pause = backoff(delivery.burials, first, LONGEST_BURIAL_PAUSE)
+            logger.exception("stage %s: on_dead failed; calling it again in %g s", self.name, pause)
+            self._wait(delivery, pause)
         else:
             self._dead += 1
-            self._dead_weight += held.weight
+            self._dead_weight += delivery.weight
             self._last_progress = trio.current_time()
-            self._receive.done(held.weight)
+            self._receive.done(delivery.weight)

@@ -1,6 +1,6 @@
-"""What a channel shares among its ends: the queue, who waits, the weights, and how it is reported.
+"""State shared by the ends of a channel: the queue, the waiting tasks, the weights, the statistics.
 
-The ends themselves, with the rules for those who use them, are in `betrace.channels.channel`.
+The ends, with their rules of use, are in `betrace.channels.channel`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class ChannelStatistics:
     """A channel at one moment. All weights are in the unit of the channel's ``weigh`` function."""
 
     name: str
-    """What the channel was called at `open_channel`."""
+    """The name passed to `open_channel`."""
 
     capacity: int
-    """The weight that the channel holds before senders wait."""
+    """The weight in the channel above which senders wait."""
 
     size: int
     """The weight that uses capacity: ``queued + in_flight``. One heavy item can exceed it."""
@@ -52,13 +52,13 @@ class ChannelStatistics:
     """The weight taken since the channel was opened."""
 
     discarded: int
-    """The weight thrown away because the last receiver was closed while it was queued."""
+    """The weight discarded because the last receiver was closed while it was queued."""
 
     oldest_wait: float
-    """Seconds that the first queued item has waited; 0 when none does."""
+    """Seconds that the first queued item has waited; 0 if none is queued."""
 
     busy_since: float | None
-    """`trio.current_time` of when ``size`` last rose from 0; None while it is 0."""
+    """`trio.current_time` when ``size`` last rose from 0; None while it is 0."""
 
     waiting_senders: int
     """The number of tasks waiting for room."""
@@ -75,10 +75,10 @@ class ChannelStatistics:
 
 @final
 class PeakReader:
-    """The largest size of a channel between one look and the next.
+    """The largest size of a channel between two readings.
 
-    Each reader has a period of its own, so that several observers (metrics, an API) do not take the
-    peaks from each other. A reader that is dropped costs nothing more.
+    Each reader has its own period, so that several observers (metrics, an API) do not reset each
+    other's peaks. A reader that is no longer referenced costs nothing.
     """
 
     def __init__(self, state: ChannelState[object]) -> None:
@@ -88,21 +88,21 @@ class PeakReader:
         state.peak_readers.add(self)
 
     def take(self) -> int:
-        """Return the largest size since the last call, or since the reader was made.
+        """Return the largest size since the last call, or since the reader was created.
 
-        The next period begins with the size that the channel has now.
+        The next period begins with the current size.
         """
         self._state.fold_peak()
         peak, self._peak = self._peak, self._state.size
         return peak
 
     def raise_to(self, size: int) -> None:
-        """Note that the channel had this size; called by the channel."""
+        """Record that the channel had this size; called by the channel."""
         self._peak = max(self._peak, size)
 
 
 class WaitingSender(Generic[T]):
-    """A task that waits in `send`, with its item and the end that it called."""
+    """A task waiting in `send`, with its item and its end of the channel."""
 
     __slots__ = ("end", "error", "item", "weight")
 
@@ -114,7 +114,7 @@ class WaitingSender(Generic[T]):
 
 
 class WaitingReceiver(Generic[T]):
-    """A task that waits in `receive`, with the end that it called and the item that it got."""
+    """A task waiting in `receive`, with its end of the channel and the item that it received."""
 
     __slots__ = ("end", "error", "item")
 
@@ -125,10 +125,10 @@ class WaitingReceiver(Generic[T]):
 
 
 class ChannelState(Generic[T]):
-    """What the ends of a channel share.
+    """State shared by the ends of a channel.
 
-    Holds between operations: if a receiver waits, nothing is queued; if a sender waits, the first
-    one does not fit.
+    Invariants between operations: while a receiver waits, nothing is queued; while senders wait,
+    the first one's item does not fit.
     """
 
     def __init__(
@@ -161,22 +161,22 @@ class ChannelState(Generic[T]):
         self.peak_readers: weakref.WeakSet[PeakReader] = weakref.WeakSet()
 
     def weight_of(self, item: T) -> int:
-        """Return an item's weight, checked."""
+        """Return an item's weight; ValueError if it is less than 1."""
         weight = self.weigh(item)
         if weight < 1:
             raise ValueError(
                 f"channel {self.name}: an item weighs {weight}; weights must be 1 or more, "
-                "or the number of items would have no limit"
+                "or the number of items would be unbounded"
             )
         return weight
 
     def fits(self, weight: int) -> bool:
-        """Return whether this weight may be let in now."""
+        """Return whether this weight may be admitted now."""
         size = self.size
         return size + weight <= self.capacity or size == 0
 
     def put(self, item: T, weight: int) -> None:
-        """Let in an item that fits: to the first waiting receiver, or else into the queue."""
+        """Admit an item that fits: to the first waiting receiver, or else into the queue."""
         now = trio.current_time()
         if self.size == 0:
             self.busy_since = now
@@ -192,13 +192,13 @@ class ChannelState(Generic[T]):
             self.queue.append((item, weight, now))
 
     def take(self) -> tuple[T, int]:
-        """Take the first queued item; the caller calls `settle` when it has taken all it wants."""
+        """Take the first queued item. The caller must call `settle` after its last one."""
         item, weight, since = self.queue.popleft()
         self.account_taken(weight, trio.current_time() - since if self.on_wait else 0.0)
         return item, weight
 
     def account_taken(self, weight: int, waited: float) -> None:
-        """Count an item as taken after it was queued for so many seconds."""
+        """Count an item as taken after it was queued for ``waited`` seconds."""
         self.total_out += weight
         if self.hold:
             self.in_flight += weight
@@ -208,13 +208,13 @@ class ChannelState(Generic[T]):
             self.on_wait(waited, weight)
 
     def free(self, weight: int) -> None:
-        """Give back capacity; the caller calls `settle` afterwards."""
+        """Release capacity. The caller must call `settle` afterwards."""
         self.size -= weight
         if self.size == 0:
             self.busy_since = None
 
     def settle(self) -> None:
-        """Let in the senders that fit now, in order; then tell those who wait for emptiness."""
+        """Admit the waiting senders that fit, in order, then wake the tasks in `wait_empty`."""
         while self.senders:
             task, sender = next(iter(self.senders.items()))
             if not self.fits(sender.weight):
@@ -226,7 +226,7 @@ class ChannelState(Generic[T]):
             self.until_empty.unpark_all()
 
     def fold_peak(self) -> None:
-        """Tell the readers the peak so far and begin a new period."""
+        """Pass the peak so far to the readers and begin a new period."""
         peak, self.peak = self.peak, self.size
         self.peak_ever = max(self.peak_ever, peak)
         for reader in self.peak_readers:
@@ -237,7 +237,7 @@ class ChannelState(Generic[T]):
         return min(1.0, self.size / self.capacity)
 
     def statistics(self) -> ChannelStatistics:
-        """Return what the channel holds and has done."""
+        """Return the channel's content and counts."""
         return ChannelStatistics(
             name=self.name,
             capacity=self.capacity,

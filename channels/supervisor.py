@@ -1,4 +1,4 @@
-"""Restarting what crashed, with a pause that grows up to a limit."""
+"""Restarts a function that crashed, with a growing pause."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.supervisor")
 
 
 def backoff(failures: int, first: float, longest: float) -> float:
-    """Return the pause in seconds after so many failures in a row: doubling, but no longer."""
+    """Return the pause in seconds after this many consecutive failures: ``first``, doubled for each
+    further one, up to ``longest``."""
     # The exponent is bounded so that a thousand failures don't overflow a float.
     return float(min(longest, first * 2 ** min(failures - 1, 60)))
 
@@ -26,14 +27,13 @@ async def supervise(
 ) -> None:
     """Run ``fn`` until it returns; when it raises an Exception, log it, pause, and run it again.
 
-    Pauses double from ``first_pause`` to ``longest_pause`` seconds while it crashes again and
-    again. A run that lasted longer than the pause before it counts as healthy: the pauses begin
-    anew, so that a rare crash costs little and a constant one does not spin. Cancellation passes
-    through.
+    Pauses double from ``first_pause`` to ``longest_pause`` seconds over consecutive crashes. A run
+    that lasted longer than the pause before it counts as healthy and resets the pause, so that a
+    rare crash costs little and a constant one does not spin. Cancellation passes through.
 
     Args:
       fn: an async function without arguments.
-      name: what to call it in the log.
+      name: for the log.
       on_crash: called with each exception, before the pause; must not raise.
     """
     failures = 0
@@ -47,7 +47,7 @@ async def supervise(
                 failures = 0
             failures += 1
             pause = backoff(failures, first_pause, longest_pause)
-            logger.exception("%s crashed; it is restarted in %.1f s", name, pause)
+            logger.exception("%s crashed; restarting it in %.1f s", name, pause)
             if on_crash is not None:
                 on_crash(error)
             await trio.sleep(pause)

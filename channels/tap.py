@@ -1,4 +1,4 @@
-"""A side branch of a pipeline that never blocks it: what cannot be taken is dropped and counted.
+"""A side branch of a pipeline that never blocks it: items without room are dropped and counted.
 
 ::
 
@@ -8,7 +8,7 @@
     await nursery.start(tap.run)
     tap.offer(record)            # returns at once
     ...
-    tap.close()                  # what was accepted is still consumed, then `run` returns
+    tap.close()                  # accepted items are still consumed, then `run` returns
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from betrace.channels.supervisor import backoff
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.tap")
 
 
 class DropReason(StrEnum):
     """Why a tap dropped items."""
 
     FULL = "full"
-    """There was no room: the consumer is slower than the pipeline. Meant."""
+    """The tap was full: the consumer is slower than the pipeline. This is intended."""
 
     CLOSED = "closed"
     """They were offered after `Tap.close`."""
@@ -43,7 +43,7 @@ class DropReason(StrEnum):
     """The consumer raised; it may have consumed some of the batch."""
 
     CANCELLED = "cancelled"
-    """`Tap.run` was cancelled while they waited or were being consumed, or before."""
+    """`Tap.run` was cancelled before or while they were consumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class TapStatistics:
     """A tap at one moment. ``offered == consumed + waiting + sum(dropped.values())``, in weight."""
 
     name: str
-    """What the tap is called."""
+    """The tap's name."""
 
     capacity: int
-    """The weight that it holds, what is being consumed included."""
+    """The maximum weight in the tap, including the batch being consumed."""
 
     waiting: int
-    """The weight that it holds now."""
+    """The weight in the tap now."""
 
     offered: int
     """The weight offered since the start."""
@@ -66,7 +66,7 @@ class TapStatistics:
     """The weight that the consumer took without raising."""
 
     dropped: Mapping[DropReason, int]
-    """The weight dropped, for each reason."""
+    """The weight dropped, by reason."""
 
     peak: int
     """The largest ``waiting`` since the start."""
@@ -78,18 +78,18 @@ def _one(_: object) -> int:
 
 @final
 class Tap(Generic[T]):
-    """Passes what it is offered to a consumer, in batches and in order, or drops it.
+    """Passes the items offered to it to a consumer, in batches and in order, or drops them.
 
-    When the consumer raises, its batch is dropped, and it is called again after a pause that grows
+    When the consumer raises, its batch is dropped. The next call follows after a pause that grows
     from ``first_pause`` to ``longest_pause`` seconds while it keeps failing. A consumer that wants
-    to try again does so itself; meanwhile new items wait in the tap while there is room.
+    retries does them itself; meanwhile new items wait in the tap while there is room.
 
     Args:
       name: for statistics and the log.
-      capacity: the weight held at most, what is being consumed included.
+      capacity: the maximum weight in the tap, including the batch being consumed.
       consumer: called with a list of at least one item.
-      weigh: gives the weight of an item, 1 or more; by default each weighs 1.
-      max_batch_weight: the most that a batch weighs, single heavier items apart.
+      weigh: returns the weight of an item, 1 or more; by default 1.
+      max_batch_weight: of a batch; a single heavier item is a batch of its own.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Tap(Generic[T]):
         self._dropped = dict.fromkeys(DropReason, 0)
 
     def offer(self, item: T) -> bool:
-        """Take an item if there is room; return whether it was taken. Never blocks."""
+        """Take an item if there is room, and return whether it was taken. Never blocks."""
         weight = self._send.weigh(item)
         self._offered += weight
         try:
@@ -145,12 +145,12 @@ class Tap(Generic[T]):
                     if failures:
                         await trio.sleep(backoff(failures, self._first_pause, self._longest_pause))
             finally:
-                held = self._receive.statistics()
-                self._receive.done(held.in_flight)
-                self._dropped[DropReason.CANCELLED] += held.size
+                left = self._receive.statistics()
+                self._receive.done(left.in_flight)
+                self._dropped[DropReason.CANCELLED] += left.size
 
     async def _consume(self, batch: list[T], failures: int) -> int:
-        """Call the consumer once and return the number of failures in a row."""
+        """Call the consumer once and return the number of consecutive failures."""
         weight = sum(map(self._receive.weigh, batch))
         try:
             await self._consumer(batch)
@@ -165,11 +165,11 @@ class Tap(Generic[T]):
         return failures
 
     def close(self) -> None:
-        """Accept nothing more; `run` returns when what was accepted is consumed."""
+        """Refuse further items; `run` returns when the accepted ones are consumed."""
         self._send.close()
 
     def statistics(self) -> TapStatistics:
-        """Return what the tap holds, passed on and dropped."""
+        """Return what is waiting, consumed and dropped."""
         channel = self._send.statistics()
         return TapStatistics(
             name=self.name,

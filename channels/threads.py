@@ -1,9 +1,9 @@
-"""Calls in worker threads: as few as wanted, long-lived, and left behind when they hang.
+"""Calls in a bounded number of long-lived worker threads, which are abandoned when they hang.
 
-Compared with `trio.to_thread.run_sync` a call costs less, since the threads wait for work on one
-queue and wake Trio directly; and a thread that does not come back is given up and replaced, so that
-one stuck call into a library does not use up the threads. In return there is no `trio.from_thread`
-without an explicit token, and no copying of context variables.
+A call costs less than with `trio.to_thread.run_sync`, because the threads wait for work on one
+queue and wake Trio directly. A thread that hangs is abandoned and replaced, so that stuck calls
+into a library do not use up the threads. In return, `trio.from_thread` needs an explicit token, and
+context variables are not copied.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class ThreadStatistics:
     """A `ThreadRunner` at one moment."""
 
     name: str
-    """What the runner is called."""
+    """The runner's name."""
 
     threads: int
     """How many calls may run at once."""
 
     running: int
-    """How many run now, without those left behind."""
+    """How many are running, without those left behind."""
 
     waiting: int
     """How many tasks wait for a thread."""
 
     calls: int
-    """Calls given to a thread since the start."""
+    """Calls started in a thread since the start."""
 
     abandoned: int
     """Calls left behind since the start."""
 
     left_behind: int
-    """How many of those still run."""
+    """How many of those are still running."""
 
 
 class _Job(Generic[R]):
@@ -71,17 +71,17 @@ class _Job(Generic[R]):
 
 @final
 class ThreadRunner:
-    """Runs functions in up to ``threads`` threads of its own, started when first needed.
+    """Runs functions in up to ``threads`` threads, started on demand.
 
     ::
 
         with ThreadRunner("duckdb", threads=2) as threads:
             rows = await threads.run(query, "SELECT 1", timeout=5.0)
 
-    A thread left behind no longer counts: another takes its place, and it ends when its call
-    returns. At most ``max_left_behind`` are replaced; beyond that the calls that hang use up the
-    threads, and further calls wait for one. The threads are daemons: a hanging one does not stop
-    the process' exit.
+    A thread left behind no longer counts: another replaces it, and it ends when its call returns.
+    At most ``max_left_behind`` are replaced at a time; beyond that, hanging calls use up the
+    threads and further calls wait. The threads are daemons: a hanging one does not stop the process
+    from exiting.
 
     Args:
       name: of the runner and, numbered, of its threads.
@@ -96,7 +96,7 @@ class ThreadRunner:
         self._threads = threads
         self._max_left_behind = max_left_behind
         self._slots = trio.Semaphore(threads)
-        # A slot is held for each call, so as many threads as slots in use are enough.
+        # Each call has a slot, so there need be no more threads than slots in use.
         self._jobs: SimpleQueue[_Job[object] | None] = SimpleQueue()
         self._token: TrioToken | None = None
         self._started = 0
@@ -117,15 +117,15 @@ class ThreadRunner:
         """Return the result of ``fn(*args)``, called in a thread.
 
         Args:
-          timeout: seconds for the whole call, waiting for a thread included. After it a running
-            thread is left behind and counted.
+          timeout: seconds for the whole call, including the wait for a thread. A thread that is
+            still running then is left behind and counted.
           abandon_on_cancel: what to do when the caller is cancelled while the thread runs: leave
-            the thread behind, too, or wait for its result (at most for the timeout), so that nobody
-            closes what the thread still uses.
+            the thread behind (True), or wait for its result, at most for the timeout (False), so
+            that nobody closes what the thread still uses.
 
         Raises:
-          ThreadTimeout: the call took too long. Whether ``fn`` did its work is unknown, unless the
-            message says that it was not started.
+          ThreadTimeout: the call took too long. ``fn`` may have done its work, unless the message
+            says that it was not started.
           trio.ClosedResourceError: the runner is closed.
           BaseException: what ``fn`` raised.
         """
@@ -138,7 +138,7 @@ class ThreadRunner:
                 await self._slots.acquire()
             if scope.cancelled_caught:
                 raise ThreadTimeout(
-                    f"{self.name}: no thread was free in {timeout} s; not started"
+                    f"{self.name}: no thread was free within {timeout} s; not started"
                 ) from None
         if self._closed:
             self._slots.release()
@@ -158,7 +158,7 @@ class ThreadRunner:
             with trio.CancelScope(deadline=deadline, shield=not abandon_on_cancel) as scope:
                 await trio.lowlevel.wait_task_rescheduled(abort)
             if scope.cancelled_caught:
-                raise ThreadTimeout(f"{self.name}: not back after {timeout} s; thread left behind")
+                raise ThreadTimeout(f"{self.name}: no result after {timeout} s; thread left behind")
         if job.error is not None:
             try:
                 raise job.error
@@ -167,7 +167,7 @@ class ThreadRunner:
         return cast("R", job.result)
 
     def statistics(self) -> ThreadStatistics:
-        """Return what runs and ran."""
+        """Return what is running and what ran."""
         return ThreadStatistics(
             name=self.name,
             threads=self._threads,
@@ -179,7 +179,7 @@ class ThreadRunner:
         )
 
     def close(self) -> None:
-        """Accept no more calls and end the threads when their calls have returned."""
+        """Refuse further calls, and end each thread when its call has returned."""
         if not self._closed:
             self._closed = True
             for _ in range(self._alive):
@@ -223,7 +223,7 @@ class ThreadRunner:
             self._slots.release()
 
     def _finished(self, job: _Job[object]) -> None:
-        """Take a job back; on Trio's thread, so that nothing here races."""
+        """Finish a job. Runs on Trio's thread, so that nothing here races."""
         if not job.abandoned:
             self._running -= 1
             self._slots.release()
@@ -232,19 +232,19 @@ class ThreadRunner:
         self._left_behind -= 1
         if job.keeps_slot:
             self._slots.release()
-        # The thread that was given up waits for work again, and there may be one in its place.
+        # The abandoned thread waits for work again, and another may have replaced it.
         if self._closed or self._alive >= self._threads:
             self._jobs.put(None)
         else:
             self._alive += 1
 
     def _serve(self, token: TrioToken) -> None:
-        """What a thread does: jobs, until it is told to end or Trio has ended."""
-        _tell_system(self.name)
+        """Run jobs until the runner is closed or Trio has ended; the threads' main function."""
+        _set_system_name(self.name)
         while (job := self._jobs.get()) is not None:
             try:
                 job.result = job.fn()
-            except BaseException as error:  # delivered to the caller, whatever it is
+            except BaseException as error:  # raised in the caller
                 job.error = error
             try:
                 token.run_sync_soon(self._finished, job)
@@ -253,8 +253,8 @@ class ThreadRunner:
             del job
 
 
-def _tell_system(name: str) -> None:
-    """Give this thread its name in the system too, so that ``top -H`` shows what uses the CPU.
-    Linux keeps 15 bytes of it; elsewhere, and where /proc may not be written, it has none."""
+def _set_system_name(name: str) -> None:
+    """Set this thread's name in the system, so that ``top -H`` shows what uses the CPU. Linux keeps
+    15 bytes of it. Does nothing on other systems, or if /proc cannot be written."""
     with contextlib.suppress(OSError):
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)

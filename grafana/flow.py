@@ -1,5 +1,5 @@
-"""What flows: panels at a glance, of ingestion and of the pipeline. Thresholds are those of
-``alerts.yaml`` where it has one for the same thing."""
+"""Panels of the overview, ingestion and the pipeline. Thresholds match the alerts in
+``alerts.yaml``."""
 
 from grafana.panel import RATE, RED, YELLOW, Panel, Query, quantiles, rate
 
@@ -17,8 +17,8 @@ GLANCE = (
     ),
     Panel(
         "Refused",
-        "Part of the spans that overload turned away; clients send them again. Above 1 % "
-        "BetraceOverload fires.",
+        "Fraction of spans refused because of overload; clients retry them. BetraceOverload fires "
+        "above 1 %.",
         "percentunit",
         (Query(f"{_REFUSED} / ({_REFUSED} + {_ACCEPTED} > 0)", "refused"),),
         ((0.001, YELLOW), (0.01, RED)),
@@ -27,7 +27,7 @@ GLANCE = (
     ),
     Panel(
         "Signals",
-        "Breaches raised in the last hour.",
+        "Signals raised in the last hour.",
         "short",
         (Query('sum(increase(betrace_signals_total{$on, kind="raised"}[1h]))', "raised"),),
         kind="stat",
@@ -35,7 +35,7 @@ GLANCE = (
     ),
     Panel(
         "End to end, p99",
-        "From the last span that mattered, or the trace's close, to the signal in the ledger.",
+        "From the deciding span, or the trace's close, to the signal in the ledger.",
         "s",
         (
             Query(
@@ -50,7 +50,7 @@ GLANCE = (
     ),
     Panel(
         "Fullest channel",
-        "The fullest it was between two scrapes. At 90 % of the first channel spans are refused.",
+        "The highest fill between two scrapes. At 90 % of the first channel, spans are refused.",
         "percentunit",
         (Query("max(betrace_seda_queue_peak{$on} / betrace_seda_queue_capacity{$on})", "fullest"),),
         ((0.7, YELLOW), (0.9, RED)),
@@ -60,7 +60,7 @@ GLANCE = (
     ),
     Panel(
         "Breakers not closed",
-        "Breakers that are open, half open or disabled; closed is how they should be.",
+        "Breakers that are open, half open or disabled. Should be 0.",
         "short",
         (Query('sum(1 - betrace_circuit_breaker_state{$on, state="closed"})', "not closed"),),
         ((1, RED),),
@@ -69,7 +69,7 @@ GLANCE = (
     ),
     Panel(
         "Dead letters",
-        "What stages could not process and keep. Should be 0.",
+        "Items that stages could not process; they are kept. Should be 0.",
         "short",
         (Query("sum(betrace_dead_letters{$on})", "dead letters"),),
         ((1, YELLOW), (100, RED)),
@@ -96,18 +96,18 @@ INGESTION = (
     ),
     Panel(
         "Spans refused, by reason",
-        "Estimated spans a second of requests that were not accepted. overloaded and memory: the "
-        "service has more than it can do; quota: a tenant has; the others are faults of requests, "
-        "or the service pauses or drains.",
+        "Estimated spans a second in refused requests. overloaded and memory: the service is "
+        "overloaded; quota: a tenant exceeds its quota; others: invalid requests, or the service "
+        "is paused or draining.",
         "cps",
         (Query(f"{rate('betrace_spans_refused_total', 'reason')} > 0", "{{reason}}"),),
         ((1, RED),),
         stacked=True,
     ),
     Panel(
-        "Spans left out, repeated, replayed",
-        "Rejected: with ids that are none. Repeated: sent twice and counted once. Replayed: read "
-        "back from the span log at the start.",
+        "Spans rejected, repeated, replayed",
+        "Rejected: spans with invalid ids. Repeated: sent twice and counted once. Replayed: read "
+        "from the span log after a start.",
         "cps",
         (
             Query(f"sum(rate(betrace_spans_rejected_total{{$on}}{RATE}))", "rejected"),
@@ -126,8 +126,8 @@ INGESTION = (
     ),
     Panel(
         "Where accepted spans are",
-        "In flight: accepted and not yet in their traces. Dead-lettered: a stage failed on them. "
-        "What was accepted is always evaluated, one of these, or discarded by an operator.",
+        "In flight: accepted, not yet in their traces. Dead-lettered: a stage failed on them. All "
+        "other accepted spans are evaluated, or were discarded by an operator.",
         "short",
         (
             Query("sum(betrace_spans_in_flight{$on})", "in flight"),
@@ -140,8 +140,8 @@ INGESTION = (
 PIPELINE = (
     Panel(
         "Channels: fill",
-        "What is in a channel, being worked on included, as a part of its capacity. A full channel "
-        "makes the stage before it wait; at 90 % of span-ingestion spans are refused.",
+        "Content of a channel, including work in progress, as a fraction of its capacity. A full "
+        "channel blocks the stage before it. At 90 % of span-ingestion, spans are refused.",
         "percentunit",
         (
             Query(
@@ -154,7 +154,7 @@ PIPELINE = (
     ),
     Panel(
         "Channels: peak",
-        "The fullest that a channel was between two scrapes.",
+        "The highest fill of a channel between two scrapes.",
         "percentunit",
         (
             Query(
@@ -167,8 +167,8 @@ PIPELINE = (
     ),
     Panel(
         "Stages: without progress",
-        "How long ago a stage last finished something, while it has input. Above "
-        "pipeline.stall_seconds (30 s) it is reported as stalled.",
+        "Time since a stage with input last finished an item. Above pipeline.stall_seconds (30 s) "
+        "the stage is reported as stalled.",
         "s",
         (
             Query(
@@ -181,8 +181,8 @@ PIPELINE = (
         ((10, YELLOW), (30, RED)),
     ),
     Panel(
-        "Stages: batches done",
-        "Items a second that a stage finished: requests, batches of spans, traces that are due.",
+        "Stages: items done",
+        "Items a second that a stage finished: requests, span batches, or due traces.",
         "ops",
         (
             Query(
@@ -193,7 +193,7 @@ PIPELINE = (
     ),
     Panel(
         "Stages: failures",
-        "Items a second that failed, were given again, or became dead letters. Should be 0.",
+        "Items a second that failed, were redelivered, or became dead letters. Should be 0.",
         "ops",
         (
             Query(
@@ -206,35 +206,35 @@ PIPELINE = (
     ),
     Panel(
         "Stages: time for a batch",
-        "How long a stage works on a batch, what it waits for the next channel included.",
+        "Time that a stage takes for a batch, including waiting for the next channel.",
         "s",
         quantiles("betrace_stage_latency_seconds", "stage"),
         ((1, YELLOW), (5, RED)),
     ),
     Panel(
-        "Time to decide the rules of a batch",
-        "In the thread that evaluates. Above 10 s a batch is given up and becomes a dead letter.",
+        "Time to evaluate the rules of a batch",
+        "Time in the evaluation thread. After 10 s a batch is abandoned and becomes a dead letter.",
         "s",
         quantiles("betrace_rule_evaluation_latency_seconds"),
         ((1, YELLOW), (10, RED)),
     ),
     Panel(
         "End to end",
-        "From the last span that mattered, or the trace's close, to the signal in the ledger.",
+        "From the deciding span, or the trace's close, to the signal in the ledger.",
         "s",
         quantiles("betrace_end_to_end_latency_seconds"),
         ((1, YELLOW), (5, RED)),
     ),
     Panel(
         "Signals, by severity",
-        "Signals a second; retracted are those that later spans proved wrong.",
+        "Signals a second. Retracted: later spans proved them wrong.",
         "cps",
         (Query(f"{rate('betrace_signals_total', 'severity, kind')} > 0", "{{severity}} {{kind}}"),),
         stacked=True,
     ),
     Panel(
         "Open traces",
-        "Traces that may still get spans. Above traces.max_open (1 million) those idle longest are "
+        "Traces that may still get spans. Above traces.max_open (1 million), the longest idle are "
         "closed early.",
         "short",
         (
@@ -246,8 +246,9 @@ PIPELINE = (
     ),
     Panel(
         "Traces closed and reopened",
-        "Traces a second. Reopened: spans came late. Recalled: so late that the trace was read "
-        "from the log. Partial: not all of it could be. For room: more were open than may be.",
+        "Traces a second. Reopened: spans came late. Recalled: spans came so late that the trace "
+        "was read from the log. Partial: not all of it could be read. Closed early: too many "
+        "traces were open.",
         "cps",
         (
             Query(f"sum(rate(betrace_traces_closed_total{{$on}}{RATE}))", "closed"),
@@ -256,7 +257,7 @@ PIPELINE = (
             Query(f"sum(rate(betrace_traces_partial_total{{$on}}{RATE}))", "partial"),
             Query(
                 f"sum(rate(betrace_traces_closed_for_room_total{{$on}}{RATE}))",
-                "closed for room",
+                "closed early",
             ),
         ),
         width=6,
@@ -269,8 +270,8 @@ PIPELINE = (
         width=6,
     ),
     Panel(
-        "Early signals: time won",
-        "How long before their close traces were signalled.",
+        "Early signals: lead time",
+        "How long before the trace closed an early signal was raised.",
         "s",
         quantiles("betrace_early_lead_seconds"),
         width=6,

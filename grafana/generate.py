@@ -1,6 +1,6 @@
-"""``grafana/dashboard.json``, made from the panels with Grafana's own builders.
+"""Generates ``grafana/dashboard.json`` from the panels, with Grafana's builders.
 
-``python -m grafana.generate`` (``make grafana``) writes it; a test compares it with what is there.
+``python -m grafana.generate`` (``make grafana``) writes the file; a test checks that it is current.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Builder = series.Panel | stat.Panel | statetimeline.Panel
 
 
 def build() -> dashboard.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     board = (
         dashboard.Dashboard("BeTrace")
         .uid(UID)
-        .description("Ingestion, pipeline, storage, breakers, caches and the process of BeTrace.")
+        .description("BeTrace: ingestion, pipeline, storage, breakers, caches, tenants, process.")
         .tags(["betrace", "tracing"])
         .timezone("browser")
         .refresh("30s")
@@ -145,7 +145,7 @@ _BUILDERS: dict[str, Callable[[Panel], Builder]] = {
 
 
 def text() -> str:
-    """The text of ``dashboard.json``."""
+    """Return the text of ``dashboard.json``."""
     return JSONEncoder(sort_keys=True, indent=2).encode(build().build()) + "\n"
 
 

@@ -1,5 +1,5 @@
-"""How panels are written down. In queries ``$on`` stands for the selectors of the job and the
-instances that are chosen."""
+"""Declarations of panels. In queries, ``$on`` stands for the selectors of the chosen job and
+instances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Steps = tuple[tuple[float, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """PromQL, and how its series are called."""
+    """PromQL, and the legend of its series."""
 
     expr: str
     legend: str = "{{instance}}"
@@ -22,8 +22,8 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A panel. ``unit`` is one of Grafana's unit ids; ``thresholds`` are (from, colour) upwards of
-    ``base``; ``width`` is in 24ths of the page."""
+    """A panel. ``unit`` is one of Grafana's unit ids; ``thresholds`` are pairs of a minimum and a
+    colour, above ``base``; ``width`` is in 24ths of the page."""
 
     title: str
     description: str
@@ -37,11 +37,11 @@ class Panel:
     least: float | None = 0
     most: float | None = None
     states: tuple[tuple[str, str], ...] = ()
-    """Of ``states``: the name and colour of the values 0, 1, …"""
+    """With the kind ``states``: the name and colour of the values 0, 1, …"""
 
 
 def quantiles(metric: str, by: str = "") -> tuple[Query, ...]:
-    """The median and the 99th percentile of a histogram, by another label than the instance."""
+    """Return the median and 99th percentile of a histogram, by instance and optionally ``by``."""
     labels = f"instance, {by}, le" if by else "instance, le"
     legend = f"{{{{{by}}}}}" if by else "{{instance}}"
     buckets = f"sum by ({labels}) (rate({metric}_bucket{{$on}}{RATE}))"
@@ -52,5 +52,5 @@ def quantiles(metric: str, by: str = "") -> tuple[Query, ...]:
 
 
 def rate(metric: str, by: str, selector: str = "$on") -> str:
-    """What a counter gains in a second, by label."""
+    """Return the rate of a counter a second, by label."""
     return f"sum by (instance, {by}) (rate({metric}{{{selector}}}{RATE}))"

@@ -1,33 +1,33 @@
-"""What it flows through: panels of storage, breakers, caches, tenants and the process. Thresholds
-are those of ``alerts.yaml`` where it has one for the same thing."""
+"""Panels of storage, breakers, caches, tenants and the process. Thresholds match the alerts in
+``alerts.yaml``."""
 
 from grafana.panel import GREEN, RATE, RED, YELLOW, Panel, Query, quantiles, rate
 
 STORAGE = (
     Panel(
         "Span log: written",
-        "Bytes a second that go to the span log, as they came: compressed or not.",
+        "Bytes a second written to the span log, compressed or not, as received.",
         "Bps",
         (Query(f"sum by (instance) (rate(betrace_span_log_bytes_total{{$on}}{RATE}))"),),
     ),
     Panel(
         "Span log: last sync",
-        "How long the disk took. With log.ack = synced clients wait for it. Above 0.5 s "
-        "BetraceLogSyncSlow fires.",
+        "Duration of the last sync. With log.ack = synced, clients wait for it. BetraceLogSyncSlow "
+        "fires above 0.5 s.",
         "s",
         (Query("betrace_span_log_sync_seconds{$on}"),),
         ((0.1, YELLOW), (0.5, RED)),
     ),
     Panel(
-        "Span log: not yet safe",
-        "Bytes that the death of the machine, not of the process, would lose.",
+        "Span log: not yet synced",
+        "Bytes that would be lost if the machine, not just the process, crashed.",
         "bytes",
         (Query("betrace_span_log_unsynced_bytes{$on}"),),
     ),
     Panel(
-        "What the disk failed",
-        "Syncs of the span log, checkpoints that could not be written, and dead letters that had "
-        "to be moved to files, in the last hour. Should be 0.",
+        "Disk failures",
+        "Failed syncs of the span log, failed checkpoints, and dead letters moved to files, in the "
+        "last hour. Should be 0.",
         "short",
         (
             Query("sum(increase(betrace_span_log_sync_failures_total{$on}[1h]))", "syncs"),
@@ -41,14 +41,14 @@ STORAGE = (
     ),
     Panel(
         "Ledger: time to record a batch of signals",
-        "Above 5 s a call is given up and counts as failed for the breaker.",
+        "After 5 s a call is abandoned and counts as failed for the breaker.",
         "s",
         quantiles("betrace_ledger_write_latency_seconds", "ledger"),
         ((1, YELLOW), (5, RED)),
     ),
     Panel(
         "DuckDB: time to write a batch",
-        "Above 5 s a call is given up and counts as failed for the breaker.",
+        "After 5 s a call is abandoned and counts as failed for the breaker.",
         "s",
         quantiles("betrace_duckdb_insert_latency_seconds"),
         ((1, YELLOW), (5, RED)),
@@ -61,23 +61,23 @@ STORAGE = (
     ),
     Panel(
         "Waiting in fallbacks",
-        "Records in local files until their store takes them again. After 10 minutes "
-        "BetraceFallbackPending fires.",
+        "Records in local files, waiting for their store. BetraceFallbackPending fires after 10 "
+        "minutes.",
         "short",
         (Query("betrace_fallback_pending{$on}", "{{instance}} {{store}}"),),
         ((1, YELLOW), (100_000, RED)),
     ),
     Panel(
         "Fallbacks: time to write",
-        "What a store did not take goes to local files, the disk's sync included. Without data "
-        "while all stores are well.",
+        "Time to write records that a store refused to local files, including the sync. No data "
+        "while all stores work.",
         "s",
         quantiles("betrace_fallback_write_latency_seconds", "store"),
         ((0.1, YELLOW), (0.5, RED)),
     ),
     Panel(
         "Dead letters",
-        "What stages could not process, by stage. Should be 0, and must not grow.",
+        "Items that could not be processed, by stage. Should be 0, and must not grow.",
         "short",
         (Query("betrace_dead_letters{$on}", "{{instance}} {{stage}}"),),
         ((1, YELLOW), (100, RED)),
@@ -85,8 +85,8 @@ STORAGE = (
     ),
     Panel(
         "Checkpoint: age",
-        "A restart reads what came since from the span log. Above 5 minutes BetraceCheckpointOld "
-        "fires.",
+        "A restart reads everything since then from the span log. BetraceCheckpointOld fires above "
+        "5 minutes.",
         "s",
         (
             Query(
@@ -99,14 +99,14 @@ STORAGE = (
     ),
     Panel(
         "Checkpoint: size",
-        "Of the last checkpoint that was written; it grows with the open traces.",
+        "Size of the last checkpoint; it grows with the number of open traces.",
         "bytes",
         (Query("betrace_checkpoint_bytes{$on}"),),
         width=6,
     ),
     Panel(
         "Disk: free",
-        "Of the file system of the data directory. Below 5 % BetraceDiskFull fires.",
+        "Free space in the data directory's file system. BetraceDiskFull fires below 5 %.",
         "percentunit",
         (
             Query(
@@ -125,8 +125,8 @@ _STATE = "betrace_circuit_breaker_state{$on, state="
 BREAKERS = (
     Panel(
         "State",
-        "Open: what it protects failed too often and is left alone. Half open: trial calls decide. "
-        "Forced open and disabled are an operator's doing.",
+        "Open: calls failed too often and are refused. Half open: trial calls decide. Forced open "
+        "and disabled: set by an operator.",
         "short",
         (
             Query(
@@ -147,9 +147,9 @@ BREAKERS = (
         ),
     ),
     Panel(
-        "Calls that did not go well",
-        "Calls a second that failed, took too long, were slow, cancelled, or were not made since "
-        "the breaker is open.",
+        "Unsuccessful calls",
+        "Calls a second that failed, timed out, were slow, were cancelled, or were refused because "
+        "the breaker was open.",
         "ops",
         (
             Query(
@@ -179,8 +179,8 @@ BREAKERS = (
 CACHES = (
     Panel(
         "Hit rate",
-        "Part of the look-ups that were answered from the cache. Below 80 % for rules, 90 % for "
-        "public keys or 70 % for traces BetraceCacheHitRateLow fires.",
+        "Fraction of look-ups answered from the cache. BetraceCacheHitRateLow fires below 80 % for "
+        "rules, 90 % for public keys and 70 % for traces.",
         "percentunit",
         (
             Query(
@@ -203,7 +203,7 @@ CACHES = (
     ),
     Panel(
         "Hit rate since the start",
-        "Part of all look-ups since the service started.",
+        "Fraction of hits since the service started.",
         "percentunit",
         (Query("betrace_cache_hit_ratio{$on}", "{{instance}} {{cache}}"),),
         ((0.7, YELLOW), (0.8, GREEN)),
@@ -211,8 +211,8 @@ CACHES = (
         most=1,
     ),
     Panel(
-        "Time of a load",
-        "What a miss costs: the mean time of the loads, those of warm-up included.",
+        "Load time",
+        "The cost of a miss: mean time to load an entry, including the warm-up.",
         "s",
         (
             Query(
@@ -228,7 +228,7 @@ CACHES = (
     ),
     Panel(
         "Evictions",
-        "Entries a second that left for room or age.",
+        "Entries a second removed because of capacity or age.",
         "ops",
         (Query(rate("betrace_cache_evictions_total", "cache"), "{{instance}} {{cache}}"),),
         width=12,
@@ -243,16 +243,16 @@ TENANTS = (
         (Query("betrace_active_tenants{$on}"),),
     ),
     Panel(
-        "Open traces for a tenant",
-        "The mean. What each tenant has is asked of the HTTP interface: metrics have no label for "
-        "tenants, of which there may be any number.",
+        "Open traces per tenant",
+        "Mean over active tenants. For a single tenant, use the HTTP API: metrics have no tenant "
+        "label because the number of tenants is unlimited.",
         "short",
         (Query("betrace_open_traces{$on} / (betrace_active_tenants{$on} > 0)"),),
     ),
     Panel(
-        "Refused for a tenant's sake",
-        "Requests a second over a tenant's quota, without a valid token, or with a name that is "
-        "none.",
+        "Requests refused by tenant checks",
+        "Requests a second over a tenant's quota, without a valid token, or with an invalid tenant "
+        "name.",
         "reqps",
         (
             Query(
@@ -271,7 +271,7 @@ TENANTS = (
 PROCESS = (
     Panel(
         "Memory",
-        "Resident memory, and what of it open and recently closed traces take.",
+        "Resident memory, and the part used by open and recently closed traces.",
         "bytes",
         (
             Query("process_resident_memory_bytes{$on}", "{{instance}} resident"),
@@ -280,13 +280,13 @@ PROCESS = (
     ),
     Panel(
         "CPU",
-        "Cores in use. Kernels run without the interpreter's lock, so more than one is possible.",
+        "Cores in use. It can exceed 1 because kernels run without the interpreter's lock.",
         "short",
         (Query(f"rate(process_cpu_seconds_total{{$on}}{RATE})"),),
     ),
     Panel(
         "Open files",
-        "Files and connections, as a part of what the process may have.",
+        "Open files and connections, as a fraction of the process's limit.",
         "percentunit",
         (Query("process_open_fds{$on} / process_max_fds{$on}"),),
         ((0.7, YELLOW), (0.9, RED)),
@@ -294,14 +294,14 @@ PROCESS = (
     ),
     Panel(
         "Garbage collections",
-        "Collections a second, by generation; those of generation 2 look at everything.",
+        "Collections a second, by generation; generation 2 scans all objects.",
         "ops",
         (Query(rate("python_gc_collections_total", "generation"), "generation {{generation}}"),),
         width=12,
     ),
     Panel(
-        "Up for",
-        "Since the start of the service. Three starts within half an hour fire BetraceRestarting.",
+        "Uptime",
+        "Time since the service started. BetraceRestarting fires after three starts in 30 minutes.",
         "s",
         (Query("time() - betrace_start_time_seconds{$on}"),),
         width=12,

@@ -1,1 +1,1 @@
-"""Load tests, benchmarks and curves, each run by command: ``python -m perf.NAME --help``."""
+"""Load tests, benchmarks and curves. Run each with ``python -m perf.NAME``; see ``--help``."""

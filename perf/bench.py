@@ -1,7 +1,7 @@
-"""Micro-benchmarks of the critical paths: ingestion, evaluation, ledger, DuckDB, caches; and the
-latency from a span to its signal while the service is under load.
+"""Micro-benchmarks of the critical paths, and the latency from a span to its signal under load.
 
-``python -m perf.bench`` runs each three times to warm up and five times to measure.
+The paths are ingestion, evaluation, ledger, DuckDB and caches. ``python -m perf.bench`` runs each
+benchmark three times to warm up and five times to measure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Reply, Request
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.signals import Kind, rule_version, signal_id
@@ -41,6 +40,7 @@ from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from perf.lib.bench_caches import caches
 from perf.lib.bench_ledger import COUNTS, MISSING, ledger
 from perf.lib.engine import TENANT, compiled
@@ -57,7 +57,7 @@ from perf.lib.rounds import (
 from perf.lib.rows import SECOND, closed_traces, make_signals
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.lib.workload import Shape, make_bodies, rule_definitions
-from perf.report import output as report
+from perf.report import output
 
 WINDOW = 10  # spans a batch when a trace is streamed
 
@@ -68,7 +68,7 @@ Json = dict[str, Any]
 
 
 def ingestion(directory: Path) -> dict[str, Json]:
-    """The span-ingestion stage for one request: decode, validate, append to the log; and the
+    """Measure the span-ingestion stage for one request (decode, validate, append to the log), and
     decoding alone."""
     found = {}
     for spans in (1, 100, 1000):
@@ -122,7 +122,7 @@ async def _stage(directory: Path, spans: int, bodies: Sequence[bytes]) -> Json:
 
 
 async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> float:
-    """Calls of the span-ingestion stage with all bodies at once; CPU seconds of this process."""
+    """Call the span-ingestion stage with all bodies at once; return CPU seconds of this process."""
     with SpanLog(directory) as log:
         send, receive = _channel()
         threads = ThreadRunner("bench", 1)
@@ -143,7 +143,7 @@ async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> f
 
 
 class _OneTrace:
-    """A trace of some spans, folded whole or in windows, closed and decided."""
+    """Fold a trace whole or in windows, close it and decide it."""
 
     def __init__(self, spans: int, window: int) -> None:
         shape = Shape(spans=spans, spans_per_trace=spans, breaches=1.0)
@@ -183,7 +183,7 @@ class _OneTrace:
 
 
 def evaluation() -> dict[str, Json]:
-    """All spans of a trace against 100 rules: in one batch, and streamed in windows."""
+    """Measure a trace against 100 rules, in one batch and streamed in windows."""
     found = {}
     for spans in (10, 50, 100, 500):
         for name, window in (("batch", spans), (f"streaming by {WINDOW}", WINDOW)):
@@ -201,7 +201,7 @@ def evaluation() -> dict[str, Json]:
 
 
 def duckdb(directory: Path) -> dict[str, Json]:
-    """Signals, and traces of the trace index, written to the query store in one transaction."""
+    """Measure writing signals and traces to the query store in one transaction."""
     found = {}
     first = 0
     with DuckStore(directory / "duck") as store:
@@ -227,7 +227,7 @@ def duckdb(directory: Path) -> dict[str, Json]:
 
 
 def fallback(directory: Path) -> dict[str, Json]:
-    """What the stores would not take, written and synced to local files."""
+    """Measure writing and syncing records to fallback files."""
     files = FallbackFiles(directory / "fallback", 1 << 30)
     found = {}
     for count in (1, 128):
@@ -252,8 +252,8 @@ def _probe(trace: bytes) -> bytes:
 
 
 def end_to_end(rate: float, probes: int, warm_up: float) -> Json:
-    """From sending the last span that a rule needs until its signal is in the ledger, and until the
-    API shows it, at a constant load; milliseconds."""
+    """Measure the milliseconds from sending the last span that a rule needs until its signal is in
+    the ledger, and until the API shows it, at a constant load."""
     with service() as target:
         seconds = str(probes * 0.75 + warm_up)
         options = ["--url", f"{target.ingest}/v1/traces", "--rate", str(rate), "--spans", "100"]
@@ -313,7 +313,7 @@ def _send_probe(target: Service, number: int) -> tuple[float, float, float]:
         _not_for_ever(began)
         time.sleep(0.02)
     shown = time.perf_counter() - began
-    time.sleep(0.05 + 0.01 * (number % 7))  # so that probes do not keep step with the batches
+    time.sleep(0.05 + 0.01 * (number % 7))  # so that probes are not synchronised with the batches
     return answered, recorded, shown
 
 
@@ -328,17 +328,17 @@ def _not_for_ever(began: float) -> None:
 def show(facts: Json, found: Json) -> str:
     """The report as text."""
     lines = [
-        f"Benchmarks. {report.describe(facts)}.",
+        f"Benchmarks. {output.describe(facts)}.",
         f"{WARM_UP} rounds of warm-up, {ROUNDS} measured of {ROUND_SECONDS} s; median "
-        "(least–greatest) of the rounds' means. Spans of the load test (about 415 bytes and 9 "
-        "attributes, protobuf, one in ten of interest), 100 rules, ack = written; no load beside.",
+        "(min–max) of the rounds' means. Spans of the load test (about 415 bytes and 9 attributes, "
+        "protobuf, one in ten matches a rule), 100 rules, ack = written, no other load.",
     ]
     for group, item in (
         ("ingestion", "spans"),
         ("evaluation", "spans"),
         ("ledger", "signals"),
         ("duckdb", "rows"),
-        ("caches", "lookups"),
+        ("caches", "look-ups"),
         ("fallback", "signals"),
     ):
         if group not in found:
@@ -346,15 +346,15 @@ def show(facts: Json, found: Json) -> str:
         rows: list[tuple[str, ...]] = [
             (
                 name,
-                report.shown(r["wall_us"], 1),
-                report.shown(r["cpu_us"], 1),
+                output.shown(r["wall_us"], 1),
+                output.shown(r["cpu_us"], 1),
                 f"{r['p99_us']:,.1f}",
                 f"{r['items_per_second']:,}",
             )
             for name, r in found[group].items()
         ]
         head = [group, "µs a call", "CPU, µs a call", "p99, µs", f"{item}/s"]
-        lines += ["", report.table(head, rows)]
+        lines += ["", output.table(head, rows)]
         if group == "ledger" and f"tigerbeetle {COUNTS[0]}" not in found[group]:
             lines += ["", f"TigerBeetle not measured: {MISSING}."]
     if "end_to_end" in found:
@@ -368,8 +368,8 @@ def show(facts: Json, found: Json) -> str:
                 ("signal in GET /api/v1/signals", "api_ms"),
             )
         ]
-        title = f"after its span was sent, ms, at {e['sent_per_second']:,} spans/s"
-        lines += ["", report.table([title, *keys], rows), "", f"{e['probes']} probes."]
+        title = f"time after sending its span, ms, at {e['sent_per_second']:,} spans/s"
+        lines += ["", output.table([title, *keys], rows), "", f"{e['probes']} probes."]
     return "\n".join(lines)
 
 
@@ -377,11 +377,11 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     groups = ["ingestion", "evaluation", "ledger", "duckdb", "caches", "fallback", "end_to_end"]
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
-    parser.add_argument("--rate", type=float, default=20_000, help="spans/s beside the probes")
+    parser.add_argument("--rate", type=float, default=20_000, help="spans/s during the probes")
     parser.add_argument("--probes", type=int, default=40)
-    parser.add_argument("--warm-up", type=float, default=2, help="seconds of load before them")
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds before the probes")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     found: Json = {}
     with (
         short_pauses(),  # as in the service
@@ -403,7 +403,7 @@ def main(given: list[str] | None = None) -> None:
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text = show(facts, found)
     print(text)
-    report.say_saved("bench", {"machine": facts, **found}, text)
+    output.say_saved("bench", {"machine": facts, **found}, text)
 
 
 if __name__ == "__main__":

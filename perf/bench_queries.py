@@ -1,8 +1,7 @@
 """The API's queries on a large tenant: ten million traces and half a million signals.
 
-``python -m perf.bench_queries`` writes the rows through the store's own writer into a temporary
-directory (about 1 GB), asks each question cold once and then several times, and writes
-perf/out/queries.json.
+``python -m perf.bench_queries`` writes the rows with the store's writer to a temporary directory
+(about 1 GB), runs each query once cold and then several times, and writes perf/out/queries.json.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
+from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.duck.search import TraceFilter
 from betrace.service.storage.duck.store import DuckStore
 from perf.lib.rows import make_signals, trace_of
-from perf.report import output as report
+from perf.report import output
 
 TENANT = "shop"
 SECOND = 10**9
 START = 1_790_000_000 * SECOND
-STEP = 60_000_000  # nanoseconds between traces: ten million are a week
+STEP = 60_000_000  # nanoseconds between traces: ten million span a week
 BATCH = 100_000
 MOST_MS = 100.0  # for a page of signals or traces
 
@@ -35,7 +36,7 @@ Question = Callable[[], object]
 
 
 def rows(first: int, count: int, random: np.random.Generator, every: int = 0) -> Json:
-    """Columns of closed traces: random ids, times that go on, few services and names. One in
+    """Return columns of closed traces: random ids, increasing times, few services and names. One in
     ``every`` has a signal."""
     at = START + np.arange(first, first + count) * STEP
     ids = random.integers(-(2**63), 2**63 - 1, (count, 2))
@@ -72,7 +73,7 @@ def rows(first: int, count: int, random: np.random.Generator, every: int = 0) ->
 
 
 def fill(store: DuckStore, traces: int, signals: int) -> Json:
-    """Write the rows, the traces first; how many a second."""
+    """Write the rows, traces first; return rows a second."""
     random = np.random.default_rng(7)
     spent_traces = spent_signals = 0.0
     for first in range(0, traces, BATCH):
@@ -93,22 +94,22 @@ def fill(store: DuckStore, traces: int, signals: int) -> Json:
 
 
 def ask(question: Question, repeats: int) -> Json:
-    """Milliseconds of the first time and of the others."""
+    """Return the milliseconds of the first run and of the others."""
     taken = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         question()
         taken.append((time.perf_counter() - began) * 1e3)
-    return {"first_ms": round(taken[0], 1), "ms": report.spread(taken[1:], 2)}
+    return {"first_ms": round(taken[0], 1), "ms": output.spread(taken[1:], 2)}
 
 
 def questions(store: DuckStore, traces: int) -> dict[str, Question]:
-    """What the API and the stages ask."""
+    """Return the queries of the API and the stages."""
     page, following, _ = store.traces(TENANT, limit=100)
     middle = START + traces // 2 * STEP
-    _, deep, _ = store.traces(TENANT, limit=100, until=middle)
+    _, deep, _ = store.traces(TENANT, TraceFilter(until=middle), limit=100)
     found, after = store.signals(TENANT, limit=100)
-    ids = [row.trace_id for row in store.traces(TENANT, limit=100, until=middle)[0]]
+    ids = [row.trace_id for row in store.traces(TENANT, TraceFilter(until=middle), limit=100)[0]]
     one = found[0].signal
     times = [each.signal.detected_at for each in found]
     day = 86_400 * SECOND
@@ -117,30 +118,36 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
         "traces, next page": lambda: store.traces(TENANT, limit=100, cursor=following),
         "traces, page from the middle": lambda: store.traces(TENANT, limit=100, cursor=deep),
         "traces, page of 1000": lambda: store.traces(TENANT, limit=1000),
-        "traces of a service": lambda: store.traces(TENANT, service="service-7"),
-        "traces of a rare root name": lambda: store.traces(TENANT, name="GET /api/199"),
-        "traces of a root name there is not": lambda: store.traces(TENANT, name="none"),
+        "traces of a service": lambda: store.traces(TENANT, TraceFilter(service="service-7")),
+        "traces of a rare root name": lambda: store.traces(
+            TENANT, TraceFilter(name="GET /api/199")
+        ),
+        "traces of a root name there is not": lambda: store.traces(
+            TENANT, TraceFilter(name="none")
+        ),
         "traces of an hour, of a service": lambda: store.traces(
-            TENANT, service="service-7", since=middle, until=middle + 3600 * SECOND
+            TENANT, TraceFilter(service="service-7", since=middle, until=middle + 3600 * SECOND)
         ),
-        "traces longer than 6 s": lambda: store.traces(TENANT, min_duration=6 * SECOND),
-        "traces with a signal": lambda: store.traces(TENANT, has_signal=True),
+        "traces longer than 6 s": lambda: store.traces(
+            TENANT, TraceFilter(min_duration=6 * SECOND)
+        ),
+        "traces with a signal": lambda: store.traces(TENANT, TraceFilter(has_signal=True)),
         "traces with a signal, next page": lambda: store.traces(
-            TENANT, has_signal=True, cursor=following
+            TENANT, TraceFilter(has_signal=True), cursor=following
         ),
-        "traces without a signal": lambda: store.traces(TENANT, has_signal=False),
+        "traces without a signal": lambda: store.traces(TENANT, TraceFilter(has_signal=False)),
         "traces of a service, with a signal": lambda: store.traces(
-            TENANT, service="service-7", has_signal=True
+            TENANT, TraceFilter(service="service-7", has_signal=True)
         ),
         "one trace": lambda: store.trace(TENANT, page[50].trace_id),
         "100 traces by id": lambda: store.find_traces(TENANT, ids),
-        "a trace there is not": lambda: store.trace(TENANT, "ab" * 16),
+        "an unknown trace": lambda: store.trace(TENANT, "ab" * 16),
         "signals, first page of 100": lambda: store.signals(TENANT, limit=100),
         "signals, next page": lambda: store.signals(TENANT, limit=100, cursor=after),
-        "signals of a rule": lambda: store.signals(TENANT, rule=one.rule_id),
-        "signals of a trace": lambda: store.signals(TENANT, trace_id=one.trace_id),
+        "signals of a rule": lambda: store.signals(TENANT, SignalFilter(rule=one.rule_id)),
+        "signals of a trace": lambda: store.signals(TENANT, SignalFilter(trace_id=one.trace_id)),
         "one signal": lambda: store.signal(TENANT, one.id),
-        "summary of a day by the hour": lambda: store.summary(
+        "summary of a day by hour": lambda: store.summary(
             TENANT, max(times) - day, max(times) + 1, 3600 * SECOND
         ),
         "summary of everything": lambda: store.summary(TENANT, 0, 2**63 - 1, 2**63 - 1),
@@ -151,17 +158,17 @@ def questions(store: DuckStore, traces: int) -> dict[str, Question]:
 def show(values: Json) -> str:
     """The report as text."""
     rows = [
-        (name, f"{answer['first_ms']:,.1f}", report.shown(answer["ms"], 1))
+        (name, f"{answer['first_ms']:,.1f}", output.shown(answer["ms"], 1))
         for name, answer in values["answers"].items()
     ]
     written = ", ".join(f"{name} {value:,}" for name, value in values["written"].items())
     return "\n".join(
         [
-            f"Queries. {report.describe(values['machine'])}.",
+            f"Queries. {output.describe(values['machine'])}.",
             f"One tenant with {values['traces']:,} traces and {values['signals']:,} signals, "
             f"{values['file_mb']:,} MB; memory grew by {values['rss_growth_mb']} MB.",
             "",
-            report.table(["", "first, ms", "then, ms"], rows),
+            output.table(["", "first, ms", "then, ms"], rows),
             "",
             f"Writing: {written}.",
         ]
@@ -174,7 +181,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--signals", type=int, default=500_000)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
@@ -223,7 +230,7 @@ def main(given: list[str] | None = None) -> None:
     }
     text = show(values)
     print(text)
-    report.say_saved("queries", values, text)
+    output.say_saved("queries", values, text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Hit rates of the three caches while a service is used: ``python -m perf.cachehits``.
+"""Hit rates of the three caches under realistic use: ``python -m perf.cachehits``.
 
-Authentication is on. Each tenant's exporters send traces, with tokens that they renew; users open
-the signals of their tenant, then the trace of one, the next, and come back; rules are edited; some
-spans come late. The warm-up runs as in operation. Prints the rates against their floors
-(requirement D).
+Authentication is on. Each tenant's exporters send traces with tokens that they renew. Users list
+their tenant's signals, open some traces, and come back to them. Rules are edited, and some spans
+arrive late. The warm-up runs as in production. Prints the rates beside their floors.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.service.tenancy.tokens import make_token, public_pem
 from perf.generator import tenant_name
 from perf.lib.target import service
-from perf.report import output as report
+from perf.report import output
 
 FLOORS = {"ruleContainers": 0.8, "publicKeys": 0.9, "traceMetadata": 0.7}
-EXPORTERS = 3  # of each tenant, each with a token of its own
+EXPORTERS = 3  # of each tenant, each with its own token
 TOKEN_SECONDS = 20.0  # after which an exporter renews it
 SEND_SECONDS = 3.0  # between two requests of an exporter
 THINK_SECONDS = 1.0  # of a user between two clicks
 EDIT_SECONDS = 2.0  # between two edits of rules, of all tenants
-BREACHES, LATE = 0.2, 0.05  # parts of the traces
+BREACHES, LATE = 0.2, 0.05  # fractions of the traces
 
 Json = dict[str, Any]
 
@@ -51,7 +50,7 @@ class Load:
         self._client = httpx.AsyncClient(timeout=60, limits=limits, trust_env=False)
 
     async def run(self, tenants: int, users: int) -> Json:
-        """The statistics of the caches afterwards, by name."""
+        """Return the statistics of the caches at the end, by name."""
         async with self._client:
             for name in map(tenant_name, range(tenants)):
                 await self._create(name)
@@ -90,7 +89,7 @@ class Load:
         return {"authorization": f"Bearer {token}"}
 
     async def _export(self, tenant: str) -> None:
-        """An exporter until it renews its token."""
+        """Act as an exporter until it renews its token."""
         headers = {**self._token(tenant), "content-type": "application/x-protobuf"}
         end = trio.current_time() + TOKEN_SECONDS * random.uniform(0.5, 1.5)
         late = b""
@@ -104,7 +103,7 @@ class Load:
             await trio.sleep(SEND_SECONDS * random.uniform(0.5, 1.5))
 
     async def _use(self, tenant: str) -> None:
-        """A user who looks at a list of signals and at the traces of some, some twice."""
+        """Act as a user who lists signals and opens some traces, some of them twice."""
         headers = self._token(tenant)
         listed = await self._get("/api/v1/signals?limit=20", headers)
         signals = [each["trace_id"] for each in listed.get("signals", [])] if listed else []
@@ -162,11 +161,11 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tenants", type=int, default=200)
     parser.add_argument("--users", type=int, default=40)
-    parser.add_argument("--rules", type=int, default=20, help="of each tenant")
+    parser.add_argument("--rules", type=int, default=20, help="rules of each tenant")
     parser.add_argument("--secs", type=float, default=120)
     parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     operator = secrets.token_hex(16)
     settings = {"auth__enabled": "true", "auth__operator_token": operator}
     settings["traces__idle_seconds"] = str(options.idle)
@@ -185,16 +184,16 @@ def main(given: list[str] | None = None) -> int:
     head = ["cache", "hit rate", "floor", "hits / misses", "loads", ""]
     text = "\n".join(
         [
-            f"Hit rates of the caches. {report.describe(facts)}.",
+            f"Hit rates of the caches. {output.describe(facts)}.",
             f"{options.tenants} tenants with {options.rules} rules, {options.users} users, "
-            f"{options.secs:g} s from the start of the service on: {done}.",
+            f"the first {options.secs:g} s after the start of the service: {done}.",
             "",
-            report.table(head, rows),
+            output.table(head, rows),
         ]
     )
     print(text)
     values = {"machine": facts, "options": vars(options), "caches": stats, "done": dict(load.done)}
-    report.say_saved("cachehits", values, text)
+    output.say_saved("cachehits", values, text)
     return 0 if all(row[-1] == "reached" for row in rows) else 1
 
 

@@ -1,10 +1,10 @@
-"""The curves that must be flat: what a span costs, and what a trace keeps in memory, as traces get
-longer, more are open, rules and tenants get more.
+"""Curves that must be flat: the cost of a span, and the memory of a trace, as the length of traces
+and the number of open traces, rules and tenants grow.
 
 ``python -m perf.curves`` measures each point against a reference in the same run: traces of ten
-spans, a thousand open, a hundred rules, one tenant. The engine's curves run in this process
-without HTTP; that of tenants runs the whole service over HTTP at an equal total rate. It draws
-docs/perf/*.svg.
+spans, a thousand open traces, a hundred rules, one tenant. The engine's curves run in this process
+without HTTP. The tenants' curve runs the whole service over HTTP at an equal total rate. The
+program draws docs/perf/*.svg.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from perf.lib.engine import (
     interleaved,
     one_after_another,
 )
-from perf.report import output as report
+from perf.report import output
 from perf.report.charts import Series, chart
 
-GROUP = 20  # batches between closings of the reference: a thousand traces of ten spans
-BATCHES = 200  # at least, a measurement
+GROUP = 20  # batches between closings in the reference: a thousand traces of ten spans
+BATCHES = 200  # minimum of a measurement
 FLAT = (0.8, 1.2)
-MOST_WINDOW_BYTES = 1_000_000  # requirement C
+MOST_WINDOW_BYTES = 1_000_000  # the floor for one open trace
 
 Json = dict[str, Any]
 Batches = Iterator[tuple[Numbers, "np.ndarray[Any, np.dtype[np.bool_]]"]]
 
 
 class _Run:
-    """Engines are kept between repeats, so that their arrays have grown before it counts."""
+    """Keeps engines between repeats, so that their arrays have grown before the measurement."""
 
     def __init__(self) -> None:
         self.next_trace = 0
@@ -54,13 +54,13 @@ class _Run:
         self.reference()
 
     def reference(self) -> Cost:
-        """The reference, once."""
+        """Measure the reference once."""
         return self.measure(
             self.reference_engine, lambda first: one_after_another(10, GROUP, first), 5
         )
 
     def measure(self, engine: Engine, batches: Callable[[int], Batches], groups: int) -> Cost:
-        """Fold groups of batches, closing all traces after each; what it cost."""
+        """Fold groups of batches, closing all traces after each; return the cost."""
         engine.cost = Cost()
         gc.collect()
         gc.disable()
@@ -77,7 +77,7 @@ class _Run:
     def point(
         self, engine: Engine, batches: Callable[[int], Batches], groups: int, repeats: int
     ) -> Json:
-        """Repeats of a point, each beside the reference."""
+        """Measure a point repeatedly, each time beside the reference."""
         ratios, folds, costs = [], [], []
         for _ in range(repeats):
             reference = self.reference()
@@ -86,8 +86,8 @@ class _Run:
             folds.append(cost.folding / reference.folding)
             costs.append(cost)
         return {
-            "ratio": report.spread(ratios, 3),
-            "fold_ratio": report.spread(folds, 3),
+            "ratio": output.spread(ratios, 3),
+            "fold_ratio": output.spread(folds, 3),
             "path_us": round(statistics.median(c.path for c in costs) / 1000, 3),
             "fold_us": round(statistics.median(c.folding for c in costs) / 1000, 3),
             "close_us": round(statistics.median(c.close / c.spans for c in costs) / 1000, 3),
@@ -97,7 +97,7 @@ class _Run:
 
 
 def _grow(engine: Engine, batches: Batches) -> Json:
-    """Fold without closing: what the open traces hold."""
+    """Fold without closing, and return the memory of the open traces."""
     empty, rss = engine.traces.nbytes, psutil.Process().memory_info().rss
     for numbers, first in batches:
         engine.fold(numbers, first)
@@ -114,7 +114,7 @@ def _grow(engine: Engine, batches: Batches) -> Json:
 
 
 def trace_length(run: _Run, repeats: int, most: int) -> Json:
-    """Spans a trace, one trace after another in batches of 512."""
+    """Curve over spans a trace; one trace after another in batches of 512."""
     points = []
     for length in (10, 100, 1000, 10_000, 100_000, 1_000_000):
         if length > most:
@@ -137,7 +137,7 @@ def trace_length(run: _Run, repeats: int, most: int) -> Json:
 
 
 def open_traces(run: _Run, repeats: int, most: int) -> Json:
-    """Open traces, whose spans come in random order."""
+    """Curve over open traces, whose spans arrive in random order."""
     points = []
     for count in (1000, 3000, 10_000, 30_000, 100_000):
         if count > most:
@@ -157,7 +157,7 @@ def open_traces(run: _Run, repeats: int, most: int) -> Json:
 
 
 def long_and_many(run: _Run, traces: int, length: int) -> Json:
-    """Long traces at once, their spans interleaved: requirement C's 500 of 10 000."""
+    """Measure many long traces at once with interleaved spans; by default 500 of 10 000 spans."""
     engine = Engine(compiled(100), run.feed)
     rss = psutil.Process().memory_info().rss
     empty = engine.traces.nbytes
@@ -189,7 +189,7 @@ def long_and_many(run: _Run, traces: int, length: int) -> Json:
 
 
 def rules(run: _Run, repeats: int, most: int) -> Json:
-    """Rules of a tenant, one span in ten of interest to one of them."""
+    """Curve over a tenant's rules; one span in ten matches one of them."""
     points = []
     for count in (10, 30, 100, 300, 1000):
         if count > most:
@@ -211,10 +211,13 @@ def rules(run: _Run, repeats: int, most: int) -> Json:
 
 
 def tenants(counts: Sequence[int], rate: float, seconds: float) -> Json:
-    """Tenants at an equal total rate, over HTTP: CPU of the whole service while the load runs. Rows
-    of many tenants wait up to half a minute for company, so CPU until all is stored, which is given
-    beside it, holds that much idling. The first run meets tenants that are new (*cold*), the
-    second, which counts, the same ones."""
+    """Curve over tenants at an equal total rate, over HTTP: CPU of the whole service during the
+    load.
+
+    Rows of many tenants wait up to half a minute to be committed together, so the CPU until
+    everything is stored, also reported, includes that idle time. The first run has new tenants
+    (*cold*); the second, which counts, has the same tenants.
+    """
     points = []
     for count in counts:
         options = load.parse(
@@ -240,7 +243,7 @@ def tenants(counts: Sequence[int], rate: float, seconds: float) -> Json:
         _say("tenants", points[-1])
     least = statistics.mean(p["path_us"] for p in points if p["x"] == counts[0])
     for point in points:
-        point["ratio"] = report.spread([point["path_us"] / least], 3)
+        point["ratio"] = output.spread([point["path_us"] / least], 3)
     return {
         "title": "Tenants at an equal total rate",
         "unit": "tenants",
@@ -255,8 +258,8 @@ def _say(what: str, point: Json) -> None:
 
 
 def draw(curves: Json) -> None:
-    """The pictures of docs/perf."""
-    report.PICTURES.mkdir(parents=True, exist_ok=True)
+    """Draw the pictures in docs/perf."""
+    output.PICTURES.mkdir(parents=True, exist_ok=True)
     for name, curve in curves.items():
         lines = []
         whole = "service over HTTP" if name == "tenants" else "decode, fold, decide, index"
@@ -275,7 +278,7 @@ def draw(curves: Json) -> None:
             lines,
             FLAT,
         )
-        (report.PICTURES / f"{name.replace('_', '-')}.svg").write_text(picture)
+        (output.PICTURES / f"{name.replace('_', '-')}.svg").write_text(picture)
     for name in ("trace_length", "open_traces"):
         if name not in curves:
             continue
@@ -289,21 +292,21 @@ def draw(curves: Json) -> None:
             "kB a trace",
             [Series("arrays of open traces", points)],
         )
-        (report.PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
+        (output.PICTURES / f"{name.replace('_', '-')}-memory.svg").write_text(picture)
 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--most-spans", type=int, default=1_000_000, help="of one trace")
+    parser.add_argument("--most-spans", type=int, default=1_000_000, help="spans of a trace")
     parser.add_argument("--most-open", type=int, default=100_000)
     parser.add_argument("--most-rules", type=int, default=1000)
     parser.add_argument("--tenants", type=int, nargs="*", default=[1, 10, 100, 500, 1])
     parser.add_argument("--rate", type=float, default=30_000, help="spans/s for all tenants")
-    parser.add_argument("--secs", type=float, default=8, help="for each number of tenants")
+    parser.add_argument("--secs", type=float, default=8, help="seconds for each number of tenants")
     parser.add_argument("--many", type=int, nargs=2, default=[500, 10_000], help="traces, spans")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     run = _Run()
     curves = {
         "trace_length": trace_length(run, options.repeats, options.most_spans),
@@ -323,7 +326,7 @@ def main(given: list[str] | None = None) -> None:
         "curves": curves,
         "many_long_traces": many,
     }
-    report.save("curves", values)
+    output.save("curves", values)
     draw(curves)
 
 

@@ -1,9 +1,9 @@
-"""Every measurement in sequence, unattended, then perf/REPORT.md.
+"""Runs every measurement in sequence, unattended, then writes perf/REPORT.md.
 
-``python -m perf.everything`` takes 35 minutes on an idle machine of two cores. A step that
-fails or takes too long does not stop the others; they are named at the end, and the exit code is 1.
-``--quick`` tries every step with tiny sizes (a few minutes): its figures mean nothing, and they go
-to a directory of their own. ``--baseline`` accepts the regression gate's figures.
+``python -m perf.everything`` takes an hour on an idle machine with two cores. If a step fails or
+takes too long, the others still run; failed steps are listed at the end, and the exit code is 1.
+``--quick`` tries every step with tiny sizes (a few minutes); its figures are meaningless and go to
+a separate directory. ``--baseline`` accepts the regression gate's figures.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from perf.report import output as report
+from perf.report import output
 
-# name of the step: program, arguments, arguments of --quick, seconds it may take
+# step: program, arguments, arguments with --quick, time limit in seconds
 STEPS: dict[str, tuple[str, str, str, int]] = {
     "load": ("load", "--secs 6 --repeats 2", "--secs 1 --warm-up 1 --repeats 1 --idle 1", 300),
     "load-tenants": (
@@ -55,6 +55,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
         200,
     ),
     "bench": ("bench", "", "--only evaluation fallback end_to_end --probes 2", 400),
+    "beside": ("beside", "--seconds 4 --rounds 2", "--seconds 1 --rounds 1 --rows ^max", 1500),
     "overload": ("overload", "--secs 60", "--secs 3 --calibrate 2", 300),
     "memory": ("memory", "", "--cycles 20", 500),
     "cachehits": ("cachehits", "--secs 60", "--secs 8 --tenants 10 --users 5 --rules 5", 200),
@@ -83,7 +84,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
 
 
 def run(name: str, quick: bool, baseline: bool, environment: dict[str, str]) -> str | None:
-    """One step; why it failed, or None."""
+    """Run a step; return why it failed, or None."""
     program, arguments, tiny, seconds = STEPS[name]
     given = (tiny if quick else arguments).split()
     if name == "regress" and baseline and not quick:
@@ -91,11 +92,11 @@ def run(name: str, quick: bool, baseline: bool, environment: dict[str, str]) -> 
     began = time.monotonic()
     print(f"== {name}: python -m perf.{program} {' '.join(given)}", flush=True)
     command = [sys.executable, "-m", f"perf.{program}", *given]
-    process = subprocess.Popen(command, cwd=report.ROOT, env=environment)
+    process = subprocess.Popen(command, cwd=output.ROOT, env=environment)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # so that it ends the service that it started
+        process.send_signal(signal.SIGINT)  # so that it stops the service that it started
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -104,21 +105,25 @@ def run(name: str, quick: bool, baseline: bool, environment: dict[str, str]) -> 
         return f"took more than {seconds} s"
     print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
     if code and quick and _worked(Path(environment["PERF_OUT"], f"{name}.json")):
-        print("   with tiny sizes it need not reach its floors")
+        print("   floors do not apply to tiny sizes")
         return None
     return f"exit code {code}" if code else None
 
 
 def _worked(figures: Path) -> bool:
-    """Whether a step wrote its figures and its accounts are right."""
+    """Return whether a step wrote its figures and its checks passed."""
     return figures.exists() and not json.loads(figures.read_text()).get("problems")
 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--baseline", action="store_true", help="accept the gate's figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to check that everything works"
+    )
+    parser.add_argument(
+        "--baseline", action="store_true", help="accept the regression gate's figures"
+    )
     options = parser.parse_args(given)
     began = time.monotonic()
     environment = dict(os.environ)
@@ -129,7 +134,7 @@ def main(given: list[str] | None = None) -> None:
         if why := run(name, options.quick, options.baseline, environment):
             failed[name] = why
     summary = [sys.executable, "-m", "perf.summary"]
-    if subprocess.run(summary, cwd=report.ROOT, env=environment).returncode:
+    if subprocess.run(summary, cwd=output.ROOT, env=environment).returncode:
         failed["summary"] = "see above"
     print(
         f"{(time.monotonic() - began) / 60:.1f} min, results in "

@@ -1,9 +1,9 @@
 """A flame graph of the service under load, and its functions by CPU.
 
-``python -m perf.flamegraph`` writes perf/out/flamegraph.svg: py-spy samples the service while the
-generator sends to it; threads that wait are left out. Then it samples once more and prints the
-functions in which most samples lie. Sampling another process needs the right to trace it (root,
-or ptrace_scope 0), and slows it down: the shares count, not the rate.
+``python -m perf.flamegraph`` writes perf/out/flamegraph.svg: py-spy samples the service under load,
+without waiting threads. Then it samples again and prints the functions with the most samples.
+Sampling needs permission to trace another process (root, or ptrace_scope 0), and slows it down:
+read the shares, not the rate.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 from perf.lib import stacks, threads
 from perf.lib.target import GeneratorProcess, Service, service
-from perf.report import output as report
+from perf.report import output
 
 SAMPLES = 200  # a second
-LONGEST = 600  # seconds of load; it ends with the sampling
+LONGEST = 600  # seconds of load at most; it ends with the sampling
 
 Json = dict[str, Any]
 
 
 def sample(target: Service, options: argparse.Namespace, form: str, path: Path) -> None:
-    """Sample the service into a file; ends the program where that is not allowed."""
+    """Sample the service into a file. Exits if that is not permitted."""
     sampler = [str(Path(sys.executable).with_name("py-spy")), "record"]
     sampler += ["--pid", str(target.process.pid), "--duration", str(options.secs)]
     sampler += ["--rate", str(SAMPLES), "--threads", "--format", form, "--output", str(path)]
@@ -39,7 +39,7 @@ def sample(target: Service, options: argparse.Namespace, form: str, path: Path) 
 
 
 def measure(options: argparse.Namespace, picture: Path) -> Json:
-    """Sample twice: the picture, and the functions."""
+    """Sample twice: for the picture, and for the functions."""
     with (
         service(rules=options.rules, tenants=options.tenants) as target,
         tempfile.TemporaryDirectory() as directory,
@@ -87,13 +87,13 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
     )
     return "\n".join(
         [
-            f"Functions. {report.describe(facts)}.",
+            f"Functions. {output.describe(facts)}.",
             f"py-spy, {found['samples']:,} samples in {options.secs} s, at "
-            f"{found['spans_per_second']:,} spans/s while it sampled; {max(1, options.tenants)} "
+            f"{found['spans_per_second']:,} spans/s while sampling; {max(1, options.tenants)} "
             f"tenant{'s' if options.tenants > 1 else ''}. Shares of the service's CPU: each "
-            "thread's from the system, shared among its functions as they were seen. Kernels, "
-            "libraries in C and waits for the GIL count for the function that calls them.",
-            f"Payload: {report.describe_payload(found['payload'])}.",
+            "thread's share is from the system, distributed over its functions by samples. "
+            "Kernels, C libraries and waits for the GIL count for the function that calls them.",
+            f"Payload: {output.describe_payload(found['payload'])}.",
             "",
             f"Threads: {among}.",
             "",
@@ -104,25 +104,25 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spans", type=int, default=100, help="a request")
-    parser.add_argument("--secs", type=int, default=10, help="of each of two samplings")
+    parser.add_argument("--spans", type=int, default=100, help="spans a request")
+    parser.add_argument("--secs", type=int, default=10, help="seconds of each of the two samplings")
     parser.add_argument("--warm-up", type=float, default=3)
-    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: as fast as it goes")
+    parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: maximum rate")
     parser.add_argument("--tenants", type=int, default=0)
-    parser.add_argument("--rules", type=int, default=100, help="of a tenant")
-    parser.add_argument("--gil", action="store_true", help="only samples that hold the GIL")
-    parser.add_argument("--native", action="store_true", help="frames of C as well")
-    parser.add_argument("--name", default="flamegraph", help="of the files in perf/out")
+    parser.add_argument("--rules", type=int, default=100, help="rules of a tenant")
+    parser.add_argument("--gil", action="store_true", help="only samples of threads with the GIL")
+    parser.add_argument("--native", action="store_true", help="include C frames")
+    parser.add_argument("--name", default="flamegraph", help="name of the files in perf/out")
     options = parser.parse_args(given)
-    facts = report.machine()
-    report.OUT.mkdir(exist_ok=True)
-    picture = report.OUT / f"{options.name}.svg"
+    facts = output.machine()
+    output.OUT.mkdir(exist_ok=True)
+    picture = output.OUT / f"{options.name}.svg"
     found = measure(options, picture)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text = show(facts, options, found)
     print(text)
-    report.say_saved(options.name, {"machine": facts, "options": vars(options), **found}, text)
-    print(os.path.relpath(picture, report.ROOT))
+    output.say_saved(options.name, {"machine": facts, "options": vars(options), **found}, text)
+    print(os.path.relpath(picture, output.ROOT))
 
 
 if __name__ == "__main__":

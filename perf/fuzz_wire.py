@@ -1,7 +1,8 @@
-"""Compare the protobuf scanner with the protobuf library on many generated requests.
+"""Compares the protobuf scanner with the protobuf library on many generated requests.
 
-``python -m perf.fuzz_wire --cases 100000 [--first SEED]`` checks each body alone, then in
-company, then as the library writes it. On a difference it prints the case's seed and bytes.
+``python -m perf.fuzz_wire --cases 100000 [--first SEED]`` checks each body alone, then together
+with others, then as the library writes it. If there is a difference, it prints the seed and the
+bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(given: list[str] | None = None) -> None:
     took = time.monotonic() - began
     print(
         f"{options.cases} cases ({size / 1e6:.0f} MB), {accepted} accepted by both, "
-        f"{options.cases - accepted} refused by both, no difference, {took:.0f} s"
+        f"{options.cases - accepted} refused by both, no differences, {took:.0f} s"
     )
 
 

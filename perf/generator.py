@@ -1,10 +1,9 @@
-"""An OTLP/HTTP load generator for this machine's loopback that uses few CPU cycles.
+"""An OTLP/HTTP load generator that uses little CPU. It sends to this machine's loopback only.
 
-Bodies are encoded in advance (:mod:`perf.lib.workload`); for each send only their ids are
-rewritten.
-Connections are kept alive and served by one epoll loop. *Closed loop*: each connection sends as
-soon as it has its answer. *Open loop*: requests are due at a rate, and latency counts from when a
-request was due, so that a server that falls behind cannot hide it.
+Bodies are encoded in advance (:mod:`perf.lib.workload`); only their ids are rewritten for each
+send. One epoll loop serves the connections, which are kept alive. *Closed loop*: each connection
+sends the next request when it has the answer. *Open loop*: requests are due at a rate, and latency
+counts from the due time, so that a server that falls behind cannot hide it.
 
 ``python -m perf.generator --url http://127.0.0.1:4318/v1/traces --secs 10`` prints a line of JSON
 when the measurement begins (``{"event": "begin"}``) and one with the :class:`Result` at its end.
@@ -31,21 +30,21 @@ from urllib.parse import urlsplit
 from perf.lib.workload import Body, Shape, make_bodies
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-OTHER_FILES = 64  # of the generator, beside its connections
+OTHER_FILES = 64  # of the generator, besides its connections
 TENANT_HEADER = "X-Scope-OrgID"
 _RETRY = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
-# What the error mix sends, and the status that must answer it.
+# Kinds of invalid requests, and the expected status.
 WRONG = ("truncated", "garbage", "type", "encoding")
 WRONG_STATUS = {"truncated": 400, "garbage": 400, "type": 415, "encoding": 415}
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How it is sent. ``rate`` is spans/s (0: closed loop); ``tenants`` 0 sends no tenant;
-    ``wrong`` is the fraction of requests that must be refused; times are seconds. A ``slice``
-    above 0 asks for latencies of each such part of the measured seconds too."""
+    """How to send. ``rate`` is in spans/s (0: closed loop). ``tenants`` 0 sends no tenant header.
+    ``wrong`` is the fraction of invalid requests. Times are in seconds. A ``slice`` above 0 adds
+    latencies for each such part of the measured time."""
 
     url: str
     connections: int = 8
@@ -61,7 +60,7 @@ class Load:
 
 @dataclass(slots=True)
 class Result:
-    """What came of it. Counts without ``all_`` are of answers within the measured seconds."""
+    """The result. Counts without ``all_`` are of answers within the measured seconds."""
 
     seconds: float = 0.0
     spans: int = 0
@@ -86,12 +85,12 @@ class Result:
 
     @property
     def failures(self) -> int:
-        """Requests that failed: neither accepted nor refused for load, nor meant to be wrong."""
+        """Requests that failed: neither accepted, nor refused for load, nor invalid on purpose."""
         return sum(self.errors.values())
 
 
 def tenant_name(number: int) -> str:
-    """The name of the tenant of that number."""
+    """Return the name of tenant ``number``."""
     return f"tenant-{number:04d}"
 
 
@@ -105,26 +104,28 @@ class _Connection:
         self.buffer = b""
         self.out: list[memoryview] = []
         self.due = self.since = self.resume = 0.0
-        self.watching = False  # for room to send
+        self.watching = False  # for writability
 
 
 class Generator:
-    """Sends bodies as a :class:`Load` says; :meth:`run` blocks."""
+    """Sends bodies as described by a :class:`Load`; :meth:`run` blocks."""
 
     def __init__(self, load: Load, shape: Shape, bodies: Sequence[Body]) -> None:
         parts = urlsplit(load.url)
         if parts.scheme != "http" or parts.hostname not in LOOPBACK:
-            raise ValueError("the load generator sends only to http:// on this machine's loopback")
+            raise ValueError(
+                "the load generator sends only to http:// on this machine's loopback; change --url"
+            )
         if len(bodies) < load.connections:
             raise ValueError(
-                f"{load.connections} connections need as many bodies, each may have one under way; "
-                f"there are {len(bodies)}: give --bodies {load.connections} or more, or 0"
+                f"{load.connections} connections need as many bodies, but there are {len(bodies)}; "
+                f"use --bodies {load.connections} or more, or 0"
             )
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if files != resource.RLIM_INFINITY and load.connections > files - OTHER_FILES:
             raise ValueError(
-                f"{load.connections} connections are more than the {files} files that a process "
-                f"may open here: ulimit -n {load.connections + OTHER_FILES}, or fewer --connections"
+                f"{load.connections} connections exceed the {files} files that a process may open; "
+                f"run ulimit -n {load.connections + OTHER_FILES}, or use fewer --connections"
             )
         self._load = load
         self._address = (parts.hostname, parts.port or 80)
@@ -168,7 +169,7 @@ class Generator:
     def _drop(self, connection: _Connection) -> None:
         if connection.socket is not None:
             self._by_fd.pop(connection.socket.fileno(), None)
-            connection.socket.close()  # which takes it out of the epoll
+            connection.socket.close()  # which removes it from the epoll
             connection.socket = None
 
     def _send(self, connection: _Connection, due: float) -> None:
@@ -193,7 +194,7 @@ class Generator:
             connection.wrong = wrong
             head = self._wrong_heads.get(wrong, head)
             if wrong == "truncated":
-                data = data[:-1]  # anywhere else may be the end of a whole message
+                data = data[:-1]  # any other end may be the end of a complete message
             elif wrong == "garbage":
                 data = b"\x07" * 100
         connection.out = [memoryview(b"%b%d\r\n\r\n" % (head, len(data))), memoryview(data)]
@@ -215,7 +216,7 @@ class Generator:
                 self._epoll.modify(connection.socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
             return
         except OSError as error:
-            self._receive(connection)  # perhaps it answered before it hung up
+            self._receive(connection)  # it may have answered before closing
             if connection.body is not None:
                 self._fail(connection, f"send: {type(error).__name__}")
             return
@@ -238,7 +239,7 @@ class Generator:
             if connection.body is not None:
                 self._fail(connection, "closed before it answered")
             else:
-                self._drop(connection)  # an idle connection; it is opened again when needed
+                self._drop(connection)  # an idle connection; it is reopened when needed
             return
         if connection.body is None:
             return
@@ -309,10 +310,10 @@ class Generator:
         else:
             self._idle.append(connection)
 
-    # All of them
+    # All requests
 
     def run(self, on_begin: Callable[[], None] = lambda: None) -> Result:
-        """Send for the warm-up and the measured seconds, and wait for the last answers.
+        """Send for the warm-up and the measured seconds, then wait for the last answers.
         ``on_begin`` is called when the measurement begins."""
         load = self._load
         start = time.monotonic()
@@ -345,7 +346,7 @@ class Generator:
         self.result.cpu_seconds = time.process_time() - cpu
         if interval:
             self.result.late_requests = max(0, int((self._end - due) / interval))
-        # Answers still out count for what was accepted, not for the measured seconds.
+        # Later answers count as accepted spans, but not for the measured seconds.
         self._idle.clear()
         last = time.monotonic() + load.timeout
         while any(c.body is not None for c in connections) and time.monotonic() < last:
@@ -395,7 +396,7 @@ class Generator:
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Milliseconds; nothing of nothing."""
+    """Return quantiles in milliseconds; empty without values."""
     ordered = sorted(seconds)
     return {
         name: round(1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
@@ -410,11 +411,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spans", type=int, default=512, help="a request")
     parser.add_argument("--spans-per-trace", type=int, default=10)
     parser.add_argument("--attributes", type=int, default=9, help="a span")
-    parser.add_argument("--rules", type=int, default=100, help="that the service has")
+    parser.add_argument(
+        "--rules", type=int, default=100, help="number of rules that the service has"
+    )
     parser.add_argument("--breaches", type=float, default=0.001, help="fraction of traces")
     parser.add_argument("--json", action="store_true", help="OTLP JSON")
     parser.add_argument("--gzip", action="store_true")
-    parser.add_argument("--bodies", type=int, default=0, help="distinct ones; 0 for enough")
+    parser.add_argument(
+        "--bodies", type=int, default=0, help="number of distinct bodies; 0: enough"
+    )
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--secs", type=float, default=10)
     parser.add_argument("--warm-up", type=float, default=2)
@@ -422,8 +427,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tenants", type=int, default=0)
     parser.add_argument("--wrong", type=float, default=0, help="fraction of wrong requests")
     parser.add_argument("--honour-retry-after", action="store_true")
-    parser.add_argument("--slice", type=float, default=0, help="seconds, of latencies by part")
-    parser.add_argument("--wait", action="store_true", help="begin when a line comes on stdin")
+    parser.add_argument(
+        "--slice", type=float, default=0, help="seconds; also report latencies by slice"
+    )
+    parser.add_argument("--wait", action="store_true", help="start when a line arrives on stdin")
     return parser
 
 

@@ -1,8 +1,7 @@
-"""Memory: what tenants, rules and live spans hold, and that creating and deleting leaves nothing.
+"""Memory of tenants, rules and live spans, and whether deleting tenants releases it.
 
-``python -m perf.memory`` creates and deletes tenants in the running service, and measures the
-resident memory of a process of its own for the other cases, after the kernels are loaded
-(requirement F).
+``python -m perf.memory`` creates and deletes tenants in the running service. For the other cases it
+measures the resident memory of a separate process, after the kernels are loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
+from betrace.service.config.stores import DuckDb
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.rules.compile import CompiledRules, compile_rules
@@ -34,28 +34,27 @@ from perf.generator import TENANT_HEADER
 from perf.lib.engine import TENANT
 from perf.lib.target import Service, service
 from perf.lib.workload import Shape, make_bodies, rule_definitions
-from perf.report import output as report
+from perf.report import output
 
 SECOND = 1_000_000_000
 MB = 1e6
-TOGETHER = 20  # tenants of a cycle that live at the same time
+TOGETHER = 20  # tenants of a cycle that exist at the same time
 CYCLE_RULES = 5
 
 Json = dict[str, Any]
 
 
 class _Tenants:
-    """Tenants as the service holds them: compiled rules, traces, a log, a file of the query
-    store."""
+    """Tenants as in the service: compiled rules, traces, a log, a file of the query store."""
 
     def __init__(self, directory: Path, rules: int, stack: ExitStack) -> None:
         self._log = stack.enter_context(SpanLog(directory))
-        self._store = stack.enter_context(DuckStore(directory, idle_close=0.0))
+        self._store = stack.enter_context(DuckStore(directory, DuckDb(idle_close_seconds=1e-9)))
         self._rules = rules
         self.open: dict[str, tuple[CompiledRules, TenantTraces]] = {}
 
     def begin(self, tenant: str, body: bytes, spans: int) -> None:
-        """Open a tenant with live spans."""
+        """Add a tenant with live spans."""
         definitions = [make_rule(d) for d in rule_definitions(self._rules)]
         rules = compile_rules(definitions, "1")
         traces = TenantTraces(tenant, rules)
@@ -73,7 +72,7 @@ def _positions(given: list[int]) -> Any:
 
 
 def _rss() -> float:
-    """Resident memory in bytes, after what is free was given back."""
+    """Return resident memory in bytes, after returning free memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return float(psutil.Process().memory_info().rss)
@@ -84,9 +83,9 @@ def _body(spans: int, rules: int = 100, breaches: float = 0.01) -> bytes:
 
 
 def cycles(count: int) -> Json:
-    """Through the running service: tenants created with rules, 100 spans sent to each, which are
-    decided and stored, and the tenants deleted with all their data, ``TOGETHER`` at a time. The
-    growth of the service's memory."""
+    """Create tenants with rules in the running service, send 100 spans to each, wait until they are
+    stored, and delete the tenants, ``TOGETHER`` at a time. Return the growth of the service's
+    memory."""
     body = _body(100, CYCLE_RULES, 0.5)
     steps: list[float] = []
     settings = {"traces__idle_seconds": "0.2", "duckdb__flush_most_seconds": "0.3"}
@@ -137,7 +136,7 @@ def _delete(client: httpx.Client, target: Service, name: str) -> None:
 
 
 def one_tenant(directory: Path) -> Json:
-    """One tenant with 100 rules and 1000 live spans."""
+    """Measure one tenant with 100 rules and 1000 live spans."""
     with ExitStack() as stack:
         tenants = _Tenants(directory, 100, stack)
         body = _body(1000)
@@ -148,7 +147,7 @@ def one_tenant(directory: Path) -> Json:
 
 
 def many_tenants(directory: Path, count: int = 500) -> Json:
-    """Tenants with 50 rules and 100 live spans each."""
+    """Measure tenants with 50 rules and 100 live spans each."""
     with ExitStack() as stack:
         tenants = _Tenants(directory, 50, stack)
         body = _body(100)
@@ -176,7 +175,7 @@ def _measure(name: str, queue: Any) -> None:
 
 
 def _apart(name: str) -> Json:
-    """A case in a process of its own."""
+    """Measure a case in a separate process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure, args=(name, queue))
@@ -188,10 +187,10 @@ def _apart(name: str) -> Json:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cycles", type=int, default=1000, help="of creating and deleting")
+    parser.add_argument("--cycles", type=int, default=1000, help="number of create/delete cycles")
     parser.add_argument("--only", nargs="+", choices=["cycles", *CASES], default=["cycles", *CASES])
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     found: Json = {}
     for name in options.only:
         if name == "cycles":
@@ -206,13 +205,13 @@ def main(given: list[str] | None = None) -> None:
         shown_floor = "–" if floor is None else f"< {floor} MB"
         rows.append((name, f"{values['growth_mb']} MB", shown_floor, verdict))
     lines = [
-        f"Memory. {report.describe(facts)}.",
-        "Growth of resident memory: of the running service for the cycles (after the first "
-        f"{TOGETHER}), else of a process of its own with the kernels loaded. In a cycle a tenant "
-        f"is created with {CYCLE_RULES} rules, 100 spans of it are decided and stored, and it is "
-        f"deleted with all its data; {TOGETHER} tenants live at a time.",
+        f"Memory. {output.describe(facts)}.",
+        "Growth of resident memory: for the cycles, of the running service (after the first "
+        f"{TOGETHER}); otherwise, of a separate process with the kernels loaded. A cycle creates a "
+        f"tenant with {CYCLE_RULES} rules, evaluates and stores 100 of its spans, and deletes it "
+        f"with all its data; {TOGETHER} tenants exist at a time.",
         "",
-        report.table(["", "growth", "floor", ""], rows),
+        output.table(["", "growth", "floor", ""], rows),
     ]
     for values in found.values():
         if "growth_mb_by_step" in values:
@@ -224,7 +223,7 @@ def main(given: list[str] | None = None) -> None:
             ]
     text = "\n".join(lines)
     print(text)
-    report.say_saved("memory", {"machine": facts, "cases": found}, text)
+    output.say_saved("memory", {"machine": facts, "cases": found}, text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Twice the load that the service takes, over real HTTP: does it refuse calmly and lose nothing?
+"""Twice the load that the service can take, over real HTTP: does it refuse properly and lose
+nothing?
 
-``python -m perf.overload`` measures what a closed loop gets through, then offers twice as much in
-an open loop for a minute, then half as much. Meanwhile it asks the query and the admin interface
-all the time, and checks at every look that accepted = evaluated + in flight + dead-lettered
-(+ discarded). Requests that the generator could not send, all connections waiting for an answer or
-its core being busy, are told apart: a client feels them as latency, which counts from when a
-request was due.
+``python -m perf.overload`` measures the rate of a closed loop, then offers twice that rate in an
+open loop for a minute, then half of it. Meanwhile it polls the query and admin APIs, and checks
+each time that accepted = evaluated + in flight + dead-lettered (+ discarded). Requests that the
+generator could not send in time, because all connections were waiting or its core was busy, are
+reported separately; a client sees them as latency, which counts from the due time.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import httpx
 import numpy as np
 
 from perf.lib.target import GeneratorProcess, Service, service
-from perf.report import output as report
+from perf.report import output
 
 ASKED = {
     "query": "/api/v1/signals?limit=10",
     "admin": "/api/admin/breakers",
     "accounts": "/api/performance/metrics",
 }
-PAUSE = 0.05  # seconds between looks
+PAUSE = 0.05  # seconds between polls
 
 Json = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Looks:
-    """What was seen while somebody asked all the time; in a thread of its own."""
+    """Polls the service in a thread, and records the results."""
 
     url: str
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ASKED})
@@ -80,7 +80,7 @@ class Looks:
             self.wrong.append({key: value for key, value in now.items() if key.startswith("spans")})
 
     def summary(self) -> Json:
-        """Percentiles in milliseconds, by what was asked."""
+        """Return percentiles in milliseconds, by request."""
         return {
             name: {
                 "looks": len(found),
@@ -95,7 +95,7 @@ class Looks:
 def offer(
     target: Service, options: argparse.Namespace, name: str, rate: float, secs: float
 ) -> Json:
-    """One stretch of load, 0 spans/s being a closed loop, and what was seen meanwhile."""
+    """Run one phase of load (0 spans/s: closed loop); return its result and the observations."""
     given = ["--url", f"{target.ingest}/v1/traces", "--spans", str(options.spans)]
     given += [
         "--secs",
@@ -142,7 +142,7 @@ def offer(
 
 
 def measure(options: argparse.Namespace) -> Json:
-    """All three stretches on one service, and what it says in the end."""
+    """Run all three phases on one service; return their results and the final counts."""
     rows: dict[str, Json] = {}
     settings = {"traces__idle_seconds": str(options.idle)}
     with service(rules=options.rules, settings=settings) as target:
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> Json:
 
 
 def problems(found: Json) -> list[str]:
-    """What is not as promised."""
+    """Return the failed checks."""
     wrong = []
     for name, row in found["rows"].items():
         if row["wrong_accounts"]:
@@ -177,11 +177,13 @@ def problems(found: Json) -> list[str]:
         if row["failed_looks"]:
             wrong.append(f"{name}: queries failed: {row['failed_looks'][0]}")
         if row["with_retry_after"] != row["refusals"]:
-            wrong.append(f"{name}: {row['refusals']} refusals, {row['with_retry_after']} say when")
+            wrong.append(
+                f"{name}: {row['refusals']} refusals, {row['with_retry_after']} with Retry-After"
+            )
         if row["other_errors"]:
             wrong.append(f"{name}: requests failed: {row['other_errors']}")
     if not found["rows"]["twice that"]["refusals"]:
-        wrong.append("nothing was refused: the generator could not offer more than is taken")
+        wrong.append("nothing was refused: the generator could not exceed the service's rate")
     after = found["rows"]["half, at once after"]
     took = after["generator"]["per_second"][1:]
     if sum(took) < 0.95 * after["offered"] * len(took):
@@ -221,16 +223,16 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
             f"{name} p50 / p99 / max, ms",
             *(f"{v['p50']:g} / {v['p99']:g} / {v['max']:g}" if v else "–" for v in values),
         )
-    add("looks at the accounts", *(f"{r['asked']['accounts']['looks']:,}" for r in of))
+    add("checks of the counts", *(f"{r['asked']['accounts']['looks']:,}" for r in of))
     add("most spans in flight", *(f"{r['most_in_flight']:,}" for r in of))
     add("service, cores", *(f"{r['service_cores']:.2f}" for r in of))
     add("resident memory, MB", *(f"{r['rss_mb']:,.0f}" for r in of))
     lines = [
-        f"Overload, {time.strftime('%Y-%m-%d')}. {report.describe(facts)}.",
+        f"Overload, {time.strftime('%Y-%m-%d')}. {output.describe(facts)}.",
         f"{options.spans} spans a request, {options.rules} rules, {options.times:g} times the rate "
         f"of a closed loop for {options.secs:g} s. The generator shares the cores.",
         "",
-        report.table(["", *rows], body),
+        output.table(["", *rows], body),
         "",
         f"Answered with 200: {found['told_accepted']:,} spans; accepted {found['accepted']:,}, "
         f"evaluated {found['evaluated']:,}. Breaches sent {found['breaches_sent']:,}, signals "
@@ -241,24 +243,26 @@ def show(facts: Json, options: argparse.Namespace, found: Json) -> str:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spans", type=int, default=100, help="a request")
+    parser.add_argument("--spans", type=int, default=100, help="spans a request")
     parser.add_argument("--secs", type=float, default=60)
     parser.add_argument("--calibrate", type=float, default=8, help="seconds of the closed loop")
-    parser.add_argument("--warm-up", type=float, default=2, help="seconds of it before")
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds before it")
     parser.add_argument("--after", type=float, default=5, help="seconds of half the load")
     parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")
-    parser.add_argument("--times", type=float, default=2, help="what a closed loop gets through")
-    parser.add_argument("--connections", type=int, default=64, help="that offer the load")
+    parser.add_argument("--times", type=float, default=2, help="multiple of the closed loop's rate")
+    parser.add_argument(
+        "--connections", type=int, default=64, help="connections that offer the load"
+    )
     parser.add_argument("--rules", type=int, default=100)
-    parser.add_argument("--name", default="overload", help="of the JSON file in perf/out")
+    parser.add_argument("--name", default="overload", help="name of the JSON file in perf/out")
     options = parser.parse_args(given)
-    facts = report.machine()
+    facts = output.machine()
     found = measure(options)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     text, wrong = show(facts, options, found), problems(found)
     print(text)
     values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
-    report.say_saved(options.name, values, text)
+    output.say_saved(options.name, values, text)
     if wrong:
         sys.exit("\n".join(["FAILED:", *wrong]))
 

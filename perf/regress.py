@@ -1,15 +1,15 @@
 """The regression gate: is anything slower than when it was last accepted?
 
-``python -m perf.regress`` measures each figure as CPU time beside a reference that no change of the
-product can alter (hashing, sorting and interpreting, in turns with it), so that a slower or busier
-machine changes both. Of nine turns the lower quartile of each counts: of seven figures on a machine
-with twice as many busy processes as cores, that ratio varied from try to try by 3 to 4 % (standard
-deviation), the median of the turns' ratios by 3 to 5 %. A figure whose speed, as a ratio to the
-reference, fell below 90 % of the one in perf/baseline.json is measured twice more; if it stays
-below, the exit code is 1. ``--accept`` writes what was measured as the new baseline, the median of
-three tries. Processors have a baseline each: their ratios differ by more than the gate allows.
+``python -m perf.regress`` measures each figure as CPU time, in turns with a reference that no
+change of the product can affect (hashing, sorting and interpreting). A slower or busier machine
+changes both. The lower quartiles of nine turns are compared: for seven figures on a machine with
+twice as many busy processes as cores, their ratio varied by 3 to 4 % (standard deviation), and the
+median of the turns' ratios by 3 to 5 %. If a figure's speed relative to the reference is below 90 %
+of that in perf/baseline.json, it is measured twice more; if it stays below, the exit code is 1.
+``--accept`` writes the median of three tries as the new baseline. Each processor has its own
+baseline, because ratios differ between processors by more than the gate allows.
 
-``PERF_SLOWDOWN=fold=1.3`` makes the figure ``fold`` 1.3 times as slow, to see the gate fail.
+``PERF_SLOWDOWN=fold=1.3`` makes the figure ``fold`` 1.3 times as slow, to test the gate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from perf import bench
 from perf.lib import rows
 from perf.lib.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
 from perf.lib.workload import Shape, make_bodies, rule_definitions
-from perf.report import output as report
+from perf.report import output
 
 BASELINE = Path(__file__).parent / "baseline.json"
 LEAST = 0.9
@@ -52,7 +52,7 @@ Measure = Callable[[], float]  # does a fixed piece of work; CPU seconds
 
 
 class Reference:
-    """A fixed piece of work that is no part of the product; CPU seconds."""
+    """Do a fixed piece of work that is not part of the product; return CPU seconds."""
 
     def __init__(self) -> None:
         self._data = bytes(range(256)) * 4096
@@ -69,7 +69,7 @@ class Reference:
 
 
 def figures(directory: Path) -> dict[str, Measure]:
-    """What is watched."""
+    """Return the figures."""
     body = [bytes(b.data) for b in make_bodies(Shape(), 8)]
     texts = [bytes(b.data) for b in make_bodies(Shape(encoding="json"), 8)]
     feed = Feed()
@@ -135,9 +135,9 @@ def figures(directory: Path) -> dict[str, Measure]:
 
 
 def trio_stage(directory: Path, bodies: list[bytes]) -> Measure:
-    """The span-ingestion stage: 20 calls with all bodies, each logged. To a new log each time: in
-    one that goes on, a write takes twice the CPU after some 350 MB, when the kernel has no pages
-    left that were in use before."""
+    """Measure 20 calls of the span-ingestion stage with all bodies. Each uses a new log, because in
+    a growing log, a write takes twice the CPU after some 350 MB, when the kernel has no more
+    recycled pages."""
 
     def measure() -> float:
         with tempfile.TemporaryDirectory(dir=directory) as log:
@@ -153,7 +153,7 @@ def _slowdowns() -> dict[str, float]:
 
 
 def _slowed(measure: Measure, factor: float) -> Measure:
-    """The same with idle work after it, in proportion."""
+    """Return the same measurement with proportional idle work added."""
 
     def slower() -> float:
         own = measure()
@@ -166,8 +166,8 @@ def _slowed(measure: Measure, factor: float) -> Measure:
 
 
 def speed(name: str, measure: Measure, reference: Measure) -> Json:
-    """How fast it is, as a ratio to the reference. Of repeats in turns the lower quartile of either
-    counts: neighbours only ever add to the time."""
+    """Return the speed as a ratio to the reference. The lower quartile of the repeats of each
+    counts, because other processes only add to the time."""
     if name in _slowdowns():
         measure = _slowed(measure, _slowdowns()[name])
     measure()
@@ -185,7 +185,7 @@ def speed(name: str, measure: Measure, reference: Measure) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A figure against what was accepted, None for one that is new. ``found`` is the fastest of
+    """A figure beside the accepted one, which is None for a new figure. ``found`` is the fastest of
     ``tries``."""
 
     name: str
@@ -195,11 +195,11 @@ class Judged:
 
     @property
     def good(self) -> bool:
-        """Whether it is at least ``LEAST`` times as fast."""
+        """Whether it is at least ``LEAST`` times as fast as accepted."""
         return self.accepted is None or self.found["speed"] >= LEAST * self.accepted
 
     def row(self) -> tuple[str, ...]:
-        """Its row of the table."""
+        """Return its row of the table."""
         ratio = None if self.accepted is None else self.found["speed"] / self.accepted
         verdict = "new" if ratio is None else "ok" if self.good else "SLOWER"
         return (
@@ -213,8 +213,8 @@ class Judged:
 
 
 def judge(name: str, measure: Measure, reference: Measure, accepted: float | None) -> Judged:
-    """Measure a figure, and while it is too slow up to ``RETRIES`` times more: a neighbour makes a
-    try slow, a change of the product all of them."""
+    """Measure a figure, and up to ``RETRIES`` times more while it is too slow: other processes slow
+    down one try, a change of the product slows down all."""
     judged = Judged(name, speed(name, measure, reference), accepted, 1)
     while not judged.good and judged.tries <= RETRIES:
         again = speed(name, measure, reference)
@@ -224,7 +224,7 @@ def judge(name: str, measure: Measure, reference: Measure, accepted: float | Non
 
 
 def measured(name: str, measure: Measure, reference: Measure, accepted: float | None) -> Judged:
-    """Measure a figure to be accepted: the middle one of as many tries as a judgement may have."""
+    """Return the median of as many tries as a comparison may have, to be accepted."""
     tries = sorted(
         (speed(name, measure, reference) for _ in range(RETRIES + 1)),
         key=lambda each: float(each["speed"]),
@@ -234,12 +234,12 @@ def measured(name: str, measure: Measure, reference: Measure, accepted: float | 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--accept", action="store_true", help="make this the new baseline")
-    parser.add_argument("--only", nargs="+", metavar="FIGURE", help="these figures alone")
+    parser.add_argument("--accept", action="store_true", help="write the new baseline")
+    parser.add_argument("--only", nargs="+", metavar="FIGURE", help="only these figures")
     options = parser.parse_args(given)
     if options.accept and _slowdowns():
         sys.exit("a run with PERF_SLOWDOWN cannot be accepted")
-    facts = report.machine()
+    facts = output.machine()
     processors: Json = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     figures_before: Json = processors.get(facts["cpu"], {}).get("figures", {})
     reference = Reference()
@@ -249,7 +249,7 @@ def main(given: list[str] | None = None) -> None:
         measures = figures(Path(d))
         for name in [*(options.only or []), *_slowdowns()]:
             if name not in measures:
-                sys.exit(f"there is no figure {name!r}: there are {', '.join(measures)}")
+                sys.exit(f"unknown figure {name!r}; the figures are {', '.join(measures)}")
         for name in options.only or measures:
             accepted = figures_before.get(name, {}).get("speed")
             if options.accept:
@@ -260,21 +260,21 @@ def main(given: list[str] | None = None) -> None:
     slower = [each.name for each in judged if not each.good]
     head = ["figure", "speed ÷ reference", "spread of its time", "÷ accepted", "tries", ""]
     rows = [each.row() for each in judged]
-    text = "\n".join([f"Regression. {report.describe(facts)}.", "", report.table(head, rows)])
+    text = "\n".join([f"Regression. {output.describe(facts)}.", "", output.table(head, rows)])
     print(text)
-    report.say_saved("regress", {"machine": facts, "figures": found, "slower": slower}, text)
+    output.say_saved("regress", {"machine": facts, "figures": found, "slower": slower}, text)
     if options.accept:
         kept = figures_before | found if options.only else found
         processors[facts["cpu"]] = {"machine": facts, "figures": kept}
         BASELINE.write_text(json.dumps(processors, indent=1, ensure_ascii=False) + "\n")
-        print(f"\naccepted: {os.path.relpath(BASELINE, report.ROOT)}")
+        print(f"\naccepted: {os.path.relpath(BASELINE, output.ROOT)}")
     elif not figures_before:
         sys.exit(
-            f"\nnothing was accepted yet on this processor ({facts['cpu']}): run it with --accept "
-            "once, on a build that is known to be good"
+            f"\nthere is no baseline for this processor ({facts['cpu']}): run with --accept once, "
+            "on a build that is known to be good"
         )
     elif slower:
-        sys.exit(f"\nslower than {LEAST:.0%} of what was accepted: {', '.join(slower)}")
+        sys.exit(f"\nbelow {LEAST:.0%} of the accepted speed: {', '.join(slower)}")
 
 
 if __name__ == "__main__":

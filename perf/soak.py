@@ -1,11 +1,11 @@
 """A steady load for minutes: is the last minute like the first?
 
-``python -m perf.soak`` offers 50 000 spans/s in an open loop for 5 minutes (requirement F) and
-compares rate, CPU a span, p99 of a request and mean resident memory in the last slice with the
-first. The warm-up is longer than rows of DuckDB wait for a checkpoint. All the time it also looks
-at the channels: what is in one on average, divided by what goes through it, is how long an item
-stays there (Little's law), being worked on included. At the end the service is stopped, and what
-its query store has is counted. It draws docs/perf/soak-*.svg.
+``python -m perf.soak`` offers 50 000 spans/s in an open loop for 5 minutes, and compares rate, CPU
+a span, p99 of a request and mean resident memory of the last slice with the first. The warm-up is
+longer than DuckDB's rows wait for a checkpoint. It also polls the channels: the mean content of a
+channel divided by its throughput is the mean time of an item in it, processing included (Little's
+law). At the end it stops the service and counts the rows in its query store. It draws
+docs/perf/soak-*.svg.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from perf import load
 from perf.lib import threads
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.load import run_once
-from perf.report import output as report
+from perf.report import output
 from perf.report.charts import Series, chart
 
-WITHIN = 0.1  # the last slice of the first
-LOOK_SECONDS = 0.5  # between looks on average; at random, so as not to keep step with its clocks
+WITHIN = 0.1  # allowed difference of the last slice from the first
+LOOK_SECONDS = (
+    0.5  # mean time between polls; random, to avoid synchronising with the service's timers
+)
 
 Json = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Watch:
-    """What the service uses and what is in its channels, while the load runs."""
+    """Records the service's resource use and the content of its channels during the load."""
 
     target: Service
     slice: float
@@ -44,7 +46,7 @@ class Watch:
     memory: list[tuple[float, int]] = field(default_factory=list)  # seconds since then, RSS
 
     def __call__(self, seconds: float) -> None:
-        """Look until the seconds are over."""
+        """Poll for ``seconds``."""
         began = time.monotonic()
         before = self.target.metrics()["stages"]
         self._note()
@@ -69,11 +71,11 @@ class Watch:
         self.cpu.append(self.target.cpu_seconds())
 
     def rss(self) -> list[int]:
-        """All that was seen of resident memory, bytes."""
+        """Return all readings of resident memory in bytes."""
         return [rss for _, rss in self.memory]
 
     def queueing_ms(self) -> dict[str, float]:
-        """How long an item is in each channel on average."""
+        """Return the mean time of an item in each channel, in milliseconds."""
         return {
             name: round(1000 * statistics.mean(sizes) / self.done[name], 2)
             for name, sizes in self.sizes.items()
@@ -82,7 +84,7 @@ class Watch:
 
 
 def slices(run: Json, watch: Watch) -> list[Json]:
-    """What each slice was like."""
+    """Return the figures of each slice."""
     generated = run["generator"]
     found = []
     for number, part in enumerate(generated["slices"]):
@@ -105,8 +107,8 @@ def slices(run: Json, watch: Watch) -> list[Json]:
 
 
 def judge(parts: list[Json]) -> Json:
-    """The last slice as a ratio to the first, and whether it is within what is allowed. More
-    throughput, and less of anything else, is no fault."""
+    """Return the last slice's figures as ratios to the first, and whether they are allowed. Higher
+    throughput, and lower values of anything else, are always allowed."""
     first, last = parts[0], parts[-1]
     ratios = {key: round(last[key] / first[key], 3) if first[key] else 1.0 for key in first}
     good = {
@@ -117,7 +119,7 @@ def judge(parts: list[Json]) -> Json:
 
 
 def measure(options: argparse.Namespace) -> tuple[Json, list[str]]:
-    """The run, its slices, and what is wrong with it."""
+    """Run; return the results with slices, and the failed checks."""
     settings = {"traces__idle_seconds": str(options.idle)}
     with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
         watch = Watch(target, options.slice)
@@ -145,17 +147,17 @@ def measure(options: argparse.Namespace) -> tuple[Json, list[str]]:
 
 
 def draw(found: Json) -> None:
-    """The pictures of docs/perf: accepted spans/s and resident memory over time."""
+    """Draw the pictures in docs/perf: accepted spans/s and resident memory over time."""
     rates = enumerate(found["run"]["generator"]["per_second"])
     lines = {
         "rate": ("spans/s", [(second + 0.5, float(spans)) for second, spans in rates]),
         "memory": ("resident memory, MB", [(at, mb) for at, mb in found["memory"]]),
     }
-    report.PICTURES.mkdir(parents=True, exist_ok=True)
+    output.PICTURES.mkdir(parents=True, exist_ok=True)
     for name, (unit, points) in lines.items():
         line = Series(unit, [(x, y, y, y) for x, y in points])
         picture = chart(f"Soak: {unit}", "seconds", unit, [line], linear=True)
-        (report.PICTURES / f"soak-{name}.svg").write_text(picture)
+        (output.PICTURES / f"soak-{name}.svg").write_text(picture)
 
 
 def show(facts: Json, options: argparse.Namespace, found: Json, wrong: list[str]) -> str:
@@ -188,23 +190,23 @@ def show(facts: Json, options: argparse.Namespace, found: Json, wrong: list[str]
     queueing = [(name, f"{ms:.2f}") for name, ms in found["queueing_ms"].items()]
     return "\n".join(
         [
-            f"Soak. {report.describe(facts)}.",
+            f"Soak. {output.describe(facts)}.",
             f"{options.rate:,.0f} spans/s offered in an open loop for {options.secs:g} s after "
             f"{options.warm_up:g} s of warm-up, {options.tenants} tenants, "
             f"{options.connections} connections; "
             f"the generator shares the cores and used {run['generator_cores']:.2f} of one, the "
             f"service {run['service_cores']:.2f}.",
-            f"Payload: {report.describe_payload(found['payload'])}.",
+            f"Payload: {output.describe_payload(found['payload'])}.",
             "",
-            report.table(
+            output.table(
                 [f"slice of {options.slice:g} s", *(title for title, _ in titles.values())], rows
             ),
             "",
-            report.table(["counted from the warm-up to the end", ""], counts),
+            output.table(["counted from the warm-up to the end", ""], counts),
             "",
-            report.table(["channel", "mean time in it, work included, ms"], queueing),
+            output.table(["channel", "mean time in it, processing included, ms"], queueing),
             "",
-            "Rows wait in the projection channel on purpose, for company in a transaction.",
+            "Rows wait in the projection channel on purpose, to be committed together.",
             "",
             threads.table(run["threads"]),
             "",
@@ -216,12 +218,12 @@ def show(facts: Json, options: argparse.Namespace, found: Json, wrong: list[str]
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
-    """The options; those of :mod:`perf.load` that the run needs have fixed values."""
+    """Return the options. Options of :mod:`perf.load` that the run needs have fixed values."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--secs", type=float, default=300)
     parser.add_argument("--slice", type=float, default=60, help="seconds compared with each other")
     parser.add_argument("--rate", type=float, default=50_000, help="spans/s")
-    parser.add_argument("--spans", type=int, default=100, help="a request")
+    parser.add_argument("--spans", type=int, default=100, help="spans a request")
     parser.add_argument("--warm-up", type=float, default=90)
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--rules", type=int, default=100)
@@ -236,14 +238,14 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     options = parse(given)
-    facts = report.machine()
+    facts = output.machine()
     found, wrong = measure(options)
     facts["load_average_after"] = round(os.getloadavg()[0], 2)
     draw(found)
     text = show(facts, options, found, wrong)
     print(text)
     values = {"machine": facts, "options": vars(options), **found, "problems": wrong}
-    report.say_saved("soak", values, text)
+    output.say_saved("soak", values, text)
     worse = [key for key, good in found["judged"]["good"].items() if not good]
     if worse:
         wrong.append(f"the last slice is not within {WITHIN:.0%} of the first: {', '.join(worse)}")

@@ -1,30 +1,30 @@
-"""perf/REPORT.md, from the JSON of the last runs in perf/out.
+"""Write perf/REPORT.md from the JSON of the last runs in perf/out.
 
-``python -m perf.summary`` writes it anew; what was not run is said to be missing.
+``python -m perf.summary`` replaces it. A program that was not run is named as missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perf.report import floors, hints
-from perf.report import output as report
+from perf.report import floors, hints, output
 from perf.report.output import shown, table
 
 REPORT = (
-    report.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"
+    output.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"
 )
-PICTURES = Path(os.path.relpath(report.PICTURES, REPORT.parent)).as_posix()  # seen from it
+PICTURES = Path(os.path.relpath(output.PICTURES, REPORT.parent)).as_posix()  # relative to it
 PATH_FLAT = 1.2
 
 Json = dict[str, Any]
 
 LOADS = (
-    ("load", "As fast as it goes, one tenant"),
-    ("load-tenants", "Ten tenants, 60 s: the floor of requirement F"),
+    ("load", "Maximum rate, one tenant"),
+    ("load-tenants", "Ten tenants for 60 s"),
     ("load-500", "500 tenants at once, 50 rules each"),
     ("load-gzip", "With gzip"),
     ("load-json", "OTLP JSON"),
@@ -36,11 +36,11 @@ def _floors(runs: floors.Runs) -> Iterator[str]:
     rows = list(floors.rows(runs))
     yield table(floors.HEAD, [row[:-1] for row in rows])
     yield ""
-    missed = [(letter, what, where) for letter, what, _, _, said, where in rows if where]
+    missed = [(topic, what, where) for topic, what, _, _, _, where in rows if where]
     if missed:
-        yield "Where to look first for those that were missed, as the runs show it:"
+        yield "Where to look first for the missed floors, according to the runs:"
         yield ""
-        yield from (f"- {letter}, {what}: {where}." for letter, what, where in missed)
+        yield from (f"- {topic}, {what}: {where}." for topic, what, where in missed)
         yield ""
 
 
@@ -91,8 +91,8 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
         yield ""
         yield (
             "That is CPU while the load runs. Rows of many tenants wait up to half a minute to be "
-            "committed together; with CPU until all of them are stored (the idling meanwhile is "
-            f"in it) the greatest ÷ first is {max(ends) / ends[0]:.2f}."
+            "committed together. For CPU until all rows are stored, including the idle time, "
+            f"greatest ÷ first is {max(ends) / ends[0]:.2f}."
         )
     grew = hints.said(lambda _: hints.growth(points), {})
     if not flat and grew:
@@ -107,12 +107,13 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
 def _curves(curves: Json) -> Iterator[str]:
     yield "## Curves"
     yield ""
-    yield f"{report.describe(curves['machine'])}."
+    yield f"{output.describe(curves['machine'])}."
     yield ""
     yield (
-        "*Path* is decoding, folding, closing, deciding and the rows of the trace index, in one "
-        "thread without HTTP, log and stores (tenants: the whole service over HTTP). The reference "
-        "is measured in turns with each point: traces of 10 spans, 1000 open, 100 rules: "
+        "*Path* is decoding, folding, closing, deciding and building the trace index's rows, in "
+        "one thread without HTTP, log and stores (for tenants: the whole service over HTTP). The "
+        "reference, measured in turns with each point, has traces of 10 spans, 1000 open traces "
+        "and 100 rules: "
         f"{curves['reference_us']} µs a span, of which the fold {curves['reference_fold_us']} µs. "
         f"Payload: {curves['payload']}."
     )
@@ -131,6 +132,7 @@ def _curves(curves: Json) -> Iterator[str]:
 
 
 TEXTS = (
+    ("beside", "Beside Rotel and bare HTTP", "beside"),
     ("soak", "Soak", "soak"),
     ("overload", "Overload", "overload"),
     ("bench", "Benchmarks", "bench"),
@@ -143,18 +145,19 @@ TEXTS = (
 )
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(given)
     names = [name for name, _ in LOADS] + [name for name, _, _ in TEXTS] + ["curves"]
-    runs = {name: values for name in names if (values := report.saved(name))}
+    runs = {name: values for name in names if (values := output.saved(name))}
     lines = [
         "# Performance",
         "",
-        "Made by `make summary` from the JSON of the last runs; `make report` runs everything "
-        "first. Figures of different runs do not compare; ratios within one do.",
+        "`make summary` writes this page from the JSON of the last runs; `make report` runs "
+        "everything first. Compare ratios within a run, not absolute figures of different runs.",
         "",
         "## Floors",
         "",
-        "A to F: requirements; 9: goals beyond the floors; P: what must be flat.",
+        "Goals go beyond the floors; curves must be flat within 20 %.",
         "",
         *_floors(runs),
     ]
@@ -163,7 +166,7 @@ def main() -> None:
     else:
         lines += ["## Curves", "", "Not run: `make curves`.", ""]
     for name, title in LOADS:
-        text = report.OUT / f"{name}.md"
+        text = output.OUT / f"{name}.md"
         if name in runs and text.exists():
             lines += [f"## Load: {title[0].lower()}{title[1:]}", "", text.read_text()]
             problems = runs[name]["problems"]
@@ -172,7 +175,7 @@ def main() -> None:
                 "",
             ]
     for name, title, target in TEXTS:
-        text = report.OUT / f"{name}.md"
+        text = output.OUT / f"{name}.md"
         said = text.read_text() if text.exists() else f"Not run: `make {target}`.\n"
         lines += [f"## {title}", "", said]
         if name == "soak" and name in runs:
@@ -181,7 +184,7 @@ def main() -> None:
         if runs.get(name, {}).get("problems"):
             lines += [f"Checks failed: {'; '.join(runs[name]['problems'])}.", ""]
     REPORT.write_text("\n".join(lines).rstrip() + "\n")
-    print(os.path.relpath(REPORT, report.ROOT))
+    print(os.path.relpath(REPORT, output.ROOT))
 
 
 if __name__ == "__main__":

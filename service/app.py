@@ -1,16 +1,18 @@
-"""The service: everything built from the settings, run, and shut down in order."""
+"""The service: :func:`open_service` opens the stores, :func:`build` builds the parts from the
+settings, and :meth:`Service.run` runs them until :meth:`Service.stop`."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import trio
@@ -20,23 +22,23 @@ from betrace.service.api.app import create_api
 from betrace.service.api.asgi import serve
 from betrace.service.api.audit import AuditTrail
 from betrace.service.api.cache_control import CacheControl
-from betrace.service.api.components import components
 from betrace.service.api.endpoint import Tools
-from betrace.service.api.ingest_app import ingest_app
 from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.performance import Performance
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.sources import Sources
-from betrace.service.api.subscriptions import Subscription, Subscriptions
+from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.settings import OFF, Settings
+from betrace.service.config.base import OFF
+from betrace.service.config.settings import Settings
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
-from betrace.service.pipeline.accounts import SpanAccount
+from betrace.service.pipeline.breakers import Breakers
+from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -47,12 +49,15 @@ from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
+from betrace.service.rules.watch import RuleWatch
 from betrace.service.signals import Signal
 from betrace.service.storage.audit_log import AuditLog
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.ledger.open import open_ledger
-from betrace.service.storage.ledger.record import Record, SignalLedger
-from betrace.service.storage.local_stores import Reserves, open_reserves
+from betrace.service.storage.ledger.record import Record
+from betrace.service.storage.local_stores import open_local_stores
+from betrace.service.storage.paths import tenant_archive
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
@@ -60,426 +65,371 @@ from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.authentication import operator_token
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
-from betrace.service.traces.tenant_traces import TenantTraces
 
 _log = logging.getLogger("service")
 
 Json = dict[str, Any]
 
 
+# Opening and building
+
+
+def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
+    """Open the stores, which blocks, so call it before Trio runs. ``stack`` closes them. Returns a
+    function that builds the service within Trio."""
+    data = settings.storage.path
+    data.mkdir(parents=True, exist_ok=True)
+    raise_limit()
+    stores = _open_stores(data, settings, stack)
+    directory = TenantDirectory(data / "tenants.sqlite")
+    stack.callback(directory.close)
+    token = operator_token(settings.auth) if settings.auth.enabled else None
+    return lambda: build(settings, stores, directory, token)
+
+
+def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
+    log = stack.enter_context(
+        SpanLog(data, segment_bytes=settings.log.segment_bytes, open_files=affordable())
+    )
+    ledger = open_ledger(settings)
+    stack.callback(ledger.close)
+    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
+    rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    caches = settings.caches
+    registry = RuleRegistry(
+        RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
+    )
+    return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
+
+
+def build(
+    settings: Settings, stores: Stores, directory: TenantDirectory, operator_token: str | None
+) -> Service:
+    """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
+    data, max_body = settings.storage.path, settings.ingest.max_body_bytes
+    log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
+    threads, cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
+    clock_offset = time.time() - trio.current_time()
+
+    def wall_time(trio_time: float) -> float:
+        return trio_time + clock_offset
+
+    # The way of spans and signals
+    latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
+    gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
+    visible = gate.current_entries(ledger)  # without entries of deleted tenants
+    breakers = Breakers(settings.breakers, settings.export.destinations)
+    exports = Exports(settings, visible, breakers)
+    subscriptions = Subscriptions()
+
+    def recorded(signals: list[Signal]) -> None:
+        subscriptions.publish(signals)
+        exports.notify(signals)
+
+    pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
+    edge = Edge(
+        settings.ingest,
+        pipeline.requests,
+        gate.quotas,
+        gate.authenticator,
+        capacity=settings.pipeline.ingest_capacity_spans,
+        closed=gate.closed,
+    )
+
+    # Recovery and upkeep
+    record = Record(visible, stores.local.ledger)
+    recovery = Recovery(settings, stores, pipeline, record, threads, gate.closed)
+    rebuild = Rebuild(data, log, visible, duckdb, registry.compiled, max_body, gate.closed)
+
+    # Queries and administration
+    trace_metadata = TraceMetadataCache(
+        duckdb,
+        maxsize=settings.caches.trace_metadata,
+        ttl_seconds=settings.caches.trace_metadata_ttl_seconds,
+        max_bytes=settings.caches.trace_metadata_bytes,
+    )
+    reader = TraceReader(
+        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, max_body
+    )
+    rule_writer = RuleWriter(registry, gate.closed)
+
+    def active_tenants() -> Iterator[str]:
+        yield from list(pipeline.correlate.tenants)
+        yield from registry.store.tenants()
+
+    caches = CacheControl(registry, gate, trace_metadata, active_tenants, cache_thread)
+    audit_log = AuditLog(data / "audit.jsonl", settings.audit.max_bytes, settings.audit.files)
+    audit = AuditTrail(audit_log, threads)
+
+    def erase_archive(tenant: str) -> None:
+        with suppress(FileNotFoundError):
+            rmtree(tenant_archive(archive_directory(settings), tenant))
+
+    erase = (rule_writer.delete_all, erase_archive)
+    removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
+    tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
+    daily = Daily(settings, log, duckdb)
+
+    # What is shown
+    sources = Sources(
+        settings=settings,
+        started_at=time.time(),
+        state=lambda: service.state,
+        wall_time=wall_time,
+        log=log,
+        rules=registry.store,
+        ledger=ledger,
+        pipeline=pipeline,
+        edge=edge,
+        recovery=recovery,
+        exports=exports,
+        daily=daily,
+        caches=caches,
+    )
+    tools = Tools(
+        sources,
+        duckdb,
+        trace_metadata,
+        reader,
+        rule_writer,
+        subscriptions,
+        tenants,
+        audit,
+        Performance(sources, latencies),
+        Exposition(sources, latencies),
+        ThreadRunner("api", settings.api.query_threads),
+    )
+    service = Service(
+        settings=settings,
+        log=log,
+        registry=registry,
+        ledger=ledger,
+        store=duckdb,
+        latencies=latencies,
+        gate=gate,
+        exports=exports,
+        subscriptions=subscriptions,
+        pipeline=pipeline,
+        edge=edge,
+        recovery=recovery,
+        rebuild=rebuild,
+        removal=removal,
+        daily=daily,
+        rule_watch=RuleWatch(registry, threads, settings.rules.poll_seconds),
+        watch=Watch(
+            pipeline.stages,
+            pipeline.queues,
+            edge.refused_requests,
+            edge.refused_spans,
+            settings.pipeline.stall_seconds,
+        ),
+        trace_metadata=trace_metadata,
+        caches=caches,
+        tenants=tenants,
+        sources=sources,
+        tools=tools,
+        threads=threads,
+        cache_thread=cache_thread,
+    )
+    return service
+
+
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the service listens: URLs, None for a listener that is off."""
+    """The URLs on which the service listens; None for a listener that is off."""
 
     ingest: str | None
     api: str | None
     metrics: str | None
 
 
+@dataclass(kw_only=True, eq=False)
 class Service:
-    """The running service. Use :func:`open_service` to make one; :meth:`run` runs it."""
+    """The parts of the service, and what runs them. Use :func:`open_service` to make one."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        log: SpanLog,
-        registry: RuleRegistry,
-        ledger: SignalLedger,
-        store: DuckStore,
-        reserves: Reserves,
-        directory: TenantDirectory,
-        operator_token: str | None,
-    ) -> None:
-        self.settings = settings
-        self.log: SpanLog = log
-        self.registry = registry
-        self.ledger: SignalLedger = ledger
-        self.store = store
-        self.started_at: float = time.time()
-        self.latencies = Latencies(
-            window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind
-        )
-        self.subscriptions = Subscriptions()
-        self.gate = Gate(
-            settings, directory, operator_token, lambda name: self.tenants.exists(name)
-        )
-        closed = self.gate.closed
-        self.pipeline: Pipeline = Pipeline(
-            settings,
-            log,
-            registry,
-            ledger,
-            store,
-            reserves,
-            self._stored,
-            self.latencies,
-        )
-        living = self.gate.living(ledger)
-        self.exports: Exports = Exports(settings, living, self.pipeline.breakers)
-        self.edge: Edge = Edge(
-            settings.ingest,
-            self.pipeline.requests,
-            self.gate.quotas,
-            self.gate.authenticator,
-            capacity=settings.pipeline.ingest_capacity_spans,
-            closed=closed,
-        )
-        self.trace_metadata = TraceMetadataCache(
-            store,
-            maxsize=settings.caches.trace_metadata,
-            ttl_seconds=settings.caches.trace_metadata_ttl_seconds,
-            max_bytes=settings.caches.trace_metadata_bytes,
-        )
-        self.reader = TraceReader(
-            store,
-            self.trace_metadata,
-            log,
-            registry.store.rules,
-            self.pipeline.correlate,
-            settings.ingest.max_body_bytes,
-        )
-        self.rule_writer = RuleWriter(registry, closed)
-        self._threads = ThreadRunner("service", 2)
-        self.recovery: Recovery = Recovery(
-            settings.storage.path / "checkpoints",
-            log,
-            self.pipeline.correlate,
-            self.pipeline.progress,
-            self.pipeline.in_flight,
-            self._threads,
-            store,
-            self.pipeline.closed,
-            Record(living, reserves.ledger),
-            settings.ingest.max_body_bytes,
-            self.pipeline.letters,
-            closed,
-        )
-        self.rebuild = Rebuild(
-            settings.storage.path,
-            log,
-            living,
-            store,
-            registry.compiled,
-            settings.ingest.max_body_bytes,
-            closed,
-        )
-        self._rebuilding = ThreadRunner("rebuild", 1)
-        self.daily: Daily = Daily(settings, log, store)
-        self._loading = ThreadRunner("caches", 1)
-        self.caches = CacheControl(
-            registry, self.gate, self.trace_metadata, self._active_tenants, self._loading
-        )
-        self.audit = AuditTrail(
-            AuditLog(
-                settings.storage.path / "audit.jsonl",
-                settings.audit.max_bytes,
-                settings.audit.files,
-            ),
-            self._threads,
-        )
-        self.removal = Removal(
-            settings.storage.path,
-            archive_directory(settings),
-            self.gate,
-            ledger,
-            log,
-            store,
-            self.rule_writer.delete_all,
-            self.pipeline,
-            self.recovery,
-            self.rebuild,
-            self._threads,
-        )
-        self.tenants = TenantAdministration(
-            self.gate, self.removal, log, self.subscriptions, self._threads, self.audit
-        )
-        self.sources = Sources(
-            settings,
-            self.started_at,
-            lambda: self._state,
-            self.wall_time,
-            log,
-            registry.store,
-            ledger,
-            self.pipeline,
-            self.edge,
-            self.recovery,
-            self.exports,
-            self.daily,
-            self.caches,
-        )
-        self._performance = Performance(self.sources, self.latencies)
-        self._watch = Watch(
-            self.pipeline.stages,
-            self.pipeline.queues,
-            self.edge,
-            settings.pipeline.stall_seconds,
-        )
-        self._exposition = Exposition(self.sources, self.latencies)
-        self.tools = Tools(
-            self.sources,
-            store,
-            self.trace_metadata,
-            self.reader,
-            self.rule_writer,
-            self.subscriptions,
-            self.tenants,
-            self.audit,
-            self._performance,
-            self._exposition,
-            ThreadRunner("api", settings.api.query_threads),
-        )
-        self._stop = trio.Event()
-        self._state = "starting"
-        self._clock_offset = 0.0
-        self._grace: float = settings.shutdown.grace_seconds
+    settings: Settings
+    log: SpanLog
+    registry: RuleRegistry
+    ledger: Ledger
+    store: DuckStore
+    latencies: Latencies
+    gate: Gate
+    exports: Exports
+    subscriptions: Subscriptions
+    pipeline: Pipeline
+    edge: Edge
+
+    recovery: Recovery
+    rebuild: Rebuild
+    removal: Removal
+    daily: Daily
+    rule_watch: RuleWatch
+    watch: Watch
+
+    trace_metadata: TraceMetadataCache
+    caches: CacheControl
+    tenants: TenantAdministration
+    sources: Sources
+    tools: Tools
+
+    threads: ThreadRunner
+    cache_thread: ThreadRunner
+    rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
+
+    state: str = field(default="starting", init=False)
+    """``starting``, ``ready``, ``draining`` or ``stopped``."""
+    _stop: trio.Event = field(default_factory=trio.Event, init=False)
 
     # Running
 
     async def run(self, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until :meth:`stop`, then drain. Starts when ready, with the addresses."""
-        settings = self.settings
-        events.STARTING(version=version("betrace"), data=settings.storage.path, pid=os.getpid())
-        self._clock_offset = time.time() - trio.current_time()
+        events.STARTING(
+            version=version("betrace"), data=self.settings.storage.path, pid=os.getpid()
+        )
         stop_api, stop_ingest = trio.Event(), trio.Event()
-        tls, grace = settings.tls, self._grace
         async with trio.open_nursery() as outer:
-            listen = partial(self._listen, outer, tls=tls)
-            guard = self.gate.authenticator
-            app = create_api(self.tools, guard, self.gate.closed)
-            api = await listen(app, settings.api.address, stop_api)
-            scrape = await listen(
-                metrics_app(self._exposition, guard), settings.metrics.address, stop_api
-            )
-            await self._threads.run(warm_up, abandon_on_cancel=True)
-            await self._threads.run(self.registry.store.load)
-            outer.start_soon(self._watch_rules)
-            outer.start_soon(self.latencies.recent.run)
-            outer.start_soon(self._watch.run)
-            await self.removal.take_up()
-            await self._rebuild_if_little()
+            api, metrics = await self._serve_api(outer, stop_api)
+            await self._prepare(outer)
             async with trio.open_nursery() as inner:
-                await inner.start(self.pipeline.run)
-                with self.pipeline.batches.clone() as onward:
-                    await self.recovery.recover(onward)
-                await self._threads.run(self.rebuild.compare)
-                await self.pipeline.stages["trace-correlation"].drained()
-                await self.recovery.caught_up()
-                inner.start_soon(self.removal.run)
-                inner.start_soon(self.trace_metadata.run, self._loading)
-                inner.start_soon(self.caches.warm_up_after, settings.caches.warm_up_seconds)
-                inner.start_soon(self.recovery.every, settings.checkpoint.interval_seconds)
-                inner.start_soon(self.daily.every_day)
-                inner.start_soon(self.exports.run)
-                if self.rebuild.pending:
-                    inner.start_soon(self._rebuild)
-                ingest = await self._listen_for_spans(inner, stop_ingest)
-                self._state = "ready"
+                await self._recover(inner)
+                self._start_upkeep(inner)
+                ingest = await self._serve_ingest(inner, stop_ingest)
+                self.state = "ready"
                 events.READY(
-                    seconds=time.time() - self.started_at, ingest=ingest, api=api, metrics=scrape
+                    seconds=time.time() - self.sources.started_at,
+                    ingest=ingest,
+                    api=api,
+                    metrics=metrics,
                 )
-                task_status.started(Addresses(ingest, api, scrape))
+                task_status.started(Addresses(ingest, api, metrics))
                 await self._stop.wait()
-                self._state = "draining"
-                events.DRAINING()
-                self.rebuild.stop()
-                await trio.sleep(settings.shutdown.delay_seconds)
-                inner.cancel_scope.deadline = trio.current_time() + grace
-                self.edge.drain()
-                stop_ingest.set()
-                inner.start_soon(self._report_drain)
-                with trio.move_on_after(ARRIVAL_SHARE * grace):
-                    await self.edge.settled()
-                self.pipeline.close()
-                await self.pipeline.finished.wait()
-                await self.recovery.save()
+                await self._drain(inner, stop_ingest)
                 inner.cancel_scope.cancel()
             self.subscriptions.close()
             stop_api.set()
             outer.cancel_scope.cancel()
-        self._state = "stopped"
-        events.STOPPED(seconds=time.time() - self.started_at, left=self.spans_in_flight())
-
-    async def _rebuild_if_little(self) -> None:
-        """Make lost files of DuckDB again before spans are accepted, unless that takes long."""
-        if await self._threads.run(self.rebuild.find):
-            await self._rebuild()
-
-    async def _rebuild(self) -> None:
-        try:
-            await self._rebuilding.run(self.rebuild.run, abandon_on_cancel=True)
-        except trio.Cancelled:
-            self.rebuild.stop()
-            raise
-
-    async def _listen_for_spans(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
-        settings, tls, grace = self.settings.ingest, self.settings.tls, self._grace
-        if settings.server == "hypercorn" or settings.address == OFF:
-            app = ingest_app(self.edge, settings)
-            return await self._listen(nursery, app, settings.address, stop, tls=tls)
-        listener = partial(serve_ingest, tls=tls, grace_seconds=grace)
-        url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
-        return url
-
-    async def _listen(
-        self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event, *, tls: Any
-    ) -> str | None:
-        if address == OFF:
-            return None
-        url: str = await nursery.start(
-            partial(
-                serve,
-                app,
-                address,
-                stop,
-                tls=tls,
-                keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
-                grace_seconds=self._grace,
-            )
+        self.state = "stopped"
+        events.STOPPED(
+            seconds=time.time() - self.sources.started_at, left=self.sources.account().in_flight
         )
-        return url
 
     def stop(self) -> None:
-        """Begin to shut down."""
+        """Start to shut down."""
         self._stop.set()
+
+    async def reload_rules(self) -> None:
+        """Reload changed rule files now."""
+        await self.rule_watch.reload()
+
+    async def _serve_api(
+        self, nursery: trio.Nursery, stop: trio.Event
+    ) -> tuple[str | None, str | None]:
+        """Serve the API and the metrics; returns their URLs."""
+        settings, guard = self.settings, self.gate.authenticator
+        api = create_api(self.tools, guard, self.gate.closed)
+        metrics = metrics_app(self.tools.exposition, guard)
+        return (
+            await self._listen(nursery, api, settings.api.address, stop),
+            await self._listen(nursery, metrics, settings.metrics.address, stop),
+        )
+
+    async def _prepare(self, nursery: trio.Nursery) -> None:
+        """Do what must be done before the traces are restored."""
+        await self.threads.run(warm_up, abandon_on_cancel=True)
+        await self.threads.run(self.registry.store.load)
+        nursery.start_soon(self.rule_watch.run)
+        nursery.start_soon(self.latencies.recent.run)
+        nursery.start_soon(self.watch.run)
+        await self.removal.take_up()
+        if await self.threads.run(self.rebuild.find):  # small enough to rebuild at once
+            await self._rebuild()
+
+    async def _recover(self, nursery: trio.Nursery) -> None:
+        """Run the pipeline and bring it to where the last process stopped."""
+        await nursery.start(self.pipeline.run)
+        with self.pipeline.batches.clone() as onward:
+            await self.recovery.recover(onward)
+        await self.threads.run(self.rebuild.compare)
+        await self.pipeline.stages["trace-correlation"].drained()
+        await self.recovery.caught_up()
+
+    def _start_upkeep(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self.removal.run)
+        nursery.start_soon(self.trace_metadata.run, self.cache_thread)
+        nursery.start_soon(self.caches.warm_up_after, self.settings.caches.warm_up_seconds)
+        nursery.start_soon(self.recovery.every, self.settings.checkpoint.interval_seconds)
+        nursery.start_soon(self.daily.every_day)
+        nursery.start_soon(self.exports.run)
+        if self.rebuild.pending:
+            nursery.start_soon(self._rebuild)
+
+    async def _drain(self, nursery: trio.Nursery, stop_ingest: trio.Event) -> None:
+        """Refuse new requests, process everything accepted, and save a checkpoint."""
+        grace = self.settings.shutdown.grace_seconds
+        self.state = "draining"
+        events.DRAINING()
+        self.rebuild.stop()
+        await trio.sleep(self.settings.shutdown.delay_seconds)
+        nursery.cancel_scope.deadline = trio.current_time() + grace
+        self.edge.drain()
+        stop_ingest.set()
+        nursery.start_soon(self._report_drain)
+        with trio.move_on_after(ARRIVAL_SHARE * grace):
+            await self.edge.settled()
+        self.pipeline.close()
+        await self.pipeline.finished.wait()
+        await self.recovery.save()
 
     async def _report_drain(self) -> None:
         while True:
             await trio.sleep(2)
             left = [
                 f"{s['name']} {s['currentSize']}"
-                for s in self._performance.fill()
+                for s in self.tools.performance.fill()
                 if s["currentSize"]
             ]
             _log.info("draining: %s", ", ".join(left) or "almost done")
 
-    async def _watch_rules(self) -> None:
-        while True:
-            await trio.sleep(self.settings.rules.poll_seconds)
-            await self.reload_rules()
+    async def _rebuild(self) -> None:
+        try:
+            await self.rebuild_thread.run(self.rebuild.run, abandon_on_cancel=True)
+        except trio.Cancelled:
+            self.rebuild.stop()
+            raise
 
-    async def reload_rules(self) -> None:
-        """Look at the rule files now."""
-        before = self.registry.store.problems
-        changed = await self._threads.run(self.registry.refresh)
-        if changed:
-            events.RULES_CHANGED(tenants=", ".join(sorted(changed)))
-        problems = self.registry.store.problems
-        for path, problem in problems.items():
-            if before.get(path) != problem:
-                events.RULES_BROKEN(problem=problem)
-        for path in before.keys() - problems.keys():
-            events.RULES_MENDED(file=path)
+    async def _serve_ingest(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
+        settings = self.settings.ingest
+        if settings.address == OFF:
+            return None
+        listener = partial(
+            serve_ingest,
+            tls=self.settings.tls,
+            grace_seconds=self.settings.shutdown.grace_seconds,
+        )
+        url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
+        return url
 
-    # What the pipeline tells
-
-    def _stored(self, signals: list[Signal]) -> None:
-        self.subscriptions.publish(signals)
-        self.exports.tell(signals)
-
-    def _active_tenants(self) -> Iterator[str]:
-        yield from list(self.pipeline.correlate.tenants)
-        yield from self.registry.store.tenants()
-
-    # What is live
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests should be sent here."""
-        return self._state == "ready"
-
-    def wall_time(self, trio_time: float) -> float:
-        """A time of Trio's clock as seconds since 1970."""
-        return trio_time + self._clock_offset
-
-    def traces(self) -> Mapping[str, TenantTraces]:
-        """Open traces by tenant, as of now."""
-        return dict(self.pipeline.correlate.tenants)
-
-    def spans_in_flight(self) -> int:
-        """Spans accepted and on their way to their traces."""
-        return self.account().in_flight
-
-    def account(self) -> SpanAccount:
-        """Where every span is."""
-        return self.sources.account()
-
-    def components(self) -> Mapping[str, Json]:
-        """The state of each part."""
-        return components(self.sources)
-
-    async def scrape(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return await self._exposition.scrape()
-
-    def subscribe_signals(self, tenant: str) -> Subscription:
-        """The tenant's signals from now on."""
-        return self.subscriptions.open(tenant)
-
-    def queue_stats(self) -> list[Json]:
-        """A row for each channel; reading takes the peak."""
-        return self._performance.queues()
-
-    def cache_stats(self) -> Mapping[str, Json]:
-        """Statistics by cache."""
-        return self.caches.statistics()
-
-    def performance_metrics(self) -> Json:
-        """Rates, latencies and totals."""
-        return self._performance.metrics()
-
-    def trace_windows(self) -> Json:
-        """Open traces and their memory, as of the last second."""
-        return self._performance.trace_windows()
-
-    def system_stats(self) -> Json:
-        """The process."""
-        return self._performance.system()
+    async def _listen(
+        self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event
+    ) -> str | None:
+        if address == OFF:
+            return None
+        listener = partial(
+            serve,
+            tls=self.settings.tls,
+            keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
+            grace_seconds=self.settings.shutdown.grace_seconds,
+        )
+        url: str = await nursery.start(listener, app, address, stop)
+        return url
 
     def close(self) -> None:
-        """End the worker threads; the stores are closed by :func:`open_service`."""
+        """End the worker threads; :func:`open_service` closes the stores."""
         self.pipeline.close_threads()
-        self.removal.close()
-        self._threads.close()
-        self._loading.close()
-        self.gate.close()
-        self._rebuilding.close()
-        self.daily.close()
-        self.exports.close()
-        self._exposition.close()
+        for part in (self.removal, self.gate, self.daily, self.exports):
+            part.close()
+        for runner in (self.threads, self.cache_thread, self.rebuild_thread):
+            runner.close()
+        self.tools.exposition.close()
         self.tools.threads.close()
-
-
-def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
-    """Open the stores (blocking, so call it before Trio runs) and return what makes the service
-    within Trio; ``stack`` closes them."""
-    data = settings.storage.path
-    data.mkdir(parents=True, exist_ok=True)
-    raise_limit()
-    log = stack.enter_context(
-        SpanLog(data, segment_bytes=settings.log.segment_bytes, open_files=affordable())
-    )
-    ledger = open_ledger(settings)
-    stack.callback(ledger.close)
-    duck = settings.duckdb
-    store = stack.enter_context(
-        DuckStore(
-            data,
-            memory_bytes=duck.memory_bytes,
-            threads=duck.threads,
-            pool_max=duck.pool_max,
-            pool_idle=duck.pool_idle,
-            pool_timeout=duck.pool_timeout_seconds,
-            idle_close=duck.idle_close_seconds,
-        )
-    )
-    rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
-    kept = settings.caches
-    registry = RuleRegistry(
-        RuleStore(rules), kept.rule_sets, kept.rule_sets_ttl_seconds, kept.rule_sets_bytes
-    )
-    reserves = open_reserves(data, settings, stack)
-    directory = TenantDirectory(data / "tenants.sqlite")
-    stack.callback(directory.close)
-    token = operator_token(settings.auth) if settings.auth.enabled else None
-    return lambda: Service(settings, log, registry, ledger, store, reserves, directory, token)

@@ -1,8 +1,8 @@
-"""Caches that load what they miss: bounded in number, age and, if wanted, bytes.
+"""Caches that load missing entries, bounded in number, age and optionally bytes.
 
-Entries are held by `cachetools`; what this module adds is what a service needs around them: use
-from Trio and from threads at once, one load for concurrent misses on a key, invalidation that also
-reaches loads under way, and statistics.
+`cachetools` stores the entries. This module adds what a service needs: use from several threads at
+once, one load for concurrent misses on a key, invalidation that also reaches running loads, and
+statistics.
 """
 
 from __future__ import annotations
@@ -11,27 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Set
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
-from typing import Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, final
+from typing import Any, Generic, Literal, TypeVar, final
 
-import trio
 from cachetools import TTLCache
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-R = TypeVar("R")
-Ts = TypeVarTuple("Ts")
 
 Expiry = Literal["write", "access"]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
-    """A cache at one moment; counts are since the start. A look-up that joins a load under way is a
-    miss; an eviction is for room or age, not by invalidation."""
+    """The state of a cache; counts are since the start. A look-up that joins a running load is a
+    miss. An eviction is for lack of space or for age, not by invalidation."""
 
     hits: int
     misses: int
@@ -39,20 +34,20 @@ class CacheStatistics:
     loads: int
     load_failures: int
     load_seconds: float
-    """Spent in loads, failed ones too."""
+    """Time spent in loads, including failed ones."""
     size: int
     max_size: int
     nbytes: int | None
-    """What the entries weigh, None where the cache is not bounded in bytes."""
+    """Bytes of the entries, None if the cache is not bounded in bytes."""
     max_bytes: int | None
 
     @property
     def hit_rate(self) -> float:
-        """Part of the look-ups that were hits, 0 before any."""
+        """The fraction of look-ups that were hits, 0 before the first."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """As the API and the TUI show it."""
+        """The statistics as the API returns them."""
         loads = self.loads + self.load_failures
         shown: dict[str, Any] = {
             "hitCount": self.hits,
@@ -70,18 +65,6 @@ class CacheStatistics:
         return shown
 
 
-class Threads(Protocol):
-    """A :class:`channels.ThreadRunner`."""
-
-    async def run(
-        self, fn: Callable[[*Ts], R], *args: *Ts, abandon_on_cancel: bool = False
-    ) -> R: ...
-
-
-class _NotBegunError(Exception):
-    """Who wanted to load went away before it began: look again."""
-
-
 @dataclass(slots=True)
 class _Entry(Generic[V]):
     value: V
@@ -90,16 +73,16 @@ class _Entry(Generic[V]):
 
 @dataclass(slots=True, eq=False)
 class _Load(Generic[K, V]):
-    """A load under way, or about to begin; its fields are guarded by the cache's lock."""
+    """A load that runs or is about to; the cache's lock guards its fields."""
 
     key: K
     future: Future[V | None]
     begun: bool = False
-    stale: bool = False  # invalidated since: its value is given to who waits, but not kept
+    stale: bool = False  # invalidated: its value is returned to waiters but not kept
 
 
 class _Entries(TTLCache[Any, Any]):
-    """Counts what leaves for room or for its age."""
+    """Counts evictions."""
 
     evictions = 0
 
@@ -116,30 +99,27 @@ class _Entries(TTLCache[Any, Any]):
 
 @final
 class LoadingCache(Generic[K, V]):
-    """A cache whose ``loader`` fills it: concurrent misses on one key load once.
+    """A cache that ``loader`` fills. Thread-safe; concurrent misses on one key load once.
 
-    :meth:`get` is for Trio tasks and loads in ``threads``; :meth:`get_blocking` is for worker
-    threads and loads in the calling one. Both may be used at once, and share the loads. A loader
-    returns None where there is nothing; that is not kept. What it raises reaches all who wait for
-    the load, and is not kept either. A cancelled task leaves its load to those who wait for it.
+    The first thread that misses a key loads it; others that miss it wait for that load. A None from
+    the loader means that there is no value, and is not kept. What it raises reaches all waiters and
+    is not kept either.
 
     Args:
-      name: what statistics are kept under.
-      loader: gives the value of a key; called in worker threads, it may block.
-      threads: runs loads for :meth:`get`; None where only threads ask.
-      maxsize: entries, beyond which the least recently used leaves.
-      ttl_seconds: an entry leaves so long after it was written, or last read.
+      name: the cache's name in statistics.
+      loader: returns the value for a key; may block.
+      maxsize: the most entries; above it the least recently used one is evicted.
+      ttl_seconds: how long after it was written, or last read, an entry is evicted.
       expire_after: which of the two.
-      max_bytes: what the entries may weigh together; one that weighs more is never kept.
-      weigher: the bytes of a value; called once for each load.
-      clock: seconds.
+      max_bytes: the most bytes of all entries; a larger value is never kept.
+      weigher: returns the bytes of a value; called once for each load.
+      clock: monotonic, in seconds.
     """
 
     def __init__(
         self,
         name: str,
         loader: Callable[[K], V | None],
-        threads: Threads | None = None,
         *,
         maxsize: int,
         ttl_seconds: float,
@@ -154,13 +134,12 @@ class LoadingCache(Generic[K, V]):
             raise ValueError(f"cache {name}: max_bytes and weigher go together")
         self.name = name
         self._loader = loader
-        self._threads = threads
         self._maxsize = maxsize
         self._max_bytes = max_bytes
         self._weigher = weigher
         self._touch = expire_after == "access"
         self._clock = clock
-        self._lock = threading.Lock()  # held for moments: never while a value is loaded
+        self._lock = threading.Lock()  # held only for moments, never during a load
         if max_bytes is None:
             self._entries = _Entries(maxsize, ttl_seconds, clock)
         else:
@@ -170,70 +149,43 @@ class LoadingCache(Generic[K, V]):
         self._load_seconds = 0.0
 
     def peek(self, key: K) -> V | None:
-        """The value if it is there, None otherwise; counted as a hit or a miss. Never waits."""
+        """The value if it is in the cache, else None; counts as a hit or a miss. Never waits."""
         with self._lock:
             entry = self._find(key)
             self._count(entry)
             return entry.value if entry else None
 
-    async def get(self, key: K) -> V | None:
-        """The value, loaded if it is not there. Raises what the loader raises."""
-        if self._threads is None:
-            raise RuntimeError(f"cache {self.name} has no threads to load in")
-        await trio.lowlevel.checkpoint()
-        counted = False
-        while True:
-            with self._lock:
-                entry = self._find(key)
-                if not counted:
-                    self._count(entry)
-                    counted = True
-                if entry:
-                    return entry.value
-                load, mine = self._join(key)
-            if mine:
-                try:
-                    await self._threads.run(self._run, load, abandon_on_cancel=True)
-                except BaseException:
-                    self._give_up(load)
-                    raise
-            await _finished(load.future)
-            with suppress(_NotBegunError):
-                return load.future.result()
-
-    def get_blocking(self, key: K) -> V | None:
-        """As :meth:`get`, for worker threads."""
-        return self._get_blocking(key, counted=False)
+    def get(self, key: K) -> V | None:
+        """The value, loaded if it is missing. Raises what the loader raises. Blocks."""
+        return self._get(key, counted=True)
 
     def load_ahead(self, key: K) -> V | None:
-        """As :meth:`get_blocking`, but not counted as a look-up: nobody asked for it yet."""
-        return self._get_blocking(key, counted=True)
+        """As :meth:`get`, but not counted as a look-up."""
+        return self._get(key, counted=False)
 
-    def _get_blocking(self, key: K, *, counted: bool) -> V | None:
-        while True:
-            with self._lock:
-                entry = self._find(key)
-                if not counted:
-                    self._count(entry)
-                    counted = True
-                if entry:
-                    return entry.value
-                load, _ = self._join(key)
-            # Who comes first loads. Waiting for a task to begin could wait for this very thread.
-            self._run(load)
-            with suppress(_NotBegunError):
-                return load.future.result()
+    def _get(self, key: K, *, counted: bool) -> V | None:
+        with self._lock:
+            entry = self._find(key)
+            if counted:
+                self._count(entry)
+            if entry:
+                return entry.value
+            load = self._loads.get(key)
+            if load is None:
+                load = self._loads[key] = _Load(key, Future())
+        self._run(load)  # the first thread loads, the others wait
+        return load.future.result()
 
     def invalidate(self, key: K) -> bool:
-        """Drop an entry; also what is being loaded for it will not be kept. Whether one was
-        there."""
+        """Drop an entry, and do not keep what is being loaded for it. Returns whether there was
+        one."""
         with self._lock:
             if (load := self._loads.pop(key, None)) is not None:
                 load.stale = True
             return self._entries.pop(key, None) is not None
 
     def invalidate_all(self, keys: Set[K]) -> int:
-        """The same with many keys, of which few may be there; how many were."""
+        """Drop the entries of many keys as :meth:`invalidate` does; returns how many there were."""
         with self._lock:
             for key in self._loads.keys() & keys:
                 self._loads.pop(key).stale = True
@@ -244,8 +196,8 @@ class LoadingCache(Generic[K, V]):
             return len(doomed)
 
     def invalidate_where(self, condition: Callable[[K], bool] | None = None) -> int:
-        """Drop the entries whose keys meet the condition, all without one; how many there were.
-        What is being loaded for such keys will not be kept."""
+        """Drop the entries whose keys satisfy the condition (all without one), and do not keep what
+        is being loaded for such keys. Returns how many entries there were."""
         with self._lock:
             for key in [k for k in self._loads if condition is None or condition(k)]:
                 self._loads.pop(key).stale = True
@@ -255,9 +207,9 @@ class LoadingCache(Generic[K, V]):
             return len(doomed)
 
     def statistics(self) -> CacheStatistics:
-        """Counts and sizes as of now."""
+        """The present counts and sizes."""
         with self._lock:
-            size = len(self._entries)  # expired ones leave now, and are counted
+            size = len(self._entries)  # evicts and counts expired entries
             return CacheStatistics(
                 hits=self._hits,
                 misses=self._misses,
@@ -271,7 +223,7 @@ class LoadingCache(Generic[K, V]):
                 max_bytes=self._max_bytes,
             )
 
-    # With the lock held
+    # The caller holds the lock
 
     def _find(self, key: K) -> _Entry[V] | None:
         entry: _Entry[V] | None = self._entries.get(key)
@@ -285,14 +237,6 @@ class LoadingCache(Generic[K, V]):
         else:
             self._hits += 1
 
-    def _join(self, key: K) -> tuple[_Load[K, V], bool]:
-        """The load of a key, and whether it is new."""
-        load = self._loads.get(key)
-        if load is not None:
-            return load, False
-        load = self._loads[key] = _Load(key, Future())
-        return load, True
-
     def _keep(self, key: K, entry: _Entry[V]) -> None:
         if self._max_bytes is not None and entry.nbytes > self._max_bytes:
             return
@@ -304,7 +248,7 @@ class LoadingCache(Generic[K, V]):
     # Loads
 
     def _run(self, load: _Load[K, V]) -> None:
-        """Load, in a worker thread, unless another one has begun to. Never raises."""
+        """Load the value, unless another thread does. Never raises."""
         with self._lock:
             if load.begun:
                 return
@@ -315,7 +259,7 @@ class LoadingCache(Generic[K, V]):
         try:
             value = self._loader(load.key)
             nbytes = self._weigher(value) if self._weigher and value is not None else 0
-        except BaseException as error:  # delivered to all who wait, whatever it is
+        except BaseException as error:  # delivered to all waiters, whatever it is
             failed = error
         with self._lock:
             self._load_seconds += self._clock() - started
@@ -331,28 +275,3 @@ class LoadingCache(Generic[K, V]):
             load.future.set_exception(failed)
         else:
             load.future.set_result(value)
-
-    def _give_up(self, load: _Load[K, V]) -> None:
-        """The task that was to load is gone; one that waits does it, unless it has begun."""
-        with self._lock:
-            if load.begun:
-                return
-            load.begun = True
-            if self._loads.get(load.key) is load:
-                del self._loads[load.key]
-        load.future.set_exception(_NotBegunError())
-
-
-async def _finished(future: Future[V]) -> None:
-    """Wait until a future, which another thread completes, has a result or an error."""
-    if future.done():
-        return
-    done = trio.Event()
-    token = trio.lowlevel.current_trio_token()
-    future.add_done_callback(partial(_tell, token, done))
-    await done.wait()
-
-
-def _tell(token: trio.lowlevel.TrioToken, done: trio.Event, _: Future[Any]) -> None:
-    with suppress(trio.RunFinishedError):
-        token.run_sync_soon(done.set)

@@ -1,16 +1,20 @@
 """How numba kernels are compiled: without the GIL, bounds-checked, cached on disk.
 
-Numba looks only at a kernel's own file to tell whether its cached code is current, but kernels of
-other files are compiled into it. So the cache lies in a folder named by a digest of all of them.
+Numba checks only a kernel's own file to decide whether its cached code is current, but kernels of
+other files are compiled into it. The name of the cache folder is therefore a digest of all of them:
+kernels must be in the folders ``otlp``, ``rules`` and ``traces``.
 
-``NUMBA_DISABLE_JIT=1`` turns every kernel into ordinary Python, which is how the
-tests measure their coverage.
+``NUMBA_DISABLE_JIT=1`` turns every kernel into ordinary Python; the tests measure their coverage
+that way.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _cache_directory() -> Path:
+    """Next to this package, or, if that is read-only, in the user's cache folder."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for folder in ("otlp", "rules", "traces"):
@@ -30,8 +35,30 @@ def _cache_directory() -> Path:
             digest.update(source.read_bytes())
     base = package / "__pycache__"
     if not os.access(base if base.exists() else package, os.W_OK):
-        base = Path(tempfile.gettempdir()) / f"betrace-{os.getuid()}"
+        base = _user_cache()
     return base / f"kernels-{digest.hexdigest()[:16]}"
+
+
+def _user_cache() -> Path:
+    """``$XDG_CACHE_HOME/betrace`` or ``~/.cache/betrace``, made with mode 0700.
+
+    Cached kernels are code that this process runs. If another user owns the folder or can write to
+    it, or if it cannot be made, a fresh private folder is used instead, and removed at exit.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        parent = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+        path = parent / "betrace"
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+        private = found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o022
+        if stat.S_ISDIR(found.st_mode) and private and os.access(path, os.W_OK | os.X_OK):
+            return path
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        pass
+    fresh = Path(tempfile.mkdtemp(prefix="betrace-kernels-"))
+    atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+    return fresh
 
 
 _settings: Any = config
@@ -39,22 +66,16 @@ if not _settings.CACHE_DIR:  # NUMBA_CACHE_DIR is not set
     _settings.CACHE_DIR = str(_cache_directory())
 
 
-def kernel(function: F) -> F:
+def lean_kernel(function: F) -> F:
     """Compile ``function`` in nopython mode; it runs without the GIL and is cached on disk.
 
-    Array accesses are bounds-checked: kernels read bytes from strangers, and a wrong
-    index must raise :exc:`IndexError`, never read beyond an array.
-    """
-    return cast(F, numba.njit(cache=True, nogil=True, boundscheck=True)(function))
+    Array accesses are bounds-checked, because kernels read untrusted bytes: a wrong index must
+    raise :exc:`IndexError` and never read beyond an array.
 
-
-def lean_kernel(function: F) -> F:
-    """A :func:`kernel` that leaves the reference counts of the arrays it is given alone.
-
-    An ordinary kernel counts a reference to each array argument, atomically, whenever it is
-    called, by another kernel too: small kernels that call each other spend most of their time
-    on that (the span scanner is 3.7 times as fast without). The price: it can neither allocate
-    nor return an array (numba refuses to compile an allocation). Both kinds may call each other.
+    References to array arguments are not counted. Numba counts one for each array argument,
+    atomically, at every call, even between kernels: small kernels that call each other spend most
+    of their time on that (the span scanner is 3.7 times as fast without it). In exchange, a kernel
+    can neither allocate nor return an array (numba refuses to compile an allocation).
     """
     njit: Any = numba.njit  # its type leaves _nrt out
     return cast(F, njit(cache=True, nogil=True, boundscheck=True, _nrt=False)(function))

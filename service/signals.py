@@ -1,4 +1,4 @@
-"""A signal: the record that a trace broke a rule, or that it no longer does."""
+"""Signals: the records that a trace broke a rule, or that it no longer does."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def rule_version(condition: str) -> str:
 def signal_id(
     tenant: str, rule_id: str, version: str, trace_id: str, kind: Kind, episode: int = 0
 ) -> str:
-    """The id of a signal: 32 hex digits, the same whenever the same breach is found again.
+    """The id of a signal: 32 hex digits, always the same for the same breach.
 
-    The first 128 bits of SHA-256 over the parts, each preceded by its length so that no two
-    different tuples join to the same text. ``episode`` is how many times the breach had been
-    retracted when it was raised (docs/decisions/0011-raised-again.md); 0 is not a part.
+    The first 128 bits of SHA-256 over the parts, each preceded by its length so that different
+    tuples never join to the same text. ``episode`` counts the earlier retractions of the breach
+    (docs/decisions/0011-raised-again.md); 0 is omitted.
     """
     parts: tuple[str, ...] = (tenant, rule_id, version, trace_id, str(kind))
     if episode:
@@ -38,13 +38,12 @@ def signal_id(
 class Signal:
     """One entry of the ledger. Times are nanoseconds since 1970, ids lower-case hex.
 
-    ``counts`` maps each check of the rule (its text) to the number of spans that matched;
-    ``evidence`` maps it to the ids of up to five of them, the earliest. A retraction names
-    in ``reason`` why the breach no longer holds, a signal of a partial trace that it is one.
-    ``context`` of a long trace is the window of spans that came last: ``window`` its number,
-    ``first`` and ``last`` the numbers of its spans in the order of their arrival, ``spans`` their
-    ids. ``episode`` tells the times apart that a breach was raised and retracted: a signal and its
-    retraction have the same, the first is 0.
+    ``counts`` maps each check of the rule (its text) to the number of matching spans; ``evidence``
+    maps it to the ids of up to five of them, the earliest. ``reason`` says why a retraction was
+    made, or that the trace is partial. For a long trace, ``context`` is the window of the latest
+    spans: ``window`` is its number, ``first`` and ``last`` are the numbers of its spans by arrival,
+    and ``spans`` are their ids. ``episode`` counts how often the breach had been retracted before,
+    from 0; a signal and its retraction have the same.
     """
 
     id: str
@@ -71,6 +70,6 @@ class Signal:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Signal:
-        """The signal that :meth:`to_json` gave. Raises LookupError, TypeError or ValueError for
-        anything else."""
+        """The signal from the values of :meth:`to_json`. Raises LookupError, TypeError or
+        ValueError for anything else."""
         return cls(**values | {"kind": Kind(values["kind"])})

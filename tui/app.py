@@ -1,4 +1,4 @@
-"""The admin TUI: panels over the service's HTTP interface."""
+"""The admin TUI: panels that show and operate a service over its HTTP API."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.color import Color, ColorParseError
 from textual.events import Resize
 from textual.screen import Screen
 from textual.theme import Theme
 from textual.widgets import ContentSwitcher, Footer, Input
-from textual.worker import Worker
 
-from betrace.tui.client import Client, ClientError, Json
-from betrace.tui.connection import Connection, Link
+from betrace.tui.base import BaseApp
+from betrace.tui.changes import PREFIX, OperatorChange
+from betrace.tui.client import ApiClient, ClientError
+from betrace.tui.connection import Link, ServiceConnection
+from betrace.tui.json_values import Json
 from betrace.tui.panels import PANELS
-from betrace.tui.state import State, parse
-from betrace.tui.widgets.bars import NavBar, StatusBar
-from betrace.tui.widgets.basic import Detail
-from betrace.tui.widgets.changes import PREFIX, Change, Confirm
-from betrace.tui.widgets.help import Help, TooSmall, bindings_of
+from betrace.tui.panels.health import badges
+from betrace.tui.state import parse
+from betrace.tui.widgets.detail import Detail
+from betrace.tui.widgets.dialogs import Confirm
+from betrace.tui.widgets.help import Help, bindings_of
+from betrace.tui.widgets.nav_bar import NavBar
 from betrace.tui.widgets.panel import Panel
-from betrace.tui.widgets.text import Tone
+from betrace.tui.widgets.status_bar import StatusBar
+from betrace.tui.widgets.too_small import TooSmall
 
 UNREACHABLE = 3
 MIN_WIDTH, MIN_HEIGHT = 80, 24
 WIDE = 100
-"""Columns from which the keys at the bottom are set apart."""
-
-_COLOURS: dict[Tone, str] = {"good": "success", "busy": "warning", "bad": "error"}
+"""The footer is spaced out in windows of at least this width."""
 
 
-class BetraceApp(App[int]):
+class BetraceApp(BaseApp):
     """The application.
 
     Args:
-      client: what to speak to the service with; its owner closes it.
-      read_only: whether changes are disabled.
-      first: a snapshot that was read already.
-      clock: seconds since 1970.
+      client: sends the requests; its owner closes it.
+      read_only: disables changes.
+      first: a snapshot to begin with.
+      clock: returns seconds since 1970.
     """
 
     CSS_PATH = "betrace.tcss"
@@ -60,7 +61,7 @@ class BetraceApp(App[int]):
             for number, panel in enumerate(PANELS, 1)
         ),
         Binding("slash", "filter", "Filter", tooltip="Show rows that contain a text; ! inverts"),
-        Binding("p", "freeze", "Freeze", show=False, tooltip="Freeze the view, or let it go on"),
+        Binding("p", "freeze", "Freeze", show=False, tooltip="Freeze or unfreeze the view"),
         Binding("space", "refresh", "Refresh", show=False, tooltip="Read the state now"),
         Binding("t", "next_theme", "Next theme", show=False),
         Binding("question_mark", "help", "Help"),
@@ -70,18 +71,14 @@ class BetraceApp(App[int]):
 
     def __init__(
         self,
-        client: Client,
+        client: ApiClient,
         read_only: bool = False,
         first: Json | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        super().__init__()
-        self.client = client
-        self.read_only = read_only
-        self.clock = clock
-        self.state = State()
-        self.frozen_at: float | None = None
-        self.connection = Connection(client, self._linked, self._received, clock)
+        super().__init__(client, read_only, clock)
+        self.panel_numbers = {panel.__name__: n for n, panel in enumerate(PANELS, 1)}
+        self.connection = ServiceConnection(client, self._linked, self._received, clock)
         if first is not None:
             self.state.update(parse(first, clock()))
 
@@ -93,8 +90,8 @@ class BetraceApp(App[int]):
                 widget = panel()
                 widget.id = panel.__name__
                 yield widget
-        yield Input(id="filter", placeholder="text to find; !text for what lacks it")
-        yield Footer(show_command_palette=True)
+        yield Input(id="filter", placeholder="text to find; !text excludes")
+        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         self.query_one("#filter").display = False
@@ -102,10 +99,6 @@ class BetraceApp(App[int]):
         self.set_interval(1.0, self._show_bars)
         self.start(self.connection.run, "connection")
         self.action_panel(1)
-
-    def start(self, work: Callable[[], Coroutine[Any, Any, None]], group: str) -> None:
-        """Run an async function as a task, in place of another of its group."""
-        _: Worker[None] = self.run_worker(work, group=group, exclusive=True)
 
     # Panels
 
@@ -129,15 +122,13 @@ class BetraceApp(App[int]):
         self._show_filter()
         panel.show(self.state)
         panel.focus_first()
-        self.load(panel)
+        self.reload()
 
     def show_panel(self, name: str) -> None:
-        """Show the panel of a class of this name."""
-        self.action_panel([panel.__name__ for panel in PANELS].index(name) + 1)
+        self.action_panel(self.panel_numbers[name])
 
-    def load(self, panel: Panel | None = None) -> None:
-        """Have a panel (the visible one) read what it shows besides the state."""
-        self.start(partial(self._load, panel or self.panel), "load")
+    def reload(self) -> None:
+        self.start(partial(self._load, self.panel), "load")
 
     async def _load(self, panel: Panel, by_itself: bool = False) -> None:
         panel.loaded_at = math.inf
@@ -145,23 +136,22 @@ class BetraceApp(App[int]):
             await panel.load()
         except ClientError as error:
             if self.connection.link.status != "lost" and not by_itself:
-                self._toast_error(error)
+                self.toast_error(error)
         finally:
             panel.loaded_at = self.clock()
 
     def _load_again(self) -> None:
-        """Have the visible panel read again what it reads now and then."""
+        """Reload the visible panel when its ``RELOAD`` has passed."""
         panel = self.panel
         if panel.RELOAD and self.clock() - panel.loaded_at >= panel.RELOAD:
             self.start(partial(self._load, panel, by_itself=True), "load")
 
     def view_tenant(self, tenant: str) -> None:
-        """Look at this tenant's signals, traces and rules from now on."""
         self.client.view(tenant)
         self._show_bars()
-        self.load()
+        self.reload()
 
-    # What the connection tells
+    # Events of the connection
 
     def _linked(self, link: Link) -> None:
         self.state.stale = link.status != "connected"
@@ -172,7 +162,7 @@ class BetraceApp(App[int]):
         if self.frozen_at is None:
             self._show()
         if link.status == "connected":
-            self.load()
+            self.reload()
 
     def _received(self, data: Json) -> None:
         self.state.update(parse(data, self.clock()))
@@ -182,52 +172,40 @@ class BetraceApp(App[int]):
 
     @property
     def _up(self) -> bool:
-        """Whether there is something to show things on: not while the application ends."""
+        """Whether the widgets exist; they do not while the application exits."""
         return self.is_running
 
     def _show(self) -> None:
+        found = badges(self.state).items()
+        self._main.query_one(NavBar).badge({self.panel_numbers[k] - 1: v for k, v in found})
         self.panel.show(self.state)
         if isinstance(self.screen, Detail):
             self.screen.show(self.state)
 
     def _show_bars(self) -> None:
         if self._up:
-            self._main.query_one(StatusBar).show(self)
+            self._main.query_one(StatusBar).show(self, self.connection.link)
 
     def _restyle(self, _: Theme) -> None:
         for panel in self._main.query(Panel):
             panel.restyle()
         self._show()
 
-    def style(self, tone: Tone) -> str:
-        """A tone as a style of Rich, in the colours of the theme."""
-        if tone == "quiet":
-            return "dim"
-        return self.colour(_COLOURS[tone])
-
-    def colour(self, variable: str) -> str:
-        """A colour of the theme as a style of Rich; empty where it has none."""
-        try:
-            return Color.parse(self.theme_variables[variable]).rich_color.name
-        except (ColorParseError, KeyError):
-            return ""
-
     # Keys
 
     def action_freeze(self) -> None:
         self.frozen_at = self.clock() if self.frozen_at is None else None
         self._show_bars()
-        if self.frozen_at is None:
-            self._show()
+        self._show()
 
     async def action_refresh(self) -> None:
         try:
             await self.connection.refresh()
         except ClientError as error:
-            self._toast_error(error)
+            self.toast_error(error)
             return
         self._show()
-        self.load()
+        self.reload()
 
     def action_next_theme(self) -> None:
         names = sorted(self.available_themes)
@@ -245,7 +223,7 @@ class BetraceApp(App[int]):
             entry.focus()
 
     def action_unfilter(self) -> None:
-        """End typing a filter, else drop the filter."""
+        """Close the filter's input, and drop the filter."""
         if self._end_filter():
             self.panel.focus_first()
         self._filter("")
@@ -274,11 +252,11 @@ class BetraceApp(App[int]):
         self._main.query_one(NavBar).filter(self.panel.filter_text)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """No filter where there is nothing to filter."""
+        """Disable the filter in panels without rows."""
         return self.panel.FILTERS if action == "filter" and self.screen is self._main else True
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: every action there is, and the themes."""
+        """The commands of the palette: all actions, and the themes."""
         yield SystemCommand("Theme", "Choose a theme", self.action_change_theme)
         for binding in bindings_of(self):
             yield SystemCommand(
@@ -303,39 +281,22 @@ class BetraceApp(App[int]):
 
     # Changes
 
-    def change(self, change: Change) -> None:
-        """Ask whether a change is meant, do it, and tell how it went."""
+    def change(self, change: OperatorChange) -> None:
         if self.read_only:
-            self.notify("this TUI was started with --read-only", title="✖ not done")
+            self.notify("This TUI was started with --read-only.", title="✖ not done")
             return
         self.start(partial(self._change, change), "change")
 
-    async def _change(self, change: Change) -> None:
+    async def _change(self, change: OperatorChange) -> None:
         if not await self.push_screen_wait(Confirm(change)):
             return
         try:
-            told = await change.run()
+            result = await change.run()
         except ClientError as error:
-            self._toast_error(error)
+            self.toast_error(error)
             return
-        self.notify(told, title="✔ done", markup=False)
+        self.notify(result, title="✔ done", markup=False)
         await self.action_refresh()
-
-    def telling(
-        self, work: Callable[[], Coroutine[Any, Any, None]]
-    ) -> Callable[[], Coroutine[Any, Any, None]]:
-        """The same function, whose :exc:`ClientError` becomes a toast."""
-
-        async def told() -> None:
-            try:
-                await work()
-            except ClientError as error:
-                self._toast_error(error)
-
-        return told
-
-    def _toast_error(self, error: ClientError) -> None:
-        self.notify(str(error), title=f"✖ {error.kind}", severity="error", timeout=10, markup=False)
 
     # The window
 
@@ -351,16 +312,16 @@ class BetraceApp(App[int]):
 def run(
     url: str, token: str | None = None, tenant: str | None = None, read_only: bool = False
 ) -> int:
-    """Run the TUI in this terminal until it is left; the exit code."""
+    """Run the TUI in this terminal and return the exit code."""
     return asyncio.run(_run(url, token, tenant, read_only))
 
 
 async def _run(url: str, token: str | None, tenant: str | None, read_only: bool) -> int:
     try:
-        async with Client(url, token, tenant) as client:
+        async with ApiClient(url, token, tenant) as client:
             first = await client.snapshot()
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
-                raise ClientError("refused", "the TUI needs a terminal; use the API in scripts")
+                raise ClientError("refused", "the TUI needs a terminal; in scripts use the API")
             await BetraceApp(client, read_only, first).run_async()
             return 0
     except ClientError as error:
@@ -372,5 +333,5 @@ def _remedy(error: ClientError) -> str:
     if error.status in (401, 403):
         return "give the operator token with --token or BETRACE_TOKEN"
     if error.kind in ("unreachable", "timed out"):
-        return "start it with `betrace serve`, or name its API with --url"
+        return "start it with `betrace serve`, or give its API with --url"
     return "see `betrace tui --help`"

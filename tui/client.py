@@ -1,4 +1,4 @@
-"""The service's HTTP interface (docs/http-api.md), as the TUI uses it."""
+"""A client for the part of the HTTP API (docs/http-api.md) that the TUI uses."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-Json = dict[str, Any]
+from betrace.tui.json_values import Json
+
 Kind = Literal["unreachable", "timed out", "refused", "conflict", "not understood"]
 
 TIMEOUT = 5.0
-"""Seconds that connecting, and a part of an answer, may take."""
+"""Seconds allowed for connecting and for each read."""
 
 SILENCE = 10.0
-"""Seconds after which a stream of snapshots that sends nothing is given up; where nothing is wrong
-it sends one each second."""
+"""Seconds of silence after which a stream of snapshots counts as lost; it normally sends one every
+second."""
 
 QUIET = 40.0
-"""The same for signals: a comment comes after 15 s without one."""
+"""The same for a stream of signals, which sends a comment after 15 s without a signal."""
 
 CHANGED_MEANWHILE = 412
-"""The status of a change that was refused since the thing is not what it was (If-Match)."""
+"""The status of a change whose If-Match no longer holds."""
 
 MAX_EVENT = 8 << 20
-"""Bytes of one server-sent event, at most."""
+"""Maximum size of one server-sent event in bytes."""
 
 
 class ClientError(Exception):
-    """A request that was not answered as it should be: a plain sentence.
+    """A request failed; the message is one plain sentence.
 
-    ``kind`` tells whether the service was unreachable, answered too late, refused (``status`` is
-    its status; ``conflict`` is that of a thing that was changed meanwhile), or said what cannot be
-    understood.
+    ``kind`` says whether the service was unreachable, did not answer in time, refused (``status``
+    is the HTTP status), refused because someone else changed the object (``conflict``), or
+    answered something that is not understood.
     """
 
     def __init__(self, kind: Kind, message: str, status: int | None = None) -> None:
@@ -45,19 +46,19 @@ class ClientError(Exception):
         self.kind = kind
         self.status = status
         self.detail: Json = {}
-        """The ``error`` object of the answer, such as with the errors of a rule."""
+        """The ``error`` object of the answer. It may list the errors of a rule."""
 
 
-class Client:
+class ApiClient:
     """An asynchronous client. Use it as a context manager, or call :meth:`close`.
 
     Args:
-      url: where the API is, such as ``http://127.0.0.1:8090``.
-      token: sent as bearer token.
-      tenant: whose signals, traces and rules; an operator's token is good for all.
-      transport: another transport, in tests.
+      url: the URL of the API, such as ``http://127.0.0.1:8090``.
+      token: sent as a bearer token.
+      tenant: the tenant whose signals, traces and rules to read; an operator's token may read all.
+      transport: replaces the network in tests.
 
-    Every method raises :exc:`ClientError`. Proxies of the environment are not used.
+    Every method raises :exc:`ClientError`. Proxy variables in the environment are ignored.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Client:
         self.url = url.rstrip("/")
         _check_url(self.url)
         self.tenant: str | None = None
-        """Whose signals, traces and rules are asked for; None for the token's, or `default`."""
+        """The tenant of signals, traces and rules; None for the token's tenant, or `default`."""
         headers = {"x-operator": operator_name()}
         if token:
             headers["authorization"] = f"Bearer {token}"
@@ -85,14 +86,14 @@ class Client:
         self.view(tenant)
 
     def view(self, tenant: str | None) -> None:
-        """Ask for this tenant's signals, traces and rules from now on."""
+        """Request this tenant's signals, traces and rules from now on."""
         self.tenant = tenant
         if tenant:
             self._http.headers["x-scope-orgid"] = tenant
         else:
             self._http.headers.pop("x-scope-orgid", None)
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> ApiClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -113,8 +114,8 @@ class Client:
         timeout: float = TIMEOUT,
         accept: tuple[int, ...] = (),
     ) -> Json:
-        """A request and its JSON answer, empty for 204. ``params`` that are None are left out;
-        statuses in ``accept`` are no errors."""
+        """Send a request and return its JSON; empty for 204. Omits ``params`` that are None.
+        Statuses in ``accept`` are not errors."""
         given = {name: _text(value) for name, value in (params or {}).items() if value is not None}
         try:
             response = await self._http.request(
@@ -141,8 +142,8 @@ class Client:
         opened: Callable[[], None] | None = None,
         **params: Any,
     ) -> AsyncIterator[tuple[str, Json]]:
-        """Server-sent events: (name, data). Ends when the service ends the stream; gives it up
-        after ``silence`` seconds without anything. ``opened`` is called when it has begun."""
+        """Yield server-sent events as (name, data) until the service ends the stream. Fails after
+        ``silence`` seconds without data. Calls ``opened`` when the stream has started."""
         given = {name: _text(value) for name, value in params.items() if value is not None}
         timeout = httpx.Timeout(TIMEOUT, read=silence)
         try:
@@ -168,7 +169,7 @@ class Client:
     # The state of the service
 
     async def snapshot(self) -> Json:
-        """What an event of `GET /api/performance/stream` has, read piece by piece."""
+        """Read one snapshot, as `GET /api/performance/stream` sends it, in several requests."""
         ready = await self.request("GET", "/readyz", accept=(503,))
         queues = await self.get("/api/performance/queue-stats")
         breakers = await self.get("/api/admin/breakers")
@@ -185,13 +186,13 @@ class Client:
         }
 
     def snapshots(self) -> AsyncIterator[tuple[str, Json]]:
-        """Snapshots as they come, once a second."""
+        """Follow the snapshots; the service sends one per second."""
         return self.events("/api/performance/stream")
 
-    # What operators do
+    # Changes
 
     async def act_on_breaker(self, name: str, action: str) -> Json:
-        """``action`` is trip, reset, force-open or disable; the breaker after it."""
+        """Trip, reset, force-open or disable a breaker, and return it."""
         return await self.post(f"/api/admin/breakers/{segment(name)}/{action}")
 
     async def pause(self) -> Json:
@@ -201,11 +202,11 @@ class Client:
         return await self.post("/api/admin/pipeline/resume")
 
     async def drain(self, wait: int = 10) -> Json:
-        """Wait at most ``wait`` seconds until the channels are empty; the pipeline."""
+        """Wait at most ``wait`` seconds until the channels are empty, and return the pipeline."""
         return await self.post("/api/admin/pipeline/drain", timeout=wait + TIMEOUT, wait=wait)
 
     async def invalidate_cache(self, name: str, tenant: str | None = None) -> Json:
-        """Empty a cache, of one tenant or of all."""
+        """Empty a cache for one tenant or for all."""
         path = f"/api/performance/cache-invalidate/{segment(name)}"
         return await self.post(path, tenantId=tenant)
 
@@ -213,11 +214,11 @@ class Client:
         return await self.post("/api/admin/cache-warmup", timeout=60.0)
 
     async def dead_letter(self, action: str, letter: str) -> Json:
-        """``action`` is retry or discard."""
+        """Retry or discard one dead letter."""
         return await self.post(f"/api/admin/dead-letters/{segment(letter)}/{action}")
 
     async def retry_dead_letters(self) -> Json:
-        """All of them; how many."""
+        """Retry all dead letters, and return how many."""
         return await self.post("/api/admin/dead-letters/retry", timeout=60.0)
 
     async def create_tenant(self, body: Json) -> Json:
@@ -228,7 +229,7 @@ class Client:
         return await self.request("DELETE", path, {"wait": wait}, timeout=wait + TIMEOUT)
 
     async def set_quota(self, name: str, quota: int | None) -> Json:
-        """Spans a second, 0 for no limit, None for what is configured."""
+        """Set spans per second; 0 for no limit, None for the configured default."""
         body = {} if quota is None else {"spansPerSecond": quota}
         return await self.request("PUT", f"/api/admin/tenants/{segment(name)}/quota", body=body)
 
@@ -246,12 +247,12 @@ class Client:
     async def replay_fallback(self) -> Json:
         return await self.post("/api/admin/fallback/replay")
 
-    # Signals, traces and rules of the tenant
+    # Signals, traces and rules of one tenant
 
     def signals(
         self, opened: Callable[[], None], **filters: str | None
     ) -> AsyncIterator[tuple[str, Json]]:
-        """Signals as they are stored."""
+        """Follow the signals as they are stored."""
         return self.events("/api/v1/signals/stream", QUIET, opened, **filters)
 
     async def signal(self, signal_id: str) -> Json:
@@ -264,18 +265,18 @@ class Client:
         return await self.get(f"/api/v1/rules/{segment(rule_id)}")
 
     async def check_condition(self, condition: str) -> list[Json]:
-        """The errors of a rule's condition."""
+        """Return the errors of a rule's condition."""
         answer = await self.post("/api/v1/rules/validate", {"condition": condition})
         return [each for each in answer.get("errors") or [] if isinstance(each, dict)]
 
     async def test_condition(self, condition: str, trace: Json) -> Json:
-        """What a condition says of a trace in OTLP JSON."""
+        """Evaluate a condition on a trace in OTLP JSON."""
         given = {"resourceSpans": trace.get("resourceSpans") or []}
         body = {"condition": condition, "trace": given}
         return await self.post("/api/v1/rules/test", body, timeout=30.0)
 
     async def put_rule(self, rule_id: str, rule: Json, etag: str | None) -> Json:
-        """Replace the rule that has this entity tag, or create it where there is none."""
+        """Replace the rule with this entity tag; create it without one."""
         headers = {"if-match": etag} if etag else None
         path = f"/api/v1/rules/{segment(rule_id)}"
         return await self.request("PUT", path, body=rule, headers=headers)
@@ -286,23 +287,25 @@ class Client:
 
 
 def _check_url(url: str) -> None:
-    """Raise :exc:`ClientError` for what is no base of an API."""
+    """Raise :exc:`ClientError` if this is not an HTTP URL."""
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # such as a port that is none
+    except ValueError:  # such as an invalid port
         right = False
     if not right:
-        raise ClientError("unreachable", f"{url} is no URL such as http://127.0.0.1:8090")
+        raise ClientError(
+            "unreachable", f"{url} is not a URL; write one such as http://127.0.0.1:8090"
+        )
 
 
 def segment(text: str) -> str:
-    """Text as one segment of a path."""
+    """Quote text as one segment of a path."""
     return quote(text, safe="")
 
 
 def operator_name() -> str:
-    """The user's name for the audit log, in the letters that it takes."""
+    """The user's name in the characters that the audit log accepts."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):
@@ -311,7 +314,7 @@ def operator_name() -> str:
 
 
 async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, bytes]]:
-    """Server-sent events of a byte stream (WHATWG HTML, 9.2.6): (name, data).
+    """Parse server-sent events (WHATWG HTML, 9.2.6) from a byte stream into (name, data).
 
     Raises :exc:`ClientError` for an event larger than `MAX_EVENT`."""
     name, data, left, size = "message", list[bytes](), b"", 0
@@ -332,7 +335,9 @@ async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, b
                 data.append(value)
                 size += len(value)
         if size + len(left) > MAX_EVENT:
-            raise ClientError("not understood", "the service sent an event that is too large")
+            raise ClientError(
+                "not understood", f"the service sent an event larger than {MAX_EVENT} bytes"
+            )
 
 
 def _text(value: Any) -> str:
@@ -344,11 +349,11 @@ def _object(content: bytes) -> Json:
         value = json.loads(content)
     except ValueError as error:
         raise ClientError(
-            "not understood", "what answers there is no BeTrace API: it sent no JSON"
+            "not understood", "this is not a BeTrace API: the answer is not JSON"
         ) from error
     if not isinstance(value, dict):
-        raise ClientError("not understood", "the service sent JSON that is no object")
-    return _harmless(value) if _SUSPECT.search(content) else value
+        raise ClientError("not understood", "the service sent JSON that is not an object")
+    return _without_controls(value) if _SUSPECT.search(content) else value
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -357,19 +362,19 @@ _SUSPECT = re.compile(
 )
 
 
-def _harmless(value: Any) -> Any:
-    """Without the control characters that anyone's spans may bring to an operator's terminal."""
+def _without_controls(value: Any) -> Any:
+    """Replace control characters, because anyone's spans could send them to this terminal."""
     if isinstance(value, str):
         return _CONTROL.sub("\ufffd", value)
     if isinstance(value, list):
-        return [_harmless(each) for each in value]
+        return [_without_controls(each) for each in value]
     if isinstance(value, dict):
-        return {_harmless(name): _harmless(each) for name, each in value.items()}
+        return {_without_controls(name): _without_controls(each) for name, each in value.items()}
     return value
 
 
 def _refused(status: int, content: bytes) -> ClientError:
-    """An error as the service words it: what is wrong, and what to do."""
+    """The service's own error message and hint."""
     try:
         detail = json.loads(content)["error"]
         message = str(detail["message"])

@@ -1,8 +1,8 @@
-"""The connection to the service: kept up, and told about.
+"""Keeps the connection to the service, and reports its status.
 
-The full state is read first; then snapshots come as server-sent events. Where the stream cannot be
-had (a proxy holds it back, too many are open) the state is polled, and the stream is tried again
-now and then. When the service is gone the connection is tried again after pauses that grow to
+The full state is read first; then snapshots arrive as server-sent events. If the stream does not
+work (a proxy buffers it, or too many are open), the state is polled and the stream is retried every
+`STREAM_AGAIN` seconds. If the service is gone, the connection is retried after pauses that grow to
 `LONGEST_PAUSE`.
 """
 
@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from betrace.tui.client import Client, ClientError, Json
+from betrace.tui.client import ApiClient, ClientError
+from betrace.tui.json_values import Json
 
 Status = Literal["connecting", "connected", "lost"]
 
@@ -22,36 +23,36 @@ POLL_SECONDS = 1.0
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 10.0
 STREAM_AGAIN = 30.0
-"""Seconds of polling after which the stream is tried again."""
+"""Seconds of polling before the stream is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How the connection is. Times are seconds since 1970."""
+    """The status of the connection. Times are seconds since 1970."""
 
     status: Status
     since: float
-    """When it became so."""
+    """When this status began."""
     message: str = ""
     """Why it was lost."""
     retry_at: float = 0.0
-    """When it is tried again."""
+    """When the next attempt is due."""
     polling: bool = False
-    """Whether the state is polled, since there is no stream."""
+    """Whether the state is polled because there is no stream."""
 
 
-class Connection:
-    """Reads snapshots until cancelled: `run` is a task.
+class ServiceConnection:
+    """Reads snapshots until cancelled. `run` is a task.
 
     Args:
-      client: what to read with; its owner closes it.
-      on_link: called when the connection's state changes.
+      client: sends the requests; its owner closes it.
+      on_link: called when the status of the connection changes.
       on_snapshot: called with each snapshot.
     """
 
     def __init__(
         self,
-        client: Client,
+        client: ApiClient,
         on_link: Callable[[Link], None],
         on_snapshot: Callable[[Json], None],
         clock: Callable[[], float] = time.time,
@@ -79,13 +80,13 @@ class Connection:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     async def refresh(self) -> None:
-        """Read the state now, or try to connect now."""
+        """Read the state now, or retry a lost connection now."""
         self._wake.set()
         if self.link.status == "connected":
             self._on_snapshot(await self._client.snapshot())
 
     async def _follow(self) -> None:
-        """Snapshots until the connection is lost."""
+        """Receive snapshots until the connection is lost."""
         while True:
             try:
                 async for name, data in self._client.snapshots():

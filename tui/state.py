@@ -1,7 +1,7 @@
-"""What the service said last, in types, and short histories of what is plotted.
+"""The last snapshot of the service, parsed, and short histories of the values that are plotted.
 
-Parsing is lenient: a figure that is not there is None or 0, so that a TUI works with a service that
-is a little older or newer.
+Parsing is lenient: a missing value becomes None or 0, so the TUI works with a slightly older or
+newer service.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from betrace.tui.client import Json
+from betrace.tui.json_values import Json, as_float, as_int, as_text, mapping, objects
 
 HISTORY = 300
-"""Points kept of each history: five minutes at one a second."""
+"""Points kept for each history: five minutes at one per second."""
 
 MAX_SERIES = 200
-"""Histories kept, at most."""
+"""Maximum number of histories."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage and the channel before it, which have one name."""
+class StageStatus:
+    """A stage and its input channel, which share a name."""
 
     name: str
     unit: str
@@ -30,34 +29,34 @@ class Stage:
     size: int
     capacity: int
     fill: float
-    """Per cent."""
+    """In per cent."""
     peak: int
     blocked: int
-    """Senders that wait for room."""
+    """Senders that wait because the channel is full."""
     workers: int
     busy: int
     taken: int
-    """In since the start, in the unit."""
+    """Input since the start, in ``unit``."""
     done: int
     errors: int
     dropped: int
-    """Batches given up: dead letters, or refused."""
+    """Batches that failed for good: dead letters, or refused."""
     last_progress: float | None
     """Seconds since 1970."""
     p50: float | None
-    """Milliseconds that the stage works on a batch."""
+    """Milliseconds of work per batch."""
     p95: float | None
     p99: float | None
     last_error: str
     state: str
     """working or paused."""
     status: str
-    """Of the component: ok, degraded, failed, starting, stopping."""
+    """Of the component: ok, degraded, failed, starting or stopping."""
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
-class Transition:
+class BreakerTransition:
     at: float
     before: str
     after: str
@@ -65,27 +64,27 @@ class Transition:
 
 
 @dataclass(frozen=True, slots=True)
-class Breaker:
+class BreakerStatus:
     name: str
     state: str
     since: float | None
     failure_rate: float | None
-    """0 to 1; None below the least number of calls."""
+    """0 to 1; None before the minimum number of calls."""
     slow_rate: float | None
     window_calls: int
     running: int
     trials_left: int
     retry_in: float | None
-    """Seconds to the next trial; None if only an operator can say."""
+    """Seconds to the next trial call; None if only an operator can close it."""
     calls: Mapping[str, int]
     """Since the start, by kind."""
     settings: Mapping[str, float]
-    transitions: tuple[Transition, ...]
-    """The recent ones, oldest first."""
+    transitions: tuple[BreakerTransition, ...]
+    """Recent transitions, oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheStatus:
     name: str
     size: int
     capacity: int
@@ -97,19 +96,19 @@ class Cache:
     loads: int | None
     load_failures: int | None
     load_ms: float | None
-    """Mean time of a load, in milliseconds."""
+    """Mean duration of a load in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Component:
+class ComponentStatus:
     name: str
     status: str
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The service at one moment. ``raw`` is all that it said."""
+class ServiceSnapshot:
+    """The service at one moment. ``raw`` is the complete snapshot."""
 
     at: float
     """When it was received, in seconds since 1970."""
@@ -122,11 +121,11 @@ class Snapshot:
     tenants: int
     uptime: float
     end_to_end_p99: float | None
-    """Milliseconds from the last span that mattered to the signal in the ledger."""
-    stages: tuple[Stage, ...]
-    breakers: tuple[Breaker, ...]
-    caches: tuple[Cache, ...]
-    components: tuple[Component, ...]
+    """Milliseconds from the last relevant span to the signal in the ledger."""
+    stages: tuple[StageStatus, ...]
+    breakers: tuple[BreakerStatus, ...]
+    caches: tuple[CacheStatus, ...]
+    components: tuple[ComponentStatus, ...]
     open_traces: int
     ready: bool
     ingestion: str
@@ -134,158 +133,171 @@ class Snapshot:
     raw: Json
 
 
-def parse(data: Json, at: float) -> Snapshot:
-    """A snapshot as :meth:`betrace.tui.client.Client.snapshot` and the stream give it."""
-    metrics = _dict(data.get("metrics"))
-    pipeline = _dict(data.get("pipeline"))
+def parse(data: Json, at: float) -> ServiceSnapshot:
+    """Parse a snapshot from :meth:`betrace.tui.client.ApiClient.snapshot` or from the stream."""
+    metrics = mapping(data.get("metrics"))
+    pipeline = mapping(data.get("pipeline"))
     components = tuple(
-        Component(name, _str(_dict(shown).get("status")), _str(_dict(shown).get("detail")))
-        for name, shown in _dict(data.get("components")).items()
+        ComponentStatus(
+            name, as_text(mapping(shown).get("status")), as_text(mapping(shown).get("detail"))
+        )
+        for name, shown in mapping(data.get("components")).items()
     )
     by_name = {component.name: component for component in components}
-    paused = _dict(pipeline.get("stages"))
-    worked = _dict(metrics.get("stages"))
-    return Snapshot(
+    paused = mapping(pipeline.get("stages"))
+    worked = mapping(metrics.get("stages"))
+    return ServiceSnapshot(
         at=at,
-        accepted=_int(metrics.get("spansAccepted")),
-        signals=_int(metrics.get("signalsRaised")),
-        retracted=_int(metrics.get("signalsRetracted")),
-        refused={name: _int(n) for name, n in _dict(metrics.get("spansRefused")).items()},
-        in_flight=_int(metrics.get("spansInFlight")),
-        tenants=_int(metrics.get("activeTenants")),
-        uptime=_float(metrics.get("uptime")) or 0.0,
-        end_to_end_p99=_float(metrics.get("endToEndP99")),
+        accepted=as_int(metrics.get("spansAccepted")),
+        signals=as_int(metrics.get("signalsRaised")),
+        retracted=as_int(metrics.get("signalsRetracted")),
+        refused={name: as_int(n) for name, n in mapping(metrics.get("spansRefused")).items()},
+        in_flight=as_int(metrics.get("spansInFlight")),
+        tenants=as_int(metrics.get("activeTenants")),
+        uptime=as_float(metrics.get("uptime")) or 0.0,
+        end_to_end_p99=as_float(metrics.get("endToEndP99")),
         stages=tuple(
-            _stage(queue, _dict(worked.get(_str(queue.get("name")))), by_name, paused)
-            for queue in _dicts(data.get("queues"))
+            _stage(queue, mapping(worked.get(as_text(queue.get("name")))), by_name, paused)
+            for queue in objects(data.get("queues"))
         ),
-        breakers=tuple(_breaker(each) for each in _dicts(data.get("breakers"))),
-        caches=tuple(_cache(name, _dict(c)) for name, c in _dict(data.get("caches")).items()),
+        breakers=tuple(_breaker(each) for each in objects(data.get("breakers"))),
+        caches=tuple(_cache(name, mapping(c)) for name, c in mapping(data.get("caches")).items()),
         components=components,
-        open_traces=_int(_dict(data.get("traceWindows")).get("activeWindows")),
+        open_traces=as_int(mapping(data.get("traceWindows")).get("activeWindows")),
         ready=bool(data.get("ready")),
-        ingestion=_str(pipeline.get("ingestion")) or "open",
+        ingestion=as_text(pipeline.get("ingestion")) or "open",
         raw=data,
     )
 
 
-def _stage(queue: Json, worked: Json, components: Mapping[str, Component], paused: Json) -> Stage:
-    name = _str(queue.get("name"))
+def _stage(
+    queue: Json, worked: Json, components: Mapping[str, ComponentStatus], paused: Json
+) -> StageStatus:
+    name = as_text(queue.get("name"))
     component = components.get(name)
-    latency = _dict(worked.get("latencyMs"))
-    return Stage(
+    latency = mapping(worked.get("latencyMs"))
+    return StageStatus(
         name=name,
-        unit=_str(queue.get("unit")),
-        size=_int(queue.get("currentSize")),
-        capacity=_int(queue.get("capacity")),
-        fill=_float(queue.get("utilizationPercent")) or 0.0,
-        peak=_int(queue.get("peak")),
-        blocked=_int(queue.get("waitingSenders")),
-        workers=_int(queue.get("concurrentConsumers")),
-        busy=_int(queue.get("busyConsumers")),
-        taken=_int(worked.get("unitsIn")),
-        done=_int(worked.get("unitsOut")),
-        errors=_int(worked.get("errors")),
-        dropped=_int(worked.get("dead")),
-        last_progress=_float(worked.get("lastProgress")),
-        p50=_float(latency.get("p50")),
-        p95=_float(latency.get("p95")),
-        p99=_float(latency.get("p99")),
-        last_error=_str(worked.get("lastError")),
-        state=_str(paused.get(name)) or "working",
+        unit=as_text(queue.get("unit")),
+        size=as_int(queue.get("currentSize")),
+        capacity=as_int(queue.get("capacity")),
+        fill=as_float(queue.get("utilizationPercent")) or 0.0,
+        peak=as_int(queue.get("peak")),
+        blocked=as_int(queue.get("waitingSenders")),
+        workers=as_int(queue.get("concurrentConsumers")),
+        busy=as_int(queue.get("busyConsumers")),
+        taken=as_int(worked.get("unitsIn")),
+        done=as_int(worked.get("unitsOut")),
+        errors=as_int(worked.get("errors")),
+        dropped=as_int(worked.get("dead")),
+        last_progress=as_float(worked.get("lastProgress")),
+        p50=as_float(latency.get("p50")),
+        p95=as_float(latency.get("p95")),
+        p99=as_float(latency.get("p99")),
+        last_error=as_text(worked.get("lastError")),
+        state=as_text(paused.get(name)) or "working",
         status=component.status if component else "ok",
         detail=component.detail if component else "",
     )
 
 
-def _breaker(data: Json) -> Breaker:
-    return Breaker(
-        name=_str(data.get("name")),
-        state=_str(data.get("state")),
-        since=_float(data.get("since")),
-        failure_rate=_float(data.get("failureRate")),
-        slow_rate=_float(data.get("slowCallRate")),
-        window_calls=_int(data.get("windowCalls")),
-        running=_int(data.get("running")),
-        trials_left=_int(data.get("trialsLeft")),
-        retry_in=_float(data.get("retryInSeconds")),
-        calls={name: _int(number) for name, number in _dict(data.get("calls")).items()},
-        settings={name: _float(v) or 0.0 for name, v in _dict(data.get("settings")).items()},
+def _breaker(data: Json) -> BreakerStatus:
+    return BreakerStatus(
+        name=as_text(data.get("name")),
+        state=as_text(data.get("state")),
+        since=as_float(data.get("since")),
+        failure_rate=as_float(data.get("failureRate")),
+        slow_rate=as_float(data.get("slowCallRate")),
+        window_calls=as_int(data.get("windowCalls")),
+        running=as_int(data.get("running")),
+        trials_left=as_int(data.get("trialsLeft")),
+        retry_in=as_float(data.get("retryInSeconds")),
+        calls={name: as_int(number) for name, number in mapping(data.get("calls")).items()},
+        settings={name: as_float(v) or 0.0 for name, v in mapping(data.get("settings")).items()},
         transitions=tuple(
-            Transition(
-                _float(each.get("at")) or 0.0,
-                _str(each.get("before")),
-                _str(each.get("after")),
-                _str(each.get("reason")),
+            BreakerTransition(
+                as_float(each.get("at")) or 0.0,
+                as_text(each.get("before")),
+                as_text(each.get("after")),
+                as_text(each.get("reason")),
             )
-            for each in _dicts(data.get("transitions"))
+            for each in objects(data.get("transitions"))
         ),
     )
 
 
-def _cache(name: str, data: Json) -> Cache:
+def _cache(name: str, data: Json) -> CacheStatus:
     def optional(key: str) -> int | None:
-        return _int(data[key]) if key in data else None
+        return as_int(data[key]) if key in data else None
 
-    return Cache(
+    return CacheStatus(
         name=name,
-        size=_int(data.get("size")),
-        capacity=_int(data.get("maxSize")),
-        hits=_int(data.get("hitCount")),
-        misses=_int(data.get("missCount")),
-        hit_rate=_float(data.get("hitRate")) or 0.0,
+        size=as_int(data.get("size")),
+        capacity=as_int(data.get("maxSize")),
+        hits=as_int(data.get("hitCount")),
+        misses=as_int(data.get("missCount")),
+        hit_rate=as_float(data.get("hitRate")) or 0.0,
         evictions=optional("evictionCount"),
         loads=optional("loadSuccessCount"),
         load_failures=optional("loadFailureCount"),
-        load_ms=_float(data.get("averageLoadPenaltyMs")),
+        load_ms=as_float(data.get("averageLoadPenaltyMs")),
     )
 
 
-class State:
-    """The last snapshot, and histories of `HISTORY` points that end with it.
+class ServiceState:
+    """The last snapshot, and histories of at most `HISTORY` points that end with it.
 
-    The histories (see :meth:`history`) and :meth:`rate` go by name: ``accepted``, ``signals``,
-    ``refused`` (a second), ``end_to_end_p99`` (milliseconds), ``memory`` (bytes), ``cpu`` (cores),
-    and for each stage ``<name>.in``, ``<name>.out`` and ``<name>.dropped`` (a second) and
-    ``<name>.fill`` (per cent), for each cache ``<name>.hit_rate`` (0 to 1, of the requests since
-    the snapshot before; no point without requests), for each breaker ``<name>.failure_rate``.
+    The names of histories are: ``accepted``, ``signals`` and ``refused`` (per second),
+    ``end_to_end_p99`` (milliseconds), ``memory`` (bytes), ``cpu`` (cores); for each stage
+    ``<name>.in``, ``<name>.out`` and ``<name>.dropped`` (per second) and ``<name>.fill`` (per
+    cent); for each cache ``<name>.hit_rate`` (0 to 1, of the requests since the previous snapshot;
+    no point without requests); and for each breaker ``<name>.failure_rate``.
     """
 
     def __init__(self) -> None:
-        self.now: Snapshot | None = None
+        self.now: ServiceSnapshot | None = None
         self.stale = False
-        """Whether the connection is lost, so that this is how it was."""
-        self._histories: dict[str, deque[float]] = {}
+        """Whether the connection is lost, so that the snapshot is out of date."""
+        self._histories: dict[str, deque[tuple[float, float]]] = {}
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: ServiceSnapshot) -> None:
         before, self.now = self.now, snapshot
-        if before is None or snapshot.uptime < before.uptime:  # the service was started again
+        if before is None or snapshot.uptime < before.uptime:  # the service restarted
             return
         seconds = snapshot.at - before.at
         if seconds < 0.1:  # too short for a rate
             return
         for name, value in _points(before, snapshot, seconds):
-            self._add(name, value)
+            self._add(name, snapshot.at, value)
 
-    def _add(self, name: str, value: float) -> None:
+    def _add(self, name: str, at: float, value: float) -> None:
         if name not in self._histories:
             if len(self._histories) >= MAX_SERIES:
                 return
             self._histories[name] = deque(maxlen=HISTORY)
-        self._histories[name].append(value)
+        self._histories[name].append((at, value))
 
     def history(self, name: str, points: int = HISTORY) -> list[float]:
         """The last points, oldest first."""
-        found = self._histories.get(name)
-        return [] if found is None else list(found)[-points:]
+        return [value for _, value in self._last(name, points)]
+
+    def period(self, name: str, points: int = HISTORY) -> float:
+        """Seconds since the oldest of the last points."""
+        last = self._last(name, points)
+        return self.now.at - last[0][0] if last and self.now is not None else 0.0
 
     def rate(self, name: str) -> float | None:
         """The last point; None before there are two snapshots."""
         found = self._histories.get(name)
-        return found[-1] if found else None
+        return found[-1][1] if found else None
+
+    def _last(self, name: str, points: int) -> list[tuple[float, float]]:
+        return list(self._histories.get(name, ()))[-max(1, points) :]
 
 
-def _points(before: Snapshot, now: Snapshot, seconds: float) -> Iterable[tuple[str, float]]:
+def _points(
+    before: ServiceSnapshot, now: ServiceSnapshot, seconds: float
+) -> Iterable[tuple[str, float]]:
     def per_second(new: float, old: float) -> float:
         return max(0.0, new - old) / seconds
 
@@ -317,29 +329,9 @@ def _points(before: Snapshot, now: Snapshot, seconds: float) -> Iterable[tuple[s
             yield f"{breaker.name}.failure_rate", breaker.failure_rate
 
 
-def _memory_and_cpu(snapshot: Snapshot) -> tuple[float, float]:
-    """Bytes in memory, and seconds of CPU since the start."""
-    system = _dict(snapshot.raw.get("system"))
-    cpu = _dict(system.get("cpu"))
-    used = sum(_float(cpu.get(name)) or 0.0 for name in ("userSeconds", "systemSeconds"))
-    return _float(_dict(system.get("memory")).get("rssBytes")) or 0.0, used
-
-
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _dicts(value: Any) -> list[Json]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _int(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) else 0
-
-
-def _str(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+def _memory_and_cpu(snapshot: ServiceSnapshot) -> tuple[float, float]:
+    """Resident bytes, and seconds of CPU time since the start."""
+    system = mapping(snapshot.raw.get("system"))
+    cpu = mapping(system.get("cpu"))
+    used = sum(as_float(cpu.get(name)) or 0.0 for name in ("userSeconds", "systemSeconds"))
+    return as_float(mapping(system.get("memory")).get("rssBytes")) or 0.0, used

@@ -1,4 +1,4 @@
-"""What a look-up in each cache takes, a hit and a miss."""
+"""Benchmarks of the caches: the time of a hit and of a miss."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Json = dict[str, Any]
 
 
 def caches(directory: Path) -> dict[str, Json]:
-    """A hit and a miss of each cache: compiled rules (100 of them), public keys, and traces with
-    their signals out of a store of ``STORED``."""
+    """Measure a hit and a miss of each cache: compiled rules (100), public keys, and traces with
+    their signals in a store of ``STORED``."""
     folder = directory / "rules"
     write_rules(folder, [], 100)
     rules = RuleStore(folder)
@@ -60,10 +60,10 @@ def caches(directory: Path) -> dict[str, Json]:
 def _cache(name: str, cache: LoadingCache[Any, Any], key: Hashable) -> dict[str, Json]:
     def miss() -> Taken:
         cache.invalidate(key)
-        return timed(lambda: cache.get_blocking(key))
+        return timed(lambda: cache.get(key))
 
     def hit() -> None:
-        if cache.get_blocking(key) is None:
+        if cache.get(key) is None:
             raise LookupError(f"the cache of the bench has no {name}")
 
     return {f"{name}, miss": rounds(1, miss), f"{name}, hit": rounds(1, hit, 0.05)}

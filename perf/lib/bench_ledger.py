@@ -1,10 +1,10 @@
-"""Benchmarks of the ledgers: signals recorded by a call, safe on disk when it returns.
+"""Benchmarks of the ledgers: signals recorded by a call, which are on disk when it returns.
 
-For TigerBeetle, where there is its program (``tigerbeetle`` on PATH or TIGERBEETLE_BIN): a server
-with ``--development`` on the same machine and disk, and beside the adapter its floor, the bare
-client with such transfers made beforehand. A server that is called again and again without a pause
-spends part of its time on sorting what it was told before; so batches of 128 are also sent ``PACE``
-times a second, many times what breaches at 100 000 spans/s need.
+TigerBeetle is measured if its program is found (``tigerbeetle`` on PATH or TIGERBEETLE_BIN), with a
+``--development`` server on the same machine and disk. Beside the adapter is its lower bound: the
+bare client with prepared transfers. A server that is called without pause spends part of its time
+sorting earlier transfers, so batches of 128 are also sent ``PACE`` times a second. That is many
+times the rate of breaches at 100 000 spans/s.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["COUNTS", "MISSING", "PROGRAM", "ledger"]
 
 
 def ledger(directory: Path) -> dict[str, Json]:
-    """Each ledger with batches of several sizes."""
+    """Measure each ledger with batches of several sizes."""
     book = SqliteLedger(directory / "ledger.sqlite")
     found = _measured("sqlite", book.record, 0)
     book.close()
@@ -52,7 +52,7 @@ def ledger(directory: Path) -> dict[str, Json]:
 def _tigerbeetle(
     server: Server, directory: Path, counts: Sequence[int], pace: float
 ) -> dict[str, Json]:
-    """The adapter, then the bare client, with a server that is new."""
+    """Measure the adapter, then the bare client, on a new server."""
     journal = SqliteLedger(directory / "journal.sqlite")
     book = TigerBeetleLedger(server.address, CLUSTER, journal, BATCH)
     book.start(10)
@@ -79,7 +79,7 @@ def _measured(
     counts: Sequence[int] = COUNTS,
     pace: float = 0,
 ) -> dict[str, Json]:
-    """Calls with so many signals; ``pace`` a second, or without a pause."""
+    """Measure calls with ``count`` signals, ``pace`` a second or without pause."""
     found = {}
     for count in counts:
 

@@ -1,6 +1,6 @@
-"""The path of a span without HTTP, in this process and on one thread: decode, fold, close, decide,
-rows of the trace index. Costs are CPU time of the thread, which neighbours do not lengthen by
-taking the core (by taking the caches they do).
+"""The path of a span without HTTP, on one thread of this process: decode, fold, close, decide, rows
+of the trace index. Costs are CPU time of the thread. Other processes that take the core do not
+change it, although those that use the CPU's caches do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from betrace.service.otlp.columns import FLAGS, HAS_PARENT, SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import make_rule
@@ -22,6 +21,7 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import ENTRIES_USED, LARGE_USED, MIDDLE_USED, SLOTS_USED
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from perf.lib.workload import Shape, make_bodies, rule_definitions
 
 SECOND = 1_000_000_000
@@ -33,18 +33,18 @@ Numbers = npt.NDArray[np.int64]
 
 
 def compiled(count: int) -> CompiledRules:
-    """The workload's rules, compiled."""
+    """Return the workload's rules, compiled."""
     return compile_rules([make_rule(d) for d in rule_definitions(count)], f"perf-{count}")
 
 
 def spread_ids(numbers: Numbers) -> Numbers:
-    """Distinct ids that look random."""
+    """Return distinct ids that look random."""
     return (numbers.astype(np.uint64) * _SPREAD).view(np.int64)
 
 
 @dataclass(slots=True)
 class Cost:
-    """CPU nanoseconds by step, and how many spans, traces and signals they were for."""
+    """CPU nanoseconds by step, and the number of spans, traces and signals."""
 
     decode: int = 0
     fold: int = 0
@@ -55,18 +55,18 @@ class Cost:
 
     @property
     def path(self) -> float:
-        """Nanoseconds a span, all steps."""
+        """Nanoseconds a span for all steps."""
         return (self.decode + self.fold + self.close) / self.spans
 
     @property
     def folding(self) -> float:
-        """Nanoseconds a span, the fold alone."""
+        """Nanoseconds a span for the fold alone."""
         return self.fold / self.spans
 
 
 class Feed:
-    """Batches of ``BATCH`` spans whose trace each caller chooses; the rest of them is the workload
-    of the load test."""
+    """Batches of ``BATCH`` spans. The caller chooses each span's trace; everything else is the load
+    test's workload."""
 
     def __init__(self, rules: int = 100) -> None:
         bodies = make_bodies(Shape(spans=BATCH, rules=rules), 16)
@@ -74,8 +74,8 @@ class Feed:
         self._sent = 0
 
     def batch(self, traces: Numbers, first: npt.NDArray[np.bool_], cost: Cost) -> SpanBatch:
-        """A batch decoded now whose span *i* belongs to trace number ``traces[i]`` and is its root
-        where ``first[i]``."""
+        """Decode and return a batch whose span *i* belongs to trace number ``traces[i]``, as its
+        root if ``first[i]``."""
         body = self._bodies[self._sent % len(self._bodies)]
         began = time.thread_time_ns()
         batch = scan_bodies(TENANT, [body])
@@ -91,7 +91,7 @@ class Feed:
 
 
 class Engine:
-    """A tenant's traces, and what folding into them costs."""
+    """A tenant's traces, and the cost of folding into them."""
 
     def __init__(self, rules: CompiledRules, feed: Feed) -> None:
         self.traces = TenantTraces(TENANT, rules)
@@ -101,7 +101,7 @@ class Engine:
         self.cost = Cost()
 
     def fold(self, numbers: Numbers, first: npt.NDArray[np.bool_]) -> None:
-        """Take a batch, see :meth:`Feed.batch`."""
+        """Fold a batch, see :meth:`Feed.batch`."""
         cost = self.cost
         batch = self._feed.batch(numbers, first, cost)
         self.now += 1_000_000
@@ -112,8 +112,8 @@ class Engine:
         self._decide(due, index=False)
 
     def bytes_in_use(self) -> int:
-        """Of the arrays' memory, what open traces fill: rows in use, with their places in the hash
-        table. The rest is room to grow."""
+        """Return the memory that open traces use in the arrays: rows and hash table slots. The rest
+        is spare capacity."""
         total = 0
         for table in self.traces.tables:
             arrays, fill = table.arrays, table.arrays.fill
@@ -156,7 +156,7 @@ class Engine:
 def one_after_another(
     spans_per_trace: int, batches: int, first_trace: int = 0
 ) -> Iterator[tuple[Numbers, npt.NDArray[np.bool_]]]:
-    """Traces that come one after another, each in as many batches as it needs."""
+    """Fold traces one after another, each in as many batches as it needs."""
     for i in range(batches):
         number = np.arange(i * BATCH, (i + 1) * BATCH)
         yield first_trace + number // spans_per_trace, number % spans_per_trace == 0
@@ -165,8 +165,8 @@ def one_after_another(
 def interleaved(
     open_traces: int, rounds: int, first_trace: int = 0, seed: int = 1
 ) -> Iterator[tuple[Numbers, npt.NDArray[np.bool_]]]:
-    """A span of each of ``open_traces`` in a random order, then again in another, ``rounds`` times
-    in all (the last batch is left out where it is not full)."""
+    """Fold a span of each of ``open_traces`` in random order, ``rounds`` times, each in another
+    order (a last batch that is not full is left out)."""
     rng = np.random.default_rng(seed)
     rest = np.zeros(0, np.int64)
     seen = np.zeros(open_traces, bool)

@@ -1,4 +1,4 @@
-"""Rounds of calls, and what a call takes: some to warm up, then those that count."""
+"""Measures calls in rounds: some to warm up, then those that count."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from perf.report import output as report
+from perf.report import output
 
 WARM_UP, ROUNDS = 3, 5
 ROUND_SECONDS = 0.2
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 class Rounds:
-    """Rounds of calls: wall-clock time and CPU of this process, and single calls for
+    """Measured rounds: wall-clock time and CPU of this process, and single calls for
     percentiles."""
 
     def __init__(self) -> None:
@@ -25,13 +25,13 @@ class Rounds:
         self._single: list[float] = []
 
     def add(self, wall: float, cpu: float, calls: Sequence[float]) -> None:
-        """A measured round; seconds."""
+        """Add a measured round; all times in seconds."""
         self._wall.append(wall / len(calls))
         self._cpu.append(cpu / len(calls))
         self._single.extend(calls)
 
     def result(self, items: int) -> Json:
-        """Microseconds a call, and items a second."""
+        """Return microseconds a call, and items a second."""
         ordered = sorted(self._single)
 
         def quantile(q: float) -> float:
@@ -39,8 +39,8 @@ class Rounds:
 
         return {
             "items": items,
-            "wall_us": report.spread([1e6 * w for w in self._wall], 1),
-            "cpu_us": report.spread([1e6 * c for c in self._cpu], 1),
+            "wall_us": output.spread([1e6 * w for w in self._wall], 1),
+            "cpu_us": output.spread([1e6 * c for c in self._cpu], 1),
             "p50_us": quantile(0.5),
             "p99_us": quantile(0.99),
             "calls": len(ordered),
@@ -52,14 +52,14 @@ Taken = tuple[float, float]  # seconds of wall clock, of CPU
 
 
 def timed(call: Callable[[], object]) -> Taken:
-    """Call, and what that took."""
+    """Call, and return the time taken."""
     cpu, began = time.process_time(), time.perf_counter()
     call()
     return time.perf_counter() - began, time.process_time() - cpu
 
 
 def rounds(items: int, call: Callable[[], Taken | None], seconds: float | None = None) -> Json:
-    """Call in rounds. A call says what it took where parts of it do not count."""
+    """Measure calls in rounds. A call of which only a part counts returns that part's time."""
     found = Rounds()
     for i in range(WARM_UP + ROUNDS):
         taken: list[float] = []
@@ -78,7 +78,7 @@ def rounds(items: int, call: Callable[[], Taken | None], seconds: float | None =
 
 
 async def async_rounds(items: int, call: Callable[[], Awaitable[None]]) -> Json:
-    """The same for an async call."""
+    """Like :func:`rounds`, for an async call."""
     found = Rounds()
     for i in range(WARM_UP + ROUNDS):
         taken: list[float] = []

@@ -1,4 +1,4 @@
-"""Signals and closed traces to be stored."""
+"""Signals and closed traces for benchmarks of the stores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SECOND = 1_000_000_000
 
 
 def trace_of(number: int) -> int:
-    """The trace id of a signal of :func:`make_signals`."""
+    """Return the trace id of a signal of :func:`make_signals`."""
     return number * 0x9E3779B97F4A7C15 % 2**128
 
 
 def make_signals(count: int, first: int) -> list[Signal]:
-    """Signals of distinct traces, numbered from ``first``."""
+    """Return signals of distinct traces, numbered from ``first``."""
     rule = rule_definitions(1)[0]
     version = rule_version(rule["condition"])
     made = []
@@ -45,7 +45,7 @@ def make_signals(count: int, first: int) -> list[Signal]:
 
 
 def closed_traces(count: int) -> DueTraces:
-    """Closed traces of ten spans."""
+    """Return closed traces of ten spans."""
     traces = TenantTraces(TENANT, compiled(100))
     body = bytes(make_bodies(Shape(spans=10 * count, breaches=0.0), 1)[0].data)
     traces.fold(scan_bodies(TENANT, [body]), SECOND)

@@ -1,9 +1,9 @@
-"""Where samples of a program's stacks lie: by thread and function, from py-spy's raw format.
+"""Counts samples of a program's stacks by thread and function, from py-spy's raw format.
 
-A line of it is the frames of a stack from the outermost to the innermost, joined by ``;``, the
-first being the thread, then a space and how often the stack was seen. py-spy leaves out what it
-knows to be idle, but not every wait; so where a thread's stack ends in a function of ``WAITS`` it
-does not count, and a thread's samples share the CPU that the system says it used.
+A line contains the thread, the frames of a stack from the outermost to the innermost, joined by
+``;``, then a space and the number of samples. py-spy leaves out threads that it knows to be idle,
+but not every wait. So a stack that ends in a function of ``WAITS`` does not count, and the CPU that
+the system reports for a thread is distributed over the thread's samples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perf.lib.threads import MAIN, SYSTEM_NAME
-from perf.report import output as report
+from perf.report import output
 
 MOST = 20  # rows of the table
 MAIN_THREAD = "MainThread"  # Python's name for it
@@ -33,10 +33,13 @@ Place = tuple[str, str, str]  # thread, function, file
 
 
 def functions(raw: str, cpu: Mapping[str, float]) -> Json:
-    """For each function of a thread the share of the CPU in which it ran itself (``self``; what it
-    calls in C and in compiled kernels is its own), or something that it called (``total``); those
-    with most of its own first. ``cpu`` has each thread's share of what the process used, by name
-    (:func:`perf.lib.threads.between`); what belongs to threads that were not seen is ``unseen``."""
+    """Return each function's share of the CPU by thread: its own (``self``, including C and
+    compiled kernels that it calls) and with everything it calls (``total``); the largest own share
+    first.
+
+    ``cpu`` has each thread's share of the process's CPU, by name
+    (:func:`perf.lib.threads.between`). ``unseen`` is the share of threads without samples.
+    """
     seen: Counter[str] = Counter()
     own: Counter[Place] = Counter()
     whole: Counter[Place] = Counter()
@@ -78,7 +81,7 @@ def _place(frame: str) -> tuple[str, str]:
 
 
 def table(found: Json, most: int = MOST) -> str:
-    """The functions with the most samples of their own."""
+    """Format the functions with the largest own shares as a table."""
     rows: Iterable[tuple[str, ...]] = (
         (
             f"`{each['function']}` {each['file']}",
@@ -88,11 +91,11 @@ def table(found: Json, most: int = MOST) -> str:
         )
         for each in found["functions"][:most]
     )
-    return report.table(["function", "thread", "itself", "with what it calls"], rows)
+    return output.table(["function", "thread", "itself", "with what it calls"], rows)
 
 
 def said(found: Json, most: int = 3) -> str:
-    """The functions with the most samples of their own, in a line."""
+    """Format the functions with the largest own shares as a line."""
     return ", ".join(
         f"{each['function']} ({each['thread']}) {each['self']:.0%}"
         for each in found["functions"][:most]

@@ -1,4 +1,4 @@
-"""The service under test and the generator, each a process of its own, and what they used."""
+"""The service under test and the load generator, each in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,19 @@ STOP_SECONDS = 120
 Json = dict[str, Any]
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU that a process and its children used, in user and system mode."""
+    used = process.cpu_times()
+    seconds = used.user + used.system + used.children_user + used.children_system
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile; its parent counts its CPU
+            times = child.cpu_times()
+            seconds += times.user + times.system
+    return float(seconds)
+
+
 class Service:
-    """A running service: its URLs, its process, and questions to it."""
+    """A running service: its URLs, its process, its API."""
 
     def __init__(self, process: subprocess.Popen[str], urls: dict[str, str], data: Path) -> None:
         self.process = process
@@ -43,32 +54,35 @@ class Service:
         self._client = httpx.Client(base_url=self.api, timeout=30, trust_env=False)
 
     def cpu_seconds(self) -> float:
-        """CPU used since its start, in user and system mode."""
-        times = self._usage.cpu_times()
-        return float(times.user + times.system)
+        """Return the CPU used since the start, in user and system mode."""
+        return cpu_seconds(self._usage)
 
     def threads(self) -> dict[int, threads.Used]:
-        """What each of its threads used since its start."""
+        """Return what each thread used since its start."""
         return threads.threads(self.process.pid)
 
     def rss(self) -> int:
-        """Resident memory in bytes."""
+        """Return resident memory in bytes."""
         return int(self._usage.memory_info().rss)
 
     def get(self, path: str, tenant: str | None = None) -> Json:
-        """The JSON of an API path. Raises httpx.HTTPError where there is none."""
+        """Return the JSON of an API path. Raises httpx.HTTPError."""
         headers = {"X-Scope-OrgID": tenant} if tenant else {}
         response = self._client.get(path, headers=headers)
         response.raise_for_status()
         return dict(response.json())
 
     def metrics(self) -> Json:
-        """``GET /api/performance/metrics``."""
+        """Return ``GET /api/performance/metrics``."""
         return self.get("/api/performance/metrics")
 
     def settle(self, idle_seconds: float) -> Json:
-        """Wait until every accepted span is evaluated, the last trace is closed and what came of
-        it is written; the metrics then."""
+        """Wait until every accepted span is evaluated, all traces are closed and everything is
+        stored. Return the metrics.
+
+        Raises:
+          TimeoutError: it took too long.
+        """
         end = time.monotonic() + DRAIN_SECONDS + idle_seconds
         while time.monotonic() < end:
             found = self.metrics()
@@ -77,19 +91,19 @@ class Service:
             waiting = sum(q["currentSize"] + q["busyConsumers"] for q in _rows(queues))
             if not found["spansInFlight"] and not windows["activeWindows"] and not waiting:
                 return found
-            time.sleep(1)  # to be asked costs the service CPU that is counted
+            time.sleep(1)  # each request costs the service CPU, which is counted
         raise TimeoutError("the service did not finish its work")
 
     def stop(self) -> None:
-        """End the service gracefully; RuntimeError when it does not end well."""
+        """Stop the service gracefully; RuntimeError if its exit code is not 0."""
         self.process.terminate()
         code = self.process.wait(STOP_SECONDS)
         if code:
             raise RuntimeError(f"the service ended with exit code {code}")
 
     def stored(self) -> Json:
-        """What is in the query store of a service that was stopped: its tenants, their traces, the
-        spans of those, and signals."""
+        """Count tenants, traces, the traces' spans and signals in the query store; the service must
+        have been stopped."""
         found = {"tenants": 0, "traces": 0, "spans": 0, "signals": 0}
         for path in self.data.rglob(FILE):
             with duckdb.connect(str(path)) as db:
@@ -115,8 +129,9 @@ def _rows(queues: Json) -> list[Json]:
 def service(
     *, rules: int = 100, tenants: int = 0, settings: dict[str, str] | None = None
 ) -> Iterator[Service]:
-    """``python -m betrace.service serve`` on free loopback ports with its data in a temporary
-    directory on disk; ``settings`` by the names of its variables without prefix (``log__ack``)."""
+    """Run ``python -m betrace.service serve`` on free loopback ports with its data in a temporary
+    directory. ``settings`` are named like its environment variables without the prefix
+    (``log__ack``)."""
     directory = Path(tempfile.mkdtemp(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")))
     process = log = None
     try:
@@ -160,7 +175,7 @@ def service(
 
 
 class GeneratorProcess:
-    """``python -m perf.generator`` with the given options. Its bodies are ready when this is."""
+    """Runs ``python -m perf.generator``. Its bodies are ready when the constructor returns."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (stop closes it)
@@ -184,30 +199,30 @@ class GeneratorProcess:
         if not line:
             self._process.wait()
             self._said.seek(0)
-            why = self._said.read().strip().rpartition("\n")[2] or "without a word"
-            raise RuntimeError(f"the load generator ended before it said {name!r}: {why}")
+            why = self._said.read().strip().rpartition("\n")[2] or "no message"
+            raise RuntimeError(f"the load generator ended before its event {name!r}: {why}")
         message: Json = json.loads(line)
         assert message["event"] == name, message
         return message
 
     def start(self) -> None:
-        """Begin to send."""
+        """Start sending."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
     def wait_begin(self) -> None:
-        """Return when the warm-up is over."""
+        """Wait until the warm-up is over."""
         self._event("begin")
 
     def wait_end(self) -> Json:
-        """The result."""
+        """Wait for the end and return the result."""
         result: Json = self._event("end")["result"]
         self._process.wait()
         return result
 
     def stop(self) -> None:
-        """End it, if it still runs."""
+        """Stop the process if it is still running."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

@@ -1,9 +1,9 @@
-"""What each thread of a process used, by its name in the system: CPU, and waits for a core.
+"""The CPU that each thread of a process used, and its waits for a core, by thread name.
 
-From Linux's /proc (proc(5): ``task/TID/stat`` for user and system time in ticks, ``schedstat`` for
-the nanoseconds a thread ran and was ready without a core). The service names its worker threads
-after their runners (channels/threads.py); a thread that a library starts has the name of the
-thread that started it, unless it gives itself one.
+Source: Linux's /proc (proc(5): ``task/TID/stat`` for user and system time in ticks, ``schedstat``
+for the nanoseconds a thread ran and was ready without a core). The service names its worker threads
+after their runners (channels/threads.py). A thread started by a library inherits the name of the
+thread that started it, unless the library sets one.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perf.report import output as report
+from perf.report import output
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
-SYSTEM_NAME = 15  # letters of a thread's name that Linux keeps
+SYSTEM_NAME = 15  # characters of a thread's name that Linux keeps
 MAIN = "trio"  # the service's first thread
-OTHER = "DuckDB, Arrow"  # libraries' own threads, started by the first one without a name
+OTHER = "DuckDB, Arrow"  # threads that libraries started from the main thread
 ENDED = "ended meanwhile"
-LEAST_SHARE = 0.005  # of the CPU; threads below are shown as one row
+LEAST_SHARE = 0.005  # of the CPU; smaller threads share a row
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Seconds since a thread's start: on a core in user and in system mode, and ready to run while
-    none was free."""
+    """Seconds since a thread's start: running in user mode, in system mode, and waiting for a free
+    core."""
 
     name: str
     user: float
@@ -39,13 +39,13 @@ class Used:
 
 
 def threads(pid: int, root: Path = Path("/proc")) -> dict[int, Used]:
-    """What the threads of a process used until now, by their ids; those that end while this
-    looks are left out."""
+    """Return what the threads of a process have used, by id. Threads that end meanwhile are left
+    out."""
     found = {}
     folder = root / str(pid)
     for task in (folder / "task").iterdir():
         try:
-            # The name is in brackets and may hold brackets and spaces itself.
+            # The name is in parentheses and may contain parentheses and spaces.
             name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
             waited = int((task / "schedstat").read_text().split()[1]) / 1e9
         except (FileNotFoundError, ProcessLookupError):
@@ -66,9 +66,9 @@ def threads(pid: int, root: Path = Path("/proc")) -> dict[int, Used]:
 def between(
     before: Mapping[int, Used], after: Mapping[int, Used], seconds: float, spans: int, cpu: float
 ) -> dict[str, Json]:
-    """What was used from ``before`` to ``after``, ``seconds`` and ``spans`` later, by name, most
-    first. ``cpu`` is what the whole process used, in seconds: what its threads do not account for
-    was used by threads that ended."""
+    """Return what each thread name used between ``before`` and ``after``, largest first, for a
+    period of ``seconds`` with ``spans``. ``cpu`` is the whole process's CPU in seconds; what its
+    threads do not account for was used by threads that ended."""
     total: dict[str, list[float]] = {}
     nothing = Used("", 0.0, 0.0, 0.0)
     for thread, now in after.items():
@@ -93,7 +93,7 @@ def between(
 
 
 def median(runs: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
-    """The medians of several runs, most first; a thread that a run does not have used nothing."""
+    """Return the medians of several runs, largest first. A thread missing in a run counts as 0."""
     names = {name: None for run in runs for name in run}
     keys = ("cores", "system_cores", "us_per_span", "share", "waited_share")
     found = {
@@ -107,14 +107,14 @@ def median(runs: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
 
 
 def table(found: Mapping[str, Json]) -> str:
-    """The threads as a Markdown table; those that use next to nothing in one row."""
+    """Format the threads as a Markdown table; those with little CPU share a row."""
     shown = {name: used for name, used in found.items() if used["share"] >= LEAST_SHARE}
     few = [used for name, used in found.items() if name not in shown]
     rows = [_row(name, [used]) for name, used in shown.items()]
     if few:
         rows.append(_row(f"{len(few)} more", few))
     head = ["thread of the service", "CPU, µs a span", "share", "cores", "in the system", "waited"]
-    return report.table(head, rows)
+    return output.table(head, rows)
 
 
 def _row(name: str, of: Iterable[Json]) -> list[str]:
@@ -134,6 +134,6 @@ def _row(name: str, of: Iterable[Json]) -> list[str]:
 
 
 NOTE = (
-    "*In the system*: part of its CPU that the kernel used for it (sockets, files). *Waited*: part "
-    "of the time in which it was ready to run and no core was free."
+    "*In the system*: fraction of its CPU used by the kernel (sockets, files). *Waited*: fraction "
+    "of the time in which it was ready to run but had no core."
 )

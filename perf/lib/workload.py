@@ -1,10 +1,9 @@
-"""What is sent: OTLP bodies encoded in advance whose ids are written afresh for each send, and the
-rules that judge them.
+"""The workload: OTLP bodies encoded in advance, whose ids are rewritten for each send, and rules.
 
 A trace is a request in a shop: a root span, client and internal spans with semantic-convention
-attributes, and now and then an event. One span in ten has a name that a rule names (``step.s000``
-to ``step.s099`` with a hundred rules); whether it breaks the rule is known, so that what the
-service finds can be counted against what it should have found.
+attributes, and occasional events. One span in ten has a name that a rule uses (``step.s000`` to
+``step.s099`` with a hundred rules). It is known whether it breaks the rule, so the service's
+signals can be checked.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ import yaml
 from isal import isal_zlib
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-MARK = (
-    b"\xf1\xb7\xe3\x9c\xd5\xa8\xfb\xee"  # the first half of every trace id before it is rewritten
-)
-SPAN_MARK = b"\xf3\xa1\xc7\x9e"  # the first half of every span id
+MARK = b"\xf1\xb7\xe3\x9c\xd5\xa8\xfb\xee"  # first half of every trace id before it is rewritten
+SPAN_MARK = b"\xf3\xa1\xc7\x9e"  # first half of every span id
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it maps counters to distinct ids
 _HIGH = np.uint64(0xD1342543DE82EF95)  # for the first half
 _FIRST = np.uint64(secrets.randbits(48))  # so that runs do not repeat each other's trace ids
@@ -45,8 +42,8 @@ Attributes = list[tuple[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a request looks like. ``breaches`` is the fraction of traces that break a rule. Where
-    a trace has more spans than a request, it goes on over several requests."""
+    """The shape of a request. ``breaches`` is the fraction of traces that break a rule. A trace
+    with more spans than a request continues over several requests."""
 
     spans: int = 512
     spans_per_trace: int = 10
@@ -62,7 +59,7 @@ class Shape:
         return JSON if self.encoding == "json" else PROTOBUF
 
     def payload(self, bodies: Sequence[Body]) -> dict[str, Any]:
-        """The facts of the payload that every report states."""
+        """Return the facts about the payload that every report states."""
         spans = sum(body.spans for body in bodies)
         return asdict(self) | {
             "bytes_per_span": round(sum(len(b.data) for b in bodies) / spans, 1),
@@ -75,8 +72,8 @@ class Shape:
 
 
 def rule_definitions(count: int = 100) -> list[dict[str, Any]]:
-    """``count`` rules; each names one ``step.sNNN``, and predicates on numbers, text, the resource
-    and the span's own fields take turns."""
+    """Return ``count`` rules. Each uses one ``step.sNNN``; their predicates alternate between
+    numbers, text, the resource and the span's own fields."""
     rules = []
     for i in range(count):
         step = f"step.s{i:03d}"
@@ -98,7 +95,7 @@ def rule_definitions(count: int = 100) -> list[dict[str, Any]]:
 
 
 def write_rules(directory: Path, tenants: Sequence[str], count: int) -> None:
-    """Rule files for the tenant ``default`` and the others named."""
+    """Write rule files for the tenant ``default`` and ``tenants``."""
     text = yaml.safe_dump({"rules": rule_definitions(count)}, sort_keys=False, width=1000)
     for tenant in {"default", *tenants}:
         folder = directory if tenant == "default" else directory / tenant
@@ -187,7 +184,7 @@ def _resource(rng: random.Random, service: int) -> Attributes:
 
 
 def _spans(shape: Shape, rng: random.Random, first_trace: int, now: int) -> tuple[list[_Span], int]:
-    """The spans of a body, and how many of its traces break a rule."""
+    """Return the spans of a body, and how many of its traces break a rule."""
     spans: list[_Span] = []
     breaches = 0
     every = round(1 / shape.breaches) if shape.breaches else 0
@@ -198,7 +195,7 @@ def _spans(shape: Shape, rng: random.Random, first_trace: int, now: int) -> tupl
         first = len(spans)
         breaks = bool(every) and (first_trace + trace) % every == every // 2 and count > 1
         breaches += breaks
-        # The one span in ten: the second of a trace, and each tenth after it.
+        # One span in ten: the second of a trace, and each tenth after it.
         for i in range(count):
             step = i % 10 == 1
             kind = 2 if i == 0 else 1 if step else rng.choice((1, 2, 3, 3, 3))
@@ -336,8 +333,7 @@ def _json(spans: list[_Span], rng: random.Random) -> bytes:
 class Body:
     """One encoded request. ``data`` is what is sent; :meth:`renew` rewrites its ids in place.
 
-    ``spans``, ``traces`` and ``breaches`` say what is in it, ``raw`` how many bytes it has
-    uncompressed.
+    ``spans``, ``traces`` and ``breaches`` are its contents, ``raw`` its uncompressed bytes.
     """
 
     def __init__(self, shape: Shape, number: int, now: int) -> None:
@@ -351,14 +347,14 @@ class Body:
         self.raw = len(encoded)
         self.data = bytearray(encoded)
         self._array = np.frombuffer(self.data, np.uint8)
-        self._width = 2 if shape.encoding == "json" else 1  # bytes of text a byte of an id
+        self._width = 2 if shape.encoding == "json" else 1  # characters for a byte of an id
         self._traces_at = self._places(encoded, MARK, 8)
         self._whole_at = self._traces_at[0][:, :1] - 8 * self._width + np.arange(16 * self._width)
         self._spans_at = self._places(encoded, SPAN_MARK, 4)
-        self._parts = -(-shape.spans_per_trace // shape.spans)  # requests that a trace goes over
+        self._parts = -(-shape.spans_per_trace // shape.spans)  # requests for one trace
 
     def _places(self, encoded: bytes, mark: bytes, size: int) -> tuple[Any, Any]:
-        """Where the second half of each id lies, and the number that stands there."""
+        """Return the positions of the second half of each id, and the numbers there."""
         written = mark.hex().encode() if self._width == 2 else mark
         starts = [m.end() for m in re.finditer(re.escape(written), encoded)]
         at = np.array(starts)[:, None] + np.arange(size * self._width)
@@ -367,8 +363,8 @@ class Body:
         return at, np.array(numbers, np.uint64)
 
     def renew(self, send: int, first_trace: int) -> None:
-        """Give it the ids of the send numbered ``send``, whose first trace is numbered
-        ``first_trace``; both count up over all bodies."""
+        """Write the ids for send number ``send``, whose first trace has the number ``first_trace``;
+        both count up over all bodies."""
         _, numbers = self._traces_at
         if self._parts == 1:
             self._write(self._whole_at, _halves(numbers + np.uint64(first_trace)))
@@ -385,7 +381,7 @@ class Body:
         self._array[at] = digits
 
     def compressed(self) -> Body:
-        """A copy as it is now, with gzip; its ids cannot be rewritten any more."""
+        """Return a gzip-compressed copy. Its ids cannot be rewritten."""
         packed = object.__new__(Body)
         packed.spans, packed.traces, packed.breaches = self.spans, self.traces, self.breaches
         packed.raw = self.raw
@@ -400,14 +396,14 @@ class Body:
 
 
 def _halves(numbers: Any) -> Any:
-    """Trace ids that look random, for numbers from 0: rows of two halves."""
+    """Return trace ids that look random for numbers from 0, as rows of two halves."""
     low = (numbers + _FIRST) * _SPREAD
     return np.stack([low * _HIGH ^ low >> np.uint64(29), low], axis=1)
 
 
 def make_bodies(shape: Shape, count: int = 0, least: int = 64) -> list[Body]:
-    """``count`` bodies of a shape (0: enough for 2500 traces, at least ``least``). Those with gzip
-    have distinct ids, but each send of one repeats them."""
+    """Return ``count`` bodies of a shape (0: enough for 2500 traces, at least ``least``). Bodies
+    with gzip have distinct ids, but sending one again repeats its ids."""
     traces = max(1, shape.spans // shape.spans_per_trace)
     renewable = count if count and not shape.gzip else max(64, least, -(-2500 // traces))
     now = time.time_ns()

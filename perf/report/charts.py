@@ -1,5 +1,5 @@
-"""Curves as SVG, without a library: a logarithmic x axis (or time), values upwards from 0, and the
-band that is allowed."""
+"""Draws curves as SVG, without a library: x logarithmic (or time), y from 0, and the allowed
+band."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 48, 56
-DOTTED = 40  # points; a line with more is drawn without a dot for each
+DOTTED = 40  # points; longer lines are drawn without dots
 COLOURS = ("#1f5fa8", "#c4561b", "#2f7d3b", "#7a3d9a")
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line: its name and its points (x, y, least y, greatest y)."""
+    """A line: its name and its points (x, y, minimum y, maximum y)."""
 
     name: str
     points: Sequence[tuple[float, float, float, float]]
@@ -30,7 +30,7 @@ def _short(x: float) -> str:
 
 
 def _step(most: float) -> float:
-    """Between two marks of an axis from 0: at most eight, at round numbers."""
+    """Return the distance of marks on an axis from 0: at most eight, at round numbers."""
     step: float = 10 ** math.floor(math.log10(most)) if most > 0 else 1.0
     return next(step * f for f in (0.1, 0.2, 0.25, 0.5, 1, 2) if most / (step * f) <= 8)
 
@@ -44,7 +44,7 @@ def chart(
     *,
     linear: bool = False,
 ) -> str:
-    """An SVG document. ``band`` shades the values of y that are allowed. The x axis is logarithmic
+    """Return an SVG document. ``band`` shades the allowed values of y. The x axis is logarithmic
     with a mark at each point, or ``linear`` from 0 with marks at round numbers."""
     xs = sorted({point[0] for s in series for point in s.points})
     if linear:

@@ -1,6 +1,6 @@
-"""Each floor of the requirements beside what the last runs reached: rows of the report's table.
+"""The performance floors and the figures of the last runs, as rows of the report's table.
 
-A floor without its run in perf/out has the row all the same, and says which command measures it.
+A floor whose program was not run still has a row, which names the command to run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from perf.report import hints
 from perf.report.hints import Hint
 
 Json = dict[str, Any]
-Runs = dict[str, Json]  # by the name of the JSON in perf/out
+Runs = dict[str, Json]  # by the name of the JSON file in perf/out
 
 REACHED, MISSED, NOT_RUN = "reached", "**missed**", "not run"
 RATE = 100_000
@@ -23,17 +23,18 @@ FLAT = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """A row: the requirement's letter (9: issue 9's goal, P: performance.md), what is meant, the
-    least that is acceptable, the command that measures it, and how what was reached is read from
-    the runs: the words and whether it is enough. It raises KeyError or IndexError where a run is
-    missing."""
+    """A row of the table: topic, subject, the minimum, and the command that measures it.
 
-    letter: str
+    ``read`` returns the figure as text, and whether it is good enough. It raises KeyError or
+    IndexError if the run is missing.
+    """
+
+    topic: str
     what: str
     floor: str
     command: str
     read: Callable[[Runs], tuple[str, bool]]
-    hint: Hint | str = ""  # where to look first when it is missed
+    hint: Hint | str = ""  # where to look first if it is missed
 
 
 def _load(name: str, spans: int, least: float) -> Callable[[Runs], tuple[str, bool]]:
@@ -62,7 +63,7 @@ def _of_load(
 def _bench(
     group: str, name: str, least: float = 0.0, most_us: float = 0.0
 ) -> Callable[[Runs], tuple[str, bool]]:
-    """Items a second of at least, or a p99 below."""
+    """Check for at least ``least`` items a second, or for a p99 below ``most_us``."""
 
     def read(runs: Runs) -> tuple[str, bool]:
         found = runs["bench"][group][name]
@@ -194,92 +195,93 @@ def _curve(name: str, key: str = "ratio") -> Callable[[Runs], tuple[str, bool]]:
 
 
 FLOORS: tuple[Floor, ...] = (
-    Floor("A", "span log: decode, append (1000 spans a call)", "100,000 spans/s", "bench",
+    Floor("storage", "span log: decode, append (1000 spans a call)", "100,000 spans/s", "bench",
           _bench("ingestion", "stage 1000", RATE),
           hints.slow_benchmark("ingestion", "stage 1000")),
-    Floor("A", "ledger: TigerBeetle, batch of 128", "p99 < 5 ms", "bench", _tigerbeetle,
+    Floor("storage", "ledger: TigerBeetle, batch of 128", "p99 < 5 ms", "bench", _tigerbeetle,
           hints.tigerbeetle),
-    Floor("A", "DuckDB: signals, 1000 a transaction", "50,000 rows/s", "bench",
+    Floor("storage", "DuckDB: signals, 1000 a transaction", "50,000 rows/s", "bench",
           _bench("duckdb", "signals 1000", 50_000), hints.slow_benchmark("duckdb", "signals 1000")),
-    Floor("A", "DuckDB: traces, 1000 a transaction", "50,000 rows/s", "bench",
+    Floor("storage", "DuckDB: traces, 1000 a transaction", "50,000 rows/s", "bench",
           _bench("duckdb", "traces 1000", 50_000), hints.slow_benchmark("duckdb", "traces 1000")),
-    Floor("A", "500 tenants writing at once, 50 rules each", "100,000 spans/s", "report",
+    Floor("storage", "500 tenants writing at once, 50 rules each", "100,000 spans/s", "report",
           _many_tenants, hints.load("load-500", 100, "flamegraph-500")),
-    Floor("A", "pages of signals and traces", "< 100 ms", "queries", _queries, hints.queries),
-    Floor("B", "over HTTP, 100 spans a request, 100 rules", "100,000 spans/s", "load",
+    Floor("storage", "pages of signals and traces", "< 100 ms", "queries", _queries, hints.queries),
+    Floor("speed", "over HTTP, 100 spans a request, 100 rules", "100,000 spans/s", "load",
           _load("load", 100, RATE), hints.load("load", 100, "flamegraph")),
-    Floor("B", "over HTTP, 512 spans a request, 100 rules", "100,000 spans/s", "load",
+    Floor("speed", "over HTTP, 512 spans a request, 100 rules", "100,000 spans/s", "load",
           _load("load", 512, RATE), hints.load("load", 512)),
-    Floor("B", "evaluation of a 100-span batch, 100 rules", "p99 < 100 ms", "bench",
+    Floor("speed", "evaluation of a 100-span batch, 100 rules", "p99 < 100 ms", "bench",
           _bench("evaluation", "batch 100", most_us=100_000),
           hints.tail("evaluation", "batch 100", 100_000)),
-    Floor("B", "in a channel on average, work included", "< 10 ms a stage", "soak", _queueing,
+    Floor("speed", "in a channel on average, work included", "< 10 ms a stage", "soak", _queueing,
           hints.queueing),
-    Floor("B", "last needed span to signal in the ledger", "p99 < 500 ms", "bench",
+    Floor("speed", "last needed span to signal in the ledger", "p99 < 500 ms", "bench",
           _end_to_end("ledger_ms")),
-    Floor("B", "last needed span to signal in the API", "p99 < 500 ms", "bench",
-          _end_to_end("api_ms"), "rows of DuckDB are committed in company"),
-    Floor("C", "memory of an open trace of any length", "< 1 MB", "curves", _long_traces),
-    Floor("C", "500 traces of 10,000 spans at once", "no growth, < 1 MB", "curves", _many_long),
-    Floor("D", "hit rate: rule sets", "80 %", "cachehits", _hit_rate("ruleContainers", 0.8),
+    Floor("speed", "last needed span to signal in the API", "p99 < 500 ms", "bench",
+          _end_to_end("api_ms"), "DuckDB commits rows in groups"),
+    Floor("trace memory", "an open trace of any length", "< 1 MB", "curves", _long_traces),
+    Floor("trace memory", "500 traces of 10,000 spans at once", "no growth, < 1 MB", "curves",
+          _many_long),
+    Floor("caches", "hit rate: rule sets", "80 %", "cachehits", _hit_rate("ruleContainers", 0.8),
           hints.cache("ruleContainers")),
-    Floor("D", "hit rate: public keys", "90 %", "cachehits", _hit_rate("publicKeys", 0.9),
+    Floor("caches", "hit rate: public keys", "90 %", "cachehits", _hit_rate("publicKeys", 0.9),
           hints.cache("publicKeys")),
-    Floor("D", "hit rate: trace metadata", "70 %", "cachehits", _hit_rate("traceMetadata", 0.7),
-          hints.cache("traceMetadata")),
+    Floor("caches", "hit rate: trace metadata", "70 %", "cachehits",
+          _hit_rate("traceMetadata", 0.7), hints.cache("traceMetadata")),
     *(
-        Floor("D", f"cache {name}", f"p99 < {most // 1000} ms", "bench",
+        Floor("caches", f"cache {name}", f"p99 < {most // 1000} ms", "bench",
               _bench("caches", name, most_us=most), hints.tail("caches", name, most))
         for cache in ("rules", "key", "trace")
         for name, most in ((f"{cache}, hit", 1000), (f"{cache}, miss", 100_000))
     ),
-    Floor("E", "fallback files: 128 signals, synced", "< 10 ms", "bench",
+    Floor("fallback", "fallback files: 128 signals, synced", "< 10 ms", "bench",
           _bench("fallback", "files 128", most_us=10_000),
           hints.tail("fallback", "files 128", 10_000)),
-    Floor("F", "10 tenants, 100 rules, 60 s, 100 spans a request", "100,000 spans/s, < 0.1 %",
+    Floor("load", "10 tenants, 100 rules, 60 s, 100 spans a request", "100,000 spans/s, < 0.1 %",
           "report", _load("load-tenants", 100, RATE), hints.load("load-tenants", 100)),
-    Floor("F", "10 tenants, 100 rules, 60 s, 512 spans a request", "100,000 spans/s, < 0.1 %",
+    Floor("load", "10 tenants, 100 rules, 60 s, 512 spans a request", "100,000 spans/s, < 0.1 %",
           "report", _load("load-tenants", 512, RATE), hints.load("load-tenants", 512)),
-    Floor("F", "twice what it takes", "refuses, survives, loses nothing", "overload", _overload,
+    Floor("load", "twice what it takes", "refuses, survives, loses nothing", "overload", _overload,
           hints.overload),
-    Floor("F", "soak", "50,000 spans/s for 5 min", "soak", _soak_lasted, hints.queueing),
-    Floor("F", "soak, last minute ÷ first: spans/s", "within 10 %", "soak",
+    Floor("load", "soak", "50,000 spans/s for 5 min", "soak", _soak_lasted, hints.queueing),
+    Floor("load", "soak, last minute ÷ first: spans/s", "within 10 %", "soak",
           _soak("spans_per_second"), hints.soak),
-    Floor("F", "soak, last minute ÷ first: CPU a span", "within 10 %", "soak",
+    Floor("load", "soak, last minute ÷ first: CPU a span", "within 10 %", "soak",
           _soak("cpu_us_per_span"), hints.soak),
-    Floor("F", "soak, last minute ÷ first: p99 of a request", "within 10 %", "soak",
+    Floor("load", "soak, last minute ÷ first: p99 of a request", "within 10 %", "soak",
           _soak("p99_ms"), hints.soak),
-    Floor("F", "soak, last minute ÷ first: RSS", "flat", "soak", _soak("rss_mb"),
+    Floor("load", "soak, last minute ÷ first: RSS", "flat", "soak", _soak("rss_mb"),
           hints.soak_memory),
-    Floor("F", "1000 traces of 100 spans, evaluation of each", "p99 < 100 ms", "bench",
+    Floor("load", "1000 traces of 100 spans, evaluation of each", "p99 < 100 ms", "bench",
           _bench("evaluation", "1000 traces of 100", most_us=100_000),
           hints.tail("evaluation", "1000 traces of 100", 100_000)),
-    Floor("F", "1000 create/delete cycles of a tenant", "< 100 MB", "memory", _memory("cycles"),
+    Floor("load", "1000 create/delete cycles of a tenant", "< 100 MB", "memory", _memory("cycles"),
           hints.memory),
-    Floor("F", "one tenant, 100 rules, 1000 live spans", "< 50 MB", "memory",
+    Floor("load", "one tenant, 100 rules, 1000 live spans", "< 50 MB", "memory",
           _memory("one tenant")),
-    Floor("F", "500 tenants with 50 rules each", "–", "memory", _memory("500 tenants")),
-    Floor("F", "nothing slower than accepted", "90 % of each", "regress", _regress),
-    Floor("9", "goal: 512 spans a request", "400,000 spans/s", "load", _load("load", 512, 400_000),
+    Floor("load", "500 tenants with 50 rules each", "–", "memory", _memory("500 tenants")),
+    Floor("load", "nothing slower than accepted", "90 % of each", "regress", _regress),
+    Floor("goal", "512 spans a request", "400,000 spans/s", "load", _load("load", 512, 400_000),
           hints.load("load", 512)),
-    Floor("9", "goal: 100 spans a request", "200,000 spans/s", "load", _load("load", 100, 200_000),
+    Floor("goal", "100 spans a request", "200,000 spans/s", "load", _load("load", 100, 200_000),
           hints.load("load", 100, "flamegraph")),
     *(
-        Floor("9", f"goal: CPU a span, {spans} a request", "≤ 4 µs", "load",
+        Floor("goal", f"CPU a span, {spans} a request", "≤ 4 µs", "load",
               _of_load("load", spans, lambda r: float(r["summary"]["cpu_us_per_span"]["median"]),
                        4.0, "µs"),
               hints.load("load", spans, "flamegraph"))
         for spans in (512, 100)
     ),
     *(
-        Floor("9", f"goal: p99 of a request, {spans} a request", "< 50 ms", "load",
+        Floor("goal", f"p99 of a request, {spans} a request", "< 50 ms", "load",
               _of_load("load", spans, lambda r: float(r["latency_ms"]["p99"]["median"]),
                        50.0, "ms"),
               hints.waits("load", spans))
         for spans in (512, 100)
     ),
     *(
-        Floor("P", f"CPU a span, flat: {what}", "within 20 %", "curves", _curve(name),
+        Floor("curve", f"CPU a span is flat over {what}", "within 20 %", "curves", _curve(name),
               hints.curve(name))
         for name, what in (
             ("trace_length", "spans in a trace"),
@@ -288,16 +290,16 @@ FLOORS: tuple[Floor, ...] = (
             ("tenants", "tenants, while the load runs"),
         )
     ),
-    Floor("P", "CPU a span, flat: tenants, until all is stored", "within 20 %", "curves",
+    Floor("curve", "CPU a span is flat over tenants, until all is stored", "within 20 %", "curves",
           _curve("tenants", "to_the_end_us"),
           hints.curve("tenants", "to_the_end_us", "threads_to_the_end")),
 )  # fmt: skip
 
 
 def rows(runs: Runs) -> Iterator[tuple[str, str, str, str, str, str]]:
-    """The rows of the table: letter, what, floor, reached, verdict, where to look first."""
+    """Yield the rows of the table: topic, subject, floor, reached, verdict, hint."""
     for floor in FLOORS:
-        head = (floor.letter, floor.what, floor.floor)
+        head = (floor.topic, floor.what, floor.floor)
         try:
             said, good = floor.read(runs)
         except (KeyError, IndexError):

@@ -1,8 +1,8 @@
-"""Where to look first for a floor that was missed, as the runs themselves show it: threads and
-functions with most CPU, waits for a core, the bare client beside ours, what grew along a curve.
+"""Where to look first for a missed floor, derived from the runs: threads and functions with the
+most CPU, waits for a core, the bare client beside the adapter, what grew along a curve.
 
-Each hint reads the runs as floors do, and raises KeyError or IndexError where they have no such
-evidence; there is none to give then.
+A hint reads the runs like a floor does. It raises KeyError or IndexError if they have no evidence;
+then there is no hint.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Runs = dict[str, Json]
 Hint = Callable[[Runs], str]
 
 MOST = 4  # threads named
-FULL = 0.8  # cores of one thread
-SCARCE = 0.1  # part of the time a thread waits for a core
+FULL = 0.8  # cores of one thread; above, it is saturated
+SCARCE = 0.1  # fraction of the time that a thread waits for a core
 
 
 def said(hint: Hint | str, runs: Runs) -> str:
-    """The hint's words, nothing where the runs have no evidence."""
+    """Return the hint's text, empty if the runs have no evidence."""
     if isinstance(hint, str):
         return hint
     try:
@@ -43,7 +43,7 @@ def _by_thread(threads: Json) -> str:
 def _waits(threads: Json) -> str:
     waits = {name: used["waited_share"] for name, used in threads.items()}
     waiting = [f"{name} {w:.0%}" for name, w in list(waits.items())[:MOST] if w > SCARCE]
-    return f"ready without a free core, part of the time: {', '.join(waiting)}" if waiting else ""
+    return f"time waiting for a core: {', '.join(waiting)}" if waiting else ""
 
 
 def _full(threads: Json) -> str:
@@ -56,8 +56,8 @@ def _joined(*parts: str) -> str:
 
 
 def load(name: str, spans: int, profile: str = "") -> Hint:
-    """Of a load: checks that failed, threads by CPU, full threads, waits for a core; of the run
-    ``profile`` of perf.flamegraph, the functions."""
+    """Hint for a load: failed checks, threads by CPU, saturated threads, waits for a core, and the
+    functions in ``profile``, a run of perf.flamegraph."""
 
     def hint(runs: Runs) -> str:
         values = runs[name]
@@ -72,7 +72,7 @@ def load(name: str, spans: int, profile: str = "") -> Hint:
 
 
 def waits(name: str, spans: int) -> Hint:
-    """Of a load's latency: how busy the cores are, and who waits for one."""
+    """Hint for a load's latency: how busy the cores are, and which threads wait for one."""
 
     def hint(runs: Runs) -> str:
         row, options = runs[name]["rows"][str(spans)], runs[name]["options"]
@@ -89,7 +89,7 @@ def waits(name: str, spans: int) -> Hint:
 
 
 def soak(runs: Runs) -> str:
-    """Of the soak: waits for a core, and the load of the machine."""
+    """Hint for the soak: waits for a core, and the machine's load."""
     values = runs["soak"]
     machine = values["machine"]
     return _joined(
@@ -100,19 +100,20 @@ def soak(runs: Runs) -> str:
 
 
 def soak_memory(runs: Runs) -> str:
-    """Of the soak's memory: how much it grew in each slice."""
+    """Hint for the soak's memory: its growth in each slice."""
     sizes = [part["rss_mb"] for part in runs["soak"]["slices"]]
     grown = [f"{after - before:+.0f}" for before, after in pairwise(sizes)]
     return f"from slice to slice {', '.join(grown)} MB"
 
 
 def queueing(runs: Runs) -> str:
-    """Of the time in channels: what the threads of the stages did."""
+    """Hint for the time in channels: what the stages' threads did."""
     return _joined(_by_thread(runs["soak"]["run"]["threads"]), soak(runs))
 
 
 def ledgers(runs: Runs) -> tuple[Json, Json]:
-    """The adapter to TigerBeetle, and its bare client, sent 20 batches of 128 a second."""
+    """Return the runs of the TigerBeetle adapter and the bare client at 20 batches of 128 a
+    second."""
     found = runs["bench"]["ledger"]
     names = ("tigerbeetle", "tigerbeetle, bare client")
     ours, bare = (found[f"{name} 128, 20 a second"] for name in names)
@@ -120,19 +121,19 @@ def ledgers(runs: Runs) -> tuple[Json, Json]:
 
 
 def tigerbeetle(runs: Runs) -> str:
-    """Of its ledger: how much of it the bare client takes alone."""
+    """Hint for TigerBeetle: how much of the time the bare client takes alone."""
     ours, bare = ledgers(runs)
     part = bare["p50_us"] / ours["p50_us"]
     text = f"the bare client alone takes {part:.0%} of the p50 ({bare['p50_us'] / 1000:.1f} ms)"
     if bare["p99_us"] >= 5000:
-        text += f" and misses it too (p99 {bare['p99_us'] / 1000:.1f} ms): its server and the disk"
+        text += f" and misses the floor too (p99 {bare['p99_us'] / 1000:.1f} ms): server and disk"
     else:
-        text += ", the rest is the adapter's: mostly SqliteLedger.hold, a commit synced before"
+        text += "; the adapter takes the rest: mostly SqliteLedger.hold, a synced commit before it"
     return text
 
 
 def tail(group: str, name: str, most_us: float) -> Hint:
-    """Of a benchmark's p99: whether its middle is good."""
+    """Hint for a benchmark's p99: whether its median is good."""
 
     def hint(runs: Runs) -> str:
         found = runs["bench"][group][name]
@@ -141,8 +142,8 @@ def tail(group: str, name: str, most_us: float) -> Hint:
             return f"not a tail: p50 {found['p50_us'] / 1000:.2f} ms"
         used = found["cpu_us"]["median"] / found["wall_us"]["median"]
         return (
-            f"a tail: p50 is {found['p50_us'] / most_us:.0%} of what is allowed, {used:.0%} of the "
-            f"time is CPU, the rest waits (disk, core); load average "
+            f"a tail: p50 is {found['p50_us'] / most_us:.0%} of the limit; {used:.0%} of the time "
+            f"is CPU, the rest is waiting (disk, core); load average "
             f"{machine['load_average_before']} before"
         )
 
@@ -150,7 +151,7 @@ def tail(group: str, name: str, most_us: float) -> Hint:
 
 
 def slow_benchmark(group: str, name: str) -> Hint:
-    """Of a benchmark's rate: how much of a call is CPU, and how its rounds differ."""
+    """Hint for a benchmark's rate: the CPU share of a call, and the spread of its rounds."""
 
     def hint(runs: Runs) -> str:
         found = runs["bench"][group][name]
@@ -164,14 +165,14 @@ def slow_benchmark(group: str, name: str) -> Hint:
 
 
 def queries(runs: Runs) -> str:
-    """Of queries: which are slow."""
+    """Hint for queries: the slow ones."""
     answers = runs["queries"]["answers"]
     slow = runs["queries"]["slower_than_100_ms"]
     return ", ".join(f"{name} {answers[name]['ms']['median']:.0f} ms" for name in slow)
 
 
 def curve(name: str, key: str = "path_us", threads: str = "threads") -> Hint:
-    """Of a curve: what grew from its first point to its greatest."""
+    """Hint for a curve: what grew from its first point to its greatest."""
 
     def hint(runs: Runs) -> str:
         return growth(runs["curves"]["curves"][name]["points"], key, threads)
@@ -180,9 +181,8 @@ def curve(name: str, key: str = "path_us", threads: str = "threads") -> Hint:
 
 
 def growth(points: Sequence[Json], key: str = "path_us", threads: str = "threads") -> str:
-    """What grew from the first point of a curve to the one with the most CPU a span, the greatest
-    first: threads where a point is the whole service, else the fold, closing with deciding, and
-    decoding."""
+    """Return what grew from a curve's first point to the one with the most CPU a span, greatest
+    first: threads if a point is the whole service, otherwise fold, close and decide, decode."""
     first, worst = points[0], max(points, key=lambda p: float(p[key]))
     if "fold_us" in first:
         parts = {"fold": "fold_us", "close and decide": "close_us"}
@@ -201,30 +201,30 @@ def _us(threads: Json, name: str) -> float:
 
 
 def cache(name: str) -> Hint:
-    """Of a cache's hit rate: what its misses were."""
+    """Hint for a cache's hit rate: its misses and evictions."""
 
     def hint(runs: Runs) -> str:
         found, options = runs["cachehits"]["caches"][name], runs["cachehits"]["options"]
         looks = found["hitCount"] + found["missCount"]
         return (
             f"{found['missCount']:,} misses in {looks:,} look-ups, {found['evictionCount']:,} "
-            f"evictions, {options['secs']:g} s from an empty cache on"
+            f"evictions in {options['secs']:g} s, starting with an empty cache"
         )
 
     return hint
 
 
 def memory(runs: Runs) -> str:
-    """Of the cycles of tenants: whether memory still grows at their end."""
+    """Hint for the cycles of tenants: whether memory still grows at the end."""
     (steps,) = [
         found["growth_mb_by_step"]
         for found in runs["memory"]["cases"].values()
         if "growth_mb_by_step" in found
     ]
     half = steps[len(steps) // 2]
-    return f"of it {steps[-1] - half:+.1f} MB in the second half of the cycles"
+    return f"{steps[-1] - half:+.1f} MB of it in the second half of the cycles"
 
 
 def overload(runs: Runs) -> str:
-    """Of the overload: the checks that failed."""
+    """Hint for the overload: the failed checks."""
     return "; ".join(runs["overload"]["problems"])

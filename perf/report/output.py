@@ -1,4 +1,4 @@
-"""What every report states (machine, versions, how busy it was), tables to paste, and JSON."""
+"""Common parts of reports: machine, versions and load; Markdown tables; JSON files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 OUT = Path(os.environ.get("PERF_OUT") or ROOT / "perf" / "out")
 PICTURES = OUT if os.environ.get("PERF_OUT") else ROOT / "docs" / "perf"
 PACKAGES = ("numba", "numpy", "trio", "hypercorn", "httptools", "duckdb", "pyarrow", "isal")
-BUSY = 0.6  # load average without us, a core, above which figures are called disturbed
+BUSY = 0.6  # load average a core, before the run, above which figures are called disturbed
 
 Json = dict[str, Any]
 
 
 def machine() -> Json:
-    """Processor, cores, memory, system and versions."""
+    """Return processor, cores, memory, system and versions."""
     name = platform.processor() or "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -51,7 +51,7 @@ def machine() -> Json:
 
 
 def commit() -> str:
-    """The commit that is measured, with ``+`` where the service's files differ from it."""
+    """Return the measured commit, with ``+`` if the service's files differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -62,7 +62,7 @@ def commit() -> str:
 
 
 def describe(facts: Json) -> str:
-    """The machine in a line or two, for the head of a report."""
+    """Describe the machine in a line or two, for the head of a report."""
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
     load, cores = facts["load_average_before"], facts["cores"] or 1
     busy = f"; machine busy: load average {load} before" if load > BUSY * cores else ""
@@ -73,11 +73,11 @@ def describe(facts: Json) -> str:
 
 
 def describe_payload(payload: Json) -> str:
-    """The payload in a line."""
+    """Describe the payload in a line."""
     kind = payload["encoding"] + (" with gzip" if payload["gzip"] else "")
     size = f"{payload['bytes_per_span']} bytes a span on the wire"
     if payload["bytes_per_span"] != payload["raw_bytes_per_span"]:
-        size += f" ({payload['raw_bytes_per_span']} unpacked)"
+        size += f" ({payload['raw_bytes_per_span']} uncompressed)"
     return (
         f"{payload['spans']} spans a request, {payload['spans_per_trace']} a trace, {size}, about "
         f"{payload['attributes']} attributes a span, OTLP/HTTP {kind}, {payload['rules']} rules, "
@@ -86,7 +86,7 @@ def describe_payload(payload: Json) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> Json:
-    """Median, least and greatest."""
+    """Return median, minimum and maximum."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),
@@ -96,7 +96,7 @@ def spread(values: Sequence[float], digits: int = 2) -> Json:
 
 
 def shown(values: Mapping[str, Any], digits: int = 2) -> str:
-    """A spread as ``median (min–max)``."""
+    """Format a spread as ``median (min–max)``."""
     if values["repeats"] == 1:
         return f"{values['median']:,.{digits}f}"
     low, high = (f"{values[key]:,.{digits}f}" for key in ("min", "max"))
@@ -104,7 +104,7 @@ def shown(values: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table with aligned columns."""
+    """Format a Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
@@ -124,13 +124,13 @@ def save(name: str, values: Json) -> Path:
 
 
 def say_saved(name: str, values: Json, text: str) -> None:
-    """Write the JSON and, for the report, its text; print where."""
+    """Write the JSON and the report's text, and print the path."""
     path = save(name, values)
     path.with_suffix(".md").write_text(text + "\n")
     print(f"\n{os.path.relpath(path, ROOT)}")
 
 
 def saved(name: str) -> Json | None:
-    """What :func:`save` wrote last, None without it."""
+    """Return what :func:`save` wrote last, or None."""
     path = OUT / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None

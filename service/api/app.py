@@ -21,7 +21,12 @@ from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
 from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.api.params import near, read_param, read_params
-from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
+from betrace.service.tenancy.authentication import (
+    Authenticator,
+    Denied,
+    claimed_tenant,
+    closed_tenant,
+)
 
 _log = logging.getLogger("service.http")
 

@@ -1,4 +1,4 @@
-"""Serving ASGI applications with Hypercorn."""
+"""Serves ASGI applications, the API and the metrics, with Hypercorn on Trio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypercorn.trio.run import worker_serve
 from hypercorn.utils import wrap_app
 
 from betrace.service.config.base import KIB
-from betrace.service.config.settings import Tls
+from betrace.service.config.edge import Tls
 from betrace.service.receiver.sockets import bad_certificate, listen, url_of
 
 Scope = dict[str, Any]
@@ -46,7 +46,7 @@ async def serve(
     """Serve an ASGI application at ``address`` until ``shutdown``, then give requests in progress
     ``grace_seconds`` to finish. Starts with the URL of the listener.
 
-    Raises :exc:`betrace.service.receiver.sockets.ListenError` when the address or the certificate
+    Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
     cannot be used.
     """
     config = Config()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from betrace.service.api.errors import ApiError
+from betrace.service.config.suggest import close_match
 from betrace.service.tenants import TENANT_RULE
 from betrace.service.times import read_time
 
@@ -58,9 +58,9 @@ def read_param(param: Param, text: str) -> Any:
 def near(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word."""
     names = sorted(known)
-    found = difflib.get_close_matches(word[:80], names, 1, 0.6)
+    found = close_match(word, names)
     if found:
-        return f"did you mean {found[0]}?"
+        return f"did you mean {found}?"
     return f"use one of: {', '.join(names)}" if names else "remove it; none are allowed here"
 
 

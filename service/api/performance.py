@@ -46,7 +46,7 @@ class Performance:
         pipeline = self._pipeline
         return {
             _SPANS: pipeline.ingest.counts.accepted,
-            _ROWS: pipeline.store_counts.rows,
+            _ROWS: pipeline.project.rows,
             **{name: s.statistics().weight_out for name, s in pipeline.stages.items()},
         }
 

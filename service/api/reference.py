@@ -49,7 +49,7 @@ counts once. A body that takes longer than `ingest.body_timeout_seconds` gets 50
 
 The port speaks HTTP/1.1 in the strict form of RFC 9112: a request of ambiguous length gets 400, and
 its connection is closed. An HTTP/1.0 request is answered and its connection closed; other versions
-get 505. HTTP/2 is only supported with `ingest.server = "hypercorn"` and TLS.
+get 505. HTTP/2 is not supported on this port; use HTTP/1.1.
 """
 _GENERAL = {
     "tenant": {

@@ -14,7 +14,7 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.receiver.admission import Edge
 from betrace.service.rules.store import RuleStore
-from betrace.service.storage.ledger.record import SignalLedger
+from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.spanlog.log import SpanLog
 
 
@@ -29,7 +29,7 @@ class Sources:
     wall_time: Callable[[float], float]
     log: SpanLog
     rules: RuleStore
-    ledger: SignalLedger
+    ledger: Ledger
     pipeline: Pipeline
     edge: Edge
     recovery: Recovery

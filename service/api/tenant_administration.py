@@ -11,7 +11,7 @@ from betrace.service.api.audit import AuditTrail, Operator
 from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.tenancy.directory import State, Tenant, UnknownTenantError
+from betrace.service.tenancy.directory import Tenant, TenantState, UnknownTenantError
 from betrace.service.tenancy.gate import Gate
 from betrace.service.tenancy.tokens import read_public_key
 from betrace.service.times import write_time
@@ -80,7 +80,7 @@ class TenantAdministration:
     async def exists(self, name: str) -> bool:
         """Whether the tenant is active or implicit."""
         found = await self.get(name)
-        return found is not None and found["state"] != State.DELETING
+        return found is not None and found["state"] != TenantState.DELETING
 
     # Changing
 

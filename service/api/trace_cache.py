@@ -25,9 +25,9 @@ from cachetools import LRUCache
 from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
 from betrace.service.storage.duck.pool import PoolTimeout
-from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.storage.duck.store import Change, DuckStore
+from betrace.service.storage.duck.store import DuckStore, StoreChange
 
 MAX_SIGNALS = 1000
 """Most signals kept of a trace, the newest."""
@@ -99,7 +99,7 @@ class TraceMetadataCache:
         """What the store has of a trace; None if it is not in the index. Raises the errors of the
         store."""
         self._view(tenant)
-        found = self.cache.get_blocking((tenant, trace_id.lower()))
+        found = self.cache.get((tenant, trace_id.lower()))
         if found is None:
             self.expect(tenant, trace_id)
         return found
@@ -122,13 +122,13 @@ class TraceMetadataCache:
                 self._viewed.clear()
             self._viewed[tenant] = self._clock()
 
-    def changed(self, tenant: str, change: Change | None) -> None:
+    def changed(self, tenant: str, change: StoreChange | None) -> None:
         """The store has written something of a tenant; None: anything may have changed."""
         self._drop(tenant, change)
         if change is not None and self._is_viewed(tenant):
             self._note(tenant, change)
 
-    def _note(self, tenant: str, change: Change) -> None:
+    def _note(self, tenant: str, change: StoreChange) -> None:
         """Load traces with signals ahead, now or when they are closed."""
         closed = change.traces_closed()
         with self._lock:
@@ -138,7 +138,7 @@ class TraceMetadataCache:
                 if self._expected.pop((tenant, trace_id), False):
                     self._ahead.append((tenant, trace_id))
 
-    def _drop(self, tenant: str, change: Change | None) -> None:
+    def _drop(self, tenant: str, change: StoreChange | None) -> None:
         loaded = self._kept.get(tenant)
         if loaded is None:
             return
@@ -199,5 +199,5 @@ class TraceMetadataCache:
         row = self._store.trace(tenant, trace_id)
         if row is None:
             return None
-        signals, _ = self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)
+        signals, _ = self._store.signals(tenant, SignalFilter(trace_id=trace_id), limit=MAX_SIGNALS)
         return TraceMetadata(row, tuple(signals))

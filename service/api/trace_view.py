@@ -16,13 +16,13 @@ from cachetools import LRUCache
 from betrace.service.api.rendering import stored_signal_json, trace_row_json
 from betrace.service.api.trace_cache import MAX_SIGNALS, TraceMetadataCache
 from betrace.service.config.base import MIB
-from betrace.service.otlp.encoding import EncodingError, decode_body
-from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.otlp.body import BadBody, protobuf_body
+from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.render import trace_as_json
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
-from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
@@ -141,7 +141,8 @@ class TraceReader:
         if is_open:
             self._metadata.expect(tenant, trace_id)
             row = self._store.trace(tenant, trace_id)
-        return row, self._store.signals(tenant, trace_id=trace_id, limit=MAX_SIGNALS)[0]
+        of_trace = SignalFilter(trace_id=trace_id)
+        return row, self._store.signals(tenant, of_trace, limit=MAX_SIGNALS)[0]
 
     @contextmanager
     def _compiled(self, tenant: str) -> Iterator[CompiledRules]:
@@ -253,7 +254,7 @@ class _Frames:
     def _body(self, position: int) -> bytes | None:
         try:
             frame: Frame = self._log.read(self._tenant, position)
-            body = decode_body(bytes(frame.payload), frame.encoding, self._max_body)
-            return to_protobuf(body) if frame.content_type == "json" else body
-        except (FrameMissing, FrameCorrupt, EncodingError, OtlpJsonError):
+            payload = bytes(frame.payload)
+            return protobuf_body(payload, frame.content_type, frame.encoding, self._max_body)
+        except (FrameMissing, FrameCorrupt, BadBody, BodyTooLarge):
             return None

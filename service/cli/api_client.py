@@ -1,83 +1,94 @@
-"""What commands of the command line share: how they fail, and how they ask a running service."""
+"""A client of a running service's administration, ``/api/admin``."""
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
-import click
 import httpx
 
-URL = "http://127.0.0.1:8090"
+from betrace.service.cli.common import Failure, Server
+
 PAGE = 1000
 
 
-class Failure(click.ClickException):
-    """What keeps a command from running, or what the service refused: sentences, each with a
-    remedy, a line each. The exit code is 3."""
-
-    exit_code = 3
-
-    def show(self, file: Any = None) -> None:
-        for line in self.message.splitlines():
-            click.echo(f"betrace: {line}", err=True)
-
-
 class AdminApi:
-    """A part of the administration of a running service, ``/api/admin`` and ``path``."""
+    """The part of the administration below ``path``."""
 
-    def __init__(self, url: str, token: str | None, path: str, timeout: float = 10.0) -> None:
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        # Without the environment's proxies, but with the system's certificates and SSL_CERT_FILE.
-        self._client = httpx.Client(
-            base_url=url,
-            headers=headers,
-            timeout=timeout,
-            trust_env=False,
-            verify=ssl.create_default_context(),
-        )
-        self._url = url
-        self._path = path
+    def __init__(self, server: Server, path: str, timeout: float = 10.0) -> None:
+        self._client = make_client(server, timeout)
+        self._server = server
+        self._path = f"/api/admin{path}"
 
     def ask(self, method: str, path: str = "", **more: Any) -> dict[str, Any]:
         """The answer; ``more`` is for :meth:`httpx.Client.request`. Raises :exc:`Failure`."""
-        return _good(*self._request(method, path, more))
+        return _checked(*self._request(method, path, more))
 
     def find(self, method: str, path: str, **more: Any) -> dict[str, Any] | None:
-        """The same, None where the service has no such thing."""
+        """Like :meth:`ask`, but None if the service answers 404."""
         status, body = self._request(method, path, more)
-        return None if status == 404 else _good(status, body)
+        return None if status == 404 else _checked(status, body)
 
     def _request(self, method: str, path: str, more: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         try:
-            answer = self._client.request(method, f"/api/admin{self._path}{path}", **more)
+            answer = self._client.request(method, self._path + path, **more)
             return answer.status_code, answer.json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise Failure(
-                f"there is no BeTrace service at {self._url} ({error}); start it with `betrace "
-                "serve`, or name it with --url"
-            ) from None
+            raise Failure(_explain(error, self._server)) from None
 
 
-def _good(status: int, body: dict[str, Any]) -> dict[str, Any]:
+def make_client(server: Server, timeout: float) -> httpx.Client:
+    """A client that ignores the environment's proxies. It trusts ``server.ca``, or the system's
+    certificates and SSL_CERT_FILE. Raises :exc:`Failure` if ``server.ca`` has no certificates."""
+    try:
+        context = ssl.create_default_context(cafile=None if server.ca is None else str(server.ca))
+    except OSError as error:  # SSLError is an OSError
+        raise Failure(
+            f"{server.ca} has no certificates ({error}); name a PEM file with --ca"
+        ) from None
+    return httpx.Client(
+        base_url=server.url,
+        headers={"authorization": f"Bearer {server.token}"} if server.token else {},
+        timeout=timeout,
+        trust_env=False,
+        verify=context,
+    )
+
+
+def _explain(error: Exception, server: Server) -> str:
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of {server.url} is not trusted ({cause.verify_message}); "
+                "if it is yours, name it or its CA with --ca FILE"
+            )
+        if isinstance(cause, ssl.SSLError):
+            return (
+                f"{server.url} does not answer with TLS ({cause.reason or cause}); "
+                "use http:// in --url if the service has no certificate"
+            )
+    if isinstance(error, httpx.TimeoutException):
+        return f"{server.url} did not answer in time; try again, or look at the service's log"
+    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+        return (
+            f"{server.url} did not answer with HTTP ({error or type(error).__name__}); "
+            "use https:// in --url if the service has a certificate"
+        )
+    return (
+        f"there is no BeTrace service at {server.url} ({error}); start it with `betrace serve`, "
+        "or name its address with --url"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _checked(status: int, body: dict[str, Any]) -> dict[str, Any]:
     if status >= 400:
-        told = body.get("error", {})
-        raise Failure(f"{told.get('message', status)}; {told.get('hint', '')}")
+        error = body.get("error", {})
+        raise Failure(f"{error.get('message', status)}; {error.get('hint', '')}")
     return body
-
-
-def remote_options(command: Any) -> Any:
-    """Options of commands that ask a running service: ``url``, ``token``, ``as_json``."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        click.option(
-            "--token",
-            envvar="BETRACE_AUTH__OPERATOR_TOKEN",
-            help="The operator token, where authentication is on.",
-        ),
-        click.option(
-            "--url", default=URL, envvar="BETRACE_URL", show_default=True, help="Of the API."
-        ),
-    ):
-        command = option(command)
-    return command

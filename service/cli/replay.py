@@ -1,20 +1,29 @@
-"""``betrace replay``: the span log evaluated again."""
+"""``betrace replay``: evaluate the span log again."""
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from betrace.service.cli.api_client import Failure
+from betrace.service.cli.common import (
+    FOUND,
+    Failure,
+    Moment,
+    json_option,
+    print_json,
+    print_lines,
+    printable,
+    settings_options,
+    warn,
+)
 
 if TYPE_CHECKING:
     from betrace.service.config.settings import Settings
@@ -22,37 +31,20 @@ if TYPE_CHECKING:
     from betrace.service.rules.compile import CompiledRules
     from betrace.service.signals import Signal
     from betrace.service.storage.duck.store import DuckStore
-    from betrace.service.storage.ledger.record import SignalLedger
+    from betrace.service.storage.ledger.base import Ledger
     from betrace.service.storage.spanlog.log import SpanLog
 
-FOUND = 1
 _REPORT_SECONDS = 1.0
-_DAY_CHARACTERS = len("2025-01-31")
 
 
-class _Time(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "time"
+@dataclass(frozen=True, slots=True)
+class _Interval:
+    """When the requests to read were received, in nanoseconds since 1970. ``since`` None means
+    from the beginning of the log, ``until`` None means up to ``now``."""
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Nanoseconds since 1970."""
-        from betrace.service.times import read_time
-
-        if isinstance(value, int):
-            return value
-        text = str(value)
-        if len(text) == _DAY_CHARACTERS and text.count("-") == 2:
-            text += "T00:00:00Z"
-        try:
-            return read_time(text)
-        except ValueError:
-            self.fail(
-                f"{value!r} is no time: write a date (2025-01-31, from 0:00 UTC), a time "
-                "(2025-01-31T12:00:00Z), or how long ago (-90m, -12h, -7d)",
-                param,
-                ctx,
-            )
+    since: int | None
+    until: int | None
+    now: int
 
 
 @dataclass(slots=True)
@@ -65,178 +57,236 @@ class _Total:
     retracted: int = 0
     partial: int = 0
     new: int = 0
-    tenants: list[str] = field(default_factory=list)
     skipped: int = 0
 
     def line(self, recorded: bool) -> str:
-        told = f"{self.spans} spans, {self.traces} traces: {self.raised} signals"
+        text = f"{self.spans} spans, {self.traces} traces: {self.raised} signals"
         if self.retracted:
-            told += f", {self.retracted} of them retracted by later spans"
+            text += f", {self.retracted} of them retracted by later spans"
         if self.partial:
-            told += f"; {self.partial} are of traces that reach over the edge of the interval"
+            text += f"; {self.partial} are of traces that cross the edge of the interval"
         if self.skipped:
-            told += f"; {self.skipped} damaged places of the log were passed over"
-        return told + (f"; {self.new} are new in the ledger" if recorded else "")
+            text += f"; skipped {self.skipped} damaged places of the log"
+        return text + (f"; {self.new} are new in the ledger" if recorded else "")
 
 
 @click.command()
-@click.option("--from", "since", type=_Time(), required=True, metavar="T", help="Received from.")
-@click.option("--to", "until", type=_Time(), metavar="T", help="Received before; else until now.")
+@click.option(
+    "--from",
+    "--since",
+    "since",
+    type=Moment(),
+    metavar="T",
+    help="Read requests received from this time on; by default, from the beginning of the log.",
+)
+@click.option(
+    "--to",
+    "--until",
+    "until",
+    type=Moment(),
+    metavar="T",
+    help="Read requests received before this time; by default, up to now.",
+)
 @click.option(
     "--rules",
-    "rule_file",
-    metavar="FILE",
+    "rules_path",
+    metavar="PATH",
     type=click.Path(path_type=Path),
-    help="Decide by these rules, not by each tenant's own.",
+    help="Evaluate these rules: a file for all tenants, or a directory laid out as for `serve`. "
+    "By default, the rules of the service that uses the data directory.",
 )
-@click.option("--dry-run", is_flag=True, help="Only show the signals, record none.")
-@click.option("--tenant", metavar="NAME", help="Only this tenant.")
-@click.option("--data", metavar="DIR", help="Where data is kept (storage.path).")
-@click.option("--config", type=click.Path(path_type=Path), help="A config.toml.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+@click.option("--dry-run", is_flag=True, help="Only show the signals; do not record them.")
+@click.option("--tenant", metavar="NAME", help="Replay only this tenant.")
+@settings_options("data")
+@json_option
 def replay(
-    since: int,
+    since: int | None,
     until: int | None,
-    rule_file: Path | None,
+    rules_path: Path | None,
     dry_run: bool,
     tenant: str | None,
-    data: str | None,
     config: Path | None,
+    overrides: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Evaluate the span log again; exit code 1 if traces break rules.
+    """Evaluate the span log again. Exit code 1 if traces break rules.
 
-    Signals are printed, progress is on standard error. With --dry-run nothing is written, and the
-    service may run. Without, signals are recorded in the ledger and DuckDB, for which the service
-    must be stopped; those that are there already stay as they are.
+    T is a date, a time, or how long ago: 2025-01-31, 2025-01-31T12:00:00Z, 90m, 12h, 7d.
 
-    Requests received within the interval are read, no others. Traces that reach over its edge
-    are marked partial: a rule may seem broken for want of a span outside. Such signals are shown
-    and never recorded.
+    Signals are printed; progress goes to standard error. With --dry-run nothing is written, and
+    the service may run. Without it, signals are recorded in the ledger and DuckDB, so the service
+    must be stopped. Signals that are already recorded stay as they are.
+
+    Only requests received within the interval are read. Traces that cross its edge are marked
+    partial, because a rule may seem broken when the span it needs is outside. Their signals are
+    shown but never recorded.
 
     \b
     Examples:
-      betrace replay --from -7d --rules new.yaml --dry-run
+      betrace replay --since 7d --rules new.yaml --dry-run
       betrace replay --from 2025-01-31 --to 2025-02-01 --tenant acme
     """
     from betrace.service.config.load import load
 
-    given = {} if data is None else {"storage.path": data}
-    settings = load(config, given)
+    settings = load(config, overrides)
     if not settings.storage.path.is_dir():
         raise Failure(
-            f"there is no data in {settings.storage.path}; name its directory with --data"
+            f"there is no data in {settings.storage.path}; name the data directory with --data"
         )
-    now = time.time_ns()
-    if since >= (until or now):
+    interval = _Interval(since, until, time.time_ns())
+    if since is not None and since >= (until or interval.now):
         raise click.UsageError("--from must be before --to, and before now")
     with ExitStack() as stack:
-        run = _Run(settings, since, until, dry_run, as_json, now, stack)
-        rules = _rules(rule_file)
-        for name in run.tenants(tenant):
+        log = stack.enter_context(_open_log(settings, dry_run))
+        tenants = _with_rules(_tenants(log, tenant), _rules(settings, rules_path))
+        run = _Run(settings, log, interval, as_json)
+        if not dry_run:
+            run.open_stores(stack)
+        for name, rules in tenants:
             run.tenant(name, rules)
     click.echo(run.total.line(recorded=not dry_run), err=True)
     sys.exit(FOUND if run.total.raised > run.total.retracted else 0)
 
 
-def _rules(path: Path | None) -> CompiledRules | None:
+def _open_log(settings: Settings, dry_run: bool) -> SpanLog:
+    from betrace.service.storage.lockfile import LockedError
+    from betrace.service.storage.spanlog.log import SpanLog
+
+    try:
+        return SpanLog(settings.storage.path, read_only=dry_run)
+    except LockedError as error:
+        raise Failure(
+            f"signals cannot be recorded while the service runs ({error}); "
+            "stop it, or only look with --dry-run"
+        ) from None
+
+
+def _tenants(log: SpanLog, wanted: str | None) -> list[str]:
+    """The tenants whose log is read."""
+    known = log.tenants()
+    if wanted is None:
+        return known
+    if wanted not in known:
+        raise Failure(
+            f"the tenant {wanted} has no spans; tenants with spans: {', '.join(known) or 'none'}"
+        )
+    return [wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """``place`` names the file or directory; ``of`` returns a tenant's compiled rules, and None
+    if the tenant has no enabled rule there."""
+
+    place: Path
+    of: Callable[[str], CompiledRules | None]
+
+
+def _rules(settings: Settings, path: Path | None) -> _Rules:
+    """The rules in a file, or those that a service would read. Raises :exc:`Failure` if a rule
+    file has errors, because deciding without it would miss signals."""
+    from betrace.service.cli.rules import rules_directory
     from betrace.service.rules.compile import compile_rules
     from betrace.service.rules.definition import RuleFileError
-    from betrace.service.rules.registry import rules_version
+    from betrace.service.rules.registry import RuleRegistry, rules_version
+    from betrace.service.rules.store import RuleStore
     from betrace.service.rules.yaml_file import load_file
 
-    if path is None:
-        return None
-    try:
-        rules = tuple(load_file(path))
-    except RuleFileError as error:
-        raise Failure(f"{error}\nput the rules right; `betrace rules check` says more") from None
-    return compile_rules(rules, rules_version(rules))
+    if path is not None and not path.is_dir():
+        try:
+            rules = tuple(load_file(path))
+        except RuleFileError as error:
+            raise Failure(f"{error}\ncorrect it: betrace rules check {path}") from None
+        compiled = compile_rules(rules, rules_version(rules))
+        return _Rules(path, lambda _: compiled if compiled.rules else None)
+
+    directory = path or rules_directory(settings)
+    store = RuleStore(directory)
+    if not directory.is_dir():
+        raise Failure(
+            f"there are no rules in {directory}, so nothing can be checked; "
+            "name the service's rule directory, or a rule file, with --rules"
+        )
+    store.load()
+    if store.problems:
+        lines = [
+            text if text.startswith(where) else f"{where} {text}"
+            for where, text in store.problems.items()
+        ]
+        raise Failure("\n".join([*lines, f"correct this: betrace rules check {directory}"]))
+    registry = RuleRegistry(store, settings.caches.rule_sets)
+
+    def of(tenant: str) -> CompiledRules | None:
+        compiled = registry.compiled(tenant)
+        return compiled if compiled.rules else None
+
+    return _Rules(directory, of)
+
+
+def _with_rules(tenants: list[str], rules: _Rules) -> list[tuple[str, CompiledRules]]:
+    """Each tenant with its rules. Those without rules are reported and left out; raises
+    :exc:`Failure` if none has any."""
+    found = [(name, rules.of(name)) for name in tenants]
+    without = [name for name, compiled in found if compiled is None]
+    if tenants and len(without) == len(tenants):
+        raise Failure(
+            f"{rules.place} has no enabled rules for {', '.join(without)}, so nothing can be "
+            "checked; name the service's rule directory, or a rule file, with --rules"
+        )
+    for name in without:
+        warn(f"{rules.place} has no enabled rules for {name}; its spans are not checked")
+    return [(name, compiled) for name, compiled in found if compiled is not None]
 
 
 class _Run:
-    """The stores, as far as they are needed, and what was found."""
+    """Replays tenants, prints their signals, and records them in the stores once these are open."""
 
     def __init__(
-        self,
-        settings: Settings,
-        since: int,
-        until: int | None,
-        dry_run: bool,
-        as_json: bool,
-        now: int,
-        stack: ExitStack,
+        self, settings: Settings, log: SpanLog, interval: _Interval, as_json: bool
     ) -> None:
-        from betrace.service.rules.registry import RuleRegistry
-        from betrace.service.rules.store import RuleStore
+        self._settings = settings
+        self._log = log
+        self._interval = interval
+        self._as_json = as_json
+        self._stores: tuple[Ledger, DuckStore] | None = None
+        self.total = _Total()
+
+    def open_stores(self, stack: ExitStack) -> None:
+        """Open the ledger and DuckDB; ``stack`` closes them."""
         from betrace.service.storage.duck.store import DuckStore
         from betrace.service.storage.ledger.open import open_ledger
-        from betrace.service.storage.lockfile import LockedError
-        from betrace.service.storage.spanlog.log import SpanLog
 
-        data = settings.storage.path
-        self._settings = settings
-        self._since, self._until, self._now = since, until, now
-        self._as_json = as_json
-        self.total = _Total()
-        self._ledger: SignalLedger | None = None
-        self._store: DuckStore | None = None
-        try:
-            self._log: SpanLog = stack.enter_context(SpanLog(data, read_only=dry_run))
-        except LockedError as error:
-            raise Failure(
-                f"signals cannot be recorded while the service runs ({error}); "
-                "stop it, or only look with --dry-run"
-            ) from None
-        if not dry_run:
-            self._ledger = open_ledger(settings)
-            stack.callback(self._ledger.close)
-            self._store = stack.enter_context(DuckStore(data))
-        directory = settings.rules.directory
-        store = RuleStore(Path(directory) if directory else data / "rules")
-        store.load()
-        for problem in store.problems.values():
-            click.echo(f"betrace: a rule file is not taken: {problem}", err=True)
-        self._registry = RuleRegistry(store, settings.caches.rule_sets)
+        ledger = open_ledger(self._settings)
+        stack.callback(ledger.close)
+        self._stores = ledger, stack.enter_context(DuckStore(self._settings.storage.path))
 
-    def tenants(self, wanted: str | None) -> list[str]:
-        """Whose log is read."""
-        known = self._log.tenants()
-        if wanted is not None and wanted not in known:
-            raise Failure(
-                f"the tenant {wanted} has no spans; there are: {', '.join(known) or 'none'}"
-            )
-        return known if wanted is None else [wanted]
-
-    def tenant(self, name: str, rules: CompiledRules | None) -> None:
+    def tenant(self, name: str, rules: CompiledRules) -> None:
         """Replay one tenant's log."""
         from betrace.service.pipeline.recovery.replay import SECOND, Replay, Stretch
         from betrace.service.traces.window import Windows
 
         traces = self._settings.traces
+        interval = self._interval
         run = Replay(
             self._log,
-            Stretch(name, self._since, self._until),
-            rules or self._registry.compiled(name),
+            Stretch(name, interval.since, interval.until),
+            rules,
             self._settings.ingest.max_body_bytes,
             Windows(traces.long_lived_spans, traces.window_spans, traces.window_overlap),
             most_open=traces.max_open,
         )
-        edge = run.over_the_edge(self._now - int(traces.idle_seconds * SECOND))
+        edge = run.over_the_edge(interval.now - int(traces.idle_seconds * SECOND))
         skipped = len(self._log.skipped)
-        with _progress(name, run, self._since, self._until or self._now):
-            for signals in run.signals(self._now):
+        with _progress(name, run, interval):
+            for signals in run.signals(interval.now):
                 self._take(signals, edge)
-        total = self.total
-        total.tenants.append(name)
-        total.spans += run.spans
-        total.traces += run.traces
-        total.skipped += len(self._log.skipped) - skipped
+        self.total.spans += run.spans
+        self.total.traces += run.traces
+        self.total.skipped += len(self._log.skipped) - skipped
 
     def _take(self, signals: list[Signal], edge: set[str]) -> None:
         from betrace.service.signals import Kind
 
-        whole = [signal for signal in signals if signal.trace_id not in edge]
         for signal in signals:
             partial = signal.trace_id in edge
             self.total.partial += partial
@@ -244,18 +294,21 @@ class _Run:
                 self.total.raised += 1
             else:
                 self.total.retracted += 1
-            click.echo(_shown(signal, partial, self._as_json))
-        if self._ledger is not None and self._store is not None and whole:
+            if self._as_json:
+                print_json(signal.to_json() | {"partial": partial})
+            else:
+                print_lines([_line(signal, partial)])
+        whole = [signal for signal in signals if signal.trace_id not in edge]
+        if self._stores is not None and whole:
+            ledger, store = self._stores
             size = self._settings.ledger.batch_signals
             for first in range(0, len(whole), size):
-                self.total.new += sum(self._ledger.record(whole[first : first + size]))
-            self._store.add_missing(whole[0].tenant, whole)
+                self.total.new += sum(ledger.record(whole[first : first + size]))
+            store.add_missing(whole[0].tenant, whole)
 
 
-def _shown(signal: Signal, partial: bool, as_json: bool) -> str:
-    if as_json:
-        return json.dumps(signal.to_json() | {"partial": partial}, ensure_ascii=False)
-    caveat = "  (partial: it reaches over the edge of the interval)" * partial
+def _line(signal: Signal, partial: bool) -> str:
+    caveat = "  (partial: the trace crosses the edge of the interval)" * partial
     return (
         f"{signal.kind}  {signal.tenant}  {signal.trace_id}  {signal.severity}  "
         f"{signal.message}{caveat}"
@@ -263,16 +316,23 @@ def _shown(signal: Signal, partial: bool, as_json: bool) -> str:
 
 
 @contextmanager
-def _progress(tenant: str, run: Replay, since: int, until: int) -> Iterator[None]:
-    """Tell on standard error how far it is, about once a second."""
+def _progress(tenant: str, run: Replay, interval: _Interval) -> Iterator[None]:
+    """Print the progress on standard error, about once a second."""
     done = threading.Event()
 
-    def tell() -> None:
-        while not done.wait(_REPORT_SECONDS):
-            share = (run.at_ns - since) / max(1, until - since) if run.at_ns else 0.0
-            click.echo(f"{tenant}: {share:.0%}, {run.spans} spans, {run.traces} traces", err=True)
+    def line() -> str:
+        counts = f"{run.spans} spans, {run.traces} traces"
+        if interval.since is None:
+            return counts
+        length = (interval.until or interval.now) - interval.since
+        share = (run.at_ns - interval.since) / max(1, length) if run.at_ns else 0.0
+        return f"{share:.0%}, {counts}"
 
-    thread = threading.Thread(target=tell, daemon=True)
+    def report() -> None:
+        while not done.wait(_REPORT_SECONDS):
+            click.echo(f"{printable(tenant)}: {line()}", err=True)
+
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield

@@ -1,17 +1,30 @@
-"""What ``betrace rules`` does: check rule files, and judge a trace that is in a file."""
+"""``betrace rules``: check rule files, test rules on a trace, and find a service's rule files."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from betrace.service.cli.common import (
+    FOUND,
+    HELP,
+    Failure,
+    json_option,
+    print_json,
+    print_lines,
+)
 from betrace.service.rules.definition import Problem, Rule, RuleFileError
 from betrace.service.rules.yaml_file import load_file
 
 if TYPE_CHECKING:
+    from betrace.service.config.settings import Settings
     from betrace.service.traces.trial import Verdict
 
 MAX_TRACE_BYTES = 256 * 1024 * 1024
@@ -19,16 +32,75 @@ _GZIP = b"\x1f\x8b"
 # JSON text has none of these; protobuf has the tag of a span's trace id and its length.
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
+# In the data directory: the path of the rule directory that the last service used. Other commands
+# on the data read it, because --rules of `serve` is not in their configuration.
+_RECORD = "rules-directory"
+
 Json = dict[str, Any]
 
 
-class InputError(Exception):
-    """A file that a command was given cannot be used; the text says why and what to do."""
+@click.group(context_settings=HELP)
+def rules() -> None:
+    """Check rule files, and test rules on a trace.
+
+    \b
+    Example:
+      betrace rules check rules/*.yaml
+    """
+
+
+@rules.command("check")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@json_option
+def rules_check(files: Sequence[str], as_json: bool) -> None:
+    """Check rule files. Exit code 1 if one has errors.
+
+    A directory stands for all rule files in it.
+
+    \b
+    Example:
+      betrace rules check rules/payments.yaml
+    """
+    report = check_files([Path(name) for name in files])
+    if as_json:
+        print_json(report.to_json(), indent=2)
+    else:
+        print_lines(report.lines())
+    sys.exit(FOUND if report.problems else 0)
+
+
+@rules.command("test")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--trace",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A trace in OTLP, as JSON or protobuf, optionally compressed with gzip.",
+)
+@click.option("--rule", "rule_id", metavar="ID", help="Test only this rule of the file.")
+@json_option
+def rules_test(file: Path, trace: Path, rule_id: str | None, as_json: bool) -> None:
+    """Test rules on a trace, and explain the result. Exit code 1 if the trace breaks a rule.
+
+    The trace is taken as complete. The answer of `GET /api/v1/traces/{id}` can be used as it is.
+
+    \b
+    Example:
+      curl -s http://127.0.0.1:8090/api/v1/traces/$ID >trace.json
+      betrace rules test rules/payments.yaml --trace trace.json
+    """
+    judgements = judge(file, trace, rule_id)
+    if as_json:
+        print_json([judgement.to_json() for judgement in judgements], indent=2)
+    else:
+        print_lines(line for judgement in judgements for line in judgement.lines())
+    sys.exit(FOUND if any(judgement.verdict.breach for judgement in judgements) else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is wrong with rule files, and how many rules are well."""
+    """The problems of rule files, and how many rules are valid."""
 
     files: tuple[Path, ...]
     rules: int
@@ -36,7 +108,8 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The problems, then a summary."""
-        yield from map(str, self.problems)
+        for problem in self.problems:
+            yield from str(problem).split("\n")
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         if not self.problems:
             yield f"{files}, {self.rules} rule{'s' * (self.rules != 1)}: all good"
@@ -45,7 +118,7 @@ class Report:
             yield f"{files}: {count} problem{'s' * (count > 1)}"
 
     def to_json(self) -> Json:
-        """The report; lines and columns are those of the file, where they are known."""
+        """The report. Lines and columns count within the file, and are null if unknown."""
         return {
             "valid": not self.problems,
             "files": [str(path) for path in self.files],
@@ -65,9 +138,9 @@ class Report:
 
 
 def check_files(names: Sequence[Path]) -> Report:
-    """Check rule files, and those in directories and their folders.
+    """Check rule files, and the rule files in directories and their subdirectories.
 
-    Raises :exc:`InputError` for a directory without rule files.
+    Raises :exc:`Failure` for a directory without rule files.
     """
     paths = [path for name in names for path in _rule_files(name)]
     rules = 0
@@ -90,7 +163,7 @@ def _rule_files(name: Path) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(name).parts)
     ]
     if not found:
-        raise InputError(f"{name} has no rule files; they are named *.yaml")
+        raise Failure(f"{name} has no rule files; their names end in .yaml")
     return found
 
 
@@ -102,11 +175,11 @@ class Judgement:
     verdict: Verdict
 
     def lines(self) -> Iterator[str]:
-        """What the rule says and why: which clause, what was counted, which spans."""
+        """The verdict and its reason: the clause, the counts, and the spans."""
         rule, verdict = self.rule, self.verdict
-        says = "is broken" if verdict.breach else "is kept"
+        outcome = "is broken" if verdict.breach else "is kept"
         disabled = ", not enabled" * (not rule.enabled)
-        yield f"{rule.id} ({rule.severity}{disabled}) {says}: {rule.name}"
+        yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
             why = "does not hold" if verdict.clause == "always" else "holds"
             yield f"  because its clause '{verdict.clause}' {why}"
@@ -124,10 +197,10 @@ class Judgement:
 
 
 def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list[Judgement]:
-    """What each rule of a file, or the one named, says of the trace in the other file, taken as
-    complete; also those that are not enabled.
+    """The verdict of each rule in ``rule_file``, or of ``rule_id`` alone, on the complete trace in
+    ``trace_file``. Rules that are not enabled are tested too.
 
-    Raises :exc:`InputError`.
+    Raises :exc:`Failure`.
     """
     from betrace.service.rules.compile import compile_rules
     from betrace.service.traces.trial import Trial, TrialError
@@ -135,43 +208,67 @@ def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list
     try:
         rules = load_file(rule_file)
     except RuleFileError as error:
-        raise InputError(f"{error}\ncorrect it: betrace rules check {rule_file}") from error
+        raise Failure(f"{error}\ncorrect it: betrace rules check {rule_file}") from error
     if rule_id is not None:
         known = ", ".join(rule.id for rule in rules[:20])
         rules = [rule for rule in rules if rule.id == rule_id]
         if not rules:
-            raise InputError(f"{rule_file} has no rule '{rule_id}'; its rules are {known}")
+            raise Failure(f"{rule_file} has no rule '{rule_id}'; its rules are {known}")
     trial = Trial(compile_rules([replace(rule, enabled=True) for rule in rules]))
     try:
         trial.add(_protobuf(trace_file))
         verdicts = trial.verdicts()
     except TrialError as error:
-        raise InputError(
-            f"{trace_file} cannot be judged: {error}; give the spans of one trace in OTLP"
+        raise Failure(
+            f"{trace_file} cannot be tested: {error}; give the spans of one trace in OTLP"
         ) from error
     return [Judgement(rule, verdict) for rule, verdict in zip(rules, verdicts, strict=True)]
 
 
 def _protobuf(path: Path) -> bytes:
     """The trace in a file as an OTLP export request in protobuf."""
-    from betrace.service.otlp.encoding import EncodingError, decode_body
-    from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+    from betrace.service.otlp.body import BadBody, protobuf_body
+    from betrace.service.otlp.encoding import BodyTooLarge
 
     try:
         with path.open("rb") as file:
             body = file.read(MAX_TRACE_BYTES + 1)
     except OSError as error:
-        raise InputError(
+        raise Failure(
             f"{path} cannot be read ({error.strerror}); name a file with a trace"
         ) from error
     try:
-        if body.startswith(_GZIP):
-            body = decode_body(body, "gzip", MAX_TRACE_BYTES)
-        if len(body) > MAX_TRACE_BYTES:
-            raise InputError(f"{path} is larger than {MAX_TRACE_BYTES >> 20} MiB; give less of it")
-        return to_protobuf(body) if body and not _CONTROL.search(body) else body
-    except (EncodingError, OtlpJsonError) as error:
-        raise InputError(
-            f"{path} is no trace in OTLP JSON: {error}; "
-            "the answer of GET /api/v1/traces/{id} is one"
+        encoding = "gzip" if body.startswith(_GZIP) else ""
+        body = protobuf_body(body, "protobuf", encoding, MAX_TRACE_BYTES)
+        text = body and not _CONTROL.search(body)
+        return protobuf_body(body, "json", "", MAX_TRACE_BYTES) if text else body
+    except BodyTooLarge as error:
+        raise Failure(
+            f"{path} is larger than {MAX_TRACE_BYTES >> 20} MiB; give less of it"
         ) from error
+    except BadBody as error:
+        raise Failure(
+            f"{path} is not a trace in OTLP JSON: {error}; "
+            "save the answer of GET /api/v1/traces/{id}, for example"
+        ) from error
+
+
+def rules_directory(settings: Settings) -> Path:
+    """The directory of the rules that decide about the data of ``settings``: the configured one,
+    or else the one that the last service on this data directory used."""
+    if settings.rules.directory:
+        return Path(settings.rules.directory)
+    data = settings.storage.path
+    try:
+        return Path((data / _RECORD).read_text("utf-8"))
+    except OSError:
+        return data / "rules"
+
+
+def record_rules_directory(settings: Settings) -> None:
+    """Record the rule directory of a service that starts. A failure is ignored, because the record
+    only serves other commands."""
+    data = settings.storage.path
+    directory = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    with suppress(OSError):
+        (data / _RECORD).write_text(str(directory.absolute()), "utf-8")

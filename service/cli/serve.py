@@ -1,30 +1,80 @@
-"""Running the service in this process: its log, its signals, and what stops its start."""
+"""``betrace serve``, and running the service in this process until a signal stops it."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import click
 import trio
 
+from betrace.service.cli.common import Failure, json_option, settings_options
 from betrace.service.cli.garbage import short_pauses
-from betrace.service.config.settings import Settings
 
 if TYPE_CHECKING:
     from betrace.service.app import Addresses, Service
+    from betrace.service.config.settings import Settings
 
-_log = logging.getLogger("betrace.service.cli.serve")
+_log = logging.getLogger("service.running")
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _RELOAD = signal.SIGHUP
 _COMPILE_NOTICE_SECONDS = 4.0  # loading compiled kernels from the cache takes less
 
-# A task beside the service: it is called when the service is ready, and cancelled when it stops.
+# A task that runs with the service: started when the service is ready, cancelled when it stops.
 Companion = Callable[["Addresses"], Awaitable[None]]
+
+
+@click.command()
+@settings_options("data", "rules", "ingest", "api", "metrics", "insecure")
+@json_option
+def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
+    """Run the service.
+
+    config.toml has every setting. Environment variables such as BETRACE_STORAGE__PATH override
+    it, and options override both. Port 0 means any free port. SIGTERM or Ctrl-C stops the service
+    once everything it has accepted is stored; a second one stops it at once. SIGHUP reloads the
+    rule files. The log goes to standard error. The addresses are printed when the service is
+    ready.
+
+    \b
+    Example:
+      betrace serve --data ./data --rules ./rules
+    """
+    from betrace.service.config.load import load
+    from betrace.service.telemetry.logs import set_up_logging
+
+    settings = load(config, overrides)
+    if settings.rules.directory and not Path(settings.rules.directory).is_dir():
+        raise Failure(
+            f"the rule directory {settings.rules.directory} does not exist; "
+            "create it, or name another with --rules"
+        )
+    set_up_logging(settings.logging)
+
+    async def print_addresses(addresses: Addresses) -> None:
+        if as_json:
+            shown = {"ingest": addresses.ingest, "api": addresses.api, "metrics": addresses.metrics}
+            click.echo(json.dumps(shown))
+        else:
+            click.echo(f"spans    {_url(addresses.ingest, '/v1/traces')}  (OTLP over HTTP)")
+            click.echo(f"API      {_url(addresses.api, '/docs')}")
+            click.echo(f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}")
+        sys.stdout.flush()
+        await trio.sleep_forever()
+
+    run_service(settings, print_addresses)
+
+
+def _url(base: str | None, path: str) -> str:
+    return "off" if base is None else base + path
 
 
 def run_service(
@@ -32,21 +82,23 @@ def run_service(
     companion: Companion | None = None,
     notice: Callable[[str], None] = _log.info,
 ) -> None:
-    """Run the service until a SIGTERM or SIGINT, then drain; a second one ends the process at
-    once. SIGHUP looks at the rule files. Without ``companion`` the service runs alone; with one
-    it also stops when that returns. ``notice`` is told of a start that takes long.
+    """Run the service until SIGTERM or SIGINT, then drain; a second signal ends the process at
+    once. SIGHUP reloads the rule files. The service also stops when ``companion`` returns.
+    ``notice`` gets a text if the start takes long.
 
     Raises what keeps the service from starting:
     :exc:`~betrace.service.receiver.sockets.ListenError`,
     :exc:`~betrace.service.storage.lockfile.LockedError`,
-    :exc:`~betrace.service.storage.duck.files.StoreError`,
+    :exc:`~betrace.service.storage.duck.schema.StoreError`,
     :exc:`~betrace.service.storage.ledger.base.LedgerError`, :exc:`OSError`; perhaps in an
     exception group.
     """
-    from betrace.service.app import open_service  # takes a second: not for --help and rules check
+    from betrace.service.app import open_service  # takes a second, which --help should not
+    from betrace.service.cli.rules import record_rules_directory
 
     with short_pauses(), ExitStack() as stack:
         make = open_service(settings, stack)
+        record_rules_directory(settings)
         trio.run(_main, make, companion, notice)
 
 
@@ -59,7 +111,7 @@ async def _main(
             async with trio.open_nursery() as nursery:
                 running = _Running(service, nursery)
                 nursery.start_soon(running.obey, signals)
-                nursery.start_soon(_tell_if_slow, running, notice)
+                nursery.start_soon(_explain_slow_start, running, notice)
                 addresses: Addresses = await nursery.start(running.serve)
                 running.ready = True
                 if companion is not None:
@@ -73,7 +125,7 @@ class _Running:
         self.ready = False
         self._service = service
         self._nursery = nursery
-        self._beside = trio.CancelScope()
+        self._companion_scope = trio.CancelScope()
 
     async def serve(
         self, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED
@@ -82,7 +134,7 @@ class _Running:
         self._nursery.cancel_scope.cancel()
 
     async def accompany(self, companion: Companion, addresses: Addresses) -> None:
-        with self._beside:
+        with self._companion_scope:
             await companion(addresses)
         self._service.stop()
 
@@ -94,13 +146,13 @@ class _Running:
                 continue
             name = signal.Signals(number).name
             if stopping:
-                _log.warning("%s again: ending at once", name)
+                _log.warning("%s again: stopping at once", name)
                 logging.shutdown()
                 os._exit(128 + number)
             stopping = True
             if self.ready:
-                _log.info("%s: stopping; once more ends at once", name)
-                self._beside.cancel()
+                _log.info("%s: stopping; send it again to stop at once", name)
+                self._companion_scope.cancel()
                 self._service.stop()
             else:
                 _log.info("%s: stopping before the service was ready", name)
@@ -108,14 +160,14 @@ class _Running:
 
     async def _reload(self) -> None:
         if self.ready:
-            _log.info("SIGHUP: looking at the rule files")
+            _log.info("SIGHUP: reloading the rule files")
             await self._service.reload_rules()
 
 
-async def _tell_if_slow(running: _Running, notice: Callable[[str], None]) -> None:
+async def _explain_slow_start(running: _Running, notice: Callable[[str], None]) -> None:
     await trio.sleep(_COMPILE_NOTICE_SECONDS)
     if not running.ready:
         notice(
-            "compiling the kernels, which takes about a minute; "
-            "they are kept, so that later starts take seconds"
+            "compiling kernels, which takes about a minute; "
+            "they are cached, so later starts take seconds"
         )

@@ -1,4 +1,4 @@
-"""Kinds of values that settings have, and their bounds."""
+"""Types of setting values, with their bounds, and the base of all sections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIB = 1024 * KIB
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` (``[::1]:80`` for IPv6); :exc:`ValueError` otherwise."""
+    """Host and port of ``host:port`` (``[::1]:80`` for IPv6). Raises :exc:`ValueError`."""
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -25,7 +25,7 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Whether ``host`` is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -53,7 +53,7 @@ Workers = Annotated[int, Field(ge=1, le=1000)]
 Size = Annotated[int, Field(ge=KIB, le=1 << 40)]
 
 
-class Section(BaseModel):
+class SettingsSection(BaseModel):
     """A table of ``config.toml``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""Settings of the listeners, of who may use them, and of the process."""
+"""Settings of the listeners, of authentication and quotas, and of the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from betrace.service.config.base import (
     Listen,
     Seconds,
     SecondsOrZero,
-    Section,
+    SettingsSection,
     Size,
     Workers,
 )
@@ -22,48 +22,46 @@ from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
 def _http_or_empty(text: str) -> str:
     if text and not text.startswith(("http://", "https://")):
-        raise ValueError("is not a URL: write http://host:port/v1/traces, or nothing")
+        raise ValueError("is not a URL: write http://host:port/v1/traces, or leave it empty")
     return text
 
 
-class Ingest(Section):
+class Ingest(SettingsSection):
     """The listener that receives spans: OTLP over HTTP."""
 
     address: Listen = "127.0.0.1:4318"
-    """Where it listens, as host:port; off for an instance that only answers queries."""
+    """The address to listen on, as host:port; off for an instance that only answers queries."""
     max_body_bytes: Size = 20 * MIB
-    """Largest request body, before and after decompression; above it the answer is 413."""
+    """Largest request body, before and after decompression. Larger bodies get 413."""
     max_buffered_bytes: Size = 256 * MIB
-    """Request bodies held in memory at once, those still arriving included; above it 503."""
-    server: Literal["lean", "hypercorn"] = "lean"
-    """lean is several times faster and speaks HTTP/1.1; hypercorn also speaks HTTP/2 over TLS."""
+    """Memory for request bodies, including those still arriving. Above it, requests get 503."""
     max_connections: Count = 1024
-    """Connections open at once with server = lean; more wait to be accepted."""
+    """Maximum open connections. More wait to be accepted."""
     head_timeout_seconds: Seconds = 10
-    """The headers of a request must have arrived within this of its first byte; then the answer
-    is 408 and the connection ends. As much time has a TLS handshake. With server = lean."""
+    """Time limit for a request's headers, from its first byte. Later ones get 408 and the
+    connection is closed. The same limit applies to TLS handshakes."""
     body_timeout_seconds: Seconds = 30
-    """A body must have arrived within this; then the answer is 503 and the connection ends."""
+    """Time limit for a request body. Later ones get 503 and the connection is closed."""
     answer_timeout_seconds: Seconds = 30
-    """A queued request whose outcome is not known within this gets 503; its spans may yet be
+    """Time limit for the outcome of a queued request. Later ones get 503; their spans may still be
     accepted."""
     keep_alive_seconds: Seconds = 75
-    """An idle connection stays open this long; exporters send every 5 s to 60 s."""
+    """How long an idle connection stays open. Exporters send every 5 s to 60 s."""
     refuse_above: Fraction = 0.9
     """Requests get 503 while the span-ingestion channel is fuller than this fraction."""
     offer_timeout_ms: Count = 100
-    """A request that cannot be queued within this gets 503."""
+    """A request that cannot be queued within this time gets 503."""
     retry_after_min_seconds: Annotated[int, Field(ge=1, le=3600)] = 1
-    """Least Retry-After of a 503 or 429. Python and JavaScript exporters drop a batch when it
-    is more than their 10 s in all."""
+    """Smallest Retry-After of a 503 or 429. Python and JavaScript exporters drop a batch if it
+    exceeds their total of 10 s."""
     retry_after_max_seconds: Annotated[int, Field(ge=1, le=3600)] = 5
-    """Most Retry-After, given when the service is fullest."""
+    """Largest Retry-After, sent when the service is fullest."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.retry_after_min_seconds > self.retry_after_max_seconds:
             raise ValueError(
-                f"ingest.retry_after_min_seconds ({self.retry_after_min_seconds}) is more than "
+                f"ingest.retry_after_min_seconds ({self.retry_after_min_seconds}) exceeds "
                 f"ingest.retry_after_max_seconds ({self.retry_after_max_seconds}); "
                 "lower the first or raise the second"
             )
@@ -76,41 +74,41 @@ class Ingest(Section):
         return self
 
 
-class Api(Section):
+class Api(SettingsSection):
     """The listener for queries, administration, health and documentation."""
 
     address: Listen = "127.0.0.1:8090"
-    """Where it listens, as host:port, or off."""
+    """The address to listen on, as host:port, or off."""
     max_body_bytes: Size = 4 * MIB
-    """Largest request body: a rule, or the trace of a rule test."""
+    """Largest request body, such as a rule or the trace of a rule test."""
     query_timeout_seconds: Seconds = 10
-    """A query that takes longer gets 503."""
+    """Time limit for a query. Slower ones get 503."""
     query_threads: Workers = 8
-    """Queries that run at once; more wait, within query_timeout_seconds."""
+    """Maximum concurrent queries. More wait, within query_timeout_seconds."""
     max_streams: Count = 100
-    """Server-sent event streams open at once; more get 503."""
+    """Maximum open server-sent event streams. More get 503."""
 
 
-class Metrics(Section):
-    """Metrics."""
+class Metrics(SettingsSection):
+    """Metrics, and the window of /api/performance."""
 
     address: Listen = "127.0.0.1:9090"
-    """A listener for /metrics alone, as host:port, or off; the API serves /metrics as well."""
+    """A listener for /metrics alone, as host:port, or off. The API serves /metrics too."""
     window_seconds: Seconds = 60
-    """Rates and latency percentiles cover this long."""
+    """Length of the window for rates and latency percentiles."""
 
 
-class Quotas(Section):
-    """How many spans a tenant may send; above it the answer is 429."""
+class QuotaSettings(SettingsSection):
+    """How many spans a tenant may send. Requests above the quota get 429."""
 
     spans_per_second: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    """Of each tenant that has no quota of its own; 0 is no limit."""
+    """Quota of each tenant without one of its own; 0 means no limit."""
     burst_seconds: Seconds = 10
-    """A tenant that was silent may send this many seconds' worth at once."""
+    """An idle tenant may send this many seconds' worth at once."""
     tenants: dict[str, Annotated[int, Field(ge=0, le=1_000_000_000)]] = Field(default_factory=dict)
-    """Quotas of single tenants, such as { acme = 50000 }."""
+    """Quotas of individual tenants, such as { acme = 50000 }."""
     tracked_tenants: Count = 10_000
-    """Tenants whose use is remembered; the one silent longest is forgotten first."""
+    """Maximum tenants whose usage is tracked. The one idle longest is dropped first."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -120,53 +118,52 @@ class Quotas(Section):
         return self
 
 
-class Auth(Section):
-    """Who may use the service. Off, whoever reaches a listener may use it, as the tenant they name;
-    on, a tenant proves itself with a token that its key signed (`betrace tenants`), an operator
-    with the operator token."""
+class Auth(SettingsSection):
+    """Who may use the service. With authentication off, anyone who can reach a listener may use it,
+    as any tenant. With it on, a tenant sends a token signed with its key (`betrace tenants`), and
+    an operator sends the operator token."""
 
     enabled: bool = False
-    """Ask for tokens."""
+    """Whether requests need a token."""
     operator_token: SecretStr = SecretStr("")
-    """The operator token, 20 characters or more; better in the variable
-    BETRACE_AUTH__OPERATOR_TOKEN, or in a file, than here."""
+    """The operator token, at least 20 characters. Prefer the variable BETRACE_AUTH__OPERATOR_TOKEN
+    or a file."""
     operator_token_file: str = ""
-    """A file that holds the operator token alone, where operator_token is empty."""
+    """A file with only the operator token, used if operator_token is empty."""
     scrape_token: SecretStr = SecretStr("")
-    """A token that may read /metrics and nothing else, for Prometheus; empty for none. The operator
-    token may read it as well."""
+    """A token for Prometheus that can only read /metrics; empty for none. The operator token can
+    read /metrics too."""
     clock_skew_seconds: Annotated[float, Field(ge=0, le=600)] = 30
-    """How much the clock of whoever makes tokens may differ."""
+    """Allowed clock difference to the machine that makes tokens."""
     remembered_tokens: Count = 10_000
-    """Tokens that are not verified again with each request, until they expire or their keys are
-    revoked."""
+    """Maximum verified tokens kept, so that they are not verified with each request. A token is
+    dropped when it expires or its key is revoked."""
     insecure: bool = False
-    """Listen on addresses that other machines can reach without authentication all the same."""
+    """Listen on non-loopback addresses without authentication."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = self.operator_token.get_secret_value() or self.operator_token_file
         if self.enabled and not given:
             raise ValueError(
-                "auth.enabled is true, but there is no operator token; set "
-                "auth.operator_token_file to a file that holds one, such as "
-                "`openssl rand -hex 32` makes"
+                "auth.enabled is true, but there is no operator token; make one with "
+                "`openssl rand -hex 32`, and set auth.operator_token_file to its file"
             )
         if 0 < len(self.scrape_token.get_secret_value()) < 20:
             raise ValueError(
-                "auth.scrape_token has less than 20 characters; use a random one, such as "
-                "`openssl rand -hex 32` makes"
+                "auth.scrape_token has less than 20 characters; make a random one with "
+                "`openssl rand -hex 32`"
             )
         return self
 
 
-class Tls(Section):
+class Tls(SettingsSection):
     """TLS of all listeners."""
 
     certificate: str = ""
-    """File of the certificate chain (PEM); empty for plain HTTP."""
+    """PEM file with the certificate chain; empty for plain HTTP."""
     key: str = ""
-    """File of its private key (PEM)."""
+    """PEM file with its private key."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -176,27 +173,27 @@ class Tls(Section):
         return self
 
 
-class Shutdown(Section):
-    """How it stops: not ready, a pause, no more requests, drain, checkpoint, close."""
+class Shutdown(SettingsSection):
+    """How the service stops: not ready, a delay, no more requests, drain, checkpoint, close."""
 
     delay_seconds: SecondsOrZero = 0
-    """Pause between turning not ready and refusing requests, for load balancers to notice."""
+    """Delay between becoming not ready and refusing requests, so that load balancers notice."""
     grace_seconds: Seconds = 30
-    """Stages and requests in progress have this long to finish: three quarters of it are for
-    requests that are still arriving, which then get 503, the rest for what had arrived."""
+    """Time limit for stages and requests in progress. Requests still arriving after three quarters
+    of it get 503; the rest of the time is for what has arrived."""
 
 
-class Tracing(Section):
-    """The service's own traces, of batches that a stage takes long for."""
+class Tracing(SettingsSection):
+    """The service's own traces, of slow batches. Needs the extra `tracing`."""
 
     endpoint: Annotated[str, AfterValidator(_http_or_empty)] = ""
-    """Where they are sent: a URL of OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; empty
-    for none. Headers for it, such as a token, are in the variable OTEL_EXPORTER_OTLP_HEADERS."""
+    """Where traces are sent with OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; empty for
+    none. Set headers, such as a token, in the variable OTEL_EXPORTER_OTLP_HEADERS."""
     slow_batch_ms: Count = 1000
-    """A batch that a stage works on for this long becomes a trace; at most one a second."""
+    """A batch that keeps a stage busy this long becomes a trace; at most one per second."""
     tenant: str = "betrace"
-    """They are sent as this tenant's (header X-Scope-OrgID), whose own batches are never traced, so
-    that the service may be its own endpoint."""
+    """The tenant of these traces (header X-Scope-OrgID). Its own batches are never traced, so the
+    service can be its own endpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -205,10 +202,10 @@ class Tracing(Section):
         return self
 
 
-class Logging(Section):
+class Logging(SettingsSection):
     """The service's own log, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severity that is written."""
+    """Lowest severity that is written."""
     format: Literal["text", "logfmt", "json"] = "text"
-    """Of a line: text to read, key=value pairs, or a JSON object."""
+    """Format of a line: text for people, key=value pairs, or a JSON object."""

@@ -1,12 +1,11 @@
-"""Loading the configuration: ``config.toml``, then environment variables, then flags.
+"""Loads the configuration: ``config.toml``, then environment variables, then flags.
 
 A variable is named ``BETRACE_<SECTION>__<SETTING>``, such as ``BETRACE_STORAGE__PATH``; lists and
-tables are written as JSON. What is wrong stops the start with :exc:`ConfigError`.
+tables are written as JSON. Every error raises :exc:`ConfigError`.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -24,10 +23,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from betrace.service.config.base import OFF, is_loopback, split_address
 from betrace.service.config.settings import Settings
-
-__all__ = ["OFF", "PREFIX", "ConfigError", "Settings", "is_loopback", "load", "split_address"]
+from betrace.service.config.suggest import close_match
 
 PREFIX = "BETRACE_"
 
@@ -41,7 +38,7 @@ _KINDS = {
     "finite": "a finite number",
 }
 _BOUNDS = {
-    "greater_than": ("more than", "gt"),
+    "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
@@ -49,17 +46,23 @@ _BOUNDS = {
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. ``problems`` has a sentence and a remedy for each fault;
-    the text of the exception is all of them, one a line."""
+    """The configuration cannot be used. ``problems`` has a sentence with a remedy for each error;
+    the text of the exception has one per line."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
 
 
+_REMOVED = {
+    "ingest.server": "delete it: spans are always received by BeTrace's own HTTP/1.1 server",
+}
+"""Settings of earlier versions, and what to do about them."""
+
+
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
-    """The settings of the file at ``path`` (None: the defaults), the environment, and
-    ``overrides``, whose keys are dotted (``{"storage.path": "/data"}``); the later wins.
+    """The settings from the file at ``path`` (None means the defaults), the environment, and
+    ``overrides`` with dotted keys (``{"storage.path": "/data"}``). Later sources win.
 
     Raises :exc:`ConfigError` for a file that cannot be read, an unknown key, a wrong type, a
     value out of bounds, and settings that contradict each other.
@@ -92,7 +95,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
         problems = [f"{error}: write a table as JSON, such as '{{\"acme\": 5000}}'"]
     except ValidationError as error:
         problems = [origin.explain(fault) for fault in error.errors()]
-    # Not in the handlers: pydantic's errors take no part in garbage collection.
+    # Not in the handlers, because pydantic's errors take no part in garbage collection.
     raise ConfigError(problems)
 
 
@@ -106,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path} is not UTF-8 text; save it as UTF-8"]) from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{path} is not TOML: {error}; correct it there"]) from error
+        raise ConfigError([f"{path} is not valid TOML: {error}; correct it there"]) from error
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Origin:
-    """Tells where a value came from, so that an error names what must be changed."""
+    """Knows where a value came from, so that an error names what to change."""
 
     def __init__(self, path: Path | None, flags: Mapping[str, Any]) -> None:
         self._path = path
@@ -140,18 +143,20 @@ class _Origin:
         return str(self._path or "the defaults")
 
     def explain(self, fault: ErrorDetails) -> str:
-        """One sentence and a remedy for a fault that pydantic found."""
+        """A sentence with a remedy for an error that pydantic found."""
         loc, kind = fault["loc"], fault["type"]
         key = ".".join(str(part) for part in loc)
         origin = self.of(loc)
+        if kind == "extra_forbidden" and key in _REMOVED:
+            return f"{key} in {origin} is no longer a setting; {_REMOVED[key]}"
         if kind == "extra_forbidden":
             return f"{key} in {origin} is not a setting; {_suggestion(loc)}"
         if kind == "model_type":
-            return f"{key} in {origin} must be a table; write [{key}] and its settings below"
+            return f"{key} in {origin} must be a table; write [{key}] and its settings below it"
         message = fault["msg"].removeprefix("Value error, ")
         field, default = _lookup(loc)
         if kind == "value_error" and (not field or isinstance(default, BaseModel)):
-            # The check of a section, or of all: it names the settings itself.
+            # A check of a whole section or of all settings names the settings itself.
             whole = not key or message.startswith(f"{loc[0]}.")
             return message if whole else f"{key}: {message}"
         secret = isinstance(default, SecretStr)
@@ -167,7 +172,7 @@ class _Origin:
         else:
             right = _KINDS.get(kind.split("_")[0], message)
         example = "" if secret else f", such as {json.dumps(default, default=str)}"
-        return f"{key}{shown} in {origin} is wrong: it must be {right}{example}"
+        return f"{key}{shown} in {origin} is wrong; it must be {right}{example}"
 
 
 def _lookup(loc: tuple[int | str, ...]) -> tuple[bool, Any]:
@@ -187,9 +192,9 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     here = list(type(table).model_fields) if isinstance(table, BaseModel) else []
     if not sections:
         here = list(Settings.model_fields)
-    near = difflib.get_close_matches(name.lower(), here, 1, 0.6)
+    near = close_match(name, here)
     if near:
-        return f"did you mean {'.'.join([*sections, near[0]])}?"
+        return f"did you mean {'.'.join([*sections, near])}?"
     elsewhere = [
         f"{section}.{name}"
         for section, field in Settings.model_fields.items()
@@ -198,17 +203,17 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     what = f"settings of [{'.'.join(sections)}]" if known else "sections"
-    return f"{what} are {', '.join(here)}"
+    return f"the {what} are {', '.join(here)}"
 
 
 def _check_file(file: dict[str, Any], origin: _Origin) -> None:
-    """Refuse wrong types that pydantic would convert, such as "5" or true for a number: only
-    in variables and flags is everything text. (JSON, since there strict mode knows paths.)"""
+    """Refuse wrong types that pydantic would convert, such as "5" or true for a number. Only
+    variables and flags are always text. (Validated as JSON, where strict mode accepts paths.)"""
     faults: list[ErrorDetails] = []
     try:
         Settings.model_validate_json(json.dumps(file, default=str), strict=True)
     except ValidationError as error:
-        # Contradictions are judged later: a variable may yet resolve them.
+        # Contradictions are checked later, because a variable may resolve them.
         faults = [fault for fault in error.errors() if fault["type"] != "value_error"]
     if faults:
         raise ConfigError([origin.explain(fault) for fault in faults])
@@ -221,6 +226,6 @@ def _check_variables() -> None:
         section, divider, _ = variable.lower().removeprefix(PREFIX.lower()).partition("__")
         ours = variable.upper().startswith(PREFIX) and divider
         if ours and section not in Settings.model_fields:
-            problems.append(f"the variable {variable} is for no section; {_suggestion((section,))}")
+            problems.append(f"{variable} does not belong to a section; {_suggestion((section,))}")
     if problems:
         raise ConfigError(problems)

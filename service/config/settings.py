@@ -19,58 +19,32 @@ from betrace.service.config.edge import (
     Ingest,
     Logging,
     Metrics,
-    Quotas,
+    QuotaSettings,
     Shutdown,
     Tls,
     Tracing,
 )
 from betrace.service.config.stages import (
     Audit,
-    Breakers,
-    Caches,
+    BreakersSettings,
+    CacheSettings,
     Checkpoint,
-    DeadLetters,
+    DeadLetterSettings,
     Export,
-    Fallback,
-    Pipeline,
+    FallbackSettings,
+    PipelineSettings,
     Redelivery,
     Rules,
     Traces,
 )
-from betrace.service.config.stores import Archive, DuckDb, Ledger, Log, Retention, Storage
-
-__all__ = [
-    "OFF",
-    "Api",
-    "Archive",
-    "Audit",
-    "Auth",
-    "Breakers",
-    "Caches",
-    "Checkpoint",
-    "DeadLetters",
-    "DuckDb",
-    "Export",
-    "Fallback",
-    "Ingest",
-    "Ledger",
-    "Log",
-    "Logging",
-    "Metrics",
-    "Pipeline",
-    "Quotas",
-    "Redelivery",
-    "Retention",
-    "Rules",
-    "Settings",
-    "Shutdown",
-    "Storage",
-    "Tls",
-    "Traces",
-    "Tracing",
-    "is_loopback",
-    "split_address",
-]
+from betrace.service.config.stores import (
+    Archive,
+    DuckDb,
+    LedgerSettings,
+    Log,
+    Retention,
+    Storage,
+)
 
 
 class Settings(BaseModel):
@@ -83,22 +57,22 @@ class Settings(BaseModel):
     metrics: Metrics = Metrics()
     storage: Storage = Storage()
     log: Log = Log()
-    pipeline: Pipeline = Pipeline()
+    pipeline: PipelineSettings = PipelineSettings()
     traces: Traces = Traces()
     rules: Rules = Rules()
-    ledger: Ledger = Ledger()
+    ledger: LedgerSettings = LedgerSettings()
     duckdb: DuckDb = DuckDb()
     archive: Archive = Archive()
     retention: Retention = Retention()
-    caches: Caches = Caches()
-    breakers: Breakers = Breakers()
+    caches: CacheSettings = CacheSettings()
+    breakers: BreakersSettings = BreakersSettings()
     export: Export = Export()
     redelivery: Redelivery = Redelivery()
-    dead_letters: DeadLetters = DeadLetters()
-    fallback: Fallback = Fallback()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+    fallback: FallbackSettings = FallbackSettings()
     audit: Audit = Audit()
     checkpoint: Checkpoint = Checkpoint()
-    quotas: Quotas = Quotas()
+    quotas: QuotaSettings = QuotaSettings()
     auth: Auth = Auth()
     tls: Tls = Tls()
     shutdown: Shutdown = Shutdown()
@@ -115,13 +89,13 @@ class Settings(BaseModel):
             host, port = split_address(address)
             if not (is_loopback(host) or self.auth.enabled or self.auth.insecure):
                 raise ValueError(
-                    f"{section}.address is {address}, which other machines can reach, without "
-                    "authentication; set auth.enabled, listen on 127.0.0.1, or accept the risk "
-                    "with auth.insecure = true (--insecure)"
+                    f"{section}.address is {address}, which other machines can reach, but "
+                    "authentication is off; set auth.enabled, listen on 127.0.0.1, or accept the "
+                    "risk with auth.insecure = true (--insecure)"
                 )
             if port and (other := taken.setdefault((host, port), section)) != section:
                 raise ValueError(
                     f"{section}.address and {other}.address are both {address}; "
-                    "give each a port of its own"
+                    "give each its own port"
                 )
         return self

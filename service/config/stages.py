@@ -1,4 +1,4 @@
-"""Settings of the pipeline: stages, traces, rules, caches and what happens on failure."""
+"""Settings of the pipeline: stages, traces, rules, caches, and what happens on failure."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from betrace.service.config.base import (
     Fraction,
     Seconds,
     SecondsOrZero,
-    Section,
+    SettingsSection,
     Size,
     Workers,
 )
 
 
-class Pipeline(Section):
-    """Stages and the channels between them. A channel that is full makes the stage before it
-    wait, up to the edge, which refuses."""
+class PipelineSettings(SettingsSection):
+    """Stages and the channels between them. A full channel makes the stage before it wait. When the
+    first channel is full, requests are refused."""
 
     ingest_capacity_spans: Count = 10_000
     """Capacity of the span-ingestion channel."""
     ingest_workers: Workers = 1
-    """Workers of the span-ingestion stage. One with large batches beats ten, see
+    """Workers of the span-ingestion stage. One with large batches is faster than ten: see
     docs/decisions/0003-one-worker-large-batches.md."""
     ingest_batch_spans: Count = 8_000
-    """Requests that wait are decoded together up to this many spans."""
+    """Waiting requests are decoded together, up to this many spans."""
     correlate_capacity_spans: Count = 5_000
     """Capacity of the trace-correlation channel."""
     correlate_workers: Workers = 1
     """Workers of the trace-correlation stage."""
     correlate_batch_spans: Count = 5_000
-    """Batches that wait are folded together up to this many spans."""
+    """Waiting batches are folded together, up to this many spans."""
     evaluate_capacity_traces: Count = 5_000
     """Capacity of the rule-evaluation channel."""
     evaluate_workers: Workers = 1
     """Workers of the rule-evaluation stage."""
     evaluate_batch_traces: Count = 5_000
-    """Traces that wait are decided together up to this many."""
+    """Maximum waiting traces that are decided together."""
     store_capacity_signals: Count = 10_000
     """Capacity of the storage-write channel."""
     store_workers: Workers = 2
     """Workers of the storage-write stage."""
     stall_seconds: Seconds = 30
-    """A stage that has input and makes no progress for this long is reported as stalled."""
+    """A stage with input but no progress for this long is reported as stalled."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -55,86 +55,87 @@ class Pipeline(Section):
             capacity: int = getattr(self, f"{stage}_capacity_{unit}")
             if batch > capacity:
                 raise ValueError(
-                    f"pipeline.{stage}_batch_{unit} ({batch}) is more than "
+                    f"pipeline.{stage}_batch_{unit} ({batch}) exceeds "
                     f"pipeline.{stage}_capacity_{unit} ({capacity}), so a batch could never fill; "
                     "lower the first or raise the second"
                 )
         return self
 
 
-class Traces(Section):
-    """When a trace is due for evaluation, and how long traces are kept open."""
+class Traces(SettingsSection):
+    """When a trace is evaluated, and how long it stays open."""
 
     idle_seconds: Seconds = 5
-    """A trace without a new span for this long is closed."""
+    """A trace is closed after this long without a new span."""
     max_age_seconds: Seconds = 3600
-    """A trace is closed at this age even if spans still arrive."""
+    """A trace is closed at this age, even if spans still arrive."""
     sweep_seconds: Seconds = 300
-    """Expired traces are looked for, and their memory freed, this often."""
+    """How often expired traces are removed and their memory freed."""
     long_lived_spans: Count = 1000
-    """Above this many spans a trace is evaluated window by window."""
+    """Signals of a trace with more spans than this also carry the window of spans in which the
+    breach was seen. Windows are only context: rules always evaluate the whole trace."""
     window_spans: Count = 100
-    """Spans in a window of a long-lived trace."""
+    """Spans per window of a long-lived trace."""
     window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Fraction of a window kept as context for the next one."""
+    """Fraction of a window that overlaps with the next one."""
     late_filter_bytes: Size = 32 * MIB
-    """Memory of the filter that tells late spans from new traces; 32 MiB remember the last 8 to 16
-    million traces. A late span of an older trace begins a new one."""
+    """Memory of the filter that tells late spans from new traces. 32 MiB cover the last 8 to 16
+    million traces. A late span of an older trace starts a new trace."""
     max_open: Count = 1_000_000
-    """Open traces of all tenants; above it those idle longest are closed early."""
+    """Maximum open traces of all tenants. Above it, those idle longest are closed early."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.idle_seconds > self.max_age_seconds:
             raise ValueError(
-                f"traces.idle_seconds ({self.idle_seconds:g}) is more than traces.max_age_seconds "
+                f"traces.idle_seconds ({self.idle_seconds:g}) exceeds traces.max_age_seconds "
                 f"({self.max_age_seconds:g}), so no trace would ever be closed as idle; "
                 "lower the first or raise the second"
             )
         if self.window_spans > self.long_lived_spans:
             raise ValueError(
-                f"traces.window_spans ({self.window_spans}) is more than traces.long_lived_spans "
+                f"traces.window_spans ({self.window_spans}) exceeds traces.long_lived_spans "
                 f"({self.long_lived_spans}); lower the first or raise the second"
             )
         return self
 
 
-class Rules(Section):
+class Rules(SettingsSection):
     """Where rules come from."""
 
     directory: str = ""
-    """Rule files (*.yaml): of the tenant default directly, of others in a folder of their name.
-    Empty: only rules saved over the API."""
+    """Directory of rule files (*.yaml): those of the tenant `default` directly in it, those of
+    other tenants in folders with their names. If empty, only rules saved with the API apply."""
     poll_seconds: Seconds = 2
-    """The directory is looked at for changes this often; SIGHUP looks at once."""
+    """How often the directory is checked for changes. SIGHUP checks it at once."""
 
 
-class Caches(Section):
-    """Caches: how many entries, for how long, and how many bytes where entries differ widely."""
+class CacheSettings(SettingsSection):
+    """Caches: number of entries, lifetime, and bytes where entries differ widely in size."""
 
     rule_sets: Count = 500
-    """Tenants whose compiled rules are kept."""
+    """Maximum tenants with compiled rules in the cache."""
     rule_sets_ttl_seconds: Seconds = 1800
-    """Compiled rules are dropped when they were not used for this long."""
+    """Compiled rules are dropped when unused for this long."""
     rule_sets_bytes: Size = 512 * MIB
-    """Memory of compiled rules in the cache: rules with patterns take about 2 MiB a tenant,
-    others a few KiB a rule."""
+    """Memory of compiled rules in the cache. Rules with patterns take about 2 MiB per tenant,
+    others a few KiB per rule."""
     public_keys: Count = 1000
-    """Public keys of tenants that are kept."""
+    """Maximum public keys of tenants in the cache."""
     public_keys_ttl_seconds: Seconds = 3600
-    """A public key is read again after this. A revoked key is dropped at once."""
+    """A public key is read again after this long. A revoked key is dropped at once."""
     trace_metadata: Count = 10_000
-    """Recent traces of which is kept: the state, for spans that come late, and what the store
-    says of them, for those who look at them."""
+    """Maximum recent traces in the caches: their state, for late spans, and their stored metadata,
+    for API clients."""
     trace_metadata_ttl_seconds: Seconds = 300
-    """What is known of a trace is dropped after this."""
+    """Metadata of a trace is dropped after this long."""
     trace_metadata_bytes: Size = 64 * MIB
-    """Memory of what the store says of recent traces."""
+    """Memory of stored metadata of recent traces."""
     warm_up_seconds: Seconds = 10
-    """So long after the start the caches are filled for the active tenants."""
+    """The caches are filled for active tenants this long after the start."""
 
 
-class Breaker(Section):
+class BreakerSettings(SettingsSection):
     """A circuit breaker, as resilience4j defines it."""
 
     timeout_seconds: Seconds
@@ -146,7 +147,7 @@ class Breaker(Section):
     slow_call_rate: Fraction = 1.0
     """It opens when at least this fraction of the window's calls were slow."""
     window_calls: Count = 100
-    """The rates are those of this many last calls."""
+    """The rates cover this many of the latest calls."""
     minimum_calls: Count
     """It cannot open before this many calls."""
     open_seconds: Seconds
@@ -158,14 +159,14 @@ class Breaker(Section):
     def _consistent(self) -> Self:
         if self.minimum_calls > self.window_calls:
             raise ValueError(
-                f"minimum_calls ({self.minimum_calls}) is more than window_calls "
+                f"minimum_calls ({self.minimum_calls}) is greater than window_calls "
                 f"({self.window_calls}), so the breaker could never open; "
                 "lower the first or raise the second"
             )
         return self
 
 
-class EvaluationBreaker(Breaker):
+class EvaluationBreaker(BreakerSettings):
     """The circuit breaker of rule evaluation."""
 
     timeout_seconds: Seconds = 10
@@ -178,7 +179,7 @@ class EvaluationBreaker(Breaker):
     """It stays open this long before it lets trial calls through."""
 
 
-class StorageBreaker(Breaker):
+class StorageBreaker(BreakerSettings):
     """The circuit breakers of storage: one for the ledger, one for DuckDB."""
 
     timeout_seconds: Seconds = 5
@@ -191,15 +192,15 @@ class StorageBreaker(Breaker):
     """It stays open this long before it lets trial calls through."""
 
 
-class ExportBreaker(Breaker):
-    """The circuit breakers of export: one for each destination. A call is a batch of signals."""
+class ExportBreaker(BreakerSettings):
+    """The circuit breakers of export, one per destination. A call is a batch of signals."""
 
     timeout_seconds: Seconds = 10
     """A call that takes longer is given up and counts as failed."""
     slow_call_seconds: Seconds = 10
     """A call that takes longer counts as slow."""
     window_calls: Count = 10
-    """The rates are those of this many last calls."""
+    """The rates cover this many of the latest calls."""
     minimum_calls: Count = 5
     """It cannot open before this many calls."""
     open_seconds: Seconds = 30
@@ -208,7 +209,7 @@ class ExportBreaker(Breaker):
     """Trial calls, whose rates decide whether it closes."""
 
 
-class Breakers(Section):
+class BreakersSettings(SettingsSection):
     """Circuit breakers."""
 
     evaluation: EvaluationBreaker = EvaluationBreaker()
@@ -216,70 +217,84 @@ class Breakers(Section):
     export: ExportBreaker = ExportBreaker()
 
 
-class Redelivery(Section):
+class Redelivery(SettingsSection):
     """What happens to an item whose processing fails."""
 
     attempts: Annotated[int, Field(ge=0, le=100)] = 3
-    """It is tried again this often, then becomes a dead letter."""
+    """Retries before the item becomes a dead letter."""
     delay_seconds: SecondsOrZero = 1
-    """Pause between attempts."""
+    """Delay between attempts."""
     transient_retry_seconds: Seconds = 60
-    """A dead letter of a transient error is tried again after this."""
+    """A dead letter with a transient error is retried after this long."""
 
 
-class DeadLetters(Section):
-    """Items that a stage failed on for good, kept until they are retried or discarded."""
+class DeadLetterSettings(SettingsSection):
+    """Items that a stage could not process, kept until they are retried or discarded."""
 
     max_bytes: Size = 256 * MIB
-    """Of all of them; beyond it the oldest are moved to files in dead-letters-exported."""
+    """Size of all dead letters. Above it, the oldest are moved to files in dead-letters-
+    exported."""
 
 
-class Fallback(Section):
-    """Local files for what the ledger or DuckDB does not take, written back when it does."""
+class FallbackSettings(SettingsSection):
+    """Local files for writes that the ledger or DuckDB does not accept. They are written back when
+    it works again."""
 
     max_bytes: Size = 1024 * MIB
-    """Of the files of each store; when they are full, requests are refused in the end."""
+    """Size of the files of each store. When they are full, requests are eventually refused."""
     file_bytes: Size = 8 * MIB
-    """A file of this size is followed by another."""
+    """A new file is begun at this size."""
 
 
-class Audit(Section):
-    """What operators did, in audit.jsonl of the data directory, and what was accepted."""
+class Audit(SettingsSection):
+    """Records of operator actions, in audit.jsonl in the data directory, and of accepted
+    requests."""
 
     max_bytes: Size = 16 * MIB
-    """The file is renamed at this size and a new one begun."""
+    """The file is renamed at this size, and a new one is begun."""
     files: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Renamed files kept; the oldest is deleted."""
+    """Renamed files to keep. The oldest is deleted."""
     batches: bool = False
-    """Whether each accepted request is recorded too, in batches.jsonl: tenant, time, spans, bytes,
-    place in the log. It never holds up requests: what does not fit is dropped, and counted."""
+    """Whether to record each accepted request in batches.jsonl: tenant, time, spans, bytes, and
+    position in the log. This never delays requests: records that do not fit are dropped and
+    counted."""
 
 
-class Otlp(Section):
-    """Signals as log records, to an OpenTelemetry Collector or whatever takes OTLP over HTTP."""
+class Otlp(SettingsSection):
+    """Signals as log records, for an OpenTelemetry Collector or another OTLP/HTTP receiver."""
 
     endpoint: str = ""
-    """Such as http://127.0.0.1:4318/v1/logs; empty: off."""
+    """The URL, such as http://127.0.0.1:4318/v1/logs; empty for off."""
     headers: str = ""
-    """Headers sent along, as OTEL_EXPORTER_OTLP_HEADERS has them: name=value,name2=value2."""
+    """Request headers, in the format of OTEL_EXPORTER_OTLP_HEADERS: name=value,name2=value2."""
 
 
-class Webhook(Section):
-    """Signals as alerts, to whatever takes Alertmanager's webhooks."""
+class Webhook(SettingsSection):
+    """Signals as alerts, in the format of Alertmanager's webhooks."""
 
     url: str = ""
-    """Where they are posted; empty: off."""
+    """The URL to post to; empty for off."""
     headers: str = ""
-    """Headers sent along: name=value,name2=value2."""
+    """Request headers: name=value,name2=value2."""
     external_url: str = ""
-    """The API's address for others, for links in alerts, such as https://betrace.example.org."""
+    """The API's public URL for links in alerts, such as https://betrace.example.org."""
 
 
-class Export(Section):
-    """Sending signals to other systems, each at least once. See docs/export.md."""
+EXPORT_OTLP, EXPORT_WEBHOOK = EXPORTS = ("export-otlp", "export-webhook")
+"""Names of the export destinations, of their exporters and of their breakers."""
+
+
+class Export(SettingsSection):
+    """Export of signals to other systems, at least once each. See docs/export.md."""
 
     otlp: Otlp = Otlp()
     webhook: Webhook = Webhook()
+
+    @property
+    def destinations(self) -> list[str]:
+        """The names of the destinations that are on."""
+        given = {EXPORT_OTLP: self.otlp.endpoint, EXPORT_WEBHOOK: self.webhook.url}
+        return [name for name, url in given.items() if url]
 
     @model_validator(mode="after")
     def _are_urls(self) -> Self:
@@ -292,8 +307,8 @@ class Export(Section):
         return self
 
 
-class Checkpoint(Section):
-    """Saving the state of open traces, so that a restart reads little of the log."""
+class Checkpoint(SettingsSection):
+    """Checkpoints of open traces, so that a restart reads little of the log."""
 
     interval_seconds: Seconds = 5
-    """How often it is saved."""
+    """How often a checkpoint is written."""

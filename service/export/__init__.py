@@ -1,1 +1,1 @@
-"""Signals sent to other systems: collectors by OTLP, and whatever takes Alertmanager's webhooks."""
+"""Exports signals over OTLP or Alertmanager webhooks, and archives spans as Parquet."""

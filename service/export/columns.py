@@ -1,9 +1,8 @@
-"""Spans as an Arrow table, with everything that a span message has but its counts of what was
-dropped.
+"""Converts spans to an Arrow table, with all fields of a span message except its dropped counts.
 
-Attributes are maps from text to text: text as it is, numbers and booleans as JSON writes them,
-bytes as base64, lists and maps as JSON. No Python object is made for a span: fields
-are found column by column (:mod:`betrace.service.otlp.messages`) and become Arrow's buffers.
+Attributes are maps from text to text: text is unchanged, numbers and booleans are written as in
+JSON, bytes as base64, lists and maps as JSON. No Python object is created for a span: fields are
+read column by column (:mod:`betrace.service.otlp.messages`) into Arrow's buffers.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ SCHEMA: Final = pa.schema(
         ("received_at", _NS),
     ]
 )
-"""Columns of the archive. Text that is absent is null; so is a parent of a root."""
+"""Columns of the archive. Absent text is null, and so is the parent of a root span."""
 
 _KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")
 _STATUSES = ("unset", "ok", "error")
@@ -120,8 +119,8 @@ _LINK_TRACE_ID, _LINK_SPAN_ID, _LINK_ATTRIBUTES = 1, 2, 4
 
 
 def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
-    """The batch's spans in its order; ``received_ns`` is when each body was received, by row of
-    ``batch.bodies``."""
+    """Return the batch's spans, in order. ``received_ns`` is when each body was received, by row
+    of ``batch.bodies``."""
     buf, spans = batch.buf, batch.spans
     messages = spans[:, [MSG_OFF, MSG_LEN]]
     scope, scope_names, scope_versions = _scopes(batch)
@@ -154,7 +153,7 @@ def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
 
 
 def _scopes(batch: SpanBatch) -> tuple[Rows, pa.Array, pa.Array]:
-    """By span the row of its scope; names and versions of the scopes."""
+    """Return each span's scope as a row number, and the names and versions of the scopes."""
     buf = batch.buf
     around = submessages(buf, batch.resources[:, [RESOURCE_OFF, RESOURCE_LEN]], _SCOPE_SPANS)
     scopes = submessages(buf, around, _SCOPE)
@@ -169,15 +168,15 @@ def _scopes(batch: SpanBatch) -> tuple[Rows, pa.Array, pa.Array]:
 
 
 def _resources(batch: SpanBatch) -> pa.MapArray:
-    """The attributes of each resource."""
+    """Return the attributes of each resource."""
     around = batch.resources[:, [RESOURCE_OFF, RESOURCE_LEN]]
     resources = submessages(batch.buf, around, _RESOURCE)
     return _map(batch.buf, _inner(batch.buf, resources, _RESOURCE_ATTRIBUTES), len(around))
 
 
 def _inner(buf: Bytes, parts: Rows, field: int) -> Rows:
-    """A field of messages that were found themselves, by the message around those: where a message
-    occurs twice, protobuf merges the two."""
+    """Find a field in ``parts``, and count it for the message around its part: protobuf merges
+    repeated occurrences of a message."""
     found = submessages(buf, parts, field)
     found[:, PARENT] = parts[found[:, PARENT], PARENT]
     return found
@@ -211,7 +210,7 @@ def _links(buf: Bytes, messages: Rows) -> pa.ListArray:
 
 
 def _starts(found: Rows, messages: int) -> pa.Array:
-    """Where the items of each message begin among those found: one more than messages."""
+    """Return the offset of each message's first item in ``found``, and the total at the end."""
     counts = np.bincount(found[:, PARENT], minlength=messages)
     return pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 
@@ -227,8 +226,8 @@ def _map(buf: Bytes, found: Rows, messages: int) -> pa.MapArray:
 
 
 def _values(buf: Bytes, found: Rows, pairs: Rows) -> pa.Array:
-    """The values of attributes as text, null where there is none. ``found`` has the attributes,
-    ``pairs`` what was read of them."""
+    """Return attribute values as text, null if absent. ``found`` are attributes, ``pairs`` their
+    decoded keys and values."""
     kinds = pairs[:, VALUE_TYPE]
     parts, rows = [pa.nulls(0, pa.string())], []
     for kind in np.unique(kinds).tolist():
@@ -255,7 +254,7 @@ def _values(buf: Bytes, found: Rows, pairs: Rows) -> pa.Array:
 
 
 def _rare(buf: Bytes, found: Rows) -> pa.Array:
-    """Values that are lists, maps or bytes; equal attributes are read once."""
+    """Return values that are lists, maps or bytes as text; equal attributes are decoded once."""
     known: dict[bytes, str] = {}
     texts = []
     for offset, size in found[:, :PARENT].tolist():
@@ -281,13 +280,13 @@ def _plain(value: AnyValue) -> Any:
 
 
 def _text_field(buf: Bytes, messages: Rows, field: int) -> pa.Array:
-    """A text of each message, null where it is absent or empty."""
+    """Return a text field of each message, null if absent or empty."""
     found = last_of_each(submessages(buf, messages, field), len(messages))
     return _text(buf, found, empty_is_null=True)
 
 
 def _text(buf: Bytes, ranges: Rows, *, empty_is_null: bool = False) -> pa.Array:
-    """Text by offset and size, null where the size is negative."""
+    """Return text by offset and size, null if the size is negative."""
     data, starts = gather(buf, ranges)
     texts = pa.LargeStringArray.from_buffers(
         len(ranges), pa.py_buffer(starts), pa.py_buffer(data)
@@ -307,7 +306,7 @@ def _hex_field(buf: Bytes, messages: Rows, field: int) -> pa.Array:
 
 
 def _hex(words: Rows, absent: Any = None) -> pa.Array:
-    """Ids of one or two words as hex digits."""
+    """Return ids of one or two words as hex digits."""
     digits = words.astype(">i8").tobytes().hex().encode()
     starts = np.arange(len(words) + 1, dtype=np.int32) * (16 * words.shape[1])
     texts = pa.StringArray.from_buffers(len(words), pa.py_buffer(starts), pa.py_buffer(digits))
@@ -322,7 +321,7 @@ def _null_where(texts: pa.Array, absent: Any) -> pa.Array:
 
 
 def _named(numbers_of: Rows, names: tuple[str, ...]) -> pa.Array:
-    """Names of an enum's numbers; one that is not known as its digits."""
+    """Return the names of an enum's numbers; unknown numbers become digits."""
     known = (numbers_of >= 0) & (numbers_of < len(names))
     if known.all():
         return pa.array(names).take(pa.array(numbers_of))

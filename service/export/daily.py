@@ -1,4 +1,4 @@
-"""The daily task: days that are over are archived, and what is past retention is deleted."""
+"""The daily task: archives past days and deletes data past retention."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.config.settings import Settings
-from betrace.service.export.archiver import Keeper, Kept, Pace, archive_directory, log_until, today
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.export.archiver import (
+    Archiver,
+    ArchiveResult,
+    Throttle,
+    archive_directory,
+    log_until,
+    today,
+)
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 
-_log = logging.getLogger("betrace.service.export")
+_log = logging.getLogger("service.archive")
 
 FIRST_AFTER_SECONDS = 60.0
 AGAIN_AFTER_SECONDS = 3600.0
-_LONGEST_SLEEP = 600.0  # the wall clock may be set meanwhile
+_LONGEST_SLEEP = 600.0  # because the wall clock may be set
 _DAY_NS = 86_400 * 1_000_000_000
 
 
 class Daily:
-    """Runs a minute after the start, and then every day at ``archive.hour_utc``; after an hour
-    again where something failed."""
+    """Runs a minute after the start and then every day at ``archive.hour_utc``. A run that failed
+    is repeated after an hour."""
 
     def __init__(self, settings: Settings, log: SpanLog, store: DuckStore) -> None:
         self._settings = settings
@@ -33,27 +42,27 @@ class Daily:
         self._store = store
         self._directory = archive_directory(settings)
         self._threads = ThreadRunner("archive", 1)
-        self._keeper: Keeper | None = None
+        self._archiver: Archiver | None = None
         self.spans = 0
-        """Archived since the start."""
+        """Spans archived since the start."""
         self.files = 0
         self.released_bytes = 0
-        """Of the log, since the start."""
+        """Bytes deleted from the log since the start."""
         self.expired_traces = 0
-        """Deleted from the index since the start."""
+        """Traces deleted from the index since the start."""
         self.failures = 0
-        """Runs that could not do everything."""
+        """Runs with at least one failure."""
         self.succeeded_at: float | None = None
-        """When a run last did everything, seconds since 1970."""
+        """Time of the last run without failures, seconds since 1970."""
 
     @property
     def wanted(self) -> bool:
-        """Whether the settings leave anything to do."""
+        """Whether the settings ask for any of this."""
         retention = self._settings.retention
         return bool(self._settings.archive.enabled or retention.log_days or retention.trace_days)
 
     async def every_day(self) -> None:
-        """Run, for ever."""
+        """Run every day until cancelled; return at once if nothing is wanted."""
         if not self.wanted:
             return
         await trio.sleep(FIRST_AFTER_SECONDS)
@@ -67,33 +76,33 @@ class Daily:
         return (at if at > now else at + timedelta(days=1)).timestamp()
 
     async def run(self) -> bool:
-        """Do everything now; whether that worked."""
+        """Run now; return whether everything succeeded."""
         settings = self._settings
-        keeper = self._keeper = Keeper(
+        archiver = self._archiver = Archiver(
             self._log,
             self._directory,
             settings.storage.path / "checkpoints",
             settings.ingest.max_body_bytes,
-            Pace(),
+            Throttle(),
         )
         try:
-            await self._threads.run(self._work, keeper, abandon_on_cancel=True)
+            await self._threads.run(self._work, archiver, abandon_on_cancel=True)
         except trio.Cancelled:
-            keeper.stop()
+            archiver.stop()
             raise
         except OSError as error:
-            keeper.done.failures.append(f"{error}: check the disk")
-        self._note(keeper.done)
-        return not keeper.done.failures
+            archiver.done.failures.append(f"{error}; check the disk")
+        self._note(archiver.done)
+        return not archiver.done.failures
 
-    def _work(self, keeper: Keeper) -> None:
+    def _work(self, archiver: Archiver) -> None:
         settings = self._settings
         if settings.archive.enabled:
-            for _ in keeper.archive(today()):
+            for _ in archiver.archive(today()):
                 pass
         until = log_until(settings, today())
         if until is not None:
-            keeper.release(until, archived=settings.archive.enabled)
+            archiver.release(until, archived=settings.archive.enabled)
         days = settings.retention.trace_days
         if days:
             before = time.time_ns() - days * _DAY_NS
@@ -101,9 +110,9 @@ class Daily:
                 try:
                     self.expired_traces += self._store.expire(tenant, before)
                 except (StoreError, PoolTimeout) as error:
-                    keeper.done.failures.append(f"traces of {tenant} cannot be deleted: {error}")
+                    archiver.done.failures.append(f"traces of {tenant} cannot be deleted: {error}")
 
-    def _note(self, done: Kept) -> None:
+    def _note(self, done: ArchiveResult) -> None:
         self.spans += done.spans
         self.files += done.files
         self.released_bytes += done.released_bytes
@@ -114,7 +123,7 @@ class Daily:
             self.succeeded_at = time.time()
         if done.damaged:
             _log.warning(
-                "segments with damage stay in the log although they are archived: %s",
+                "damaged segments stay in the log; their readable part is archived: %s",
                 ", ".join(done.damaged[:5]),
             )
         events.ARCHIVED(
@@ -126,13 +135,13 @@ class Daily:
 
     def close(self) -> None:
         """End the thread."""
-        if self._keeper is not None:
-            self._keeper.stop()
+        if self._archiver is not None:
+            self._archiver.stop()
         self._threads.close()
 
 
 async def _wait_until(at: float) -> None:
-    """Wait for a time of the wall clock, which may be set meanwhile."""
+    """Wait for a time of the wall clock, even if the clock is set meanwhile."""
     left = at - time.time()
     while True:
         await trio.sleep(min(max(left, 0), _LONGEST_SLEEP))

@@ -1,4 +1,4 @@
-"""Signals over HTTP: to an OTLP endpoint for logs, or to a webhook."""
+"""Sends signals over HTTP, to an OTLP logs endpoint or a webhook."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from betrace.service.export.exporter import Deliver, Unacceptable, Unavailable
 from betrace.service.export.formats import alert_groups, alertmanager, otlp_logs
 from betrace.service.signals import Signal
 
-# What will not be better the next time. Others, such as 401, somebody can put right.
+# Statuses that a retry cannot change. Others, such as 401, an operator can fix.
 _FINAL = frozenset({400, 413, 415, 422})
-_SHOWN = 200
+_SHOWN = 200  # characters of an answer in messages
 
 
 def otlp_delivery(
     client: httpx.AsyncClient, endpoint: str, headers: Mapping[str, str], version: str
 ) -> Deliver:
-    """Sends log records to ``endpoint``, such as ``http://collector:4318/v1/logs``."""
+    """Return a function that posts log records to ``endpoint``, for example
+    ``http://collector:4318/v1/logs``."""
 
     async def deliver(signals: list[Signal]) -> None:
         kind = {"Content-Type": "application/x-protobuf"}
@@ -31,7 +32,7 @@ def otlp_delivery(
 def webhook_delivery(
     client: httpx.AsyncClient, url: str, headers: Mapping[str, str], external_url: str
 ) -> Deliver:
-    """Sends a request for each tenant and rule."""
+    """Return a function that posts one request for each tenant and rule to ``url``."""
 
     async def deliver(signals: list[Signal]) -> None:
         for group in alert_groups(signals):
@@ -61,8 +62,8 @@ def _seconds(retry_after: str) -> float:
 
 
 def make_client(timeout: float) -> httpx.AsyncClient:
-    """A client that follows no redirects and no proxy settings of its environment; it trusts the
-    system's certificates, or those of ``SSL_CERT_FILE``."""
+    """Return a client that ignores redirects and the environment's proxy settings. It trusts the
+    system's certificates, or those in ``SSL_CERT_FILE``."""
     limits = httpx.Limits(max_connections=2, max_keepalive_connections=1)
     return httpx.AsyncClient(
         timeout=timeout, limits=limits, trust_env=False, verify=ssl.create_default_context()

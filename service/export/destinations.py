@@ -1,4 +1,4 @@
-"""The destinations that the settings name, and what sends to them."""
+"""The configured destinations and their exporters."""
 
 from __future__ import annotations
 
@@ -10,37 +10,30 @@ import trio
 from opentelemetry.util.re import parse_env_headers
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Export, Settings
+from betrace.service.config.settings import Settings
+from betrace.service.config.stages import EXPORT_OTLP, EXPORT_WEBHOOK
 from betrace.service.export.delivery import make_client, otlp_delivery, webhook_delivery
 from betrace.service.export.exporter import Exporter
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.record import Entries
-
-OTLP, WEBHOOK = DESTINATIONS = ("export-otlp", "export-webhook")
-
-
-def destinations(settings: Export) -> list[str]:
-    """The names of what is on: of exporters and their breakers."""
-    given = {OTLP: settings.otlp.endpoint, WEBHOOK: settings.webhook.url}
-    return [name for name, url in given.items() if url]
+from betrace.service.storage.ledger.base import LedgerEntries
 
 
 class Exports:
-    """All exporters. Methods are called on the Trio thread."""
+    """All exporters. Call the methods on the Trio thread."""
 
-    def __init__(self, settings: Settings, entries: Entries, breakers: Breakers) -> None:
+    def __init__(self, settings: Settings, entries: LedgerEntries, breakers: Breakers) -> None:
         self._threads = ThreadRunner("export", 1)
         wanted = settings.export
         self._client = make_client(settings.breakers.export.timeout_seconds)
         deliveries = {
-            OTLP: otlp_delivery(
+            EXPORT_OTLP: otlp_delivery(
                 self._client,
                 wanted.otlp.endpoint,
                 parse_env_headers(wanted.otlp.headers),
                 version("betrace"),
             ),
-            WEBHOOK: webhook_delivery(
+            EXPORT_WEBHOOK: webhook_delivery(
                 self._client,
                 wanted.webhook.url,
                 parse_env_headers(wanted.webhook.headers),
@@ -56,21 +49,21 @@ class Exports:
                 breakers.exports[name],
                 self._threads,
             )
-            for name in destinations(wanted)
+            for name in wanted.destinations
         ]
 
     def __iter__(self) -> Iterator[Exporter]:
         return iter(self._exporters)
 
-    def tell(self, signals: list[Signal]) -> None:
-        """These signals are in the ledger."""
+    def notify(self, signals: list[Signal]) -> None:
+        """Note that these signals are in the ledger."""
         if self._exporters:
             tenants = {signal.tenant for signal in signals}
             for exporter in self._exporters:
-                exporter.tell(tenants)
+                exporter.notify(tenants)
 
     async def run(self) -> None:
-        """Send, for ever."""
+        """Send until cancelled."""
         async with self._client, trio.open_nursery() as nursery:
             for exporter in self._exporters:
                 nursery.start_soon(exporter.run)

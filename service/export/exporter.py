@@ -1,10 +1,10 @@
-"""Sending signals somewhere, at least once each, for as long as it takes.
+"""Sends signals to a destination, each at least once, however long that takes.
 
-The ledger is the queue: it is durable, in order, and has every signal. An exporter only keeps how
-far it came, a number by tenant in a file of its own, written after what was sent was taken. So
-nothing is held up, nothing is dropped while the destination is away, and a restart goes on
-where the last one stopped; what was under way then is sent twice. A destination that is
-new begins with what comes from now on.
+The ledger is the queue: it is durable, ordered and complete. An exporter stores only its progress:
+the last exported ledger entry of each tenant, written to a file after the destination accepted the
+signals. So export never blocks the pipeline, drops nothing while the destination is down, and
+continues after a restart; signals in transit at that moment are sent twice. A new destination
+starts with signals recorded from then on.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from pathlib import Path
 import trio
 
 from betrace.channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
+from betrace.service.durable import write_atomically
 from betrace.service.pipeline.breakers import PoisonError
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
-from betrace.service.storage.paths import write_atomically
+from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.export")
 
 BATCH_SIGNALS = 500
-LOOK_SECONDS = 30.0  # for signals that nobody told of: written back late, or by another program
+POLL_SECONDS = 30.0  # for signals without a notification, such as those written back late
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 
@@ -38,7 +37,7 @@ Deliver = Callable[[list[Signal]], Awaitable[None]]
 
 
 class Unavailable(TransientError):  # noqa: N818
-    """The destination does not take it now; ``retry_after`` seconds is what it asks for."""
+    """The destination cannot accept the signals now; it asks to wait ``retry_after`` seconds."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -46,26 +45,26 @@ class Unavailable(TransientError):  # noqa: N818
 
 
 class Unacceptable(PoisonError):  # noqa: N818
-    """The destination will never take it."""
+    """The destination will never accept these signals."""
 
 
 class Exporter:
-    """Sends what the ledger has to one destination. Methods are called on the Trio thread.
+    """Sends the ledger's signals to one destination. Call its methods on the Trio thread.
 
     Args:
       name: of the destination.
       deliver: sends signals; raises :exc:`Unavailable` or :exc:`Unacceptable`.
       entries: the ledger.
-      path: the file of how far it came.
-      breaker: refuses calls while the destination fails, and bounds their time.
-      threads: where the ledger and the file are read.
+      path: the progress file.
+      breaker: refuses calls while the destination fails, and limits their duration.
+      threads: read the ledger and the file.
     """
 
     def __init__(
         self,
         name: str,
         deliver: Deliver,
-        entries: Entries,
+        entries: LedgerEntries,
         path: Path,
         breaker: Breaker,
         threads: ThreadRunner,
@@ -81,44 +80,44 @@ class Exporter:
         self._wake = trio.Event()
         self._failing = 0
         self.sent = 0
-        """Signals that the destination took since the start."""
+        """Signals that the destination accepted since the start."""
         self.rejected = 0
-        """Signals that it will never take; they are in the ledger."""
+        """Signals that it will never accept; they stay in the ledger."""
         self.failures = 0
-        """Deliveries that failed and were tried again."""
+        """Failed deliveries that were retried."""
         self.waiting_since: float | None = None
-        """When the oldest signal that is being sent was detected, seconds since 1970."""
+        """Detection time of the oldest signal being sent, seconds since 1970."""
 
-    def tell(self, tenants: set[str]) -> None:
-        """These tenants have new signals."""
+    def notify(self, tenants: set[str]) -> None:
+        """Note that these tenants have new signals."""
         self._new |= tenants
         self._wake.set()
 
     async def run(self) -> None:
-        """Send, for ever."""
-        await self._begin()
+        """Send until cancelled."""
+        await self._start()
         while True:
-            with trio.move_on_after(LOOK_SECONDS) as looked:
+            with trio.move_on_after(POLL_SECONDS) as poll:
                 await self._wake.wait()
             self._wake = trio.Event()
             tenants, self._new = self._new, set()
             try:
-                if looked.cancelled_caught:
+                if poll.cancelled_caught:
                     tenants |= set(await self._threads.run(self._entries.tenants))
                 await self._catch_up(sorted(tenants))
             except (LedgerError, OSError) as error:
                 self._new |= tenants
-                _log.warning("signals for %s cannot be read now: %s", self.name, error)
+                _log.warning("cannot read signals for %s; trying again: %s", self.name, error)
 
-    async def _begin(self) -> None:
-        """Learn how far it came; as far as the ledger goes when it is new."""
+    async def _start(self) -> None:
+        """Read the progress file; for a new destination, start at the end of the ledger."""
         pause = FIRST_PAUSE
         while True:
             try:
                 self._done = await self._threads.run(self._load)
                 self._new |= set(await self._threads.run(self._entries.tenants))
             except (LedgerError, OSError) as error:
-                _log.warning("the export to %s cannot begin yet: %s", self.name, error)
+                _log.warning("cannot start the export to %s; trying again: %s", self.name, error)
                 await trio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
@@ -131,7 +130,7 @@ class Exporter:
         except FileNotFoundError:
             pass
         except (ValueError, AttributeError, TypeError) as error:
-            _log.error("%s is damaged (%s): exporting from now on", self._path, error)
+            _log.error("%s is damaged (%s); the export starts with new signals", self._path, error)
         done = {each: self._entries.last_entry(each) for each in self._entries.tenants()}
         self._save(done)
         return done
@@ -141,7 +140,7 @@ class Exporter:
         write_atomically(self._path, json.dumps(done).encode())
 
     async def _catch_up(self, tenants: list[str]) -> None:
-        """Send all that these tenants have, each a page at a time."""
+        """Send everything that these tenants have, one page at a time each."""
         while tenants:
             signals, upto, tenants = await self._threads.run(self._page, tenants)
             if not signals:
@@ -153,8 +152,8 @@ class Exporter:
             self.waiting_since = None
 
     def _page(self, tenants: list[str]) -> tuple[list[Signal], dict[str, int], list[str]]:
-        """Signals of the first tenants, up to where they go, and the tenants that may have more:
-        those that had a full page come last."""
+        """Read a page of signals. Return them, the new progress by tenant, and the tenants that may
+        have more; those with a full page come last."""
         signals: list[Signal] = []
         upto: dict[str, int] = {}
         share = max(BATCH_SIGNALS // len(tenants), 1)
@@ -171,7 +170,7 @@ class Exporter:
         return signals, upto, later
 
     async def _send(self, signals: list[Signal]) -> None:
-        """Have the destination take signals, or say that it never will."""
+        """Retry until the destination accepts the signals or rejects them for good."""
         failures = 0
         while True:
             try:
@@ -194,10 +193,10 @@ class Exporter:
             await trio.sleep(wait * random.uniform(0.8, 1.2))
 
     async def _split(self, signals: list[Signal], error: Unacceptable) -> None:
-        """Find the signals that are not taken; the others are."""
+        """Find the unacceptable signals by halving the batch, and send the others."""
         if len(signals) == 1:
             self.rejected += 1
-            _log.error("%s does not take the signal %s: %s", self.name, signals[0].id, error)
+            _log.error("%s rejected the signal %s: %s", self.name, signals[0].id, error)
             return
         middle = len(signals) // 2
         await self._send(signals[:middle])
@@ -214,5 +213,5 @@ class Exporter:
             self._failing = 0
 
     def lag_seconds(self) -> float:
-        """How old the oldest signal is that waits to be taken, 0 when none does."""
+        """Return the age of the oldest signal waiting to be sent; 0 if none waits."""
         return 0.0 if self.waiting_since is None else max(time.time() - self.waiting_since, 0.0)

@@ -1,4 +1,4 @@
-"""What a signal looks like to other systems."""
+"""The formats in which other systems receive signals."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SEVERITIES = {
     "low": SeverityNumber.SEVERITY_NUMBER_INFO2,
     "info": SeverityNumber.SEVERITY_NUMBER_INFO,
 }
-_NEVER = "0001-01-01T00:00:00Z"  # Go's zero time: Alertmanager's word for not yet
+_NEVER = "0001-01-01T00:00:00Z"  # Go's zero time, which means "not yet" in Alertmanager
 
 
 def otlp_logs(signals: Sequence[Signal], version: str) -> bytes:
-    """An ``ExportLogsServiceRequest`` (opentelemetry-proto 1.x) with a log record for each signal,
-    and a resource for each tenant.
+    """Return an ``ExportLogsServiceRequest`` (opentelemetry-proto 1.x) with a log record for each
+    signal and a resource for each tenant.
 
-    The record belongs to the trace that broke the rule, and to the first span that is evidence. Its
-    body is the message, its event name ``betrace.signal``; the rest are attributes.
+    A record has the id of the trace that broke the rule and of the first span in its evidence. Its
+    body is the message, its event name is ``betrace.signal``, and everything else is in attributes.
     """
     request = ExportLogsServiceRequest()
     by_tenant: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def _set(attributes: Any, key: str, value: str) -> None:
 
 
 def alert_groups(signals: Iterable[Signal]) -> list[list[Signal]]:
-    """Signals of one tenant and rule together, as a webhook takes them; order kept within each."""
+    """Group signals by tenant and rule, as webhooks expect; the order in a group is kept."""
     groups: dict[tuple[str, str], list[Signal]] = {}
     for signal in signals:
         groups.setdefault((signal.tenant, signal.rule_id), []).append(signal)
@@ -81,10 +81,11 @@ def alert_groups(signals: Iterable[Signal]) -> list[list[Signal]]:
 
 
 def alertmanager(group: Sequence[Signal], external_url: str) -> bytes:
-    """What Alertmanager's webhooks send (``version`` 4, prometheus.io/docs/alerting/configuration),
-    for signals of one tenant and rule.
+    """Return the body of an Alertmanager webhook (``version`` 4,
+    prometheus.io/docs/alerting/configuration) for signals of one tenant and rule.
 
-    A raised signal is a firing alert; a retraction resolves it, by the same labels and fingerprint.
+    A raised signal is a firing alert; a retraction resolves it with the same labels and
+    fingerprint.
     """
     first = group[0]
     alerts = [_alert(signal, external_url) for signal in group]

@@ -1,9 +1,8 @@
-"""One segment of the span log as one Parquet file: written, checked, and then put in its place.
+"""Writes one segment of the span log as one Parquet file, checks it, and moves it into place.
 
-Layout: ``<directory>/tenant=<tenant>/date=<YYYY-MM-DD>/<segment>.parquet``, Hive's way of
-partitioning, which engines turn into the columns ``tenant`` and ``date``. The date is the day, in
-UTC, on which the spans were received. A segment that is archived again replaces its file, so doing
-work twice changes nothing.
+Layout: ``<directory>/tenant=<tenant>/date=<YYYY-MM-DD>/<segment>.parquet``. This is Hive
+partitioning: query engines read ``tenant`` and ``date`` as columns. The date is the UTC day on
+which the spans were received. Archiving a segment again replaces its file, so it is idempotent.
 """
 
 from __future__ import annotations
@@ -15,29 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from betrace.service.durable import replace_durably
 from betrace.service.export.columns import SCHEMA, span_table
 from betrace.service.otlp.columns import ERROR, SPAN_COUNT, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.storage.paths import sync_directory
-from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame
-from betrace.service.storage.spanlog.log import Segment, SpanLog, pack_position
+from betrace.service.storage.paths import tenant_archive
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame, pack_position
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.tenant_log import Segment
 
 _BATCH_SPANS = 20_000
 _SEGMENT_BYTES = b"betrace.segment_bytes"
 _DAMAGED_BYTES = b"betrace.damaged_bytes"
+_TEMPORARY = ".*.parquet.*.new"  # hidden from *.parquet
 
 
 class ArchiveError(Exception):
-    """A segment cannot be archived; the message says why and what to do."""
+    """A segment could not be archived; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Archived:
-    """A file of the archive: ``spans`` rows of a segment of ``segment_bytes``, of which
-    ``damaged_bytes`` could not be read."""
+    """A file of the archive: ``spans`` rows from a segment of ``segment_bytes``, of which
+    ``damaged_bytes`` were unreadable."""
 
     path: Path
     spans: int
@@ -46,19 +49,14 @@ class Archived:
 
 
 def parquet_path(directory: Path, tenant: str, segment: Segment) -> Path:
-    """Where a segment's file is, or would be."""
+    """The path of a segment's file, whether or not it exists."""
     return tenant_archive(directory, tenant) / (
         f"date={segment.day.isoformat()}/{segment.number:08d}.parquet"
     )
 
 
-def tenant_archive(directory: Path, tenant: str) -> Path:
-    """The folder of a tenant's files."""
-    return directory / f"tenant={tenant}"
-
-
 def find_archived(directory: Path, tenant: str, segment: Segment) -> Archived | None:
-    """The file that holds all of the segment as it is now, None where there is none."""
+    """The file with the segment's current content, or None."""
     path = parquet_path(directory, tenant, segment)
     try:
         found = _describe(path)
@@ -75,6 +73,19 @@ def _describe(path: Path) -> Archived:
         )
 
 
+def delete_stale(directory: Path, tenant: str) -> None:
+    """Delete a tenant's temporary files whose writer was killed.
+
+    A file of a running process stays: ``betrace archive`` and the service may run together.
+    """
+    for path in tenant_archive(directory, tenant).glob(f"date=*/{_TEMPORARY}"):
+        owner = path.name.split(".")[-2]
+        if owner.isdigit() and int(owner) != os.getpid() and psutil.pid_exists(int(owner)):
+            continue
+        with suppress(OSError):
+            path.unlink()
+
+
 def archive_segment(
     directory: Path,
     log: SpanLog,
@@ -83,14 +94,16 @@ def archive_segment(
     max_body_bytes: int,
     pause: Callable[[], None] = lambda: None,
 ) -> Archived:
-    """Write a segment's spans; ``pause`` is called now and then between the work.
+    """Write a segment's spans; ``pause`` is called after each batch.
 
-    Every frame's number of accepted spans is compared with what was decoded, and the file's rows
-    with the sum. Raises :exc:`ArchiveError` where they differ or the disk fails; then the
-    archive is as before.
+    The spans decoded from each frame must be as many as were accepted, and the file's rows as many
+    as their sum.
+
+    Raises:
+      ArchiveError: the numbers differ, or the disk failed; the archive is unchanged.
     """
     path = parquet_path(directory, tenant, segment)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # hidden from *.parquet
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -100,19 +113,16 @@ def archive_segment(
             written = _describe(temporary)
             if written.spans != spans:
                 raise ArchiveError(
-                    f"{temporary} has {written.spans} rows instead of {spans}: check the disk"
+                    f"{temporary} has {written.spans} rows instead of {spans}; check the disk"
                 )
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_directory(path.parent)
+            replace_durably(temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink()
     except (OSError, pa.ArrowException) as error:
         raise ArchiveError(
-            f"segment {segment.number} of tenant {tenant} cannot be archived in {directory} "
-            f"({error}): check its permissions, free space and health"
+            f"segment {segment.number} of tenant {tenant} cannot be archived in {directory}: "
+            f"{error}. Check the directory's permissions, free space and disk"
         ) from error
     return Archived(path, spans, segment.bytes, damaged)
 
@@ -125,7 +135,7 @@ def _write(
     max_body_bytes: int,
     pause: Callable[[], None],
 ) -> tuple[int, int]:
-    """The spans written, and the bytes of the segment that could not be read."""
+    """Return the number of spans written and of unreadable bytes."""
     spans = 0
     readable = FILE_HEADER_BYTES
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
@@ -145,7 +155,7 @@ def _write(
 
 
 def _frames(log: SpanLog, tenant: str, segment: Segment) -> Iterator[tuple[list[int], list[Frame]]]:
-    """The segment's frames, some at a time."""
+    """Yield the positions and frames of a segment, about ``_BATCH_SPANS`` spans at a time."""
     positions: list[int] = []
     frames: list[Frame] = []
     spans = 0
@@ -166,7 +176,7 @@ def _compare(tenant: str, batch: SpanBatch, frames: list[Frame]) -> None:
     for number, frame in enumerate(frames):
         if batch.bodies[number, ERROR] or counted[number] != frame.spans:
             raise ArchiveError(
-                f"a request of tenant {tenant} in the log, at {batch.positions[number]}, has "
-                f"{counted[number]} spans instead of the {frame.spans} that were accepted: its "
-                "segment is kept; report this"
+                f"the request at log position {batch.positions[number]} of tenant {tenant} has "
+                f"{counted[number]} spans instead of the {frame.spans} that were accepted. Its "
+                "segment stays in the log. This is a bug: please report it"
             )

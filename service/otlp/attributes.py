@@ -1,10 +1,10 @@
 """Kernels that find attributes in the bytes of a validated message.
 
-The scanner (:mod:`betrace.service.otlp.scanner`) keeps no attributes; they are searched on demand,
-in the few spans that a rule's name pattern selected. The bytes must have passed the scanner.
-On others these kernels still end, within bounds, with an arbitrary answer.
+The scanner (:mod:`betrace.service.otlp.scanner`) does not store attributes. They are searched on
+demand, in the few spans that a rule's name pattern selected. The bytes must have passed the
+scanner; on other bytes these kernels still terminate within bounds, with an arbitrary result.
 
-A value is handed back in ``out``, ``int64[4]``: ``out[TYPE]`` is one of the type constants,
+A value is returned in ``out``, an ``int64[4]``: ``out[TYPE]`` is one of the type constants, and
 ``out[VALUE]`` and ``out[LENGTH]`` depend on it:
 
 ====================================  ==========================  =====================
@@ -19,11 +19,11 @@ type                                  value                       length
 ``KVLIST`` (a ``KeyValueList``)       offset in ``buf``           bytes
 ====================================  ==========================  =====================
 
-Singular fields that occur twice merge as protobuf says (the last one wins; of a oneof, the last
-member), with one approximation: two arrays or two key-value lists in one value, which
-the protobuf library concatenates, give the last of them. No exporter writes that. A value that
-is a reference into a string table (``string_value_strindex``, of the profiles signal) is
-``MISSING``: trace data has no such table.
+Singular fields that occur twice merge as in protobuf (the last one wins; of a oneof, the last
+member), with one approximation: of two arrays or two key-value lists in one value, which the
+protobuf library concatenates, only the last counts. No exporter writes that. A value that refers to
+a string table (``string_value_strindex``, from the profiles signal) is ``MISSING``, because trace
+data has no such table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MISSING, STRING, BOOL, INT, DOUBLE, ARRAY, KVLIST, BYTES = range(8)
 
 # Indices into out.
 TYPE, VALUE, LENGTH = range(3)
-OUT_SIZE = 4  # the fourth is spare
+OUT_SIZE = 4  # the fourth is unused
 
 SPAN_ATTRIBUTES = 9  # field numbers of the repeated KeyValue
 RESOURCE_ATTRIBUTES = 1
@@ -70,7 +70,7 @@ _STRINDEX = 8 << 3 | VARINT
 
 @lean_kernel
 def skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
-    """The position after the field whose ``tag`` ends at ``pos``; negative on malformed bytes."""
+    """Return the position after the field whose ``tag`` ends at ``pos``; negative if malformed."""
     open_groups = 0
     while True:
         wire = tag & 7
@@ -154,7 +154,7 @@ def _key_value(
     key_len: int,
     out: Rows,
 ) -> None:
-    """Put the value of the ``KeyValue`` at ``pos`` .. ``end`` into ``out`` if it has the key."""
+    """Store the value of the ``KeyValue`` at ``pos`` .. ``end`` in ``out`` if it has the key."""
     _put(out, MISSING, 0, 0)
     found_off = pos
     found_len = 0
@@ -168,7 +168,7 @@ def _key_value(
             if found_off < 0:
                 return
             at = found_off + found_len
-            # The usual order is key, then value: another key needs no look at its value.
+            # Usually the key comes first: for another key, the value need not be read.
             if at < end and buf[at] == _KEY_VALUE and found_len != key_len:
                 after_len, after = read_length(buf, at + 1, end)
                 if after >= 0 and after + after_len == end:
@@ -213,8 +213,8 @@ def find_attribute(
 
     ``field`` is the number of the message's repeated ``KeyValue`` field: ``SPAN_ATTRIBUTES``
     or ``RESOURCE_ATTRIBUTES``. The key is the ``key_len`` bytes of ``key_buf`` from
-    ``key_off``. Returns the type, ``MISSING`` when there is none, and fills ``out``. An
-    attribute without a value (an absent or empty ``AnyValue``) is passed over.
+    ``key_off``. Returns the type (``MISSING`` if not found) and fills ``out``. Attributes
+    without a value (an absent or empty ``AnyValue``) are skipped.
     """
     _put(out, MISSING, 0, 0)
     wanted = field << 3 | BYTES_TYPE
@@ -253,7 +253,7 @@ def find_resource_attribute(
     """Like :func:`find_attribute`, for the resource of the ``ResourceSpans`` at ``resource_off``.
 
     The offsets are a resource row's ``RESOURCE_OFF`` and ``RESOURCE_LEN``. All occurrences of
-    the resource field are searched, in order, as they merge into one.
+    the resource field are searched in order, because protobuf merges them.
     """
     _put(out, MISSING, 0, 0)
     end = resource_off + resource_len
@@ -280,10 +280,10 @@ def find_resource_attribute(
 
 @lean_kernel
 def next_array_item(buf: Bytes, off: int, length: int, cursor: int, out: Rows) -> int:
-    """Put the next item of the ``ArrayValue`` at ``off`` into ``out``; returns the next cursor.
+    """Store the next item of the ``ArrayValue`` at ``off`` in ``out``; return the next cursor.
 
-    The first cursor is 0; the answer is -1, and ``out`` ``MISSING``, after the last item. An item
-    without a value is ``MISSING`` too, so look at the cursor, not at the type, for the end.
+    The first cursor is 0. After the last item, returns -1 and ``out`` is ``MISSING``. An item
+    without a value is ``MISSING`` too, so the cursor marks the end, not the type.
     """
     _put(out, MISSING, 0, 0)
     end = off + length

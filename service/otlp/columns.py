@@ -1,9 +1,9 @@
 """The columns of scanned spans.
 
 A request body is scanned once into rows of ``int64`` (see :mod:`betrace.service.otlp.wire`); a span
-never becomes a Python object on the hot path. Text stays where it is: rows hold offsets into
-``buf``, the scanned bytes. Attributes are not copied out either: a row holds where its span
-message lies, and the few spans that a rule cares about are searched on demand.
+never becomes a Python object on the hot path. Text is not copied: rows contain offsets into
+``buf``, the scanned bytes. Attributes are not copied either: a row contains the offset of its span
+message, and the few spans that a rule selects are searched on demand.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
-# Columns of a span row. Ids are the big-endian bytes read as an integer, stored as the same
-# 64 bits in int64. Times are nanoseconds since 1970; above 2**63-1 they are clamped to it.
+# Columns of a span row. Ids are big-endian integers, stored with the same 64 bits in int64. Times
+# are nanoseconds since 1970, at most 2**63-1.
 (
     TRACE_HI,  # first 8 bytes of the trace id
     TRACE_LO,  # last 8 bytes of the trace id
     SPAN_ID,
-    PARENT_ID,  # 0 without a parent, or when its id is not 8 bytes long
+    PARENT_ID,  # 0 without a parent, or if its id is not 8 bytes long
     START,
     END,
     NAME_HASH,  # wire.hash_bytes of the name's UTF-8
@@ -35,7 +35,7 @@ Rows = npt.NDArray[np.int64]
     FLAGS,  # HAS_PARENT | COMPLETE
     RESOURCE,  # row in resources
     SCOPE,  # row in scopes
-    BODY,  # row in bodies: which request body the span came in
+    BODY,  # row in bodies: the request body of the span
     MSG_OFF,  # the span message (its fields, without tag and length) in buf
     MSG_LEN,
 ) = range(19)
@@ -61,10 +61,10 @@ SCOPE_COLUMNS = 2
 (
     FIRST_SPAN,  # first row in spans
     SPAN_COUNT,  # accepted spans: rows FIRST_SPAN .. FIRST_SPAN + SPAN_COUNT
-    REJECTED_TRACE_ID,  # spans left out: trace id not 16 bytes or all zeros
-    REJECTED_SPAN_ID,  # spans left out: span id not 8 bytes or all zeros (trace id was good)
-    ERROR,  # 0, or the error code of wire.ERRORS: then nothing of this body is in spans
-    ERROR_OFF,  # where in the body the error was seen, in bytes from the body's start
+    REJECTED_TRACE_ID,  # rejected spans: trace id not 16 bytes, or all zeros
+    REJECTED_SPAN_ID,  # rejected spans: span id not 8 bytes, or all zeros (trace id was valid)
+    ERROR,  # 0, or an error code of wire.ERRORS: then spans has no rows of this body
+    ERROR_OFF,  # position of the error, in bytes from the body's start
 ) = range(6)
 BODY_COLUMNS = 6
 
@@ -73,10 +73,10 @@ BODY_COLUMNS = 6
 class SpanBatch:
     """Scanned spans of one tenant, from one or more request bodies.
 
-    ``buf`` holds the decoded (decompressed, protobuf) bodies end to end; all offsets are
-    into it. ``positions`` are the span-log positions of the bodies' frames, by body row;
+    ``buf`` contains the decoded (decompressed, protobuf) bodies end to end; all offsets refer to
+    it. ``positions`` are the span-log positions of the bodies' frames, by body row;
     ``received_ns`` is when the newest of them was received (wall clock, nanoseconds);
-    ``replayed`` says that they were read back from the log after a restart.
+    ``replayed`` is set if they were read from the log after a restart.
     """
 
     tenant: str
@@ -97,6 +97,6 @@ class SpanBatch:
         return self.buf[offset : offset + length].tobytes().decode()
 
     def name(self, row: int) -> str:
-        """The name of the span in ``row``."""
+        """The name of the span in row ``row``."""
         r = self.spans[row]
         return self.text(int(r[NAME_OFF]), int(r[NAME_LEN]))

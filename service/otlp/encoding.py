@@ -1,9 +1,9 @@
-"""Undoing the ``Content-Encoding`` of a request body, within a limit.
+"""Decodes the ``Content-Encoding`` of a request body, within a limit.
 
-A few bytes can stand for gigabytes, so decompression stops as soon as the limit is passed;
-no more than the limit and a few MiB is ever held. gzip (RFC 1952) and deflate (RFC 1950, or
-RFC 1951 without the wrapper, as some clients send) are inflated by ISA-L, more than twice as
-fast as zlib; zstd is RFC 8878.
+A few bytes can expand to gigabytes, so decompression stops as soon as the limit is exceeded. It
+uses at most the limit and a few MiB of memory. gzip (RFC 1952) and deflate (RFC 1950, or RFC 1951
+without the wrapper, as some clients send) are inflated by ISA-L, more than twice as fast as zlib;
+zstd is RFC 8878.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Body = TypeVar("Body", bound=bytes | memoryview)
 
 SUPPORTED = ("gzip", "zstd", "deflate", "identity")
 
-_GZIP, _ZLIB, _RAW = 31, 15, -15  # window bits, as zlib tells the formats apart
+_GZIP, _ZLIB, _RAW = 31, 15, -15  # window bits, which select the format in zlib
 
 _IsalError: Any = isal_zlib.error
 _IGzipFile: Any = igzip.IGzipFile
 
-_ZSTD_WINDOW = 8 << 20  # what RFC 8878 asks decoders to support; levels up to 19 stay below
-_ZSTD_PIECE = 256  # bytes fed at once: at most 64 blocks of 128 KiB come out of them
+_ZSTD_WINDOW = 8 << 20  # RFC 8878 asks decoders to support this; levels up to 19 need less
+_ZSTD_PIECE = 256  # bytes decompressed at once: at most 64 blocks of 128 KiB
 _ZSTD_FRAMES = 1000
 
 
 class EncodingError(ValueError):
-    """A body that cannot be decoded; the message says what to do."""
+    """The body cannot be decoded; the message says what to do."""
 
 
 class BodyTooLarge(EncodingError):  # noqa: N818 - named for what it is, HTTP 413
@@ -43,12 +43,12 @@ class BodyTooLarge(EncodingError):  # noqa: N818 - named for what it is, HTTP 41
 
 
 class BadEncoding(EncodingError):  # noqa: N818 - named for what it is, HTTP 400
-    """The body is not what its ``Content-Encoding`` says."""
+    """The body is not valid in its ``Content-Encoding``."""
 
     def __init__(self, encoding: str, what: str) -> None:
         super().__init__(
-            f"The body is not valid {encoding}: {what}. Send it compressed as its "
-            "Content-Encoding says, whole, or uncompressed and without that header."
+            f"The body is not valid {encoding}: {what}. Send the whole body in its "
+            "Content-Encoding, or uncompressed without that header."
         )
 
 
@@ -58,16 +58,19 @@ class UnknownEncoding(EncodingError):  # noqa: N818 - named for what it is, HTTP
     def __init__(self, encoding: str) -> None:
         super().__init__(
             f"Content-Encoding {encoding[:40]!r} is not supported. "
-            f"Use one of {', '.join(SUPPORTED)}, or leave the header out."
+            f"Use one of {', '.join(SUPPORTED)}, or omit the header."
         )
 
 
 def decode_body(body: Body, encoding: str, max_bytes: int) -> Body | bytes:
-    """``body`` without its ``Content-Encoding``: ``encoding``, in any case, "" for none.
+    """Decode ``body`` from its ``Content-Encoding``, given in any case ("" for none).
 
-    An empty body is empty in every encoding: some clients send the header with nothing.
-    Raises :class:`UnknownEncoding`; :class:`BadEncoding` for a damaged or truncated body, or one
-    with something after its end; :class:`BodyTooLarge` when more than ``max_bytes`` come out.
+    An empty body is valid in every encoding, because some clients send the header without a body.
+
+    Raises:
+      UnknownEncoding: the encoding is not supported.
+      BadEncoding: the body is damaged or truncated, or has trailing data.
+      BodyTooLarge: the decoded body has more than ``max_bytes``.
     """
     name = encoding.strip().lower()
     if name in ("", "identity"):
@@ -91,14 +94,14 @@ def _gunzip(body: bytes | memoryview, max_bytes: int) -> bytes:
         data: bytes = member.decompress(body, max_bytes + 1)
         if len(data) > max_bytes:
             raise BodyTooLarge(max_bytes)
-        if member.eof and member.unused_data:  # more members, to be joined
+        if member.eof and member.unused_data:  # several members; join them
             data = _IGzipFile(fileobj=io.BytesIO(body)).read(max_bytes + 1)
             if len(data) > max_bytes:
                 raise BodyTooLarge(max_bytes)
         elif not member.eof:
-            raise BadEncoding("gzip", "it ends too early")
+            raise BadEncoding("gzip", "it is truncated")
     except EOFError:
-        raise BadEncoding("gzip", "it ends too early") from None
+        raise BadEncoding("gzip", "it is truncated") from None
     except (_IsalError, OSError) as error:
         raise BadEncoding("gzip", str(error)) from None
     return data
@@ -126,17 +129,17 @@ def _inflate_as(body: bytes | memoryview, max_bytes: int, window_bits: int) -> b
     if len(data) > max_bytes:
         raise BodyTooLarge(max_bytes)
     if not stream.eof:
-        raise BadEncoding("deflate", "it ends too early")
+        raise BadEncoding("deflate", "it is truncated")
     if stream.unused_data:
-        raise BadEncoding("deflate", "something follows its end")
+        raise BadEncoding("deflate", "it has trailing data")
     return data
 
 
 def _unzstd(body: bytes | memoryview, max_bytes: int) -> bytes:
     context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
     try:
-        # The usual body is one frame that says its size; anything else takes the long way,
-        # an empty frame too, after which this call would not look at the rest.
+        # Usually the body is one frame with its size. Everything else takes the general path, even
+        # an empty frame, because this call would not check what follows it.
         if 0 < zstandard.frame_content_size(body) <= max_bytes:
             return context.decompress(body, allow_extra_data=False)
     except zstandard.ZstdError:
@@ -170,7 +173,7 @@ def _unzstd_frames(
             pieces.append(piece)
             rest = frame.unused_data if frame.eof else b""
     if not frame.eof:
-        raise BadEncoding("zstd", "it ends too early")
+        raise BadEncoding("zstd", "it is truncated")
     return b"".join(pieces)
 
 

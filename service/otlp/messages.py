@@ -1,8 +1,8 @@
-"""Reading protobuf messages column by column: one field of many messages in one kernel call.
+"""Reads protobuf messages column by column: one field of many messages in one kernel call.
 
-For work away from the hot path that needs all of a span, such as the archive: where the scanner
-(:mod:`betrace.service.otlp.scanner`) keeps what rules need, this finds the rest. Only bytes that
-the scanner accepted may be read with it; what is malformed all the same ends its message.
+For code off the hot path that needs all of a span, such as the archive. The scanner
+(:mod:`betrace.service.otlp.scanner`) keeps what rules need; this module finds the rest. The bytes
+must have been accepted by the scanner; malformed bytes end their message.
 
 Messages are rows whose first two columns are offset and length in ``buf``.
 """
@@ -27,16 +27,16 @@ from betrace.service.otlp.primitives import (
 OFFSET, SIZE, PARENT = range(3)
 FOUND_COLUMNS = 3
 
-# Columns of a KeyValue; VALUE_TYPE to VALUE_SIZE are as find_attribute's out.
+# Columns of a KeyValue; VALUE_TYPE to VALUE_SIZE are laid out like find_attribute's out.
 KEY_OFFSET, KEY_SIZE, VALUE_TYPE, VALUE, VALUE_SIZE = range(5)
 KEY_VALUE_COLUMNS = 5
 
-_FIRST_ROOM = 1024
+_FIRST_CAPACITY = 1024
 
 
 @lean_kernel
 def _find(buf: Bytes, messages: Rows, field: int, out: Rows) -> int:
-    """See :func:`submessages`; how many there are, those beyond the room of ``out`` too."""
+    """See :func:`submessages`. Return how many there are, even if ``out`` has fewer rows."""
     wanted = field << 3 | BYTES_TYPE
     found = 0
     for row in range(len(messages)):
@@ -64,9 +64,9 @@ def _find(buf: Bytes, messages: Rows, field: int, out: Rows) -> int:
 
 
 def submessages(buf: Bytes, messages: Rows, field: int) -> Rows:
-    """The occurrences of a length-delimited field (a message, text or bytes) in ``messages``, in
-    order: rows of offset, size and the row of the message around it."""
-    out = np.empty((max(_FIRST_ROOM, 2 * len(messages)), FOUND_COLUMNS), np.int64)
+    """Return the occurrences of a length-delimited field (message, text or bytes) in ``messages``,
+    in order: rows of offset, size and the row of the enclosing message."""
+    out = np.empty((max(_FIRST_CAPACITY, 2 * len(messages)), FOUND_COLUMNS), np.int64)
     found = _find(buf, messages, field, out)
     if found > len(out):
         out = np.empty((found, FOUND_COLUMNS), np.int64)
@@ -99,19 +99,19 @@ def _last_fixed(buf: Bytes, messages: Rows, field: int, size: int, out: Rows) ->
 
 
 def fixed_numbers(buf: Bytes, messages: Rows, field: int, size: int) -> Rows:
-    """The number of ``size`` bytes, 4 or 8, in each of ``messages``: 0 where it is absent, the last
-    where it is repeated; unsigned ones of 64 bits as the same bits in int64."""
+    """Return a fixed-size number (``size`` 4 or 8 bytes) of each message: 0 if absent, the last if
+    repeated. Unsigned 64-bit numbers keep their bits in int64."""
     out = np.empty(len(messages), np.int64)
     _last_fixed(buf, messages, field, size, out)
     return out
 
 
 def last_of_each(found: Rows, messages: int) -> Rows:
-    """Of what :func:`submessages` found, the last in each of so many messages: rows of offset and
-    size, size -1 where there is none."""
+    """Return the last occurrence that :func:`submessages` found in each message, as rows of offset
+    and size. The size is -1 if there is none."""
     out = np.zeros((messages, 2), np.int64)
     out[:, SIZE] = -1
-    out[found[:, PARENT]] = found[:, :2]  # of equal indices numpy keeps the last
+    out[found[:, PARENT]] = found[:, :2]  # for repeated indices numpy keeps the last
     return out
 
 
@@ -144,8 +144,8 @@ def _key_values(buf: Bytes, messages: Rows, out: Rows) -> None:
 
 
 def key_values(buf: Bytes, messages: Rows) -> Rows:
-    """``messages`` read as ``KeyValue``: rows of the key's offset and size, and the value's type,
-    value and size as :func:`betrace.service.otlp.attributes.find_attribute` gives them."""
+    """Read ``messages`` as ``KeyValue``. Return rows of the key's offset and size, and the value's
+    type, value and size as in :func:`betrace.service.otlp.attributes.find_attribute`."""
     out = np.empty((len(messages), KEY_VALUE_COLUMNS), np.int64)
     _key_values(buf, messages, out)
     return out
@@ -162,8 +162,8 @@ def _gather(buf: Bytes, ranges: Rows, out: Bytes) -> None:
 
 
 def gather(buf: Bytes, ranges: Rows) -> tuple[Bytes, Rows]:
-    """The bytes of ``ranges`` (negative sizes as empty) end to end, and where each begins: one
-    number more than ranges."""
+    """Return the bytes of ``ranges`` end to end (negative sizes count as empty), and the start of
+    each followed by the total: one more number than ranges."""
     starts = np.zeros(len(ranges) + 1, np.int64)
     np.cumsum(np.maximum(ranges[:, SIZE], 0), out=starts[1:])
     out = np.empty(starts[-1], np.uint8)

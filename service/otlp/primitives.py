@@ -1,11 +1,11 @@
-"""Kernels for the smallest things in a protobuf message: words, varints, UTF-8, hashes.
+"""Kernels for the smallest parts of a protobuf message: words, varints, UTF-8, hashes.
 
-Wire format: protobuf.dev/programming-guides/encoding. The limits (a tag or a length has at
-most five bytes, a value at most ten, a length is below 2**31 - 1) are those of the protobuf
-library (upb), so that a message is accepted here exactly when the library accepts it.
+Wire format: protobuf.dev/programming-guides/encoding. The limits (a tag or a length has at most
+five bytes, a value at most ten, a length is below 2**31 - 1) are those of the protobuf library
+(upb), so a message is accepted here exactly if the library accepts it.
 
-Every function here is a kernel: with the JIT on it is compiled and checks its bounds, with
-``NUMBA_DISABLE_JIT=1`` it is ordinary Python over numpy scalars and gives the same values.
+Every function here is a kernel: with the JIT on, it is compiled with bounds checks; with
+``NUMBA_DISABLE_JIT=1`` it runs as Python on numpy scalars, with the same results.
 Positions and lengths are byte offsets into ``buf``, a one-dimensional ``uint8`` array.
 """
 
@@ -22,10 +22,10 @@ from numba.extending import intrinsic
 from betrace.service.jit import lean_kernel
 from betrace.service.otlp.columns import Bytes
 
-int64: Any = np.int64  # Any: kernels mix it with int, which it is to numba
+int64: Any = np.int64  # Any: kernels mix it with int, and numba treats it as int
 
-# What went wrong in a body; wire.ERRORS says it in words. Readers return them negated in
-# place of a position.
+# Errors in a body; wire.ERRORS has their messages. Readers return them negated instead of a
+# position.
 TRUNCATED = 1
 BAD_VARINT = 2
 BAD_TAG = 3
@@ -38,7 +38,7 @@ BAD_GROUP = 8
 # Wire types.
 VARINT, FIXED64, BYTES_TYPE, START_GROUP, END_GROUP, FIXED32 = range(6)
 
-_MAX_LENGTH = 2**31 - 1  # not included
+_MAX_LENGTH = 2**31 - 1  # exclusive
 _HIGH_BITS = -0x7F7F7F7F7F7F7F80  # 0x8080808080808080 as int64
 _HASH_SEED = 0x2545F4914F6CDD1D
 _HASH_FACTOR = -0x61C8864680B583EB  # 2**64 / golden ratio, as int64
@@ -58,7 +58,7 @@ def _word_codegen(big: bool) -> Any:
 
 
 def _word_reader(big: bool) -> Any:
-    """The 8 bytes at an index as int64, unchecked: only for the two functions below."""
+    """The 8 bytes at an index as int64, without bounds check; for the two functions below."""
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         order: Literal["big", "little"] = "big" if big else "little"
         return lambda buf, i: int64(int.from_bytes(buf[i : i + 8].tobytes(), order, signed=True))
@@ -95,7 +95,7 @@ def load64_big(buf: Bytes, index: int) -> int:
 def hash_bytes(buf: Bytes, off: int, length: int) -> int:
     """A 64-bit hash of ``length`` bytes from ``off``: 8 bytes a step, multiply and fold.
 
-    Fast rather than strong: whoever looks something up by it compares the bytes as well.
+    Fast rather than strong: a lookup by this hash must compare the bytes as well.
     """
     end = off + length
     h: int = int64(_HASH_SEED) ^ (int64(length) * int64(_HASH_FACTOR))
@@ -193,8 +193,8 @@ def is_utf8(buf: Bytes, off: int, end: int) -> bool:
 def read_varint(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     """The varint at ``pos`` (modulo 2**64, as int64) and the position after it.
 
-    In place of the position: ``-TRUNCATED`` when it runs past ``end``, ``-BAD_VARINT`` when
-    it has more than ten bytes.
+    Instead of the position: ``-TRUNCATED`` if it runs past ``end``, ``-BAD_VARINT`` if it has
+    more than ten bytes.
     """
     value = int64(0)
     shift = 0
@@ -212,7 +212,7 @@ def read_varint(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
 
 @lean_kernel
 def _read_short_varint(buf: Bytes, pos: int, end: int, error: int) -> tuple[int, int]:
-    """A varint of at most five bytes; ``-error`` in place of the position when it is longer."""
+    """A varint of at most five bytes; if longer, ``-error`` instead of the position."""
     value = int64(0)
     shift = 0
     while shift < 35:
@@ -231,7 +231,7 @@ def _read_short_varint(buf: Bytes, pos: int, end: int, error: int) -> tuple[int,
 def read_tag(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     """The tag (field number << 3 | wire type) at ``pos`` and the position after it.
 
-    In place of the position: ``-TRUNCATED``, or ``-BAD_TAG`` for more than five bytes or 32 bits.
+    Instead of the position: ``-TRUNCATED``, or ``-BAD_TAG`` for more than five bytes or 32 bits.
     """
     if pos < end and buf[pos] < 0x80:
         return int64(buf[pos]), pos + 1
@@ -243,10 +243,10 @@ def read_tag(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
 
 @lean_kernel
 def read_length(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
-    """The length at ``pos`` and the position after it; so many bytes are there before ``end``.
+    """The length at ``pos``, checked to fit before ``end``, and the position after it.
 
-    In place of the position: ``-TRUNCATED`` when the length or what it counts runs past
-    ``end``, ``-BAD_LENGTH`` for more than five bytes or 2**31 - 2.
+    Instead of the position: ``-TRUNCATED`` if the length or the bytes it counts run past ``end``,
+    ``-BAD_LENGTH`` for more than five bytes or 2**31 - 2.
     """
     if pos < end and buf[pos] < 0x80:
         length = int64(buf[pos])

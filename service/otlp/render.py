@@ -1,7 +1,7 @@
-"""A stored trace as OTLP JSON: the spans of one trace out of the request bodies they came in.
+"""Renders a stored trace as OTLP JSON: the spans of one trace from the request bodies.
 
-Not on the hot path: the protobuf library reads the bodies. OTLP's JSON differs from that of
-protobuf in two ways: ids are hex, and enums are numbers.
+Not on the hot path: the protobuf library reads the bodies. OTLP's JSON differs from protobuf's
+in two ways: ids are hex, and enums are numbers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 
 def trace_as_json(bodies: Iterable[bytes], trace_id: bytes) -> dict[str, Any]:
-    """The spans with ``trace_id`` as an OTLP JSON object, ``{"resourceSpans": [...]}``.
+    """Return the spans with ``trace_id`` as an OTLP JSON object, ``{"resourceSpans": [...]}``.
 
-    ``bodies`` are accepted protobuf requests, decompressed. A span that came twice (the same
-    span id) is given once, as it came first; spans of the same resource and scope are put
-    together, in the order they came. Ids are lower-case hex, 64-bit integers strings; fields
-    with their default value are left out. Raises ``google.protobuf.message.DecodeError`` for a
-    body that is not a request.
+    ``bodies`` are accepted protobuf requests, decompressed. Of spans with the same span id, only
+    the first is included. Spans of the same resource and scope are grouped, in order. Ids are
+    lower-case hex, 64-bit integers are strings, and fields with their default value are omitted.
+
+    Raises:
+      google.protobuf.message.DecodeError: a body is not a request.
     """
     resources: dict[bytes, dict[str, Any]] = {}
     scopes: dict[tuple[bytes, bytes], dict[str, Any]] = {}
@@ -31,7 +32,7 @@ def trace_as_json(bodies: Iterable[bytes], trace_id: bytes) -> dict[str, Any]:
     for body in bodies:
         for resource_spans in ExportTraceServiceRequest.FromString(body).resource_spans:
             for scope_spans in resource_spans.scope_spans:
-                # A request holds many traces: look at all, convert few.
+                # A request contains many traces: check all spans, convert few.
                 found: list[dict[str, Any]] = []
                 for span in scope_spans.spans:
                     if span.trace_id == trace_id and span.span_id not in seen:
@@ -67,7 +68,7 @@ def _span(span: Span) -> dict[str, Any]:
 
 
 def _ids_to_hex(message: dict[str, Any]) -> None:
-    """Turn the ids of a span or link, base64 by protobuf's rules, into hex."""
+    """Convert the ids of a span or link from protobuf's base64 to hex."""
     for name in ("traceId", "spanId", "parentSpanId"):
         if name in message:
             message[name] = base64.b64decode(message[name]).hex()

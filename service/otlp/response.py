@@ -1,6 +1,6 @@
-"""What OTLP/HTTP answers: the export response and, for errors, ``google.rpc.Status``.
+"""Response bodies of OTLP/HTTP: the export response and, for errors, ``google.rpc.Status``.
 
-Both in the request's format: binary protobuf, or JSON by the proto3 mapping
+Both use the request's format: binary protobuf, or JSON by the proto3 mapping
 (opentelemetry.io/docs/specs/otlp, "OTLP/HTTP Response").
 """
 
@@ -12,10 +12,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 
 def export_response(json: bool, rejected: int = 0, message: str = "") -> bytes:
-    """The body of a 200: an ``ExportTraceServiceResponse``.
+    """Return the body of a 200: an ``ExportTraceServiceResponse``.
 
-    Empty when nothing was rejected and there is no ``message``; else with a partial success
-    of ``rejected`` spans. A message without rejected spans is a warning, as OTLP allows.
+    It is empty if nothing was rejected and there is no ``message``; otherwise it reports a partial
+    success with ``rejected`` spans. OTLP allows a message without rejected spans as a warning.
     """
     if json:
         if not rejected and not message:
@@ -34,7 +34,7 @@ def export_response(json: bool, rejected: int = 0, message: str = "") -> bytes:
 
 
 def status_body(json: bool, code: int, message: str) -> bytes:
-    """The body of a 4xx or 5xx: a ``google.rpc.Status`` with a ``google.rpc.Code``."""
+    """Return the body of a 4xx or 5xx: a ``google.rpc.Status`` with a ``google.rpc.Code``."""
     if json:
         return orjson.dumps({"code": code, "message": message})
     body: bytes = Status(code=code, message=message).SerializeToString()

@@ -1,13 +1,13 @@
 """The kernel that scans ``ExportTraceServiceRequest`` messages into rows.
 
-One loop walks a body field by field; which message it is in is kept on an explicit stack of
-at most ``MAX_DEPTH`` entries. What a field means is looked up in a table by message type and
-tag, so that a tag with an unexpected wire type falls out as an unknown field, as in the
-protobuf library. Everything is validated as the library does it, also what no column
-holds: lengths, varints, groups, UTF-8 of all strings, nesting.
+One loop walks a body field by field, with the enclosing messages on an explicit stack of at most
+``MAX_DEPTH`` entries. A table gives the meaning of a field by message type and tag, so a tag with
+an unexpected wire type is an unknown field, as in the protobuf library. Everything is validated as
+the library does it, even if no column stores it: lengths, varints, groups, UTF-8 of all strings,
+nesting.
 
-An attribute in the shape every exporter writes (key, then one value, lengths below
-128) is checked by a straight-line shortcut, :func:`_plain_key_value`; all others take the loop.
+An attribute in the shape that exporters write (a key, then one value, lengths below 128) is
+checked by a straight-line shortcut, :func:`_plain_key_value`. All others go through the loop.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ from betrace.service.otlp.schema import (
 
 MAX_DEPTH = 100  # nested messages and groups below the request: the protobuf library's limit
 
-# Columns of the stack: of the message around the present one.
+# Columns of the stack: of the message around the current one.
 _STACK_END, _STACK_TYPE, _STACK_GROUP = range(3)
 STACK_COLUMNS = 3
 
@@ -130,18 +130,18 @@ _TRUE = np.frombuffer(b"true", np.uint8)
 
 _INT64_MAX = 2**63 - 1
 
-# What _plain_key_value finds.
+# Results of _plain_key_value.
 _NOT_PLAIN, _GOOD, _GOOD_COMPLETE = range(3)
 
-OVERFLOW = -1  # scan: there are more rows than room for them
+OVERFLOW = -1  # scan: more rows are needed than the arrays have
 
 
 @lean_kernel
 def _plain_key_value(buf: Bytes, pos: int, end: int) -> int:
     """Check the ``KeyValue`` at ``pos`` .. ``end`` if it has the usual shape.
 
-    ``_GOOD``: it is valid; ``_GOOD_COMPLETE``: and its key may be trace.complete;
-    ``_NOT_PLAIN``: undecided.
+    Returns ``_GOOD`` if it is valid, ``_GOOD_COMPLETE`` if its key may also be trace.complete, or
+    ``_NOT_PLAIN`` if undecided.
     """
     if end - pos < 6 or buf[pos] != 0x0A:
         return _NOT_PLAIN
@@ -158,7 +158,7 @@ def _plain_key_value(buf: Bytes, pos: int, end: int) -> int:
         text_len = int64(buf[item + 1])
         if text_len >= 0x80 or item + 2 + text_len != end:
             return _NOT_PLAIN
-        # Tags and lengths here are below 128: one look at all of it decides for both strings.
+        # Tags and lengths here are below 128, so one ASCII check covers both strings.
         if not is_ascii(buf, pos, end) and not (
             is_utf8(buf, pos + 2, value) and is_utf8(buf, item + 2, end)
         ):
@@ -205,7 +205,7 @@ def _int32(value: int) -> int:
 
 @lean_kernel
 def _clamped(value: int) -> int:
-    """An unsigned 64-bit value given as int64, cut to the largest int64."""
+    """An unsigned 64-bit value given as int64, limited to the largest int64."""
     return _INT64_MAX if value < 0 else value
 
 
@@ -235,15 +235,15 @@ def _scan_body(
     out: Rows,
     counts: Rows,
 ) -> tuple[int, int]:
-    """Scan the body at ``start`` .. ``stop``: (0, 0), or an error code and where it was seen.
+    """Scan the body at ``start`` .. ``stop``. Return (0, 0), or an error code and its position.
 
-    ``counts`` is moved on and the body's counts are set only when there is no error.
+    ``counts`` and the body's counts are updated only if there is no error.
     """
     span_row = counts[SPANS]
     resource_row = counts[RESOURCES]
     scope_row = counts[SCOPES]
-    in_resource = False  # the present ResourceSpans has a row, resource_row
-    in_scope = False  # the present ScopeSpans has a row, scope_row
+    in_resource = False  # the current ResourceSpans has a row, resource_row
+    in_scope = False  # the current ScopeSpans has a row, scope_row
     bad_trace_ids = 0
     bad_span_ids = 0
 
@@ -260,7 +260,7 @@ def _scan_body(
 
     depth = 0
     message = REQUEST_TYPE
-    group = 0  # field number of the present group
+    group = 0  # field number of the current group
     pos = start
     end = stop
     while True:
@@ -476,11 +476,11 @@ def scan(
     out: Rows,
     counts: Rows,
 ) -> int:
-    """Scan the bodies that lie in ``buf`` from ``starts[i]`` to ``starts[i + 1]``.
+    """Scan the bodies in ``buf``, each from ``starts[i]`` to ``starts[i + 1]``.
 
-    Fills the rows, ``counts`` with how many there are, and ``bodies``. ``stack`` is scratch of
+    Fills the rows, ``counts`` with their numbers, and ``bodies``. ``stack`` is scratch space of
     ``MAX_DEPTH`` rows of ``STACK_COLUMNS``, ``out`` of ``attributes.OUT_SIZE``. Returns 0, or
-    ``OVERFLOW`` when there is not room enough; then nothing of what was filled counts.
+    ``OVERFLOW`` if the arrays are too small; the results are then invalid.
     """
     counts[:] = 0
     bodies[:] = 0

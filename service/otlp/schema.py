@@ -1,9 +1,9 @@
-"""The messages of a trace request, as a table that kernels look fields up in.
+"""The messages of a trace request, as a table in which kernels look up fields.
 
-Of opentelemetry-proto 1.x, ``opentelemetry.proto.collector.trace.v1`` and what it uses. Only
-fields that need more than their wire type says are in the table: messages, texts (whose
-UTF-8 is checked) and what ends up in a column. A tag with another wire type than the field's
-is not found, and so an unknown field, as in the protobuf library.
+Source: opentelemetry-proto 1.x, ``opentelemetry.proto.collector.trace.v1`` and its imports. The
+table contains only fields that need more than their wire type: messages, texts (whose UTF-8 is
+checked) and fields stored in a column. A tag whose wire type differs from the field's is not found
+and is an unknown field, as in the protobuf library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from betrace.service.otlp.primitives import BYTES_TYPE, FIXED64, VARINT
     GROUP_TYPE,  # an unknown group: no known fields
 ) = range(15)
 
-# What a field means; a field without further rules is as plain as an unknown one.
+# Meanings of fields; a field without special rules is treated like an unknown one.
 (
     PLAIN_FIELD,
     TRACE_ID_FIELD,
@@ -47,14 +47,14 @@ from betrace.service.otlp.primitives import BYTES_TYPE, FIXED64, VARINT
     MESSAGE_FIELD,
     SCOPE_NAME_FIELD,
     KEY_FIELD,
-    SUBMESSAGE,  # SUBMESSAGE + type: a message of that type
+    SUBMESSAGE,  # SUBMESSAGE + type: a nested message of that type
 ) = range(14)
 
-TAGS = 128  # tags below this are looked up; all known fields of interest are
+TAGS = 128  # tags below this are looked up; all fields of interest are below it
 
 
 def _operations() -> Rows:
-    """The table: the meaning of tag ``t`` in message type ``m`` at ``m * TAGS + t``."""
+    """Return the table: the meaning of tag ``t`` in message type ``m`` is at ``m * TAGS + t``."""
     table = np.zeros((GROUP_TYPE + 1) * TAGS, np.int64)
 
     def put(message: int, wire_type: int, fields: dict[int, int]) -> None:

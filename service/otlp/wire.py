@@ -1,10 +1,9 @@
-"""Protobuf request bodies to columns: the front of the scanner.
+"""Scans protobuf request bodies into columns: the interface of the scanner.
 
 Decodes ``opentelemetry.proto.collector.trace.v1.ExportTraceServiceRequest``
-(opentelemetry-proto 1.x). Accepts what the protobuf library accepts, gives the same values, and
-refuses the rest. The kernels behind it, and what they promise, are in
-:mod:`betrace.service.otlp.scanner`, :mod:`betrace.service.otlp.attributes` and
-:mod:`betrace.service.otlp.primitives`; what others need of them is found here as well.
+(opentelemetry-proto 1.x). It accepts exactly what the protobuf library accepts, with the same
+values. The kernels are in :mod:`betrace.service.otlp.scanner`,
+:mod:`betrace.service.otlp.attributes` and :mod:`betrace.service.otlp.primitives`.
 """
 
 from __future__ import annotations
@@ -14,19 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from betrace.service.otlp.attributes import (
-    ARRAY,
-    BOOL,
-    BYTES,
-    DOUBLE,
-    INT,
-    KVLIST,
     LENGTH,
-    MISSING,
     OUT_SIZE,
-    RESOURCE_ATTRIBUTES,
     SPAN_ATTRIBUTES,
-    STRING,
-    TYPE,
     VALUE,
     find_attribute,
     find_resource_attribute,
@@ -67,48 +56,22 @@ from betrace.service.otlp.scanner import (
     scan,
 )
 
-__all__ = [
-    "ARRAY",
-    "BOOL",
-    "BYTES",
-    "DOUBLE",
-    "ERRORS",
-    "INT",
-    "KVLIST",
-    "LENGTH",
-    "MISSING",
-    "OUT_SIZE",
-    "RESOURCE_ATTRIBUTES",
-    "SPAN_ATTRIBUTES",
-    "STRING",
-    "TYPE",
-    "VALUE",
-    "find_attribute",
-    "find_resource_attribute",
-    "hash_bytes",
-    "hash_text",
-    "next_array_item",
-    "same_bytes",
-    "scan_bodies",
-    "warm_up",
-]
-
-_RESEND = "Send an ExportTraceServiceRequest as application/x-protobuf, whole and unaltered."
+_RESEND = "Send a complete ExportTraceServiceRequest as application/x-protobuf."
 ERRORS: dict[int, str] = {
     TRUNCATED: f"The body ends, or a message in it ends, in the middle of a field. {_RESEND}",
-    BAD_VARINT: f"A number has more than the ten bytes that protobuf allows. {_RESEND}",
-    BAD_TAG: f"A field has the number 0 or one beyond what protobuf allows. {_RESEND}",
-    BAD_WIRE_TYPE: f"A field has the wire type 6 or 7, which protobuf does not know. {_RESEND}",
-    BAD_LENGTH: f"A field's length is beyond the 2 GiB that protobuf allows. {_RESEND}",
-    BAD_UTF8: "A text field is not valid UTF-8. Send text as UTF-8, other bytes as bytes_value.",
+    BAD_VARINT: f"A number has more than ten bytes, the limit in protobuf. {_RESEND}",
+    BAD_TAG: f"A field has the number 0, or one above the limit in protobuf. {_RESEND}",
+    BAD_WIRE_TYPE: f"A field has the wire type 6 or 7, which protobuf does not define. {_RESEND}",
+    BAD_LENGTH: f"A field is longer than 2 GiB, the limit in protobuf. {_RESEND}",
+    BAD_UTF8: "A text field is not valid UTF-8. Send text as UTF-8 and other bytes as bytes_value.",
     TOO_DEEP: f"Values are nested more than {MAX_DEPTH} messages deep. Send flatter attributes.",
-    BAD_GROUP: f"A group is not closed, or closed without being open. {_RESEND}",
+    BAD_GROUP: f"A group is not closed, or is closed without being open. {_RESEND}",
 }
-"""For each value of the body column ``ERROR``: what is wrong, and what to do."""
+"""For each value of the body column ``ERROR``: what is wrong and what to do."""
 
-# The smallest span that is accepted: a trace id of 2 + 16 bytes, a span id of 2 + 8, and the
-# tag and length of the span itself. So a body has at most this many spans for its size, and
-# as many resources and scopes, which get a row only with the first span accepted in them.
+# The smallest accepted span: a trace id of 2 + 16 bytes, a span id of 2 + 8, and the span's tag and
+# length. It bounds the spans in a body of a given size, and the resources and scopes too, because
+# those get a row only with their first accepted span.
 _SMALLEST_SPAN = 30
 _USUAL_SPAN = 120
 _USUAL_SPANS_PER_RESOURCE = 4
@@ -122,7 +85,7 @@ def hash_text(text: str) -> int:
 
 
 def _as_array(data: bytes | bytearray | memoryview) -> Bytes:
-    """``data`` as an array on the same memory, read-only, so that kernels see one type."""
+    """View ``data`` as a read-only array, so that kernels see one type."""
     array = np.frombuffer(data, np.uint8)
     array.flags.writeable = False
     return array
@@ -131,33 +94,33 @@ def _as_array(data: bytes | bytearray | memoryview) -> Bytes:
 def scan_bodies(tenant: str, bodies: Sequence[bytes | bytearray | memoryview]) -> SpanBatch:
     """Scan the protobuf bodies of one tenant's requests in one kernel call.
 
-    Returns a batch whose ``bodies`` row *i* tells about ``bodies[i]``. A body with an error
-    (``ERROR`` not 0, see ``ERRORS``) contributes no spans and leaves the others alone.
-    A span with a trace id or a span id that is not one is left out and counted in its body's
-    row. A resource or a scope has a row only if a span in it was accepted.
+    Row *i* of the batch's ``bodies`` describes ``bodies[i]``. A body with an error (``ERROR`` not
+    0, see ``ERRORS``) contributes no spans and does not affect the others. A span with an invalid
+    trace or span id is left out and counted in its body's row. A resource or scope has a row only
+    if a span in it was accepted.
 
-    A single body is not copied: the batch's ``buf`` is its memory, which must not change
-    while the batch is in use.
+    A single body is not copied: the batch's ``buf`` is its memory, which must not change while the
+    batch is in use.
     """
     buf = _as_array(bodies[0] if len(bodies) == 1 else b"".join(bodies))
     starts = np.zeros(len(bodies) + 1, np.int64)
     np.cumsum([len(body) for body in bodies], out=starts[1:])
     most = len(buf) // _SMALLEST_SPAN
-    room = min(most, len(buf) // _USUAL_SPAN + 16)
-    other_room = min(most, room // _USUAL_SPANS_PER_RESOURCE + 16)
+    capacity = min(most, len(buf) // _USUAL_SPAN + 16)
+    other_capacity = min(most, capacity // _USUAL_SPANS_PER_RESOURCE + 16)
     body_rows = np.empty((len(bodies), BODY_COLUMNS), np.int64)
     stack = np.empty((MAX_DEPTH, STACK_COLUMNS), np.int64)
     out = np.empty(OUT_SIZE, np.int64)
     counts = np.empty(COUNTS, np.int64)
     while True:
-        spans = np.empty((room, SPAN_COLUMNS), np.int64)
-        resources = np.empty((other_room, RESOURCE_COLUMNS), np.int64)
-        scopes = np.empty((other_room, SCOPE_COLUMNS), np.int64)
-        with np.errstate(over="ignore"):  # the hash wraps around; matters with the JIT off
+        spans = np.empty((capacity, SPAN_COLUMNS), np.int64)
+        resources = np.empty((other_capacity, RESOURCE_COLUMNS), np.int64)
+        scopes = np.empty((other_capacity, SCOPE_COLUMNS), np.int64)
+        with np.errstate(over="ignore"):  # the hash wraps around, which warns with the JIT off
             full = scan(buf, starts, spans, resources, scopes, body_rows, stack, out, counts)
         if not full:
             break
-        room = other_room = most  # cannot be exceeded
+        capacity = other_capacity = most  # cannot be exceeded
     return SpanBatch(
         tenant=tenant,
         buf=buf,
@@ -169,7 +132,7 @@ def scan_bodies(tenant: str, bodies: Sequence[bytes | bytearray | memoryview]) -
 
 
 def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited field, small enough that its tag and length take a byte each."""
+    """A length-delimited field whose tag and length take one byte each."""
     return bytes([number << 3 | BYTES_TYPE, len(payload)]) + payload
 
 
@@ -183,7 +146,7 @@ def _sample() -> bytes:
 def warm_up() -> None:
     """Compile every kernel of this package, or load it from the cache on disk.
 
-    Takes seconds when there is no cache, so call it from a worker thread at start.
+    Takes seconds without a cache: call it from a worker thread at start.
     """
     batch = scan_bodies("warm-up", [_sample()])
     key = _as_array(b"k")

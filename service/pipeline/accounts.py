@@ -10,44 +10,45 @@ from betrace.service.pipeline.pipeline import Pipeline
 
 @dataclass(frozen=True, slots=True)
 class SpanAccount:
-    """Spans since the start: what came in, and where it is now."""
+    """Spans since the start: how many were received, and where they are now."""
 
     accepted: int
-    """Of requests that were answered with 200, or with 503 since the disk did not sync: those are
-    in the log and go the same way."""
+    """Spans of requests answered with 200, or with 503 because the disk did not sync: those spans
+    are in the log and are processed as well."""
     replayed: int
     """Read back from the span log at the start."""
     carried: int
-    """In dead letters of before the start."""
+    """In dead letters from before the start."""
     evaluated: int
-    """Folded into their traces, those that came twice included."""
+    """Folded into their traces, repeated spans included."""
     in_flight: int
-    """On their way there."""
+    """On their way to their traces."""
     dead_lettered: int
-    """In dead letters, those that are just tried again included."""
+    """In dead letters, including letters that are being retried."""
     discarded: int
     """In dead letters that an operator discarded, or that were moved to files."""
 
     @property
     def balance(self) -> int:
-        """0, or spans have been lost (more) or doubled (less)."""
-        came = self.accepted + self.replayed + self.carried
-        return came - self.evaluated - self.in_flight - self.dead_lettered - self.discarded
+        """0; positive if spans were lost, negative if spans were counted twice."""
+        received = self.accepted + self.replayed + self.carried
+        return received - self.evaluated - self.in_flight - self.dead_lettered - self.discarded
 
 
 def span_account(pipeline: Pipeline, replayed: int) -> SpanAccount:
-    """The account as of now, on the Trio thread; ``replayed`` spans were read back at the start."""
+    """The account as of now; call on the Trio thread. ``replayed`` spans were read back at the
+    start."""
     letters = pipeline.letters
     channel = pipeline.batches.statistics()
     accepted = pipeline.ingest.counts.accepted + pipeline.ingest.counts.unacknowledged
     retried = letters.counts.retried_weight.get(SPANS_STAGE, 0)
-    waiting = accepted + replayed + retried - channel.total_in  # for room in the channel
+    waiting = accepted + replayed + retried - channel.total_in  # not in the channel yet
     return SpanAccount(
         accepted=accepted,
         replayed=replayed,
         carried=letters.carried_spans,
         evaluated=pipeline.stages[SPANS_STAGE].statistics().weight_out
-        + pipeline.folded_all_the_same,
+        + pipeline.failed_after_folding,
         in_flight=waiting + channel.size - letters.retrying_spans,
         dead_lettered=letters.spans,
         discarded=letters.counts.lost_weight.get(SPANS_STAGE, 0),

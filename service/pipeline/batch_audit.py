@@ -1,4 +1,4 @@
-"""A record of each accepted request, on a side tap: it never holds up what it records."""
+"""A record of each accepted request, on a side tap, so that it never delays requests."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from betrace.channels import Tap, ThreadRunner
 from betrace.service.pipeline.request import Done, Request
 from betrace.service.storage.audit_log import AuditLog
-from betrace.service.storage.spanlog.log import unpack_position
+from betrace.service.storage.spanlog.frames import unpack_position
 
 CAPACITY = 10_000
 _WRITTEN_AT_ONCE = 1000
 
 
 class BatchAudit:
-    """Writes ``batches.jsonl``; methods are called on the Trio thread. What does not fit while the
-    disk is slow is dropped, and counted in the tap's statistics."""
+    """Writes ``batches.jsonl``; methods are called on the Trio thread. Records that do not fit
+    while the disk is slow are dropped, and counted in the tap's statistics."""
 
     def __init__(self, path: Path, max_bytes: int, files: int) -> None:
         self._file = AuditLog(path, max_bytes, files)
@@ -26,8 +26,8 @@ class BatchAudit:
         )
 
     def accepted(self, request: Request, outcome: Done) -> None:
-        """Note a request. ``segment`` and ``offset`` are its place in the tenant's log, null where
-        nothing of it was written, since it had no spans."""
+        """Record a request. ``segment`` and ``offset`` are its place in the tenant's log, null for
+        a request without spans, of which nothing is written."""
         segment, offset = unpack_position(outcome.position) if outcome.position else (None, None)
         self.tap.offer(
             {
@@ -48,15 +48,15 @@ class BatchAudit:
         self._file.append(*records)
 
     def dropped(self) -> int:
-        """Requests that were not noted."""
+        """Requests that were not recorded."""
         return sum(self.tap.statistics().dropped.values())
 
     async def run(self) -> None:
-        """Write, until :meth:`close`."""
+        """Write records until :meth:`close`."""
         await self.tap.run()
 
     def close(self) -> None:
-        """Write what there is, and end; the thread too."""
+        """Write the remaining records, then end."""
         self.tap.close()
 
     def close_threads(self) -> None:

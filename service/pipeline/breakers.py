@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from betrace.channels import Breaker, BreakerSettings, BreakerState, ExpectedError, Transition
-from betrace.service.config.settings import Breakers as Configured
-from betrace.service.config.stages import Breaker as Limits
+from betrace.service.config.stages import BreakerSettings as Limits
+from betrace.service.config.stages import BreakersSettings as Configured
 from betrace.service.telemetry import events
 
 EVALUATION, LEDGER, DUCKDB = NAMES = ("rule-evaluation", "ledger", "duckdb")
@@ -17,23 +17,24 @@ KINDS = ("successful", "failed", "timed_out", "slow", "not_permitted", "cancelle
 
 
 class PoisonError(ExpectedError):
-    """What a store or destination can never take: no failure of its own."""
+    """An item that a store or destination can never accept. It does not count as a failure of the
+    store."""
 
 
 class Breakers:
-    """One for rule evaluation, and one for each store and each destination of signals (named in
-    ``exports``) that can fail by itself."""
+    """One breaker for rule evaluation, one for each store, and one for each export destination
+    (``exports`` are their names)."""
 
     def __init__(self, configured: Configured, exports: Sequence[str] = ()) -> None:
-        def blameless(error: Exception) -> bool:
+        def is_failure(error: Exception) -> bool:
             return not isinstance(error, PoisonError)
 
         def breaker(name: str, limits: Limits) -> Breaker:
             return Breaker(
                 name,
                 _settings(limits),
-                is_failure=blameless,
-                on_transition=lambda change: _tell(name, change),
+                is_failure=is_failure,
+                on_transition=lambda change: _report(name, change),
             )
 
         self.evaluation = breaker(EVALUATION, configured.evaluation)
@@ -50,7 +51,7 @@ class Breakers:
         return self._by_name[name]
 
     def act(self, name: str, action: str) -> None:
-        """Do what an operator wants; ``action`` is one of :data:`ACTIONS`. Raises KeyError."""
+        """Perform an operator's action, one of :data:`ACTIONS`. Raises KeyError."""
         breaker = self._by_name[name]
         actions: dict[str, Callable[[], None]] = {
             "trip": breaker.trip,
@@ -61,7 +62,7 @@ class Breakers:
         actions[action]()
 
 
-def _tell(name: str, change: Transition) -> None:
+def _report(name: str, change: Transition) -> None:
     opened = change.after in (BreakerState.OPEN, BreakerState.FORCED_OPEN)
     event = events.BREAKER_OPENED if opened else events.BREAKER_CHANGED
     before, after = str(change.before), str(change.after)
@@ -82,13 +83,13 @@ def _settings(configured: Limits) -> BreakerSettings:
 
 
 def status(breaker: Breaker) -> str:
-    """Of the component: ok, or degraded while calls are refused or not judged."""
+    """The component's status: ok, or degraded while calls are refused or not counted."""
     return "ok" if breaker.state is BreakerState.CLOSED else "degraded"
 
 
 def calls(breaker: Breaker) -> dict[str, int]:
-    """Calls since the start by kind (:data:`KINDS`); a call that timed out is not among the
-    failed, one that was slow is counted once more."""
+    """Calls since the start by kind (:data:`KINDS`). A call that timed out does not count as
+    failed; a slow call counts twice."""
     now = breaker.snapshot()
     counts = (
         now.succeeded,
@@ -102,7 +103,7 @@ def calls(breaker: Breaker) -> dict[str, int]:
 
 
 def shown(breaker: Breaker, wall_time: Callable[[float], float]) -> dict[str, Any]:
-    """A breaker as JSON. ``wall_time`` makes seconds since 1970 of a time of Trio's clock."""
+    """A breaker as JSON. ``wall_time`` converts a time of Trio's clock to seconds since 1970."""
     now = breaker.snapshot()
     limits = breaker.settings
     return {

@@ -1,23 +1,22 @@
-"""What happens to items that a stage failed on for good: kept, tried again, let go.
+"""Dead letters: items that a stage failed on for good are kept, retried and finally deleted.
 
-An item is kept in :class:`~betrace.service.storage.dead_letters.DeadLetterStore` before its stage
-lets go of
-it. Letters of transient errors are given to their stage again by themselves after a while, the
-others when an operator says so. A letter is deleted only when the item is safe elsewhere:
+An item is durable in :class:`~betrace.service.storage.dead_letters.DeadLetterStore` before its
+stage drops it. Letters of transient errors are retried automatically after a while, the others when
+an operator asks for it. A letter is deleted only when its item is safe elsewhere:
 
-- due traces, and what was decided of them, when their ticket (:class:`InFlight`) is given back:
-  then their signals and rows are stored, in a fallback file, or in the letter of a later stage;
-- spans when the checkpoints have the traces that they were folded into, see
+- due traces and decided traces, when their ticket (:class:`InFlight`) is returned: then their
+  signals and rows are in a store, in a fallback file, or in the letter of a later stage;
+- spans, when the checkpoints contain the traces that they were folded into, see
   :meth:`DeadLetters.saved_in`.
 
-So an item may be worked on twice after a crash, which changes nothing, and is never lost.
+After a crash an item may be processed twice, which changes nothing; it is never lost.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,14 @@ import trio
 
 from betrace.channels import SendChannel, ThreadRunner, TransientError, is_expected
 from betrace.service.otlp.columns import SpanBatch
-from betrace.service.pipeline import letter_codec as letters
-from betrace.service.pipeline.letter_codec import DeadLetterCounts, Held, Item, LetterError, Retry
+from betrace.service.pipeline import letter_codec
+from betrace.service.pipeline.letter_codec import (
+    DeadLetterCounts,
+    Item,
+    LetterError,
+    LetterTotals,
+    Retry,
+)
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.storage.dead_letters import (
     MAX_LIMIT,
@@ -43,24 +48,27 @@ _log = logging.getLogger("service.deadletters")
 
 SPANS_STAGE = "trace-correlation"
 POLL_SECONDS = 1.0
-TELL_SECONDS = 5.0  # of a stage, between two lines of the log
+LOG_SECONDS = 5.0  # between two log lines about the same stage
 MOST_RETRIED_AT_ONCE = 64  # letters of a stage
-_MOST_BUSY = 10_000  # of a stage, those that are done and not deleted yet included
+_MOST_BUSY = 10_000  # letters of a stage, including those that are done and not deleted yet
 _SECOND = 1_000_000_000
+
+Bury = Callable[[str, list[Any], Exception, int], Awaitable[None]]
+"""Keeps items that a stage failed on together: (stage, items, error, attempts)."""
 
 Progress = Mapping[str, tuple[int, list[int]]]
 
 
 class DeadLetters:
-    """Keeps items that failed and gives them to their stages again. Methods are called on the Trio
-    thread; those that are async raise :exc:`DeadLetterError` where the disk fails.
+    """Keeps items that failed and sends them to their stages again. Methods are called on the Trio
+    thread; async ones raise :exc:`DeadLetterError` if the disk fails.
 
     Args:
-      store: where they are kept.
+      store: where letters are kept.
       log: the span log, from which batches of spans are read again.
       progress, in_flight: how far spans and due traces have come.
-      max_body_bytes: of a frame, decoded.
-      retry_seconds: after which letters of transient errors are tried again.
+      max_body_bytes: limit of a decoded frame.
+      retry_seconds: letters of transient errors are retried after this.
       clock_ns: the wall clock.
     """
 
@@ -83,29 +91,30 @@ class DeadLetters:
         self._clock_ns = clock_ns
         self._threads = ThreadRunner("dead-letters", 2)
         self._retrying: dict[tuple[Any, ...], Retry] = {}
-        self._busy: dict[str, set[int]] = {}  # ids being retried, or done and not deleted yet
-        self._folded: dict[int, Retry] = {}  # done, by id; a checkpoint must have them yet
+        self._busy: dict[str, set[int]] = {}  # ids being retried, or done but not deleted yet
+        self._folded: dict[int, Retry] = {}  # done, by id; not yet in all checkpoints
         self._done: list[int] = []
         self._closed: set[str] = set()  # tenants
         self._wake = trio.lowlevel.ParkingLot()
         self.counts = DeadLetterCounts()
-        self._told: dict[str, tuple[int, float]] = {}  # by stage: letters not logged, and when last
-        self.held: dict[str, Held] = {}
+        # By stage: letters not logged yet, and the time of the last log line.
+        self._unlogged: dict[str, tuple[int, float]] = {}
+        self.held: dict[str, LetterTotals] = {}
         for stage, count in store.counts().items():
-            self.held[stage] = Held(count.letters, count.weight)
+            self.held[stage] = LetterTotals(count.letters, count.weight)
         self.carried_spans = self.spans
-        """Spans in letters that were there at the start."""
+        """Spans in letters that existed at the start."""
 
-    # What the accounts and metrics want
+    # For the accounts and metrics
 
     @property
     def spans(self) -> int:
-        """Spans that were never folded, in letters."""
+        """Spans in letters, which were never folded."""
         return self._held(SPANS_STAGE).weight
 
     @property
     def retrying_spans(self) -> int:
-        """Of those, the spans that were given to their stage again and are not done."""
+        """The part of :attr:`spans` that was sent to its stage again and is not done."""
         return sum(
             retry.letter.weight
             for retry in self._retrying.values()
@@ -114,20 +123,20 @@ class DeadLetters:
 
     @property
     def total(self) -> int:
-        """Letters."""
+        """The number of letters."""
         return sum(held.letters for held in self.held.values())
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of all payloads."""
-        return self._store.held_bytes
+    def payload_bytes(self) -> int:
+        """Size of all payloads in bytes."""
+        return self._store.payload_bytes
 
     @property
     def exported(self) -> int:
-        """Letters that no longer fitted and were moved to files, since the start."""
+        """Letters moved to files since the start because the limit was reached."""
         return self._store.exported
 
-    # What stages tell
+    # For the stages
 
     async def bury(self, stage: str, item: Any, error: Exception, attempts: int) -> None:
         """Keep an item that ``stage`` failed on; it is durable when this returns."""
@@ -143,8 +152,8 @@ class DeadLetters:
         fresh = [item for item in items if id(item) not in again]
 
         def letter_of(item: Item) -> NewLetter:
-            kind, payload = letters.encode(item)
-            weight = letters.weigh(item)
+            kind, payload = letter_codec.encode(item)
+            weight = letter_codec.weigh(item)
             return NewLetter(
                 item.tenant, stage, kind, payload, weight, text, transient, attempts, next_retry
             )
@@ -164,11 +173,11 @@ class DeadLetters:
             return self._store.add([letter_of(item) for item in [*fresh, *exported]])
 
         new = await self._threads.run(keep)
-        # From here to the return nothing waits: the stage lets go of the items at the same time.
+        # No checkpoint from here to the return: the stage drops the items in the same step.
         held = self._held(stage)
         for item, is_new in zip(fresh, new, strict=False):
             held.letters += is_new
-            held.weight += letters.weigh(item) * is_new
+            held.weight += letter_codec.weigh(item) * is_new
             self.counts.kept += is_new
         self._note_exports()
         for retry in retried:
@@ -176,21 +185,21 @@ class DeadLetters:
             self._busy[stage].discard(retry.letter.id)
         for item in items:
             if isinstance(item, SpanBatch):
-                self._progress.folded(item.tenant, letters.frame_positions(item))
+                self._progress.folded(item.tenant, letter_codec.frame_positions(item))
             else:
                 self._in_flight.leave(item.ticket)
-        self._tell(stage, len(items), attempts, text, transient)
+        self._report(stage, len(items), attempts, text, transient)
 
-    def _tell(self, stage: str, items: int, attempts: int, error: str, transient: bool) -> None:
-        """Log it; of a stage that fails again and again, once in :data:`TELL_SECONDS`."""
-        untold, last = self._told.get(stage, (0, -TELL_SECONDS))
+    def _report(self, stage: str, items: int, attempts: int, error: str, transient: bool) -> None:
+        """Log new letters, at most once in :data:`LOG_SECONDS` for each stage."""
+        unlogged, last = self._unlogged.get(stage, (0, -LOG_SECONDS))
         now = trio.current_time()
-        if now - last < TELL_SECONDS:
-            self._told[stage] = untold + items, last
+        if now - last < LOG_SECONDS:
+            self._unlogged[stage] = unlogged + items, last
             return
-        self._told[stage] = 0, now
+        self._unlogged[stage] = 0, now
         events.DEAD_LETTERS(
-            items=untold + items,
+            items=unlogged + items,
             stage=stage,
             attempts=attempts,
             again=", to be tried again" if transient else "",
@@ -198,7 +207,7 @@ class DeadLetters:
         )
 
     def finished(self, items: Iterable[Any]) -> None:
-        """The stage of spans is done with items; to be told in the step that lets go of them."""
+        """Note items as folded; call it in the same step that drops them."""
         if self._retrying:
             for item in items:
                 retry = self._retrying.pop(_key(item), None)
@@ -207,7 +216,7 @@ class DeadLetters:
                     self._recovered(retry)
 
     def left(self, ticket: int) -> None:
-        """A ticket was given back: what it was for is safe."""
+        """Note a returned ticket: its work is safe."""
         retry = self._retrying.pop((ticket,), None)
         if retry is not None:
             self._done.append(retry.letter.id)
@@ -220,17 +229,17 @@ class DeadLetters:
         held.weight -= retry.letter.weight
         self.counts.recovered += 1
 
-    # What the checkpoint does
+    # For the checkpoint
 
     def retries(self) -> list[Retry]:
-        """Letters of spans that were given to their stage again; to be asked before the traces are
-        copied for a checkpoint, for :meth:`saved_in`."""
+        """Letters of spans that were sent to their stage again. Call it before the traces are
+        copied for a checkpoint, and pass the result to :meth:`saved_in`."""
         waiting = [r for r in self._retrying.values() if isinstance(r.item, SpanBatch)]
         return waiting + list(self._folded.values())
 
     def saved_in(self, before: list[Retry], progress: Progress) -> list[int]:
-        """The ids of the letters whose spans the copy has. ``before`` is what :meth:`retries` said
-        before it was made, ``progress`` what the copy says of the log."""
+        """The ids of the letters whose spans are in the copy. ``before`` is the result of
+        :meth:`retries` before the copy was made, ``progress`` the copy's log positions."""
         ids = []
         for retry in before:
             known = retry in (
@@ -238,14 +247,14 @@ class DeadLetters:
                 self._retrying.get(_key(retry.item)),
             )
             assert isinstance(retry.item, SpanBatch)
-            positions = letters.frame_positions(retry.item)
+            positions = letter_codec.frame_positions(retry.item)
             if known and not _unfolded(progress, retry.item.tenant, positions):
                 ids.append(retry.letter.id)
         return ids
 
     async def saved(self, ids: Iterable[int]) -> None:
-        """A checkpoint that has the spans of these letters is durable. They are deleted when every
-        checkpoint that may be loaded has them."""
+        """Note that a checkpoint with the spans of these letters is durable. They are deleted when
+        every checkpoint that may be loaded contains them."""
         gone = []
         for letter_id in ids:
             retry = self._folded.get(letter_id)
@@ -261,9 +270,9 @@ class DeadLetters:
             self._busy[SPANS_STAGE].discard(letter_id)
 
     async def reconcile(self, saved: Iterable[int]) -> None:
-        """At the start, after a checkpoint was loaded and before the log is read: delete letters
-        whose spans it has (``saved`` is what :meth:`saved_in` said of it), and those whose spans
-        will be read from the log."""
+        """Delete letters whose spans are in the checkpoint (``saved`` is its :meth:`saved_in`) or
+        will be read from the log. Call it at the start, after the checkpoint was loaded and before
+        the log is read."""
         progress = self._progress.snapshot()
 
         def stale() -> dict[str, tuple[int, int]]:
@@ -274,7 +283,7 @@ class DeadLetters:
                 for letter in page:
                     found = self._store.get(letter.id)
                     if found is not None and _unfolded(
-                        progress, letter.tenant, letters.positions_in(found[1])
+                        progress, letter.tenant, letter_codec.positions_in(found[1])
                     ):
                         ids.add(letter.id)
             return self._store.delete(ids)
@@ -284,57 +293,56 @@ class DeadLetters:
             self._held(stage).weight -= weight
         self.carried_spans = self.spans
 
-    # Trying again
+    # Retries
 
     async def run(self, channels: Mapping[str, SendChannel[Any]]) -> None:
-        """Give letters to their stages again when their time has come, for ever; ``channels`` lead
-        to the stages."""
+        """Send due letters to their stages again, forever; ``channels`` lead to the stages."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sweep)
             for stage, channel in channels.items():
                 nursery.start_soon(self._retry_stage, stage, channel)
 
     async def _sweep(self) -> None:
-        """Delete the letters that are done."""
+        """Delete letters that are done, forever."""
         while True:
-            await self._nap()
+            await self._wait()
             done, self._done = self._done, []
             if not done:
                 continue
             try:
                 await self._threads.run(self._store.delete, done)
             except DeadLetterError as error:
-                _log.warning("dead letters that are done cannot be deleted yet: %s", error)
+                _log.warning("processed dead letters cannot be deleted yet: %s", error)
                 self._done += done
                 await trio.sleep(POLL_SECONDS)
             else:
                 for busy in self._busy.values():
                     busy.difference_update(done)
 
-    async def _nap(self) -> None:
+    async def _wait(self) -> None:
         with trio.move_on_after(POLL_SECONDS):
             await self._wake.park()
 
     async def _retry_stage(self, stage: str, channel: SendChannel[Any]) -> None:
         busy = self._busy.setdefault(stage, set())
         while True:
-            under_way = sum(r.letter.stage == stage for r in self._retrying.values())
-            room = min(MOST_RETRIED_AT_ONCE - under_way, _MOST_BUSY - len(busy))
+            retrying = sum(r.letter.stage == stage for r in self._retrying.values())
+            most = min(MOST_RETRIED_AT_ONCE - retrying, _MOST_BUSY - len(busy))
             try:
                 ids = (
                     await self._threads.run(
-                        self._store.due, stage, self._clock_ns(), room, tuple(busy)
+                        self._store.due, stage, self._clock_ns(), most, tuple(busy)
                     )
-                    if room > 0
+                    if most > 0
                     else []
                 )
                 for letter_id in ids:
                     await self._retry(letter_id, channel)
             except DeadLetterError as error:
-                _log.warning("dead letters of %s cannot be tried again now: %s", stage, error)
+                _log.warning("dead letters of %s cannot be retried now: %s", stage, error)
                 ids = []
             if not ids:
-                await self._nap()
+                await self._wait()
 
     async def _retry(self, letter_id: int, channel: SendChannel[Any]) -> None:
         found = await self._threads.run(self._store.get, letter_id)
@@ -343,7 +351,7 @@ class DeadLetters:
         letter, payload = found
         try:
             item = await self._threads.run(
-                letters.decode, letter.tenant, letter.kind, payload, self._log, self._max_body
+                letter_codec.decode, letter.tenant, letter.kind, payload, self._log, self._max_body
             )
         except LetterError as error:
             fail = partial(
@@ -354,7 +362,7 @@ class DeadLetters:
         if letter.tenant in self._closed:
             return
         if isinstance(item, SpanBatch):
-            self._progress.register(item.tenant, letters.frame_positions(item))
+            self._progress.register(item.tenant, letter_codec.frame_positions(item))
         else:
             item.ticket = self._in_flight.enter()
         stage = letter.stage
@@ -365,34 +373,38 @@ class DeadLetters:
         sent[stage] = sent.get(stage, 0) + letter.weight
         try:
             await channel.send(item)
-        except BaseException:  # the service stops: the letter is tried again by the next one
+        except BaseException:  # the service stops: the next one retries the letter
             del self._retrying[_key(item)]
             if isinstance(item, SpanBatch):
-                self._progress.folded(item.tenant, letters.frame_positions(item))
+                self._progress.folded(item.tenant, letter_codec.frame_positions(item))
             else:
                 self._in_flight.leave(item.ticket)
             raise
 
     def _retry_of(self, stage: str, item: Item) -> Retry | None:
-        """The letter that an item comes from, if ``stage`` is the one it failed in before."""
+        """The letter that an item comes from, if it failed in ``stage`` before."""
         retry = self._retrying.get(_key(item))
         return retry if retry is not None and retry.letter.stage == stage else None
 
-    # What operators do
+    # For operators
 
     async def page(
         self, stage: str | None, tenant: str | None, limit: int, after: int
     ) -> list[Letter]:
-        """Letters, oldest first, with an id above ``after``."""
+        """Letters with an id above ``after``, oldest first."""
         ask = partial(self._store.page, stage=stage, tenant=tenant, limit=limit, after=after)
         return await self._threads.run(ask)
 
     async def get(self, letter_id: int) -> tuple[Letter, dict[str, Any]] | None:
-        """A letter and what its payload holds."""
+        """A letter and a description of its payload."""
 
         def read() -> tuple[Letter, dict[str, Any]] | None:
             found = self._store.get(letter_id)
-            return None if found is None else (found[0], letters.describe(found[0].kind, found[1]))
+            return (
+                None
+                if found is None
+                else (found[0], letter_codec.describe(found[0].kind, found[1]))
+            )
 
         return await self._threads.run(read)
 
@@ -402,15 +414,15 @@ class DeadLetters:
         stage: str | None = None,
         tenant: str | None = None,
     ) -> int:
-        """Have letters tried again now, by id, or all that the filters let through; how many."""
+        """Retry letters now, by id or all that match the filters; returns how many."""
         ask = partial(self._store.retry, letter_ids, stage=stage, tenant=tenant)
         found = await self._threads.run(ask)
         self._wake.unpark_all()
         return found
 
     async def discard(self, letter_ids: list[int]) -> int:
-        """Delete letters for good; how many. One that is being tried again is not deleted: its item
-        is under way."""
+        """Delete letters for good; returns how many. A letter that is being retried is not deleted,
+        because its item is in progress."""
         busy = {each for ids in self._busy.values() for each in ids}
         ids = [each for each in letter_ids if each not in busy]
         deleted = await self._threads.run(self._store.delete, ids)
@@ -425,18 +437,19 @@ class DeadLetters:
         self.counts.discarded += found
         return found
 
-    # What becomes of tenants
+    # Deletion of tenants
 
     def close_tenant(self, tenant: str) -> None:
-        """Try no more letters of a tenant."""
+        """Stop retrying letters of a tenant."""
         self._closed.add(tenant)
 
     def reopen_tenant(self, tenant: str) -> None:
-        """Try letters of a tenant again."""
+        """Retry letters of a tenant again."""
         self._closed.discard(tenant)
 
     async def forget_tenant(self, tenant: str) -> None:
-        """Delete all letters of a tenant of whom nothing is under way, those moved to files too."""
+        """Delete all letters of a tenant, including those moved to files. Nothing of the tenant may
+        be in progress."""
         while page := await self.page(None, tenant, MAX_LIMIT, 0):
             ids = {letter.id for letter in page}
             await self._threads.run(self._store.delete, ids)
@@ -462,26 +475,26 @@ class DeadLetters:
         """End the worker threads."""
         self._threads.close()
 
-    def _held(self, stage: str) -> Held:
-        return self.held.setdefault(stage, Held())
+    def _held(self, stage: str) -> LetterTotals:
+        return self.held.setdefault(stage, LetterTotals())
 
     def _note_exports(self) -> None:
-        """Take what the store moved to files out of the counts, but for what is under way: that is
-        counted until its stage is done with it."""
-        under_way = {retry.letter.id for retry in self._retrying.values()}
+        """Subtract letters that the store moved to files from the totals, except those in progress,
+        which count until their stage is done with them."""
+        in_progress = {retry.letter.id for retry in self._retrying.values()}
         for letter in self._store.take_exported():
-            if letter.id in under_way or letter.id in self._folded or letter.id in self._done:
+            if letter.id in in_progress or letter.id in self._folded or letter.id in self._done:
                 continue
             self._lose(letter)
 
 
 def _key(item: Item) -> tuple[Any, ...]:
     if isinstance(item, SpanBatch):
-        return (item.tenant, *letters.frame_positions(item)[:1])
+        return (item.tenant, *letter_codec.frame_positions(item)[:1])
     return (item.ticket,)
 
 
 def _unfolded(progress: Progress, tenant: str, positions: list[int]) -> bool:
-    """Whether frames are yet to be folded: pending, or beyond the last."""
+    """Whether some frames are not folded yet: pending, or beyond the last."""
     last, pending = progress.get(tenant, (0, []))
     return any(position > last or position in pending for position in positions)

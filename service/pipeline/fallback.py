@@ -1,8 +1,12 @@
-"""What a store would not take goes to local files, and from there to the store when it is back.
+"""Fallback files: items that a store does not accept go to local files, and are written back when
+the store works again.
 
-While files are pending, everything new goes behind them, so that the store gets things in order.
-They are written back by a task of their own, through the store's circuit breaker: its calls are the
-trials by which the breaker closes.
+While files are pending, new items go behind them, so that the store receives items in order. A task
+of its own writes them back through the store's circuit breaker; its calls are the trial calls that
+close the breaker.
+
+If the files cannot be written either, the stage waits, and the channels before it fill up until the
+receiver refuses requests.
 """
 
 from __future__ import annotations
@@ -10,35 +14,57 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import orjson
 import trio
 
-from betrace.channels import BreakerOpen, ExpectedError, ThreadRunner
+from betrace.channels import (
+    Breaker,
+    BreakerOpen,
+    BreakerTimeout,
+    ExpectedError,
+    ThreadRunner,
+    ThreadTimeout,
+)
+from betrace.service.pipeline.dead_letters import Bury
 from betrace.service.storage.fallback_files import FallbackFiles, FallbackFull, FallbackStatistics
 from betrace.service.telemetry import events
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 _log = logging.getLogger("service.fallback")
 
 CHUNK_LINES = 1000
 CHUNK_BYTES = 4 << 20
 RETRY_SECONDS = 1.0
-LONGEST_PAUSE = 5.0  # seconds between tries, so that a breaker that was reset is soon noticed
+LONGEST_PAUSE = 5.0  # seconds between tries, so that a breaker reset is noticed soon
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedStore(Generic[S]):
+    """A store and what protects the pipeline from its failures: threads of its own, a circuit
+    breaker, files for what it does not accept now, and dead letters for what it never accepts."""
+
+    store: S
+    threads: ThreadRunner
+    breaker: Breaker
+    files: FallbackFiles
+    bury: Bury
 
 
 class Fallback(Generic[T]):
-    """The files of one store and the way back. Methods are called on the Trio thread.
+    """The fallback files of one store. Methods are called on the Trio thread.
 
     Args:
-      name: of the store.
-      files: what is pending.
+      name: the store's name.
+      files: the pending items.
       encode, decode: an item as a line of JSON and back; ``decode`` raises LookupError, TypeError
-        or ValueError for a line that is none.
-      write: gives items to the store; raises :exc:`ExpectedError` while it does not work.
-      observe: told how many seconds each write to the files took.
+        or ValueError for an invalid line.
+      write: writes items to the store; raises :exc:`ExpectedError` while it does not work.
+      observe: called with the seconds that each write to the files took.
     """
 
     def __init__(
@@ -59,23 +85,56 @@ class Fallback(Generic[T]):
         self._threads = ThreadRunner(f"fallback-{name}", 2)
         self._writing = 0
         self._failing = False
-        self._returning = trio.Lock()
+        self._writing_back = trio.Lock()
         self._arrived = trio.lowlevel.ParkingLot()
         self._now = trio.lowlevel.ParkingLot()
-        self._room = trio.lowlevel.ParkingLot()
+        self._space = trio.lowlevel.ParkingLot()
         self.refusals = 0
-        """Writes to the files that did not succeed: they were full, or the disk failed."""
+        """Failed writes to the files: they were full, or the disk failed."""
         self.last_error: str | None = None
-        """Why the store did not take what is pending, last."""
+        """The last reason why the store did not accept the pending items."""
 
     @property
     def pending(self) -> bool:
-        """Whether what is new must go behind what is in the files."""
+        """Whether new items must go behind the items in the files."""
         return self._writing > 0 or self._files.pending > 0
+
+    async def store_or_put(
+        self,
+        items: Sequence[T],
+        write: Callable[[Sequence[T]], Awaitable[object]],
+        unavailable: tuple[type[Exception], ...],
+    ) -> None:
+        """Return when the store or the files have the items.
+
+        ``write`` calls the store; an error in ``unavailable``, an open breaker or a timeout sends
+        the items to the files. Other errors of ``write`` are raised. Waits while the files are
+        full or the disk fails.
+        """
+        away: tuple[type[Exception], ...] = (
+            *unavailable,
+            BreakerOpen,
+            BreakerTimeout,
+            ThreadTimeout,
+        )
+        while True:
+            if not self.pending:
+                try:
+                    await write(items)
+                except away:
+                    pass
+                else:
+                    return
+            try:
+                await self.put(items)
+            except (FallbackFull, OSError):
+                await self._wait_for_space(RETRY_SECONDS)
+            else:
+                return
 
     async def put(self, items: Sequence[T]) -> None:
         """Write items to the files; they are durable when this returns. Raises
-        :exc:`FallbackFull` or :exc:`OSError`, and then none of them is in the files."""
+        :exc:`FallbackFull` or :exc:`OSError`; then none of them is in the files."""
 
         def append() -> None:
             started = time.perf_counter()
@@ -99,15 +158,15 @@ class Fallback(Generic[T]):
             events.FALLBACK_USED(store=self.name)
         self._arrived.unpark_all()
 
-    async def room(self, seconds: float) -> None:
-        """Wait until some of the files were written back, or for so long."""
+    async def _wait_for_space(self, seconds: float) -> None:
+        """Wait until some of the files were written back, at most ``seconds``."""
         with trio.move_on_after(seconds):
-            await self._room.park()
+            await self._space.park()
 
     async def write_back(self) -> None:
-        """Give what is in the files to the store, oldest first, for ever."""
+        """Write the files back to the store, oldest first, forever."""
         while True:
-            async with self._returning:
+            async with self._writing_back:
                 pause = await self._write_some()
             if pause is None:
                 with trio.move_on_after(RETRY_SECONDS):
@@ -117,8 +176,8 @@ class Fallback(Generic[T]):
                     await self._now.park()
 
     async def _write_some(self) -> float | None:
-        """Give some of what is in the files to the store; how long to wait before the next try,
-        None where there is nothing."""
+        """Write some of the files back. Returns how long to wait before the next try, None if
+        nothing is pending."""
         chunk = await self._threads.run(self._files.read, CHUNK_LINES, CHUNK_BYTES)
         if chunk is None:
             return None
@@ -134,33 +193,33 @@ class Fallback(Generic[T]):
         except (ExpectedError, OSError) as error:
             pause = RETRY_SECONDS
             self.last_error = str(error)
-        except Exception as error:  # a bug must not end the way back
-            _log.exception("%s: what is pending cannot be written back", self.name)
+        except Exception as error:  # a bug must not end this task
+            _log.exception("%s: pending items cannot be written back; trying again", self.name)
             pause = LONGEST_PAUSE
             self.last_error = repr(error)
         else:
-            self._room.unpark_all()
+            self._space.unpark_all()
             if not self.pending:
                 self.last_error = None
                 events.FALLBACK_EMPTY(store=self.name)
         return pause
 
     async def drop(self, tenant: str) -> int:
-        """Delete what is in the files of a tenant that is being deleted; how many lines. What of it
-        is being written back is waited for."""
-        async with self._returning:
+        """Delete a tenant's lines from the files and return how many there were. Waits for a write
+        that is in progress."""
+        async with self._writing_back:
             return await self._threads.run(self._files.drop, lambda line: _is_of(line, tenant))
 
     def write_back_now(self) -> None:
-        """Do not wait for the next try."""
+        """Try now instead of waiting."""
         self._now.unpark_all()
 
     def statistics(self) -> FallbackStatistics:
-        """What is in the files."""
+        """The state of the files."""
         return self._files.statistics()
 
     def shown(self) -> dict[str, Any]:
-        """What is pending, as JSON."""
+        """The pending files, as JSON."""
         stats = self._files.statistics()
         return {
             "name": self.name,
@@ -186,7 +245,7 @@ class Fallback(Generic[T]):
             try:
                 items.append(self._decode(line))
             except (LookupError, TypeError, ValueError) as error:
-                _log.error("%s: a damaged line is set aside: %s", self.name, error)
+                _log.error("%s: a damaged line was set aside: %s", self.name, error)
                 self._files.set_aside(line)
         return items
 

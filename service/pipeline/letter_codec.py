@@ -1,7 +1,7 @@
-"""Dead letters as bytes: what of an item is kept so that its stage can be given it again.
+"""Dead letters as bytes, from which an item can be restored for its stage.
 
-A batch of spans is its positions in the span log, which has the bytes; due traces and what was
-decided of them are kept whole. All functions block, so they run in worker threads.
+A batch of spans is stored as its positions in the span log; due and decided traces are stored
+whole. All functions block, so they run in worker threads.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import orjson
 
 from betrace.service.otlp.columns import SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.pipeline.stages.evaluate import Decided
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import Letter
+from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.serialize import SerialError, from_bytes, to_bytes
+from betrace.service.traces.verdicts import Decided
 
 FRAMES, DUE, DECIDED = "frames", "due", "decided"
 
@@ -29,13 +29,13 @@ Item = SpanBatch | DueTraces | Decided
 
 
 class LetterError(Exception):
-    """A letter whose item cannot be made again; the message says why."""
+    """The item of a letter cannot be restored; the message says why."""
 
 
 @dataclass(slots=True)
-class Held:
-    """Letters of a stage. Those that were tried again and are done do not count any more, even
-    where they are not deleted yet."""
+class LetterTotals:
+    """The letters of a stage. Letters whose retry succeeded do not count, even if they are not
+    deleted yet."""
 
     letters: int = 0
     weight: int = 0
@@ -43,17 +43,17 @@ class Held:
 
 @dataclass(slots=True)
 class Retry:
-    """A letter whose item was given to its stage again."""
+    """A letter whose item was sent to its stage again."""
 
     letter: Letter
     item: Item
     saved: int = 0
-    """Checkpoints that have its spans."""
+    """Checkpoints that contain its spans."""
 
 
 @dataclass(slots=True)
 class DeadLetterCounts:
-    """What was done since the start, in letters unless said otherwise."""
+    """What was done since the start, in letters unless stated otherwise."""
 
     kept: int = 0
     retried: int = 0
@@ -62,11 +62,11 @@ class DeadLetterCounts:
     lost_weight: dict[str, int] = field(default_factory=dict)
     """By stage, the weight of letters that were discarded or exported."""
     retried_weight: dict[str, int] = field(default_factory=dict)
-    """By stage, the weight that was given to it again."""
+    """By stage, the weight that was sent to it again."""
 
 
 def weigh(item: Item) -> int:
-    """Of an item in its channel: spans, traces or rows."""
+    """The weight of an item in its channel: spans, traces or rows."""
     return item.weight if isinstance(item, Decided) else len(item) or 1
 
 
@@ -85,7 +85,7 @@ def encode(item: Item) -> tuple[str, bytes]:
 
 
 def decided_to_bytes(item: Decided) -> bytes:
-    """What was decided, as a line of JSON."""
+    """A decided item as a line of JSON."""
     return orjson.dumps(
         {
             "tenant": item.tenant,
@@ -107,8 +107,10 @@ def decode(tenant: str, kind: str, payload: bytes, log: SpanLog, max_body_bytes:
         if kind == DECIDED:
             return decided_from_bytes(payload)
     except (SerialError, LookupError, TypeError, ValueError) as error:
-        raise LetterError(f"its payload cannot be read: {error}") from error
-    raise LetterError(f"its payload is of the kind {kind!r}, which this program does not know")
+        raise LetterError(f"the payload cannot be read: {error}") from error
+    raise LetterError(
+        f"the payload has the unknown kind {kind!r}; was it written by a newer version?"
+    )
 
 
 def positions_in(payload: bytes) -> list[int]:
@@ -118,7 +120,7 @@ def positions_in(payload: bytes) -> list[int]:
 
 
 def describe(kind: str, payload: bytes) -> dict[str, Any]:
-    """What a payload holds, for someone to look at, without making the item of it."""
+    """A description of a payload for operators, without restoring the item."""
     try:
         if kind == FRAMES:
             return {"positions": positions_in(payload)}
@@ -149,15 +151,15 @@ def _read_batch(tenant: str, positions: list[int], log: SpanLog, max_body_bytes:
     if len(frames) < len(positions):
         lost = next(each for each in found if not isinstance(each, Frame))
         raise LetterError(
-            f"{len(positions) - len(frames)} of its {len(positions)} frames are no longer in the "
-            f"span log ({lost})"
+            f"{len(positions) - len(frames)} of {len(positions)} frames are no longer in the span "
+            f"log ({lost})"
         )
     return read_frames(tenant, positions, frames, max_body_bytes)
 
 
 def decided_from_bytes(line: bytes) -> Decided:
-    """What :func:`decided_to_bytes` was given, without its ticket. Raises LookupError, TypeError or
-    ValueError for anything else."""
+    """The inverse of :func:`decided_to_bytes`; the ticket is not restored. Raises LookupError,
+    TypeError or ValueError for invalid lines."""
     value = orjson.loads(line)
     closed, spilled = value["closed"], value["spilled"]
     return Decided(

@@ -1,4 +1,4 @@
-"""Syncing the span log: once for all who wait (group commit), and on a schedule."""
+"""Syncing the span log: once for all waiting callers (group commit), and on a schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from betrace.service.telemetry import events
 
 
 class GroupSync:
-    """Makes the log durable. Callers that come while a sync runs share the next one."""
+    """Makes the log durable. Callers that arrive during a sync share the next one."""
 
     def __init__(self, log: SpanLog, threads: ThreadRunner) -> None:
         self._log = log
@@ -27,13 +27,13 @@ class GroupSync:
         self._failing = 0  # since the last success
 
     async def sync(self, tenants: Iterable[str]) -> None:
-        """Return when what these tenants had written before is durable.
+        """Return when everything these tenants wrote before the call is durable.
 
-        Raises :exc:`LogSyncError` when the disk failed for one of them.
+        Raises :exc:`LogSyncError` if the disk failed for one of them.
         """
         wanted = set(tenants)
         self._waiting |= wanted
-        ticket = self._generation  # the sync with this number begins after this call
+        ticket = self._generation  # the sync with this number starts after this call
         async with self._lock:
             if self._generation == ticket:
                 await self._run()
@@ -44,11 +44,11 @@ class GroupSync:
     async def _run(self) -> None:
         number, self._generation = self._generation, self._generation + 1
         tenants, self._waiting = self._waiting, set()
-        self._failed.pop(number - 64, None)  # nobody waits that long behind a lock that is fair
+        self._failed.pop(number - 64, None)  # the lock is fair, so nobody waits that long
         started = time.perf_counter()
-        # Until it is done it failed: those who share it must not be told otherwise when this task
-        # is cancelled, or when something unexpected is raised.
-        self._failed[number] = LogSyncError(sorted(tenants), OSError("the sync did not end"))
+        # Failed until it succeeds, so that callers who share the sync see a failure when this task
+        # is cancelled or something unexpected is raised.
+        self._failed[number] = LogSyncError(sorted(tenants), OSError("the sync did not finish"))
         try:
             await self._threads.run(self._log.sync, tenants)
             del self._failed[number]
@@ -71,7 +71,7 @@ class GroupSync:
             self._failing = 0
 
     async def every(self, seconds: float) -> None:
-        """Sync whatever is not durable, for ever."""
+        """Sync everything that is not durable, forever."""
         while True:
             await trio.sleep(seconds)
             started = time.perf_counter()

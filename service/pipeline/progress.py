@@ -1,7 +1,7 @@
-"""How far the work has come: what a checkpoint must know to lose nothing.
+"""How far the work has come, which a checkpoint must know to lose nothing.
 
-*Before* the traces: which frames of the log are not folded yet (:class:`LogProgress`). *After*
-them: which due traces are not stored yet (:class:`InFlight`).
+*Before* the traces: which frames of the log are not folded yet (:class:`LogProgress`). *After* the
+traces: which due traces are not stored yet (:class:`InFlight`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import trio
 
 
 class TenantClosed(Exception):  # noqa: N818
-    """The tenant is being deleted: nothing of it is appended any more."""
+    """The tenant is being deleted; nothing more is appended for it."""
 
 
 @dataclass(slots=True)
 class _Tenant:
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of appending
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while appending
     closed: bool = False
     last: int = 0
     pending: dict[int, None] = field(default_factory=dict)
 
 
 class LogProgress:
-    """For each tenant the last frame that was appended, and which frames up to it are not folded.
+    """For each tenant: the last appended frame, and the frames up to it that are not folded.
 
-    Frames are registered in the order of their positions, under the tenant's lock, so that every
-    frame up to ``last`` is either pending or folded. All methods may be called from any thread.
+    Frames are registered in the order of their positions, under the tenant's lock, so every frame
+    up to ``last`` is either pending or folded. All methods may be called from any thread.
     """
 
     def __init__(self) -> None:
@@ -64,13 +64,13 @@ class LogProgress:
                 state.pending.pop(position, None)
 
     def any_pending(self, tenant: str, positions: Iterable[int]) -> bool:
-        """Whether one of the frames is appended and not folded."""
+        """Whether at least one of the frames is appended but not folded."""
         state = self._tenant(tenant)
         with self._lock:
             return any(position in state.pending for position in positions)
 
     def restore(self, tenant: str, last: int, pending: Iterable[int]) -> None:
-        """Set what a checkpoint said."""
+        """Set the state saved in a checkpoint."""
         state = self._tenant(tenant)
         with self._lock:
             state.last = last
@@ -86,24 +86,23 @@ class LogProgress:
             }
 
     def close(self, tenant: str) -> None:
-        """Append no more frames of a tenant; when this returns, none is being appended. May
-        block while one is."""
+        """Stop appending frames for a tenant. Blocks while one is being appended."""
         state = self._tenant(tenant)
         with state.lock:
             state.closed = True
 
     def reopen(self, tenant: str) -> None:
-        """Append frames of a tenant again."""
+        """Allow appending frames for a tenant again."""
         self._tenant(tenant).closed = False
 
     def waiting(self, tenant: str) -> int:
-        """How many of the tenant's frames are appended and not folded."""
+        """How many of the tenant's frames are appended but not folded."""
         state = self._tenant(tenant)
         with self._lock:
             return len(state.pending)
 
     def forget(self, tenant: str) -> None:
-        """Drop a tenant that was deleted, but for its being closed."""
+        """Forget a deleted tenant, except that it is closed."""
         state = self._tenant(tenant)
         with self._lock:
             state.last = 0
@@ -117,18 +116,18 @@ class LogProgress:
 
 
 class InFlight:
-    """Work that left the traces and is not safe yet, by ticket. ``left`` is told of each ticket
-    that is given back."""
+    """Work that left the traces and is not stored yet, by ticket. ``left`` is called with each
+    returned ticket."""
 
     def __init__(self, left: Callable[[int], object] = lambda ticket: None) -> None:
         self.left = left
         self._lock = threading.Lock()
         self._next = 1
-        self._open: dict[int, int] = {}  # ascending; when each was entered
+        self._open: dict[int, int] = {}  # ascending; value: time of entry
         self._left = trio.lowlevel.ParkingLot()
 
     def enter(self) -> int:
-        """A ticket for a piece of work. May be called from any thread."""
+        """A new ticket for a piece of work. May be called from any thread."""
         with self._lock:
             ticket = self._next
             self._next += 1
@@ -136,8 +135,8 @@ class InFlight:
             return ticket
 
     def leave(self, ticket: int) -> None:
-        """The piece of work is stored, or kept as a dead letter; on the Trio thread. Repeating it
-        does nothing."""
+        """Return a ticket: its work is stored, or kept as a dead letter. Idempotent; call it on the
+        Trio thread."""
         with self._lock:
             known = ticket in self._open
             self._open.pop(ticket, None)
@@ -146,7 +145,7 @@ class InFlight:
             self._left.unpark_all()
 
     def mark(self) -> int:
-        """A ticket that is larger than all given so far."""
+        """A number larger than all tickets so far."""
         with self._lock:
             return self._next
 
@@ -157,7 +156,7 @@ class InFlight:
         await trio.lowlevel.checkpoint()
 
     def oldest_ns(self) -> int:
-        """For how many nanoseconds the oldest piece of work has been on its way; 0 without any."""
+        """Age of the oldest piece of work in nanoseconds, 0 without any."""
         with self._lock:
             entered = next(iter(self._open.values()), None)
         return 0 if entered is None else time.monotonic_ns() - entered

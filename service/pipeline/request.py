@@ -1,18 +1,17 @@
-"""A request between the edge and the pipeline, and how its outcome comes back."""
+"""A request on its way from the receiver through the pipeline, and its outcome."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
-from betrace.service.receiver.shares import Shares
-
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The request's spans are in the span log, at ``position``; ``rejected`` of them were left out,
-    and why."""
+    """The request's spans are in the span log at ``position``; ``rejected`` spans were dropped, and
+    ``message`` says why."""
 
     spans: int
     rejected: int = 0
@@ -22,16 +21,16 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The request was not accepted: ``status`` is 400 (it cannot be decoded), 403 (its tenant is
-    deleted), 413 (too large when decompressed) or 503 (it cannot be written now); ``message`` says
-    what to do."""
+    """The request was not accepted. ``status`` is 400 (cannot be decoded), 403 (tenant deleted),
+    413 (too large after decompression) or 503 (cannot be written now); ``message`` says what to
+    do."""
 
     status: int
     message: str
 
 
 class Reply:
-    """The outcome of a request: set once by the pipeline, awaited by the edge."""
+    """The outcome of a request: set once by the pipeline, awaited by the receiver."""
 
     __slots__ = ("_event", "_outcome")
 
@@ -40,14 +39,14 @@ class Reply:
         self._outcome: Done | Refused | None = None
 
     def set(self, outcome: Done | Refused) -> None:
-        """Tell the outcome. Raises :exc:`RuntimeError` the second time."""
+        """Set the outcome. Raises :exc:`RuntimeError` the second time."""
         if self._outcome is not None:
-            raise RuntimeError("the outcome of this request was already told")
+            raise RuntimeError("the outcome of this request is already set")
         self._outcome = outcome
         self._event.set()
 
     async def wait(self) -> Done | Refused:
-        """The outcome, as soon as it is known."""
+        """Wait for the outcome."""
         await self._event.wait()
         assert self._outcome is not None
         return self._outcome
@@ -55,11 +54,11 @@ class Reply:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request on its way through the pipeline: the body as it came, still compressed.
+    """A request on its way through the pipeline, with the body as received, still compressed.
 
     ``content_type`` is protobuf or json; ``encoding`` is empty, gzip, zstd or deflate;
-    ``received_ns`` is wall-clock nanoseconds; ``weight`` is its estimated number of spans, which
-    its tenant holds of ``shares`` until :meth:`release`.
+    ``received_ns`` is wall-clock nanoseconds; ``weight`` is its estimated number of spans.
+    ``on_release`` is called once with tenant and weight by :meth:`release`.
     """
 
     tenant: str
@@ -69,10 +68,10 @@ class Request:
     received_ns: int
     weight: int
     reply: Reply
-    shares: Shares | None = None
+    on_release: Callable[[str, int], object] | None = None
 
     def release(self) -> None:
-        """It takes no room any more. Twice does no harm."""
-        if self.shares is not None:
-            self.shares.give_back(self.tenant, self.weight)
-            self.shares = None
+        """Free the capacity that the request takes. Idempotent."""
+        if self.on_release is not None:
+            self.on_release(self.tenant, self.weight)
+            self.on_release = None

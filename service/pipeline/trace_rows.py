@@ -1,4 +1,4 @@
-"""Closed traces as rows of the trace index, column by column: no Python per trace."""
+"""Closed traces as rows of the trace index, column by column, without Python code per trace."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def trace_table(due: DueTraces) -> pa.Table:
 
 
 def trace_tables(parts: Sequence[DueTraces]) -> pa.Table:
-    """The same for one or more parts of one tenant, each with the rows of the others where they
-    have the same rules and numbers of services: a table costs 0.25 ms, however few its rows."""
+    """The same for several parts of one tenant. Parts with the same rules and service numbers share
+    a table, because a table costs 0.25 ms even with few rows."""
     groups: list[list[DueTraces]] = []
     for due in parts:
         last = groups[-1][-1] if groups else None
@@ -95,7 +95,7 @@ def frame_columns(spilled: Rows) -> Mapping[str, Any]:
 
 
 def _flat(matrix: Rows, lengths: Rows) -> tuple[Rows, Rows]:
-    """The first ``lengths[k]`` values of each row, end to end, and where each begins."""
+    """The first ``lengths[k]`` values of each row, concatenated, and the offset of each row."""
     keep = np.arange(matrix.shape[1]) < lengths[:, None]
     return matrix[keep], _offsets(lengths)
 

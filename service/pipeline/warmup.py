@@ -1,4 +1,4 @@
-"""Compiling the kernels before the service is ready, by running them once."""
+"""Compiles the kernels before the service is ready, by running each once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _sample() -> bytes:
 
 
 def warm_up() -> None:
-    """Compile, or load from the cache on disk, every kernel that a request runs."""
+    """Compile every kernel that a request needs, or load it from the cache on disk."""
     wire.warm_up()
     json.warm_up()
     rules = [
@@ -41,7 +41,7 @@ def warm_up() -> None:
     for due in traces.close_due(10, 1, 1):
         decide(due)
     closed = ClosedTraces(1 << 12)
-    traces.fold(batch, 20, closed)  # opens them again
+    traces.fold(batch, 20, closed)  # reopens them
     traces.close_due(40, 1)
     traces.evict(10**10, 1, 0, closed)
     traces.fold(batch, 10**10, closed)

@@ -1,21 +1,21 @@
-"""Looks once a second at what changes without telling: stalled stages and refused requests."""
+"""Checks once a second for changes that nothing else reports: stalled stages, refused requests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from betrace.channels import Stage
-from betrace.service.pipeline.pipeline import Queue
-from betrace.service.receiver.admission import Edge
+from betrace.service.pipeline.pipeline import MeasuredChannel
 from betrace.service.telemetry import events
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 QUIET_SECONDS = 5.0
 REASONS = ("overloaded", "memory", "unavailable", "quota")
-"""Of refusals that are a state of the service, not the fault of a request."""
+"""Reasons of refusal that are a state of the service, not the fault of a request."""
 
 
 @dataclass(slots=True)
@@ -24,23 +24,28 @@ class _Episode:
 
     began: float
     last: float
-    requests: int  # refused before it
+    requests: int  # refused before it began
     spans: int
 
 
 class Watch:
-    """Logs when a stage stalls and recovers, and when requests are refused and accepted again."""
+    """Logs when a stage stalls and recovers, and when requests are refused and accepted again.
+
+    ``refused_requests`` and ``refused_spans`` are live counters by reason.
+    """
 
     def __init__(
         self,
         stages: Mapping[str, Stage[object]],
-        queues: Mapping[str, Queue],
-        edge: Edge,
+        channels: Mapping[str, MeasuredChannel[Any]],
+        refused_requests: Mapping[str, int],
+        refused_spans: Mapping[str, int],
         stall_seconds: float,
     ) -> None:
         self._stages = stages
-        self._queues = queues
-        self._edge = edge
+        self._channels = channels
+        self._refused_requests = refused_requests
+        self._refused_spans = refused_spans
         self._stall_seconds = stall_seconds
         self._stalled: set[str] = set()
         self._seen = dict.fromkeys(REASONS, 0)
@@ -48,37 +53,37 @@ class Watch:
         self._episodes: dict[str, _Episode] = {}
 
     async def run(self) -> None:
-        """Look for ever."""
+        """Check once a second, forever."""
         while True:
-            self.look()
-            await trio.sleep(LOOK_SECONDS)
+            self.check()
+            await trio.sleep(CHECK_SECONDS)
 
-    def look(self) -> None:
-        """Look now."""
+    def check(self) -> None:
+        """Check now."""
         for name, stage in self._stages.items():
-            self._look_at_stage(name, stage.stalled(self._stall_seconds))
+            self._check_stage(name, stage.stalled(self._stall_seconds))
         for reason in REASONS:
-            self._look_at_refusals(reason, trio.current_time())
+            self._check_refusals(reason, trio.current_time())
 
-    def _look_at_stage(self, name: str, stalled: bool) -> None:
+    def _check_stage(self, name: str, stalled: bool) -> None:
         if stalled == (name in self._stalled):
             return
         if stalled:
             self._stalled.add(name)
-            queue = self._queues[name]
+            channel = self._channels[name]
             events.STAGE_STALLED(
                 stage=name,
-                size=queue.send.statistics().size,
-                unit=queue.unit,
+                size=channel.send.statistics().size,
+                unit=channel.unit,
                 seconds=self._stall_seconds,
             )
         else:
             self._stalled.discard(name)
             events.STAGE_RECOVERED(stage=name)
 
-    def _look_at_refusals(self, reason: str, now: float) -> None:
-        requests = self._edge.refused_requests[reason]
-        spans = self._edge.refused_spans[reason]
+    def _check_refusals(self, reason: str, now: float) -> None:
+        requests = self._refused_requests[reason]
+        spans = self._refused_spans[reason]
         episode = self._episodes.get(reason)
         if requests > self._seen[reason]:
             if episode is None:

@@ -1,22 +1,22 @@
-"""The ingestion edge: what happens to a request before and after the pipeline, without any
+"""Admission of requests: what happens to a request before and after the pipeline, without any
 framework (OTLP/HTTP 1.x: opentelemetry-proto, docs/specification.md).
 
 A listener calls, for each request::
 
     head = await edge.admit(method, path, headers)   # a Head, or the HttpResponse that refuses it
-    with edge.body(head) as body:                    # limits hold while the body arrives
+    with edge.body(head) as body:                    # limits apply while the body arrives
         refusal = body.feed(chunk)                   # None, or the HttpResponse that refuses it
         response = await edge.handle(head, body.take())
 
-A listener that keeps the body itself calls ``body.reserve(size)`` in place of ``feed``, and hands
+A listener that keeps the body itself calls ``body.reserve(size)`` instead of ``feed`` and passes
 its own bytes to ``handle``.
 
-All of it runs on the Trio thread for each request, so it is kept to dictionary lookups. A client
-that goes away while its request is queued is not noticed: its spans are accepted all the same.
+Everything here runs on the Trio thread for each request, so it is limited to dictionary lookups. If
+a client disconnects while its request is queued, its spans are still accepted.
 
-The weight of a request is its estimated number of spans, since counting them needs the body
-decoded: its length divided by the running mean of bytes per span of the same content type and
-encoding, which every answer of the pipeline corrects.
+The weight of a request is its estimated number of spans, because counting them needs the decoded
+body: its length divided by the running mean of bytes per span of the same content type and
+encoding. Each answer of the pipeline updates the mean.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import trio
 
-from betrace.service.config.settings import Ingest
+from betrace.channels import SendChannel
+from betrace.service.config.edge import Ingest
 from betrace.service.otlp.response import export_response
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.receiver.responses import (
@@ -43,8 +44,14 @@ from betrace.service.receiver.responses import (
     respond,
 )
 from betrace.service.receiver.shares import Shares
-from betrace.service.tenancy.access import Authenticator, Denied, claimed_tenant, closed_tenant
-from betrace.service.tenants import DEFAULT_TENANT, Quotas
+from betrace.service.tenancy.authentication import (
+    Authenticator,
+    Denied,
+    claimed_tenant,
+    closed_tenant,
+)
+from betrace.service.tenancy.quotas import SpanQuotas
+from betrace.service.tenants import DEFAULT_TENANT
 
 PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
 ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
@@ -69,19 +76,20 @@ REASONS = (
     "unavailable",
 )
 
-# Bytes of a span before the first answer was seen, by content type and whether compressed.
+# Bytes of a span before the first answer, by content type; compressed bodies are smaller.
 _FIRST_GUESS = {PROTOBUF: 400.0, JSON: 900.0}
 _COMPRESSION = 7.0
-# Of the capacity, in the queue and waiting for room in it. To wait in vain costs more than all else
-# that is done for a request: hundreds that did so took most of Trio's thread.
+# Limit of the spans that are queued or wait to be queued, as a multiple of the capacity. Waiting in
+# vain costs more than everything else done for a request: hundreds of such requests took most of
+# Trio's thread.
 _MOST_WAITING = 1.1
-_MEMORY = 0.98  # of the running means: about the last 50 requests count
+_MEMORY = 0.98  # weight of the past in running means: about the last 50 requests count
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the headers of an admitted request say. ``length`` is the announced length of the body
-    in bytes, None for a chunked one."""
+    """The headers of an admitted request. ``length`` is the announced length of the body in bytes,
+    None for a chunked body."""
 
     tenant: str
     content_type: str
@@ -89,35 +97,23 @@ class Head:
     length: int | None
 
 
-_UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of what has none, or none that can be read
-
-
-class Queue(Protocol):
-    """The sending end of the span-ingestion channel, weighed by ``Request.weight``."""
-
-    @property
-    def fill(self) -> float: ...
-
-    def send_nowait(self, item: Request) -> None: ...
-
-    async def offer(self, item: Request, timeout: float) -> bool: ...
+_UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of requests without readable headers
 
 
 class Edge:
-    """Admits requests, queues them, answers them.
+    """Admits requests, queues them and answers them.
 
-    ``capacity`` is that of the queue, in spans; ``closed`` are the tenants that are deleted. Under
-    load, tenants share the queue and the memory for bodies
-    (:mod:`betrace.service.receiver.shares`).
-    ``refused_spans`` and ``refused_requests`` count by reason (``REASONS``) what was not
-    accepted, the spans as estimated.
+    ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants. Under load,
+    tenants share the queue and the memory for bodies (:mod:`betrace.service.receiver.shares`).
+    ``refused_spans`` and ``refused_requests`` count refusals by reason (``REASONS``); spans are
+    estimated.
     """
 
     def __init__(
         self,
         settings: Ingest,
-        queue: Queue,
-        quotas: Quotas,
+        queue: SendChannel[Request],
+        quotas: SpanQuotas,
         authenticator: Authenticator | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         capacity: int = 10_000,
@@ -125,6 +121,7 @@ class Edge:
     ) -> None:
         self._closed_tenants = closed
         self._spans = Shares(capacity, settings.refuse_above)
+        self._give_back_spans = self._spans.give_back
         self._bytes = Shares(settings.max_buffered_bytes, settings.refuse_above)
         self._queue = queue
         self._quotas = quotas
@@ -150,23 +147,23 @@ class Edge:
         self.refused_requests = dict.fromkeys(REASONS, 0)
         self.refused_spans = dict.fromkeys(REASONS, 0)
 
-    # What the service decides.
+    # For the service.
 
     def pause(self) -> None:
         """Refuse new requests until :meth:`resume`."""
         self._closed = ("paused", "ingestion is paused by an operator; send the spans again later")
 
     def drain(self) -> None:
-        """Refuse new requests for good: the service stops."""
+        """Refuse new requests for good, because the service stops."""
         self._closed = ("draining", "the service is shutting down; send the spans again")
 
     def resume(self) -> None:
-        """Accept requests again after :meth:`pause`; a service that drains goes on draining."""
+        """Accept requests again after :meth:`pause`. Does nothing while draining."""
         if self.state == "paused":
             self._closed = None
 
     async def settled(self) -> None:
-        """Return when every request that was admitted is answered, or its client gone."""
+        """Return when every admitted request is answered, or its client is gone."""
         if self._requests:
             self._settled = trio.Event()
             await self._settled.wait()
@@ -176,11 +173,11 @@ class Edge:
         """``open``, ``paused`` or ``draining``."""
         return "open" if self._closed is None else self._closed[0]
 
-    # The way of a request.
+    # For each request.
 
     async def admit(self, method: str, path: str, headers: Headers) -> Head | HttpResponse:
-        """Check everything that can be refused before the body is read. Names of headers are
-        lower case, as ASGI and HTTP/2 have them."""
+        """Check everything that can be checked before the body is read. Names of headers are lower
+        case."""
         if self._authenticator is None:
             return self._check(method, path, headers, None)
         authorization = None
@@ -214,7 +211,7 @@ class Edge:
         length = int(length_header) if length_header and length_header.isdigit() else None
         head = Head(DEFAULT_TENANT, kind or JSON, encoding or "", length)
         if path not in PATHS:
-            message = f"there is nothing at {path[:200]}; send traces to /v1/traces"
+            message = f"{path[:200]} does not exist; send traces to /v1/traces"
             if path in ("/v1/metrics", "/v1/logs"):
                 message = f"{path} is not supported; export traces only, to /v1/traces"
             return self._refuse(head, 404, "not_found", message)
@@ -229,12 +226,12 @@ class Edge:
             return self._refuse(head, caller.status, "unauthenticated", caller.message, *challenge)
         if kind is None:
             shown = type_header.decode("latin-1")[:100]
-            message = f"content type {shown!r} is not known" if shown else "no content type given"
+            message = f"content type {shown!r} is not supported" if shown else "no content type"
             message += "; send application/x-protobuf or application/json"
             return self._refuse(head, 415, "type", message)
         if encoding is None:
             shown = encoding_header.decode("latin-1")[:100]
-            message = f"content encoding {shown!r} is not known; send gzip, zstd, deflate or none"
+            message = f"content encoding {shown!r} is not supported; use gzip, zstd or deflate"
             return self._refuse(head, 415, "type", message, (b"accept-encoding", b"gzip, zstd"))
         if caller is None:
             caller = claimed_tenant(tenant_header)
@@ -253,12 +250,12 @@ class Edge:
         wait = self._quotas.admit(tenant, 0)
         if wait is not None:
             return self._over_quota(head, wait)
-        if not self._has_room(tenant):
+        if not self._has_capacity(tenant):
             return self._overloaded(head, "overloaded")
         return head
 
-    def _has_room(self, tenant: str) -> bool:
-        """Whether a tenant's share of the queue is not used up, and few wait for room in it."""
+    def _has_capacity(self, tenant: str) -> bool:
+        """Whether the tenant's share of the queue is not used up and few requests wait for it."""
         fill = self._queue.fill
         if self._spans.total > _MOST_WAITING * self._spans.capacity:
             return False
@@ -266,29 +263,29 @@ class Edge:
 
     @property
     def buffered_bytes(self) -> int:
-        """Of bodies held in memory, those still arriving included."""
+        """Bytes of bodies in memory, including bodies that are still arriving."""
         return self._bytes.total
 
     def body(self, head: Head) -> Body:
-        """What collects the body of an admitted request; use it as a context manager."""
+        """Collects the body of an admitted request; use it as a context manager."""
         return Body(self, head)
 
     async def handle(self, head: Head, body: bytes | memoryview) -> HttpResponse:
-        """Queue an admitted request and answer it. Never raises for what a client, a store or the
-        load does."""
+        """Queue an admitted request and answer it. Never raises because of a client, a store or the
+        load."""
         with trio.move_on_after(self.answer_timeout):
             return await self.process(head, body)
         return self.unanswered(head, len(body))
 
     async def process(self, head: Head, body: bytes | memoryview) -> HttpResponse:
-        """:meth:`handle` without its time limit, for a listener that cancels this call after
-        ``answer_timeout`` seconds by itself and then answers :meth:`unanswered`: a cancel scope
-        of its own is a tenth of what a small request costs."""
+        """:meth:`handle` without its time limit, for a listener that itself cancels this call after
+        ``answer_timeout`` seconds and then answers :meth:`unanswered`: a cancel scope per request
+        is a tenth of the cost of a small request."""
         weight = self.estimate(head.content_type, head.encoding, len(body))
         wait = self._quotas.admit(head.tenant, weight)
         if wait is not None:
             return self._over_quota(head, wait)
-        if not self._has_room(head.tenant):  # others may have come while the body did
+        if not self._has_capacity(head.tenant):  # others may have arrived with the body
             self._quotas.settle(head.tenant, -weight)
             return self._overloaded(head, "overloaded", weight)
         reply = Reply()
@@ -301,7 +298,7 @@ class Edge:
             self._clock_ns(),
             weight,
             reply,
-            self._spans,
+            self._give_back_spans,
         )
         if not await self._enqueue(request):
             self._quotas.settle(head.tenant, -weight)
@@ -325,8 +322,8 @@ class Edge:
         return queued
 
     def unanswered(self, head: Head, size: int) -> HttpResponse:
-        """The outcome of a request of ``size`` bytes is not known in time."""
-        message = "the spans were received but are not yet written; send them again"
+        """The answer if the outcome of a request of ``size`` bytes is not known in time."""
+        message = "the spans were received but are not written yet; send them again"
         retry = self._retry_after(self._retry_max)
         spans = self.estimate(head.content_type, head.encoding, size)
         return self._refuse(head, 503, "unavailable", message, retry, spans=spans)
@@ -356,7 +353,7 @@ class Edge:
     # Weights.
 
     def estimate(self, content_type: str, encoding: str, size: int) -> int:
-        """About how many spans a body of ``size`` bytes holds, at least 1."""
+        """The estimated number of spans in a body of ``size`` bytes, at least 1."""
         return int(size / self._bytes_per_span[content_type, encoding]) or 1
 
     def _learn(self, key: tuple[str, str], size: int, spans: int) -> None:
@@ -368,7 +365,7 @@ class Edge:
     # Refusals.
 
     def too_large(self, head: Head) -> HttpResponse:
-        """The body is larger than a body may be."""
+        """The answer to a body above the limit."""
         message = (
             f"the body is larger than {self._max_body} bytes; send fewer spans in a request "
             "(or raise ingest.max_body_bytes)"
@@ -376,7 +373,7 @@ class Edge:
         return self._refuse(head, 413, "too_large", message)
 
     def slow_body(self, head: Head) -> HttpResponse:
-        """The body did not arrive in time."""
+        """The answer if the body does not arrive in time."""
         reason = "slow_body"
         message = "the body did not arrive in time; send it again, in smaller requests"
         if self._closed is not None and self.state == "draining":
@@ -385,29 +382,29 @@ class Edge:
         return self._refuse(head, 503, reason, message, retry, (b"connection", b"close"))
 
     def slow_head(self) -> HttpResponse:
-        """The head of a request did not arrive in time."""
+        """The answer if the headers do not arrive in time."""
         message = "the headers did not arrive in time; send them again"
         return self._refuse(_UNKNOWN, 408, "slow_head", message, spans=0)
 
     def malformed(self, status: int, message: str) -> HttpResponse:
-        """What arrived is not a request: ``status`` is 400, 431 or 505."""
+        """The answer to an invalid HTTP request; ``status`` is 400, 431 or 505."""
         return self._refuse(_UNKNOWN, status, "malformed", message, spans=0)
 
     def no_memory(self, head: Head) -> HttpResponse:
-        """Too many bodies are held at once."""
+        """The answer if too many bodies are in memory."""
         return self._overloaded(head, "memory")
 
     def _over_quota(self, head: Head, wait: float) -> HttpResponse:
         seconds = min(max(math.ceil(wait), self._retry_min), self._retry_max)
         rate = self._quotas.rate(head.tenant)
         message = (
-            f"tenant {head.tenant} sends more than its quota of {rate} spans a second; "
+            f"tenant {head.tenant} exceeds its quota of {rate} spans per second; "
             "send less, or ask for a larger quota"
         )
         return self._refuse(head, 429, "quota", message, self._retry_after(seconds))
 
     def _overloaded(self, head: Head, reason: str, spans: int | None = None) -> HttpResponse:
-        """The longer most requests are refused, the longer clients are asked to wait."""
+        """The larger the fraction of refused requests, the longer clients are asked to wait."""
         self._refusals = self._refusals * _MEMORY + (1 - _MEMORY)
         span = self._retry_max - self._retry_min
         retry = self._retry_after(self._retry_min + round(span * self._refusals))
@@ -437,7 +434,7 @@ class Edge:
 
 
 class Body:
-    """Collects the body of one request, within the limit for one and for all together."""
+    """Collects the body of one request, within the limits for one body and for all together."""
 
     __slots__ = ("_chunks", "_edge", "_head", "_reserved", "_size")
 
@@ -462,7 +459,7 @@ class Body:
             self._edge._settled.set()
 
     def feed(self, chunk: bytes) -> HttpResponse | None:
-        """Take the next part, or refuse the request."""
+        """Add the next part; returns the response that refuses the request, or None."""
         self._size += len(chunk)
         refusal = self.reserve(self._size)
         if refusal is None:
@@ -470,9 +467,10 @@ class Body:
         return refusal
 
     def reserve(self, size: int) -> HttpResponse | None:
-        """Claim memory for ``size`` bytes in all, or refuse the request. For a listener that keeps
-        the parts itself. Memory is claimed for what has arrived, not for what is announced: who
-        announces much and sends little must not keep others out."""
+        """Claim memory for ``size`` bytes in total; returns the response that refuses the request,
+        or None. For a listener that keeps the parts itself. Memory is claimed for bytes that have
+        arrived, not for announced ones, so that a client that announces much and sends little does
+        not keep others out."""
         edge = self._edge
         if size > edge._max_body:
             return edge.too_large(self._head)
@@ -485,7 +483,7 @@ class Body:
         return None
 
     def take(self) -> bytes:
-        """The whole body. What is reserved for it stays so until the context ends."""
+        """The whole body. Its memory stays reserved until the context ends."""
         return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
 
 

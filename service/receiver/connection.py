@@ -1,8 +1,8 @@
-"""One connection of the ingestion listener: requests in, answers out, in order.
+"""One connection of the ingestion listener: requests in, responses out, in order.
 
-Time limits cost nothing per request: a connection notes in ``deadline`` until when it may stay as
-it is, and the listener looks at all connections now and then and calls :meth:`Connection.expire`
-on those that are late. One cancel scope serves a connection's whole life, since being late ends it.
+Time limits cost nothing per request. A connection sets ``deadline`` when its state changes; the
+listener checks all connections regularly and calls :meth:`Connection.expire` on those that are
+late. One cancel scope is enough for the whole connection, because a missed deadline ends it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from betrace.service.receiver.http1 import (
 from betrace.service.receiver.responses import HttpResponse
 from betrace.service.receiver.transport import TlsTransport, Transport
 
-# After a refusal the rest of the body is read and dropped, within these limits: closing a
-# connection with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
+# After a refusal the rest of the body is read and dropped within these limits: closing a connection
+# with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
 LINGER_BYTES: Final = 32 * MIB
 LINGER_SECONDS: Final = 2.0
 SEND_SECONDS: Final = 10.0
-# When the service stops, a request may be on its way on a connection that looks idle.
+# When the service stops, a request may be in transit on a connection that looks idle.
 RETIRE_SECONDS: Final = 0.25
 
 _log = logging.getLogger("service.http")
@@ -44,8 +44,8 @@ _log = logging.getLogger("service.http")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds that a connection may be idle, and that a request's head and its body may take. A TLS
-    handshake has as much time as a head."""
+    """Seconds that a connection may be idle, and that the head and the body of a request may take.
+    The limit of heads also applies to TLS handshakes."""
 
     idle: float
     head: float
@@ -55,7 +55,7 @@ class Limits:
 class Connection:
     """Serves ``transport`` until either side ends it.
 
-    ``deadline`` is the time on Trio's clock when :meth:`expire` is due.
+    ``deadline`` is the time on Trio's clock when :meth:`expire` must be called.
     """
 
     __slots__ = (
@@ -78,34 +78,34 @@ class Connection:
         self._limits = limits
         self._scope = trio.CancelScope()
         self._rest = b""  # received and not yet used
-        self._unread: int | ChunkedBody = 0  # of the body in progress: bytes, or chunks
+        self._unread: int | ChunkedBody = 0  # rest of the current body: bytes, or chunks
         self._idle = True
         self._closing = False
-        self._processing = False  # the request is whole, its outcome not known
-        self._owed: Callable[[], HttpResponse] | None = None  # the answer to a client that is late
+        self._processing = False  # the request is complete, its outcome unknown
+        self._owed: Callable[[], HttpResponse] | None = None  # the answer if the deadline passes
         self.deadline = trio.current_time() + limits.idle
 
-    # What the listener decides.
+    # For the listener.
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way."""
+        """Whether no request is in progress."""
         return self._idle
 
     def expire(self) -> None:
-        """The deadline has passed: the connection ends, with an answer if one is owed."""
+        """End the connection because its deadline has passed, with an answer if one is due."""
         self.deadline = math.inf
         self._scope.cancel()
 
     def retire(self) -> None:
-        """The service stops: the connection ends once a request in progress is answered, an idle
-        one soon."""
+        """End the connection because the service stops: soon if it is idle, otherwise once the
+        request in progress is answered."""
         self._closing = True
         if self._idle:
             self._scope.deadline = trio.current_time() + RETIRE_SECONDS
 
     def give_up(self) -> None:
-        """There is no more time for requests that are still arriving."""
+        """End the connection if its request is still arriving."""
         if not self._processing:
             self.expire()
 
@@ -125,7 +125,7 @@ class Connection:
         except (OSError, trio.BrokenResourceError):
             pass  # the client is gone
         except Exception:
-            _log.exception("a connection of the ingestion listener failed; it is closed")
+            _log.exception("a connection of the ingestion listener failed and is closed")
         finally:
             await self._transport.close()
 
@@ -140,7 +140,7 @@ class Connection:
             await self._linger()
 
     async def _answer(self, request: RequestHead) -> bool:
-        """Read the body of a request and answer it; whether the connection goes on."""
+        """Read the body of a request and answer it; returns whether the connection stays open."""
         edge = self._edge
         self.deadline = math.inf
         self._unread = ChunkedBody() if request.length is None else request.length
@@ -171,7 +171,7 @@ class Connection:
     # Reading.
 
     async def _read_head(self) -> bytes | None:
-        """The head of the next request; None when there is none."""
+        """The head of the next request, None at the end."""
         received = self._rest
         if not received:
             if self._closing:
@@ -190,7 +190,7 @@ class Connection:
         return received[:end]
 
     async def _gather_head(self, received: bytes) -> bytes | None:
-        """The head of a request that did not arrive at once."""
+        """The head of a request that arrives in parts."""
         self.deadline = trio.current_time() + self._limits.head
         self._owed = self._edge.slow_head
         gathered = bytearray()
@@ -217,7 +217,7 @@ class Connection:
     async def _read_body(
         self, request: RequestHead, head: Head, memory: Body, length: int
     ) -> bytes | memoryview | HttpResponse | None:
-        """The body of an announced length, or what refuses it; None when the client is gone."""
+        """A body of known length, or the response that refuses it; None if the client is gone."""
         received = self._rest
         refusal = memory.reserve(min(len(received), length))
         if refusal is not None:
@@ -240,7 +240,7 @@ class Connection:
     async def _read_chunks(
         self, request: RequestHead, head: Head, memory: Body
     ) -> bytes | HttpResponse | None:
-        """The same of a chunked body."""
+        """The same for a chunked body."""
         chunks = self._unread
         assert isinstance(chunks, ChunkedBody)
         received = self._rest
@@ -257,14 +257,14 @@ class Connection:
                 return None
 
     async def _begin_body(self, request: RequestHead, head: Head, received: bytes) -> None:
-        """Not all of the body is there: set its time limit, and ask for it if the client waits."""
+        """Set the time limit of a body that is not complete, and ask for it if the client waits."""
         self._owed = lambda: self._edge.slow_body(head)
         self.deadline = trio.current_time() + self._limits.body
         if request.expects_continue and not received:
             await self._transport.send(CONTINUE)
 
     async def _discard(self) -> bool:
-        """Read and drop what is left of the body; whether its end was reached."""
+        """Read and drop the rest of the body; returns whether its end was reached."""
         left = self._unread
         received = self._rest
         dropped = 0
@@ -288,7 +288,7 @@ class Connection:
     # Answering.
 
     async def _send(self, request: RequestHead, response: HttpResponse, keep: bool = True) -> bool:
-        """Send a response; whether the connection goes on, which only ``keep`` allows."""
+        """Send a response; returns whether the connection stays open, which needs ``keep``."""
         keep = keep and request.persistent and not self._closing
         self.deadline = trio.current_time() + SEND_SECONDS
         data = render(response, close=not keep, bodiless=request.method == "HEAD")
@@ -296,16 +296,18 @@ class Connection:
         return keep
 
     async def _refuse(self, request: RequestHead, response: HttpResponse) -> bool:
-        """Send a response before the whole body was read; whether the connection goes on.
+        """Send a response before the whole body was read; returns whether the connection stays
+        open.
 
-        It does where the rest of the body is read soon. A client that waits for ``100 Continue``
-        may send the body or not, so it is clear only to the client where the next request begins.
+        It stays open if the rest of the body can be read soon. A client that waits for ``100
+        Continue`` may or may not send the body, so only the client knows where the next request
+        starts.
         """
         left = self._unread
         keep = isinstance(left, ChunkedBody) or left <= LINGER_BYTES
         keep = await self._send(request, response, keep and not request.expects_continue)
         self.deadline = trio.current_time() + LINGER_SECONDS
-        await trio.lowlevel.checkpoint()  # nothing else may have waited on this request's way
+        await trio.lowlevel.checkpoint()  # this request may not have waited anywhere else
         if not keep:
             await self._linger()
             return False
@@ -315,14 +317,14 @@ class Connection:
             return False  # the request is answered
 
     async def _part(self, response: HttpResponse) -> None:
-        """Send a last response, and end the connection."""
+        """Send a last response and end the connection."""
         self._owed = None
         self.deadline = trio.current_time() + LINGER_SECONDS
         await self._transport.send(render(response, close=True))
         await self._linger()
 
     async def _linger(self) -> None:
-        """Tell the client that this is the end, and wait until it agrees."""
+        """Signal the end to the client, and wait until it closes too."""
         self._rest = b""
         self.deadline = trio.current_time() + LINGER_SECONDS
         await self._transport.end()

@@ -1,9 +1,9 @@
-"""HTTP/1.1 messages as bytes (RFC 9112): heads and chunked bodies taken apart by llhttp, which
-``httptools`` wraps, and responses put together. No input or output here.
+"""HTTP/1.1 messages as bytes (RFC 9112), without I/O: heads and chunked bodies are parsed by
+llhttp, which ``httptools`` wraps; responses are rendered here.
 
 llhttp runs in its strict mode, which refuses what request smuggling needs: Content-Length together
-with Transfer-Encoding, several or odd lengths, folded lines, bare LF, space before a colon, chunk
-sizes that overflow. What it leaves to its caller is checked in :func:`parse_head`.
+with Transfer-Encoding, several or invalid lengths, folded lines, bare LF, space before a colon,
+chunk sizes that overflow. :func:`parse_head` checks what llhttp leaves to its caller.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in
 
 
 class NotHttpError(Exception):
-    """What arrived is not a request that can be taken: an HTTP status, and what is wrong."""
+    """Received bytes are not a valid request: an HTTP status, and what is wrong."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -39,18 +39,18 @@ class NotHttpError(Exception):
 
 
 def too_large_head() -> NotHttpError:
-    """The head of a request, or what stands between the parts of its body, is too large."""
+    """The error for a head, or for data between the parts of a chunked body, that is too large."""
     return NotHttpError(
         _TOO_LARGE, f"send at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes together"
     )
 
 
 class RequestHead:
-    """The head of a request, and llhttp's view of it while it is parsed.
+    """The head of a request; also the object that llhttp calls while parsing it.
 
-    ``path`` is the request target without its query, percent-encoded as it came; names in
-    ``headers`` are lower case. ``length`` is that of the body in bytes, None when it is
-    ``chunked``. ``persistent`` and ``expects_continue`` are what the client asks for.
+    ``path`` is the request target without its query, percent-encoded as received; names in
+    ``headers`` are lower case. ``length`` is the length of the body in bytes, None for a chunked
+    body. ``persistent`` and ``expects_continue`` are what the client asks for.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class RequestHead:
 
 
 def parse_head(block: bytes) -> RequestHead:
-    """The head in ``block``, which ends with the empty line. Raises :exc:`NotHttpError`."""
+    """Parse the head in ``block``, which ends with the empty line. Raises :exc:`NotHttpError`."""
     head = RequestHead()
     parser = httptools.HttpRequestParser(head)
     try:
@@ -93,7 +93,7 @@ def parse_head(block: bytes) -> RequestHead:
         raise NotHttpError(400, f"this is not an HTTP/1.1 request: {error}") from None
     version = parser.get_http_version()
     if version not in ("1.1", "1.0"):
-        raise NotHttpError(505, f"HTTP/{version} is not spoken here; use HTTP/1.1")
+        raise NotHttpError(505, f"HTTP/{version} is not supported on this port; use HTTP/1.1")
     if len(head.headers) > MAX_HEADERS:
         raise too_large_head()
     head.method = parser.get_method().decode("ascii")
@@ -128,8 +128,8 @@ def parse_head(block: bytes) -> RequestHead:
 
 
 class ChunkedBody:
-    """Undoes the chunked transfer coding. ``data`` is the body so far, ``complete`` whether that
-    is all. Extensions and trailers are dropped."""
+    """Decodes the chunked transfer coding. ``data`` is the body so far, ``complete`` whether it is
+    complete. Extensions and trailers are dropped."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -139,11 +139,12 @@ class ChunkedBody:
         self._parser.feed_data(_CHUNKED_HEAD)
 
     def feed(self, received: bytes) -> bytes:
-        """Take what was received, and return what follows the end of the body.
+        """Parse received bytes, and return what follows the end of the body.
 
-        The parser does not tell where a message ends, and would take what follows for the next.
-        But a message can only end with CRLF CRLF, so it is fed up to each of those in turn; the
-        first three bytes singly, since some of the four may have come with an earlier call.
+        The parser does not report where a message ends, and would parse what follows as the next
+        message. A message can only end with CRLF CRLF, so the parser is fed up to each CRLF CRLF in
+        turn, and the first three bytes singly, because part of one may have come in an earlier
+        call.
 
         Raises :exc:`NotHttpError`.
         """
@@ -175,7 +176,7 @@ class ChunkedBody:
 
 
 class DateLine:
-    """The Date header, made once a second."""
+    """The Date header, rendered once a second."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -183,7 +184,7 @@ class DateLine:
         self._line = b""
 
     def line(self) -> bytes:
-        """The header's line, for now."""
+        """The header line for the current time."""
         second = int(self._clock())
         if second != self._second:
             self._second = second
@@ -195,8 +196,8 @@ _date = DateLine()
 
 
 def render(response: HttpResponse, *, close: bool, bodiless: bool = False) -> bytes:
-    """The response as bytes. ``close`` announces the end of the connection; ``bodiless`` leaves
-    the body out, as the answer to HEAD must, but not its length."""
+    """The response as bytes. ``close`` announces the end of the connection; ``bodiless`` omits the
+    body but not its length, as required for HEAD."""
     parts = [_STATUS_LINES[response.status], _date.line()]
     for name, value in response.headers:
         if name != b"connection":

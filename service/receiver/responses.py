@@ -9,7 +9,7 @@ from betrace.service.otlp.response import status_body
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-# The google.rpc.Code for an HTTP status, following googleapis' code.proto where it has a mapping.
+# The google.rpc.Code for an HTTP status, as in googleapis' code.proto where it maps them.
 RPC_CODES = {
     400: 3,  # INVALID_ARGUMENT
     401: 16,  # UNAUTHENTICATED

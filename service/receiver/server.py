@@ -1,8 +1,8 @@
 """The ingestion listener: HTTP/1.1 for :class:`~betrace.service.receiver.admission.Edge`, without
-a framework.
+a framework (docs/decisions/0008-ingestion-listener.md).
 
-Why not Hypercorn, and what makes this cheaper, is in ``docs/decisions``. What a connection does is
-in :mod:`betrace.service.receiver.connection`; here they are accepted, counted, timed and retired.
+Connections are accepted, counted, timed and closed here; :mod:`betrace.service.receiver.connection`
+serves one connection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.connection import Connection, Limits
 from betrace.service.receiver.sockets import bad_certificate, listen, url_of
@@ -25,7 +25,7 @@ from betrace.service.receiver.transport import SocketTransport, TlsTransport, Tr
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _EXHAUSTED_PAUSE: Final = 0.5
 _SWEEP_SECONDS: Final = 1.0
-# Of the grace period, for requests to arrive; what is left is for those that arrived last.
+# Fraction of the grace period in which requests may arrive; the rest is for processing the last.
 ARRIVAL_SHARE: Final = 0.75
 
 _log = logging.getLogger("service.http")
@@ -41,11 +41,11 @@ async def serve_ingest(
     grace_seconds: float = 30,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Hand requests that arrive at ``address`` to ``edge`` until ``shutdown``, then let those in
-    progress finish for ``grace_seconds``; those that are still arriving after ``ARRIVAL_SHARE``
-    of that are refused. Starts with the URL listened on.
+    """Pass requests that arrive at ``address`` to ``edge`` until ``shutdown``. Then requests in
+    progress may finish for ``grace_seconds``; requests still arriving after ``ARRIVAL_SHARE`` of
+    that are refused. Starts with the URL listened on.
 
-    Raises :exc:`~betrace.service.receiver.sockets.ListenError` when the address or the certificate
+    Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
     cannot be used.
     """
     context = _tls_context(tls) if tls is not None and tls.certificate else None
@@ -88,23 +88,22 @@ class _Server:
             settings.body_timeout_seconds,
         )
         self._connections: set[Connection] = set()
-        self._room = trio.Event()
+        self._ended = trio.Event()
 
     async def accept(
         self, listener: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope
     ) -> None:
-        """Accept connections until ``scope`` is cancelled, then close ``listener``. While there
-        are as many as there may be, the one that is idle longest makes room for the next; while
-        all are busy, or the process has run out of descriptors, further ones wait in the
-        kernel."""
+        """Accept connections until ``scope`` is cancelled, then close ``listener``. At the limit,
+        the connection that is idle longest is closed for the next one. While all are busy, or the
+        process has run out of descriptors, new connections wait in the kernel."""
         with listener, scope:
             while True:
                 if len(self._connections) >= self._most:
                     await trio.lowlevel.wait_readable(listener)
-                    self._make_room()
-                    self._room = trio.Event()
+                    self._close_idle()
+                    self._ended = trio.Event()
                     with trio.move_on_after(_SWEEP_SECONDS):
-                        await self._room.wait()
+                        await self._ended.wait()
                     continue
                 try:
                     connected, _ = listener.accept()
@@ -118,7 +117,7 @@ class _Server:
                             error.strerror,
                         )
                         await trio.sleep(_EXHAUSTED_PAUSE)
-                    else:  # the client has given up meanwhile
+                    else:  # the client has given up
                         await trio.lowlevel.checkpoint()
                 else:
                     connection = Connection(self._transport(connected), self._edge, self._limits)
@@ -126,9 +125,9 @@ class _Server:
                     nursery.start_soon(self._run, connection)
                     await trio.lowlevel.checkpoint()
 
-    def _make_room(self) -> None:
-        """End the connection that has been idle longest, if one is: whoever keeps many open must
-        not keep others out."""
+    def _close_idle(self) -> None:
+        """End the connection that has been idle longest, if there is one, so that a client with
+        many open connections does not keep others out."""
         idle = [connection for connection in self._connections if connection.idle]
         if idle:
             min(idle, key=lambda connection: connection.deadline).expire()
@@ -145,10 +144,10 @@ class _Server:
             await connection.run()
         finally:
             self._connections.discard(connection)
-            self._room.set()
+            self._ended.set()
 
     async def sweep(self) -> None:
-        """End connections whose deadline has passed."""
+        """End connections whose deadline has passed, forever."""
         limits = self._limits
         shortest = min(limits.idle, limits.head, limits.body, self._edge.answer_timeout)
         pause = min(_SWEEP_SECONDS, shortest / 4)
@@ -160,12 +159,12 @@ class _Server:
                     connection.expire()
 
     def retire(self) -> None:
-        """Let every connection end once its request in progress is answered."""
+        """End every connection once its request in progress is answered."""
         for connection in self._connections:
             connection.retire()
 
     async def give_up_after(self, seconds: float) -> None:
-        """Refuse then what is still arriving."""
+        """Refuse requests that are still arriving after ``seconds``."""
         await trio.sleep(seconds)
         for connection in self._connections:
             connection.give_up()

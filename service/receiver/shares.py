@@ -1,10 +1,11 @@
-"""How tenants share what is scarce at the edge: room in the channel, memory for bodies.
+"""How tenants share the scarce resources of the receiver: the channel and the memory for bodies.
 
-Max-min fairness with a reserve: while little is held everyone is admitted; above half a tenant that
-holds an equal share or more is refused; and the last part is for tenants that hold nothing. So one
-tenant alone may hold all but the reserve, many hold equal shares, and one that sends little is
-admitted whatever the others do, without any list of tenants, weights or rates (compare the dynamic
-thresholds of Choudhury and Hahne, 1998, for packets in a shared memory).
+Max-min fairness with a reserve. While less than half of the capacity is taken, everyone is
+admitted. Above half, a tenant that has an equal share or more is refused. The last part is reserved
+for tenants that have nothing. So a single tenant may take all but the reserve, many tenants get
+equal shares, and a tenant that sends little is admitted whatever the others do, without a list of
+tenants, weights or rates (compare the dynamic thresholds of Choudhury and Hahne, 1998, for packets
+in a shared memory).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ _CONTESTED = 0.5
 
 
 class Shares:
-    """What each tenant holds of ``capacity``. A tenant that holds nothing takes no room here."""
+    """What each tenant has taken of ``capacity``. A tenant that has nothing costs no memory."""
 
     __slots__ = ("_contested", "_held", "_open", "capacity", "total")
 
     def __init__(self, capacity: int, open_to_all: float) -> None:
-        """``open_to_all`` is the fraction beyond which only those who hold nothing are admitted."""
+        """Above the fraction ``open_to_all`` only tenants that have nothing are admitted."""
         self.capacity = capacity
         self.total = 0
         self._held: dict[str, int] = {}
@@ -26,16 +27,16 @@ class Shares:
         self._open = int(capacity * open_to_all)
 
     def __len__(self) -> int:
-        """How many tenants hold something."""
+        """How many tenants have something."""
         return len(self._held)
 
     def held(self, tenant: str) -> int:
-        """What ``tenant`` holds."""
+        """What ``tenant`` has."""
         return self._held.get(tenant, 0)
 
     def admits(self, tenant: str, amount: int = 0, total: int | None = None) -> bool:
-        """Whether ``tenant`` may take ``amount`` more, where ``total`` is held by all, which may be
-        known better than by what was told here."""
+        """Whether ``tenant`` may take ``amount`` more. ``total`` is what all tenants have, if the
+        caller knows it better than this object."""
         total = (self.total if total is None else total) + amount
         if total <= self._contested:
             return True
@@ -45,12 +46,12 @@ class Shares:
         return total <= self._open and held + amount <= self._open // len(self._held)
 
     def take(self, tenant: str, amount: int) -> None:
-        """Note that ``tenant`` holds ``amount`` more."""
+        """Note that ``tenant`` took ``amount``."""
         self.total += amount
         self._held[tenant] = self._held.get(tenant, 0) + amount
 
     def give_back(self, tenant: str, amount: int) -> None:
-        """Note that it holds ``amount`` less."""
+        """Note that ``tenant`` returned ``amount``."""
         self.total -= amount
         left = self._held[tenant] - amount
         if left:

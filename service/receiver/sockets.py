@@ -11,11 +11,11 @@ _BACKLOG = 1024
 
 
 class ListenError(Exception):
-    """An address or a certificate cannot be used; the text says why and what to do."""
+    """An address or a certificate cannot be used; the message says why and what to do."""
 
 
 def listen(address: str) -> socket.socket:
-    """A non-blocking socket that listens on ``host:port``. Raises :exc:`ListenError`."""
+    """A non-blocking socket listening on ``host:port``. Raises :exc:`ListenError`."""
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -34,13 +34,13 @@ def listen(address: str) -> socket.socket:
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:
-    """The URL that a listening socket is reached at."""
+    """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def bad_certificate(certificate: str, key: str, error: OSError) -> ListenError:
-    """What to say of a certificate that cannot be loaded."""
+    """The error for a certificate that cannot be loaded."""
     return ListenError(
         f"the certificate {certificate} or its key {key} cannot be used "
         f"({error.strerror or error}); check tls.certificate and tls.key"

@@ -1,9 +1,9 @@
-"""The two ends that a connection of the ingestion listener reads from and writes to: a socket, and
-TLS over one.
+"""What a connection of the ingestion listener reads from and writes to: a socket, or TLS over one.
 
-The socket is used directly and not through ``trio.socket``: each operation there is a checkpoint,
-which costs a turn of the scheduler even when the kernel had the answer at once. Here a task waits
-only for what is not there yet, so callers see to it that every loop of theirs waits for something.
+The socket is used directly and not through ``trio.socket``, where each operation is a checkpoint
+and costs a turn of the scheduler even if the kernel has the result at once. Here a task waits only
+for data that is not there yet, so callers must make sure that each of their loops waits for
+something.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ _CLOSE_SECONDS: Final = 1.0
 
 
 Claim = Callable[[int], bool]
-"""Told of each further part how many bytes of a body have arrived in all; whether to go on."""
+"""Called after each part with the total bytes of the body that have arrived; returns whether to
+continue."""
 
 
 class Transport(Protocol):
-    """One connection's bytes. Everything raises :exc:`OSError` or
-    :exc:`trio.BrokenResourceError` when the connection fails."""
+    """The bytes of one connection. All methods raise :exc:`OSError` or
+    :exc:`trio.BrokenResourceError` if the connection fails."""
 
     async def receive(self) -> bytes:
-        """What has arrived, at most ``READ_BYTES``; waits for it; empty at the end."""
+        """Wait for data and return at most ``READ_BYTES``; empty at the end."""
         ...
 
     async def receive_body(
         self, start: bytes, length: int, claim: Claim
     ) -> bytes | memoryview | None:
-        """The ``length`` bytes that begin with ``start``; None if the connection ends before, or
-        ``claim`` refuses."""
+        """The ``length`` bytes that begin with ``start``; None if the connection ends first or
+        ``claim`` returns False."""
         ...
 
     async def send(self, data: bytes) -> None:
@@ -46,7 +47,7 @@ class Transport(Protocol):
         ...
 
     async def end(self) -> None:
-        """Tell the peer that nothing more will be sent."""
+        """Signal to the peer that nothing more will be sent."""
         ...
 
     async def close(self) -> None:
@@ -80,9 +81,9 @@ class SocketTransport:
     ) -> bytes | memoryview | None:
         """See :class:`Transport`.
 
-        The rest goes straight into a buffer of the whole length, whose memory is not touched
-        before bytes arrive in it. SO_RCVLOWAT lets the task sleep until all of it (at most
-        ``_LOW_WATER_BYTES``) has arrived; the kernel then also makes room for as much.
+        The rest is read straight into a buffer of the whole length, whose memory is not touched
+        before bytes arrive. SO_RCVLOWAT lets the task sleep until all of it (at most
+        ``_LOW_WATER_BYTES``) has arrived; the kernel grows its buffer to that size.
         """
         buffer = np.empty(length, np.uint8).data
         position = len(start)
@@ -165,7 +166,7 @@ class TlsTransport:
         await self._stream.send_all(data)
 
     async def end(self) -> None:
-        """See :class:`Transport`. Nothing here: after TLS's own notice little could be received."""
+        """Does nothing, because little could be received after a TLS close."""
 
     async def close(self) -> None:
         """See :class:`Transport`."""

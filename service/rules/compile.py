@@ -1,11 +1,11 @@
-"""A tenant's rules, compiled to the distinct checks they contain.
+"""Compiles a tenant's rules to the distinct checks they contain.
 
 A *check* is a :class:`~betrace.service.rules.syntax.SpanSet`: a span name and a predicate. Folding
-a span means to find the checks it satisfies; deciding a rule means to run its small program over
+a span means finding the checks it satisfies; deciding a rule means running its small program over
 the checks' counts. Both work on the arrays built here.
 
 Counts only grow while a trace is open, so each atom of a rule changes its truth value at known
-counts: its *thresholds*. A trace is worth an early decision only when a count crosses one.
+counts, its *thresholds*. An early decision is worthwhile only when a count crosses one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.wire import hash_text
-from betrace.service.rules.definition import make_rule
+from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.format import format_check
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.program import ProgramBuilder
@@ -37,10 +36,7 @@ from betrace.service.rules.syntax import (
     span_sets,
 )
 
-if TYPE_CHECKING:
-    from betrace.service.rules.store import Rule
-
-# Instructions of a rule program, rows (op, a, b, c), on a stack of three-valued truths.
+# Instructions of a rule program: rows (op, a, b, c) for a stack of three-valued truth values.
 EXISTS, COUNT_NUMBER, COUNT_COUNT, BEFORE, CONSTANT, AND, OR, NOT, END = range(9)
 FALSE, UNKNOWN, TRUE = range(3)
 
@@ -56,15 +52,15 @@ RULE_COLUMNS = 6
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class CompiledRules:
-    """What the fold and the decision need of one version of a tenant's rules.
+    """One version of a tenant's rules, as the fold and the decision need them.
 
-    ``predicates[c]`` is the program of check ``c`` in ``code``, -1 where any span of the name
-    satisfies it. ``rule_rows`` points into ``programs``. ``rules_of`` (all rules by check) and
-    ``early_of`` (those that may be decided early, without those that any trace breaks from its
-    beginning: they are left for its end) are lists end to end: those of check ``c`` are
-    ``values[starts[c]:starts[c + 1]]``. ``thresholds`` likewise holds the counts at which a rule
-    that may be decided early can change its truth. ``on_empty`` are the rules that a trace
-    without any matching span breaks.
+    ``predicates[c]`` is the program of check ``c`` in ``code``, or -1 if every span with its name
+    satisfies it. ``rule_rows`` points into ``programs``. ``rules_of``, ``early_of`` and
+    ``thresholds`` are concatenated lists: those of check ``c`` are
+    ``values[starts[c]:starts[c + 1]]``. ``rules_of`` has all rules of a check, ``early_of`` those
+    that may be decided early (except rules that every trace breaks from its beginning, which are
+    decided at its end), and ``thresholds`` the counts at which such a rule can change its truth
+    value. ``on_empty`` are the rules that a trace without any matching span breaks.
     """
 
     rules: tuple[Rule, ...]
@@ -86,12 +82,12 @@ class CompiledRules:
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
     definitions: bytes
-    """The rules as a rule file has them, a JSON array: made once, since every checkpoint of every
-    tenant holds it."""
+    """The rules as in a rule file, a JSON array: serialized once, because every checkpoint contains
+    it."""
 
 
 def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
-    """Compile the enabled ones of ``rules``; ``version`` names the set in reports."""
+    """Compile the enabled rules; ``version`` identifies the set in reports."""
     enabled = tuple(rule for rule in rules if rule.enabled)
     checks: dict[SpanSet, int] = {}
     checks_of_rule = []
@@ -151,13 +147,13 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
 
 
 def compile_definitions(definitions: bytes, version: str) -> CompiledRules:
-    """Compile rules again from their :attr:`CompiledRules.definitions`. Raises
-    :exc:`~betrace.service.rules.definition.RuleFileError` where one is no rule any more."""
+    """Compile rules again from :attr:`CompiledRules.definitions`. Raises
+    :exc:`~betrace.service.rules.definition.RuleFileError` if one is no longer a valid rule."""
     return compile_rules([make_rule(each) for each in orjson.loads(definitions)], version)
 
 
 def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Rows, Rows]:
-    """``(values, starts)``: the lists end to end, and where each begins (one more at the end)."""
+    """``(values, starts)``: the concatenated lists, where each begins, and where the last ends."""
     starts = np.zeros(len(lists) + 1, np.int64)
     np.cumsum([len(items) for items in lists], out=starts[1:])
     return np.array([item for items in lists for item in items], np.int64), starts
@@ -165,8 +161,8 @@ def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Rows, Rows]:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """What an expression can become while a trace is open, and its value on an empty trace:
-    open (three-valued) and closed."""
+    """The values an expression can become certain of while a trace is open, and its value on an
+    empty trace that is ``open`` (three-valued) or ``closed``."""
 
     can_be_true: bool
     can_be_false: bool
@@ -181,7 +177,7 @@ _CONSTANT = {
 
 
 class _RuleEmitter:
-    """Writes rule programs and works out how each may be decided."""
+    """Writes rule programs and determines how each may be decided."""
 
     def __init__(self, checks: dict[SpanSet, int]) -> None:
         self.rows: list[tuple[int, int, int, int]] = []
@@ -192,11 +188,13 @@ class _RuleEmitter:
     ) -> None:
         """Fill a rule row: ``when and (not always or never)``."""
         holds = self._program(row, R_WHEN, when, absent=True)
-        kept = self._program(row, R_ALWAYS, always, absent=True)
-        shunned = self._program(row, R_NEVER, never, absent=False)
-        row[R_EARLY] = holds.can_be_true and (kept.can_be_false or shunned.can_be_true)
-        row[R_ON_EMPTY] = holds.closed and (not kept.closed or shunned.closed)
-        row[R_EARLY_ON_EMPTY] = holds.open == TRUE and (kept.open == FALSE or shunned.open == TRUE)
+        required = self._program(row, R_ALWAYS, always, absent=True)
+        banned = self._program(row, R_NEVER, never, absent=False)
+        row[R_EARLY] = holds.can_be_true and (required.can_be_false or banned.can_be_true)
+        row[R_ON_EMPTY] = holds.closed and (not required.closed or banned.closed)
+        row[R_EARLY_ON_EMPTY] = holds.open == TRUE and (
+            required.open == FALSE or banned.open == TRUE
+        )
 
     def _program(self, row: np.ndarray, column: int, node: Node | None, absent: bool) -> _Range:
         row[column] = len(self.rows)
@@ -266,10 +264,11 @@ class _RuleEmitter:
 
 
 def _normalise(node: CountCompare) -> bool | tuple[SpanSet, int, SpanSet | int]:
-    """The count first, compared by ``== != < >`` with a natural number, or a constant.
+    """The comparison with the count on the left and ``== != < >`` with a natural number on the
+    right, or its constant value.
 
-    For a natural n: ``<=`` becomes ``<`` of the next number and ``>=`` becomes ``>`` of the
-    one before, so that four operators with known thresholds remain.
+    For a natural number, ``<=`` becomes ``<`` of the next number and ``>=`` becomes ``>`` of the
+    previous one, so that four operators with known thresholds remain.
     """
     left, right, op = node.left, node.right, _OPS[node.op]
     if isinstance(left, SpanSet) and isinstance(right, SpanSet):
@@ -306,7 +305,7 @@ def _collect_thresholds(
             if not isinstance(normal, bool) and isinstance(normal[2], int):
                 spans, op, number = normal
                 assert isinstance(number, int)
-                # below n turns false at n; the others are settled one above it
+                # count < n becomes false at n; the others change at n + 1
                 thresholds[checks[spans]].add(number if op == LT else number + 1)
         case And(items) | Or(items):
             for item in items:

@@ -1,4 +1,4 @@
-"""What a rule is beside its condition, and how a definition that is wrong is reported."""
+"""Rule definitions, and the problems reported for invalid ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from betrace.service.rules.errors import RuleSyntaxError, close_match
+from betrace.service.config.suggest import close_match
+from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.rules.values import value_text
@@ -24,7 +25,7 @@ MAX_LABELS = 32
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of a tenant. ``version`` is a hash of ``condition``, ``syntax`` its tree."""
+    """A tenant's rule. ``version`` is a hash of ``condition``, ``syntax`` its syntax tree."""
 
     id: str
     name: str
@@ -37,7 +38,7 @@ class Rule:
     syntax: RuleSyntax
 
     def definition(self) -> dict[str, Any]:
-        """The fields as a rule file has them."""
+        """The fields as in a rule file."""
         return {
             "id": self.id,
             "name": self.name,
@@ -50,18 +51,18 @@ class Rule:
 
 
 def etag(rule: Rule) -> str:
-    """The rule's entity tag for HTTP, in its quotes: a hash of all that defines it."""
+    """The rule's entity tag for HTTP, in quotes: a hash of its definition."""
     text = json.dumps(rule.definition(), sort_keys=True)
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong in a rule file or definition.
+    """An error in a rule file or definition.
 
-    ``source`` names the file, ``line`` and ``column`` (from 1) the place in it where that is
-    known. ``syntax`` is the error where the condition does not parse; its own positions count
-    from the beginning of the condition.
+    ``source`` is the name of the file, ``line`` and ``column`` (from 1) the place in it, if known.
+    ``syntax`` is set if the condition does not parse; its own positions count from the beginning
+    of the condition.
     """
 
     source: str
@@ -73,7 +74,7 @@ class Problem:
     syntax: RuleSyntaxError | None = None
 
     def __str__(self) -> str:
-        """``file:line:column: rule id: message``, for a condition with its line and a caret."""
+        """``file:line:column: rule id: message``; for a condition, also its line and a caret."""
         place = [self.source] + [str(at) for at in (self.line, self.column) if at is not None]
         rule = f"rule {self.rule_id}: " if self.rule_id else ""
         lines = [f"{':'.join(place)}: {rule}{self.message}"]
@@ -85,7 +86,7 @@ class Problem:
 
 
 class RuleFileError(ValueError):
-    """Rules that cannot be accepted; ``problems`` are all that were found, one at least."""
+    """The rules are invalid; ``problems`` are all that were found, at least one."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -93,7 +94,7 @@ class RuleFileError(ValueError):
 
 
 def _label_text(value: Any) -> Any:
-    """YAML reads ``tier: 1`` as a number; as a label it is text."""
+    """The text of a label: YAML reads ``tier: 1`` as a number."""
     return value_text(value) if isinstance(value, bool | int | float) else value
 
 
@@ -115,11 +116,10 @@ class _Definition(BaseModel):
 
 
 def make_rule(definition: Mapping[str, Any], source: str = "rule") -> Rule:
-    """The rule that a mapping with the keys of a rule file defines.
+    """The rule defined by a mapping with the keys of a rule file.
 
-    ``name`` defaults to the id, ``severity`` to medium, ``enabled`` to true; a null stands for
-    the default. Raises :exc:`RuleFileError` with everything that is wrong; ``source`` is what
-    its problems name as their place.
+    ``name`` defaults to the id, ``severity`` to medium, ``enabled`` to true; null means the
+    default. Raises :exc:`RuleFileError` with all problems, whose place is ``source``.
     """
     rule_id = definition.get("id")
     shown_id = rule_id if isinstance(rule_id, str) else None
@@ -145,7 +145,7 @@ def make_rule(definition: Mapping[str, Any], source: str = "rule") -> Rule:
 
 
 def _problem(details: ErrorDetails, source: str, rule_id: str | None) -> Problem:
-    """One of pydantic's findings, in the words of rule files."""
+    """One of pydantic's errors, in the words of rule files."""
     key = str(details["loc"][0]) if details["loc"] else ""
     context = details.get("ctx", {})
     hint = None
@@ -154,7 +154,7 @@ def _problem(details: ErrorDetails, source: str, rule_id: str | None) -> Problem
             message = f"unknown key '{key[:64]}'"
             meant = close_match(key, _Definition.model_fields)
             known = ", ".join(_Definition.model_fields)
-            hint = f"did you mean '{meant}'?" if meant else f"the keys of a rule are {known}"
+            hint = f"did you mean '{meant}'?" if meant else f"the keys of a rule are: {known}"
         case "missing":
             message = f"the key '{key}' is missing"
         case "string_type" if key == "labels":
@@ -164,17 +164,17 @@ def _problem(details: ErrorDetails, source: str, rule_id: str | None) -> Problem
             message = f"'{key}' is not text"
             hint = "put it in quotes"
         case "bool_type":
-            message = f"'{key}' is neither true nor false"
+            message = f"'{key}' must be true or false"
         case "dict_type":
             message = f"'{key}' is not a mapping"
             hint = "write it as {team: payments}"
         case "literal_error":
-            message = f"'{key}' is not one of {', '.join(SEVERITIES)}"
+            message = f"'{key}' must be one of {', '.join(SEVERITIES)}"
             meant = close_match(str(details["input"]), SEVERITIES)
             hint = f"did you mean '{meant}'?" if meant else None
         case "string_pattern_mismatch":
-            message = f"'{key}' is not a rule id"
-            hint = "an id is 1 to 128 characters a-z 0-9 . _ -, beginning with a letter or digit"
+            message = f"'{key}' is not a valid rule id"
+            hint = "an id has 1 to 128 characters a-z 0-9 . _ - and begins with a letter or digit"
         case "string_too_long":
             message = f"'{key}' is longer than {context['max_length']} characters"
         case "too_long":

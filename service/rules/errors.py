@@ -1,14 +1,15 @@
-"""Errors in rules: where, what was found, what was expected, and what was probably meant."""
+"""Syntax errors in rules: the location, what was found, what was expected, and a suggestion."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from lark import Token
 
-_EXCERPT = 100  # characters of the source line shown around the fault
+from betrace.service.config.suggest import close_match
+
+_EXCERPT = 100  # characters of the source line shown around the error
 
 KEYWORDS = frozenset(
     {"when", "always", "never", "and", "or", "not", "count", "where", "in"}
@@ -34,7 +35,7 @@ _SPELLED = {
     "DURATION": "a duration",
     "$END": "the end of the rule",
 }
-# Groups of terminals that mean one thing to the reader, the larger first.
+# Groups of terminals that readers know as one thing, larger groups first.
 _GROUPS = (
     (frozenset({"COUNT", "NOT", "LPAR", "SEGMENT", "STRING", "NUMBER"}), "a condition"),
     (frozenset({"SPAN_COLON", "NOT", "LPAR", "SEGMENT", "STRING"}), "a predicate"),
@@ -43,7 +44,7 @@ _GROUPS = (
     (frozenset({"SEGMENT", "STRING"}), "a name"),
     (frozenset({"CMP", "IN", "MATCHES", "CONTAINS"}), "a comparison (== != < <= > >= in …)"),
 )
-# Words of other languages, by what they are called here.
+# Words of other languages, and what they are called here.
 _SYNONYMS = {
     "is": "==",
     "eq": "==",
@@ -64,24 +65,24 @@ _CHARACTER_HINTS = (
     ("=", "use '=='"),
     ("!~", "use 'not' with 'matches'"),
     ("!", "use 'not'"),
-    ("'", "strings are in double quotes"),
-    ("`", "strings are in double quotes"),
+    ("'", "put strings in double quotes"),
+    ("`", "put strings in double quotes"),
     ("“", 'use the plain double quote "'),
     ("”", 'use the plain double quote "'),
-    ("/", "a comment begins with // or #, a pattern or name with '/' is in double quotes"),
-    ("-", "there is no arithmetic in rules; a name with other characters is in double quotes"),
-    ("+", "there is no arithmetic in rules; a name with other characters is in double quotes"),
-    (":", "resource attributes are written resource.x, a span's own fields span:x"),
-    (";", "clauses and conditions follow each other without ';'"),
+    ("/", "comments begin with // or #; put names and patterns with '/' in double quotes"),
+    ("-", "rules have no arithmetic; put names with other characters in double quotes"),
+    ("+", "rules have no arithmetic; put names with other characters in double quotes"),
+    (":", "write resource.x for a resource attribute and span:x for a field of the span"),
+    (";", "write clauses and conditions without ';'"),
 )
 
 
 class RuleSyntaxError(ValueError):
-    """A rule that cannot be accepted.
+    """The text is not a valid rule.
 
-    ``line`` and ``column`` count from 1, the column in characters; ``message`` says what was
-    found and what was expected; ``hint`` what was probably meant, or None. ``str()`` shows all
-    of it with the source line and a caret.
+    ``line`` and ``column`` count from 1, the column in characters; ``message`` says what was found
+    and what was expected; ``hint`` says how to correct it, or is None. ``str()`` includes all of
+    these, the source line, and a caret.
     """
 
     def __init__(self, message: str, text: str, offset: int, hint: str | None = None) -> None:
@@ -96,7 +97,7 @@ class RuleSyntaxError(ValueError):
         self.source = text[start : end if end >= 0 else len(text)].rstrip("\r")
 
     def excerpt(self) -> str:
-        """The source line (a part of it, if long) and below it a caret under the column."""
+        """The source line (a part of a long one), and below it a caret under the column."""
         at = self.column - 1
         first = max(0, min(at - _EXCERPT // 2, len(self.source) - _EXCERPT))
         shown = self.source[first : first + _EXCERPT]
@@ -112,7 +113,7 @@ class RuleSyntaxError(ValueError):
         return f"{text}\n  hint: {self.hint}" if self.hint else text
 
     def to_json(self) -> dict[str, str | int | None]:
-        """``line``, ``column``, ``message`` and ``hint``, as the HTTP interface names them."""
+        """``line``, ``column``, ``message`` and ``hint``, named as in the HTTP API."""
         return {
             "line": self.line,
             "column": self.column,
@@ -121,48 +122,41 @@ class RuleSyntaxError(ValueError):
         }
 
 
-def close_match(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that ``word`` is nearly, whatever its case; None if it is near none."""
-    known = {candidate.lower(): candidate for candidate in candidates}
-    found = difflib.get_close_matches(word[:40].lower(), known, n=1, cutoff=0.7)
-    return known[found[0]] if found else None
-
-
 def unexpected_character(text: str, offset: int) -> RuleSyntaxError:
-    """The error for text at ``offset`` that begins no token."""
+    """The error for text at ``offset`` that is not the beginning of a token."""
     char = text[offset]
     if char == '"':
         return RuleSyntaxError(
-            "this string is not closed", text, offset, 'end it with "; in it, write \\" for "'
+            "this string is not closed", text, offset, 'end it with "; inside it, write \\" for "'
         )
     if char.isdecimal() or (char == "-" and text[offset + 1 : offset + 2].isdecimal()):
         return RuleSyntaxError(
             "found a malformed number",
             text,
             offset,
-            "durations have the units ns us ms s m h; "
-            "a name that begins with a digit is in double quotes",
+            "the units of durations are ns us ms s m h; "
+            "put names that begin with a digit in double quotes",
         )
     hint = next((h for start, h in _CHARACTER_HINTS if text.startswith(start, offset)), None)
     if hint is None and char != " " and char.isspace():
         hint = "use a plain space"
     elif hint is None and char.isprintable():
-        hint = "names with other characters than A-Z a-z 0-9 _ - are in double quotes"
+        hint = "put names with characters other than A-Z a-z 0-9 _ - in double quotes"
     run = _OPERATOR.match(text, offset)
     if run is not None:
         shown = f"'{run[0]}'"
     else:
         shown = repr(char) if char.isprintable() else f"the character U+{ord(char):04X}"
-    return RuleSyntaxError(f"found {shown}, which means nothing here", text, offset, hint)
+    return RuleSyntaxError(f"found {shown}, which is not part of the language", text, offset, hint)
 
 
 def unexpected_token(
     text: str, token: Token, before: Sequence[Token], opened: Sequence[Token], accepts: set[str]
 ) -> RuleSyntaxError:
-    """The error for a token the grammar does not allow.
+    """The error for a token that the grammar does not allow.
 
-    ``before`` are the tokens that precede it, ``opened`` the brackets that are open, ``accepts``
-    the types of tokens that would have been allowed.
+    ``before`` are the tokens before it, ``opened`` the open brackets, and ``accepts`` the types of
+    tokens that would have been allowed.
     """
     at_end = token.type == "$END"
     offset = (before[-1].end_pos or 0) if at_end and before else (token.start_pos or 0)
@@ -199,7 +193,7 @@ def _expected(accepts: Collection[str]) -> str:
             rest -= members
             phrases.append(phrase)
     if len(accepts) > 1:
-        rest.discard("DOT")  # nearly always allowed, nearly never meant
+        rest.discard("DOT")  # almost always allowed, almost never intended
     phrases += sorted(_SPELLED.get(name, f"'{name.lower()}'") for name in rest)
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " or " + phrases[-1]
 
@@ -217,7 +211,7 @@ def _hint(
 
 
 def _near_miss(token: Token, before: Sequence[Token], accepts: set[str]) -> str | None:
-    """A word that is nearly a keyword: this token, or the name before it."""
+    """A misspelled keyword: this token, or the name before it."""
     keywords = [name.lower() for name in accepts if name.lower() in KEYWORDS]
     word = str(token)
     if token.type == "SEGMENT":
@@ -242,12 +236,12 @@ def _near_miss(token: Token, before: Sequence[Token], accepts: set[str]) -> str 
 
 
 def _did_you_mean(word: str, meant: str) -> str:
-    lower = " (keywords are lower case)" if word.lower() == meant else ""
+    lower = " (keywords are in lower case)" if word.lower() == meant else ""
     return f"did you mean '{meant}'?{lower}"
 
 
 def _after(token: Token, previous: Token) -> str | None:
-    """What the previous token calls for."""
+    """What must follow the previous token."""
     match previous.type:
         case "WHERE":
             return "where takes a predicate in parentheses: payment.where(amount > 1000)"
@@ -264,54 +258,54 @@ def _after(token: Token, previous: Token) -> str | None:
         case "CMP" if previous == "<" and token == ">":
             return "use '!='"
         case "DOT" if token.type in ("NUMBER", "DURATION"):
-            return "a name with a part that begins with a digit is in double quotes"
+            return "put a part of a name that begins with a digit in double quotes"
         case "DOT" if token.type == "SPAN_COLON":
-            return "a span's own fields are compared in where: payment.where(span:duration > 1s)"
+            return "compare the fields of a span in where: payment.where(span:duration > 1s)"
         case "DOT" if token.type == "WHERE":
-            return "a where stands after a span name, not inside another where"
+            return "where follows a span name; it cannot be inside another where"
         case "DOT" if token in KEYWORDS:
-            return f"'{token}' is a keyword; a name with it is in double quotes"
+            return f"'{token}' is a keyword; put it in double quotes to use it in a name"
     return None
 
 
 def _unclosed(text: str, token: Token, opened: Sequence[Token], accepts: set[str]) -> str | None:
-    """A bracket that is missing."""
+    """A missing bracket."""
     closer = token.type in ("RPAR", "RSQB", "RBRACE")
     if closer and not any(bracket == _PAIRS[str(token)] for bracket in opened):
-        return f"there is no '{_PAIRS[str(token)]}' before it that is open"
+        return f"there is no open '{_PAIRS[str(token)]}' before it"
     ends = token.type == "CMP" and "RPAR" in accepts
     ends = ends or token.type in _CLAUSES or token.type in ("$END", "LBRACE")
     if opened and (ends or (closer and opened[-1] != _PAIRS[str(token)])):
-        return f"the '{opened[-1]}' of {position(text, opened[-1])} is not closed"
+        return f"the '{opened[-1]}' at {position(text, opened[-1])} is not closed"
     return None
 
 
 def _misplaced(token: Token, previous: Token | None, accepts: set[str]) -> str | None:
-    """A token that belongs elsewhere."""
+    """A token in the wrong place."""
     if token.type == "$END" and accepts == {"ALWAYS", "NEVER"}:
-        return "say what must hold then: add always { … } or never { … }"
+        return "say what must hold in these traces: add always { … } or never { … }"
     if token.type in _CLAUSES:
         if "$END" in accepts and "OR" in accepts:
-            return "with clauses, every condition stands in one: when { … } always { … }"
-        return "a rule is when { … }, which may be left out, then always { … }, never { … } or both"
+            return "if a rule has clauses, every condition is in one: when { … } always { … }"
+        return "a rule is an optional when { … }, followed by always { … }, never { … } or both"
     if token.type == "CMP" and "BEFORE" in accepts:
-        return f"to compare how many there are: count(…) {token} 3"
+        return f"to compare the number of spans: count(…) {token} 3"
     if token.type == "COUNT" and "SPAN_COLON" in accepts:
-        return 'count(…) is a condition of its own; for an attribute of that name write "count"'
+        return 'count(…) cannot be inside where; for an attribute of that name, write "count"'
     if token.type == "SPAN_COLON":
-        return "a span's own fields are compared in where: payment.where(span:duration > 1s)"
+        return "compare the fields of a span in where: payment.where(span:duration > 1s)"
     if token.type == "DURATION" and "COUNT" in accepts:
-        return "a count is compared with a plain number"
+        return "compare counts with numbers without a unit"
     if token.type in ("SEGMENT", "STRING") and accepts == {"COUNT", "NUMBER"}:
-        return f"to count the spans of a name: count({token})"
+        return f"to count the spans with this name: count({token})"
     if token.type == "COMMA":
-        return "conditions are joined with 'and' or 'or'"
+        return "join conditions with 'and' or 'or'"
     if token in KEYWORDS and "SEGMENT" in accepts and token.type not in ("AND", "OR"):
-        return f'a keyword is a name in double quotes only: "{token}"'
+        return f'put a keyword in double quotes to use it as a name: "{token}"'
     if accepts == {"WHERE"}:
-        return f"attributes of filtered spans are compared in another .where({token} …)"
+        return f"compare attributes of filtered spans in another .where({token} …)"
     if token.type == "SEGMENT" and {"AND", "OR"} <= accepts:
         if "BEFORE" in accepts or previous is None or previous.type != "SEGMENT":
-            return "conditions are joined with 'and' or 'or'"
-        return "text of several words is in double quotes"
+            return "join conditions with 'and' or 'or'"
+        return "put text of several words in double quotes"
     return None

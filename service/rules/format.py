@@ -1,7 +1,7 @@
 """Canonical text of syntax trees: ``parse(format_rule(rule)) == rule``.
 
-Also the names of checks in signals. Strings are quoted, names only where they need it,
-parentheses stand only where precedence asks for them.
+It is also the name of a check in signals. Strings are quoted, names only if necessary, and
+parentheses are written only where precedence requires them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _literal(literal: Literal) -> str:
 
 
 def _quote(text: str) -> str:
-    # A backslash stands for itself except before another, a quote or the end of the string.
+    # A backslash is literal except before a backslash, a quote, or the end of the string.
     return '"' + re.sub(r'\\(?=[\\"]|\Z)', r"\\\\", text).replace('"', '\\"') + '"'
 
 

@@ -1,10 +1,10 @@
-"""Whether a span satisfies a predicate: a kernel, and plain Python for what the kernel leaves.
+"""Whether a span satisfies a predicate: a kernel, and plain Python for the remaining cases.
 
-The kernel runs the programs of :mod:`betrace.service.rules.program` over the received bytes. It
-decides comparisons of integers, doubles, bools and plain text; regular expressions, membership in
-arrays and numbers written in unusual ways it hands back as ``ASK`` to
-:func:`evaluate`, which reads the few attributes it needs and uses the same plain comparison that
-the programs were built with.
+The kernel runs the programs of :mod:`betrace.service.rules.program` on the received bytes. It
+decides comparisons of integers, doubles, bools and plain text. For regular expressions, membership
+in arrays, and numbers written in unusual ways it returns ``ASK``, and :func:`evaluate` decides: it
+reads the few attributes it needs and compares them with the Python functions that the programs
+were built with.
 """
 
 from __future__ import annotations
@@ -109,12 +109,13 @@ NO, YES, ASK = range(3)
 # span: fields, in the order of syntax.FIELDS
 _NAME, _KIND, _STATUS, _MESSAGE, _DURATION, _SERVICE, _SCOPE = range(FIELD, FIELD + 7)
 _INFINITY_BITS = 0x7FF0000000000000
-_TEXT_FOR_KERNEL = 4096  # longer text is searched by Python, whose search is linear
+_TEXT_FOR_KERNEL = 4096  # Python searches longer text, in linear time
 
 
 @lean_kernel
 def _order(a: Bytes, a_off: int, a_len: int, b: Bytes, b_off: int, b_len: int) -> int:
-    """-1, 0 or 1 as ``a`` is below, equal to or above ``b``; UTF-8 orders as its code points."""
+    """-1, 0 or 1 for ``a`` less than, equal to or greater than ``b``. UTF-8 has the order of its
+    code points."""
     for i in range(min(a_len, b_len)):
         x = a[a_off + i]
         y = b[b_off + i]
@@ -135,8 +136,8 @@ def _find(text: Bytes, off: int, length: int, part: Bytes, p_off: int, p_len: in
 
 @lean_kernel
 def _read_int(buf: Bytes, off: int, length: int, out: Rows) -> int:
-    """YES with ``out[0]`` for an integer of up to 18 digits, NO for text that is no number for
-    certain, ASK otherwise."""
+    """YES with ``out[0]`` for an integer of up to 18 digits, NO for text that is certainly not a
+    number, ASK otherwise."""
     i = 0
     if length > 0 and (buf[off] == 43 or buf[off] == 45):  # + -
         i = 1
@@ -220,7 +221,7 @@ def _number_leaf(kind: int, value: int, leaf: Rows) -> int:
         return ASK
     if kind == DOUBLE:
         magnitude = value & INT_MAX
-        if magnitude > _INFINITY_BITS:  # NaN equals nothing
+        if magnitude > _INFINITY_BITS:  # NaN is not equal to anything
             return YES if op == NE else NO
         if value < 0:
             value = -magnitude
@@ -231,7 +232,7 @@ def _number_leaf(kind: int, value: int, leaf: Rows) -> int:
             inside = leaf[L_FLOAT_LO] <= value and value <= leaf[L_FLOAT_HI]
         return YES if inside != (op == NE) else NO
     if op <= NE and (kind == INT or abs(value) != _INFINITY_BITS):
-        return YES if op == NE else NO  # a number's text always reads as a number
+        return YES if op == NE else NO  # the text of a number always reads as a number
     return ASK
 
 
@@ -349,7 +350,7 @@ def evaluate(predicate: Node, batch: SpanBatch, row: int) -> bool:
 
 
 def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> AttributeValue:
-    """The value of an attribute or field of the span in ``row``; None where it is missing."""
+    """The value of an attribute or field of the span in ``row``; None if it is missing."""
     span = batch.spans[row]
     if attribute.scope is Scope.FIELD:
         return _read_field(attribute.name, batch, span)
@@ -380,7 +381,7 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
         return data
     if kind == ARRAY:
         return [_plain(item) for item in ArrayValue.FromString(data).values]
-    return {}  # a key-value list compares with nothing, whatever is in it
+    return {}  # comparisons with a key-value list are false, whatever its contents
 
 
 def _plain(value: AnyValue) -> AttributeValue:
@@ -389,7 +390,7 @@ def _plain(value: AnyValue) -> AttributeValue:
         return cast(AttributeValue, getattr(value, kind))
     if kind is None:
         return None
-    return {}  # nested values are no members to compare with
+    return {}  # comparisons with nested values are false
 
 
 def _read_field(name: str, batch: SpanBatch, span: Rows) -> AttributeValue:

@@ -1,8 +1,9 @@
-"""Which checks a span name interests: a hash table for the fold kernel.
+"""The checks of each span name: a hash table for the fold kernel.
 
-Exact names are known from the start. Where rules have patterns (``db.*``), other names are
-matched against all patterns once and remembered; the memory is bounded and is forgotten
-as a whole when full. Bytes are compared behind the hash, so a collision never misleads.
+Exact names are in it from the start. If rules have patterns (``db.*``), each other name is matched
+against all patterns once, and the result is stored. The table has a fixed capacity; when it is
+full, all learned names are dropped. Names are compared byte by byte, so hash collisions are
+harmless.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ G_OFF, G_LEN, G_CHECK = range(3)  # columns of a pattern
 USED, ARENA_USED, LISTS_USED = range(3)  # entries of fill
 
 NO_CHECKS, FULL, TOO_LONG = -1, -2, -3  # instead of a slot
-LONGEST_NAME = 4096  # longer names are matched against patterns outside of the kernel
+LONGEST_NAME = 4096  # longer names are matched against patterns outside the kernel
 
 _LEARNED_SLOTS, _LEARNED_BYTES, _LEARNED_CHECKS = 4096, 1 << 19, 1 << 16
 
 
 class NameArrays(NamedTuple):
-    """The table as the kernels see it. ``lists[first:first + count]`` are the check numbers
-    of a slot, ascending."""
+    """The table's arrays. ``lists[first:first + count]`` are the check numbers of a slot,
+    ascending."""
 
     slots: Rows
     arena: Bytes
@@ -39,7 +40,7 @@ class NameArrays(NamedTuple):
 
 
 class NameTable:
-    """Names and patterns with the check each belongs to; see the module's description."""
+    """Maps names and patterns to checks; see the module's description."""
 
     def __init__(self, names: Iterable[tuple[str, int]], hash_text: Callable[[str], int]) -> None:
         exact: dict[str, list[int]] = {}
@@ -82,7 +83,7 @@ class NameTable:
         self.arrays.slots[:], self.arrays.fill[:] = self._pristine
 
     def glob_checks(self, name: bytes) -> list[int]:
-        """The checks whose patterns match ``name``; linear in the name, for names of any length."""
+        """The checks whose patterns match ``name``, in time linear in the name."""
         return [check for pattern, check in self._globs if _matches(pattern.encode(), name)]
 
     def _insert(self, name_hash: int, name: bytes, checks: list[int]) -> None:
@@ -98,7 +99,7 @@ class NameTable:
 
 
 def _matches(pattern: bytes, name: bytes) -> bool:
-    """Whether ``pattern``, in which ``*`` stands for any bytes, is all of ``name``."""
+    """Whether ``pattern`` matches all of ``name``; ``*`` stands for any bytes."""
     head, *middle, tail = pattern.split(b"*")
     if len(name) < len(head) + len(tail) or not name.startswith(head) or not name.endswith(tail):
         return False
@@ -113,10 +114,10 @@ def _matches(pattern: bytes, name: bytes) -> bool:
 
 @lean_kernel
 def glob_match(pattern: Bytes, p_off: int, p_len: int, name: Bytes, off: int, length: int) -> bool:
-    """Whether the pattern matches the whole name; ``*`` (42) stands for any bytes.
+    """Whether the pattern matches all of the name; ``*`` (42) stands for any bytes.
 
-    The usual greedy matching with one point of return, after the last star: a star can only
-    need to take more, never must an earlier one be tried again.
+    The usual greedy matching, which backtracks only to the last star: that star may have to match
+    more, but earlier stars never have to be tried again.
     """
     p = n = 0
     star = -1
@@ -142,10 +143,10 @@ def glob_match(pattern: Bytes, p_off: int, p_len: int, name: Bytes, off: int, le
 
 @lean_kernel
 def find_name(names: NameArrays, name_hash: int, buf: Bytes, off: int, length: int) -> int:
-    """The slot of a span name, learning it first where there are patterns.
+    """The slot of a span name; if there are patterns, an unknown name is learned first.
 
-    Returns ``NO_CHECKS`` where no check has the name, ``FULL`` when it can't be learned until
-    :meth:`NameTable.forget`, ``TOO_LONG`` when patterns must be tried by the caller.
+    Returns ``NO_CHECKS`` if no check has the name, ``FULL`` if it cannot be learned before
+    :meth:`NameTable.forget`, and ``TOO_LONG`` if the caller must try the patterns.
     """
     slots = names.slots
     mask = len(slots) - 1

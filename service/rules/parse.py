@@ -1,7 +1,7 @@
-"""Parsing of rules: text to :class:`betrace.service.rules.syntax.RuleSyntax`.
+"""Parses rules: text to :class:`betrace.service.rules.syntax.RuleSyntax`.
 
-The grammar is in ``grammar.lark``; Lark's LALR(1) parser needs time linear in the text and no
-recursion. What a grammar cannot say well (limits, wildcards, fields, patterns) is checked here.
+The grammar is in ``grammar.lark``; Lark's LALR(1) parser takes time linear in the text and does not
+recurse. What a grammar cannot express well (limits, wildcards, fields, patterns) is checked here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,8 @@ from typing import Any, cast
 import re2
 from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedToken
 
-from betrace.service.rules.errors import (
-    RuleSyntaxError,
-    close_match,
-    unexpected_character,
-    unexpected_token,
-)
+from betrace.service.config.suggest import close_match
+from betrace.service.rules.errors import RuleSyntaxError, unexpected_character, unexpected_token
 from betrace.service.rules.syntax import (
     FIELDS,
     And,
@@ -45,14 +41,14 @@ from betrace.service.rules.values import MAX_NUMBER_CHARS, compile_pattern, numb
 
 MAX_TEXT_BYTES = 16 * 1024  # of UTF-8
 MAX_DEPTH = 32
-MAX_BRACKETS = 128  # open at one time, also those that group what needs no grouping
+MAX_BRACKETS = 128  # open at the same time, including needless parentheses
 MAX_CHECKS = 256
-MAX_PROGRAM = 100_000  # RE2 instructions of all patterns, some 40 ms to compile
+MAX_PROGRAM = 100_000  # RE2 instructions of all patterns; they compile in about 40 ms
 
 _PARSER = Lark(
     (Path(__file__).parent / "grammar.lark").read_text(encoding="utf-8"),
     parser="lalr",
-    lexer="basic",  # knows no context: keywords are reserved everywhere
+    lexer="basic",  # without context: keywords are reserved everywhere
     maybe_placeholders=False,
 )
 _ESCAPE = re.compile(r'\\(["\\])')
@@ -71,12 +67,13 @@ _DURATION = re.compile(r"(?P<number>[^a-zE]*(?:[eE][+-]?[0-9]+)?)(?P<unit>[a-z]+
 def parse(text: str) -> RuleSyntax:
     """The syntax tree of a rule's condition.
 
-    Raises :exc:`RuleSyntaxError`, and nothing else, for text that is not a rule: at most 16 KiB,
-    256 distinct span checks, and 32 levels deep. A level is a ``not`` or parentheses that change
-    the meaning; ``((a))`` and ``(a and b) and c`` have none, ``not (a or b)`` is one.
+    Raises :exc:`RuleSyntaxError`, and nothing else, for text that is not a rule, and for a rule of
+    more than 16 KiB, 256 distinct span checks, or 32 levels. A ``not`` is a level, and so are
+    parentheses that change the meaning: ``((a))`` and ``(a and b) and c`` have no level,
+    ``not (a or b)`` has one.
     """
     _check_size(text)
-    # Typed Any because Lark leaves these methods without annotations.
+    # Any, because Lark has no annotations for these methods.
     parser: Any = _PARSER.parse_interactive(text)
     seen = _Seen(text)
     try:
@@ -97,11 +94,11 @@ def _check_size(text: str) -> None:
         size = len(text.encode())
     except UnicodeEncodeError as error:
         raise RuleSyntaxError(
-            "found half of a UTF-16 surrogate pair, which is no character", text, error.start
+            "found half of a UTF-16 surrogate pair, which is not a character", text, error.start
         ) from None
     if size > MAX_TEXT_BYTES:
         raise RuleSyntaxError(
-            f"the rule has {size} bytes, more than the {MAX_TEXT_BYTES} allowed",
+            f"the rule has {size} bytes; at most {MAX_TEXT_BYTES} are allowed",
             text,
             len(text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")),
             "split it into several rules",
@@ -109,9 +106,9 @@ def _check_size(text: str) -> None:
 
 
 class _Seen:
-    """The tokens so far, and how many brackets are open after them.
+    """The tokens so far, and the number of open brackets after them.
 
-    Counted while tokens arrive, so that no tree is made that could not be walked.
+    Brackets are counted while tokens arrive, so that no tree is built that is too deep to walk.
     """
 
     def __init__(self, text: str) -> None:
@@ -130,7 +127,7 @@ class _Seen:
                 f"more than {MAX_BRACKETS} brackets are open here",
                 self._text,
                 token.start_pos or 0,
-                f"leave out needless parentheses; rules nest at most {MAX_DEPTH} levels",
+                f"remove needless parentheses; rules nest at most {MAX_DEPTH} levels",
             )
 
     @staticmethod
@@ -146,7 +143,7 @@ class _Seen:
 
 
 class _Builder:
-    """Makes the nodes of one rule from Lark's tree, whose depth is bounded by MAX_DEPTH."""
+    """Builds the nodes of one rule from Lark's tree, whose depth MAX_DEPTH limits."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -170,7 +167,7 @@ class _Builder:
         return RuleSyntaxError(message, self._text, token.start_pos or 0, hint)
 
     def _node(self, tree: Tree[Token], level: int = 0, parent: str = "") -> Node:
-        """``level`` is the nesting outside of the node, ``parent`` the rule of the tree above."""
+        """``level`` is the number of levels around the node, ``parent`` the grammar rule above."""
         children = tree.children
         if tree.data == "negate" or (tree.data == "any_of" and parent == "all_of"):
             level += 1
@@ -213,7 +210,7 @@ class _Builder:
             raise self._error(
                 "found two numbers, expected a count on at least one side",
                 left,
-                f"to count the spans of a name: count(payment) {op} {right}",
+                f"to count the spans with a name: count(payment) {op} {right}",
             )
         return CountCompare(sides[0], str(op), sides[1])
 
@@ -253,7 +250,7 @@ class _Builder:
         elif read_number(str(_last_token(comparison))) is None:
             hint = f"to compare an attribute: {name}.where(attribute {source})"
         else:
-            hint = f"to compare how many there are: count({name}) {source}"
+            hint = f"to compare the number of spans: count({name}) {source}"
         return self._error(f"found a comparison of the span name {name} itself", name, hint)
 
     def _attribute(self, tree: Tree[Token]) -> Attribute:
@@ -275,17 +272,17 @@ class _Builder:
         raise self._error(
             f"found span:{token}, expected one of " + ", ".join(f"span:{f}" for f in FIELDS),
             token,
-            f"did you mean 'span:{meant}'?" if meant else "an attribute is written without 'span:'",
+            f"did you mean 'span:{meant}'?" if meant else "write attributes without 'span:'",
         )
 
     def _plain(self, tokens: Sequence[Token], what: str) -> str:
-        """A dotted name in which no wildcard may stand."""
+        """A dotted name without wildcards."""
         for token in tokens:
             if token.type == "SEGMENT" and "*" in token:
                 raise self._error(
-                    f"found '{token}', but {what} has no wildcards",
+                    f"found '{token}', but {what} cannot have wildcards",
                     token,
-                    "wildcards stand in span names; a name with a '*' of its own is in quotes",
+                    "only span names have wildcards; put a name that contains '*' in quotes",
                 )
         return _name(tokens)
 
@@ -307,13 +304,13 @@ class _Builder:
             raise self._error(
                 f"this pattern does not compile: {reason}",
                 token,
-                "patterns are RE2's: without look-around and back references",
+                "patterns use RE2's syntax, without look-around and back-references",
             ) from None
         if self._program > MAX_PROGRAM:
             raise self._error(
                 "the patterns of this rule are too large",
                 token,
-                r"repeat large classes such as \p{L} less often, or match for the start only",
+                r"repeat large classes such as \p{L} less often, or match only the beginning",
             )
 
     def _literal(self, tokens: Sequence[Token | Tree[Token]]) -> Literal:
@@ -336,31 +333,31 @@ class _Builder:
             raise self._error(
                 "this number is too large",
                 token,
-                f"a float ends at 1.8e308, an integer at {MAX_NUMBER_CHARS} digits",
+                f"the limit is 1.8e308 for floats and {MAX_NUMBER_CHARS} digits for integers",
             )
         return number
 
     def _duration(self, token: Token) -> Number:
-        """A duration in nanoseconds, exact; an int unless it has a fraction of a nanosecond."""
+        """A duration in nanoseconds, exact: an int unless it has a fraction of a nanosecond."""
         found = _DURATION.fullmatch(token)
         assert found is not None
         number = self._number(token, found["number"])
         unit = _UNITS[found["unit"]]
         if isinstance(number, int):
             return number * unit
-        # A float's exponent is small by now, unless it is so negative that nothing is left.
+        # A float's exponent is small here, unless it is so negative that the value is 0.
         exact = Fraction(found["number"]) * unit if number else Fraction(0)
         return exact.numerator if exact.denominator == 1 else float(exact)
 
 
 def all_of(items: Sequence[Node]) -> Node:
-    """The conjunction of one or more nodes; conjunctions among them are merged into it."""
+    """The conjunction of one or more nodes; nested conjunctions are merged into it."""
     flat = [part for item in items for part in (item.items if isinstance(item, And) else (item,))]
     return flat[0] if len(flat) == 1 else And(tuple(flat))
 
 
 def any_of(items: Sequence[Node]) -> Node:
-    """The disjunction of one or more nodes; disjunctions among them are merged into it."""
+    """The disjunction of one or more nodes; nested disjunctions are merged into it."""
     flat = [part for item in items for part in (item.items if isinstance(item, Or) else (item,))]
     return flat[0] if len(flat) == 1 else Or(tuple(flat))
 
@@ -372,7 +369,7 @@ def _tree(child: Token | Tree[Token]) -> Tree[Token]:
 
 def _first_token(tree: Tree[Token]) -> Token:
     node: Token | Tree[Token] = tree
-    while isinstance(node, Tree):  # a loop, since what is refused may be deep
+    while isinstance(node, Tree):  # a loop, because a rejected tree may be deep
         node = node.children[0]
     return node
 

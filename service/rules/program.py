@@ -1,11 +1,11 @@
-"""Predicates as small programs over rows, run by the kernel in :mod:`betrace.service.rules.match`.
+"""Compiles predicates to programs for the kernel in :mod:`betrace.service.rules.match`.
 
-A predicate becomes instructions of an accumulator machine: a leaf sets the accumulator to
-true or false, ``JUMP_FALSE`` and ``JUMP_TRUE`` give ``and`` and ``or`` their short circuit.
-A leaf's literal is turned into whatever lets the kernel compare without arithmetic: the range
-of 64-bit integers and the range of doubles that satisfy it, its text, and its outcome for
-``true``, ``false`` and a missing attribute. All of these are computed here with the plain
-Python comparison of :mod:`betrace.service.rules.values`, so that there is one meaning.
+A predicate becomes instructions of an accumulator machine: a leaf sets the accumulator to true or
+false, and ``JUMP_FALSE`` and ``JUMP_TRUE`` implement the short circuits of ``and`` and ``or``. A
+leaf's literal is converted to a form that the kernel can compare without arithmetic: the range of
+64-bit integers and the range of doubles that satisfy it, its text, and its outcome for ``true``,
+``false`` and a missing attribute. All of these are computed with the Python comparisons of
+:mod:`betrace.service.rules.values`, so that there is only one definition of their meaning.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LEAF, NEGATE, JUMP_FALSE, JUMP_TRUE, END = range(5)
 EQ, NE, LT, LE, GT, GE, MATCHES, CONTAINS, TRUTHY = range(9)
 _OPS = {"==": EQ, "!=": NE, "<": LT, "<=": LE, ">": GT, ">=": GE}
 
-# Where a leaf looks: an attribute of span or resource, of the resource alone, or FIELD + n for
-# the field syntax.FIELDS[n] of the span.
+# What a leaf compares: an attribute of the span or its resource, of the resource alone, or, with
+# FIELD + n, the span's field syntax.FIELDS[n].
 ANY, RESOURCE_ONLY, FIELD = range(3)
 
 # Columns of a leaf row.
@@ -51,7 +51,7 @@ ANY, RESOURCE_ONLY, FIELD = range(3)
     L_KEY_OFF,  # key in the text arena
     L_KEY_LEN,
     L_OP,
-    L_NUMERIC,  # 1 where the literal reads as a number
+    L_NUMERIC,  # 1 if the literal reads as a number
     L_INT_LO,  # integers that satisfy the comparison (== for !=), an inclusive range
     L_INT_HI,
     L_FLOAT_LO,  # doubles that do, as ordered_bits, an inclusive range
@@ -69,8 +69,8 @@ EMPTY = (1, 0)
 
 
 def ordered_bits(value: float) -> int:
-    """The bits of a double as an int64 that orders as the doubles do; -0.0 and 0.0 are equal,
-    and a NaN lies outside of ``ordered_bits(-inf) .. ordered_bits(inf)``."""
+    """The bits of a double as an int64 with the same order as the doubles; -0.0 and 0.0 are equal,
+    and a NaN is outside ``ordered_bits(-inf) .. ordered_bits(inf)``."""
     bits = int(np.float64(value).view(np.int64))
     return bits if bits >= 0 else INT_MIN - bits
 
@@ -118,7 +118,7 @@ def float_range(op: int, number: Number) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class ProgramBuilder:
-    """Collects the programs of many predicates; equal leaves are shared."""
+    """Collects the programs of many predicates, which share equal leaves."""
 
     code: list[tuple[int, int]] = field(default_factory=list)
     leaves: list[list[int]] = field(default_factory=list)
@@ -127,7 +127,7 @@ class ProgramBuilder:
     _texts: dict[bytes, int] = field(default_factory=dict)
 
     def add(self, predicate: Predicate) -> int:
-        """Append the program of ``predicate``; the index of its first instruction."""
+        """Append the program of ``predicate``; returns the index of its first instruction."""
         start = len(self.code)
         self._emit(predicate)
         self.code.append((END, 0))

@@ -1,4 +1,4 @@
-"""The compiled rules of each tenant, kept in a bounded cache and compiled again on change."""
+"""The compiled rules of each tenant, in a bounded cache; they are compiled again after changes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from weakref import WeakValueDictionary
 from betrace.service.caches import LoadingCache
 from betrace.service.config.base import MIB
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.rules.store import Rule, RuleStore
+from betrace.service.rules.definition import Rule
+from betrace.service.rules.store import RuleStore
 
 _RULE_BYTES = 4096
 
 
 def rules_version(rules: tuple[Rule, ...]) -> str:
-    """A hash of the enabled rules: what they decide by, and what their signals say of them."""
-    said = [
+    """A hash of the enabled rules: of their conditions, and of what their signals contain."""
+    contents = [
         [rule.id, rule.version, rule.severity, rule.name, sorted(rule.labels.items())]
         for rule in rules
         if rule.enabled
     ]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
 def weight(rules: CompiledRules) -> int:
-    """About the bytes of compiled rules: their arrays, and a share for each rule's objects."""
+    """The approximate size of compiled rules in bytes: their arrays, and a fixed amount for the
+    objects of each rule."""
     names = sum(array.nbytes for array in rules.names.arrays)
     programs = (rules.predicates, rules.code, rules.leaves, rules.text, rules.programs)
     return names + sum(array.nbytes for array in programs) + _RULE_BYTES * (1 + len(rules.rules))
@@ -37,8 +39,8 @@ def weight(rules: CompiledRules) -> int:
 class RuleRegistry:
     """Compiled rules by tenant. All methods may be called from any thread and may block.
 
-    What leaves the cache is not compiled again as long as somebody, such as open traces, still
-    has it: the same version of a tenant's rules is one object.
+    Rules that leave the cache while they are still in use, for example by open traces, are not
+    compiled again: a version of a tenant's rules is always one object.
     """
 
     def __init__(
@@ -64,24 +66,24 @@ class RuleRegistry:
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's enabled rules, compiled now if they are not in the cache."""
-        found = self.cache.get_blocking(tenant)
-        assert found is not None  # without rules it is an empty set
+        found = self.cache.get(tenant)
+        assert found is not None  # a tenant without rules has an empty set
         return found
 
     def refresh(self) -> set[str]:
-        """Look at the rule files; the tenants whose rules changed are compiled again when next
-        used. Traces that are open keep the rules they were opened under."""
+        """Check the rule files. Returns the tenants whose rules changed; these rules are compiled
+        again at the next use. Open traces keep the rules they were opened under."""
         changed = self.store.poll()
         for tenant in changed:
             self.forget(tenant)
         return changed
 
     def forget(self, tenant: str) -> None:
-        """Look at the tenant's rules again when next used."""
+        """Load the tenant's rules again at the next use."""
         self.cache.invalidate(tenant)
 
     def statistics(self) -> dict[str, Any]:
-        """The cache as the API shows it."""
+        """The cache's statistics for the API."""
         return self.cache.statistics().to_json()
 
     def _compile(self, tenant: str) -> CompiledRules:

@@ -1,8 +1,8 @@
 """The rules of all tenants, as files in a directory.
 
 ``DIR/*.yaml`` and ``DIR/default/*.yaml`` are the rules of the tenant ``default``,
-``DIR/<tenant>/*.yaml`` those of others. Files are written by hand or through the API, which
-keeps each of its rules in a file of its own, ``DIR/<tenant>/<rule id>.yaml``.
+``DIR/<tenant>/*.yaml`` those of other tenants. Files are written by hand or through the API, which
+stores each rule in its own file, ``DIR/<tenant>/<rule id>.yaml``.
 """
 
 from __future__ import annotations
@@ -14,46 +14,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from betrace.service.durable import sync_directory, write_atomically
 from betrace.service.rules.definition import (
-    SEVERITIES,
-    Problem,
     Rule,
     RuleFileError,
     etag,
-    make_rule,
 )
-from betrace.service.rules.yaml_file import MAX_RULES, check_file, dump_rules, load_file, load_text
+from betrace.service.rules.yaml_file import MAX_RULES, dump_rules, load_file
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
-__all__ = [
-    "MAX_RULES",
-    "SEVERITIES",
-    "Problem",
-    "Rule",
-    "RuleConflictError",
-    "RuleFileError",
-    "RuleLimitError",
-    "RuleNotFoundError",
-    "RuleReadOnlyError",
-    "RuleStore",
-    "RuleStoreError",
-    "check_file",
-    "dump_rules",
-    "etag",
-    "load_file",
-    "load_text",
-    "make_rule",
-]
-
 KEPT_VERSIONS = 20  # of each rule
-KEPT_DELETED = 100  # rules of a tenant that were deleted and whose versions are kept
+KEPT_DELETED = 100  # deleted rules of a tenant whose versions are kept
 _VERSIONS = ".versions"
 
 Signature = tuple[int, int, int, int]
 
 
 class RuleStoreError(Exception):
-    """A change of a rule that is refused; the message says why and what to do."""
+    """A change to a rule was rejected; the message says why and what to do."""
 
 
 class RuleNotFoundError(RuleStoreError):
@@ -61,67 +39,67 @@ class RuleNotFoundError(RuleStoreError):
 
 
 class RuleConflictError(RuleStoreError):
-    """The rule is not the one the caller has seen (its entity tag is another)."""
+    """The rule has changed since the caller read it: its entity tag differs."""
 
 
 class RuleReadOnlyError(RuleStoreError):
-    """The rule stands in a file that is written by hand."""
+    """The rule is in a file that is written by hand."""
 
 
 class RuleLimitError(RuleStoreError):
-    """The tenant has as many rules as it may."""
+    """The tenant has the maximum number of rules."""
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class _RuleFile:
     tenant: str
     signature: Signature | None
-    rules: tuple[Rule, ...]  # of the last version that was good
+    rules: tuple[Rule, ...]  # of the last valid version
     problem: str | None = None
 
 
 class RuleStore:
-    """The rules in ``directory``. Its methods block, and may be called from any thread.
+    """The rules in ``directory``. Methods block; they may be called from any thread.
 
-    A file that cannot be read or is wrong keeps its last good version; ``problems`` says what is
-    wrong by path, until it is put right.
+    If a file cannot be read or is invalid, its last valid version stays in force, and ``problems``
+    has the reason until the file is corrected.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, _RuleFile] = {}
         self._rules: dict[str, tuple[Rule, ...]] = {}
         self._origins: dict[tuple[str, str], Path] = {}
         self._problems: dict[str, str] = {}
-        self._unlisted: dict[str, str] | None = None  # what listing could not read, the last time
+        self._unlisted: dict[str, str] | None = None  # problems of the last listing
         self._changed: set[str] = set()
 
     @property
     def problems(self) -> dict[str, str]:
-        """What is wrong now, by path."""
+        """The current problems, by path."""
         return dict(self._problems)
 
     def load(self) -> None:
-        """Read everything; what :meth:`poll` reports counts from here."""
+        """Read all files; :meth:`poll` reports changes from here on."""
         with self._lock:
             self._scan()
             self._changed.clear()
 
     def poll(self) -> set[str]:
-        """Read the files that changed; the tenants whose rules are no longer what they were at
-        the last call, also by :meth:`put` and :meth:`delete`."""
+        """Read the files that changed. Returns the tenants whose rules changed since the last call,
+        including changes by :meth:`put` and :meth:`delete`."""
         with self._lock:
             self._scan()
             changed, self._changed = self._changed, set()
             return changed
 
     def tenants(self) -> tuple[str, ...]:
-        """The tenants that have rules."""
+        """The tenants that have rules, sorted."""
         return tuple(sorted(self._rules))
 
     def rules(self, tenant: str) -> tuple[Rule, ...]:
-        """The tenant's rules, also those that are not enabled, in the order of their files."""
+        """The tenant's rules, including disabled ones, in the order of their files."""
         return self._rules.get(tenant, ())
 
     def rule(self, tenant: str, rule_id: str) -> Rule:
@@ -132,11 +110,12 @@ class RuleStore:
         raise RuleNotFoundError(f"there is no rule '{rule_id}'")
 
     def put(self, tenant: str, rule_id: str, rule: Rule, *, if_match: str | None = None) -> bool:
-        """Save a rule durably; whether it is new. Earlier versions are kept, the last 20.
+        """Save a rule durably; returns whether it is new. The last 20 earlier versions are kept.
 
-        ``if_match`` is the value of an If-Match header: the rule must then exist and be the one
-        named. Raises :exc:`RuleConflictError` if it is not, :exc:`RuleReadOnlyError` for a rule of
-        a file written by hand, :exc:`RuleLimitError`, and OSError when the file cannot be written.
+        ``if_match`` is the value of an If-Match header: the rule must then exist and have that
+        entity tag. Raises :exc:`RuleConflictError` if it does not, :exc:`RuleReadOnlyError` for a
+        rule in a file written by hand, :exc:`RuleLimitError`, and OSError if the file cannot be
+        written.
         """
         if rule.id != rule_id:
             raise ValueError(f"the rule '{rule.id}' cannot be saved as '{rule_id}'")
@@ -149,7 +128,7 @@ class RuleStore:
             self._check_match(tenant, rule_id, if_match)
             if not exists and len(self.rules(tenant)) >= MAX_RULES:
                 raise RuleLimitError(
-                    f"the tenant has {MAX_RULES} rules, as many as it may; delete one first"
+                    f"the tenant has {MAX_RULES} rules, the maximum; delete one first"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             self._keep_version(path, rule_id)
@@ -158,7 +137,7 @@ class RuleStore:
             return not exists
 
     def delete(self, tenant: str, rule_id: str, *, if_match: str | None = None) -> None:
-        """Remove a rule; its versions are kept. Raises as :meth:`put`, and
+        """Delete a rule; its versions are kept. Raises the same errors as :meth:`put`, and
         :exc:`RuleNotFoundError`."""
         with self._lock:
             self._scan()
@@ -168,22 +147,22 @@ class RuleStore:
                 raise RuleNotFoundError(f"there is no rule '{rule_id}'")
             self._keep_version(path, rule_id)
             path.unlink()
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             self._scan()
             self._forget_deleted(path.parent)
 
     def versions(self, tenant: str, rule_id: str) -> list[Rule]:
-        """The earlier versions of a rule that are kept, the newest first."""
+        """The kept earlier versions of a rule, newest first."""
         with self._lock:
             folder = self._directory / tenant / _VERSIONS / rule_id
             found: list[Rule] = []
             for path in reversed(_numbered(folder)):
-                with suppress(RuleFileError):  # a file that was broken when it was replaced
+                with suppress(RuleFileError):  # the file was invalid when it was replaced
                     found += load_file(path)
             return found
 
     def delete_tenant(self, tenant: str) -> None:
-        """Remove the tenant's folder with all its rules and their versions."""
+        """Delete the tenant's folder with all rules and their versions."""
         if not is_tenant_name(tenant):
             raise ValueError(TENANT_RULE)
         with self._lock:
@@ -212,11 +191,11 @@ class RuleStore:
         current = etag(self.rule(tenant, rule_id))
         if not {current, "*"} & {tag.strip() for tag in if_match.split(",")}:
             raise RuleConflictError(
-                f"the rule '{rule_id}' was changed meanwhile: read it again, its ETag is {current}"
+                f"the rule '{rule_id}' has changed: read it again; its ETag is now {current}"
             )
 
     def _keep_version(self, path: Path, rule_id: str) -> None:
-        """Copy the present file, if there is one, to the versions of the rule."""
+        """Copy the current file, if there is one, to the versions of the rule."""
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -230,7 +209,7 @@ class RuleStore:
             old.unlink()
 
     def _forget_deleted(self, folder: Path) -> None:
-        """Keep the versions of the rules deleted last only."""
+        """Keep only the versions of the most recently deleted rules."""
         deleted = [
             versions
             for versions in (folder / _VERSIONS).iterdir()
@@ -243,22 +222,22 @@ class RuleStore:
     # Reading
 
     def _scan(self) -> None:
-        """Bring the rules up to date with the files."""
+        """Update the rules from the files."""
         problems: dict[str, str] = {}
         try:
             paths = self._list(problems)
-        except OSError as error:  # keep everything: a directory that is away may come back
+        except OSError as error:  # keep all rules: the directory may become available again
             self._problems = {str(self._directory): f"cannot be read: {error.strerror or error}"}
             self._unlisted = None
             return
         files = {path: self._read(path, tenant) for path, tenant in paths.items()}
         if problems == self._unlisted and list(files.items()) == list(self._files.items()):
-            return  # as nearly always
+            return  # almost always
         self._files, self._unlisted = files, dict(problems)
         self._combine(problems)
 
     def _list(self, problems: dict[str, str]) -> dict[Path, str]:
-        """The rule files with their tenants, in the order in which they count."""
+        """The rule files with their tenants; if two have the same rule, the first one counts."""
         found: dict[Path, str] = {}
         folders: list[Path] = []
         for entry in _entries(self._directory):
@@ -269,7 +248,7 @@ class RuleStore:
                 if is_tenant_name(entry.name):
                     folders.append(path)
                 else:
-                    problems[entry.path] = f"is not named as a tenant: {TENANT_RULE}"
+                    problems[entry.path] = f"is not the name of a tenant: {TENANT_RULE}"
         for folder in folders:
             try:
                 paths = [Path(entry.path) for entry in _entries(folder) if _is_rule_file(entry)]
@@ -279,18 +258,18 @@ class RuleStore:
             found.update(dict.fromkeys(paths, folder.name))
         return found
 
-    def _read(self, path: Path, tenant: str) -> _File:
+    def _read(self, path: Path, tenant: str) -> _RuleFile:
         known = self._files.get(path)
         try:
             signature = _signature(path)
         except OSError:
-            signature = None  # reading it reports why
+            signature = None  # load_file() reports why
         if known is not None and signature is not None and known.signature == signature:
             return known
         try:
-            return _File(tenant, signature, tuple(load_file(path)))
+            return _RuleFile(tenant, signature, tuple(load_file(path)))
         except RuleFileError as error:
-            return _File(tenant, signature, known.rules if known else (), str(error))
+            return _RuleFile(tenant, signature, known.rules if known else (), str(error))
 
     def _combine(self, problems: dict[str, str]) -> None:
         rules: dict[str, dict[str, Rule]] = {}
@@ -301,7 +280,7 @@ class RuleStore:
             for rule in file.rules:
                 first = origins.get((file.tenant, rule.id))
                 if first is not None:
-                    faults.append(f"{path}: rule {rule.id}: left out, its id is used in {first}")
+                    faults.append(f"{path}: rule {rule.id}: ignored, its id is used in {first}")
                 elif len(own) >= MAX_RULES:
                     faults.append(f"{path}: the tenant has more than {MAX_RULES} rules")
                     break
@@ -325,7 +304,7 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
 def _is_rule_file(entry: os.DirEntry[str]) -> bool:
     if entry.name[0] == "." or not entry.name.endswith((".yaml", ".yml")):
         return False
-    # Reading a pipe would wait; reading a link that leads nowhere says so.
+    # Reading a pipe would block; reading a broken link reports the error.
     return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
 
 
@@ -339,24 +318,5 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that after a crash it is the one or the other."""
-    # Hidden, so never read as a rule file; always the same name, so that crashes leave one.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # The temporary file is hidden, so it is never read as a rule file.
+    write_atomically(path, data, path.with_name(f".{path.name}.tmp"))

@@ -1,5 +1,5 @@
-"""The syntax tree of a rule, as :mod:`betrace.service.rules.parse` builds it. All nodes are
-immutable and hashable, so that equal checks of different rules can be found and shared."""
+"""The syntax tree of a rule, which :mod:`betrace.service.rules.parse` builds. Nodes are immutable
+and hashable, so that rules can share equal checks."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Attribute:
 class Literal:
     """A value in a rule.
 
-    ``text`` is its text: a string's characters, a number without trailing zeros (``1000``,
-    ``0.5``), a duration or word as written. ``number`` is its value where it reads as a number
-    (an int where it has no fraction or exponent, else a float; a duration in nanoseconds; also a
-    quoted ``"1500"``), else None.
+    ``text`` is its text: the characters of a string, a number without trailing zeros (``1000``,
+    ``0.5``), a duration or word as written. ``number`` is its value if it reads as a number, else
+    None: an int if it has no fraction or exponent, else a float; a duration in nanoseconds. A
+    quoted ``"1500"`` reads as a number, too.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Truthy:
 
 @dataclass(frozen=True, slots=True)
 class SpanSet:
-    """The spans of a name (a pattern where it contains ``*``) that satisfy a predicate."""
+    """The spans with a name (a pattern if it contains ``*``) that satisfy a predicate."""
 
     name: str
     where: Predicate | None = None
@@ -120,7 +120,7 @@ class RuleSyntax:
 
 
 def span_sets(node: Node | None) -> list[SpanSet]:
-    """The distinct span sets below ``node``, in the order of their first appearance."""
+    """The distinct span sets below ``node``, in order of first appearance."""
     found: dict[SpanSet, None] = {}
 
     def visit(n: Node | None) -> None:

@@ -1,16 +1,14 @@
-"""Comparison of attribute values with the literals of a rule (rules.md, "Meaning").
+"""Compares attribute values with the literals of a rule.
 
-How values read:
-
-* As a *number* read integers, floats and texts such as ``"1500"`` or ``"-0.5e3"``; a bool does
-  not. Where attribute and literal both read as numbers they compare as numbers, exactly, an
-  integer also with a float.
-* As *text* read strings, bools (``true``, ``false``) and numbers (:func:`number_text`). What
-  does not compare as numbers compares as text, by Unicode code point.
-* Bytes, arrays and key-value lists read as neither: every comparison with them is false, also
-  ``!=``. Only ``contains`` on an array is more: membership.
-* A missing attribute (None) makes ``!=`` true and everything else false.
-* NaN equals nothing: ``!=`` is true, ``==``, ``in`` and the orderings are false.
+* Integers, floats and texts such as ``"1500"`` or ``"-0.5e3"`` read as *numbers*; bools do not. If
+  attribute and literal both read as numbers, they compare as numbers, exactly, including an integer
+  with a float.
+* Strings, bools (``true``, ``false``) and numbers (:func:`number_text`) read as *text*. Values that
+  do not compare as numbers compare as text, by Unicode code point.
+* Bytes, arrays and key-value lists read as neither: every comparison with them is false, including
+  ``!=``. The exception is ``contains`` on an array, which tests membership.
+* For a missing attribute (None), ``!=`` is true and everything else false.
+* NaN is not equal to anything: ``!=`` is true; ``==``, ``in`` and the orderings are false.
 """
 
 from __future__ import annotations
@@ -26,24 +24,24 @@ import re2
 from betrace.service.rules.syntax import Literal, Number
 
 AttributeValue = str | bool | int | float | bytes | list[Any] | dict[str, Any] | None
-"""An attribute as OTLP's AnyValue has it; None is a missing one."""
+"""An attribute's value, one of OTLP's AnyValue; None if the attribute is missing."""
 
 MAX_NUMBER_CHARS = 4000
-"""Longer text does not read as a number: the cost of reading integers grows with the square of
-their length, and Python itself refuses more than 4300 digits."""
+"""Longer text does not read as a number, because the cost of reading an integer grows with the
+square of its length, and Python refuses more than 4300 digits."""
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 _INFINITY = float("inf")
 
 
 def read_number(text: str) -> Number | None:
-    """The number that ``text`` is: optional sign, digits, optional fraction, optional exponent.
+    """Read a number: optional sign, digits, optional fraction, optional exponent.
 
-    An int when there is neither fraction nor exponent, else the nearest float. None for
-    everything else: spaces, underscores, ``inf``, ``nan``, hexadecimal, other scripts' digits,
-    what overflows a float, and more than :data:`MAX_NUMBER_CHARS` characters.
+    An int if there is neither fraction nor exponent, else the nearest float. None for everything
+    else: spaces, underscores, ``inf``, ``nan``, hexadecimal, digits of other scripts, values that
+    overflow a float, and more than :data:`MAX_NUMBER_CHARS` characters.
     """
-    # Most strings are no numbers; their first character tells without the pattern.
+    # Most strings are not numbers; the first character shows that without the pattern.
     if not text or text[0] not in "0123456789+-" or len(text) > MAX_NUMBER_CHARS:
         return None
     found = _NUMBER.fullmatch(text)
@@ -58,9 +56,9 @@ def read_number(text: str) -> Number | None:
 def number_text(number: Number) -> str:
     """The text of a number, in plain decimal notation without trailing zeros: ``1000``, ``0.5``.
 
-    A float with an integral value reads as that integer with all its digits; another one as the
-    shortest decimal that reads back as the same float, never with an exponent. The rest is named
-    as in OTLP JSON: ``NaN``, ``Infinity``, ``-Infinity``.
+    A float with an integral value is written as that integer, with all its digits; any other float
+    as the shortest decimal that reads back as the same float, without an exponent. The remaining
+    values are written as in OTLP JSON: ``NaN``, ``Infinity``, ``-Infinity``.
     """
     if isinstance(number, int):
         return str(number)
@@ -74,7 +72,7 @@ def number_text(number: Number) -> str:
 
 
 def value_text(value: AttributeValue) -> str | None:
-    """The text form of a string, bool or number; None for what has none."""
+    """The text of a string, bool or number; None for other values."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -87,12 +85,12 @@ def value_text(value: AttributeValue) -> str | None:
 def compile_pattern(pattern: str) -> Any:
     """The RE2 program of ``pattern``, which searches UTF-8 bytes.
 
-    Raises :exc:`re2.error` with RE2's explanation for a pattern that does not compile.
+    Raises :exc:`re2.error` with RE2's explanation if the pattern does not compile.
     """
     return _compile(pattern.encode("utf-8", "surrogatepass"))
 
 
-@lru_cache(maxsize=128)  # each holds at most RE2's default of 8 MiB, usually a thousandth
+@lru_cache(maxsize=128)  # each uses at most RE2's default of 8 MiB, usually a thousandth of it
 def _compile(pattern: bytes) -> Any:
     options = re2.Options()
     options.never_capture = True
@@ -104,7 +102,7 @@ def compare(value: AttributeValue, op: str, literals: Sequence[Literal]) -> bool
     """Whether ``value op literal`` holds; ``op`` as in
     :class:`betrace.service.rules.syntax.Compare`.
 
-    Only ``in`` looks at more than the first literal. Never raises on odd data.
+    Only ``in`` uses more than the first literal. Never raises, whatever the value.
     """
     if value is None:
         return op == "!="
@@ -132,7 +130,7 @@ def compare(value: AttributeValue, op: str, literals: Sequence[Literal]) -> bool
 def truthy(value: AttributeValue) -> bool:
     """Whether a bare attribute holds: ``true``, the string ``"true"``, or a number other than 0.
 
-    A string of digits is a string here, and not true.
+    A string of digits counts as a string, so it does not hold.
     """
     if isinstance(value, str):
         return value == "true"
@@ -140,7 +138,7 @@ def truthy(value: AttributeValue) -> bool:
 
 
 def _number(value: AttributeValue) -> Number | None:
-    """The number that ``value`` reads as; None for what reads as none."""
+    """The number that ``value`` reads as, or None."""
     if isinstance(value, str):
         return read_number(value)
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Rule files: YAML with one or more rules, in the manner of Prometheus."""
+"""Rule files: YAML with one or more rules, similar to those of Prometheus."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
+from betrace.service.config.suggest import close_match
 from betrace.service.rules.definition import Problem, Rule, RuleFileError, make_rule
-from betrace.service.rules.errors import close_match
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_RULES = 1000  # of a tenant
 _MAX_YAML_DEPTH = 20
-_MAX_YAML_NODES = 200_000  # with aliases written out
-_MAX_PROBLEMS = 100  # reported of a file
+_MAX_YAML_NODES = 200_000  # with aliases expanded
+_MAX_PROBLEMS = 100  # reported for a file
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -23,8 +23,8 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def load_text(text: str, source: str) -> list[Rule]:
     """The rules in the text of a rule file.
 
-    Raises :exc:`RuleFileError` that lists what is wrong, up to 100 problems, with the line where
-    it is known. ``source`` is the name of the file in them.
+    Raises :exc:`RuleFileError` with up to 100 problems, each with its line if known. ``source`` is
+    the name of the file in them.
     """
     _check_size(text, source)
     try:
@@ -36,7 +36,7 @@ def load_text(text: str, source: str) -> list[Rule]:
     rules: dict[str, Rule] = {}
     problems: list[Problem] = []
     if len(items) > MAX_RULES:
-        raise _refused(source, f"the file has {len(items)} rules, more than {MAX_RULES}")
+        raise _file_error(source, f"the file has {len(items)} rules, more than {MAX_RULES}")
     for item in items:
         try:
             rule = _load_rule(item, text, source)
@@ -45,7 +45,7 @@ def load_text(text: str, source: str) -> list[Rule]:
             continue
         if rule.id in rules:
             line = item.start_mark.line + 1
-            problems.append(Problem(source, "this id is used twice in the file", rule.id, line))
+            problems.append(Problem(source, "another rule in the file has this id", rule.id, line))
         rules[rule.id] = rule
     if problems:
         raise RuleFileError(problems[:_MAX_PROBLEMS])
@@ -53,13 +53,13 @@ def load_text(text: str, source: str) -> list[Rule]:
 
 
 def load_file(path: Path) -> list[Rule]:
-    """The rules of a file; :exc:`RuleFileError` also where it cannot be read."""
+    """The rules of a file; raises :exc:`RuleFileError`, also if the file cannot be read."""
     source = str(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise _refused(source, f"cannot be read: {error.strerror or error}") from None
+        raise _file_error(source, f"cannot be read: {error.strerror or error}") from None
     try:
         text = data[:MAX_FILE_BYTES].decode("utf-8-sig", "strict")
     except UnicodeDecodeError as error:
@@ -72,7 +72,7 @@ def load_file(path: Path) -> list[Rule]:
 
 
 def check_file(path: Path) -> list[Problem]:
-    """What is wrong with a rule file; empty where nothing is."""
+    """The problems in a rule file; empty if it is valid."""
     try:
         load_file(path)
     except RuleFileError as error:
@@ -81,7 +81,7 @@ def check_file(path: Path) -> list[Problem]:
 
 
 def dump_rules(rules: list[Rule]) -> str:
-    """The text of a rule file that :func:`load_text` reads as ``rules``."""
+    """The text of a rule file with these rules; the inverse of :func:`load_text`."""
     definitions = [
         {key: value for key, value in rule.definition().items() if value not in ("", {})}
         | {"condition": rule.condition}
@@ -93,11 +93,11 @@ def dump_rules(rules: list[Rule]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block."""
+    """Writes text of several lines as a block scalar."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Only in double quotes are other line breaks and control characters escaped.
+    # Only double-quoted scalars escape control characters and line breaks other than \n.
     lines = text.split("\n")
     style = '"' if not all(map(str.isprintable, lines)) else "|" if len(lines) > 1 else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
@@ -106,12 +106,12 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _refused(source: str, message: str, hint: str | None = None) -> RuleFileError:
+def _file_error(source: str, message: str, hint: str | None = None) -> RuleFileError:
     return RuleFileError([Problem(source, message, hint=hint)])
 
 
 def _too_large(source: str) -> RuleFileError:
-    return _refused(source, f"the file is larger than {MAX_FILE_BYTES} bytes", "split it")
+    return _file_error(source, f"the file is larger than {MAX_FILE_BYTES} bytes", "split it")
 
 
 def _check_size(text: str, source: str) -> None:
@@ -124,7 +124,7 @@ def _check_size(text: str, source: str) -> None:
 
 
 def _check_shape(text: str, source: str) -> None:
-    """Refuse YAML that would grow or nest without bound when it is composed."""
+    """Reject YAML that would grow or nest too far when it is composed."""
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = []  # anchor of each open collection, nodes before it
     nodes = 0
@@ -152,7 +152,7 @@ def _check_shape(text: str, source: str) -> None:
             message = f"nests deeper than {_MAX_YAML_DEPTH} levels"
             raise RuleFileError([Problem(source, message, line=line)])
         if nodes > _MAX_YAML_NODES:
-            message = f"has more than {_MAX_YAML_NODES} values, aliases written out"
+            message = f"has more than {_MAX_YAML_NODES} values with aliases expanded"
             raise RuleFileError([Problem(source, message, line=line)])
 
 
@@ -168,12 +168,12 @@ def _yaml_problem(error: yaml.YAMLError, source: str) -> Problem:
 
 
 def _rule_nodes(root: yaml.Node | None, source: str) -> list[yaml.Node]:
-    """The nodes of the rules of a file."""
-    hint = "a rule file is a mapping with the one key 'rules'; without rules, write rules: []"
+    """The nodes of the rules in a file."""
+    hint = "a rule file is a mapping with one key, 'rules'; a file without rules is rules: []"
     if root is None or root.tag == "tag:yaml.org,2002:null":
-        raise _refused(source, "the file is empty", hint)
+        raise _file_error(source, "the file is empty", hint)
     if not isinstance(root, yaml.MappingNode):
-        raise _refused(source, "the file is not a mapping", hint)
+        raise _file_error(source, "the file is not a mapping", hint)
     problems, found = [], None
     for key, value in root.value:
         line = key.start_mark.line + 1
@@ -183,7 +183,7 @@ def _rule_nodes(root: yaml.Node | None, source: str) -> list[yaml.Node]:
             message = f"unknown key '{str(key.value)[:64]}'"
             problems.append(Problem(source, message, line=line, hint=shown))
         elif found is not None:
-            problems.append(Problem(source, "the key 'rules' is there twice", line=line))
+            problems.append(Problem(source, "the key 'rules' occurs twice", line=line))
         elif not isinstance(value, yaml.SequenceNode):
             problems.append(Problem(source, "'rules' is not a list", line=line, hint=hint))
         else:
@@ -191,7 +191,7 @@ def _rule_nodes(root: yaml.Node | None, source: str) -> list[yaml.Node]:
     if problems:
         raise RuleFileError(problems)
     if found is None:
-        raise _refused(source, "the key 'rules' is missing", hint)
+        raise _file_error(source, "the key 'rules' is missing", hint)
     return list(found)
 
 
@@ -202,13 +202,13 @@ def _load_rule(node: yaml.Node, text: str, source: str) -> Rule:
         raise RuleFileError([Problem(source, message, line=line, hint="begin with - id: …")])
     keys = {key.value: (key, value) for key, value in node.value if isinstance(key.value, str)}
     if len(keys) < len(node.value):
-        message = "a key is there twice, or is not text"
+        message = "a key occurs twice or is not text"
         raise RuleFileError([Problem(source, message, line=line)])
     try:
         definition = yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
         raise RuleFileError([_yaml_problem(error, source)]) from None
-    except (ValueError, OverflowError) as error:  # such as a date that does not exist
+    except (ValueError, OverflowError) as error:  # such as an impossible date
         raise RuleFileError([Problem(source, f"is not valid YAML: {error}", line=line)]) from None
     try:
         return make_rule({str(key): value for key, value in definition.items()}, source)
@@ -228,15 +228,15 @@ def _placed(
     condition: yaml.Node | None,
     text: str,
 ) -> Problem:
-    """``problem`` with its place in the file."""
+    """The problem with its place in the file."""
     if problem.syntax is None or condition is None:
         quoted = problem.message.split("'")
-        named = quoted[1] if len(quoted) > 2 else ""  # messages begin with the key they are of
+        named = quoted[1] if len(quoted) > 2 else ""  # the first word in quotes is the key
         return replace(problem, line=places.get(named, line))
     start = condition.start_mark
     lines = text.split("\n")
     if isinstance(condition, yaml.ScalarNode) and condition.style == "|":
-        # The text begins on the next line, indented.
+        # A block scalar begins on the next line, indented.
         at = start.line + problem.syntax.line
         found = lines[at] if at < len(lines) else ""
         indent = found.find(problem.syntax.source) if problem.syntax.source else -1

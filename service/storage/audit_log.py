@@ -1,4 +1,4 @@
-"""Audit logs: what was done, one JSON object a line, appended and synced."""
+"""Audit logs: one JSON object per line for each action, appended and synced."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import orjson
 
-from betrace.service.storage.paths import sync_directory
+from betrace.service.durable import sync_directory
 
 
 class AuditLog:
-    """The file ``path``. At ``max_bytes`` it is renamed to ``<name>.1``, older ones to ``.2`` and
-    so on, up to ``files`` of them. Methods block and may be called from any thread; they raise
+    """The file ``path``. At ``max_bytes`` it is renamed to ``<name>.1``, older files to ``.2`` and
+    so on; ``files`` of them are kept. Methods block and may be called from any thread; they raise
     :exc:`OSError`."""
 
     def __init__(self, path: Path, max_bytes: int, files: int) -> None:
@@ -23,10 +23,10 @@ class AuditLog:
         self._files = files
         self._lock = threading.Lock()
         self.records = 0
-        """Written since the start."""
+        """Records written since the start."""
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Write records; they are durable when this returns."""
+        """Append records; they are durable when this returns."""
         lines = [orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]
         data = b"".join(lines)
         with self._lock:

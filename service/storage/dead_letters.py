@@ -1,9 +1,10 @@
-"""Dead letters: items that a stage failed on for good, kept in an SQLite file.
+"""Dead letters: items that a stage could not process, kept in an SQLite file.
 
-A letter is durable when :meth:`DeadLetterStore.add` returns. One that is there already (the same
-stage, tenant and payload) is not stored twice; its new failure is noted. Beyond ``max_bytes`` of
-payloads the oldest are written to a file, ``<export>/<time>-<first id>.jsonl.gz``, and only then
-deleted. All methods block and may be called from any thread; they raise :exc:`DeadLetterError`.
+A letter is durable when :meth:`DeadLetterStore.add` returns. An existing letter (the same stage,
+tenant, kind and payload) is not stored twice; its new failure is noted. Above ``max_bytes`` of
+payloads the oldest letters are first written to a file, ``<export>/<time>-<first id>.jsonl.gz``,
+and then deleted. Such a file has one letter per line, as JSON, with the payload in base64. All
+methods block and may be called from any thread; they raise :exc:`DeadLetterError`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import os
 import sqlite3
 import threading
 import time
@@ -24,7 +24,8 @@ from typing import Any
 import orjson
 
 from betrace.channels import TransientError
-from betrace.service.storage.paths import sync_directory
+from betrace.service.durable import replacing, sync_directory
+from betrace.service.storage.sqlite_errors import remedy
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x4254444C  # "BTDL", for file(1)
@@ -67,13 +68,13 @@ _NOTE = (
 
 
 class DeadLetterError(TransientError):
-    """The store did not do it; the message says what to do."""
+    """The file cannot be read or written; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewLetter:
-    """What is to be kept. ``weight`` is the item's in its channel: spans, traces or rows;
-    ``next_retry_ns`` when it is tried again by itself, None for not."""
+    """A letter to store. ``weight`` is the item's weight in its channel: spans, traces or rows.
+    ``next_retry_ns`` is when it is retried automatically, None for never."""
 
     tenant: str
     stage: str
@@ -88,7 +89,7 @@ class NewLetter:
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A letter as listed. Times are nanoseconds since 1970."""
+    """A letter without its payload. Times are nanoseconds since 1970."""
 
     id: int
     tenant: str
@@ -106,19 +107,19 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Letters of a stage and their weight."""
+    """The letters of a stage, and their total weight."""
 
     letters: int
     weight: int
 
 
 class DeadLetterStore:
-    """The letters in the file ``path``, made if missing.
+    """The letters in the file ``path``, which is created if missing.
 
     Args:
-      path: of the SQLite file.
-      export: directory for the letters that no longer fit.
-      max_bytes: of payloads; a single larger one is kept all the same, alone.
+      path: the SQLite file.
+      export: a directory for the letters that no longer fit.
+      max_bytes: of all payloads; a single larger payload is still stored, alone.
       clock_ns: the wall clock.
     """
 
@@ -134,9 +135,9 @@ class DeadLetterStore:
         self._max_bytes = max_bytes
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
-        self._rewriting = threading.Lock()  # of files that letters were moved to
+        self._rewriting = threading.Lock()  # while files in the export directory are rewritten
         self.exported = 0
-        """Letters moved to files since the start."""
+        """Letters exported to files since the start."""
         self._exported: list[Letter] = []
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ class DeadLetterStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise DeadLetterError(
-                f"dead letters at {self._path}: {error}: check the disk's space and health"
+                f"the dead letters in {self._path}: {error}: {remedy(error, 'these letters')}"
             ) from error
 
     @contextmanager
@@ -189,12 +190,13 @@ class DeadLetterStore:
                 raise
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of all payloads."""
+    def payload_bytes(self) -> int:
+        """Bytes of all payloads in the file."""
         return self._bytes
 
     def add(self, letters: Sequence[NewLetter]) -> list[bool]:
-        """Keep letters, all or none; for each, whether it is new. Makes room first if need be."""
+        """Store letters, all or none; returns for each whether it is new. Exports old letters first
+        if there is no room."""
         size = sum(len(letter.payload) for letter in letters)
         if self._bytes + size > self._max_bytes:
             self._make_room(self._bytes + size - int(self._max_bytes * _KEEP_AFTER_EXPORT))
@@ -253,15 +255,15 @@ class DeadLetterStore:
         attempts: int,
         next_retry_ns: int | None,
     ) -> bool:
-        """Note that trying a letter again failed, after ``attempts`` deliveries more; whether the
-        letter is there."""
+        """Note that a retry of a letter failed after ``attempts`` more deliveries; returns whether
+        the letter exists."""
         text = error[:_MAX_ERROR_CHARACTERS]
         with self._transaction() as db:
             values = (text, transient, attempts, self._clock_ns(), next_retry_ns, letter_id)
             return db.execute(_NOTE, values).rowcount > 0
 
     def delete(self, letter_ids: Iterable[int]) -> dict[str, tuple[int, int]]:
-        """Delete letters; how many there were and their weight, by stage."""
+        """Delete letters; returns by stage how many there were, and their weight."""
         found: dict[str, tuple[int, int]] = {}
         ids = list(letter_ids)
         with self._transaction() as db:
@@ -287,8 +289,8 @@ class DeadLetterStore:
         limit: int = 100,
         after: int = 0,
     ) -> list[Letter]:
-        """Letters, oldest first, with an id above ``after``: at most `MAX_LIMIT`, and one that
-        tells whether there are more."""
+        """Letters with an id above ``after``, oldest first: at most ``MAX_LIMIT``, plus one that
+        shows whether there are more."""
         where, values = _where(stage, tenant)
         with self._lock, self._errors():
             rows = self._db.execute(
@@ -298,7 +300,7 @@ class DeadLetterStore:
         return [_letter(row) for row in rows]
 
     def get(self, letter_id: int) -> tuple[Letter, bytes] | None:
-        """A letter and its payload."""
+        """A letter and its payload, None if there is no such letter."""
         with self._lock, self._errors():
             row = self._db.execute(
                 f"SELECT {_COLUMNS}, payload FROM letters WHERE id = ?", (letter_id,)
@@ -306,7 +308,7 @@ class DeadLetterStore:
         return None if row is None else (_letter(row[:-1]), row[-1])
 
     def due(self, stage: str, now_ns: int, limit: int, leave_out: Iterable[int] = ()) -> list[int]:
-        """The ids of a stage's letters whose time to be tried has come, the earliest first."""
+        """The ids of a stage's letters that are due for a retry, the earliest first."""
         skip = orjson.dumps(list(leave_out)).decode()
         with self._lock, self._errors():
             rows = self._db.execute(
@@ -324,8 +326,8 @@ class DeadLetterStore:
         stage: str | None = None,
         tenant: str | None = None,
     ) -> int:
-        """Let letters be tried now: those of the ids, or all that the filters let through; how many
-        there are."""
+        """Make letters due for a retry now: those with the ids, or all that match the filters.
+        Returns how many."""
         now = self._clock_ns()
         where, values = _where(stage, tenant)
         with self._transaction() as db:
@@ -342,7 +344,7 @@ class DeadLetterStore:
             )
 
     def counts(self) -> dict[str, Count]:
-        """By stage."""
+        """The letters of each stage."""
         with self._lock, self._errors():
             rows = self._db.execute(
                 "SELECT stage, count(*), sum(weight) FROM letters GROUP BY stage"
@@ -350,12 +352,12 @@ class DeadLetterStore:
         return {stage: Count(letters, weight) for stage, letters, weight in rows}
 
     def close(self) -> None:
-        """Close the file. Twice does no harm."""
+        """Close the file. Idempotent."""
         with self._lock:
             self._db.close()
 
     def _make_room(self, wanted: int) -> None:
-        """Move so many bytes of the oldest to a file."""
+        """Export the oldest letters, ``wanted`` bytes of them."""
         moved: list[tuple[Any, ...]] = []
         with self._lock, self._errors():
             size = 0
@@ -373,7 +375,7 @@ class DeadLetterStore:
             self._exported += [_letter(row[:-1]) for row in moved]
 
     def drop_exported(self, tenant: str) -> int:
-        """Take the letters of a tenant out of the files that letters were moved to; how many."""
+        """Remove the letters of a tenant from the exported files; returns how many."""
         dropped = 0
         with self._rewriting:
             for path in sorted(self._export.glob("*.jsonl.gz")) if self._export.is_dir() else ():
@@ -382,7 +384,7 @@ class DeadLetterStore:
         return dropped
 
     def take_exported(self) -> list[Letter]:
-        """The letters that were moved to files since the last call."""
+        """The letters exported to files since the last call."""
         with self._lock:
             taken, self._exported = self._exported, []
         return taken
@@ -392,45 +394,36 @@ class DeadLetterStore:
         names = _COLUMNS.split(", ")
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock_ns() / 1e9))
         path = self._export / f"{stamp}-{rows[0][0]}.jsonl.gz"
-        temporary = path.with_name(path.name + ".new")
-        with temporary.open("wb") as raw:
-            with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
-                for row in rows:
-                    shown = dict(zip(names, row, strict=False))
-                    shown["payload"] = base64.b64encode(row[-1]).decode()
-                    file.write(orjson.dumps(shown, option=orjson.OPT_APPEND_NEWLINE))
-            raw.flush()
-            os.fsync(raw.fileno())
-        temporary.replace(path)
-        sync_directory(self._export)
+        with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+            for row in rows:
+                shown = dict(zip(names, row, strict=False))
+                shown["payload"] = base64.b64encode(row[-1]).decode()
+                file.write(orjson.dumps(shown, option=orjson.OPT_APPEND_NEWLINE))
 
     def _vacuum(self) -> None:
-        """Give free pages back to the disk."""
+        """Return free pages to the disk."""
         with self._lock, self._errors():
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
 
 def _rewrite_without(path: Path, tenant: str) -> int:
-    gone = kept = 0
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as raw:
-        with gzip.open(path) as source, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+    """Remove a tenant's letters from an exported file; returns how many it had."""
+
+    def lines(of_tenant: bool) -> Iterator[bytes]:
+        with gzip.open(path) as source:
             for line in source:
-                if orjson.loads(line)["tenant"] == tenant:
-                    gone += 1
-                else:
-                    kept += 1
-                    file.write(line)
-        raw.flush()
-        os.fsync(raw.fileno())
+                if (orjson.loads(line)["tenant"] == tenant) == of_tenant:
+                    yield line
+
+    gone = sum(1 for _ in lines(of_tenant=True))
     if not gone:
-        temporary.unlink()
-    elif kept:
-        temporary.replace(path)
-    else:
+        return 0
+    if next(lines(of_tenant=False), None) is None:
         path.unlink()
-        temporary.unlink()
-    sync_directory(path.parent)
+        sync_directory(path.parent)
+        return gone
+    with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+        file.writelines(lines(of_tenant=False))
     return gone
 
 

@@ -1,4 +1,4 @@
-"""Gathered writes that either write everything or say that they did not."""
+"""Gathered writes that write everything or raise an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """The system calls that change files, so that tests can let them fail."""
+    """The system calls that change files; tests replace them with failing ones."""
 
     write: Callable[[int, Sequence[Buffer], int], int] = os.pwritev
     truncate: Callable[[int, int], None] = os.ftruncate
@@ -24,8 +24,8 @@ class Disk:
     sync_filesystem: Callable[[int], None] = sync_filesystem
 
     def write_all(self, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
-        """Write all bytes of ``buffers`` from ``offset`` on, in as few calls as the system takes.
-        After an :exc:`OSError` some of them may have been written."""
+        """Write all bytes of ``buffers`` at ``offset``, in as few system calls as possible. After
+        an :exc:`OSError` some of the bytes may have been written."""
         left = [buffer for buffer in buffers if len(buffer)]
         first = 0
         while first < len(left):

@@ -1,13 +1,13 @@
-"""Local files for what a store would not take: lines of JSON, synced, read back in order.
+"""Local files for what a store did not accept: lines of JSON, synced, read back in order.
 
-A directory holds files ``<number>.jsonl``, the lowest number the oldest. What :meth:`append` was
-given survives the death of the machine when it returns. Lines are read in the order in which they
-were written and are *consumed* when the store has them; a file that is consumed is deleted. After a
-restart its files are read from their beginnings again, so it must not matter to the store to be
-given a line twice.
+A directory contains files ``<number>.jsonl``, the lowest number being the oldest. What
+:meth:`FallbackFiles.append` was given survives a machine crash once it returns. Lines are read in
+the order in which they were written, and are *consumed* when the store has them; a consumed file is
+deleted. After a restart the files are read from the beginning again, so the store must accept a
+repeated line.
 
-A last line without its end was never acknowledged and is cut off. A line that is not what it should
-be is set aside in ``damaged.txt``, counted, and does not hold up the rest.
+A last line without a newline was never acknowledged and is cut off. An invalid line is set aside in
+``damaged.txt`` and counted; it does not block the rest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from betrace.service.durable import replacing, sync_directory
 from betrace.service.storage.disk import Disk
-from betrace.service.storage.paths import sync_directory
 
 _SUFFIX = ".jsonl"
 _NEW = ".new"
@@ -31,22 +31,22 @@ _BLOCK = 1 << 20
 
 
 class FallbackFull(Exception):  # noqa: N818
-    """The files have their greatest size; nothing was written."""
+    """The files have reached their greatest size; nothing was written."""
 
 
 @dataclass(slots=True, eq=False)
-class _File:
+class _LineFile:
     number: int
     path: Path
-    size: int  # of whole lines
+    size: int  # bytes of whole lines
     lines: int
-    read: int = 0  # bytes that were consumed
-    sealed: bool = False  # nothing more is appended
+    read: int = 0  # consumed bytes
+    sealed: bool = False  # no more lines are appended
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Lines of one file, without their ends, that were read and not yet consumed."""
+    """Lines of one file, without newlines, that were read but are not consumed yet."""
 
     number: int
     end: int
@@ -55,7 +55,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class FallbackStatistics:
-    """What is in the files, and what happened since they were opened."""
+    """What the files contain, and counters since they were opened."""
 
     files: int
     lines: int
@@ -66,17 +66,17 @@ class FallbackStatistics:
     consumed: int
     """Lines."""
     damaged: int
-    """Lines set aside, and ends cut off."""
+    """Lines set aside, and incomplete lines cut off."""
 
 
 class FallbackFiles:
-    """The files in ``directory``, made if missing. All methods block and may be called from any
-    thread; they raise :exc:`OSError` where the disk fails.
+    """The files in ``directory``, which is created if missing. All methods block and may be called
+    from any thread; they raise :exc:`OSError` if the disk fails.
 
     Args:
-      directory: for these files alone.
+      directory: used for these files only.
       max_bytes: of all files together.
-      file_bytes: a file of this size is followed by another.
+      file_bytes: after this size, lines go to a new file.
       disk: the calls that change files.
     """
 
@@ -92,11 +92,11 @@ class FallbackFiles:
         self._file_bytes = file_bytes
         self._disk = disk or Disk()
         self._lock = threading.Lock()
-        self._files: deque[_File] = deque()
+        self._files: deque[_LineFile] = deque()
         self._descriptor = -1  # of the last file, where more may be appended
         self._appended = self._consumed = self._damaged = 0
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"*{_NEW}"):  # by a crash within drop()
+        for left in directory.glob(f"*{_NEW}"):  # left by a crash within drop()
             left.unlink()
         numbered = [path for path in directory.glob(f"*{_SUFFIX}") if path.stem.isdigit()]
         self._next = max((int(path.stem) for path in numbered), default=0) + 1
@@ -104,7 +104,7 @@ class FallbackFiles:
             self._open(path)
 
     def _open(self, path: Path) -> None:
-        """Take a file of before into account."""
+        """Add an existing file."""
         size = lines = end = 0
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
@@ -117,35 +117,35 @@ class FallbackFiles:
             self._damaged += 1
             os.truncate(path, end)
         if end:
-            self._files.append(_File(int(path.stem), path, end, lines, sealed=True))
+            self._files.append(_LineFile(int(path.stem), path, end, lines, sealed=True))
         else:
             path.unlink()
 
     @property
     def pending(self) -> int:
-        """Bytes that are not consumed."""
+        """Bytes that are not consumed yet."""
         return sum(file.size - file.read for file in tuple(self._files))
 
     def append(self, lines: Sequence[bytes]) -> None:
-        """Write lines, each JSON without line breaks; all are durable when it returns, and none is
-        there after an error. Raises :exc:`FallbackFull`."""
+        """Write lines, each JSON without line breaks. All are durable when this returns, and none
+        is kept after an error. Raises :exc:`FallbackFull`."""
         data = [part for line in lines for part in (line, b"\n")]
         size = sum(len(part) for part in data)
         if not size:
             return
         with self._lock:
-            held = sum(file.size for file in self._files)
-            if held + size > self._max_bytes:
+            total = sum(file.size for file in self._files)
+            if total + size > self._max_bytes:
                 raise FallbackFull(
-                    f"{self._directory} holds {held} bytes, at most {self._max_bytes}: bring back "
-                    "the store that they are written to, or raise fallback.max_bytes"
+                    f"{self._directory} has {total} of at most {self._max_bytes} bytes: repair the "
+                    "store to which they are to be written, or raise fallback.max_bytes"
                 )
             file = self._last()
             try:
                 self._disk.write_all(self._descriptor, data, file.size)
                 self._disk.sync(self._descriptor)
             except OSError:
-                # What is left behind the end may come back after a crash, as a repetition.
+                # Bytes left after the end may reappear after a crash, as a repetition.
                 with suppress(OSError):
                     self._disk.truncate(self._descriptor, file.size)
                 self._seal(file)
@@ -156,7 +156,7 @@ class FallbackFiles:
             if file.size >= self._file_bytes:
                 self._seal(file)
 
-    def _last(self) -> _File:
+    def _last(self) -> _LineFile:
         """The file to append to."""
         if self._files and not self._files[-1].sealed:
             return self._files[-1]
@@ -168,20 +168,20 @@ class FallbackFiles:
         except OSError:
             os.close(self._descriptor)
             raise
-        file = _File(self._next, path, 0, 0)
+        file = _LineFile(self._next, path, 0, 0)
         self._next += 1
         self._files.append(file)
         return file
 
-    def _seal(self, file: _File) -> None:
+    def _seal(self, file: _LineFile) -> None:
         os.close(self._descriptor)
         file.sealed = True
         if file.read == file.size:
             self._remove(file)
 
     def read(self, max_lines: int, max_bytes: int) -> Chunk | None:
-        """The oldest lines that are not consumed, None without any. At least one line; for the rest
-        the limits hold."""
+        """The oldest lines that are not consumed yet, None without any. Returns at least one line,
+        and otherwise stays within the limits."""
         with self._lock:
             while self._files and self._files[0].read == self._files[0].size:
                 if not self._files[0].sealed:
@@ -199,7 +199,7 @@ class FallbackFiles:
                 line = source.readline()
                 if lines and end - start + len(line) > max_bytes:
                     break
-                if not line:  # somebody cut the file
+                if not line:  # somebody truncated the file
                     end = size
                     break
                 end += len(line)
@@ -207,7 +207,7 @@ class FallbackFiles:
         return Chunk(number, end, lines)
 
     def consume(self, chunk: Chunk) -> None:
-        """Let go of what was read; deletes its file if that was the end of it."""
+        """Mark a chunk as consumed; deletes its file after the last chunk."""
         with self._lock:
             file = self._files[0] if self._files else None
             if file is None or file.number != chunk.number or chunk.end <= file.read:
@@ -221,7 +221,7 @@ class FallbackFiles:
                 self._remove(file)
 
     def set_aside(self, line: bytes) -> None:
-        """Keep a line that cannot be understood, for someone to look at."""
+        """Keep an invalid line in ``damaged.txt`` for inspection."""
         with self._lock, (self._directory / _DAMAGED).open("ab") as file:
             file.write(line + b"\n")
             file.flush()
@@ -229,8 +229,8 @@ class FallbackFiles:
             self._damaged += 1
 
     def drop(self, unwanted: Callable[[bytes], bool]) -> int:
-        """Delete the lines that are ``unwanted``, those set aside too, while no chunk is out; how
-        many. What is not deleted keeps its order."""
+        """Delete the ``unwanted`` lines, including those set aside; returns how many. The others
+        keep their order. Must not be called between :meth:`read` and :meth:`consume`."""
         with self._lock:
             if self._files and not self._files[-1].sealed:
                 self._seal(self._files[-1])
@@ -250,31 +250,26 @@ class FallbackFiles:
     def _rewrite(
         self, path: Path, start: int, end: int, unwanted: Callable[[bytes], bool]
     ) -> tuple[int, int, int]:
-        """Keep of a file's part what is wanted; the lines that went, those that stay, and their
-        bytes."""
+        """Remove the unwanted lines from a part of a file; the part before it goes too. Returns
+        the lines removed, the lines kept, and the bytes kept. Without unwanted lines the file
+        stays as it is."""
         gone = kept = size = 0
-        temporary = path.with_suffix(_NEW)
-        with path.open("rb") as source, temporary.open("wb") as target:
-            source.seek(start)
-            while source.tell() < end and (line := source.readline()):
-                if unwanted(line.rstrip(b"\n")):
-                    gone += 1
-                else:
-                    target.write(line)
-                    kept += 1
-                    size += len(line)
-            target.flush()
-            os.fsync(target.fileno())
+        for line in _lines(path, start, end):
+            if unwanted(line.rstrip(b"\n")):
+                gone += 1
+            else:
+                kept += 1
+                size += len(line)
         if gone:
-            temporary.replace(path)
-            sync_directory(self._directory)
-        else:
-            temporary.unlink()
+            with replacing(path) as target:
+                target.writelines(
+                    line for line in _lines(path, start, end) if not unwanted(line.rstrip(b"\n"))
+                )
         return gone, kept, size
 
     def pages(self, lines: int) -> Iterator[list[bytes]]:
-        """All lines that are there and not consumed, oldest first, so many at once; files that are
-        consumed meanwhile are passed over."""
+        """All lines that are not consumed yet, oldest first, in pages of up to ``lines``. Skips
+        files that are consumed in the meantime."""
         with self._lock:
             files = [(file.path, file.read, file.size) for file in self._files]
         for path, start, end in files:
@@ -287,7 +282,7 @@ class FallbackFiles:
                     yield page
 
     def statistics(self) -> FallbackStatistics:
-        """What there is now."""
+        """The present contents and counters."""
         with self._lock:
             return FallbackStatistics(
                 files=len(self._files),
@@ -300,17 +295,25 @@ class FallbackFiles:
             )
 
     def names(self) -> list[tuple[str, int]]:
-        """The files, oldest first, each with the bytes that are not consumed."""
+        """The names of the files, oldest first, each with its bytes that are not consumed."""
         with self._lock:
             return [(file.path.name, file.size - file.read) for file in self._files]
 
     def close(self) -> None:
-        """Close the file that is open for appending. Twice does no harm."""
+        """Close the file that is open for appending. Idempotent."""
         with self._lock:
             if self._files and not self._files[-1].sealed:
                 self._seal(self._files[-1])
 
-    def _remove(self, file: _File) -> None:
+    def _remove(self, file: _LineFile) -> None:
         with suppress(FileNotFoundError):
             file.path.unlink()
         self._files.remove(file)
+
+
+def _lines(path: Path, start: int, end: int) -> Iterator[bytes]:
+    """The lines that begin from ``start`` to before ``end``, with their ends."""
+    with path.open("rb") as source:
+        source.seek(start)
+        while source.tell() < end and (line := source.readline()):
+            yield line

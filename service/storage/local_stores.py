@@ -1,4 +1,4 @@
-"""What is kept on the local disk when things go wrong: opened together, before Trio runs."""
+"""The stores on the local disk for what could not be processed or written elsewhere."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from betrace.service.storage.fallback_files import FallbackFiles
 
 
 @dataclass(frozen=True, slots=True)
-class Reserves:
-    """Dead letters, and fallback files for each store."""
+class LocalStores:
+    """Dead letters, and the fallback files of each store."""
 
     letters: DeadLetterStore
     ledger: FallbackFiles
     duckdb: FallbackFiles
 
 
-def open_reserves(data: Path, settings: Settings, stack: ExitStack) -> Reserves:
-    """Open the reserves in the data directory; ``stack`` closes them."""
+def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> LocalStores:
+    """Open the stores in the data directory; ``stack`` closes them. Blocks."""
     letters = DeadLetterStore(
         data / "dead-letters.sqlite",
         data / "dead-letters-exported",
@@ -35,4 +35,4 @@ def open_reserves(data: Path, settings: Settings, stack: ExitStack) -> Reserves:
         )
         stack.callback(opened.close)
         files.append(opened)
-    return Reserves(letters, *files)
+    return LocalStores(letters, *files)

@@ -13,10 +13,10 @@ class LockedError(RuntimeError):
 
 
 class LockFile:
-    """Ownership of ``path``, until :meth:`release` or the death of the process.
+    """Ownership of ``path``, until :meth:`release` or the end of the process.
 
-    The kernel's lock (``flock(2)``) decides, so a file left by a crash locks nothing; the
-    process id in it is there for the message.
+    The lock is the kernel's (``flock(2)``), so a file left by a crash locks nothing. The process id
+    in the file is only used in the error message. Raises :exc:`LockedError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +34,7 @@ class LockFile:
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Give the file up. Twice does no harm."""
+        """Release the file. Idempotent."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

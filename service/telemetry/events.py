@@ -1,13 +1,13 @@
-"""What the service's log tells: one line for each change of state, none for each span.
+"""The events of the service's log: one line per change of state, none per span.
 
-Each event is declared here once, with a name that stays, a level and a text; ``docs/logging.md``
-is made from this table (:mod:`betrace.service.cli.docs.events`), and
-:mod:`betrace.service.telemetry.logs` writes the lines. An event is called with its fields::
+Each event is declared once, here, with a stable name, a level and a text. ``docs/logging.md`` is
+generated from these declarations (:mod:`betrace.service.cli.docs.events`), and
+:mod:`betrace.service.telemetry.logs` writes the lines. To log an event, call it with its fields::
 
-    STAGE_STALLED(stage="projection", seconds=30)
+    STAGE_STALLED(stage="projection", size=3, unit="rows", seconds=30.0)
 
-What is not a change of state, such as an error that an operator should see beside one, is logged
-with the standard library's loggers and comes out in the same form, without a name.
+Other messages, such as the details of an error, use the standard library's loggers and appear in
+the same format, without an event name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _log = logging.getLogger(LOGGER)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a log record of an event carries beside its text, as its attribute ``told``."""
+class EventFields:
+    """The name and fields of an event, attached to its log record as the attribute ``event``."""
 
     name: str
     fields: dict[str, object]
@@ -32,8 +32,8 @@ class Told:
 
 @dataclass(frozen=True)
 class Event:
-    """A kind of line of the log. ``text`` is a format of its fields; ``more`` are fields that it
-    does not show."""
+    """A kind of log line. ``text`` is a format string with its fields; ``more`` are fields that the
+    text does not show."""
 
     name: str
     level: int
@@ -47,12 +47,12 @@ class Event:
         object.__setattr__(self, "fields", (*dict.fromkeys(shown), *self.more))
 
     def __call__(self, **fields: object) -> None:
-        """Log it. Raises :exc:`TypeError` for other fields than the declared ones."""
+        """Log it. Raises :exc:`TypeError` if the fields are not the declared ones."""
         if fields.keys() != set(self.fields):
             raise TypeError(f"{self.name} has the fields {self.fields}, not {tuple(fields)}")
         if _log.isEnabledFor(self.level):
-            told = Told(self.name, fields)
-            _log.log(self.level, "%s", self.text.format(**fields), extra={"told": told})
+            extra = {"event": EventFields(self.name, fields)}
+            _log.log(self.level, "%s", self.text.format(**fields), extra=extra)
 
 
 DECLARED: list[Event] = []
@@ -68,176 +68,176 @@ STARTING = _event(
     "service.starting",
     logging.INFO,
     "starting version {version} on {data}",
-    "The stores are open; kernels are loaded and the log is replayed next.",
+    "The stores are open. Next, kernels are loaded and the log is replayed.",
     "pid",
 )
 REPLAYED = _event(
     "service.replayed",
     logging.INFO,
     "replayed {requests} requests with {spans} spans from the log; {damaged} could not be read",
-    "What came since the last checkpoint has been read back.",
+    "Everything since the last checkpoint has been read again.",
 )
 READY = _event(
     "service.ready",
     logging.INFO,
     "ready after {seconds:.1f} s: spans at {ingest}, API at {api}, metrics at {metrics}",
-    "Requests are accepted. An address is None where a listener is off.",
+    "Requests are accepted. The address of a listener that is off is None.",
 )
 DRAINING = _event(
     "service.draining",
     logging.INFO,
-    "stopping: no more requests, then draining",
-    "It was told to stop; what was accepted is finished first.",
+    "stopping: refusing new requests, then draining",
+    "The service received a signal to stop. It finishes what it has accepted first.",
 )
 STOPPED = _event(
     "service.stopped",
     logging.INFO,
-    "stopped after {seconds:.0f} s of service, {left} spans not finished",
-    "The end. What was not finished within `shutdown.grace_seconds` is replayed at the next start.",
+    "stopped after {seconds:.0f} s of service; {left} spans unfinished",
+    "Spans not finished within `shutdown.grace_seconds` are replayed at the next start.",
 )
 REFUSING = _event(
     "ingestion.refusing",
     logging.WARNING,
-    "requests are refused: {reason}",
-    "The first request in a while is refused for a reason that is the service's or a quota's "
-    "(those of `betrace_requests_refused_total`: overloaded, memory, unavailable, quota).",
+    "refusing requests: {reason}",
+    "First request in a while that is refused because of the service or a quota (`reason` as in "
+    "`betrace_requests_refused_total`: overloaded, memory, unavailable, quota).",
 )
 ACCEPTING = _event(
     "ingestion.accepting",
     logging.INFO,
-    "no requests are refused any more: {reason}, {requests} requests with about {spans} spans in "
-    "{seconds:.0f} s",
-    "For five seconds none was refused for that reason.",
+    "no longer refusing requests ({reason}): refused {requests} requests with about {spans} spans "
+    "in {seconds:.0f} s",
+    "No request was refused for this reason for five seconds.",
 )
 STAGE_STALLED = _event(
     "stage.stalled",
     logging.ERROR,
-    "the stage {stage} has {size} {unit} to do and has finished nothing for {seconds:g} s",
-    "It has made no progress for `pipeline.stall_seconds`. See BetraceStageStalled in the runbook.",
+    "the stage {stage} has {size} {unit} waiting and has finished none for {seconds:g} s",
+    "No progress for `pipeline.stall_seconds`. See BetraceStageStalled in the runbook.",
 )
 STAGE_RECOVERED = _event(
     "stage.recovered",
     logging.INFO,
     "the stage {stage} makes progress again",
-    "A stage that was stalled is not any more.",
+    "The stage is no longer stalled.",
 )
 BREAKER_OPENED = _event(
     "breaker.opened",
     logging.WARNING,
     "the breaker {breaker} is {after} (it was {before}): {reason}",
-    "What it protects is not called, but for trials; `after` is open or forced_open.",
+    "What it protects is not called, except for trial calls; `after` is open or forced_open.",
 )
 BREAKER_CHANGED = _event(
     "breaker.changed",
     logging.INFO,
     "the breaker {breaker} is {after} (it was {before}): {reason}",
-    "It tries (half_open), is closed again, or was disabled.",
+    "The breaker is trying calls (half_open), is closed again, or was disabled.",
 )
 RULES_CHANGED = _event(
     "rules.changed",
     logging.INFO,
     "rules changed: {tenants}",
-    "Rules of these tenants were read anew and are in force.",
+    "Changed rules of these tenants were read and are in force.",
 )
 RULES_BROKEN = _event(
     "rules.broken",
     logging.WARNING,
-    "rule file not taken, its last good version stays: {problem}",
-    "Once for each file and problem.",
+    "rule file rejected; the last valid version stays in force: {problem}",
+    "Logged once per file and problem.",
 )
 RULES_MENDED = _event(
     "rules.mended",
     logging.INFO,
-    "the rule file {file} is taken again",
-    "A file that was not taken is right again, or is gone.",
+    "the rule file {file} is valid again",
+    "A rejected file is valid again, or was removed.",
 )
 CHECKPOINT_FAILED = _event(
     "checkpoint.failed",
     logging.ERROR,
-    "the checkpoint cannot be written ({error}); check the disk",
-    "The first of a row of failures. A restart would read more of the log.",
+    "cannot write the checkpoint ({error}); check the disk",
+    "First of several consecutive failures. A restart would read more of the log.",
 )
 CHECKPOINT_WORKS = _event(
     "checkpoint.recovered",
     logging.INFO,
-    "checkpoints are written again, after {failures} failures",
-    "The first success after failures.",
+    "checkpoints are written again after {failures} failures",
+    "First success after failures.",
 )
 SYNC_FAILED = _event(
     "log.sync_failed",
     logging.ERROR,
-    "the disk fails: {error}",
-    "The first of a row of failures. See BetraceLogSyncFailing in the runbook.",
+    "cannot sync the span log: {error}",
+    "First of several consecutive failures. See BetraceLogSyncFailing in the runbook.",
 )
 SYNC_WORKS = _event(
     "log.sync_recovered",
     logging.INFO,
-    "the span log is synced again, after {failures} failures",
-    "The first success after failures.",
+    "the span log is synced again after {failures} failures",
+    "First success after failures.",
 )
 FALLBACK_USED = _event(
     "fallback.used",
     logging.WARNING,
-    "{store} does not answer: writing to fallback files",
-    "What a store does not take goes to local files from now on, in order.",
+    "{store} does not answer; writing to fallback files",
+    "From now on, writes to this store go to local files, in order.",
 )
 FALLBACK_FAILED = _event(
     "fallback.failed",
     logging.ERROR,
-    "{store}: the fallback files cannot be written: {error}",
-    "The first of a row of failures: the files are full or the disk fails. The stage waits.",
+    "cannot write the fallback files of {store}: {error}",
+    "First of several consecutive failures: the files are full or the disk fails. The stage waits.",
 )
 FALLBACK_EMPTY = _event(
     "fallback.written_back",
     logging.INFO,
-    "{store}: all that was in fallback files is written back",
-    "The store has everything again.",
+    "{store}: everything in fallback files is written back",
+    "The store is complete again.",
 )
 ARCHIVED = _event(
     "archive.done",
     logging.INFO,
     "archived {spans} spans in {files} files of {directory}; {released} bytes of the log deleted",
-    "The daily task of archive and retention is done.",
+    "The daily archive and retention task is done.",
 )
 ARCHIVE_FAILED = _event(
     "archive.failed",
     logging.ERROR,
-    "{failures} things could not be archived or deleted, the first: {first}",
-    "The daily task is tried again after an hour; what could not be archived stays in the log.",
+    "could not archive or delete {failures} items; the first: {first}",
+    "The daily task is retried after an hour. What is not archived stays in the log.",
 )
 EXPORT_FAILING = _event(
     "export.failing",
     logging.WARNING,
-    "signals cannot be sent to {destination}: {error}",
-    "The first of a row of failures. Signals wait in the ledger, and are sent when it works.",
+    "cannot send signals to {destination}: {error}",
+    "First of several consecutive failures. Signals wait in the ledger until sending works.",
 )
 EXPORT_WORKS = _event(
     "export.recovered",
     logging.INFO,
-    "{destination} takes signals again, after {failures} failures",
-    "The first success after failures.",
+    "{destination} accepts signals again after {failures} failures",
+    "First success after failures.",
 )
 DEAD_LETTERS = _event(
     "dead_letters.kept",
     logging.ERROR,
     "{items} dead letters of {stage} after {attempts} attempts{again}: {error}",
-    "A stage failed on items for good; `again` says whether they are tried again by themselves.",
+    "A stage gave up on items. `again` says whether they are retried automatically.",
 )
 OPERATOR = _event(
     "operator.acted",
     logging.INFO,
-    "{who} ({client}) does {action} {target}",
-    "An action of `/api/admin`, also in the audit log.",
+    "{who} ({client}): {action} {target}",
+    "An action through `/api/admin`, also in the audit log.",
 )
 DUCKDB_INCOMPLETE = _event(
     "duckdb.incomplete",
     logging.ERROR,
     "DuckDB of {tenant} is incomplete until the next start: {error}",
-    "Queries miss some of what the ledger and the span log have.",
+    "Queries miss some of what the ledger and the span log contain.",
 )
 DUCKDB_REBUILT = _event(
     "duckdb.rebuilt",
     logging.INFO,
-    "DuckDB of {tenant} has {signals} signals and {traces} traces again",
-    "A file that was lost or damaged was made again.",
+    "rebuilt DuckDB of {tenant}: {signals} signals and {traces} traces",
+    "A lost or damaged file was rebuilt.",
 )

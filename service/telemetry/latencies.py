@@ -1,6 +1,6 @@
-"""What is timed: histograms for Prometheus, and the same latencies of the last window for the API.
+"""Latencies: as histograms for Prometheus, and over the recent window for the API.
 
-Observed as it happens, once a batch or a signal, never once a span.
+They are observed once per batch or signal, never per span.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ _LEADS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """What a histogram says of itself."""
+class DeclaredHistogram:
+    """The name, help text and labels of a histogram."""
 
     name: str
     text: str
     labels: tuple[str, ...]
 
 
-class Timed:
-    """A histogram whose latencies are also kept for the window. Used on the Trio thread."""
+class Latency:
+    """A histogram whose latencies also enter the window. Used on the Trio thread."""
 
     def __init__(self, histogram: Histogram, recent: Callable[[float], None]) -> None:
         self._histogram = histogram
         self._recent = recent
 
     def observe(self, seconds: float) -> None:
-        """Note one latency."""
+        """Record one latency in seconds."""
         self._histogram.observe(seconds)
         self._recent(seconds)
 
 
 class Latencies:
-    """The histograms, in seconds; ``declared`` lists them. ``recent`` has those of the window."""
+    """All latency histograms, in seconds. ``declared`` lists them; ``recent`` has the window."""
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class Latencies:
     ) -> None:
         self.registry = registry or CollectorRegistry()
         self.recent = Recent(window_seconds)
-        self.declared: list[Observed] = []
+        self.declared: list[DeclaredHistogram] = []
 
         def histogram(
             name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
         ) -> Histogram:
-            self.declared.append(Observed(name, text, labels))
+            self.declared.append(DeclaredHistogram(name, text, labels))
             return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
         self._stage = histogram(
@@ -67,8 +67,8 @@ class Latencies:
             "ledger",
         )
         self.ledger_family = ledger
-        self.ledger = Timed(ledger.labels(ledger_kind), self.recent.latency("ledger").observe)
-        self.duckdb = Timed(
+        self.ledger = Latency(ledger.labels(ledger_kind), self.recent.latency("ledger").observe)
+        self.duckdb = Latency(
             histogram(
                 "betrace_duckdb_insert_latency_seconds", "Time to write a batch of rows to DuckDB."
             ),
@@ -81,7 +81,7 @@ class Latencies:
         )
         for store in ("ledger", "duckdb"):
             self.fallback.labels(store)
-        self.end_to_end = Timed(
+        self.end_to_end = Latency(
             histogram(
                 "betrace_end_to_end_latency_seconds",
                 "From the receipt of the last span that mattered, or the trace's close, to the "
@@ -94,13 +94,13 @@ class Latencies:
             "How long before its close a trace was signalled early.",
             buckets=_LEADS,
         )
-        self.evaluation = Timed(
+        self.evaluation = Latency(
             histogram(
                 "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
             ),
             self.recent.latency("evaluation").observe,
         )
 
-    def stage(self, name: str) -> Timed:
-        """The time that a stage works on a batch."""
-        return Timed(self._stage.labels(name), self.recent.latency(f"stage {name}").observe)
+    def stage(self, name: str) -> Latency:
+        """The latency of a stage's work on a batch."""
+        return Latency(self._stage.labels(name), self.recent.latency(f"stage {name}").observe)

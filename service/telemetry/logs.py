@@ -1,4 +1,4 @@
-"""The service's log on standard error: a line for each record, as ``logging.format`` says."""
+"""Writes the service's log to standard error, one line per record, in ``logging.format``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import orjson
 import structlog
 
-from betrace.service.config.settings import Logging
-from betrace.service.telemetry.events import Told
+from betrace.service.config.edge import Logging
+from betrace.service.telemetry.events import EventFields
 
 _SHOWN_FIRST = ("time", "level", "logger", "event", "message")
 
 
 def set_up_logging(settings: Logging) -> None:
-    """Send the service's log to standard error, as the settings say; times are UTC."""
+    """Send the service's log to standard error, as configured. Times are UTC."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(settings.format))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("service", "channels"):
         logging.getLogger(name).setLevel(settings.level.upper())
-    # Hypercorn says where it listens, which is said elsewhere.
+    # Hypercorn logs its addresses, which the service logs itself.
     logging.getLogger("service.http.hypercorn").setLevel(logging.WARNING)
 
 
@@ -48,19 +48,19 @@ def _formatter(form: str) -> logging.Formatter:
 
 
 def _describe(_: Any, __: str, given: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The fields of a record of the standard library, and those of its event if it is of one."""
+    """The fields of a log record, and those of its event if it has one."""
     record: logging.LogRecord = given["_record"]
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     message = given.pop("event")
     given["time"] = f"{moment}.{int(record.msecs):03d}Z"
     given["level"] = record.levelname.lower()
     given["logger"] = record.name
-    told = getattr(record, "told", None)
-    if isinstance(told, Told):
-        given["event"] = told.name
+    event = getattr(record, "event", None)
+    if isinstance(event, EventFields):
+        given["event"] = event.name
     given["message"] = message
-    if isinstance(told, Told):
-        given.update(told.fields)
+    if isinstance(event, EventFields):
+        given.update(event.fields)
     return given
 
 

@@ -1,14 +1,14 @@
 """The service's own traces, of slow batches only, sent by OTLP over HTTP to ``tracing.endpoint``.
 
-A batch that a stage works on for ``tracing.slow_batch_ms`` or longer becomes a trace of three
-spans: the batch, and in it its wait in the channel and the work. Spans are made when the batch is
-done, so one that is not slow costs nothing, and exported by a thread of the OpenTelemetry SDK from
-a queue that is bounded and drops. Headers for the endpoint, such as a token, are the SDK's
-``OTEL_EXPORTER_OTLP_HEADERS``.
+A batch that keeps a stage busy for ``tracing.slow_batch_ms`` or longer becomes a trace of three
+spans: the batch, and within it the wait in the channel and the work. Spans are made when the batch
+is done, so a fast batch costs nothing. A thread of the OpenTelemetry SDK exports them from a
+bounded queue, which drops what does not fit. Headers for the endpoint, such as a token, come from
+the SDK's variable ``OTEL_EXPORTER_OTLP_HEADERS``.
 
-The service may be its own endpoint: what it sends carries a tenant of its own, batches of that
-tenant alone are never traced, and no more than a few traces are made in a second. So a slow
-service does not keep itself busy.
+The service may be its own endpoint: its traces belong to their own tenant, batches with only that
+tenant are never traced, and only a few traces are made per second. So a slow service does not keep
+itself busy. This module needs the extra ``tracing``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.re import parse_env_headers
 
-from betrace.service.config.settings import Tracing
+from betrace.service.config.edge import Tracing
 
 TENANT_HEADER: Final = "X-Scope-OrgID"
 TRACES_A_SECOND: Final = 1.0
@@ -41,17 +41,10 @@ _CLOSE_SECONDS = 2.0
 _SECOND = 1_000_000_000
 
 
-class Item(Protocol):
-    """What batches are made of."""
-
-    @property
-    def tenant(self) -> str: ...
-
-
 class SlowBatches:
-    """Makes traces of slow batches. Methods are called on the Trio thread, except :meth:`close`.
+    """Makes traces of slow batches. Methods run on the Trio thread, except :meth:`close`.
 
-    ``exporter`` is where they go, by default ``settings.endpoint``; ``clock_ns`` is the wall clock.
+    ``exporter`` sends them, by default to ``settings.endpoint``; ``clock_ns`` is the wall clock.
     """
 
     def __init__(
@@ -62,7 +55,7 @@ class SlowBatches:
     ) -> None:
         self.slow_seconds = settings.slow_batch_ms / 1000
         self.skipped = 0
-        """Slow batches of which no trace was made, since there were too many."""
+        """Slow batches without a trace, because there were too many."""
         self._tenant = settings.tenant
         self._clock_ns = clock_ns
         self._allowed = float(MOST_AT_ONCE)
@@ -82,7 +75,7 @@ class SlowBatches:
         self._tracer: Tracer = self._provider.get_tracer("betrace.pipeline", _version())
 
     def stage(self, name: str, unit: str, weigh: Callable[[Any], int]) -> StageTraces:
-        """What notes the batches of one stage."""
+        """The observer of one stage."""
         return StageTraces(self, name, unit, weigh)
 
     def note(
@@ -94,8 +87,8 @@ class SlowBatches:
         seconds: float,
         error: Exception | None,
     ) -> None:
-        """Make a trace of a batch that is done now, unless it is of the service's own traces, or
-        there were too many."""
+        """Make a trace of a batch that has just finished, unless it contains only the service's own
+        traces, or there were too many."""
         if tenants == {self._tenant}:
             return
         if not self._may():
@@ -138,16 +131,16 @@ class SlowBatches:
         return True
 
     def close(self) -> None:
-        """Export what is left, for a moment; an endpoint that does not answer is not waited for."""
+        """Export what is left, but wait only briefly for the endpoint."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
         if closing.is_alive():
-            self._exporter.shutdown()  # no more tries
+            self._exporter.shutdown()  # stops retrying
 
 
 class StageTraces:
-    """The observers of one stage: of its channel (:meth:`waited`) and of its batches."""
+    """Observes one stage: its channel (:meth:`waited`) and its batches."""
 
     def __init__(
         self, traces: SlowBatches, stage: str, unit: str, weigh: Callable[[Any], int]
@@ -160,15 +153,15 @@ class StageTraces:
         self.slow_seconds = traces.slow_seconds
 
     def waited(self, seconds: float, weight: int) -> None:
-        """An item was taken that had waited for so long."""
+        """An item was taken after waiting this long."""
         self._longest = max(self._longest, seconds)
 
     def done(self) -> None:
-        """A batch is done. With several workers a wait may be told of the batch beside it."""
+        """A batch is done. With several workers, a wait may be attributed to a concurrent batch."""
         self._longest = 0.0
 
     def slow(self, items: list[Any], seconds: float, error: Exception | None) -> None:
-        """A batch that took long is done."""
+        """A slow batch is done."""
         waited, self._longest = self._longest, 0.0
         attributes = {
             "betrace.batch.items": len(items),

@@ -1,12 +1,12 @@
 """Rates and latencies of the last minute or so, in bounded memory.
 
-The window (``metrics.window_seconds``) is cut into :data:`PARTS`, and what is asked covers the
-part that runs and the last :data:`PARTS` whole ones. Latencies go into a DDSketch for each part:
-buckets on a logarithmic scale, so a quantile is wrong by at most :data:`RELATIVE_ERROR` of its
-value however the latencies are distributed (Masson, Rim and Lee, "DDSketch: a fast and
-fully-mergeable quantile sketch with relative-error guarantees", VLDB 2019). Rates are differences
-of counters that are kept anyway and are looked at when a part ends. So a batch costs one addition
-to a sketch, and a span nothing. All of this belongs to the Trio thread.
+The window (``metrics.window_seconds``) is divided into :data:`PARTS`. Results cover the current
+part and the last :data:`PARTS` complete ones. Each part has a DDSketch of latencies: buckets on a
+logarithmic scale, so the relative error of a quantile is at most :data:`RELATIVE_ERROR` for any
+distribution (Masson, Rim and Lee, "DDSketch: a fast and fully-mergeable quantile sketch with
+relative-error guarantees", VLDB 2019). Rates are differences of existing counters, which are read
+when a part ends. So a batch costs one addition to a sketch, and a span costs nothing. Everything
+here runs on the Trio thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ddsketch import LogCollapsingLowestDenseDDSketch
 
 PARTS = 12
 RELATIVE_ERROR = 0.01
-_BUCKETS = 2048  # from 1 ns to 10^8 s there are fewer at 1 %, so none ever collapse
+_BUCKETS = 2048  # 1 ns to 10^8 s takes fewer at 1 %, so none ever collapse
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """Latencies in seconds; None where nothing was observed in the window."""
+    """Latency quantiles in seconds; None if nothing was observed in the window."""
 
     count: int
     p50: float | None
@@ -34,7 +34,7 @@ class Quantiles:
 
 
 class RecentLatency:
-    """The latencies of one kind of work in the window."""
+    """The latencies of one kind of work within the window."""
 
     def __init__(self) -> None:
         self._current = _sketch()
@@ -42,11 +42,11 @@ class RecentLatency:
         self._merged = _sketch()
 
     def observe(self, seconds: float) -> None:
-        """Note one latency."""
+        """Record one latency in seconds."""
         self._current.add(seconds)
 
     def end_part(self) -> None:
-        """Begin another part; the oldest is forgotten."""
+        """Begin the next part, and drop the oldest."""
         self._whole.append(self._current)
         self._current = _sketch()
         self._merged = _sketch()
@@ -54,7 +54,7 @@ class RecentLatency:
             self._merged.merge(part)
 
     def quantiles(self) -> Quantiles:
-        """Of all that is in the window."""
+        """The quantiles over the window."""
         found = _sketch()
         found.merge(self._merged)
         found.merge(self._current)
@@ -67,20 +67,20 @@ def _sketch() -> LogCollapsingLowestDenseDDSketch:
 
 
 class RecentRates:
-    """How fast counters grow, by name; ``read`` gives their present values."""
+    """The growth rates of counters, by name. ``read`` returns their current values."""
 
     def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
         self._read = read
-        # One more than the parts: the first is where the oldest part began.
+        # One more than the parts, because the first is the start of the oldest part.
         self._past: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=PARTS + 1)
 
     def end_part(self) -> None:
-        """Note the counters; the oldest note is forgotten."""
+        """Read the counters, and drop the oldest reading."""
         self._past.append((trio.current_time(), self._read()))
 
     def rates(self) -> dict[str, float]:
-        """Growth a second over the window, or since the first :meth:`end_part` if that was later;
-        0 before it, and for a counter that was not there then."""
+        """Growth per second over the window, or since the first :meth:`end_part` if that was later.
+        The rate is 0 before it, and for a counter that did not exist then."""
         now, counters = trio.current_time(), self._read()
         then, before = self._past[0] if self._past else (now, counters)
         elapsed = now - then
@@ -92,7 +92,7 @@ class RecentRates:
 
 
 class Recent:
-    """All latencies and rates of a service, over one window of ``seconds``."""
+    """All latencies and rates of a service over one window of ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self._part_seconds = seconds / PARTS
@@ -100,21 +100,21 @@ class Recent:
         self._rates: list[RecentRates] = []
 
     def latency(self, name: str) -> RecentLatency:
-        """The latencies of that name, made when it is first asked for."""
+        """The latencies with this name, created on first use."""
         return self._latencies.setdefault(name, RecentLatency())
 
     def rates(self, read: Callable[[], Mapping[str, float]]) -> RecentRates:
-        """The rates of the counters that ``read`` gives."""
+        """The rates of the counters that ``read`` returns."""
         rates = RecentRates(read)
         self._rates.append(rates)
         return rates
 
     async def run(self) -> None:
-        """Move the window on, for ever."""
+        """Advance the window, forever."""
         while True:
             for rates in self._rates:
                 rates.end_part()
             await trio.sleep(self._part_seconds)
             for latency in list(self._latencies.values()):
                 latency.end_part()
-                await trio.lowlevel.checkpoint()  # it takes a millisecond or two
+                await trio.lowlevel.checkpoint()  # merging takes a millisecond or two

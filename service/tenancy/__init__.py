@@ -1,1 +1,1 @@
-"""Tenants as the service keeps them: who they are, how they prove it, and how they go."""
+"""Tenants: the directory, authentication, quotas, and what the ledger has of deleted ones."""

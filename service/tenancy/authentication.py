@@ -1,7 +1,8 @@
-"""Who a caller is, proved: tenants by tokens that their keys signed, operators by a secret.
+"""Who a caller is: tenants prove it with tokens signed by their keys, operators with a secret.
 
 A token is verified once, in a worker thread, and remembered by its hash until it expires or its key
-is revoked; from then on a request costs one hash and one look-up.
+is revoked. After that a request costs one hash and one look-up. Without authentication, callers
+name their tenant themselves (:func:`claimed_tenant`).
 """
 
 from __future__ import annotations
@@ -10,33 +11,57 @@ import hashlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import TLRUCache
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Auth
-from betrace.service.tenancy.access import Denied
+from betrace.service.config.edge import Auth
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify
-from betrace.service.tenants import is_tenant_name
+from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
 LEAST_SECRET_CHARACTERS = 20
 
-Known = tuple[str, str, float]
-"""Of a verified token: the tenant, the key's id, and when it expires (seconds since 1970)."""
+VerifiedToken = tuple[str, str, float]
+"""The tenant, the key's id, and when the token expires (seconds since 1970)."""
 
 LoadKey = Callable[[tuple[str, str]], Awaitable[PublicKey | None]]
-"""Gives the key of (tenant, kid), None where there is none."""
+"""Returns the key for (tenant, kid), None if there is none."""
 
 
 class SecretError(Exception):
     """The operator token cannot be used; the message says why and what to do."""
 
 
-class TokenAuthenticator:
-    """Implements :class:`betrace.service.tenancy.access.Authenticator`. Methods are called on the
-    Trio thread.
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """Why a caller is refused: the HTTP status (400, 401, 403 or 503), and what to do."""
+
+    status: int
+    message: str
+
+
+def claimed_tenant(header: str | None) -> str | Denied:
+    """The tenant named by the header X-Scope-OrgID, for use without authentication."""
+    if header is None:
+        return DEFAULT_TENANT
+    if is_tenant_name(header):
+        return header
+    return Denied(400, f"X-Scope-OrgID {header[:80]!r} is not a tenant name: {TENANT_RULE}")
+
+
+def closed_tenant(tenant: str) -> Denied:
+    """The refusal for a tenant that was deleted."""
+    return Denied(
+        403,
+        f"the tenant {tenant} was deleted; an operator can create it again with `betrace tenants`",
+    )
+
+
+class Authenticator:
+    """Checks Authorization headers. Call the methods on the Trio thread.
 
     ``tenant_exists`` says whether an operator may act for a tenant; ``clock`` is the wall clock in
     seconds.
@@ -59,13 +84,13 @@ class TokenAuthenticator:
         self._tenant_exists = tenant_exists
         self._threads = threads
         self._clock = clock
-        self._known: TLRUCache[bytes, Known] = TLRUCache(
+        self._known: TLRUCache[bytes, VerifiedToken] = TLRUCache(
             settings.remembered_tokens, lambda _, known, now: known[2], clock
         )
-        self._revision = 0  # of the keys
+        self._revision = 0  # grows when keys change
 
     def remembered(self, authorization: str) -> str | None:
-        """The tenant of a token that was verified before. Never waits."""
+        """The tenant of a token that was verified before, None for other tokens. Never waits."""
         known = self._known.get(hashlib.sha256(authorization.encode("latin-1")).digest())
         return None if known is None else known[0]
 
@@ -73,17 +98,17 @@ class TokenAuthenticator:
         """The tenant that the header proves."""
         if authorization is None:
             return Denied(
-                401, "no token was sent; add the header that `betrace tenants token` prints"
+                401, "no token was sent; add the header printed by `betrace tenants token`"
             )
         try:
             found = self.remembered(authorization)
         except UnicodeEncodeError:
-            return _denied("the header is no text")
+            return _denied("the Authorization header is not valid text")
         if found is not None:
             return found
         token = bearer(authorization)
         if token is None:
-            return _denied("the header Authorization is not `Bearer` and a token")
+            return _denied("the Authorization header is not `Bearer` followed by a token")
         try:
             tenant, kid = claimed(token)
             revision = self._revision
@@ -96,33 +121,33 @@ class TokenAuthenticator:
         except BadTokenError as error:
             return _denied(str(error))
         except DirectoryError:
-            return Denied(503, "tokens cannot be verified now; send it again later")
+            return Denied(503, "tokens cannot be verified right now; try again later")
         until = expires + self._skew
         if key.expires_ns is not None:
             until = min(until, key.expires_ns / 1e9)
-        if revision == self._revision:  # else the key may have been revoked meanwhile
+        if revision == self._revision:  # otherwise the key may have been revoked
             digest = hashlib.sha256(authorization.encode("latin-1")).digest()
             self._known[digest] = (tenant, kid, until)
         return tenant
 
     async def caller(self, authorization: str | None, scope: str | None) -> str | Denied:
-        """The tenant that the header proves, or for an operator the one that ``scope`` (the header
-        X-Scope-OrgID) names."""
+        """The tenant that the header proves; for an operator, the tenant named by ``scope`` (the
+        header X-Scope-OrgID)."""
         if scope is None or await self.operator(authorization) is not None:
             return await self.tenant(authorization)
         try:
             if is_tenant_name(scope) and await self._tenant_exists(scope):
                 return scope
         except DirectoryError:
-            return Denied(503, "the tenants cannot be read now; try again later")
+            return Denied(503, "the tenant directory cannot be read right now; try again later")
         return Denied(403, f"there is no tenant {scope[:80]!r}; see `betrace tenants list`")
 
     async def operator(self, authorization: str | None) -> Denied | None:
-        """None where the header proves an operator."""
+        """None if the header proves an operator."""
         return self._secret(authorization, (self._operator,), "operator")
 
     async def scraper(self, authorization: str | None) -> Denied | None:
-        """None where the header proves someone who may read metrics."""
+        """None if the header proves someone who may read metrics."""
         secrets = (self._operator,) if self._scrape is None else (self._operator, self._scrape)
         return self._secret(authorization, secrets, "scrape or the operator")
 
@@ -131,16 +156,18 @@ class TokenAuthenticator:
     ) -> Denied | None:
         token = None if authorization is None else bearer(authorization)
         if token is None:
-            return Denied(401, f"this needs the {name} token: send `Authorization: Bearer TOKEN`")
+            return Denied(
+                401, f"this request needs the {name} token: send `Authorization: Bearer TOKEN`"
+            )
         digest = _digest(token)
-        # Each is compared, whichever matches, so that the time tells nothing.
+        # Compare with all of them, so that the time reveals nothing.
         matches = [hmac.compare_digest(digest, secret) for secret in secrets]
         if any(matches):
             return None
         return Denied(403, f"the token is not the {name} token")
 
     def forget(self, tenant: str) -> None:
-        """Verify the tenant's tokens again: its keys have changed."""
+        """Verify the tenant's tokens again, because its keys changed."""
         self._revision += 1
         for digest, known in list(self._known.items()):
             if known[0] == tenant:
@@ -151,7 +178,7 @@ class TokenAuthenticator:
 
 
 def bearer(authorization: str) -> str | None:
-    """The token in a header's value (RFC 6750, 2.1)."""
+    """The token in the value of an Authorization header (RFC 6750, 2.1), None without one."""
     scheme, _, token = authorization.partition(" ")
     token = token.strip()
     return token if scheme.lower() == "bearer" and token else None
@@ -167,15 +194,16 @@ def operator_token(settings: Auth) -> str:
         try:
             token = path.read_text("utf-8").strip()
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise SecretError(
                 f"the operator token cannot be read from {origin} ({reason}); "
-                "name a file that holds it alone, such as `openssl rand -hex 32` makes"
+                "name a file that contains only the token, such as the output of "
+                "`openssl rand -hex 32`"
             ) from error
     if len(token) < LEAST_SECRET_CHARACTERS:
         raise SecretError(
-            f"the operator token in {origin} has less than {LEAST_SECRET_CHARACTERS} characters; "
-            "use a random one, such as `openssl rand -hex 32` makes"
+            f"the operator token in {origin} has fewer than {LEAST_SECRET_CHARACTERS} characters; "
+            "use a random one, such as the output of `openssl rand -hex 32`"
         )
     return token
 

@@ -1,8 +1,8 @@
-"""The tenants that are known, with their public keys and quotas, in an SQLite file.
+"""The directory of tenants, with their public keys and quotas, in an SQLite file.
 
-A tenant that is deleted stays known by name: what the ledger, which is append-only, has of it must
-not come back into the query store. Methods block and may be called from any thread; they raise
-:exc:`TenantError`, and :exc:`DirectoryError` where the disk fails.
+The name of a deleted tenant stays in the directory, because its entries in the append-only ledger
+must not return to the query store. Methods block and may be called from any thread; they raise
+:exc:`TenantError`, and :exc:`DirectoryError` if the disk fails.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from betrace.service.storage.sqlite_errors import remedy
 from betrace.service.tenancy.tokens import key_id
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x42544E54  # "BTNT", for file(1)
 MOST_KEYS = 16
-"""Of a tenant, those in their grace included."""
+"""Keys per tenant, including those in their grace period."""
 _BUSY_SECONDS = 2.0
 
 _SCHEMA = f"""
@@ -47,8 +48,8 @@ PRAGMA application_id = {APPLICATION_ID};
 """
 
 
-class State(StrEnum):
-    """Of a tenant in the directory."""
+class TenantState(StrEnum):
+    """The state of a tenant in the directory."""
 
     ACTIVE = "active"
     DELETING = "deleting"
@@ -56,7 +57,7 @@ class State(StrEnum):
 
 
 class TenantError(Exception):
-    """What was asked for cannot be done with this tenant; ``hint`` says what to do."""
+    """The request cannot be carried out for this tenant; ``hint`` says what to do."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -64,21 +65,21 @@ class TenantError(Exception):
 
 
 class UnknownTenantError(TenantError):
-    """There is no such tenant, or it has no such key."""
+    """The tenant does not exist, or it has no such key."""
 
 
 class TenantConflictError(TenantError):
-    """The tenant is not as it must be: it exists, it is being deleted, it has too many keys."""
+    """The tenant already exists, is being deleted, or has too many keys."""
 
 
 class DirectoryError(Exception):
-    """The file did not do it; the message says what to do."""
+    """The file cannot be read or written; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """A key of a tenant: 32 bytes, and until when (nanoseconds since 1970; None: for good) its
-    tokens count."""
+    """A key of a tenant: 32 bytes. Its tokens are valid until ``expires_ns`` (nanoseconds since
+    1970), without end if that is None."""
 
     kid: str
     public: bytes
@@ -88,11 +89,11 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant in the directory. ``quota`` is in spans a second, 0 for no limit, None for that of
-    the configuration."""
+    """A tenant in the directory. ``quota`` is in spans per second: 0 means no limit, None the quota
+    from the configuration."""
 
     name: str
-    state: State
+    state: TenantState
     created_ns: int
     quota: int | None
     keys: tuple[PublicKey, ...] = ()
@@ -100,15 +101,15 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What the ledger has of a tenant from before it was deleted: its last entry then, and how many
-    there were."""
+    """The ledger entries of a tenant from before it was deleted: the number of the last one, and
+    how many there are."""
 
     entry: int
     count: int
 
 
 class TenantDirectory:
-    """The directory in the file ``path``, made if missing."""
+    """The directory in the file ``path``, which is created if missing."""
 
     def __init__(self, path: Path, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._path = path
@@ -144,7 +145,7 @@ class TenantDirectory:
             yield
         except (sqlite3.Error, OSError) as error:
             raise DirectoryError(
-                f"the tenants at {self._path}: {error}: check the disk's space and health"
+                f"the tenant directory {self._path}: {error}: {remedy(error, 'the tenants in it')}"
             ) from error
 
     @contextmanager
@@ -164,15 +165,16 @@ class TenantDirectory:
                     db.execute("ROLLBACK")
                 raise
 
-    # Asking
+    # Reading
 
     def get(self, name: str) -> Tenant | None:
-        """A tenant that is active or being deleted."""
+        """The tenant if it is active or being deleted."""
         with self._reading() as db:
             return _get(db, name)
 
     def page(self, after: str = "", limit: int = 1000) -> list[Tenant]:
-        """The tenants that are active or being deleted, by name, with names beyond ``after``."""
+        """The tenants that are active or being deleted, sorted by name, with names above
+        ``after``."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT name FROM tenants WHERE state <> 'deleted' AND name > ? "
@@ -181,7 +183,7 @@ class TenantDirectory:
             ).fetchall()
             return [tenant for (name,) in rows if (tenant := _get(db, name)) is not None]
 
-    def in_state(self, *states: State) -> set[str]:
+    def in_state(self, *states: TenantState) -> set[str]:
         """The names of the tenants in these states."""
         marks = ",".join("?" * len(states))
         with self._reading() as db:
@@ -189,7 +191,7 @@ class TenantDirectory:
             return {name for (name,) in rows}
 
     def quotas(self) -> dict[str, int]:
-        """The quotas that were set."""
+        """The quotas that were set, by tenant."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT name, quota FROM tenants WHERE quota IS NOT NULL AND state = 'active'"
@@ -197,7 +199,7 @@ class TenantDirectory:
             return dict(rows.fetchall())
 
     def hidden(self) -> dict[str, Hidden]:
-        """By tenant that was ever deleted, what the ledger has of it from before."""
+        """For each tenant that was ever deleted, its ledger entries from before."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT name, hidden_entry, hidden_count FROM tenants "
@@ -206,7 +208,7 @@ class TenantDirectory:
         return {name: Hidden(entry, count) for name, entry, count in rows}
 
     def public_key(self, name: str, kid: str) -> PublicKey | None:
-        """A key of an active tenant that counts now."""
+        """A key of an active tenant, if it is valid now."""
         with self._reading() as db:
             row = db.execute(
                 "SELECT kid, public, keys.created_ns, expires_ns FROM keys "
@@ -214,23 +216,23 @@ class TenantDirectory:
                 (name, kid),
             ).fetchone()
         key = None if row is None else PublicKey(*row)
-        return key if key is not None and self._counts(key) else None
+        return key if key is not None and self._valid(key) else None
 
-    def _counts(self, key: PublicKey) -> bool:
+    def _valid(self, key: PublicKey) -> bool:
         return key.expires_ns is None or key.expires_ns > self._clock_ns()
 
     # Changing
 
     def create(self, name: str, quota: int | None, public: bytes | None) -> Tenant:
-        """Make a tenant, with its first key if given; one that was deleted begins anew. Raises
-        :exc:`TenantConflictError` where it exists."""
+        """Create a tenant, with its first key if given; a deleted tenant starts afresh. Raises
+        :exc:`TenantConflictError` if it exists."""
         if not is_tenant_name(name):
             raise ValueError(TENANT_RULE)
         now = self._clock_ns()
         with self._changing() as db:
             found = _get(db, name)
             if found is not None:
-                state = "is being deleted" if found.state is State.DELETING else "exists"
+                state = "is being deleted" if found.state is TenantState.DELETING else "exists"
                 raise TenantConflictError(f"the tenant {name} {state}", "choose another name")
             db.execute(
                 "INSERT INTO tenants (name, state, created_ns, quota) VALUES (?, 'active', ?, ?) "
@@ -250,7 +252,7 @@ class TenantDirectory:
             return _existing(db, name)
 
     def add_key(self, name: str, public: bytes, grace_seconds: float) -> Tenant:
-        """Add a key; the others count for ``grace_seconds`` more. Raises
+        """Add a key; the other keys stay valid for ``grace_seconds``. Raises
         :exc:`UnknownTenantError` and :exc:`TenantConflictError`."""
         now = self._clock_ns()
         until = now + int(grace_seconds * 1e9)
@@ -258,12 +260,14 @@ class TenantDirectory:
             tenant = _active(db, name)
             kid = key_id(public)
             if any(key.kid == kid for key in tenant.keys):
-                raise TenantConflictError(f"the tenant {name} has this key", "make a new key")
+                raise TenantConflictError(
+                    f"the tenant {name} already has this key", "make a new key"
+                )
             db.execute("DELETE FROM keys WHERE tenant = ? AND expires_ns <= ?", (name, now))
             left = db.execute("SELECT count(*) FROM keys WHERE tenant = ?", (name,)).fetchone()
             if left[0] >= MOST_KEYS:
                 raise TenantConflictError(
-                    f"the tenant {name} has {MOST_KEYS} keys, as many as it may",
+                    f"the tenant {name} has {MOST_KEYS} keys, the most allowed",
                     "revoke one of them first",
                 )
             db.execute(
@@ -274,7 +278,7 @@ class TenantDirectory:
             return _existing(db, name)
 
     def revoke_key(self, name: str, kid: str) -> Tenant:
-        """Remove a key: its tokens no longer count. Raises :exc:`UnknownTenantError`."""
+        """Remove a key, which makes its tokens invalid. Raises :exc:`UnknownTenantError`."""
         with self._changing() as db:
             _active(db, name)
             gone = db.execute("DELETE FROM keys WHERE tenant = ? AND kid = ?", (name, kid))
@@ -287,8 +291,8 @@ class TenantDirectory:
     # Deleting
 
     def begin_deletion(self, name: str) -> None:
-        """Note that a tenant, which need not be known, is to be deleted: from now on it has no keys
-        and no quota."""
+        """Mark a tenant, whether in the directory or not, as being deleted: it loses its keys and
+        its quota."""
         if not is_tenant_name(name):
             raise ValueError(TENANT_RULE)
         with self._changing() as db:
@@ -300,7 +304,7 @@ class TenantDirectory:
             )
 
     def hide(self, name: str, hidden: Hidden) -> None:
-        """Note what the ledger has of a tenant that is being deleted."""
+        """Store which ledger entries a tenant that is being deleted has."""
         with self._changing() as db:
             db.execute(
                 "UPDATE tenants SET hidden_entry = ?, hidden_count = ? WHERE name = ?",
@@ -308,12 +312,12 @@ class TenantDirectory:
             )
 
     def finish_deletion(self, name: str) -> None:
-        """Note that nothing is left of a tenant but its entries in the ledger."""
+        """Mark a tenant as deleted: only its entries in the ledger are left."""
         with self._changing() as db:
             db.execute("UPDATE tenants SET state = 'deleted' WHERE name = ?", (name,))
 
     def close(self) -> None:
-        """Close the file. Twice does no harm."""
+        """Close the file. Idempotent."""
         with self._lock:
             self._db.close()
 
@@ -337,7 +341,8 @@ def _get(db: sqlite3.Connection, name: str) -> Tenant | None:
         "ORDER BY created_ns DESC, kid",
         (name,),
     ).fetchall()
-    return Tenant(row[0], State(row[1]), row[2], row[3], tuple(PublicKey(*key) for key in keys))
+    name, state, created_ns, quota = row
+    return Tenant(name, TenantState(state), created_ns, quota, tuple(PublicKey(*k) for k in keys))
 
 
 def _existing(db: sqlite3.Connection, name: str) -> Tenant:
@@ -349,6 +354,8 @@ def _existing(db: sqlite3.Connection, name: str) -> Tenant:
 
 def _active(db: sqlite3.Connection, name: str) -> Tenant:
     found = _existing(db, name)
-    if found.state is not State.ACTIVE:
-        raise TenantConflictError(f"the tenant {name} is being deleted", "wait until it is gone")
+    if found.state is not TenantState.ACTIVE:
+        raise TenantConflictError(
+            f"the tenant {name} is being deleted", "wait until the deletion is done"
+        )
     return found

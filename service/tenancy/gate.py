@@ -1,5 +1,4 @@
-"""What decides who is let in: the directory of tenants, keys and quotas as the running service
-uses them."""
+"""Who is let in: the tenant directory, keys and quotas as the running service uses them."""
 
 from __future__ import annotations
 
@@ -8,23 +7,23 @@ from collections.abc import Awaitable, Callable
 from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
 from betrace.service.config.settings import Settings
-from betrace.service.storage.ledger.record import Entries
-from betrace.service.tenancy.authentication import TokenAuthenticator
-from betrace.service.tenancy.directory import PublicKey, State, TenantDirectory
-from betrace.service.tenancy.ledger_filter import LivingEntries
-from betrace.service.tenants import Quotas
+from betrace.service.storage.ledger.base import LedgerEntries
+from betrace.service.tenancy.authentication import Authenticator
+from betrace.service.tenancy.directory import PublicKey, TenantDirectory, TenantState
+from betrace.service.tenancy.ledger_filter import CurrentEntries
+from betrace.service.tenancy.quotas import SpanQuotas
 
 PUBLIC_KEYS = "publicKeys"
 PublicKeys = LoadingCache[tuple[str, str], PublicKey]
-"""Keys by tenant and kid."""
+"""Keys by tenant and key id."""
 
 
 class Gate:
-    """Built from the settings and the directory. ``operator_token`` is None with authentication
-    off; ``tenant_exists`` says whether an operator may act for a tenant.
+    """Built from the settings and the directory. ``operator_token`` is None without authentication;
+    ``tenant_exists`` says whether an operator may act for a tenant.
 
-    ``closed`` are the tenants of which nothing is taken; ``hidden`` is what of the ledger is not
-    theirs any more. Both are shared with those who ask, and change.
+    ``closed`` holds the tenants from which nothing is accepted; ``hidden`` says which ledger
+    entries no longer belong to a tenant. Both are shared with their users, and change.
     """
 
     def __init__(
@@ -35,29 +34,28 @@ class Gate:
         tenant_exists: Callable[[str], Awaitable[bool]],
     ) -> None:
         self.directory = directory
-        self.closed = directory.in_state(State.DELETING, State.DELETED)
+        self.closed = directory.in_state(TenantState.DELETING, TenantState.DELETED)
         self.hidden = directory.hidden()
-        # A thread for keys and one for signatures, so that a flood of tokens keeps nobody else.
+        # Threads of their own, so that a flood of tokens does not delay other work.
         self._keys = ThreadRunner("public-keys", 1)
         self._signatures = ThreadRunner("signatures", 1)
         self.public_keys: PublicKeys = LoadingCache(
             PUBLIC_KEYS,
             lambda key: directory.public_key(*key),
-            self._keys,
             maxsize=settings.caches.public_keys,
             ttl_seconds=settings.caches.public_keys_ttl_seconds,
         )
-        self.authenticator: TokenAuthenticator | None = None
+        self.authenticator: Authenticator | None = None
         if operator_token is not None:
-            self.authenticator = TokenAuthenticator(
+            self.authenticator = Authenticator(
                 settings.auth,
                 operator_token,
-                self.public_keys.get,
+                self._public_key,
                 tenant_exists,
                 self._signatures,
             )
         quotas = settings.quotas
-        self.quotas = Quotas(
+        self.quotas = SpanQuotas(
             quotas.spans_per_second,
             quotas.burst_seconds,
             quotas.tenants,
@@ -66,17 +64,23 @@ class Gate:
         for tenant, quota in directory.quotas().items():
             self.quotas.set(tenant, quota)
 
-    def living(self, ledger: Entries) -> LivingEntries:
-        """A ledger without what is hidden."""
-        return LivingEntries(ledger, self.hidden)
+    async def _public_key(self, key: tuple[str, str]) -> PublicKey | None:
+        found = self.public_keys.peek(key)
+        if found is not None:
+            return found
+        return await self._keys.run(self.public_keys.load_ahead, key, abandon_on_cancel=True)
+
+    def current_entries(self, ledger: LedgerEntries) -> CurrentEntries:
+        """The ledger without its hidden entries."""
+        return CurrentEntries(ledger, self.hidden)
 
     def keys_changed(self, tenant: str) -> None:
-        """Ask for a tenant's keys again, and verify its tokens again."""
+        """Read a tenant's keys again, and verify its tokens again."""
         self.public_keys.invalidate_where(lambda key: key[0] == tenant)
         if self.authenticator is not None:
             self.authenticator.forget(tenant)
 
     def close(self) -> None:
-        """End the worker threads."""
+        """Stop the worker threads."""
         self._keys.close()
         self._signatures.close()

@@ -1,4 +1,4 @@
-"""Ed25519 keys and the tokens that they sign: JSON Web Tokens (RFC 7519), EdDSA (RFC 8037).
+"""Ed25519 keys and the tokens they sign: JSON Web Tokens (RFC 7519) with EdDSA (RFC 8037).
 
 The service only ever sees public keys: a private key stays where it was made, and signs there.
 """
@@ -27,19 +27,19 @@ _KEY_ID = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class BadKeyError(Exception):
-    """A key that cannot be used; the message says why and what to do."""
+    """A key cannot be used; the message says why and what to do."""
 
 
 class BadTokenError(Exception):
-    """A token that proves nothing; the message says why."""
+    """A token is invalid; the message says why."""
 
 
 # Keys
 
 
 def key_id(public: bytes) -> str:
-    """The name of a public key: its JWK thumbprint (RFC 7638; for Ed25519 RFC 8037, appendix
-    A.3). ``public`` are the key's 32 bytes."""
+    """The id of a public key (its 32 bytes): the JWK thumbprint (RFC 7638; for Ed25519 RFC 8037,
+    appendix A.3)."""
     x = base64.urlsafe_b64encode(public).rstrip(b"=").decode()
     jwk = json.dumps({"crv": "Ed25519", "kty": "OKP", "x": x}, separators=(",", ":"))
     digest = hashlib.sha256(jwk.encode()).digest()
@@ -47,24 +47,24 @@ def key_id(public: bytes) -> str:
 
 
 def is_key_id(text: str) -> bool:
-    """Whether ``text`` may be what :func:`key_id` gives."""
+    """Whether ``text`` has the form of a :func:`key_id`."""
     return _KEY_ID.fullmatch(text) is not None
 
 
 def read_public_key(pem: str) -> bytes:
     """The 32 bytes of an Ed25519 public key in PEM. Raises :exc:`BadKeyError`."""
-    remedy = "send the PEM that `openssl pkey -in private.pem -pubout` prints of an Ed25519 key"
+    remedy = "send the output of `openssl pkey -in private.pem -pubout` for an Ed25519 key"
     try:
         key = serialization.load_pem_public_key(pem.encode())
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise BadKeyError(f"the public key is no PEM public key; {remedy}") from None
+        raise BadKeyError(f"the public key is not a PEM public key; {remedy}") from None
     if not isinstance(key, Ed25519PublicKey):
         raise BadKeyError(f"the public key is not an Ed25519 key; {remedy}")
     return key.public_bytes_raw()
 
 
 def public_pem(key: Ed25519PrivateKey) -> str:
-    """The public half of a key as PEM."""
+    """The public key as PEM."""
     return (
         key.public_key()
         .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -73,7 +73,8 @@ def public_pem(key: Ed25519PrivateKey) -> str:
 
 
 def write_private_key(path: Path, key: Ed25519PrivateKey) -> None:
-    """Write a new file that only its owner may read. Raises :exc:`FileExistsError`."""
+    """Write a private key to a new file that only its owner may read. Raises
+    :exc:`FileExistsError`."""
     data = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -94,8 +95,8 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise BadKeyError(
-            f"{path} is not an Ed25519 private key in PEM without a password; name the file that "
-            "`betrace tenants create` wrote"
+            f"{path} is not an Ed25519 private key in PEM without a password; name the file "
+            "written by `betrace tenants create`"
         )
     return key
 
@@ -104,37 +105,38 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def make_token(key: Ed25519PrivateKey, tenant: str, now: float, lifetime_seconds: float) -> str:
-    """A token that proves ``tenant`` from ``now`` (seconds since 1970) on."""
+    """A token that proves ``tenant``, valid from ``now`` (seconds since 1970)."""
     claims = {"tenant": tenant, "iat": int(now), "exp": int(now + lifetime_seconds)}
     kid = key_id(key.public_key().public_bytes_raw())
     return jwt.encode(claims, key, algorithm=ALGORITHM, headers={"kid": kid})
 
 
 def claimed(token: str) -> tuple[str, str]:
-    """The tenant and the key that a token names; nothing of it is proved. Raises
+    """The tenant and the key id that a token claims, not yet verified. Raises
     :exc:`BadTokenError`."""
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise BadTokenError(f"the token is longer than {MAX_TOKEN_CHARACTERS} characters")
     try:
         found = jwt.decode_complete(token, options={"verify_signature": False})
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
-        raise BadTokenError("the token is no JSON Web Token") from None
+        raise BadTokenError("the token is not a JSON Web Token") from None
     header, tenant = found["header"], found["payload"].get("tenant")
     if header.get("alg") != ALGORITHM:
         raise BadTokenError(f"the token is not signed with {ALGORITHM}")
     kid = header.get("kid")
     if not isinstance(kid, str) or not is_key_id(kid):
-        raise BadTokenError("the token's kid names no key")
+        raise BadTokenError("the token's kid is not a key id")
     if not isinstance(tenant, str) or not is_tenant_name(tenant):
-        raise BadTokenError("the token's claim tenant names no tenant")
+        raise BadTokenError("the token's claim `tenant` is not a tenant name")
     return tenant, kid
 
 
 def verify(token: str, tenant: str, public: bytes, clock_skew_seconds: float) -> float:
-    """When a token expires (seconds since 1970), of which ``public`` is the key that it names.
+    """Verify a token against the public key that it names. Returns when it expires (seconds since
+    1970).
 
-    Raises :exc:`BadTokenError` where it is not signed with that key, not for ``tenant``, expired,
-    or not valid yet, give or take ``clock_skew_seconds``.
+    Raises :exc:`BadTokenError` if it is not signed with that key, not for ``tenant``, expired, or
+    not valid yet, give or take ``clock_skew_seconds``.
     """
     try:
         claims = jwt.decode(
@@ -148,9 +150,9 @@ def verify(token: str, tenant: str, public: bytes, clock_skew_seconds: float) ->
     except jwt.ExpiredSignatureError:
         raise BadTokenError("the token has expired") from None
     except jwt.ImmatureSignatureError:
-        raise BadTokenError("the token is not valid yet: is a clock wrong?") from None
+        raise BadTokenError("the token is not valid yet; check the clocks") from None
     except jwt.MissingRequiredClaimError:
-        raise BadTokenError("the token never expires: it has no claim exp") from None
+        raise BadTokenError("the token never expires, because it has no claim `exp`") from None
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
         raise BadTokenError(NOT_SIGNED) from None
     if claims.get("tenant") != tenant:
@@ -159,4 +161,4 @@ def verify(token: str, tenant: str, public: bytes, clock_skew_seconds: float) ->
 
 
 NOT_SIGNED = "the token is not signed with a valid key of its tenant"
-"""The same for a tenant, a key or a signature that is wrong, so that none can be guessed at."""
+"""The same message for a wrong tenant, key or signature, so that none of them can be probed."""

@@ -1,5 +1,4 @@
-"""The arrays of open traces as a whole: made empty, grown, copied for a checkpoint and made again
-from one."""
+"""Creates, grows, saves and restores the arrays of open traces."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ Array = npt.NDArray[Any]
 
 
 def empty_arrays(slots: int) -> TraceArrays:
-    """Arrays without a trace, with room for ``slots`` of them (a power of two)."""
+    """Empty arrays with a capacity of ``slots`` traces (a power of two)."""
     fill = np.zeros(FILL_SIZE, np.int64)
     fill[[SLOTS_FREE, ENTRIES_FREE, MIDDLE_FREE, LARGE_FREE]] = -1
     return TraceArrays(
@@ -62,8 +61,8 @@ def empty_arrays(slots: int) -> TraceArrays:
 
 
 def grown(old: TraceArrays, reason: int, checks: int) -> TraceArrays:
-    """The same with the pool doubled that a kernel found full, as it says by ``reason``; a trace
-    has at most ``checks`` entries."""
+    """The arrays with the pool doubled that a kernel found full (``reason``). A trace has at most
+    ``checks`` entries."""
     if reason == NEED_ENTRIES:
         return old._replace(entries=doubled(old.entries, checks))
     if reason == NEED_MIDDLE:
@@ -86,7 +85,7 @@ def grown(old: TraceArrays, reason: int, checks: int) -> TraceArrays:
 
 
 def saved_arrays(a: TraceArrays) -> dict[str, Array]:
-    """Copies of the parts in use, by name; what can be made from them is left out."""
+    """Copies of the rows in use, by name, without arrays that can be computed from them."""
     fill = a.fill
     used = int(fill[SLOTS_USED])
     return {
@@ -102,19 +101,19 @@ def saved_arrays(a: TraceArrays) -> dict[str, Array]:
 
 
 def restored_arrays(saved: Mapping[str, Array]) -> TraceArrays:
-    """Arrays with what :func:`saved_arrays` copied, and room for more."""
+    """The inverse of :func:`saved_arrays`, with spare capacity."""
     slots = LEAST_SLOTS
     while slots < len(saved["slots"]):
         slots *= 2
-    room = empty_arrays(slots)
+    empty = empty_arrays(slots)
     for name in ("slots", "activity", "names", "ring_small"):
-        getattr(room, name)[: len(saved[name])] = saved[name]
-    room.fill[:] = saved["fill"]
-    arrays = room._replace(
-        ring_middle=_with_room(saved["ring_middle"], 8),
-        ring_large=_with_room(saved["ring_large"], 1),
+        getattr(empty, name)[: len(saved[name])] = saved[name]
+    empty.fill[:] = saved["fill"]
+    arrays = empty._replace(
+        ring_middle=_with_spare_rows(saved["ring_middle"], 8),
+        ring_large=_with_spare_rows(saved["ring_large"], 1),
         chains=np.zeros((len(saved["ring_large"]) + 1, CHAIN_COLUMNS), np.int16),
-        entries=_with_room(saved["entries"], slots),
+        entries=_with_spare_rows(saved["entries"], slots),
     )
     with np.errstate(over="ignore"):
         pools.rebuild(arrays.table, arrays.secret, arrays.slots, len(saved["slots"]))
@@ -123,14 +122,14 @@ def restored_arrays(saved: Mapping[str, Array]) -> TraceArrays:
 
 
 def doubled(array: npt.NDArray, more: int = 0) -> npt.NDArray:  # type: ignore[type-arg]
-    """A copy twice as long, and ``more``; the new rows are zero."""
+    """A copy with twice as many rows, plus ``more``; the new rows are zero."""
     twice = np.zeros((2 * len(array) + more, *array.shape[1:]), array.dtype)
     twice[: len(array)] = array
     return twice
 
 
-def _with_room(array: npt.NDArray[np.int64], least: int) -> Rows:
-    """A copy with at least ``least`` rows more."""
-    longer = np.zeros((len(array) + least, *array.shape[1:]), array.dtype)
+def _with_spare_rows(array: npt.NDArray[np.int64], spare: int) -> Rows:
+    """A copy with ``spare`` more rows."""
+    longer = np.zeros((len(array) + spare, *array.shape[1:]), array.dtype)
     longer[: len(array)] = array
     return longer

@@ -1,19 +1,17 @@
 """Checkpoints: the state of all traces in a file, so that a restart reads little of the log.
 
-A file is a header (JSON, with the place of each array), the arrays as they lie in memory, and a
-CRC-32 of it all. It is written beside its place, synced and renamed, and the one before is kept: a
-file that is damaged is passed over for the one before it, and without any the log is read from
-its beginning.
+A file is the magic bytes and the header's length, the header (JSON, with the type and shape of each
+array), the arrays in the same order as in memory, and a CRC-32 of everything before it. It is
+written to a temporary file, synced and renamed. The previous file is kept: if the newest is
+damaged, the previous one is used, and if there is none, the log is read from its beginning.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 from isal import isal_zlib
+
+from betrace.service.durable import replacing
 
 _log = logging.getLogger("service.checkpoint")
 
@@ -35,14 +35,14 @@ Array = npt.NDArray[Any]
 @dataclass(frozen=True, slots=True)
 class TableSnapshot:
     """One :class:`~betrace.service.traces.table.TraceTable`: its rules as definitions (a JSON
-    array), the
-    names of their checks in order, arrays by name, and what was told of traces, by slot."""
+    array), the names of their checks in order, arrays by name, and the signal history of traces
+    (:func:`~betrace.service.traces.signal_history.history_to_json`) by slot."""
 
     version: str
     definitions: bytes
     check_names: list[str]
     arrays: Mapping[str, Array]
-    told: list[tuple[int, list[list[Any]]]] = field(default_factory=list)
+    signal_history: list[tuple[int, list[list[Any]]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +56,28 @@ class TenantSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of all traces at ``taken_ns``, and of the log as far as they go: by tenant the last
-    frame and those up to it that were not folded. ``mark`` is a ticket: work with a smaller
-    one must be safe before the snapshot may be used. ``letters`` are the ids of dead letters whose
-    spans are in the traces. ``recorded`` is the ledger's last entry by tenant before they were
-    copied, ``raised`` what :class:`betrace.service.traces.signal_history.RaisedBefore` saved,
-    ``unfinished`` what :class:`betrace.service.traces.partial_folds.Unfinished` did."""
+    """The state of all traces at ``taken_ns``, and of the log up to the same point."""
 
     taken_ns: int
     progress: dict[str, tuple[int, list[int]]]
+    """By tenant, the last frame of the log, and the frames up to it that were not folded."""
     tenants: list[TenantSnapshot]
     mark: int = 0
+    """A ticket: work with smaller tickets must be stored before the snapshot may be used."""
     letters: list[int] = field(default_factory=list)
+    """Ids of the dead letters whose spans are in the traces."""
     recorded: dict[str, int] = field(default_factory=dict)
-    raised: dict[str, Any] = field(default_factory=dict)
-    unfinished: dict[str, Any] = field(default_factory=dict)
+    """By tenant, the last entry of the ledger before the traces were copied."""
+    ledger_history: dict[str, Any] = field(default_factory=dict)
+    """:meth:`betrace.service.traces.signal_history.LedgerHistory.saved`."""
+    partial_folds: dict[str, Any] = field(default_factory=dict)
+    """:meth:`betrace.service.traces.partial_folds.PartialFolds.saved`."""
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
-    """Write a snapshot durably; the bytes written. Older files beyond ``KEPT`` are removed.
+    """Write a snapshot durably and return its size in bytes. Only the newest ``KEPT`` files stay.
 
-    Raises OSError when the disk fails; what was there before stays.
+    Raises OSError when the disk fails; existing files stay as they are.
     """
     directory.mkdir(parents=True, exist_ok=True)
     arrays: list[Array] = []
@@ -90,8 +91,8 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
         "progress": snapshot.progress,
         "letters": snapshot.letters,
         "recorded": snapshot.recorded,
-        "raised": snapshot.raised,
-        "unfinished": snapshot.unfinished,
+        "raised": snapshot.ledger_history,
+        "unfinished": snapshot.partial_folds,
         "tenants": [
             {
                 "tenant": saved.tenant,
@@ -102,7 +103,7 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
                         "definitions": orjson.Fragment(table.definitions),
                         "check_names": table.check_names,
                         "arrays": {name: place(array) for name, array in table.arrays.items()},
-                        "told": table.told,
+                        "told": table.signal_history,
                     }
                     for table in saved.tables
                 ],
@@ -113,49 +114,39 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
     text = orjson.dumps(header)
     parts: list[bytes | memoryview] = [_HEAD.pack(_MAGIC, len(text)), text]
     parts += [array.data.cast("B") for array in arrays if array.nbytes]
-    # The newest has the largest number, also after the wall clock was set back.
+    # The newest has the largest number, even if the wall clock was set back.
     newest = max((int(path.stem) for path in checkpoint_files(directory)), default=0)
     path = directory / f"{max(snapshot.taken_ns, newest + 1):020d}.checkpoint"
-    temporary = directory / "checkpoint.tmp"
     crc = 0
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                crc = isal_zlib.crc32(part, crc)
-                file.write(part)
-            file.write(struct.pack("<I", crc))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        temporary.rename(path)
-    except OSError:
-        with suppress(OSError):  # a full disk should not stay full of it
-            temporary.unlink()
-        raise
-    _sync_directory(directory)
+    with replacing(path, directory / "checkpoint.tmp") as file:
+        for part in parts:
+            crc = isal_zlib.crc32(part, crc)
+            file.write(part)
+        file.write(struct.pack("<I", crc))
+        size = file.tell()
     for old in checkpoint_files(directory)[KEPT:]:
         old.unlink()
     return size
 
 
 def read_latest(directory: Path) -> Snapshot | None:
-    """The newest snapshot that is whole, None without one."""
+    """The newest undamaged snapshot, or None."""
     for path in checkpoint_files(directory):
         try:
             return read_checkpoint(path)
         except (OSError, ValueError, KeyError) as error:
-            _log.warning("checkpoint %s is passed over for the one before it: %s", path.name, error)
+            _log.warning("skipped checkpoint %s, trying the previous one: %s", path.name, error)
     return None
 
 
 def read_checkpoint(path: Path) -> Snapshot:
-    """The snapshot in a file. Raises ValueError where it is damaged."""
+    """The snapshot in a file. Raises ValueError if it is damaged."""
     data = path.read_bytes()
     if len(data) < _HEAD.size + 4:
         raise ValueError("it is too short")
     magic, length = _HEAD.unpack_from(data)
     if magic != _MAGIC:
-        raise ValueError("it is of another format")
+        raise ValueError("it has another format")
     if isal_zlib.crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ValueError("its checksum does not match")
     header = json.loads(data[_HEAD.size : _HEAD.size + length])
@@ -191,8 +182,8 @@ def read_checkpoint(path: Path) -> Snapshot:
         ],
         letters=header.get("letters", []),
         recorded=header.get("recorded", {}),
-        raised=header.get("raised", {}),
-        unfinished=header.get("unfinished", {}),
+        ledger_history=header.get("raised", {}),
+        partial_folds=header.get("unfinished", {}),
     )
 
 
@@ -200,10 +191,3 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """The checkpoints in a directory, newest first."""
     found = (path for path in directory.glob("*.checkpoint") if path.stem.isdigit())
     return sorted(found, reverse=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(handle)
-    os.close(handle)

@@ -1,10 +1,10 @@
-"""Deciding rules from the counts of their checks.
+"""Decides rules from the counts of their checks.
 
-While a trace is open its counts can only grow, so an expression is true, false or unknown
-(Kleene's three-valued logic): with n spans so far ``count(x) > k`` is true once n > k and
-unknown before. What is true then is true for good. On a closed trace everything is known.
+While a trace is open its counts can only grow, so an expression is true, false or unknown (Kleene's
+three-valued logic): with n spans so far, ``count(x) > k`` is true once n > k and unknown before. An
+expression that is true or false stays so. On a closed trace everything is known.
 
-Only rules that a trace touches are run, and those that a trace without any match breaks.
+Only the rules that a trace touches are evaluated, and those that a trace without any match breaks.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from betrace.service.rules.compile import (
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE
 
-ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # which clause a breach broke
+ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # the clause that a breach breaks
 CLAUSES = {ALWAYS_BROKEN: "always", NEVER_BROKEN: "never"}
 
-STACK = 512  # deeper than any rule of 16 KiB nested 32 deep can need
+STACK = 512  # more than any rule of 16 KiB with 32 levels can need
 
 
 @lean_kernel
@@ -88,7 +88,7 @@ def _count_count(left: int, op: int, right: int) -> int:
 def _run(
     programs: Rows, start: int, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
 ) -> int:
-    """The truth of one program. ``entry_of[check]`` is the row of its entry, -1 without one."""
+    """The truth value of a program. ``entry_of[check]`` is the row of the check's entry, or -1."""
     pc = start
     top = -1
     while programs[pc, 0] != END:
@@ -133,7 +133,7 @@ def _run(
 def _decide_rule(
     rule: Rows, programs: Rows, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
 ) -> int:
-    """0, or which clause is broken for certain: ``when and (not always or never)``."""
+    """The clause that is certainly broken, else 0: ``when and (not always or never)``."""
     if _run(programs, rule[R_WHEN], entries, entry_of, closed, stack) != TRUE:
         return 0
     if _run(programs, rule[R_ALWAYS], entries, entry_of, closed, stack) == FALSE:
@@ -160,8 +160,9 @@ def _decide(
     stack: Rows,
     out: Rows,
 ) -> tuple[int, int]:
-    """Decide the traces from ``first`` on; ``(next trace, breaches)`` with rows (trace, rule,
-    clause) in ``out``. Stops before a trace that might not fit: ``out`` must hold all rules."""
+    """Decide the traces from ``first`` on. Returns ``(next trace, breaches)``, with rows (trace,
+    rule, clause) in ``out``. Stops before a trace whose breaches might not fit; ``out`` must have a
+    row for each rule at least."""
     found = 0
     n_rules = len(rule_rows)
     for k in range(first, len(starts) - 1):
@@ -218,8 +219,8 @@ class Breach:
 def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
     """All breaches that are certain.
 
-    Of closed traces, those that were certain before the end are left out: they were
-    raised when they became so. ``raised_early=False`` gives them all.
+    For closed traces, breaches that were certain before the end are left out, because they were
+    raised at that time. ``raised_early=False`` includes them.
     """
     rules: CompiledRules = due.rules
     n_rules = len(rules.rules)
@@ -256,7 +257,7 @@ def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
 
 
 def broken(due: DueTraces) -> list[dict[tuple[str, str], str]]:
-    """For each trace the rules (id, version) that it breaks, with the clause."""
+    """For each trace, the rules (id, version) that it breaks and the broken clause."""
     found: list[dict[tuple[str, str], str]] = [{} for _ in range(len(due))]
     for breach in decide(due, raised_early=False):
         rule = due.rules.rules[breach.rule]

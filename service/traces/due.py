@@ -1,4 +1,4 @@
-"""Traces that are due: copies of their state, apart from the open traces."""
+"""Traces that are due for a decision: copies of their state, independent of the open traces."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.traces.layout import FLAGS as SLOT_FLAGS
 from betrace.service.traces.layout import HI, LO, ROOT_NAME_LEN, ROOTED, SERVICES_1, SERVICES_2
-from betrace.service.traces.signal_history import Told
+from betrace.service.traces.signal_history import SignalHistory
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The last window of a long trace: its number and its first span, both from 1, and the ids of
-    its spans in the order of their arrival."""
+    """The last window of a long trace: its number and the number of its first span, both from 1,
+    and the ids of its spans in order of arrival."""
 
     window: int
     first: int
@@ -28,14 +28,13 @@ class Context:
 class DueTraces:
     """Traces of one tenant that are to be decided by ``rules``.
 
-    ``rows`` are slot rows (:mod:`betrace.service.traces.layout`), ``names`` the root names beside
-    them, and
-    ``entries[starts[k]:starts[k + 1]]`` the matches of trace ``k``. Where ``closed`` is false,
-    the traces go on and only what no later span can undo may be decided. ``told`` is, by number,
-    what was said of traces that had been closed earlier: what stands and no longer holds is
-    retracted. ``services`` names the service numbers in the rows; ``spilled`` are log positions of
-    traces too long to hold them all (hi, lo, positions); ``contexts`` the last window of each long
-    trace, by its number here.
+    ``rows`` are slot rows (:mod:`betrace.service.traces.layout`), ``names`` their root names, and
+    ``entries[starts[k]:starts[k + 1]]`` the matches of trace ``k``. If ``closed`` is false, the
+    traces are still open and only breaches that no later span can undo may be decided.
+    ``services`` maps the service numbers in the rows to names. ``spilled`` are the log positions of
+    traces with more frames than a slot holds: rows (hi, lo, positions). ``contexts`` and
+    ``signal_history`` are by trace number ``k``: the last window of each long trace, and the
+    signals of each trace that was closed before. Active signals that no longer hold are retracted.
     """
 
     tenant: str
@@ -48,7 +47,7 @@ class DueTraces:
     services: Sequence[str]
     spilled: Rows | None = None
     contexts: dict[int, Context] = field(default_factory=dict)
-    told: dict[int, Told] = field(default_factory=dict)
+    signal_history: dict[int, SignalHistory] = field(default_factory=dict)
     received_ns: int = 0
     spans: int = 0
     ticket: int = 0
@@ -67,14 +66,14 @@ class DueTraces:
         return big_endian.view(np.uint8).reshape(-1, 16)
 
     def root_name(self, k: int) -> str | None:
-        """The name of the root span (cut at 96 bytes), None where no root was seen."""
+        """The name of the root span (cut at 96 bytes); None if no root span was seen."""
         if not self.rows[k, SLOT_FLAGS] & ROOTED:
             return None
         raw = self.names[k, : self.rows[k, ROOT_NAME_LEN]].tobytes()
         return raw.decode(errors="ignore")
 
     def service_names(self, k: int) -> list[str]:
-        """The services of trace ``k``, up to eight, in the order of their appearance."""
+        """The services of trace ``k``, up to eight, in order of appearance."""
         numbers = [
             int(self.rows[k, column]) >> shift & 0xFFFF
             for column in (SERVICES_1, SERVICES_2)

@@ -1,35 +1,21 @@
-"""What limits the traces of all tenants together: how many are held, which of the open ones are
-closed to make room, and which of the closed ones are forgotten."""
+"""Limits across the traces of all tenants: which open traces are closed when too many are open, and
+which closed ones are forgotten."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.layout import SLOTS_USED
-
-if TYPE_CHECKING:
-    from betrace.service.traces.table import TraceTable
-
-SWEEP_BATCH = 4096  # traces that one DueTraces holds at most
-
-
-@dataclass(slots=True)
-class Held:
-    """How many traces the tables that share this hold: running totals, kept by the tables."""
-
-    open: int = 0
-    closed: int = 0
+from betrace.service.traces.layout import SLOTS_USED, SWEEP_BATCH
+from betrace.service.traces.table import TraceTable
 
 
 def idle_longest(tables: Sequence[TraceTable], count: int) -> list[tuple[TraceTable, Rows]]:
-    """The ``count`` open slots of all tables that have been idle longest, or all there are; up to
+    """The ``count`` open slots of all tables that have been idle longest, or all there are; at most
     ``SWEEP_BATCH`` in each piece."""
     used = [table.arrays.activity[: table.arrays.fill[SLOTS_USED]] for table in tables]
     count = min(count, sum(table.open_count for table in tables))
@@ -51,11 +37,11 @@ def forget_closed(
     excess: int,
     closed: ClosedTraces,
 ) -> int:
-    """Free the traces closed before a time, and of all tables together those closed longest ago,
-    up to ``excess`` with the former, that were closed before ``fresh_from``. They are put into
-    ``closed``. How many.
+    """Free the traces closed before ``closed_before``. If those are fewer than ``excess``, also
+    free those closed longest ago in all tables together, up to ``excess`` in total, but none closed
+    at ``fresh_from`` or later. Freed traces are added to ``closed``. Returns how many were freed.
 
-    Costs a comparison for each table; work is done in those only that have something to free.
+    Costs one comparison for each table; only tables with something to free do any work.
     """
     freed = 0
     for table in tables:
@@ -67,7 +53,7 @@ def forget_closed(
     heapq.heapify(oldest)
     while oldest and freed < excess:
         _, i = heapq.heappop(oldest)
-        table = tables[i]  # alone until the next table has older ones
+        table = tables[i]  # until the next table has older ones
         until = min(fresh_from, oldest[0][0] + 1) if oldest else fresh_from
         freed += table.evict(closed_before, until, excess - freed, closed)
         if table.closed_from < fresh_from:

@@ -1,7 +1,7 @@
 """Kernels that fold spans into open traces; the arrays are described in
-:mod:`betrace.service.traces.layout`. Growing arrays and everything rare is done by the caller,
-:class:`betrace.service.traces.table.TraceTable`: a kernel stops before a row it cannot take and
-says why.
+:mod:`betrace.service.traces.layout`. The caller, :class:`betrace.service.traces.folding.FoldRun`,
+grows arrays and handles everything rare: a kernel stops before a row it cannot fold and returns the
+reason.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ from betrace.service.traces.pools import (
     copy,
     enter,
     find_slot,
+    has_rows,
     hashed,
     look_ahead,
     remember,
-    room,
     same_trace,
     seen,
     take,
@@ -133,7 +133,8 @@ def _open(traces: TraceArrays, hi: int, lo: int, now: int) -> int:
 
 @lean_kernel
 def add_match(traces: TraceArrays, slot: int, check: int, start: int, span_id: int) -> int:
-    """Count a span for a check of a trace, keeping the earliest as evidence; the new count."""
+    """Count a span for a check of a trace and keep the earliest spans as evidence; returns the new
+    count."""
     entries = traces.entries
     before = -1
     at = traces.slots[slot, ENTRIES]
@@ -169,7 +170,7 @@ def add_match(traces: TraceArrays, slot: int, check: int, start: int, span_id: i
 
 @lean_kernel
 def crosses(rules: RuleArrays, check: int, count: int) -> bool:
-    """Whether reaching ``count`` can settle a rule while the trace is open."""
+    """Whether a rule can become certain at ``count`` while the trace is open."""
     for i in range(rules.threshold_starts[check], rules.threshold_starts[check + 1]):
         if rules.thresholds[i] == count:
             return True
@@ -178,7 +179,7 @@ def crosses(rules: RuleArrays, check: int, count: int) -> bool:
 
 @lean_kernel
 def mark_dirty(traces: TraceArrays, slot: int, outputs: FoldOutputs) -> None:
-    """Note a trace for an early decision, once a batch."""
+    """Mark a trace for an early decision, once in each batch."""
     if not traces.slots[slot, FLAGS] & DIRTY:
         traces.slots[slot, FLAGS] |= DIRTY | ONCE_DIRTY
         outputs.dirty[outputs.counts[DIRTIED]] = slot
@@ -200,7 +201,7 @@ def _add_service(row: Rows, service: int) -> None:
 
 @lean_kernel
 def _new_position(row: Rows, position: int) -> bool:
-    """Whether the trace does not know the frame yet (0 is no frame)."""
+    """Whether the frame is not among the trace's positions yet (0 stands for no frame)."""
     for k in range(row[POSITION_COUNT]):
         if row[POSITION_0 + k] == position:
             return False
@@ -209,7 +210,7 @@ def _new_position(row: Rows, position: int) -> bool:
 
 @lean_kernel
 def _add_span(traces: TraceArrays, slot: int, batch: BatchArrays, span: Rows, now: int) -> None:
-    """Everything about a new span but its matches."""
+    """Add everything about a new span except its matches."""
     row = traces.slots[slot]
     remember(traces, slot, span[SPAN_ID])
     row[SPANS] += 1
@@ -232,7 +233,7 @@ def _add_span(traces: TraceArrays, slot: int, batch: BatchArrays, span: Rows, no
                 and length > 0
                 and batch.buf[span[NAME_OFF] + length] & 0xC0 == 0x80
             ):
-                length -= 1  # never cut within a character
+                length -= 1  # do not cut inside a character
             row[FLAGS] |= ROOTED
             row[ROOT_ID] = span[SPAN_ID]
             row[ROOT_START] = span[START]
@@ -259,12 +260,12 @@ def fold(
 ) -> tuple[int, int]:
     """Fold the rows of a batch from ``first_row`` on.
 
-    Returns ``(row, reason)``: the row to go on with, and why it stopped there (``DONE`` at the
-    end). With ``known_only`` rows of traces without a slot are left, and taken rows are marked in
-    ``batch.skip``. New traces that ``filters`` may hold
-    (:mod:`betrace.service.traces.late_filter`; without
-    columns it holds none) are left in ``outputs.late``. ``now`` is in nanoseconds since 1970,
-    ``scratch`` int64[4], ``ahead`` int64[2, AHEAD].
+    Returns ``(row, reason)``: the row to continue with, and why the kernel stopped there (``DONE``
+    at the end). With ``known_only``, rows of traces without a slot are skipped, and folded rows are
+    marked in ``batch.skip``. Rows of new traces that ``filters`` may contain
+    (:mod:`betrace.service.traces.late_filter`; none if it has no columns) are not folded but listed
+    in ``outputs.late``. ``now`` is in nanoseconds since 1970, ``scratch`` int64[4], ``ahead``
+    int64[2, AHEAD].
     """
     counts = outputs.counts
     fill = traces.fill
@@ -281,7 +282,7 @@ def fold(
         hi = span[TRACE_HI]
         lo = span[TRACE_LO]
         slot = ahead[1, r - block]
-        if slot < 0:  # it may have been opened meanwhile
+        if slot < 0:  # it may have been opened since look_ahead
             slot = find_slot(traces, hi, lo)
         if slot < 0 and known_only:
             continue
@@ -290,21 +291,21 @@ def fold(
             counts[LATENESS] += 1
             continue
 
-        # From here to the first change: everything that can make the kernel stop.
+        # Everything that can stop the kernel comes before the first change.
         if slot >= 0 and traces.slots[slot, STATE] == CLOSED:
             counts[STOPPED_SLOT] = slot
             return r, LATE
-        if slot < 0 and not room(fill, SLOTS_FREE, SLOTS_USED, len(traces.slots), 1):
+        if slot < 0 and not has_rows(fill, SLOTS_FREE, SLOTS_USED, len(traces.slots), 1):
             return r, NEED_SLOTS
         position = batch.positions[span[BODY]]
         if slot >= 0:
             row = traces.slots[slot]
             n = row[SPANS]
-            if n == SMALL_RING and not room(
+            if n == SMALL_RING and not has_rows(
                 fill, MIDDLE_FREE, MIDDLE_USED, len(traces.ring_middle), 1
             ):
                 return r, NEED_MIDDLE
-            if n == MIDDLE_RING and not room(
+            if n == MIDDLE_RING and not has_rows(
                 fill, LARGE_FREE, LARGE_USED, len(traces.ring_large), 1
             ):
                 return r, NEED_LARGE
@@ -316,7 +317,7 @@ def fold(
             return r, NAMES_FULL
         if name >= 0:
             interested = names.slots[name, N_COUNT]
-            if not room(fill, ENTRIES_FREE, ENTRIES_USED, len(traces.entries), interested):
+            if not has_rows(fill, ENTRIES_FREE, ENTRIES_USED, len(traces.entries), interested):
                 return r, NEED_ENTRIES
         if counts[ASKED] + max(1, interested) > len(outputs.ask):
             return r, NEED_ASK
@@ -331,7 +332,7 @@ def fold(
                 ahead[1, after - block] = slot
                 after += 1
         row = traces.slots[slot]
-        row[LAST_SEEN] = max(row[LAST_SEEN], now)  # the clock may be set back
+        row[LAST_SEEN] = max(row[LAST_SEEN], now)  # the clock may have been set back
         traces.activity[slot] = now
         if _new_position(row, position):
             if row[POSITION_COUNT] == POSITIONS:
@@ -398,8 +399,8 @@ def add_asked(
     traces: TraceArrays,
     outputs: FoldOutputs,
 ) -> None:
-    """Count the matches found in Python: rows ``(row, check, slot)``, for which the caller has
-    made room."""
+    """Count the matches found in Python: rows ``(row, check, slot)``. The caller must first make
+    sure that there are enough entries."""
     for m in range(len(matched)):
         span = batch.spans[matched[m, 0]]
         slot = matched[m, 2]

@@ -1,21 +1,19 @@
-"""A batch on its way through one table: the kernel's calls, and what is done between them.
+"""Folds a batch into one table: the calls of the kernel, and the work between them.
 
-At each moment a run knows how far it has come. Where it fails, what it has done stays done and is
-handed over like that of one that did not, with the error; its rest can be folded later
-(:mod:`betrace.service.traces.partial_folds`).
+A run always knows how far it has come. If it fails, its results so far are returned together with
+the error, and the remainder can be folded later (:mod:`betrace.service.traces.partial_folds`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Bytes, Rows, SpanBatch
 from betrace.service.rules.match import evaluate
-from betrace.service.traces import fold_kernels as kernels
+from betrace.service.traces import fold_kernels
 from betrace.service.traces.arrays import doubled
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
@@ -43,22 +41,21 @@ from betrace.service.traces.layout import (
     FoldOutputs,
 )
 from betrace.service.traces.partial_folds import Ask
-
-if TYPE_CHECKING:
-    from betrace.service.traces.table import TraceTable
+from betrace.service.traces.table import TraceTable
 
 _NO_FILTER = np.zeros((2, 0), np.int64)
 
 
 @dataclass(slots=True, eq=False)
 class Folded:
-    """What came of folding a batch, which was received at ``received_ns`` and perhaps ``replayed``
-    from the log.
+    """The results of folding a batch, which was received at ``received_ns`` and perhaps
+    ``replayed`` from the log.
 
-    ``early`` are traces for which a rule may have become certain, ``completed`` slots that said
-    so themselves, ``spilled`` rows (hi, lo, log positions) of long traces, ``late`` the rows of the
-    batch that were left because their trace may have been closed and forgotten. With an ``error``
-    it stopped there; ``dirty`` are slots that could then not be copied for ``early``.
+    ``early`` are traces for which a rule may have become certain, ``completed`` the slots with a
+    span that says ``trace.complete``, ``spilled`` rows (hi, lo, log positions) of long traces, and
+    ``late`` the rows of the batch that were not folded because their trace may have been closed and
+    forgotten. With an ``error`` the fold stopped there; ``dirty`` are then the slots that could not
+    be copied to ``early``.
     """
 
     early: DueTraces | None
@@ -75,13 +72,26 @@ class Folded:
     error: Exception | None = None
 
 
-class FoldRun:
-    """One batch and one table.
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """A batch to be folded into the tables of its tenant, and what is left of it."""
 
-    Rows with ``skip`` set are passed over; afterwards it is set for all rows that are in a trace.
-    ``asks`` are comparisons left from before: those with traces of this table are made, and those
-    that fail now are left in it. With ``known_only`` only spans of traces that are here are taken.
-    With ``closed``, new traces that it may hold are not opened but reported as late.
+    batch: SpanBatch
+    services: Rows
+    """The service number of each resource row."""
+    now: int
+    """When it was received (nanoseconds)."""
+    skip: Bytes
+    """1 for each row that is in a trace, or must not be folded; the fold sets it."""
+    asks: list[Ask]
+    """Comparisons left over from an earlier fold; the fold makes them, and adds those that fail."""
+
+
+class FoldRun:
+    """Folds a batch into one table.
+
+    With ``known_only``, only spans of traces that are in the table are folded. With ``closed``, new
+    traces that it may contain are not opened but reported as late.
     """
 
     __slots__ = (
@@ -103,30 +113,27 @@ class FoldRun:
     def __init__(
         self,
         table: TraceTable,
-        batch: SpanBatch,
-        services: Rows,
-        now: int,
-        skip: Bytes,
-        asks: list[Ask],
+        delivery: Delivery,
         *,
-        known_only: bool,
-        closed: ClosedTraces | None,
+        known_only: bool = False,
+        closed: ClosedTraces | None = None,
     ) -> None:
+        batch = delivery.batch
         n = len(batch)
         positions = batch.positions
         self._table = table
         self._batch = batch
-        self._now = now
+        self._now = delivery.now
         self._known_only = known_only
-        self._asks = asks
+        self._asks = delivery.asks
         self._arrays = BatchArrays(
             batch.buf,
             batch.spans,
             batch.resources,
             batch.scopes,
-            services,
+            delivery.services,
             positions if len(positions) else np.zeros(len(batch.bodies), np.int64),
-            skip,
+            delivery.skip,
         )
         self._outputs = FoldOutputs(
             table.ask,
@@ -144,9 +151,9 @@ class FoldRun:
         self._answered = False
 
     def run(self) -> Folded:
-        """Fold the batch, as far as possible."""
+        """Fold the batch as far as possible; an error is returned, not raised."""
         table = self._table
-        table.touch(self._now, self._now)  # first: a fold that fails may have opened traces
+        table.touch(self._now, self._now)  # first, because a fold that fails may have opened traces
         early, error = None, None
         try:
             with np.errstate(over="ignore"):
@@ -164,7 +171,7 @@ class FoldRun:
             self._asks += [ask for ask, *_ in self._asked() if ask not in self._asks]
         outputs, counts = self._outputs, self._outputs.counts.tolist()
         late = outputs.late[: counts[LATENESS]]
-        if not self._known_only:  # else the kernel has done it
+        if not self._known_only:  # otherwise the kernel has done this
             self._arrays.skip[: self._row] = 1
             if len(late):
                 self._arrays.skip[late] = 0
@@ -187,10 +194,10 @@ class FoldRun:
     def _take_rows(self) -> None:
         table = self._table
         scratch = np.zeros(4, np.int64)
-        ahead = np.empty((2, kernels.AHEAD), np.int64)
+        ahead = np.empty((2, fold_kernels.AHEAD), np.int64)
         names = table.rules.names
         while True:
-            self._row, reason = kernels.fold(
+            self._row, reason = fold_kernels.fold(
                 self._arrays,
                 self._row,
                 self._known_only,
@@ -225,7 +232,7 @@ class FoldRun:
         self._reopened += 1
 
     def _resume(self) -> None:
-        """Find the traces of what was left to be compared."""
+        """Find the traces of the comparisons left over from an earlier fold."""
         table = self._table
         checks = table.rules.check_names
         for row, check in list(self._asks):
@@ -233,7 +240,7 @@ class FoldRun:
             slot = table.find(hi, lo)
             if slot < 0:
                 continue
-            if check is not None and check not in checks:  # rules that the trace is not judged by
+            if check is not None and check not in checks:  # not among the rules of this trace
                 self._asks.remove((row, check))
                 continue
             if table.arrays.slots[slot, STATE] == CLOSED:
@@ -241,7 +248,7 @@ class FoldRun:
             self._resumed.append((row, -1 if check is None else checks.index(check), slot))
 
     def _asked(self) -> list[tuple[Ask, int, int]]:
-        """What is to be compared in Python, each with the number of its check and its slot."""
+        """The comparisons for Python, each with its check's number and its slot."""
         names = self._table.rules.check_names
         new = self._outputs.ask[: self._outputs.counts[ASKED]].tolist()
         return [
@@ -250,8 +257,8 @@ class FoldRun:
         ]
 
     def _answer(self) -> None:
-        """Evaluate in Python what the kernel asked for, and count what matched: all of it, or
-        none where there is no room."""
+        """Evaluate in Python what the kernel asked for, and count the matches: all of them, or none
+        if the entries cannot grow."""
         table = self._table
         asked = self._asked()
         matched: list[tuple[int, int, int]] = []
@@ -260,14 +267,16 @@ class FoldRun:
         for ask, check, slot in asked:
             try:
                 matched += [(ask[0], c, slot) for c in self._matches(ask[0], check)]
-            except Exception as failure:  # a comparison that fails holds up no other
+            except Exception as failure:  # the other comparisons are still made
                 failed.append(ask)
                 error = failure
         while table.spare_entries() < len(matched):
             table.grow(NEED_ENTRIES)
         if matched:
             rows = np.array(matched, np.int64)
-            kernels.add_asked(self._arrays, rows, table.rule_arrays, table.arrays, self._outputs)
+            fold_kernels.add_asked(
+                self._arrays, rows, table.rule_arrays, table.arrays, self._outputs
+            )
         known = {ask for ask, *_ in asked}
         self._asks[:] = [ask for ask in self._asks if ask not in known] + failed
         self._answered = True
@@ -275,7 +284,7 @@ class FoldRun:
             raise error
 
     def _matches(self, row: int, check: int) -> list[int]:
-        """Those of the checks that a row was asked for which it satisfies."""
+        """The checks that a row satisfies, among those that were asked for."""
         rules = self._table.rules
         wanted: Sequence[int] = (check,)
         if check < 0:

@@ -1,10 +1,10 @@
-"""A compact memory of the traces that were closed and are no longer in memory.
+"""A filter of the traces that were closed and are no longer in memory.
 
-It tells new traces, which are nearly all, from late ones without a query: a Bloom filter whose bits
-for one trace lie in one cache line ("Cache-, Hash- and Space-Efficient Bloom Filters", Putze,
-Sanders and Singler, 2007), in two generations. When the younger one is full, the older is
-forgotten. It never denies a trace that it holds; it claims one in several hundred that it does
-not, which costs a look into the trace index.
+It distinguishes new traces, which are nearly all, from late ones without a query: a Bloom filter in
+which all bits of a trace are in one cache line ("Cache-, Hash- and Space-Efficient Bloom Filters",
+Putze, Sanders and Singler, 2007). It has two generations; when the younger one is full, the older
+one is cleared. There are no false negatives. One new trace in several hundred is a false positive,
+which costs a lookup in the trace index.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def _hash(value: int, multiplier: int) -> int:
 
 @lean_kernel
 def _place(salt: int, hi: int, lo: int) -> int:
-    """Chooses the line; by both halves, since tracers with ids of 64 bits leave one zero."""
+    """Chooses the line, by both halves, because tracers with 64-bit ids leave one half zero."""
     return _hash(hi ^ _hash(lo ^ salt, _MIX_2), _MIX_1)
 
 
 @lean_kernel
 def may_hold(filters: Rows, salt: int, hi: int, lo: int) -> bool:
-    """Whether a trace may be in one of the generations; ``salt`` stands for its tenant."""
+    """Whether a trace may be in one of the generations; ``salt`` is :meth:`ClosedTraces.salt`."""
     place = _place(salt, hi, lo)
     bits = _hash(lo ^ place, _MIX_2)
     line = (place & (filters.shape[1] // _LINE - 1)) * _LINE
@@ -58,7 +58,7 @@ def may_hold(filters: Rows, salt: int, hi: int, lo: int) -> bool:
 
 @lean_kernel
 def add(filters: Rows, generation: int, salt: int, hi: int, lo: int) -> None:
-    """Put a trace into a generation."""
+    """Add a trace to a generation."""
     place = _place(salt, hi, lo)
     bits = _hash(lo ^ place, _MIX_2)
     line = (place & (filters.shape[1] // _LINE - 1)) * _LINE
@@ -69,18 +69,18 @@ def add(filters: Rows, generation: int, salt: int, hi: int, lo: int) -> None:
 
 @lean_kernel
 def add_all(filters: Rows, generation: int, salt: int, ids: Rows) -> None:
-    """Put traces, rows of (hi, lo), into a generation."""
+    """Add traces, rows of (hi, lo), to a generation."""
     for k in range(len(ids)):
         add(filters, generation, salt, ids[k, 0], ids[k, 1])
 
 
 class ClosedTraces:
-    """The filter for all tenants, ``size`` bytes large (rounded down to a power of two). Not
-    thread-safe: one thread at a time.
+    """The filter for all tenants, of ``size`` bytes (rounded down to a power of two). Not
+    thread-safe: use one thread at a time.
 
-    Which bits stand for a trace depends on a secret made at the start, so that no tenant can choose
-    ids that fill the filter or collide with another's. The filter is not saved: it is filled again
-    from the trace index."""
+    The bits of a trace depend on a secret made at startup, so that no tenant can choose ids that
+    fill the filter or collide with another tenant's. The filter is not saved; after a restart it is
+    filled from the trace index."""
 
     def __init__(self, size: int) -> None:
         self._secret = secrets.token_bytes(16)
@@ -89,17 +89,17 @@ class ClosedTraces:
             words *= 2
         self.filters = np.zeros((2, words), np.int64)
         self.capacity = words * 64 // _BITS_PER_TRACE
-        """Traces that a generation takes."""
+        """Traces that fit into one generation."""
         self._young = 0
         self._count = 0
 
     def salt(self, tenant: str) -> int:
-        """The number that stands for a tenant, 63 bits that others cannot know."""
+        """The tenant's number in the hashes: 63 bits that clients cannot know."""
         digest = hashlib.blake2b(tenant.encode(), digest_size=8, key=self._secret).digest()
         return int.from_bytes(digest, "big") >> 1
 
     def generation(self, traces: int) -> int:
-        """The generation that ``traces`` more are to be put into."""
+        """The generation to add ``traces`` more to; clears the older one if the younger is full."""
         if self._count + traces > self.capacity and self._count:
             self._young = 1 - self._young
             self.filters[self._young] = 0
@@ -108,12 +108,12 @@ class ClosedTraces:
         return self._young
 
     def add(self, tenant: str, ids: Rows) -> None:
-        """Put traces, rows of (hi, lo), in."""
+        """Add traces, rows of (hi, lo)."""
         generation = self.generation(len(ids))
         with np.errstate(over="ignore"):
             add_all(self.filters, generation, self.salt(tenant), ids)
 
     def may_hold(self, tenant: str, hi: int, lo: int) -> bool:
-        """Whether a trace may be in it."""
+        """Whether a trace may be in the filter."""
         with np.errstate(over="ignore"):
             return bool(may_hold(self.filters, self.salt(tenant), hi, lo))

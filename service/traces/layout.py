@@ -1,14 +1,15 @@
-"""The arrays in which open traces live.
+"""The arrays that hold open traces.
 
-A trace is a row of ``slots``; its matches hang on it as a chain of ``entries``, one for each
-check that some span satisfied, ascending by check. The memory of a trace therefore has the size
-of the rules that it touches, whatever its length. The last span ids, for telling repeated spans,
-lie in ``rings``: 16 with every slot, 128 or 1000 in pools for the longer traces. The short ones are
-searched from end to end; a ring of 1000 has chains of ids with the same hash beside it.
+A trace is a row of ``slots``. Its matches are a linked list of ``entries``, one for each check that
+some span satisfied, in ascending order of checks. The memory of a trace therefore depends on the
+rules it touches, not on its length. Its last span ids, which identify repeated spans, are in rings:
+16 with every slot, 128 or 1000 in pools for longer traces. Short rings are searched from end to
+end; next to a ring of 1000 are chains of the ids with the same hash.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from betrace.service.otlp.columns import Bytes, Rows
 
-# Columns of a slot. Times are nanoseconds since 1970: SEEN as received, START and END as sent.
+# Columns of a slot. Times are nanoseconds since 1970: SEEN by this service, START and END as sent.
 (
     HI,
     LO,
@@ -27,16 +28,16 @@ from betrace.service.otlp.columns import Bytes, Rows
     MAX_END,
     SPANS,  # distinct spans
     ERRORS,  # of them with status error
-    REPEATED,  # spans that came again
+    REPEATED,  # spans that were received again
     ENTRIES,  # first entry, -1 without one
-    RING,  # row in ring_middle or ring_large, by RING_CLASS
+    RING,  # row in ring_middle or ring_large, depending on RING_CLASS
     RING_CLASS,
     FLAGS,
-    ROOT_ID,  # the earliest span without a parent, by start and id
+    ROOT_ID,  # the earliest span without a parent, by start, then id
     ROOT_START,
     ROOT_NAME_LEN,
     ROOT_SERVICE,  # number of a service name, 0 without one
-    SERVICES_1,  # numbers of up to eight services, 16 bits each, lowest first, 0 for none
+    SERVICES_1,  # numbers of up to eight services, 16 bits each, lowest bits first, 0 for none
     SERVICES_2,
     CLOSED_AT,
     NEXT_FREE,
@@ -50,24 +51,24 @@ FREE, OPEN, CLOSED = range(3)  # STATE
 
 # FLAGS
 DIRTY = 1  # a count crossed a threshold in this batch
-COMPLETED = 2  # a span said trace.complete
+COMPLETED = 2  # a span had the attribute trace.complete
 ROOTED = 4  # a span without a parent was seen
-SPILLED = 8  # log positions were handed out before
-REOPENED = 16  # spans came after it was closed
-PARTIAL = 32  # reopened without knowing what came before
-ONCE_DIRTY = 64  # a count crossed a threshold at some time: it may have been signalled early
+SPILLED = 8  # log positions were moved to FoldOutputs.spilled before
+REOPENED = 16  # spans arrived after it was closed
+PARTIAL = 32  # reopened without some of its earlier spans
+ONCE_DIRTY = 64  # a count crossed a threshold at some time: a signal may have been raised early
 
-SMALL_RING, MIDDLE_RING, LARGE_RING = 16, 128, 1000  # span ids; the last is the promised window
-CHAINS = 1024  # of a large ring, about one for each id
-CHAIN_COLUMNS = CHAINS + LARGE_RING  # places in the ring + 1: of each chain's newest, of the next
-NAME_BYTES = 96  # kept of a root span's name
+SMALL_RING, MIDDLE_RING, LARGE_RING = 16, 128, 1000  # span ids; the last is the documented window
+CHAINS = 1024  # of a large ring: about one for each id
+CHAIN_COLUMNS = CHAINS + LARGE_RING  # places in the ring + 1: each chain's newest id, then the next
+NAME_BYTES = 96  # stored of a root span's name
 
 # Columns of an entry.
 E_CHECK, E_NEXT, E_COUNT, E_EVIDENCE = range(4)  # then EVIDENCE pairs (start, span id), ascending
 EVIDENCE = 5
 ENTRY_COLUMNS = E_EVIDENCE + 2 * EVIDENCE
 
-# Entries of ``fill``: how far each pool is used, and the head of its free list (-1: none).
+# Entries of ``fill``: the rows used of each pool, and the head of its free list (-1: none).
 (
     SLOTS_USED,
     SLOTS_FREE,
@@ -84,15 +85,26 @@ FILL_SIZE = 10
 
 NEVER = 2**63 - 1  # activity of a slot that is not open
 
+SWEEP_BATCH = 4096  # most traces in one DueTraces
+
+
+@dataclass(slots=True)
+class TraceTotals:
+    """Running totals of the traces in all tables that share this object; the tables update it."""
+
+    open: int = 0
+    closed: int = 0
+
 
 class TraceArrays(NamedTuple):
-    """Everything a tenant's open and recently closed traces consist of.
+    """All of a tenant's open and recently closed traces.
 
-    ``table`` is a hash table (linear probing, a power of two long) of slot number + 1 below the 32
-    low bits of the hash, 0 for empty; ``secret`` are three random odd numbers that hashes are made
-    with. ``chains`` are those of ``ring_large``: see :func:`betrace.service.traces.pools.chained`.
-    ``activity[slot]`` is LAST_SEEN of an open trace, else ``NEVER``: apart from the slots, so that
-    looking for idle traces reads little memory.
+    ``table`` is a hash table with linear probing and a power of two as its length. An entry has the
+    32 low bits of the hash above slot number + 1; 0 is empty. ``secret`` is three random odd
+    numbers that go into the hashes. ``chains`` belong to ``ring_large``: see
+    :func:`betrace.service.traces.pools.chained`. ``activity[slot]`` is LAST_SEEN of an open trace,
+    else ``NEVER``; it is not a column of the slots, so that finding idle traces reads little
+    memory.
     """
 
     table: Rows
@@ -120,9 +132,9 @@ class RuleArrays(NamedTuple):
 
 
 class BatchArrays(NamedTuple):
-    """A :class:`~betrace.service.otlp.columns.SpanBatch`. ``services`` numbers the service of each
-    resource; ``positions`` are the log positions of each body; rows with ``skip`` set are passed
-    over."""
+    """A :class:`~betrace.service.otlp.columns.SpanBatch`. ``services`` is the number of each
+    resource's service, ``positions`` the log position of each body; rows with ``skip`` set are
+    skipped."""
 
     buf: Bytes
     spans: Rows
@@ -134,11 +146,11 @@ class BatchArrays(NamedTuple):
 
 
 class FoldOutputs(NamedTuple):
-    """What a fold reports, each with its fill in ``counts``."""
+    """The results of a fold; ``counts`` has the number of rows filled in each."""
 
-    ask: Rows  # (row, check or -1 for every check of a pattern, slot) to be evaluated in Python
+    ask: Rows  # (row, check or -1 for all checks with a pattern, slot), for Python to evaluate
     dirty: Rows  # slots worth an early decision
-    completed: Rows  # slots that named themselves complete
+    completed: Rows  # slots with a span that says trace.complete
     spilled: Rows  # (hi, lo, POSITIONS positions)
     late: Rows  # rows of the batch whose trace may have been closed and forgotten
     counts: Rows
@@ -148,7 +160,7 @@ class FoldOutputs(NamedTuple):
 (ASKED, DIRTIED, COMPLETIONS, SPILLS, REPEATS, OPENED, MATCHED, STOPPED_SLOT, LATENESS) = range(9)
 COUNTS_SIZE = 9
 
-# Why a fold stopped before the end.
+# Why a fold stopped.
 (
     DONE,
     NEED_SLOTS,

@@ -1,10 +1,10 @@
-"""Frames of the log of which only a part is in the traces: a fold stopped in the middle of them.
+"""Frames of the log that are only partly in the traces, because a fold stopped in the middle.
 
-What stops a fold is rare (memory that is short, a bug), what it has done cannot be taken back, and
-its batch is delivered again: by the stage a moment later, from a dead letter hours later, or from
-the log after a crash, then perhaps together with other frames. So what is left is known by frame
-and by row of the frame, beside the traces and in the same checkpoint: whoever brings the frame,
-exactly the rest of it is folded.
+A fold rarely stops (memory ran out, or a bug), but what it has done cannot be undone, and its batch
+is delivered again: by the stage a moment later, from a dead letter hours later, or from the log
+after a crash, perhaps together with other frames. The remainder is therefore kept by frame and by
+row of the frame, next to the traces and in the same checkpoint: whichever delivery brings the
+frame, exactly its remainder is folded.
 """
 
 from __future__ import annotations
@@ -18,106 +18,108 @@ import numpy.typing as npt
 from betrace.service.otlp.columns import BODY, Bytes, SpanBatch
 
 MOST_FRAMES = 100_000
-"""Of a tenant; beyond them the oldest are forgotten. Frames whose rest was discarded with its dead
-letter stay until then."""
+"""Of a tenant; beyond them the oldest are forgotten. Frames whose remainder was discarded with its
+dead letter stay until then."""
 
 Ask = tuple[int, str | None]
-"""A row and a check whose predicate is yet to be compared with it; None: all that have patterns."""
+"""A row, and a check whose predicate Python has yet to evaluate for it; None: all checks with a
+pattern."""
 
 
-class Rest(NamedTuple):
-    """Of one frame, by row in it: the spans that are in no trace, and of those that are, what is
-    yet to be compared."""
+class Remainder(NamedTuple):
+    """What is left of one frame, by row of the frame."""
 
     rows: list[int]
+    """Spans that are in no trace."""
     asks: list[Ask]
+    """Comparisons that are missing for spans that are in a trace."""
 
 
-class UnfinishedFrames:
-    """Those of one tenant, by position in the log."""
+class TenantPartialFolds:
+    """One tenant's partly folded frames, by position in the log."""
 
     def __init__(self) -> None:
-        self._frames: dict[int, Rest] = {}
+        self._frames: dict[int, Remainder] = {}
 
     def __len__(self) -> int:
         return len(self._frames)
 
-    def rest(self, batch: SpanBatch) -> tuple[Bytes, list[Ask]]:
-        """What is left of a batch: 1 for each row that is in a trace already, and what is to be
-        compared."""
+    def remainder(self, batch: SpanBatch) -> tuple[Bytes, list[Ask]]:
+        """What is left of a batch: 1 for each row that is already in a trace, and the missing
+        comparisons."""
         skip = np.zeros(len(batch), np.uint8)
         asks: list[Ask] = []
         for position, first, end in _frames(batch) if self._frames else ():
-            rest = self._frames.get(position)
-            if rest is not None:
+            left = self._frames.get(position)
+            if left is not None:
                 skip[first:end] = 1
-                skip[[first + row for row in rest.rows]] = 0
-                asks += [(first + row, check) for row, check in rest.asks]
+                skip[[first + row for row in left.rows]] = 0
+                asks += [(first + row, check) for row, check in left.asks]
         return skip, asks
 
-    def note(self, batch: SpanBatch, skip: Bytes, asks: list[Ask]) -> None:
-        """A fold of a batch stopped: ``skip`` and ``asks`` say what is left, as :meth:`rest` does.
-        Frames without a position cannot be noted."""
+    def stopped(self, batch: SpanBatch, skip: Bytes, asks: list[Ask]) -> None:
+        """Note that a fold of a batch stopped; ``skip`` and ``asks`` say what is left, as in
+        :meth:`remainder`. Frames without a position cannot be noted."""
         for position, first, end in _frames(batch):
             rows = np.flatnonzero(skip[first:end] == 0).tolist()
             own = [(row - first, check) for row, check in asks if first <= row < end]
             if len(rows) < end - first or own:
-                self._frames[position] = Rest(rows, own)
+                self._frames[position] = Remainder(rows, own)
             else:
                 self._frames.pop(position, None)
         for position in sorted(self._frames)[: max(0, len(self._frames) - MOST_FRAMES)]:
             del self._frames[position]
 
-    def took(self, batch: SpanBatch, taken: npt.NDArray[np.bool_]) -> None:
-        """Rows of a batch are in their traces, with all that was to be compared."""
+    def folded(self, batch: SpanBatch, taken: npt.NDArray[np.bool_]) -> None:
+        """Note that these rows of a batch are in their traces, with all comparisons made."""
         for position, first, _ in _frames(batch) if self._frames else ():
-            rest = self._frames.get(position)
-            if rest is not None:
-                rows = [row for row in rest.rows if not taken[first + row]]
-                asks = [ask for ask in rest.asks if not taken[first + ask[0]]]
-                self._frames[position] = Rest(rows, asks)
+            left = self._frames.get(position)
+            if left is not None:
+                rows = [row for row in left.rows if not taken[first + row]]
+                asks = [ask for ask in left.asks if not taken[first + ask[0]]]
+                self._frames[position] = Remainder(rows, asks)
 
     def done(self, batch: SpanBatch) -> None:
-        """All of a batch is in the traces."""
+        """Note that a whole batch is in the traces."""
         for position, _, _ in _frames(batch) if self._frames else ():
             self._frames.pop(position, None)
 
     def saved(self) -> list[list[Any]]:
-        """All of it as JSON."""
-        return [[position, *rest] for position, rest in self._frames.items()]
+        """All frames as JSON: rows (position, rows, asks)."""
+        return [[position, *left] for position, left in self._frames.items()]
 
     def restore(self, saved: list[list[Any]]) -> None:
-        """Take in what :meth:`saved` gave."""
+        """Add what :meth:`saved` returned."""
         for position, rows, asks in saved:
-            self._frames[position] = Rest(list(rows), [(row, check) for row, check in asks])
+            self._frames[position] = Remainder(list(rows), [(row, check) for row, check in asks])
 
 
-class Unfinished:
-    """Those of all tenants. Not thread-safe: one thread at a time."""
+class PartialFolds:
+    """The partly folded frames of all tenants. Not thread-safe: use one thread at a time."""
 
     def __init__(self) -> None:
-        self._tenants: dict[str, UnfinishedFrames] = {}
+        self._tenants: dict[str, TenantPartialFolds] = {}
 
-    def of(self, tenant: str) -> UnfinishedFrames:
+    def of(self, tenant: str) -> TenantPartialFolds:
         """Those of a tenant; always the same object."""
-        return self._tenants.setdefault(tenant, UnfinishedFrames())
+        return self._tenants.setdefault(tenant, TenantPartialFolds())
 
     def forget(self, tenant: str) -> None:
         """Forget a tenant."""
         self._tenants.pop(tenant, None)
 
     def saved(self) -> dict[str, Any]:
-        """All of it as JSON."""
+        """All of them as JSON, for a checkpoint."""
         return {tenant: frames.saved() for tenant, frames in self._tenants.items() if len(frames)}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Take in what :meth:`saved` gave."""
+        """Add what :meth:`saved` returned."""
         for tenant, frames in saved.items():
             self.of(tenant).restore(frames)
 
 
 def _frames(batch: SpanBatch) -> Iterator[tuple[int, int, int]]:
-    """Position, first row and row after the last of each frame; rows are in the frames' order."""
+    """Position, first row, and row after the last of each frame; rows are in the frames' order."""
     numbers = np.arange(len(batch.positions) + 1)
     bounds = np.searchsorted(batch.spans[:, BODY], numbers).tolist()
     for number, position in enumerate(batch.positions.tolist()):

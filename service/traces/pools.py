@@ -1,5 +1,5 @@
-"""Kernels for the pools that open traces are made of: the hash table of slots, free lists, and the
-rings of span ids; the arrays are described in :mod:`betrace.service.traces.layout`."""
+"""Kernels for the pools of open traces: the hash table of slots, free lists, and the rings of span
+ids. The arrays are described in :mod:`betrace.service.traces.layout`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from betrace.service.traces.layout import (
     TraceArrays,
 )
 
-_SLOT = 0xFFFFFFFF  # of an entry of the hash table: the slot number + 1
+_SLOT = 0xFFFFFFFF  # mask of an entry of the hash table: the slot number + 1
 
 
 @lean_kernel
 def hashed(secret: Rows, hi: int, lo: int) -> int:
-    """A number that looks random. Clients choose the ids: without the secret they could choose
-    them so that all fall into one place, which makes looking them up slow."""
+    """The hash of a trace id. Clients choose the ids; without the secret they could choose ids that
+    all collide, which makes lookups slow."""
     mixed = (hi ^ secret[0]) * secret[1]
     mixed = (mixed ^ (mixed >> 32) ^ lo) * secret[2]
     mixed = (mixed ^ (mixed >> 32)) * secret[1]
@@ -42,13 +42,13 @@ def hashed(secret: Rows, hi: int, lo: int) -> int:
 
 @lean_kernel
 def probe(traces: TraceArrays, hash_: int, hi: int, lo: int) -> int:
-    """The slot of a trace with this hash, -1 without one."""
+    """The slot of a trace with this hash, or -1."""
     table = traces.table
     mask = len(table) - 1
     i = hash_ & mask
     while table[i] != 0:
         entry = table[i]
-        if entry >> 32 == hash_ << 32 >> 32:  # else there is no need to read its row
+        if entry >> 32 == hash_ << 32 >> 32:  # otherwise its row need not be read
             slot = (entry & _SLOT) - 1
             if traces.slots[slot, LO] == lo and traces.slots[slot, HI] == hi:
                 return slot
@@ -58,13 +58,13 @@ def probe(traces: TraceArrays, hash_: int, hi: int, lo: int) -> int:
 
 @lean_kernel
 def find_slot(traces: TraceArrays, hi: int, lo: int) -> int:
-    """The slot of a trace, -1 without one."""
+    """The slot of a trace, or -1."""
     return probe(traces, hashed(traces.secret, hi, lo), hi, lo)
 
 
 @lean_kernel
 def enter(table: Rows, hash_: int, slot: int) -> None:
-    """Put a slot into the hash table, where its trace must not be yet."""
+    """Add a slot to the hash table; its trace must not be in it yet."""
     mask = len(table) - 1
     i = hash_ & mask
     while table[i] != 0:
@@ -82,7 +82,8 @@ def rebuild(table: Rows, secret: Rows, slots: Rows, used: int) -> None:
 
 @lean_kernel
 def leave(traces: TraceArrays, slot: int) -> None:
-    """Take a slot out of the hash table, moving back what probed past it (Knuth 6.4, R)."""
+    """Remove a slot from the hash table and move back the entries that probed past it (Knuth, The
+    Art of Computer Programming, 6.4, algorithm R)."""
     table = traces.table
     mask = len(table) - 1
     i = hashed(traces.secret, traces.slots[slot, HI], traces.slots[slot, LO]) & mask
@@ -101,13 +102,13 @@ def leave(traces: TraceArrays, slot: int) -> None:
 
 @lean_kernel
 def same_trace(a: Rows, b: Rows) -> bool:
-    """Whether two spans are of one trace."""
+    """Whether two spans belong to the same trace."""
     return a[TRACE_LO] == b[TRACE_LO] and a[TRACE_HI] == b[TRACE_HI]
 
 
 @lean_kernel
 def _touch(traces: TraceArrays, slot: int, span_id: int) -> int:
-    """Read what the fold of a span will read of its trace."""
+    """Read the parts of a trace that folding a span will read."""
     row = traces.slots[slot]
     touched = row[8] ^ row[16] ^ row[24] ^ row[SLOT_COLUMNS - 1]  # each cache line
     touched ^= traces.ring_small[slot, 0] ^ traces.ring_small[slot, SMALL_RING // 2]
@@ -126,13 +127,13 @@ def _touch(traces: TraceArrays, slot: int, span_id: int) -> int:
 def look_ahead(
     traces: TraceArrays, batch: BatchArrays, first: int, end: int, hashes: Rows, slots: Rows
 ) -> int:
-    """Find the slots of the rows ``first`` to ``end``, -1 without one, into ``slots``, and read
-    what their fold will read; ``hashes`` is for its own use.
+    """Write the slots of the rows ``first`` to ``end``, or -1, to ``slots``, and read the memory
+    that folding them will read; ``hashes`` is scratch.
 
-    No row waits for what is read for another, so the processor fetches for many at once what a
-    fold, which changes what it reads, would wait for one by one ("Group prefetching", Chen et
-    al., Improving Hash Join Performance through Prefetching, 2004). The result only keeps the reads
-    from being optimised away.
+    These reads do not depend on each other, so the processor fetches the memory of many rows at
+    once; a fold, which changes what it reads, would wait for one row after another ("group
+    prefetching": Chen et al., Improving Hash Join Performance through Prefetching, 2004). The
+    result only keeps the reads from being optimised away.
     """
     touched = 0
     mask = len(traces.table) - 1
@@ -155,7 +156,7 @@ def look_ahead(
 
 @lean_kernel
 def take(fill: Rows, free: int, used: int, links: Rows, column: int) -> int:
-    """A row of a pool: from its free list, else the next unused one."""
+    """Take a row of a pool: from its free list, else the next unused one."""
     row = fill[free]
     if row >= 0:
         fill[free] = links[row, column]
@@ -166,38 +167,40 @@ def take(fill: Rows, free: int, used: int, links: Rows, column: int) -> int:
 
 @lean_kernel
 def give(fill: Rows, free: int, links: Rows, column: int, row: int) -> None:
+    """Return a row to the free list of its pool."""
     links[row, column] = fill[free]
     fill[free] = row
 
 
 @lean_kernel
-def room(fill: Rows, free: int, used: int, capacity: int, wanted: int) -> bool:
-    """Whether a pool has ``wanted`` rows; a free list counts as one."""
+def has_rows(fill: Rows, free: int, used: int, capacity: int, wanted: int) -> bool:
+    """Whether a pool has ``wanted`` rows left; a free list counts as one row."""
     return capacity - fill[used] >= wanted or (wanted <= 1 and fill[free] >= 0)
 
 
 @lean_kernel
 def holds(ring: Rows, count: int, span_id: int) -> bool:
+    """Whether the id is among the first ``count`` of a ring."""
     found = False
-    for x in ring[:count]:  # no early exit: this way it is vectorised
+    for x in ring[:count]:  # without an early exit the loop is vectorised
         found |= x == span_id
     return found
 
 
 @lean_kernel
 def _chain(secret: Rows, span_id: int) -> int:
-    """The chain that a span id belongs to; the multiplier is odd, its product's top bits the hash
-    (Knuth 6.4). Clients choose the ids, hence the secret."""
+    """The chain of a span id, by multiplicative hashing (Knuth, The Art of Computer Programming,
+    6.4) with an odd multiplier; it is secret, because clients choose the ids."""
     mixed = (span_id ^ secret[0]) * secret[1]
     return (mixed ^ (mixed >> 32)) * secret[2] >> 40 & (CHAINS - 1)
 
 
 @lean_kernel
 def chained(traces: TraceArrays, ring: int, count: int, span_id: int) -> bool:
-    """Whether a large ring, which was given ``count`` ids, still holds this one.
+    """Whether a large ring, to which ``count`` ids were added, still contains this one.
 
-    A chain leads from its newest id to ever older ones, as those of deflate do (RFC 1951, 4), and
-    nothing is taken out of it: a link to a place where a newer id lies by now is its end.
+    A chain leads from its newest id to older ones, as in deflate (RFC 1951, section 4). Ids are
+    never removed from it: a link to a place that was overwritten by a newer id is its end.
     """
     ids = traces.ring_large[ring]
     links = traces.chains[ring]
@@ -219,7 +222,7 @@ def chained(traces: TraceArrays, ring: int, count: int, span_id: int) -> bool:
 
 @lean_kernel
 def link(traces: TraceArrays, ring: int, at: int) -> None:
-    """Put the id at a place of a large ring, its newest, into its chain."""
+    """Add the newest id of a large ring, which is at ``at``, to its chain."""
     links = traces.chains[ring]
     chain = _chain(traces.secret, traces.ring_large[ring, at])
     links[CHAINS + at] = links[chain]
@@ -228,7 +231,7 @@ def link(traces: TraceArrays, ring: int, at: int) -> None:
 
 @lean_kernel
 def link_all(traces: TraceArrays, ring: int, count: int) -> None:
-    """Build the chains of a large ring that was given ``count`` ids."""
+    """Build the chains of a large ring to which ``count`` ids were added."""
     traces.chains[ring, :CHAINS] = 0
     for n in range(max(0, count - LARGE_RING), count):
         link(traces, ring, n % LARGE_RING)
@@ -245,7 +248,7 @@ def relink(traces: TraceArrays) -> None:
 
 @lean_kernel
 def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
-    """Whether the span id is among the last ones of the trace."""
+    """Whether the span id is among the trace's last ones."""
     row = traces.slots[slot]
     n = row[SPANS]
     if row[RING_CLASS] == 0:
@@ -257,13 +260,14 @@ def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
 
 @lean_kernel
 def copy(source: Rows, target: Rows, length: int) -> None:
+    """Copy the first ``length`` values."""
     for i in range(length):  # a slice assignment might allocate
         target[i] = source[i]
 
 
 @lean_kernel
 def remember(traces: TraceArrays, slot: int, span_id: int) -> None:
-    """Add a span id to the ring of the trace, moving to a larger ring when it is full."""
+    """Add a span id to the trace's ring; when the ring is full, the trace moves to a larger one."""
     row = traces.slots[slot]
     n = row[SPANS]
     if row[RING_CLASS] == 0 and n == SMALL_RING:

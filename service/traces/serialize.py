@@ -1,7 +1,8 @@
-"""Due traces as bytes, to be kept outside of the process and decided later.
+"""Due traces as bytes, which are stored outside the process and decided later.
 
-NumPy's ``.npz`` with a JSON header beside the arrays, compressed with zstd. The rules go along as
-definitions and are compiled again: what was due is decided by the rules that it was folded under.
+NumPy's ``.npz`` with a JSON header next to the arrays, compressed with zstd. The rules are included
+as definitions and compiled again, so that the traces are decided by the rules they were folded
+under.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import zstandard
 from betrace.service.rules.compile import CompiledRules, compile_definitions
 from betrace.service.rules.definition import RuleFileError
 from betrace.service.traces.due import Context, DueTraces
-from betrace.service.traces.signal_history import listed, unlisted
+from betrace.service.traces.signal_history import history_from_json, history_to_json
 
 FORMAT = 2
 MAX_BYTES = 1 << 30  # decompressed
@@ -32,11 +33,11 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class SerialError(ValueError):
-    """Bytes that are no due traces of this version of the program."""
+    """The bytes are not due traces of this version of the program."""
 
 
 def to_bytes(due: DueTraces) -> bytes:
-    """``due`` with its rules; without its ticket."""
+    """``due`` with its rules, but without its ticket."""
     arrays: Arrays = {name: getattr(due, name) for name in _ARRAYS}
     if due.spilled is not None:
         arrays["spilled"] = due.spilled
@@ -48,15 +49,15 @@ def to_bytes(due: DueTraces) -> bytes:
 
 
 def from_bytes(data: bytes) -> DueTraces:
-    """What :func:`to_bytes` was given. Raises :exc:`SerialError` for anything else, and where the
-    rules do not compile to the checks that the arrays speak of."""
+    """The inverse of :func:`to_bytes`. Raises :exc:`SerialError` for other bytes, and if the rules
+    no longer compile to the checks in the arrays."""
     try:
         raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=MAX_BYTES)
         with np.load(io.BytesIO(raw), allow_pickle=False) as file:
             arrays: Arrays = dict(file)
         header = orjson.loads(arrays[_HEADER].tobytes())
         if header["format"] != FORMAT:
-            raise SerialError(f"due traces of format {header['format']}, not {FORMAT}")
+            raise SerialError(f"the due traces have format {header['format']}, expected {FORMAT}")
         return _build(header, arrays)
     except SerialError:
         raise
@@ -85,7 +86,7 @@ def _describe(due: DueTraces) -> dict[str, Any]:
             [k, context.window, context.first, [int(each) for each in context.spans]]
             for k, context in due.contexts.items()
         ],
-        "told": [[k, listed(told)] for k, told in due.told.items()],
+        "told": [[k, history_to_json(each)] for k, each in due.signal_history.items()],
         "version": due.rules.version,
         "rules": orjson.Fragment(due.rules.definitions),
         "checks": list(due.rules.check_names),
@@ -110,7 +111,7 @@ def _build(header: dict[str, Any], arrays: Arrays) -> DueTraces:
             k: Context(window, first, tuple(spans))
             for k, window, first, spans in header["contexts"]
         },
-        told={k: unlisted(rows) for k, rows in header["told"]},
+        signal_history={k: history_from_json(rows) for k, rows in header["told"]},
         received_ns=header["received_ns"],
         spans=header["spans"],
     )

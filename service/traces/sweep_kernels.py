@@ -1,5 +1,5 @@
-"""Kernels that look after open traces: copying those that are due, closing, reopening and freeing
-them, and finding the idle and the old."""
+"""Kernels for the traces in a table: they find idle and old traces, copy those that are due, and
+close, reopen and free traces."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from betrace.service.traces.pools import copy, give, leave
 
 @lean_kernel
 def count_entries(traces: TraceArrays, slots: Rows) -> int:
-    """How many entries the given slots have together."""
+    """The number of entries of the given slots together."""
     total = 0
     for slot in slots:
         at = traces.slots[slot, ENTRIES]
@@ -55,7 +55,7 @@ def count_entries(traces: TraceArrays, slots: Rows) -> int:
 
 @lean_kernel
 def copy_out(traces: TraceArrays, slots: Rows, rows: Rows, entries: Rows, starts: Rows) -> None:
-    """Copy slots and their entries, end to end; those of slot k are
+    """Copy slots, and their entries one after another: the entries of slot k are
     ``entries[starts[k]:starts[k + 1]]``."""
     n = 0
     for k in range(len(slots)):
@@ -72,7 +72,7 @@ def copy_out(traces: TraceArrays, slots: Rows, rows: Rows, entries: Rows, starts
 
 @lean_kernel
 def close(traces: TraceArrays, slots: Rows, now: int) -> None:
-    """Mark open traces closed. They stay, for late spans, until they are freed."""
+    """Mark open traces as closed. They stay for late spans until they are freed."""
     for slot in slots:
         traces.slots[slot, STATE] = CLOSED
         traces.slots[slot, CLOSED_AT] = now
@@ -97,8 +97,8 @@ def reopen(traces: TraceArrays, slot: int, now: int, flags: int) -> None:
 def free_closed(
     traces: TraceArrays, slots: Rows, closed_at: int, filters: Rows, generation: int, salt: int
 ) -> int:
-    """Free those of the slots that are still closed since ``closed_at``, and put them into a
-    generation of ``filters``; how many."""
+    """Free the slots whose traces closed at ``closed_at`` and were not reopened, and add the traces
+    to a generation of ``filters``. Returns how many were freed."""
     freed = 0
     for slot in slots:
         row = traces.slots[slot]
@@ -124,7 +124,8 @@ def free_closed(
 
 @lean_kernel
 def find_idle(traces: TraceArrays, last_seen_before: int, out: Rows) -> int:
-    """The open slots without a span since ``last_seen_before``, up to ``len(out)``; how many."""
+    """Find up to ``len(out)`` open slots that received no span since ``last_seen_before``; returns
+    how many."""
     found = 0
     used = traces.fill[SLOTS_USED]
     for slot, last in enumerate(traces.activity[:used]):
@@ -138,7 +139,8 @@ def find_idle(traces: TraceArrays, last_seen_before: int, out: Rows) -> int:
 
 @lean_kernel
 def find_old(traces: TraceArrays, first_seen_before: int, out: Rows) -> int:
-    """The open slots whose first span came before ``first_seen_before``, up to ``len(out)``."""
+    """Find up to ``len(out)`` open slots that received their first span before
+    ``first_seen_before``; returns how many."""
     found = 0
     for slot in range(traces.fill[SLOTS_USED]):
         row = traces.slots[slot]
@@ -152,8 +154,8 @@ def find_old(traces: TraceArrays, first_seen_before: int, out: Rows) -> int:
 
 @lean_kernel
 def survey(traces: TraceArrays, long_lived: int, out: Rows) -> None:
-    """Into ``out``: open traces of more than ``long_lived`` spans, span ids held for open traces,
-    and when the first span of the oldest came (``NEVER`` without one)."""
+    """Write to ``out``: open traces of more than ``long_lived`` spans, span ids stored for open
+    traces, and when the oldest open trace received its first span (``NEVER`` without one)."""
     out[:] = 0
     out[2] = NEVER
     for slot in range(traces.fill[SLOTS_USED]):
@@ -166,6 +168,6 @@ def survey(traces: TraceArrays, long_lived: int, out: Rows) -> None:
 
 @lean_kernel
 def clear_dirty(traces: TraceArrays, slots: Rows) -> None:
-    """Forget that slots were noted for an early decision."""
+    """Clear the mark for an early decision."""
     for slot in slots:
         traces.slots[slot, FLAGS] &= ~DIRTY

@@ -1,8 +1,7 @@
-"""A tenant's traces, under as many versions of its rules as open traces need.
+"""A tenant's traces, with a table for each version of its rules that open traces need.
 
-A trace is decided by the rules that it was opened under. When rules change, a new table takes
-the traces that begin from then on; the old ones go on until their last trace has closed and is
-forgotten.
+A trace is decided by the rules it was opened under. When rules change, traces that begin afterwards
+go into a new table; an old table stays until its last trace has closed and is forgotten.
 """
 
 from __future__ import annotations
@@ -26,63 +25,68 @@ from betrace.service.otlp.columns import (
 from betrace.service.rules.compile import CompiledRules, compile_definitions
 from betrace.service.traces.checkpoint import TenantSnapshot
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.eviction import Held
-from betrace.service.traces.folding import Folded
+from betrace.service.traces.folding import Delivery, Folded, FoldRun
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.partial_folds import Ask, UnfinishedFrames
-from betrace.service.traces.signal_history import Told
+from betrace.service.traces.layout import TraceTotals
+from betrace.service.traces.partial_folds import Ask, TenantPartialFolds
+from betrace.service.traces.signal_history import SignalHistory
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.window import Windows
 
-MOST_SERVICES = 4096  # numbered service names of a tenant; further ones share OTHER_SERVICES
+MOST_SERVICES = 4096  # service names with a number of their own; others share OTHER_SERVICES
 OTHER_SERVICES = "(other services)"
 
-INDEX_LAG_NS = 2_000_000_000  # a trace closed before the oldest one on its way is in the index
+INDEX_LAG_NS = 2_000_000_000  # after it, closed traces are in the index, unless stores are behind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recalled:
-    """Closed traces read from the log: their ids, rows of (hi, lo); for each whether all of it
-    could be read, and what was told of it; and the spans of the frames that hold them, among
-    others. ``lost`` are ids of traces of which nothing could be read, though there may be
-    something."""
+    """Closed traces read back from the log."""
 
     ids: Rows
+    """Rows (hi, lo)."""
     whole: list[bool]
+    """For each of the ids, whether all spans of the trace could be read."""
     batch: SpanBatch | None
+    """The spans of the frames that contain the traces, and of other traces in those frames."""
     lost: Rows
-    told: Sequence[Told] = ()
+    """Ids of traces that may exist, but could not be read."""
+    signal_history: Sequence[SignalHistory] = ()
+    """For each of the ids, the signals of the trace."""
 
 
 History = Callable[[str, Rows], Iterable[Recalled]]
-"""Given a tenant and trace ids, rows of (hi, lo), what the index and the log have of
-them, in rounds: each trace is in one of them at most."""
-
+"""Reads closed traces of a tenant from the index and the log, given rows (hi, lo). A trace is in at
+most one of the results."""
 
 Part = tuple[TraceTable, Folded]
-"""What came of folding a batch into one of the tables."""
+"""A table, and the results of folding a batch into it."""
 
 
 class TenantTraces:
-    """Open and recently closed traces of one tenant. Not thread-safe: one thread at a time."""
+    """Open and recently closed traces of one tenant. Not thread-safe: use one thread at a time.
+
+    ``ledger_history`` are the signals from before a restart, by trace id; ``totals`` are updated
+    with the numbers of traces; ``partial_folds`` are the frames that were folded in part.
+    """
 
     def __init__(
         self,
         tenant: str,
         rules: CompiledRules,
         windows: Windows | None = None,
-        before: dict[str, Told] | None = None,
-        held: Held | None = None,
-        unfinished: UnfinishedFrames | None = None,
+        ledger_history: dict[str, SignalHistory] | None = None,
+        totals: TraceTotals | None = None,
+        partial_folds: TenantPartialFolds | None = None,
     ) -> None:
         self.tenant = tenant
-        self._unfinished = UnfinishedFrames() if unfinished is None else unfinished
+        self._partial_folds = TenantPartialFolds() if partial_folds is None else partial_folds
         self.owed: list[Part] = []
-        """What came of folds that failed later on, and is yet to be passed on."""
+        """Results of folds that failed afterwards; they have not been passed on yet."""
         self._windows = windows or Windows()
-        self._before = {} if before is None else before
-        self._held = Held() if held is None else held
-        self.services = [""]  # by number; 0 is none
+        self._ledger_history = {} if ledger_history is None else ledger_history
+        self._totals = TraceTotals() if totals is None else totals
+        self.services = [""]  # by number; 0 stands for no service
         self._numbers: dict[bytes, int] = {}
         self.tables = [self._table(rules)]
 
@@ -91,22 +95,22 @@ class TenantTraces:
         cls,
         saved: TenantSnapshot,
         windows: Windows | None = None,
-        before: dict[str, Told] | None = None,
-        held: Held | None = None,
-        unfinished: UnfinishedFrames | None = None,
+        ledger_history: dict[str, SignalHistory] | None = None,
+        totals: TraceTotals | None = None,
+        partial_folds: TenantPartialFolds | None = None,
     ) -> TenantTraces:
-        """A tenant's traces as a snapshot has them.
+        """A tenant's traces from a snapshot.
 
-        Raises ValueError where its rules do not compile to the checks they had, as a snapshot of
-        another version of this program may.
+        Raises ValueError if its rules no longer compile to the same checks, which can happen with a
+        snapshot of another version of this program.
         """
         compiled = []
         for table in saved.tables:
             rules = compile_definitions(table.definitions, table.version)
             if list(rules.check_names) != table.check_names:
-                raise ValueError(f"the rules of {saved.tenant} compile to other checks now")
+                raise ValueError(f"the rules of {saved.tenant} now compile to other checks")
             compiled.append(rules)
-        traces = cls(saved.tenant, compiled[-1], windows, before, held, unfinished)
+        traces = cls(saved.tenant, compiled[-1], windows, ledger_history, totals, partial_folds)
         for service in saved.services[1:]:
             traces._number(service.encode())
         traces.tables = [traces._table(rules) for rules in compiled]
@@ -115,7 +119,7 @@ class TenantTraces:
         return traces
 
     def snapshot(self) -> TenantSnapshot:
-        """Copies of everything, for a checkpoint."""
+        """A copy of all traces, for a checkpoint."""
         tables = [table.snapshot() for table in self.tables]
         return TenantSnapshot(self.tenant, list(self.services), tables)
 
@@ -128,7 +132,7 @@ class TenantTraces:
     def rules(self, rules: CompiledRules) -> None:
         if rules.version == self.rules.version:
             return
-        for i, table in enumerate(self.tables):  # changed back while old traces are still open
+        for i, table in enumerate(self.tables):  # changed back while old traces are open
             if table.rules.version == rules.version:
                 self.tables.append(self.tables.pop(i))
                 return
@@ -159,36 +163,36 @@ class TenantTraces:
     ) -> list[Part]:
         """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces.
 
-        Spans that may belong to a trace which was closed and forgotten (``closed`` says so) are
-        added to what ``history`` reads of it from the log. Where it fails, what has come of it is
-        added to :attr:`owed`, and folding the same frames again folds the rest of them.
+        If a trace may have been closed and forgotten (it is in ``closed``), ``history`` first reads
+        it back from the log. If the fold fails, its results so far are added to :attr:`owed`, and
+        folding the same frames again folds their remainder.
         """
         done: list[Part] = []
-        skip, asks = self._unfinished.rest(batch)
+        skip, asks = self._partial_folds.remainder(batch)
         try:
-            services = self._service_numbers(batch)
+            delivery = Delivery(batch, self._service_numbers(batch), now, skip, asks)
             newest = self.tables[-1]
             for table in self.tables[:-1]:
-                _add(done, table, table.fold(batch, services, now, skip, asks, known_only=True))
-            first = newest.fold(batch, services, now, skip, asks, closed=closed)
+                _add(done, table, FoldRun(table, delivery, known_only=True).run())
+            first = FoldRun(newest, delivery, closed=closed).run()
             _add(done, newest, first)
             if len(first.late) or asks:
                 lost = self._recall(batch, skip, asks, history)
-                second = newest.fold(batch, services, now, skip, asks)
+                second = FoldRun(newest, delivery).run()
                 newest.mark_partial(lost)
                 _add(done, newest, second)
         except Exception:
             self.owed += done
-            self._unfinished.note(batch, skip, asks)
+            self._partial_folds.stopped(batch, skip, asks)
             raise
-        self._unfinished.done(batch)
+        self._partial_folds.done(batch)
         return done
 
     def _recall(
         self, batch: SpanBatch, skip: Bytes, asks: list[Ask], history: History | None
     ) -> Rows:
-        """Fold closed traces again from the log into the newest table: those of the rows that are
-        left. Returns the ids of those of which nothing could be read."""
+        """Fold the closed traces of the remaining rows again from the log, into the newest table.
+        Returns the ids of traces that could not be read."""
         rows = np.flatnonzero(skip == 0).tolist() + [row for row, _ in asks]
         ids = np.unique(batch.spans[rows][:, [TRACE_HI, TRACE_LO]], axis=0)
         lost = [ids[:0]]
@@ -197,7 +201,7 @@ class TenantTraces:
             if recalled.batch is None:
                 continue
             self._take_back(recalled.batch, recalled)
-            if len(batch.positions):  # of this batch it may have read some, left from before
+            if len(batch.positions):  # the history may include spans of this very batch
                 read = np.isin(batch.positions, recalled.batch.positions)[batch.spans[:, BODY]]
                 taken = read & _of_traces(batch, recalled.ids)
                 skip[taken] = 1
@@ -205,25 +209,25 @@ class TenantTraces:
         return np.concatenate(lost)
 
     def _take_back(self, batch: SpanBatch, recalled: Recalled) -> None:
-        """Fold what was read of closed traces; where that fails, nothing of them."""
+        """Fold the spans read of closed traces; if that fails, none of them."""
         newest = self.tables[-1]
         wanted = _of_traces(batch, recalled.ids)
         skip = (~wanted).astype(np.uint8)
-        services = self._service_numbers(batch)
+        delivery = Delivery(batch, self._service_numbers(batch), batch.received_ns, skip, [])
         try:
-            folded = newest.fold(batch, services, batch.received_ns, skip, [])
+            folded = FoldRun(newest, delivery).run()
             if folded.error is not None:
                 raise folded.error
-            newest.recall(recalled.ids, recalled.told)
+            newest.recall(recalled.ids, recalled.signal_history)
             newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
         except Exception:
             newest.drop(recalled.ids)
             raise
-        self._unfinished.took(batch, wanted)
+        self._partial_folds.folded(batch, wanted)
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
-        """Close traces that were idle for ``idle_ns``, or began ``oldest_ns`` ago; all times in
-        nanoseconds. Looks for old ones only where ``oldest_ns`` is given."""
+        """Close traces that were idle for ``idle_ns`` and, if given, those that began ``oldest_ns``
+        ago; all times in nanoseconds."""
         due: list[DueTraces] = []
         for table in self.tables:
             table.close_idle(now - idle_ns, now, due)
@@ -240,8 +244,8 @@ class TenantTraces:
         lag_ns: int = INDEX_LAG_NS,
     ) -> int:
         """Forget traces closed more than ``keep_ns`` ago and the oldest beyond ``keep``, but none
-        closed within ``lag_ns``, which the trace index may not have; ``closed`` remembers their
-        ids."""
+        closed within ``lag_ns``, because the trace index may not have them yet. Their ids are added
+        to ``closed``. Returns how many were forgotten."""
         freed = 0
         for table in self.tables:
             most = table.closed_count - keep
@@ -250,17 +254,17 @@ class TenantTraces:
         return freed
 
     def shift(self, by: int) -> None:
-        """Count all times of receipt and closing as ``by`` nanoseconds later."""
+        """Move all times of receipt and closing ``by`` nanoseconds later."""
         for table in self.tables:
             table.shift(by)
 
     def _table(self, rules: CompiledRules) -> TraceTable:
         return TraceTable(
-            self.tenant, rules, self.services, self._windows, self._before, self._held
+            self.tenant, rules, self.services, self._windows, self._ledger_history, self._totals
         )
 
     def drop_empty(self) -> None:
-        """Drop the tables of former rules that hold nothing any more."""
+        """Drop the empty tables of former rules."""
         if len(self.tables) == 1:
             return
         self.tables = [
@@ -268,7 +272,7 @@ class TenantTraces:
         ] + self.tables[-1:]
 
     def _service_numbers(self, batch: SpanBatch) -> Rows:
-        """The number of each resource's service, 0 without one."""
+        """The service number of each resource, 0 without a service."""
         numbers = np.zeros(len(batch.resources), np.int64)
         for i, (offset, length) in enumerate(
             batch.resources[:, [SERVICE_OFF, SERVICE_LEN]].tolist()
@@ -297,7 +301,7 @@ def _add(done: list[Part], table: TraceTable, folded: Folded) -> None:
 
 
 def _of_traces(batch: SpanBatch, ids: Rows) -> npt.NDArray[np.bool_]:
-    """Which rows of a batch are of these traces."""
+    """Which rows of a batch belong to these traces."""
     of = batch.spans[:, [TRACE_HI, TRACE_LO]]
     wanted = np.zeros(len(batch), bool)
     for pair in ids:

@@ -1,4 +1,4 @@
-"""Trying rules on one trace: the engine of the pipeline, on spans at hand, with nothing kept."""
+"""Tries rules on one trace with the pipeline's engine; nothing is stored."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 
 from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO
 from betrace.service.otlp.wire import ERRORS, scan_bodies
-from betrace.service.pipeline.stages.evaluate import raise_signal
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import raise_signal
 
 _MASK = 2**64 - 1
 
 
 class TrialError(ValueError):
-    """The spans cannot be judged; the text says why."""
+    """The spans cannot be evaluated; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a rule says of a trace. ``clause`` is the one that is broken (always | never), None
-    without a breach; ``counts`` and ``evidence`` are by check, as in a signal."""
+    """The verdict of a rule on a trace. ``clause`` is the broken one (always | never), None without
+    a breach; ``counts`` and ``evidence`` are by check, as in a signal."""
 
     rule_id: str
     breach: bool
@@ -34,9 +34,10 @@ class Verdict:
 
 
 class Trial:
-    """Collects the spans of one trace and lets compiled rules judge it as complete.
+    """Collects the spans of one trace and evaluates compiled rules on it.
 
-    Of ``trace_id`` (32 hex digits) only its spans count; without it all spans must be of one trace.
+    With ``trace_id`` (32 hex digits) spans of other traces are ignored; without it all spans must
+    belong to one trace.
     """
 
     def __init__(self, rules: CompiledRules, trace_id: str | None = None) -> None:
@@ -44,10 +45,10 @@ class Trial:
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
         self.spans = 0
-        """Added, without those that came again."""
+        """Distinct spans added."""
 
     def add(self, body: bytes) -> int:
-        """Add the spans of a request (protobuf, decompressed); how many of them are of the trace.
+        """Add the spans of a request (protobuf, decompressed); returns how many are of the trace.
         Raises :exc:`TrialError`."""
         batch = scan_bodies("trial", [body])
         row = batch.bodies[0]
@@ -58,7 +59,7 @@ class Trial:
             hi, lo = (int(half) & _MASK for half in ids[0])
             found = f"{hi:016x}{lo:016x}"
             if len(ids) > 1 or self._wanted not in (None, found):
-                raise TrialError("it has spans of several traces; give those of one")
+                raise TrialError("it has spans of several traces; pass the spans of one trace")
             self._wanted = found
         elif len(batch):
             value = int(self._wanted or "0", 16)
@@ -70,9 +71,9 @@ class Trial:
         return len(batch)
 
     def verdicts(self, *, complete: bool = True) -> list[Verdict]:
-        """The verdict of each enabled rule; call it once. Of a trace that is not ``complete``,
-        breaches are those that no further span can undo. Raises :exc:`TrialError` without a span.
-        """
+        """The verdict of each enabled rule; may be called once. If the trace is not ``complete``,
+        only breaches that no further span can undo are reported. Raises :exc:`TrialError` if there
+        are no spans."""
         closed = self._traces.close_due(now=2, idle_ns=0)
         if not closed:
             raise TrialError("it has no span with a valid trace id and span id")
@@ -83,7 +84,7 @@ class Trial:
 
 
 def _verdict(due: DueTraces, rule: int, breach: Breach | None) -> Verdict:
-    # A signal has the counts and evidence also of a rule that is not broken.
+    # A signal also has the counts and evidence if the rule is not broken.
     signal = raise_signal(due, breach or Breach(0, rule, NEVER_BROKEN, early=False), 0)
     return Verdict(
         signal.rule_id,

@@ -1,4 +1,4 @@
-"""Gathering batches by weight and time: against a model on the virtual clock, and by example."""
+"""Batches by weight and time: against a model in virtual time, and by example."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Timed = list[tuple[float, list[Item]]]
 def expected_batches(
     arrivals: list[tuple[int, Item]], most: int, wait: float, max_keys: int, end: float
 ) -> Timed:
-    """What a batcher should yield and when, for items that arrive one by one at whole seconds."""
+    """The expected batches and their times, for items that arrive one by one at whole seconds."""
     open_batches: dict[str, tuple[float, list[Item]]] = {}  # deadline, items; oldest first
     batches: Timed = []
     for at, item in arrivals:
@@ -96,7 +96,7 @@ def test_behaves_like_the_model(
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-async def test_without_keys_and_waiting_a_batch_is_what_is_there() -> None:
+async def test_without_keys_and_waiting_a_batch_is_what_is_queued() -> None:
     send, receive = items_channel()
     for number in range(5):
         send.send_nowait(("ab"[number % 2], 2, number))
@@ -105,7 +105,7 @@ async def test_without_keys_and_waiting_a_batch_is_what_is_there() -> None:
     assert [[number for _, _, number in batch] for batch in batches] == [[0, 1, 2], [3, 4]]
 
 
-async def test_cancelling_a_wait_keeps_what_was_gathered(autojump_clock: MockClock) -> None:
+async def test_cancelling_a_wait_keeps_the_items(autojump_clock: MockClock) -> None:
     send, receive = items_channel()
     batcher = Batcher(receive, 10, 5.0)
     send.send_nowait(("a", 1, 0))
@@ -117,7 +117,7 @@ async def test_cancelling_a_wait_keeps_what_was_gathered(autojump_clock: MockClo
     assert trio.current_time() == 5.0  # counted from the first item, not from the second call
 
 
-async def test_cancellation_anywhere_loses_and_doubles_nothing(autojump_clock: MockClock) -> None:
+async def test_cancellation_never_loses_or_duplicates_items(autojump_clock: MockClock) -> None:
     dice = random.Random(7)
     send, receive = items_channel(30, hold=True)
     batcher = Batcher(receive, 8, 0.3, key=key_of, max_keys=2)
@@ -180,7 +180,7 @@ async def test_a_failing_key_function_loses_nothing() -> None:
     assert [batch async for batch in batcher] == [[("a", 1, 0)], [("b", 1, 1)], [("c", 1, 2)]]
 
 
-async def test_what_a_failing_key_function_left_comes_before_more_is_awaited(
+async def test_items_left_by_a_failing_key_function_come_before_new_ones(
     autojump_clock: MockClock,
 ) -> None:
     send, receive = items_channel()
@@ -202,7 +202,7 @@ async def test_what_a_failing_key_function_left_comes_before_more_is_awaited(
         assert await batcher.next() == [("b", 2, 1)]
 
 
-async def test_a_closed_receiver_is_told() -> None:
+async def test_a_closed_receiver_raises() -> None:
     _, receive = items_channel()
     receive.close()
     with pytest.raises(trio.ClosedResourceError):
@@ -210,7 +210,7 @@ async def test_a_closed_receiver_is_told() -> None:
 
 
 @pytest.mark.parametrize(("most", "wait", "keys"), [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
-def test_limits_that_cannot_work(most: int, wait: float, keys: int) -> None:
+def test_invalid_limits(most: int, wait: float, keys: int) -> None:
     _, receive = items_channel()
     with pytest.raises(ValueError, match="batcher of items: max_weight"):
         Batcher(receive, most, wait, max_keys=keys)

@@ -1,4 +1,4 @@
-"""The circuit breaker: by example on the virtual clock, and against a model."""
+"""The circuit breaker: by example in virtual time, and against a model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def fail(breaker: Breaker, times: int = 1) -> None:
             await breaker.call(answer, 0.0, DownError())
 
 
-async def test_opens_at_the_threshold_once_there_are_enough_calls(
+async def test_opens_at_the_threshold_after_enough_calls(
     autojump_clock: MockClock,
 ) -> None:
     transitions: list[Transition] = []
@@ -80,14 +80,14 @@ async def test_stays_closed_below_the_threshold_and_forgets_old_calls(
     breaker = make()
     await fail(breaker)
     await succeed(breaker, 5)
-    await fail(breaker, 2)  # the first failure is out of the window of 6
+    await fail(breaker, 2)  # the first failure has left the window of 6
     now = breaker.snapshot()
     assert (now.state, now.failure_rate, now.window_calls) == ("closed", 2 / 6, 6)
     await fail(breaker)
     assert breaker.state is BreakerState.OPEN
 
 
-async def test_refuses_while_open_and_tries_after_the_wait(autojump_clock: MockClock) -> None:
+async def test_refuses_while_open_and_then_permits_trials(autojump_clock: MockClock) -> None:
     breaker = make()
     await fail(breaker, 4)
     await trio.sleep(5.0)
@@ -97,7 +97,7 @@ async def test_refuses_while_open_and_tries_after_the_wait(autojump_clock: MockC
     assert breaker.snapshot().retry_in == 10.0
     await trio.sleep(10.0)
     waiting = breaker.snapshot()
-    assert (waiting.state, waiting.retry_in) == ("open", 0.0)  # until somebody calls
+    assert (waiting.state, waiting.retry_in) == ("open", 0.0)  # until the next call
     await succeed(breaker)
     trying = breaker.snapshot()
     assert (trying.state, trying.trials_left, trying.window_calls) == ("half_open", 2, 1)
@@ -131,13 +131,13 @@ async def test_half_open_permits_only_the_trials_and_decides_on_all_of_them(
     breaker.trip()
     await trio.sleep(15.0)
     await fail(breaker, 2)
-    assert breaker.state is BreakerState.HALF_OPEN  # though the verdict is clear already
+    assert breaker.state is BreakerState.HALF_OPEN  # although the result is already certain
     await succeed(breaker)
     assert breaker.state is BreakerState.OPEN
     assert breaker.snapshot().retry_in == 15.0
 
 
-async def test_a_cancelled_trial_gives_its_permit_back(autojump_clock: MockClock) -> None:
+async def test_a_cancelled_trial_returns_its_permit(autojump_clock: MockClock) -> None:
     breaker = make()
     breaker.trip()
     await trio.sleep(15.0)
@@ -151,7 +151,7 @@ async def test_a_cancelled_trial_gives_its_permit_back(autojump_clock: MockClock
     assert breaker.state is BreakerState.CLOSED
 
 
-async def test_a_cancelled_call_is_no_result(autojump_clock: MockClock) -> None:
+async def test_a_cancelled_call_does_not_count(autojump_clock: MockClock) -> None:
     breaker = make()
     await fail(breaker, 3)
     with trio.move_on_after(1.0):
@@ -159,7 +159,7 @@ async def test_a_cancelled_call_is_no_result(autojump_clock: MockClock) -> None:
     assert breaker.snapshot().window_calls == 3
 
 
-async def test_a_call_is_bounded_in_time(autojump_clock: MockClock) -> None:
+async def test_a_call_times_out(autojump_clock: MockClock) -> None:
     breaker = make()
     with pytest.raises(BreakerTimeout, match="circuit breaker db: no answer in 5 s"):
         await breaker.call(answer, 6.0)
@@ -177,7 +177,7 @@ async def test_a_timeout_is_a_failure_whatever_the_predicate_says(
     assert breaker.snapshot().failed == 1
 
 
-async def test_an_error_raised_in_place_of_being_cancelled_is_judged_like_any(
+async def test_an_error_raised_during_cancellation_is_judged(
     autojump_clock: MockClock,
 ) -> None:
     async def translate(error: Exception) -> None:
@@ -195,7 +195,9 @@ async def test_an_error_raised_in_place_of_being_cancelled_is_judged_like_any(
     assert (now.succeeded, now.failed, now.timed_out) == (1, 1, 0)
 
 
-async def test_an_exception_that_is_no_failure_is_a_success(autojump_clock: MockClock) -> None:
+async def test_an_exception_that_is_not_a_failure_counts_as_success(
+    autojump_clock: MockClock,
+) -> None:
     breaker = make()
     for _ in range(4):
         with pytest.raises(RefusedError):
@@ -234,7 +236,7 @@ async def test_results_from_an_earlier_state_do_not_count(autojump_clock: MockCl
         for _ in range(6):
             nursery.start_soon(breaker.call, answer, 4.0)
         await wait_all_tasks_blocked()
-        breaker.reset()  # closed before and after, but a new beginning
+        breaker.reset()  # closed before and after, but with an empty window
         await trio.sleep(4.0)
     now = breaker.snapshot()
     assert (now.window_calls, now.succeeded) == (0, 6)
@@ -254,7 +256,7 @@ async def test_results_from_an_earlier_state_do_not_count(autojump_clock: MockCl
     assert breaker.snapshot().trials_left == 3
 
 
-async def test_a_stale_trial_does_not_give_back_a_permit(autojump_clock: MockClock) -> None:
+async def test_a_stale_trial_does_not_return_a_permit(autojump_clock: MockClock) -> None:
     slow = BreakerSettings(window=6, minimum_calls=4, open_for=1.0, trial_calls=3)
     breaker = make(settings=slow)
     with trio.CancelScope() as scope:
@@ -338,7 +340,7 @@ async def test_only_the_last_transitions_are_kept(autojump_clock: MockClock) -> 
         ({"timeout": -1.0}, "timeout"),
     ],
 )
-def test_settings_that_cannot_work(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_settings(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BreakerSettings(**wrong)
 
@@ -361,7 +363,7 @@ MODELLED = BreakerSettings(
 
 @dataclass
 class Model:
-    """The breaker as a history: nothing is counted on, everything is counted anew."""
+    """The breaker as a history; every count is recomputed from it."""
 
     now: float = 0.0
     state: str = "closed"
@@ -475,7 +477,7 @@ async def compare_with_model(clock: MockClock, steps: list[tuple[str, int]]) -> 
 
     async with trio.open_nursery() as nursery:
         for number, (step, argument) in enumerate(steps):
-            await tick()  # so that no two calls begin, and time out, together
+            await tick()  # so that no two calls start or time out at the same time
             if step == "call":
                 model.call(number)
                 events[number] = trio.Event()

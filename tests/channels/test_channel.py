@@ -73,7 +73,9 @@ async def test_capacity_is_measured_by_weight() -> None:
     assert send.fill == receive.fill == 1.0
 
 
-async def test_a_too_heavy_item_is_let_in_alone(autojump_clock: MockClock) -> None:
+async def test_an_item_heavier_than_the_capacity_is_admitted_alone(
+    autojump_clock: MockClock,
+) -> None:
     send, receive = strings(5)
     send.send_nowait("a")
     assert not await send.offer("x" * 8, 1.0)
@@ -99,7 +101,7 @@ async def test_a_light_item_does_not_overtake_a_heavy_one() -> None:
     assert got == ["aaa", "hhhh", "l"]
 
 
-async def test_the_light_items_behind_a_cancelled_heavy_one_are_let_in() -> None:
+async def test_light_items_behind_a_cancelled_heavy_one_are_admitted() -> None:
     send, receive = strings(5)
     send.send_nowait("aaa")
     heavy = trio.CancelScope()
@@ -117,7 +119,7 @@ async def test_the_light_items_behind_a_cancelled_heavy_one_are_let_in() -> None
     assert await receive.receive_some(100) == ["aaa", "l"]
 
 
-async def test_offer_says_whether_the_item_is_in_the_channel(autojump_clock: MockClock) -> None:
+async def test_offer_returns_whether_the_item_is_in_the_channel(autojump_clock: MockClock) -> None:
     send, receive = strings(3)
     assert await send.offer("aaa", 0.1)
     assert not await send.offer("b", 0.1)
@@ -136,7 +138,7 @@ async def test_offer_says_whether_the_item_is_in_the_channel(autojump_clock: Moc
         receive.receive_nowait()
 
 
-async def test_receive_some_takes_what_is_there_up_to_a_weight() -> None:
+async def test_receive_some_takes_queued_items_up_to_a_weight() -> None:
     send, receive = strings(100)
     for item in ("aaaaa", "b", "c", "dd", "e"):
         send.send_nowait(item)
@@ -145,7 +147,7 @@ async def test_receive_some_takes_what_is_there_up_to_a_weight() -> None:
     assert await receive.receive_some(3) == ["dd", "e"]
 
 
-async def test_receive_some_takes_from_senders_that_its_taking_lets_in() -> None:
+async def test_receive_some_takes_items_admitted_meanwhile() -> None:
     send, receive = strings(2)
     async with trio.open_nursery() as nursery:
         for item in "abcdef":
@@ -187,14 +189,14 @@ async def test_held_items_use_capacity_until_done() -> None:
     assert send.statistics().size == 0
 
 
-async def test_done_needs_a_channel_that_holds() -> None:
+async def test_done_needs_a_channel_with_hold() -> None:
     _, receive = strings(4)
     assert not receive.hold
     with pytest.raises(ValueError, match="hold=True"):
         receive.done(1)
 
 
-async def test_wait_empty_waits_for_what_is_queued_held_and_waiting() -> None:
+async def test_wait_empty_waits_for_queued_and_held_items_and_senders() -> None:
     send, receive = strings(2, hold=True)
     empty = False
 
@@ -268,7 +270,7 @@ async def test_the_channel_breaks_with_the_last_clone_of_a_receiver() -> None:
     await other.wait_empty()
 
 
-async def test_closing_an_end_wakes_only_those_who_wait_at_it() -> None:
+async def test_closing_an_end_wakes_only_its_own_waiters() -> None:
     send, receive = strings(2)
     send2, receive2 = send.clone(), receive.clone()
 
@@ -294,11 +296,11 @@ async def test_closing_an_end_wakes_only_those_who_wait_at_it() -> None:
         await wait_all_tasks_blocked()
         nursery.start_soon(send.send, "c")
         await wait_all_tasks_blocked()
-        send2.close()  # which lets "c" in
+        send2.close()  # which admits "c"
     assert await receive.receive_some(9) == ["b", "c"]
 
 
-async def test_statistics_tell_waits_and_busy_times(autojump_clock: MockClock) -> None:
+async def test_statistics_report_waits_and_busy_times(autojump_clock: MockClock) -> None:
     waits: list[tuple[float, int]] = []
     send, receive = strings(10, on_wait=lambda *wait: waits.append(wait))
     assert send.statistics().busy_since is None
@@ -339,7 +341,7 @@ async def test_each_peak_reader_has_its_own_period() -> None:
     assert send.statistics().peak == 5
 
 
-def test_limits_that_cannot_work() -> None:
+def test_invalid_limits() -> None:
     with pytest.raises(ValueError, match="capacity is 0"):
         strings(0)
     send, _ = strings(1)
@@ -360,7 +362,7 @@ async def test_ends_describe_themselves() -> None:
 
 @dataclass
 class Model:
-    """What the channel should do, written as plainly as possible; items are (id, weight)."""
+    """The expected behaviour, as simple as possible; items are (id, weight)."""
 
     capacity: int
     hold: bool
@@ -412,7 +414,7 @@ class Model:
         return item
 
     def settle(self) -> None:
-        """Let in and hand out until nothing moves, then let those woken take more."""
+        """Admit and hand out items until nothing changes, then let woken receivers take more."""
         while True:
             if self.receivers and self.queue:
                 task, _, most = self.receivers.pop(0)
@@ -553,7 +555,7 @@ async def compare_with_model(capacity: int, hold: bool, actions: list[tuple[Any,
                 note_now(task, receivers[end].receive_nowait)
             elif action == "receive_some":
                 if any(most is not None for _, _, most in model.receivers):
-                    continue  # which of two would take the rest is Trio's choice
+                    continue  # Trio chooses which of two takes the rest
                 most, end = args[0], args[1] % len(receivers)
                 model.start_receive(task, end, most, True)
                 nursery.start_soon(note, task, lambda r=receivers[end], m=most: r.receive_some(m))
@@ -596,10 +598,10 @@ async def compare_with_model(capacity: int, hold: bool, actions: list[tuple[Any,
 
 @pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-async def test_cancellation_anywhere_loses_and_doubles_nothing(
+async def test_cancellation_never_loses_or_duplicates_items(
     autojump_clock: MockClock, seed: int, hold: bool
 ) -> None:
-    """Senders and receivers whose every call may be cancelled or time out, at any checkpoint."""
+    """Senders and receivers whose calls may be cancelled or time out at any checkpoint."""
     dice = random.Random(seed)
     send, receive = strings(20, hold=hold)
     sent: dict[int, list[str]] = {n: [] for n in range(4)}

@@ -12,7 +12,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from betrace.channels import ExpectedError, SendChannel, Stage, TransientError, open_channel
+from betrace.channels import (
+    ExpectedError,
+    SendChannel,
+    Stage,
+    StageOptions,
+    TransientError,
+    open_channel,
+)
 
 Item = str
 Handler = Callable[[list[Item]], Awaitable[None]]
@@ -20,7 +27,7 @@ Handler = Callable[[list[Item]], Awaitable[None]]
 
 @dataclass
 class Recorder:
-    """A handler which notes its calls and raises for chosen items, a number of times each."""
+    """A handler that records its calls and raises a number of times for chosen items."""
 
     errors: dict[Item, list[Exception]] = field(default_factory=dict)
     duration: float = 0.0
@@ -52,10 +59,10 @@ def make(
 ) -> tuple[SendChannel[Item], Stage[Item]]:
     send, receive = open_channel("work", capacity, len, hold=True)
     settings.setdefault("on_dead", recorder.bury)
-    return send, Stage("work", receive, recorder.handle, **settings)
+    return send, Stage("work", receive, recorder.handle, StageOptions(**settings))
 
 
-async def test_takes_all_that_waits_as_one_batch_and_ends_with_its_channel(
+async def test_takes_everything_queued_as_one_batch_and_ends_with_its_channel(
     autojump_clock: MockClock,
 ) -> None:
     recorder = Recorder()
@@ -145,7 +152,7 @@ async def test_a_single_attempt_means_no_redelivery(autojump_clock: MockClock) -
     assert len(recorder.calls) == 1
 
 
-async def test_fresh_items_go_on_while_others_wait_for_redelivery(
+async def test_new_items_proceed_while_others_wait_for_redelivery(
     autojump_clock: MockClock,
 ) -> None:
     recorder = Recorder({"bad": [TransientError()] * 4})
@@ -189,7 +196,7 @@ async def test_one_worker_means_one_call_at_a_time_and_turns_are_shared(
             await send.send("x")
         send.close()
     assert recorder.most_running == 1
-    # Due at 1.4 and at 3.0, in the middle of other calls: it gets the next turn.
+    # Due at 1.4 and 3.0, during other calls: it gets the next turn.
     assert [round(at, 3) for at, items in recorder.calls if items == ["bad"]] == [0.0, 1.6, 3.2]
     assert recorder.done.count("x") == 20
 
@@ -227,13 +234,13 @@ async def test_an_unexpected_error_restarts_the_worker_and_loses_nothing(
     assert recorder.dead == [(3.0, "bad", bug, 4)]
     assert stage.statistics().restarts == 1
     crash, burial = caplog.records
-    assert crash.message == "worker work-1 crashed; it is restarted in 0.1 s"
+    assert crash.message == "worker work-1 crashed; restarting it in 0.1 s"
     assert crash.exc_info is not None
     assert crash.exc_info[1] is bug
-    assert burial.message == "stage work gives up an item after 4 deliveries: KeyError('bug')"
+    assert burial.message == "stage work gave up an item after 4 deliveries: KeyError('bug')"
 
 
-async def test_errors_of_given_kinds_and_groups_of_them_are_expected(
+async def test_errors_of_listed_kinds_and_their_groups_are_expected(
     autojump_clock: MockClock,
 ) -> None:
     group = ExceptionGroup("both", [OSError(), ExceptionGroup("inner", [ExpectedError()])])
@@ -273,7 +280,7 @@ async def test_an_item_is_kept_until_on_dead_takes_it(
         send.close()
     assert tries == [3.0, 4.0, 6.0, 10.0]
     assert stage.statistics().dead == 1
-    assert "cannot put a dead item away; again in 1 s" in caplog.text
+    assert "on_dead failed; calling it again in 1 s" in caplog.text
 
 
 async def test_a_failing_observer_does_not_undo_a_batch(
@@ -292,7 +299,7 @@ async def test_a_failing_observer_does_not_undo_a_batch(
     assert "observer on_done failed" in caplog.text
 
 
-async def test_slow_calls_are_told_whether_they_failed_or_not(
+async def test_slow_calls_are_reported_whether_they_failed_or_not(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[tuple[list[str], float, str | None]] = []
@@ -310,10 +317,10 @@ async def test_slow_calls_are_told_whether_they_failed_or_not(
         pass
 
     send, receive = open_channel("work", 100, len, hold=True)
-    stage = Stage(
-        "work", receive, handle, on_dead=bury, attempts=1, on_slow=observe, slow_after=0.5,
-        max_batch_weight=1,
-    )  # fmt: skip
+    options = StageOptions[str](
+        on_dead=bury, attempts=1, on_slow=observe, slow_after=0.5, max_batch_weight=1
+    )
+    stage = Stage("work", receive, handle, options)
     for item in ("slow", "quick", "bad"):
         send.send_nowait(item)
     send.close()
@@ -335,7 +342,7 @@ async def test_pause_and_resume(autojump_clock: MockClock) -> None:
         stage.pause()
         await send.send("x")
         await trio.sleep(5)
-        assert len(recorder.calls) == 1  # neither the fresh item nor the redelivery
+        assert len(recorder.calls) == 1  # neither the new item nor the redelivery
         assert stage.statistics().paused
         assert not stage.stalled(1.0)
         stage.resume()
@@ -400,7 +407,7 @@ async def test_drained_waits_for_redeliveries_and_senders(autojump_clock: MockCl
         send.close()
 
 
-async def test_cancelling_passes_through_and_is_no_failure(autojump_clock: MockClock) -> None:
+async def test_cancellation_passes_through_and_is_not_a_failure(autojump_clock: MockClock) -> None:
     recorder = Recorder(duration=10.0)
     send, stage = make(recorder)
     with trio.move_on_after(1.0) as scope:
@@ -417,7 +424,7 @@ async def test_cancelling_passes_through_and_is_no_failure(autojump_clock: MockC
 async def test_every_item_is_done_or_dead_whatever_fails(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
-    """Random failures of handler and burial, pauses, workers and limits."""
+    """Random failures of handler and on_dead, pauses, workers and limits."""
     caplog.set_level(logging.CRITICAL)
     dice = random.Random(seed)
     workers, capacity = dice.randrange(1, 4), dice.randrange(5, 60)
@@ -451,10 +458,7 @@ async def test_every_item_is_done_or_dead_whatever_fails(
 
     weigh: Callable[[str], int] = len
     send, receive = open_channel("work", capacity, weigh, hold=True)
-    stage = Stage(
-        "work",
-        receive,
-        handle,
+    options = StageOptions[str](
         on_dead=bury,
         workers=workers,
         attempts=3,
@@ -462,6 +466,7 @@ async def test_every_item_is_done_or_dead_whatever_fails(
         max_batch_wait=dice.choice([0, 0.2]),
         batch_key=dice.choice([None, len]),
     )
+    stage = Stage("work", receive, handle, options)
     sent = [f"{n}".rjust(dice.randrange(3, 8)) for n in range(120)]
 
     async def produce() -> None:
@@ -497,7 +502,7 @@ async def test_every_item_is_done_or_dead_whatever_fails(
 async def test_closing_its_receiver_ends_a_stage(autojump_clock: MockClock) -> None:
     recorder = Recorder()
     send, receive = open_channel("work", 10, len, hold=True)
-    stage = Stage("work", receive, recorder.handle, on_dead=recorder.bury)
+    stage = Stage("work", receive, recorder.handle, StageOptions(on_dead=recorder.bury))
     async with trio.open_nursery() as nursery:
         await nursery.start(stage.run)
         await send.send("a")
@@ -515,13 +520,13 @@ async def test_closing_its_receiver_ends_a_stage(autojump_clock: MockClock) -> N
         ({"max_batch_weight": 0}, "max_batch_weight"),
     ],
 )
-def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(Recorder(), **settings)
 
 
-def test_a_stage_needs_a_channel_that_holds() -> None:
+def test_a_stage_needs_a_channel_with_hold() -> None:
     _, receive = open_channel("work", 10, len)
     recorder = Recorder()
     with pytest.raises(ValueError, match="hold=True"):
-        Stage("work", receive, recorder.handle, on_dead=recorder.bury)
+        Stage("work", receive, recorder.handle, StageOptions(on_dead=recorder.bury))

@@ -1,4 +1,4 @@
-"""Restarting with pauses that grow."""
+"""Restarts with growing pauses."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ async def test_restarts_with_growing_pauses_until_it_returns(
         )
     assert starts == [0.0, 1.0, 3.0, 7.0, 15.0, 25.0, 35.0]
     assert [error.args for error in crashes] == [(n,) for n in range(1, 7)]
-    assert caplog.messages[1] == "it crashed; it is restarted in 2.0 s"
+    assert caplog.messages[1] == "it crashed; restarting it in 2.0 s"
     assert all(record.exc_info for record in caplog.records)
 
 
-async def test_a_run_longer_than_the_pause_begins_anew(
+async def test_a_run_longer_than_the_pause_resets_it(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     starts: list[float] = []

@@ -1,4 +1,4 @@
-"""Taps: never block, and count what they drop."""
+"""Taps never block, and count what they drop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_consumes_in_order_and_in_batches(autojump_clock: MockClock) -> No
     check_balance(tap)
 
 
-async def test_drops_what_has_no_room_also_while_the_consumer_works(
+async def test_drops_items_without_room_even_while_the_consumer_works(
     autojump_clock: MockClock,
 ) -> None:
     consumed: list[str] = []
@@ -54,7 +54,7 @@ async def test_drops_what_has_no_room_also_while_the_consumer_works(
         await nursery.start(tap.run)
         assert tap.offer("aaa")
         await wait_all_tasks_blocked()
-        assert not tap.offer("bb")  # "aaa" still uses its room
+        assert not tap.offer("bb")  # "aaa" still uses capacity
         assert tap.offer("c")
         await trio.sleep(1.5)
         assert tap.offer("ddd")

@@ -1,4 +1,4 @@
-"""Calls in worker threads, and what happens to those that hang."""
+"""Calls in worker threads, including calls that hang."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from betrace.channels import ThreadRunner, ThreadTimeout
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    """What hanging calls wait for; set at the end, so that no thread outlives its test."""
+    """Hanging calls wait for this event; it is set at the end, so that threads end with the
+    test."""
     event = threading.Event()
     yield event
     event.set()
@@ -56,12 +57,12 @@ def system_name() -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system has no /proc")
-async def test_the_system_knows_a_thread_by_the_name_of_its_runner() -> None:
+async def test_a_thread_has_its_runners_name_in_the_system() -> None:
     with ThreadRunner("a-name-of-20-letters", 1) as threads:
         assert await threads.run(system_name) == "a-name-of-20-le"
 
 
-async def test_a_system_that_does_not_take_names_is_no_fault(
+async def test_systems_without_thread_names_are_supported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object, **__: object) -> int:
@@ -72,7 +73,7 @@ async def test_a_system_that_does_not_take_names_is_no_fault(
         assert await threads.run(divmod, 7, 3) == (2, 1)
 
 
-async def test_threads_are_started_when_needed_kept_and_ended_at_close() -> None:
+async def test_threads_start_on_demand_and_end_at_close() -> None:
     with ThreadRunner("pool", 3) as threads:
         assert live("pool") == 0
         for _ in range(5):
@@ -105,7 +106,7 @@ async def test_a_hanging_thread_is_left_behind_counted_and_replaced(
     release: threading.Event,
 ) -> None:
     with ThreadRunner("hang", 1) as threads:
-        with pytest.raises(ThreadTimeout, match=r"not back after 0\.05 s; thread left behind"):
+        with pytest.raises(ThreadTimeout, match=r"no result after 0\.05 s; thread left behind"):
             await threads.run(release.wait, timeout=0.05)
         now = threads.statistics()
         assert (now.abandoned, now.left_behind, now.running) == (1, 1, 0)
@@ -118,7 +119,7 @@ async def test_a_hanging_thread_is_left_behind_counted_and_replaced(
         assert await threads.run(abs, -4) == 4
 
 
-async def test_a_thread_that_comes_back_before_it_was_replaced_is_used_again(
+async def test_a_thread_that_returns_before_its_replacement_is_reused(
     release: threading.Event,
 ) -> None:
     with ThreadRunner("back", 1) as threads:
@@ -130,7 +131,7 @@ async def test_a_thread_that_comes_back_before_it_was_replaced_is_used_again(
         assert live("back") == 1
 
 
-async def test_only_so_many_hanging_threads_are_replaced(release: threading.Event) -> None:
+async def test_the_number_of_replaced_threads_is_limited(release: threading.Event) -> None:
     with ThreadRunner("bound", 1, max_left_behind=1) as threads:
         for _ in range(2):
             with pytest.raises(ThreadTimeout, match="left behind"):
@@ -165,7 +166,7 @@ async def test_a_cancelled_caller_waits_for_its_thread(
                 nursery.start_soon(set_soon, release)
                 result = await threads.run(release.wait, 5.0, timeout=timeout)
         assert scope.cancel_called
-        assert result is True  # the work was done, so its result is not thrown away
+        assert result is True  # the work was done, so its result is kept
         assert threads.statistics().abandoned == 0
 
 
@@ -193,7 +194,7 @@ async def test_a_thread_may_be_left_behind_by_cancellation(
         assert await threads.run(abs, -3) == 3
 
 
-async def test_a_call_cancelled_before_it_began_or_while_it_waits_does_nothing(
+async def test_a_call_cancelled_before_it_starts_does_nothing(
     release: threading.Event,
 ) -> None:
     with ThreadRunner("early", 1) as threads:
@@ -277,6 +278,6 @@ async def test_results_and_errors_are_not_kept() -> None:
         gc.enable()
 
 
-def test_settings_that_cannot_work() -> None:
+def test_invalid_settings() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
         ThreadRunner("none", 0)

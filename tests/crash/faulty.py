@@ -25,7 +25,8 @@ from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.signals import Signal
 from betrace.service.storage.disk import Buffer, Disk
-from betrace.service.storage.duck.store import DuckStore, StoreError
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.traces.due import DueTraces

@@ -68,13 +68,12 @@ def begin(service: Running, length: int) -> Iterator[http.client.HTTPConnection]
         yield connection
 
 
-@pytest.mark.parametrize("server", ["lean", "hypercorn"])
-def test_a_body_that_is_arriving_at_the_stop_is_waited_for(tmp_path: Path, server: str) -> None:
+def test_a_body_that_is_arriving_at_the_stop_is_waited_for(tmp_path: Path) -> None:
     slow, arrived = loops(1)
     kept, other = loops(2)
     assert len(slow) == len(kept)
     half = len(slow) // 2
-    with running(tmp_path, ingest__server=server) as service, ExitStack() as stack:
+    with running(tmp_path) as service, ExitStack() as stack:
         arriving, busy = [stack.enter_context(begin(service, len(slow))) for _ in range(2)]
         arriving.send(slow[:half])
         busy.send(kept[:1])

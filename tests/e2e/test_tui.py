@@ -1,4 +1,4 @@
-"""The TUI on a running service: what it shows, what it does, and in a terminal of its own."""
+"""The TUI with a running service, in-process and in its own terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 import pytest
 
 from betrace.tui.app import BetraceApp
-from betrace.tui.client import Client
+from betrace.tui.client import ApiClient
 from tests.e2e.test_python_sdk import pay
 from tests.support.process import Running, command, environment
 from tests.support.tui_fake import screen_text, until
@@ -23,9 +23,9 @@ from tests.support.tui_fake import screen_text, until
 pytestmark = pytest.mark.slow
 
 
-def test_it_shows_what_the_service_does_and_changes_it(service: Running):
+def test_the_tui_shows_and_changes_a_running_service(service: Running):
     async def drive() -> None:
-        async with Client(service.api) as client:
+        async with ApiClient(service.api) as client:
             app = BetraceApp(client)
             async with asyncio.timeout(60), app.run_test(size=(80, 24)) as pilot:
                 await until(lambda: app.connection.link.status == "connected", 20)
@@ -51,7 +51,7 @@ def test_it_shows_what_the_service_does_and_changes_it(service: Running):
     assert [each["after"] for each in breakers[0]["transitions"]][-2:] == ["disabled", "closed"]
 
 
-def test_it_runs_in_a_terminal_and_is_left_with_q(service: Running):
+def test_the_tui_runs_in_a_terminal_until_q(service: Running):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def test_it_runs_in_a_terminal_and_is_left_with_q(service: Running):
             if select.select([ours], [], [], 0.1)[0]:
                 try:
                     shown += os.read(ours, 65536)
-                except OSError:  # the other end is closed
+                except OSError:  # the other end was closed
                     break
             if not left and b"connected since" in shown:
                 os.write(ours, b"q")

@@ -1,4 +1,4 @@
-"""An operator's day with the TUI: everything it can do, to a running service under load."""
+"""The operator's actions in the TUI, on a running service under load."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from textual.widgets import TextArea
 
 from betrace.tui.app import BetraceApp
-from betrace.tui.client import Client
+from betrace.tui.client import ApiClient
 from betrace.tui.panels.rule_edit import RuleEditor
-from betrace.tui.widgets.changes import Ask, Confirm
+from betrace.tui.widgets.dialogs import Ask, Confirm
 from tests.e2e.test_python_sdk import pay
 from tests.support.process import Running, running
 from tests.support.tui_fake import screen_text, toasts, until
@@ -37,7 +37,7 @@ def free_ports(number: int) -> list[int]:
 
 @contextmanager
 def load(service: Running) -> Iterator[None]:
-    """Payments, some of which break a rule, until the service or the test ends."""
+    """Send payments, some of which violate a rule, until the service or the test ends."""
     stop = threading.Event()
 
     def send() -> None:
@@ -54,13 +54,13 @@ def load(service: Running) -> Iterator[None]:
 
 
 class Operator:
-    """Presses keys, and waits for what comes of it."""
+    """Presses keys, and waits for the results."""
 
     def __init__(self, app: BetraceApp, pilot) -> None:
         self.app, self.pilot = app, pilot
 
     async def change(self, *keys: str) -> str:
-        """Press keys, say yes; what the toast tells."""
+        """Press keys, confirm, and return the text of the toast."""
         before = len(toasts(self.app))
         await self.pilot.press(*keys)
         await self.until(lambda: isinstance(self.app.screen, Confirm))
@@ -79,7 +79,7 @@ class Operator:
             if self.app.panel.selected == name:
                 return
             await self.pilot.press("j")
-        raise AssertionError(f"{name} is not there")
+        raise AssertionError(f"there is no row {name}")
 
     async def until(self, condition) -> None:
         try:
@@ -102,18 +102,18 @@ async def operate(operator: Operator, service: Running) -> None:
     await operator.until(lambda: "◆a" in screen_text(app) and "POST /pay" in screen_text(app))
     await press("escape")
 
-    # Dead letters: what is due while the breaker is forced open.
+    # Traces that are decided while the breaker is forced open become dead letters.
     assert "forced open" in await operator.change("3", "F")
     await press("7")
     await operator.until(lambda: bool(app.panel._shown))
     await operator.change("3", "R")
     await press("7", "x")
-    assert "1 will be tried again" in await operator.change("R")
+    assert "1 queued for retry" in await operator.change("R")
     if app.panel._shown:
-        assert "will be tried again" in await operator.change("A")
+        assert "queued for retry" in await operator.change("A")
     await operator.until(lambda: not app.panel._shown)
 
-    assert "of ruleContainers removed" in await operator.change("4", "I")
+    assert "removed from ruleContainers" in await operator.change("4", "I")
     assert "ingestion is paused" in await operator.change("2", "P")
     assert app.state.now.ingestion == "paused"
     assert "ingestion is open" in await operator.change("R")
@@ -123,27 +123,27 @@ async def operate(operator: Operator, service: Running) -> None:
     await press("E")
     await operator.until(lambda: isinstance(app.screen, RuleEditor))
     app.screen.query_one(TextArea).text = "never { payment.bypass }"
-    await operator.until(lambda: "the condition is right" in screen_text(app))
-    assert "mine is saved" in await operator.change("ctrl+s")
+    await operator.until(lambda: "the condition is valid" in screen_text(app))
+    assert "mine saved" in await operator.change("ctrl+s")
     saved = service.get("/api/v1/rules/mine").json()
     assert saved["condition"] == "never { payment.bypass }"
 
     await press("8", "C")
     await operator.until(lambda: isinstance(app.screen, Ask))
     await press(*"acme", "enter")
-    await operator.until(lambda: "With which key" in screen_text(app))
+    await operator.until(lambda: "Public key of acme" in screen_text(app))
     assert "acme is active" in await operator.change("enter")
     await operator.choose("acme")
     assert "acme is" in await operator.change("D")
     assert "checkpoint saved" in await operator.change("9", "C")
 
 
-def test_an_operators_day(tmp_path: Path):
+def test_all_actions_on_a_running_service(tmp_path: Path):
     api, ingest = free_ports(2)
     options = ("--api", f"127.0.0.1:{api}", "--ingest", f"127.0.0.1:{ingest}")
 
     async def drive() -> None:
-        async with Client(f"http://127.0.0.1:{api}") as client:
+        async with ApiClient(f"http://127.0.0.1:{api}") as client:
             app = BetraceApp(client)
             with running(tmp_path, *options) as service, load(service):
                 rule = {"condition": "never { bypass }", "severity": "low"}

@@ -1,4 +1,4 @@
-"""The dashboard is what Grafana's model of dashboards documents; no Grafana is here to ask."""
+"""The dashboard conforms to Grafana's documented model, checked without Grafana."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPES = {"row", "timeseries", "stat", "state-timeline"}
 
 
 def test_grafanas_own_model_knows_every_field():
-    """The SDK is generated from Grafana's schemas: a field that they do not have would be lost."""
+    """The SDK is generated from Grafana's schemas, so an unknown field would be lost."""
     model = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
     encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
     board = dashboard()
@@ -38,7 +38,7 @@ def test_the_dashboard_itself():
     assert all(isinstance(tag, str) for tag in board["tags"])
 
 
-def test_variables_are_of_the_chosen_source_and_begin_with_all():
+def test_variables_use_the_chosen_source_and_default_to_all():
     source, *queried = dashboard()["templating"]["list"]
     assert (source["name"], source["type"], source["query"]) == (
         "datasource",
@@ -55,7 +55,7 @@ def test_variables_are_of_the_chosen_source_and_begin_with_all():
         assert variable["current"]["value"] == ["$__all"]
 
 
-def test_no_query_uses_a_variable_that_is_none():
+def test_queries_use_only_defined_variables():
     known = {each["name"] for each in dashboard()["templating"]["list"]} | {"__rate_interval"}
     for panel in panels():
         for target in panel["targets"]:
@@ -88,7 +88,7 @@ def test_a_panel(panel):
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
-def test_what_a_panel_shows_of_its_series(panel):
+def test_how_a_panel_shows_its_series(panel):
     options = panel["options"]
     match panel["type"]:
         case "timeseries":

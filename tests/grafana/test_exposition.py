@@ -35,7 +35,7 @@ def exposition(tmp_path_factory):
             await inprocess.send(service, [S(1), S(2)])
             await inprocess.closed(service)
             await service.recovery.save()
-            return (await service.scrape()).decode()
+            return (await service.tools.exposition.scrape()).decode()
 
     return trio.run(main)
 
@@ -177,7 +177,7 @@ def scrapes(tmp_path_factory):
             for number in range(500):
                 await inprocess.send(service, [S(1)], f"tenant-{number}")
                 if number == 0:
-                    series.append((await service.scrape()).count(b"\n"))
+                    series.append((await service.tools.exposition.scrape()).count(b"\n"))
             await inprocess.folded(service)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(beat)
@@ -185,12 +185,12 @@ def scrapes(tmp_path_factory):
                 late.clear()
                 for _ in range(40):
                     started = time.perf_counter()
-                    text = await service.scrape()
+                    text = await service.tools.exposition.scrape()
                     took.append(time.perf_counter() - started)
                     await trio.sleep(0.02)
                 nursery.cancel_scope.cancel()
             series.append(text.count(b"\n"))
-            return len(service.traces())
+            return len(service.pipeline.correlate.tenants)
 
     tenants = trio.run(main)
     scrape, latest = 1000 * statistics.median(took), 1000 * max(late)
@@ -223,10 +223,10 @@ async def test_a_hung_disk_delays_only_the_scrape(tmp_path, monkeypatch):
     monkeypatch.setattr("betrace.service.api.metrics.exposition.SCRAPE_SECONDS", 0.2)
     async with inprocess.running(inprocess.settings(tmp_path)) as service:
         with pytest.raises(ThreadTimeout):
-            await service.scrape()
+            await service.tools.exposition.scrape()
         with trio.fail_after(5):
             await inprocess.send(service, [S(1)])
             await inprocess.folded(service)
         monkeypatch.undo()
         release.set()
-        assert b"betrace_data_disk_bytes" in await service.scrape()
+        assert b"betrace_data_disk_bytes" in await service.tools.exposition.scrape()

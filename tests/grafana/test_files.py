@@ -1,4 +1,5 @@
-"""grafana/, docs/metrics.md and docs/runbook.md: current, complete, and what promtool says."""
+"""grafana/, docs/metrics.md and docs/runbook.md are current and complete, and promtool accepts
+them."""
 
 import re
 from itertools import combinations
@@ -18,7 +19,6 @@ from tests.support.grafana_files import (
     promtool,
 )
 
-# operations.md, "Metrics"
 REQUIRED = """
     betrace_span_ingestion_total betrace_spans_refused_total
     betrace_rule_evaluation_latency_seconds betrace_ledger_write_latency_seconds
@@ -33,12 +33,12 @@ REQUIRED = """
 """
 
 
-def test_the_dashboard_is_what_the_code_makes():
+def test_the_dashboard_is_current():
     generate = pytest.importorskip("grafana.generate")
     assert (FOLDER / "dashboard.json").read_text("utf-8") == generate.text(), "run make grafana"
 
 
-def test_the_page_of_metrics_is_what_the_declaration_makes():
+def test_the_page_of_metrics_is_current():
     page = (ROOT / "docs/metrics.md").read_text("utf-8")
     assert page == metrics_docs.markdown(), "run make grafana"
 
@@ -49,7 +49,7 @@ def test_the_metrics_that_are_required_are_declared(name):
     assert name in {metric.name for metric in declared}
 
 
-def test_the_dashboard_can_be_imported_as_it_is():
+def test_the_dashboard_can_be_imported_unchanged():
     board = dashboard()
     assert "__inputs" not in board  # nothing is asked at the import
     assert board["uid"] == "betrace-overview"
@@ -64,7 +64,7 @@ def test_the_dashboard_can_be_imported_as_it_is():
     assert titles == ["At a glance", *wanted]
 
 
-def test_panels_fit_beside_each_other():
+def test_panels_do_not_overlap():
     places = [panel["gridPos"] for panel in dashboard()["panels"]]
     assert all(place["x"] + place["w"] <= 24 for place in places)
     for a, b in combinations(places, 2):
@@ -73,7 +73,7 @@ def test_panels_fit_beside_each_other():
         assert beside or below, (a, b)
 
 
-def test_each_panel_says_what_it_shows_and_uses_the_chosen_source():
+def test_each_panel_has_a_description_and_uses_the_chosen_source():
     for panel in panels():
         assert len(panel["description"]) > 20, panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
@@ -89,7 +89,7 @@ def sections():
     return {name.lower(): name for name in re.findall(r"^## (\w+)$", text, re.MULTILINE)}
 
 
-def test_each_alert_waits_has_a_severity_and_says_what_and_where_to_read_on():
+def test_each_alert_has_a_delay_a_severity_texts_and_a_runbook_link():
     anchors = sections()
     for alert in alerts():
         assert alert["for"]
@@ -101,7 +101,7 @@ def test_each_alert_waits_has_a_severity_and_says_what_and_where_to_read_on():
         assert anchors[anchor] == alert["alert"]
 
 
-def test_each_section_of_the_runbook_is_of_an_alert_and_has_its_three_parts():
+def test_each_runbook_section_describes_an_alert_in_three_parts():
     assert set(sections().values()) == {alert["alert"] for alert in alerts()}
     text = (ROOT / "docs/runbook.md").read_text("utf-8")
     for section in text.split("\n## ")[1:]:
@@ -117,7 +117,7 @@ def test_alerts_that_panels_and_the_runbook_name_exist():
     assert set(re.findall(r"\bBetrace[A-Z]\w+", text)) <= known
 
 
-def test_for_each_alert_there_is_a_case_that_fires_beside_one_that_does_not():
+def test_each_alert_has_a_case_that_fires_and_one_that_does_not():
     fired = set()
     for case in yaml.safe_load((FOLDER / "alerts_test.yaml").read_text())["tests"]:
         series = {re.sub(r"^.*?\{|\}$", "", each["series"]) for each in case["input_series"]}
@@ -129,7 +129,7 @@ def test_for_each_alert_there_is_a_case_that_fires_beside_one_that_does_not():
 
 
 @needs_promtool
-def test_promtool_likes_the_rules_and_the_configuration():
+def test_promtool_accepts_the_rules_and_the_configuration():
     assert f"{len(alerts())} rules found" in promtool("check", "rules", "alerts.yaml")
     promtool("check", "config", "prometheus.yml")
 

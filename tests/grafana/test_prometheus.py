@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes the real service while the demo's shop sends to it."""
+"""A real Prometheus scrapes the service while the demo shop sends spans."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ pytestmark = [
     ),
 ]
 
-WITHOUT_TROUBLE = {  # what has no data while all is well, and the demo has no trouble to show
+WITHOUT_TROUBLE = {  # without data in normal operation, and the demo causes no failures
     "Spans refused, by reason",
     "Requests refused, by reason",
     "Fallbacks: time to write",
 }
-AT_TIMES = {  # while a stage has input just when it is scraped
+AT_TIMES = {  # only if a stage has input during a scrape
     "Stages: without progress",
 }
 
 
 class Prometheus:
-    """The HTTP interface of a Prometheus."""
+    """The HTTP API of Prometheus."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, trust_env=False, timeout=20)
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """``data`` of the answer, None while there is none."""
+        """Return the answer's ``data``, or None."""
         try:
             answer = self._client.get(f"/api/v1/{path}", params=parameters)
         except httpx.TransportError:
             return None
-        if answer.status_code == 503:  # it listens, and does not answer yet
+        if answer.status_code == 503:  # it is listening but not answering yet
             return None
         found = answer.json()
         assert found["status"] == "success", f"{parameters}: {found}"
         return found["data"]
 
     def values(self, query: str) -> list[float]:
-        """The numbers that a query gives now."""
+        """Return the current values of a query."""
         found = self.ask("query", query=query)
         values = [float(each["value"][1]) for each in found["result"]] if found else []
         return [value for value in values if not math.isnan(value)]
@@ -73,7 +73,7 @@ def free_port() -> int:
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """The process until the end of the block, and no longer."""
+    """Run a process until the end of the block."""
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 @contextmanager
 def scraping(directory: Path, service: Running) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes the service once a second."""
+    """Run a Prometheus that scrapes the service once a second."""
     directory.mkdir()
     target = service.metrics.removeprefix("http://")
     config = directory / "prometheus.yml"
@@ -115,7 +115,7 @@ def scraping(directory: Path, service: Running) -> Iterator[Prometheus]:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """One that has seen the shop for a while, and goes on seeing it."""
+    """A Prometheus that has scraped the shop for a while and continues."""
     directory = tmp_path_factory.mktemp("scraped")
     with resources.as_file(resources.files("betrace.service.cli.demo").joinpath("rules")) as rules:
         shutil.copytree(rules, directory / "rules")
@@ -127,7 +127,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             "--endpoint",
             service.ingest,
         ]
-        # First every scenario once, which is counted from 0 and therefore seen as an increase.
+        # First, every scenario once: counted from 0, it is visible as an increase.
         subprocess.run([*command, "--once"], env=environment(), check=True, timeout=60)
         shop = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
         with ended(shop):
@@ -145,7 +145,9 @@ def test_each_panel_has_data_under_the_demos_load(prometheus: Prometheus) -> Non
     assert empty - AT_TIMES == WITHOUT_TROUBLE
 
 
-def test_the_rules_are_evaluated_and_silent_while_all_is_well(prometheus: Prometheus) -> None:
+def test_the_rules_are_evaluated_and_do_not_fire_in_normal_operation(
+    prometheus: Prometheus,
+) -> None:
     def evaluated() -> list[Any] | None:
         (group,) = prometheus.ask("rules")["groups"]
         done = all(rule["health"] != "unknown" for rule in group["rules"])

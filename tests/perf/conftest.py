@@ -1,4 +1,4 @@
-"""Every program's real work, once, with tiny sizes: what it wrote to a directory of the tests."""
+"""Runs every program once with tiny sizes, with its output in a temporary directory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from perf import (
     bench,
     bench_queries,
+    beside,
     cachehits,
     curves,
     flamegraph,
@@ -23,7 +24,7 @@ from perf import (
     summary,
 )
 from perf.lib import bench_caches, rounds
-from perf.report import output as report
+from perf.report import output
 
 Json = dict[str, Any]
 
@@ -35,22 +36,22 @@ class Programs:
         self.out = out
 
     def saved(self, name: str) -> Json:
-        """The JSON that it wrote last."""
+        """Return the JSON that a program wrote last."""
         found: Json = json.loads((self.out / f"{name}.json").read_text())
         return found
 
     def text(self, name: str) -> str:
-        """The table that it printed last."""
+        """Return the table that a program printed last."""
         return (self.out / f"{name}.md").read_text()
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
-    """Programs whose rounds, pauses and stores are small."""
+    """The programs with short rounds and pauses and small stores."""
     out = tmp_path_factory.mktemp("perf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "OUT", out)
-        patch.setattr(report, "PICTURES", out)
+        patch.setattr(output, "OUT", out)
+        patch.setattr(output, "PICTURES", out)
         patch.setattr(summary, "REPORT", out / "REPORT.md")
         patch.setattr(summary, "PICTURES", ".")
         for module in (rounds, bench):
@@ -68,17 +69,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
 
 @pytest.fixture(scope="session")
 def loaded(tiny: Programs) -> Json:
-    """A load of three tenants with some wrong requests, on one service twice."""
+    """A load of three tenants with some invalid requests, twice on one service."""
     given = "--spans 100 --secs 0.6 --warm-up 0.4 --repeats 2 --idle 0.3 --rules 5 --tenants 3"
     load.main([*given.split(), "--wrong=0.1", "--breaches=0.01"])
     return tiny.saved("load")
 
 
 @pytest.fixture(scope="session")
+def compared(tiny: Programs) -> Json:
+    """One row beside the other servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside, "WARM_UP", 0.3)
+        patch.setattr(beside, "IDLE_SECONDS", 0.3)
+        beside.main(["--seconds", "0.5", "--rounds", "2", "--rows", "10000 spans/s, 100 JSON"])
+    return tiny.saved("beside")
+
+
+@pytest.fixture(scope="session")
 def soaked(tiny: Programs) -> Json:
-    """A soak of two slices, at a rate that each machine takes."""
+    """A soak of two slices, at a rate that any machine can take."""
     given = "--secs 2 --slice 1 --warm-up 0.4 --rate 10000 --rules 5 --tenants 2 --idle 0.3"
-    with suppress(SystemExit):  # seconds are too short for slices to be alike
+    with suppress(SystemExit):  # a few seconds are too short for equal slices
         soak.main(given.split())
     return tiny.saved("soak")
 
@@ -94,14 +105,14 @@ def overloaded(tiny: Programs) -> Json:
 
 @pytest.fixture(scope="session")
 def remembered(tiny: Programs) -> Json:
-    """Two cycles, one tenant in a process of its own, three of the 500."""
+    """Two cycles, and one tenant in a separate process."""
     memory.main(["--cycles", "2", "--only", "cycles", *list(memory.CASES)[:1]])
     return tiny.saved("memory")
 
 
 @pytest.fixture(scope="session")
 def cached(tiny: Programs) -> Json:
-    """Some use of the caches."""
+    """A short use of the caches."""
     cachehits.main(["--secs", "2", "--tenants", "3", "--users", "3", "--rules", "2"])
     return tiny.saved("cachehits")
 
@@ -122,8 +133,7 @@ def queried(tiny: Programs) -> Json:
 
 @pytest.fixture(scope="session")
 def curved(tiny: Programs, loaded: Json) -> Json:
-    """Two points of each curve. The service of that of tenants was measured by ``loaded``: here it
-    is only asked again."""
+    """Two points of each curve. The tenants' curve reuses the figures of ``loaded``."""
     row = loaded["rows"]["100"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "measure", lambda options, spans: (row, []))
@@ -134,7 +144,7 @@ def curved(tiny: Programs, loaded: Json) -> Json:
 
 @pytest.fixture(scope="session")
 def sampled(tiny: Programs) -> Json:
-    """The flame graph and the functions; skips where a process may not sample another."""
+    """The flame graph and the functions; skipped if sampling is not permitted."""
     try:
         flamegraph.main(["--secs", "1", "--warm-up", "0.3", "--rules", "5", "--rate", "20000"])
     except SystemExit as error:

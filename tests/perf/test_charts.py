@@ -25,7 +25,7 @@ def words(picture: str) -> list[str]:
     return [each.text or "" for each in ElementTree.fromstring(picture).iter(f"{SVG}text")]
 
 
-def test_a_logarithmic_axis_has_decades_at_equal_distances_and_marks_each_point() -> None:
+def test_a_logarithmic_axis_has_equidistant_decades_and_marks_each_point() -> None:
     line = Series("fold", [(10.0**i, 1.0, 0.9, 1.1) for i in range(1, 5)])
     picture = chart("Cost <&>", "spans", "ratio", [line], (0.8, 1.2))
     ((first, *rest),) = drawn(picture)
@@ -35,7 +35,7 @@ def test_a_logarithmic_axis_has_decades_at_equal_distances_and_marks_each_point(
     assert {"Cost <&>", "spans", "ratio", "fold", "10", "1 k", "10 k"} <= set(words(picture))
 
 
-def test_time_goes_from_zero_in_equal_steps_with_few_marks() -> None:
+def test_a_time_axis_starts_at_zero_with_few_marks() -> None:
     line = Series("MB", [(i + 0.5, 400.0, 400.0, 400.0) for i in range(300)])
     picture = chart("Soak", "seconds", "MB", [line], linear=True)
     ((first, *_, last),) = drawn(picture)

@@ -1,4 +1,4 @@
-"""Each floor's judgement at its edge, and the hints that the runs give for those missed."""
+"""Each floor's verdict at its limit, and the hints for missed floors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load(rate: float = 500_000, errors: float = 0.0, us: float = 3.0, p99: float
 
 
 def called(p50: float, p99: float, items: int = 1, wall: float | None = None) -> Json:
-    """A benchmark's microseconds."""
+    """A benchmark's figures in microseconds."""
     mean = wall or p50
     return {
         "items": items,
@@ -105,10 +105,10 @@ def test_rates_and_errors_of_a_load(given: Json, expected: str) -> None:
 @pytest.mark.parametrize(
     ("run", "given", "what", "expected"),
     [
-        ("load", load(us=3.99), "goal: CPU a span, 100 a request", REACHED),
-        ("load", load(us=4.01), "goal: CPU a span, 100 a request", MISSED),
-        ("load", load(p99=49.9), "goal: p99 of a request, 512 a request", REACHED),
-        ("load", load(p99=50.0), "goal: p99 of a request, 512 a request", MISSED),
+        ("load", load(us=3.99), "CPU a span, 100 a request", REACHED),
+        ("load", load(us=4.01), "CPU a span, 100 a request", MISSED),
+        ("load", load(p99=49.9), "p99 of a request, 512 a request", REACHED),
+        ("load", load(p99=50.0), "p99 of a request, 512 a request", MISSED),
         ("load-500", load(99_000), "500 tenants writing at once, 50 rules each", MISSED),
         ("soak", soak(), "soak", REACHED),
         ("soak", soak(secs=299), "soak", MISSED),
@@ -142,7 +142,7 @@ def test_edges_of_benchmarks(group: str, name: str, given: Json, what: str, expe
     assert bool(found[0][5]) == (expected == MISSED)
 
 
-def test_what_was_not_run_says_which_command_runs_it() -> None:
+def test_a_floor_without_a_run_names_its_command() -> None:
     rows = list(floors.rows({}))
     assert len(rows) == len(floors.FLOORS)
     assert {row[4] for row in rows} == {NOT_RUN}
@@ -154,42 +154,42 @@ def test_what_was_not_run_says_which_command_runs_it() -> None:
     }
 
 
-def test_what_is_reached_has_no_hint() -> None:
-    assert verdict({"load": load()}, "goal: 100 spans a request") == (REACHED, "")
+def test_a_reached_floor_has_no_hint() -> None:
+    assert verdict({"load": load()}, "100 spans a request") == (REACHED, "")
 
 
-def test_a_load_that_is_missed_names_threads_functions_and_waits() -> None:
+def test_a_missed_load_names_threads_functions_and_waits() -> None:
     functions = [
         {"thread": "trio", "function": "send", "file": "a.py", "self": 0.2, "total": 0.2},
         {"thread": "ingest", "function": "scan", "file": "b.py", "self": 0.1, "total": 0.3},
     ]
     profile = {"options": {"spans": 100}, "functions": functions}
     runs = {"load": load(150_000) | {"problems": ["lost 3"]}, "flamegraph": profile}
-    assert verdict(runs, "goal: 100 spans a request")[1] == (
+    assert verdict(runs, "100 spans a request")[1] == (
         "lost 3; CPU by thread, µs a span: trio 2.0 (50%), ingest 1.0 (25%); "
         "functions: send (trio) 20%, scan (ingest) 10%; cores of one thread: trio 0.90; "
-        "ready without a free core, part of the time: trio 31%"
+        "time waiting for a core: trio 31%"
     )
     # The functions were sampled at another size of request.
-    assert "functions" not in verdict(runs, "goal: 512 spans a request")[1]
+    assert "functions" not in verdict(runs, "512 spans a request")[1]
 
 
-def test_a_slow_answer_names_the_cores_and_who_waits_for_one() -> None:
-    said = verdict({"load": load(p99=80)}, "goal: p99 of a request, 100 a request")[1]
+def test_a_slow_answer_names_the_cores_and_waiting_threads() -> None:
+    said = verdict({"load": load(p99=80)}, "p99 of a request, 100 a request")[1]
     assert said == (
         "8 connections, service 1.20 and generator 0.10 of 2 cores; "
-        "ready without a free core, part of the time: trio 31%"
+        "time waiting for a core: trio 31%"
     )
 
 
 @pytest.mark.parametrize(
     ("bare_p99", "said"),
     [
-        (35_800, "takes 50% of the p50 (4.0 ms) and misses it too (p99 35.8 ms): its server"),
-        (4_900, "takes 50% of the p50 (4.0 ms), the rest is the adapter's"),
+        (35_800, "takes 50% of the p50 (4.0 ms) and misses the floor too (p99 35.8 ms): server"),
+        (4_900, "takes 50% of the p50 (4.0 ms); the adapter takes the rest"),
     ],
 )
-def test_the_ledger_is_told_from_its_bare_client(bare_p99: float, said: str) -> None:
+def test_the_ledger_is_compared_with_its_bare_client(bare_p99: float, said: str) -> None:
     ledger = {
         "tigerbeetle 128": called(8000, 25_000),
         "tigerbeetle 128, 20 a second": called(8000, 19_700),
@@ -200,15 +200,15 @@ def test_the_ledger_is_told_from_its_bare_client(bare_p99: float, said: str) -> 
     assert said in hint
 
 
-def test_a_tail_is_told_from_a_middle_that_is_slow() -> None:
+def test_a_slow_tail_is_distinguished_from_a_slow_median() -> None:
     machine = {"load_average_before": 3.0}
     caches = {"key, hit": called(2, 5000), "rules, hit": called(1500, 5000)}
     runs = {"bench": {"caches": caches, "machine": machine}}
-    assert verdict(runs, "cache key, hit")[1].startswith("a tail: p50 is 0% of what is allowed")
+    assert verdict(runs, "cache key, hit")[1].startswith("a tail: p50 is 0% of the limit")
     assert verdict(runs, "cache rules, hit")[1] == "not a tail: p50 1.50 ms"
 
 
-def test_curves_say_what_grew() -> None:
+def test_curves_name_what_grew() -> None:
     def point(x: int, path: float, fold: float, close: float) -> Json:
         ratio = middle(path)
         return {"x": x, "path_us": path, "fold_us": fold, "close_us": close, "ratio": ratio}
@@ -216,10 +216,10 @@ def test_curves_say_what_grew() -> None:
     rules = {"points": [point(10, 1.0, 0.3, 0.4), point(1000, 1.5, 0.7, 0.44)]}
     runs = {"curves": {"curves": {"rules": rules}}}
     grew = "from 10 to 1,000, µs a span: fold +0.40, decode +0.06, close and decide +0.04"
-    assert verdict(runs, "CPU a span, flat: rules of a tenant") == (MISSED, grew)
+    assert verdict(runs, "CPU a span is flat over rules of a tenant") == (MISSED, grew)
 
 
-def test_the_curve_of_tenants_says_which_threads_grew() -> None:
+def test_the_curve_of_tenants_names_threads_that_grew() -> None:
     def point(x: int, path: float, end: float, **threads: float) -> Json:
         shares = {name: used(us, 0.1) for name, us in threads.items()}
         given = {"path_us": path, "to_the_end_us": end, "ratio": middle(path)}
@@ -233,24 +233,23 @@ def test_the_curve_of_tenants_says_which_threads_grew() -> None:
     runs = {"curves": {"curves": {"tenants": {"points": points}}}}
     grew = "from 1 to 500, µs a span: duckdb +2.50, trio +0.50"
     for what in ("tenants, while the load runs", "tenants, until all is stored"):
-        assert verdict(runs, f"CPU a span, flat: {what}") == (MISSED, grew)
+        assert verdict(runs, f"CPU a span is flat over {what}") == (MISSED, grew)
 
 
-def test_runs_without_evidence_give_no_hint() -> None:
-    """Of an older version: there is a verdict all the same."""
+def test_runs_without_evidence_have_no_hint() -> None:
+    """A run of an older version still gets a verdict."""
     old = load(50_000)
     for row in old["rows"].values():
         del row["threads"]
-    assert verdict({"load": old}, "goal: 100 spans a request") == (MISSED, "")
+    assert verdict({"load": old}, "100 spans a request") == (MISSED, "")
     assert hints.said("words", {}) == "words"
 
 
-def test_the_other_runs_say_what_they_saw() -> None:
+def test_hints_of_the_other_runs() -> None:
     failed = soak(p99_ms=2.0)
     assert verdict({"soak": failed}, "soak, last minute ÷ first: p99 of a request") == (
         MISSED,
-        "ready without a free core, part of the time: trio 40%; load average of the machine 0.5 "
-        "before, 1.5 after",
+        "time waiting for a core: trio 40%; load average of the machine 0.5 before, 1.5 after",
     )
     grown = soak(rss_mb=1.2)
     grown["slices"] = [{"rss_mb": 500.0}, {"rss_mb": 580.4}, {"rss_mb": 600.0}]
@@ -263,13 +262,13 @@ def test_the_other_runs_say_what_they_saw() -> None:
     memory = {"cases": {"1000 create/send/delete cycles of a tenant": grown}}
     assert verdict({"memory": memory}, "1000 create/delete cycles of a tenant") == (
         MISSED,
-        "of it +30.0 MB in the second half of the cycles",
+        "+30.0 MB of it in the second half of the cycles",
     )
     stats = {"hitRate": 0.69, "hitCount": 690, "missCount": 310, "evictionCount": 5}
     cachehits = {"caches": {"traceMetadata": stats}, "options": {"secs": 60.0}}
     assert verdict({"cachehits": cachehits}, "hit rate: trace metadata") == (
         MISSED,
-        "310 misses in 1,000 look-ups, 5 evictions, 60 s from an empty cache on",
+        "310 misses in 1,000 look-ups, 5 evictions in 60 s, starting with an empty cache",
     )
     answers = {"traces, page of 1000": {"ms": middle(140)}, "one trace": {"ms": middle(3)}}
     slow = {"answers": answers, "slower_than_100_ms": ["traces, page of 1000"], "traces": 10}

@@ -1,4 +1,4 @@
-"""What the load generator counts when a server refuses, hangs up, stalls or is not there."""
+"""The load generator's counts when a server refuses, closes, stalls or is unreachable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = Callable[[socket.socket, int], None]  # on a connection, to the request
 
 
 def read_request(connection: socket.socket) -> bool:
-    """Whether there was another."""
+    """Return whether there was another request."""
     received = b""
     while b"\r\n\r\n" not in received:
         data = connection.recv(65536)
@@ -33,7 +33,7 @@ def read_request(connection: socket.socket) -> bool:
 
 @contextmanager
 def server(answer: Answer) -> Iterator[str]:
-    """A server of one connection at a time that treats each request so."""
+    """A server with one connection at a time that handles each request with ``answer``."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
 
         def serve() -> None:
@@ -62,7 +62,7 @@ def run(url: str, seconds: float = 0.4, **more: float) -> Result:
     return Generator(Load(url, seconds=seconds, **given), SHAPE, make_bodies(SHAPE, 4)).run()  # type: ignore[arg-type]
 
 
-def test_refusals_are_counted_with_those_that_say_when_and_are_no_failures() -> None:
+def test_refusals_are_counted_and_are_not_failures() -> None:
     def answer(connection: socket.socket, number: int) -> None:
         connection.sendall(say(503, b"Retry-After: 1\r\n") if number % 2 else say(429))
 
@@ -75,13 +75,13 @@ def test_refusals_are_counted_with_those_that_say_when_and_are_no_failures() -> 
     assert refused <= 5  # it waits 0.1 s after each
 
 
-def test_it_waits_as_long_as_it_is_told_where_it_shall() -> None:
+def test_it_honours_retry_after_if_configured() -> None:
     with server(lambda c, _: c.sendall(say(503, b"Retry-After: 9\r\n"))) as url:
         result = run(url, honour_retry_after=True)
     assert result.statuses == {"503": 1}
 
 
-def test_what_was_sent_without_an_answer_is_unknown() -> None:
+def test_spans_sent_without_an_answer_are_unknown() -> None:
     """The server may have accepted it, or not."""
 
     def answer(connection: socket.socket, number: int) -> None:
@@ -93,7 +93,7 @@ def test_what_was_sent_without_an_answer_is_unknown() -> None:
     with server(answer) as url:
         result = run(url)
     assert result.failures > 0
-    # One more may have been under way when the time was over.
+    # One more may have been in progress at the end.
     assert result.all_spans - 5 * result.statuses["200"] in (0, 5)
     assert result.all_unknown_spans - 5 * result.failures in (0, 5)
     assert set(result.errors) <= {"closed before it answered", "receive: ConnectionResetError"}
@@ -106,7 +106,7 @@ def test_other_statuses_are_failures_but_known() -> None:
     assert (result.all_spans, result.all_unknown_spans) == (0, 0)
 
 
-def test_a_connection_that_ends_with_its_answer_is_opened_again() -> None:
+def test_a_connection_closed_after_its_answer_is_reopened() -> None:
     def answer(connection: socket.socket, number: int) -> None:
         connection.sendall(say(200, b"Connection: close\r\n"))
         connection.shutdown(socket.SHUT_RDWR)
@@ -130,13 +130,13 @@ def test_an_answer_in_pieces_is_one_answer() -> None:
     assert result.all_unknown_spans == 0
 
 
-def test_a_server_that_stalls_is_given_up_and_its_spans_are_unknown() -> None:
+def test_requests_to_a_stalled_server_time_out_and_their_spans_are_unknown() -> None:
     with server(lambda *_: None) as url:
         result = run(url, seconds=0.2)
     assert (result.spans, result.all_unknown_spans) == (0, 5)
 
 
-def test_a_server_that_is_not_there_has_taken_nothing() -> None:
+def test_an_unreachable_server_has_accepted_nothing() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as gone:
         port = gone.getsockname()[1]
     result = run(f"http://127.0.0.1:{port}/v1/traces")
@@ -145,7 +145,7 @@ def test_a_server_that_is_not_there_has_taken_nothing() -> None:
 
 
 def test_latency_counts_from_when_a_request_was_due() -> None:
-    """One answer takes 0.1 s. In an open loop the ten that were due meanwhile are late as well."""
+    """One answer takes 0.1 s. In an open loop, the ten requests due meanwhile are late as well."""
 
     def answer(connection: socket.socket, number: int) -> None:
         if number == 3:

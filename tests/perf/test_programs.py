@@ -1,4 +1,4 @@
-"""The programs of perf/ do their work: the sizes are tiny, the accounts must hold all the same."""
+"""The programs of perf/ work: the sizes are tiny, but their checks must pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,13 +16,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from perf import everything, fuzz_wire, generator, memory, summary
+from perf import everything, fuzz_json, fuzz_wire, generator, memory, summary
 from perf.generator import Generator, Load
 from perf.lib import bench_ledger, workload
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.lib.workload import Shape, make_bodies
-from perf.report import floors
-from perf.report import output as report
+from perf.report import floors, output
 from tests.perf.conftest import Programs
 
 pytestmark = pytest.mark.slow
@@ -32,7 +30,7 @@ Json = dict[str, Any]
 
 
 def verdicts(runs: floors.Runs, command: str) -> dict[str, str]:
-    """The verdicts of a command's floors."""
+    """Return the verdicts of a command's floors."""
     rows = zip(floors.FLOORS, floors.rows(runs), strict=True)
     return {row[1]: row[4] for floor, row in rows if floor.command == command}
 
@@ -61,9 +59,24 @@ def test_load_counts_what_it_sent_against_what_was_evaluated_and_stored(
 
 
 def runs_of_loads(loaded: Json) -> floors.Runs:
-    """The runs of perf.load that the report has, all with the figures of one."""
+    """Return the report's runs of perf.load, all with the same figures."""
     values = loaded | {"rows": {str(spans): loaded["rows"]["100"] for spans in (100, 512)}}
     return {name: values for name, _ in summary.LOADS}
+
+
+def test_beside_measures_all_servers_under_the_same_load(compared: Json, tiny: Programs) -> None:
+    (row,) = compared["rows"].values()
+    assert compared["problems"] == []
+    assert row["payload"]["encoding"] == "json"
+    assert set(row["servers"]) == {"BeTrace", "Rotel", "bare HTTP"}
+    for server, runs in row["runs"].items():
+        assert len(runs) == 2
+        found = row["servers"][server]
+        assert found["spans_per_second"]["median"] == pytest.approx(10_000, rel=0.5)
+        assert found["cpu_us_per_span_to_the_end"]["median"] > 0
+        assert found["p99_ms"]["median"] >= found["p50_ms"]["median"] > 0
+    assert all(run["accepted"] == run["evaluated"] > 0 for run in row["runs"]["BeTrace"])
+    assert "| 10000 spans/s, 100 JSON | BeTrace " in tiny.text("beside")
 
 
 def test_soak_has_slices_channels_counts_and_pictures(soaked: Json, tiny: Programs) -> None:
@@ -79,7 +92,8 @@ def test_soak_has_slices_channels_counts_and_pictures(soaked: Json, tiny: Progra
         assert part["rss_mb"] > 50
     assert {"span-ingestion", "trace-correlation", "rule-evaluation"} <= set(soaked["queueing_ms"])
     assert all(ms >= 0 for ms in soaked["queueing_ms"].values())
-    assert all(before[0] < after[0] for before, after in pairwise(soaked["memory"]))
+    times = [at for at, _ in soaked["memory"]]
+    assert times == sorted(times)
     assert is_picture(tiny.out / "soak-rate.svg")
     assert is_picture(tiny.out / "soak-memory.svg")
     judged = verdicts({"soak": soaked}, "soak")
@@ -152,7 +166,7 @@ def test_bench_measures_every_size(benched: Json, tiny: Programs) -> None:
     assert "| stage 1000 " in tiny.text("bench")
 
 
-def test_queries_asks_every_question(queried: Json) -> None:
+def test_queries_runs_every_query(queried: Json) -> None:
     assert queried["traces"] == 2000
     assert {"traces, first page of 100", "signals, next page", "one trace"} <= set(
         queried["answers"]
@@ -199,10 +213,10 @@ def test_summary_of_all_runs_has_a_row_for_each_floor(
     tiny: Programs,
 ) -> None:
     for name, values in runs_of_loads(loaded).items():
-        report.save(name, values)
+        output.save(name, values)
         if name != "load":
             shutil.copy(tiny.out / "load.md", tiny.out / f"{name}.md")
-    summary.main()
+    summary.main([])
     written = summary.REPORT.read_text()
     table = written.split("## Floors")[1].split("\n## ")[0]
     rows = [line for line in table.split("\n") if line.startswith("| ")][1:]
@@ -225,7 +239,12 @@ def test_fuzz_wire_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> No
     assert "40 cases" in capsys.readouterr().out
 
 
-def test_everything_runs_steps_and_names_those_that_failed(
+def test_fuzz_json_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz_json.main(["--cases", "40"])
+    assert "40 cases" in capsys.readouterr().out
+
+
+def test_everything_runs_all_steps_and_lists_failures(
     tiny: Programs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -247,7 +266,7 @@ def test_everything_runs_steps_and_names_those_that_failed(
     shutil.rmtree(written)
 
 
-def test_every_step_of_everything_is_a_program_that_knows_its_arguments() -> None:
+def test_every_step_of_everything_is_a_program_with_valid_arguments() -> None:
     for name, (program, arguments, tiny_arguments, seconds) in everything.STEPS.items():
         module = __import__(f"perf.{program}", fromlist=["main"])
         for given in (arguments, tiny_arguments):
@@ -278,7 +297,7 @@ def target() -> Any:
 def test_the_generator_counts_as_the_service_does(
     target: Service, shape: Shape, bodies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As in a process of its own: it has trace ids that no other generator has.
+    # As in a separate process, use trace ids that no other generator has.
     monkeypatch.setattr(workload, "_FIRST", np.uint64(secrets.randbits(48)))
     before = target.settle(1)
     load = Load(f"{target.ingest}/v1/traces", connections=4, seconds=0.4, warm_up=0.1, rate=4000)
@@ -299,7 +318,7 @@ def test_the_generator_counts_as_the_service_does(
         (["--url", "http://example.com/v1/traces"], "only to http:// on this machine's loopback"),
     ],
 )
-def test_the_generator_says_why_it_cannot_begin(
+def test_the_generator_explains_why_it_cannot_start(
     given: Sequence[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     few = make_bodies(Shape(spans=1), 3)
@@ -319,13 +338,13 @@ def test_there_are_bodies_for_hundreds_of_connections() -> None:
     assert len(make_bodies(Shape(spans=1, gzip=True), least=2500)) == 2500
 
 
-def test_the_process_of_the_generator_says_why_it_ended() -> None:
-    with pytest.raises(RuntimeError, match=r"ended before it said 'ready': .*need as many bodies"):
+def test_the_generator_process_explains_why_it_ended() -> None:
+    with pytest.raises(RuntimeError, match=r"before its event 'ready': .*need as many bodies"):
         GeneratorProcess(["--url", "http://127.0.0.1:1", "--connections", "9", "--bodies", "3"])
 
 
 def test_pictures_of_the_report_are_where_it_says() -> None:
-    """In the repository."""
+    """The pictures of the report in the repository exist."""
     written = (Path(summary.__file__).parent / "REPORT.md").read_text()
     pictures = [
         part.split(")")[0] for part in written.split("![")[1:] for part in [part.split("](")[1]]

@@ -1,4 +1,4 @@
-"""The regression gate: a slowdown fails it, a machine that is slower as a whole does not."""
+"""The regression gate fails on a slowdown, but not on a slower machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from perf import regress
-from perf.report import output as report
+from perf.report import output
 
 OWN, BESIDE = 0.002, 0.001  # CPU seconds of a figure and of the reference
 
@@ -22,7 +22,7 @@ def every(*seconds: float) -> Callable[[], float]:
 
 @pytest.fixture
 def baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(regress, "BASELINE", tmp_path / "baseline.json")
     monkeypatch.delenv("PERF_SLOWDOWN", raising=False)
     return tmp_path / "baseline.json"
@@ -35,13 +35,13 @@ def test_speed_is_a_ratio_to_the_reference_so_a_slow_machine_does_not_change_it(
     assert slow["speed"] == pytest.approx(fast["speed"])
 
 
-def test_neighbours_that_disturb_some_turns_do_not_change_it() -> None:
+def test_disturbances_in_some_turns_do_not_change_it() -> None:
     disturbed = regress.speed("x", every(OWN, OWN, 9 * OWN), every(BESIDE, 5 * BESIDE, BESIDE))
     assert disturbed["speed"] == pytest.approx(0.5)
     assert disturbed["max"] == pytest.approx(9)
 
 
-def test_a_figure_just_above_the_least_is_good_one_below_is_not() -> None:
+def test_the_gate_passes_just_above_the_limit_and_fails_below() -> None:
     assert regress.judge("x", every(OWN), every(BESIDE), 0.5 / 0.91).good
     judged = regress.judge("x", every(OWN), every(BESIDE), 0.5 / 0.89)
     assert not judged.good
@@ -50,7 +50,7 @@ def test_a_figure_just_above_the_least_is_good_one_below_is_not() -> None:
     assert judged.row()[3] == "0.89"
 
 
-def test_a_figure_that_was_disturbed_once_is_tried_again() -> None:
+def test_a_figure_that_was_disturbed_once_is_measured_again() -> None:
     turns = 1 + regress.REPEATS  # one to warm up
     disturbed = [3 * OWN] * turns + [OWN] * turns
     judged = regress.judge("x", every(*disturbed), every(BESIDE), 0.5)
@@ -64,14 +64,14 @@ def test_a_new_figure_is_good() -> None:
     assert judged.row()[-1] == "new"
 
 
-def test_a_slowdown_is_as_large_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_injected_slowdown_has_the_requested_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERF_SLOWDOWN", "other=2,x=1.3")
     slowed = regress.speed("x", every(OWN), every(BESIDE))
     assert slowed["speed"] == pytest.approx(0.5 / 1.3, rel=0.05)
     assert regress.speed("y", every(OWN), every(BESIDE))["speed"] == pytest.approx(0.5)
 
 
-def test_what_is_accepted_is_the_middle_of_three_tries() -> None:
+def test_the_median_of_three_tries_is_accepted() -> None:
     turns = 1 + regress.REPEATS
     tries = [2 * OWN] * turns + [OWN] * turns + [4 * OWN] * turns
     judged = regress.measured("x", every(*tries), every(BESIDE), None)
@@ -81,32 +81,32 @@ def test_what_is_accepted_is_the_middle_of_three_tries() -> None:
 def test_the_gate_passes_and_fails_on_an_injected_slowdown(
     baseline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The real figure. 1.3 is far beyond what noise does to it: 2 to 3 % (standard deviation) with
+    """Uses the real figure. 1.3 is far above its noise, which is 2 to 3 % (standard deviation) with
     twice as many busy processes as cores."""
-    with pytest.raises(SystemExit, match="nothing was accepted yet"):
+    with pytest.raises(SystemExit, match="there is no baseline"):
         regress.main(["--only", "fold"])
     regress.main(["--only", "fold", "--accept"])
     (accepted,) = json.loads(baseline.read_text()).values()
     assert accepted["figures"]["fold"]["speed"] > 0
 
     regress.main(["--only", "fold"])
-    assert json.loads((report.OUT / "regress.json").read_text())["slower"] == []
+    assert json.loads((output.OUT / "regress.json").read_text())["slower"] == []
 
     monkeypatch.setenv("PERF_SLOWDOWN", "fold=1.3")
-    with pytest.raises(SystemExit, match="slower than 90% of what was accepted: fold"):
+    with pytest.raises(SystemExit, match="below 90% of the accepted speed: fold"):
         regress.main(["--only", "fold"])
-    assert json.loads((report.OUT / "regress.json").read_text())["slower"] == ["fold"]
+    assert json.loads((output.OUT / "regress.json").read_text())["slower"] == ["fold"]
     assert "SLOWER" in capsys.readouterr().out
 
 
-def test_each_processor_has_a_baseline_of_its_own(
+def test_each_processor_has_its_own_baseline(
     baseline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = report.machine()
-    monkeypatch.setattr(report, "machine", lambda: real | {"cpu": "one"})
+    real = output.machine()
+    monkeypatch.setattr(output, "machine", lambda: real | {"cpu": "one"})
     regress.main(["--only", "decode", "--accept"])
-    monkeypatch.setattr(report, "machine", lambda: real | {"cpu": "other"})
-    with pytest.raises(SystemExit, match=r"nothing was accepted yet on this processor \(other\)"):
+    monkeypatch.setattr(output, "machine", lambda: real | {"cpu": "other"})
+    with pytest.raises(SystemExit, match=r"no baseline for this processor \(other\)"):
         regress.main(["--only", "decode"])
     regress.main(["--only", "decode", "--accept"])
     kept = json.loads(baseline.read_text())
@@ -123,8 +123,8 @@ def test_a_run_with_a_slowdown_cannot_be_accepted(
     assert not baseline.exists()
 
 
-def test_a_figure_that_there_is_not_is_named(baseline: Path) -> None:
-    with pytest.raises(SystemExit, match="no figure 'folding': there are decode"):
+def test_an_unknown_figure_is_named(baseline: Path) -> None:
+    with pytest.raises(SystemExit, match="unknown figure 'folding'; the figures are decode"):
         regress.main(["--only", "folding"])
 
 

@@ -1,4 +1,4 @@
-"""Tables and heads of reports, and the report of nothing."""
+"""Tables and heads of reports, and the report without runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from perf import everything, soak, summary
-from perf.report import floors
-from perf.report import output as report
+from perf.report import floors, output
 
 
 def test_a_table_is_aligned_markdown() -> None:
-    assert report.table(["", "µs"], [["decode", 1], ["a long name", "22"]]) == "\n".join(
+    assert output.table(["", "µs"], [["decode", 1], ["a long name", "22"]]) == "\n".join(
         [
             "|             | µs |",
             "|-------------|----|",
@@ -25,19 +24,19 @@ def test_a_table_is_aligned_markdown() -> None:
 
 
 def test_a_spread_is_median_least_and_greatest() -> None:
-    found = report.spread([3.0, 1.0, 2.0])
+    found = output.spread([3.0, 1.0, 2.0])
     assert found == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
-    assert report.shown(found, 1) == "2.0 (1.0–3.0)"
-    assert report.shown(report.spread([1234.56]), 1) == "1,234.6"
+    assert output.shown(found, 1) == "2.0 (1.0–3.0)"
+    assert output.shown(output.spread([1234.56]), 1) == "1,234.6"
 
 
-def test_the_machine_is_described_and_a_busy_one_is_called_so() -> None:
-    facts = report.machine()
-    quiet = report.describe(facts | {"load_average_before": 0.1, "cores": 2})
+def test_the_description_mentions_a_busy_machine() -> None:
+    facts = output.machine()
+    quiet = output.describe(facts | {"load_average_before": 0.1, "cores": 2})
     assert "busy" not in quiet
     assert f"Python {facts['python']}" in quiet
     assert f"numba {facts['versions']['numba']}" in quiet
-    assert "machine busy: load average 1.9" in report.describe(
+    assert "machine busy: load average 1.9" in output.describe(
         facts | {"load_average_before": 1.9, "cores": 2}
     )
 
@@ -45,34 +44,32 @@ def test_the_machine_is_described_and_a_busy_one_is_called_so() -> None:
 def test_figures_are_saved_with_their_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "OUT", tmp_path / "out")
-    assert report.saved("x") is None
-    report.say_saved("x", {"µs": 1}, "a table")
-    assert report.saved("x") == {"µs": 1}
+    monkeypatch.setattr(output, "OUT", tmp_path / "out")
+    assert output.saved("x") is None
+    output.say_saved("x", {"µs": 1}, "a table")
+    assert output.saved("x") == {"µs": 1}
     assert (tmp_path / "out" / "x.md").read_text() == "a table\n"
     assert capsys.readouterr().out.strip().endswith("x.json")
 
 
-def test_a_report_of_nothing_says_what_was_not_run(
+def test_a_report_without_runs_lists_what_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "OUT", tmp_path)
+    monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
-    summary.main()
+    summary.main([])
     written = (tmp_path / "REPORT.md").read_text()
     assert written.count(f"| {floors.NOT_RUN} ") == len(floors.FLOORS)
     for command in ("curves", "soak", "overload", "bench", "memory", "cachehits", "queries"):
         assert f"Not run: `make {command}`." in written
 
 
-def test_the_checks_that_failed_are_in_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "OUT", tmp_path)
+def test_failed_checks_are_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
     (tmp_path / "load.json").write_text(json.dumps({"rows": {}, "problems": ["lost 3 spans"]}))
     (tmp_path / "load.md").write_text("the table\n")
-    summary.main()
+    summary.main([])
     assert "the table\n\nChecks failed: lost 3 spans." in (tmp_path / "REPORT.md").read_text()
 
 
@@ -87,13 +84,13 @@ def test_the_last_minute_may_be_better_than_the_first_not_worse() -> None:
 
 
 def test_the_page_has_every_program_and_every_target_of_make() -> None:
-    page = (report.ROOT / "docs" / "performance.md").read_text()
-    makefile = (report.ROOT / "Makefile").read_text()
+    page = (output.ROOT / "docs" / "performance.md").read_text()
+    makefile = (output.ROOT / "Makefile").read_text()
     (targets,) = re.findall(r"^\.PHONY: (load .*)$", makefile, re.MULTILINE)
     assert all(f"| `make {target}` |" in page for target in targets.split())
     programs = {
         path.stem
-        for path in (report.ROOT / "perf").glob("*.py")
+        for path in (output.ROOT / "perf").glob("*.py")
         if "\ndef main(" in path.read_text() and path.stem != "generator"
     }
     named = {"bench_queries": "queries", "everything": "report"}

@@ -20,7 +20,7 @@ not a stack
 """  # noqa: E501
 
 
-def test_samples_share_what_their_thread_used_and_waits_do_not_count() -> None:
+def test_samples_share_their_threads_cpu_and_waits_do_not_count() -> None:
     found = stacks.functions(RAW, CPU)
     assert found["samples"] == 12
     assert found["unseen"] == pytest.approx(0.1)
@@ -42,7 +42,7 @@ def test_recursion_counts_once() -> None:
     assert (only["self"], only["total"]) == (1.0, 1.0)
 
 
-def test_nothing_of_nothing() -> None:
+def test_no_samples() -> None:
     assert stacks.functions("", {}) == {"samples": 0, "unseen": 0, "functions": []}
 
 

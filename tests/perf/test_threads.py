@@ -1,4 +1,4 @@
-"""CPU by thread: what /proc says of real threads, and the sums."""
+"""CPU by thread: readings of real threads in /proc, and their sums."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_names_with_brackets_and_the_first_thread(tmp_path: Path) -> None:
     }
 
 
-def test_threads_of_a_name_are_summed_and_what_no_thread_has_is_of_those_that_ended() -> None:
+def test_threads_of_a_name_are_summed_and_the_rest_is_of_ended_threads() -> None:
     before = {1: Used("trio", 1.0, 0.5, 0.0), 2: Used("duckdb", 2.0, 0.0, 1.0)}
     after = {
         1: Used("trio", 2.0, 1.5, 0.0),

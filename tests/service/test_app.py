@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import trio
 
+from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.pipeline.request import Done
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
@@ -22,15 +23,15 @@ def config(tmp_path):
 async def test_it_is_ready_only_while_it_runs(config):
     with ExitStack() as stack:
         service = open_service(config, stack)()
-        assert not service.ready
-        assert service.components()["service"]["status"] == "starting"
+        assert not service.sources.ready
+        assert components(service.sources)["service"]["status"] == "starting"
         async with trio.open_nursery() as nursery:
             addresses = await nursery.start(service.run)
             assert (addresses.ingest, addresses.api, addresses.metrics) == (None, None, None)
-            assert service.ready
-            assert service.components()["service"]["status"] == "ok"
+            assert service.sources.ready
+            assert components(service.sources)["service"]["status"] == "ok"
             service.stop()
-        assert not service.ready
+        assert not service.sources.ready
         service.close()
 
 
@@ -39,9 +40,9 @@ async def test_readiness_ends_before_the_drain(tmp_path):
     async with running(config) as service:
         service.stop()
         await trio.sleep(0.1)
-        assert not service.ready
-        assert service.components()["service"]["status"] == "stopping"
-        assert await send(service, [S(1)]) == Done(1)  # what still comes in the delay is taken
+        assert not service.sources.ready
+        assert components(service.sources)["service"]["status"] == "stopping"
+        assert await send(service, [S(1)]) == Done(1)  # requests during the delay are accepted
 
 
 async def test_listeners_have_addresses(tmp_path):
@@ -62,27 +63,27 @@ async def test_everything_it_reports_adds_up(config):
     async with running(config) as service:
         await send(service, [S(1), S(2), S(2)])
         await folded(service)
-        assert service.spans_in_flight() == 0
+        assert service.sources.account().in_flight == 0
         await closed(service)
-        numbers = service.performance_metrics()
+        numbers = service.tools.performance.metrics()
         assert numbers["spansAccepted"] == numbers["spansEvaluated"] == 3
         assert numbers["spansInFlight"] == 0
         assert numbers["signalsRaised"] == 2
         assert numbers["stages"]["storage-write"]["out"] >= 1
         assert numbers["stages"]["storage-write"]["errors"] == 0
-        rows = {row["name"]: row for row in service.queue_stats()}
+        rows = {row["name"]: row for row in service.tools.performance.queues()}
         assert rows["span-ingestion"]["capacity"] == config.pipeline.ingest_capacity_spans
         assert rows["span-ingestion"]["peak"] >= 1
         assert rows["span-ingestion"]["currentSize"] == 0
-        assert service.system_stats()["threads"] > 1
-        assert service.trace_windows()["memoryBytes"] >= 0
-        assert all(part["status"] == "ok" for part in service.components().values())
-        assert {"hitCount", "missCount"} <= service.cache_stats()["ruleContainers"].keys()
+        assert service.tools.performance.system()["threads"] > 1
+        assert service.tools.performance.trace_windows()["memoryBytes"] >= 0
+        assert all(part["status"] == "ok" for part in components(service.sources).values())
+        assert {"hitCount", "missCount"} <= service.caches.statistics()["ruleContainers"].keys()
 
 
-async def test_signals_are_told_to_those_who_listen(config):
+async def test_signals_are_sent_to_subscribers(config):
     async with running(config) as service:
-        mine, other = service.subscribe_signals("default"), service.subscribe_signals("other")
+        mine, other = service.subscriptions.open("default"), service.subscriptions.open("other")
         await send(service, [S(1), S(2)])
         with trio.fail_after(10):
             told = {(await mine.receive()).rule_id for _ in range(2)}
@@ -92,27 +93,27 @@ async def test_signals_are_told_to_those_who_listen(config):
             await other.receive()
 
 
-async def test_a_rule_file_that_is_wrong_is_reported_and_the_old_rules_stay(
+async def test_a_wrong_rule_file_is_reported_and_the_old_rules_stay_in_force(
     config, tmp_path, caplog
 ):
     async with running(config) as service:
         (tmp_path / "rules/default/rules.yaml").write_text("rules: [{id: x, condition: '('}]")
         await service.reload_rules()
         await service.reload_rules()
-        assert service.components()["rules"]["status"] == "degraded"
-        assert caplog.text.count("not taken") == 1  # once for each problem
+        assert components(service.sources)["rules"]["status"] == "degraded"
+        assert caplog.text.count("rule file rejected") == 1  # once for each problem
         await send(service, [S(1), S(2)])
         await closed(service)
-        assert service.performance_metrics()["signalsRaised"] == 2
+        assert service.tools.performance.metrics()["signalsRaised"] == 2
         write_rules(tmp_path, {"many": "count(a) > 5"})
         await service.reload_rules()
-        assert service.components()["rules"]["status"] == "ok"
+        assert components(service.sources)["rules"]["status"] == "ok"
 
 
 async def test_a_disk_that_does_not_sync_is_reported(config, monkeypatch):
     async with running(config) as service:
         service.pipeline.sync.failures = 1
-        assert service.components()["span-log"]["status"] == "degraded"
+        assert components(service.sources)["span-log"]["status"] == "degraded"
 
 
 async def test_a_stage_that_is_paused_or_stalls_is_reported(tmp_path):
@@ -120,9 +121,9 @@ async def test_a_stage_that_is_paused_or_stalls_is_reported(tmp_path):
     async with running(config) as service:
         stage = service.pipeline.stages["trace-correlation"]
         stage.pause()
-        assert service.components()["trace-correlation"]["status"] == "degraded"
+        assert components(service.sources)["trace-correlation"]["status"] == "degraded"
         await send(service, [S(1)])
-        assert service.spans_in_flight() == 1
+        assert service.sources.account().in_flight == 1
         stage.resume()
         release = trio.Event()
         handler = stage._handler
@@ -135,23 +136,23 @@ async def test_a_stage_that_is_paused_or_stalls_is_reported(tmp_path):
         stage._handler = slow  # type: ignore[assignment]
         await send(service, [S(2)])
         with trio.fail_after(5):
-            while service.components()["trace-correlation"]["status"] != "failed":
+            while components(service.sources)["trace-correlation"]["status"] != "failed":
                 await trio.sleep(0.05)
         release.set()
         await folded(service)
-        assert service.components()["trace-correlation"]["status"] == "ok"
+        assert components(service.sources)["trace-correlation"]["status"] == "ok"
 
 
-async def test_open_traces_go_on_after_a_restart(tmp_path):
+async def test_open_traces_continue_after_a_restart(tmp_path):
     write_rules(tmp_path, {"two": "count(a) == 2"})
     config = settings(tmp_path, traces={"idle_seconds": 60})
     async with running(config) as service:
         await send(service, [S(1)])
     async with running(config) as service:
         assert service.recovery.replayed.spans == 0
-        assert sum(t.open_count for t in service.traces().values()) == 1
+        assert sum(t.open_count for t in service.pipeline.correlate.tenants.values()) == 1
         await send(service, [S(2, complete=True)])
         await closed(service)
-        assert service.performance_metrics()["signalsRaised"] == 1
+        assert service.tools.performance.metrics()["signalsRaised"] == 1
         found = await trio.to_thread.run_sync(service.store.find_traces, "default", [TRACE.hex()])
         assert found[TRACE.hex()].spans == 2

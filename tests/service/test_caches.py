@@ -8,21 +8,12 @@ from collections import OrderedDict
 
 import pytest
 import trio
-import trio.testing
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
 
 KEYS = st.tuples(st.sampled_from("ab"), st.integers(0, 3))
-
-
-class NoThreads:
-    """The machine below loads in the calling thread only."""
-
-    async def run(self, fn, *args, abandon_on_cancel=False):
-        raise AssertionError("not used")
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -43,7 +34,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = LoadingCache(
             "test",
             self.load,
-            NoThreads(),
             maxsize=maxsize,
             ttl_seconds=10,
             expire_after=expire_after,
@@ -87,14 +77,14 @@ class CacheMachine(RuleBasedStateMachine):
     def get(self, key):
         expected = self.expected(key)
         if expected is not None:
-            assert self.cache.get_blocking(key) == expected
+            assert self.cache.get(key) == expected
             return
         if self.fails:
             with pytest.raises(OSError, match="no"):
-                self.cache.get_blocking(key)
+                self.cache.get(key)
             self.failures += 1
             return
-        found = self.cache.get_blocking(key)
+        found = self.cache.get(key)
         self.loads += 1
         if key[1] == 3:
             assert found is None
@@ -180,22 +170,16 @@ def loader():
 
 
 @pytest.fixture
-def threads():
-    with ThreadRunner("cache", 2) as runner:
-        yield runner
-
-
-@pytest.fixture
-def cache(loader, threads):
-    return LoadingCache("test", loader, threads, maxsize=10, ttl_seconds=60)
+def cache(loader):
+    return LoadingCache("test", loader, maxsize=10, ttl_seconds=60)
 
 
 def getter(cache, found):
-    """A task that puts what it gets, or the error, into a list."""
+    """A task that appends what it gets in a thread, or the error, to a list."""
 
     async def get(key):
         try:
-            found.append(await cache.get(key))
+            found.append(await trio.to_thread.run_sync(cache.get, key))
         except OSError as error:
             found.append(error)
 
@@ -206,16 +190,15 @@ async def test_concurrent_misses_load_once(cache, loader):
     found = []
     get = getter(cache, found)
     async with trio.open_nursery() as nursery:
-        for _ in range(20):
+        for _ in range(21):
             nursery.start_soon(get, "k")
-        nursery.start_soon(trio.to_thread.run_sync, lambda: found.append(cache.get_blocking("k")))
         await loader.has_begun()
         with trio.fail_after(20):
-            while cache.statistics().misses < 21:  # the thread looks when it likes
+            while cache.statistics().misses < 21:  # until all threads have looked
                 await trio.sleep(0.001)
         loader.go.release()
     assert found == ["k1"] * 21
-    assert await cache.get("k") == "k1"
+    assert cache.get("k") == "k1"
     stats = cache.statistics()
     assert (stats.hits, stats.misses, stats.loads) == (1, 21, 1)
     assert stats.hit_rate == 1 / 22
@@ -229,74 +212,17 @@ async def test_a_failed_load_reaches_all_and_is_not_kept(cache, loader):
         for _ in range(3):
             nursery.start_soon(get, "k")
         await loader.has_begun()
-        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(20):
+            while cache.statistics().misses < 3:
+                await trio.sleep(0.001)
         loader.go.release()
     assert [str(each) for each in found] == ["disk"] * 3
     loader.error = None
     loader.go.release()
-    assert await cache.get("k") == "k2"
+    assert cache.get("k") == "k2"
     stats = cache.statistics()
     assert (stats.loads, stats.load_failures) == (1, 1)
     assert stats.to_json()["averageLoadPenaltyMs"] > 0
-
-
-async def test_a_cancelled_task_leaves_its_load_to_the_others(cache, loader):
-    found = []
-    get = getter(cache, found)
-    async with trio.open_nursery() as nursery:
-        with trio.CancelScope() as first:
-            async with trio.open_nursery() as inner:
-                inner.start_soon(get, "k")
-                await loader.has_begun()
-                nursery.start_soon(get, "k")
-                await trio.testing.wait_all_tasks_blocked()
-                first.cancel()
-        assert found == []
-        loader.go.release()
-    assert found == ["k1"]
-    assert cache.peek("k") == "k1"
-    assert loader.calls == ["k"]
-
-
-async def test_who_is_cancelled_before_the_load_began_is_replaced(loader):
-    with ThreadRunner("cache", 1) as threads:
-        cache = LoadingCache("test", loader, threads, maxsize=10, ttl_seconds=60)
-        found = []
-        get = getter(cache, found)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(get, "other")  # takes the only thread
-            await loader.has_begun()
-            with trio.CancelScope() as first:
-                async with trio.open_nursery() as inner:
-                    inner.start_soon(get, "k")
-                    await trio.testing.wait_all_tasks_blocked()
-                    nursery.start_soon(get, "k")
-                    await trio.testing.wait_all_tasks_blocked()
-                    first.cancel()
-            loader.go.release(2)
-        assert sorted(found) == ["k2", "other1"]
-        assert cache.statistics().misses == 3
-
-
-async def test_a_thread_does_not_wait_for_a_task_that_waits_for_it(loader):
-    """The only thread looks a key up whose load a task was to begin in that thread."""
-    with ThreadRunner("cache", 1) as threads:
-        cache = LoadingCache("test", loader, threads, maxsize=10, ttl_seconds=60)
-        found = []
-        loader.go.release()
-        held = threading.Event()
-
-        def hold():
-            assert held.wait(20)
-            found.append(cache.get_blocking("k"))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(threads.run, hold)
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(getter(cache, found), "k")
-            await trio.testing.wait_all_tasks_blocked()
-            held.set()
-        assert found == ["k1", "k1"]
 
 
 @pytest.mark.parametrize("how", ["one", "many", "tenant", "all"])
@@ -316,13 +242,13 @@ async def test_what_is_invalidated_while_it_loads_is_not_kept(cache, loader, how
         await loader.has_begun()
         loader.go.release(2)
     assert sorted(found) == ["k1", "k2"]
-    assert await cache.get("k") == "k2"
+    assert cache.get("k") == "k2"
     assert cache.statistics().evictions == 0
 
 
 async def test_an_invalidation_of_another_key_leaves_a_load(cache, loader):
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(cache.get, "k")
+        nursery.start_soon(trio.to_thread.run_sync, cache.get, "k")
         await loader.has_begun()
         cache.invalidate_where(lambda key: key == "l")
         cache.invalidate("l")
@@ -334,17 +260,10 @@ async def test_an_invalidation_of_another_key_leaves_a_load(cache, loader):
 async def test_many_are_invalidated_at_once(cache, loader):
     loader.go.release(4)
     for key in "klmn":
-        await cache.get(key)
+        cache.get(key)
     assert cache.invalidate_all({"k", "l", "x"}) == 2  # fewer than there are, and then more
     assert cache.invalidate_all({"m", "x", "y", "z"}) == 1
     assert [cache.peek(key) for key in "klmn"] == [None, None, None, "n4"]
-
-
-async def test_a_closed_runner_is_told_to_all(cache, threads):
-    threads.close()
-    for _ in range(2):
-        with pytest.raises(trio.ClosedResourceError):
-            await cache.get("k")
 
 
 @pytest.mark.parametrize(
@@ -357,10 +276,10 @@ async def test_a_closed_runner_is_told_to_all(cache, threads):
 )
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match="cache test"):
-        LoadingCache("test", str, NoThreads(), **wrong)
+        LoadingCache("test", str, **wrong)
 
 
-def test_threads_look_up_at_once():
+def test_concurrent_look_ups_and_invalidations():
     """Many threads, few keys, invalidations between: no value that was dropped comes back."""
     current = dict.fromkeys(range(4), 0)
 
@@ -369,11 +288,11 @@ def test_threads_look_up_at_once():
         time.sleep(0.0001)
         return value + 1
 
-    cache = LoadingCache("test", load, NoThreads(), maxsize=3, ttl_seconds=60)
+    cache = LoadingCache("test", load, maxsize=3, ttl_seconds=60)
 
     def read():
         for k in range(300):
-            cache.get_blocking(k % 4)
+            cache.get(k % 4)
 
     def write():
         for k in range(300):
@@ -386,4 +305,4 @@ def test_threads_look_up_at_once():
         worker.start()
     for worker in workers:
         worker.join(20)
-    assert all(cache.get_blocking(key) == current[key] + 1 for key in current)
+    assert all(cache.get(key) == current[key] + 1 for key in current)

@@ -1,4 +1,4 @@
-"""The engine without the pipeline: spans in, standing breaches out."""
+"""The engine without the pipeline: spans in, active breaches out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.rules.format import format_rule
@@ -17,8 +16,9 @@ from betrace.service.signals import Kind, Signal
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, SPANS
-from betrace.service.traces.signal_history import Rule, Told, told_of
+from betrace.service.traces.signal_history import RuleVersion, SignalHistory, rule_signals
 from betrace.service.traces.tenant_traces import Recalled, TenantTraces
+from betrace.service.traces.verdicts import decide_due
 
 
 def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
@@ -28,28 +28,28 @@ def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
     return compile_rules(definitions, version)
 
 
-def standing(signals: Sequence[Signal]) -> set[tuple[str, str]]:
-    """Trace and rule of what was raised and not retracted, in whatever order the signals are. Of
-    each episode there is one signal of each kind at most, and only the last may stand."""
+def active(signals: Sequence[Signal]) -> set[tuple[str, str]]:
+    """Trace and rule of the signals, in any order, that were raised and not retracted. Checks that
+    each episode has at most one signal of each kind, and that only the last one is active."""
     ids: dict[tuple[str, str, int, Kind], str] = {}
     for s in signals:
         assert ids.setdefault((s.trace_id, s.rule_id, s.episode, s.kind), s.id) == s.id
     raised = {key[:3] for key in ids if key[3] is Kind.RAISED}
-    stands = [key for key in raised if (*key, Kind.RETRACTED) not in ids]
-    assert not any((trace, rule, n + 1) in raised for trace, rule, n in stands)
-    found = {key[:2] for key in stands}
-    assert len(found) == len(stands)
+    left = [key for key in raised if (*key, Kind.RETRACTED) not in ids]
+    assert not any((trace, rule, n + 1) in raised for trace, rule, n in left)
+    found = {key[:2] for key in left}
+    assert len(found) == len(left)
     return found
 
 
-def told_by(signals: Sequence[Signal], trace_id: str) -> Told:
-    """What signals say of a trace, as the query store counts them."""
-    of: dict[Rule, dict[str, Signal]] = {}
+def signal_history(signals: Sequence[Signal], trace_id: str) -> SignalHistory:
+    """The history of a trace, counted as the query store does."""
+    of: dict[RuleVersion, dict[str, Signal]] = {}
     for signal in signals:
         if signal.trace_id == trace_id:
             of.setdefault((signal.rule_id, signal.rule_version), {})[signal.id] = signal
     return {
-        rule: told_of(
+        rule: rule_signals(
             sum(s.kind is Kind.RAISED for s in own.values()),
             sum(s.kind is Kind.RETRACTED for s in own.values()),
             list(own.values())[-1].clause,
@@ -59,10 +59,10 @@ def told_by(signals: Sequence[Signal], trace_id: str) -> Told:
 
 
 class Engine:
-    """Folds request bodies and keeps what the signals say: ``standing`` (trace id, rule id).
+    """Folds request bodies and collects the signals; ``active`` are pairs (trace id, rule id).
 
-    Its log is a list of bodies, at the positions 1, 2, ...; its index holds the positions and span
-    counts of closed traces, by (hi, lo).
+    Its log is a list of bodies at the positions 1, 2, ...; its index has the positions and span
+    counts of closed traces by (hi, lo).
     """
 
     def __init__(self, rules: Sequence[RuleSyntax], tenant: str = "t") -> None:
@@ -91,7 +91,7 @@ class Engine:
                 self._decide(table.close(folded.completed, self.now))
 
     def history(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
-        """What the index and the log have of closed traces."""
+        """Reads closed traces from the index and the log."""
         found = [pair for pair in map(tuple, ids.tolist()) if pair in self.index]
         if not found:
             return
@@ -100,12 +100,10 @@ class Engine:
         batch.positions = np.array(positions, np.int64)
         batch.received_ns = self.now
         self.recalled += len(found)
-        told = [self.told(f"{hi % 2**64:016x}{lo % 2**64:016x}") for hi, lo in found]
-        yield Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0], told)
-
-    def told(self, trace_id: str) -> Told:
-        """What the signals of a trace say, as the query store counts them."""
-        return told_by(self.signals, trace_id)
+        histories = [
+            signal_history(self.signals, f"{hi % 2**64:016x}{lo % 2**64:016x}") for hi, lo in found
+        ]
+        yield Recalled(np.array(found, np.int64), [True] * len(found), batch, ids[:0], histories)
 
     def forget(self) -> None:
         """Free all closed traces."""
@@ -118,13 +116,13 @@ class Engine:
             self._decide(due)
 
     def restart(self) -> None:
-        """Go on from a snapshot, as after a restart."""
+        """Continue from a snapshot, as after a restart."""
         self.traces = TenantTraces.restored(self.traces.snapshot())
 
     @property
-    def standing(self) -> set[tuple[str, str]]:
-        """What was raised and not retracted; never twice at a time."""
-        return standing(self.signals)
+    def active(self) -> set[tuple[str, str]]:
+        """What was raised and not retracted."""
+        return active(self.signals)
 
     def _decide(self, due: DueTraces) -> None:
         for row in due.rows if due.closed else ():

@@ -1,5 +1,5 @@
 """The correlate stage with its log, index, dead letters and checkpoints, and steps of a fold that
-fail when they are told to. For tests only."""
+fail on demand. For tests only."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ import pytest
 from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import CorrelateStage, NotNow, TraceLimits
-from betrace.service.pipeline.stages.evaluate import decide_due
-from betrace.service.rules import names as names_module
+from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, NotNow, TraceLimits
+from betrace.service.rules import names
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.parse import parse
 from betrace.service.signals import Signal
-from betrace.service.traces import fold_kernels as fold_module
-from betrace.service.traces import folding as run_module
-from betrace.service.traces import pools
-from betrace.service.traces import sweep_kernels as upkeep
-from betrace.service.traces import table as table_module
+from betrace.service.traces import fold_kernels, folding, pools, sweep_kernels, table
 from betrace.service.traces.arrays import empty_arrays
 from betrace.service.traces.checkpoint import Snapshot, read_latest, write_checkpoint
 from betrace.service.traces.due import DueTraces
@@ -32,8 +27,8 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, REPEATED, SPANS
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import Recalled, TenantTraces
-from betrace.service.traces.window import Windows
-from tests.support.engine import compiled, standing, told_by
+from betrace.service.traces.verdicts import decide_due
+from tests.support.engine import active, compiled, signal_history
 from tests.support.oracle import OracleSpan, breach
 from tests.support.spans import S, body
 
@@ -49,19 +44,19 @@ RULES = (
 )
 
 STEPS: tuple[tuple[Any, str], ...] = (
-    (fold_module, "fold"),
-    (fold_module, "add_asked"),
+    (fold_kernels, "fold"),
+    (fold_kernels, "add_asked"),
     (pools, "find_slot"),
-    (upkeep, "count_entries"),
-    (upkeep, "copy_out"),
-    (upkeep, "clear_dirty"),
-    (upkeep, "close"),
-    (upkeep, "reopen"),
-    (run_module, "doubled"),
-    (run_module, "evaluate"),
-    (table_module, "grown"),
-    (table_module, "broken"),
-    (table_module, "next_steps"),
+    (sweep_kernels, "count_entries"),
+    (sweep_kernels, "copy_out"),
+    (sweep_kernels, "clear_dirty"),
+    (sweep_kernels, "close"),
+    (sweep_kernels, "reopen"),
+    (folding, "doubled"),
+    (folding, "evaluate"),
+    (table, "grown"),
+    (table, "broken"),
+    (table, "next_signals"),
     (TraceTable, "copy"),
     (TraceTable, "close"),
     (TraceTable, "recall"),
@@ -74,14 +69,14 @@ STEPS: tuple[tuple[Any, str], ...] = (
 
 
 class Fault:
-    """Lets the steps of a fold fail: after so many that work, so many times."""
+    """Makes steps of a fold fail: a number of times, after a number of successful steps."""
 
     def __init__(self) -> None:
         self._after = self._times = 0
         self._spared = False
         self.met = 0
         self.only: str | None = None
-        """The name of a step, where no other fails."""
+        """The name of the only step that fails; None for all."""
 
     def arm(self, after: int, times: int = 1) -> None:
         self._after, self._times = after, times
@@ -97,7 +92,7 @@ class Fault:
 
     @contextmanager
     def spared(self) -> Iterator[None]:
-        """Within, nothing fails."""
+        """Inside, nothing fails."""
         before, self._spared = self._spared, True
         try:
             yield
@@ -106,7 +101,7 @@ class Fault:
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
-        """Within, the steps may fail, and everything is too small at first."""
+        """Inside, the steps may fail, and all capacities are too small at first."""
 
         def failing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def step(*args: Any, **more: Any) -> Any:
@@ -124,14 +119,14 @@ class Fault:
             for owner, name in STEPS:
                 patch.setattr(owner, name, failing(name, getattr(owner, name)))
             patch.setattr(TraceTable, "drop", undo)
-            patch.setattr(table_module, "empty_arrays", _tiny)
-            patch.setattr(names_module, "_LEARNED_SLOTS", 8)
-            patch.setattr(names_module, "_LEARNED_CHECKS", 12)
+            patch.setattr(table, "empty_arrays", _tiny)
+            patch.setattr(names, "_LEARNED_SLOTS", 8)
+            patch.setattr(names, "_LEARNED_CHECKS", 12)
             yield
 
 
 class World:
-    """A stage, what it reads and what reads it."""
+    """A stage, its inputs and its outputs."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -142,12 +137,12 @@ class World:
         self.log: list[bytes] = []
         self.sent: list[S] = []
         self.letters: list[list[int]] = []
-        self.recovered: list[list[int]] = []  # letters in traces that no checkpoint has yet
+        self.recovered: list[list[int]] = []  # letters in traces that are in no checkpoint yet
         self.signals: list[Signal] = []
         self.index: dict[tuple[int, int], tuple[set[int], int]] = {}
         self.crashes = 0
         self.repeated = 0
-        """Spans that a trace was given a second time."""
+        """The most spans that a trace received twice."""
         self._begin()
 
     def _begin(self) -> None:
@@ -161,16 +156,15 @@ class World:
             self.progress,
             self.in_flight,
             TraceLimits(2 * SECOND, 3600 * SECOND, 1, 3600 * SECOND, 1000, 1000),
-            self.closed,
-            self.history,
-            Windows(),
+            LateSpans(self.closed, self.history),
             lambda: self.now,
         )
 
-    # What happens
+    # Events
 
     def send(self, requests: list[list[S]], attempts: int = 1) -> None:
-        """Append requests to the log and deliver them as one batch, a few times, then bury it."""
+        """Append requests to the log and deliver them as one batch, at most ``attempts`` times;
+        after that it becomes a dead letter."""
         bodies = [body(*spans) for spans in requests if spans]
         self.sent += [span for spans in requests for span in spans]
         first = len(self.log) + 1
@@ -192,7 +186,7 @@ class World:
             self.progress.folded("t", self.letters[-1])
 
     def retry(self, attempts: int = 1) -> None:
-        """Deliver what was buried again."""
+        """Deliver the dead letters again."""
         letters, self.letters = self.letters, []
         for positions in letters:
             self.progress.register("t", positions)
@@ -201,7 +195,7 @@ class World:
                 self.recovered.append(positions)
 
     def close(self, seconds: float = 3) -> None:
-        """Let the clock tick; where that fails, the service dies."""
+        """Let the timer run; if that fails, the service crashes."""
         self.now += int(seconds * SECOND)
         found, error = self.stage._close_due()
         self.decide(found)
@@ -215,12 +209,12 @@ class World:
             traces.evict(self.now + 10**12, 1, 0, self.closed)
 
     def new_rules(self) -> None:
-        """The same rules as another version."""
+        """Use the same rules as another version."""
         self.versions += 1
         self.rules = compiled([parse(rule) for rule in RULES], f"v{self.versions}")
 
     def checkpoint(self) -> bool:
-        """Save the traces; whether they were."""
+        """Save the traces; returns whether they could be saved."""
         try:
             snapshot = self.stage.snapshot()
         except NotNow:
@@ -230,7 +224,7 @@ class World:
         return True
 
     def crash(self) -> None:
-        """Go on from the last checkpoint, and the log beyond it."""
+        """Continue from the last checkpoint and the log after it."""
         self.crashes += 1
         self._begin()
         saved = read_latest(self.directory)
@@ -253,10 +247,10 @@ class World:
         self.stage.replayed()
         self.stage.caught_up.set()
 
-    # What is there
+    # State
 
     def spans_of(self, trace: bytes) -> int:
-        """How many spans an open trace has."""
+        """The number of spans of an open trace."""
         due = self.stage.look_up("t", trace.hex())
         return 0 if due is None else due.spans
 
@@ -267,14 +261,15 @@ class World:
         return batch
 
     def history(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
-        """What the index and the log have of closed traces, one in each round."""
+        """Reads closed traces from the index and the log, one at a time."""
         for pair in map(tuple, ids.tolist()):
             self.fault.meet("history")
             if pair in self.index:
                 batch = self.read(sorted(self.index[pair][0]))
-                told = told_by(self.signals, f"{pair[0] % 2**64:016x}{pair[1] % 2**64:016x}")
+                trace_id = f"{pair[0] % 2**64:016x}{pair[1] % 2**64:016x}"
+                history = signal_history(self.signals, trace_id)
                 id = np.array([pair], np.int64)
-                yield Recalled(id, [True], batch, ids[:0], [told])
+                yield Recalled(id, [True], batch, ids[:0], [history])
 
     def decide(self, found: list[DueTraces]) -> None:
         for due in found:
@@ -291,23 +286,23 @@ class World:
             self.in_flight.leave(due.ticket)
 
     def settle(self) -> None:
-        """Do what is left to do, without faults, and close all traces."""
+        """Do the remaining work without faults, and close all traces."""
         self.fault.arm(0, 0)
         self.stage.caught_up.set()
         self.retry()
         assert not self.letters
         self.close()
-        assert not self.stage._held.open
+        assert not self.stage._totals.open
 
     def check(self) -> None:
-        """What stands is what the oracle says, and each trace has its spans."""
+        """The active signals are those of the oracle, and each trace has all its spans."""
         traces: dict[bytes, list[OracleSpan]] = {}
         for s in self.sent:
             attributes = {"x": s.x} if s.x is not None else {}
             span = OracleSpan(s.name, s.trace, s.id.to_bytes(8, "big"), s.start, s.end)
             traces.setdefault(s.trace, []).append(span)
             span.attributes.update(attributes)
-        assert standing(self.signals) == {
+        assert active(self.signals) == {
             (trace.hex(), f"r{i}")
             for trace, spans in traces.items()
             for i, rule in enumerate(RULES)

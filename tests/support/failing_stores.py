@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from betrace.service.pipeline.stages.evaluate import Decided
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.signals import Kind, Signal, signal_id
@@ -27,6 +26,7 @@ from betrace.service.traces.layout import (
     SLOT_COLUMNS,
     SPANS,
 )
+from betrace.service.traces.verdicts import Decided
 from tests.support.virtual import hanging
 
 RULES = compile_rules([make_rule({"id": "no-loop", "condition": 'count("loop") < 2'})], "v1")

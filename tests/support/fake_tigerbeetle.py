@@ -1,7 +1,7 @@
-"""A TigerBeetle cluster in memory, and clients of it that do as the test says. For tests only.
+"""A TigerBeetle cluster in memory, and clients that follow a test's script.
 
-It keeps what matters to the adapter: an id that was refused is refused for ever after, a transfer
-needs its accounts, a repeat must be identical, and a request may be too large.
+It has the rules that matter to the adapter: a refused id is refused for ever, a transfer needs its
+accounts, a repetition must be identical, and a request may be too large.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ A, T = tb.CreateAccountStatus, tb.CreateTransferStatus
 
 @dataclass
 class Cluster:
-    """The state, and the clients that were made. ``script`` gives for each call of a client an
-    exception to raise, or a function to call first (which may block)."""
+    """The state, and the clients that were made. For each call of a client, ``script`` yields an
+    exception to raise, or a function to call first, which may block."""
 
     batch: int = 8189
     accounts: dict[int, tb.Account] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Cluster:
         default_factory=lambda: iter(())
     )
     after: Callable[[], None] = field(default=lambda: None)
-    """Called when a request was carried out, before its answer."""
+    """Called after a request was carried out and before its answer."""
     lock: Any = field(default_factory=threading.RLock)
 
     def connect(self, cluster_id: int, addresses: str) -> ScriptedClient:
@@ -65,8 +65,8 @@ class Cluster:
 
 
 class ScriptedClient:
-    """``tigerbeetle.ClientSync`` on a :class:`Cluster`: closing it twice, or while a call runs, is
-    an error."""
+    """``tigerbeetle.ClientSync`` on a :class:`Cluster`. Closing it twice or during a call is an
+    error."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster

@@ -1,4 +1,4 @@
-"""What is in grafana/, and which metrics it names."""
+"""The files in grafana/, and the metrics that they name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_promtool = pytest.mark.skipif(
 
 
 def promtool(*arguments: str, given: bytes = b"") -> str:
-    """What promtool prints; it must like what it is given."""
+    """Return promtool's output; it must succeed."""
     ran = subprocess.run(
         ["promtool", *arguments], input=given, capture_output=True, cwd=FOLDER, timeout=60
     )
@@ -42,12 +42,12 @@ def dashboard() -> Json:
 
 
 def panels() -> Iterator[Json]:
-    """The panels that are no rows."""
+    """Yield the panels, without rows."""
     yield from (panel for panel in dashboard()["panels"] if panel["type"] != "row")
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Each query with its panel's title; variables as for all jobs and instances."""
+    """Yield each query with its panel's title, for all jobs and instances."""
     for panel in panels():
         for target in panel["targets"]:
             query = target["expr"].replace("$__rate_interval", "5m")
@@ -62,5 +62,5 @@ def alerts() -> list[Json]:
 
 
 def metrics_of(query: str) -> set[str]:
-    """The metrics that PromQL names."""
+    """Return the metrics named in PromQL."""
     return set(_METRIC.findall(_STRING.sub('""', query)))

@@ -1,4 +1,4 @@
-"""A destination of signals: a real HTTP server that answers as it is told."""
+"""A destination of signals: an HTTP server with scripted answers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 
 @dataclass
 class Receiver:
-    """What came, and what is answered: ``answers`` first, then 200."""
+    """The requests received, and the answers: first ``answers``, then 200."""
 
     url: str = ""
     requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     refuses: str | None = None
-    """Text; requests that have it are answered with 400."""
+    """Requests that contain this text are answered with 400."""
 
     def taken(self) -> list[bytes]:
         return [body for headers, body in self.requests if headers["answered"] == "200"]
 
     def records(self) -> list[Any]:
-        """The log records of the requests that were taken."""
+        """Return the log records of the accepted requests."""
         return [
             record
             for body in self.taken()

@@ -1,4 +1,4 @@
-"""What the tests of the HTTP side share: a scripted channel, and a client on a raw socket."""
+"""Shared by the HTTP tests: a scripted channel and a client on a raw socket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betrace.service.pipeline.request import Done, Refused, Request
 
 @dataclass
 class ScriptedQueue:
-    """Takes requests, and answers each with ``outcome`` at once (None: never)."""
+    """Accepts requests and answers each with ``outcome`` at once (None: never)."""
 
     fill: float = 0.0
     room: bool = True
@@ -29,7 +29,7 @@ class ScriptedQueue:
             raise trio.WouldBlock
         self.taken.append(item)
         if self.outcome is not None:
-            item.release()  # as the stage does that takes it from the queue
+            item.release()  # as the stage does
             item.reply.set(self.outcome)
 
     async def offer(self, item: Request, timeout: float) -> bool:
@@ -42,7 +42,7 @@ class ScriptedQueue:
 
 
 class RawClient:
-    """One connection: sends bytes as they are, reads whole responses."""
+    """One connection: sends raw bytes, reads whole responses."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
@@ -68,7 +68,7 @@ class RawClient:
         return int(first.split()[1]), headers, body
 
     async def closed(self, within: float = 10) -> bool:
-        """Whether the server ends the connection within that many seconds."""
+        """Whether the server closes the connection within ``within`` seconds."""
         with trio.move_on_after(within):
             try:
                 while await self.stream.receive_some():
@@ -105,7 +105,7 @@ class Served:
 
 @asynccontextmanager
 async def serving(app, **options) -> AsyncIterator[Served]:
-    """Serve an application while the context is open; ends within 10 seconds."""
+    """Serve an application while the context is open; it must end within 10 seconds."""
     shutdown = trio.Event()
 
     async def run(task_status):

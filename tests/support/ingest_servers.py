@@ -1,4 +1,4 @@
-"""What the tests of the ingestion listeners share: one started either way, and raw requests."""
+"""What the tests of the ingestion listener share: a running listener and raw requests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from betrace.service.api.asgi import serve
-from betrace.service.api.ingest_app import ingest_app
-from betrace.service.config.settings import Ingest, Tls
+from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
 from betrace.service.receiver.server import serve_ingest
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue, Served
 
 MIB = 1 << 20
@@ -27,7 +25,7 @@ MIB = 1 << 20
 
 @dataclass
 class Listening(Served):
-    """A listener, its edge, and what the edge queued."""
+    """A listener, its edge, and the requests that the edge queued."""
 
     edge: Edge = None
     queue: ScriptedQueue = None
@@ -39,7 +37,6 @@ class Listening(Served):
 
 @asynccontextmanager
 async def listening(
-    kind: str = "lean",
     queue: ScriptedQueue | None = None,
     *,
     tls: Tls | None = None,
@@ -48,18 +45,14 @@ async def listening(
     authenticator=None,
     **settings,
 ) -> AsyncIterator[Listening]:
-    """The listener on a free port while the context is open. Fails when it does not end within
-    10 seconds after that, or leaves memory reserved."""
+    """The listener on a free port while the context is open. Fails if it does not end within
+    10 seconds after that, or if memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
-    edge = Edge(ingest, queue, Quotas(), authenticator)
+    edge = Edge(ingest, queue, SpanQuotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
-    if kind == "lean":
-        start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
-    else:
-        options["keep_alive_seconds"] = ingest.keep_alive_seconds
-        start = partial(serve, ingest_app(edge, ingest), address, shutdown, **options)
+    start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
     async with trio.open_nursery() as nursery:
         served = Listening(await nursery.start(start), shutdown, edge=edge, queue=queue)
         try:
@@ -74,7 +67,7 @@ async def listening(
 
 
 def post(body: bytes, *headers: str, path: str = "/v1/traces", version: str = "1.1") -> bytes:
-    """A request as bytes, with Content-Length unless ``headers`` say how long it is."""
+    """A request as bytes, with Content-Length unless ``headers`` give the length."""
     lines = [f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/x-protobuf"]
     lines += headers
     if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
@@ -94,7 +87,7 @@ async def until(condition) -> None:
 
 
 def write_certificate(directory) -> Tls:
-    """A certificate for 127.0.0.1, signed by itself."""
+    """A self-signed certificate for 127.0.0.1."""
     certificate, key = directory / "c.pem", directory / "k.pem"
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])

@@ -1,4 +1,4 @@
-"""The whole service in this process, without listeners, on a directory; and its sudden death."""
+"""The whole service in this process, without listeners; it can be stopped or killed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from betrace.service.app import Service, open_service
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.signals import Signal
-from tests.support.engine import standing as traces_standing
+from tests.support.engine import active
 from tests.support.spans import S, body
 
 OFF = {"address": "off"}
 
 
 def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
-    """Settings for a service on ``directory``, whose traces are idle soon."""
+    """Settings for a service on ``directory`` with a short idle time of traces."""
     given: dict[str, Any] = {
         "storage": {"path": directory / "data"},
         "ingest": OFF,
@@ -39,7 +39,7 @@ def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
 
 
 def write_rules(directory: Path, rules: dict[str, str], tenant: str = "default") -> None:
-    """Rules by id as a file of the tenant."""
+    """Write rules by id to a rule file of the tenant."""
     folder = directory / "rules" / tenant
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"  - id: {id}\n    condition: '{text}'\n" for id, text in rules.items()]
@@ -60,7 +60,7 @@ def opened(config: Settings) -> Iterator[Service]:
 
 @asynccontextmanager
 async def running(config: Settings, *, die: bool = False) -> AsyncIterator[Service]:
-    """The service until the block ends: then it drains, or dies without saving anything."""
+    """Run the service until the block ends; then it drains, or dies without saving anything."""
     with ExitStack() as stack:
         service = open_service(config, stack)()
         try:
@@ -74,7 +74,7 @@ async def running(config: Settings, *, die: bool = False) -> AsyncIterator[Servi
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(5):
                 while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
-                    await trio.sleep(0.01)  # a dead process would have no threads left
+                    await trio.sleep(0.01)  # a dead process has no threads
             service.close()
 
 
@@ -98,15 +98,15 @@ def ledger_signals(service: Service, tenant: str = "default") -> list[Signal]:
     return [signal for _, signal in service.ledger.entries(tenant, 0, 1000)]
 
 
-def standing(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
-    """Trace and rule of what was raised and not retracted."""
-    return traces_standing(ledger_signals(service, tenant))
+def active_signals(service: Service, tenant: str = "default") -> set[tuple[str, str]]:
+    """Trace and rule of the active signals: raised and not retracted."""
+    return active(ledger_signals(service, tenant))
 
 
 async def folded(service: Service) -> None:
     """Return when all accepted spans are in their traces."""
     with trio.fail_after(20):
-        while service.spans_in_flight():
+        while service.sources.account().in_flight:
             await trio.sleep(0.01)
 
 
@@ -114,11 +114,14 @@ async def closed(service: Service) -> None:
     """Return when no trace is open and everything is stored."""
     still = 0
     with trio.fail_after(20):
-        while still < 3:  # a thread may be between two of these at any one look
+        while still < 3:  # a thread may be between two of these in a single check
             await trio.sleep(0.02)
-            # What is closed is under way once the lock is free, however long its thread has none of
-            # the processor: between the two nothing is open and nothing under way.
+            # With the lock, no trace is between being open and being in flight, even if its thread
+            # gets no CPU time.
             with service.pipeline.correlate._lock:
-                busy = service.spans_in_flight() or len(service.pipeline.in_flight)
-                opened = any(traces.open_count for traces in service.traces().values())
+                busy = service.sources.account().in_flight or len(service.pipeline.in_flight)
+                opened = any(
+                    traces.open_count
+                    for traces in list(service.pipeline.correlate.tenants.values())
+                )
             still = 0 if busy or opened else still + 1

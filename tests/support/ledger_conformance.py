@@ -1,5 +1,5 @@
-"""What every ledger must do. A module of tests subclasses :class:`LedgerConformance` with a fixture
-``open_ledger``, a function that opens the same ledger again each time it is called."""
+"""Tests that every ledger must pass. A test module subclasses :class:`LedgerConformance` with a
+fixture ``open_ledger``, a function that opens the same ledger again at each call."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LedgerConformance:
         assert ledger.balance("shop", "r1") == 0
         assert ledger.balances("shop") == {}
 
-    def test_balances_are_raised_less_retracted(self, ledger: Ledger) -> None:
+    def test_balances_are_raised_minus_retracted(self, ledger: Ledger) -> None:
         assert ledger.record([make(1), make(2), make(3, "r2")]) == [True] * 3
         assert ledger.balances("shop") == {"r1": 2, "r2": 1}
         assert ledger.record([make(1, kind=Kind.RETRACTED)]) == [True]
@@ -68,7 +68,7 @@ class LedgerConformance:
     def test_a_repeat_changes_nothing(self, ledger: Ledger) -> None:
         ledger.record([make(1), make(2)])
         assert ledger.record([make(2), make(3), make(1)]) == [False, True, False]
-        assert ledger.record([make(3, message="told differently")]) == [False]
+        assert ledger.record([make(3, message="worded differently")]) == [False]
         assert ledger.balance("shop", "r1") == 3
 
     def test_a_repeat_within_a_batch(self, ledger: Ledger) -> None:
@@ -80,7 +80,7 @@ class LedgerConformance:
         ]
         assert ledger.balance("shop", "r1") == 0
 
-    def test_tenants_are_apart(self, ledger: Ledger) -> None:
+    def test_tenants_are_separate(self, ledger: Ledger) -> None:
         ledger.record([make(1, tenant="a"), make(1, tenant="b"), make(2, tenant="b")])
         assert (ledger.balances("a"), ledger.balances("b")) == ({"r1": 1}, {"r1": 2})
         assert ledger.balances("c") == {}
@@ -91,7 +91,7 @@ class LedgerConformance:
         assert ledger.record(signals) == [False] * 1300
         assert sum(ledger.balances("shop").values()) == 1300
 
-    def test_what_was_recorded_is_there_after_a_restart(self, open_ledger: OpenLedger) -> None:
+    def test_recorded_signals_survive_a_restart(self, open_ledger: OpenLedger) -> None:
         first = open_ledger()
         first.record([make(1)])
         first.close()
@@ -123,7 +123,7 @@ class LedgerConformance:
             thread.join()
         assert sum(new) == ledger.balance("shop", "r1") == 100
 
-    def test_a_closed_ledger_says_so(self, open_ledger: OpenLedger) -> None:
+    def test_a_closed_ledger_raises(self, open_ledger: OpenLedger) -> None:
         ledger = open_ledger()
         ledger.close()
         ledger.close()

@@ -1,4 +1,4 @@
-"""Keeps a test's changes of logging to itself."""
+"""Restores logging after a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("service", "channels", "service.http.hypercorn")
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Handlers and levels are as before afterwards."""
+    """Restore the root logger's handlers and all levels at the end."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     yield

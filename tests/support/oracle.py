@@ -1,7 +1,7 @@
 """A naive evaluator of rules, written from the specification alone.
 
-It sees the whole trace at once, compares by its own code (exact fractions, code points) and
-shares nothing with the product but the syntax tree. Product and oracle test each other.
+It sees the whole trace at once and compares with its own code (exact fractions, code points). It
+shares only the syntax tree with the product. Product and oracle test each other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from betrace.service.rules.syntax import (
 @dataclass(frozen=True)
 class OracleSpan:
     """A span. Attribute values are str, bool, int, float, bytes, list, dict, or None for an
-    attribute without a value, which is as if it were not there."""
+    attribute without a value, which counts as missing."""
 
     name: str
     trace_id: bytes = b"\1" * 16
@@ -53,7 +53,7 @@ class OracleSpan:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``matched`` are the ids of all spans of each check, by start."""
+    """``matched`` has the ids of all spans of each check, in order of their start."""
 
     clause: str
     counts: dict[str, int]
@@ -61,7 +61,7 @@ class Verdict:
 
 
 def breach(rule: RuleSyntax, spans: Sequence[OracleSpan]) -> Verdict | None:
-    """The breach of ``rule`` by the trace that ``spans`` are, None if it is kept."""
+    """The breach of ``rule`` by the trace with these spans; None if there is none."""
     distinct = {(span.trace_id, span.span_id): span for span in reversed(spans)}
     trace = list(distinct.values())
     if rule.when is not None and not holds(rule.when, trace):
@@ -82,7 +82,7 @@ def breach(rule: RuleSyntax, spans: Sequence[OracleSpan]) -> Verdict | None:
 
 
 def holds(condition: Any, trace: list[OracleSpan]) -> bool:
-    """Whether a condition holds of a whole trace."""
+    """Whether a condition holds for a whole trace."""
     match condition:
         case Or(items):
             return any(holds(item, trace) for item in items)
@@ -105,7 +105,7 @@ def holds(condition: Any, trace: list[OracleSpan]) -> bool:
 
 
 def matching(check: SpanSet, trace: list[OracleSpan]) -> list[OracleSpan]:
-    """The spans of the check's name that satisfy its predicate."""
+    """The spans with the check's name that satisfy its predicate."""
     return [
         span
         for span in trace
@@ -115,8 +115,8 @@ def matching(check: SpanSet, trace: list[OracleSpan]) -> list[OracleSpan]:
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a name is of a pattern; ``*`` stands for any text, also none."""
-    reachable = {0}  # how many characters of the name the pattern so far can have eaten
+    """Whether a name matches a pattern; ``*`` stands for any text, including none."""
+    reachable = {0}  # numbers of characters of the name that the pattern so far can match
     for char in pattern:
         if char == "*":
             reachable = set(range(min(reachable), len(name) + 1)) if reachable else set()
@@ -142,7 +142,7 @@ def satisfies(predicate: Any, span: OracleSpan) -> bool:
 
 
 def look_up(attribute: Attribute, span: OracleSpan) -> Any:
-    """The attribute's value, None where it is missing."""
+    """The attribute's value; None if it is missing."""
     if attribute.scope is Scope.FIELD:
         service = span.resource.get("service.name")
         return {
@@ -160,7 +160,7 @@ def look_up(attribute: Attribute, span: OracleSpan) -> Any:
 
 
 def is_true(value: Any) -> bool:
-    """Whether a bare attribute of this value holds."""
+    """Whether a bare attribute with this value holds."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -223,7 +223,7 @@ def as_text(value: Any) -> str:
 
 
 def as_number(value: Any) -> Fraction | float | None:
-    """The exact number that a value reads as (a float where it is infinite), or None."""
+    """The exact number that a value reads as (a float if it is infinite), or None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, float) and np.isinf(value):
@@ -234,7 +234,7 @@ def as_number(value: Any) -> Fraction | float | None:
 
 
 def text_as_number(text: str) -> Fraction | None:
-    """The number that a text is, decimals rounded to a double as everywhere."""
+    """The number that a text reads as; decimals are rounded to a double."""
     sign, rest = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
     whole, rest = _digits(rest)
     fraction, exponent = None, None

@@ -1,7 +1,7 @@
-"""Random protobuf trace requests, sound and broken, for comparing the scanner with the library.
+"""Random protobuf trace requests, valid and invalid, to compare the scanner with the library.
 
-Messages are generated field by field from the library's descriptors, as bytes: only so can
-fields come in any order, twice, with a wrong wire type, a wasteful varint, or not at all known.
+Messages are generated field by field, as bytes, from the library's descriptors. So fields can come
+in any order, twice, with a wrong wire type, with an overlong varint, or be unknown.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _NUMBERS = [
 
 
 def varint(value: int, waste: int = 0) -> bytes:
-    """``value`` as a varint, with ``waste`` bytes more than it needs."""
+    """Return ``value`` as a varint with ``waste`` superfluous bytes."""
     value &= 2**64 - 1
     out = bytearray()
     while value > 0x7F:
@@ -80,19 +80,19 @@ def delimited(number: int, payload: bytes) -> bytes:
 
 
 class Generator:
-    """Makes requests; ``bad`` is the chance of a fault at each place where one can be."""
+    """Makes requests; ``bad`` is the probability of a fault at each possible place."""
 
     def __init__(self, seed: int, bad: float = 0.0) -> None:
         self.rng = random.Random(seed)
         self.bad = bad
-        self.oddity = self.rng.choice([0.0, 0.02, 0.2])  # legal, but nobody writes it
+        self.oddity = self.rng.choice([0.0, 0.02, 0.2])  # legal, but not written by any exporter
 
     def request(self) -> bytes:
-        """A request with some spans in it."""
+        """Return a request with some spans."""
         return self.message(ExportTraceServiceRequest.DESCRIPTOR, 0)
 
     def message(self, descriptor: Descriptor, depth: int) -> bytes:
-        """The bytes of a random message."""
+        """Return the bytes of a random message."""
         rng = self.rng
         fields: list[bytes] = []
         for field in descriptor.fields:
@@ -106,7 +106,7 @@ class Generator:
         return b"".join(fields)
 
     def times(self, field: F, depth: int) -> int:
-        """How often a field occurs."""
+        """Return how often a field occurs."""
         rng = self.rng
         if field.full_name.endswith(("Span.trace_id", "Span.span_id", "Span.name")):
             return 1 if not self.odd() else rng.randrange(3)
@@ -209,7 +209,7 @@ class Generator:
         return self.raw_field(number, self.rng.choice(wire_types), depth)
 
     def broken_field(self) -> bytes:
-        """Bytes that are no field, or a field where none may be."""
+        """Return bytes that are not a field, or a field in a wrong place."""
         rng = self.rng
         return rng.choice(
             [
@@ -231,7 +231,7 @@ class Generator:
 
 
 def nested(rng: random.Random) -> bytes:
-    """A request whose nesting is about at the limit, by values, groups or both."""
+    """Return a request nested about as deep as the limit, by values, groups or both."""
     levels = rng.randrange(80, 104)
     value = rng.choice([b"", varint(3 << 3) + varint(7), delimited(1, b"x")])
     if rng.random() < 0.5:
@@ -263,7 +263,7 @@ def nested(rng: random.Random) -> bytes:
 
 
 def mutate(rng: random.Random, body: bytes) -> bytes:
-    """``body`` with one to four small changes, or cut short."""
+    """Return ``body`` with one to four small changes, or truncated."""
     data = bytearray(body)
     edits: list[Callable[[int], None]] = [
         lambda at: data.__setitem__(at, data[at] ^ 1 << rng.randrange(8)),
@@ -282,7 +282,7 @@ def mutate(rng: random.Random, body: bytes) -> bytes:
 
 
 def case(seed: int) -> bytes:
-    """The body number ``seed``: sound, strange, broken, deep, mutated or truncated."""
+    """Return body number ``seed``: valid, unusual, broken, deep, mutated or truncated."""
     rng = random.Random(f"case {seed}")
     kind = rng.randrange(10)
     if kind == 0:

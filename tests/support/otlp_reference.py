@@ -1,4 +1,4 @@
-"""What the protobuf library says of a request, compared with what the scanner says."""
+"""Compares the protobuf library's reading of a request with the scanner's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValueList
 
 from betrace.service.otlp import wire
+from betrace.service.otlp.attributes import (
+    ARRAY,
+    BOOL,
+    BYTES,
+    DOUBLE,
+    INT,
+    KVLIST,
+    MISSING,
+    OUT_SIZE,
+    SPAN_ATTRIBUTES,
+    STRING,
+    TYPE,
+    find_attribute,
+    find_resource_attribute,
+    next_array_item,
+)
 from betrace.service.otlp.columns import (
     BODY,
     COMPLETE,
@@ -47,20 +63,20 @@ from betrace.service.otlp.columns import (
 )  # fmt: skip
 
 _TYPES = {
-    None: wire.MISSING,
-    "string_value": wire.STRING,
-    "bool_value": wire.BOOL,
-    "int_value": wire.INT,
-    "double_value": wire.DOUBLE,
-    "array_value": wire.ARRAY,
-    "kvlist_value": wire.KVLIST,
-    "bytes_value": wire.BYTES,
-    "string_value_strindex": wire.MISSING,  # of the profiles signal only
+    None: MISSING,
+    "string_value": STRING,
+    "bool_value": BOOL,
+    "int_value": INT,
+    "double_value": DOUBLE,
+    "array_value": ARRAY,
+    "kvlist_value": KVLIST,
+    "bytes_value": BYTES,
+    "string_value_strindex": MISSING,  # only in the profiles signal
 }
 
 
 def parse(body: bytes) -> Any:
-    """The request as the library reads it, or None when it refuses."""
+    """Return the request as read by the library, or None if it refuses."""
     try:
         return ExportTraceServiceRequest.FromString(body)
     except DecodeError:
@@ -68,9 +84,9 @@ def parse(body: bytes) -> Any:
 
 
 def check(bodies: Sequence[bytes], strict: bool = False) -> int:
-    """Scan ``bodies`` together and compare everything; returns how many were accepted.
+    """Scan ``bodies`` together and compare everything; return how many were accepted.
 
-    ``strict``: no array occurs twice in one value, where the finder may give the last one only.
+    ``strict``: no value contains two arrays, of which the finder may return only the last.
     """
     batch = wire.scan_bodies("tenant", bodies)
     assert len(batch.bodies) == len(bodies)
@@ -137,13 +153,13 @@ def _check_span(batch: SpanBatch, row: int, number: int, span: Any, strict: bool
         or (says == "string_value" and complete.string_value == "true")
     )
     for key in {a.key for a in span.attributes} | {"no such key"}:
-        out = np.full(wire.OUT_SIZE, -7, np.int64)
+        out = np.full(OUT_SIZE, -7, np.int64)
         wanted = np.frombuffer(f"<{key}".encode(), np.uint8)
-        kind = wire.find_attribute(
-            batch.buf, columns[MSG_OFF], columns[MSG_LEN], wire.SPAN_ATTRIBUTES,
+        kind = find_attribute(
+            batch.buf, columns[MSG_OFF], columns[MSG_LEN], SPAN_ATTRIBUTES,
             wanted, 1, len(wanted) - 1, out,
         )  # fmt: skip
-        assert kind == out[wire.TYPE]
+        assert kind == out[TYPE]
         _check_value(batch, out, _first(span.attributes, key), strict)
 
 
@@ -162,20 +178,20 @@ def _check_surroundings(
     else:
         assert resource[SERVICE_LEN] == -1
     for key in {a.key for a in attributes} | {"no such key"}:
-        out = np.full(wire.OUT_SIZE, -7, np.int64)
+        out = np.full(OUT_SIZE, -7, np.int64)
         wanted = np.frombuffer(f"<{key}".encode(), np.uint8)
-        kind = wire.find_resource_attribute(
+        kind = find_resource_attribute(
             batch.buf, resource[RESOURCE_OFF], resource[RESOURCE_LEN],
             wanted, 1, len(wanted) - 1, out,
         )  # fmt: skip
-        assert kind == out[wire.TYPE]
+        assert kind == out[TYPE]
         _check_value(batch, out, _first(attributes, key), strict)
 
 
 def _first(attributes: Any, key: str) -> Any:
-    """The value of the first attribute with that key and a value."""
+    """Return the value of the first attribute with that key and a value."""
     for attribute in attributes:
-        if attribute.key == key and _TYPES[attribute.value.WhichOneof("value")] != wire.MISSING:
+        if attribute.key == key and _TYPES[attribute.value.WhichOneof("value")] != MISSING:
             return attribute.value
     return None
 
@@ -189,47 +205,47 @@ def _same(a: Message, b: Message) -> bool:
 
 
 def _check_value(batch: SpanBatch, out: Any, value: AnyValue | None, strict: bool) -> None:
-    """``out``, as a finder filled it, says what ``value`` says."""
+    """Check that a finder's ``out`` agrees with ``value``."""
     kind, payload, length = (int(x) for x in out[:3])
     member = value.WhichOneof("value") if value is not None else None
     assert kind == _TYPES[member]
-    if value is None or kind == wire.MISSING:
+    if value is None or kind == MISSING:
         assert payload == length == 0
-    elif kind == wire.STRING:
+    elif kind == STRING:
         assert batch.text(payload, length) == value.string_value
-    elif kind == wire.BYTES:
+    elif kind == BYTES:
         assert _bytes(batch, payload, length) == value.bytes_value
-    elif kind == wire.BOOL:
+    elif kind == BOOL:
         assert payload == value.bool_value
-    elif kind == wire.INT:
+    elif kind == INT:
         assert payload == value.int_value
-    elif kind == wire.DOUBLE:
+    elif kind == DOUBLE:
         bits = struct.unpack("<q", struct.pack("<d", value.double_value))[0]
         # The library may quieten a signalling NaN on the way through Python.
         assert payload == bits or value.double_value != value.double_value
-    elif kind == wire.ARRAY:
+    elif kind == ARRAY:
         array = ArrayValue.FromString(_bytes(batch, payload, length))
         _check_tail(array.values, value.array_value.values, strict)
         _check_items(batch, payload, length, array, strict)
     else:
-        assert kind == wire.KVLIST
+        assert kind == KVLIST
         pairs = KeyValueList.FromString(_bytes(batch, payload, length))
         _check_tail(pairs.values, value.kvlist_value.values, strict)
 
 
 def _check_tail(found: Any, whole: Any, strict: bool) -> None:
-    """``found`` is ``whole``, or the end of it where two occurrences merged."""
+    """Check that ``found`` is ``whole``, or its end if two occurrences merged."""
     assert len(found) == len(whole) if strict else len(found) <= len(whole)
     for a, b in zip(reversed(found), reversed(whole), strict=False):
         assert _same(a, b)
 
 
 def _check_items(batch: SpanBatch, off: int, length: int, array: ArrayValue, strict: bool) -> None:
-    out = np.zeros(wire.OUT_SIZE, np.int64)
+    out = np.zeros(OUT_SIZE, np.int64)
     cursor = 0
     for item in array.values:
-        cursor = wire.next_array_item(batch.buf, off, length, cursor, out)
+        cursor = next_array_item(batch.buf, off, length, cursor, out)
         assert cursor > 0
         _check_value(batch, out, item, strict)
-    assert wire.next_array_item(batch.buf, off, length, cursor, out) == -1
-    assert out[wire.TYPE] == wire.MISSING
+    assert next_array_item(batch.buf, off, length, cursor, out) == -1
+    assert out[TYPE] == MISSING

@@ -1,4 +1,4 @@
-"""The real service as a process of its own, and questions to it."""
+"""The real service in its own process, and a client for it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Running:
-    """A service that runs: where it listens, and its process."""
+    """A running service: its addresses and its process."""
 
     def __init__(self, process: subprocess.Popen[str], urls: dict[str, str | None]) -> None:
         self.process = process
@@ -68,26 +68,26 @@ class Running:
         return wait_for(ask)
 
     def send(self, body: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
-        """Post a body to the spans' port."""
+        """Post a body to the ingestion port."""
         given = {"content-type": "application/x-protobuf"} | (headers or {})
         url = f"{self.ingest}/v1/traces"
         return httpx.post(url, content=body, headers=given, timeout=ANSWER_SECONDS, trust_env=False)
 
     def samples(self, listener: str) -> dict[str, float]:
-        """Samples of the exposition, by name with labels."""
+        """Metric samples, by name with labels."""
         response = httpx.get(f"{listener}/metrics", trust_env=False)
         assert response.status_code == 200
         lines = [line for line in response.text.splitlines() if line and line[0] != "#"]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
 
 def wait_for(ask: Callable[[], T | None], seconds: float = ANSWER_SECONDS) -> T:
-    """The first answer that is not empty."""
+    """Ask until the answer is not empty, and return it."""
     end = time.monotonic() + seconds
     while not (answer := ask()):
         assert time.monotonic() < end, f"nothing came in {seconds} s"
@@ -96,19 +96,19 @@ def wait_for(ask: Callable[[], T | None], seconds: float = ANSWER_SECONDS) -> T:
 
 
 def command(*arguments: str) -> list[str]:
-    """How the command line is called."""
+    """The arguments that call the command line."""
     return [sys.executable, "-m", "betrace.service", *arguments]
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """This process's, with settings of the service."""
+    """This process's environment, with settings of the service."""
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("BETRACE_", "OTEL_"))}
     return mine | {f"BETRACE_{name.upper()}": value for name, value in settings.items()}
 
 
 @contextmanager
 def running(directory: Path, *options: str, **settings: str) -> Iterator[Running]:
-    """The service on free ports, with its data and rules below ``directory``."""
+    """Run the service on free ports, with its data and rules below ``directory``."""
     rules = directory / "rules"
     if not rules.exists():
         rules.mkdir(parents=True)

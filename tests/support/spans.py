@@ -1,4 +1,4 @@
-"""Batches of spans made by hand or, for the large ones, by copying rows."""
+"""Batches of spans, made by hand or, if large, by copying rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class S:
 
 
 def body(*spans: S) -> bytes:
-    """A request with these spans in their order."""
+    """A request with these spans, in this order."""
     request = ExportTraceServiceRequest()
     last: S | None = None
     for span in spans:
@@ -64,7 +64,7 @@ def body(*spans: S) -> bytes:
 
 
 def batch(*spans: S, positions: Sequence[int] = ()) -> SpanBatch:
-    """The spans in one request each where they have ``positions``, else all in one."""
+    """A batch with one request for each span if ``positions`` are given, else one for all."""
     bodies = [body(span) for span in spans] if positions else [body(*spans)]
     scanned = scan_bodies("t", bodies)
     assert len(scanned) == len(spans)
@@ -76,7 +76,7 @@ def batch(*spans: S, positions: Sequence[int] = ()) -> SpanBatch:
 def many(
     count: int, first_id: int = 1, trace: tuple[int, int] | None = None, span: S | None = None
 ) -> SpanBatch:
-    """``count`` spans like ``span`` with ids and starts that ascend from ``first_id``."""
+    """``count`` spans like ``span``, with ids and starts from ``first_id`` upwards."""
     scanned = batch(span or S(1))
     scanned.spans = np.repeat(scanned.spans, count, axis=0)
     scanned.spans[:, SPAN_ID] = scanned.spans[:, START] = first_id + np.arange(count)
@@ -88,7 +88,7 @@ def many(
 
 
 def of_traces(hi: np.ndarray, lo: np.ndarray, first_id: int = 1) -> SpanBatch:
-    """A span for each trace id."""
+    """One span for each trace id."""
     scanned = many(len(lo), first_id)
     scanned.spans[:, TRACE_HI], scanned.spans[:, TRACE_LO] = hi, lo
     return scanned

@@ -1,7 +1,7 @@
-"""Hypothesis strategies for rules and traces that have to do with each other.
+"""Hypothesis strategies for rules and traces that often match each other.
 
-Names, attribute keys and values come from small alphabets, so that generated rules often match
-generated spans, and values are odd: integers past 2**53, numbers in strings, NaN, arrays.
+Names, attribute keys and values come from small sets, so that generated rules often match generated
+spans. Values include difficult ones: integers beyond 2**53, numbers in strings, NaN, arrays.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CMP = ("==", "!=", "<", "<=", ">", ">=")
 
 
 def texts() -> st.SearchStrategy[str]:
-    """Strings for attributes: words, numbers, nearly numbers, and sometimes anything."""
+    """Strings for attributes: words, numbers, almost numbers, and sometimes arbitrary text."""
     return st.one_of(
         st.sampled_from(TEXTS + NUMBER_TEXTS + NEAR_NUMBERS),
         st.integers(-(2**70), 2**70).map(str),
@@ -61,7 +61,7 @@ def texts() -> st.SearchStrategy[str]:
 
 
 def scalars() -> st.SearchStrategy[str | bool | int | float]:
-    """Attribute values that compare."""
+    """Attribute values that read as text or numbers."""
     return st.one_of(
         texts(),
         st.booleans(),
@@ -73,7 +73,7 @@ def scalars() -> st.SearchStrategy[str | bool | int | float]:
 
 
 def values() -> st.SearchStrategy[Any]:
-    """Attribute values, also bytes, arrays, key-value lists, and None."""
+    """Attribute values, including bytes, arrays, key-value lists, and None."""
     members = st.one_of(scalars(), st.none(), st.binary(max_size=2))
     composite = st.one_of(
         st.none(),
@@ -89,12 +89,12 @@ def values() -> st.SearchStrategy[Any]:
 
 
 def literal_of_text(text: str) -> Literal:
-    """The literal that ``text`` in quotes is."""
+    """The literal for ``text`` in quotes."""
     return Literal(text, read_number(text))
 
 
 def literals() -> st.SearchStrategy[Literal]:
-    """Values as rules have them."""
+    """Values as in rules."""
     numbers = st.one_of(
         st.sampled_from(INTEGERS + FLOATS),
         st.integers(-(2**70), 2**70),
@@ -119,7 +119,7 @@ def attributes() -> st.SearchStrategy[Attribute]:
 
 @st.composite
 def comparisons(draw: st.DrawFn) -> Compare:
-    """Comparisons; those with a field often have a literal that the field can have."""
+    """Comparisons; the literal is often a possible value of the field."""
     attribute = draw(attributes())
     op = draw(st.sampled_from([*CMP, "in", "matches", "contains"]))
     if op == "matches":
@@ -134,7 +134,7 @@ def comparisons(draw: st.DrawFn) -> Compare:
 
 
 def _combine(leaves: st.SearchStrategy[Any], depth: int) -> st.SearchStrategy[Any]:
-    """Trees of ``and``, ``or`` and ``not`` as the parser makes them."""
+    """Trees of ``and``, ``or`` and ``not``, as the parser builds them."""
     nodes = leaves
     for _ in range(depth):
         several = st.lists(nodes, min_size=2, max_size=3)
@@ -143,12 +143,12 @@ def _combine(leaves: st.SearchStrategy[Any], depth: int) -> st.SearchStrategy[An
 
 
 def predicates(depth: int = 2) -> st.SearchStrategy[Any]:
-    """What stands in ``where``."""
+    """Predicates for ``where``."""
     return _combine(st.one_of(comparisons(), comparisons(), attributes().map(Truthy)), depth)
 
 
 def span_sets() -> st.SearchStrategy[SpanSet]:
-    """Span names and patterns, most without a predicate."""
+    """Span names and patterns, with or without a predicate."""
     names = st.sampled_from(SPAN_NAMES + NAME_PATTERNS)
     return st.builds(SpanSet, names, st.one_of(st.none(), predicates()))
 
@@ -164,13 +164,13 @@ def _counts(draw: st.DrawFn) -> CountCompare:
 
 
 def conditions(depth: int = 2) -> st.SearchStrategy[Node]:
-    """Conditions of all forms."""
+    """Conditions of all kinds."""
     before = st.builds(Before, span_sets(), span_sets())
     return _combine(st.one_of(span_sets().map(Exists), _counts(), before), depth)
 
 
 def rules(depth: int = 2) -> st.SearchStrategy[RuleSyntax]:
-    """Rules of all forms, as the parser makes them."""
+    """Rules of all kinds, as the parser builds them."""
     part = conditions(depth)
     when = st.one_of(st.none(), part)
     return st.one_of(
@@ -186,7 +186,7 @@ def rules(depth: int = 2) -> st.SearchStrategy[RuleSyntax]:
 
 @st.composite
 def traces(draw: st.DrawFn, max_spans: int = 12, trace_id: bytes = b"\7" * 16) -> list[OracleSpan]:
-    """The spans of one trace; some come twice, some share their start."""
+    """The spans of one trace; some are repeated, some have the same start."""
     attribute_sets = st.dictionaries(st.sampled_from(KEYS), values(), max_size=3)
     resources = draw(st.lists(attribute_sets, min_size=1, max_size=2))
     base = 1_700_000_000_000_000_000
@@ -216,21 +216,21 @@ def traces(draw: st.DrawFn, max_spans: int = 12, trace_id: bytes = b"\7" * 16) -
 
 @st.composite
 def splits(draw: st.DrawFn, spans: Sequence[OracleSpan]) -> list[list[OracleSpan]]:
-    """``spans``, in their order, as the contents of one or more requests."""
+    """``spans``, in this order, as the contents of one or more requests."""
     cuts = sorted(draw(st.lists(st.integers(0, len(spans)), max_size=4)))
     bounds = [0, *cuts, len(spans)]
     return [list(spans[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def encode(spans: Sequence[OracleSpan]) -> bytes:
-    """An ExportTraceServiceRequest of ``spans`` in their order, as protobuf.
+    """An ExportTraceServiceRequest of ``spans`` in this order, as protobuf.
 
-    Neighbours with the same resource or scope share a message.
+    Consecutive spans with the same resource or scope share a message.
     """
     request = ExportTraceServiceRequest()
     last: OracleSpan | None = None
     for span in spans:
-        # By identity or repr, since 1 == 1.0 == True and NaN differs from itself.
+        # By repr, because 1 == 1.0 == True, and NaN differs from itself.
         same_resource = last is not None and repr(last.resource) == repr(span.resource)
         if not same_resource:
             resource = request.resource_spans.add().resource
@@ -291,4 +291,4 @@ def _put_value(message: AnyValue, value: Any) -> None:
             message.kvlist_value.SetInParent()
             _put_attributes(message.kvlist_value.values.add, value)
         case _:
-            raise TypeError(f"no attribute value: {value!r}")
+            raise TypeError(f"not an attribute value: {value!r}")

@@ -1,4 +1,4 @@
-"""A TigerBeetle server of the test's own, where there is the program. For tests and benchmarks."""
+"""A private TigerBeetle server for tests and benchmarks, if the program is installed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 CLUSTER = 7
 BATCH = 253
-"""Transfers that a server with ``--development`` takes at once."""
+"""The most transfers in one request with ``--development``."""
 PROGRAM = os.environ.get("TIGERBEETLE_BIN") or shutil.which("tigerbeetle")
 MISSING = "no TigerBeetle server: put `tigerbeetle` on PATH or name it in TIGERBEETLE_BIN"
 
 
 class Server:
-    """One replica on loopback, its file in ``directory``; started by :meth:`start`."""
+    """One replica on loopback, with its file in ``directory``; :meth:`start` starts it."""
 
     def __init__(self, directory: Path) -> None:
         assert PROGRAM is not None
@@ -37,7 +37,7 @@ class Server:
         )
 
     def start(self) -> None:
-        """Start it unless it runs, and return when it listens."""
+        """Start the server unless it runs; returns when it listens."""
         assert PROGRAM is not None
         if self._process is not None:
             return
@@ -58,24 +58,24 @@ class Server:
                 return
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill the server (SIGKILL)."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def pause(self) -> None:
-        """SIGSTOP: its connections stay open, and nothing answers."""
+        """Suspend the server (SIGSTOP): connections stay open, but nothing answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Resume the server (SIGCONT)."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End it and delete its file, which is large."""
+        """Kill the server and delete its file, which is large."""
         self.kill()
         self._log.close()
         self._file.unlink()

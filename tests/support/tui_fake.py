@@ -1,4 +1,4 @@
-"""A fake of the service's API, and pilots of the TUI on it.
+"""A fake of the service's API, and a pilot of the TUI for tests.
 
 ::
 
@@ -7,7 +7,7 @@
         await pilot.press("3", "R", "y")
         await until(lambda: ("POST", "/api/admin/breakers/ledger/reset") in api.calls)
 
-Tests are synchronous functions: Textual runs on asyncio, and pytest-trio takes the async ones.
+Tests are synchronous functions, because Textual runs on asyncio and pytest-trio takes async ones.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import httpx
 from textual.pilot import Pilot
 
 from betrace.tui.app import BetraceApp
-from betrace.tui.client import Client
+from betrace.tui.client import ApiClient
 from betrace.tui.state import parse
 from tests.support import tui_records as records
 
 T0 = 1_700_000_000.0
-"""When tests begin: 2023-11-14 22:13:20 UTC."""
+"""The time at which tests begin: 2023-11-14 22:13:20 UTC."""
 
 URL = "http://betrace.test:8090"
 
 PATIENCE = 60.0
-"""Seconds that a test may wait, on a machine that is busy."""
+"""Seconds that a test may wait on a busy machine."""
 
 STAGES = (
     ("span-ingestion", "spans", 10_000, 1),
@@ -44,13 +44,13 @@ STAGES = (
 )
 
 _READING = ("/api/v1/rules/validate", "/api/v1/rules/test")
-"""What is posted there changes nothing."""
+"""Requests to these paths change nothing."""
 
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response] | httpx.Response]
 
 
 class Clock:
-    """A time that tests set."""
+    """A clock that tests set."""
 
     def __init__(self, now: float = T0) -> None:
         self.now = now
@@ -60,7 +60,7 @@ class Clock:
 
 
 def snapshot_at(seconds: float) -> dict[str, Any]:
-    """The service so many seconds after the start of a load of 12 000 spans/s."""
+    """The service this many seconds after the start of a load of 12 000 spans/s."""
     spans = int(12_000 * seconds)
     stages = {
         name: {
@@ -205,8 +205,8 @@ def breaker(name: str, state: str = "closed", **more: Any) -> dict[str, Any]:
 
 
 class FakeApi:
-    """Answers as the service would. `data` is the snapshot that it gives; `publish` sends one on
-    the stream. `routes` has answers by (method, path): JSON, a response, or what makes one."""
+    """Answers like the service. `data` is its snapshot; `publish` sends one on the stream.
+    `routes` maps (method, path) to JSON, a response, or a function that makes one."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -231,7 +231,7 @@ class FakeApi:
             stream.put_nowait(text)
 
     def go_away(self) -> None:
-        """End all connections and take no more."""
+        """Close all connections and accept no more."""
         self.down = True
         for stream in self.streams | self.tails:
             stream.put_nowait(None)
@@ -243,7 +243,7 @@ class FakeApi:
             stream.put_nowait(text)
 
     def posted(self) -> list[str]:
-        """What was changed: paths with their queries."""
+        """The paths, with queries, of all requests that change something."""
         return [
             request.url.raw_path.decode()
             for request in self.requests
@@ -251,13 +251,13 @@ class FakeApi:
         ]
 
     def sent(self, path: str) -> dict[str, Any]:
-        """The last body that was sent there."""
+        """The body of the last request to a path."""
         last = [each for each in self.requests if each.url.path == path and each.content][-1]
         return dict(json.loads(last.content))
 
     def app(self, read_only: bool = False, history: int = 30) -> BetraceApp:
-        """The application, with a history of so many seconds."""
-        client = Client(URL, transport=httpx.MockTransport(self._handle))
+        """The application with a history of this many seconds."""
+        client = ApiClient(URL, transport=httpx.MockTransport(self._handle))
         app = BetraceApp(client, read_only, clock=self.clock)
         for second in range(history, 0, -1):
             data = snapshot_at(60 - second)
@@ -340,7 +340,7 @@ class FakeApi:
 
 
 def refusal(status: int, message: str, hint: str) -> httpx.Response:
-    """An error as the service words it."""
+    """An error in the format of the service."""
     return httpx.Response(
         status, json={"error": {"code": "refused", "message": message, "hint": hint}}
     )
@@ -381,7 +381,7 @@ def piloted(
 
 
 async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait for what the application does by and by."""
+    """Wait until the application has fulfilled a condition."""
     async with asyncio.timeout(seconds):
         while not condition():
             with suppress(TimeoutError):
@@ -389,12 +389,12 @@ async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> Non
 
 
 def screen_text(app: BetraceApp) -> str:
-    """What the visible screen shows, as lines of text."""
+    """The visible screen as lines of text."""
     size = app.size
     lines = app.screen._compositor.render_strips(size)
     return "\n".join(strip.text.rstrip() for strip in lines)
 
 
 def toasts(app: BetraceApp) -> list[tuple[str, str]]:
-    """Titles and messages of the toasts there are."""
+    """Titles and messages of the visible toasts."""
     return [(note.title, note.message) for note in app._notifications]

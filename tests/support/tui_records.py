@@ -1,4 +1,4 @@
-"""What the fake API has of signals, traces, rules, dead letters and tenants."""
+"""Signals, traces, rules, dead letters and tenants of the fake API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BEGUN = 1_700_000_000_000_000_000
 
 
 def signal(number: int, **more: Any) -> dict[str, Any]:
-    """Of the second ``number`` after the tests begin."""
+    """A signal of the second ``number`` after the tests begin."""
     return {
         "id": f"{number:032x}",
         "tenant": "default",
@@ -43,7 +43,7 @@ def signals() -> list[dict[str, Any]]:
 
 
 def span(identity: str, parent: str, name: str, start: int, end: int, **more: Any) -> Any:
-    """Times in milliseconds after the trace begins."""
+    """A span. Times are in milliseconds after the trace begins."""
     return {
         "traceId": TRACE,
         "spanId": identity,
@@ -89,7 +89,7 @@ def trace() -> dict[str, Any]:
 
 
 def row() -> dict[str, Any]:
-    """Of the list of traces."""
+    """An entry of the list of traces."""
     return {
         "trace_id": TRACE,
         "start": "2023-11-14T22:13:20.000000000Z",
@@ -184,7 +184,7 @@ FALLBACKS = [
 
 
 def answer(method: str, path: str) -> Any:
-    """What the fake answers to a request that has to do with these; None for others."""
+    """The answer to a request about these records; None for other requests."""
     name = path.rsplit("/", 1)[-1]
     found = {
         "/api/v1/signals": {"signals": signals(), "next": None},

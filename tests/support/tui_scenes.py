@@ -1,4 +1,4 @@
-"""Screens in states worth looking at, for the snapshots and for the pictures of the docs."""
+"""Screens in typical states, for the snapshots and for the pictures of the docs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.support.tui_fake import T0, FakeApi, screen_text, snapshot_at, until
 
 @dataclass(frozen=True)
 class Scene:
-    """Keys to press, and what happens to the service before."""
+    """Keys to press, and an event of the service before them."""
 
     keys: Sequence[str]
     happens: Callable[[FakeApi], None] | None = None
     read_only: bool = False
     both: bool = False
-    """Whether it is looked at in 120×40 too."""
+    """Whether there is also a snapshot at 120×40."""
     shows: Mapping[str, str] = field(default_factory=dict)
-    """What is on the screen when all that a key began is there: for those whose worker asks the
-    service before anything can be seen."""
+    """Text that appears when the work started by a key is done, for keys that wait for the
+    service."""
 
 
 def overloaded(api: FakeApi) -> None:
-    """The store is slow: channels fill back to the edge, which refuses."""
+    """The store is slow: channels fill up to the receiver, which refuses spans."""
     data = snapshot_at(61)
     fills = ((92, 0, 1), (100, 1, 1), (94, 1, 1), (62, 0, 2), (14, 0, 2))
     for queue, (fill, blocked, busy) in zip(data["queues"], fills, strict=True):
@@ -39,7 +39,7 @@ def overloaded(api: FakeApi) -> None:
 
 
 def paused(api: FakeApi) -> None:
-    """An operator paused ingestion; a stage had errors, and stalls."""
+    """An operator paused ingestion; a stage had errors and stalls."""
     data = snapshot_at(61)
     data["pipeline"]["ingestion"] = "paused"
     worked: dict[str, Any] = data["metrics"]["stages"]["storage-write"]
@@ -64,9 +64,10 @@ SCENES = {
     "signal": Scene(("5", "enter"), both=True),
     "rules": Scene(("6",), both=True),
     "rule": Scene(("6", "j", "j", "enter")),
-    "rule-edit": Scene(("6", "E"), both=True, shows={"E": "the condition is right"}),
+    "rule-edit": Scene(("6", "E"), both=True, shows={"E": "the condition is valid"}),
+    "rule-new": Scene(("6", "A"), shows={"A": "write a condition"}),
     "rule-test": Scene(
-        ("6", "T", "enter"), shows={"T": "against which trace", "enter": "spans matched by"}
+        ("6", "T", "enter"), shows={"T": "on which trace", "enter": "spans matched by"}
     ),
     "dead-letters": Scene(("7", "x"), both=True),
     "dead-letter": Scene(("7", "enter")),
@@ -79,7 +80,7 @@ SCENES = {
 
 
 async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
-    """Bring the TUI there."""
+    """Bring the TUI to a scene."""
     app: Any = pilot.app
     app.animation_level = "none"
     await until(lambda: app.connection.link.status == "connected" and bool(api.streams))
@@ -101,7 +102,7 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
 
 
 async def settled(pilot: Pilot[int]) -> None:
-    """Wait until what a key began is read and shown; questions and streams stay."""
+    """Wait for the work started by a key, except questions and streams."""
     lasting = ("connection", "tail", "ask", "test", "change")
     workers = pilot.app.workers
 

@@ -1,7 +1,7 @@
-"""Virtual time that stands still while worker threads work.
+"""Virtual time that stops while worker threads work.
 
-Trio's own clock for tests jumps as soon as all tasks wait, also for a thread. Here it jumps only
-when no :class:`channels.ThreadRunner` has a call running, except those that said that they hang.
+Trio's test clock jumps when all tasks wait, even for a thread. This one jumps only when no
+:class:`betrace.channels.ThreadRunner` has a running call, except calls in :func:`hanging`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from betrace.channels import ThreadRunner
 
 
 class _Time:
-    """The clock of the present run, and how many calls it waits for."""
+    """The clock of the current run, and the number of calls it waits for."""
 
     def __init__(self) -> None:
         self.clock = MockClock(autojump_threshold=0)
@@ -40,7 +40,7 @@ _present: _Time | None = None
 
 @contextmanager
 def hanging() -> Iterator[None]:
-    """In a worker thread: time goes on although the call does not return."""
+    """In a worker thread: time continues although the call does not return."""
     time = _present
     if time is not None:
         time.add_soon(-1)

@@ -1,4 +1,4 @@
-"""Times of day are UTC, and nothing moves by itself."""
+"""Tests run in UTC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/tui.md from the fake API: ``python -m tests.tui.screenshots``."""
+"""Generates the pictures of docs/tui.md from the fake API: ``python -m tests.tui.screenshots``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = (
 )
 
 _FONT = re.compile(r",?\s*url\([^)]*\)(?: format\([^)]*\))?")
-"""Where a viewer would load a font from; it takes one it has instead."""
+"""The URL of a web font. Without it, viewers use a local font."""
 
 
 async def picture(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The connection as the header shows it: lost, tried again, polled; and how it begins."""
+"""The connection: loss, retry, polling, and errors at the start."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from betrace.tui import connection
 from betrace.tui.app import run
-from betrace.tui.client import Client, ClientError
-from betrace.tui.connection import Connection, Link
+from betrace.tui.client import ApiClient, ClientError
+from betrace.tui.connection import Link, ServiceConnection
 from tests.support.tui_fake import T0, URL, FakeApi, piloted, refusal, screen_text, toasts, until
 
 
@@ -25,7 +25,7 @@ def _quick(monkeypatch):
 
 
 @piloted()
-async def test_a_lost_connection_keeps_the_last_data_marked_stale_and_comes_back(pilot, api):
+async def test_a_lost_connection_keeps_stale_data_until_it_is_back(pilot, api):
     app = pilot.app
     assert "● connected since" in screen_text(app)
     await pilot.press("2")
@@ -46,7 +46,7 @@ async def test_a_lost_connection_keeps_the_last_data_marked_stale_and_comes_back
 
 
 @piloted(down=True)
-async def test_it_says_that_it_connects(pilot, api):
+async def test_connecting_is_shown(pilot, api):
     assert "connecting" in screen_text(pilot.app) or "lost" in screen_text(pilot.app)
     await pilot.press("1", "2", "3", "4")
     api.down = False
@@ -54,7 +54,7 @@ async def test_it_says_that_it_connects(pilot, api):
 
 
 @piloted(streaming=False)
-async def test_without_a_stream_the_state_is_polled(pilot, api):
+async def test_the_state_is_polled_without_a_stream(pilot, api):
     app = pilot.app
     await until(lambda: app.connection.link.polling)
     await pilot.pause()
@@ -64,7 +64,7 @@ async def test_without_a_stream_the_state_is_polled(pilot, api):
 
 
 @piloted(streaming=False)
-async def test_the_stream_is_tried_again_while_polling(pilot, api):
+async def test_the_stream_is_retried_while_polling(pilot, api):
     app = pilot.app
     await until(lambda: app.connection.link.polling)
     api.streaming = True
@@ -74,7 +74,7 @@ async def test_the_stream_is_tried_again_while_polling(pilot, api):
 
 
 @piloted()
-async def test_space_tries_at_once_to_connect(pilot, api):
+async def test_space_retries_the_connection_immediately(pilot, api):
     app = pilot.app
     connection.FIRST_PAUSE, before = 60.0, connection.FIRST_PAUSE
     try:
@@ -88,19 +88,19 @@ async def test_space_tries_at_once_to_connect(pilot, api):
 
 
 @piloted()
-async def test_a_refusal_on_refresh_is_told(pilot, api):
+async def test_a_refused_refresh_is_reported(pilot, api):
     api.routes["GET", "/api/performance/metrics"] = refusal(403, "not for you", "see /docs")
     await pilot.press("space")
     await until(lambda: bool(toasts(pilot.app)))
     assert toasts(pilot.app) == [("✖ refused", "not for you; see /docs")]
 
 
-def test_pauses_grow_to_the_longest():
+def test_pauses_double_up_to_the_maximum():
     async def measure() -> list[float]:
         api, links = FakeApi(), list[Link]()
         api.down = True
-        async with Client(URL, transport=httpx.MockTransport(api._handle)) as client:
-            link = Connection(client, links.append, lambda _: None, api.clock)
+        async with ApiClient(URL, transport=httpx.MockTransport(api._handle)) as client:
+            link = ServiceConnection(client, links.append, lambda _: None, api.clock)
             task = asyncio.create_task(link.run())
             await until(lambda: len(links) >= 3)
             task.cancel()
@@ -109,7 +109,7 @@ def test_pauses_grow_to_the_longest():
     assert asyncio.run(measure()) == [0.02, 0.04, 0.05]
 
 
-def test_a_service_that_cannot_be_reached_is_one_sentence_and_exit_code_3(capsys):
+def test_an_unreachable_service_prints_one_sentence_and_exits_with_3(capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -118,28 +118,28 @@ def test_a_service_that_cannot_be_reached_is_one_sentence_and_exit_code_3(capsys
     assert said.out == ""
     assert said.err.count("\n") == 1
     assert f"no service answers at {url}" in said.err
-    assert "start it with `betrace serve`, or name its API with --url" in said.err
+    assert "start it with `betrace serve`, or give its API with --url" in said.err
 
 
-def test_a_url_that_is_none(capsys):
+def test_an_invalid_url_is_rejected(capsys):
     assert run("http://[") == 3
-    assert "is no URL" in capsys.readouterr().err
+    assert "is not a URL" in capsys.readouterr().err
 
 
 class Answering:
-    """`betrace.tui.app.Client`, with a fake behind it."""
+    """Replaces `betrace.tui.app.ApiClient` with a client of the fake."""
 
     def __init__(self, api: FakeApi) -> None:
         self.api = api
 
-    def __call__(self, url: str, token: str | None, tenant: str | None) -> Client:
-        return Client(url, token, tenant, transport=httpx.MockTransport(self.api._handle))
+    def __call__(self, url: str, token: str | None, tenant: str | None) -> ApiClient:
+        return ApiClient(url, token, tenant, transport=httpx.MockTransport(self.api._handle))
 
 
-def test_without_the_right_token_it_says_what_to_give(monkeypatch, capsys):
+def test_a_wrong_token_is_reported_with_the_option_to_use(monkeypatch, capsys):
     api = FakeApi()
     api.routes["GET", "/api/performance/queue-stats"] = refusal(401, "no valid token", "see /docs")
-    monkeypatch.setattr("betrace.tui.app.Client", Answering(api))
+    monkeypatch.setattr("betrace.tui.app.ApiClient", Answering(api))
     assert run(URL, "wrong", "shop") == 3
     assert "no valid token; see /docs; give the operator token" in capsys.readouterr().err
     sent = api.requests[0].headers
@@ -148,27 +148,27 @@ def test_without_the_right_token_it_says_what_to_give(monkeypatch, capsys):
     assert sent["x-operator"]
 
 
-def test_without_a_terminal_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("betrace.tui.app.Client", Answering(FakeApi()))
+def test_a_missing_terminal_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr("betrace.tui.app.ApiClient", Answering(FakeApi()))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     assert run(URL) == 3
     assert "needs a terminal" in capsys.readouterr().err
 
 
-def test_something_else_that_answers_there(monkeypatch, capsys):
+def test_another_server_at_the_url_is_reported(monkeypatch, capsys):
     api = FakeApi()
     api.routes["GET", "/readyz"] = httpx.Response(200, text="<html>")
-    monkeypatch.setattr("betrace.tui.app.Client", Answering(api))
+    monkeypatch.setattr("betrace.tui.app.ApiClient", Answering(api))
     assert run(URL) == 3
-    assert "is no BeTrace API" in capsys.readouterr().err
+    assert "not a BeTrace API" in capsys.readouterr().err
 
 
-def test_a_timeout_of_a_request():
+def test_a_late_answer_is_a_timeout():
     async def read() -> ClientError:
         def late(request: httpx.Request) -> httpx.Response:
             raise httpx.ReadTimeout("late", request=request)
 
-        async with Client(URL, transport=httpx.MockTransport(late)) as client:
+        async with ApiClient(URL, transport=httpx.MockTransport(late)) as client:
             with pytest.raises(ClientError) as found:
                 await client.get("/readyz")
             return found.value

@@ -1,4 +1,4 @@
-"""The table: its rows change one by one, and what one looks at stays where it is."""
+"""The table: updates of single rows keep the cursor and the scroll position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from betrace.tui.widgets.grid import Grid
 from tests.support.tui_fake import until
 
 HEIGHT = 10
-"""Lines of the window; the head takes one of them."""
+"""Lines of the window, including the header."""
 
 
 class Window(App[None]):
@@ -45,7 +45,7 @@ def names(first: int, last: int) -> list[str]:
 
 
 def lines(grid: Grid) -> list[str]:
-    """What is on the screen, without the head."""
+    """The visible lines without the header."""
     return [grid.render_line(y).text.rstrip() for y in range(1, grid.size.height)]
 
 
@@ -81,7 +81,7 @@ def on_a_window(rows: list[str]):
 
 
 @on_a_window(names(0, 5))
-async def test_rows_come_go_and_change_places(grid, pilot):
+async def test_rows_are_added_removed_and_moved(grid, pilot):
     order = ["row-4", "new", "row-0", "row-2"]
     grid.show_rows(order, texts(["new"]) | {"row-0": {"what": Text("another")}})
     assert first_words(grid) == order
@@ -94,11 +94,11 @@ async def test_rows_come_go_and_change_places(grid, pilot):
 
 
 @on_a_window(names(0, 100))
-async def test_the_row_under_the_cursor_stays_where_it_is_on_the_screen(grid, pilot):
+async def test_the_row_under_the_cursor_keeps_its_line(grid, pilot):
     grid.move_cursor(row=50)
     await pilot.pause()
     line = first_words(grid).index("row-50")
-    for number in range(5):  # a few come before it, as signals do
+    for number in range(5):  # a few are inserted above it, as signals are
         grid.show_rows([f"new-{number}", *grid.keys], texts([f"new-{number}"]))
         await pilot.pause()
         assert grid.selected == "row-50"
@@ -107,7 +107,7 @@ async def test_the_row_under_the_cursor_stays_where_it_is_on_the_screen(grid, pi
     await pilot.pause()
     assert grid.selected == "row-50"
     assert first_words(grid).index("row-50") == line
-    more = [f"more-{number}" for number in range(200)]  # the table is filled anew
+    more = [f"more-{number}" for number in range(200)]  # the table is filled again
     grid.show_rows([*more, *grid.keys], texts(more))
     await pilot.pause()
     await until(lambda: "row-50" in first_words(grid))
@@ -116,7 +116,7 @@ async def test_the_row_under_the_cursor_stays_where_it_is_on_the_screen(grid, pi
 
 
 @on_a_window(names(0, 100))
-async def test_where_one_has_scrolled_to_stays_though_the_cursor_is_elsewhere(grid, pilot):
+async def test_the_scroll_position_stays_when_the_cursor_is_elsewhere(grid, pilot):
     grid.scroll_to(y=40, animate=False, immediate=True)  # with the mouse wheel
     await pilot.pause()
     assert first_words(grid)[0] == "row-40"
@@ -129,7 +129,7 @@ async def test_where_one_has_scrolled_to_stays_though_the_cursor_is_elsewhere(gr
 
 
 @on_a_window(names(0, 100))
-async def test_a_cursor_on_the_first_row_follows_it_if_told_to(grid, pilot):
+async def test_a_cursor_on_the_first_row_stays_first_with_follows_top(grid, pilot):
     grid.show_rows(["new", *grid.keys], texts(["new"]), follows_top=True)
     await pilot.pause()
     assert grid.selected == "new"
@@ -140,7 +140,7 @@ async def test_a_cursor_on_the_first_row_follows_it_if_told_to(grid, pilot):
 
 
 @on_a_window(names(0, 20))
-async def test_a_cursor_whose_row_goes_stays_at_its_place(grid, pilot):
+async def test_a_cursor_whose_row_disappears_keeps_its_position(grid, pilot):
     grid.move_cursor(row=3)
     grid.show_rows([key for key in grid.keys if key != "row-3"], {})
     assert grid.selected == "row-4"
@@ -149,7 +149,7 @@ async def test_a_cursor_whose_row_goes_stays_at_its_place(grid, pilot):
 
 
 @on_a_window(names(0, 3))
-async def test_a_click_chooses_a_row_and_another_opens_it(grid, pilot):
+async def test_a_click_selects_a_row_and_a_second_click_opens_it(grid, pilot):
     await pilot.click(grid, offset=(20, 3))
     assert grid.selected == "row-2"
     assert pilot.app.opened == []
@@ -172,7 +172,7 @@ KEYS = st.lists(st.sampled_from([f"k{n}" for n in range(60)]), unique=True)
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(KEYS, st.integers(0, 59)), min_size=1, max_size=6))
-def test_whatever_was_shown_before_the_rows_are_those_that_are_wanted(steps):
+def test_any_sequence_of_updates_shows_the_requested_rows(steps):
     async def drive() -> None:
         async with window([]) as (grid, pilot):
             before: set[str] = set()
@@ -184,8 +184,8 @@ def test_whatever_was_shown_before_the_rows_are_those_that_are_wanted(steps):
                 grid.show_rows(order, changed)
                 assert [row.key.value for row in grid.ordered_rows] == order == grid.keys
                 for key in order:
-                    told = f"in {step}" if key in known else f"of {key}"
-                    assert [cell.plain for cell in grid.get_row(key)] == [key, told]
+                    wanted = f"in {step}" if key in known else f"of {key}"
+                    assert [cell.plain for cell in grid.get_row(key)] == [key, wanted]
                 if selected in known:
                     assert grid.selected == selected
                 before = set(order)
@@ -197,7 +197,7 @@ def test_whatever_was_shown_before_the_rows_are_those_that_are_wanted(steps):
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_what_lies_below_the_rows_is_empty(rows):
+def test_lines_below_the_rows_are_empty(rows):
     @on_a_window(names(0, rows))
     async def run(grid, pilot):
         assert [bool(line) for line in lines(grid)] == [True] * rows + [False] * (9 - rows)

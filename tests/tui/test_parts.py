@@ -1,4 +1,4 @@
-"""Text, state and server-sent events by themselves."""
+"""Units: formatting, state, problems, server-sent events and the client."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from betrace.tui import client as client_module
-from betrace.tui.client import Client, ClientError, read_events, segment
-from betrace.tui.panels.details import plot, trial_text
-from betrace.tui.panels.drawing import condition
-from betrace.tui.panels.problems import problems
-from betrace.tui.state import HISTORY, State, parse
-from betrace.tui.widgets import text
-from betrace.tui.widgets.panel import matches
+from betrace.tui import format, tones
+from betrace.tui.client import ApiClient, ClientError, read_events, segment
+from betrace.tui.format import plot
+from betrace.tui.panels.details import trial_text
+from betrace.tui.panels.health import HealthProblem, badges, problems, stage_condition
+from betrace.tui.state import HISTORY, ServiceState, parse
+from betrace.tui.widgets.text_filter import matches
 from tests.support.tui_fake import T0, URL, FakeApi, snapshot_at
 
 JSON = st.recursive(
@@ -50,12 +50,12 @@ JSON = st.recursive(
     ],
 )
 def test_numbers_are_short(value, shown):
-    assert text.number(value) == shown
+    assert format.number(value) == shown
 
 
 @given(st.floats(0, 9.9e14))
 def test_a_number_has_five_characters_at_most(value):
-    assert len(text.number(value)) <= 5
+    assert len(format.number(value)) <= 5
 
 
 @pytest.mark.parametrize(
@@ -72,32 +72,32 @@ def test_a_number_has_five_characters_at_most(value):
     ],
 )
 def test_durations(seconds, shown):
-    assert text.duration(seconds) == shown
+    assert format.duration(seconds) == shown
 
 
-def test_other_figures():
-    assert [text.percent(v) for v in (None, 0, 0.055, 0.5, 0.999, 1)] == [
+def test_percentages_times_sizes_and_counts():
+    assert [format.percent(v) for v in (None, 0, 0.055, 0.5, 0.999, 1)] == [
         "–", "0 %", "5.5 %", "50 %", "99.9 %", "100 %",
     ]  # fmt: skip
-    assert [text.millis(v) for v in (None, 1.23, 56.7, 1234)] == ["–", "1.2 ms", "57 ms", "1.2 s"]
-    assert [text.size(v) for v in (None, 12, 2048, 3 << 30, 5e15)] == [
+    assert [format.millis(v) for v in (None, 1.23, 56.7, 1234)] == ["–", "1.2 ms", "57 ms", "1.2 s"]
+    assert [format.size(v) for v in (None, 12, 2048, 3 << 30, 5e15)] == [
         "–", "12 B", "2.0 KiB", "3.0 GiB", "4547 TiB",
     ]  # fmt: skip
-    assert text.count(None) == "–"
-    assert text.count(1234567) == "1\u202f234\u202f567"
-    assert [text.many(n, "tenant") for n in (0, 1, 2)] == ["0 tenants", "1 tenant", "2 tenants"]
-    assert [text.many(n, "more entry") for n in (1, 2)] == ["1 more entry", "2 more entries"]
-    assert [text.many(n, "key") for n in (0, 1)] == ["0 keys", "1 key"]
-    assert text.ago(None, 5) == "never"
-    assert text.ago(4.5, 5) == "now"
-    assert text.age(5, 200) == "3 min"
-    assert text.age(None, 200) == "never"
-    assert text.clock(None) == "–"
+    assert format.count(None) == "–"
+    assert format.count(1234567) == "1\u202f234\u202f567"
+    assert [format.many(n, "tenant") for n in (0, 1, 2)] == ["0 tenants", "1 tenant", "2 tenants"]
+    assert [format.many(n, "more entry") for n in (1, 2)] == ["1 more entry", "2 more entries"]
+    assert [format.many(n, "key") for n in (0, 1)] == ["0 keys", "1 key"]
+    assert format.ago(None, 5) == "never"
+    assert format.ago(4.5, 5) == "now"
+    assert format.age(5, 200) == "3 min"
+    assert format.age(None, 200) == "never"
+    assert format.clock(None) == "–"
 
 
 @given(st.floats(-1, 2), st.integers(1, 60), st.floats(-1, 2))
-def test_a_bar_has_its_width_and_shows_what_is_there(fraction, width, peak):
-    bar = text.bar(fraction, width, peak)
+def test_a_bar_has_its_width_and_never_hides_a_small_value(fraction, width, peak):
+    bar = format.bar(fraction, width, peak)
     assert len(bar) == width
     assert bar.startswith("█") == (fraction > 0)
     if width > 1:
@@ -106,7 +106,7 @@ def test_a_bar_has_its_width_and_shows_what_is_there(fraction, width, peak):
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=80), st.integers(0, 50))
-def test_a_plot_is_as_wide_as_there_is_room_and_points(points, width):
+def test_a_plot_has_one_column_for_each_point_that_fits(points, width):
     line = plot(points, width)
     assert len(line) == min(len(points), max(1, width))
     if line and max(points[-len(line) :]) > 0:
@@ -121,26 +121,54 @@ def test_filters_match_in_any_case_and_invert():
     assert matches("anything", "!")
 
 
-def test_when_a_breaker_is_tried_again():
+def test_the_time_of_the_next_trial():
     assert trial_text("closed", 0.0) == "calls are permitted"
     assert trial_text("open", 12.2) == "in 12 s"
     assert trial_text("half_open", 0.0) == "now"
-    assert trial_text("forced_open", None) == "not before an operator resets it"
+    assert trial_text("forced_open", None) == "only after an operator resets it"
+
+
+def test_durations_below_a_millisecond_are_microseconds():
+    shown = [format.millis(value) for value in (0, 0.0124, 0.9994, 0.9996)]
+    assert shown == ["0 µs", "12 µs", "999 µs", "1.0 ms"]
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=80), st.integers(1, 50))
+def test_condensed_points_fit_and_keep_the_maximum(points, width):
+    condensed = format.condense(points, width)
+    assert len(condensed) <= width
+    assert max(condensed, default=None) == max(points, default=None)
+    if len(points) <= width:
+        assert condensed == points  # a short history is not stretched
+
+
+def test_a_graph_of_several_lines():
+    assert format.plot_lines([0, 1, 2, 4], 2) == ["   █", " ▄██"]
+    assert format.plot_lines([0, 1000, 1], 1) == [" █▁"]
+    assert format.plot_lines([], 2) == ["", ""]
+
+
+def test_an_active_signal_is_red_and_a_medium_one_yellow():
+    assert tones.signal_tone("active") == "bad"
+    assert tones.signal_tone("retracted") == "quiet"
+    found = [tones.severity(word)[1] for word in tones.SEVERITIES]
+    assert found == ["bad", "bad", "busy", "quiet", "quiet"]
+    assert tones.severity("medium")[0] == "▲ medium"
 
 
 # State
 
 
 @given(st.dictionaries(st.sampled_from(sorted(snapshot_at(0))), JSON))
-def test_anything_can_be_parsed(data):
-    state = State()
+def test_parsing_accepts_any_json(data):
+    state = ServiceState()
     state.update(parse(snapshot_at(0), 0.0))
     state.update(parse(data, 1.0))
     problems(state)
 
 
-def test_rates_are_of_the_last_two_snapshots():
-    state = State()
+def test_rates_come_from_the_last_two_snapshots():
+    state = ServiceState()
     assert state.rate("accepted") is None
     state.update(parse(snapshot_at(10), T0))
     assert state.rate("accepted") is None
@@ -152,15 +180,15 @@ def test_rates_are_of_the_last_two_snapshots():
     assert state.history("accepted") == [12_000]
 
 
-def test_a_service_that_was_started_again_gives_no_rates_below_zero():
-    state = State()
+def test_a_restart_gives_no_negative_rates():
+    state = ServiceState()
     state.update(parse(snapshot_at(10), T0))
     state.update(parse(snapshot_at(5), T0 + 1))
     assert state.rate("accepted") is None
 
 
 def test_histories_are_bounded():
-    state = State()
+    state = ServiceState()
     for second in range(HISTORY + 50):
         state.update(parse(snapshot_at(second), T0 + second))
     assert len(state.history("accepted")) == HISTORY
@@ -177,35 +205,51 @@ def test_histories_are_bounded():
     assert state.rate("cache 499.hit_rate") is None
 
 
-def test_what_is_not_well_the_worst_first():
+def test_problems_are_listed_worst_first():
     data = snapshot_at(60)
     data["queues"][3] |= {"utilizationPercent": 55.0}
     data["queues"][4] |= {"utilizationPercent": 10.0, "waitingSenders": 2}
     data["components"]["projection"] = {"status": "failed", "detail": "no progress"}
     data["pipeline"]["ingestion"] = "draining"
-    state = State()
+    state = ServiceState()
     state.update(parse(data, T0))
     assert problems(state) == [
-        ("bad", "projection is 10 % full, 2 blocked"),
-        ("bad", "projection: no progress"),
-        ("bad", "breaker ledger: open"),
-        ("busy", "ingestion is draining"),
-        ("busy", "storage-write is 55 % full"),
+        HealthProblem("bad", "projection is 10 % full, 2 blocked", "PipelinePanel"),
+        HealthProblem("bad", "projection: no progress", "PipelinePanel"),
+        HealthProblem("bad", "breaker ledger: open", "BreakersPanel"),
+        HealthProblem("busy", "ingestion is draining", "PipelinePanel"),
+        HealthProblem("busy", "storage-write is 55 % full", "PipelinePanel"),
     ]
-    assert problems(State()) == []
+    assert problems(ServiceState()) == []
 
 
-def test_nothing_is_well_without_a_connection_or_before_the_service_is_ready():
+def test_badges_count_problems_and_dead_letters():
+    data = snapshot_at(60)
+    data["queues"][3] |= {"utilizationPercent": 55.0}
+    data["queues"][4] |= {"utilizationPercent": 95.0}
+    data["components"]["dead-letters"] = {"status": "degraded", "detail": "53 letters"}
+    state = ServiceState()
+    state.update(parse(data, T0))
+    assert badges(state) == {
+        "PipelinePanel": ("2", "bad"),
+        "BreakersPanel": ("1", "bad"),
+        "DeadLettersPanel": ("53", "busy"),
+    }
+
+
+def test_a_lost_connection_and_a_service_that_is_not_ready_are_problems():
     data = snapshot_at(60)
     del data["components"]["breaker-ledger"]
-    state = State()
+    state = ServiceState()
     state.update(parse(data, T0))
     assert problems(state) == []
     state.stale = True
-    assert problems(state) == [("bad", "no connection: as it was at 22:13:20")]
+    assert problems(state) == [
+        HealthProblem("bad", "no connection; this is the state at 22:13:20", "SystemPanel")
+    ]
     state.stale = False
     state.update(parse(data | {"ready": False}, T0 + 1))
-    assert problems(state) == [("bad", "the service is not ready")]
+    assert problems(state) == [HealthProblem("bad", "the service is not ready", "SystemPanel")]
 
 
 # Server-sent events and the client
@@ -227,27 +271,27 @@ STREAM = (
 )
 
 
-def test_events_are_read_as_the_standard_says():
+def test_events_are_parsed_as_the_standard_says():
     assert collect(STREAM) == [("a", b"1\n2"), ("message", b"x")]
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8).map(sorted))
-def test_it_does_not_matter_where_parts_end(cuts):
+def test_events_may_be_split_anywhere(cuts):
     bounds = [0, *cuts, len(STREAM)]
     parts = [STREAM[a:b] for a, b in itertools.pairwise(bounds)]
     assert collect(*parts) == collect(STREAM)
 
 
-def test_an_event_that_is_too_large_is_refused(monkeypatch):
+def test_an_event_that_is_too_large_is_rejected(monkeypatch):
     monkeypatch.setattr(client_module, "MAX_EVENT", 100)
-    with pytest.raises(ClientError, match="too large"):
+    with pytest.raises(ClientError, match="larger than 100 bytes"):
         collect(b"data: " + b"x" * 101)
-    with pytest.raises(ClientError, match="too large"):
+    with pytest.raises(ClientError, match="larger than 100 bytes"):
         collect(*[b"data: 0123456789\n"] * 11)
 
 
 def ask(answer: httpx.Response, **params: object) -> tuple[object, httpx.Request]:
-    """What the client makes of an answer, and what it asked."""
+    """Send a request, and return its result and the request."""
     seen: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
@@ -255,13 +299,13 @@ def ask(answer: httpx.Response, **params: object) -> tuple[object, httpx.Request
         return answer
 
     async def get() -> object:
-        async with Client(URL + "/", transport=httpx.MockTransport(handle)) as client:
+        async with ApiClient(URL + "/", transport=httpx.MockTransport(handle)) as client:
             return await client.get("/x", **params)
 
     return asyncio.run(get()), seen[0]
 
 
-def test_parameters_that_are_none_are_left_out():
+def test_parameters_that_are_none_are_omitted():
     _, request = ask(httpx.Response(200, json={}), a=None, b=True, c=5, d="ä&")
     assert request.url.query == b"b=true&c=5&d=%C3%A4%26"
 
@@ -281,12 +325,12 @@ def test_control_characters_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     ("answer", "kind", "message"),
     [
-        (httpx.Response(200, text="[]"), "not understood", "JSON that is no object"),
+        (httpx.Response(200, text="[]"), "not understood", "JSON that is not an object"),
         (httpx.Response(500, text="oops"), "refused", "answered with status 500"),
         (httpx.Response(400, json={"error": {"message": "no"}}), "refused", "no"),
     ],
 )
-def test_answers_that_are_none(answer, kind, message):
+def test_invalid_answers_are_errors(answer, kind, message):
     with pytest.raises(ClientError, match=message) as found:
         ask(answer)
     assert found.value.kind == kind
@@ -296,7 +340,7 @@ def test_names_in_paths_are_quoted():
     assert segment("a/b c?") == "a%2Fb%20c%3F"
 
 
-def test_a_stream_that_falls_silent_times_out():
+def test_a_silent_stream_times_out():
     api = FakeApi()
 
     def late(request: httpx.Request) -> httpx.Response:
@@ -305,7 +349,7 @@ def test_a_stream_that_falls_silent_times_out():
     api.routes["GET", "/api/performance/stream"] = late
 
     async def read() -> None:
-        async with Client(URL, transport=httpx.MockTransport(api._handle)) as client:
+        async with ApiClient(URL, transport=httpx.MockTransport(api._handle)) as client:
             async for _ in client.snapshots():
                 pass
 
@@ -314,13 +358,13 @@ def test_a_stream_that_falls_silent_times_out():
     assert found.value.kind == "timed out"
 
 
-def test_a_stage_that_gives_batches_up_is_not_called_working():
-    state = State()
+def test_a_stage_that_drops_batches_is_not_called_working():
+    state = ServiceState()
     state.update(parse(snapshot_at(60), T0))
     data = snapshot_at(61)
     data["metrics"]["stages"]["rule-evaluation"]["dead"] = 3
     state.update(parse(data, T0 + 1))
     assert state.now is not None
-    words = {stage.name: condition(stage, state) for stage in state.now.stages}
+    words = {stage.name: stage_condition(stage, state) for stage in state.now.stages}
     assert words["rule-evaluation"] == ("bad", "dropping")
     assert words["storage-write"] == ("good", "working")

@@ -1,4 +1,4 @@
-"""Rules: read, written, checked, tried, switched and deleted."""
+"""Rules: listing, editing, checking and testing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 from textual.widgets import Input, TextArea
 
 from betrace.tui.panels.rule_edit import RuleEditor, difference, error_text
-from betrace.tui.widgets.basic import Detail
-from betrace.tui.widgets.changes import Confirm
-from betrace.tui.widgets.highlight import highlighted, words
+from betrace.tui.widgets.detail import Detail
+from betrace.tui.widgets.dialogs import Confirm
+from betrace.tui.widgets.highlight import highlighted, tokens
 from betrace.tui.widgets.pick import Pick
 from tests.support import tui_records as records
 from tests.support.tui_fake import piloted, refusal, screen_text, toasts, until
 
 
 @piloted()
-async def test_rules_are_listed_with_what_they_raised(pilot, api):
+async def test_rules_are_listed_with_their_signals(pilot, api):
     await pilot.press("6")
     await until(lambda: "fraud-check" in screen_text(pilot.app))
     text = screen_text(pilot.app)
@@ -40,9 +40,9 @@ async def edited(pilot, key="E"):
 
 
 @piloted()
-async def test_a_rule_is_edited_and_saved_with_its_tag(pilot, api):
+async def test_an_edited_rule_is_saved_with_its_entity_tag(pilot, api):
     screen = await edited(pilot)
-    await until(lambda: "● the condition is right" in screen_text(pilot.app))
+    await until(lambda: "● the condition is valid" in screen_text(pilot.app))
     screen.query_one(TextArea).text = "never { bypass }\n"
     screen.query_one("#rule-severity", Input).value = "high"
     await pilot.press("ctrl+s")
@@ -71,7 +71,7 @@ async def test_a_rule_is_edited_and_saved_with_its_tag(pilot, api):
 
 
 @piloted()
-async def test_a_conflict_is_told_and_what_was_written_stays(pilot, api):
+async def test_a_conflict_is_reported_and_keeps_the_edits(pilot, api):
     api.routes["PUT", "/api/v1/rules/fraud-check"] = refusal(
         412, "the rule fraud-check was changed", "read it again"
     )
@@ -87,7 +87,7 @@ async def test_a_conflict_is_told_and_what_was_written_stays(pilot, api):
 
 
 @piloted()
-async def test_errors_are_shown_while_it_is_written_and_it_is_not_saved(pilot, api):
+async def test_errors_are_shown_while_typing_and_prevent_saving(pilot, api):
     fault = {"line": 1, "column": 3, "message": "found '&&'", "hint": "use 'and'"}
     screen = await edited(pilot)
     api.routes["POST", "/api/v1/rules/validate"] = {"valid": False, "errors": [fault]}
@@ -95,7 +95,7 @@ async def test_errors_are_shown_while_it_is_written_and_it_is_not_saved(pilot, a
     screen.query_one(TextArea).focus()
     await pilot.press("x", "y", "z")
     await until(lambda: "✖ line 1, column 3: found '&&'; use 'and'" in screen_text(pilot.app))
-    assert api.calls.count(("POST", "/api/v1/rules/validate")) <= before + 2  # not at each key
+    assert api.calls.count(("POST", "/api/v1/rules/validate")) <= before + 2  # not at every key
     await pilot.press("ctrl+s")
     await until(lambda: bool(toasts(pilot.app)))
     assert toasts(pilot.app)[0] == ("✖ not saved", "line 1, column 3: found '&&'; use 'and'")
@@ -103,45 +103,53 @@ async def test_errors_are_shown_while_it_is_written_and_it_is_not_saved(pilot, a
 
 
 @piloted()
-async def test_a_check_that_comes_while_the_editor_closes_ends(pilot, api):
+async def test_a_check_while_the_editor_closes_does_nothing(pilot, api):
     screen = await edited(pilot)
-    await screen.query(".rule-editor").remove()  # the screen goes after its widgets
+    await screen.query(".rule-editor").remove()  # widgets are removed before their screen
     before = api.calls.count(("POST", "/api/v1/rules/validate"))
     await screen._check()
     assert api.calls.count(("POST", "/api/v1/rules/validate")) == before
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
-        ("severity", "urgent", "severity: 'urgent' is none"),
-        ("labels", "team", "labels: 'team' is none"),
+        ("severity", "urgent", "severity: 'urgent' is unknown"),
+        ("labels", "team", "labels: 'team' is not a label"),
     ],
 )
-def test_a_field_that_is_wrong_is_told(field, value, told):
+def test_an_invalid_field_is_reported(field, value, message):
     @piloted()
     async def run(pilot, api):
         screen = await edited(pilot)
         screen.query_one(f"#rule-{field}", Input).value = value
         await pilot.press("ctrl+s")
         await until(lambda: bool(toasts(pilot.app)))
-        assert toasts(pilot.app)[0][1].startswith(told)
+        assert toasts(pilot.app)[0][1].startswith(message)
         assert api.posted() == []
 
     run()
 
 
 @piloted()
-async def test_a_new_rule_is_created_without_a_tag(pilot, api):
+async def test_a_new_rule_is_created_without_an_entity_tag(pilot, api):
     screen = await edited(pilot, "A")
+    assert screen.query_one(TextArea).text == ""
+    await until(lambda: "write a condition" in screen_text(pilot.app))
+    assert "Example:" in screen_text(pilot.app)
     await pilot.press("ctrl+s")
     await until(lambda: bool(toasts(pilot.app)))
-    assert "id: a rule needs one" in toasts(pilot.app)[0][1]
+    assert "id: a rule needs an id" in toasts(pilot.app)[0][1]
     screen.query_one("#rule-id", Input).value = "new-one"
+    await pilot.press("ctrl+s")
+    await until(lambda: len(toasts(pilot.app)) > 1)
+    assert toasts(pilot.app)[1] == ("✖ not saved", "write a condition first")
+    assert api.posted() == []
+    screen.query_one(TextArea).text = "never { bypass }"
     await pilot.press("ctrl+s")
     await until(lambda: isinstance(pilot.app.screen, Confirm))
     await pilot.press("y")
-    await until(lambda: len(toasts(pilot.app)) > 1)
+    await until(lambda: len(toasts(pilot.app)) > 2)
     put = next(each for each in api.requests if each.method == "PUT")
     assert put.url.path == "/api/v1/rules/new-one"
     assert "if-match" not in put.headers
@@ -149,9 +157,9 @@ async def test_a_new_rule_is_created_without_a_tag(pilot, api):
 
 
 @piloted()
-async def test_what_was_written_is_not_lost_without_a_question(pilot, api):
+async def test_edits_are_not_discarded_without_a_question(pilot, api):
     screen = await edited(pilot)
-    await pilot.press("escape")  # nothing was written
+    await pilot.press("escape")  # nothing was edited
     await until(lambda: not isinstance(pilot.app.screen, RuleEditor))
     screen = await edited(pilot)
     screen.query_one(TextArea).text = "never { a }"
@@ -166,7 +174,7 @@ async def test_what_was_written_is_not_lost_without_a_question(pilot, api):
 
 
 @piloted(read_only=True)
-async def test_a_rule_is_tried_on_a_recent_trace(pilot, api):
+async def test_a_rule_is_tested_on_a_recent_trace(pilot, api):
     await pilot.press("6")
     await until(lambda: "fraud-check" in screen_text(pilot.app))
     await pilot.press("T")
@@ -177,7 +185,7 @@ async def test_a_rule_is_tried_on_a_recent_trace(pilot, api):
     await until(lambda: isinstance(pilot.app.screen, Detail))
     await pilot.pause()
     text = screen_text(pilot.app)
-    assert "✖ the trace breaks the rule" in text
+    assert "✖ violated" in text
     assert "◆a     charge" in text
     sent = api.sent("/api/v1/rules/test")
     assert sent["condition"] == records.rules()[0]["condition"]
@@ -185,7 +193,7 @@ async def test_a_rule_is_tried_on_a_recent_trace(pilot, api):
 
 
 @piloted()
-async def test_a_condition_with_errors_cannot_be_tried(pilot, api):
+async def test_a_condition_with_errors_cannot_be_tested(pilot, api):
     answer = refusal(400, "the rule has errors", "see there")
     api.routes["POST", "/api/v1/rules/test"] = answer
     await edited(pilot)
@@ -193,7 +201,7 @@ async def test_a_condition_with_errors_cannot_be_tried(pilot, api):
     await until(lambda: isinstance(pilot.app.screen, Pick))
     await pilot.press(*"nothing like this", "enter")
     await pilot.pause()
-    assert "write its id: 32 hex digits" in screen_text(pilot.app)
+    assert "type its id of 32 hex digits" in screen_text(pilot.app)
     await pilot.press(*["backspace"] * 20)
     await pilot.press("enter")
     await until(lambda: bool(toasts(pilot.app)))
@@ -201,7 +209,7 @@ async def test_a_condition_with_errors_cannot_be_tried(pilot, api):
 
 
 @piloted()
-async def test_a_rule_that_is_gone_is_told(pilot, api):
+async def test_a_deleted_rule_is_reported(pilot, api):
     api.routes["GET", "/api/v1/rules/fraud-check"] = refusal(404, "there is no rule", "list them")
     await pilot.press("6")
     await until(lambda: "fraud-check" in screen_text(pilot.app))
@@ -210,9 +218,9 @@ async def test_a_rule_that_is_gone_is_told(pilot, api):
     assert toasts(pilot.app) == [("✖ refused", "there is no rule; list them")]
 
 
-def test_words_of_the_language():
+def test_tokens_of_the_language():
     text = 'when { a.always.where(x >= 1.5s and "y" matches "z\\"//") } // never\nalways { b }'
-    kinds = [(text[start:end], kind) for start, end, kind in words(text)]
+    kinds = [(text[start:end], kind) for start, end, kind in tokens(text)]
     assert kinds == [
         ("when", "clause"),
         ("where", "keyword"),
@@ -227,7 +235,7 @@ def test_words_of_the_language():
     assert highlighted("[b]never[/b]").plain == "[b]never[/b]"
 
 
-def test_differences_and_errors_in_words():
+def test_differences_and_errors_as_text():
     assert difference("a\nb\n", "a\nc\n") == "- b\n+ c"
     assert difference("", "\n".join("x" * 20)).endswith("… and 10 more lines")
     assert error_text({"message": "it is too long", "line": None}) == "it is too long"

@@ -1,4 +1,4 @@
-"""The signals as they come, their filters, and the one that is opened."""
+"""The signals panel: stream, filters, details and waterfalls."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from betrace.tui.panels import signals as signals_module
-from betrace.tui.widgets.basic import Detail
+from betrace.tui.traces import TraceSpan, in_tree_order, spans_of
+from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.pick import Pick
-from betrace.tui.widgets.waterfall import MAX_SPANS, Span, marks, ordered, spans_of, waterfall
+from betrace.tui.widgets.waterfall import MAX_SPANS, marks, waterfall
 from tests.support import tui_records as records
 from tests.support.tui_fake import piloted, refusal, screen_text, toasts, until
 
@@ -26,21 +27,21 @@ def shown(pilot, api):
 
 
 @piloted()
-async def test_signals_are_listed_and_come_as_they_are_raised(pilot, api):
+async def test_signals_are_listed_and_new_ones_appear(pilot, api):
     await opened(pilot, api)
     text = screen_text(pilot.app)
-    assert "22:13:25 ✖ critical fraud-check" in text
+    assert "11-14 22:13:25 ✖ critical ✖ fraud-check" in text
     assert "Tried [bold]five[/] t" in text
-    assert "○ retracted" in text
+    assert "○ retries" in text
     api.raise_signal({k: v for k, v in records.signal(30).items() if k != "status"})
     await until(lambda: "22:13:50" in shown(pilot, api))
     lines = screen_text(pilot.app).splitlines()
-    assert lines[4].startswith("22:13:50")  # the newest first, and the cursor with it
+    assert lines[4].startswith("11-14 22:13:50")  # the newest is first, and the cursor follows
     assert pilot.app.panel.selected == records.signal(30)["id"]
 
 
 @piloted()
-async def test_the_cursor_stays_on_a_signal_that_was_chosen(pilot, api):
+async def test_the_cursor_stays_on_a_selected_signal(pilot, api):
     await opened(pilot, api)
     await pilot.press("j")
     chosen = pilot.app.panel.selected
@@ -50,13 +51,13 @@ async def test_the_cursor_stays_on_a_signal_that_was_chosen(pilot, api):
 
 
 @piloted()
-async def test_a_retraction_is_shown_at_what_it_retracts(pilot, api):
+async def test_a_retraction_changes_the_signal_it_retracts(pilot, api):
     await opened(pilot, api)
     raised = records.signal(5)
     again = {**raised, "id": "f" * 32, "kind": "retracted", "message": "It came after all"}
     del again["status"]
     api.raise_signal(again)
-    await until(lambda: shown(pilot, api).count("○ retracted") == 3)
+    await until(lambda: shown(pilot, api).count(" ○ fraud-check") == 2)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ async def test_a_retraction_is_shown_at_what_it_retracts(pilot, api):
         ("a", "retr", "status=retracted"),
     ],
 )
-def test_filters_are_asked_of_the_service(key, typed, query):
+def test_filters_are_sent_to_the_service(key, typed, query):
     @piloted()
     async def run(pilot, api):
         await opened(pilot, api)
@@ -87,7 +88,7 @@ def test_filters_are_asked_of_the_service(key, typed, query):
 
 
 @piloted()
-async def test_a_text_filters_what_is_shown_and_inverts(pilot, api):
+async def test_a_text_filters_the_rows_and_inverts(pilot, api):
     await opened(pilot, api)
     await pilot.press("slash", *"!fraud", "enter")
     await until(lambda: "fraud-check" not in screen_text(pilot.app))
@@ -96,14 +97,14 @@ async def test_a_text_filters_what_is_shown_and_inverts(pilot, api):
 
 
 @piloted()
-async def test_a_signal_is_opened_with_its_trace_and_the_matching_spans_marked(pilot, api):
+async def test_a_signal_opens_with_its_trace_and_marked_spans(pilot, api):
     await opened(pilot, api)
     await pilot.press("enter")
     await until(lambda: "POST /checkout" in screen_text(pilot.app))
     assert isinstance(pilot.app.screen, Detail)
     lines = screen_text(pilot.app).splitlines()
     text = "\n".join(lines)
-    assert "always is broken" in text
+    assert "always is violated" in text
     assert "◆a     1  charge.where(amount > 1000)" in text
     spans = [line for line in lines if "█" in line]
     marked = [line for line in spans if "◆" in line]
@@ -116,32 +117,32 @@ async def test_a_signal_is_opened_with_its_trace_and_the_matching_spans_marked(p
 
 
 @piloted()
-async def test_a_trace_that_is_gone_is_told(pilot, api):
+async def test_a_missing_trace_is_reported(pilot, api):
     api.routes["GET", f"/api/v1/traces/{records.TRACE}"] = refusal(404, "there is no trace", "wait")
     await opened(pilot, api)
     await pilot.press("enter")
-    await until(lambda: "✖ not read: there is no trace; wait" in screen_text(pilot.app))
+    await until(lambda: "✖ not loaded: there is no trace; wait" in screen_text(pilot.app))
 
 
 @piloted()
-async def test_a_stream_that_ends_is_opened_again(pilot, api):
+async def test_a_lost_stream_is_reopened(pilot, api):
     await opened(pilot, api)
     first = set(api.tails)
     for tail in first:
         tail.put_nowait(None)
-    await until(lambda: "the stream is lost" in shown(pilot, api))
+    await until(lambda: "stream lost" in shown(pilot, api))
     await until(lambda: bool(api.tails - first))
 
 
 @piloted()
-async def test_nobody_listens_while_another_panel_is_shown(pilot, api):
+async def test_the_stream_is_closed_while_another_panel_is_shown(pilot, api):
     await opened(pilot, api)
     await pilot.press("1")
     await until(lambda: not api.tails)
 
 
 @piloted()
-async def test_another_tenants_signals(pilot, api):
+async def test_another_tenant_is_chosen(pilot, api):
     await opened(pilot, api)
     await pilot.press("o")
     await until(lambda: isinstance(pilot.app.screen, Pick))
@@ -154,13 +155,13 @@ async def test_another_tenants_signals(pilot, api):
     await until(lambda: isinstance(pilot.app.screen, Pick))
     await pilot.press(*"No!", "enter")
     await pilot.pause()
-    assert "a tenant's name has" in screen_text(pilot.app)
+    assert "use 1 to 63 of" in screen_text(pilot.app)
     await pilot.press("escape")
     assert "acme @ " in screen_text(pilot.app)
 
 
 @piloted()
-async def test_older_signals_are_read_on_request(pilot, api):
+async def test_older_signals_are_loaded_on_request(pilot, api):
     def page(request: httpx.Request) -> httpx.Response:
         old = "cursor" in request.url.params
         those = [records.signal(1, rule_id="old-one")] if old else records.signals()
@@ -173,33 +174,104 @@ async def test_older_signals_are_read_on_request(pilot, api):
 
 
 @piloted()
-async def test_what_is_kept_is_bounded(pilot, api):
+async def test_the_number_of_signals_kept_is_bounded(pilot, api):
     await opened(pilot, api)
     panel = pilot.app.panel
     for number in range(1000):
         moment = f"2023-11-14T23:{number // 60 % 60:02}:{number % 60:02}.000000000Z"
-        panel._came(records.signal(number + 100, detected_at=moment))
-    assert len(panel._held) <= 2 * signals_module.PAGE
+        panel._received(records.signal(number + 100, detected_at=moment))
+    assert len(panel._signals) <= 2 * signals_module.PAGE
     assert len(list(panel.rows(pilot.app.state))) == signals_module.PAGE
+
+
+@piloted()
+async def test_columns_fit_every_window(pilot, api):
+    app = pilot.app
+    await opened(pilot, api)
+    await pilot.press("j")
+    chosen = app.panel.selected
+    for width, trace, status in ((80, False, False), (120, False, True), (200, True, True)):
+        await pilot.resize_terminal(width, 30)
+        await pilot.pause()
+        table = app.panel.table
+        assert table.virtual_size.width <= table.size.width
+        text = screen_text(app)
+        assert (records.TRACE in text) == trace
+        assert ("✖ active" in text) == status
+        assert "11-14 22:13:25" in text
+        assert app.panel.selected == chosen
+    await pilot.resize_terminal(80, 30)
+    await pilot.pause()
+    line = next(line for line in screen_text(app).splitlines() if "fraud-check" in line)
+    assert line.endswith("…")
+    assert len(line) <= 80
+
+
+@piloted()
+async def test_a_frozen_list_is_not_called_live(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("p")
+    await pilot.pause()
+    assert "● live" not in screen_text(pilot.app)
+    assert "▲ frozen" in screen_text(pilot.app)
+    await pilot.press("p")
+    await until(lambda: "● live" in screen_text(pilot.app))
+
+
+@piloted()
+async def test_a_lost_connection_does_not_claim_that_there_are_no_signals(pilot, api):
+    api.routes["GET", "/api/v1/signals"] = {"signals": [], "next": None}
+    await opened(pilot, api)
+    await until(lambda: "No signals yet" in screen_text(pilot.app))
+    api.go_away()
+    await until(lambda: "No connection to the service." in screen_text(pilot.app))
+    assert "No signals yet" not in screen_text(pilot.app)
+    assert "● live" not in screen_text(pilot.app)
+
+
+@piloted()
+async def test_a_signal_fills_the_window(pilot, api):
+    await opened(pilot, api)
+    await pilot.press("enter")
+    await until(lambda: isinstance(pilot.app.screen, Detail))
+    await pilot.pause()
+    lines = screen_text(pilot.app).splitlines()
+    assert lines[0].startswith("╭")
+    assert lines[0].endswith("╮")
+    assert len(lines[0]) == 80
+    assert lines[-2].startswith("╰")
 
 
 # Waterfalls
 
 
-def span(identity: str, parent: str = "", start: int = 0) -> Span:
-    return Span(identity, parent, identity, "s", start, start + 1, False)
+def test_a_waterfall_gives_bars_the_space_that_names_do_not_need():
+    spans = [span("a", start=0), TraceSpan("b", "a", "b", "s", 0, 500, False)]
+    line = waterfall(spans, {}, 200).plain.splitlines()[1]
+    assert len(line) == 200
+    assert line.count("█") > 150
+    assert "0 µs" in line
+    long = [TraceSpan("c", "", "n" * 90, "s", 0, 5, False)]
+    assert "n" * 90 in waterfall(long, {}, 200).plain
 
 
-def test_spans_are_below_their_parents_and_cycles_are_shown_once():
+def span(identity: str, parent: str = "", start: int = 0) -> TraceSpan:
+    return TraceSpan(identity, parent, identity, "s", start, start + 1, False)
+
+
+def test_spans_follow_their_parents_and_cycles_appear_once():
     spans = [span("c", "b", 3), span("a", "", 1), span("b", "a", 2), span("d", "a", 1)]
-    assert [(depth, each.id) for depth, each in ordered(spans)] == [
+    assert [(depth, each.id) for depth, each in in_tree_order(spans)] == [
         (0, "a"),
         (1, "d"),
         (1, "b"),
         (2, "c"),
     ]
-    assert [each.id for _, each in ordered([span("x", "y", 1), span("y", "x", 2)])] == ["x", "y"]
-    assert ordered([span("lost", "gone")]) == [(0, span("lost", "gone"))]
+    assert [each.id for _, each in in_tree_order([span("x", "y", 1), span("y", "x", 2)])] == [
+        "x",
+        "y",
+    ]
+    assert in_tree_order([span("lost", "gone")]) == [(0, span("lost", "gone"))]
 
 
 @given(
@@ -211,7 +283,7 @@ def test_spans_are_below_their_parents_and_cycles_are_shown_once():
 )
 def test_every_span_has_a_line_that_fits(given_spans, width):
     spans = [span(identity, parent, start) for identity, parent, start in given_spans]
-    found = ordered(spans)
+    found = in_tree_order(spans)
     assert {each.id for _, each in found} == {each.id for each in spans}
     assert len(found) == len({each.id for each in spans})
     lines = waterfall(spans, {"a": "a"}, width).plain.splitlines()
@@ -220,28 +292,28 @@ def test_every_span_has_a_line_that_fits(given_spans, width):
         assert all(len(line) <= width for line in lines)
 
 
-def test_a_large_trace_is_cut():
+def test_a_large_trace_is_truncated():
     spans = [span(str(number)) for number in range(MAX_SPANS + 5)]
     assert waterfall(spans, {}, 80).plain.endswith("… and 5 more spans")
     assert waterfall([], {}, 80).plain == "no spans"
 
 
-def test_spans_that_are_none_are_left_out():
+def test_malformed_spans_are_omitted():
     odd = {"resourceSpans": [None, {"resource": 3, "scopeSpans": [{"spans": [{}, 7]}]}]}
     assert [each.start for each in spans_of(odd)] == [0]
     assert marks({"x": ["1", "2"], "y": ["2"], "z": []}) == {"1": "a", "2": "ab"}
 
 
 @piloted()
-async def test_a_list_that_cannot_be_read_is_told(pilot, api):
+async def test_a_list_that_cannot_be_loaded_is_reported(pilot, api):
     api.routes["GET", "/api/v1/signals"] = refusal(503, "the query took too long", "narrow it")
     await pilot.press("5")
     await until(lambda: bool(toasts(pilot.app)))
-    assert "not read: the query took too long" in shown(pilot, api)
+    assert "not loaded: the query took too long" in shown(pilot, api)
 
 
 @piloted()
-async def test_other_signals_are_shown_from_the_newest_on(pilot, api):
+async def test_a_new_filter_starts_at_the_newest_signal(pilot, api):
     await opened(pilot, api)
     await pilot.press("G")
     assert pilot.app.panel.selected == records.signal(2)["id"]
@@ -255,7 +327,7 @@ async def test_other_signals_are_shown_from_the_newest_on(pilot, api):
 
 
 @pytest.mark.parametrize(("number", "path"), [("5", "/api/v1/signals"), ("6", "/api/v1/rules")])
-def test_with_an_operators_token_a_tenant_is_to_be_chosen(number, path):
+def test_an_operators_token_asks_for_a_tenant(number, path):
     def refuses(request: httpx.Request) -> httpx.Response:
         if "x-scope-orgid" in request.headers:
             return httpx.Response(200, json={"signals": records.signals(), "rules": []})
@@ -265,9 +337,9 @@ def test_with_an_operators_token_a_tenant_is_to_be_chosen(number, path):
     async def run(pilot, api):
         api.routes["GET", path] = refuses
         await pilot.press(number)
-        await until(lambda: "whose? press o to choose a tenant" in shown(pilot, api))
+        await until(lambda: "no tenant chosen; press o" in shown(pilot, api))
         assert not toasts(pilot.app)
         pilot.app.view_tenant("acme")
-        await until(lambda: "whose?" not in shown(pilot, api))
+        await until(lambda: "no tenant chosen" not in shown(pilot, api))
 
     run()

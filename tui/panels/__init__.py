@@ -5,7 +5,7 @@ from __future__ import annotations
 from betrace.tui.panels.breakers import BreakersPanel
 from betrace.tui.panels.caches import CachesPanel
 from betrace.tui.panels.dead_letters import DeadLettersPanel
-from betrace.tui.panels.overview import Overview
+from betrace.tui.panels.overview import OverviewPanel
 from betrace.tui.panels.pipeline import PipelinePanel
 from betrace.tui.panels.rules import RulesPanel
 from betrace.tui.panels.signals import SignalsPanel
@@ -14,7 +14,7 @@ from betrace.tui.panels.tenants import TenantsPanel
 from betrace.tui.widgets.panel import Panel
 
 PANELS: tuple[type[Panel], ...] = (
-    Overview,
+    OverviewPanel,
     PipelinePanel,
     BreakersPanel,
     CachesPanel,

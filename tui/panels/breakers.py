@@ -1,4 +1,4 @@
-"""The circuit breakers, and what an operator can do to them."""
+"""The circuit breakers: their states, and the actions on them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,19 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 
+from betrace.tui.changes import OperatorChange
+from betrace.tui.format import NONE, clock, duration, number, percent, words
 from betrace.tui.panels.details import show_breaker, trial_text
-from betrace.tui.state import Breaker, State
-from betrace.tui.widgets.changes import Change
-from betrace.tui.widgets.table import Cell, Column, Row, TablePanel
-from betrace.tui.widgets.text import (
-    NONE,
-    SYMBOLS,
-    clock,
-    duration,
-    number,
-    percent,
-    status_tone,
-    words,
-)
+from betrace.tui.state import BreakerStatus, ServiceState
+from betrace.tui.tones import SYMBOLS, status_tone
+from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
 
 _AFTER = {"trip": "open", "reset": "closed", "force-open": "forced open", "disable": "disabled"}
 _NOTES = {
-    "trip": "Calls are refused as if they had failed; trials follow after {open_for}.",
-    "reset": "Calls are permitted, and the window of calls begins anew.",
-    "force-open": "All calls are refused until another action; there are no trials.",
-    "disable": "All calls are permitted whatever happens, until another action.",
+    "trip": "All calls are refused; trial calls follow after {open_for}.",
+    "reset": "Calls are permitted again, and the statistics of recent calls start over.",
+    "force-open": "All calls are refused until you reset it; there are no trial calls.",
+    "disable": "All calls are permitted, even if they fail, until you reset it.",
 }
 
 
@@ -41,21 +33,21 @@ class BreakersPanel(TablePanel):
         Column("calls", "calls", 5, right=True),
         Column("trial", "trial", 9),
         Column("last", "last transition", 20),
-        Column("slow", "slow", 6, right=True),
-        Column("failed", "failed", 6, right=True),
-        Column("refused", "refused", 7, right=True),
-        Column("since", "in this state", 14),
-        Column("reason", "why"),
+        Column("slow", "slow", 6, right=True, shown_from=110),
+        Column("failed", "failed", 6, right=True, shown_from=110),
+        Column("refused", "refused", 7, right=True, shown_from=110),
+        Column("since", "in this state", 14, shown_from=110),
+        Column("reason", "reason", 8, flex=True, shown_from=110),
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("T", "change_breaker('trip')", "Trip", tooltip="Open it as failures would"),
+        Binding("T", "change_breaker('trip')", "Trip", tooltip="Open it as if calls had failed"),
         Binding("R", "change_breaker('reset')", "Reset", tooltip="Close it"),
         Binding("F", "change_breaker('force-open')", "Force open", tooltip="Refuse all calls"),
         Binding("X", "change_breaker('disable')", "Disable", tooltip="Permit all calls"),
     ]
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         now = state.now
         for breaker in now.breakers if now else ():
             assert now is not None
@@ -77,8 +69,8 @@ class BreakersPanel(TablePanel):
         verb = words(action.replace("-", " ")).capitalize()
         open_for = duration(breaker.settings.get("openSeconds"))
         self.betrace.change(
-            Change(
-                f"{verb} the breaker {breaker.name}?",
+            OperatorChange(
+                f"{verb} breaker {breaker.name}?",
                 verb,
                 run,
                 [("state", words(breaker.state), _AFTER[action])],
@@ -87,12 +79,12 @@ class BreakersPanel(TablePanel):
         )
 
 
-def _cells(breaker: Breaker, now: float) -> tuple[Cell, ...]:
+def _cells(breaker: BreakerStatus, now: float) -> tuple[Cell, ...]:
     tone = status_tone(breaker.state)
     last = breaker.transitions[-1] if breaker.transitions else None
     closed = breaker.state == "closed"
     trial = NONE if closed else trial_text(breaker.state, breaker.retry_in)
-    if trial.startswith(("not", "calls")):
+    if trial.startswith(("only", "calls")):
         trial = "operator"
     when, latest = (last.at, f"{clock(last.at)} {words(last.after)}") if last else (0.0, NONE)
     failed = breaker.calls.get("failed", 0) + breaker.calls.get("timed_out", 0)

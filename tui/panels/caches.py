@@ -1,4 +1,4 @@
-"""The caches: how often they are hit, and emptying or warming them."""
+"""The caches: hit rates, invalidation and warm-up."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from betrace.tui.client import Json
-from betrace.tui.panels.details import plot, show_cache
-from betrace.tui.state import Cache, State
-from betrace.tui.widgets.basic import Live
-from betrace.tui.widgets.changes import Ask, Change
-from betrace.tui.widgets.listing import check_tenant
-from betrace.tui.widgets.table import Cell, Column, Row, TablePanel
-from betrace.tui.widgets.text import NONE, count, many, millis, number, percent
+from betrace.tui.changes import OperatorChange
+from betrace.tui.format import NONE, count, many, millis, number, percent
+from betrace.tui.json_values import Json
+from betrace.tui.panels.details import show_cache
+from betrace.tui.panels.history_graph import history_graph
+from betrace.tui.state import CacheStatus, ServiceState
+from betrace.tui.widgets.dialogs import Ask
+from betrace.tui.widgets.list_panel import check_tenant
+from betrace.tui.widgets.live_text import LiveText
+from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
 
 
 class CachesPanel(TablePanel):
@@ -30,39 +32,37 @@ class CachesPanel(TablePanel):
         Column("evictions", "evicted", 7, right=True),
         Column("load", "load", 7, right=True),
         Column("failed", "failed", 6, right=True),
-        Column("hits", "hits in all", 11, right=True),
-        Column("misses", "misses", 9, right=True),
-        Column("loads", "loads", 9, right=True),
+        Column("hits", "total hits", 11, right=True, shown_from=110),
+        Column("misses", "misses", 9, right=True, shown_from=110),
+        Column("loads", "loads", 9, right=True, shown_from=110),
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("I", "change_invalidate", "Invalidate", tooltip="Empty the cache"),
-        Binding(
-            "T", "change_invalidate_tenant", "Of a tenant", tooltip="Empty it of one tenant's part"
-        ),
-        Binding("W", "change_warm_up", "Warm up", tooltip="Load what will be needed"),
+        Binding("T", "change_invalidate_tenant", "For a tenant", tooltip="Empty it for one tenant"),
+        Binding("W", "change_warm_up", "Warm up", tooltip="Load the entries of active tenants"),
     ]
 
     def below(self) -> ComposeResult:
-        yield Live(id="hit-rates")
+        yield LiveText(id="hit-rates")
 
-    def show(self, state: State) -> None:
+    def show(self, state: ServiceState) -> None:
         super().show(state)
         caches = state.now.caches if state.now else ()
-        self.query_one("#hit-rates", Live).draw(
+        self.query_one("#hit-rates", LiveText).draw(
             lambda width: Content("\n").join(
                 Content(_history(cache.name, state, width)) for cache in caches
             )
         )
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         for cache in state.now.caches if state.now else ():
             yield Row(cache.name, _cells(cache, state.rate(f"{cache.name}.hit_rate")))
 
     def drill(self, key: str) -> None:
         show_cache(self.betrace, key)
 
-    def _cache(self) -> Cache | None:
+    def _cache(self) -> CacheStatus | None:
         now, name = self.betrace.state.now, self.selected
         return next((c for c in now.caches if c.name == name), None) if now else None
 
@@ -75,7 +75,7 @@ class CachesPanel(TablePanel):
             if cache is None:
                 return
             tenant = await self.betrace.push_screen_wait(
-                Ask(f"Empty the cache {cache.name} of which tenant?", "Tenant", check=check_tenant)
+                Ask(f"Empty cache {cache.name} for which tenant?", "Tenant", check=check_tenant)
             )
             if tenant is not None:
                 self._invalidate(tenant)
@@ -89,16 +89,16 @@ class CachesPanel(TablePanel):
 
         async def run() -> str:
             answer = await self.betrace.client.invalidate_cache(cache.name, tenant)
-            return f"{many(answer.get('invalidated'), 'entry')} of {cache.name} removed"
+            return f"{many(answer.get('invalidated'), 'entry')} removed from {cache.name}"
 
-        whose = f"of the tenant {tenant}" if tenant else "of all tenants"
+        whose = f"for tenant {tenant}" if tenant else "for all tenants"
         self.betrace.change(
-            Change(
-                f"Empty the cache {cache.name} {whose}?",
+            OperatorChange(
+                f"Empty cache {cache.name} {whose}?",
                 "Invalidate",
                 run,
-                [("entries", count(cache.size), "those of other tenants" if tenant else "0")],
-                "What is asked for next is loaded again, so that it takes longer once.",
+                [("entries", count(cache.size), "only other tenants' entries" if tenant else "0")],
+                "Each entry is loaded again when it is next needed, which takes longer once.",
             )
         )
 
@@ -108,11 +108,11 @@ class CachesPanel(TablePanel):
 
         now = self.betrace.state.now
         sizes = ", ".join(count(cache.size) for cache in now.caches) if now else NONE
-        effects = [("entries", sizes, "what active tenants need")]
-        self.betrace.change(Change("Warm up the caches?", "Warm up", run, effects))
+        effects = [("entries", sizes, "plus those of active tenants")]
+        self.betrace.change(OperatorChange("Warm up the caches?", "Warm up", run, effects))
 
 
-def _cells(cache: Cache, now: float | None) -> tuple[Cell, ...]:
+def _cells(cache: CacheStatus, now: float | None) -> tuple[Cell, ...]:
     asked = cache.hits + cache.misses
     rate = cache.hit_rate if asked else None
     return (
@@ -133,13 +133,14 @@ def _cells(cache: Cache, now: float | None) -> tuple[Cell, ...]:
     )
 
 
-def _history(name: str, state: State, width: int) -> str:
-    points = state.history(f"{name}.hit_rate")
-    line = plot(points, max(10, width - 18), 1.0) if points else "no requests yet"
-    return f"{name:<16.16} {line}"
+def _history(name: str, state: ServiceState, width: int) -> str:
+    history = f"{name}.hit_rate"
+    if not state.history(history):
+        return f"{name:<16.16} no requests yet"
+    return f"{name:<16.16} {history_graph(state, history, max(10, width - 50), percent, 1.0)}"
 
 
 def _warmed(answer: Json) -> str:
     loaded, failed = answer.get("loaded", 0), answer.get("failed", 0)
-    said = f"{many(loaded, 'entry')} of {many(answer.get('tenants', 0), 'tenant')} loaded"
+    said = f"{many(loaded, 'entry')} loaded for {many(answer.get('tenants', 0), 'tenant')}"
     return f"{said}, {failed} failed" if failed else said

@@ -1,4 +1,4 @@
-"""Dead letters: what failed for good, and what becomes of it."""
+"""Dead letters: batches that failed for good; retrying and discarding them."""
 
 from __future__ import annotations
 
@@ -9,42 +9,44 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from betrace.tui.client import ClientError, Json
-from betrace.tui.panels.evidence import Shown
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Detail, fields, marked, toned
-from betrace.tui.widgets.changes import Change
-from betrace.tui.widgets.listing import MOST, Listing, Part, objects
-from betrace.tui.widgets.table import Cell, Column, Row
-from betrace.tui.widgets.text import clock, count, date, duration, many, moment, number, size
+from betrace.tui.changes import OperatorChange
+from betrace.tui.client import ClientError
+from betrace.tui.format import clock, count, date, duration, many, moment, number, size
+from betrace.tui.json_values import Json, objects
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import marked, toned
+from betrace.tui.widgets.detail import CachedText, Detail
+from betrace.tui.widgets.fields import fields
+from betrace.tui.widgets.list_panel import MOST, ListPanel, Part
+from betrace.tui.widgets.table_panel import Cell, Column, Row
 
 MARK = "✚"
 
 
-class DeadLettersPanel(Listing):
+class DeadLettersPanel(ListPanel):
     TITLE = "Dead letters"
     SHORT = "Dead"
-    EMPTY = "no dead letters: nothing failed for good"
+    EMPTY = "No dead letters: no batch has failed for good."
 
     COLUMNS = (
         Column("mark", " ", 1),
         Column("id", "id", 5, right=True),
         Column("stage", "stage", 15),
-        Column("tenant", "tenant", 12),
+        Column("tenant", "tenant", 12, narrow=9),
         Column("attempts", "tried", 5, right=True),
         Column("failed", "failed", 8),
         Column("retry", "next retry", 10),
-        Column("error", "error"),
-        Column("weight", "items", 6, right=True),
-        Column("bytes", "size", 9, right=True),
+        Column("error", "error", 12, flex=True),
+        Column("weight", "items", 6, right=True, shown_from=120),
+        Column("bytes", "size", 9, right=True, shown_from=120),
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("x", "mark", "Mark", tooltip="Mark the letter, or take its mark away"),
-        Binding("X", "mark_all", "Mark all", tooltip="Mark all that are shown, or none"),
-        Binding("R", "change_letters('retry')", "Retry", tooltip="Try the marked letters again"),
+        Binding("x", "mark", "Mark", tooltip="Mark the letter, or remove its mark"),
+        Binding("X", "mark_all", "Mark all", tooltip="Mark all rows, or none"),
+        Binding("R", "change_letters('retry')", "Retry", tooltip="Retry the marked letters"),
         Binding("D", "change_letters('discard')", "Discard", tooltip="Delete the marked letters"),
-        Binding("A", "change_retry_all", "Retry all", tooltip="Try all letters again"),
+        Binding("A", "change_retry_all", "Retry all", tooltip="Retry all letters"),
     ]
 
     def __init__(self) -> None:
@@ -60,13 +62,13 @@ class DeadLettersPanel(Listing):
         self._marked &= set(self._letters)
 
     def head(self) -> Sequence[Part]:
-        told = many(len(self._letters), "oldest dead letter" if self._more else "dead letter")
-        parts: list[Part] = [marked(told, "bad" if self._letters else "good")]
+        text = many(len(self._letters), "oldest dead letter" if self._more else "dead letter")
+        parts: list[Part] = [marked(text, "bad" if self._letters else "good")]
         if self._marked:
             parts += ["  ", (f"{MARK} {len(self._marked)} marked", "bold $warning")]
         return parts
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         now = self.betrace.clock()
         for identity, letter in self._letters.items():
             again, failed = moment(letter.get("next_retry")), moment(letter.get("last_failed"))
@@ -90,7 +92,7 @@ class DeadLettersPanel(Listing):
         letter = self._letters.get(key)
         if letter is None:
             return
-        shown = LetterShown(letter)
+        shown = DeadLetterText(letter)
         detail = Detail(f"Dead letter {key}", shown.draw)
         self.betrace.push_screen(detail)
 
@@ -119,17 +121,17 @@ class DeadLettersPanel(Listing):
         self.show(self.betrace.state)
 
     def action_change_letters(self, action: str) -> None:
-        """Of those that are marked, else of the one under the cursor."""
+        """Change the marked letters, or the one under the cursor if none is marked."""
         chosen = sorted(self._marked, key=list(self._letters).index)
         if not chosen and self.selected is not None:
             chosen = [self.selected]
         if not chosen:
             return
         verb, after, note = _WAYS[action]
-        what = f"the dead letter {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} dead letters"
+        what = f"dead letter {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} dead letters"
         items = sum(self._letters[each].get("weight") or 0 for each in chosen)
         self.betrace.change(
-            Change(
+            OperatorChange(
                 f"{verb} {what}?",
                 verb,
                 self._each(action, chosen),
@@ -148,13 +150,15 @@ class DeadLettersPanel(Listing):
                 except ClientError as error:
                     if error.status != 404:
                         raise ClientError(
-                            error.kind, f"after {done} of {len(chosen)}: {error}", error.status
+                            error.kind,
+                            f"stopped after {done} of {len(chosen)}: {error}",
+                            error.status,
                         ) from error
                     missing += 1
             self._marked.clear()
-            told = f"{done} {_DONE[action]}"
+            result = f"{done} {_DONE[action]}"
             gone = "was" if missing == 1 else "were"
-            return f"{told}, {missing} {gone} no longer there" if missing else told
+            return f"{result}, {missing} {gone} already gone" if missing else result
 
         return run
 
@@ -165,36 +169,36 @@ class DeadLettersPanel(Listing):
             return f"{answer.get('retried', 'all')} {_DONE['retry']}"
 
         known = f"{count(len(self._letters))}{' or more' if self._more else ''}"
-        effects = [("letters", f"{known} kept", "given to their stages")]
+        effects = [("letters", f"{known} kept", "sent back to their stages")]
         self.betrace.change(
-            Change("Retry all dead letters?", "Retry all", run, effects, _WAYS["retry"][2])
+            OperatorChange("Retry all dead letters?", "Retry all", run, effects, _WAYS["retry"][2])
         )
 
 
 _WAYS = {
     "retry": (
         "Retry",
-        "given to their stages",
-        "A letter that fails again stays, with one attempt more.",
+        "sent back to their stages",
+        "A letter that fails again is kept, with one more attempt counted.",
     ),
     "discard": (
         "Discard",
         "deleted",
-        "Deleted for good: what is in them is not evaluated, or not recorded.",
+        "This cannot be undone. The contents will not be evaluated or recorded.",
     ),
 }
-_DONE = {"retry": "will be tried again", "discard": "discarded"}
+_DONE = {"retry": "queued for retry", "discard": "discarded"}
 
 
 def retry_text(at: float | None, now: float) -> str:
-    """When a letter is tried again by itself."""
+    """When the service retries a letter by itself."""
     if at is None:
-        return "when told"
+        return "manual"
     return f"in {duration(at - now)}" if at > now else "now"
 
 
-class LetterShown(Shown):
-    """A letter; its payload when it was read."""
+class DeadLetterText(CachedText):
+    """A letter, with its payload once that is loaded."""
 
     def __init__(self, letter: Json) -> None:
         super().__init__()
@@ -214,7 +218,7 @@ class LetterShown(Shown):
                 ("attempts", count(letter.get("attempts"))),
                 ("first failed", date(moment(letter.get("first_failed")))),
                 ("last failed", date(moment(letter.get("last_failed")))),
-                ("next retry", "when told to" if again is None else date(again)),
+                ("next retry", "only manually" if again is None else date(again)),
                 ("items", count(letter.get("weight"))),
                 ("size", size(letter.get("bytes"))),
             ),
@@ -227,8 +231,8 @@ class LetterShown(Shown):
             if len(text) > _MOST_TEXT:
                 lines.append(Content(f"… and {many(len(text) - _MOST_TEXT, 'more character')}"))
         else:
-            told = marked(f"not read: {self.problem}", "bad") if self.problem else "is read …"
-            lines.append(Content.assemble(told))
+            status = marked(f"not loaded: {self.problem}", "bad") if self.problem else "loading …"
+            lines.append(Content.assemble(status))
         return Content("\n").join(lines)
 
 

@@ -1,70 +1,52 @@
-"""What `Enter` opens: a stage, a breaker or a cache in full."""
+"""The details of a stage, a breaker or a cache."""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
-
 from textual.content import Content
 
-from betrace.tui.panels.drawing import condition
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Detail, fields, marked, toned
-from betrace.tui.widgets.text import (
+from betrace.tui.base import BaseApp
+from betrace.tui.format import (
     NONE,
     ago,
     bar,
-    clock,
     count,
+    date,
     duration,
-    fill_tone,
     many,
     millis,
     number,
     percent,
-    status_tone,
+    plot,
     words,
 )
+from betrace.tui.panels.health import stage_condition
+from betrace.tui.panels.history_graph import history_graph
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import fill_tone, marked, status_tone, toned
+from betrace.tui.widgets.detail import Detail
+from betrace.tui.widgets.fields import fields
 
-if TYPE_CHECKING:
-    from betrace.tui.app import BetraceApp
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
-
-
-def show_stage(app: BetraceApp, name: str) -> None:
+def show_stage(app: BaseApp, name: str) -> None:
     app.push_screen(Detail(f"Stage {name}", lambda state, width: stage_text(state, name, width)))
 
 
-def show_breaker(app: BetraceApp, name: str) -> None:
+def show_breaker(app: BaseApp, name: str) -> None:
     app.push_screen(Detail(f"Breaker {name}", lambda state, _: breaker_text(state, name)))
 
 
-def show_cache(app: BetraceApp, name: str) -> None:
+def show_cache(app: BaseApp, name: str) -> None:
     app.push_screen(Detail(f"Cache {name}", lambda state, width: cache_text(state, name, width)))
 
 
-def plot(points: list[float], width: int, top: float | None = None) -> str:
-    """A line of blocks, the last point at the right end; ``top`` is a full block."""
-    points = points[-max(1, width) :]
-    most = top if top is not None else max(points, default=0.0)
-    steps = len(BLOCKS) - 1
-    return "".join(
-        BLOCKS[min(steps, max(1 if value > 0 else 0, round(value / most * steps)))]
-        if most > 0
-        else BLOCKS[0]
-        for value in points
-    )
-
-
-def stage_text(state: State, name: str, width: int) -> Content | None:
+def stage_text(state: ServiceState, name: str, width: int) -> Content | None:
     now = state.now
     stage = next((s for s in now.stages if s.name == name), None) if now else None
     if now is None or stage is None:
         return None
-    tone, word = condition(stage, state)
+    tone, word = stage_condition(stage, state)
     unit = stage.unit
-    room = max(10, width - 16)
+    room = max(10, width - 40)
     return Content("\n").join(
         [
             fields(
@@ -87,12 +69,11 @@ def stage_text(state: State, name: str, width: int) -> Content | None:
                 (
                     "blocked",
                     marked(
-                        f"{many(stage.blocked, 'sender')} "
-                        f"{'waits' if stage.blocked == 1 else 'wait'} for room",
+                        f"{many(stage.blocked, 'sender')} blocked by the full channel",
                         "bad",
                     )
                     if stage.blocked
-                    else "no sender waits",
+                    else "no",
                 ),
             ),
             Content(""),
@@ -102,20 +83,20 @@ def stage_text(state: State, name: str, width: int) -> Content | None:
                 ("errors", count(stage.errors)),
                 ("dropped", count(stage.dropped)),
                 (
-                    "a batch takes",
+                    "time per batch",
                     f"p50 {millis(stage.p50)}, p95 {millis(stage.p95)}, p99 {millis(stage.p99)}",
                 ),
             ),
             Content(""),
             fields(
-                (f"{unit}/s out", plot(state.history(f"{name}.out"), room)),
-                ("fill", plot(state.history(f"{name}.fill"), room, 100.0)),
+                (f"{unit}/s out", history_graph(state, f"{name}.out", room, number)),
+                ("fill", history_graph(state, f"{name}.fill", room, _percent, 100.0)),
             ),
         ]
     )
 
 
-def breaker_text(state: State, name: str) -> Content | None:
+def breaker_text(state: ServiceState, name: str) -> Content | None:
     now = state.now
     breaker = next((b for b in now.breakers if b.name == name), None) if now else None
     if now is None or breaker is None:
@@ -125,10 +106,10 @@ def breaker_text(state: State, name: str) -> Content | None:
     def limit(key: str) -> float:
         return limits.get(key, 0.0)
 
-    held = f" for {duration(now.at - breaker.since)}" if breaker.since else ""
+    lasting = f" for {duration(now.at - breaker.since)}" if breaker.since else ""
     lines = [
         fields(
-            ("state", marked(words(breaker.state) + held, status_tone(breaker.state))),
+            ("state", marked(words(breaker.state) + lasting, status_tone(breaker.state))),
             ("next trial", trial_text(breaker.state, breaker.retry_in)),
             (
                 "failures",
@@ -143,7 +124,7 @@ def breaker_text(state: State, name: str) -> Content | None:
             ),
             (
                 "limits",
-                f"a call may take {limit('timeoutSeconds'):g} s; open for "
+                f"calls time out after {limit('timeoutSeconds'):g} s; open for "
                 f"{limit('openSeconds'):g} s, then {many(int(limit('halfOpenCalls')), 'trial')}",
             ),
             (
@@ -160,27 +141,27 @@ def breaker_text(state: State, name: str) -> Content | None:
     ]
     lines += [
         Content.assemble(
-            f"{_when(each.at)}  {words(each.before)} → ",
+            f"{date(each.at)}  {words(each.before)} → ",
             marked(words(each.after), status_tone(each.after)),
             f"  {each.reason}",
         )
         for each in reversed(breaker.transitions)
     ]
     if not breaker.transitions:
-        lines.append(Content.assemble(toned("none since the start", "quiet")))
+        lines.append(Content.assemble(toned("none since the service started", "quiet")))
     return Content("\n").join(lines)
 
 
 def trial_text(state: str, retry_in: float | None) -> str:
-    """When a call may be tried again."""
+    """When the next trial call is permitted."""
     if state in ("closed", "disabled"):
         return "calls are permitted"
     if retry_in is None:
-        return "not before an operator resets it"
+        return "only after an operator resets it"
     return f"in {duration(retry_in)}" if retry_in >= 1 else "now"
 
 
-def cache_text(state: State, name: str, width: int) -> Content | None:
+def cache_text(state: ServiceState, name: str, width: int) -> Content | None:
     now = state.now
     cache = next((c for c in now.caches if c.name == name), None) if now else None
     if cache is None:
@@ -198,14 +179,14 @@ def cache_text(state: State, name: str, width: int) -> Content | None:
             ("now", percent(points[-1]) if points else f"{NONE} (no requests yet)"),
             ("evictions", count(cache.evictions)),
             ("loads", f"{count(cache.loads)}, failed {count(cache.load_failures)}"),
-            ("a load takes", f"{millis(cache.load_ms)} on average"),
+            ("time per load", f"{millis(cache.load_ms)} on average"),
         ),
         Content(""),
-        Content("hit rate over time, while there were requests (full: 100 %)"),
+        Content("hit rate over time, one column for each second with requests; full is 100 %"),
         Content(plot(points, width, 1.0)),
     ]
     return Content("\n").join(lines)
 
 
-def _when(at: float) -> str:
-    return time.strftime("%Y-%m-%d ", time.localtime(at)) + clock(at)
+def _percent(value: float) -> str:
+    return f"{value:.0f} %"

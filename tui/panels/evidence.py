@@ -1,68 +1,57 @@
-"""A signal, and what a rule says of a trace, with the trace as a waterfall."""
+"""A signal, or the verdict of a rule on a trace, with the trace as a waterfall."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from textual.content import Content
 
-from betrace.tui.client import ClientError, Json
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Detail, fields, marked, toned
-from betrace.tui.widgets.listing import mapping
-from betrace.tui.widgets.text import NONE, date, many, millis, moment, severity, status_tone
-from betrace.tui.widgets.waterfall import MATCH, Span, letters, marks, spans_of, waterfall
-
-if TYPE_CHECKING:
-    from betrace.tui.app import BetraceApp
-
-
-class Shown(ABC):
-    """Text that is made once for each width, since a trace does not change."""
-
-    def __init__(self) -> None:
-        self._drawn: tuple[int, Content] | None = None
-
-    def draw(self, _: State, width: int) -> Content:
-        if self._drawn is None or self._drawn[0] != width:
-            self._drawn = width, self.make(width)
-        return self._drawn[1]
-
-    def changed(self) -> None:
-        self._drawn = None
-
-    @abstractmethod
-    def make(self, width: int) -> Content:
-        """The text in lines of this width."""
+from betrace.tui.base import BaseApp
+from betrace.tui.client import ClientError
+from betrace.tui.format import NONE, date, many, millis, moment
+from betrace.tui.json_values import Json, mapping
+from betrace.tui.tones import marked, severity, signal_tone, toned
+from betrace.tui.traces import TraceSpan, spans_of
+from betrace.tui.widgets.detail import CachedText, Detail
+from betrace.tui.widgets.fields import fields
+from betrace.tui.widgets.waterfall import MATCH, letters, marks, waterfall
 
 
-class SignalShown(Shown):
-    """A signal; its trace when it was read."""
+class SignalText(CachedText):
+    """A signal, with its trace once that is loaded."""
 
     def __init__(self, signal: Json) -> None:
         super().__init__()
         self.signal = signal
         self.trace: Json | None = None
-        self.spans: list[Span] = []
+        self.spans: list[TraceSpan] = []
         self.problem = ""
 
     def make(self, width: int) -> Content:
         signal = self.signal
         status = str(signal.get("status") or "active")
         labels = mapping(signal.get("labels"))
-        lines = [
-            fields(
-                ("rule", f"{signal.get('rule_id')} (version {signal.get('rule_version')})"),
-                ("severity", _toned(*severity(str(signal.get("severity", ""))))),
-                ("status", marked(status, status_tone(status))),
-                ("what", str(signal.get("message", ""))),
-                ("clause", clause_text(signal.get("clause"))),
-                ("reason", str(signal.get("reason") or NONE)),
-                ("detected", date(moment(signal.get("detected_at")))),
-                ("labels", ", ".join(f"{k}={v}" for k, v in labels.items()) or NONE),
-                ("tenant", str(signal.get("tenant", ""))),
+        facts: list[tuple[str, str | Content]] = [
+            ("rule", f"{signal.get('rule_id')} (version {signal.get('rule_version')})"),
+            (
+                "severity",
+                Content.assemble(
+                    toned(*severity(str(signal.get("severity", "")))),
+                    "  ",
+                    marked(status, signal_tone(status)),
+                ),
             ),
+            ("message", str(signal.get("message", ""))),
+            ("clause", clause_text(signal.get("clause"))),
+        ]
+        if signal.get("reason"):
+            facts.append(("reason", str(signal["reason"])))
+        facts.append(("detected", date(moment(signal.get("detected_at")))))
+        if labels:
+            facts.append(("labels", ", ".join(f"{k}={v}" for k, v in labels.items())))
+        facts.append(("tenant", str(signal.get("tenant", ""))))
+        lines = [
+            fields(*facts),
             Content(""),
             counts_text(mapping(signal.get("counts")), mapping(signal.get("evidence"))),
             Content(""),
@@ -73,8 +62,8 @@ class SignalShown(Shown):
     def _trace(self, width: int) -> Content:
         named = f"trace {self.signal.get('trace_id')}"
         if self.trace is None:
-            told = marked(f"not read: {self.problem}", "bad") if self.problem else "is read …"
-            return Content.assemble((named, "bold"), "\n", told)
+            status = marked(f"not loaded: {self.problem}", "bad") if self.problem else "loading …"
+            return Content.assemble((named, "bold"), "\n", status)
         found = marks(mapping(self.signal.get("evidence")))
         return Content("\n").join(
             [
@@ -84,8 +73,8 @@ class SignalShown(Shown):
         )
 
 
-class VerdictShown(Shown):
-    """What a condition says of a trace."""
+class VerdictText(CachedText):
+    """The verdict of a condition on a trace."""
 
     def __init__(self, trace: Json, verdict: Json) -> None:
         super().__init__()
@@ -97,9 +86,9 @@ class VerdictShown(Shown):
         verdict = self._verdict
         evidence = mapping(verdict.get("evidence"))
         breach = bool(verdict.get("breach"))
-        told = marked("the trace breaks the rule", "bad") if breach else marked("kept", "good")
+        result = marked("violated", "bad") if breach else marked("not violated", "good")
         lines = [
-            fields(("verdict", told), ("clause", clause_text(verdict.get("clause")))),
+            fields(("verdict", result), ("clause", clause_text(verdict.get("clause")))),
             Content(""),
             counts_text(mapping(verdict.get("counts")), evidence),
             Content(""),
@@ -111,9 +100,9 @@ class VerdictShown(Shown):
         return Content("\n").join(lines)
 
 
-def show_signal(app: BetraceApp, signal: Json) -> None:
-    """Open a signal, and read it and its trace."""
-    shown = SignalShown(signal)
+def show_signal(app: BaseApp, signal: Json) -> None:
+    """Open a signal, and load it and its trace."""
+    shown = SignalText(signal)
     detail = Detail(f"Signal {signal.get('id')}", shown.draw)
     app.push_screen(detail)
 
@@ -121,7 +110,7 @@ def show_signal(app: BetraceApp, signal: Json) -> None:
         try:
             shown.signal = await app.client.signal(str(signal.get("id")))
         except ClientError as error:
-            if error.status != 404:  # that of the stream may not be in the store yet
+            if error.status != 404:  # a signal from the stream may not be stored yet
                 shown.problem = str(error)
         try:
             shown.trace = await app.client.trace(str(signal.get("trace_id")))
@@ -136,12 +125,12 @@ def show_signal(app: BetraceApp, signal: Json) -> None:
 
 
 def clause_text(clause: Any) -> str:
-    """Which part of a rule is broken."""
-    return f"{clause} is broken" if clause else NONE
+    """The clause of the rule that is violated."""
+    return f"{clause} is violated" if clause else NONE
 
 
 def counts_text(counts: Json, evidence: Json) -> Content:
-    """How many spans each selector of a rule matched, and the letter of those that are marked."""
+    """The number of spans that each selector matched, and the letter of its spans."""
     named = letters(evidence)
     if not counts:
         return Content("no counts")
@@ -154,7 +143,7 @@ def counts_text(counts: Json, evidence: Json) -> Content:
 
 
 def trace_text(trace: Json) -> str:
-    """A trace in a line."""
+    """A trace on one line."""
     parts = [
         str(trace.get("state", "")),
         many(trace.get("spans", 0), "span"),
@@ -162,11 +151,7 @@ def trace_text(trace: Json) -> str:
     ]
     if trace.get("errors"):
         parts.append(many(trace["errors"], "error"))
-    for name, noun, told in (("missing", "request", "missing"), ("omitted", "span", "left out")):
+    for name, noun, state in (("missing", "request", "missing"), ("omitted", "span", "left out")):
         if trace.get(name):
-            parts.append(f"✖ {many(trace[name], noun)} {told}")
+            parts.append(f"✖ {many(trace[name], noun)} {state}")
     return ", ".join(part for part in parts if part)
-
-
-def _toned(text: str, tone: Any) -> tuple[str, str]:
-    return toned(text, tone)

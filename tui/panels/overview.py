@@ -1,4 +1,4 @@
-"""The first panel: is all well, and if not, where does it stick?"""
+"""The first panel: whether all is well, and if not, which part needs attention."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
 
+from betrace.tui.format import bar, cut, duration, millis, number, percent, plural, words
 from betrace.tui.panels.details import show_stage
-from betrace.tui.panels.drawing import draw_pipeline
-from betrace.tui.panels.problems import problems
-from betrace.tui.state import Breaker, Cache, State
-from betrace.tui.widgets.basic import Live, Section, Tile, marked, toned
+from betrace.tui.panels.health import HealthProblem, problems
+from betrace.tui.panels.pipeline_diagram import draw_pipeline
+from betrace.tui.state import BreakerStatus, CacheStatus, ServiceState
+from betrace.tui.tones import STYLES, SYMBOLS, marked, status_tone, toned
+from betrace.tui.widgets.live_text import LiveText
 from betrace.tui.widgets.panel import Panel
-from betrace.tui.widgets.text import (
-    bar,
-    duration,
-    millis,
-    number,
-    percent,
-    plural,
-    status_tone,
-    words,
-)
+from betrace.tui.widgets.tile import Figure, Tile
+from betrace.tui.widgets.titled_box import TitledBox
 
 NAME_WIDTH = 15
 
 
-class Overview(Panel, can_focus=True):
+class OverviewPanel(Panel, can_focus=True):
     TITLE = "Overview"
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -45,41 +39,40 @@ class Overview(Panel, can_focus=True):
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="tiles"):
-            yield Tile("Ingestion", id="tile-ingestion")
-            yield Tile("Signals", id="tile-signals")
-            yield Tile("Latency p99", id="tile-latency")
-            yield Tile("Refusals", id="tile-refusals")
-        yield Live(id="pipeline-drawing")
+            yield Tile("Ingestion", "accepted", number, id="tile-ingestion")
+            yield Tile("Signals", "signals", number, id="tile-signals")
+            yield Tile("Latency p99", "end_to_end_p99", millis, id="tile-latency")
+            yield Tile("Refusals", "refused", number, id="tile-refusals")
+        yield LiveText(id="pipeline-drawing")
         with Horizontal(id="glance"):
-            yield Section("Breakers", id="glance-breakers")
-            yield Section("Caches", id="glance-caches")
-            yield Section("State", id="glance-state")
+            yield TitledBox("Breakers", id="glance-breakers")
+            yield TitledBox("Caches", id="glance-caches")
+            yield TitledBox("State", id="glance-state")
 
     def focus_first(self) -> None:
         self.screen.set_focus(self)
 
-    def show(self, state: State) -> None:
+    def show(self, state: ServiceState) -> None:
         now = state.now
         if now is None:
             return
         self._chosen = min(self._chosen, max(0, len(now.stages) - 1))
         self._show_tiles(state)
-        self.query_one("#pipeline-drawing", Live).draw(
+        self.query_one("#pipeline-drawing", LiveText).draw(
             lambda width: draw_pipeline(state, width, self._chosen)
         )
-        self.query_one("#glance-breakers", Section).body.draw(
+        self.query_one("#glance-breakers", TitledBox).body.draw(
             lambda width: _breakers(now.breakers, width)
         )
-        self.query_one("#glance-caches", Section).body.draw(
+        self.query_one("#glance-caches", TitledBox).body.draw(
             lambda width: _lines([_cache(each, state, width) for each in now.caches])
         )
-        found = problems(state)
-        lines = [Content.assemble(marked(text, tone)) for tone, text in found]
-        self.query_one("#glance-state", Section).body.draw(
+        lines = [self._problem(each) for each in problems(state)]
+        self.query_one("#glance-state", TitledBox).body.draw(
             lambda _: _lines(lines or [Content.assemble(marked("all well", "good"))])
         )
 
-    def _show_tiles(self, state: State) -> None:
+    def _show_tiles(self, state: ServiceState) -> None:
         now = state.now
         assert now is not None
         accepted, signals = state.rate("accepted"), state.rate("signals")
@@ -87,33 +80,27 @@ class Overview(Panel, can_focus=True):
         if refused:
             why = max(now.refused, key=lambda reason: now.refused[reason], default="")
         total = sum(now.refused.values())
-        self.query_one("#tile-ingestion", Tile).show(
-            number(accepted),
-            "spans/s",
-            f"{number(now.accepted)} in all",
-            "good",
-            state.history("accepted"),
-        )
-        self.query_one("#tile-signals", Tile).show(
-            number(signals),
-            "/s",
-            f"{number(now.signals)}, {number(now.retracted)} retracted",
-            "good",
-            state.history("signals"),
-        )
-        self.query_one("#tile-latency", Tile).show(
-            millis(now.end_to_end_p99),
-            "",
-            f"{number(now.open_traces)} open {plural(now.open_traces, 'trace')}",
-            "good",
-            state.history("end_to_end_p99"),
-        )
-        self.query_one("#tile-refusals", Tile).show(
-            number(refused),
-            "spans/s",
-            f"refused: {words(why)}" if refused else f"{number(total)} in all",
-            "bad" if refused else "good",
-            state.history("refused"),
+        refusals = f"refused: {words(why)}" if refused else f"{number(total)} total"
+        open_traces = f"{number(now.open_traces)} open {plural(now.open_traces, 'trace')}"
+        figures = {
+            "ingestion": Figure(number(accepted), "spans/s", f"{number(now.accepted)} total"),
+            "signals": Figure(
+                number(signals), "/s", f"{number(now.signals)}, {number(now.retracted)} retracted"
+            ),
+            "latency": Figure(millis(now.end_to_end_p99), "", open_traces),
+            "refusals": Figure(number(refused), "spans/s", refusals, "bad" if refused else "good"),
+        }
+        for name, figure in figures.items():
+            self.query_one(f"#tile-{name}", Tile).show(state, figure)
+
+    def _problem(self, problem: HealthProblem) -> Content:
+        """A line of the state, with the key of the panel that shows more. A click opens it."""
+        key = self.betrace.panel_numbers.get(problem.panel, 1)
+        link = Content.from_markup(f"[@click=app.panel({key})]$text[/]", text=problem.text)
+        return Content.assemble(
+            (f"{SYMBOLS[problem.tone]} ", STYLES[problem.tone]),
+            link,
+            toned(f"  → {key}", "quiet"),
         )
 
     def action_move(self, by: int) -> None:
@@ -132,34 +119,31 @@ def _lines(lines: list[Content]) -> Content:
     return Content("\n").join(lines) if lines else Content.assemble(toned("none", "quiet"))
 
 
-def _breakers(breakers: Sequence[Breaker], width: int) -> Content:
-    said = [
+def _breakers(breakers: Sequence[BreakerStatus], width: int) -> Content:
+    texts = [
         words(each.state) + (f" {duration(each.retry_in)}" if each.retry_in else "")
         for each in breakers
     ]
-    room = min(NAME_WIDTH, width - 3 - max(map(len, said), default=0))
+    length = min(NAME_WIDTH, width - 3 - max(map(len, texts), default=0))
     return _lines(
         [
-            Content.assemble(_cut(each.name, room), " ", marked(text, status_tone(each.state)))
-            for each, text in zip(breakers, said, strict=True)
+            Content.assemble(
+                f"{cut(each.name, length):<{length}}", " ", marked(text, status_tone(each.state))
+            )
+            for each, text in zip(breakers, texts, strict=True)
         ]
     )
 
 
-def _cache(cache: Cache, state: State, width: int) -> Content:
+def _cache(cache: CacheStatus, state: ServiceState, width: int) -> Content:
     rate = state.rate(f"{cache.name}.hit_rate")
     asked = cache.hits + cache.misses
     shown = percent((cache.hit_rate if rate is None else rate) if asked else None)
     fill = cache.size / cache.capacity if cache.capacity else 0.0
-    room = min(NAME_WIDTH, width - 7)
-    space = max(0, width - room - 8)
+    length = min(NAME_WIDTH, width - 7)
+    space = max(0, width - length - 8)
     return Content.assemble(
-        _cut(cache.name, room),
+        f"{cut(cache.name, length):<{length}}",
         f"{shown:>7}",
         f" {bar(fill, space)}" if space >= 4 else "",
     )
-
-
-def _cut(text: str, width: int) -> str:
-    """Text of exactly so many characters."""
-    return f"{text:<{width}}" if len(text) <= width else text[: max(0, width - 1)] + "…"

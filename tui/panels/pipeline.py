@@ -1,4 +1,4 @@
-"""A row for each stage and its channel; pause, resume and drain."""
+"""One row for each stage and its channel; pause, resume and drain."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from betrace.tui.panels.details import plot, show_stage
-from betrace.tui.panels.drawing import condition
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Live, marked
-from betrace.tui.widgets.changes import Change
-from betrace.tui.widgets.table import Cell, Column, Row, TablePanel
-from betrace.tui.widgets.text import SYMBOLS, age, fill_tone, millis, number, plural, status_tone
+from betrace.tui.changes import OperatorChange
+from betrace.tui.format import age, millis, number, plot, plural
+from betrace.tui.panels.details import show_stage
+from betrace.tui.panels.health import stage_condition
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import SYMBOLS, fill_tone, marked, status_tone
+from betrace.tui.widgets.live_text import LiveText
+from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
 
 DRAIN_SECONDS = 10
 
@@ -41,17 +42,22 @@ class PipelinePanel(TablePanel):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("P", "change_pause", "Pause", tooltip="Refuse new spans"),
         Binding("R", "change_resume", "Resume", tooltip="Accept spans again"),
-        Binding("D", "change_drain", "Drain", tooltip="Refuse new spans and empty the channels"),
+        Binding(
+            "D",
+            "change_drain",
+            "Drain",
+            tooltip="Refuse new spans and wait until the channels are empty",
+        ),
     ]
 
     def above(self) -> ComposeResult:
-        yield Live(id="ingestion")
+        yield LiveText(id="ingestion")
 
-    def show(self, state: State) -> None:
+    def show(self, state: ServiceState) -> None:
         now = state.now
         if now is not None:
             tone = status_tone(now.ingestion) if now.ingestion != "open" else "good"
-            self.query_one("#ingestion", Live).text(
+            self.query_one("#ingestion", LiveText).text(
                 "ingestion ",
                 marked(now.ingestion, tone),
                 f"   {number(now.in_flight)} {plural(now.in_flight, 'span')} in flight, "
@@ -59,10 +65,10 @@ class PipelinePanel(TablePanel):
             )
         super().show(state)
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         now = state.now
         for stage in now.stages if now else ():
-            tone, word = condition(stage, state)
+            tone, word = stage_condition(stage, state)
             in_rate, out_rate = (state.rate(f"{stage.name}.{side}") for side in ("in", "out"))
             assert now is not None
             yield Row(
@@ -101,13 +107,13 @@ class PipelinePanel(TablePanel):
             return f"ingestion is {(await self.betrace.client.pause()).get('ingestion')}"
 
         self.betrace.change(
-            Change(
+            OperatorChange(
                 "Pause ingestion?",
                 "Pause",
                 run,
                 [("ingestion", self._ingestion, "paused")],
-                "New spans are refused with 503 until it is resumed; exporters try again for a "
-                "while. What was accepted is worked on.",
+                "New spans are refused with 503 until you resume it; exporters retry for a while. "
+                "Accepted spans are still processed.",
             )
         )
 
@@ -116,7 +122,7 @@ class PipelinePanel(TablePanel):
             return f"ingestion is {(await self.betrace.client.resume()).get('ingestion')}"
 
         effects = [("ingestion", self._ingestion, "open")]
-        self.betrace.change(Change("Resume ingestion?", "Resume", run, effects))
+        self.betrace.change(OperatorChange("Resume ingestion?", "Resume", run, effects))
 
     def action_change_drain(self) -> None:
         async def run() -> str:
@@ -125,15 +131,15 @@ class PipelinePanel(TablePanel):
                 return "drained: the channels are empty"
             waiting = answer.get("waiting") or {}
             left = ", ".join(f"{name} {size}" for name, size in waiting.items())
-            return f"not empty after {DRAIN_SECONDS} s: {left}"
+            return f"still not empty after {DRAIN_SECONDS} s: {left}"
 
         self.betrace.change(
-            Change(
+            OperatorChange(
                 "Drain the pipeline?",
                 "Drain",
                 run,
                 [("ingestion", self._ingestion, "paused"), ("channels", "in use", "empty")],
-                f"New spans are refused, and up to {DRAIN_SECONDS} s are waited until the channels "
-                "are empty. Ingestion stays paused until it is resumed.",
+                f"New spans are refused. BeTrace waits up to {DRAIN_SECONDS} s for the channels to "
+                "empty. Ingestion stays paused until you resume it.",
             )
         )

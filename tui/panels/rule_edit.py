@@ -1,10 +1,10 @@
-"""Writing a rule: checked while it is typed, tried against a trace, saved after a question."""
+"""The rule editor: checks the condition while you type, tests it, and saves after a question."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -15,38 +15,43 @@ from textual.screen import ModalScreen
 from textual.widgets import Footer, Input, Label, TextArea
 from textual.worker import Worker
 
-from betrace.tui.client import ClientError, Json
+from betrace.tui.base import BaseApp
+from betrace.tui.changes import OperatorChange, nothing
+from betrace.tui.client import ClientError
+from betrace.tui.format import many
+from betrace.tui.json_values import Json
 from betrace.tui.panels.rule_test import test_condition
-from betrace.tui.widgets.basic import Live, marked
-from betrace.tui.widgets.changes import Change, Confirm
-from betrace.tui.widgets.highlight import STYLES, words
-from betrace.tui.widgets.text import SEVERITIES, many
-
-if TYPE_CHECKING:
-    from betrace.tui.app import BetraceApp
+from betrace.tui.tones import SEVERITIES, marked, toned
+from betrace.tui.widgets.dialogs import Confirm
+from betrace.tui.widgets.highlight import TOKEN_STYLES, tokens
+from betrace.tui.widgets.live_text import LiveText
 
 PAUSE = 0.3
-"""Seconds without a key after which the condition is checked."""
+"""Seconds without typing before the condition is checked."""
 
-_TEMPLATE = "when   { payment.charge_card.where(amount > 1000) }\nalways { payment.fraud_check }\n"
+_EXAMPLE = """Example:
+
+when   { payment.charge_card.where(amount > 1000) }
+always { payment.fraud_check }"""
+_NEW: Json = {"severity": "medium", "condition": ""}
 _MOST_LINES = 10
-"""Lines of a difference that are shown."""
+"""Maximum number of lines of a difference."""
 
 
 class ConditionArea(TextArea):
-    """A text area that knows the rule language."""
+    """A text area with syntax highlighting."""
 
     def get_line(self, line_index: int) -> Text:
         line = super().get_line(line_index)
-        app = cast("BetraceApp", self.app)
-        for start, end, kind in words(line.plain):
-            variable, more = STYLES[kind]
+        app = cast(BaseApp, self.app)
+        for start, end, kind in tokens(line.plain):
+            variable, more = TOKEN_STYLES[kind]
             line.stylize(f"{more} {app.colour(variable)}".strip(), start, end)
         return line
 
 
 class RuleEditor(ModalScreen[None]):
-    """Writes the rule that is given, or with None a new one."""
+    """Edits a rule, or with None a new one."""
 
     AUTO_FOCUS = "TextArea"
 
@@ -63,11 +68,11 @@ class RuleEditor(ModalScreen[None]):
         self._errors: list[Json] = []
 
     @property
-    def _betrace(self) -> BetraceApp:
-        return cast("BetraceApp", self.app)
+    def _betrace(self) -> BaseApp:
+        return cast(BaseApp, self.app)
 
     def compose(self) -> ComposeResult:
-        rule = self._rule or {"severity": "medium", "condition": _TEMPLATE}
+        rule = self._rule or _NEW
         labels = rule.get("labels") or {}
         values = {
             "name": str(rule.get("name", "")),
@@ -83,8 +88,10 @@ class RuleEditor(ModalScreen[None]):
                 with Horizontal():
                     yield Label(name)
                     yield Input(value, id=f"rule-{name}", placeholder=_HINTS[name])
-            yield ConditionArea(str(rule.get("condition", "")), show_line_numbers=True)
-            yield Live(id="errors")
+            yield ConditionArea(
+                str(rule.get("condition", "")), show_line_numbers=True, placeholder=_EXAMPLE
+            )
+            yield LiveText(id="errors")
         yield Footer()
 
     def on_mount(self) -> None:
@@ -106,14 +113,18 @@ class RuleEditor(ModalScreen[None]):
             await asyncio.sleep(PAUSE)
             await self._check()
 
-        # The screen's own, so that it ends with it.
+        # A worker of the screen, so that it ends with the screen.
         _: Worker[None] = self.run_worker(check, group="check", exclusive=True)
 
     async def _check(self) -> None:
         try:
             condition = self._condition
-            shown = self.query_one("#errors", Live)
-        except NoMatches:  # the screen is being closed, its widgets before itself
+            shown = self.query_one("#errors", LiveText)
+        except NoMatches:  # the screen is closing and its widgets are already gone
+            return
+        if not condition.strip():
+            self._checked, self._errors = condition, [{"message": "write a condition first"}]
+            shown.text(toned("write a condition", "quiet"))
             return
         try:
             self._errors = await self._betrace.client.check_condition(condition)
@@ -125,19 +136,19 @@ class RuleEditor(ModalScreen[None]):
         if self._errors:
             shown.text(marked("\n".join(error_text(each) for each in self._errors), "bad"))
         else:
-            shown.text(marked("the condition is right", "good"))
+            shown.text(marked("the condition is valid", "good"))
 
     # Keys
 
     def action_test(self) -> None:
-        test_condition(self._betrace, "the rule as it is written here", self._condition)
+        test_condition(self._betrace, "the edited rule", self._condition)
 
     def action_leave(self) -> None:
         async def leave() -> None:
-            told = Change(
-                "Leave without saving?", "Leave", _nothing, note="What is written is lost."
+            question = OperatorChange(
+                "Leave without saving?", "Leave", nothing, note="Your edits will be lost."
             )
-            if not self._changes() or await self.app.push_screen_wait(Confirm(told)):
+            if not self._changes() or await self.app.push_screen_wait(Confirm(question)):
                 self.dismiss()
 
         self._betrace.start(leave, "leave")
@@ -145,17 +156,19 @@ class RuleEditor(ModalScreen[None]):
     def _value(self, name: str) -> str:
         return self.query_one(f"#rule-{name}", Input).value.strip()
 
-    def _written(self) -> Json:
-        """The rule as it is written. Raises :exc:`ValueError`."""
+    def _edited(self) -> Json:
+        """The edited rule. Raises :exc:`ValueError`."""
         labels = {}
         for part in filter(None, (each.strip() for each in self._value("labels").split(","))):
             name, equals, value = part.partition("=")
             if not equals or not name.strip():
-                raise ValueError(f"labels: {part!r} is none; write team=payments, tier=1")
+                raise ValueError(f"labels: {part!r} is not a label; write team=payments, tier=1")
             labels[name.strip()] = value.strip()
         severity = self._value("severity")
         if severity not in SEVERITIES:
-            raise ValueError(f"severity: {severity!r} is none; write {', '.join(SEVERITIES)}")
+            raise ValueError(
+                f"severity: {severity!r} is unknown; write one of {', '.join(SEVERITIES)}"
+            )
         enabled = bool(self._rule.get("enabled", True)) if self._rule else True
         found = {
             "description": self._value("description"),
@@ -169,18 +182,18 @@ class RuleEditor(ModalScreen[None]):
         return found
 
     def _changes(self) -> list[tuple[str, str, str]]:
-        before = self._rule or {"severity": "medium", "condition": _TEMPLATE}
+        before = self._rule or _NEW
         try:
-            written = self._written()
+            edited = self._edited()
         except ValueError as error:
             return [("rule", "", str(error))]
         found = [
-            (name, _short(before.get(name)), _short(written.get(name)))
+            (name, _short(before.get(name)), _short(edited.get(name)))
             for name in ("name", "severity", "description", "labels")
-            if _short(before.get(name)) != _short(written.get(name))
+            if _short(before.get(name)) != _short(edited.get(name))
         ]
-        if before.get("condition") != written["condition"]:
-            old, new = (len(str(e["condition"]).splitlines()) for e in (before, written))
+        if before.get("condition") != edited["condition"]:
+            old, new = (len(str(e["condition"]).splitlines()) for e in (before, edited))
             found.append(("condition", many(old, "line"), f"{many(new, 'line')}, as below"))
         return found
 
@@ -191,7 +204,7 @@ class RuleEditor(ModalScreen[None]):
         if self._checked != self._condition:
             await self._check()
         try:
-            written = self._written()
+            edited = self._edited()
         except ValueError as error:
             self.notify(str(error), title="✖ not saved", severity="error", markup=False)
             return
@@ -199,52 +212,48 @@ class RuleEditor(ModalScreen[None]):
         identity = str(rule["id"]) if rule else self._value("id")
         problem = error_text(self._errors[0]) if self._errors else ""
         if not identity:
-            problem = "id: a rule needs one; write what it is about, such as payment-fraud-check"
+            problem = "id: a rule needs an id, such as payment-fraud-check"
         if problem:
             self.notify(problem, title="✖ not saved", severity="error", markup=False)
             return
 
         async def run() -> str:
             etag = str(rule["etag"]) if rule else None
-            saved = await client.put_rule(identity, written, etag)
+            saved = await client.put_rule(identity, edited, etag)
             self.dismiss()
-            return f"{identity} is saved, version {saved.get('version')}"
+            return f"{identity} saved, version {saved.get('version')}"
 
         old = str(rule.get("condition", "")) if rule else ""
         self._betrace.change(
-            Change(
-                f"Save the rule {identity}?" if rule else f"Create the rule {identity}?",
+            OperatorChange(
+                f"Save rule {identity}?" if rule else f"Create rule {identity}?",
                 "Save" if rule else "Create",
                 run,
-                self._changes() if rule else [("rule", "none", f"{written['severity']}, enabled")],
-                difference(old, written["condition"])
-                + "\nTraces already open are decided by the rules they were opened under.",
+                self._changes() if rule else [("rule", "none", f"{edited['severity']}, enabled")],
+                difference(old, edited["condition"])
+                + "\nTraces that are already open are decided by the previous rules.",
             )
         )
 
 
 _HINTS = {
     "id": "a-z 0-9 . _ -",
-    "name": "what it is about, in words",
+    "name": "a short title",
     "severity": ", ".join(SEVERITIES),
-    "description": "why it is so",
+    "description": "why the rule exists",
     "labels": "team=payments, tier=1",
 }
 
 
-async def _nothing() -> str:
-    return ""
-
-
 def error_text(error: Json) -> str:
-    """An error in a condition: where, what, and what to do."""
+    """An error in a condition: location, message and hint."""
     where = f"line {error['line']}, column {error['column']}: " if error.get("line") else ""
     hint = f"; {error['hint']}" if error.get("hint") else ""
     return f"{where}{error.get('message', 'wrong')}{hint}"
 
 
 def difference(old: str, new: str) -> str:
-    """Lines that go and lines that come."""
+    """The removed and added lines."""
     found = [
         line
         for line in difflib.ndiff(old.splitlines(), new.splitlines())

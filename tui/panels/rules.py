@@ -1,4 +1,4 @@
-"""A tenant's rules, what they raise, and changing them."""
+"""A tenant's rules, the signals they raise, and changing them."""
 
 from __future__ import annotations
 
@@ -8,42 +8,45 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from betrace.tui.client import ClientError, Json
+from betrace.tui.changes import OperatorChange
+from betrace.tui.client import ClientError
+from betrace.tui.format import NONE, count, many, number
+from betrace.tui.json_values import Json, mapping, objects
 from betrace.tui.panels.rule_edit import RuleEditor
 from betrace.tui.panels.rule_test import test_condition
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Detail, fields, marked, toned
-from betrace.tui.widgets.changes import Change
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import SEVERITIES, marked, severity, toned
+from betrace.tui.widgets.detail import Detail
+from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.highlight import highlighted
-from betrace.tui.widgets.listing import Part, TenantListing, mapping, objects
-from betrace.tui.widgets.table import Cell, Column, Row
-from betrace.tui.widgets.text import NONE, SEVERITIES, count, many, number, severity
+from betrace.tui.widgets.list_panel import Part, TenantListPanel
+from betrace.tui.widgets.table_panel import Cell, Column, Row
 
 FIELDS = ("name", "description", "severity", "labels", "condition")
-"""What a rule is saved with, besides whether it is enabled."""
+"""The fields that a rule is saved with, besides ``enabled``."""
 
 
-class RulesPanel(TenantListing):
+class RulesPanel(TenantListPanel):
     TITLE = "Rules"
-    EMPTY = "no rules: press A to write one"
+    EMPTY = "No rules yet. Press A to write one."
     RELOAD = 10.0
 
     COLUMNS = (
         Column("enabled", "state", 5),
-        Column("id", "rule", 28),
+        Column("id", "rule", 28, narrow=20),
         Column("severity", "severity", 10),
-        Column("active", "active", 7, right=True),
-        Column("hour", "last hour", 9, right=True),
-        Column("version", "version", 16),
-        Column("name", "name"),
+        Column("active", "active", 6, right=True),
+        Column("hour", "1 hour", 6, right=True),
+        Column("name", "name", 20, flex=True),
+        Column("version", "version", 16, shown_from=110),
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("E", "change_edit", "Edit", tooltip="Write the rule anew"),
+        Binding("E", "change_edit", "Edit", tooltip="Edit the rule"),
         Binding("A", "change_new", "Add", tooltip="Write a new rule"),
-        Binding("X", "change_toggle", "On/off", tooltip="Enable the rule, or disable it"),
-        Binding("D", "change_delete", "Delete", tooltip="Delete the rule; its signals stay"),
-        Binding("T", "test", "Test", tooltip="What it says of a recent trace"),
+        Binding("X", "change_toggle", "On/off", tooltip="Enable or disable the rule"),
+        Binding("D", "change_delete", "Delete", tooltip="Delete the rule; its signals are kept"),
+        Binding("T", "test", "Test", tooltip="Test the rule on a recent trace"),
     ]
 
     def __init__(self) -> None:
@@ -66,12 +69,12 @@ class RulesPanel(TenantListing):
         enabled = sum(bool(rule.get("enabled")) for rule in self._rules.values())
         raised, retracted = self._total
         return [
-            self.whose,
+            self.tenant_label,
             f"  {many(len(self._rules), 'rule')}, {count(enabled)} enabled",
             f"  {many(raised, 'signal')} in the last hour, {count(retracted)} retracted",
         ]
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         for identity, rule in self._rules.items():
             word = str(rule.get("severity", ""))
             grade, tone = severity(word)
@@ -86,8 +89,8 @@ class RulesPanel(TenantListing):
                     Cell(grade, tone, rank),
                     Cell(number(active), order=active or 0),
                     Cell(number(raised), order=raised),
-                    Cell(str(rule.get("version", ""))),
                     Cell(str(rule.get("name", ""))),
+                    Cell(str(rule.get("version", ""))),
                 ),
             )
 
@@ -144,16 +147,16 @@ class RulesPanel(TenantListing):
             async def run() -> str:
                 body = {name: rule[name] for name in FIELDS if name in rule} | {"enabled": not on}
                 await self.betrace.client.put_rule(identity, body, str(rule.get("etag")))
-                return f"{identity} is {_STATES[not on]}"
+                return f"{identity} {_STATES[not on]}"
 
             verb = "Disable" if on else "Enable"
             self.betrace.change(
-                Change(
-                    f"{verb} the rule {identity}?",
+                OperatorChange(
+                    f"{verb} rule {identity}?",
                     verb,
                     run,
                     [("state", _STATES[on], _STATES[not on])],
-                    "Traces already open are decided by the rules they were opened under.",
+                    "Traces that are already open are decided by the previous rules.",
                 )
             )
 
@@ -165,22 +168,22 @@ class RulesPanel(TenantListing):
 
             async def run() -> str:
                 await self.betrace.client.delete_rule(identity, str(rule.get("etag")))
-                return f"{identity} is deleted"
+                return f"{identity} deleted"
 
             self.betrace.change(
-                Change(
-                    f"Delete the rule {identity}?",
+                OperatorChange(
+                    f"Delete rule {identity}?",
                     "Delete",
                     run,
                     [("rule", f"version {rule.get('version')}", "none")],
-                    "Its signals stay.",
+                    "Its signals are kept.",
                 )
             )
 
         self._with_fresh(delete)
 
     def _with_fresh(self, use: Callable[[Json], Awaitable[None]]) -> None:
-        """Read the rule under the cursor again, so that the change is made to what it is now."""
+        """Read the rule under the cursor again, to change its current version."""
         identity = self.selected
         if identity is None:
             return
@@ -189,11 +192,11 @@ class RulesPanel(TenantListing):
             try:
                 rule = await self.betrace.client.rule(identity)
             except ClientError:
-                self.betrace.load(self)
+                self.betrace.reload()
                 raise
             await use(rule)
 
-        self.betrace.start(self.betrace.telling(read), "ask")
+        self.betrace.start(self.betrace.reporting(read), "ask")
 
 
 _STATES = {True: "enabled", False: "disabled"}

@@ -1,4 +1,4 @@
-"""The signals as they come, and the one that Enter opens."""
+"""The signals, live; Enter opens one."""
 
 from __future__ import annotations
 
@@ -9,47 +9,50 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.events import Hide
 
-from betrace.tui.client import ClientError, Json
+from betrace.tui.client import ClientError
+from betrace.tui.format import NONE, moment, short_date
+from betrace.tui.json_values import Json, objects
 from betrace.tui.panels.evidence import show_signal
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import marked
-from betrace.tui.widgets.listing import Part, TenantListing, objects
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import SEVERITIES, SYMBOLS, marked, severity, signal_tone
+from betrace.tui.widgets.list_panel import Part, TenantListPanel
 from betrace.tui.widgets.pick import Pick
-from betrace.tui.widgets.table import Cell, Column, Row
-from betrace.tui.widgets.text import NONE, SEVERITIES, SYMBOLS, clock, moment, severity, status_tone
+from betrace.tui.widgets.table_panel import Cell, Column, Row
 
 PAGE = 200
-"""Signals that are read first, and kept while they come."""
+"""Signals read at first, and kept while new ones arrive."""
 MOST_KEPT = 1000
-"""Kept when older ones are asked for."""
+"""Maximum number kept when older signals are loaded."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
-"""Seconds before a stream that ended is opened again; they grow."""
+"""Seconds before a lost stream is opened again; they double up to the maximum."""
 
 _ALL = "all"
 _STATUSES = ("active", "retracted")
 
 
-class SignalsPanel(TenantListing):
+class SignalsPanel(TenantListPanel):
     TITLE = "Signals"
-    EMPTY = "no signals yet: they are shown here as they are raised"
+    EMPTY = "No signals yet. New signals appear here as they are raised."
     FOLLOWS_TOP = True
 
     COLUMNS = (
-        Column("time", "time", 8),
+        Column("time", "time", 14),
         Column("severity", "severity", 10),
-        Column("rule", "rule", 23),
-        Column("status", "status", 11),
-        Column("message", "what"),
-        Column("clause", "clause", 7),
-        Column("trace", "trace", 32),
+        Column("status", "status", 11, narrow=1),
+        Column("rule", "rule", 28, narrow=18),
+        Column("message", "message", 20, flex=True),
+        Column("clause", "clause", 7, shown_from=120),
+        Column("trace", "trace", 32, shown_from=160),
     )
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("r", "pick('rule')", "Rule", tooltip="Only signals of a rule"),
-        Binding("v", "pick('severity')", "Severity", tooltip="Only signals of a severity"),
-        Binding("a", "pick('status')", "Status", tooltip="Only signals that stand, or do not"),
-        Binding("c", "clear", "All", tooltip="Signals of all rules, severities and statuses"),
-        Binding("m", "older", "Older", show=False, tooltip="Read older signals too"),
+        Binding("r", "pick('rule')", "Rule", tooltip="Show signals of one rule"),
+        Binding("v", "pick('severity')", "Severity", tooltip="Show signals of one severity"),
+        Binding(
+            "a", "pick('status')", "Status", tooltip="Show only active or only retracted signals"
+        ),
+        Binding("c", "clear", "All", tooltip="Show all signals again"),
+        Binding("m", "older", "Older", tooltip="Load older signals too"),
     ]
 
     RELOAD = 0.0
@@ -58,7 +61,7 @@ class SignalsPanel(TenantListing):
         super().__init__()
         self._of: dict[str, str | None] = {"rule": None, "severity": None, "status": None}
         self._read_as: object = None
-        self._held: dict[str, tuple[Json, Row]] = {}
+        self._signals: dict[str, tuple[Json, Row]] = {}
         self._ordered: list[Row] | None = None
         self._next: str | None = None
         self._most = PAGE
@@ -67,10 +70,10 @@ class SignalsPanel(TenantListing):
     # Reading
 
     async def read(self) -> None:
-        """Read the newest, then follow the stream."""
+        """Read the newest signals, then follow the stream."""
         read_as = (self.betrace.client.tenant, *self._of.values())
         if read_as != self._read_as:
-            self._held.clear()
+            self._signals.clear()
             self._ordered = None
             self._read_as, self._most, self._next = read_as, PAGE, None
             self.from_top()
@@ -92,8 +95,8 @@ class SignalsPanel(TenantListing):
         self._forget()
 
     async def _follow(self) -> None:
-        """Signals as they come, until cancelled. What came between the list and the stream is read
-        when the stream is open."""
+        """Receive signals until cancelled. Signals raised between reading the list and opening the
+        stream are read once it is open."""
         pause = FIRST_PAUSE
         client, seen = self.betrace.client, self._read_as
         try:
@@ -106,7 +109,7 @@ class SignalsPanel(TenantListing):
                     async for name, signal in stream:
                         pause = FIRST_PAUSE
                         if name == "signal" and seen == self._read_as:
-                            self._came(signal)
+                            self._received(signal)
                 except ClientError:
                     pass
                 self._live = "lost"
@@ -126,11 +129,11 @@ class SignalsPanel(TenantListing):
 
         self.betrace.start(catch_up, "catch-up")
 
-    def _came(self, signal: Json) -> None:
+    def _received(self, signal: Json) -> None:
         if signal.get("kind") == "retracted":
-            for held, _ in list(self._held.values()):
-                if all(held.get(name) == signal.get(name) for name in _IDENTITY):
-                    self._keep({**held, "status": "retracted"})
+            for known, _ in list(self._signals.values()):
+                if all(known.get(name) == signal.get(name) for name in _IDENTITY):
+                    self._keep({**known, "status": "retracted"})
             signal = {**signal, "status": "retracted"}
         if self._of["status"] in (None, signal.get("status") or "active"):
             self._keep(signal)
@@ -138,54 +141,54 @@ class SignalsPanel(TenantListing):
 
     def _keep(self, signal: Json) -> None:
         identity = str(signal.get("id"))
-        before = self._held.get(identity)
+        before = self._signals.get(identity)
         if before is None or before[0] != signal:
             if before is not None and "status" not in signal:
-                return  # the list has said more of it already
-            self._held[identity] = signal, _row(signal)
+                return  # the list has already given the complete signal
+            self._signals[identity] = signal, _row(signal)
             self._ordered = None
 
     def _forget(self) -> None:
-        if len(self._held) > self._most + PAGE:
+        if len(self._signals) > self._most + PAGE:
             for signal, _ in self._newest()[self._most :]:
-                del self._held[str(signal.get("id"))]
+                del self._signals[str(signal.get("id"))]
             self._ordered = None
 
     def _newest(self) -> list[tuple[Json, Row]]:
-        return sorted(self._held.values(), key=_age, reverse=True)
+        return sorted(self._signals.values(), key=_age, reverse=True)
 
     def on_hide(self, event: Hide) -> None:
-        """Nobody looks: the service has no more streams than it must."""
+        """Close the stream while nobody watches."""
         self.betrace.workers.cancel_group(self.app, "tail")
 
     # Showing
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         if self._ordered is None:
             self._ordered = [row for _, row in self._newest()[: self._most]]
         return self._ordered
 
     def head(self) -> Sequence[Part]:
-        parts: list[Part] = [self.whose]
+        parts: list[Part] = [self.tenant_label]
         for name, value in self._of.items():
             chosen = f"{name} {value or _ALL}"
             parts += ["  ", (chosen, "bold $warning") if value else chosen]
-        tail = {
-            "live": marked("live", "good"),
-            "lost": marked("the stream is lost, tried again", "bad"),
-        }
-        shown = min(len(self._held), self._most)
-        return [
-            *parts,
-            "  ",
-            tail.get(self._live, marked("connecting", "busy")),
-            f"  {shown} newest",
-        ]
+        shown = min(len(self._signals), self._most)
+        return [*parts, "  ", self._stream_status(), f"  {shown} newest"]
+
+    def _stream_status(self) -> Part:
+        if self.betrace.frozen_at is not None:
+            return marked("frozen", "busy")
+        if self._live == "live" and not self.betrace.state.stale:
+            return marked("live", "good")
+        if self._live == "lost" or self.betrace.state.stale:
+            return marked("stream lost, reconnecting", "bad")
+        return marked("connecting", "busy")
 
     def drill(self, key: str) -> None:
-        held = self._held.get(key)
-        if held is not None:
-            show_signal(self.betrace, held[0])
+        found = self._signals.get(key)
+        if found is not None:
+            show_signal(self.betrace, found[0])
 
     # Filters
 
@@ -198,7 +201,7 @@ class SignalsPanel(TenantListing):
             options = [(_ALL, _ALL), *((value, value) for value in values)]
             check = _any if name == "rule" else None
             chosen = await self.betrace.push_screen_wait(
-                Pick(f"Signals of which {name}?", options, check)
+                Pick(f"Show signals of which {name}?", options, check)
             )
             if chosen is not None:
                 self.filter_by(name, None if chosen == _ALL else chosen)
@@ -206,8 +209,8 @@ class SignalsPanel(TenantListing):
         self.betrace.start(ask, "ask")
 
     async def _rules(self) -> list[str]:
-        """Rules that there are, and that have signals here."""
-        seen = {str(signal.get("rule_id")) for signal, _ in self._held.values()}
+        """The rules of the tenant, and the rules of the signals shown."""
+        seen = {str(signal.get("rule_id")) for signal, _ in self._signals.values()}
         try:
             answer = await self.betrace.client.get("/api/v1/rules")
         except ClientError:
@@ -226,41 +229,41 @@ class SignalsPanel(TenantListing):
     def _again(self) -> None:
         self.betrace.workers.cancel_group(self.app, "tail")
         self._live = ""
-        self.betrace.load(self)
+        self.betrace.reload()
 
     def action_older(self) -> None:
         async def read() -> None:
             self._most = min(self._most + PAGE, MOST_KEPT)
-            if self._next is not None and len(self._held) < MOST_KEPT:
+            if self._next is not None and len(self._signals) < MOST_KEPT:
                 await self._read_page(self._next)
             self.show(self.betrace.state)
 
-        self.betrace.start(self.betrace.telling(read), "older")
+        self.betrace.start(self.betrace.reporting(read), "older")
 
 
 _IDENTITY = ("rule_id", "rule_version", "trace_id", "episode")
 
 
 def _any(text: str) -> str:
-    return "" if text else "name a rule by its id"
+    return "" if text else "type the id of a rule"
 
 
-def _age(held: tuple[Json, Row]) -> tuple[str, str]:
-    return str(held[0].get("detected_at")), str(held[0].get("id"))
+def _age(signal: tuple[Json, Row]) -> tuple[str, str]:
+    return str(signal[0].get("detected_at")), str(signal[0].get("id"))
 
 
 def _row(signal: Json) -> Row:
     status = str(signal.get("status") or "active")
-    tone = status_tone(status)
+    tone = signal_tone(status)
     grade, toned = severity(str(signal.get("severity", "")))
     at = str(signal.get("detected_at", ""))
     return Row(
         str(signal.get("id")),
         (
-            Cell(clock(moment(at)), order=at),
+            Cell(short_date(moment(at)), order=at),
             Cell(grade, toned, _rank(signal)),
+            Cell(f"{SYMBOLS[tone]} {status}", tone),
             Cell(str(signal.get("rule_id", ""))),
-            Cell(f"{SYMBOLS[tone]} {status}", None if status == "active" else tone),
             Cell(" ".join(str(signal.get("message", "")).split())),
             Cell(str(signal.get("clause") or NONE)),
             Cell(str(signal.get("trace_id", ""))),

@@ -1,4 +1,4 @@
-"""The tenants: who may send how much, with which keys."""
+"""The tenants: quotas, keys, creation and deletion."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from betrace.tui.client import Json
-from betrace.tui.state import State
-from betrace.tui.widgets.basic import Detail, fields, marked
-from betrace.tui.widgets.changes import Ask, Change
-from betrace.tui.widgets.listing import MOST, Listing, Part, check_tenant, objects
+from betrace.tui.changes import OperatorChange
+from betrace.tui.format import NONE, count, date, many, moment, number
+from betrace.tui.json_values import Json, objects
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import SYMBOLS, marked, status_tone
+from betrace.tui.widgets.detail import Detail
+from betrace.tui.widgets.dialogs import Ask
+from betrace.tui.widgets.fields import fields
+from betrace.tui.widgets.list_panel import MOST, ListPanel, Part, check_tenant
 from betrace.tui.widgets.pick import Pick
-from betrace.tui.widgets.table import Cell, Column, Row
-from betrace.tui.widgets.text import NONE, SYMBOLS, count, date, many, moment, number, status_tone
+from betrace.tui.widgets.table_panel import Cell, Column, Row
 
 MOST_KEY_BYTES = 10_000
 
 
-class TenantsPanel(Listing):
+class TenantsPanel(ListPanel):
     TITLE = "Tenants"
-    EMPTY = "no tenants yet: press C to create one"
+    EMPTY = "No tenants yet. Press C to create one."
     RELOAD = 5.0
 
     COLUMNS = (
@@ -36,11 +39,13 @@ class TenantsPanel(Listing):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("C", "change_create", "Create", tooltip="Create a tenant"),
-        Binding("U", "change_quota", "Quota", tooltip="How many spans a second it may send"),
-        Binding("K", "change_add_key", "Rotate", tooltip="Add a key; the others expire"),
-        Binding("V", "change_revoke", "Revoke", tooltip="A key counts no more, at once"),
-        Binding("D", "change_delete", "Delete", tooltip="Delete the tenant with all its data"),
-        Binding("o", "view", "View", tooltip="Look at its signals and rules"),
+        Binding("U", "change_quota", "Quota", tooltip="Set how many spans per second it may send"),
+        Binding(
+            "K", "change_add_key", "Rotate", tooltip="Add a key; the others expire after a day"
+        ),
+        Binding("V", "change_revoke", "Revoke", tooltip="Reject a key immediately"),
+        Binding("D", "change_delete", "Delete", tooltip="Delete the tenant and all its data"),
+        Binding("o", "view", "View", tooltip="Show its signals and rules"),
     ]
 
     def __init__(self) -> None:
@@ -59,7 +64,7 @@ class TenantsPanel(Listing):
         more = "first " if self._more else ""
         return [f"{more}{many(len(self._tenants), 'tenant')}{active}"]
 
-    def rows(self, state: State) -> Iterable[Row]:
+    def rows(self, state: ServiceState) -> Iterable[Row]:
         for name, tenant in self._tenants.items():
             word = str(tenant.get("state", ""))
             tone, quota = status_tone(word), tenant.get("quota")
@@ -107,13 +112,15 @@ class TenantsPanel(Listing):
             self.betrace.show_panel("SignalsPanel")
 
     def _asking(self, ask: Callable[[Json], Awaitable[None]]) -> None:
-        """Ask about the tenant under the cursor."""
+        """Ask for a change to the tenant under the cursor."""
         tenant = self._tenant
         if tenant is None:
             return
         if tenant.get("state") == "implicit":
-            told = f"{tenant['name']} has only sent spans so far: create it first, with C"
-            self.betrace.notify(told, title="✖ not done", markup=False)
+            hint = (
+                f"{tenant['name']} has sent spans but was not created; press C to create it first"
+            )
+            self.betrace.notify(hint, title="✖ not done", markup=False)
             return
 
         async def run() -> None:
@@ -124,14 +131,14 @@ class TenantsPanel(Listing):
     def action_change_create(self) -> None:
         async def ask() -> None:
             name = await self.betrace.push_screen_wait(
-                Ask("Create which tenant?", "Name", check=self._check_new)
+                Ask("Create a tenant", "Name", check=self._check_new)
             )
             if name is None:
                 return
             path = await self.betrace.push_screen_wait(
                 Ask(
-                    f"With which key may {name} send?",
-                    "File with an Ed25519 public key in PEM; empty for none yet",
+                    f"Public key of {name}",
+                    "PEM file with an Ed25519 public key; empty for none yet",
                     check=lambda text: check_key(text) if text else "",
                 )
             )
@@ -146,8 +153,8 @@ class TenantsPanel(Listing):
                 return f"{made.get('name')} is {made.get('state')}"
 
             self.betrace.change(
-                Change(
-                    f"Create the tenant {name}?",
+                OperatorChange(
+                    f"Create tenant {name}?",
                     "Create",
                     run,
                     [("tenant", "none", "active"), ("keys", "0", "1" if path else "0")],
@@ -158,15 +165,15 @@ class TenantsPanel(Listing):
 
     def _check_new(self, text: str) -> str:
         state = self._tenants.get(text, {}).get("state", "implicit")
-        return check_tenant(text) or ("" if state == "implicit" else f"{text} is there already")
+        return check_tenant(text) or ("" if state == "implicit" else f"{text} already exists")
 
     def action_change_quota(self) -> None:
         async def ask(tenant: Json) -> None:
             name, old = str(tenant["name"]), tenant.get("quota")
             text = await self.betrace.push_screen_wait(
                 Ask(
-                    f"How many spans a second may {name} send?",
-                    "A whole number; 0 for no limit; empty for what is configured",
+                    f"Quota of {name} in spans per second",
+                    "A whole number; 0 for no limit; empty for the configured default",
                     "" if old is None else str(old),
                     _check_quota,
                 )
@@ -181,7 +188,13 @@ class TenantsPanel(Listing):
 
             effects = [("quota", quota_text(old), quota_text(quota))]
             self.betrace.change(
-                Change(f"Change the quota of {name}?", "Change", run, effects, "It counts at once.")
+                OperatorChange(
+                    f"Change the quota of {name}?",
+                    "Change",
+                    run,
+                    effects,
+                    "It takes effect immediately.",
+                )
             )
 
         self._asking(ask)
@@ -191,8 +204,8 @@ class TenantsPanel(Listing):
             name, keys = str(tenant["name"]), objects(tenant.get("keys"))
             path = await self.betrace.push_screen_wait(
                 Ask(
-                    f"Which is the new key of {name}?",
-                    "File with an Ed25519 public key in PEM",
+                    f"New key of {name}",
+                    "PEM file with an Ed25519 public key",
                     check=check_key,
                 )
             )
@@ -204,9 +217,11 @@ class TenantsPanel(Listing):
                 after = await self.betrace.client.add_key(name, public)
                 return f"{name} has {many(len(objects(after.get('keys'))), 'key')}"
 
-            effects = [("keys", str(len(keys)), f"{len(keys)} for a day, and the new one")]
-            note = "Senders that use the other keys have a day to change to the new one."
-            self.betrace.change(Change(f"Rotate the key of {name}?", "Rotate", run, effects, note))
+            effects = [("keys", str(len(keys)), f"the new one, and {len(keys)} more for one day")]
+            note = "Senders have one day to switch to the new key."
+            self.betrace.change(
+                OperatorChange(f"Rotate the key of {name}?", "Rotate", run, effects, note)
+            )
 
         self._asking(ask)
 
@@ -226,12 +241,12 @@ class TenantsPanel(Listing):
                 return f"{name} has {many(len(objects(after.get('keys'))), 'key')}"
 
             self.betrace.change(
-                Change(
+                OperatorChange(
                     f"Revoke a key of {name}?",
                     "Revoke",
                     run,
                     [("keys", str(len(keys)), str(len(keys) - 1))],
-                    f"What is sent with {kid} is refused at once.",
+                    f"Requests with {kid} are refused immediately.",
                 )
             )
 
@@ -250,21 +265,21 @@ class TenantsPanel(Listing):
             )
 
         self.betrace.change(
-            Change(
-                f"Delete the tenant {name} with all its data?",
+            OperatorChange(
+                f"Delete tenant {name} and all its data?",
                 f"Delete {name}",
                 run,
                 [("tenant", str(tenant.get("state")), "deleted")],
-                "Its spans, signals, traces, rules, dead letters and keys are deleted for good; "
-                "what it sends is refused from now on.",
+                "Its spans, signals, traces, rules, dead letters and keys are deleted, and its "
+                "requests are refused. This cannot be undone.",
             )
         )
 
 
 def quota_text(quota: object, short: bool = False) -> str:
-    """Spans a second in words."""
+    """A quota in words."""
     if quota is None:
-        return "configured" if short else "what is configured"
+        return "default" if short else "the configured default"
     if quota == 0:
         return "no limit"
     return count(int(str(quota))) + ("" if short else " spans/s")
@@ -275,7 +290,7 @@ def _rank(quota: object) -> float:
 
 
 def key_text(key: Json) -> str:
-    """A key in a line."""
+    """A key on one line."""
     until = moment(key.get("expiresAt"))
     ends = f"until {date(until)}" if until is not None else "does not expire"
     return f"{key.get('kid', NONE)}  since {date(moment(key.get('createdAt')))}, {ends}"
@@ -284,21 +299,21 @@ def key_text(key: Json) -> str:
 def _check_quota(text: str) -> str:
     if not text or (text.isascii() and text.isdigit() and int(text) <= 1_000_000_000):
         return ""
-    return "a quota is a whole number from 0 to 1 000 000 000"
+    return "enter a whole number from 0 to 1 000 000 000"
 
 
 def check_key(path: str) -> str:
-    """What keeps a file from being a public key; private keys stay where they are."""
+    """Why a file is not a public key, or an empty string. Private keys are never sent."""
     try:
         text = read_key(path)
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
     if "PRIVATE KEY" in text:
-        return "that is a private key; name the file of the public one"
-    return "" if "PUBLIC KEY" in text else "that is no public key in PEM"
+        return "this is a private key; give the file of the public key"
+    return "" if "PUBLIC KEY" in text else "this is not a public key in PEM"
 
 
 def read_key(path: str) -> str:
-    """The text of a small file."""
+    """Read a small file."""
     with Path(path).expanduser().open(encoding="ascii") as file:
         return file.read(MOST_KEY_BYTES)

@@ -1,35 +1,39 @@
-"""Textual's table with rows that are changed one by one, and drawn in a tenth of the time.
+"""Textual's table with updates of single rows, and drawn in a tenth of the time.
 
-Textual's own `DataTable` has no way to put a row where it belongs, and makes a renderable of each
-cell again whenever any cell is another. Here the order is a sort, and a line is made of its cells'
-plain texts. Rows are one line high and are chosen whole.
+Textual's own `DataTable` cannot insert a row at a position, and renders every cell again whenever
+one changes. Here the order is a sort, and a line is built from the plain texts of its cells. Rows
+are one line high, and the cursor selects whole rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 from rich.cells import set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
+from textual.binding import Binding, BindingType
 from textual.coordinate import Coordinate
 from textual.strip import Strip
 from textual.widgets import DataTable
 
 _FEW = 32
-"""Rows that come or go one by one; each costs as much as the table has rows. With more of them the
-table is filled anew."""
+"""Maximum number of rows that are added or removed one by one, because each costs time proportional
+to the table. Beyond it the table is filled again."""
 
 
 class _CellText(Text):
-    """The text of a cell, which knows its row."""
+    """The text of a cell, with the key of its row."""
 
     row: str = ""
 
 
 class Grid(DataTable[Text]):
-    """A table of rows known by their keys. Columns are added with keys before any row."""
+    """A table of rows identified by keys. Columns are added, with keys, before any row."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Open")]
 
     def __init__(self) -> None:
         super().__init__(cursor_type="row", zebra_stripes=True, cell_padding=0)
@@ -37,13 +41,23 @@ class Grid(DataTable[Text]):
 
     @property
     def keys(self) -> Sequence[str]:
-        """The rows' keys, as they are shown."""
+        """The keys of the rows, in the order shown."""
         return self._keys
 
     @property
     def selected(self) -> str | None:
         """The key of the row under the cursor."""
         return self._keys[self.cursor_row] if self.cursor_row < len(self._keys) else None
+
+    def clear_all(self) -> None:
+        """Remove all rows and columns."""
+        self.clear(columns=True)
+        self._keys = []
+
+    def select(self, key: str | None) -> None:
+        """Move the cursor to the row with this key, if there is one."""
+        if key in self._keys:
+            self.move_cursor(row=self._keys.index(key))
 
     def show_rows(
         self,
@@ -52,13 +66,12 @@ class Grid(DataTable[Text]):
         follows_top: bool = False,
         from_top: bool = False,
     ) -> None:
-        """Show rows in this order.
+        """Show exactly these rows in this order.
 
-        Those that are not in it go, and ``changed`` has the texts of those that are new or
-        different: all cells of a new row by column, and of another those that changed. The cursor
-        stays on its row and this where it is on the screen; with ``follows_top``, a cursor on the
-        first row stays on the first. When its row goes, the cursor stays at its place, or goes to
-        the first row with ``from_top``.
+        ``changed`` maps keys to texts by column: all cells of a new row, and the changed cells of
+        another. The cursor stays on its row, and the row stays at its line on the screen. With
+        ``follows_top``, a cursor on the first row stays on the first row. If the cursor's row
+        disappears, the cursor keeps its position, or with ``from_top`` moves to the first row.
         """
         cursor, at_top = self.cursor_row, follows_top and self.cursor_row == 0
         selected = None if at_top else self.selected
@@ -70,7 +83,7 @@ class Grid(DataTable[Text]):
             row = 0 if at_top else places.get(selected or "", place)
             if from_top and not row:
                 anchor, offset = next(iter(order), None), 0
-            # Not by moving it, which would scroll to it from where one has scrolled to.
+            # move_cursor would scroll to the cursor, away from where the user scrolled to.
             self.set_reactive(DataTable.cursor_coordinate, Coordinate(max(0, row), 0))
             self._scroll_back(places.get(anchor or ""), offset)
         else:
@@ -78,8 +91,8 @@ class Grid(DataTable[Text]):
         self.refresh()
 
     def _anchor(self, at_top: bool) -> tuple[str | None, int]:
-        """A row that stays where it is on the screen, and its line there: that under the cursor if
-        it can be seen, else the first that can be."""
+        """The row that keeps its line on the screen, and that line: the cursor's row if it is
+        visible, else the first visible row."""
         top = round(self.scroll_y)
         if not self._keys or (at_top and top == 0):
             return None, 0
@@ -91,7 +104,7 @@ class Grid(DataTable[Text]):
     def _scroll_back(self, place: int | None, offset: int) -> None:
         if place is not None:
             y = max(0, place - offset)
-            # What was added is not in the height yet, which would limit it.
+            # The height does not include new rows yet, and would limit the position.
             self.scroll_to(y=y, animate=False, immediate=y <= self.max_scroll_y)
 
     def _change_rows(self, order: Sequence[str], changed: Mapping[str, Mapping[str, Text]]) -> None:
@@ -141,7 +154,7 @@ class Grid(DataTable[Text]):
         return Strip(segments).crop_extend(left, left + self.size.width, base).simplify()
 
     def _style_of(self, index: int) -> Style:
-        """Of a row, with what a click needs to know."""
+        """The style of a row, with the metadata that clicks need."""
         stripe = "datatable--odd-row" if index % 2 else "datatable--even-row"
         style = self.get_component_styles(stripe).rich_style
         if index == self.cursor_row:

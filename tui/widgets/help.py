@@ -1,4 +1,4 @@
-"""Help made of the bindings, and the screen of a window that is too small."""
+"""Help generated from the bindings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.events import Resize
 from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Footer, Static
@@ -17,26 +16,28 @@ from textual.widgets import Footer, Static
 from betrace.tui.widgets.panel import Panel
 
 _GENERAL = (
-    ("↑ ↓ j k", "Up and down; also page keys, g and G, ctrl+d and ctrl+u"),
-    ("tab", "Next part of the panel"),
-    ("enter", "Open what the cursor is on; esc goes back"),
+    ("↑ ↓ j k", "Move; also page keys, g and G, ctrl+d and ctrl+u"),
+    ("tab", "Move to the next part of the panel"),
+    ("enter", "Open the row under the cursor; esc goes back"),
     ("ctrl+p", "Palette: every action by name"),
 )
 
 
 def bindings_of(owner: Widget | App[int]) -> Iterator[Binding]:
-    """The bindings that a panel or the application declares, without those for moving about."""
+    """The bindings of a panel or of the application, without those that move the cursor and without
+    Textual's own."""
     seen = set[str]()
     for bindings in owner._bindings.key_to_bindings.values():
         for binding in bindings:
-            moves = binding.action.startswith(("vi(", "move(")) or binding.system
-            if binding.description and not moves and binding.action not in seen:
+            moves = binding.action.startswith(("vi(", "move("))
+            inherited = binding.system or binding.key in ("ctrl+q", "ctrl+p", "ctrl+c")
+            if binding.description and not moves and not inherited and binding.action not in seen:
                 seen.add(binding.action)
                 yield binding
 
 
 class Help(ModalScreen[None]):
-    """All keys that work now."""
+    """All keys of a panel and of the application."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,question_mark,q,enter", "dismiss", "Back"),
@@ -77,22 +78,3 @@ class Help(ModalScreen[None]):
 
 def _keys(key: str, text: str) -> Content:
     return Content.assemble((f"  {key:<9}", "bold $primary"), text)
-
-
-class TooSmall(ModalScreen[None]):
-    """Stands in for everything while the window is too small."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("q", "app.quit", "Quit")]
-
-    def __init__(self, width: int, height: int) -> None:
-        super().__init__()
-        self._needed = f"{width}×{height}"
-
-    def compose(self) -> ComposeResult:
-        yield Static(id="too-small")
-
-    def on_resize(self, event: Resize) -> None:
-        self.query_one(Static).update(
-            f"The window is {event.size.width}×{event.size.height}; BeTrace needs {self._needed}. "
-            "Make it larger, or press q to quit."
-        )

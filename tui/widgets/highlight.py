@@ -1,4 +1,4 @@
-"""The rule language in colours, for reading and editing."""
+"""Syntax highlighting for the rule language."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from textual.content import Content
 
-STYLES = {
+TOKEN_STYLES = {
     "comment": ("text-muted", "italic"),
     "string": ("success", ""),
     "field": ("accent", ""),
@@ -15,9 +15,9 @@ STYLES = {
     "keyword": ("primary", "bold"),
     "number": ("secondary", ""),
 }
-"""Variables of the theme, and what is put on top, by kind of word."""
+"""The theme variable and the text style of each kind of token."""
 
-_WORDS = re.compile(
+_TOKENS = re.compile(
     r"""
     (?P<comment> (?://|\#)[^\n]* )
   | (?P<string> "[^"\\]*(?:\\[\s\S][^"\\]*)*"? )
@@ -31,17 +31,17 @@ _WORDS = re.compile(
 )
 
 
-def words(text: str) -> Iterator[tuple[int, int, str]]:
-    """What has a colour: (from, to, kind)."""
-    for found in _WORDS.finditer(text):
+def tokens(text: str) -> Iterator[tuple[int, int, str]]:
+    """The tokens that have a colour: (start, end, kind)."""
+    for found in _TOKENS.finditer(text):
         if found.lastgroup is not None:
             yield found.start(), found.end(), found.lastgroup
 
 
 def highlighted(text: str) -> Content:
-    """A condition as text of the screen."""
+    """A condition in colours."""
     content = Content(text)
-    for start, end, kind in words(text):
-        variable, more = STYLES[kind]
+    for start, end, kind in tokens(text):
+        variable, more = TOKEN_STYLES[kind]
         content = content.stylize(f"{more} ${variable}".strip(), start, end)
     return content

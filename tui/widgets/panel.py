@@ -1,29 +1,27 @@
-"""Panels: what number keys switch between. How to add one is told in docs/tui.md."""
+"""Panels: the screens that the number keys switch between. docs/tui.md explains how to add one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 
-from betrace.tui.state import State
-from betrace.tui.widgets.changes import PREFIX
-
-if TYPE_CHECKING:
-    from betrace.tui.app import BetraceApp
+from betrace.tui.base import BaseApp
+from betrace.tui.changes import PREFIX
+from betrace.tui.state import ServiceState
 
 
 class Panel(Vertical, can_focus=False):
-    """Base of panels. A panel declares:
+    """Base class of panels. A panel declares:
 
-    - ``TITLE``: in the bar of panels, the help and the palette.
-    - ``BINDINGS``: its actions, each with a description; the footer, the help and the palette are
-      made of them. What changes something is an ``action_change_…``.
-    - ``compose``, as every widget, and ``show``.
-    - ``SHORT``: the title where there is little room; else ``TITLE``.
-    - ``RELOAD``: seconds after which ``load`` is called again while it is visible; 0 for never.
-    - ``FILTERS``: whether `/` filters it, with ``filter_changed``.
+    - ``TITLE``: shown in the navigation bar, the help and the palette.
+    - ``BINDINGS``: its actions, each with a description, for the footer, the help and the palette.
+      An action that changes something is named ``action_change_…``.
+    - ``compose``, like every widget, and ``show``.
+    - ``SHORT``: a shorter title for narrow windows; by default ``TITLE``.
+    - ``RELOAD``: seconds between calls of ``load`` while the panel is visible; 0 for never.
+    - ``FILTERS``: whether `/` filters the panel, with ``filter_changed``.
     """
 
     TITLE: ClassVar[str] = ""
@@ -32,49 +30,42 @@ class Panel(Vertical, can_focus=False):
     RELOAD: ClassVar[float] = 0.0
 
     loaded_at: float = 0.0
-    """When ``load`` ended, in seconds since 1970; infinite while it runs."""
+    """When ``load`` finished, in seconds since 1970; infinite while it runs."""
     filter_text: str = ""
-    """What `/` was given; begins with `!` to show what does not match."""
+    """The filter of `/`. A leading `!` inverts it."""
 
     @property
-    def betrace(self) -> BetraceApp:
-        """The application: its ``client``, ``state``, and ``change``."""
-        return cast("BetraceApp", self.app)
+    def betrace(self) -> BaseApp:
+        """The application, with its ``client``, ``state`` and ``change``."""
+        return cast(BaseApp, self.app)
 
-    def show(self, state: State) -> None:
-        """Show the state. Called once a second while the panel is visible and not frozen, and
-        when it becomes visible or the theme changes; it should touch only what changed."""
+    def show(self, state: ServiceState) -> None:
+        """Show the state. Called every second while the panel is visible and not frozen, and when
+        it becomes visible or the theme changes. It should update only what changed."""
 
     async def load(self) -> None:
-        """Read what is not in the state. Called when the panel becomes visible, on `space`, and
-        after a change or a reconnect. May raise :exc:`betrace.tui.client.ClientError`."""
+        """Read data that is not in the state. Called when the panel becomes visible, on `space`,
+        and after a change or a reconnect. May raise :exc:`betrace.tui.client.ClientError`."""
 
     def filter_changed(self) -> None:
-        """``filter_text`` is another."""
+        """``filter_text`` has changed."""
 
     def restyle(self) -> None:
-        """The theme is another: make anew what has colours of its own."""
+        """The theme has changed: render again what stores colours."""
 
     def focus_first(self) -> None:
-        """Give the focus to what takes the panel's keys, at once: the next key may be there
-        already."""
+        """Focus the widget that handles the panel's keys, immediately, because the next key may
+        already be waiting."""
         for widget in self.query("*"):
             if widget.focusable:
                 self.screen.set_focus(widget)
                 return
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Changes are disabled with --read-only."""
+        """Disable changes with --read-only."""
         if action.startswith(PREFIX) and self.betrace.read_only:
             return None
         return True
-
-
-def matches(text: str, needle: str) -> bool:
-    """Whether a filter lets text through: it contains the needle, in any case; with `!` before
-    it, it does not."""
-    inverse, needle = needle.startswith("!"), needle.removeprefix("!").strip().casefold()
-    return not needle or (needle in text.casefold()) != inverse
 
 
 VI_KEYS: list[BindingType] = [

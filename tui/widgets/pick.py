@@ -1,4 +1,4 @@
-"""Asks for one of several things: typing narrows them, Enter takes one."""
+"""A dialog to pick one of several options: typing narrows them, Enter picks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
-from betrace.tui.widgets.panel import matches
+from betrace.tui.widgets.text_filter import matches
 
 
 class Pick(ModalScreen[str | None]):
-    """The value that was chosen; None if cancelled.
+    """Returns the chosen value; None when cancelled.
 
     Args:
-      title: what is asked.
+      title: the question.
       options: (value, label), in order.
-      check: where another value may be typed, what is wrong with it, or an empty string.
+      check: allows other values. Returns what is wrong with one, or an empty string.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -48,7 +48,7 @@ class Pick(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog pick"):
             yield Label(Content(self._title), classes="dialog-title")
-            yield Input(placeholder="type to narrow; ↑ ↓ choose, Enter takes")
+            yield Input(placeholder="type to narrow, ↑ ↓ to choose, Enter to pick")
             yield OptionList(markup=False)
             yield Static("", id="problem")
 
@@ -79,7 +79,7 @@ class Pick(ModalScreen[str | None]):
             self.dismiss(self._shown[at])
             return
         typed = event.value.strip()
-        problem = self._check(typed) if self._check else "there is no such thing in the list"
+        problem = self._check(typed) if self._check else "no option matches; change the text"
         if problem:
             self.query_one("#problem", Static).update(
                 Content.assemble(("✖ ", "$error"), (problem, "$error"))

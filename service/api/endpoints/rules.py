@@ -15,7 +15,12 @@ from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from betrace.service.rules.compile import compile_rules
-from betrace.service.rules.definition import SEVERITIES, Rule, etag, make_rule
+from betrace.service.rules.definition import (
+    SEVERITIES,
+    Rule,
+    etag,
+    make_rule,
+)
 from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.pool import PoolTimeout

@@ -24,6 +24,8 @@ from betrace.service.api.params import (
 )
 from betrace.service.api.rendering import signal_json, stored_signal_json, trace_row_json
 from betrace.service.rules.definition import SEVERITIES
+from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.duck.search import TraceFilter
 from betrace.service.times import SECOND, read_duration, read_time, write_time
 
 endpoints = Endpoints("Signals and traces")
@@ -41,6 +43,13 @@ SEVERITY = Param(
 HEX_TRACE = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
 TRACE_ID = Param("trace_id", "The id of the trace, 32 hex digits.", read_hex(32), HEX_TRACE)
 SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HEX_TRACE)
+
+
+def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The limit and the cursor; and the filters, whose parameters have the names that they have in
+    the store."""
+    filters = dict(call.params)
+    return {name: filters.pop(name) for name in ("limit", "cursor")}, filters
 
 
 @endpoints.add(
@@ -66,8 +75,8 @@ SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HE
 )
 async def list_signals(call: Call) -> Any:
     """For the next page, pass `next` as `cursor` with the same filters; it is null on the last."""
-    # The parameters have the names of the store's filters.
-    signals = partial(call.tools.store.signals, call.tenant, **call.params)
+    page, filters = _page_and_filters(call)
+    signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
     return {"signals": [stored_signal_json(stored) for stored in found], "next": following}
@@ -199,13 +208,13 @@ async def list_traces(call: Call) -> Any:
     """Traces are listed once they are closed. A search that takes long, because there are millions
     of traces, stops before the page is full: then `searched_to` is the start time down to which it
     searched, and `next` continues from there. Otherwise `searched_to` is null."""
-    # The parameters have the names of the store's filters.
-    traces = partial(call.tools.store.traces, call.tenant, **call.params)
-    found, following, searched_to = await call.blocking(traces)
+    page, filters = _page_and_filters(call)
+    traces = partial(call.tools.store.traces, call.tenant, TraceFilter(**filters), **page)
+    found = await call.blocking(traces)
     return {
-        "traces": [trace_row_json(row) for row in found],
-        "next": following,
-        "searched_to": None if searched_to is None else write_time(searched_to),
+        "traces": [trace_row_json(row) for row in found.rows],
+        "next": found.next,
+        "searched_to": None if found.searched_to is None else write_time(found.searched_to),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from betrace.channels import ThreadTimeout
 from betrace.service.api.asgi import App, Receive, Scope, Send, lifespan
 from betrace.service.api.metrics.exposition import Exposition
-from betrace.service.tenancy.access import Authenticator, Denied
+from betrace.service.tenancy.authentication import Authenticator, Denied
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from betrace.service.api.metrics.declared import Declared, Samples, one
 from betrace.service.api.sources import Sources
-from betrace.service.export.destinations import DESTINATIONS
+from betrace.service.config.stages import EXPORTS
 from betrace.service.export.exporter import Exporter
 
 
@@ -46,7 +46,7 @@ def _export(value: Callable[[Exporter], float]) -> Callable[[Sources], Samples]:
 
     def samples(sources: Sources) -> Samples:
         on = {exporter.name: value(exporter) for exporter in sources.exports}
-        for name in DESTINATIONS:
+        for name in EXPORTS:
             yield (name,), on.get(name, 0)
 
     return samples
@@ -217,7 +217,7 @@ DECLARED = (
         "counter",
         "Rows written to DuckDB.",
         (),
-        lambda s: one(s.pipeline.store_counts.rows),
+        lambda s: one(s.pipeline.project.rows),
     ),
     Declared(
         "betrace_start_time_seconds",

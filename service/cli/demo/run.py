@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -18,29 +19,35 @@ import click
 import httpx
 import trio
 
+from betrace.service.cli.common import (
+    FOUND,
+    URL,
+    Failure,
+    json_option,
+    print_json,
+    printable,
+)
 from betrace.service.cli.serve import run_service
+from betrace.service.config.base import split_address
 from betrace.service.config.load import load
 from betrace.service.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
     from betrace.service.app import Addresses
 
-IDLE_SECONDS = 2.0  # more than the shop's slowest span and its flush together
-ONCE_SECONDS = 30.0  # for all of --once but the start of the service
+IDLE_SECONDS = 2.0  # longer than the shop's slowest span and its flush together
+ONCE_SECONDS = 30.0  # for all of --once except the start of the service
 _POLL_SECONDS = 0.2
-_SETTLE_SECONDS = 0.5  # for a signal that should not be there to arrive
+_SETTLE_SECONDS = 0.5  # time for an unexpected signal to arrive
+_ANY_PORT = "127.0.0.1:0"
 _COLOURS = {"critical": "red", "high": "yellow", "medium": "cyan"}
 
 Json = dict[str, Any]
 
 
-class DemoError(Exception):
-    """The demo could not run to its end; the text says why and what to do."""
-
-
 @dataclass(slots=True)
 class Customer:
-    """A trace that the shop sent: what it should break, and what was found."""
+    """A trace that the shop sent, with the ids of the rules expected to break and found broken."""
 
     trace_id: str
     scenario: str
@@ -63,17 +70,49 @@ class Customer:
         }
 
 
-def run_demo(addresses: Mapping[str, str], *, once: bool, as_json: bool) -> int:
-    """Run the demo; ``addresses`` are of ``ingest``, ``api`` and ``metrics``. Until Ctrl-C, exit
-    code 0; or ``once``: 0 if every signal that was expected is there and no other, else 1.
+@click.command()
+@click.option("--once", is_flag=True, help="Send every kind of trace once, check, and exit.")
+@click.option(
+    "--ingest",
+    metavar="HOST:PORT",
+    help="Where to receive spans; by default 127.0.0.1:4318, or any port if that is taken.",
+)
+@click.option(
+    "--api",
+    metavar="HOST:PORT",
+    help="Where the API listens; by default 127.0.0.1:8090, or any port if that is taken.",
+)
+@click.option(
+    "--metrics",
+    metavar="HOST:PORT",
+    default="off",
+    help="A listener for metrics alone; by default, only the API serves them.",
+)
+@json_option
+def demo(once: bool, ingest: str | None, api: str | None, metrics: str, as_json: bool) -> None:
+    """See it work: the service on a temporary directory, and a sample shop that sends to it.
 
-    Raises :exc:`DemoError`, :exc:`~betrace.service.config.load.ConfigError` and what
-    :func:`~betrace.service.cli.serve.run_service` raises.
+    The shop is instrumented with the OpenTelemetry SDK, and some of what it does breaks the
+    sample rules. Signals are printed as they are stored. With --once every kind of trace is sent
+    once, on any free ports, and the signals are compared with the expected ones: exit code 1 if
+    one is missing or unexpected.
+
+    \b
+    Examples:
+      betrace demo
+      betrace demo --once --json
     """
+    import betrace.service.cli.demo.shop  # noqa: F401  # fails here without the extra `demo`
+
+    addresses = {
+        "ingest.address": ingest or (_ANY_PORT if once else _free("127.0.0.1:4318")),
+        "api.address": api or (_ANY_PORT if once else _free(URL.removeprefix("http://"))),
+        "metrics.address": metrics,
+    }
     with tempfile.TemporaryDirectory(prefix="betrace-demo-") as directory:
         settings = load(
             None,
-            {f"{section}.address": address for section, address in addresses.items()}
+            addresses
             | {
                 "storage.path": f"{directory}/data",
                 "rules.directory": str(_copy_rules(Path(directory, "rules"))),
@@ -84,10 +123,21 @@ def run_demo(addresses: Mapping[str, str], *, once: bool, as_json: bool) -> int:
             },
         )
         set_up_logging(settings.logging)
-        demo = _Demo(once=once, as_json=as_json)
-        demo.say("starting the service on a temporary directory")
-        run_service(settings, demo.run, demo.say)
-    return demo.code()
+        shown = _Demo(once=once, as_json=as_json)
+        shown.say("starting the service on a temporary directory")
+        run_service(settings, shown.run, shown.say)
+    sys.exit(shown.code())
+
+
+def _free(address: str) -> str:
+    """``address``, or any port if that one is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(split_address(address))
+        except OSError:
+            return _ANY_PORT
+    return address
 
 
 def _copy_rules(directory: Path) -> Path:
@@ -107,7 +157,7 @@ class _Demo:
         self._addresses: Addresses
 
     def say(self, text: str) -> None:
-        """Tell what goes on: with --json on standard error."""
+        """Print progress; with --json, on standard error."""
         click.echo(text, err=self._as_json)
 
     def code(self) -> int:
@@ -115,15 +165,15 @@ class _Demo:
         if not self._once:
             return 0
         if not self._checked:
-            raise DemoError("stopped before everything was checked; run it again")
-        return 0 if all(customer.ok for customer in self._customers.values()) else 1
+            raise Failure("stopped before everything was checked; run it again")
+        return 0 if all(customer.ok for customer in self._customers.values()) else FOUND
 
     async def run(self, addresses: Addresses) -> None:
-        """What goes on beside the service."""
+        """Runs with the service."""
         self._addresses = addresses
         if addresses.ingest is None or addresses.api is None:
-            raise DemoError("the demo needs both listeners; leave out --ingest off and --api off")
-        self.say(f"spans in at {addresses.ingest}, questions to {addresses.api}")
+            raise Failure("the demo needs both listeners; omit --ingest off and --api off")
+        self.say(f"receiving spans at {addresses.ingest}, API at {addresses.api}")
         async with (
             httpx.AsyncClient(base_url=addresses.api, trust_env=False, timeout=10) as client,
             trio.open_nursery() as nursery,
@@ -135,12 +185,12 @@ class _Demo:
             else:
                 self._say_where_to_look()
                 await self._run_shop()
-                raise DemoError("the sample shop has ended; what it wrote above says why")
+                raise Failure("the sample shop has ended; its output above says why")
 
     # The shop
 
     async def _run_shop(self, *options: str) -> None:
-        """Run the shop to its end, taking down its customers."""
+        """Run the shop to its end, and record its customers."""
         from betrace.service.cli.demo.shop import SCENARIOS
 
         assert self._addresses.ingest is not None
@@ -149,7 +199,7 @@ class _Demo:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
         environment["NO_PROXY"] = "*"
         async with trio.open_nursery() as nursery:
-            # In a session of its own, so that a Ctrl-C is the demo's alone.
+            # In a session of its own, so that Ctrl-C reaches only the demo.
             process: trio.Process = await nursery.start(
                 partial(
                     trio.run_process,
@@ -168,9 +218,9 @@ class _Demo:
                     sent["trace_id"], scenario, SCENARIOS[scenario][1]
                 )
         if process.returncode:
-            raise DemoError(
+            raise Failure(
                 f"the sample shop failed with exit code {process.returncode}; "
-                "what it wrote above says why"
+                "its output above says why"
             )
 
     # Signals
@@ -180,7 +230,7 @@ class _Demo:
         client: httpx.AsyncClient,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Print each signal as the service has stored it."""
+        """Print each signal once it is stored."""
         async with client.stream("GET", "/api/v1/signals/stream", timeout=None) as response:
             task_status.started()
             async for line in response.aiter_lines():
@@ -190,25 +240,26 @@ class _Demo:
     def _print_signal(self, signal: Json) -> None:
         if self._as_json:
             if not self._once:
-                click.echo(json.dumps(signal, ensure_ascii=False))
+                print_json(signal)
             return
         severity = signal["severity"]
         label = click.style(f"{severity:8}", fg=_COLOURS.get(severity), bold=True)
         retracted = "retracted: " if signal["kind"] == "retracted" else ""
         click.echo(f"{label} {signal['rule_id']}  trace {signal['trace_id']}")
-        click.echo(f"         {retracted}{signal['message']}")
+        click.echo(f"         {retracted}{printable(signal['message'])}")
 
     def _say_where_to_look(self) -> None:
         api, metrics = self._addresses.api, self._addresses.metrics
         self.say("")
         self.say("where to look next:")
+        self.say(f"  the TUI   betrace tui{'' if api == URL else f' --url {api}'}")
         self.say(f"  signals   curl -s '{api}/api/v1/signals?severity=critical&limit=5'")
         self.say(f"  a trace   curl -s {api}/api/v1/traces/<trace id>")
         self.say(f"  rules     curl -s {api}/api/v1/rules")
         self.say(f"  the API   {api}/docs")
         self.say(f"  metrics   curl -s {metrics or api}/metrics")
         self.say(f"  send your own: OTEL_EXPORTER_OTLP_ENDPOINT={self._addresses.ingest}")
-        self.say("Ctrl-C ends the demo, and its data goes with it")
+        self.say("Ctrl-C ends the demo and deletes its data")
         self.say("")
 
     # --once
@@ -222,13 +273,13 @@ class _Demo:
             await self._read_signals(client)
             self._checked = True
         if not self._checked:
-            self.say(f"not everything was there after {ONCE_SECONDS:g} s")
+            self.say(f"some expected signals were missing after {ONCE_SECONDS:g} s")
             await self._read_signals(client)
             self._checked = bool(self._customers)
         self._report()
 
     async def _wait_until_closed(self, client: httpx.AsyncClient) -> None:
-        """Until every trace that was sent is decided: it is then in the index."""
+        """Wait until every trace is decided, which is when it is in the index."""
         while True:
             listed = await _get(client, "/api/v1/traces?limit=1000")
             if self._customers.keys() <= {trace["trace_id"] for trace in listed["traces"]}:
@@ -243,14 +294,14 @@ class _Demo:
             await trio.sleep(_POLL_SECONDS)
 
     async def _read_signals(self, client: httpx.AsyncClient) -> None:
-        """Take down what the API says of each trace now; of other traces too, should there be."""
+        """Record the active signals of each trace, and of traces that nobody sent."""
         listed = await _get(client, "/api/v1/signals?status=active&limit=1000")
         for customer in self._customers.values():
             customer.found.clear()
         for signal in listed["signals"]:
             trace_id = signal["trace_id"]
             customer = self._customers.setdefault(
-                trace_id, Customer(trace_id, "was never here", frozenset())
+                trace_id, Customer(trace_id, "was never a customer", frozenset())
             )
             customer.found.add(signal["rule_id"])
 
@@ -268,7 +319,7 @@ class _Demo:
                 "unexpected": unexpected,
                 "traces": [c.to_json() for c in customers],
             }
-            click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+            print_json(report, indent=2)
             return
         click.echo()
         click.echo(f"    {'a customer …':44} {'expected':32} found")
@@ -286,19 +337,19 @@ class _Demo:
                     f"{found[row] or '-'}"
                 )
         click.echo()
-        extra = f", and {unexpected} that nobody expected" if unexpected else ""
+        extra = f", and {unexpected} unexpected" if unexpected else ""
         click.echo(
             f"{len(customers)} traces, {met} of {expected} expected signals found{extra}: "
-            + ("as it should be" if ok else "this is wrong")
+            + ("all as expected" if ok else "this is wrong")
         )
 
 
 async def _get(client: httpx.AsyncClient, path: str) -> Json:
     response = await client.get(path)
     if response.status_code != 200:
-        raise DemoError(
-            f"GET {path} was answered with {response.status_code}: {response.text[:500].strip()}; "
-            "see the service's log above"
+        raise Failure(
+            f"the service answered GET {path} with {response.status_code}: "
+            f"{response.text[:500].strip()}; see its log above"
         )
     body: Json = response.json()
     return body

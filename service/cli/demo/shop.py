@@ -1,8 +1,8 @@
 """The sample shop of ``betrace demo``, instrumented with the OpenTelemetry SDK; its own process.
 
-Its five services each have a tracer provider of their own, which exports over OTLP/HTTP as a
-service's would, and pass the trace on in W3C ``traceparent`` headers. Each scenario is one
-customer's trace; some break rules of ``rules/``. For each it prints a line of JSON:
+Each of its five services has its own tracer provider, exports over OTLP/HTTP, and propagates the
+trace in W3C ``traceparent`` headers, as real services do. Each scenario is one customer's trace;
+some break rules in ``rules/``. For each trace it prints a line of JSON:
 ``{"trace_id", "scenario"}``.
 """
 
@@ -33,8 +33,7 @@ Headers = dict[str, str]
 
 
 class Shop:
-    """The services, and what they do for a customer. A context manager: leaving it exports what
-    is left."""
+    """The services, and what they do for a customer. Leaving the context exports what is left."""
 
     def __init__(self, endpoint: str) -> None:
         self._providers = [_provider(service, endpoint) for service in SERVICES]
@@ -53,7 +52,7 @@ class Shop:
 
     @contextmanager
     def _serve(self, service: str, name: str, headers: Headers) -> Iterator[tuple[Span, Headers]]:
-        """A request that ``service`` serves: its span, and the headers for calls to others."""
+        """A request that ``service`` serves: its span, and the headers for onward calls."""
         context = self._propagator.extract(headers)
         tracer: Tracer = self._tracers[service]
         with tracer.start_as_current_span(name, context, SpanKind.SERVER) as span:
@@ -77,7 +76,7 @@ class Shop:
         log: str = "payment taken",
         pause: float = 0.0,
     ) -> str:
-        """A customer checks out; the id of the trace."""
+        """A customer checks out. Returns the trace id."""
         with self._serve("frontend", "POST /checkout", {}) as (root, headers):
             root.set_attribute("http.request.method", "POST")
             with self._serve("checkout", "checkout.place_order", headers) as (span, headers):
@@ -119,7 +118,7 @@ class Shop:
             self._note("payment", headers, log)
 
     def browse(self) -> str:
-        """A customer looks at the cart; the id of the trace."""
+        """A customer looks at the cart. Returns the trace id."""
         with self._serve("frontend", "GET /cart", {}) as (root, headers):
             root.set_attribute("http.request.method", "GET")
             with self._serve("inventory", "inventory.look_up", headers):
@@ -127,7 +126,7 @@ class Shop:
         return format_trace_id(root.get_span_context().trace_id)
 
 
-# Every scenario, with the rules of rules/ that it breaks.
+# Every scenario, with the rules in rules/ that it breaks.
 SCENARIOS: dict[str, tuple[Callable[[Shop], str], frozenset[str]]] = {
     "looks at the cart": (Shop.browse, frozenset()),
     "buys a book": (lambda shop: shop.order(29.90, check_fraud=False), frozenset()),
@@ -199,13 +198,13 @@ def _run(shop: Shop, scenario: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Send traces to ``--endpoint``: every scenario ``--once``, or customers without end, which
-    ends when nobody reads what it prints."""
+    """Send traces to ``--endpoint``: every scenario once with ``--once``, otherwise random ones
+    until the reader of the output goes away."""
     parser = argparse.ArgumentParser(
         prog="python -m betrace.service.cli.demo.shop", description=__doc__
     )
     parser.add_argument("--endpoint", required=True, help="such as http://127.0.0.1:4318")
-    parser.add_argument("--once", action="store_true", help="every scenario once, then end")
+    parser.add_argument("--once", action="store_true", help="send every scenario once, then exit")
     options = parser.parse_args(argv)
     with Shop(options.endpoint) as shop:
         if options.once:
@@ -219,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             while True:
                 _run(shop, customers.choice(good if customers.random() < 0.7 else bad))
                 time.sleep(customers.uniform(0.3, 1.5))
-        except BrokenPipeError:  # nobody reads any more; nor what is left in the buffer
+        except BrokenPipeError:  # the reader has gone; discard what is in the buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

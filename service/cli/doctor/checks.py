@@ -1,7 +1,7 @@
-"""``betrace doctor``: what would keep the service from working, and what to do about it.
+"""``betrace doctor``: finds what would prevent the service from working, and what to do about it.
 
-Nothing is changed: stores are opened for reading, and a file written to measure the disk is
-deleted again. The service may run meanwhile, and is then asked how it is.
+It changes nothing: stores are opened for reading, and a file written to measure the disk is
+deleted again. The service may be running; then it is asked for its state.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from betrace.service.cli.doctor import machine, stores
 from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding
 from betrace.service.config.load import ConfigError, load
 from betrace.service.config.settings import Settings
-
-__all__ = ["FAILED", "OK", "WARNING", "Diagnosis", "Finding", "diagnose"]
 
 _CHECKS: tuple[tuple[str, Callable[[Settings], Iterator[Finding]]], ...] = (
     ("secrets", machine.secrets),
@@ -37,13 +35,13 @@ _CHECKS: tuple[tuple[str, Callable[[Settings], Iterator[Finding]]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All that was found, in the order of the checks."""
+    """All findings, in the order of the checks."""
 
     findings: list[Finding]
 
     @property
     def good(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether every finding is ok."""
         return all(finding.status == OK for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +59,8 @@ class Diagnosis:
 
 
 def diagnose(config: Path | None, given: Mapping[str, Any]) -> Diagnosis:
-    """Check everything with the settings of ``config``, variables and ``given``, as ``serve`` would
-    have them. A check that fails itself is a finding."""
+    """Check everything with the settings that ``serve`` would load from ``config``, the environment
+    and ``given``. A check that raises becomes a finding."""
     try:
         settings = load(config, given)
     except ConfigError as error:
@@ -73,7 +71,7 @@ def diagnose(config: Path | None, given: Mapping[str, Any]) -> Diagnosis:
     for name, check in _CHECKS:
         try:
             findings += check(settings)
-        except Exception as error:  # the other checks are wanted all the more
+        except Exception as error:  # the other checks still run
             text = f"could not be checked: {type(error).__name__}: {error}"
-            findings.append(Finding(name, WARNING, text, "look at what the message names"))
+            findings.append(Finding(name, WARNING, text, "look into what the message names"))
     return Diagnosis(findings)

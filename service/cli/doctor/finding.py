@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The finding of a check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAILED: Status = "failed"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing: what was looked at, how it is, and, unless it is ok, what to do."""
+    """One finding: what was checked, its status, and, unless that is ok, what to do."""
 
     check: str
     status: Status
@@ -26,7 +26,7 @@ class Finding:
 
 
 def size(number: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes, for people."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Checks of the machine: directory, disk, ports, limits, clock; and of a service that runs."""
+"""Checks of the machine (directory, disk, ports, limits, clock) and of a running service."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import psutil
 from cryptography import x509
 
 from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
-from betrace.service.config.settings import OFF, Settings, split_address
+from betrace.service.config.base import OFF, split_address
+from betrace.service.config.settings import Settings
 from betrace.service.storage.spanlog.log import LOCK_FILE
 from betrace.service.tenancy.authentication import SecretError, operator_token
 from betrace.service.traces.checkpoint import checkpoint_files
@@ -40,7 +41,7 @@ _TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
 
 
 def secrets(settings: Settings) -> Iterator[Finding]:
-    """Operator token and certificate."""
+    """The operator token and the certificate."""
     if settings.auth.enabled:
         try:
             operator_token(settings.auth)
@@ -60,39 +61,39 @@ def _certificate(certificate: str, key: str) -> Finding:
         remedy = "set tls.certificate and tls.key to a PEM chain and its key"
         return Finding("secrets", FAILED, f"TLS cannot use {certificate}: {error}", remedy)
     left = first.not_valid_after_utc - datetime.now(UTC)
-    text = f"the certificate ends on {first.not_valid_after_utc:%Y-%m-%d}"
+    text = f"the certificate expires on {first.not_valid_after_utc:%Y-%m-%d}"
     if left.days < _CERTIFICATE_DAYS:
         return Finding("secrets", FAILED if left.days < 0 else WARNING, text, "renew it")
     return Finding("secrets", OK, text)
 
 
 def _halves(error: Exception) -> tuple[str, str]:
-    """What is wrong and what to do, of a message that has both."""
+    """Split a message into what is wrong and what to do."""
     found, _, remedy = str(error).partition("; ")
     return found, remedy
 
 
 def directory(settings: Settings) -> Iterator[Finding]:
-    """Whether the data directory can be used."""
+    """The data directory."""
     path = settings.storage.path
     if not path.exists():
         parent = next((each for each in path.absolute().parents if each.exists()), Path("/"))
         if os.access(parent, os.W_OK | os.X_OK):
-            yield Finding("data directory", OK, f"{path} is not there yet; the start makes it")
+            yield Finding("data directory", OK, f"{path} does not exist yet; the start creates it")
         else:
-            remedy = "make it for the user that runs the service, or set storage.path"
-            yield Finding("data directory", FAILED, f"{path} cannot be made in {parent}", remedy)
+            remedy = "create it for the user that runs the service, or set storage.path"
+            yield Finding("data directory", FAILED, f"{path} cannot be created in {parent}", remedy)
     elif not path.is_dir():
-        yield Finding("data directory", FAILED, f"{path} is no directory", "set storage.path")
+        yield Finding("data directory", FAILED, f"{path} is not a directory", "set storage.path")
     elif not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        remedy = f"give user {os.getuid()} the right to read and write it"
-        yield Finding("data directory", FAILED, f"{path} may not be written", remedy)
+        remedy = f"give user {os.getuid()} permission to read and write it"
+        yield Finding("data directory", FAILED, f"{path} is not writable", remedy)
     else:
         yield Finding("data directory", OK, str(path.absolute()))
 
 
 def disk(settings: Settings) -> Iterator[Finding]:
-    """Room, inodes, and how long a sync takes."""
+    """Free space, inodes, and the time a sync takes."""
     path = _existing(settings.storage.path)
     system = os.statvfs(path)
     free = system.f_bavail / max(1, system.f_blocks)
@@ -107,8 +108,8 @@ def disk(settings: Settings) -> Iterator[Finding]:
     else:
         yield Finding("disk", OK, text)
     if system.f_files and system.f_favail / system.f_files < _MIN_FREE_INODES:
-        text = f"only {system.f_favail} more files can be made on the file system of {path}"
-        yield Finding("disk", WARNING, text, "delete files that are not the service's")
+        text = f"only {system.f_favail} more files can be created on the file system of {path}"
+        yield Finding("disk", WARNING, text, "delete files that do not belong to the service")
     if path == settings.storage.path and os.access(path, os.W_OK):
         yield _sync(path)
 
@@ -122,7 +123,7 @@ def _sync(path: Path) -> Finding:
             os.fsync(file.fileno())
             took = time.perf_counter() - started
     except OSError as error:
-        remedy = "mend the disk, or set storage.path to another"
+        remedy = "repair the disk, or set storage.path to another"
         return Finding("disk", FAILED, f"{path} cannot be written: {error.strerror}", remedy)
     text = f"{size(_CHECK_BYTES)} written and synced in {1000 * took:.0f} ms"
     if took > _SLOW_SYNC_SECONDS:
@@ -132,13 +133,12 @@ def _sync(path: Path) -> Finding:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or its nearest parent that is there."""
+    """The path, or its nearest existing parent."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def owner(data: Path) -> int | None:
-    """The process whose data directory this is now, None if it is nobody's; 0 if it is not
-    known."""
+    """The process that uses this data directory now; None if there is none, 0 if it is unknown."""
     try:
         descriptor = os.open(data / LOCK_FILE, os.O_RDONLY)
     except FileNotFoundError:
@@ -155,10 +155,10 @@ def owner(data: Path) -> int | None:
 
 
 def service(settings: Settings) -> Iterator[Finding]:
-    """Whether it runs on the data directory, and what it says of itself."""
+    """Whether the service runs on this data directory, and the state it reports."""
     pid = owner(settings.storage.path)
     if pid is None:
-        yield Finding("service", OK, "it does not run on this data directory")
+        yield Finding("service", OK, "no service runs on this data directory")
         return
     yield Finding("service", OK, f"process {pid} runs on this data directory")
     if settings.api.address == OFF:
@@ -177,11 +177,11 @@ def service(settings: Settings) -> Iterator[Finding]:
         text = f"its {name} is {part['status']}: {part['detail']}"
         yield Finding("service", status, text, remedy)
     if not bad:
-        yield Finding("service", OK, f"{url} says that all {len(components)} parts are ok")
+        yield Finding("service", OK, f"{url} reports that all {len(components)} components are ok")
 
 
 def _components(url: str) -> dict[str, dict[str, str]]:
-    """What ``/readyz`` says. The certificate is not verified: this only asks how it is."""
+    """The components in ``/readyz``. The certificate is not verified, because this only reads."""
     unverified = ssl.create_default_context()
     unverified.check_hostname = False
     unverified.verify_mode = ssl.CERT_NONE
@@ -198,7 +198,7 @@ def _components(url: str) -> dict[str, dict[str, str]]:
 
 
 def ports(settings: Settings) -> Iterator[Finding]:
-    """Whether each listener's address is free, or the running service's own."""
+    """Whether each listener's address is free or belongs to the running service."""
     pid = owner(settings.storage.path)
     own = _listening(pid) if pid else set()
     for name in ("ingest", "api", "metrics"):
@@ -217,7 +217,7 @@ def _listening(pid: int) -> set[int]:
 def _port(setting: str, address: str, own: set[int]) -> Finding:
     host, port = split_address(address)
     if port in own:
-        return Finding("ports", OK, f"{address} ({setting}) is the running service's")
+        return Finding("ports", OK, f"{address} ({setting}) belongs to the running service")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, where = found[0]
@@ -225,8 +225,8 @@ def _port(setting: str, address: str, own: set[int]) -> Finding:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
     except OSError as error:
-        remedy = f"set {setting} to an address of this machine that is free, or stop what has it"
-        text = f"{address} ({setting}) cannot be listened on: {error.strerror}"
+        remedy = f"set {setting} to a free address of this machine, or stop what uses it"
+        text = f"cannot listen on {address} ({setting}): {error.strerror}"
         return Finding("ports", FAILED, text, remedy)
     return Finding("ports", OK, f"{address} ({setting}) is free")
 
@@ -234,7 +234,7 @@ def _port(setting: str, address: str, own: set[int]) -> Finding:
 def limits(settings: Settings) -> Iterator[Finding]:
     """Open files and memory."""
     wanted = settings.ingest.max_connections + _OTHER_FILES
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # to which the service raises the other
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # the service raises its soft limit to it
     if hard != resource.RLIM_INFINITY and hard < wanted:
         remedy = f"raise it (ulimit -Hn {wanted}), or lower ingest.max_connections"
         text = f"a process may open {hard} files; ingest.max_connections needs {wanted}"
@@ -252,25 +252,25 @@ def limits(settings: Settings) -> Iterator[Finding]:
 
 
 def clock(settings: Settings) -> Iterator[Finding]:
-    """Whether the wall clock can be right."""
+    """Whether the wall clock is plausible."""
     now = time.time()
     newest = max(_times(settings.storage.path), default=0.0)
     if datetime.now(UTC).year < _FIRST_YEAR:
         text = f"the clock says {datetime.now(UTC):%Y-%m-%d}"
-        yield Finding("clock", FAILED, text, "set it: verdicts depend on when spans came")
+        yield Finding("clock", FAILED, text, "set it, because verdicts depend on when spans arrive")
     elif newest > now + _FUTURE_SECONDS:
-        text = f"the data directory has something from {newest - now:.0f} s in the future"
-        remedy = "set the clock: traces would stay open that long, and tokens not be valid"
+        text = f"the data directory has files from {newest - now:.0f} s in the future"
+        remedy = "set the clock, or traces stay open that long and tokens are not valid"
         yield Finding("clock", FAILED, text, remedy)
     elif _unsynchronised():
-        text = "the kernel does not know the clock to be synchronised"
+        text = "the kernel reports that the clock is not synchronised"
         yield Finding("clock", WARNING, text, "run a time service, such as chrony")
     else:
         yield Finding("clock", OK, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
 
 
 def _times(data: Path) -> Iterator[float]:
-    """Seconds since 1970 of what the service wrote lately."""
+    """Modification times of what the service wrote recently, in seconds since 1970."""
     for path in checkpoint_files(data / "checkpoints")[:1]:
         yield int(path.stem) / 1e9
     if data.is_dir():
@@ -280,7 +280,7 @@ def _times(data: Path) -> Iterator[float]:
 
 
 def _unsynchronised() -> bool:
-    """As adjtimex(2) says; it only reads with modes = 0, which is the structure's first field."""
+    """Ask adjtimex(2). It only reads if modes, the first field of the structure, is 0."""
     state = ctypes.create_string_buffer(512)  # struct timex takes 208 bytes
     call = getattr(ctypes.CDLL(None), "adjtimex", None)
     return call is not None and call(state) == _TIME_ERROR

@@ -1,4 +1,4 @@
-"""Checks of what is kept: rules, span log, checkpoint, ledger, DuckDB; read only, and bounded."""
+"""Checks of the stored data: rules, span log, checkpoint, ledger, DuckDB. Read-only and bounded."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ import duckdb
 
 from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
 from betrace.service.cli.doctor.machine import owner
-from betrace.service.config.settings import Settings, split_address
+from betrace.service.cli.rules import rules_directory
+from betrace.service.config.base import split_address
+from betrace.service.config.settings import Settings
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.schema import FILE
 from betrace.service.storage.ledger.base import AMOUNT, tenant_account
 from betrace.service.storage.ledger.open import LEDGER_FILE
 from betrace.service.storage.ledger.sqlite import APPLICATION_ID, SCHEMA_VERSION
 from betrace.service.storage.paths import tenant_directory, tenants_with
-from betrace.service.storage.spanlog.log import SpanLog, pack_position
+from betrace.service.storage.spanlog.frames import pack_position
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
 
-_MOST_TENANTS = 100  # whose files are opened; those written last
+_MOST_TENANTS = 100  # whose files are opened: the ones written last
 _MOST_SECONDS = 20.0  # of one check
 _OLD_CHECKPOINT_SECONDS = 300.0  # as BetraceCheckpointOld
 
 
 def rules(settings: Settings) -> Iterator[Finding]:
-    """Whether all rule files are taken."""
-    given = settings.rules.directory
-    path = Path(given) if given else settings.storage.path / "rules"
+    """Whether all rule files are valid."""
+    path = rules_directory(settings)
     if not path.is_dir():
-        if given:
-            remedy = "make it, or set rules.directory"
-            yield Finding("rules", FAILED, f"the directory {path} is not there", remedy)
+        if settings.rules.directory or path != settings.storage.path / "rules":
+            remedy = "create it, or set rules.directory"
+            yield Finding("rules", FAILED, f"the directory {path} does not exist", remedy)
         else:
-            yield Finding("rules", OK, "there are none yet")
+            yield Finding("rules", OK, "there are no rules yet")
         return
     store = RuleStore(path)
     store.load()
     for problem in store.problems.values():
         yield Finding("rules", WARNING, problem, f"betrace rules check {path}")
     if not store.problems:
-        yield Finding("rules", OK, f"all files in {path} are right")
+        yield Finding("rules", OK, f"all files in {path} are valid")
 
 
 def span_log(settings: Settings) -> Iterator[Finding]:
@@ -70,9 +72,9 @@ def span_log(settings: Settings) -> Iterator[Finding]:
     for skipped in damaged[:10]:
         where = f"segment {skipped.segment} of {skipped.tenant}, {size(skipped.bytes)}"
         if running:
-            continue  # a frame that is just being written looks the same
+            continue  # a frame that is being written looks the same
         text = f"{where} at {skipped.offset} cannot be read: {skipped.reason}"
-        remedy = "the start cuts off what a crash left half written; otherwise mend the disk"
+        remedy = "the start removes what a crash left half-written; otherwise, repair the disk"
         yield Finding("span log", WARNING, text, remedy)
     if running or not damaged:
         text = f"the last segments of {looked} of {len(tenants)} tenants, {frames} requests with "
@@ -80,19 +82,19 @@ def span_log(settings: Settings) -> Iterator[Finding]:
 
 
 def checkpoint(settings: Settings) -> Iterator[Finding]:
-    """Whether the newest checkpoint is whole, and how old it is."""
+    """Whether the newest checkpoint is readable, and how old it is."""
     files = checkpoint_files(settings.storage.path / "checkpoints")
     if not files:
-        yield Finding("checkpoint", OK, "there is none: a start reads the whole log")
+        yield Finding("checkpoint", OK, "there is none yet; a start reads the whole log")
         return
     try:
         snapshot = read_checkpoint(files[0])
     except FileNotFoundError:  # the service has just replaced it
-        yield Finding("checkpoint", OK, "a new one has just been written")
+        yield Finding("checkpoint", OK, "a new one was just written")
         return
     except (OSError, ValueError, KeyError) as error:
         text = f"{files[0].name} cannot be read: {error}"
-        remedy = "nothing: the start takes the one before it, or reads the whole log"
+        remedy = "nothing: the start uses the one before it, or reads the whole log"
         yield Finding("checkpoint", WARNING, text, remedy)
         return
     age = time.time() - snapshot.taken_ns / 1e9
@@ -105,7 +107,7 @@ def checkpoint(settings: Settings) -> Iterator[Finding]:
 
 
 def ledger(settings: Settings) -> Iterator[Finding]:
-    """The SQLite file, which is the ledger or its journal; and TigerBeetle's replicas."""
+    """The SQLite file, which is the ledger or its journal, and TigerBeetle's replicas."""
     path = settings.storage.path / LEDGER_FILE
     if path.exists():
         yield _sqlite(path)
@@ -116,14 +118,14 @@ def ledger(settings: Settings) -> Iterator[Finding]:
 
 
 def _sqlite(path: Path) -> Finding:
-    remedy = "stop the service and restore the file from a backup, or put it aside"
+    remedy = "stop the service and restore the file from a backup, or move it away"
     deadline = time.monotonic() + _MOST_SECONDS
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
             (kind,) = database.execute("PRAGMA application_id").fetchone()
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if kind != APPLICATION_ID:
-                return Finding("ledger", FAILED, f"{path} is no ledger of BeTrace", remedy)
+                return Finding("ledger", FAILED, f"{path} is not a ledger of BeTrace", remedy)
             if version > SCHEMA_VERSION:
                 text = f"{path} was written by a newer version ({version})"
                 return Finding("ledger", FAILED, text, "run that version of BeTrace")
@@ -132,7 +134,7 @@ def _sqlite(path: Path) -> Finding:
             (number,) = database.execute("SELECT count(*) FROM transfers").fetchone()
     except sqlite3.OperationalError as error:
         if time.monotonic() > deadline:
-            return Finding("ledger", OK, f"{path}, too large to be checked in a moment")
+            return Finding("ledger", OK, f"{path} is too large to check quickly")
         return Finding("ledger", FAILED, f"{path} cannot be read: {error}", remedy)
     except sqlite3.DatabaseError as error:
         return Finding("ledger", FAILED, f"{path} is damaged: {error}", remedy)
@@ -160,7 +162,7 @@ def _tigerbeetle(settings: Settings) -> Iterator[Finding]:
 
 
 def _journal(path: Path) -> dict[int, int]:
-    """By account of some tenants how many transfers it has in the file."""
+    """The number of transfers in the file, by account of some tenants."""
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
             rows = database.execute(
@@ -168,14 +170,18 @@ def _journal(path: Path) -> dict[int, int]:
                 (AMOUNT, _MOST_TENANTS),
             )
             return {tenant_account(tenant): transfers for tenant, transfers in rows}
-    except sqlite3.Error:  # which the check of the file tells
+    except sqlite3.Error:  # the check of the file reports it
         return {}
 
 
 def _ask_tigerbeetle(
     addresses: str, cluster: int, seconds: float, journal: dict[int, int]
 ) -> Finding:
-    import tigerbeetle as tb  # loads its library
+    try:
+        import tigerbeetle as tb  # loads its library
+    except ModuleNotFoundError:
+        remedy = "install it with: pip install 'betrace[tigerbeetle]'"
+        return Finding("ledger", FAILED, "the TigerBeetle client is not installed", remedy)
 
     answered = threading.Event()
     recorded: list[int] = []
@@ -186,20 +192,20 @@ def _ask_tigerbeetle(
         recorded.extend((a.debits_posted + a.credits_posted) // AMOUNT for a in accounts)
         answered.set()
 
-    # A client waits for ever for a cluster of another id, so it is left behind.
+    # A client waits forever for a cluster with another id, so the thread is abandoned.
     threading.Thread(target=ask, daemon=True).start()
     if answered.wait(seconds):
         text = f"TigerBeetle at {addresses} answers"
-        held = sum(journal.values())
-        if sum(recorded) < held:
+        expected = sum(journal.values())
+        if sum(recorded) < expected:
             text += (
-                f"; it lacks {held - sum(recorded)} of {held} transfers of the journal, which are "
-                "older than its use: balances begin after them (docs/ledger.md)"
+                f"; it lacks {expected - sum(recorded)} of {expected} transfers of the journal, "
+                "which are older than its use: balances begin after them (docs/ledger.md)"
             )
         return Finding("ledger", OK, text)
-    text = f"TigerBeetle at {addresses} takes no requests within {seconds:g} s"
-    remedy = f"check that the cluster's id is {cluster} (ledger.tigerbeetle.cluster_id) and that "
-    return Finding("ledger", FAILED, text, remedy + "client and server are of one version")
+    text = f"TigerBeetle at {addresses} did not answer a request within {seconds:g} s"
+    remedy = f"check that the cluster id is {cluster} (ledger.tigerbeetle.cluster_id) and that "
+    return Finding("ledger", FAILED, text, remedy + "client and server have the same version")
 
 
 def duckdb_files(settings: Settings) -> Iterator[Finding]:
@@ -207,7 +213,7 @@ def duckdb_files(settings: Settings) -> Iterator[Finding]:
     data = settings.storage.path
     tenants = tenants_with(data, FILE)
     if owner(data) is not None:
-        text = f"the running service has the files of {len(tenants)} tenants; it checks them itself"
+        text = f"the running service checks the files of {len(tenants)} tenants itself"
         yield Finding("DuckDB", OK, text)
         return
     deadline = time.monotonic() + _MOST_SECONDS
@@ -223,7 +229,7 @@ def duckdb_files(settings: Settings) -> Iterator[Finding]:
         except duckdb.Error as error:
             bad += 1
             text = f"{path} cannot be opened: {str(error).splitlines()[0]}"
-            remedy = "nothing: a start puts it aside and makes it again from ledger and log"
+            remedy = "nothing: a start moves it away and rebuilds it from the ledger and the log"
             yield Finding("DuckDB", WARNING, text, remedy)
     if not bad:
         yield Finding("DuckDB", OK, f"the files of {looked} of {len(tenants)} tenants can be read")
@@ -232,22 +238,22 @@ def duckdb_files(settings: Settings) -> Iterator[Finding]:
 def waiting(settings: Settings) -> Iterator[Finding]:
     """What waits in local files for a store."""
     files = list((settings.storage.path / "fallback").glob("*/*"))
-    held = sum(path.stat().st_size for path in files if path.is_file())
+    size_waiting = sum(path.stat().st_size for path in files if path.is_file())
     exported = settings.storage.path / "dead-letters-exported"
     moved = len(list(exported.iterdir())) if exported.is_dir() else 0
     if moved:
         remedy = "see BetraceDeadLettersExported in docs/runbook.md"
         yield Finding("waiting", WARNING, f"{moved} files of exported dead letters", remedy)
-    if held:
-        text = f"{size(held)} in local files wait for their store"
+    if size_waiting:
+        text = f"{size(size_waiting)} in local files wait for their store"
         remedy = "nothing while it is written back; see BetraceFallbackPending in docs/runbook.md"
         yield Finding("waiting", WARNING, text, remedy)
-    if not held and not moved:
+    if not size_waiting and not moved:
         yield Finding("waiting", OK, "nothing waits in local files")
 
 
 def _latest(data: Path, tenants: list[str], name: str) -> list[str]:
-    """Of so many tenants those written last."""
+    """The tenants written last, limited to :data:`_MOST_TENANTS`."""
 
     def written(tenant: str) -> float:
         return (tenant_directory(data, tenant) / name).stat().st_mtime

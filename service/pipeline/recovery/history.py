@@ -1,5 +1,5 @@
-"""What is known of a trace that was closed and forgotten: its row of the index, its frames in the
-log. Late spans reopen it from there."""
+"""Reads closed traces back that are no longer in memory, from their index rows and their frames in
+the log, when late spans reopen them."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError, TraceRow
-from betrace.service.storage.spanlog.log import Frame, SpanLog
-from betrace.service.traces.signal_history import told_of
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import TraceRow
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.traces.signal_history import rule_signals
 from betrace.service.traces.tenant_traces import Recalled
 
 _log = logging.getLogger("service.history")
 
 _MASK = 2**64 - 1
 
-# Read for the late spans of one batch at most, in rounds; traces beyond it are reopened as partial.
+# Limits for the late spans of one batch; traces beyond them are reopened as partial.
 MOST_TRACES = 5000
-MOST_SECONDS = 2.0  # after which no further round begins
+MOST_SECONDS = 2.0  # no further round starts after this
 
-# Read in one round at most.
+# Limits of one round.
 ROUND_TRACES = 256
 MAX_FRAMES = 1024
 MAX_SPANS = 50_000
 
 
 class TraceHistory:
-    """Reads closed traces back. Called in the thread that folds; it blocks, so it is bounded."""
+    """Reads closed traces back. Called in the folding thread, which it blocks, so it is bounded."""
 
     def __init__(
         self,
@@ -47,16 +51,15 @@ class TraceHistory:
         self._log = log
         self._max_body = max_body_bytes
         self.recalled = 0
-        """Traces that were reopened from the log."""
+        """Traces reopened from the log."""
         self.partial = 0
-        """Traces reopened without all the spans that came before."""
+        """Traces reopened without all of their earlier spans."""
         self.unknown = 0
-        """Traces asked for that the index does not have: new ones, mostly."""
+        """Requested traces that are not in the index; mostly new ones."""
 
     def load(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
-        """What there is of the traces (rows of hi, lo), in rounds that are read when asked for, so
-        that the spans of one are held at a time. Traces beyond what is read for a batch are lost.
-        """
+        """Read traces (rows of hi, lo) in lazy rounds, so that only the spans of one round are in
+        memory. Traces above the limits are returned as lost."""
         until = self._seconds() + MOST_SECONDS
         for at in range(0, min(len(ids), MOST_TRACES), ROUND_TRACES):
             if at and self._seconds() >= until:
@@ -68,18 +71,17 @@ class TraceHistory:
         if len(beyond):
             self.partial += len(beyond)
             _log.warning(
-                "%d late traces of %s are judged without what came before: too many at once",
+                "%d late traces of %s are evaluated without their earlier spans: too many at once",
                 len(beyond),
                 tenant,
             )
             yield Recalled(ids[:0], [], None, beyond)
 
     def _round(self, tenant: str, ids: Rows) -> Recalled:
-        """What there is of up to ``ROUND_TRACES`` traces.
+        """Read up to ``ROUND_TRACES`` traces.
 
-        A trace counts as whole when all the spans that its row of the index counts were read.
-        Traces that the index does not have are new, unless the store is behind: then there may be
-        something of each.
+        A trace is whole if all spans counted in its index row were read. Traces that are not in the
+        index are new, unless the store is behind: then each may have earlier spans.
         """
         names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
         try:
@@ -87,7 +89,7 @@ class TraceHistory:
             found = self._store.find_traces(tenant, names)
             raised = self._store.raised_of(tenant, list(found)) if found else {}
         except (StoreError, PoolTimeout) as error:
-            _log.warning("late spans of %s are judged without what came before: %s", tenant, error)
+            _log.warning("late spans of %s are evaluated without earlier spans: %s", tenant, error)
             self.partial += len(ids)
             return Recalled(ids[:0], [], None, ids)
         known = [k for k, name in enumerate(names) if name in found]
@@ -102,7 +104,7 @@ class TraceHistory:
             self.partial += len(known)
             return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
         told = [
-            {(each[0], each[1]): told_of(*each[2:]) for each in raised.get(names[k], ())}
+            {(each[0], each[1]): rule_signals(*each[2:]) for each in raised.get(names[k], ())}
             for k in known
         ]
         of = batch.spans[:, [TRACE_HI, TRACE_LO, SPAN_ID]]
@@ -116,7 +118,7 @@ class TraceHistory:
         return Recalled(ids[known], whole, batch, lost, told)
 
     def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
-        """The spans of the frames that hold the traces, None if no frame could be read."""
+        """The spans of the frames that contain the traces, None if no frame could be read."""
         wanted = list(dict.fromkeys(position for row in rows for position in row.positions))
         wanted = wanted[:MAX_FRAMES]
         positions: list[int] = []

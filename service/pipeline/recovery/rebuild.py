@@ -1,8 +1,8 @@
-"""DuckDB made anew where a tenant's file is gone: signals from the ledger, the trace index from
-the span log.
+"""Rebuilds DuckDB files that are missing: signals from the ledger, the trace index from the span
+log.
 
-That a rebuild is due is noted in a file of the tenant's directory before anything makes a new
-DuckDB file, and stays noted until the rebuild is complete: a stop in between begins it again.
+A mark in the tenant's directory says that a rebuild is due. It is written before a new DuckDB file
+is created and deleted when the rebuild is complete, so a stop in between starts the rebuild again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from betrace.service.durable import write_atomically
 from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreCorrupt, StoreError
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import PAGE, Entries
-from betrace.service.storage.paths import tenant_directory, write_atomically
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.ledger.base import PAGE, LedgerEntries, LedgerError
+from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 from betrace.service.traces.due import DueTraces
@@ -31,19 +33,20 @@ _log = logging.getLogger("service.rebuild")
 
 MARK = "rebuild.json"
 AT_ONCE_BYTES = 1 << 30
-"""Of all tenants' logs: what is rebuilt before spans are accepted; more is rebuilt while the
-service runs, and until it is done late spans of traces closed long ago begin new ones."""
+"""Log size of all tenants up to which files are rebuilt before spans are accepted. Above it they
+are rebuilt while the service runs; until then, late spans of traces closed long ago start new
+ones."""
 _REPORT_SECONDS = 5.0
 
 
 class Rebuild:
-    """Finds what is missing and makes it again. Methods block; :meth:`run` for long."""
+    """Finds missing files and rebuilds them. Methods block; :meth:`run` for long."""
 
     def __init__(
         self,
         data: Path,
         log: SpanLog,
-        ledger: Entries,
+        ledger: LedgerEntries,
         store: DuckStore,
         rules_of: Callable[[str], CompiledRules],
         max_body_bytes: int,
@@ -51,7 +54,7 @@ class Rebuild:
     ) -> None:
         self._closed = closed  # tenants that are deleted
         self.working: str | None = None
-        """The tenant whose file is being made again."""
+        """The tenant whose file is being rebuilt."""
         self._data = data
         self._log = log
         self._ledger = ledger
@@ -60,11 +63,11 @@ class Rebuild:
         self._max_body = max_body_bytes
         self._stopped = False
         self.pending: list[str] = []
-        """Tenants whose files are to be made again."""
+        """Tenants whose files must be rebuilt."""
 
     def find(self) -> bool:
-        """Look for missing and damaged files and note them; before anything else uses the store.
-        Whether all of it is little enough to be done at once."""
+        """Find and mark missing and damaged files; call it before anything else uses the store.
+        Returns whether the rebuild is small enough to run at once."""
         size = 0
         known = set(self._store.tenants())
         recorded = set(self._recorded())
@@ -81,20 +84,20 @@ class Rebuild:
         return size <= AT_ONCE_BYTES
 
     def compare(self) -> None:
-        """Look for tenants of whom the ledger has more signals than DuckDB; when the log's tail is
-        read, and with it what the last stop left undone."""
+        """Find tenants with more signals in the ledger than in DuckDB; call it once the tail of the
+        log, with the unfinished work of the last process, is read."""
         for tenant in set(self._recorded()) - set(self.pending):
             try:
                 if self._store.counts(tenant).signals < self._ledger.count(tenant):
                     self.pending.append(tenant)
             except (LedgerError, StoreError, PoolTimeout) as error:
-                _log.warning("whether DuckDB has all signals of %s: %s", tenant, error)
+                _log.warning("cannot check whether DuckDB has all signals of %s: %s", tenant, error)
 
     def _recorded(self) -> list[str]:
         try:
             return self._ledger.tenants()
         except LedgerError as error:
-            _log.warning("whether DuckDB has all signals cannot be seen: %s", error)
+            _log.warning("cannot check whether DuckDB has all signals: %s", error)
             return []
 
     def _missing(self, tenant: str, has_file: bool, has_signals: bool) -> bool:
@@ -103,7 +106,7 @@ class Rebuild:
         try:
             self._store.counts(tenant)
         except StoreCorrupt as error:
-            _log.error("the DuckDB file of %s is put aside and made again: %s", tenant, error)
+            _log.error("the DuckDB file of %s is set aside and rebuilt: %s", tenant, error)
             self._store.recreate(tenant)
             return True
         except (StoreError, PoolTimeout) as error:
@@ -111,7 +114,7 @@ class Rebuild:
         return False
 
     def run(self) -> None:
-        """Make again what is pending; what fails stays noted for the next start."""
+        """Rebuild the pending files; files that fail stay marked for the next start."""
         for tenant in list(self.pending):
             if self._stopped:
                 return
@@ -131,11 +134,11 @@ class Rebuild:
                 events.DUCKDB_INCOMPLETE(tenant=tenant, error=error)
 
     def stop(self) -> None:
-        """Have :meth:`run` return soon."""
+        """Make :meth:`run` return soon."""
         self._stopped = True
 
     def forget(self, tenant: str) -> None:
-        """A tenant is deleted: nothing of it is to be made again."""
+        """Drop the pending rebuild of a deleted tenant."""
         if tenant in self.pending:
             self.pending.remove(tenant)
 
@@ -150,7 +153,7 @@ class Rebuild:
         return found
 
     def _traces(self, tenant: str, stop: int) -> int:
-        """The rows of the index, from the frames before a position."""
+        """Write the index rows of the frames before a position; returns how many traces."""
         version = self._rules_of(tenant).version
         replay = Replay(
             self._log,

@@ -1,9 +1,9 @@
-"""Coming back after a restart, clean or not: the last checkpoint, then the log's tail.
+"""Recovery after a restart, clean or not: the last checkpoint, then the tail of the log.
 
-What was answered with 200 is in the log. The checkpoint holds the traces as they were and names the
-frames that they do not contain; those are read again and go through the same stages. Signals have
-deterministic ids, so what was stored before the crash and is found again changes nothing; what
-was stored and is not found again, since more spans came meanwhile, is retracted
+Everything answered with 200 is in the log. The checkpoint contains the traces and names the frames
+that they do not contain yet; those are read again and go through the same stages. Ids of signals
+are deterministic, so a signal that was stored before the crash and is found again changes nothing.
+A signal that was stored but is not found again, because more spans arrived, is retracted
 (:mod:`betrace.service.traces.signal_history`).
 """
 
@@ -13,32 +13,24 @@ import logging
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import ERROR, SpanBatch
-from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
-from betrace.service.otlp.json import OtlpJsonError, to_protobuf
-from betrace.service.otlp.wire import scan_bodies
-from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import CorrelateStage, NotNow
+from betrace.service.pipeline.stages.correlate import NotNow
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Record
-from betrace.service.storage.spanlog.frames import unpack_position
-from betrace.service.storage.spanlog.log import (
-    Frame,
-    FrameCorrupt,
-    FrameMissing,
-    SpanLog,
-    pack_position,
-)
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame, pack_position, unpack_position
+from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.telemetry import events
 from betrace.service.times import write_time
 from betrace.service.traces.checkpoint import (
@@ -47,24 +39,22 @@ from betrace.service.traces.checkpoint import (
     read_latest,
     write_checkpoint,
 )
-from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import CLOSED_COUNT, OPEN_COUNT
 
 if TYPE_CHECKING:
-    from betrace.service.pipeline.dead_letters import DeadLetters
+    from betrace.service.pipeline.build import Stores
+    from betrace.service.pipeline.pipeline import Pipeline
 
 _log = logging.getLogger("service.recovery")
 
 _BATCH_SPANS = 4000
 _REPORT_SECONDS = 5.0
-_LARGEST_BODY = 1 << 30
-_UNREADABLE = b"\xff"  # no protobuf: the scanner finds an error in it
 _LATE_NS = 3600 * 1_000_000_000  # traces closed before are not known as late after a restart
 
 
 @dataclass(slots=True)
 class Replayed:
-    """What was read from the log at the start."""
+    """What was read back from the log at the start."""
 
     frames: int = 0
     spans: int = 0
@@ -73,47 +63,44 @@ class Replayed:
 
 
 class Recovery:
-    """Restores the traces at the start and saves them while the service runs."""
+    """Restores the traces at the start and saves checkpoints while the service runs.
+
+    ``record`` are the stored signals; ``threads`` run what blocks; ``deleted`` are the tenants that
+    are skipped.
+    """
 
     def __init__(
         self,
-        directory: Path,
-        log: SpanLog,
-        correlate: CorrelateStage,
-        progress: LogProgress,
-        in_flight: InFlight,
-        threads: ThreadRunner,
-        store: DuckStore,
-        closed: ClosedTraces,
+        settings: Settings,
+        stores: Stores,
+        pipeline: Pipeline,
         record: Record,
-        max_body_bytes: int,
-        letters: DeadLetters,
-        closed_tenants: Container[str] = frozenset(),
+        threads: ThreadRunner,
+        deleted: Container[str] = frozenset(),
     ) -> None:
-        self._closed_tenants = closed_tenants
-        self._directory = directory
-        self._log = log
-        self._correlate = correlate
-        self._progress = progress
-        self._in_flight = in_flight
-        self._waited = 0.0
-        self._threads = threads
-        self._store = store
-        self._closed = closed
+        self._directory = settings.storage.path / "checkpoints"
+        self._max_body = settings.ingest.max_body_bytes
+        self._log, self._store = stores.log, stores.duckdb
+        self._correlate = pipeline.correlate
+        self._progress = pipeline.progress
+        self._in_flight = pipeline.in_flight
+        self._closed = pipeline.closed
+        self._letters = pipeline.letters
         self._record = record
-        self._max_body = max_body_bytes
-        self._letters = letters
+        self._threads = threads
+        self._deleted = deleted
+        self._waited = 0.0
         self._saving = trio.Lock()
         self.replayed = Replayed()
         self.saved_at: float | None = None
-        """When the last checkpoint was complete, seconds since 1970."""
+        """When the last checkpoint was written, seconds since 1970."""
         self.saved_bytes = 0
         self.failures = 0
         self._failing = 0  # since the last success
         self._covers: Snapshot | None = None
 
     async def recover(self, onward: SendChannel[SpanBatch]) -> None:
-        """Load the last checkpoint and send what the log has beyond it to ``onward``."""
+        """Load the last checkpoint and send the part of the log after it to ``onward``."""
         await self._letters.reconcile(await self._threads.run(self._load))
         batches = self._batches()
         reported = trio.current_time()
@@ -130,14 +117,16 @@ class Recovery:
             )
 
     def _load(self) -> list[int]:
-        """Restore the last checkpoint; the dead letters whose spans it has."""
+        """Restore the last checkpoint; returns the dead letters whose spans it contains."""
         snapshot = read_latest(self._directory)
         if snapshot is not None:
             snapshot = self._without_deleted(snapshot)
             try:
                 self._correlate.restore(snapshot)
             except ValueError as error:
-                _log.warning("the checkpoint cannot be used, the whole log is replayed: %s", error)
+                _log.warning(
+                    "the checkpoint cannot be used, so the whole log is replayed: %s", error
+                )
                 snapshot = None
         if snapshot is None:
             snapshot = Snapshot(0, {}, [])
@@ -151,26 +140,26 @@ class Recovery:
                 self._project(signals)
         except (LedgerError, OSError) as error:
             _log.error(
-                "signals of just before the last stop will not be retracted, should spans that "
-                "came since call for it: %s",
+                "signals stored just before the last stop cannot be read, so they will not be "
+                "retracted if later spans change the verdict: %s",
                 error,
             )
         return snapshot.letters
 
     def _without_deleted(self, snapshot: Snapshot) -> Snapshot:
-        """What a snapshot has of tenants that are not deleted."""
-        gone = self._closed_tenants
+        """The snapshot without deleted tenants."""
+        gone = self._deleted
         return replace(
             snapshot,
             progress={t: known for t, known in snapshot.progress.items() if t not in gone},
             tenants=[saved for saved in snapshot.tenants if saved.tenant not in gone],
-            raised={t: traces for t, traces in snapshot.raised.items() if t not in gone},
-            unfinished={t: rest for t, rest in snapshot.unfinished.items() if t not in gone},
+            ledger_history={t: h for t, h in snapshot.ledger_history.items() if t not in gone},
+            partial_folds={t: rest for t, rest in snapshot.partial_folds.items() if t not in gone},
         )
 
     def _project(self, signals: list[Signal]) -> None:
-        """Have signals in DuckDB too: the last stop may have come between the two, and a retraction
-        is not found a second time."""
+        """Write signals to DuckDB too: the service may have stopped between the two writes, and a
+        retraction is not found a second time."""
         by_tenant: dict[str, list[Signal]] = {}
         for signal in signals:
             by_tenant.setdefault(signal.tenant, []).append(signal)
@@ -181,11 +170,11 @@ class Recovery:
                 _log.warning("signals of %s may be missing in queries: %s", tenant, error)
 
     def _remember_closed(self, snapshot: Snapshot) -> None:
-        """Put the traces that closed lately into the filter that tells late spans; but not those
-        that are read from the log altogether."""
+        """Add recently closed traces to the filter that recognizes late spans, except traces that
+        are read from the log completely."""
         since = time.time_ns() - _LATE_NS
         for tenant in self._store.tenants():
-            if tenant in self._closed_tenants:
+            if tenant in self._deleted:
                 continue
             upto, _ = snapshot.progress.get(tenant, (0, []))
             segments = self._log.segments(tenant)
@@ -194,12 +183,13 @@ class Recovery:
             try:
                 ids = self._store.trace_ids(tenant, since, upto)
             except (StoreError, PoolTimeout) as error:
-                _log.warning("late spans of %s may begin new traces: %s", tenant, error)
+                _log.warning("late spans of %s may start new traces: %s", tenant, error)
             else:
                 self._closed.add(tenant, ids)
 
     def shown(self) -> dict[str, Any]:
-        """The last checkpoint, and what a restart would read of the log; in a worker thread."""
+        """The last checkpoint, and how much of the log a restart would read; call in a worker
+        thread."""
         covers, files = self._covers, checkpoint_files(self._directory)
         return {
             "savedAt": None if self.saved_at is None else write_time(int(self.saved_at * 1e9)),
@@ -222,7 +212,7 @@ class Recovery:
         }
 
     def _beyond(self, progress: dict[str, tuple[int, list[int]]]) -> int:
-        """Bytes of the log beyond the last frames of a checkpoint."""
+        """Bytes of the log after the last frames of a checkpoint."""
         found = 0
         for tenant in self._log.tenants():
             number, offset = unpack_position(progress.get(tenant, (0, []))[0])
@@ -233,15 +223,15 @@ class Recovery:
         return found
 
     async def caught_up(self) -> None:
-        """All that was replayed is folded."""
+        """Note that everything replayed is folded."""
         await self._threads.run(self._correlate.replayed)
         self._correlate.caught_up.set()
 
     def _batches(self) -> Iterator[SpanBatch]:
-        """What the traces do not contain, in batches of one tenant; each frame becomes pending
-        before it is given out."""
+        """The frames that the traces do not contain, in batches of one tenant. Each frame becomes
+        pending before it is returned."""
         for tenant in self._log.tenants():
-            if tenant in self._closed_tenants:
+            if tenant in self._deleted:
                 continue
             last, pending = self._progress.snapshot().get(tenant, (0, []))
             positions: list[int] = []
@@ -279,9 +269,9 @@ class Recovery:
         return batch
 
     async def every(self, seconds: float) -> None:
-        """Save a checkpoint every so many seconds, less often where saving takes long, apart from
-        waiting for the stores; and soon after rules changed, since what is read of the log after
-        a crash opens its traces under the new ones."""
+        """Save a checkpoint every ``seconds``, less often if saving takes long (without the wait
+        for the stores), and soon after rules changed, because spans read from the log after a crash
+        open their traces under the new rules."""
         while True:
             started = trio.current_time()
             self._correlate.rules_changed = trio.Event()
@@ -293,7 +283,8 @@ class Recovery:
                 await self._correlate.rules_changed.wait()
 
     async def save(self) -> bool:
-        """Save a checkpoint; whether that worked. What left the traces is waited for first."""
+        """Save a checkpoint; returns whether that worked. Waits first until everything that left
+        the traces is stored."""
         async with self._saving:
             retried = self._letters.retries()
             recorded = await self._threads.run(self._record.last_entries)
@@ -301,7 +292,7 @@ class Recovery:
                 snapshot = await self._threads.run(self._correlate.snapshot)
             except NotNow as error:
                 self.failures += 1
-                _log.warning("no checkpoint is written this time: %s", error)
+                _log.warning("this checkpoint is skipped: %s", error)
                 return False
             letters = self._letters.saved_in(retried, snapshot.progress)
             if not self._letters.spans:
@@ -328,47 +319,26 @@ class Recovery:
             try:
                 await self._letters.saved(letters)
             except DeadLetterError as error:
-                _log.warning("dead letters that are done cannot be deleted yet: %s", error)
+                _log.warning("processed dead letters cannot be deleted yet: %s", error)
             return True
 
 
 def _outline(snapshot: Snapshot) -> Snapshot:
-    """A snapshot without what takes memory."""
+    """A snapshot without its large parts."""
     tenants = [
         replace(
             saved,
             tables=[
-                replace(table, arrays={"fill": table.arrays["fill"]}, told=[], definitions=b"")
+                replace(
+                    table, arrays={"fill": table.arrays["fill"]}, signal_history=[], definitions=b""
+                )
                 for table in saved.tables
             ],
         )
         for saved in snapshot.tenants
     ]
-    return replace(snapshot, tenants=tenants, raised={}, unfinished={})
+    return replace(snapshot, tenants=tenants, ledger_history={}, partial_folds={})
 
 
 def _count(snapshot: Snapshot, which: int) -> int:
     return sum(int(t.arrays["fill"][which]) for saved in snapshot.tenants for t in saved.tables)
-
-
-def read_frames(
-    tenant: str, positions: list[int], frames: list[Frame], max_body_bytes: int
-) -> SpanBatch:
-    """The spans of frames read back from the log.
-
-    They were accepted, perhaps under a larger limit than ``max_body_bytes``, which is therefore no
-    limit here. A frame that cannot be decoded all the same is a body with an error.
-    """
-    bodies = []
-    limit = max(max_body_bytes, _LARGEST_BODY)
-    for frame in frames:
-        try:
-            body = decode_body(bytes(frame.payload), frame.encoding, limit)
-            bodies.append(to_protobuf(body) if frame.content_type == "json" else body)
-        except (BadEncoding, BodyTooLarge, OtlpJsonError) as error:
-            _log.error("a frame of the log of %s cannot be decoded: %s", tenant, error)
-            bodies.append(_UNREADABLE)
-    batch = scan_bodies(tenant, bodies)
-    batch.positions = np.array(positions, np.int64)
-    batch.received_ns = max(frame.received_ns for frame in frames)
-    return batch

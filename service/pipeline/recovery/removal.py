@@ -1,10 +1,10 @@
-"""Deleting a tenant with all its data, while the service runs and others send.
+"""Deletes a tenant with all its data while the service runs and other tenants send.
 
-The order makes it safe: first the tenant is *closed*, durably, so that nothing new of it is taken;
-then what is under way is waited for; then every store forgets it; and last, two checkpoints later,
-no file has it any more and the deletion is complete. A deletion that fails or hangs is tried again,
-later and later, and holds up no other; after a crash all steps are done again, and what the
-checkpoints still have of the tenant is passed over.
+The order makes it safe. First the tenant is *closed*, durably, so that nothing new is accepted for
+it. Then the work in progress is waited for. Then every store forgets the tenant. After two more
+checkpoints no file contains it, and the deletion is complete. A deletion that fails or hangs is
+retried with growing pauses and does not delay others. After a crash all steps are repeated, and
+what the checkpoints still contain of the tenant is skipped.
 
 The ledger is append-only and keeps its accounts; its entries up to now are hidden
 (:mod:`betrace.service.tenancy.ledger_filter`).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -23,17 +23,16 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.export.parquet import tenant_archive
+from betrace.service.pipeline.build import Stores
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.storage.dead_letters import DeadLetterError
-from betrace.service.storage.duck.store import DuckStore, PoolTimeout, StoreError
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
 from betrace.service.storage.paths import tenant_directory
-from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.tenancy.directory import DirectoryError, Hidden, State
+from betrace.service.tenancy.directory import DirectoryError, Hidden, TenantState
 from betrace.service.tenancy.gate import Gate
 from betrace.service.traces.checkpoint import KEPT
 
@@ -43,11 +42,11 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 AT_ONCE = 4
-"""Tenants whose data is being deleted at a time, those that hang included."""
+"""Tenants whose data is deleted at the same time, including deletions that hang."""
 ATTEMPT_SECONDS = 60.0
-"""After which a deletion that hangs is left for the others."""
+"""After this an attempt that hangs is abandoned, so that others can run."""
 RETRY_SECONDS = 5.0
-"""After the first failure; twice as long after each further one, up to LONGEST_RETRY_SECONDS."""
+"""Pause after the first failure; it doubles with each further one, up to LONGEST_RETRY_SECONDS."""
 LONGEST_RETRY_SECONDS = 300.0
 POLL_SECONDS = 0.05
 
@@ -67,50 +66,45 @@ class Removal:
 
     Args:
       data: the data directory.
-      archive: the directory of the archive.
+      stores: the stores; the ledger with its hidden entries.
       gate: what lets tenants in.
-      ledger: all of it, what is hidden too.
+      erase: blocking callables that delete what others keep of a tenant, such as its rules and its
+        archive; each must be idempotent, and may raise :exc:`OSError`.
     """
 
     def __init__(
         self,
         data: Path,
-        archive: Path,
+        stores: Stores,
         gate: Gate,
-        ledger: Entries,
-        log: SpanLog,
-        store: DuckStore,
-        delete_rules: Callable[[str], None],
         pipeline: Pipeline,
         recovery: Recovery,
         rebuild: Rebuild,
         threads: ThreadRunner,
+        erase: Sequence[Callable[[str], object]],
     ) -> None:
         self._data = data
-        self._archive = archive
+        self._ledger, self._log, self._store = stores.ledger, stores.log, stores.duckdb
         self._gate = gate
         self._directory = gate.directory
         self._closed = gate.closed
-        self._ledger = ledger
-        self._log = log
-        self._store = store
-        self._delete_rules = delete_rules
         self._pipeline = pipeline
         self._recovery = recovery
         self._rebuild = rebuild
         self._threads = threads
+        self._erase_elsewhere = erase
         self._wanted: dict[str, trio.Event] = {}
-        self._erased: dict[str, None] = {}  # but for what checkpoints have; in this order
+        self._erased: dict[str, None] = {}  # except from checkpoints; in order
         self._arrived, self._forgotten = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self._turns = trio.CapacityLimiter(AT_ONCE)
         self._erasing = ThreadRunner("removal", AT_ONCE)
         self._lock = threading.Lock()
-        self._busy: set[str] = set()  # tenants of which a thread deletes; guarded by the lock
+        self._busy: set[str] = set()  # tenants with a deleting thread; guarded by the lock
         self.removed = 0
         """Tenants deleted since the start."""
 
     async def begin(self, tenant: str) -> trio.Event:
-        """Close a tenant, durably, and have it deleted; the event is set when that is done."""
+        """Close a tenant durably and start its deletion. The event is set when it is complete."""
         found = self._wanted.get(tenant)
         if found is not None:
             return found
@@ -125,16 +119,16 @@ class Removal:
         return done
 
     async def reopen(self, tenant: str) -> None:
-        """Take what a tenant sends again: it was created anew."""
+        """Accept requests of a tenant again, because it was created anew."""
         await self._threads.run(self._pipeline.progress.reopen, tenant)
         await self._threads.run(self._store.reopen, tenant)
         self._pipeline.letters.reopen_tenant(tenant)
         self._closed.discard(tenant)
 
     async def take_up(self) -> None:
-        """At the start, before anything is read back: go on where the last process stopped. What
-        hangs is left for :meth:`run`."""
-        for tenant in await self._threads.run(self._directory.in_state, State.DELETING):
+        """Continue the deletions of the last process; call it at the start, before anything is read
+        back. Deletions that hang are left to :meth:`run`."""
+        for tenant in await self._threads.run(self._directory.in_state, TenantState.DELETING):
             self._wanted[tenant] = trio.Event()
         with trio.move_on_after(ATTEMPT_SECONDS):
             async with trio.open_nursery() as nursery:
@@ -142,7 +136,7 @@ class Removal:
                     nursery.start_soon(self._attempt, tenant)
 
     async def run(self) -> None:
-        """Delete tenants as they come, for ever; once the traces are restored."""
+        """Delete tenants, forever. Start it once the traces are restored."""
         begun: set[trio.Event] = set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._forget)
@@ -166,14 +160,14 @@ class Removal:
         self._forgotten.unpark_all()
 
     async def _attempt(self, tenant: str) -> bool:
-        """Whether nothing but checkpoints has anything of the tenant any more."""
+        """Try to delete a tenant; returns whether only checkpoints still contain it."""
         async with self._turns:
             try:
                 with trio.fail_after(ATTEMPT_SECONDS):
                     await self._erase(tenant)
             except _FAILURES as error:
                 _log.warning(
-                    "the tenant %s cannot be deleted yet: %s",
+                    "tenant %s cannot be deleted yet: %s",
                     tenant,
                     "it took too long" if isinstance(error, trio.TooSlowError) else error,
                 )
@@ -181,8 +175,8 @@ class Removal:
             return True
 
     async def _forget(self) -> None:
-        """Complete the deletions of those that are erased, as many together as there are: when the
-        checkpoints that have something of them are replaced."""
+        """Complete the deletion of erased tenants, all together, once the checkpoints that contain
+        them are replaced."""
         while True:
             while not self._erased:
                 await self._forgotten.park()
@@ -190,25 +184,25 @@ class Removal:
             try:
                 for _ in range(KEPT):
                     if not await self._recovery.save():
-                        raise OSError("a checkpoint without it cannot be written")
+                        raise OSError("a checkpoint without them cannot be written")
                 for tenant in erased:
                     await self._threads.run(self._directory.finish_deletion, tenant)
                     del self._erased[tenant]
                     self._wanted.pop(tenant).set()
                     self.removed += 1
-                    _log.info("the tenant %s is deleted, with all its data", tenant)
+                    _log.info("tenant %s is deleted with all its data", tenant)
             except _FAILURES as error:
                 _log.warning("%d tenants cannot be deleted yet: %s", len(self._erased), error)
                 await trio.sleep(RETRY_SECONDS)
 
     async def _run(self, tenant: str, fn: Callable[[*Ts], R], *args: *Ts) -> R:
-        """Call it in a thread, which is left behind when the attempt ends."""
+        """Call ``fn`` in a thread, which is abandoned if the attempt ends."""
 
         def alone() -> R:
-            # A thread left behind must have returned before the tenant may be created anew.
+            # An abandoned thread must return before the tenant may be created anew.
             with self._lock:
                 if tenant in self._busy:
-                    raise OSError("an earlier attempt hangs still")
+                    raise OSError("an earlier attempt still hangs")
                 self._busy.add(tenant)
             try:
                 return fn(*args)
@@ -238,27 +232,24 @@ class Removal:
 
     def _hide(self, tenant: str) -> Hidden:
         after = 0
-        while page := self._ledger.held(after):
+        while page := self._ledger.outgoing(after):
             after = page[-1][0]
             if any(signal.tenant == tenant for _, signal in page):
-                raise OSError("the ledger does not know yet whether it has signals of it")
+                raise OSError("the outcome of ledger calls with its signals is not known yet")
         hidden = Hidden(self._ledger.last_entry(tenant), self._ledger.count(tenant))
         self._directory.hide(tenant, hidden)
         return hidden
 
     def _remove_files(self, tenant: str) -> None:
-        self._delete_rules(tenant)
         self._store.remove(tenant)
         self._log.delete_tenant(tenant)
-        for directory in (
-            tenant_archive(self._archive, tenant),
-            tenant_directory(self._data, tenant),  # what else there is: notes, files put aside
-        ):
-            with suppress(FileNotFoundError):
-                shutil.rmtree(directory)
+        for erase in self._erase_elsewhere:
+            erase(tenant)
+        with suppress(FileNotFoundError):  # what is left: notes, quarantined files
+            shutil.rmtree(tenant_directory(self._data, tenant))
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    """Wait for what threads do, of which no event tells."""
+    """Wait for a condition that threads make true without an event."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(POLL_SECONDS)

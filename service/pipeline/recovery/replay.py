@@ -1,8 +1,7 @@
-"""A stretch of the span log, folded and decided again, apart from the running service.
+"""Folds and decides a section of the span log again, apart from the running service.
 
-The clock is the log's: a trace is closed when, by the times at which requests were received, it was
-idle for long. Memory is bounded by closing the traces that were idle longest when too many are
-open. Nothing here writes.
+The clock is the log's: a trace is idle by the times at which requests were received. Memory is
+bounded: if too many traces are open, those idle longest are closed. Nothing is written.
 """
 
 from __future__ import annotations
@@ -13,20 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.eviction import idle_longest
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FLAGS, REOPENED
 from betrace.service.traces.tenant_traces import History, Recalled, TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from betrace.service.traces.window import Windows
 
 SECOND = 1_000_000_000
-IDLE_NS = 60 * SECOND  # longer than the service's: the log may have gaps where the service was down
+IDLE_NS = 60 * SECOND  # longer than the service's: the log has gaps while the service is down
 BATCH_SPANS = 4000
 BATCH_NS = SECOND // 4
 KEPT_CLOSED = 10_000
@@ -36,8 +36,8 @@ FILTER_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Of a tenant's log, the requests received at ``since_ns`` or later and before ``until_ns``,
-    up to position ``stop`` where it is given."""
+    """A section of a tenant's log: requests with ``since_ns`` <= received < ``until_ns``, and
+    before position ``stop`` if given."""
 
     tenant: str
     since_ns: int | None = None
@@ -47,10 +47,10 @@ class Stretch:
 
 @dataclass(slots=True)
 class Replay:
-    """Folds a stretch; :meth:`due` gives what is due in the order in which it is.
+    """Folds a section of the log; :meth:`due` yields due traces in order.
 
-    ``history`` has the traces that were closed and forgotten; without, they count as partial
-    when a span comes late. Counts grow while :meth:`due` runs.
+    ``history`` reads traces that were closed and forgotten; without it, they are partial when a
+    late span arrives. Counts grow while :meth:`due` runs.
     """
 
     log: SpanLog
@@ -65,10 +65,10 @@ class Replay:
     spans: int = 0
     traces: int = 0
     at_ns: int = 0
-    """How far it has come: when the last request that was folded was received."""
+    """When the last folded request was received."""
 
     def due(self) -> Iterator[DueTraces]:
-        """Early and closed traces; at the end of the stretch all are closed."""
+        """Early and closed traces; at the end of the section all are closed."""
         tenant = self.stretch.tenant
         traces = TenantTraces(tenant, self.rules, self.windows)
         closed = ClosedTraces(FILTER_BYTES)
@@ -92,15 +92,15 @@ class Replay:
         yield from self._closed(traces.close_due(self.at_ns + 1, 0))
 
     def signals(self, now: int) -> Iterator[list[Signal]]:
-        """The signals of what is due, ``now`` their ``detected_at``."""
+        """The signals of due traces, with ``now`` as their ``detected_at``."""
         for due in self.due():
             found = decide_due(due, now).signals
             if found:
                 yield found
 
     def over_the_edge(self, open_since_ns: int) -> set[str]:
-        """Ids of the traces that may have spans outside of the stretch: some were received just
-        before or just after it, or, without an end, after ``open_since_ns``."""
+        """Ids of traces that may have spans outside of the section, because spans were received
+        just before or after it, or after ``open_since_ns`` if the section has no end."""
         found: set[str] = set()
         since, until = self.stretch.since_ns, self.stretch.until_ns
         edges: list[tuple[int, int | None]] = []
@@ -145,5 +145,5 @@ class Replay:
 
 
 def _nothing(tenant: str, ids: Rows) -> list[Recalled]:
-    """Nothing is known of what was forgotten."""
+    """A history that knows no traces."""
     return [Recalled(ids[:0], [], None, ids)]

@@ -1,8 +1,8 @@
-"""trace-correlation: fold spans into the open traces of their tenant, and find what is due.
+"""trace-correlation: fold spans into the open traces of their tenant, and find traces that are due.
 
-A trace is due early, when a count crossed a threshold at which a rule may become certain, and
-at its end: when it says so itself, is idle, or is too old. Folding is one worker-thread call for
-all batches that wait.
+A trace is due early, when a count crosses a threshold at which a rule may become certain, and at
+its end: when it is marked complete, is idle, or is too old. All waiting batches are folded in one
+worker-thread call.
 """
 
 from __future__ import annotations
@@ -10,36 +10,39 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner, TransientError
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.traces.checkpoint import Snapshot
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.eviction import Held, forget_closed, idle_longest
+from betrace.service.traces.eviction import forget_closed, idle_longest
 from betrace.service.traces.folding import Folded
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.layout import CLOSED, NEVER, STATE
-from betrace.service.traces.partial_folds import Unfinished
-from betrace.service.traces.signal_history import RaisedBefore
+from betrace.service.traces.layout import CLOSED, NEVER, STATE, TraceTotals
+from betrace.service.traces.partial_folds import PartialFolds
+from betrace.service.traces.signal_history import LedgerHistory
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import INDEX_LAG_NS, History, TenantTraces
 from betrace.service.traces.window import Windows
 
-SURVEY_NS = 1_000_000_000
-MOST_KEPT = 10  # times as many closed traces as are asked for, while stores are behind
-TICK_SECONDS = 0.25  # idle traces are looked for this often
-LOOKED_AT = 128  # tenants' traces in one tick: each piece that is due costs as much as ten traces
+SECOND = 1_000_000_000
+SURVEY_NS = SECOND
+MOST_KEPT = 10  # multiple of the configured closed traces that is kept while stores are behind
+TICK_SECONDS = 0.25  # interval of the search for idle traces
+LOOKED_AT = 128  # tables searched in one tick: each due piece costs as much as ten traces
 
 
 class NotNow(TransientError):  # noqa: N818
-    """The traces cannot be copied at this moment; a little later they can."""
+    """The traces cannot be copied now; try again a little later."""
 
 
 @dataclass(slots=True)
@@ -47,17 +50,17 @@ class CorrelateCounts:
     """What the stage has done, in spans or traces."""
 
     folded: int = 0
-    """Spans taken into traces, repeated ones included."""
+    """Spans folded into traces, repeated ones included."""
     replayed: int = 0
-    """Spans taken into traces again from the log, after a restart."""
+    """Spans folded again from the log after a restart."""
     repeated: int = 0
-    """Spans that came a second time and were not counted."""
+    """Spans that arrived a second time and were not counted."""
     matched: int = 0
-    """Times that a span satisfied a check."""
+    """How often a span satisfied a check."""
     opened: int = 0
     """Traces."""
     reopened: int = 0
-    """Closed traces to which spans came late."""
+    """Closed traces that were reopened by late spans."""
     closed: int = 0
     """Traces."""
     closed_for_room: int = 0
@@ -65,8 +68,8 @@ class CorrelateCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """The traces in memory at one time (nanoseconds), renewed once a second."""
+class MemorySurvey:
+    """The traces in memory at one time (nanoseconds), updated once a second."""
 
     taken_ns: int = 0
     open: int = 0
@@ -75,15 +78,16 @@ class Survey:
     long_lived: int = 0
     """Open traces long enough to have windows."""
     spans: int = 0
-    """Span ids held for open traces, to tell repeated ones."""
+    """Span ids of open traces, kept to recognize repeated spans."""
     nbytes: int = 0
     oldest_ns: int = NEVER
-    """When the first span of the oldest open trace came; ``NEVER`` without one."""
+    """When the first span of the oldest open trace arrived; ``NEVER`` without open traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceLimits:
-    """When traces close, how long closed ones are kept (nanoseconds), and how many there may be."""
+    """When traces close, how long closed ones are kept (nanoseconds), how many of both there may
+    be, and the windows of long traces."""
 
     idle_ns: int
     max_age_ns: int
@@ -91,12 +95,37 @@ class TraceLimits:
     keep_ns: int
     keep: int
     most_open: int
+    windows: Windows = field(default_factory=Windows)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The limits in the settings."""
+        traces, caches = settings.traces, settings.caches
+        return cls(
+            idle_ns=int(traces.idle_seconds * SECOND),
+            max_age_ns=int(traces.max_age_seconds * SECOND),
+            sweep_ns=int(traces.sweep_seconds * SECOND),
+            keep_ns=int(caches.trace_metadata_ttl_seconds * SECOND),
+            keep=caches.trace_metadata,
+            most_open=traces.max_open,
+            windows=Windows(traces.long_lived_spans, traces.window_spans, traces.window_overlap),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LateSpans:
+    """What late spans need: a filter of closed traces, what the stores know of them, and whether
+    the stores are behind, so that closed traces must stay in memory longer."""
+
+    closed: ClosedTraces
+    history: History
+    behind: Callable[[], bool] = lambda: False
 
 
 class CorrelateStage:
     """The handler of the trace-correlation stage, and its clock.
 
-    ``rules_of(tenant)`` gives a tenant's compiled rules and is called in worker threads;
+    ``rules_of(tenant)`` returns a tenant's compiled rules and is called in worker threads;
     ``clock_ns`` is the wall clock in nanoseconds.
     """
 
@@ -108,11 +137,8 @@ class CorrelateStage:
         progress: LogProgress,
         in_flight: InFlight,
         limits: TraceLimits,
-        closed: ClosedTraces,
-        history: History,
-        windows: Windows,
+        late: LateSpans,
         clock_ns: Callable[[], int],
-        behind: Callable[[], bool] = lambda: False,
     ) -> None:
         self._rules_of = rules_of
         self._threads = threads
@@ -120,30 +146,27 @@ class CorrelateStage:
         self._progress = progress
         self._in_flight = in_flight
         self._limits = limits
-        self._closed = closed
-        self._history = history
-        self._windows = windows
-        self.survey = Survey()
+        self._late = late
         self._clock_ns = clock_ns
-        self._lock = threading.Lock()  # of the tenants and the counts
-        self._behind = behind
         self._now_ns = 0
         self._last_sweep_ns = 0
-        self._looked_at = 0  # how many of the tables, in this round
+        self._next_table = 0  # where the search for idle traces continues
         self._resumed_ns = 0
+        self._lock = threading.Lock()  # guards the tenants and the counts
         self.tenants: dict[str, TenantTraces] = {}
-        self._held = Held()  # by all of them
+        self._totals = TraceTotals()  # totals of all tenants
+        self._ledger_history = LedgerHistory()
+        self._partial_folds = PartialFolds()
+        self._owing: dict[str, TenantTraces] = {}  # tenants with results that are not passed on
+        self.survey = MemorySurvey()
         self.counts = CorrelateCounts()
-        self._raised = RaisedBefore()
-        self._unfinished = Unfinished()
-        self._owing: dict[str, TenantTraces] = {}  # that have something to pass on of a failure
         self.caught_up = trio.Event()
         self.rules_changed = trio.Event()
-        """A tenant's new traces are opened under other rules from now on."""
+        """Set when new traces of a tenant are opened under new rules."""
         self._changed = False
 
     async def handle(self, batches: list[SpanBatch]) -> None:
-        """Fold batches and pass on what is due. A batch that was folded before is passed over."""
+        """Fold batches and pass on what is due. A batch that was folded before is skipped."""
         due, error = await self._threads.run(self._fold, batches)
         if self._changed:
             self._changed = False
@@ -154,15 +177,15 @@ class CorrelateStage:
             raise error
 
     def has(self, batch: SpanBatch) -> bool:
-        """Whether all of a batch is in its traces, though its delivery may have failed: by what
-        came after it."""
+        """Whether all of a batch is in its traces. It may be even if its delivery failed, because a
+        later step failed."""
         positions = batch.positions[batch.positions > 0].tolist()
         return bool(positions) and not self._progress.any_pending(batch.tenant, positions)
 
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
-        """A copy of one trace (32 hex digits) that is in memory, None where there is none.
-        ``closed`` says whether it was closed and is kept for late spans. May be called from any
-        thread; waits while a batch is folded."""
+        """A copy of one trace (32 hex digits) in memory, or None. ``closed`` says whether it was
+        closed and is kept for late spans. May be called from any thread; waits while a batch is
+        folded."""
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
         with self._lock:
             traces = self.tenants.get(tenant)
@@ -174,8 +197,8 @@ class CorrelateStage:
         return None
 
     async def tick(self) -> None:
-        """Close the traces whose time has come, for ever, from :attr:`caught_up` on: until
-        the log is replayed no trace may be closed, since the replay may hold its next span."""
+        """Close traces that are due by the clock, forever. Starts at :attr:`caught_up`: no trace
+        may be closed before the log is replayed, because the replay may contain its next span."""
         await self.caught_up.wait()
         while True:
             await trio.sleep(TICK_SECONDS)
@@ -185,36 +208,40 @@ class CorrelateStage:
                     for due in found:
                         await self._onward.send(due)
                 except trio.BrokenResourceError:
-                    return  # stopped without draining: a restart closes them again
+                    return  # stopped without draining: they are closed again after a restart
                 if error is not None:
                     raise error
 
     def snapshot(self) -> Snapshot:
-        """The state of all traces, and of the log as far as they go; in a worker thread. Raises
-        :exc:`NotNow` while something that left the traces when a fold failed is not passed on."""
+        """The state of all traces and the log positions they contain; call in a worker thread.
+        Raises :exc:`NotNow` while results of a failed fold are not passed on."""
         with self._lock:
             if self._owing:
-                raise NotNow("what came of a batch that failed is not passed on yet")
+                raise NotNow("the results of a failed batch are not passed on yet; try again")
             return Snapshot(
                 self._clock_ns(),
                 self._progress.snapshot(),
                 [traces.snapshot() for traces in self.tenants.values()],
                 self._in_flight.mark(),
-                raised=self._raised.saved(),
-                unfinished=self._unfinished.saved(),
+                ledger_history=self._ledger_history.saved(),
+                partial_folds=self._partial_folds.saved(),
             )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot; before anything is folded, in a worker thread. Where it cannot be
-        used, which raises what :meth:`TenantTraces.restored` does, nothing is changed."""
-        raised = RaisedBefore()
-        raised.restore(snapshot.raised)
-        unfinished = Unfinished()
-        unfinished.restore(snapshot.unfinished)
-        held = Held()
+        """Continue from a snapshot; call in a worker thread before anything is folded. Raises what
+        :meth:`TenantTraces.restored` raises, and then changes nothing."""
+        raised = LedgerHistory()
+        raised.restore(snapshot.ledger_history)
+        unfinished = PartialFolds()
+        unfinished.restore(snapshot.partial_folds)
+        held = TraceTotals()
         tenants = {
             saved.tenant: TenantTraces.restored(
-                saved, self._windows, raised.of(saved.tenant), held, unfinished.of(saved.tenant)
+                saved,
+                self._limits.windows,
+                raised.of(saved.tenant),
+                held,
+                unfinished.of(saved.tenant),
             )
             for saved in snapshot.tenants
         }
@@ -222,41 +249,41 @@ class CorrelateStage:
             for tenant, (last, pending) in snapshot.progress.items():
                 self._progress.restore(tenant, last, pending)
             self.tenants = tenants
-            self._held = held
-            self._raised = raised
-            self._unfinished = unfinished
+            self._totals = held
+            self._ledger_history = raised
+            self._partial_folds = unfinished
             self._now_ns = snapshot.taken_ns
 
     def note_raised(self, signals: Iterable[Signal]) -> None:
-        """Take signals into account that were stored after the snapshot, in the order in which they
-        were; before anything is folded."""
+        """Take into account signals that were stored after the snapshot, in the order in which they
+        were stored; call before anything is folded."""
         with self._lock:
-            self._raised.note(signals)
+            self._ledger_history.note(signals)
 
     def forget(self, tenant: str) -> int:
-        """Drop all traces of a tenant of whom no frame is waiting; in a worker thread. What had
-        left them has tickets below the one that is returned."""
+        """Drop all traces of a tenant that has no waiting frames; call in a worker thread. Work
+        that has left the traces has tickets below the returned one."""
         with self._lock:
             traces = self.tenants.pop(tenant, None)
             for table in traces.tables if traces is not None else ():
                 table.leave()
-            self._raised.forget(tenant)
-            self._unfinished.forget(tenant)
+            self._ledger_history.forget(tenant)
+            self._partial_folds.forget(tenant)
             self._owing.pop(tenant, None)
             return self._in_flight.mark()
 
     def replayed(self) -> None:
-        """The log is read, and what could be folded is. Clients had nobody to send to: traces are
-        idle from now on."""
+        """The log was read and folded. Idle times start now, because clients could not send while
+        the service was down."""
         with self._lock:
             self._resumed_ns = self._time()
 
     def settled(self) -> None:
-        """No span from before the restart is left that might open a trace again: what was raised of
-        traces that are not in memory is known by other ways."""
+        """No span from before the restart can reopen a trace any more, so earlier signals of traces
+        that are not in memory are forgotten here; the stores know them."""
         with self._lock:
-            if len(self._raised):
-                self._raised.keep(self._is_here)
+            if len(self._ledger_history):
+                self._ledger_history.keep(self._is_here)
 
     def _is_here(self, tenant: str, trace_id: str) -> bool:
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
@@ -264,7 +291,7 @@ class CorrelateStage:
         return traces is not None and any(table.find(hi, lo) >= 0 for table in traces.tables)
 
     def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
-        """What is due, and the error that stopped before the end."""
+        """What is due, and the error that ended the fold early."""
         due: list[DueTraces] = []
         with self._lock:
             try:
@@ -275,10 +302,10 @@ class CorrelateStage:
                     self._fold_one(batch)
                     self._progress.folded(batch.tenant, batch.positions.tolist())
                     self._pass_on(due)
-                if not self.caught_up.is_set():  # while the log is read nothing else makes room
-                    self._make_room(self._time(), due)
+                if not self.caught_up.is_set():  # the clock does not run while the log is read
+                    self._enforce_limits(self._time(), due)
             except Exception as error:
-                with suppress(Exception):  # what cannot be passed on now will be, or holds up more
+                with suppress(Exception):  # what fails here stays in _owing and is tried again
                     self._pass_on(due)
                 return self._ticketed(due), error
             return self._ticketed(due), None
@@ -289,19 +316,20 @@ class CorrelateStage:
         return due
 
     def _fold_one(self, batch: SpanBatch) -> None:
-        """Fold a batch. Whether it fails or not, what came of it is then owed."""
+        """Fold a batch. Even if it fails, its results so far are added to what must be passed
+        on."""
         traces = self._traces(batch.tenant)
         self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self._time()
-        traces.owed += traces.fold(batch, now, self._closed, self._history)
+        traces.owed += traces.fold(batch, now, self._late.closed, self._late.history)
         if batch.replayed:
             self.counts.replayed += len(batch)
         else:
             self.counts.folded += len(batch)
 
     def _pass_on(self, due: list[DueTraces]) -> None:
-        """Add to ``due`` what came of folding, and close what is complete. What an error leaves is
-        still owed; no trace is touched before that is settled."""
+        """Add the results of folding to ``due``, and close complete traces. What an error leaves
+        behind stays in ``_owing``; no trace is touched before it is passed on."""
         while self._owing:
             tenant, traces = next(iter(self._owing.items()))
             while traces.owed:
@@ -319,8 +347,8 @@ class CorrelateStage:
             folded.early = None
         counts = self.counts
         complete = folded.completed
-        if folded.replayed:  # more of it may be read: decided at the end
-            complete = table.never_told(complete)
+        if folded.replayed:  # the log may contain more of it: decided at the end
+            complete = table.without_history(complete)
         if len(complete) or len(folded.spilled):
             closed = table.close(complete, self._time())
             closed.spilled = folded.spilled
@@ -335,9 +363,11 @@ class CorrelateStage:
         rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
-            before = self._raised.of(tenant)
-            unfinished = self._unfinished.of(tenant)
-            traces = TenantTraces(tenant, rules, self._windows, before, self._held, unfinished)
+            before = self._ledger_history.of(tenant)
+            unfinished = self._partial_folds.of(tenant)
+            traces = TenantTraces(
+                tenant, rules, self._limits.windows, before, self._totals, unfinished
+            )
             self.tenants[tenant] = traces
         elif traces.rules is not rules:
             self._changed |= traces.rules.version != rules.version
@@ -345,7 +375,7 @@ class CorrelateStage:
         return traces
 
     def _close_due(self) -> tuple[list[DueTraces], Exception | None]:
-        """What is due by the clock, and the error that stopped before the end."""
+        """What is due by the clock, and the error that ended the search early."""
         found: list[DueTraces] = []
         with self._lock:
             try:
@@ -368,37 +398,38 @@ class CorrelateStage:
             for table in tables if sweep else ():
                 table.close_old(now - limits.max_age_ns, now, found)
         self.counts.closed += sum(len(due) for due in found[before:])
-        self._make_room(now, found)
+        self._enforce_limits(now, found)
         for tenant, traces in list(self.tenants.items()) if sweep else ():
             if not traces.open_count and not traces.closed_count:
                 del self.tenants[tenant]
-        self._look_over(now)
+        self._update_survey(now)
 
     def _in_turn(self, tables: list[TraceTable]) -> list[TraceTable]:
-        """Those that are looked at in this tick: all where they are few, each once in two seconds
-        where they are thousands."""
-        start = self._looked_at if self._looked_at < len(tables) else 0
-        self._looked_at = start + max(LOOKED_AT, len(tables) // 8)
-        return tables[start : self._looked_at]
+        """The tables to search in this tick: all if there are few, each once in two seconds if
+        there are thousands."""
+        start = self._next_table if self._next_table < len(tables) else 0
+        self._next_table = start + max(LOOKED_AT, len(tables) // 8)
+        return tables[start : self._next_table]
 
-    def _make_room(self, now: int, found: list[DueTraces]) -> None:
-        """Close traces beyond the number that may be open; forget those closed long ago, and the
-        oldest beyond the number that is kept."""
+    def _enforce_limits(self, now: int, found: list[DueTraces]) -> None:
+        """Close open traces above the limit; forget traces closed long ago, and the oldest closed
+        ones above the limit."""
         limits = self._limits
         tables = self._tables()
-        excess = self._held.open - limits.most_open
+        excess = self._totals.open - limits.most_open
         for table, slots in idle_longest(tables, excess) if excess > 0 else ():
             found.append(table.close(slots, now))
             self.counts.closed_for_room += len(slots)
             self.counts.closed += len(slots)
-        excess = self._held.closed - limits.keep
+        excess = self._totals.closed - limits.keep
         lag_ns = INDEX_LAG_NS
-        if self._held.closed <= MOST_KEPT * limits.keep:  # beyond it, what the index lacks may be
-            lag_ns += self._in_flight.oldest_ns()  # forgotten
-            if self._behind():
+        # Above MOST_KEPT even closed traces that are not in the index yet may be forgotten.
+        if self._totals.closed <= MOST_KEPT * limits.keep:
+            lag_ns += self._in_flight.oldest_ns()
+            if self._late.behind():
                 excess, lag_ns = 0, now
         long_ago = now - max(limits.keep_ns, lag_ns)
-        forget_closed(tables, long_ago, now - lag_ns, excess, self._closed)
+        forget_closed(tables, long_ago, now - lag_ns, excess, self._late.closed)
         for traces in self.tenants.values() if len(tables) > len(self.tenants) else ():
             traces.drop_empty()
 
@@ -406,7 +437,7 @@ class CorrelateStage:
         return [table for traces in self.tenants.values() for table in traces.tables]
 
     def _time(self) -> int:
-        """The wall clock. Where it was set back, so is every time that traces are measured by."""
+        """The wall clock. If it was set back, all times of the traces are moved back as well."""
         now = self._clock_ns()
         by = now - self._now_ns
         if self._now_ns and by < 0:
@@ -417,15 +448,15 @@ class CorrelateStage:
         self._now_ns = now
         return now
 
-    def _look_over(self, now: int) -> None:
-        """Renew the survey once a second."""
+    def _update_survey(self, now: int) -> None:
+        """Update the survey once a second."""
         if 0 <= now - self.survey.taken_ns < SURVEY_NS:
             return
         found = [table.survey() for table in self._tables()]
-        self.survey = Survey(
+        self.survey = MemorySurvey(
             now,
-            open=self._held.open,
-            closed=self._held.closed,
+            open=self._totals.open,
+            closed=self._totals.closed,
             long_lived=sum(each.long_lived for each in found),
             spans=sum(each.spans for each in found),
             nbytes=sum(each.nbytes for each in found),

@@ -1,6 +1,6 @@
 """span-ingestion: decode, validate, append to the span log, answer the client.
 
-Requests that wait together are handled in one worker-thread call: a call costs about as much as
+All waiting requests are handled in one worker-thread call, because a call costs about as much as
 scanning a hundred spans.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.columns import (
     ERROR,
     ERROR_OFF,
@@ -22,42 +23,42 @@ from betrace.service.otlp.columns import (
     SPAN_COUNT,
     SpanBatch,
 )
-from betrace.service.otlp.encoding import BadEncoding, BodyTooLarge, decode_body
-from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress, TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
-from betrace.service.storage.spanlog.frames import ContentType, Encoding
-from betrace.service.storage.spanlog.log import Frame, LogSyncError, LogWriteError, SpanLog
+from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.storage.spanlog.tenant_log import LogWriteError
 
 Outcome = Done | Refused
 
 
 @dataclass(slots=True)
 class IngestCounts:
-    """What the stage has done, in spans unless said otherwise."""
+    """What the stage has done, in spans unless stated otherwise."""
 
     requests: int = 0
-    """Answered."""
+    """Answered requests."""
     accepted: int = 0
     rejected: int = 0
-    """Left out of accepted requests: ids that are none."""
+    """Spans with invalid ids, dropped from accepted requests."""
     unacknowledged: int = 0
-    """In the log and passed on, but their requests were refused, since the disk did not sync: the
-    client sends them again, and they are known by their ids."""
+    """In the log and passed on, but refused because the disk did not sync. The client sends them
+    again, and their ids identify them as repeated."""
     refused_requests: int = 0
-    """That could not be decoded, written or synced."""
+    """Requests that could not be decoded, written or synced."""
     bytes: int = 0
-    """Of bodies accepted, as they came."""
+    """Size of accepted bodies as received."""
 
 
 class IngestStage:
     """The handler of the span-ingestion stage.
 
-    ``synced`` makes a request wait until its frame is safe from the death of the machine;
-    ``audit`` is told of each request that is accepted.
+    With ``sync``, a request is answered only when its frame survives a machine crash. ``audit``
+    records each accepted request.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class IngestStage:
         onward: SendChannel[SpanBatch],
         progress: LogProgress,
         max_body_bytes: int,
-        synced: GroupSync | None = None,
+        sync: GroupSync | None = None,
         audit: BatchAudit | None = None,
     ) -> None:
         self._log = log
@@ -75,17 +76,17 @@ class IngestStage:
         self._onward = onward
         self._progress = progress
         self._max_body = max_body_bytes
-        self._synced = synced
+        self._sync = sync
         self._audit = audit
         self.counts = IngestCounts()
 
     async def handle(self, requests: list[Request]) -> None:
-        """Take requests to the log, answer them, and pass their spans on."""
+        """Write requests to the log, answer them, and pass on their spans."""
         counts = self.counts
         batches, outcomes = await self._threads.run(self._ingest, requests)
-        if self._synced is not None and batches:
+        if self._sync is not None and batches:
             try:
-                await self._synced.sync({batch.tenant for batch in batches})
+                await self._sync.sync({batch.tenant for batch in batches})
             except LogSyncError as error:
                 for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
                     concerned = request.tenant in error.tenants
@@ -109,22 +110,21 @@ class IngestStage:
             request.release()
 
     async def refuse(self, request: Request, error: Exception, attempts: int) -> None:
-        """Answer a request that the stage failed on; the client has it still and may retry."""
-        request.reply.set(
-            Refused(503, f"the request could not be processed ({type(error).__name__})")
-        )
+        """Refuse a request that the stage failed on; the client still has it and may retry."""
+        message = f"the request could not be processed ({type(error).__name__}); send it again"
+        request.reply.set(Refused(503, message))
         self.counts.refused_requests += 1
         request.release()
         await trio.lowlevel.checkpoint()
 
     def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
-        """In a worker thread: the batches, one a tenant, and each request's outcome."""
+        """One batch per tenant, and each request's outcome; runs in a worker thread."""
         outcomes: list[Outcome] = [Done(0)] * len(requests)
         by_tenant: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             by_tenant.setdefault(request.tenant, []).append(i)
-        # All are scanned before the first is appended: where one makes this raise, none is in the
-        # log, and all can be handled again.
+        # All are scanned before the first is appended, so that if one raises, none is in the log
+        # and all can be handled again.
         scanned: list[tuple[SpanBatch, list[int]]] = []
         for tenant, numbers in by_tenant.items():
             decoded: list[int] = []
@@ -155,16 +155,17 @@ class IngestStage:
     def _decode(self, request: Request) -> bytes | memoryview | Refused:
         """The body as protobuf."""
         try:
-            body = decode_body(request.body, request.encoding, self._max_body)
-            return to_protobuf(body) if request.content_type == "json" else body
+            return protobuf_body(
+                request.body, request.content_type, request.encoding, self._max_body
+            )
         except BodyTooLarge as error:
             return Refused(413, str(error))
-        except (BadEncoding, OtlpJsonError) as error:
+        except BadBody as error:
             return Refused(400, str(error))
 
     def _append(self, batch: SpanBatch, requests: Sequence[Request]) -> None:
-        """Log the bodies that have spans; sets the batch's positions and time, or leaves the time
-        0 when the log could not be written."""
+        """Append the bodies that have spans to the log. Sets the batch's positions and time; the
+        time stays 0 if the log could not be written."""
         batch.positions = np.zeros(len(requests), np.int64)
         logged = [k for k in range(len(requests)) if batch.bodies[k, SPAN_COUNT] > 0]
         frames = [

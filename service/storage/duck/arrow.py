@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# A row a trace. Times are nanoseconds since 1970: start and end those of the spans, first and last
-# seen those of the frames. ``positions`` are the span-log positions of the trace's frames, less
-# those that were spilled before; ``partial`` says that some of its spans were not counted.
+# One row per trace. Times are nanoseconds since 1970: start and end of the spans, and when the
+# first and last frame were received. ``positions`` are the log positions of the trace's frames,
+# except those spilled earlier; ``partial`` says that some of its spans were not counted.
 TRACES = pa.schema(
     [
         ("trace_id", pa.binary(16)),
@@ -31,18 +31,18 @@ TRACES = pa.schema(
     ]
 )
 
-# A row is a chunk of a long trace's positions, spilled while it is open.
+# One row per chunk of a long trace's positions, spilled while the trace is open.
 FRAMES = pa.schema([("trace_id", pa.binary(16)), ("positions", pa.list_(pa.int64()))])
 
 MOST_POSITIONS = 4096
-"""That a joined row of the trace index holds; of a trace closed and reopened for ever, the
-newest."""
+"""The most positions in a merged row of the trace index. A trace that is reopened again and again
+keeps the newest."""
 
 Columns: TypeAlias = pa.Table | Mapping[str, Any]
 
 
 def trace_id_array(hi: npt.NDArray[np.int64], lo: npt.NDArray[np.int64]) -> pa.Array:
-    """Trace ids as 16-byte values, from the two halves as span rows hold them."""
+    """Trace ids as 16-byte values, from the two halves in span rows."""
     both = np.empty((len(hi), 2), ">i8")
     both[:, 0] = hi
     both[:, 1] = lo
@@ -50,14 +50,15 @@ def trace_id_array(hi: npt.NDArray[np.int64], lo: npt.NDArray[np.int64]) -> pa.A
 
 
 def trace_id_halves(ids: pa.Array) -> npt.NDArray[np.int64]:
-    """The opposite: an (n, 2) array of the high and low halves of ``ids``, 16 bytes each."""
+    """An (n, 2) array of the high and low halves of ``ids``, 16 bytes each; the inverse of
+    :func:`trace_id_array`."""
     fixed = ids.cast(pa.binary(16))
     data = np.frombuffer(fixed.buffers()[1], ">i8", 2 * len(fixed), 16 * fixed.offset)
     return data.reshape(-1, 2).astype(np.int64)
 
 
 def trace_ids(ids: pa.Array | pa.ChunkedArray) -> list[bytes]:
-    """Trace ids as bytes; ten times as fast as Arrow's ``to_pylist``."""
+    """Trace ids as bytes, ten times as fast as Arrow's ``to_pylist``."""
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
     if not len(ids):
@@ -68,20 +69,19 @@ def trace_ids(ids: pa.Array | pa.ChunkedArray) -> list[bytes]:
 
 
 def traces_table(columns: Columns) -> pa.Table:
-    """A table of :data:`TRACES` with one row for each trace: the last seen where one is there
-    twice, but with the positions of all.
+    """A table of :data:`TRACES` with one row per trace. Of several rows for a trace, it has the one
+    last seen, with the positions of all of them.
 
-    ``columns`` is such a table, or maps the column names to arrays or sequences of equal
-    length. Instead of ``trace_id`` there may be ``trace_hi`` and ``trace_lo``; a list column
-    may be given as a pair (values, offsets) of arrays. Raises :exc:`ValueError` where a
-    column is missing or does not fit.
+    ``columns`` is such a table, or maps column names to arrays or sequences of equal length.
+    ``trace_hi`` and ``trace_lo`` may replace ``trace_id``; a list column may be a pair (values,
+    offsets) of arrays. Raises :exc:`ValueError` if a column is missing or has the wrong type.
     """
     return _table(columns, TRACES, unique=True)
 
 
 def frames_table(columns: Columns) -> pa.Table:
-    """A table of :data:`FRAMES`, from columns given as to :func:`traces_table`. Chunks without
-    positions are left out."""
+    """A table of :data:`FRAMES`, from columns as for :func:`traces_table`. Chunks without positions
+    are omitted."""
     table = _table(columns, FRAMES, unique=False)
     return table.filter(pc.greater(pc.list_value_length(table["positions"]), 0))
 
@@ -97,7 +97,7 @@ def _table(columns: Columns, schema: pa.Schema, unique: bool) -> pa.Table:
     except KeyError as error:
         raise ValueError(f"column {error} is missing") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"columns that do not fit {schema.names}: {error}") from error
+        raise ValueError(f"columns do not match {schema.names}: {error}") from error
     return _unique(table) if unique else table
 
 

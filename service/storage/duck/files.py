@@ -1,13 +1,12 @@
 """One in-memory DuckDB instance with a file attached for each tenant in use.
 
-All tenants share the instance's buffer pool and threads, yet each one's data is a file,
-``<data>/<tenant>/betrace.duckdb``, that can be copied or deleted on its own.
+All tenants share the instance's buffer pool and threads, but each tenant's data is a file,
+``<data>/<tenant>/betrace.duckdb``, which can be copied or deleted on its own.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import threading
 import time
@@ -19,8 +18,9 @@ from pathlib import Path
 
 import duckdb
 
-from betrace.service.storage.duck import memory as duckmemory
+from betrace.service.config.stores import DuckDb
 from betrace.service.storage.duck.keys import KeyBudget
+from betrace.service.storage.duck.memory import LogSize, UnsavedRows, drop_pages
 from betrace.service.storage.duck.pool import Pool, PoolTimeout
 from betrace.service.storage.duck.schema import (
     FATAL,
@@ -31,102 +31,82 @@ from betrace.service.storage.duck.schema import (
     empty_file,
     make_file,
     migrate,
-    told,
+    store_error,
     transaction,
 )
 from betrace.service.storage.duck.write import Known
 from betrace.service.storage.paths import tenant_directory, tenants_with
 
-__all__ = ["DuckFiles", "StoreError"]
-
 _CHECKPOINT_SIZE = "64MB"
-_UNSAVED_FILE_BYTES = 850_000  # memory of a file with a few rows that are not checkpointed yet
-_SAVED_AT_ONCE = 4
-# A log with more than _SAVED_BYTES is not left longer: memory stays flat, and little is to be read
-# after a crash. A little apart, so that the files of many tenants are not saved all at once.
-_SAVED_SECONDS = (45.0, 75.0)
-_SAVED_BYTES = 4 << 20
-_PAGES_PART = 32  # of the memory, for pages of files that are kept after a checkpoint
-_CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk half of its time
-_INTERRUPTED_SECONDS = 1.0  # for a query to notice
-_UNSAVED_FACTOR = 2  # memory of such rows, in sizes of their log
+_SAVED_AT_ONCE = 4  # files checkpointed after one write, so that no write waits long
+_PAGES_PART = 32  # of the memory: pages of files that are kept after a checkpoint
+_CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk for half of its time
+_INTERRUPTED_SECONDS = 1.0  # for a query to notice an interruption
 
 
 @dataclass(slots=True, eq=False)
-class _File:
-    """A tenant's file. ``changed`` guards the rest."""
+class _TenantFile:
+    """A tenant's file. ``changed`` guards the other fields."""
 
     tenant: str
     path: Path
+    log: LogSize
     changed: threading.Condition = field(default_factory=threading.Condition)
     writing: threading.Lock = field(default_factory=threading.Lock)
-    pool: Pool[Cursor] | None = None  # None: not attached
-    generation: int = 0  # of the instance it is attached to
+    pool: Pool[Cursor] | None = None  # None when not attached
+    generation: int = 0  # of the instance to which it is attached
     inode: int = 0
     users: int = 0
-    reserved: bool = False  # being deleted or recreated: newcomers wait
+    reserved: bool = False  # being deleted or recreated; new users wait
     deleted: bool = False
     last_used: float = 0.0
-    known: Known | None = None  # of its rows; guarded by ``writing``
-    unsaved: int = 0  # bytes in its write-ahead log, whose rows DuckDB must keep in memory
-    saved: float = 0.0  # when that was short the last time
-    patience: float = field(default_factory=lambda: random.uniform(*_SAVED_SECONDS))
+    known: Known | None = None  # what is known of its rows; guarded by ``writing``
 
     @property
     def alias(self) -> str:
-        """The database's quoted name; the prefix keeps it apart from DuckDB's own names."""
+        """The database's quoted name; the prefix avoids DuckDB's own names."""
         return f'"t_{self.tenant}"'
 
 
 class DuckFiles:
-    """The files below ``directory``; sizes in bytes, times in seconds.
+    """The files below ``directory``, within ``limits``.
 
-    At most ``attached_max`` files stay attached when unused; :meth:`sweep` detaches those
-    unused for ``idle_close`` seconds. Each has at most ``pool_max`` connections, ``pool_idle``
-    of them idle; a caller waits ``pool_timeout`` for one. ``key_bytes`` bounds the memory of the
-    keys of rows (:class:`KeyBudget`).
+    At most ``attached_max`` files stay attached when unused; :meth:`sweep` detaches those that have
+    been unused for ``limits.idle_close_seconds``. ``key_bytes`` bounds the memory of the rows' keys
+    (:class:`KeyBudget`). ``clock`` is monotonic, in seconds.
     """
 
     def __init__(
         self,
         directory: Path,
+        limits: DuckDb,
         *,
-        memory_bytes: int = 1 << 30,
-        threads: int = 2,
-        pool_max: int = 5,
-        pool_idle: int = 1,
-        pool_timeout: float = 5.0,
-        idle_close: float = 300.0,
-        attached_max: int = 1000,
-        key_bytes: int = 128 << 20,
-        clock: Callable[[], float] = time.monotonic,
+        attached_max: int,
+        key_bytes: int,
+        clock: Callable[[], float],
     ) -> None:
         self._directory = directory
+        self._limits = limits
+        self._timeout = limits.pool_timeout_seconds
         self._temporary = directory / ".duckdb"
         self._settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": f"{memory_bytes}B",
-            "threads": threads,
+            "memory_limit": f"{limits.memory_bytes}B",
+            "threads": limits.threads,
             "temp_directory": str(self._temporary),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
-            # A checkpoint writes most of a table's index again: do it seldom.
+            # A checkpoint rewrites most of a table's index, so make few of them.
             "checkpoint_threshold": _CHECKPOINT_SIZE,
-            # Pages are read by their sort key first, the other columns of those rows after.
+            # Pages of results are read by their sort key first, their other columns afterwards.
             "late_materialization_max_rows": MAX_ROWS,
         }
-        self._pool_max = pool_max
-        self._pool_idle = pool_idle
-        self._pool_timeout = pool_timeout
-        self._idle_close = idle_close
         self._attached_max = attached_max
-        self._unsaved = 0  # the memory of all such rows
-        self._unsaved_max = memory_bytes * 3 // 4
-        self._memory = memory_bytes
+        self._unsaved = UnsavedRows(limits.memory_bytes * 3 // 4, clock)
         self._keys = KeyBudget(key_bytes)
         self._clock = clock
         self._lock = threading.Lock()
-        self._files: dict[str, _File] = {}
-        self._removed: set[str] = set()  # tenants of which nothing is to be written
+        self._files: dict[str, _TenantFile] = {}
+        self._removed: set[str] = set()  # deleted tenants, for which nothing may be written
         self._empty = b""
         self._generation = 1
         self._closing = False
@@ -134,7 +114,7 @@ class DuckFiles:
         self._root: Cursor | None = duckdb.connect(":memory:", config=self._settings)
 
     def path(self, tenant: str) -> Path:
-        """The tenant's file; :exc:`ValueError` for a bad name."""
+        """The path of the tenant's file. Raises :exc:`ValueError` for a bad name."""
         return tenant_directory(self._directory, tenant) / FILE
 
     def has(self, tenant: str) -> bool:
@@ -147,11 +127,11 @@ class DuckFiles:
 
     @property
     def attached(self) -> int:
-        """How many files are attached."""
+        """The number of attached files."""
         return sum(file.pool is not None for file in list(self._files.values()))
 
     def connections(self) -> dict[str, int]:
-        """The open connections of each tenant whose file is attached."""
+        """The number of open connections of each tenant whose file is attached."""
         pools = {file.tenant: file.pool for file in list(self._files.values())}
         return {tenant: pool.open for tenant, pool in pools.items() if pool is not None}
 
@@ -159,18 +139,18 @@ class DuckFiles:
 
     @contextmanager
     def use(self, tenant: str, write: bool = False) -> Iterator[Cursor]:
-        """A connection whose default database is the tenant's, which is made where it is missing.
+        """A connection whose default database is the tenant's, which is created if missing.
 
-        With ``write`` the block is a transaction, and the tenant's only one. Errors of
-        DuckDB are told as :exc:`StoreError`, :exc:`StoreCorrupt`; :exc:`PoolTimeout` where no
-        connection became free.
+        With ``write`` the block is a transaction, the tenant's only one at a time. Raises DuckDB's
+        errors as :exc:`StoreError` and :exc:`StoreCorrupt`, and :exc:`PoolTimeout` if no connection
+        became free.
         """
         with self._using(tenant, write) as (cursor, _):
             yield cursor
 
     @contextmanager
     def append(self, tenant: str) -> Iterator[tuple[Cursor, Known]]:
-        """As :meth:`use` to write, with what is known of the rows that are there."""
+        """As :meth:`use` for writing, with what is known of the existing rows."""
         with self._using(tenant, write=True) as (cursor, file):
             if file.known is None:
                 known = Known(self._keys)
@@ -179,11 +159,11 @@ class DuckFiles:
             yield cursor, file.known
 
     @contextmanager
-    def _using(self, tenant: str, write: bool) -> Iterator[tuple[Cursor, _File]]:
+    def _using(self, tenant: str, write: bool) -> Iterator[tuple[Cursor, _TenantFile]]:
         file = self._enter(tenant)
         try:
             assert file.pool is not None
-            with self._told(file):
+            with self._errors(file):
                 if not write:
                     with file.pool.use() as cursor:
                         yield cursor, file
@@ -201,11 +181,10 @@ class DuckFiles:
                 self._shrink()
 
     @contextmanager
-    def _writing(self, file: _File) -> Iterator[None]:
-        if not file.writing.acquire(timeout=self._pool_timeout):
+    def _writing(self, file: _TenantFile) -> Iterator[None]:
+        if not file.writing.acquire(timeout=self._timeout):
             raise PoolTimeout(
-                f"tenant {file.tenant}: another write took more than {self._pool_timeout:g} s; "
-                "try again"
+                f"tenant {file.tenant}: another write took more than {self._timeout:g} s; try again"
             )
         try:
             yield
@@ -213,31 +192,31 @@ class DuckFiles:
             file.writing.release()
 
     def forget_known(self, tenant: str) -> None:
-        """Have the next :meth:`append` read again what is there, after much was deleted."""
+        """Have the next :meth:`append` read the existing rows again, after a large deletion."""
         file = self._files.get(tenant)
         if file is not None:
             with self._writing(file):
                 _forget_known(file)
 
-    def _file(self, tenant: str) -> _File:
+    def _file(self, tenant: str) -> _TenantFile:
         path = self.path(tenant)
         with self._lock:
             if self._closing:
                 raise StoreError("the store is closed", transient=False)
             if tenant in self._removed:
                 raise _gone(tenant)
-            return self._files.setdefault(tenant, _File(tenant, path, saved=self._clock()))
+            return self._files.setdefault(tenant, _TenantFile(tenant, path, LogSize(self._clock())))
 
-    def _enter(self, tenant: str) -> _File:
-        """Count a user of the tenant's file, and attach it where it is not."""
+    def _enter(self, tenant: str) -> _TenantFile:
+        """Count a user of the tenant's file, and attach the file if needed."""
         while True:
             file = self._file(tenant)
             with file.changed:
-                if not file.changed.wait_for(lambda: not file.reserved, self._pool_timeout):  # noqa: B023
+                if not file.changed.wait_for(lambda: not file.reserved, self._timeout):  # noqa: B023
                     raise PoolTimeout(f"tenant {tenant}: its file is being replaced; try again")
-                if file.deleted:  # what waited is of the old tenant, should there be a new one
+                if file.deleted:  # this user waited for the old tenant, not for a new one
                     raise _gone(tenant)
-                if self._files.get(tenant) is not file:  # detached meanwhile
+                if self._files.get(tenant) is not file:  # detached in the meantime
                     continue
                 if file.pool is not None and not file.users and not self._current(file):
                     self._detach(file)
@@ -246,17 +225,17 @@ class DuckFiles:
                 file.users += 1
                 return file
 
-    def _current(self, file: _File) -> bool:
-        """Whether what is attached is still the file at the path."""
+    def _current(self, file: _TenantFile) -> bool:
+        """Whether the attached file is still the one at the path."""
         try:
             inode = file.path.stat().st_ino
         except FileNotFoundError:
             return False
         return inode == file.inode and file.generation == self._generation
 
-    def _attach(self, file: _File) -> None:
+    def _attach(self, file: _TenantFile) -> None:
         new = not file.path.exists()
-        with self._told(file):
+        with self._errors(file):
             if new:
                 self._make(file)
             root = self._cursor()
@@ -278,13 +257,13 @@ class DuckFiles:
         file.pool = Pool(
             lambda: self._connect(file),
             lambda cursor: cursor.close(),
-            limit=self._pool_max,
-            idle=self._pool_idle,
-            timeout=self._pool_timeout,
+            limit=self._limits.pool_max,
+            idle=self._limits.pool_idle,
+            timeout=self._timeout,
             name=f"tenant {file.tenant}",
         )
 
-    def _make(self, file: _File) -> None:
+    def _make(self, file: _TenantFile) -> None:
         with self._lock:
             empty = self._empty = self._empty or empty_file()
         make_file(file.path, empty)
@@ -295,23 +274,23 @@ class DuckFiles:
             raise StoreError("the store is closed", transient=False)
         return root.cursor()
 
-    def _connect(self, file: _File) -> Cursor:
+    def _connect(self, file: _TenantFile) -> Cursor:
         cursor = self._cursor()
         cursor.execute(f"USE {file.alias}")
         return cursor
 
     @contextmanager
-    def _told(self, file: _File) -> Iterator[None]:
-        """Tell DuckDB's errors as :exc:`StoreError`."""
+    def _errors(self, file: _TenantFile) -> Iterator[None]:
+        """Raise DuckDB's errors as :exc:`StoreError`."""
         try:
             yield
         except duckdb.Error as error:
             if isinstance(error, FATAL):
                 self._restart(file.generation)
-            raise told(error, file.tenant, file.path) from error
+            raise store_error(error, file.tenant, file.path) from error
 
     def _restart(self, generation: int) -> None:
-        """Begin a new instance; each file is attached to it when it is next used."""
+        """Start a new instance; each file is attached to it at its next use."""
         with self._lock:
             if self._root is not None and generation == self._generation:
                 self._generation += 1
@@ -321,41 +300,32 @@ class DuckFiles:
 
     # Memory
 
-    def _relieve(self, written: _File) -> None:
-        """Keep the rows that only memory and the write-ahead logs have to ¾ of the memory.
+    def _relieve(self, written: _TenantFile) -> None:
+        """Checkpoint files whose rows take too much memory, or whose log has long been long.
 
-        DuckDB checkpoints a file when its log is long, whatever its memory is used for, so that
-        many tenants with a little each would exhaust it (1 GiB at some 1200 tenants).
-        Those written longest ago are checkpointed; a few at most, so that no write waits long.
-        So is one whose log was not short for about a minute: between a few large logs memory would
-        grow for many minutes.
+        All unsaved rows together may take three quarters of the memory. Above that, the files
+        written longest ago are checkpointed.
         """
-        before = written.unsaved
-        self._note_unsaved(written, _size(written.path.with_name(FILE + ".wal")))
-        if written.unsaved < before:  # DuckDB made a checkpoint by itself
+        if self._note_log(written):  # DuckDB made a checkpoint by itself
             with suppress(duckdb.Error, StoreError), self._cursor() as root:
-                self._trim(root)
-        if self._clock() - written.saved > written.patience:
-            written.saved = self._clock()  # also where it fails
+                self._drop_pages(root)
+        if self._unsaved.overdue(written.log):
             self._save(written)
-        excess = self._unsaved - self._unsaved_max
+        excess = self._unsaved.excess
         if excess <= 0:
             return
-        unsaved = [file for file in list(self._files.values()) if file.unsaved]
+        unsaved = [file for file in list(self._files.values()) if file.log.bytes]
         for file in sorted(unsaved, key=lambda file: file.last_used)[:_SAVED_AT_ONCE]:
             if excess > 0:
-                excess -= _memory(file)
+                excess -= file.log.memory
                 self._save(file)
 
-    def _note_unsaved(self, file: _File, size: int) -> None:
-        with self._lock:
-            self._unsaved -= _memory(file)
-            if size < max(file.unsaved, _SAVED_BYTES):
-                file.saved = self._clock()
-            file.unsaved = size
-            self._unsaved += _memory(file)
+    def _note_log(self, file: _TenantFile) -> bool:
+        """Note how large the file's log is; returns whether it shrank."""
+        return self._unsaved.note(file.log, _size(file.path.with_name(FILE + ".wal")))
 
-    def _save(self, file: _File) -> None:
+    def _save(self, file: _TenantFile) -> None:
+        """Checkpoint a file, unless it is detached or being written."""
         with file.changed:
             if file.pool is None or file.reserved or not file.writing.acquire(blocking=False):
                 return
@@ -363,32 +333,33 @@ class DuckFiles:
         try:
             with suppress(duckdb.Error, StoreError), self._cursor() as root:
                 root.execute(f"CHECKPOINT {file.alias}").fetchall()
-                self._trim(root)
-            self._note_unsaved(file, _size(file.path.with_name(FILE + ".wal")))
+                self._drop_pages(root)
+            self._note_log(file)
         finally:
             file.writing.release()
             with file.changed:
                 file.users -= 1
                 file.changed.notify_all()
 
-    def _trim(self, root: Cursor) -> None:
-        duckmemory.let_go_of_pages(root, self._memory // _PAGES_PART, self._memory)
+    def _drop_pages(self, root: Cursor) -> None:
+        memory = self._limits.memory_bytes
+        drop_pages(root, memory // _PAGES_PART, memory)
 
     # Detaching
 
-    def _detach(self, file: _File) -> None:
-        """Let go of a file that nobody uses; the caller holds ``changed``."""
+    def _detach(self, file: _TenantFile) -> None:
+        """Detach a file that nobody uses; the caller holds ``changed``."""
         pool, file.pool = file.pool, None
         _forget_known(file)
-        self._note_unsaved(file, 0)
+        self._unsaved.note(file.log, 0)
         if pool is not None:
             pool.close()
             if file.generation == self._generation:
-                with self._told(file), self._cursor() as root:
+                with self._errors(file), self._cursor() as root:
                     root.execute(f"DETACH {file.alias}")
 
-    def _forget(self, file: _File) -> bool:
-        """Detach a file if nobody uses it, and keep nothing of it in memory."""
+    def _forget(self, file: _TenantFile) -> bool:
+        """Detach a file and remove it from memory, unless it is in use; returns whether it did."""
         with file.changed:
             if file.users or file.reserved:
                 return False
@@ -396,15 +367,15 @@ class DuckFiles:
             self._drop(file)
             return True
 
-    def _drop(self, file: _File) -> None:
-        """Keep nothing in memory of a detached file; the caller holds ``changed``."""
+    def _drop(self, file: _TenantFile) -> None:
+        """Remove a detached file from memory; the caller holds ``changed``."""
         with self._lock:
             if self._files.get(file.tenant) is file:
                 del self._files[file.tenant]
 
     def sweep(self) -> int:
-        """Detach the files that were unused for long; how many."""
-        limit = self._clock() - self._idle_close
+        """Detach the files that have been unused for long; returns how many."""
+        limit = self._clock() - self._limits.idle_close_seconds
         return sum(
             self._forget(file)
             for file in list(self._files.values())
@@ -417,15 +388,15 @@ class DuckFiles:
             self._forget(file)
 
     @contextmanager
-    def _reserved(self, tenant: str) -> Iterator[_File]:
-        """The tenant's file, detached, with everyone else kept out."""
+    def _reserved(self, tenant: str) -> Iterator[_TenantFile]:
+        """The tenant's file, detached, for exclusive use."""
         file = self._file(tenant)
         with file.changed:
             file.reserved = True
             try:
-                if not file.changed.wait_for(lambda: not file.users, self._pool_timeout):
+                if not file.changed.wait_for(lambda: not file.users, self._timeout):
                     raise PoolTimeout(f"tenant {tenant}: its file is still in use; try again")
-                with suppress(StoreError):  # a damaged file may not detach in order
+                with suppress(StoreError):  # a damaged file may fail to detach
                     self._detach(file)
                 yield file
                 self._drop(file)
@@ -434,18 +405,18 @@ class DuckFiles:
                 file.changed.notify_all()
 
     def recreate(self, tenant: str) -> None:
-        """Put the tenant's file aside, as ``betrace.duckdb.damaged``, where the next use makes it
-        anew and empty. An older one put aside is overwritten."""
+        """Rename the tenant's file to ``betrace.duckdb.damaged``, overwriting an older one; the
+        next use creates an empty file."""
         with self._reserved(tenant) as file:
             file.path.with_name(FILE + ".wal").unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 file.path.replace(file.path.with_name(FILE + ".damaged"))
 
     def delete(self, tenant: str) -> None:
-        """Delete the tenant's file, and its directory where nothing else is in it. Until
-        :meth:`reopen`, uses are refused: a thread that was left behind must not make it anew."""
+        """Delete the tenant's file, and its directory if that is then empty. Until :meth:`reopen`
+        the tenant is refused, so that a thread that was left behind cannot create it again."""
         with self._lock:
-            self._removed.discard(tenant)  # where this is done a second time
+            self._removed.discard(tenant)  # in case this is repeated
         with self._reserved(tenant) as file:
             for path in (FILE, FILE + ".wal", FILE + ".new", FILE + ".damaged"):
                 file.path.with_name(path).unlink(missing_ok=True)
@@ -456,25 +427,24 @@ class DuckFiles:
             file.deleted = True
 
     def reopen(self, tenant: str) -> None:
-        """Let a deleted tenant have a file again."""
+        """Accept a deleted tenant again."""
         with self._lock:
             self._removed.discard(tenant)
 
     def close(self) -> None:
-        """Detach everything. What still runs is waited for up to the pool's timeout, then
-        interrupted; a thread that does not end even then keeps its file until it does. Twice does
-        no harm."""
+        """Detach everything. Waits up to the pool's timeout for running calls, then interrupts
+        them; a thread that still does not end keeps its file until it does. Idempotent."""
         with self._lock:
             root, self._closing = self._root, True
         if root is None:
             return
-        if not self._unused(self._pool_timeout):
+        if not self._unused(self._timeout):
             for file in list(self._files.values()):
                 for cursor in file.pool.in_use if file.pool is not None else ():
                     cursor.interrupt()
             self._unused(_INTERRUPTED_SECONDS)
         with ThreadPoolExecutor(_CLOSED_AT_ONCE) as threads:
-            list(threads.map(self._let_go, list(self._files.values())))
+            list(threads.map(self._close_file, list(self._files.values())))
         with self._lock:
             self._root = None
             self._files.clear()
@@ -482,12 +452,12 @@ class DuckFiles:
             root.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _let_go(self, file: _File) -> None:
+    def _close_file(self, file: _TenantFile) -> None:
         with suppress(StoreError):
             self._forget(file)
 
     def _unused(self, seconds: float) -> bool:
-        """Wait until no file is in use; False where that takes longer."""
+        """Wait until no file is in use; returns False if that takes longer than ``seconds``."""
         end = time.monotonic() + seconds
         for file in list(self._files.values()):
             with file.changed:
@@ -501,7 +471,7 @@ def _gone(tenant: str) -> StoreError:
     return StoreError(f"tenant {tenant} was deleted: create it again first", transient=False)
 
 
-def _forget_known(file: _File) -> None:
+def _forget_known(file: _TenantFile) -> None:
     known, file.known = file.known, None
     if known is not None:
         known.clear()
@@ -512,7 +482,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _memory(file: _File) -> int:
-    return _UNSAVED_FILE_BYTES + _UNSAVED_FACTOR * file.unsaved if file.unsaved else 0

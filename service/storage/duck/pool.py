@@ -1,4 +1,4 @@
-"""A bounded pool of things that one thread at a time may use."""
+"""A bounded pool of items, each for one thread at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class PoolTimeout(Exception):  # noqa: N818
-    """All were in use for as long as the caller would wait."""
+    """All items were in use for as long as the caller waits."""
 
 
 class Pool(Generic[T]):
-    """Up to ``limit`` things, made when asked for; ``idle`` of them are kept unused.
+    """Up to ``limit`` items, made on demand; up to ``idle`` unused ones stay open.
 
-    A caller waits up to ``timeout`` seconds for one, then gets :exc:`PoolTimeout`. One whose
-    use ended in an exception is closed and not used again. Thread-safe.
+    A caller waits up to ``timeout`` seconds for an item, then gets :exc:`PoolTimeout`. An item
+    whose use ends with an exception is closed and not used again. Thread-safe.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class Pool(Generic[T]):
 
     @property
     def open(self) -> int:
-        """How many there are, in use or idle."""
+        """The number of items, in use or idle."""
         return self._open
 
     @property
     def in_use(self) -> list[T]:
-        """Those that are in use."""
+        """The items in use."""
         with self._changed:
             return list(self._used)
 
     @contextmanager
     def use(self) -> Iterator[T]:
-        """One of them, until the block ends."""
+        """An item, until the block ends."""
         item = self._take()
         with self._changed:
             self._used.append(item)
@@ -77,7 +77,7 @@ class Pool(Generic[T]):
             if not free:
                 raise PoolTimeout(
                     f"{self._name}: all {self._limit} connections were in use for "
-                    f"{self._timeout:g} s; try again, or allow more"
+                    f"{self._timeout:g} s; try again, or raise duckdb.pool_max"
                 )
             if self._idle:
                 return self._idle.pop()
@@ -105,7 +105,7 @@ class Pool(Generic[T]):
                 self._changed.notify()
 
     def close(self) -> None:
-        """Close the idle ones now, and those in use when they come back."""
+        """Close the idle items now, and those in use when they are returned."""
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []

@@ -1,7 +1,10 @@
-"""What can be asked of a tenant's DuckDB file: rows as values, pages, and their cursors.
+"""Queries on a tenant's DuckDB file: rows as values, pages, and their cursors.
 
 Every function takes a connection whose default database is the tenant's. Values are bound as
-parameters; the text of a query depends only on which filters are there.
+parameters; the text of a query depends only on which filters are present.
+
+A cursor is URL-safe base64 of 25 bytes, big-endian: the list's kind (one byte), then the time (i64)
+and the id (16 bytes) of the last row of the page.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ _CURSOR = struct.Struct(">cq16s")
 
 
 class BadQuery(ValueError):  # noqa: N818
-    """What was asked cannot be answered; the message says what to ask instead."""
+    """The query is invalid; the message says what to ask instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSignal:
-    """A signal as it stands now. ``status`` is ``retracted`` of a raised signal that no longer
-    holds, and of every retraction; ``seq`` grows in the order in which they were stored."""
+    """A signal with its current status: ``retracted`` for retractions and for raised signals that
+    were retracted. ``seq`` grows in the order in which signals were stored."""
 
     signal: Signal
     status: Literal["active", "retracted"]
@@ -40,8 +43,8 @@ class StoredSignal:
 
 @dataclass(frozen=True, slots=True)
 class SummaryRow:
-    """How many signals of a rule were raised within a bucket of time, and how many of those
-    were retracted since."""
+    """The number of signals of a rule raised within a time bucket, and how many of those were
+    retracted since."""
 
     bucket_ns: int
     rule_id: str
@@ -52,7 +55,7 @@ class SummaryRow:
 
 @dataclass(frozen=True, slots=True)
 class TraceRow:
-    """A trace of the index; see :data:`betrace.service.storage.duck.arrow.TRACES`."""
+    """A row of the trace index; see :data:`betrace.service.storage.duck.arrow.TRACES`."""
 
     trace_id: str
     start_ns: int
@@ -67,7 +70,7 @@ class TraceRow:
     partial: bool
     rules_version: str
     positions: list[int]
-    """All of its frames, in order; empty in lists of traces."""
+    """The log positions of all its frames, in order; empty in lists of traces."""
 
 
 _SIGNAL = (
@@ -81,7 +84,7 @@ TRACE = (
 
 
 def id_bytes(text: str, what: str) -> bytes:
-    """The 16 bytes of an id of 32 hex digits; :exc:`BadQuery` where it is none."""
+    """The 16 bytes of an id of 32 hex digits. Raises :exc:`BadQuery` for anything else."""
     if len(text) == 32:
         try:
             return bytes.fromhex(text)
@@ -91,8 +94,8 @@ def id_bytes(text: str, what: str) -> bytes:
 
 
 def one(db: Cursor, sql: str, parameters: Any = ()) -> tuple[Any, ...] | None:
-    """The first row of a query's result, which is read to its end: a connection takes nothing new
-    while a result is unfinished."""
+    """The first row of a query's result. Reads the result to its end, because a connection with a
+    pending result accepts no other query."""
     rows = db.execute(sql, parameters).fetchall()
     return rows[0] if rows else None
 
@@ -105,7 +108,7 @@ class Where:
         self.parameters: list[Any] = []
 
     def add(self, condition: str, *values: Any) -> None:
-        """``condition`` with a ``?`` for each value; left out where the first is None."""
+        """Add ``condition``, with a ``?`` for each value, unless the first value is None."""
         if not values or values[0] is not None:
             self.conditions.append(condition)
             self.parameters.extend(values)
@@ -116,7 +119,7 @@ class Where:
 
 
 def read_cursor(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes] | None:
-    """Check the limit, and read a cursor: the key of the last row of the page before."""
+    """Check the limit and decode a cursor: the time and id of the previous page's last row."""
     if not 1 <= limit <= MAX_LIMIT:
         raise BadQuery(f"limit must be 1 to {MAX_LIMIT}, not {limit}")
     if cursor is None:
@@ -127,12 +130,12 @@ def read_cursor(limit: int, kind: bytes, cursor: str | None) -> tuple[int, bytes
     except (binascii.Error, struct.error, ValueError):
         found = b""
     if found != kind:
-        raise BadQuery("the cursor is not one of this list: pass on 'next' of the page before")
+        raise BadQuery("the cursor does not belong to this list: pass 'next' of the previous page")
     return time, key
 
 
 def make_cursor(kind: bytes, time: int, key: str) -> str:
-    """The cursor of the page after the row with this time and id, in a list of this kind."""
+    """The cursor for the page after the row with this time and id, in a list of this kind."""
     data = _CURSOR.pack(kind, time, bytes.fromhex(key))
     return base64.urlsafe_b64encode(data).decode()
 
@@ -162,33 +165,36 @@ def _stored(tenant: str, row: tuple[Any, ...]) -> StoredSignal:
 
 
 def trace_row(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
-    """Of a row with the columns ``TRACE``."""
+    """The trace in a row with the columns ``TRACE``."""
     return TraceRow(*(*row, positions))
 
 
+@dataclass(frozen=True, slots=True)
+class SignalFilter:
+    """Which signals are wanted: of a rule, severity, trace or status (``active`` or ``retracted``),
+    detected at ``since`` or later and before ``until``."""
+
+    rule: str | None = None
+    severity: str | None = None
+    trace_id: str | None = None
+    status: str | None = None
+    since: int | None = None
+    until: int | None = None
+
+
 def signals(
-    db: Cursor,
-    tenant: str,
-    *,
-    rule: str | None = None,
-    severity: str | None = None,
-    trace_id: str | None = None,
-    status: str | None = None,
-    since: int | None = None,
-    until: int | None = None,
-    limit: int = 100,
-    cursor: str | None = None,
+    db: Cursor, tenant: str, wanted: SignalFilter, limit: int, cursor: str | None
 ) -> tuple[list[StoredSignal], str | None]:
     """See :meth:`betrace.service.storage.duck.store.DuckStore.signals`."""
     after = read_cursor(limit, b"s", cursor)
     where = Where()
-    where.add("rule_id = ?", rule)
-    where.add("severity = ?", severity)
-    where.add("status = ?", status)
-    where.add("detected_at >= ?", since)
-    where.add("detected_at < ?", until)
-    if trace_id is not None:
-        key = id_bytes(trace_id, "trace_id")
+    where.add("rule_id = ?", wanted.rule)
+    where.add("severity = ?", wanted.severity)
+    where.add("status = ?", wanted.status)
+    where.add("detected_at >= ?", wanted.since)
+    where.add("detected_at < ?", wanted.until)
+    if wanted.trace_id is not None:
+        key = id_bytes(wanted.trace_id, "trace_id")
         where.add("trace_key = ? AND trace_id = ?", id_key(key), key)
     if after is not None:
         where.add("(detected_at < ? OR (detected_at = ? AND id < ?))", after[0], *after)
@@ -230,7 +236,7 @@ def summary(db: Cursor, since: int, until: int, bucket: int) -> list[SummaryRow]
 
 
 def check_summary(since: int, until: int, bucket: int) -> None:
-    """Refuse a summary of too many buckets."""
+    """Raise :exc:`BadQuery` for a summary of too many buckets."""
     if bucket < 1 or until - since > bucket * MAX_BUCKETS:
         raise BadQuery(f"at most {MAX_BUCKETS} buckets: choose a larger bucket or a shorter time")
 
@@ -240,7 +246,7 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
     wanted = {each.lower(): id_key(id_bytes(each, "trace_id")) for each in trace_ids}
     keys = [list(wanted.values())]
     found: dict[str, TraceRow] = {}
-    with transaction(db):  # a row's number holds within one
+    with transaction(db):  # row numbers are stable within one
         rows = db.execute(
             "SELECT rowid FROM traces WHERE key IN (SELECT unnest(?::UBIGINT[]))", keys
         ).fetchall()
@@ -253,7 +259,7 @@ def find_traces(db: Cursor, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
             keys,
         ).fetchall():
             spilled.setdefault(key, set()).update(positions)
-        # The other columns of those rows after: a tenth of the time of asking for both at once.
+        # The rows' other columns afterwards: a tenth of the time of one query for both.
         numbers = ",".join(str(int(number)) for (number,) in rows)
         for row in db.execute(
             f"SELECT {TRACE}, positions FROM traces WHERE rowid IN ({numbers})"

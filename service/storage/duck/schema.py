@@ -1,4 +1,4 @@
-"""The tables of a tenant's DuckDB file, and DuckDB's errors told as the store's."""
+"""The tables of a tenant's DuckDB file, and DuckDB's errors as errors of the store."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import duckdb
 Cursor = duckdb.DuckDBPyConnection
 
 FILE = "betrace.duckdb"
-MAX_ROWS = 1001  # of a page, and one more to see whether there is a next
+MAX_ROWS = 1001  # rows of a page, plus one that shows whether there is a next page
 SCHEMA_VERSION = 2
-# DuckDB's smallest: with 262 144, a small file's indexes take 1.8 MB of memory.
+# The smallest that DuckDB allows: with 262 144, a small file's indexes take 1.8 MB of memory.
 _BLOCK_BYTES = 16_384
 
-# Ids are their bytes, times nanoseconds since 1970. There are no primary keys: see duckwrite.py.
-# A key is 64 bits of an id (keys.py): a scan compares them faster than ids.
+# Ids are bytes, times are nanoseconds since 1970. There are no primary keys; write.py says why. A
+# key is 64 bits of an id (keys.py), which a scan compares faster than ids.
 _TABLES = """
 CREATE TABLE signals (
     id BLOB NOT NULL, key UBIGINT NOT NULL, seq BIGINT NOT NULL, rule_id VARCHAR NOT NULL,
@@ -88,7 +88,7 @@ FATAL = (duckdb.FatalException, duckdb.InternalException)
 
 
 class StoreError(Exception):
-    """The store did not do it. Where ``transient`` the same call may work later."""
+    """The store failed. If ``transient``, the same call may succeed later."""
 
     def __init__(self, message: str, *, transient: bool) -> None:
         super().__init__(message)
@@ -96,15 +96,15 @@ class StoreError(Exception):
 
 
 class StoreCorrupt(StoreError):  # noqa: N818
-    """The tenant's file is damaged: recreate it, and write its rows again."""
+    """The tenant's file is damaged: recreate it and write its rows again."""
 
     def __init__(self, tenant: str, message: str) -> None:
         super().__init__(message, transient=False)
         self.tenant = tenant
 
 
-def told(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
-    """What to raise for an error of DuckDB that met the file of ``tenant``."""
+def store_error(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
+    """The error to raise for an error of DuckDB with the file of ``tenant``."""
     text = str(error).partition("\n")[0]
     if any(sign in text for sign in _CORRUPT) or isinstance(error, duckdb.SerializationException):
         return StoreCorrupt(tenant, f"{path} is damaged ({text}): have it rebuilt")
@@ -112,7 +112,7 @@ def told(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
 
 
 def empty_file() -> bytes:
-    """A file with the tables and no rows. To copy it costs a third of making the tables anew."""
+    """The contents of a file with empty tables. Copying it costs a third of creating the tables."""
     with tempfile.TemporaryDirectory() as directory, duckdb.connect(":memory:") as db:
         path = Path(directory) / FILE
         quoted = str(path).replace("'", "''")
@@ -126,11 +126,15 @@ def empty_file() -> bytes:
 
 
 def make_file(path: Path, content: bytes) -> None:
-    """Put a new file in its place, whole or not at all; :exc:`StoreError` where the disk fails."""
+    """Create a new file, whole or not at all. Raises :exc:`StoreError` if the disk fails.
+
+    The directory is not synced, which would slow down the first write of each tenant: a file lost
+    in a crash is rebuilt.
+    """
     temporary = path.with_name(FILE + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A write-ahead log without its file belongs to nothing.
+        # A write-ahead log without its file is useless.
         path.with_name(FILE + ".wal").unlink(missing_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
@@ -139,25 +143,25 @@ def make_file(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be made ({error.strerror}): check the disk's free space and health",
+            f"{path} cannot be created ({error.strerror}): check the disk's free space and health",
             transient=True,
         ) from error
 
 
 def migrate(cursor: Cursor, tenant: str, path: Path) -> None:
-    """Make the tables in the file, which is the connection's default database, where it has none;
-    bring those of an older version up to this one, each step a transaction."""
+    """Create the tables in the connection's default database if it has none, or migrate them from
+    an older version, each step in a transaction."""
     rows = None
     with suppress(duckdb.CatalogException):
         rows = cursor.execute("SELECT version FROM meta").fetchall()
-    # SHOW TABLES looks through all attached files: with 500, it takes 10 ms
+    # SHOW TABLES reads all attached files: with 500 it takes 10 ms
     if rows is None and not cursor.execute("SHOW TABLES").fetchall():
         with transaction(cursor):
             cursor.execute(SCHEMA)
         return
     if not rows:
         raise StoreCorrupt(
-            tenant, f"{path} is not a file of this program: move it away, and it is made anew"
+            tenant, f"{path} is not a file of this program: move it away, and a new one is created"
         )
     version = rows[0][0]
     if version > SCHEMA_VERSION:
@@ -173,7 +177,7 @@ def migrate(cursor: Cursor, tenant: str, path: Path) -> None:
 
 @contextmanager
 def transaction(cursor: Cursor) -> Iterator[None]:
-    """A transaction: committed at the end of the block, rolled back where it raises."""
+    """A transaction, committed at the end of the block and rolled back if the block raises."""
     cursor.execute("BEGIN")
     try:
         yield

@@ -1,12 +1,12 @@
-"""Pages of the trace index: searched from the newest trace back, for a limited time.
+"""Pages of the trace index, searched from the newest trace backwards for a limited time.
 
-A filter may pass any part of the rows, and of ten million no plan for all of them at once ends
-soon: DuckDB would filter and sort much that a page has no room for. So a page is searched in
-windows of start times, which zone maps make cheap, the newest first, until it is full. A search
-that takes too long stops between two windows: down to there it is exact, and the cursor goes on.
+A filter may match any fraction of the rows, and a single query over ten million rows is slow:
+DuckDB would filter and sort far more than a page holds. So a page is searched in windows of start
+times, newest first, until it is full; zone maps make such windows cheap. A search that takes too
+long stops between two windows: it is exact down to there, and the cursor continues from there.
 
-Within a window the columns of the filters say first where the page ends. Ids, which are slow to
-read, are read of the rows after that only.
+Within a window, the columns of the filters first determine where the page ends. Ids are slow to
+read, so they are read only for the rows of the page.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from betrace.service.storage.duck.queries import (
 from betrace.service.storage.duck.schema import MAX_ROWS, Cursor
 
 SEARCH_SECONDS = 0.05
-"""After which no further window is begun."""
+"""Seconds after which no further window is begun."""
 WINDOW_ROWS = 250_000
-"""Of the first window, about."""
-_GROWTH = 4  # of a window over the one before
-_TOO_MANY = 2  # times the rows that a window should have
-_FEW_ROWS = 20_000  # not worth two queries
+"""Approximate rows of the first window."""
+_GROWTH = 4  # most times as many rows as in the previous window
+_TOO_MANY = 2  # times the intended rows of a window
+_FEW_ROWS = 20_000  # for which two queries are not worth it
 _KIND = b"t"
-_NO_ID = "00" * 16  # the page before ended between two times
+_NO_ID = "00" * 16  # of a cursor between two times
 
 After = tuple[int, bytes]
-"""The last row of the page before: when it started, and its id."""
+"""The last row of the previous page: its start time and id."""
 
 
 class TracePage(NamedTuple):
-    """Traces by when they started, newest first; the cursor of the next page, None after the last.
-    ``searched_to`` is None but where the search stopped before the page was full: then all traces
-    that started at this time (nanoseconds since 1970) or later were searched."""
+    """Traces by start time, newest first, and the cursor of the next page, None after the last one.
+    If the search stopped before the page was full, all traces that started at ``searched_to``
+    (nanoseconds since 1970) or later were searched; otherwise ``searched_to`` is None."""
 
     rows: list[TraceRow]
     next: str | None
@@ -54,18 +54,21 @@ class TracePage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceFilter:
-    """Which traces are wanted, but for when they started: with a span of a service, with a root
-    span of a name, at least so many nanoseconds long, with an active signal or without one."""
+    """Which traces are wanted: with a span of ``service``, with a root span called ``name``, at
+    least ``min_duration`` nanoseconds long, with an active signal or without one, started at
+    ``since`` or later and before ``until``."""
 
     service: str | None = None
     name: str | None = None
     min_duration: int | None = None
     has_signal: bool | None = None
+    since: int | None = None
+    until: int | None = None
 
     def within(self, start: int, end: int, joined: bool) -> Where:
-        """All of them that started from ``start`` to before ``end``, and a few others: of traces
-        with signals those with the key of one, of those without any all, unless ``joined``, which
-        is slower."""
+        """Conditions for the wanted traces that started from ``start`` to before ``end``. They also
+        match some others: with ``has_signal``, traces that share a key with one that has a signal;
+        without signals, all traces, unless ``joined``, which is slower."""
         where = Where()
         where.add("start_ns >= ? AND start_ns < ?", start, end)
         where.add("end_ns - start_ns >= ?", self.min_duration)
@@ -82,8 +85,6 @@ def search(
     db: Cursor,
     wanted: TraceFilter,
     *,
-    since: int | None = None,
-    until: int | None = None,
     limit: int = 100,
     cursor: str | None = None,
     seconds: float = SEARCH_SECONDS,
@@ -91,35 +92,34 @@ def search(
     few_rows: int = _FEW_ROWS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TracePage:
-    """A page of the traces that started at ``since`` or later and before ``until``. At least one
-    window is searched, and none is begun after ``seconds``; of ``few_rows`` in a window all
-    columns are read at once."""
+    """A page of the wanted traces. Searches at least one window, and begins none after ``seconds``.
+    In a window with up to ``few_rows`` rows, all columns are read in one query."""
     began = clock()
     after = read_cursor(limit, _KIND, cursor)
     span = one(db, "SELECT count(*), min(start_ns), max(start_ns) FROM traces")
     if span is None or not span[0]:
         return TracePage([], None, None)
-    count, oldest, newest = span
-    floor = oldest if since is None else max(oldest, since)
-    end = newest + 1 if until is None else min(newest + 1, until)
+    total, oldest, newest = span
+    floor = oldest if wanted.since is None else max(oldest, wanted.since)
+    end = newest + 1 if wanted.until is None else min(newest + 1, wanted.until)
     if after is not None:
         end = min(end, after[0] + any(after[1]))
     rows = window_rows
-    width = (newest - oldest + 1) * rows // count + 1
+    width = (newest - oldest + 1) * rows // total + 1
     found = _Search(db, wanted, limit, end, after)
     while found.end > floor:
         window_began = clock()
-        start, found.end, held, width = _window(db, floor, found.end, width, rows)
-        while held and found.end > start:
-            found.step(start, at_once=held <= few_rows)
+        start, found.end, count, width = _window(db, floor, found.end, width, rows)
+        while count and found.end > start:
+            found.step(start, at_once=count <= few_rows)
             if len(found.rows) > limit:
                 return found.full_page()
             if found.end > floor and clock() - began >= seconds:
                 return found.page_so_far()
         found.end = start
-        # As many rows as at this pace can be searched in the time that is left.
+        # As many rows as can be searched at this pace in the remaining time.
         now = clock()
-        pace = held / max(now - window_began, 1e-6)
+        pace = count / max(now - window_began, 1e-6)
         grown = min(int(pace * (seconds - (now - began))), _GROWTH * rows)
         rows, before = max(window_rows, grown), rows
         width = max(1, width * rows // before)
@@ -127,8 +127,8 @@ def search(
 
 
 class _Search:
-    """What was found so far, in ``rows``: traces that started at ``end`` or later, but for those
-    that started when ``after`` did and come after it."""
+    """The traces found so far, in ``rows``: all that started at ``end`` or later, except those that
+    started at the same time as ``after`` and come after it."""
 
     def __init__(
         self, db: Cursor, wanted: TraceFilter, limit: int, end: int, after: After | None
@@ -142,11 +142,11 @@ class _Search:
         self._joined = False
 
     def step(self, start: int, *, at_once: bool) -> None:
-        """Look at the next of those that started at ``start`` or later, some or all: ``at_once``
-        without asking first where they end."""
+        """Add the next traces that started at ``start`` or later, some or all of them. ``at_once``
+        skips the query for where the page ends."""
         count = self._limit + 1 - len(self.rows)
         if self._wanted.has_signal is False and not self._joined:
-            count = 2 * count  # most traces have no signals
+            count = 2 * count  # those with signals are removed afterwards
         count = min(count, MAX_ROWS)
         first = start if at_once else self._first(start, count)
         if first is None:
@@ -160,7 +160,7 @@ class _Search:
             [*where.parameters, count],
         ).fetchall()
         traces = [trace_row(row, []) for row in rows]
-        self.rows += self._really(traces)
+        self.rows += self._exact(traces)
         self._joined = True
         if len(traces) == count:
             self._after = traces[-1].start_ns, bytes.fromhex(traces[-1].trace_id)
@@ -169,7 +169,8 @@ class _Search:
             self.end = first
 
     def _first(self, start: int, count: int) -> int | None:
-        """When the last of the next ``count`` started; of fewer ``start``, of none None."""
+        """When the last of the next ``count`` traces started; ``start`` if there are fewer, None if
+        there are none."""
         where = self._wanted.within(start, self.end, self._joined)
         rows = self._db.execute(
             f"SELECT start_ns FROM traces {where.sql} ORDER BY start_ns DESC LIMIT ?",
@@ -177,8 +178,8 @@ class _Search:
         ).fetchall()
         return int(rows[-1][0]) if len(rows) == count else start if rows else None
 
-    def _really(self, traces: list[TraceRow]) -> list[TraceRow]:
-        """Those of the traces that have a signal, or none, as is wanted."""
+    def _exact(self, traces: list[TraceRow]) -> list[TraceRow]:
+        """The traces that satisfy ``has_signal``."""
         if self._wanted.has_signal is None or not traces:
             return traces
         ids = [bytes.fromhex(trace.trace_id) for trace in traces]
@@ -191,13 +192,13 @@ class _Search:
         return [t for t in traces if (t.trace_id in signalled) == self._wanted.has_signal]
 
     def full_page(self) -> TracePage:
-        """When more than the limit were found."""
+        """The page when more traces than the limit were found."""
         last = self.rows[self._limit - 1]
         following = make_cursor(_KIND, last.start_ns, last.trace_id)
         return TracePage(self.rows[: self._limit], following, None)
 
     def page_so_far(self) -> TracePage:
-        """When the search stops."""
+        """The page when the search stops early."""
         if self._after is not None and self.end > self._after[0]:
             following = make_cursor(_KIND, self._after[0], self._after[1].hex())
         else:
@@ -206,19 +207,19 @@ class _Search:
 
 
 def _window(db: Cursor, floor: int, end: int, width: int, rows: int) -> tuple[int, int, int, int]:
-    """From when to when traces started of which there are about ``rows``, the newest before
-    ``end``; how many there are, 0 where there are none from ``floor`` on; and the width, which
-    is to be given the next time."""
+    """The next window: about ``rows`` of the newest traces that started from ``floor`` to before
+    ``end``. Returns its start and end, how many traces it has (0 if none are left), and the
+    ``width`` to pass for the next window."""
     while True:
         start = max(floor, end - width)
-        ((held,),) = db.execute(
+        ((count,),) = db.execute(
             "SELECT count(*) FROM traces WHERE start_ns >= ? AND start_ns < ?", [start, end]
         ).fetchall()
-        if held > _TOO_MANY * rows and end - start > 1:
-            width = max(1, (end - start) * rows // held)
-        elif held or start == floor:
-            return start, end, held, width
-        else:  # few clocks are that wrong, but one is enough
+        if count > _TOO_MANY * rows and end - start > 1:
+            width = max(1, (end - start) * rows // count)
+        elif count or start == floor:
+            return start, end, count, width
+        else:  # a gap, for example because of a wrong clock
             ((newest,),) = db.execute(
                 "SELECT max(start_ns) FROM traces WHERE start_ns >= ? AND start_ns < ?",
                 [floor, start],

@@ -1,11 +1,12 @@
 """The query store: signals and the trace index of each tenant, in DuckDB.
 
-It is a projection: the ledger is the record of signals, the span log that of spans, and a file
-that is lost or damaged is made anew from those. All methods block and may be called from any
-thread; they raise :exc:`StoreError` (:exc:`StoreCorrupt` where the tenant's file is damaged),
-:exc:`PoolTimeout` where all of the tenant's connections are in use, :exc:`BadQuery` where a
-filter, a cursor or an id is wrong and :exc:`ValueError` for a bad tenant name. Times are
-nanoseconds since 1970, ids lower-case hex.
+It is a projection: the ledger is the record of signals, the span log is the record of spans, and a
+file that is lost or damaged is rebuilt from them. All methods block and may be called from any
+thread. They raise :exc:`betrace.service.storage.duck.schema.StoreError` (``StoreCorrupt`` if the
+tenant's file is damaged), :exc:`betrace.service.storage.duck.pool.PoolTimeout` if all of the
+tenant's connections are in use, :exc:`betrace.service.storage.duck.queries.BadQuery` for an invalid
+filter, cursor or id, and :exc:`ValueError` for a bad tenant name. Times are nanoseconds since 1970,
+ids lower-case hex.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from betrace.service.config.stores import DuckDb
 from betrace.service.signals import Signal
-from betrace.service.storage.duck import queries as duckqueries
-from betrace.service.storage.duck import write as duckwrite
+from betrace.service.storage.duck import queries, write
 from betrace.service.storage.duck.arrow import (
-    MOST_POSITIONS,
     Columns,
     frames_table,
     trace_id_halves,
@@ -32,30 +32,16 @@ from betrace.service.storage.duck.arrow import (
     traces_table,
 )
 from betrace.service.storage.duck.files import DuckFiles
-from betrace.service.storage.duck.pool import PoolTimeout
-from betrace.service.storage.duck.queries import BadQuery, StoredSignal, SummaryRow, TraceRow
-from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, SummaryRow, TraceRow
 from betrace.service.storage.duck.search import TraceFilter, TracePage, search
 
-__all__ = [
-    "MOST_POSITIONS",
-    "BadQuery",
-    "Change",
-    "DuckStore",
-    "PoolTimeout",
-    "RowCounts",
-    "StoreCorrupt",
-    "StoreError",
-    "StoredSignal",
-    "SummaryRow",
-    "TracePage",
-    "TraceRow",
-]
+_ALL_SIGNALS = SignalFilter()
+_ALL_TRACES = TraceFilter()
 
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """The rows of a tenant's tables."""
+    """The number of rows in a tenant's tables."""
 
     signals: int
     traces: int
@@ -63,8 +49,8 @@ class RowCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What was written of a tenant in one transaction."""
+class StoreChange:
+    """What one transaction wrote for a tenant."""
 
     signals: Sequence[Signal]
     traces: pa.Table | None
@@ -76,42 +62,32 @@ class Change:
         return signalled | _ids(self.traces) | _ids(self.frames)
 
     def traces_closed(self) -> set[str]:
-        """The traces whose rows of the index were written."""
+        """The traces whose rows of the trace index were written."""
         return _ids(self.traces)
 
 
 class DuckStore:
-    """The files of all tenants below ``directory``; see :class:`DuckFiles` for the limits."""
+    """The files of all tenants below ``directory``; see :class:`DuckFiles` for the parameters."""
 
     def __init__(
         self,
         directory: Path,
+        limits: DuckDb | None = None,
         *,
-        memory_bytes: int = 1 << 30,
-        threads: int = 2,
-        pool_max: int = 5,
-        pool_idle: int = 1,
-        pool_timeout: float = 5.0,
-        idle_close: float = 300.0,
         attached_max: int = 1000,
         key_bytes: int = 128 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = DuckFiles(
             directory,
-            memory_bytes=memory_bytes,
-            threads=threads,
-            pool_max=pool_max,
-            pool_idle=pool_idle,
-            pool_timeout=pool_timeout,
-            idle_close=idle_close,
+            limits or DuckDb(),
             attached_max=attached_max,
             key_bytes=key_bytes,
             clock=clock,
         )
-        self.on_change: Callable[[str, Change | None], None] = _nobody
-        """Told of every write, in its thread and before it returns, also where it failed: the
-        tenant, and what was written, None where anything may have changed."""
+        self.on_change: Callable[[str, StoreChange | None], None] = _ignore
+        """Called for every write, in its thread and before it returns, even if it failed, with the
+        tenant and what was written; None if anything may have changed."""
 
     # Writing
 
@@ -123,8 +99,8 @@ class DuckStore:
         traces: Columns | None = None,
         frames: Columns | None = None,
     ) -> int:
-        """Write all of it in one transaction, which is one commit; returns how many of the signals
-        are new. See the methods for each."""
+        """Write everything in one transaction. Returns how many of the signals are new. See the
+        methods for each kind of rows."""
         return self._write(
             tenant,
             signals,
@@ -142,49 +118,49 @@ class DuckStore:
         try:
             with self._files.append(tenant) as (db, known):
                 if traces is not None and len(traces):
-                    duckwrite.write_traces(db, known, traces)
+                    write.write_traces(db, known, traces)
                 if frames is not None and len(frames):
-                    duckwrite.write_frames(db, known, frames)
-                return duckwrite.write_signals(db, known, signals) if signals else 0
+                    write.write_frames(db, known, frames)
+                return write.write_signals(db, known, signals) if signals else 0
         finally:
-            self.on_change(tenant, Change(signals, traces, frames))
+            self.on_change(tenant, StoreChange(signals, traces, frames))
 
     def write_signals(self, tenant: str, signals: Sequence[Signal]) -> int:
-        """Store signals, which are all of ``tenant``; how many are new. One that is there already
-        is left as it is. A retraction also marks what it retracts, whichever comes first."""
+        """Store signals, all of ``tenant``; returns how many are new. An existing signal stays as
+        it is. A retraction also marks the signal it retracts, whichever is stored first."""
         return self.write(tenant, signals=signals)
 
     def add_missing(self, tenant: str, signals: Sequence[Signal]) -> int:
-        """Store those of the signals that are not there; how many. Cheaper than
-        :meth:`write_signals` where most of them are."""
-        ids = [duckqueries.id_bytes(signal.id, "signal id") for signal in signals]
+        """Store the signals that are missing; returns how many. Cheaper than :meth:`write_signals`
+        if most of them exist."""
+        ids = [queries.id_bytes(signal.id, "signal id") for signal in signals]
         missing = set(ids)
         if self._files.has(tenant):
             with self._files.use(tenant) as db:
-                missing = duckwrite.missing(db, ids)
+                missing = write.missing(db, ids)
         new = [signal for key, signal in zip(ids, signals, strict=True) if key in missing]
         return self.write_signals(tenant, new) if new else 0
 
     def write_traces(self, tenant: str, traces: Columns) -> int:
-        """Insert traces, or replace those that are there but for their positions, to which the new
-        ones are added: a trace that was closed before has its earlier frames still. How many rows
-        were given; the columns are those of
-        :func:`betrace.service.storage.duck.arrow.traces_table`."""
+        """Insert traces or replace existing ones. New positions are added to existing ones, because
+        a trace that was closed before still has its earlier frames. Takes the columns of
+        :func:`betrace.service.storage.duck.arrow.traces_table`; returns the number of
+        rows given."""
         table = traces_table(traces)
         self._write(tenant, (), table, None)
         return len(table)
 
     def write_frames(self, tenant: str, frames: Columns) -> int:
-        """Store spilled log positions of long traces, in columns as for
-        :func:`betrace.service.storage.duck.arrow.frames_table`; how many rows. A chunk that begins
-        with the same position as one of its trace replaces it."""
+        """Store spilled log positions of long traces, in the columns of
+        :func:`betrace.service.storage.duck.arrow.frames_table`; returns the number of rows. A chunk
+        replaces one of the same trace that begins with the same position."""
         table = frames_table(frames)
         self._write(tenant, (), None, table)
         return len(table)
 
     def expire(self, tenant: str, before: int) -> int:
-        """Delete the traces last seen before a time, with their positions; how many traces.
-        Signals are kept."""
+        """Delete the traces last seen before a time, with their positions; returns how many.
+        Signals stay."""
         if not self._files.has(tenant):
             return 0
         with self._files.use(tenant, write=True) as db:
@@ -193,7 +169,7 @@ class DuckStore:
                 "(SELECT trace_id FROM traces WHERE last_seen_ns < ?)",
                 [before],
             ).fetchall()
-            row = duckqueries.one(db, "DELETE FROM traces WHERE last_seen_ns < ?", [before])
+            row = queries.one(db, "DELETE FROM traces WHERE last_seen_ns < ?", [before])
         expired = int(row[0]) if row else 0
         if expired:
             self._files.forget_known(tenant)
@@ -205,114 +181,89 @@ class DuckStore:
     def signals(
         self,
         tenant: str,
+        wanted: SignalFilter = _ALL_SIGNALS,
         *,
-        rule: str | None = None,
-        severity: str | None = None,
-        trace_id: str | None = None,
-        status: str | None = None,
-        since: int | None = None,
-        until: int | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> tuple[list[StoredSignal], str | None]:
-        """The signals that all given filters let through, newest first, detected at ``since`` or
-        later and before ``until``; and the cursor of the next page, None after the last. Rows
-        that are stored meanwhile neither repeat nor hide others."""
+        """A page of the wanted signals, newest first, and the cursor of the next page, None after
+        the last one. Rows stored in the meantime neither repeat nor hide others."""
         if not self._files.has(tenant):
             return [], None
         with self._files.use(tenant) as db:
-            return duckqueries.signals(
-                db,
-                tenant,
-                rule=rule,
-                severity=severity,
-                trace_id=trace_id,
-                status=status,
-                since=since,
-                until=until,
-                limit=limit,
-                cursor=cursor,
-            )
+            return queries.signals(db, tenant, wanted, limit, cursor)
 
     def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
-        """The signal of this id, if there is one."""
+        """The signal with this id, None if there is none."""
         if not self._files.has(tenant):
             return None
         with self._files.use(tenant) as db:
-            return duckqueries.signal(db, tenant, signal_id)
+            return queries.signal(db, tenant, signal_id)
 
     def signals_after(self, tenant: str, seq: int, limit: int = 1000) -> list[StoredSignal]:
         """The signals stored after the one numbered ``seq``, oldest first."""
         if not self._files.has(tenant):
             return []
         with self._files.use(tenant) as db:
-            return duckqueries.signals_after(db, tenant, seq, limit)
+            return queries.signals_after(db, tenant, seq, limit)
 
     def summary(self, tenant: str, since: int, until: int, bucket: int) -> list[SummaryRow]:
-        """Counts of raised signals detected from ``since`` to before ``until`` by rule, severity
-        and bucket of ``bucket`` nanoseconds; buckets without any are left out."""
-        duckqueries.check_summary(since, until, bucket)
+        """Counts of raised signals detected from ``since`` to before ``until``, by rule, severity
+        and bucket of ``bucket`` nanoseconds. Empty buckets are omitted."""
+        queries.check_summary(since, until, bucket)
         if not self._files.has(tenant):
             return []
         with self._files.use(tenant) as db:
-            return duckqueries.summary(db, since, until, bucket)
+            return queries.summary(db, since, until, bucket)
 
     def trace(self, tenant: str, trace_id: str) -> TraceRow | None:
-        """The trace with all positions of its frames, the spilled ones included."""
+        """The trace with all positions of its frames, including spilled ones; None if missing."""
         return self.find_traces(tenant, [trace_id]).get(trace_id.lower())
 
     def spilled(self, tenant: str, trace_id: str) -> list[int]:
-        """The positions that were spilled of a trace, whether the trace itself is there or not."""
+        """The spilled positions of a trace, whether it has a row in the index or not."""
         if not self._files.has(tenant):
             return []
         with self._files.use(tenant) as db:
-            return duckqueries.spilled(db, trace_id)
+            return queries.spilled(db, trace_id)
 
     def find_traces(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
-        """Those of the traces that are there, by id, each as :meth:`trace` gives it."""
+        """The traces that exist, by id, each as returned by :meth:`trace`."""
         if not self._files.has(tenant):
             return {}
         with self._files.use(tenant) as db:
-            return duckqueries.find_traces(db, trace_ids)
+            return queries.find_traces(db, trace_ids)
 
     def raised_of(
         self, tenant: str, trace_ids: Sequence[str]
     ) -> dict[str, list[tuple[str, str, int, int, str]]]:
-        """For each of the traces that has signals, by rule: its id and version, how many were
-        raised and how many retracted, and the clause of the last."""
+        """For each trace that has signals, by rule: the rule's id and version, how many signals
+        were raised and retracted, and the clause of the last one."""
         if not self._files.has(tenant):
             return {}
         with self._files.use(tenant) as db:
-            return duckqueries.raised_of(db, trace_ids)
+            return queries.raised_of(db, trace_ids)
 
     def traces(
         self,
         tenant: str,
+        wanted: TraceFilter = _ALL_TRACES,
         *,
-        service: str | None = None,
-        name: str | None = None,
-        min_duration: int | None = None,
-        since: int | None = None,
-        until: int | None = None,
-        has_signal: bool | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> TracePage:
-        """Traces by when they started, newest first, without their positions: those that started
-        at ``since`` or later and before ``until``. ``service`` is any service in the trace,
-        ``name`` its root span's, ``min_duration`` in nanoseconds; ``has_signal`` asks for an active
-        signal. A page that takes long to find may end before it is full."""
+        """A page of the wanted traces by start time, newest first, without their positions. A page
+        that takes long to find may end before it is full."""
         if not self._files.has(tenant):
             return TracePage([], None, None)
-        wanted = TraceFilter(service, name, min_duration, has_signal)
         with self._files.use(tenant) as db:
-            return search(db, wanted, since=since, until=until, limit=limit, cursor=cursor)
+            return search(db, wanted, limit=limit, cursor=cursor)
 
     def trace_ids(
         self, tenant: str, since: int = 0, upto: int | None = None
     ) -> npt.NDArray[np.int64]:
         """The ids of the traces last seen at ``since`` or later, as an (n, 2) array of their high
-        and low halves; with ``upto`` only those that have a frame at that position or before."""
+        and low halves. With ``upto``, only traces with a frame at that position or before."""
         if not self._files.has(tenant):
             return np.zeros((0, 2), np.int64)
         with self._files.use(tenant) as db:
@@ -325,11 +276,11 @@ class DuckStore:
         return trace_id_halves(table["trace_id"].combine_chunks())
 
     def counts(self, tenant: str) -> RowCounts:
-        """How many rows there are: fewer signals than the ledger has call for a rebuild."""
+        """The number of rows. Fewer signals than in the ledger means that a rebuild is needed."""
         if not self._files.has(tenant):
             return RowCounts(0, 0, 0)
         with self._files.use(tenant) as db:
-            row = duckqueries.one(
+            row = queries.one(
                 db,
                 "SELECT (SELECT count(*) FROM signals), (SELECT count(*) FROM traces), "
                 "(SELECT count(*) FROM trace_frames)",
@@ -345,36 +296,37 @@ class DuckStore:
 
     @property
     def attached(self) -> int:
-        """How many tenants' files are open."""
+        """The number of open files of tenants."""
         return self._files.attached
 
     def connections(self) -> dict[str, int]:
-        """The open connections of each tenant whose file is open."""
+        """The number of open connections of each tenant whose file is open."""
         return self._files.connections()
 
     def sweep(self) -> int:
-        """Close the files that were unused for long; how many. To be called every minute or so."""
+        """Close the files that have been unused for long; returns how many. Call this about once a
+        minute."""
         return self._files.sweep()
 
     def recreate(self, tenant: str) -> None:
-        """Put a damaged file aside and begin an empty one; its rows are then to be written again,
+        """Set a damaged file aside and start an empty one, whose rows must then be written again
         from the ledger and the log."""
         self._files.recreate(tenant)
         self.on_change(tenant, None)
 
     def remove(self, tenant: str) -> None:
-        """Close the tenant's file and delete it; it need not be there. Who uses it is waited for up
-        to the pool's timeout, then :exc:`PoolTimeout`. Writes that come later, of a thread that was
-        left behind say, are refused until :meth:`reopen`."""
+        """Close and delete the tenant's file, if it exists. Waits for its users up to the pool's
+        timeout, then raises ``PoolTimeout``. Later writes, such as from a thread that was left
+        behind, are refused until :meth:`reopen`."""
         self._files.delete(tenant)
         self.on_change(tenant, None)
 
     def reopen(self, tenant: str) -> None:
-        """Take writes of a removed tenant again: it was created anew."""
+        """Accept writes for a removed tenant again, because it was created again."""
         self._files.reopen(tenant)
 
     def close(self) -> None:
-        """Close all files. Twice does no harm."""
+        """Close all files. Idempotent."""
         self._files.close()
 
     def __enter__(self) -> DuckStore:
@@ -389,8 +341,8 @@ class DuckStore:
         self.close()
 
 
-def _nobody(tenant: str, change: Change | None) -> None:
-    """Nobody wants to know."""
+def _ignore(tenant: str, change: StoreChange | None) -> None:
+    """The default of ``on_change``."""
 
 
 def _ids(table: pa.Table | None) -> set[str]:

@@ -1,12 +1,12 @@
-"""Writing rows into a tenant's DuckDB file, where each id is to be there once.
+"""Writing rows into a tenant's DuckDB file, each id exactly once.
 
-The tables have no primary key: DuckDB's index made inserts into three million rows three times as
-slow, and ``ON CONFLICT`` scanned the table (``docs/decisions/0010``). What is there is known by
-:class:`Known`; the few rows that may be there are looked up.
+The tables have no primary keys: DuckDB's index made inserts into three million rows three times as
+slow, and ``ON CONFLICT`` scanned the table (``docs/decisions/0010``). :class:`Known` knows which
+rows exist; the few that may exist are looked up.
 
 Every function takes a connection whose default database is the tenant's, in the tenant's only
-writing transaction. Keys are noted before the commit: one too many costs a look, one too few
-would be a row too many.
+writing transaction. Keys are noted before the commit: an extra key costs a look-up, a missing one
+would cause a duplicate row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from betrace.service.storage.duck.keys import KeyArray, KeyBudget, Keys, frame_k
 from betrace.service.storage.duck.queries import id_bytes, one
 from betrace.service.storage.duck.schema import Cursor
 
-# Given, so that Arrow need not guess: to guess a type of Python's values it looks for a module
-# (dateutil) in all of sys.path, 50 µs a column.
+# Explicit, because to infer the type of Python values Arrow searches all of sys.path for a module
+# (dateutil), which takes 50 µs per column.
 _SIGNALS = pa.schema(
     [
         ("id", pa.binary()),
@@ -56,18 +56,18 @@ _TRACE_COLUMNS = ", ".join(TRACES.names)
 
 
 class Known:
-    """What is known of a file's tables without asking it. To be used by one thread at a time."""
+    """What is known about a file's tables without a query. For one thread at a time."""
 
     def __init__(self, budget: KeyBudget) -> None:
         self.signals = Keys(budget)
         self.retracted = Keys(budget)
-        """Of the traces that have a retraction."""
+        """The keys of traces that have a retraction."""
         self.traces = Keys(budget)
         self.frames = Keys(budget)
         self.last_seq = 0
 
     def load(self, db: Cursor) -> None:
-        """Read it from the file."""
+        """Read everything from the file."""
         self.signals.add(_column(db, "SELECT key FROM signals"))
         self.retracted.add(_column(db, "SELECT trace_key FROM signals WHERE kind = 'retracted'"))
         self.traces.add(_column(db, "SELECT key FROM traces"))
@@ -78,7 +78,7 @@ class Known:
         self.last_seq = row[0]
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         for keys in (self.signals, self.retracted, self.traces, self.frames):
             keys.clear()
 
@@ -93,7 +93,7 @@ def _plain(values: Any) -> npt.NDArray[Any]:
 
 
 def write_traces(db: Cursor, known: Known, rows: pa.Table) -> None:
-    """Insert traces, each once; one that is there already is joined with its row."""
+    """Insert traces; an existing trace is merged with its row."""
     keys = _trace_keys(rows)
     maybe = known.traces.maybe(keys)
     known.traces.add(keys[~maybe])
@@ -106,13 +106,13 @@ def write_traces(db: Cursor, known: Known, rows: pa.Table) -> None:
 
 
 def _take_traces(db: Cursor, keys: KeyArray, trace_ids: pa.ChunkedArray) -> pa.Table:
-    """Those of the traces that the table has, taken out of it."""
+    """Remove from the table those of the traces that exist, and return their rows."""
     db.register("asked", pa.table({"key": keys}))
     found = db.execute("SELECT rowid FROM traces WHERE key IN (SELECT key FROM asked)").fetchall()
     db.unregister("asked")
     if not found:
         return TRACES.empty_table()
-    # By their rows' numbers, which hold in a transaction: DuckDB then reads only their row groups.
+    # By row number, which is stable in a transaction: DuckDB reads only the rows' groups.
     numbers = ",".join(str(int(number)) for (number,) in found)
     rows: pa.Table = db.sql(
         f"SELECT rowid AS number, {_TRACE_COLUMNS} FROM traces WHERE rowid IN ({numbers})"
@@ -125,7 +125,7 @@ def _take_traces(db: Cursor, keys: KeyArray, trace_ids: pa.ChunkedArray) -> pa.T
 
 
 def write_frames(db: Cursor, known: Known, rows: pa.Table) -> None:
-    """Insert chunks of positions; one that begins as one of its trace replaces it."""
+    """Insert chunks of positions; a chunk replaces one that begins alike in the same trace."""
     first = pc.list_element(rows["positions"], 0)
     keys = _trace_keys(rows)
     rows = rows.append_column("key", pa.array(keys)).append_column("first", first)
@@ -143,8 +143,8 @@ def write_frames(db: Cursor, known: Known, rows: pa.Table) -> None:
 
 
 def write_signals(db: Cursor, known: Known, signals: Sequence[Signal]) -> int:
-    """Insert those of the signals that are not there, and mark what retractions take back; how many
-    were inserted."""
+    """Insert the missing signals and mark what retractions retract; returns how many were
+    inserted."""
     first: dict[bytes, Signal] = {}
     for signal in signals:
         first.setdefault(id_bytes(signal.id, "signal id"), signal)
@@ -196,7 +196,7 @@ def write_signals(db: Cursor, known: Known, signals: Sequence[Signal]) -> int:
 
 
 def _there(db: Cursor, ids: Sequence[bytes]) -> set[bytes]:
-    """Those of the signals' ids that the table has."""
+    """Those of the signals' ids that exist in the table."""
     rows = db.execute(
         "SELECT id FROM signals WHERE key IN (SELECT unnest(?)) AND id IN (SELECT unnest(?))",
         [[id_key(key) for key in ids], list(ids)],
@@ -205,14 +205,14 @@ def _there(db: Cursor, ids: Sequence[bytes]) -> set[bytes]:
 
 
 def missing(db: Cursor, ids: Sequence[bytes]) -> set[bytes]:
-    """Those of the signals' ids that the table does not have."""
+    """Those of the signals' ids that do not exist in the table."""
     return set(ids) - _there(db, ids)
 
 
 def _retracted_before(
     db: Cursor, known: Known, signals: Sequence[Signal], trace_keys: KeyArray
 ) -> set[bytes]:
-    """The ids of those raised signals whose retraction is in the table already."""
+    """The ids of the raised signals whose retraction is already in the table."""
     maybe: npt.NDArray[np.bool_] = known.retracted.maybe(trace_keys)
     raised = [signals[k] for k in np.flatnonzero(maybe).tolist() if signals[k].kind is Kind.RAISED]
     if not raised:
@@ -223,7 +223,7 @@ def _retracted_before(
 
 
 def _other(signal: Signal) -> bytes:
-    """The id of the retraction of a raised signal, or of what a retraction retracts."""
+    """The id of a raised signal's retraction, or of the signal that a retraction retracts."""
     kind = Kind.RETRACTED if signal.kind is Kind.RAISED else Kind.RAISED
     rule, version = signal.rule_id, signal.rule_version
     return bytes.fromhex(
@@ -237,5 +237,5 @@ def _trace_keys(rows: pa.Table) -> KeyArray:
 
 
 def _insert(db: Cursor, table: str, arriving: pa.Table) -> None:
-    # DuckDB finds the variable by its name; to register it as a view cost a third of a commit.
+    # DuckDB finds the variable by name; registering it as a view takes a third of a commit.
     db.execute(f"INSERT INTO {table} BY NAME SELECT * FROM arriving").fetchall()

@@ -1,9 +1,9 @@
 """The ledger: the record of signals, as transfers of a double-entry ledger.
 
-Each tenant has an account, and so has each of its rules, on the tenant's ledger. A raised
-signal is a transfer of 1 from the rule's account to the tenant's (code 1), a retraction the
-opposite transfer (code 2), so a rule's balance is how many of its signals hold. The id of a
-transfer is the signal's id; a signal that is recorded twice is one transfer.
+Each tenant and each of its rules has an account on the tenant's ledger. A raised signal is a
+transfer of 1 from the rule's account to the tenant's (code 1), a retraction is the opposite
+transfer (code 2). So a rule's balance is the number of its active signals. The id of a transfer is
+the signal's id; a signal recorded twice is one transfer.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from typing import Protocol
 from betrace.service.signals import Kind, Signal
 
 AMOUNT = 1
+PAGE = 1000
+"""Signals read at once."""
 _ACCOUNTS_KEPT = 10_000
-_RESERVED_IDS = (0, (1 << 128) - 1)  # TigerBeetle takes neither
+_RESERVED_IDS = (0, (1 << 128) - 1)  # TigerBeetle accepts neither
 
 
 class Code(IntEnum):
-    """What a transfer says."""
+    """What a transfer means."""
 
     RAISED = 1
     RETRACTED = 2
 
 
 class LedgerError(Exception):
-    """The ledger did not do it. Where ``transient`` the same call may work later (and may have
-    worked now: sending it again is safe); else it never will."""
+    """The ledger failed. If ``transient``, the same call may succeed later (and may have succeeded
+    now: repeating it is safe); otherwise it never will."""
 
     def __init__(self, message: str, *, transient: bool) -> None:
         super().__init__(message)
@@ -39,8 +41,8 @@ class LedgerError(Exception):
 
 
 class RefusedError(LedgerError):
-    """Some of the signals the ledger never takes; the others are recorded. ``new`` is what
-    :meth:`Ledger.record` would have returned, False for the refused; ``refused`` maps their
+    """The ledger will never accept some of the signals; the others are recorded. ``new`` is what
+    :meth:`Ledger.record` would have returned, False for the refused ones; ``refused`` maps their
     indices to the reason."""
 
     def __init__(self, new: list[bool], refused: dict[int, str]) -> None:
@@ -50,28 +52,71 @@ class RefusedError(LedgerError):
         self.refused = refused
 
 
-class Ledger(Protocol):
-    """A ledger. Methods block, may be called from any thread, and raise :exc:`LedgerError`."""
+@dataclass(slots=True)
+class ClientCounts:
+    """What happened to the clients of a ledger."""
+
+    replaced: int = 0
+    """Clients given up since the start."""
+    left_behind: int = 0
+    """Clients given up whose call has not returned yet."""
+
+
+class LedgerEntries(Protocol):
+    """The signals of a ledger, to read again. Methods block and raise :exc:`LedgerError`."""
+
+    def tenants(self) -> list[str]:
+        """The tenants that ever had a signal."""
+
+    def count(self, tenant: str) -> int:
+        """The number of the tenant's signals, retractions included."""
+
+    def last_entry(self, tenant: str) -> int:
+        """The number of the tenant's newest signal, 0 without any."""
+
+    def entries(self, tenant: str, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """The tenant's signals numbered above ``after``, in order, each with its number."""
+
+    def outgoing(self, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """Signals of all tenants, numbered above ``after``, for which the ledger does not know yet
+        whether it has recorded them; it finds out by itself."""
+
+
+class Ledger(LedgerEntries, Protocol):
+    """The ledger of a service. Methods block, may be called from any thread, and raise
+    :exc:`LedgerError`."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in the settings."""
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps it from working until somebody fixes it."""
+
+    @property
+    def clients(self) -> ClientCounts:
+        """What happened to its clients."""
 
     def record(self, signals: Sequence[Signal]) -> list[bool]:
-        """Record signals, for good when it returns; for each, whether it is new. One whose id
-        is there already changes nothing. After an error, as far as the ledger can, none of them
-        is recorded, but for :exc:`RefusedError`."""
+        """Record signals durably; returns for each whether it is new. A signal whose id is already
+        recorded changes nothing. After an error none of them is recorded, as far as the ledger can
+        tell; :exc:`RefusedError` is the exception."""
 
     def balance(self, tenant: str, rule_id: str) -> int:
-        """How many signals of the rule hold: raised less retracted; 0 for an unknown rule."""
+        """The number of active signals of a rule: raised minus retracted; 0 for an unknown rule."""
 
     def balances(self, tenant: str) -> dict[str, int]:
-        """The balance of each rule of ``tenant`` that ever raised a signal, by rule id."""
+        """By rule id, the balance of each of the tenant's rules that ever raised a signal."""
 
     def replace(self, since: float) -> None:
-        """A call that began at ``since`` (``time.monotonic``) was left behind: use another client
-        from now on. What the call did is unknown; the same signals may be recorded again. This
-        does not block."""
+        """Use another client from now on, because a call that began at ``since``
+        (``time.monotonic``) was left behind. What that call did is unknown; the same signals may be
+        recorded again. Does not block."""
 
     def close(self) -> None:
-        """Let go of the ledger, after a few seconds even if a call hangs. Twice does no harm; any
-        other call then is an error."""
+        """Close the ledger, after a few seconds even if a call hangs. Idempotent; any other call
+        afterwards is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +131,15 @@ class Transfer:
 
 
 def _hash(*parts: str) -> bytes:
-    """SHA-256 over the parts, each preceded by its length so that no two tuples join alike."""
+    """SHA-256 over the parts, each preceded by its length so that different tuples never join to
+    the same text."""
     return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).digest()
 
 
 @lru_cache(maxsize=_ACCOUNTS_KEPT)
 def ledger_number(tenant: str) -> int:
-    """The number of the tenant's ledger, 1 to 2**32-1. Two tenants may share a number; their
-    accounts are different all the same."""
+    """The number of the tenant's ledger, 1 to 2**32-1. Two tenants may share a number, but never an
+    account."""
     return int.from_bytes(_hash("ledger", tenant)[:4], "little") or 1
 
 
@@ -110,8 +156,8 @@ def rule_account(tenant: str, rule_id: str) -> int:
 
 
 def transfer_id(signal_id: str) -> int:
-    """The id of the signal's transfer: its 32 hex digits as an integer. A permanent
-    :exc:`LedgerError` where it is no such id."""
+    """The id of the signal's transfer: its 32 hex digits as an integer. Raises a permanent
+    :exc:`LedgerError` for an invalid id."""
     try:
         number = int.from_bytes(bytes.fromhex(signal_id), "big")
     except ValueError:

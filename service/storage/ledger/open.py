@@ -1,19 +1,18 @@
-"""The ledger that the settings ask for."""
+"""Opens the ledger that the settings ask for."""
 
 from __future__ import annotations
 
 from betrace.service.config.settings import Settings
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import SignalLedger
+from betrace.service.storage.ledger.base import Ledger, LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 
 LEDGER_FILE = "ledger.sqlite"
 _REGISTRATION_SECONDS = 1.0
 
 
-def open_ledger(settings: Settings) -> SignalLedger:
-    """Open the ledger. This blocks, for TigerBeetle up to ``ledger.tigerbeetle.start_seconds``, and
-    raises :exc:`LedgerError` where it can never work as it is."""
+def open_ledger(settings: Settings) -> Ledger:
+    """Open the ledger. This blocks, for TigerBeetle up to ``ledger.tigerbeetle.start_seconds``.
+    Raises :exc:`LedgerError` if the ledger can never work with these settings."""
     local = SqliteLedger(settings.storage.path / LEDGER_FILE)
     try:
         if settings.ledger.kind == "sqlite":
@@ -25,16 +24,15 @@ def open_ledger(settings: Settings) -> SignalLedger:
         raise
 
 
-def _tigerbeetle(settings: Settings, journal: SqliteLedger) -> SignalLedger:
-    from betrace.service.storage.ledger.tigerbeetle import (
-        TigerBeetleLedger,  # its library is loaded when needed
-    )
+def _tigerbeetle(settings: Settings, journal: SqliteLedger) -> Ledger:
+    # Imported here because it loads TigerBeetle's library.
+    from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger
 
     timeout = settings.breakers.storage.timeout_seconds
     if timeout < _REGISTRATION_SECONDS:
         raise LedgerError(
-            f"breakers.storage.timeout_seconds is {timeout:g}, in which no client of TigerBeetle "
-            f"comes to speak with a server: make it {_REGISTRATION_SECONDS:g} or more",
+            f"breakers.storage.timeout_seconds is {timeout:g}, which is too short for a client to "
+            f"register with TigerBeetle: set it to {_REGISTRATION_SECONDS:g} or more",
             transient=False,
         )
     limits = settings.ledger.tigerbeetle

@@ -16,26 +16,28 @@ import orjson
 from betrace.service.signals import Signal
 from betrace.service.storage.ledger.base import (
     AMOUNT,
+    PAGE,
+    ClientCounts,
     LedgerError,
     rule_account,
     tenant_account,
     transfer,
     transfer_id,
 )
-from betrace.service.storage.ledger.clients import ClientCounts, Clients
+from betrace.service.storage.ledger.clients import Clients
 
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x42544C47  # "BTLG", for file(1)
 _IDS_PER_QUERY = 500
 _BUSY_SECONDS = 2.0
-# Pages in the write-ahead log after which a commit moves them into the file. Somebody waits for
-# signals that are held, nobody for what becomes of them.
+# Pages in the write-ahead log after which a commit moves them into the file. Callers wait for
+# outgoing signals to be written, but nobody waits for them to be settled.
 _LOG_PAGES = 1000
-_LOG_PAGES_HELD = 8000
+_LOG_PAGES_OUTGOING = 8000
 _CLOSE_SECONDS = 5.0
 
-# Transfers are written once: the triggers refuse any change. Balances follow from them in the
-# same transaction and are there only so that nobody has to add up.
+# Transfers are written once; the triggers refuse any change. Balances follow from them in the same
+# transaction, and exist only to save adding up.
 _SCHEMA = f"""
 CREATE TABLE transfers (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -72,7 +74,7 @@ END;
 PRAGMA application_id = {APPLICATION_ID};
 """
 
-# Signals on their way to a ledger elsewhere, of which this file is the journal.
+# Signals on their way to another ledger, for which this file is the journal.
 _OUTGOING = f"""
 CREATE TABLE outgoing (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -108,15 +110,14 @@ class _Connections:
 class SqliteLedger:
     """A :class:`betrace.service.storage.ledger.base.Ledger` in the file ``path``, made if missing.
 
-    It keeps the whole signals too, so that the query store can be built from it again. Writers
-    take turns; readers have a connection of their own and wait for nobody.
+    It also keeps the whole signals, so that the query store can be rebuilt from it. Writers take
+    turns; readers have their own connection and never wait.
 
-    ``synchronous`` is FULL, because what has been recorded is never looked for again: the
-    checkpoint that follows passes over its spans. With NORMAL a commit may be undone by the
-    machine's death, not by the process's.
+    ``synchronous`` is FULL because recorded signals are never looked for again: the next checkpoint
+    skips their spans. With NORMAL, a machine crash may undo a commit; a process crash does not.
 
-    The file is also the journal of a ledger elsewhere (:meth:`hold`, :meth:`settle`): a signal is
-    outgoing until that ledger is known to have it, and a transfer here from then on.
+    The file is also the journal of another ledger (:meth:`add_outgoing`, :meth:`settle`): a signal
+    is outgoing until that ledger is known to have it, and from then on a transfer here.
     """
 
     kind = "sqlite"
@@ -135,7 +136,7 @@ class SqliteLedger:
 
     @property
     def clients(self) -> ClientCounts:
-        """Connections that were given up because a call of theirs hung."""
+        """Connections that were given up because a call hung."""
         return self._clients.counts
 
     def _connect(self) -> sqlite3.Connection:
@@ -172,14 +173,14 @@ class SqliteLedger:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Tell SQLite's errors as :exc:`LedgerError`."""
+        """Raise SQLite's errors as :exc:`LedgerError`."""
         try:
             yield
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             transient = code in _TRANSIENT
             remedy = (
-                "check the disk's space and health, and that no other program holds the file"
+                "check the disk's space and health, and that no other program locks the file"
                 if transient
                 else "restore the file, or move it away to begin a new ledger"
             )
@@ -189,7 +190,7 @@ class SqliteLedger:
     def _writing(
         self, synchronous: str | None = None, log_pages: int = _LOG_PAGES
     ) -> Iterator[sqlite3.Connection]:
-        """A transaction, committed unless an exception leaves it."""
+        """A transaction, committed unless the block raises."""
         with self._clients.use() as connections, connections.writing, self._errors():
             db = connections.writer
             db.execute(f"PRAGMA wal_autocheckpoint = {log_pages}")
@@ -215,8 +216,8 @@ class SqliteLedger:
             yield connections.reader
 
     def record(self, signals: Sequence[Signal]) -> list[bool]:
-        """See :meth:`betrace.service.storage.ledger.base.Ledger.record`; one transaction, so all
-        or nothing."""
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.record`. One transaction: all or
+        nothing."""
         ids = _ids(signals)
         texts = [_text(signal) for signal in signals]
         if not ids:
@@ -226,14 +227,14 @@ class SqliteLedger:
             _insert(db, list(compress(zip(signals, texts, strict=True), new)))
         return new
 
-    def hold(self, signals: Sequence[Signal]) -> list[bool]:
-        """Keep signals that another ledger shall record. For each, whether it must be told: False
-        where it was settled before, or is in ``signals`` twice."""
+    def add_outgoing(self, signals: Sequence[Signal]) -> list[bool]:
+        """Store signals for another ledger to record. Returns for each whether that ledger must be
+        sent it: False if it was settled before, or is a repetition within ``signals``."""
         ids = _ids(signals)
         texts = [_text(signal) for signal in signals]
         if not ids:
             return []
-        with self._writing(log_pages=_LOG_PAGES_HELD) as db:
+        with self._writing(log_pages=_LOG_PAGES_OUTGOING) as db:
             new = _first(ids, _existing(db, "transfers", ids))
             db.executemany(
                 "INSERT INTO outgoing (id, signal) VALUES (?, ?) ON CONFLICT (id) DO NOTHING",
@@ -242,29 +243,28 @@ class SqliteLedger:
         return new
 
     def settle(self, recorded: Sequence[Signal], refused: Sequence[Signal] = ()) -> None:
-        """What became of signals that are held: the other ledger has the ``recorded``, which are
-        transfers here now, and will never have the ``refused``, which are forgotten.
+        """Note the fate of outgoing signals: the other ledger has those in ``recorded``, which
+        become transfers here, and will never have those in ``refused``, which are deleted.
 
-        The disk is not waited for: after the machine's death they may be held once more.
+        This does not wait for the disk: after a machine crash they may be outgoing again.
         """
         with self._writing("NORMAL") as db:
-            held = _existing(db, "outgoing", _ids(recorded), "id, signal")
-            # As it was told first; what makes the transfer is the same in every telling.
+            found = _existing(db, "outgoing", _ids(recorded), "id, signal")
+            # The text as stored first; the transfer is the same for every version of the signal.
             signals = {_bytes(transfer_id(signal.id)): signal for signal in recorded}
-            _insert(db, [(signals[key], text) for key, text in held.items()])
+            _insert(db, [(signals[key], text) for key, text in found.items()])
             db.executemany(
                 "DELETE FROM outgoing WHERE id = ?",
-                [(key,) for key in (*held, *_ids(refused))],
+                [(key,) for key in (*found, *_ids(refused))],
             )
 
     def take_over(self) -> None:
-        """Be the ledger from now on: what is held for another one is recorded here."""
-        while page := self.held():
+        """Become the ledger: record here what is outgoing to another one."""
+        while page := self.outgoing():
             self.settle([signal for _, signal in page])
 
-    def held(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Signal]]:
-        """Signals of which it is not known whether the other ledger has them, oldest first, up to
-        ``limit`` of those after a number, each with its own."""
+    def outgoing(self, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.outgoing`; oldest first."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT seq, signal FROM outgoing WHERE seq > ? ORDER BY seq LIMIT ?",
@@ -274,7 +274,7 @@ class SqliteLedger:
 
     def balance(self, tenant: str, rule_id: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`."""
-        account = rule_account(tenant, rule_id).to_bytes(16, "big")
+        account = _bytes(rule_account(tenant, rule_id))
         with self._reading() as db:
             row = db.execute(
                 "SELECT debits - credits FROM accounts WHERE id = ?", (account,)
@@ -292,9 +292,9 @@ class SqliteLedger:
                 )
             )
 
-    def entries(self, tenant: str, after: int = 0, limit: int = 1000) -> list[tuple[int, Signal]]:
-        """The tenant's signals in the order they were recorded, up to ``limit`` of those after
-        the sequence number ``after``, each with its own."""
+    def entries(self, tenant: str, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.entries`; in the order they
+        were recorded."""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT seq, signal FROM transfers WHERE tenant = ? AND seq > ? "
@@ -304,7 +304,7 @@ class SqliteLedger:
         return [(seq, _signal(text)) for seq, text in rows]
 
     def last_entry(self, tenant: str) -> int:
-        """The sequence number of the tenant's newest signal; 0 without any."""
+        """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.last_entry`."""
         with self._reading() as db:
             (seq,) = db.execute(
                 "SELECT max(seq) FROM transfers WHERE tenant = ?", (tenant,)
@@ -312,8 +312,8 @@ class SqliteLedger:
         return seq or 0
 
     def count(self, tenant: str) -> int:
-        """How many signals the tenant has, retractions included."""
-        account = tenant_account(tenant).to_bytes(16, "big")
+        """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.count`."""
+        account = _bytes(tenant_account(tenant))
         with self._reading() as db:
             row = db.execute(
                 "SELECT debits + credits FROM accounts WHERE id = ?", (account,)
@@ -330,8 +330,7 @@ class SqliteLedger:
 
     def replace(self, since: float) -> None:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.replace`. A transaction that hangs
-        keeps its lock
-        on the file: until it ends, the new connection finds it locked, which is transient."""
+        keeps its lock on the file; until it ends, the new connection's writes fail as transient."""
         self._clients.replace(since)
 
     def close(self) -> None:
@@ -340,13 +339,13 @@ class SqliteLedger:
 
 
 def _ids(signals: Sequence[Signal]) -> list[bytes]:
-    return [transfer_id(signal.id).to_bytes(16, "big") for signal in signals]
+    return [_bytes(transfer_id(signal.id)) for signal in signals]
 
 
 def _existing(
     db: sqlite3.Connection, table: str, ids: list[bytes], columns: str = "id, 0"
 ) -> dict[bytes, Any]:
-    """Those of ``ids`` that are in ``table``, each with the second of the two columns."""
+    """Those of ``ids`` that are in ``table``, each with the second of two columns."""
     found: dict[bytes, Any] = {}
     for first in range(0, len(ids), _IDS_PER_QUERY):
         some = ids[first : first + _IDS_PER_QUERY]
@@ -356,7 +355,7 @@ def _existing(
 
 
 def _first(ids: list[bytes], existing: Iterable[bytes]) -> list[bool]:
-    """For each id, whether it is neither among the existing nor here before."""
+    """For each id, whether it is not among ``existing`` and not a repetition."""
     seen = set(existing)
     new = []
     for each in ids:
@@ -366,7 +365,7 @@ def _first(ids: list[bytes], existing: Iterable[bytes]) -> list[bool]:
 
 
 def _insert(db: sqlite3.Connection, chosen: Sequence[tuple[Signal, bytes]]) -> None:
-    """Signals with their texts as transfers, and their accounts where missing."""
+    """Insert signals, given with their texts, as transfers; also their accounts if missing."""
     moves = [(transfer(signal), signal, text) for signal, text in chosen]
     accounts = {
         row

@@ -1,14 +1,12 @@
 """The ledger in TigerBeetle, with a journal of the whole signals beside it.
 
-A transfer has room for ids, not for a message or evidence, so signals are also kept in a local
-file (:class:`betrace.service.storage.ledger.sqlite.SqliteLedger`), from which they are read again.
-A batch is put
-there first, as outgoing; then it is sent; then it is settled there, which nobody waits for but the
-next batch. A process that dies in between finds it outgoing at its next start and sends it once
-more: ids make that harmless. TigerBeetle's
-client has no timeout and a call cannot be taken back, so whoever gives a call up
-(:meth:`TigerBeetleLedger.replace`) does not know what became of it, and sends the same events
-again, with another client.
+A transfer can hold ids but no message or evidence, so signals are also kept in a local file
+(:class:`betrace.service.storage.ledger.sqlite.SqliteLedger`), from which they are read again. A
+batch is first stored there as outgoing, then sent, then settled there, for which only the next
+batch waits. A process that crashes in between finds the batch outgoing at its next start and sends
+it again; ids make that harmless. TigerBeetle's client has no timeout and a call cannot be
+cancelled, so a caller that gives up (:meth:`TigerBeetleLedger.replace`) does not know what the call
+did, and sends the same events again with another client.
 
 Protocol and limits: https://docs.tigerbeetle.com, "Reliable Transaction Submission".
 """
@@ -24,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import compress
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import tigerbeetle as tb
 from tigerbeetle.client import InitError
@@ -32,6 +30,8 @@ from tigerbeetle.client import InitError
 from betrace.service.signals import Signal
 from betrace.service.storage.ledger.base import (
     AMOUNT,
+    PAGE,
+    ClientCounts,
     LedgerError,
     RefusedError,
     ledger_number,
@@ -39,58 +39,47 @@ from betrace.service.storage.ledger.base import (
     tenant_account,
     transfer,
 )
-from betrace.service.storage.ledger.clients import ClientCounts, Clients
+from betrace.service.storage.ledger.clients import Clients
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 
 T = TypeVar("T")
 
 _log = logging.getLogger("service.ledger")
-# Each client tells of each attempt to connect; what matters of that the service tells itself.
+# Clients log every attempt to connect; the service logs what matters.
 logging.getLogger("tigerbeetle").setLevel(logging.ERROR)
 
 TENANT, RULE = 1, 2
 """Codes of accounts."""
 MOST_TRANSFERS = 8189
-"""Of one request of 1 MiB."""
+"""Transfers in one request of 1 MiB."""
 _KNOWN_ACCOUNTS = 100_000
-_PAGE = 1000
 _READERS_WAIT_SECONDS = 1.0
 _NEW = (tb.CreateAccountStatus.CREATED, tb.CreateTransferStatus.CREATED)
 _THERE = (tb.CreateAccountStatus.EXISTS, tb.CreateTransferStatus.EXISTS)
 
 
-class Client(Protocol):
-    """What is used of ``tigerbeetle.ClientSync``."""
-
-    def create_accounts(self, accounts: list[tb.Account]) -> list[Any]: ...
-    def create_transfers(self, transfers: list[tb.Transfer]) -> list[Any]: ...
-    def lookup_accounts(self, accounts: list[int]) -> list[tb.Account]: ...
-    def close(self) -> None: ...
-
-
 @dataclass(eq=False, slots=True)
 class _Session:
-    """A client, one writer at a time, and the accounts that are known to be there."""
+    """A client, a lock for its only writer, and the accounts that are known to exist."""
 
-    client: Client
+    client: tb.ClientSync
     writing: threading.Lock = field(default_factory=threading.Lock)
     accounts: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False, slots=True)
 class _Settling:
-    """What became of a batch, of which the journal is being told."""
+    """A batch that the journal is to settle."""
 
     recorded: list[Signal]
-    gone: list[Signal]
+    refused: list[Signal]
     done: threading.Event = field(default_factory=threading.Event)
     error: LedgerError | None = None
 
 
 class _Settler:
-    """A thread that tells the journal (:meth:`SqliteLedger.settle`), one batch after the other. It
-    is not started anew for each: who starts a thread waits for it to run, and then for the
-    interpreter's lock."""
+    """A thread that settles batches in the journal, one at a time. There is one thread, not one per
+    batch, because starting a thread waits for it to run and then for the interpreter's lock."""
 
     def __init__(self, journal: SqliteLedger) -> None:
         self._journal = journal
@@ -101,16 +90,16 @@ class _Settler:
         self._queue.put(settling)
 
     def stop(self) -> None:
-        """End the thread when it has done what it was given."""
+        """Stop the thread after the batches it already has."""
         self._queue.put(None)
 
     def _run(self) -> None:
         while (settling := self._queue.get()) is not None:
             try:
-                self._journal.settle(settling.recorded, settling.gone)
+                self._journal.settle(settling.recorded, settling.refused)
             except LedgerError as error:
                 settling.error = error
-            except Exception as error:  # somebody waits for it
+            except Exception as error:  # the next batch waits for it
                 settling.error = LedgerError(f"the journal: {error!r}", transient=True)
             settling.done.set()
             del settling
@@ -121,11 +110,11 @@ class TigerBeetleLedger:
 
     Args:
       addresses: of the replicas, ``ip:port``, separated by commas.
-      cluster_id: the number the cluster was formatted with.
+      cluster_id: the number with which the cluster was formatted.
       journal: keeps the whole signals; closed with the ledger.
-      batch: transfers of one request at most; 253 for a server with ``--development``.
+      batch: the most transfers in one request; 253 for a server with ``--development``.
       close_seconds: how long :meth:`close` waits.
-      connect: makes the client.
+      connect: makes a client.
     """
 
     kind = "tigerbeetle"
@@ -137,7 +126,7 @@ class TigerBeetleLedger:
         journal: SqliteLedger,
         batch: int = MOST_TRANSFERS,
         close_seconds: float = 5.0,
-        connect: Callable[[int, str], Client] = tb.ClientSync,
+        connect: Callable[[int, str], tb.ClientSync] = tb.ClientSync,
     ) -> None:
         self._addresses = addresses
         self._cluster = cluster_id
@@ -145,23 +134,23 @@ class TigerBeetleLedger:
         self._batch = batch
         self._close_seconds = close_seconds
         self._connect = connect
-        self._left_over = True  # there may be outgoing signals that nobody sends again
+        self._left_over = True  # outgoing signals may need to be sent again
         self._settling: _Settling | None = None
         self._settler = _Settler(journal)
-        self._lock = threading.Lock()  # of these three, held for a moment only
+        self._lock = threading.Lock()  # of these three; held only for moments
         self.problem: str | None = None
-        """What keeps the ledger from working until somebody puts it right."""
+        """See :attr:`betrace.service.storage.ledger.base.Ledger.problem`."""
         self._clients = Clients(self._open, lambda session: session.client.close())
 
     @property
     def clients(self) -> ClientCounts:
-        """Clients that were given up."""
+        """See :attr:`betrace.service.storage.ledger.base.Ledger.clients`."""
         return self._clients.counts
 
     def start(self, seconds: float) -> None:
-        """Speak with the server, and send what the last process left outgoing; wait for that up to
-        ``seconds``. Raises :exc:`LedgerError` where the server answers and it never will work; a
-        server that is away is logged."""
+        """Connect to the server and send what the last process left outgoing; wait up to
+        ``seconds`` for that. Raises :exc:`LedgerError` if the server answers that this can never
+        work; an unreachable server is only logged."""
         failed: list[LedgerError] = []
         began = time.monotonic()
         thread = threading.Thread(target=self._try_start, args=(failed,), daemon=True)
@@ -171,7 +160,7 @@ class TigerBeetleLedger:
             self.replace(began)
             _log.warning(
                 "TigerBeetle at %s did not answer within %g s; signals wait in local files: check "
-                "that it runs, the addresses, and that the cluster's id is %d",
+                "that it runs, its addresses, and that the cluster's id is %d",
                 self._addresses,
                 seconds,
                 self._cluster,
@@ -190,15 +179,14 @@ class TigerBeetleLedger:
             failed.append(error)
 
     def record(self, signals: Sequence[Signal]) -> list[bool]:
-        """See :meth:`betrace.service.storage.ledger.base.Ledger.record`. After a transient error
-        it is not known
-        which of the signals are recorded; each is new the first time this returns for it."""
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.record`. After a transient error it
+        is unknown which signals are recorded; each counts as new the first time this returns."""
         with self._using() as session, session.writing:
-            with suppress(LedgerError):  # then there are signals left over
+            with suppress(LedgerError):  # then outgoing signals are sent again
                 self._settled()
             if self._left_over:
                 self._send_left_over(session)
-            new = self._journal.hold(signals)
+            new = self._journal.add_outgoing(signals)
             reasons = self._post(session, list(compress(signals, new)))
         if not reasons:
             return new
@@ -207,7 +195,7 @@ class TigerBeetleLedger:
 
     def _send_left_over(self, session: _Session) -> None:
         sent = after = 0
-        while page := self._journal.held(after, _PAGE):
+        while page := self._journal.outgoing(after, PAGE):
             after = page[-1][0]
             self._post(session, [signal for _, signal in page])
             sent += len(page)
@@ -215,12 +203,11 @@ class TigerBeetleLedger:
         with self._lock:
             self._left_over = self._clients.left(session)
         if sent:
-            _log.info("%d signals that had been left on their way were sent again", sent)
+            _log.info("%d outgoing signals were sent again", sent)
 
     def _settled(self, seconds: float | None = None) -> None:
-        """Wait until the journal knows what became of all batches, up to ``seconds``. Where it
-        could not be told, raises its error once, and what is outgoing is sent again before all
-        else."""
+        """Wait up to ``seconds`` until the journal has settled all batches. Raises its error once
+        if it failed; outgoing signals are then sent again before anything else."""
         settling = self._settling
         if settling is None:
             return
@@ -234,7 +221,7 @@ class TigerBeetleLedger:
             raise settling.error
 
     def _post(self, session: _Session, signals: list[Signal]) -> dict[str, str]:
-        """Send signals that are held, and settle them; why, by id, those that are refused are."""
+        """Send outgoing signals and settle them. Returns by id why some were refused."""
         refused = self._create_accounts(session, signals)
         sent = [signal for signal in signals if signal.id not in refused]
         for some in _chunks(sent, self._batch):
@@ -244,21 +231,21 @@ class TigerBeetleLedger:
                     refused[signal.id] = f"transfer: {result.status.name}"
         if signals:
             if self._clients.left(session):
-                # Who waited has gone, and sends them again: then they are settled, as new.
+                # The caller gave up and sends them again; they are settled then, as new.
                 raise LedgerError("the call was left behind", transient=True)
             self._settled()
-            gone = [signal for signal in signals if signal.id in refused]
+            never = [signal for signal in signals if signal.id in refused]
             recorded = [signal for signal in sent if signal.id not in refused]
             with self._lock:
-                self._settling = _Settling(recorded, gone)
+                self._settling = _Settling(recorded, never)
                 self._settler.put(self._settling)
         for reason in set(refused.values()):
-            _log.error("TigerBeetle refuses signals for ever, %s", reason)
+            _log.error("TigerBeetle permanently refuses signals: %s", reason)
         return refused
 
     def _create_accounts(self, session: _Session, signals: list[Signal]) -> dict[str, str]:
-        """See that the accounts are there: a transfer without is refused, and its id with it for
-        ever. The signals that cannot have them, and why."""
+        """Create missing accounts: TigerBeetle refuses a transfer without accounts, and its id for
+        ever after. Returns by signal id why some cannot have accounts."""
         accounts: dict[int, tb.Account] = {}
         for signal in signals:
             for account in _accounts(signal):
@@ -283,13 +270,13 @@ class TigerBeetleLedger:
         }
 
     def balance(self, tenant: str, rule_id: str) -> int:
-        """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`; of all who write to the
-        cluster."""
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`. Counts every service that
+        writes to the cluster."""
         return self._balances([rule_account(tenant, rule_id)]).get(rule_account(tenant, rule_id), 0)
 
     def balances(self, tenant: str) -> dict[str, int]:
-        """See :meth:`betrace.service.storage.ledger.base.Ledger.balances`: of the rules that
-        raised a signal here, the balances of all who write to the cluster."""
+        """See :meth:`betrace.service.storage.ledger.base.Ledger.balances`. Has the rules that
+        raised a signal here, and counts every service that writes to the cluster."""
         accounts = {rule: rule_account(tenant, rule) for rule in self._read().balances(tenant)}
         found = self._balances(list(accounts.values()))
         return {rule: found.get(account, 0) for rule, account in accounts.items()}
@@ -303,30 +290,30 @@ class TigerBeetleLedger:
                     found[account.id] = posted // AMOUNT
         return found
 
-    # What is read again: betrace.service.storage.ledger.record.Entries
+    # LedgerEntries, read from the journal
 
     def tenants(self) -> list[str]:
-        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        """See :class:`betrace.service.storage.ledger.base.LedgerEntries`."""
         return self._read().tenants()
 
     def count(self, tenant: str) -> int:
-        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        """See :class:`betrace.service.storage.ledger.base.LedgerEntries`."""
         return self._read().count(tenant)
 
     def last_entry(self, tenant: str) -> int:
-        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+        """See :class:`betrace.service.storage.ledger.base.LedgerEntries`."""
         return self._read().last_entry(tenant)
 
-    def entries(self, tenant: str, after: int = 0, limit: int = _PAGE) -> list[tuple[int, Signal]]:
-        """See :class:`betrace.service.storage.ledger.record.Entries`."""
+    def entries(self, tenant: str, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """See :class:`betrace.service.storage.ledger.base.LedgerEntries`."""
         return self._read().entries(tenant, after, limit)
 
-    def held(self, after: int = 0, limit: int = _PAGE) -> list[tuple[int, Signal]]:
-        """See :class:`betrace.service.storage.ledger.record.Entries`."""
-        return self._read().held(after, limit)
+    def outgoing(self, after: int = 0, limit: int = PAGE) -> list[tuple[int, Signal]]:
+        """See :class:`betrace.service.storage.ledger.base.LedgerEntries`."""
+        return self._read().outgoing(after, limit)
 
     def _read(self) -> SqliteLedger:
-        """The journal, of all batches unless it hangs."""
+        """The journal, with all batches settled unless it hangs."""
         with suppress(LedgerError):
             self._settled(_READERS_WAIT_SECONDS)
         return self._journal
@@ -337,7 +324,7 @@ class TigerBeetleLedger:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.replace`."""
         with self._lock:
             if self._settling is not None and not self._settling.done.is_set():
-                self._settling = None  # it may be what hangs
+                self._settling = None  # the settler may be what hangs
                 self._settler.stop()
                 self._settler = _Settler(self._journal)
                 self._left_over = True
@@ -347,8 +334,8 @@ class TigerBeetleLedger:
     def close(self) -> None:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.close`."""
         if not self._clients.close(self._close_seconds):
-            _log.warning("TigerBeetle's client hangs and is not closed")
-        with suppress(LedgerError):  # what is outgoing is sent at the next start
+            _log.warning("TigerBeetle's client hangs and was not closed")
+        with suppress(LedgerError):  # outgoing signals are sent at the next start
             self._settled(self._close_seconds)
         self._settler.stop()
         self._journal.close()
@@ -365,7 +352,7 @@ class TigerBeetleLedger:
 
     @contextmanager
     def _using(self) -> Iterator[_Session]:
-        """The session for one call; its errors told as :exc:`LedgerError`."""
+        """The session for one call; raises its errors as :exc:`LedgerError`."""
         with self._clients.use() as session:
             try:
                 yield session
@@ -373,8 +360,8 @@ class TigerBeetleLedger:
                 self._clients.discard(session)
                 low = isinstance(error, tb.ClientReleaseTooLowError)
                 self.problem = (
-                    f"TigerBeetle at {self._addresses} does not speak with this client's release, "
-                    f"{importlib.metadata.version('tigerbeetle')}, which is too "
+                    f"TigerBeetle at {self._addresses} refuses this client: its release "
+                    f"{importlib.metadata.version('tigerbeetle')} is too "
                     f"{'old' if low else 'new'}: "
                     + (
                         "install the server's release of the Python package tigerbeetle"
@@ -386,14 +373,14 @@ class TigerBeetleLedger:
                 raise LedgerError(self.problem, transient=False) from error
             except tb.TooMuchDataError as error:
                 self.problem = (
-                    f"TigerBeetle takes fewer than {self._batch} transfers at once: lower "
+                    f"TigerBeetle accepts fewer than {self._batch} transfers at once: lower "
                     "ledger.tigerbeetle.batch_transfers (253 with --development)"
                 )
                 raise LedgerError(self.problem, transient=False) from error
             except (tb.ClientEvictedError, tb.ClientClosedError) as error:
                 self._clients.discard(session)
                 raise LedgerError(
-                    f"TigerBeetle: {error} Another is made.", transient=True
+                    f"TigerBeetle: {error} A new client is made.", transient=True
                 ) from error
             else:
                 self.problem = None
@@ -411,8 +398,8 @@ def _accounts(signal: Signal) -> Iterable[tb.Account]:
 
 
 def event(signal: Signal) -> tb.Transfer:
-    """The signal's transfer. All of it follows from the signal's id: a breach that is found again
-    after a crash must give the identical event."""
+    """The signal's transfer. It depends only on what makes up the signal's id, because a breach
+    that is found again after a crash must give the identical event."""
     move = transfer(signal)
     return tb.Transfer(
         id=move.id,
@@ -427,7 +414,7 @@ def event(signal: Signal) -> tb.Transfer:
 
 
 def _hex(text: str, bits: int) -> int:
-    """The number that ``text`` is in hexadecimal; 0 where it is none, or has too many bits."""
+    """``text`` as a hexadecimal number; 0 if it is not one or has too many bits."""
     try:
         number = int(text, 16)
     except ValueError:

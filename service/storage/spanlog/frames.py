@@ -1,6 +1,6 @@
-"""The format of the span log's files, and how valid frames are found in damaged ones.
+"""The file format of the span log, and how valid frames are found in damaged files.
 
-A segment is a file header and then frames, end to end, all integers little-endian::
+A segment is a file header followed by frames, without gaps; all integers are little-endian::
 
     file header, 128 bytes              frame header, 40 bytes, then the payload
       0  magic "BTSPLOG\\n"                0  magic F7 42 54 46
@@ -13,13 +13,13 @@ A segment is a file header and then frames, end to end, all integers little-endi
      96  u32 crc of bytes 0 to 96        36  u8 version, u8 content type, u8 encoding, u8 0
     100  zeros                           40  payload
 
-Checksums are CRC-32 (of zlib, computed by ISA-L). A frame's header checksum starts with the
-salt and the position, so that bytes which merely look like a frame (a client may send a
-copy of a log file) or a frame that was moved are never taken for one; its whole checksum goes
-on from there over the payload.
+Checksums are CRC-32 (zlib's, computed by ISA-L). A frame's header checksum starts with the salt
+and the position, so that a moved frame, or bytes that merely look like a frame (a client may send a
+copy of a log file), are never mistaken for one. The checksum of the whole frame continues from
+there over the payload.
 
 A position is an int64: the segment's number times 2**32, plus the offset of the frame in it.
-Positions of a tenant only grow.
+Positions of a tenant only increase.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One request body as it came: ``payload`` is still in its ``encoding``. ``received_ns`` is
-    the wall clock, nanoseconds since 1970; ``spans`` is how many of its spans were accepted."""
+    """One request body as it was received: ``payload`` is still in its ``encoding``.
+    ``received_ns`` is the wall clock, in nanoseconds since 1970; ``spans`` is the number of its
+    spans that were accepted."""
 
     content_type: ContentType
     encoding: Encoding
@@ -65,7 +66,7 @@ class Frame:
 
     @property
     def stored_bytes(self) -> int:
-        """What the frame takes in a segment."""
+        """The frame's size in a segment."""
         return FRAME_HEADER_BYTES + len(self.payload)
 
 
@@ -97,10 +98,10 @@ def file_header(tenant: str, day: int, segment: int, salt: bytes) -> bytes:
 
 
 def read_file_header(header: bytes, tenant: str, segment: int) -> bytes | None:
-    """The salt of a segment; None where its header is damaged.
+    """The salt of a segment, None if its header is damaged.
 
-    Raises :exc:`ValueError` where the header is whole but not of this segment of this tenant,
-    or not of a version that this program can read.
+    Raises :exc:`ValueError` if the header is valid but belongs to another segment or tenant, or has
+    a version that this program cannot read.
     """
     head = header[: _FILE.size]
     if len(header) < FILE_HEADER_BYTES or header[_FILE.size : _FILE.size + 4] != _U32.pack(
@@ -112,13 +113,13 @@ def read_file_header(header: bytes, tenant: str, segment: int) -> bytes | None:
         raise ValueError(f"format version {version}, this program reads version {VERSION}")
     owner = name.rstrip(b"\0").decode("ascii", "replace")
     if (owner, number) != (tenant, segment):
-        raise ValueError(f"a file of tenant {owner}, segment {number}, put in this place")
+        raise ValueError(f"the file belongs to tenant {owner}, segment {number}; move it back")
     return cast(bytes, salt)
 
 
 def frame_header(frame: Frame, salt: bytes, position: int) -> bytes:
-    """The header of ``frame`` when it is stored at ``position``; :exc:`ValueError` where the
-    frame cannot be stored."""
+    """The header of ``frame`` for storing it at ``position``. Raises :exc:`ValueError` if the frame
+    is too large."""
     if len(frame.payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"a frame holds at most {MAX_PAYLOAD_BYTES} bytes")
     fields = _FIELDS.pack(
@@ -136,7 +137,7 @@ def frame_header(frame: Frame, salt: bytes, position: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A frame header that is whole."""
+    """A valid frame header."""
 
     salt: bytes
     crc: int
@@ -149,7 +150,7 @@ class Header:
     encoding: int
 
     def frame(self, payload: bytes) -> Frame | str:
-        """The frame with this payload, or what is wrong with it."""
+        """The frame with this payload, or why it is invalid."""
         if len(payload) < self.length:
             return "torn frame"
         if crc32(payload, self.check) != self.crc:
@@ -170,8 +171,8 @@ class Header:
 
 
 def read_header(data: bytes, position: int, salt: bytes | None) -> Header | str:
-    """The frame header in the first bytes of ``data``, or what is wrong with it. Without
-    ``salt`` (the file header is damaged), the frame's own is believed."""
+    """The frame header at the start of ``data``, or why it is invalid. Without ``salt`` (if the
+    file header is damaged), the frame's own salt is trusted."""
     if len(data) < FRAME_HEADER_BYTES:
         return "torn frame header"
     magic, own, crc, check = _HEADER.unpack_from(data)
@@ -189,9 +190,9 @@ def read_header(data: bytes, position: int, salt: bytes | None) -> Header | str:
 class SegmentReader:
     """Finds the frames of one segment between two offsets.
 
-    ``read(offset, length)`` gives the file's bytes, fewer only at its end. Where there is no
-    valid frame, the next is searched, and the bytes between are given to ``skipped`` with the
-    reason, as ``skipped(offset, bytes, reason)``.
+    ``read(offset, length)`` returns the file's bytes, fewer only at its end. Where there is no
+    valid frame, the reader searches for the next one and reports the bytes in between by calling
+    ``skipped(offset, bytes, reason)``.
     """
 
     def __init__(
@@ -207,11 +208,11 @@ class SegmentReader:
         self._base = 0
         self._block = read(0, FILE_HEADER_BYTES)
         self.salt = read_file_header(self._block, tenant, segment)
-        """None where the file header is damaged, until a valid frame gives it."""
+        """None if the file header is damaged, until a valid frame provides it."""
 
     def frames(self, start: int, end: int) -> Iterator[tuple[int, Frame]]:
-        """The frames that lie between the offsets, each with its offset, in order. ``start`` is
-        where a frame starts, or 0."""
+        """The frames between the offsets, each with its offset, in order. ``start`` is the offset
+        of a frame, or 0."""
         if self.salt is None and start < FILE_HEADER_BYTES and end > 0:
             self._skipped(0, min(FILE_HEADER_BYTES, end), "damaged file header")
         offset = max(start, FILE_HEADER_BYTES)
@@ -231,9 +232,9 @@ class SegmentReader:
             self._skipped(bad[0], end - bad[0], bad[1])
 
     def tail(self, end: int) -> tuple[int, str]:
-        """What the segment ends in: (``end``, "") where the last frame is whole, else where the
-        trouble begins and "torn" (what follows can only be the beginning of one frame, cut off)
-        or "damaged". Only headers are read, and the last frame's payload."""
+        """How the segment ends: (``end``, "") if the last frame is whole; otherwise the offset of
+        the problem and "torn" (what follows can only be the beginning of one frame) or "damaged".
+        Reads only the headers, and the last frame's payload."""
         if self.salt is None:
             return 0, "damaged"
         offset, last = FILE_HEADER_BYTES, None
@@ -265,7 +266,7 @@ class SegmentReader:
         return found
 
     def _search(self, offset: int, end: int) -> int:
-        """Where the next bytes are that begin like a frame, from ``offset`` on; or ``end``."""
+        """The offset of the next bytes that look like a frame, from ``offset`` on; or ``end``."""
         wanted = _MAGIC + (self.salt or b"")
         while offset < end:
             self._fill(offset, len(wanted))
@@ -284,7 +285,7 @@ class SegmentReader:
         return self._block[offset - self._base : offset - self._base + length]
 
     def _fill(self, offset: int, length: int) -> None:
-        """Have ``length`` bytes from ``offset`` on in the block, where the file has them."""
+        """Read ``length`` bytes from ``offset`` on into the block, as far as the file has them."""
         if offset < self._base or offset + length > self._base + len(self._block):
             self._block = self._read(offset, max(length, _BLOCK))
             self._base = offset

@@ -1,8 +1,9 @@
-"""The span log: every accepted request body as it came, the source of truth.
+"""The span log: every accepted request body as it was received. It is the source of truth.
 
 Layout: ``<data>/<tenant>/log/<YYYY-MM-DD>/<segment>.seg``; the format of a segment is described in
-:mod:`betrace.service.storage.spanlog.frames`. All methods block and may be called from any thread;
-appends to one tenant exclude each other.
+:mod:`betrace.service.storage.spanlog.frames`. ``<data>/log.floor`` holds the highest segment number
+that a deleted tenant used, as text. All methods block and may be called from any thread; appends to
+one tenant exclude each other.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from betrace.service.durable import write_atomically
 from betrace.service.storage.disk import Disk
-from betrace.service.storage.lockfile import LockedError, LockFile
-from betrace.service.storage.paths import tenant_directory, tenants_with, write_atomically
-from betrace.service.storage.spanlog.frames import Frame, Skipped, pack_position, unpack_position
+from betrace.service.storage.lockfile import LockFile
+from betrace.service.storage.paths import tenant_directory, tenants_with
+from betrace.service.storage.spanlog.frames import Frame, Skipped
 from betrace.service.storage.spanlog.open_files import OpenFiles
 from betrace.service.storage.spanlog.sync import LogSyncer
 from betrace.service.storage.spanlog.tenant_log import (
@@ -32,33 +34,17 @@ from betrace.service.storage.spanlog.tenant_log import (
     TenantLog,
 )
 
-__all__ = [
-    "Disk",
-    "Frame",
-    "FrameCorrupt",
-    "FrameMissing",
-    "LockedError",
-    "LogSyncError",
-    "LogWriteError",
-    "Segment",
-    "Skipped",
-    "SpanLog",
-    "SpanLogStatistics",
-    "pack_position",
-    "unpack_position",
-]
-
 _LOG = "log"
 _DELETED = "log.deleted"
 LOCK_FILE = "log.lock"
-"""In the data directory; who has it locked owns the log, and with it the directory."""
+"""In the data directory; the process that locks it owns the log and the directory."""
 _FLOOR = "log.floor"
 _SKIPPED_KEPT = 1000
 
 
 class LogSyncError(OSError):
-    """The disk failed to make frames durable. ``tenants`` names whose: for theirs that were
-    written since the last sync nothing is promised."""
+    """The disk failed to make frames durable. ``tenants`` are those affected: their frames written
+    since the last sync may be lost."""
 
     def __init__(self, tenants: Sequence[str], cause: OSError) -> None:
         super().__init__(
@@ -72,33 +58,34 @@ class LogSyncError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class SpanLogStatistics:
-    """What the log did since it was opened."""
+    """Counters since the log was opened."""
 
     bytes: int
-    """Written, headers included."""
+    """Written, including headers."""
     frames: int
     """Appended."""
     spans: int
     """Accepted spans in the appended frames."""
     write_failures: int
-    """Appends that raised."""
+    """Appends that failed."""
     sync_failures: int
-    """Tenants' syncs that raised."""
+    """Syncs that failed, one per tenant."""
     unsynced_bytes: int
-    """Written and not yet synced."""
+    """Bytes written and not yet synced."""
     last_sync_seconds: float
-    """How long the last sync took that had something to do."""
+    """Duration of the last sync that had something to sync."""
     open_files: int
     skipped: int
-    """Damaged stretches met, see :attr:`SpanLog.skipped`."""
+    """Damaged stretches found, see :attr:`SpanLog.skipped`."""
 
 
 class SpanLog:
     """The log in ``directory``.
 
-    A segment is closed at ``segment_bytes`` (a single larger frame has one to itself); at most
-    ``open_files`` files are kept open. Raises :exc:`LockedError` where another process owns the
-    log; with ``read_only`` the log is not owned, and another process may be appending to it.
+    A segment is closed at ``segment_bytes`` (a larger frame gets a segment of its own); at most
+    ``open_files`` files are kept open. Raises
+    :exc:`betrace.service.storage.lockfile.LockedError` if another process owns the log. With
+    ``read_only`` the log is not owned, and another process may be appending to it.
     """
 
     def __init__(
@@ -159,7 +146,7 @@ class SpanLog:
         return log
 
     def _existing(self, tenant: str) -> TenantLog | None:
-        """The log of ``tenant`` where it has one: asking for others must not fill the memory."""
+        """The log of ``tenant`` if it has one; queries for other tenants must not use memory."""
         directory = tenant_directory(self._directory, tenant) / _LOG
         if tenant not in self._tenants and not directory.is_dir():
             return None
@@ -175,11 +162,11 @@ class SpanLog:
     # Writing
 
     def append(self, tenant: str, frames: Sequence[Frame]) -> list[int]:
-        """Write frames and return their positions, in order, once the system has them all (they
-        survive the death of the process; that of the machine after :meth:`sync`).
+        """Write frames and return their positions, in order. Written frames survive a process
+        crash; after :meth:`sync` they survive a machine crash.
 
-        All or nothing: raises :exc:`LogWriteError` and takes back what it wrote where the disk
-        is full or fails; :exc:`ValueError` for a bad tenant name or a frame over 1 GiB.
+        All or nothing: if the disk is full or fails, removes what it wrote and raises
+        :exc:`LogWriteError`. Raises :exc:`ValueError` for a bad tenant name or a frame over 1 GiB.
         """
         self._own()
         if not frames:
@@ -202,9 +189,9 @@ class SpanLog:
             return positions
 
     def sync(self, tenants: Iterable[str] | None = None) -> int:
-        """Make durable what was appended to ``tenants`` (all without) before the call; returns how
-        many bytes that were. Several tenants are synced at once (:class:`LogSyncer`). Raises
-        :exc:`LogSyncError` after all were tried."""
+        """Make durable what was appended to ``tenants`` (default: all) before the call; returns the
+        number of bytes. Several tenants are synced at once (:class:`LogSyncer`). Raises
+        :exc:`LogSyncError` after trying all of them."""
         self._own()
         with self._lock:
             logs = (
@@ -236,7 +223,7 @@ class SpanLog:
     # Reading
 
     def end(self, tenant: str) -> int:
-        """The position after the last frame, 0 without any: the next is here or later."""
+        """The position after the last frame, 0 without any. The next frame is here or later."""
         log = self._existing(tenant)
         if log is None:
             return 0
@@ -245,13 +232,13 @@ class SpanLog:
     written = end
 
     def synced(self, tenant: str) -> int:
-        """The position up to which the frames survive the death of the machine."""
+        """The position up to which frames survive a machine crash."""
         log = self._existing(tenant)
         return log.synced if log else 0
 
     def read(self, tenant: str, position: int) -> Frame:
-        """The frame at ``position``, its checksum checked. Raises :exc:`FrameMissing` where there
-        is no such segment, :exc:`FrameCorrupt` where no whole frame is there."""
+        """The frame at ``position``, after checking its checksum. Raises :exc:`FrameMissing` if
+        there is no such segment, :exc:`FrameCorrupt` if there is no whole frame."""
         found = self.read_many(tenant, [position])[0]
         if isinstance(found, Exception):
             raise found
@@ -260,8 +247,8 @@ class SpanLog:
     def read_many(
         self, tenant: str, positions: Sequence[int]
     ) -> list[Frame | FrameMissing | FrameCorrupt]:
-        """The frames at ``positions``, in their order, or in a frame's place why it could not be
-        read: one that is damaged does not hide the others."""
+        """The frames at ``positions``, in the same order; in place of a frame that cannot be read,
+        the error."""
         log = self._existing(tenant)
         if log is None:
             return [FrameMissing(f"tenant {tenant} has no log") for _ in positions]
@@ -281,11 +268,11 @@ class SpanLog:
         since_ns: int | None = None,
         until_ns: int | None = None,
     ) -> Iterator[tuple[int, Frame]]:
-        """The frames from position ``start`` (the first without) to before ``stop`` (what is
-        there now without), received at ``since_ns`` or later and before ``until_ns``, each with
-        its position, in order of position.
+        """The frames from position ``start`` (default: the first) to before ``stop`` (default: the
+        present end), received at ``since_ns`` or later and before ``until_ns``, each with its
+        position, in order of position.
 
-        Damaged stretches are passed over and reported in :attr:`skipped`.
+        Damaged stretches are skipped and reported in :attr:`skipped`.
         """
         log = self._existing(tenant)
         if log is None:
@@ -320,22 +307,22 @@ class SpanLog:
     # Deleting
 
     def release(self, tenant: str, segments: Collection[int]) -> int:
-        """Delete segments of ``tenant`` (archived, or past retention) by number; returns the
-        bytes freed. The newest segment stays, so that numbers go on from it."""
+        """Delete segments of ``tenant`` (archived, or past retention) by number; returns the bytes
+        freed. The newest segment stays, so that numbering continues from it."""
         self._own()
         log = self._existing(tenant)
         return log.release(segments) if log else 0
 
     def delete_tenant(self, tenant: str) -> None:
-        """Delete the tenant's whole log. Should it come back, its segment numbers go on, so
-        that no old position points into its new log."""
+        """Delete the tenant's whole log. If the tenant is created again, its segment numbers
+        continue, so that no old position points into the new log."""
         self._own()
         log = self._existing(tenant)
         if log is None:
             return
         directory = tenant_directory(self._directory, tenant)
         with log.lock:
-            if log.gone:  # by another thread, at the same time
+            if log.gone:  # deleted by another thread in the meantime
                 return
             last = log.retire()
             with self._lock:
@@ -349,7 +336,7 @@ class SpanLog:
             directory.rmdir()
 
     def close(self) -> None:
-        """Sync, close the files and give the log up. Twice does no harm."""
+        """Sync, close the files and release the lock. Idempotent."""
         if self._owner is not None:
             try:
                 self.sync()

@@ -13,38 +13,39 @@ from pathlib import Path
 
 _ENOUGH = 65_536
 _KEPT = 1024
-_SHARE = 8  # of the files a process may open: connections and DuckDB need most
+_SHARE = 8  # one in so many files that a process may open; connections and DuckDB need the rest
 
 
 def raise_limit() -> None:
-    """Let this process open as many files as the system lets it, up to 65 536: a connection is one,
-    and a tenant is three. The soft limit is low only for programs that use ``select``."""
+    """Raise this process' limit of open files as far as the system allows, up to 65 536: each
+    connection needs one, each tenant three. The soft limit is low only for programs that use
+    ``select``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # it goes on with what it has
+        with suppress(OSError, ValueError):  # continue with the present limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def affordable() -> int:
-    """How many files may be kept open only to save their opening: an eighth of this process'
-    limit, at most 1024."""
+    """How many files may stay open just to avoid reopening them: an eighth of this process' limit,
+    at most 1024."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _KEPT if soft == resource.RLIM_INFINITY else max(1, min(soft // _SHARE, _KEPT))
 
 
 @dataclass(slots=True, eq=False)
-class _Open:
+class _OpenFile:
     descriptor: int
     users: int = 0
     doomed: bool = False  # close when the last user is done
 
 
 class OpenFiles:
-    """Keeps up to ``limit`` files open (with ``flags``), closing the one used longest ago.
+    """Keeps up to ``limit`` files open (with ``flags``), closing the least recently used one.
 
-    A file in use is never closed, so that there can be as many open files as ``limit`` or as
-    users at this moment, whichever is more. Thread-safe.
+    A file in use is never closed, so there may be more open files than ``limit`` while there are
+    more users. Thread-safe.
     """
 
     def __init__(self, limit: int, flags: int = os.O_RDWR) -> None:
@@ -52,7 +53,7 @@ class OpenFiles:
             raise ValueError("the limit of open files must be at least 1")
         self._limit = limit
         self._flags = flags | os.O_CLOEXEC
-        self._files: OrderedDict[Path, _Open] = OrderedDict()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -60,12 +61,12 @@ class OpenFiles:
 
     @contextmanager
     def use(self, path: Path, flags: int = 0) -> Iterator[int]:
-        """The descriptor of ``path``, opened (with these flags also) where it is not open yet;
+        """The descriptor of ``path``, opened (with these additional flags) if it is not open yet;
         it stays open until the block ends. Raises :exc:`OSError` as :func:`os.open` does."""
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = _Open(os.open(path, self._flags | flags, 0o644))
+                file = _OpenFile(os.open(path, self._flags | flags, 0o644))
                 self._files[path] = file
             file.users += 1
             self._files.move_to_end(path)
@@ -79,20 +80,20 @@ class OpenFiles:
                 self._shrink()
 
     def forget(self, path: Path) -> None:
-        """Close ``path``, once nobody uses it; the next use opens it again."""
+        """Close ``path`` as soon as nobody uses it; the next use opens it again."""
         with self._lock:
             file = self._files.pop(path, None)
             if file is not None:
                 self._doom(file)
 
     def close(self) -> None:
-        """Close everything, each file once nobody uses it."""
+        """Close every file as soon as nobody uses it."""
         with self._lock:
             for file in self._files.values():
                 self._doom(file)
             self._files.clear()
 
-    def _doom(self, file: _Open) -> None:
+    def _doom(self, file: _OpenFile) -> None:
         if file.users:
             file.doomed = True
         else:

@@ -1,4 +1,4 @@
-"""How many tenants' logs are synced at once: each file, or the whole filesystem by one call."""
+"""Syncs many tenants' logs at once: each file, or the whole filesystem in one call."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from betrace.service.storage.spanlog.filesystem import reliable
 from betrace.service.storage.spanlog.tenant_log import Dirty, TenantLog
 
 MANY = 32
-"""Dirty logs from which one call for all is tried; below it costs no less than their files."""
+"""Dirty logs from which one call for all is used; below that it is not cheaper."""
 SLOW_SECONDS = 0.25
-"""Of such a call: others write to the filesystem, and the logs would wait for their data."""
+"""A call that takes longer shows that other programs write to the filesystem, for whose data the
+logs would wait."""
 REST_SECONDS = 60.0
-"""For which the files are then synced instead."""
+"""How long files are synced one by one after a slow call."""
 _THREADS = 4
 
 Result = int | OSError
-"""Of a tenant: the bytes that became durable, or why they did not."""
+"""For one tenant: the bytes that became durable, or why they did not."""
 
 
 class LogSyncer:
-    """Syncs the logs below ``directory``; one call at a time. Close it."""
+    """Syncs the logs below ``directory``, one call at a time. Must be closed."""
 
     def __init__(
         self, directory: Path, disk: Disk, clock: Callable[[], float] = time.monotonic
@@ -33,17 +34,17 @@ class LogSyncer:
         self._disk = disk
         self._clock = clock
         self._threads = ThreadPoolExecutor(_THREADS, "span-log-sync")
-        # Held open: a failed write is told to descriptors that are older than it.
+        # Stays open: a failed write is reported only to descriptors opened before it.
         self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         self._device = os.fstat(self._descriptor).st_dev
         self._reliable = reliable(directory)
         self._rests_until = 0.0
 
     def sync(self, logs: Sequence[TenantLog]) -> list[Result]:
-        """Make durable what was written to each before the call, and say for each how it went."""
+        """Make durable what was written to each log before the call; returns a result for each."""
         together = []
         if len(logs) >= MANY and self._reliable and self._clock() >= self._rests_until:
-            # What an earlier process wrote is not: its failures were told to its descriptors.
+            # Not what an earlier process wrote: failures were reported to that process.
             together = [k for k, log in enumerate(logs) if self._can(log)]
         if len(together) < MANY:
             return self._by_file([(log, log.take_dirty()) for log in logs])
@@ -62,8 +63,8 @@ class LogSyncer:
         try:
             self._disk.sync_filesystem(self._descriptor)
         except OSError:
-            # Somebody's write failed: the files say whose. Each is told of its own failures,
-            # whatever the call for all has told.
+            # Some write failed, and the files tell which: each reports its own failures even
+            # after the call for all has reported them.
             return self._by_file(taken)
         ended = self._clock()
         if ended - began > SLOW_SECONDS:
@@ -76,7 +77,7 @@ class LogSyncer:
         return list(self._threads.map(_sync_files, taken))
 
     def close(self) -> None:
-        """Give the threads and the descriptor back."""
+        """Stop the threads and close the descriptor."""
         self._threads.shutdown()
         os.close(self._descriptor)
 

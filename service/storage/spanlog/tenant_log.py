@@ -1,9 +1,11 @@
-"""One tenant's part of the span log: its segments, and the place where the next frame goes."""
+"""One tenant's part of the span log: its segments, and where the next frame goes."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,8 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+from betrace.service.durable import sync_directory
 from betrace.service.storage.disk import Buffer, Disk
-from betrace.service.storage.paths import sync_directory
 from betrace.service.storage.spanlog import frames as format_
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
@@ -27,11 +29,14 @@ from betrace.service.storage.spanlog.frames import (
 )
 from betrace.service.storage.spanlog.open_files import OpenFiles
 
+_log = logging.getLogger("service.spanlog")
+
+_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{8,10}\.seg")
 _DAY_NS = 86_400 * 10**9
-_LATE_NS = 3600 * 10**9  # a frame this much before its segment's day may still go there
+_LATE_NS = 3600 * 10**9  # a segment accepts frames received this much before its day
 _READ_FIRST = 1 << 16
-# After the death of a process its last writes may not be on the disk yet. The kernel writes back
-# what is older than 30 s; segments that changed within this time are synced again.
+# After a process crash, its last writes may not be on the disk yet. The kernel writes back what is
+# older than 30 s; segments that changed within this time are synced again.
 _UNCERTAIN_SECONDS = 600
 
 
@@ -40,16 +45,16 @@ class LogWriteError(OSError):
 
 
 class FrameMissing(LookupError):  # noqa: N818
-    """No segment has this position; it may have been released."""
+    """No segment contains this position; it may have been released."""
 
 
 class FrameCorrupt(ValueError):  # noqa: N818
-    """What is at this position is not a whole frame."""
+    """There is no whole frame at this position."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A file of the log. ``day`` is the UTC day its frames were received in."""
+    """A file of the log. ``day`` is the UTC day on which its frames were received."""
 
     number: int
     day: date
@@ -65,7 +70,7 @@ class _Part:
     day: int
     path: Path
     salt: bytes
-    start: int  # the segment's end before
+    start: int  # the previous end of the segment
     end: int
     new: bool
     buffers: list[Buffer] = field(default_factory=list)
@@ -82,10 +87,10 @@ class Dirty:
 
 
 class TenantLog:
-    """The segments of one tenant. Thread-safe; appends exclude each other, reads don't.
+    """The segments of one tenant. Thread-safe; appends exclude each other, reads do not.
 
-    ``directory`` is the tenant's log directory, ``floor`` the number after which a tenant
-    without segments begins. :meth:`open` comes first.
+    ``directory`` is the tenant's log directory; a tenant without segments starts numbering after
+    ``floor``. Call :meth:`open` first.
     """
 
     def __init__(
@@ -100,8 +105,8 @@ class TenantLog:
     ) -> None:
         self.tenant = tenant
         self.lock = threading.Lock()
-        self.gone = False  # deleted: ask for another
-        self.recovered = False  # whether some of what is to be synced was written before the start
+        self.gone = False  # deleted; a new instance is needed
+        self.recovered = False  # whether unsynced frames include some from before the start
         self.unsynced = 0
         self.written = 0
         self.synced = 0
@@ -112,24 +117,34 @@ class TenantLog:
         self._skipped = skipped
         self._opened = False
         self._paths: dict[int, Path] = {}
-        self._limits: dict[int, int] = {}  # ends of segments that could not be cut off
+        # Where to stop reading segments that could not be truncated.
+        self._limits: dict[int, int] = {}
+        self._strays: set[Path] = set()  # files that are not segments and were reported
         self._dirty: dict[int, Path] = {}
         self._dirty_directories: dict[Path, None] = {}
-        self._current: _Part | None = None  # None: the next append begins a segment
+        self._current: _Part | None = None  # None if the next append starts a segment
         self._last = floor
 
     # Files
 
     def _list(self) -> dict[int, Path]:
-        found = {
-            int(path.stem): path
-            for path in self._directory.glob("????-??-??/*.seg")
-            if path.stem.isdecimal()
-        }
+        found: dict[int, Path] = {}
+        for path in sorted(self._directory.glob("*/*.seg")):
+            number = _segment_number(path)
+            if number and number not in found:
+                found[number] = path
+            elif path not in self._strays:
+                self._strays.add(path)
+                _log.warning(
+                    "%s is not a segment of the span log (its name should be "
+                    "YYYY-MM-DD/NNNNNNNN.seg with an unused number) and is ignored: move it "
+                    "away",
+                    path,
+                )
         return dict(sorted(found.items()))
 
     def refresh(self) -> None:
-        """List the files again: another process appends to them."""
+        """List the files again, because another process appends to the log."""
         with self.lock:
             self._paths = self._list()
 
@@ -145,7 +160,7 @@ class TenantLog:
         return found
 
     def _end(self, number: int, path: Path) -> int:
-        """Up to where the segment may be read."""
+        """The offset up to which the segment may be read."""
         current = self._current
         if current is not None and current.number == number:
             return current.end
@@ -169,9 +184,9 @@ class TenantLog:
     # Opening
 
     def open(self, recover: bool) -> None:
-        """Find the segments, the first time. With ``recover`` the end of the last is looked at: a
-        torn frame is cut off; where it is damaged in another way, the segment is left as it is
-        and the next append begins a new one."""
+        """Find the segments, at the first call. With ``recover``, check the end of the last one: a
+        torn frame is cut off; after other damage the segment stays as it is and the next append
+        starts a new one."""
         if self._opened:
             return
         with self.lock:
@@ -238,7 +253,7 @@ class TenantLog:
         return positions
 
     def _plan(self, frames: Sequence[Frame]) -> tuple[list[_Part], list[int]]:
-        """Which frames go where; nothing is written yet."""
+        """Decide which frames go where, without writing."""
         parts: list[_Part] = []
         positions = []
         part = self._current
@@ -266,7 +281,11 @@ class TenantLog:
 
     def _begin(self, day: int) -> _Part:
         if self._last >= MAX_SEGMENT:
-            raise LogWriteError(errno.EFBIG, f"tenant {self.tenant} has no segment numbers left")
+            raise LogWriteError(
+                errno.EFBIG,
+                f"the span log of tenant {self.tenant} has no segment numbers left: delete the "
+                "tenant, or use another one",
+            )
         self._last += 1
         salt = os.urandom(8)
         name = (date(1970, 1, 1) + timedelta(days=day)).isoformat()
@@ -290,14 +309,14 @@ class TenantLog:
             self._disk.write_all(descriptor, part.buffers, part.start)
 
     def _make(self, directory: Path) -> None:
-        """Make a directory and what leads to it, and have the next sync make them durable."""
+        """Create a directory and its parents, and have the next sync make them durable."""
         self._dirty_directories[directory] = None
         if not directory.exists():
             self._make(directory.parent)
             directory.mkdir(exist_ok=True)
 
     def _undo(self, part: _Part) -> None:
-        """Take a part of a failed append back, or never touch its segment again."""
+        """Undo a part of a failed append; if that fails, stop using its segment."""
         if part.new:
             self._files.forget(part.path)
             with suppress(OSError):
@@ -311,8 +330,7 @@ class TenantLog:
             self._current = None
 
     def take_dirty(self) -> Dirty:
-        """What a sync has to do, of which the caller must then tell :meth:`sync_files` or
-        :meth:`settle`."""
+        """What must be synced. The caller must then call :meth:`sync_files` or :meth:`settle`."""
         with self.lock:
             taken = Dirty(
                 list(self._dirty.values()),
@@ -325,8 +343,9 @@ class TenantLog:
         return taken
 
     def sync_files(self, dirty: Dirty) -> int:
-        """Make it durable, one file after the other; the number of bytes. :exc:`OSError` where the
-        disk fails: then the segment takes no more frames, for what it holds is uncertain."""
+        """Sync each file; returns the number of bytes that became durable. Raises :exc:`OSError` if
+        the disk fails; the segment then takes no more frames, because its contents are
+        uncertain."""
         try:
             for path in dirty.files:
                 self._sync_file(path)
@@ -341,21 +360,21 @@ class TenantLog:
         return self.settle(dirty)
 
     def settle(self, dirty: Dirty) -> int:
-        """It is durable; the number of bytes."""
+        """Note that everything is durable; returns the number of bytes."""
         self.synced = max(self.synced, dirty.written)
         return dirty.bytes
 
     def on_device(self, device: int) -> bool:
-        """Whether the log lies on the filesystem of this number (``st_dev``)."""
+        """Whether the log is on the filesystem with this number (``st_dev``)."""
         try:
             return self._directory.stat().st_dev == device
-        except FileNotFoundError:  # deleted meanwhile
+        except FileNotFoundError:  # deleted in the meantime
             return False
 
     def _sync_file(self, path: Path) -> None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:  # released meanwhile
+        except FileNotFoundError:  # released in the meantime
             return
         try:
             self._disk.sync(descriptor)
@@ -364,7 +383,7 @@ class TenantLog:
 
     @property
     def dirty(self) -> bool:
-        """Whether a sync has something to do."""
+        """Whether there is something to sync."""
         return bool(self._dirty or self._dirty_directories)
 
     # Reading
@@ -406,7 +425,7 @@ class TenantLog:
             end = min(segment.bytes, last_offset) if segment.number == last else segment.bytes
             try:
                 reader = self._reader(segment.number, segment.path)
-            except FileNotFoundError:  # released meanwhile
+            except FileNotFoundError:  # released in the meantime
                 continue
             except ValueError as error:
                 self._skipped(Skipped(self.tenant, segment.number, 0, end, str(error)))
@@ -436,12 +455,12 @@ class TenantLog:
         return freed
 
     def end(self) -> int:
-        """The position after the last frame, by the files alone."""
+        """The position after the last frame, according to the files."""
         segments = self.segments()
         return pack_position(segments[-1].number, segments[-1].bytes) if segments else 0
 
     def retire(self) -> int:
-        """Close all files, for good; the highest segment number that was used. The caller holds
+        """Close all files for good; returns the highest segment number used. The caller holds
         ``lock``."""
         self.gone = True
         for path in self._paths.values():
@@ -449,8 +468,20 @@ class TenantLog:
         return self._last
 
 
+def _segment_number(path: Path) -> int:
+    """The number of a segment, 0 if ``path`` cannot be one."""
+    if _NAME.fullmatch(f"{path.parent.name}/{path.name}") is None or not path.is_file():
+        return 0
+    try:
+        date.fromisoformat(path.parent.name)
+    except ValueError:
+        return 0
+    number = int(path.stem)
+    return number if number <= MAX_SEGMENT else 0
+
+
 def _covers(day: date, since_ns: int | None, until_ns: int | None) -> bool:
-    """Whether a segment of ``day`` can hold frames of that time."""
+    """Whether a segment of ``day`` can hold frames from that time."""
     start = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
     return (since_ns is None or since_ns < start + _DAY_NS) and (
         until_ns is None or until_ns > start - _LATE_NS

@@ -199,6 +199,6 @@ async def test_a_cache_is_emptied(client, service):
 
 
 async def test_caches_are_warmed(client, service):
-    service.rule_writer.put("acme", "r", {"condition": "a"}, None)
+    service.tools.rule_writer.put("acme", "r", {"condition": "a"}, None)
     answer = await client.post("/api/admin/cache-warmup")
     assert (answer["tenants"], answer["loaded"], answer["failed"]) == (1, 1, 0)

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.tenancy.access import Denied
+from betrace.service.tenancy.authentication import Denied
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import opened, settings
 
@@ -96,7 +96,7 @@ class Authenticator:
 async def test_each_kind_of_endpoint_checks_its_callers(service):
     client = ApiClient(service, Authenticator())
     for tenant in ("acme", "other"):
-        service.rule_writer.put(tenant, tenant, {"condition": "never { a }"}, None)
+        service.tools.rule_writer.put(tenant, tenant, {"condition": "never { a }"}, None)
 
     async def rules(**headers):
         return [rule["id"] for rule in (await client.get("/api/v1/rules", **headers))["rules"]]
@@ -119,7 +119,7 @@ async def test_each_kind_of_endpoint_checks_its_callers(service):
 
 
 async def test_without_authentication_the_header_names_the_tenant(client, service):
-    service.rule_writer.put("acme", "r", {"condition": "never { a }"}, None)
+    service.tools.rule_writer.put("acme", "r", {"condition": "never { a }"}, None)
     assert len((await client.get("/api/v1/rules", X_Scope_OrgID="acme"))["rules"]) == 1
     assert (await client.get("/api/v1/rules"))["rules"] == []
     error = await client.get("/api/v1/signals", 400, X_Scope_OrgID="Acme!")
@@ -129,7 +129,7 @@ async def test_without_authentication_the_header_names_the_tenant(client, servic
 async def test_a_deleted_tenant_gets_403(client, service):
     service.gate.closed.add("gone")
     error = await client.get("/api/v1/signals", 403, X_Scope_OrgID="gone")
-    assert "is deleted" in error["message"]
+    assert "was deleted" in error["message"]
     await client.get("/api/v1/signals", X_Scope_OrgID="other")
 
 

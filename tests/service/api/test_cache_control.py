@@ -32,7 +32,7 @@ async def look(service, tenant="default"):
 
 
 def stats(service, name="traceMetadata"):
-    return service.cache_stats()[name]
+    return service.caches.statistics()[name]
 
 
 async def test_caches_are_warm_soon_after_the_start(config, caplog):
@@ -112,7 +112,7 @@ async def test_a_trace_viewed_while_open_is_loaded_when_it_closes(config):
         with trio.fail_after(10):
             while seen is None:  # the trace is open, its early signal may not be stored yet
                 trace = S(1).trace.hex()
-                seen = await trio.to_thread.run_sync(service.reader.trace, "default", trace)
+                seen = await trio.to_thread.run_sync(service.tools.reader.trace, "default", trace)
             while not stats(service)["size"]:
                 await trio.sleep(0.02)
         asked = stats(service)["missCount"]
@@ -132,7 +132,7 @@ async def test_late_spans_are_visible_and_verdicts_are_as_without_a_cache(config
         assert before["verdicts"]["no-b"]["verdict"] == "breach"
         await send(service, [S(9, name="x", trace=b"\2" * 16)], "acme")
         with trio.fail_after(20):
-            while service.traces()["default"].closed_count:
+            while service.pipeline.correlate.tenants["default"].closed_count:
                 await trio.sleep(0.1)
         (before,) = (await look(service)).values()
         await send(service, [S(2), S(3, name="b")])

@@ -5,7 +5,7 @@ from pathlib import Path
 from betrace.service.api.app import create_api
 from betrace.service.api.openapi import all_endpoints, openapi
 from betrace.service.api.reference import markdown
-from betrace.service.export.destinations import DESTINATIONS
+from betrace.service.config.stages import EXPORTS
 from betrace.service.pipeline import breakers
 
 ROOT = Path(__file__).parents[3]
@@ -57,7 +57,7 @@ def test_the_markdown_file_is_current_and_has_every_endpoint():
 def test_the_documentation_lists_every_breaker():
     (endpoint,) = [e for e in all_endpoints() if e.path == "/api/admin/breakers/{name}/{action}"]
     (text,) = [param.description for param in endpoint.path_params if param.name == "name"]
-    for name in (*breakers.NAMES, *DESTINATIONS):
+    for name in (*breakers.NAMES, *EXPORTS):
         assert f"`{name}`" in text
 
 

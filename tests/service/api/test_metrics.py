@@ -21,7 +21,7 @@ async def families(tmp_path, *, busy: bool):
         if busy:
             await send(service, [S(1), S(2), S(2), S(0)])
             await closed(service)
-        text = (await service.scrape()).decode()
+        text = (await service.tools.exposition.scrape()).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 

@@ -18,7 +18,7 @@ STAGES = ("span-ingestion", "trace-correlation", "rule-evaluation", "storage-wri
 async def test_rates_and_latencies_after_work(tmp_path):
     write_rules(tmp_path, {"r": "never { a }"})
     async with running(settings(tmp_path)) as service:
-        before = service.performance_metrics()
+        before = service.tools.performance.metrics()
         assert before["spanIngestionRate"] == 0
         assert before["ruleEvaluationP99"] is None
         assert before["stages"]["projection"]["latencyMs"] == {
@@ -32,7 +32,7 @@ async def test_rates_and_latencies_after_work(tmp_path):
         await folded(service)
         await closed(service)
         await trio.sleep(performance.SHARED_SECONDS)
-        found = service.performance_metrics()
+        found = service.tools.performance.metrics()
         elapsed = trio.current_time() - began
         assert found["spanIngestionRate"] == pytest.approx(60 / elapsed, rel=0.9)
         assert found["duckDBInsertThroughput"] > 0
@@ -63,7 +63,7 @@ async def test_a_latency_is_as_exact_as_documented(tmp_path):
         observe = service.latencies.ledger.observe
         for milliseconds in range(1, 101):
             observe(milliseconds / 1000)
-        found = service.performance_metrics()["tigerBeetleWriteLatency"]
+        found = service.tools.performance.metrics()["tigerBeetleWriteLatency"]
         assert found == pytest.approx(99, rel=RELATIVE_ERROR)
 
 
@@ -71,26 +71,26 @@ async def test_simultaneous_requests_share_quantiles_but_not_totals(tmp_path, mo
     monkeypatch.setattr(performance, "SHARED_SECONDS", 60)
     async with running(settings(tmp_path)) as service:
         service.latencies.ledger.observe(0.01)
-        first = service.performance_metrics()
+        first = service.tools.performance.metrics()
         service.latencies.ledger.observe(1)
         await send(service, [S(1)])
         await folded(service)
-        again = service.performance_metrics()
+        again = service.tools.performance.metrics()
         assert again["tigerBeetleWriteLatency"] == first["tigerBeetleWriteLatency"]
         assert again["spansAccepted"] == first["spansAccepted"] + 1
         monkeypatch.setattr(performance, "SHARED_SECONDS", 0)
         service.latencies.ledger.observe(1)
         service.latencies.ledger.observe(1)
-        assert service.performance_metrics()["tigerBeetleWriteLatency"] > 900
+        assert service.tools.performance.metrics()["tigerBeetleWriteLatency"] > 900
 
 
 async def test_the_window_moves_in_a_running_service(tmp_path):
     config = settings(tmp_path, metrics={"address": "off", "window_seconds": 0.3})
     async with running(config) as service:
         service.latencies.ledger.observe(1)
-        assert service.performance_metrics()["tigerBeetleWriteLatency"] > 900
+        assert service.tools.performance.metrics()["tigerBeetleWriteLatency"] > 900
         with trio.fail_after(10):
-            while service.performance_metrics()["tigerBeetleWriteLatency"] is not None:
+            while service.tools.performance.metrics()["tigerBeetleWriteLatency"] is not None:
                 await trio.sleep(0.05)
 
 

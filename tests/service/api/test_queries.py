@@ -18,13 +18,12 @@ from betrace.service.api.endpoint import Tools
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.settings import Api
+from betrace.service.config.edge import Api
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.recovery.history import TraceHistory
-from betrace.service.pipeline.stages.correlate import CorrelateStage, TraceLimits
-from betrace.service.pipeline.stages.evaluate import decide_due
+from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
@@ -32,7 +31,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.window import Windows
+from betrace.service.traces.verdicts import decide_due
 from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
 
 pytestmark = pytest.mark.kernel
@@ -56,9 +55,7 @@ def stores(tmp_path, warm):
         s.progress,
         InFlight(),
         TraceLimits(SECOND, SECOND, SECOND, SECOND, 100, 1000),
-        ClosedTraces(1 << 16),
-        lambda tenant, ids: s.history.load(tenant, ids),
-        Windows(),
+        LateSpans(ClosedTraces(1 << 16), lambda tenant, ids: s.history.load(tenant, ids)),
         time.time_ns,
     )
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
@@ -392,7 +389,7 @@ async def test_signals_and_traces_in_pages(stores):
     assert trace["trace_id"] == TRACE
     assert (await ask(stores, "GET", "/api/v1/traces?min_duration=1s"))["traces"] == []
     error = await ask(stores, "GET", "/api/v1/traces?cursor=abc", 400)
-    assert "not one of this list" in error["error"]["message"]
+    assert "does not belong to this list" in error["error"]["message"]
 
 
 async def test_the_summary(stores):

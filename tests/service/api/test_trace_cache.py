@@ -10,7 +10,7 @@ import pytest
 from betrace.service.api import trace_cache
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.storage.duck.store import Change
+from betrace.service.storage.duck.store import StoreChange
 
 
 class Store:
@@ -29,7 +29,7 @@ class Store:
             raise StoreError("away", transient=True)
         return SimpleNamespace(positions=[self.version])
 
-    def signals(self, tenant, **_):
+    def signals(self, tenant, wanted=None, **_):
         return [SimpleNamespace(signal=SimpleNamespace(context=None, trace_id="01"))], None
 
 
@@ -65,7 +65,7 @@ def test_an_unknown_change_drops_the_whole_tenant(cache, store):
 def test_a_write_long_after_the_last_view_drops_the_tenant(cache, store, now):
     seen(cache)
     now[0] = 201.0
-    store.on_change("a", Change((), None, None))
+    store.on_change("a", StoreChange((), None, None))
     assert cache.cache.statistics().size == 0
     store.version = 2
     assert seen(cache) == [2]
@@ -102,5 +102,5 @@ def test_nothing_is_loaded_ahead_for_tenants_without_recent_views(cache, store, 
     signals, _ = store.signals("a")
     seen(cache)
     now[0] = 150.0
-    store.on_change("a", Change([each.signal for each in signals], None, None))
+    store.on_change("a", StoreChange([each.signal for each in signals], None, None))
     assert cache.load_ahead() == 0

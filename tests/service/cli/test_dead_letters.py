@@ -93,16 +93,16 @@ def run(service, *arguments, code=0):
     return result
 
 
-def test_list_shows_a_line_each(service):
+def test_list_prints_one_line_per_letter(service):
     lines = run(service, "list").stdout.splitlines()
     assert len(lines) == 6
     assert lines[1].split()[:4] == ["1", "rule-evaluation", "acme", "4"]
-    assert "when told to" in lines[1]
+    assert "on request" in lines[1]
     assert "2025-01-31T12:01:05" in lines[2]
     assert lines[2].endswith("boom 2")
 
 
-def test_list_says_when_there_are_more(service):
+def test_list_says_if_there_are_more(service):
     output = run(service, "list", "--limit", "2", "--stage", "projection", "--tenant", "b").stdout
     assert "more than 2" in output
     assert service.asked[0][2] == {"stage": "projection", "tenant": "b", "limit": "2"}
@@ -114,7 +114,7 @@ def test_list_reads_page_by_page(service):
     assert [each["id"] for each in found] == [str(number) for number in range(1, 1501)]
 
 
-def test_list_without_any(service):
+def test_an_empty_list(service):
     service.letters = {}
     assert run(service, "list").stdout == "no dead letters\n"
     assert json.loads(run(service, "list", "--json").stdout) == []
@@ -128,8 +128,18 @@ def test_show(service):
     assert "no dead letter 99" in run(service, "show", "99", code=3).stderr
 
 
+def test_escape_sequences_are_escaped(service):
+    service.letters[3]["error"] = "\x1b[2Jboom\nmore \x9b1m"
+    assert r"\x1b[2Jboom" in run(service, "list").stdout
+    shown = run(service, "show", "3").stdout
+    assert r"\x1b[2Jboom" in shown
+    assert r"more \x9b1m" in shown
+    assert "\x1b" not in shown
+    assert "\x9b" not in run(service, "show", "3", "--json").stdout
+
+
 def test_retry_and_discard(service):
-    assert run(service, "retry", "1", "2").stdout == "2 letters will be tried again\n"
+    assert run(service, "retry", "1", "2").stdout == "2 letters will be retried\n"
     assert run(service, "discard", "1").stdout == "1 letter discarded\n"
     assert [asked[:2] for asked in service.asked] == [
         ("POST", ["1", "retry"]),
@@ -138,9 +148,9 @@ def test_retry_and_discard(service):
     ]
 
 
-def test_those_that_are_not_there_are_named(service):
+def test_missing_letters_are_named(service):
     result = run(service, "retry", "1", "99", code=1)
-    assert result.stdout == "1 letter will be tried again\n"
+    assert result.stdout == "1 letter will be retried\n"
     assert "no dead letter 99" in result.stderr
     found = json.loads(run(service, "discard", "99", "--json", code=1).stdout)
     assert found == {"done": 0, "missing": [99]}
@@ -148,7 +158,7 @@ def test_those_that_are_not_there_are_named(service):
 
 def test_retry_of_all(service):
     output = run(service, "retry", "--all", "--tenant", "acme", "--token", "secret").stdout
-    assert output == "5 letters will be tried again\n"
+    assert output == "5 letters will be retried\n"
     assert service.asked == [("POST", ["retry"], {"tenant": "acme"}, "Bearer secret")]
 
 
@@ -174,7 +184,7 @@ def test_a_refusal_is_a_sentence(service):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://["])
-def test_a_service_that_is_not_there(url):
+def test_an_unreachable_service(url):
     result = CliRunner().invoke(dead_letters, ["list", "--url", url])
     assert result.exit_code == 3
     assert "betrace serve" in result.stderr

@@ -1,10 +1,11 @@
-"""The demo: its shop, and that it notices when something is not as expected."""
+"""The demo and its shop, and that it notices unexpected results."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ import pytest
 from click.testing import CliRunner, Result
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from betrace.service.app import Addresses
 from betrace.service.cli.demo import run as demo
 from betrace.service.cli.demo import shop as demo_shop
 from betrace.service.cli.main import cli
 from betrace.service.otlp.encoding import decode_body
-from betrace.service.rules.store import check_file, load_file
+from betrace.service.rules.yaml_file import check_file, load_file
 from tests.support.loggers import restored
 
 RULES = Path(demo.__file__).parent / "rules"
@@ -38,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture
 def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    """A port that takes traces, and what it got."""
+    """A server that accepts traces, and its requests."""
     requests: list[ExportTraceServiceRequest] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -66,7 +68,7 @@ def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
 
 
 @pytest.mark.slow
-def test_the_shop_passes_its_traces_on(collector: Any, capsys: Any) -> None:
+def test_the_shop_propagates_its_traces(collector: Any, capsys: Any) -> None:
     url, requests = collector
     demo_shop.main(["--endpoint", url, "--once"])
     sent = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -108,19 +110,19 @@ def test_every_rule_is_broken_by_a_scenario_and_kept_by_another() -> None:
 
 
 @pytest.mark.slow
-def test_once_finds_what_it_expects() -> None:
+def test_once_finds_the_expected_signals() -> None:
     result = betrace("--once")
     assert result.exit_code == 0, result.output
-    told = result.stdout
+    printed = result.stdout
     expected = sum(len(rules) for _, rules in demo_shop.SCENARIOS.values())
     count = len(demo_shop.SCENARIOS)
-    assert f"{count} traces, {expected} of {expected} expected signals found: as it" in told
-    assert "critical payment-fraud-check  trace " in told
-    assert [line[:4] for line in told.splitlines()].count("ok  ") == count
+    assert f"{count} traces, {expected} of {expected} expected signals found: all as" in printed
+    assert "critical payment-fraud-check  trace " in printed
+    assert [line[:4] for line in printed.splitlines()].count("ok  ") == count
 
 
 @pytest.mark.slow
-def test_once_says_what_was_not_expected(monkeypatch: Any) -> None:
+def test_once_reports_missing_and_unexpected_signals(monkeypatch: Any) -> None:
     scenarios = {
         "buys a book": (demo_shop.SCENARIOS["buys a book"][0], frozenset({"slow-checkout"})),
         "buys a laptop, and nobody checks for fraud": (
@@ -143,31 +145,51 @@ def test_once_says_what_was_not_expected(monkeypatch: Any) -> None:
         ("buys a book", ["slow-checkout"], []),
         ("buys a laptop, and nobody checks for fraud", [], ["payment-fraud-check"]),
     ]
-    assert "not everything was there after 12 s" in result.stderr
+    assert "some expected signals were missing after 12 s" in result.stderr
 
 
 @pytest.mark.slow
-def test_it_goes_on_until_ctrl_c(monkeypatch: Any) -> None:
-    """And prints signals meanwhile."""
+def test_it_prints_signals_until_ctrl_c(monkeypatch: Any) -> None:
     found = []
     real = demo._Demo._print_signal
 
-    def print_signal(self: Any, told: Any) -> None:
-        real(self, told)
-        found.append(told)
+    def print_signal(self: Any, printed: Any) -> None:
+        real(self, printed)
+        found.append(printed)
         if len(found) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(demo._Demo, "_print_signal", print_signal)
-    result = betrace("--json")
+    result = betrace("--json", "--ingest", "127.0.0.1:0", "--api", "127.0.0.1:0")
     assert result.exit_code == 0, result.output
     printed = [json.loads(line) for line in result.stdout.splitlines()]
     assert printed == found
-    assert {told["kind"] for told in printed} == {"raised"}
+    assert {printed["kind"] for printed in printed} == {"raised"}
     assert "where to look next" in result.stderr
 
 
-def test_a_shop_that_fails_is_told(monkeypatch: Any) -> None:
+def test_default_ports_are_used_if_they_are_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert demo._free(address) == "127.0.0.1:0"
+    assert demo._free(address) == address
+
+
+@pytest.mark.parametrize(
+    ("api", "line"),
+    [
+        ("http://127.0.0.1:8090", "  the TUI   betrace tui"),
+        ("http://127.0.0.1:99", "  the TUI   betrace tui --url http://127.0.0.1:99"),
+    ],
+)
+def test_it_says_how_to_start_the_tui(api: str, line: str, capsys: Any) -> None:
+    shown = demo._Demo(once=False, as_json=False)
+    shown._addresses = Addresses(ingest="http://127.0.0.1:4318", api=api, metrics=None)
+    shown._say_where_to_look()
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_failing_shop_is_reported(monkeypatch: Any) -> None:
     monkeypatch.setattr(demo.sys, "executable", "/bin/false")
     result = betrace("--once")
     assert result.exit_code == 3

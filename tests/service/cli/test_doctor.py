@@ -1,4 +1,4 @@
-"""betrace doctor: sound data is good; each trouble is found, with what to do, and left as it is."""
+"""betrace doctor finds each problem with its remedy, and changes nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from betrace.service.cli.doctor import machine, stores
-from betrace.service.cli.doctor.checks import FAILED, OK, WARNING, Finding, diagnose
-from betrace.service.cli.doctor.finding import size
+from betrace.service.cli.doctor.checks import diagnose
+from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
 from betrace.service.cli.main import cli
 from betrace.service.config.settings import Settings
 from betrace.service.storage.ledger.base import tenant_account
@@ -40,7 +41,7 @@ OFF = {"address": "off"}
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
-    """What a service that ran left."""
+    """The directory that a service left behind."""
     directory = tmp_path_factory.mktemp("kept")
     write_rules(directory, {"r": "never { a }"})
 
@@ -56,7 +57,7 @@ def kept(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data(kept, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of its data."""
     shutil.copytree(kept / "data", tmp_path / "data")
     return tmp_path / "data"
 
@@ -97,7 +98,7 @@ def contents(data: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def test_sound_data_is_good_and_left_as_it_is(data, synchronised, monkeypatch):
+def test_sound_data_is_good_and_stays_unchanged(data, synchronised, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda _: file_system(50))
     before = contents(data)
     diagnosis = diagnose(None, options(data))
@@ -111,7 +112,7 @@ def test_sound_data_is_good_and_left_as_it_is(data, synchronised, monkeypatch):
     assert contents(data) == before
 
 
-def test_an_empty_directory_is_good(tmp_path):
+def test_a_missing_directory_is_good(tmp_path):
     for check in (stores.rules, stores.span_log, stores.checkpoint, stores.ledger):
         assert worst(check(settings(tmp_path / "none"))).status == OK
     assert worst(stores.duckdb_files(settings(tmp_path / "none"))).status == OK
@@ -119,7 +120,7 @@ def test_an_empty_directory_is_good(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_wrong_configuration_is_all_that_is_said(tmp_path):
+def test_a_wrong_configuration_is_the_only_finding(tmp_path):
     config = tmp_path / "config.toml"
     config.write_text("[storage]\npaht = 1\n")
     diagnosis = diagnose(config, {})
@@ -128,7 +129,7 @@ def test_a_wrong_configuration_is_all_that_is_said(tmp_path):
     assert not diagnosis.good
 
 
-def test_a_check_that_fails_is_a_finding(data, monkeypatch):
+def test_a_check_that_raises_is_a_finding(data, monkeypatch):
     def fail(_: Any) -> Any:
         raise RuntimeError("on purpose")
 
@@ -139,14 +140,14 @@ def test_a_check_that_fails_is_a_finding(data, monkeypatch):
     assert diagnosis.findings[-1].check == "waiting"  # the others were done
 
 
-def test_the_command_prints_and_answers(data):
+def test_the_command(data):
     environment = {f"BETRACE_{name}__ADDRESS": "off" for name in ("INGEST", "API", "METRICS")}
     (data / "ledger.sqlite").write_bytes(b"no database" * 1000)
     ran = CliRunner().invoke(cli, ["doctor", "--data", str(data), "--json"], env=environment)
     assert ran.exit_code == 1
-    told = json.loads(ran.stdout)
-    assert told["good"] is False
-    (bad,) = [each for each in told["checks"] if each["status"] == "failed"]
+    printed = json.loads(ran.stdout)
+    assert printed["good"] is False
+    (bad,) = [each for each in printed["checks"] if each["status"] == "failed"]
     assert bad["check"] == "ledger"
     listeners = ["--ingest", "off", "--api", "off", "--metrics", "off"]
     ran = CliRunner().invoke(cli, ["doctor", "--data", str(data), *listeners])
@@ -163,14 +164,14 @@ def test_a_directory_that_is_a_file(tmp_path):
     assert worst(machine.directory(settings(tmp_path / "data"))).status == FAILED
 
 
-def test_rights_are_looked_at(tmp_path, monkeypatch):
+def test_permissions(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "may not be written" in worst(machine.directory(settings(tmp_path))).found
-    assert "cannot be made" in worst(machine.directory(settings(tmp_path / "new"))).found
+    assert "is not writable" in worst(machine.directory(settings(tmp_path))).found
+    assert "cannot be created" in worst(machine.directory(settings(tmp_path / "new"))).found
 
 
 @pytest.mark.parametrize(("free", "status"), [(50, OK), (15, WARNING), (3, FAILED)])
-def test_room_on_the_disk(tmp_path, monkeypatch, free, status):
+def test_free_space(tmp_path, monkeypatch, free, status):
     monkeypatch.setattr(os, "statvfs", lambda _: file_system(free))
     assert worst(machine.disk(settings(tmp_path))).status == status
     assert list(tmp_path.iterdir()) == []
@@ -207,10 +208,10 @@ def test_the_running_services_own_port(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as own, LockFile(tmp_path / LOCK_FILE):
         address = f"127.0.0.1:{own.getsockname()[1]}"
         found = worst(machine.ports(settings(tmp_path, api={"address": address})))
-        assert "is the running service's" in found.found
+        assert "belongs to the running service" in found.found
 
 
-def test_who_owns_the_directory(tmp_path):
+def test_the_owner_of_the_directory(tmp_path):
     assert machine.owner(tmp_path) is None
     with LockFile(tmp_path / LOCK_FILE):
         assert machine.owner(tmp_path) == os.getpid()
@@ -220,7 +221,7 @@ def test_who_owns_the_directory(tmp_path):
 @pytest.mark.parametrize(
     ("code", "body", "status", "text"),
     [
-        (200, {"a": {"status": "ok", "detail": ""}}, OK, "all 1 parts are ok"),
+        (200, {"a": {"status": "ok", "detail": ""}}, OK, "all 1 components are ok"),
         (503, {"a": {"status": "failed", "detail": "no disk"}}, FAILED, "a is failed: no disk"),
         (200, {"a": {"status": "degraded", "detail": "x"}}, WARNING, "a is degraded: x"),
         (200, None, FAILED, "does not answer"),
@@ -280,7 +281,7 @@ def test_the_clock(tmp_path, monkeypatch, synchronised):
     assert worst(machine.clock(settings(tmp_path))).status == FAILED
 
 
-def test_the_kernel_is_asked_for_the_clock():
+def test_the_kernel_reports_whether_the_clock_is_synchronised():
     assert machine._unsynchronised() in (True, False)
 
 
@@ -308,7 +309,7 @@ def test_certificates(tmp_path, days, status):
     assert worst(machine.secrets(settings(tmp_path, tls=tls))).status == status
 
 
-def test_a_certificate_that_is_none(tmp_path):
+def test_an_invalid_certificate(tmp_path):
     tls = {"certificate": str(tmp_path / "x"), "key": str(tmp_path / "y")}
     assert "TLS cannot use" in worst(machine.secrets(settings(tmp_path, tls=tls))).found
 
@@ -358,7 +359,7 @@ def test_an_old_checkpoint_of_a_running_service(data, monkeypatch):
         assert worst(stores.checkpoint(settings(data))).status == WARNING
 
 
-def test_ledgers_that_are_none(data):
+def test_ledgers_that_cannot_be_used(data):
     path = data / LEDGER_FILE
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA user_version = 99")
@@ -368,7 +369,7 @@ def test_ledgers_that_are_none(data):
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE x (y)")
     database.close()
-    assert "is no ledger" in worst(stores.ledger(settings(data))).found
+    assert "is not a ledger" in worst(stores.ledger(settings(data))).found
 
 
 def test_a_ledger_that_takes_too_long(data, monkeypatch):
@@ -377,7 +378,7 @@ def test_a_ledger_that_takes_too_long(data, monkeypatch):
     assert found.status == OK  # it is small, or it is not looked at to the end
 
 
-def test_tigerbeetle_that_is_away(data):
+def test_tigerbeetle_that_cannot_be_reached(data):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -415,7 +416,7 @@ def test_a_tigerbeetle_of_another_cluster_never_answers(data, monkeypatch):
     assert ended.wait(5)
 
 
-def test_a_tigerbeetle_that_became_the_ledger_later_lacks_what_was_before(data, monkeypatch):
+def test_a_tigerbeetle_adopted_later_lacks_earlier_transfers(data, monkeypatch):
     import tigerbeetle
 
     class Client:
@@ -439,6 +440,16 @@ def test_a_tigerbeetle_that_became_the_ledger_later_lacks_what_was_before(data, 
         assert "lacks" not in list(stores.ledger(given))[1].found
 
 
+def test_tigerbeetle_without_its_extra(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tigerbeetle", None)
+    with socket.create_server(("127.0.0.1", 0)) as replica:
+        limits = {"addresses": f"127.0.0.1:{replica.getsockname()[1]}"}
+        given = settings(data, ledger={"kind": "tigerbeetle", "tigerbeetle": limits})
+        found = worst(stores.ledger(given))
+    assert found.status == FAILED
+    assert "pip install 'betrace[tigerbeetle]'" in found.remedy
+
+
 def test_a_damaged_duckdb_file(data):
     (data / "acme/betrace.duckdb").write_bytes(b"x" * 5000)
     found = worst(stores.duckdb_files(settings(data)))
@@ -448,7 +459,7 @@ def test_a_damaged_duckdb_file(data):
         assert worst(stores.duckdb_files(settings(data))).status == OK
 
 
-def test_what_waits(data):
+def test_data_waiting_for_a_store(data):
     (data / "fallback/ledger").mkdir(parents=True, exist_ok=True)
     (data / "fallback/ledger/1.jsonl").write_text("{}\n")
     assert "3 bytes in local files" in worst(stores.waiting(settings(data))).found

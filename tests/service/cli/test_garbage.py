@@ -1,4 +1,4 @@
-"""Full collections look at what is new, and at everything when that has doubled."""
+"""Full collections visit new objects, and everything once the frozen ones have doubled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from betrace.service.cli.garbage import short_pauses
 
 
 class Ring:
-    """Dies only when the collector finds it."""
+    """Is freed only by the collector."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -21,7 +21,7 @@ class Ring:
 
 @pytest.fixture(autouse=True)
 def by_hand() -> Iterator[None]:
-    """Nothing is collected but when the test says so."""
+    """Collect only when the test says so."""
     gc.collect()
     gc.disable()
     yield
@@ -29,7 +29,7 @@ def by_hand() -> Iterator[None]:
     assert not gc.get_freeze_count()
 
 
-def test_what_a_full_collection_found_alive_is_not_looked_at_again() -> None:
+def test_survivors_of_a_full_collection_are_not_visited_again() -> None:
     before = len(gc.get_objects())
     with short_pauses():
         gc.collect()
@@ -39,13 +39,13 @@ def test_what_a_full_collection_found_alive_is_not_looked_at_again() -> None:
         frozen = gc.get_freeze_count()
         kept = [[] for _ in range(1000)]
         gc.collect(1)
-        assert gc.get_freeze_count() == frozen  # only a full one sets aside
+        assert gc.get_freeze_count() == frozen  # only a full one freezes
         gc.collect()
         assert gc.get_freeze_count() >= frozen + len(kept)
     assert len(gc.get_objects()) >= before * 0.9
 
 
-def test_cycles_that_are_new_are_found_as_ever() -> None:
+def test_new_cycles_are_found() -> None:
     with short_pauses():
         gc.collect()
         ring = weakref.ref(Ring())
@@ -53,7 +53,7 @@ def test_cycles_that_are_new_are_found_as_ever() -> None:
         assert ring() is None
 
 
-def test_cycles_that_were_set_aside_are_found_when_that_has_grown(
+def test_frozen_cycles_are_found_after_growth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(garbage, "LEAST", 0)
@@ -61,12 +61,12 @@ def test_cycles_that_were_set_aside_are_found_when_that_has_grown(
     with short_pauses():
         alive = Ring()
         ring = weakref.ref(alive)
-        gc.collect()  # thorough, and the cycle is set aside
+        gc.collect()  # visits everything, and freezes the cycle
         del alive
         gc.collect()
         assert ring() is not None
         kept = [[] for _ in range(gc.get_freeze_count() // 10)]
-        gc.collect()  # finds that there is a tenth more
+        gc.collect()  # notices a tenth more
         gc.collect()
         assert ring() is None
         assert kept

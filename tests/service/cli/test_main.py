@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it answers with, and that errors are sentences."""
+"""The command line: output, exit codes, and errors as sentences."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from betrace.service.cli import main as module
 from betrace.service.cli import serve as running
 from betrace.service.cli.main import cli
 from betrace.service.cli.serve import run_service
+from betrace.service.config.edge import Logging
 from betrace.service.config.load import load
-from betrace.service.config.settings import Logging
+from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.telemetry.logs import set_up_logging
 from tests.support.loggers import restored
 
@@ -94,7 +95,9 @@ JSON_TRACE = {
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     found = [path]
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         if isinstance(command, click.Group):
             found += commands(command, (*path, name))
         else:
@@ -121,8 +124,38 @@ def test_wrong_usage(arguments: list[str]) -> None:
 def test_version() -> None:
     result = betrace("version", "--json")
     assert result.exit_code == 0
-    told = json.loads(result.stdout)
-    assert betrace("version").stdout == f"betrace {told['betrace']} (Python {told['python']})\n"
+    printed = json.loads(result.stdout)
+    text = f"betrace {printed['betrace']} (Python {printed['python']})\n"
+    assert betrace("version").stdout == text
+    assert betrace("--version").stdout == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "says"),
+    [
+        (
+            ["tui"],
+            "textual",
+            "betrace tui needs Textual; install it with: pip install 'betrace[tui]'",
+        ),
+        (["demo"], "opentelemetry.sdk", "install it with: pip install 'betrace[demo]'"),
+        (["serve"], "tigerbeetle", "betrace serve needs the TigerBeetle client; install it with"),
+        (["serve"], "other", "this is a bug: ModuleNotFoundError"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    monkeypatch: Any, arguments: list[str], missing: str, says: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ModuleNotFoundError(f"No module named '{missing}'", name=missing)
+
+    monkeypatch.setattr(
+        module.Commands, "get_command", lambda _, __, name: click.Command(name, callback=fail)
+    )
+    result = betrace(*arguments)
+    assert result.exit_code == 3
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 # Errors
@@ -134,7 +167,8 @@ def test_version() -> None:
         (PermissionError(13, "Permission denied", "/x"), "betrace: /x: Permission denied; check"),
         (httpx.ConnectError("refused"), "did not answer (refused); try again"),
         (ExceptionGroup("", [OSError("a"), ExceptionGroup("", [OSError("b")])]), "betrace: b"),
-        (ZeroDivisionError("by zero"), "a bug: ZeroDivisionError: by zero; please report"),
+        (DeadLetterError("the dead letters are damaged"), "betrace: the dead letters are damaged"),
+        (ZeroDivisionError("by zero"), "this is a bug: ZeroDivisionError: by zero; please report"),
     ],
 )
 def test_errors_are_sentences(monkeypatch: Any, error: Exception, says: str) -> None:
@@ -150,7 +184,7 @@ def test_errors_are_sentences(monkeypatch: Any, error: Exception, says: str) -> 
     assert betrace("--debug", "version").exception is error
 
 
-def test_a_reader_that_goes_away_is_no_error(rules: Path) -> None:
+def test_a_closed_pipe_is_not_reported(rules: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     arguments = [sys.executable, "-m", "betrace.service", "rules", "check", str(rules)]
@@ -163,12 +197,12 @@ def test_a_reader_that_goes_away_is_no_error(rules: Path) -> None:
 # rules check
 
 
-def test_good_rules(rules: Path) -> None:
+def test_valid_rules(rules: Path) -> None:
     result = betrace("rules", "check", rules)
     assert (result.exit_code, result.stdout) == (0, "1 file, 2 rules: all good\n")
 
 
-def test_bad_rules_are_told_with_their_place(rules: Path, tmp_path: Path) -> None:
+def test_invalid_rules_are_reported_with_their_location(rules: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text(BROKEN)
     missing = tmp_path / "missing.yaml"
@@ -178,11 +212,11 @@ def test_bad_rules_are_told_with_their_place(rules: Path, tmp_path: Path) -> Non
     assert "payment and\n             ^" in result.stdout
     assert f"{missing}: cannot be read: No such file or directory" in result.stdout
     assert result.stdout.endswith("3 files: 4 problems\n")
-    told = json.loads(betrace("rules", "check", "--json", rules, bad, missing).stdout)
-    assert told["valid"] is False
-    assert told["rules"] == 2
-    assert [p["rule"] for p in told["problems"]] == ["broken", "other", "other", None]
-    assert told["problems"][0]["line"] == 1
+    printed = json.loads(betrace("rules", "check", "--json", rules, bad, missing).stdout)
+    assert printed["valid"] is False
+    assert printed["rules"] == 2
+    assert [p["rule"] for p in printed["problems"]] == ["broken", "other", "other", None]
+    assert printed["problems"][0]["line"] == 1
 
 
 def test_a_directory_stands_for_its_files(rules: Path, tmp_path: Path) -> None:
@@ -196,7 +230,7 @@ def test_a_directory_stands_for_its_files(rules: Path, tmp_path: Path) -> None:
     empty.mkdir()
     result = betrace("rules", "check", empty)
     assert result.exit_code == 3
-    assert "has no rule files; they are named *.yaml" in result.stderr
+    assert "has no rule files; their names end in .yaml" in result.stderr
 
 
 # rules test
@@ -219,24 +253,33 @@ def test_a_breach_and_why(rules: Path, tmp_path: Path, form: str) -> None:
     ]
 
 
+def test_names_with_escape_sequences_are_escaped(rules: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.pb"
+    trace.write_bytes(a_trace(1500))
+    rules.write_text('rules: [{id: a, name: "\\e[31mred", condition: "never { \\"x\\" }"}]\n')
+    result = betrace("rules", "test", rules, "--trace", trace)
+    assert "\x1b" not in result.stdout
+    assert r"\x1b[31mred" in result.stdout
+
+
 def test_a_rule_that_is_kept(rules: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.pb"
     trace.write_bytes(a_trace(10))
     assert betrace("rules", "test", rules, "--trace", trace).exit_code == 0
 
 
-def test_one_rule_also_one_that_is_not_enabled(rules: Path, tmp_path: Path) -> None:
+def test_a_rule_that_is_not_enabled_is_tested(rules: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.pb"
     trace.write_bytes(a_trace(1500, loops=7))
     result = betrace("rules", "test", rules, "--trace", trace, "--rule", "loops", "--json")
     assert result.exit_code == 1
-    (told,) = json.loads(result.stdout)
-    assert told["rule_id"] == "loops"
-    assert told["breach"] is True
-    assert told["clause"] == "never"
-    assert told["counts"] == {"loop": 7}
-    assert told["evidence"] == {"loop": [f"{number:02x}" * 8 for number in range(1, 6)]}
-    assert told["enabled"] is False
+    (printed,) = json.loads(result.stdout)
+    assert printed["rule_id"] == "loops"
+    assert printed["breach"] is True
+    assert printed["clause"] == "never"
+    assert printed["counts"] == {"loop": 7}
+    assert printed["evidence"] == {"loop": [f"{number:02x}" * 8 for number in range(1, 6)]}
+    assert printed["enabled"] is False
     text = betrace("rules", "test", rules, "--trace", trace, "--rule", "loops").stdout
     assert "0505050505050505 …" in text
 
@@ -245,14 +288,14 @@ def test_one_rule_also_one_that_is_not_enabled(rules: Path, tmp_path: Path) -> N
     ("content", "says"),
     [
         (b"", "no span with a valid trace id"),
-        (b"{]", "is no trace in OTLP JSON"),
-        (b"hello", "is no trace in OTLP JSON"),
+        (b"{]", "is not a trace in OTLP JSON"),
+        (b"hello", "is not a trace in OTLP JSON"),
         (b"\x1f\x8b\x08\x00garbage", "gzip"),
         (a_trace(1, traces=2), "several traces"),
         (a_trace(1)[:-1], "(at byte "),
     ],
 )
-def test_a_trace_that_cannot_be_judged(
+def test_a_trace_that_cannot_be_tested(
     rules: Path, tmp_path: Path, content: bytes, says: str
 ) -> None:
     trace = tmp_path / "trace"
@@ -264,7 +307,7 @@ def test_a_trace_that_cannot_be_judged(
     assert result.stderr.startswith("betrace: ")
 
 
-def test_what_a_trial_needs(rules: Path, tmp_path: Path) -> None:
+def test_missing_inputs_of_a_test(rules: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     result = betrace("rules", "test", rules, "--trace", trace)
     assert result.exit_code == 3
@@ -282,12 +325,12 @@ def test_what_a_trial_needs(rules: Path, tmp_path: Path) -> None:
 # serve
 
 
-def test_what_keeps_it_from_serving(tmp_path: Path) -> None:
+def test_errors_that_prevent_the_start(tmp_path: Path) -> None:
     for arguments, says in (
         (["--config", "missing.toml"], "missing.toml cannot be read"),
         (["--ingest", "nowhere"], "ingest.address"),
         (["--api", "0.0.0.0:8090"], "--insecure"),
-        (["--rules", tmp_path / "missing"], "make it, or name another with --rules"),
+        (["--rules", tmp_path / "missing"], "create it, or name another with --rules"),
         (["--data", "/dev/null/data"], "/dev/null/data"),
     ):
         result = betrace("serve", *arguments)
@@ -309,7 +352,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("option", [[], ["--json"]])
-def test_serve_says_where_until_sigterm(
+def test_serve_prints_its_addresses_and_runs_until_sigterm(
     tmp_path: Path, monkeypatch: Any, quiet: None, option: list[str]
 ) -> None:
     real = running.run_service
@@ -328,9 +371,9 @@ def test_serve_says_where_until_sigterm(
     result = betrace("serve", "--data", tmp_path / "data", *free, *option)
     assert result.exit_code == 0, result.output
     if option:
-        told = json.loads(result.stdout)
-        assert told["metrics"] is None
-        assert told["api"] != told["ingest"]
+        printed = json.loads(result.stdout)
+        assert printed["metrics"] is None
+        assert printed["api"] != printed["ingest"]
         return
     spans, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
     assert spans.endswith("/v1/traces")
@@ -365,7 +408,7 @@ def test_a_companion_ends_with_the_service(tmp_path: Path) -> None:
 
 
 def test_a_signal_before_it_is_ready_ends_it(tmp_path: Path, monkeypatch: Any) -> None:
-    told = []
+    printed = []
     monkeypatch.setattr(running, "_COMPILE_NOTICE_SECONDS", 0.01)
 
     def slow_start() -> None:
@@ -373,48 +416,48 @@ def test_a_signal_before_it_is_ready_ends_it(tmp_path: Path, monkeypatch: Any) -
         threading.Event().wait(0.3)
 
     async def never(_: Any) -> None:
-        told.append("ready")
+        printed.append("ready")
 
     monkeypatch.setattr(app, "warm_up", slow_start)
-    run_service(settings(tmp_path), never, told.append)
-    assert told == [] or "compiling" in told[0]
-    assert "ready" not in told
+    run_service(settings(tmp_path), never, printed.append)
+    assert printed == [] or "compiling" in printed[0]
+    assert "ready" not in printed
 
 
-def test_a_start_that_takes_long_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
-    told: list[str] = []
+def test_a_slow_start_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
+    printed: list[str] = []
     monkeypatch.setattr(running, "_COMPILE_NOTICE_SECONDS", 0.01)
     monkeypatch.setattr(app, "warm_up", lambda: threading.Event().wait(0.3))
 
     async def ready(_: Any) -> None:
-        told.append("ready")
+        printed.append("ready")
 
-    run_service(settings(tmp_path), ready, told.append)
-    assert [text.split()[0] for text in told] == ["compiling", "ready"]
+    run_service(settings(tmp_path), ready, printed.append)
+    assert [text.split()[0] for text in printed] == ["compiling", "ready"]
 
 
 # The log
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_log_is_lines(capsys: Any, quiet: None, form: Any) -> None:
+def test_the_log_has_one_line_per_message(capsys: Any, quiet: None, form: Any) -> None:
     set_up_logging(Logging(level="warning", format=form))
     log = logging.getLogger("service.test")
-    log.info("not told")
+    log.info("not printed")
     try:
         raise ValueError("why")
     except ValueError:
         log.exception("it is %s", "bad")
-    logging.getLogger("elsewhere").info("not told")
+    logging.getLogger("elsewhere").info("not printed")
     lines = capsys.readouterr().err.splitlines()
     if form == "text":
         assert lines[0].endswith("ERROR   service.test: it is bad")
         assert lines[-1] == "ValueError: why"
         return
     (line,) = lines
-    told = json.loads(line)
-    assert told["message"] == "it is bad"
-    assert told["level"] == "error"
-    assert told["logger"] == "service.test"
-    assert told["time"].endswith("Z")
-    assert told["exception"].endswith("ValueError: why")
+    printed = json.loads(line)
+    assert printed["message"] == "it is bad"
+    assert printed["level"] == "error"
+    assert printed["logger"] == "service.test"
+    assert printed["time"].endswith("Z")
+    assert printed["exception"].endswith("ValueError: why")

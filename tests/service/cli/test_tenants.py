@@ -16,9 +16,10 @@ KID = "k" * 43
 
 @pytest.fixture
 def service(monkeypatch, tmp_path):
-    """A scripted service: ``answers`` by method and path; ``asked`` is what it was asked."""
+    """A scripted service: ``answers`` by method and path; ``asked`` has its requests."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BETRACE_AUTH__OPERATOR_TOKEN", raising=False)
+    for name in ("BETRACE_TOKEN", "BETRACE_AUTH__OPERATOR_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
 
     class Service:
         def __init__(self):
@@ -52,7 +53,7 @@ def tenant(name, **more):
     return {"name": name, "state": "active", "createdAt": None, "quota": None, "keys": []} | more
 
 
-def test_create_makes_a_key_here_and_sends_its_public_half(service, tmp_path):
+def test_create_makes_a_key_and_sends_its_public_half(service, tmp_path):
     service.answers["POST", ""] = (201, tenant("acme"))
     out = run("create", "acme", "--quota", "5", "--token", "secret")
     assert "acme.pem" in out
@@ -62,14 +63,14 @@ def test_create_makes_a_key_here_and_sends_its_public_half(service, tmp_path):
     assert "PRIVATE" not in json.dumps(body)
 
 
-def test_a_key_that_the_service_does_not_know_is_not_left_behind(service, tmp_path):
+def test_the_key_of_a_refused_tenant_is_removed(service, tmp_path):
     error = {"error": {"message": "the tenant acme exists", "hint": "choose another name"}}
     service.answers["POST", ""] = (409, error)
     out = run("create", "acme", code=3)
     assert out == "betrace: the tenant acme exists; choose another name\n"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "acme.pem").write_text("mine")
-    assert "acme.pem exists" in run("create", "acme", code=3)
+    assert "acme.pem already exists" in run("create", "acme", code=3)
     assert (tmp_path / "acme.pem").read_text() == "mine"
 
 
@@ -94,10 +95,33 @@ def test_a_token_is_made_without_the_service(service, tmp_path):
     assert f'authorization: "Bearer {token}"' in out
     shown = json.loads(run("token", "acme", "--json"))
     assert shown["authorization"] == f"Bearer {shown['token']}"
-    assert service.asked == []
+    assert [(method, authorization) for method, _, _, authorization in service.asked] == [
+        ("GET", None),
+        ("GET", None),
+    ]  # only to learn whether authentication is off
     assert "not an Ed25519 private key" in run("token", "acme", "--key", "/dev/null", code=3)
     for bad in ("2", "h", "2y", "99999999d", "-1h"):
-        assert "is no duration" in run("token", "acme", "--for", bad, code=2)
+        assert "is not a duration" in run("token", "acme", "--for", bad, code=2)
+
+
+def test_a_token_has_no_effect_without_authentication(service):
+    service.answers["POST", ""] = (201, tenant("acme"))
+    run("create", "acme")
+    warning = "authentication is off at http://127.0.0.1:8090, so this token has no effect there"
+    assert warning not in run("token", "acme")  # the service answers 404 here
+    service.answers["GET", "/api/v1/signals"] = (401, {})
+    assert warning not in run("token", "acme")
+    service.answers["GET", "/api/v1/signals"] = (200, {"signals": []})
+    assert warning in run("token", "acme")
+
+
+@pytest.mark.parametrize("variable", ["BETRACE_TOKEN", "BETRACE_AUTH__OPERATOR_TOKEN"])
+def test_the_token_comes_from_a_variable(service, monkeypatch, variable):
+    service.answers["GET", ""] = (200, {"tenants": [], "next": None})
+    monkeypatch.setenv("BETRACE_AUTH__OPERATOR_TOKEN", "the service's own")
+    monkeypatch.setenv(variable, "secret")
+    run("list")
+    assert service.asked[0][3] == "Bearer secret"
 
 
 def test_list(service):
@@ -119,10 +143,10 @@ def test_delete_asks_first(service):
     service.answers["DELETE", "/acme"] = (200, {"tenant": "acme", "state": "deleted"})
     run("delete", "acme", input="n\n", code=1)
     assert service.asked == []
-    assert "is deleted" in run("delete", "acme", input="y\n")
+    assert "deleted the tenant acme" in run("delete", "acme", input="y\n")
     service.answers["DELETE", "/acme"] = (202, {"tenant": "acme", "state": "deleting"})
-    assert "goes on" in run("delete", "acme", "--yes")
-    assert "names no tenant" in run("delete", "../acme", "--yes", code=2)
+    assert "continues in the background" in run("delete", "acme", "--yes")
+    assert "is not a tenant name" in run("delete", "../acme", "--yes", code=2)
 
 
 def test_keys_are_rotated_and_revoked(service, tmp_path):
@@ -131,20 +155,20 @@ def test_keys_are_rotated_and_revoked(service, tmp_path):
     assert service.asked[0][2]["graceSeconds"] == 0
     assert (tmp_path / "two.pem").exists()
     service.answers["DELETE", f"/acme/keys/{KID}"] = (200, tenant("acme"))
-    assert "is revoked" in run("revoke-key", "acme", KID)
+    assert "revoked the key" in run("revoke-key", "acme", KID)
     run("revoke-key", "acme", "../../beta", code=3)
     assert service.asked[-1][1] == "/acme/keys/..%2F..%2Fbeta"
 
 
 def test_quota(service):
     service.answers["PUT", "/acme/quota"] = (200, tenant("acme", quota=7))
-    assert run("quota", "acme", "7") == "the quota of acme: 7/s\n"
+    assert run("quota", "acme", "7") == "the quota of acme is now: 7/s\n"
     service.answers["PUT", "/acme/quota"] = (200, tenant("acme"))
-    assert run("quota", "acme", "default") == "the quota of acme: as configured\n"
+    assert run("quota", "acme", "default") == "the quota of acme is now: as configured\n"
     assert [asked[2] for asked in service.asked] == [{"spansPerSecond": 7}, {}]
     run("quota", "acme", "much", code=2)
 
 
-def test_a_service_that_is_not_there():
+def test_an_unreachable_service():
     out = run("list", "--url", "http://127.0.0.1:1", code=3)
     assert "there is no BeTrace service at http://127.0.0.1:1" in out

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from betrace.service.cli.docs import configuration as config_docs
-from betrace.service.config.load import ConfigError, Settings, is_loopback, load, split_address
+from betrace.service.config.base import is_loopback, split_address
+from betrace.service.config.load import ConfigError, load
+from betrace.service.config.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,7 +69,7 @@ def test_sizes_and_times_name_their_unit():
                 assert name.endswith("_bytes"), f"{title}.{name}"
 
 
-def test_defaults_are_those_of_the_requirements():
+def test_the_documented_defaults():
     s = Settings()
     p = s.pipeline
     assert (p.ingest_capacity_spans, p.correlate_capacity_spans) == (10_000, 5_000)
@@ -137,7 +139,7 @@ def test_variables_of_other_programs_are_left_alone(monkeypatch):
         ("[rules]\ndirectory = 5", ["rules.directory 5", "text in quotes"]),
         ("[storage]\npath = 5", ["storage.path 5", "text in quotes"]),
         ("[traces]\nidle_seconds = nan", ["traces.idle_seconds", "number"]),
-        ("[traces]\nidle_seconds = 0", ["traces.idle_seconds 0", "more than 0"]),
+        ("[traces]\nidle_seconds = 0", ["traces.idle_seconds 0", "greater than 0"]),
         ("[traces]\nwindow_overlap = 1", ["traces.window_overlap 1", "less than 1"]),
         ("[traces]\nwindow_spans = 0", ["traces.window_spans 0", "at least 1"]),
         ("[shutdown]\ngrace_seconds = 1e9", ["grace_seconds", "at most 31_536_000"]),
@@ -147,10 +149,10 @@ def test_variables_of_other_programs_are_left_alone(monkeypatch):
         ('[api]\naddress = "127.0.0.1:70000"', ["write host:port"]),
         ("[quotas]\ntenants = 5", ["quotas.tenants 5", "a table"]),
         ("[quotas.tenants]\nACME = 5", ["quotas.tenants names 'ACME'", "a-z"]),
-        ("[traces", ["is not TOML", "correct it there"]),
+        ("[traces", ["is not valid TOML", "correct it there"]),
     ],
 )
-def test_what_is_wrong_is_named_with_what_would_be_right(tmp_path, text, words):
+def test_errors_name_the_setting_and_a_valid_value(tmp_path, text, words):
     message = refused(tmp_path, text)
     for word in words:
         assert word in message
@@ -185,7 +187,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, text, words):
     assert "\n" not in message
 
 
-def test_all_faults_are_told_at_once(tmp_path):
+def test_all_errors_are_reported_together(tmp_path):
     message = refused(tmp_path, "[traces]\nwindow_spans = 0\nidel_seconds = 1\n")
     assert len(message.splitlines()) == 2
 
@@ -196,7 +198,7 @@ def test_a_variable_can_resolve_a_contradiction_in_the_file(tmp_path, monkeypatc
     assert load(path).duckdb.pool_max == 6
 
 
-def test_faults_name_the_variable_or_flag_they_come_from(monkeypatch):
+def test_errors_name_the_variable_or_flag(monkeypatch):
     with pytest.raises(ConfigError, match=r"traces.window_spans \"x\" in a flag is wrong"):
         load(None, {"traces.window_spans": "x"})
     monkeypatch.setenv("BETRACE_TRACES__WINDOW_SPANS", "y")
@@ -211,6 +213,18 @@ def test_unknown_variables_are_refused(monkeypatch):
     monkeypatch.delenv("BETRACE_STORAGE__PAHT")
     monkeypatch.setenv("BETRACE_STORGE__PATH", "x")
     with pytest.raises(ConfigError, match=r"BETRACE_STORGE__PATH.*did you mean storage\?"):
+        load()
+
+
+def test_a_setting_of_an_earlier_version_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    path.write_text('[ingest]\nserver = "hypercorn"\n')
+    with pytest.raises(
+        ConfigError, match=r"ingest.server in .*config.toml is no longer .*delete it"
+    ):
+        load(path)
+    monkeypatch.setenv("BETRACE_INGEST__SERVER", "lean")
+    with pytest.raises(ConfigError, match=r"ingest.server in BETRACE_INGEST__SERVER is no longer"):
         load()
 
 
@@ -229,7 +243,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load(path)
 
 
-def test_public_addresses_need_consent():
+def test_non_loopback_addresses_need_consent():
     address = {"ingest.address": "[::]:4318", "metrics.address": "off"}
     settings = load(None, {**address, "auth.insecure": True})
     assert settings.ingest.address == "[::]:4318"
@@ -251,7 +265,7 @@ def test_addresses():
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:4318", "[::]:4318", "host.example:4318"])
-def test_with_authentication_it_may_listen_for_other_machines(address):
+def test_with_authentication_it_may_listen_on_any_address(address):
     given = {"auth.enabled": True, "auth.operator_token": "x" * 32, "ingest.address": address}
     assert load(None, given).auth.enabled
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from betrace.service.export import parquet
-from betrace.service.export.archiver import Keeper, covered
+from betrace.service.export.archiver import Archiver, covered
 from betrace.service.export.parquet import ArchiveError, archive_segment, find_archived
-from betrace.service.storage.spanlog.log import Frame, SpanLog, pack_position
+from betrace.service.storage.spanlog.frames import Frame, pack_position
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.checkpoint import Snapshot, write_checkpoint
 
 DAY = date(2025, 1, 31)
@@ -40,8 +43,8 @@ def frame(day: date, spans: int = 3, counted: int | None = None) -> Frame:
     return Frame("protobuf", "", at(day), body(spans), spans if counted is None else counted)
 
 
-def keeper(tmp_path: Path, log: SpanLog) -> Keeper:
-    return Keeper(log, tmp_path / "archive", tmp_path / "checkpoints", 1 << 20)
+def archiver(tmp_path: Path, log: SpanLog) -> Archiver:
+    return Archiver(log, tmp_path / "archive", tmp_path / "checkpoints", 1 << 20)
 
 
 def save(tmp_path: Path, progress: dict[str, tuple[int, list[int]]], taken: int = 1) -> None:
@@ -53,7 +56,7 @@ def test_closed_days_can_be_queried_with_plain_duckdb(tmp_path: Path) -> None:
         for tenant, days in (("acme", (0, 0, 1)), ("other", (0, 1))):
             for offset in days:
                 log.append(tenant, [frame(DAY + timedelta(days=offset))])
-        written = list(keeper(tmp_path, log).archive(DAY + timedelta(days=1)))
+        written = list(archiver(tmp_path, log).archive(DAY + timedelta(days=1)))
     assert [(file.spans, file.damaged_bytes) for file in written] == [(6, 0), (3, 0)]
     found = duckdb.execute(
         "SELECT tenant, date::VARCHAR, count(*), any_value(attributes['amount']), "
@@ -67,14 +70,14 @@ def test_closed_days_can_be_queried_with_plain_duckdb(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_archived_is_left_alone_and_what_grew_is_archived_again(tmp_path: Path) -> None:
+def test_only_segments_that_grew_are_archived_again(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
-        first = keeper(tmp_path, log)
+        first = archiver(tmp_path, log)
         assert len(list(first.archive(DAY + timedelta(days=1)))) == 1
-        assert list(keeper(tmp_path, log).archive(DAY + timedelta(days=1))) == []
+        assert list(archiver(tmp_path, log).archive(DAY + timedelta(days=1))) == []
         log.append("acme", [frame(DAY)])  # the clock was set back
-        again = keeper(tmp_path, log)
+        again = archiver(tmp_path, log)
         assert [file.spans for file in again.archive(DAY + timedelta(days=1))] == [6]
         assert again.done.files == 1
     files = list((tmp_path / "archive").rglob("*.parquet"))
@@ -89,9 +92,9 @@ def test_only_archived_segments_that_no_restart_reads_are_released(tmp_path: Pat
         last = positions[-1]
         until = DAY + timedelta(days=10)
 
-        run = keeper(tmp_path, log)
+        run = archiver(tmp_path, log)
         run.release(until, archived=True)
-        assert run.done.released_segments == 0  # no checkpoint says what is evaluated
+        assert run.done.released_segments == 0  # no checkpoint exists
 
         save(tmp_path, {"acme": (last, [positions[1]])})
         run.release(until, archived=True)
@@ -113,17 +116,17 @@ def test_only_archived_segments_that_no_restart_reads_are_released(tmp_path: Pat
         assert run.done.released_bytes > 0
 
 
-def test_without_an_archive_the_log_is_released_all_the_same(tmp_path: Path) -> None:
+def test_the_log_is_released_without_an_archive_too(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
         last = log.append("acme", [frame(DAY + timedelta(days=1))])[0]
         save(tmp_path, {"acme": (last, [])})
-        run = keeper(tmp_path, log)
+        run = archiver(tmp_path, log)
         run.release(DAY + timedelta(days=5), archived=False)
     assert run.done.released_segments == 1
 
 
-def test_a_damaged_segment_is_archived_as_far_as_it_goes_and_kept(tmp_path: Path) -> None:
+def test_a_damaged_segment_is_archived_as_far_as_readable_and_kept(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY), frame(DAY)])
         last = log.append("acme", [frame(DAY + timedelta(days=1))])[0]
@@ -132,7 +135,7 @@ def test_a_damaged_segment_is_archived_as_far_as_it_goes_and_kept(tmp_path: Path
         with segment.path.open("r+b") as file:
             file.seek(-10, os.SEEK_END)
             file.write(b"0123456789")
-        run = keeper(tmp_path, log)
+        run = archiver(tmp_path, log)
         (written,) = run.archive(DAY + timedelta(days=1))
         assert written.spans == 3
         assert written.damaged_bytes > 0
@@ -142,15 +145,15 @@ def test_a_damaged_segment_is_archived_as_far_as_it_goes_and_kept(tmp_path: Path
         assert len(log.segments("acme")) == 2
 
 
-def test_a_count_that_differs_keeps_the_segment_out_of_the_archive(tmp_path: Path) -> None:
+def test_a_segment_with_a_wrong_span_count_is_not_archived(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY, spans=3, counted=2)])
         log.append("other", [frame(DAY)])
-        run = keeper(tmp_path, log)
+        run = archiver(tmp_path, log)
         assert [file.spans for file in run.archive(DAY + timedelta(days=1))] == [3]
     assert len(run.done.failures) == 1
     assert "3 spans instead of the 2" in run.done.failures[0]
-    assert len(list((tmp_path / "archive").rglob("*"))) == 5  # nothing temporary is left
+    assert len(list((tmp_path / "archive").rglob("*"))) == 5  # no temporary file is left
 
 
 def test_a_disk_that_fails_leaves_nothing_behind(
@@ -169,7 +172,7 @@ def test_a_disk_that_fails_leaves_nothing_behind(
     assert not [path for path in (tmp_path / "archive").rglob("*") if path.is_file()]
 
 
-def test_a_file_that_is_no_parquet_is_written_again(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_is_rewritten(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         log.append("acme", [frame(DAY)])
         (segment,) = log.segments("acme")
@@ -177,21 +180,35 @@ def test_a_file_that_is_no_parquet_is_written_again(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"not parquet")
         assert find_archived(tmp_path / "archive", "acme", segment) is None
-        assert len(list(keeper(tmp_path, log).archive(DAY + timedelta(days=1)))) == 1
+        assert len(list(archiver(tmp_path, log).archive(DAY + timedelta(days=1)))) == 1
         assert find_archived(tmp_path / "archive", "acme", segment) is not None
+
+
+def test_temporary_files_of_a_killed_process_are_deleted(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    day = tmp_path / "archive" / "tenant=acme" / f"date={DAY.isoformat()}"
+    day.mkdir(parents=True)
+    stale = day / f".00000001.parquet.{int(killed.stdout)}.new"
+    alive = day / f".00000001.parquet.{os.getppid()}.new"
+    for path in (stale, alive):
+        path.write_bytes(b"half a file")
+    with SpanLog(tmp_path / "data") as log:
+        log.append("acme", [frame(DAY)])
+        assert len(list(archiver(tmp_path, log).archive(DAY + timedelta(days=1)))) == 1
+    assert [path.name for path in sorted(day.iterdir())] == [alive.name, "00000001.parquet"]
 
 
 def test_a_stopped_run_ends_between_segments(tmp_path: Path) -> None:
     with SpanLog(tmp_path / "data") as log:
         for offset in range(3):
             log.append("acme", [frame(DAY + timedelta(days=offset))])
-        run = keeper(tmp_path, log)
+        run = archiver(tmp_path, log)
         for _ in run.archive(DAY + timedelta(days=9)):
             run.stop()
     assert run.done.files == 1
 
 
-def test_what_checkpoints_cover(tmp_path: Path) -> None:
+def test_positions_covered_by_checkpoints(tmp_path: Path) -> None:
     assert covered(tmp_path / "checkpoints") == {}
     save(tmp_path, {"a": (pack_position(3, 8), []), "b": (pack_position(2, 5), [4, 9])})
     assert covered(tmp_path / "checkpoints") == {"a": pack_position(3, 8) + 1, "b": 4}

@@ -28,7 +28,7 @@ MOST = 2**63 - 1
 
 
 def integer_times(kind: pa.DataType) -> pa.DataType:
-    """A type with integers for times, which Python knows to the microsecond only."""
+    """A type with integers instead of times, which Python resolves only to the microsecond."""
     if pa.types.is_timestamp(kind):
         return pa.int64()
     if pa.types.is_list(kind):
@@ -87,7 +87,7 @@ def accepted(request: ExportTraceServiceRequest) -> list[tuple[Any, Any, Any]]:
 
 
 def check(bodies: list[bytes]) -> int:
-    """Compare all that the table says with what the library reads; how many spans."""
+    """Compare the whole table with the protobuf library; return the number of spans."""
     batch = scan_bodies("t", bodies)
     received = np.arange(1, len(bodies) + 1, dtype=np.int64)
     table = span_table(batch, received)
@@ -138,7 +138,7 @@ def check(bodies: list[bytes]) -> int:
 
 
 @given(st.lists(st.integers(0, 2**32), min_size=1, max_size=6))
-def test_every_column_is_what_the_library_reads(seeds: list[int]) -> None:
+def test_every_column_agrees_with_the_protobuf_library(seeds: list[int]) -> None:
     check([case(seed) for seed in seeds])
 
 
@@ -159,5 +159,5 @@ def test_times_are_kept_to_the_nanosecond() -> None:
     assert times.to_pylist() == [10**18 + 2]
 
 
-def test_no_spans_are_a_table_without_rows() -> None:
+def test_no_spans_give_an_empty_table() -> None:
     assert span_table(scan_bodies("t", [b""]), np.array([1], np.int64)).num_rows == 0

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def old_log(data: Path, days: int = 3) -> None:
-    """A log whose last day is that of :data:`DAY` plus ``days`` - 1, and checkpoints past it."""
+    """A log of ``days`` days from :data:`DAY` on, and checkpoints after it."""
     with SpanLog(data) as log:
         for offset in range(days):
             last = log.append("acme", [frame(DAY + timedelta(days=offset))])[0]
@@ -86,7 +86,7 @@ async def test_it_runs_soon_after_the_start_of_the_service(
             while service.daily.succeeded_at is None:
                 await trio.sleep(0.05)
         assert service.daily.spans == 9
-        assert b"betrace_archive_spans_total 9.0" in await service.scrape()
+        assert b"betrace_archive_spans_total 9.0" in await service.tools.exposition.scrape()
 
 
 async def test_it_runs_every_day_and_after_a_failure_within_an_hour(
@@ -116,7 +116,7 @@ async def test_it_runs_every_day_and_after_a_failure_within_an_hour(
     )
 
 
-async def test_without_anything_to_do_it_ends(tmp_path: Path) -> None:
+async def test_it_ends_if_nothing_is_configured(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
         task = Daily(config, log, store)
@@ -129,7 +129,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(cli, ["archive", *arguments])
 
 
-def test_the_command_writes_and_says_where(tmp_path: Path) -> None:
+def test_the_command_writes_files_and_prints_their_paths(tmp_path: Path) -> None:
     old_log(tmp_path)
     result = run("--data", str(tmp_path), "--json", "--before", "2025-02-02")
     assert result.exit_code == 0, result.output
@@ -147,7 +147,7 @@ def test_the_command_releases_what_is_past_retention(
     monkeypatch.setenv("BETRACE_RETENTION__LOG_DAYS", "30")
     result = run("--data", str(tmp_path))
     assert result.exit_code == 0
-    assert "past retention and are deleted" in result.stderr
+    assert "bytes of the log that were past retention" in result.stderr
     with SpanLog(tmp_path) as log:
         assert len(log.segments("acme")) == 1
 
@@ -173,7 +173,7 @@ def test_while_the_service_runs_the_command_only_writes(
         (["--before", (today() + timedelta(days=2)).isoformat()], 2, "the day is not over"),
     ],
 )
-def test_what_cannot_be_done_is_said(
+def test_the_command_explains_errors(
     tmp_path: Path, arguments: list[str], code: int, said: str
 ) -> None:
     old_log(tmp_path)

@@ -1,4 +1,4 @@
-"""Signals reach their destination at least once, in whatever state it is."""
+"""Signals reach their destination at least once, despite failures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import trio
 
 from betrace.channels import BreakerState
 from betrace.service.config.settings import Settings
-from betrace.service.export.destinations import OTLP, WEBHOOK, Exports, destinations
+from betrace.service.config.stages import EXPORT_OTLP as OTLP
+from betrace.service.config.stages import EXPORT_WEBHOOK as WEBHOOK
+from betrace.service.export.destinations import Exports
 from betrace.service.signals import Kind
-from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.ledger.record import Entries
+from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.http_receiver import Receiver, receiving
 from tests.support.inprocess import closed, running, send, write_rules
@@ -44,7 +45,7 @@ def ledger(tmp_path: Path) -> Iterator[SqliteLedger]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter_module, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(exporter_module, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(exporter_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(exporter_module, "POLL_SECONDS", 0.1)
 
 
 def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
@@ -58,8 +59,8 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
 
 
 @asynccontextmanager
-async def exporting(settings: Settings, ledger: Entries) -> AsyncIterator[Exports]:
-    breakers = Breakers(settings.breakers, destinations(settings.export))
+async def exporting(settings: Settings, ledger: LedgerEntries) -> AsyncIterator[Exports]:
+    breakers = Breakers(settings.breakers, settings.export.destinations)
     exports = Exports(settings, ledger, breakers)
     try:
         async with trio.open_nursery() as nursery:
@@ -84,7 +85,7 @@ async def begun(tmp_path: Path, name: str = OTLP) -> None:
     await until(cursor(tmp_path, name).exists)
 
 
-async def test_what_was_there_before_is_not_sent_and_what_comes_is(
+async def test_a_new_destination_gets_only_new_signals(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     ledger.record([make(1)])
@@ -93,7 +94,7 @@ async def test_what_was_there_before_is_not_sent_and_what_comes_is(
         await begun(tmp_path)
         new = [make(2), make(3, tenant="other")]
         ledger.record(new)
-        exports.tell(new)
+        exports.notify(new)
         await until(lambda: len(receiver.records()) == 2)
         (exporter,) = exports
         await until(lambda: exporter.sent == 2 and exporter.lag_seconds() == 0)
@@ -102,24 +103,24 @@ async def test_what_was_there_before_is_not_sent_and_what_comes_is(
     assert receiver.requests[0][0]["content-type"] == "application/x-protobuf"
 
 
-async def test_it_goes_on_where_it_stopped(
+async def test_it_continues_where_it_stopped(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     settings = configured(tmp_path, otlp={"endpoint": receiver.url})
     async with exporting(settings, ledger):
         await begun(tmp_path)
-    ledger.record([make(number) for number in range(1, 4)])  # nobody tells of these
+    ledger.record([make(number) for number in range(1, 4)])  # without a notification
     async with exporting(settings, ledger):
         await until(lambda: len(receiver.records()) == 3)
         await until(lambda: bool(json.loads(cursor(tmp_path).read_text())))
     async with exporting(settings, ledger) as exports:
         ledger.record([make(9)])
-        exports.tell([make(9)])
+        exports.notify([make(9)])
         await until(lambda: len(receiver.records()) == 4)
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 9]
 
 
-async def test_a_destination_that_is_away_for_a_while_gets_everything(
+async def test_a_destination_gets_everything_after_an_outage(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -130,7 +131,7 @@ async def test_a_destination_that_is_away_for_a_while_gets_everything(
         await begun(tmp_path)
         (exporter,) = exports
         ledger.record([make(number) for number in range(1, 6)])
-        exports.tell([make(1)])
+        exports.notify([make(1)])
         await until(lambda: exporter.failures > 2)
         assert exporter.lag_seconds() >= 0
         assert exporter.waiting_since is not None
@@ -138,8 +139,8 @@ async def test_a_destination_that_is_away_for_a_while_gets_everything(
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 4, 5]
     assert exporter.failures == 6
     told = [record.getMessage() for record in caplog.records if record.name == "service.events"]
-    assert [text for text in told if "cannot be sent" in text][1:] == []
-    assert any("takes signals again" in text for text in told)
+    assert [text for text in told if "cannot send signals" in text][1:] == []
+    assert any("accepts signals again" in text for text in told)
 
 
 async def test_the_breaker_opens_and_an_operator_can_close_it(
@@ -150,7 +151,7 @@ async def test_the_breaker_opens_and_an_operator_can_close_it(
         await begun(tmp_path)
         (exporter,) = exports
         ledger.record([make(1)])
-        exports.tell([make(1)])
+        exports.notify([make(1)])
         breaker = exporter.breaker
         await until(lambda: breaker.state is BreakerState.OPEN)
         breaker.force_open()
@@ -160,7 +161,7 @@ async def test_the_breaker_opens_and_an_operator_can_close_it(
         assert exporter.sent == 0
 
 
-async def test_only_the_signal_that_is_not_taken_is_left_out(
+async def test_only_the_rejected_signal_is_skipped(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     receiver.refuses = "unspeakable"
@@ -169,7 +170,7 @@ async def test_only_the_signal_that_is_not_taken_is_left_out(
     async with exporting(settings, ledger) as exports:
         await begun(tmp_path)
         ledger.record(signals)
-        exports.tell(signals)
+        exports.notify(signals)
         (exporter,) = exports
         await until(lambda: exporter.sent + exporter.rejected == 7)
         assert exporter.rejected == 1
@@ -177,7 +178,7 @@ async def test_only_the_signal_that_is_not_taken_is_left_out(
     assert [r.trace_id[-1] for r in receiver.records()] == [1, 2, 3, 5, 6, 7]
 
 
-async def test_many_signals_of_many_tenants_come_in_order_each(
+async def test_many_signals_of_many_tenants_arrive_in_order(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter_module, "BATCH_SIGNALS", 10)
@@ -188,7 +189,7 @@ async def test_many_signals_of_many_tenants_come_in_order_each(
         await begun(tmp_path)
         for at in range(0, len(signals), 100):
             ledger.record(signals[at : at + 100])
-        exports.tell(signals)
+        exports.notify(signals)
         await until(lambda: len(receiver.records()) >= len(signals))
     assert len(receiver.records()) == len(signals)
     assert all(len(body) < 20_000 for body in receiver.taken())
@@ -204,7 +205,7 @@ async def test_webhooks_get_firing_and_resolved_alerts(
         await begun(tmp_path, WEBHOOK)
         signals = [make(1), make(1, kind=Kind.RETRACTED), make(2, rule="r2")]
         ledger.record(signals)
-        exports.tell(signals)
+        exports.notify(signals)
         await until(lambda: len(receiver.alerts()) == 3)
     assert [(a["labels"]["alertname"], a["status"]) for a in receiver.alerts()] == [
         ("r1", "firing"),
@@ -214,7 +215,7 @@ async def test_webhooks_get_firing_and_resolved_alerts(
     assert receiver.requests[0][0]["content-type"] == "application/json"
 
 
-async def test_a_cursor_that_is_damaged_begins_with_what_comes(
+async def test_a_damaged_progress_file_starts_with_new_signals(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
     cursor(tmp_path).parent.mkdir()
@@ -223,7 +224,7 @@ async def test_a_cursor_that_is_damaged_begins_with_what_comes(
     async with exporting(configured(tmp_path, otlp={"endpoint": receiver.url}), ledger) as exports:
         await until(lambda: "shop" in cursor(tmp_path).read_text())
         ledger.record([make(2)])
-        exports.tell([make(2)])
+        exports.notify([make(2)])
         await until(lambda: len(receiver.records()) == 1)
     assert "damaged" in caplog.text
 
@@ -242,7 +243,7 @@ class Fragile:
         return getattr(self._ledger, name)
 
 
-async def test_a_ledger_that_cannot_be_read_is_read_later(
+async def test_reading_the_ledger_is_retried(
     tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
 ) -> None:
     fragile = Fragile(ledger, 2)
@@ -251,7 +252,7 @@ async def test_a_ledger_that_cannot_be_read_is_read_later(
         await begun(tmp_path)
         fragile.failures = 2
         ledger.record([make(1)])
-        exports.tell([make(1)])
+        exports.notify([make(1)])
         await until(lambda: len(receiver.records()) == 1)
 
 
@@ -270,7 +271,7 @@ async def test_signals_of_the_running_service_are_exported(
         await send(service, [S(1, "pay"), S(2, "pay")])
         await closed(service)
         await until(lambda: len(receiver.records()) == 1)
-        exposition = (await service.scrape()).decode()
+        exposition = (await service.tools.exposition.scrape()).decode()
         assert 'betrace_export_signals_total{destination="export-otlp",outcome="sent"} 1.0' in (
             exposition
         )

@@ -1,4 +1,4 @@
-"""What a signal looks like to a collector and to receivers of Alertmanager's webhooks."""
+"""Signals as OTLP log records and as Alertmanager webhooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from betrace.service.signals import Kind
 from tests.support.ledger_conformance import make
 
 
-def test_a_log_record_says_what_broke_and_where() -> None:
+def test_a_log_record_describes_the_signal() -> None:
     signal = make(7)
     request = ExportLogsServiceRequest.FromString(otlp_logs([signal], "1.2"))
     (of_tenant,) = request.resource_logs
@@ -41,7 +41,7 @@ def test_a_log_record_says_what_broke_and_where() -> None:
     }
 
 
-def test_tenants_are_resources_and_no_evidence_is_no_span() -> None:
+def test_tenants_are_resources_and_a_signal_without_evidence_has_no_span() -> None:
     signals = [make(1, evidence={}), make(2, tenant="other"), make(3)]
     request = ExportLogsServiceRequest.FromString(otlp_logs(signals, ""))
     counts = [len(r.scope_logs[0].log_records) for r in request.resource_logs]
@@ -86,13 +86,13 @@ def test_a_retraction_resolves_the_alert_of_its_signal() -> None:
     assert alert["generatorURL"] == ""
 
 
-def test_labels_of_a_rule_do_not_replace_its_own() -> None:
+def test_a_rules_labels_do_not_replace_builtin_labels() -> None:
     sent = json.loads(alertmanager([make(1, labels={"tenant": "x", "alertname": "y"})], ""))
     assert sent["alerts"][0]["labels"]["tenant"] == "shop"
     assert sent["alerts"][0]["labels"]["alertname"] == "r1"
 
 
-def test_a_group_is_of_one_tenant_and_rule() -> None:
+def test_groups_have_one_tenant_and_rule() -> None:
     signals = [make(1), make(2, rule="r2"), make(3), make(4, tenant="other")]
     assert [[s.trace_id[-1] for s in group] for group in alert_groups(signals)] == [
         ["1", "3"],

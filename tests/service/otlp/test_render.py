@@ -1,4 +1,4 @@
-"""A trace shown as OTLP JSON: its own spans only, each once, and readable again."""
+"""A trace rendered as OTLP JSON: only its spans, each once, and readable again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_mapping_is_otlps() -> None:
     }
 
 
-def test_only_this_trace_each_span_once_grouped_by_resource_and_scope() -> None:
+def test_renders_each_span_of_the_trace_once_grouped_by_resource_and_scope() -> None:
     bodies = [
         request("shop", (OTHER, 1), (TRACE, 2), (TRACE, 3)),
         request("bank", (TRACE, 4), (OTHER, 5)),
@@ -85,7 +85,7 @@ def test_only_this_trace_each_span_once_grouped_by_resource_and_scope() -> None:
     assert [len(resource["scopeSpans"]) for resource in rendered["resourceSpans"]] == [1, 1]
 
 
-def test_what_is_rendered_can_be_sent_again() -> None:
+def test_rendered_traces_can_be_sent_again() -> None:
     original = request("shop", (TRACE, 1), (TRACE, 2))
     rendered = orjson.dumps(trace_as_json([original.SerializeToString()], TRACE))
     assert ExportTraceServiceRequest.FromString(to_protobuf(rendered)) == original

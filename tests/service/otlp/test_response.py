@@ -1,4 +1,4 @@
-"""OTLP answers, read back as clients read them."""
+"""OTLP responses, parsed as by clients."""
 
 from __future__ import annotations
 

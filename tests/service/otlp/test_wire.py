@@ -1,4 +1,4 @@
-"""The protobuf scanner: its own rules, and the same answers as the protobuf library."""
+"""The protobuf scanner: its own rules, and agreement with the protobuf library."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from numba.core import config
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from betrace.service.otlp import primitives, wire
+from betrace.service.otlp.attributes import (
+    ARRAY,
+    BOOL,
+    INT,
+    LENGTH,
+    MISSING,
+    OUT_SIZE,
+    RESOURCE_ATTRIBUTES,
+    SPAN_ATTRIBUTES,
+    TYPE,
+    VALUE,
+    find_attribute,
+    find_resource_attribute,
+    next_array_item,
+)
 from betrace.service.otlp.columns import (
     COMPLETE,
     END,
@@ -50,7 +65,7 @@ from tests.support.otlp_generator import (
 pytestmark = pytest.mark.kernel
 
 CASES = Path(__file__).parents[3] / "../shared/cases/otlp"
-SHARE = 10 if config.DISABLE_JIT else 1  # ordinary Python is slow: a share of the cases
+SHARE = 10 if config.DISABLE_JIT else 1  # Python is slow: run a share of the cases
 
 IDS = delimited(1, b"\1" * 16) + delimited(2, b"\2" * 8)
 
@@ -67,10 +82,10 @@ def find(span: bytes, key: bytes = b"k") -> tuple[int, int, int]:
     batch = wire.scan_bodies("t", [request(IDS + span)])
     assert batch.bodies[0, ERROR] == 0
     row = batch.spans[0]
-    out = np.zeros(wire.OUT_SIZE, np.int64)
+    out = np.zeros(OUT_SIZE, np.int64)
     wanted = np.frombuffer(key, np.uint8)
-    wire.find_attribute(batch.buf, row[-2], row[-1], wire.SPAN_ATTRIBUTES, wanted, 0, len(key), out)
-    return int(out[wire.TYPE]), int(out[wire.VALUE]), int(out[wire.LENGTH])
+    find_attribute(batch.buf, row[-2], row[-1], SPAN_ATTRIBUTES, wanted, 0, len(key), out)
+    return int(out[TYPE]), int(out[VALUE]), int(out[LENGTH])
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -83,11 +98,11 @@ def test_same_as_the_protobuf_library(part: int) -> None:
             accepted += 1
             canonical = reference.parse(body).SerializeToString()
             assert reference.check([canonical], strict=True) == 1
-    assert 0.3 < accepted / len(seeds) < 0.9  # both sides of the border are visited
+    assert 0.3 < accepted / len(seeds) < 0.9  # both accepted and refused bodies occurred
 
 
 @pytest.mark.parametrize("seed", range(0, 60, SHARE))
-def test_bodies_scanned_together_do_not_disturb_each_other(seed: int) -> None:
+def test_bodies_scanned_together_do_not_affect_each_other(seed: int) -> None:
     rng = random.Random(seed)
     reference.check([case(rng.randrange(10**6)) for _ in range(rng.randrange(2, 9))])
 
@@ -100,14 +115,14 @@ def test_every_truncation_is_judged_as_the_library_does() -> None:
 
 def test_a_real_exporters_request() -> None:
     if not CASES.exists():
-        pytest.skip("the shared cases are not here")
+        pytest.skip("the shared test cases are missing")
     body = (CASES / "shop.pb").read_bytes()
     assert reference.check([body], strict=True) == 1
     for seed in range(0, 300, SHARE):
         reference.check([mutate(random.Random(seed), body)])
 
 
-def test_nothing_at_all() -> None:
+def test_no_bodies_and_empty_bodies() -> None:
     assert len(wire.scan_bodies("t", [])) == 0
     batch = wire.scan_bodies("t", [b""])
     assert len(batch) == 0
@@ -115,7 +130,7 @@ def test_nothing_at_all() -> None:
     assert reference.check([b"", b"", delimited(1, b"")]) == 3
 
 
-def test_one_body_is_not_copied_and_any_kind_of_bytes_will_do() -> None:
+def test_a_single_body_is_not_copied_and_may_be_any_bytes_type() -> None:
     body = bytearray(request(IDS + delimited(5, b"one")))
     for given in (body, memoryview(body), bytes(body)):
         batch = wire.scan_bodies("acme", [given])
@@ -125,7 +140,7 @@ def test_one_body_is_not_copied_and_any_kind_of_bytes_will_do() -> None:
         assert batch.spans[0, NAME_HASH] == wire.hash_text("one")
 
 
-def test_more_spans_than_guessed() -> None:
+def test_more_spans_than_estimated() -> None:
     count = 3000 // SHARE
     body = request(*[IDS] * count)
     batch = wire.scan_bodies("t", [body, body])
@@ -138,7 +153,7 @@ def test_more_spans_than_guessed() -> None:
     assert list(batch.spans[:, RESOURCE]) == list(batch.spans[:, SCOPE]) == list(range(count))
 
 
-def test_resources_without_an_accepted_span_take_no_room() -> None:
+def test_resources_without_an_accepted_span_have_no_row() -> None:
     batch = wire.scan_bodies("t", [delimited(1, b"") * 1000 + request(delimited(5, b"no ids"))])
     assert len(batch.resources) == len(batch.scopes) == 0
     assert batch.bodies[0, REJECTED_TRACE_ID] == 1
@@ -164,7 +179,7 @@ def test_spans_with_bad_ids_are_counted_and_the_rest_is_kept() -> None:
     assert batch.bodies[0, REJECTED_SPAN_ID] == 3
 
 
-def test_an_error_takes_back_the_spans_before_it_and_says_where_it_is() -> None:
+def test_an_error_discards_the_bodys_spans_and_has_a_position() -> None:
     good = request(IDS + delimited(5, b"good"))
     bad = request(IDS) + varint(99 << 3 | 6)
     batch = wire.scan_bodies("t", [good, bad, good])
@@ -201,7 +216,7 @@ def test_an_error_takes_back_the_spans_before_it_and_says_where_it_is() -> None:
         (varint(99 << 3 | START_GROUP) + varint(98 << 3 | END_GROUP), primitives.BAD_GROUP),
     ],
 )
-def test_each_error_has_its_code_and_sentence(field: bytes, error: int) -> None:
+def test_each_error_has_a_code_and_a_message(field: bytes, error: int) -> None:
     batch = wire.scan_bodies("t", [field])
     assert batch.bodies[0, ERROR] == error
     assert len(wire.ERRORS[error]) > 40
@@ -234,7 +249,7 @@ def test_nesting_up_to_the_librarys_limit() -> None:
         reference.check([nested(random.Random(seed))])
 
 
-def test_an_attribute_just_at_the_limit_is_not_let_through_by_the_shortcut() -> None:
+def test_the_shortcut_checks_attributes_at_the_limit() -> None:
     for levels in range(88, 104):
         value = delimited(1, b"text")
         depth = 5
@@ -260,7 +275,7 @@ def test_numbers_at_their_limits() -> None:
     assert (row[START], row[END]) == (2**63 - 1, 2**63 - 1)
 
 
-def test_a_parent_id_of_the_wrong_length_is_a_parent_but_has_no_number() -> None:
+def test_a_parent_id_of_the_wrong_length_is_a_parent_with_id_0() -> None:
     spans = [
         IDS + delimited(4, parent)
         for parent in (b"", bytes(8), bytes(3), b"\0\1", b"\0" * 7 + b"\5")
@@ -315,33 +330,33 @@ def test_the_service_name_is_of_the_first_attribute_with_a_value() -> None:
 
 def test_finding_attributes() -> None:
     number = varint(3 << 3) + varint(-5)
-    assert find(attribute(b"k", number))[:2] == (wire.INT, -5)
-    assert find(attribute(b"kk", number))[0] == wire.MISSING
-    assert find(attribute(b"k", b"") + attribute(b"k", number))[:2] == (wire.INT, -5)
-    assert find(attribute(b"k", number) + attribute(b"k", delimited(1, b"x")))[0] == wire.INT
-    assert find(attribute(b"k", delimited(1, b"x") + number))[0] == wire.INT  # oneof: the last
+    assert find(attribute(b"k", number))[:2] == (INT, -5)
+    assert find(attribute(b"kk", number))[0] == MISSING
+    assert find(attribute(b"k", b"") + attribute(b"k", number))[:2] == (INT, -5)
+    assert find(attribute(b"k", number) + attribute(b"k", delimited(1, b"x")))[0] == INT
+    assert find(attribute(b"k", delimited(1, b"x") + number))[0] == INT  # oneof: the last
     twice = delimited(9, delimited(1, b"z") + delimited(2, number) + delimited(1, b"k"))
-    assert find(twice)[:2] == (wire.INT, -5)  # the last key
-    assert find(twice, b"z")[0] == wire.MISSING
-    assert find(attribute(b"k", number + varint(8 << 3) + b"\1"))[0] == wire.MISSING
-    assert find(attribute(b"", varint(2 << 3) + varint(2**40)), b"")[:2] == (wire.BOOL, 1)
+    assert find(twice)[:2] == (INT, -5)  # the last key
+    assert find(twice, b"z")[0] == MISSING
+    assert find(attribute(b"k", number + varint(8 << 3) + b"\1"))[0] == MISSING
+    assert find(attribute(b"", varint(2 << 3) + varint(2**40)), b"")[:2] == (BOOL, 1)
 
 
-def test_two_arrays_in_one_value_give_the_last() -> None:
+def test_of_two_arrays_in_one_value_the_last_counts() -> None:
     one, two = (delimited(5, delimited(1, delimited(1, x))) for x in (b"a", b"b"))
     kind, off, length = find(attribute(b"k", one + two))
-    assert kind == wire.ARRAY
+    assert kind == ARRAY
     batch = wire.scan_bodies("t", [request(IDS + attribute(b"k", one + two))])
-    out = np.zeros(wire.OUT_SIZE, np.int64)
-    cursor = wire.next_array_item(batch.buf, off, length, 0, out)
-    assert batch.text(int(out[wire.VALUE]), int(out[wire.LENGTH])) == "b"
-    assert wire.next_array_item(batch.buf, off, length, cursor, out) == -1
+    out = np.zeros(OUT_SIZE, np.int64)
+    cursor = next_array_item(batch.buf, off, length, 0, out)
+    assert batch.text(int(out[VALUE]), int(out[LENGTH])) == "b"
+    assert next_array_item(batch.buf, off, length, cursor, out) == -1
 
 
-def test_finders_end_on_bytes_that_were_never_validated() -> None:
+def test_finders_terminate_on_unvalidated_bytes() -> None:
     rng = random.Random(5)
     key = np.frombuffer(b"k", np.uint8)
-    out = np.zeros(wire.OUT_SIZE, np.int64)
+    out = np.zeros(OUT_SIZE, np.int64)
     for seed in range(0, 400, SHARE):
         data = mutate(
             rng, mutate(rng, attribute(b"k", delimited(5, delimited(1, rng.randbytes(9)))))
@@ -351,12 +366,12 @@ def test_finders_end_on_bytes_that_were_never_validated() -> None:
         if not data:
             continue
         buf = np.frombuffer(data, np.uint8)
-        for field in (wire.SPAN_ATTRIBUTES, wire.RESOURCE_ATTRIBUTES):
-            wire.find_attribute(buf, 0, len(buf), field, key, 0, 1, out)
-        wire.find_resource_attribute(buf, 0, len(buf), key, 0, 1, out)
+        for field in (SPAN_ATTRIBUTES, RESOURCE_ATTRIBUTES):
+            find_attribute(buf, 0, len(buf), field, key, 0, 1, out)
+        find_resource_attribute(buf, 0, len(buf), key, 0, 1, out)
         cursor = 0
         for _ in range(100):
-            cursor = wire.next_array_item(buf, 0, len(buf), cursor, out)
+            cursor = next_array_item(buf, 0, len(buf), cursor, out)
             if cursor < 0:
                 break
         else:
@@ -369,10 +384,10 @@ def test_the_hash_sees_every_byte_and_the_length() -> None:
     assert len({wire.hash_text(text) for text in texts}) == len(texts)
     data = np.frombuffer(b"xxGET /orders/{id}yy", np.uint8)
     with np.errstate(over="ignore"):
-        assert wire.hash_bytes(data, 2, 16) == wire.hash_text("GET /orders/{id}")
+        assert primitives.hash_bytes(data, 2, 16) == wire.hash_text("GET /orders/{id}")
         # At the end of a buffer the last bytes are read differently.
         inside = np.frombuffer(b"yy" * 9, np.uint8)
-        assert wire.hash_bytes(data, 18, 2) == wire.hash_bytes(inside, 2, 2)
+        assert primitives.hash_bytes(data, 18, 2) == primitives.hash_bytes(inside, 2, 2)
 
 
 def is_utf8(data: bytes) -> bool:
@@ -383,7 +398,7 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-def test_utf8_is_what_python_takes_for_it() -> None:
+def test_utf8_is_validated_like_in_python() -> None:
     edges = bytes([0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF])
     sequences = [
         bytes([lead, *rest])
@@ -408,7 +423,7 @@ def test_words_outside_the_buffer_are_not_read() -> None:
 
 
 def test_big_request_survives() -> None:
-    """Many kinds of value in one request that the library itself has written."""
+    """Many kinds of values in one request written by the library."""
     r = ExportTraceServiceRequest()
     span = (
         r.resource_spans.add().scope_spans.add().spans.add(trace_id=b"\1" * 16, span_id=b"\2" * 8)
@@ -424,8 +439,12 @@ def test_big_request_survives() -> None:
     assert reference.check([r.SerializeToString()], strict=True) == 1
 
 
-def test_warm_up_compiles_what_there_is() -> None:
+def test_warm_up_compiles_every_kernel() -> None:
     wire.warm_up()
     if not config.DISABLE_JIT:
-        for kernel in (wire.find_attribute, wire.next_array_item, wire.find_resource_attribute):
+        for kernel in (
+            find_attribute,
+            next_array_item,
+            find_resource_attribute,
+        ):
             assert kernel.signatures  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ async def test_actions(all_three, action, state):
     assert breakers.status(all_three["ledger"]) == wanted
 
 
-def test_there_are_only_those(all_three):
+def test_other_actions_do_not_exist(all_three):
     assert [breaker.name for breaker in all_three] == list(breakers.NAMES)
     with pytest.raises(KeyError):
         all_three.act("disk", "trip")
@@ -65,7 +65,7 @@ async def test_calls_by_kind(all_three, autojump_clock):
     }
 
 
-async def test_a_breaker_is_shown_with_everything(all_three, autojump_clock):
+async def test_a_breaker_as_json(all_three, autojump_clock):
     all_three.act("duckdb", "trip")
     await trio.sleep(5)
     shown = breakers.shown(all_three["duckdb"], lambda at: at + 100)
@@ -77,3 +77,13 @@ async def test_a_breaker_is_shown_with_everything(all_three, autojump_clock):
     assert transition["at"] == shown["since"] == pytest.approx(trio.current_time() + 95)
     all_three.act("duckdb", "force-open")
     assert breakers.shown(all_three["duckdb"], lambda at: at)["retryInSeconds"] is None
+
+
+def test_the_breakers_follow_the_settings():
+    evaluation, ledger, duckdb = Breakers(Settings().breakers)
+    assert evaluation.settings.timeout == 10
+    assert (evaluation.settings.minimum_calls, evaluation.settings.open_for) == (100, 30)
+    for storage in (ledger, duckdb):
+        limits = storage.settings
+        assert (limits.timeout, limits.minimum_calls, limits.open_for) == (5, 50, 15)
+        assert limits.failure_rate == 0.5

@@ -14,12 +14,12 @@ from betrace.service.pipeline import letter_codec as letters
 from betrace.service.pipeline.dead_letters import SPANS_STAGE, DeadLetters
 from betrace.service.pipeline.letter_codec import LetterError
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.recovery.recovery import read_frames
-from betrace.service.pipeline.stages.evaluate import Decided
 from betrace.service.storage.dead_letters import DeadLetterError, DeadLetterStore
+from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
+from betrace.service.traces.verdicts import Decided
 from tests.support.failing_stores import decided, due
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
@@ -47,7 +47,7 @@ def body(number: int, spans: int = 2) -> bytes:
 
 
 class World:
-    """Dead letters, and channels in place of the stages."""
+    """Dead letters, with channels instead of stages."""
 
     def __init__(self, directory, max_bytes=1 << 20):
         self.store = DeadLetterStore(
@@ -88,7 +88,7 @@ class World:
         return scope.cancelled_caught
 
     def batch(self, *numbers, tenant="acme"):
-        """Spans that are in the log and not folded."""
+        """Spans that are in the log but not folded."""
         bodies = [body(number) for number in numbers]
         frames = [Frame("protobuf", "", 5, each, 2) for each in bodies]
         positions = self.progress.append(tenant, lambda: self.log.append(tenant, frames))
@@ -116,7 +116,7 @@ def world_test(test):
 
 
 @world_test
-async def test_transient_letters_are_tried_again_after_a_minute(world):
+async def test_transient_letters_are_retried_after_a_minute(world):
     item = due(1, 2)
     item.ticket = world.in_flight.enter()
     await world.letters.bury(EVALUATION, item, TransientError("busy"), 4)
@@ -127,7 +127,7 @@ async def test_transient_letters_are_tried_again_after_a_minute(world):
         again = await world.receives[EVALUATION].receive()
     assert isinstance(again, DueTraces)
     assert np.array_equal(again.rows, item.rows)
-    assert world.store.page() != []  # until it is safe
+    assert world.store.page() != []  # until it is stored
     world.in_flight.leave(again.ticket)
     assert world.letters.total == 0
     await trio.sleep(2)
@@ -136,7 +136,7 @@ async def test_transient_letters_are_tried_again_after_a_minute(world):
 
 
 @world_test
-async def test_others_wait_for_an_operator(world):
+async def test_other_letters_wait_for_an_operator(world):
     await world.letters.bury(EVALUATION, due(1), ValueError("odd"), 4)
     assert await world.nothing_comes(EVALUATION, 90)
     (letter,) = await world.letters.page(None, None, 10, 0)
@@ -144,11 +144,11 @@ async def test_others_wait_for_an_operator(world):
     assert await world.letters.retry([letter.id]) == 1
     with trio.fail_after(3):
         await world.receives[EVALUATION].receive()
-    assert await world.nothing_comes(EVALUATION, 90)  # it is under way, and not sent twice
+    assert await world.nothing_comes(EVALUATION, 90)  # it is in progress and not sent twice
 
 
 @world_test
-async def test_a_letter_that_fails_again_stays_one(world):
+async def test_a_letter_that_fails_again_stays_a_single_letter(world):
     await world.letters.bury(EVALUATION, due(1), ValueError("odd"), 4)
     await world.letters.retry()
     again = await world.receives[EVALUATION].receive()
@@ -164,7 +164,7 @@ async def test_a_letter_that_fails_again_stays_one(world):
 
 
 @world_test
-async def test_what_fails_in_a_later_stage_is_a_letter_of_that(world):
+async def test_an_item_that_fails_in_a_later_stage_is_a_letter_of_that_stage(world):
     await world.letters.bury(EVALUATION, due(1), ValueError("odd"), 4)
     await world.letters.retry()
     again = await world.receives[EVALUATION].receive()
@@ -182,7 +182,7 @@ async def test_what_fails_in_a_later_stage_is_a_letter_of_that(world):
 
 
 @world_test
-async def test_several_are_kept_together(world):
+async def test_several_items_are_kept_together(world):
     items = [due(1), due(2)]
     for item in items:
         item.ticket = world.in_flight.enter()
@@ -196,7 +196,7 @@ async def test_spans_are_read_from_the_log_again(world):
     batch = world.batch(1, 2)
     assert len(world.pending()) == 2
     await world.letters.bury(SPANS_STAGE, batch, ValueError("odd"), 4)
-    assert world.pending() == []  # the letter has them: a restart must not read them
+    assert world.pending() == []  # they are in the letter: a restart must not read them
     assert world.letters.spans == 4
     await world.letters.retry()
     again = await world.receives[SPANS_STAGE].receive()
@@ -245,7 +245,7 @@ async def test_spans_that_fail_while_a_checkpoint_is_made_are_not_in_it(world):
 
 
 @world_test
-async def test_spans_whose_frames_are_gone_are_told_so(world):
+async def test_letters_whose_frames_are_gone_say_so(world):
     batch = world.batch(1)
     await world.letters.bury(SPANS_STAGE, batch, TransientError("busy"), 4)
     world.log.delete_tenant("acme")
@@ -266,7 +266,7 @@ async def test_discarded_letters_are_counted(world):
 
 
 @world_test
-async def test_a_letter_under_way_cannot_be_discarded(world):
+async def test_a_letter_being_retried_cannot_be_discarded(world):
     await world.letters.bury(EVALUATION, due(1), ValueError("odd"), 4)
     await world.letters.retry()
     await world.receives[EVALUATION].receive()
@@ -275,7 +275,7 @@ async def test_a_letter_under_way_cannot_be_discarded(world):
 
 
 @world_test
-async def test_a_letter_shows_what_is_in_it(world):
+async def test_a_letter_shows_its_content(world):
     await world.letters.bury(SPANS_STAGE, world.batch(1), ValueError("odd"), 4)
     await world.letters.bury(EVALUATION, due(1), ValueError("odd"), 4)
     await world.letters.bury("projection", decided(2), ValueError("odd"), 4)
@@ -289,7 +289,7 @@ async def test_a_letter_shows_what_is_in_it(world):
 
 
 @world_test
-async def test_retries_wait_for_room_in_the_channel(world):
+async def test_retries_wait_for_capacity_in_the_channel(world):
     for number in range(5):
         await world.letters.bury(
             EVALUATION, due(*range(number * 400, number * 400 + 400)), ValueError("odd"), 4
@@ -325,7 +325,7 @@ def test_a_retry_that_could_not_be_sent_leaves_nothing_behind(tmp_path):
     run(main)
 
 
-def test_letters_are_there_after_a_restart_and_tried_again(tmp_path):
+def test_letters_survive_a_restart_and_are_retried(tmp_path):
     async def main():
         async with World(tmp_path).running() as world:
             await world.letters.bury(EVALUATION, due(1), TransientError("busy"), 4)
@@ -347,7 +347,7 @@ def test_letters_are_there_after_a_restart_and_tried_again(tmp_path):
     run(main)
 
 
-def test_letters_that_the_log_or_the_checkpoint_has_are_dropped_at_the_start(tmp_path):
+def test_letters_in_the_log_or_the_checkpoint_are_dropped_at_the_start(tmp_path):
     async def main():
         async with World(tmp_path).running() as world:
             first, second, third = world.batch(1), world.batch(2), world.batch(3)
@@ -356,7 +356,7 @@ def test_letters_that_the_log_or_the_checkpoint_has_are_dropped_at_the_start(tmp
                 await world.letters.bury(SPANS_STAGE, batch, ValueError("odd"), 4)
             after = world.progress.snapshot()
             await world.letters.bury(SPANS_STAGE, third, ValueError("odd"), 4)
-        # The checkpoint of before: all three are read from the log. That of after: the third is.
+        # The earlier checkpoint: all three are read from the log. The later: only the third is.
         for snapshot, saved, left in ((after, [], [1, 2]), (after, [2], [1]), (before, [], [])):
             world = World(tmp_path)
             for tenant, (last, pending) in snapshot.items():
@@ -383,7 +383,7 @@ def test_letters_that_no_longer_fit_are_exported_and_counted(tmp_path):
     run(main)
 
 
-def test_a_store_that_fails_lets_go_of_nothing(tmp_path):
+def test_a_failing_store_loses_nothing(tmp_path):
     async def main():
         async with World(tmp_path).running() as world:
             item = due(1)
@@ -393,7 +393,7 @@ def test_a_store_that_fails_lets_go_of_nothing(tmp_path):
                 await world.letters.bury(EVALUATION, item, ValueError("odd"), 4)
             assert len(world.in_flight) == 1
             assert world.letters.total == 0
-            await trio.sleep(10)  # and the retries go on trying
+            await trio.sleep(10)  # and the retries continue
 
     run(main)
 
@@ -405,7 +405,7 @@ def test_a_store_that_fails_lets_go_of_nothing(tmp_path):
         ("due", b"x", "cannot be read"),
         ("decided", b"[]", "cannot be read"),
         ("decided", b'{"signals": 5}', "cannot be read"),
-        ("unheard of", b"", "does not know"),
+        ("unheard of", b"", "unknown kind"),
     ],
 )
 def test_payloads_that_cannot_be_read(tmp_path, kind, payload, words):
@@ -415,7 +415,7 @@ def test_payloads_that_cannot_be_read(tmp_path, kind, payload, words):
         assert "unreadable" in letters.describe(kind, payload)
 
 
-def test_frames_come_back_as_they_were(tmp_path):
+def test_frames_are_restored_unchanged(tmp_path):
     with SpanLog(tmp_path) as log:
         frames = [Frame("protobuf", "", 5, body(1), 2), Frame("protobuf", "", 7, body(2), 2)]
         positions = log.append("acme", frames)

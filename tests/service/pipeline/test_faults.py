@@ -1,5 +1,5 @@
-"""The whole service without listeners, while its parts fail: nothing is lost or doubled, and every
-span is accounted for."""
+"""The whole service without listeners while parts of it fail: nothing is lost or counted twice, and
+every span is accounted for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from betrace.channels import BreakerState, TransientError
+from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.config.load import load
 from betrace.service.pipeline.dead_letters import SPANS_STAGE
@@ -86,15 +87,15 @@ class Harness:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 yield service
                 service.stop()
-                while service._state != "stopped":
+                while service.state != "stopped":
                     await trio.sleep(0.01)
                 nursery.cancel_scope.cancel()
             service.close()
 
     async def _watch(self, _):
-        """Look at the accounts as often as possible."""
+        """Check the accounts as often as possible."""
         while True:
-            account = self.service.account()
+            account = self.service.sources.account()
             self.samples += 1
             if account.balance or account.in_flight < 0:
                 self.unbalanced.append(account)
@@ -142,7 +143,7 @@ class Harness:
 
 
 def failing(owner, name, error):
-    """Let a method fail until the returned function is called."""
+    """Make a method fail until the returned function is called."""
     original = getattr(owner, name)
     state = {"broken": True, "calls": 0}
 
@@ -170,22 +171,22 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
         heal = failing(service.pipeline.correlate, "_fold_one", error)
         await harness.send(3, 4, 5)
         await harness.send(6, tenant="acme")
-        await harness.until(lambda: service.account().dead_lettered == 4)
-        account = service.account()
+        await harness.until(lambda: service.sources.account().dead_lettered == 4)
+        account = service.sources.account()
         assert (account.accepted, account.evaluated, account.in_flight) == (6, 2, 0)
-        assert service.components()["dead-letters"]["status"] == "degraded"
+        assert components(service.sources)["dead-letters"]["status"] == "degraded"
         if isinstance(error, TransientError):
             calls = heal.calls()
-            await harness.until(lambda: heal.calls() > calls)  # they are tried again by themselves
+            await harness.until(lambda: heal.calls() > calls)  # they are retried automatically
             heal()
         else:
             heal()
             await trio.sleep(1)
-            assert service.account().dead_lettered == 4
+            assert service.sources.account().dead_lettered == 4
             retried = await ApiClient(service).post("/api/admin/dead-letters/retry", 202)
             assert retried == {"retried": 2}
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
-        account = service.account()
+        account = service.sources.account()
         assert (account.evaluated, account.dead_lettered, account.in_flight) == (6, 0, 0)
         await harness.until(lambda: not service.pipeline.letters._store.page())
     harness.check()
@@ -196,39 +197,39 @@ async def test_dead_letters_survive_a_restart(tmp_path):
     async with harness.running() as service:
         failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
         await harness.send(1, 2)
-        await harness.until(lambda: service.account().dead_lettered == 2)
+        await harness.until(lambda: service.sources.account().dead_lettered == 2)
     harness.check()
     async with harness.running() as service:
-        account = service.account()
+        account = service.sources.account()
         assert (account.carried, account.dead_lettered, account.replayed) == (2, 2, 0)
         await ApiClient(service).post("/api/admin/dead-letters/retry", 202)
         await harness.until(harness.all_there)
-        account = service.account()
+        account = service.sources.account()
         assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
     harness.check()
     async with harness.running() as service:
-        assert service.account().carried == 0
+        assert service.sources.account().carried == 0
         assert harness.all_there()
 
 
-async def test_a_ledger_that_is_away_holds_up_nothing(tmp_path):
+async def test_an_unavailable_ledger_delays_nothing(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         heal = failing(service.ledger, "record", LedgerError("it is away", transient=True))
         for number in range(1, 81):
             await harness.send(number)
-        await harness.until(lambda: len(harness.projected()) == 80)  # safe in the files
+        await harness.until(lambda: len(harness.projected()) == 80)  # durable in the files
         assert harness.recorded() == []
-        components = service.components()
-        assert components["fallback-ledger"]["status"] == "degraded"
+        found = components(service.sources)
+        assert found["fallback-ledger"]["status"] == "degraded"
         heal()
         await harness.until(harness.all_there)
         await harness.until(lambda: not service.pipeline.fallbacks["ledger"].pending)
-        assert service.components()["fallback-ledger"]["status"] == "ok"
+        assert components(service.sources)["fallback-ledger"]["status"] == "ok"
     harness.check()
 
 
-async def test_a_duckdb_that_is_away_holds_up_nothing(tmp_path):
+async def test_an_unavailable_duckdb_delays_nothing(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         heal = failing(service.store, "write", StoreError("it is away", transient=True))
@@ -241,7 +242,7 @@ async def test_a_duckdb_that_is_away_holds_up_nothing(tmp_path):
     harness.check()
 
 
-async def test_fallback_files_of_before_a_restart_are_written_back(tmp_path):
+async def test_fallback_files_are_written_back_after_a_restart(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.force_open()
@@ -258,15 +259,15 @@ async def test_fallback_files_of_before_a_restart_are_written_back(tmp_path):
     harness.check()
 
 
-async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
+async def test_refused_evaluation_recovers_by_itself(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.evaluation.force_open()
         await harness.send(1, 2)
         await harness.send(3, tenant="acme")
         await harness.until(lambda: service.pipeline.letters.total == 2)
-        assert service.account().dead_lettered == 0  # the spans are folded
-        shown = service.components()["breaker-rule-evaluation"]
+        assert service.sources.account().dead_lettered == 0  # the spans are folded
+        shown = components(service.sources)["breaker-rule-evaluation"]
         assert shown == {"status": "degraded", "detail": "forced_open"}
         await ApiClient(service).post("/api/admin/breakers/rule-evaluation/reset")
         assert service.pipeline.breakers.evaluation.state is BreakerState.CLOSED
@@ -275,7 +276,7 @@ async def test_evaluation_that_is_refused_comes_back_by_itself(tmp_path):
     harness.check()
 
 
-async def test_what_operators_do_is_in_the_audit_log(tmp_path):
+async def test_operator_actions_are_in_the_audit_log(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         post = partial(ApiClient(service).post, x_operator="tests")
@@ -299,11 +300,11 @@ async def test_what_operators_do_is_in_the_audit_log(tmp_path):
     assert all('"operator":"tests","client":"<local>"' in line for line in lines)
 
 
-async def test_metrics_of_all_that_is_there_from_the_start(tmp_path):
+async def test_all_metrics_exist_from_the_start(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         service.pipeline.breakers.ledger.trip()
-        text = (await service.scrape()).decode()
+        text = (await service.tools.exposition.scrape()).decode()
     for sample in (
         'betrace_circuit_breaker_state{name="ledger",state="open"} 1.0',
         'betrace_circuit_breaker_state{name="ledger",state="closed"} 0.0',
@@ -323,7 +324,7 @@ async def test_operators_see_and_discard_dead_letters(tmp_path):
         heal = failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
         for number in (1, 2, 3):
             await harness.send(number)
-            await harness.until(lambda n=number: service.account().dead_lettered == n)
+            await harness.until(lambda n=number: service.sources.account().dead_lettered == n)
         client, path = ApiClient(service), "/api/admin/dead-letters"
         page = await client.get(f"{path}?stage={SPANS_STAGE}&tenant=default&limit=2")
         letters = page["deadLetters"]
@@ -337,7 +338,7 @@ async def test_operators_see_and_discard_dead_letters(tmp_path):
         assert (await client.get(f"{path}?tenant=other"))["deadLetters"] == []
         assert (await client.get(f"{path}?stage=projection"))["deadLetters"] == []
         assert await client.post(f"{path}/2/discard") == {"discarded": 1}
-        account = service.account()
+        account = service.sources.account()
         assert (account.dead_lettered, account.discarded) == (2, 1)
         heal()
         assert await client.post(f"{path}/1/retry", 202) == {"retried": 1}

@@ -1,4 +1,4 @@
-"""Group commit: one sync for all who wait, failures for those they concern."""
+"""Group commit: one sync for all waiting callers, failures for the affected ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from betrace.service.storage.spanlog.log import LogSyncError
 
 
 class Log:
-    """A span log that only notes who was synced; ``fails`` are tenants whose disk fails."""
+    """A span log that only records synced tenants; the disk of tenants in ``fails`` fails."""
 
     def __init__(self) -> None:
         self.synced: list[set[str] | None] = []
@@ -53,7 +53,7 @@ def group(log: Log) -> GroupSync:
     return GroupSync(log, Threads(1.0))  # type: ignore[arg-type]
 
 
-async def test_those_who_come_while_a_sync_runs_share_the_next(log, group, autojump_clock):
+async def test_callers_that_arrive_during_a_sync_share_the_next(log, group, autojump_clock):
     finished: dict[str, float] = {}
 
     async def sync(tenant: str, after: float) -> None:
@@ -74,7 +74,7 @@ async def test_those_who_come_while_a_sync_runs_share_the_next(log, group, autoj
     }
 
 
-async def test_a_sync_that_began_before_the_call_does_not_count(log, group, autojump_clock):
+async def test_a_sync_that_started_before_the_call_does_not_count(log, group, autojump_clock):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(group.sync, ["t"])
         await trio.sleep(0.5)
@@ -82,7 +82,7 @@ async def test_a_sync_that_began_before_the_call_does_not_count(log, group, auto
         assert log.synced == [{"t"}, {"t"}]
 
 
-async def test_a_failure_is_told_to_those_whose_tenants_it_concerns(log, group, autojump_clock):
+async def test_a_failure_is_raised_for_the_affected_tenants(log, group, autojump_clock):
     log.fails = {"bad"}
     outcomes: dict[str, str] = {}
 
@@ -102,12 +102,12 @@ async def test_a_failure_is_told_to_those_whose_tenants_it_concerns(log, group, 
     assert outcomes == {"first": "safe", "good": "safe", "bad": "bad", "both": "bad"}
     assert group.failures == 1
     log.fails = set()
-    await group.sync(["bad"])  # the disk is well again
+    await group.sync(["bad"])  # the disk works again
 
 
 @pytest.mark.parametrize("how", ["cancelled", "unexpected error"])
-async def test_nobody_is_told_that_a_sync_happened_that_did_not(log, group, autojump_clock, how):
-    """The task that runs the sync for all ends without it; the others must not believe in it."""
+async def test_no_caller_succeeds_without_a_finished_sync(log, group, autojump_clock, how):
+    """The task that runs the shared sync is cancelled; the other callers must see a failure."""
     told: list[str] = []
 
     async def follow() -> None:
@@ -149,7 +149,7 @@ async def test_old_failures_are_forgotten(log, group, autojump_clock):
     assert len(group._failed) <= 64
 
 
-async def test_whatever_is_not_durable_is_synced_on_a_schedule(log, group, autojump_clock):
+async def test_unsynced_data_is_synced_on_a_schedule(log, group, autojump_clock):
     log.fails = {"t"}
     with trio.move_on_after(10.5):
         await group.every(2.0)

@@ -8,13 +8,13 @@ import pytest
 import trio
 
 from betrace.service.app import Service
-from betrace.service.traces import folding as foldrun
+from betrace.service.traces import folding
 from betrace.service.traces.table import TraceTable
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
 
 RULES = {
-    "all": "count(a) == 1500",  # more than the window in which a repeated span is known
+    "all": "count(a) == 1500",  # more than the window in which repeated spans are recognized
     "late": 'count(a.where(x matches "^v")) == 1',
     "b": "when { a } always { b }",
 }
@@ -22,9 +22,9 @@ RULES = {
 
 @pytest.fixture
 def fault(monkeypatch):
-    """While it holds anything, comparisons in Python fail."""
+    """Comparisons in Python fail while it is not empty."""
     left: list[int] = []
-    evaluate = foldrun.evaluate
+    evaluate = folding.evaluate
 
     def fail(*args: Any) -> bool:
         if left:
@@ -32,19 +32,19 @@ def fault(monkeypatch):
             raise MemoryError("says the test")
         return evaluate(*args)
 
-    monkeypatch.setattr(foldrun, "evaluate", fail)
+    monkeypatch.setattr(folding, "evaluate", fail)
     return left
 
 
 def broken(service: Service) -> set[str]:
-    return {rule for _, rule in standing(service)}
+    return {rule for _, rule in active_signals(service)}
 
 
 def spans() -> list[S]:
     return [S(n, x="v1" if n == 1200 else "w") for n in range(1, 1501)]
 
 
-async def test_a_batch_delivered_again_counts_once(tmp_path, fault):
+async def test_a_redelivered_batch_counts_once(tmp_path, fault):
     write_rules(tmp_path, RULES)
     retry = {"attempts": 3, "delay_seconds": 0.01}
     async with running(settings(tmp_path, redelivery=retry)) as service:
@@ -55,10 +55,12 @@ async def test_a_batch_delivered_again_counts_once(tmp_path, fault):
         assert service.pipeline.correlate.counts.folded == 1500
         assert service.pipeline.correlate.counts.repeated == 0
         assert broken(service) == {"all", "late", "b"}
-        assert service.account().balance == 0
+        assert service.sources.account().balance == 0
 
 
-async def test_its_rest_is_a_dead_letter_through_checkpoints_and_crashes(tmp_path, fault):
+async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoints_and_crashes(
+    tmp_path, fault
+):
     write_rules(tmp_path, RULES)
     retry = {"attempts": 1, "delay_seconds": 0.01, "transient_retry_seconds": 3600}
     config = settings(tmp_path, redelivery=retry)
@@ -71,7 +73,7 @@ async def test_its_rest_is_a_dead_letter_through_checkpoints_and_crashes(tmp_pat
         assert await service.recovery.save()
     fault.clear()
     async with running(config) as service:
-        assert service.account().carried == 1500
+        assert service.sources.account().carried == 1500
         await send(service, [S(2000, "b")])
         await closed(service)
         assert broken(service) == {"all"}  # the comparisons are left
@@ -82,12 +84,10 @@ async def test_its_rest_is_a_dead_letter_through_checkpoints_and_crashes(tmp_pat
         await closed(service)
         assert service.pipeline.correlate.counts.repeated == 0
         assert broken(service) == {"all", "late"}
-        assert service.account().balance == 0
+        assert service.sources.account().balance == 0
 
 
-async def test_a_batch_in_its_traces_is_no_dead_letter_when_what_came_after_it_failed(
-    tmp_path, monkeypatch
-):
+async def test_a_folded_batch_is_no_dead_letter_when_a_later_step_fails(tmp_path, monkeypatch):
     close = TraceTable.close
     failures: list[int] = []
 
@@ -104,7 +104,7 @@ async def test_a_batch_in_its_traces_is_no_dead_letter_when_what_came_after_it_f
         await send(service, [S(1, complete=True), S(2, trace=b"\2" * 16)])
         await closed(service)
         assert not failures
-        assert service.pipeline.folded_all_the_same == 2
-        account = service.account()
+        assert service.pipeline.failed_after_folding == 2
+        account = service.sources.account()
         assert (account.evaluated, account.dead_lettered, account.balance) == (2, 0, 0)
-        assert standing(service) == {(TRACE.hex(), "b"), ((b"\2" * 16).hex(), "b")}
+        assert active_signals(service) == {(TRACE.hex(), "b"), ((b"\2" * 16).hex(), "b")}

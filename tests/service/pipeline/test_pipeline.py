@@ -10,8 +10,10 @@ import pytest
 import trio
 
 from betrace.service.pipeline.request import Done, Refused
-from betrace.service.storage.spanlog.log import LogSyncError, LogWriteError
+from betrace.service.storage.spanlog.log import LogSyncError
+from betrace.service.storage.spanlog.tenant_log import LogWriteError
 from tests.support.inprocess import (
+    active_signals,
     closed,
     folded,
     ledger_signals,
@@ -19,7 +21,6 @@ from tests.support.inprocess import (
     running,
     send,
     settings,
-    standing,
     write_rules,
 )
 from tests.support.spans import TRACE, S, body
@@ -40,7 +41,7 @@ async def test_from_a_request_to_the_ledger_and_the_index(config):
         outcome = await send(service, [S(1), S(2), S(3), S(9, trace=OTHER)])
         assert outcome == Done(4)
         await closed(service)
-        assert standing(service) == {
+        assert active_signals(service) == {
             (TRACE_ID, "many"),
             (TRACE_ID, "no-b"),
             (OTHER.hex(), "no-b"),
@@ -54,16 +55,16 @@ async def test_from_a_request_to_the_ledger_and_the_index(config):
         assert {trace: row.spans for trace, row in found.items()} == {TRACE_ID: 3, OTHER.hex(): 1}
 
 
-async def test_tenants_are_apart(config, tmp_path):
+async def test_tenants_are_isolated(config, tmp_path):
     write_rules(tmp_path, {"any": "a"}, tenant="shop")
     async with running(config) as service:
         await send(service, [S(1), S(2, "b")], tenant="shop")
         await send(service, [S(1), S(2, "b")])
         await send(service, [S(1)], tenant="nobody")
         await closed(service)
-        assert standing(service, "shop") == {(TRACE_ID, "any")}
-        assert standing(service) == {(TRACE_ID, "one")}
-        assert standing(service, "nobody") == set()
+        assert active_signals(service, "shop") == {(TRACE_ID, "any")}
+        assert active_signals(service) == {(TRACE_ID, "one")}
+        assert active_signals(service, "nobody") == set()
 
 
 async def test_closing_drains_what_was_accepted(config):
@@ -91,7 +92,7 @@ async def test_closing_drains_what_was_accepted(config):
     ],
     ids=["protobuf", "json", "gzip", "too large"],
 )
-async def test_what_cannot_be_decoded_is_refused_alone(config, data, more, status):
+async def test_only_the_request_that_cannot_be_decoded_is_refused(config, data, more, status):
     async with running(config) as service:
         bad = request(data, **more)
         good = request(body(S(1)))
@@ -105,7 +106,7 @@ async def test_what_cannot_be_decoded_is_refused_alone(config, data, more, statu
         assert service.log.statistics().frames == 1
 
 
-async def test_spans_with_ids_that_are_none_are_left_out(config):
+async def test_spans_with_invalid_ids_are_rejected(config):
     async with running(config) as service:
         outcome = await send(service, [S(1), S(0), S(2, trace=b"\0" * 16)])
         assert isinstance(outcome, Done)
@@ -121,7 +122,9 @@ async def test_spans_with_ids_that_are_none_are_left_out(config):
         assert (counts.accepted, counts.rejected) == (1, 3)
 
 
-async def test_a_log_that_cannot_be_written_refuses_and_leaves_nothing_behind(config, monkeypatch):
+async def test_requests_are_refused_without_a_trace_if_the_log_cannot_be_written(
+    config, monkeypatch
+):
     async with running(config) as service:
 
         def fail(*_: Any) -> None:
@@ -132,12 +135,12 @@ async def test_a_log_that_cannot_be_written_refuses_and_leaves_nothing_behind(co
             refused = await send(service, [S(1), S(2), S(3)])
         assert isinstance(refused, Refused)
         assert refused.status == 503
-        assert service.spans_in_flight() == 0
+        assert service.sources.account().in_flight == 0
         assert service.pipeline.progress.snapshot() == {}
         assert service.pipeline.ingest.counts.accepted == 0
         assert await send(service, [S(1)]) == Done(1)
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
+        assert active_signals(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
 
 
 async def test_ack_synced_waits_for_the_disk(tmp_path, monkeypatch):
@@ -157,7 +160,7 @@ async def test_ack_synced_waits_for_the_disk(tmp_path, monkeypatch):
         assert service.log.synced("default") == service.log.end("default")
 
 
-async def test_a_disk_that_fails_to_sync_refuses_those_concerned(tmp_path, monkeypatch):
+async def test_a_failed_sync_refuses_the_affected_requests(tmp_path, monkeypatch):
     write_rules(tmp_path, RULES)
     async with running(settings(tmp_path, log={"ack": "synced"})) as service:
 
@@ -177,15 +180,15 @@ async def test_a_disk_that_fails_to_sync_refuses_those_concerned(tmp_path, monke
             assert await good.reply.wait() == Done(1)
             wrong = await odd.reply.wait()
             assert isinstance(wrong, Refused)
-            assert wrong.status == 400  # sending it again would not help
+            assert wrong.status == 400  # a retry would not help
         # The client sends it again, and it counts once.
         assert await send(service, [S(1)]) == Done(1)
         await closed(service)
-        assert (TRACE_ID, "one") in standing(service)
-        assert service.account().balance == 0
+        assert (TRACE_ID, "one") in active_signals(service)
+        assert service.sources.account().balance == 0
 
 
-async def test_a_batch_that_is_delivered_again_is_folded_once(tmp_path, monkeypatch):
+async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
     write_rules(tmp_path, {"two": "count(a) > 1", "one": "count(a) == 1"})
     config = settings(tmp_path, redelivery={"delay_seconds": 0.01})
     async with running(config) as service:
@@ -203,25 +206,25 @@ async def test_a_batch_that_is_delivered_again_is_folded_once(tmp_path, monkeypa
         monkeypatch.setattr(correlate, "_fold_one", sometimes)
         for number in range(1, 6):
             trace = bytes([number]) * 16
-            # More spans than are remembered, so that folding twice would count twice.
+            # More spans than are remembered, so that folding twice would count them twice.
             spans = [S(i, "x", trace=trace) for i in range(1, 1200)] + [S(5000, trace=trace)]
             await service.pipeline.requests.send(request(body(*spans), weight=1200))
         await closed(service)
         assert failures > 3
-        assert {rule for _, rule in standing(service)} == {"one"}
-        assert len(standing(service)) == 5
+        assert {rule for _, rule in active_signals(service)} == {"one"}
+        assert len(active_signals(service)) == 5
         repeated = sum(int(t.arrays.slots[:, 9].sum()) for t in tables(service))
         assert repeated == 0
         assert correlate.counts.folded == 6000
 
 
 def tables(service: Any) -> list[Any]:
-    return [table for traces in service.traces().values() for table in traces.tables]
+    return [
+        table for traces in service.pipeline.correlate.tenants.values() for table in traces.tables
+    ]
 
 
-async def test_a_request_that_makes_the_stage_fail_is_refused_and_others_are_not(
-    config, monkeypatch
-):
+async def test_only_the_request_that_makes_the_stage_fail_is_refused(config, monkeypatch):
     async with running(config) as service:
         ingest = service.pipeline.ingest
         decode = ingest._decode
@@ -240,15 +243,13 @@ async def test_a_request_that_makes_the_stage_fail_is_refused_and_others_are_not
         assert isinstance(outcomes[1], Refused)
         assert outcomes[1].status == 503
         await closed(service)
-        # What was appended before the failure does not wait for ever to be folded.
+        # Frames appended before the failure do not stay pending forever.
         assert all(not pending for _, pending in service.pipeline.progress.snapshot().values())
         assert service.log.statistics().frames == 2
 
 
 @pytest.mark.parametrize("capacity", [1, 5000])
-async def test_the_service_stops_in_time_also_with_a_stage_that_hangs(
-    tmp_path, monkeypatch, capacity
-):
+async def test_the_service_stops_in_time_even_if_a_stage_hangs(tmp_path, monkeypatch, capacity):
     write_rules(tmp_path, RULES)
     config = settings(
         tmp_path,
@@ -268,7 +269,7 @@ async def test_the_service_stops_in_time_also_with_a_stage_that_hangs(
             await trio.sleep(0.5)
 
 
-async def test_rules_that_change_hold_for_new_traces(config, tmp_path):
+async def test_changed_rules_apply_to_new_traces(config, tmp_path):
     async with running(config) as service:
         await send(service, [S(1)])
         await folded(service)
@@ -276,17 +277,17 @@ async def test_rules_that_change_hold_for_new_traces(config, tmp_path):
         await service.reload_rules()
         await send(service, [S(2), S(3, trace=OTHER)])
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "no-b"), (OTHER.hex(), "new")}
+        assert active_signals(service) == {(TRACE_ID, "no-b"), (OTHER.hex(), "new")}
 
 
 async def test_late_spans_retract(config):
     async with running(config) as service:
         await send(service, [S(1)])
         await closed(service)
-        assert standing(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
+        assert active_signals(service) == {(TRACE_ID, "one"), (TRACE_ID, "no-b")}
         await send(service, [S(2, "b"), S(3)])
         await closed(service)
-        assert standing(service) == set()
+        assert active_signals(service) == set()
         kinds = [(s.rule_id, str(s.kind)) for s in ledger_signals(service)]
         assert sorted(kinds) == [
             ("no-b", "raised"),

@@ -1,4 +1,4 @@
-"""How far the work has come, as a checkpoint must know it."""
+"""How far the work has come, for checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_write_that_fails_changes_nothing():
     progress.append("t", lambda: [2])  # the lock is free again
 
 
-def test_tenants_are_apart():
+def test_tenants_are_isolated():
     progress = LogProgress()
     progress.append("one", lambda: [7])
     progress.append("other", lambda: [7])
@@ -51,7 +51,7 @@ def test_tenants_are_apart():
     assert progress.snapshot() == {"other": (7, [7])}
 
 
-def test_looking_at_a_tenant_does_not_make_it_one():
+def test_reading_an_unknown_tenant_does_not_create_it():
     progress = LogProgress()
     assert not progress.any_pending("nobody", [1])
     progress.folded("nobody", [1])
@@ -154,7 +154,7 @@ async def test_waiting_ends_when_all_older_work_is_done():
     assert len(in_flight) == 0
 
 
-async def test_nothing_in_flight_is_nothing_to_wait_for():
+async def test_waiting_returns_at_once_with_nothing_in_flight():
     in_flight = InFlight()
     with trio.fail_after(1):
         await in_flight.wait(in_flight.mark())
@@ -170,7 +170,7 @@ async def test_newer_work_is_not_waited_for():
         await in_flight.wait(mark)
 
 
-async def test_tickets_of_many_threads_are_different():
+async def test_tickets_of_many_threads_are_unique():
     in_flight = InFlight()
     tickets: list[int] = []
 

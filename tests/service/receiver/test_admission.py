@@ -4,12 +4,12 @@ import trio
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from betrace.service.config.settings import Ingest
+from betrace.service.config.edge import Ingest
 from betrace.service.pipeline.request import Done, Refused, Reply
 from betrace.service.receiver.admission import REASONS, Edge, Head
-from betrace.service.tenancy.access import Denied
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue
+from tests.support.tenant_keys import UNREADABLE, authenticating, bearer, new_key
 
 PROTOBUF = (b"content-type", b"application/x-protobuf")
 JSON = (b"content-type", b"application/json")
@@ -17,7 +17,8 @@ JSON = (b"content-type", b"application/json")
 
 def make(queue=None, quotas=None, authenticator=None, **settings):
     queue = queue or ScriptedQueue()
-    return Edge(Ingest(**settings), queue, quotas or Quotas(), authenticator, lambda: 12345), queue
+    quotas = quotas or SpanQuotas()
+    return Edge(Ingest(**settings), queue, quotas, authenticator, lambda: 12345), queue
 
 
 async def admit(edge, *headers, method="POST", path="/v1/traces"):
@@ -25,7 +26,7 @@ async def admit(edge, *headers, method="POST", path="/v1/traces"):
 
 
 def status(response):
-    """The google.rpc.Status of an error, in whichever encoding."""
+    """The google.rpc.Status of an error, in either encoding."""
     headers = dict(response.headers)
     assert headers[b"content-length"] == str(len(response.body)).encode()
     if headers[b"content-type"] == b"application/x-protobuf":
@@ -67,19 +68,23 @@ async def test_good_heads(headers, expected, path):
 @pytest.mark.parametrize(
     ("headers", "code", "words"),
     [
-        ([(b"content-type", b"text/plain")], 415, "'text/plain' is not known; send application/x-"),
-        ([(b"accept", b"*/*")], 415, "no content type given; send application/x-protobuf"),
-        ([PROTOBUF, (b"content-encoding", b"br")], 415, "'br' is not known; send gzip"),
-        ([PROTOBUF, (b"content-encoding", b"gzip, gzip")], 415, "not known"),
+        (
+            [(b"content-type", b"text/plain")],
+            415,
+            "'text/plain' is not supported; send appl",
+        ),
+        ([(b"accept", b"*/*")], 415, "no content type; send application/x-protobuf"),
+        ([PROTOBUF, (b"content-encoding", b"br")], 415, "'br' is not supported; use gzip"),
+        ([PROTOBUF, (b"content-encoding", b"gzip, gzip")], 415, "not supported"),
         (
             [PROTOBUF, (b"content-encoding", b"gzip"), (b"content-encoding", b"gzip")],
             415,
-            "not known",
+            "not supported",
         ),
-        ([PROTOBUF, (b"x-scope-orgid", b"Acme")], 400, "'Acme' names no tenant: a tenant name is"),
-        ([PROTOBUF, (b"x-scope-orgid", b"")], 400, "names no tenant"),
-        ([JSON, (b"x-scope-orgid", b"../x")], 400, "names no tenant"),
-        ([JSON, (b"x-scope-orgid", b"\xff")], 400, "names no tenant"),
+        ([PROTOBUF, (b"x-scope-orgid", b"Acme")], 400, "'Acme' is not a tenant name: a tenant"),
+        ([PROTOBUF, (b"x-scope-orgid", b"")], 400, "is not a tenant name"),
+        ([JSON, (b"x-scope-orgid", b"../x")], 400, "is not a tenant name"),
+        ([JSON, (b"x-scope-orgid", b"\xff")], 400, "is not a tenant name"),
         (
             [PROTOBUF, (b"content-length", b"20971521")],
             413,
@@ -120,7 +125,7 @@ async def test_other_methods_are_not_allowed(method):
     assert "use POST" in status(response).message
 
 
-async def test_a_request_reaches_the_channel_as_it_came():
+async def test_a_request_reaches_the_channel_unchanged():
     edge, queue = make()
     head = Head("acme", "json", "gzip", 3)
     assert (await edge.handle(head, b"abc")).status == 200
@@ -154,7 +159,7 @@ async def test_rejected_spans_are_reported():
     ("code", "reason", "rpc", "retries"),
     [(400, "undecodable", 3, False), (413, "too_large", 3, False), (503, "unavailable", 14, True)],
 )
-async def test_what_the_pipeline_refuses(code, reason, rpc, retries):
+async def test_refusals_of_the_pipeline_reach_the_client(code, reason, rpc, retries):
     edge, _ = make(ScriptedQueue(outcome=Refused(code, "because")))
     response = await edge.handle(Head("a", "protobuf", "", None), b"x" * 4000)
     assert response.status == code
@@ -166,7 +171,7 @@ async def test_what_the_pipeline_refuses(code, reason, rpc, retries):
 
 
 async def under_way(edge, queue, nursery, tenant="default"):
-    """Have a request of the tenant wait in the queue."""
+    """Let a request of the tenant wait in the queue."""
     before = len(queue.taken)
     queue.outcome = None
     nursery.start_soon(edge.handle, Head(tenant, "protobuf", "", None), b"x")
@@ -191,12 +196,12 @@ async def test_a_full_channel_refuses_before_the_body(nursery):
     assert isinstance(await admit(edge), Head)
     queue.fill = 0.91
     request.release()
-    request.release()  # twice does no harm
+    request.release()  # idempotent
     assert isinstance(await admit(edge), Head)
     nursery.cancel_scope.cancel()
 
 
-async def test_a_share_used_up_while_the_body_came_is_a_refusal(nursery):
+async def test_a_share_used_up_while_the_body_arrives_is_a_refusal(nursery):
     edge, queue = make()
     await under_way(edge, queue, nursery)
     head = await admit(edge)
@@ -207,8 +212,8 @@ async def test_a_share_used_up_while_the_body_came_is_a_refusal(nursery):
     nursery.cancel_scope.cancel()
 
 
-async def test_a_tenant_that_is_deleted_is_refused():
-    edge = Edge(Ingest(), ScriptedQueue(), Quotas(), closed={"gone"})
+async def test_a_deleted_tenant_is_refused():
+    edge = Edge(Ingest(), ScriptedQueue(), SpanQuotas(), closed={"gone"})
     response = await admit(edge, PROTOBUF, (b"x-scope-orgid", b"gone"))
     assert (response.status, status(response).code) == (403, 7)
     assert edge.refused_requests["tenant"] == 1
@@ -224,9 +229,9 @@ async def test_a_request_that_cannot_be_queued_in_time_is_refused(autojump_clock
     assert edge.refused_requests["overloaded"] == 1
 
 
-async def test_only_a_tenth_of_the_queue_may_wait_for_room_in_it(nursery):
+async def test_only_a_tenth_of_the_queue_may_wait_to_be_queued(nursery):
     queue = ScriptedQueue(fill=0.99, room=False)
-    edge = Edge(Ingest(offer_timeout_ms=60_000), queue, Quotas(), capacity=100)
+    edge = Edge(Ingest(offer_timeout_ms=60_000), queue, SpanQuotas(), capacity=100)
     weight = edge.estimate("json", "", 900)
     waiting = 0
     while isinstance(await admit(edge, (b"x-scope-orgid", b"t%d" % waiting), JSON), Head):
@@ -234,7 +239,7 @@ async def test_only_a_tenth_of_the_queue_may_wait_for_room_in_it(nursery):
         nursery.start_soon(edge.handle, head, b"x" * 900)
         await trio.testing.wait_all_tasks_blocked()
         waiting += 1
-    assert 110 < waiting * weight <= 110 + weight  # of 100, in the queue or not
+    assert 110 < waiting * weight <= 110 + weight  # of 100, queued or not
     nursery.cancel_scope.cancel()
 
 
@@ -259,7 +264,7 @@ async def test_retry_after_grows_with_the_overload_and_falls_again():
     assert retry_after(await admit(edge)) == 1
 
 
-async def test_an_outcome_that_does_not_come_is_a_503(autojump_clock):
+async def test_a_missing_outcome_is_a_503(autojump_clock):
     edge, _ = make(ScriptedQueue(outcome=None), answer_timeout_seconds=7)
     start = trio.current_time()
     response = await edge.handle(Head("a", "json", "", None), b"x")
@@ -285,14 +290,14 @@ async def test_pause_resume_and_drain():
 
 async def test_a_tenant_over_its_quota_gets_429():
     now = [0.0]
-    edge, queue = make(quotas=Quotas(10, 1, clock=lambda: now[0]))
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: now[0]))
     queue.outcome = Done(35)
     head = await admit(edge)
     assert (await edge.handle(head, b"x")).status == 200  # estimated as 1, corrected to 35
     response = await admit(edge)
     assert (response.status, retry_after(response)) == (429, 3)
     assert "tenant default" in status(response).message
-    assert "10 spans a second" in status(response).message
+    assert "10 spans per second" in status(response).message
     assert status(response).code == 8
     assert (await edge.handle(head, b"x")).status == 429  # also after a head admitted before
     assert isinstance(await admit(edge, PROTOBUF, (b"x-scope-orgid", b"other")), Head)
@@ -301,8 +306,8 @@ async def test_a_tenant_over_its_quota_gets_429():
     assert len(queue.taken) == 1
 
 
-async def test_what_is_refused_costs_no_quota():
-    edge, queue = make(quotas=Quotas(10, 1, clock=lambda: 0.0))
+async def test_requests_refused_for_load_use_no_quota():
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
     queue.outcome = Refused(503, "disk")
     await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room = False
@@ -312,60 +317,51 @@ async def test_what_is_refused_costs_no_quota():
 
 
 @pytest.mark.parametrize("outcome", [Refused(400, "bad"), Refused(413, "large"), Done(0, 100)])
-async def test_invalid_bodies_and_rejected_spans_cost_quota(outcome):
+async def test_invalid_bodies_and_rejected_spans_use_quota(outcome):
     """Decoding them takes as long as decoding what is accepted."""
-    edge, queue = make(quotas=Quotas(10, 1, clock=lambda: 0.0))
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
     queue.outcome = outcome
     await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 429
 
 
-async def test_a_long_wait_for_quota_stays_within_what_exporters_bear():
-    edge, queue = make(quotas=Quotas(1, 1, clock=lambda: 0.0))
+async def test_retry_after_for_quotas_stays_within_the_limits_of_exporters():
+    edge, queue = make(quotas=SpanQuotas(1, 1, clock=lambda: 0.0))
     queue.outcome = Done(500)
     await edge.handle(await admit(edge), b"x")
     assert retry_after(await admit(edge)) == 5
 
 
-async def test_weights_follow_what_bodies_turned_out_to_hold():
+async def test_weights_follow_the_spans_that_bodies_contained():
     edge, queue = make()
     queue.outcome = Done(10)
     for _ in range(300):
         await edge.handle(Head("a", "protobuf", "gzip", None), b"x" * 500)
     assert edge.estimate("protobuf", "gzip", 5000) == pytest.approx(100, abs=2)
-    assert edge.estimate("protobuf", "", 4000) == 10  # others are not touched
+    assert edge.estimate("protobuf", "", 4000) == 10  # other tenants are not affected
     assert edge.estimate("protobuf", "", 0) == 1
 
 
-class Gate:
-    def remembered(self, authorization):
-        return "acme" if authorization == "Bearer known" else None
-
-    async def tenant(self, authorization):
-        if authorization is None:
-            return Denied(401, "send a bearer token")
-        if authorization == "Bearer good":
-            return "acme"
-        if authorization == "Bearer broken":
-            return Denied(503, "tokens cannot be verified now")
-        return Denied(403, "this token is for queries only")
-
-
 async def test_authentication_decides_the_tenant():
-    edge, _ = make(authenticator=Gate())
-    head = await admit(
-        edge, PROTOBUF, (b"authorization", b"Bearer good"), (b"x-scope-orgid", b"other")
-    )
-    assert head.tenant == "acme"
-    response = await admit(edge)
-    assert (response.status, status(response).code) == (401, 16)
-    assert dict(response.headers)[b"www-authenticate"] == b"Bearer"
-    response = await admit(edge, PROTOBUF, (b"authorization", b"Bearer bad"))
-    assert (response.status, status(response).code) == (403, 7)
-    assert "queries only" in status(response).message
-    assert (await admit(edge, PROTOBUF, (b"authorization", b"Bearer known"))).tenant == "acme"
-    response = await admit(edge, PROTOBUF, (b"authorization", b"Bearer broken"))
-    assert (response.status, retry_after(response)) == (503, 5)
+    key = new_key()
+    with authenticating({"acme": key}) as authenticator:
+        edge, _ = make(authenticator=authenticator)
+
+        async def send(authorization: str, *headers):
+            sent = (b"authorization", authorization.encode())
+            return await admit(edge, PROTOBUF, sent, *headers)
+
+        for _ in range(2):  # the second time from memory
+            head = await send(bearer(key, "acme"), (b"x-scope-orgid", b"other"))
+            assert head.tenant == "acme"
+        response = await admit(edge)
+        assert (response.status, status(response).code) == (401, 16)
+        assert dict(response.headers)[b"www-authenticate"] == b"Bearer"
+        response = await send(bearer(new_key(), "acme"))
+        assert (response.status, status(response).code) == (401, 16)
+        assert "not signed with a valid key" in status(response).message
+        response = await send(bearer(key, UNREADABLE))
+        assert (response.status, retry_after(response)) == (503, 5)
 
 
 async def test_bodies_within_the_limits():
@@ -386,12 +382,12 @@ async def test_memory_for_bodies_is_bounded_and_shared():
     head, other = Head("a", "json", "", 4096), Head("b", "json", "", None)
     with edge.body(head) as one, edge.body(head) as two, edge.body(other) as three:
         assert one.feed(b"x") is None
-        assert edge.buffered_bytes == 1  # what was announced does not count
+        assert edge.buffered_bytes == 1  # announced bytes do not count
         assert one.feed(b"x" * 3999) is None
         assert two.feed(b"x" * 3000) is None
         response = two.feed(b"x" * 400)
         assert (response.status, retry_after(response)) == (503, 1)
-        assert three.feed(b"x" * 700) is None  # a tenth is for those who hold nothing
+        assert three.feed(b"x" * 700) is None  # a tenth is reserved for tenants with nothing
         assert three.feed(b"x" * 200).status == 503
         assert edge.buffered_bytes == 7700
     assert edge.buffered_bytes == 0
@@ -409,5 +405,5 @@ async def test_a_reply_is_set_once():
     reply = Reply()
     reply.set(Done(1))
     assert await reply.wait() == Done(1)
-    with pytest.raises(RuntimeError, match="already told"):
+    with pytest.raises(RuntimeError, match="already set"):
         reply.set(Refused(503, ""))

@@ -1,4 +1,4 @@
-"""HTTP/1.1 messages as bytes: whatever arrives, in whatever pieces."""
+"""HTTP/1.1 messages as bytes: any input, in any pieces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.ingest_servers import chunk, post
 
 HEAD = post(b"", "X-Scope-OrgID: acme", "Content-Length: 12", "Connection: keep-alive")
 
-# Bytes that matter to a parser of HTTP, more often than others.
+# Mostly bytes that matter to an HTTP parser.
 telling = st.one_of(
     st.sampled_from(
         [b"\r\n", b"\r", b"\n", b" ", b"\t", b":", b";", b",", b"\0", b"\x80", b"0", b"a", b"\xff"]
@@ -69,7 +69,7 @@ def test_a_head_is_parsed_or_refused_and_nothing_else(block):
     assert "?" not in head.path
 
 
-def test_what_a_head_says():
+def test_the_fields_of_a_head():
     head = parse_head(HEAD)
     assert (head.method, head.path, head.length) == ("POST", "/v1/traces", 12)
     assert head.headers[2] == (b"x-scope-orgid", b"acme")
@@ -82,7 +82,7 @@ def test_what_a_head_says():
     st.one_of(st.binary(max_size=30), st.sampled_from([b"\r\n\r\n", b"0\r\n\r\n", HEAD])),
     st.lists(st.integers(0, 600), max_size=10),
 )
-def test_a_chunked_body_ends_where_it_ends_in_whatever_pieces_it_comes(parts, after, cuts):
+def test_the_end_of_a_chunked_body_does_not_depend_on_the_pieces(parts, after, cuts):
     wire = b"".join(map(chunk, parts)) + b"0\r\n\r\n" + after
     edges = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
     body = ChunkedBody()
@@ -95,7 +95,7 @@ def test_a_chunked_body_ends_where_it_ends_in_whatever_pieces_it_comes(parts, af
 
 
 @given(mutated(b"3\r\nabc\r\n1a;x=y\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nA: b\r\n\r\nGET /"))
-def test_chunks_that_are_mutated_are_taken_or_refused_alike_in_whatever_pieces(wire):
+def test_mutated_chunks_are_accepted_or_refused_whatever_the_pieces(wire):
     def outcome(pieces):
         body = ChunkedBody()
         rest = b""

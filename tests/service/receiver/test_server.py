@@ -1,5 +1,5 @@
-"""What our own ingestion listener does beyond tests of both: exact bytes, strictness, time limits,
-numbers of connections, and the end."""
+"""The ingestion listener in detail: exact bytes, strictness, time limits, limits of connections,
+and shutdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def short_farewells(monkeypatch):
 
 
 async def everything(client) -> bytes:
-    """All that the server sends until it closes."""
+    """Everything that the server sends until it closes."""
     received = client.buffer
     with trio.fail_after(5):
         while part := await client.stream.receive_some():
@@ -137,7 +137,7 @@ SMUGGLED = chunk(b"abc") + b"0\r\n\r\n"
         "Content-Length: 3\r\nHost: y",
     ],
 )
-async def test_requests_whose_end_can_be_disputed_are_refused(headers):
+async def test_requests_with_an_ambiguous_end_are_refused(headers):
     request = f"POST /v1/traces HTTP/1.1\r\n{HOST}{headers}\r\n\r\n".encode("latin-1") + SMUGGLED
     async with listening() as server:
         client = await server.connect()
@@ -174,7 +174,7 @@ async def test_requests_whose_end_can_be_disputed_are_refused(headers):
         b"3\r\nabc\r\n0\r\n\n",
     ],
 )
-async def test_chunks_whose_end_can_be_disputed_are_refused(body):
+async def test_chunks_with_an_ambiguous_end_are_refused(body):
     async with listening() as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked") + body + post(b"smuggled"))
@@ -184,7 +184,7 @@ async def test_chunks_whose_end_can_be_disputed_are_refused(body):
     assert server.bodies == []
 
 
-async def test_chunk_extensions_and_trailers_are_dropped_and_what_looks_like_an_end_is_none():
+async def test_chunk_extensions_and_trailers_are_dropped_and_do_not_end_the_body():
     data = b"\r\n\r\nPOST /v1/traces HTTP/1.1\r\n\r\n0\r\n\r\n"
     body = b'%X;a=b;c\r\n%s\r\n00;z="1"\r\nX: y\r\nZ: 0\r\n\r\n' % (len(data), data)
     request = post(b"", "Transfer-Encoding: Chunked") + body + post(b"next")
@@ -224,7 +224,7 @@ async def test_endless_extensions_and_trailers_are_cut_off(endless):
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ],
 )
-async def test_request_lines_that_are_none(line, expected):
+async def test_invalid_request_lines(line, expected):
     async with listening() as server:
         client = await server.connect()
         await client.send(line + b"\r\nHost: x\r\n\r\n")
@@ -232,10 +232,10 @@ async def test_request_lines_that_are_none(line, expected):
         assert await client.closed(5)
 
 
-async def test_what_cannot_become_a_request_is_refused_before_its_end():
+async def test_an_invalid_head_is_refused_before_its_end():
     async with listening() as server:
         client = await server.connect()
-        await client.send(b"\x16\x03\x01")  # a TLS client says hello, and waits
+        await client.send(b"\x16\x03\x01")  # a TLS client hello
         status, _, body = await client.response()
         assert status == 400
         assert b"TLS" in body
@@ -338,7 +338,7 @@ async def test_a_refusal_answers_an_expectation_and_ends_the_connection():
         assert await client.closed(5)
 
 
-async def test_nobody_is_asked_for_a_body_that_is_under_way():
+async def test_a_client_that_sends_its_body_gets_no_100_continue():
     async with listening() as server:
         client = await server.connect()
         await client.send(post(b"abc", "expect: 100-continue", "content-length: 6"))
@@ -352,7 +352,7 @@ async def test_nobody_is_asked_for_a_body_that_is_under_way():
     assert server.bodies == [b"abcdef", b"abc"]
 
 
-async def test_a_refused_body_beyond_all_bounds_is_not_read_to_its_end():
+async def test_a_huge_refused_body_is_not_read_to_its_end():
     async with listening() as server:
         client = await server.connect()
         await client.send(post(b"", "content-length: 1000000000000"))
@@ -366,7 +366,7 @@ async def test_a_refused_body_beyond_all_bounds_is_not_read_to_its_end():
         assert 20 * MIB < sent < 200 * MIB  # long enough for the client to read the answer
 
 
-async def test_a_refused_chunked_body_that_turns_bad_gets_no_second_answer():
+async def test_a_refused_chunked_body_that_becomes_invalid_gets_no_second_answer():
     async with listening(max_body_bytes=1024) as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked") + chunk(bytes(2000)))
@@ -378,7 +378,7 @@ async def test_a_refused_chunked_body_that_turns_bad_gets_no_second_answer():
 # Slow clients
 
 
-async def test_a_slow_head_is_given_up_with_a_408():
+async def test_a_slow_head_gets_a_408():
     async with listening(head_timeout_seconds=0.2) as server:
         client = await server.connect()
         started = trio.current_time()
@@ -396,7 +396,7 @@ async def test_a_slow_head_is_given_up_with_a_408():
     assert server.edge.refused_requests["slow_head"] == 1
 
 
-async def test_a_slow_chunked_body_is_given_up_with_a_503():
+async def test_a_slow_chunked_body_gets_a_503():
     async with listening(body_timeout_seconds=0.2) as server:
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked"))
@@ -410,7 +410,7 @@ async def test_a_slow_chunked_body_is_given_up_with_a_503():
     assert server.edge.refused_requests["slow_body"] == 1
 
 
-async def test_a_client_that_does_not_read_its_answers_is_left(monkeypatch):
+async def test_a_client_that_does_not_read_its_responses_is_disconnected(monkeypatch):
     monkeypatch.setattr("betrace.service.receiver.connection.SEND_SECONDS", 0.1)
     queue = ScriptedQueue(outcome=Refused(400, "x" * 500_000))
     async with listening(queue=queue, head_timeout_seconds=0.2) as server:
@@ -429,18 +429,18 @@ async def test_a_client_that_does_not_read_its_answers_is_left(monkeypatch):
     assert len(queue.taken) < 20
 
 
-async def test_an_outcome_that_is_not_known_in_time_is_a_503():
+async def test_an_outcome_that_is_too_late_is_a_503():
     async with listening(queue=ScriptedQueue(outcome=None), answer_timeout_seconds=0.1) as server:
         client = await server.connect()
         await client.send(post(b"abc"))
         status, headers, body = await client.response()
         assert (status, headers["retry-after"], headers["connection"]) == (503, "5", "close")
-        assert "not yet written" in Status.FromString(body).message
+        assert "not written yet" in Status.FromString(body).message
         assert await client.closed(5)
     assert server.edge.refused_requests["unavailable"] == 1
 
 
-async def test_waiting_for_the_pipeline_is_not_being_late():
+async def test_waiting_for_the_pipeline_does_not_count_against_the_client():
     limits = {"keep_alive_seconds": 0.1, "head_timeout_seconds": 0.1, "body_timeout_seconds": 0.1}
     async with listening(queue=ScriptedQueue(outcome=None), **limits) as server:
         client = await server.connect()
@@ -478,11 +478,11 @@ async def test_a_large_body_in_small_pieces_wakes_its_task_few_times(monkeypatch
 # Connections
 
 
-async def test_connections_beyond_the_limit_wait_for_one_that_ends():
+async def test_connections_above_the_limit_wait_for_one_that_ends():
     async with listening(max_connections=2) as server:
         first, second = [await server.connect() for _ in range(2)]
         for client in (first, second):
-            await client.send(post(b"abc")[:-1])  # busy: the body is not all there
+            await client.send(post(b"abc")[:-1])  # busy: the body is incomplete
         await until(lambda: server.edge.buffered_bytes == 4)
         third = await server.connect()
         await third.send(post(b"b"))
@@ -493,7 +493,7 @@ async def test_connections_beyond_the_limit_wait_for_one_that_ends():
     assert server.bodies == [b"b"]
 
 
-async def test_the_connection_idle_longest_makes_room_for_the_next():
+async def test_the_connection_idle_longest_is_closed_for_the_next():
     async with listening(max_connections=2) as server:
         first, second = await server.connect(), await server.connect()
         for client in (first, second):
@@ -508,7 +508,7 @@ async def test_the_connection_idle_longest_makes_room_for_the_next():
         assert (await second.response())[0] == 200
 
 
-async def test_a_tls_handshake_has_the_time_of_a_head(tmp_path):
+async def test_the_time_limit_of_heads_applies_to_tls_handshakes(tmp_path):
     tls = write_certificate(tmp_path)
     async with listening(tls=tls, head_timeout_seconds=0.2) as server:
         silent = await server.connect()
@@ -516,7 +516,7 @@ async def test_a_tls_handshake_has_the_time_of_a_head(tmp_path):
 
 
 class Exhausted:
-    """A listening socket that runs out of descriptors, or whose clients have left."""
+    """A listening socket that runs out of descriptors, or whose clients have disconnected."""
 
     def __init__(self, real, errors):
         self._real, self._errors = real, errors
@@ -551,7 +551,7 @@ async def test_running_out_of_descriptors_pauses(monkeypatch, caplog):
     assert len(caplog.records) == 1
 
 
-async def test_a_defect_ends_its_connection_only(caplog):
+async def test_a_bug_ends_only_its_connection(caplog):
     class Broken(ScriptedQueue):
         def send_nowait(self, item):
             raise ZeroDivisionError("on purpose")
@@ -566,10 +566,10 @@ async def test_a_defect_ends_its_connection_only(caplog):
     assert "on purpose" in caplog.text
 
 
-# The end
+# Shutdown
 
 
-async def test_at_shutdown_what_has_begun_is_finished_and_nothing_else():
+async def test_at_shutdown_only_requests_in_progress_are_finished():
     async with listening(grace_seconds=5) as server:
         idle, used, heading, sending = [await server.connect() for _ in range(4)]
         await used.send(post(b"0"))
@@ -590,7 +590,7 @@ async def test_at_shutdown_what_has_begun_is_finished_and_nothing_else():
     assert sorted(server.bodies) == [b"0", b"1", b"22"]
 
 
-async def test_a_request_that_meets_the_shutdown_on_a_kept_connection_is_refused():
+async def test_a_request_on_a_kept_connection_is_refused_at_shutdown():
     async with listening(grace_seconds=5) as server:
         used, refused = await server.connect(), await server.connect()
         for client in (used, refused):
@@ -607,7 +607,7 @@ async def test_a_request_that_meets_the_shutdown_on_a_kept_connection_is_refused
     assert server.bodies == [b"0", b"0"]
 
 
-async def test_bodies_that_do_not_arrive_within_the_grace_are_refused_and_the_others_are_not():
+async def test_only_bodies_that_miss_the_grace_period_are_refused():
     async with listening(queue=ScriptedQueue(outcome=None), grace_seconds=2) as server:
         length, chunks, heading, waiting = [await server.connect() for _ in range(4)]
         await waiting.send(post(b"a"))
@@ -632,7 +632,7 @@ async def test_bodies_that_do_not_arrive_within_the_grace_are_refused_and_the_ot
             await server.edge.settled()
 
 
-async def test_the_grace_ends():
+async def test_the_grace_period_ends():
     async with listening(queue=ScriptedQueue(outcome=None), grace_seconds=0.1) as server:
         client = await server.connect()
         await client.send(post(b"a"))
@@ -646,7 +646,7 @@ async def test_the_grace_ends():
 # TLS
 
 
-async def test_tls_without_an_offer_of_http2_and_a_client_that_stays(tmp_path):
+async def test_tls_does_not_offer_http2_and_ends_with_a_client_that_stays(tmp_path):
     tls = write_certificate(tmp_path)
     context = ssl.create_default_context(cafile=tls.certificate)
     context.set_alpn_protocols(["h2", "http/1.1"])
@@ -666,7 +666,7 @@ async def test_tls_without_an_offer_of_http2_and_a_client_that_stays(tmp_path):
     assert [len(body) for body in server.bodies] == [200_001]
 
 
-async def test_a_tls_client_that_leaves_within_its_body_leaves_nothing(tmp_path):
+async def test_a_tls_client_that_disconnects_during_its_body_leaves_nothing_behind(tmp_path):
     tls = write_certificate(tmp_path)
     context = ssl.create_default_context(cafile=tls.certificate)
     async with listening(tls=tls) as server:

@@ -1,5 +1,5 @@
-"""Random and mutated bytes at the ingestion listener: it answers or closes, never fails, never
-hangs, and serves the next client as ever. ``BETRACE_EXAMPLES=10000`` is the long run."""
+"""Random and mutated bytes sent to the ingestion listener: it answers or closes, never fails, never
+hangs, and serves the next client. ``BETRACE_EXAMPLES=10000`` is the long run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ requests = mutated(post(b"abc") * 3, GET + post(b"x"), CHUNKED + GET, EXPECTING,
 
 
 def answers(received: bytes) -> list[int]:
-    """The status of each response in ``received``, which holds whole responses only."""
+    """The status of each response in ``received``, which contains whole responses only."""
     found = []
     while received:
         head, end, received = received.partition(b"\r\n\r\n")
@@ -49,7 +49,7 @@ def answers(received: bytes) -> list[int]:
 
 
 async def talk(server, pieces: list[bytes]) -> bytes:
-    """Send pieces and read all there is until the server closes, which must be soon."""
+    """Send pieces and read everything until the server closes, which must be soon."""
     client = await server.connect()
     received = b""
 
@@ -59,7 +59,7 @@ async def talk(server, pieces: list[bytes]) -> bytes:
             while part := await client.stream.receive_some():
                 received += part
         except trio.BrokenResourceError:
-            pass  # reset: the server did not want the rest
+            pass  # reset: the server did not read the rest
 
     with trio.fail_after(3):
         async with trio.open_nursery() as nursery:
@@ -80,7 +80,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(edges)]
 
 
-# Examples are drawn first and sent at once, since each lasts until a time limit ends it.
+# All examples are drawn first and sent at once, because each lasts until a time limit.
 conversations = st.lists(
     st.tuples(
         st.one_of(requests, st.binary(max_size=200)), st.lists(st.integers(0, 500), max_size=3)
@@ -95,7 +95,7 @@ conversations = st.lists(
     phases=[Phase.explicit, Phase.generate],
 )
 @given(conversations)
-def test_the_listener_outlives_whatever_it_is_sent(talks):
+def test_the_listener_survives_any_input(talks):
     async def main():
         logged = []
         handler = logging.Handler()

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from betrace.service.receiver.shares import Shares
 
 
-def test_one_tenant_alone_may_hold_all_but_the_reserve():
+def test_a_single_tenant_may_take_all_but_the_reserve():
     shares = Shares(100, 0.9)
     while shares.admits("a", 10):
         shares.take("a", 10)
@@ -15,17 +15,17 @@ def test_one_tenant_alone_may_hold_all_but_the_reserve():
     assert not shares.admits("c", 1)
 
 
-def test_who_holds_more_than_an_equal_share_is_refused_when_half_is_held():
+def test_above_half_a_tenant_with_more_than_an_equal_share_is_refused():
     shares = Shares(100, 0.9)
     shares.take("a", 48)
-    assert shares.admits("a", 2)  # nobody looks at shares yet
+    assert shares.admits("a", 2)  # shares do not matter yet
     shares.take("b", 10)
     assert not shares.admits("a", 1)
     assert shares.admits("b", 10)
     assert not shares.admits("b", 36)
 
 
-def test_what_all_hold_may_be_known_better():
+def test_the_caller_may_know_the_total_better():
     shares = Shares(100, 0.9)
     shares.take("a", 1)
     assert not shares.admits("a", 1, total=95)
@@ -34,7 +34,7 @@ def test_what_all_hold_may_be_known_better():
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40)), max_size=60))
-def test_whatever_is_taken_fits_and_is_given_back(steps):
+def test_everything_taken_fits_and_is_returned(steps):
     shares = Shares(100, 0.9)
     taken = []
     for tenant, amount in steps:
@@ -48,7 +48,7 @@ def test_whatever_is_taken_fits_and_is_given_back(steps):
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=200))
-def test_a_tenant_that_holds_nothing_is_admitted_while_others_take_all_they_can(amounts):
+def test_a_tenant_with_nothing_is_admitted_while_others_take_all_they_can(amounts):
     shares = Shares(1000, 0.9)
     for i, amount in enumerate(amounts * 20):
         if shares.admits(f"hog{i % 3}", amount):

@@ -1,4 +1,4 @@
-"""Compiled rules: shared checks, counts that settle a rule, rules that an empty trace breaks."""
+"""Compiled rules: shared checks, thresholds, and rules that an empty trace breaks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def thresholds(text: str) -> dict[str, list[int]]:
         ("always { count(a) < 2.5 }", {"a": [3]}),
         ("always { count(a) == 3 }", {"a": [4]}),
         ("when { a } always { count(b) < 2 }", {"a": [1], "b": [2]}),
-        # can become certain only at the close
+        # certain only at the close
         ("always { a }", {"a": []}),
         ("count(a) < 3", {"a": []}),
         ("a before b", {"a": [], "b": []}),
@@ -49,7 +49,7 @@ def thresholds(text: str) -> dict[str, list[int]]:
         ("a or count(a) > 9 or b before a", {"a": [1, 10], "b": []}),
     ],
 )
-def test_the_counts_that_can_settle_a_rule(text, expected):
+def test_thresholds(text, expected):
     assert thresholds(text) == expected
 
 
@@ -90,13 +90,13 @@ def test_rules_that_a_trace_without_matches_breaks(text, breaks):
         ("not a", False, False),
     ],
 )
-def test_comparisons_that_are_settled_from_the_beginning(text, early, early_on_empty):
+def test_comparisons_that_are_certain_from_the_beginning(text, early, early_on_empty):
     row = compiled([parse(text)]).rule_rows[0]
     assert bool(row[R_EARLY]) is early
     assert bool(row[R_EARLY_ON_EMPTY]) is early_on_empty
 
 
-def test_equal_checks_of_all_rules_are_one():
+def test_rules_share_equal_checks():
     rules = compiled(
         [
             parse("a.where(x > 1) and b"),
@@ -107,13 +107,13 @@ def test_equal_checks_of_all_rules_are_one():
     assert len(rules.checks) == len(set(rules.checks)) == len(rules.check_names)
     assert rules.checks_of_rule[0] == (0, 1)
     assert rules.checks_of_rule[1] == (1, 0)
-    # The programs of equal predicates are shared, also between names.
+    # Equal predicates share a program, even with different span names.
     by_name = dict(zip(rules.check_names, rules.predicates.tolist(), strict=True))
     assert by_name["c.where(x > 2)"] == by_name["a.where(x > 2)"]
     assert by_name["b"] == -1
 
 
-def test_numbers_past_any_count_stay_within_int64():
+def test_numbers_beyond_any_count_stay_within_int64():
     for number in (10**30, 2**63, 1e300, -(10**30), -1e300):
         for op in ("==", "!=", "<", "<=", ">", ">="):
             node = CountCompare(SpanSet("a"), op, number)
@@ -124,7 +124,7 @@ def test_numbers_past_any_count_stay_within_int64():
                     assert 0 <= row[3] <= 2**62
 
 
-def test_rules_that_are_off_are_left_out():
+def test_disabled_rules_are_left_out():
     on = make_rule({"id": "on", "condition": "a", "labels": {"team": "größe"}})
     off = make_rule({"id": "off", "condition": "b", "enabled": False})
     rules = compile_rules([off, on, off], "v")
@@ -134,7 +134,7 @@ def test_rules_that_are_off_are_left_out():
     assert rules.version == "v"
 
 
-def test_no_rules_are_arrays_a_kernel_can_take():
+def test_an_empty_set_of_rules_has_arrays_for_the_kernels():
     rules = compile_rules([])
     for array in (rules.predicates, rules.code, rules.leaves, rules.rule_rows, rules.programs):
         assert array.dtype == np.int64
@@ -142,7 +142,7 @@ def test_no_rules_are_arrays_a_kernel_can_take():
     assert rules.thresholds[1].tolist() == [0]
 
 
-def test_a_condition_that_is_none_is_refused():
+def test_an_invalid_syntax_tree_is_rejected():
     rule = SimpleNamespace(enabled=True, syntax=SimpleNamespace(when="x", always=None, never=None))
     with pytest.raises(TypeError, match="not a condition"):
         compile_rules([rule])

@@ -1,4 +1,4 @@
-"""The match kernel against the plain comparison, and both against the oracle."""
+"""The match kernel compared with Python, and both compared with the oracle."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OPS = [*CMP, "in", "contains"]
 
 
 def run(predicate: Any, batch: SpanBatch, row: int = 0) -> int:
-    """What the kernel says: YES, NO or ASK."""
+    """The result of the kernel: YES, NO or ASK."""
     builder = ProgramBuilder()
     start = builder.add(predicate)
     span = batch.spans[row]
@@ -58,7 +58,7 @@ def run(predicate: Any, batch: SpanBatch, row: int = 0) -> int:
 
 
 def agree(predicate: Any, batch: SpanBatch, row: int = 0) -> bool:
-    """Whether the span satisfies the predicate; kernel and Python must say the same."""
+    """Whether the span satisfies the predicate; kernel and Python must agree."""
     plain = evaluate(predicate, batch, row)
     said = run(predicate, batch, row)
     assert said in (ASK, YES if plain else NO), (predicate, said, plain)
@@ -171,12 +171,12 @@ def test_any_predicate_of_any_span(predicate, trace):
 @example("\uffff", "\U00010000", "<")
 @example("a", "ab", "<")
 @example("", "", "contains")
-def test_text_orders_by_code_point(value, other, op):
+def test_text_is_ordered_by_code_point(value, other, op):
     other_literal = Literal(other, None)
     predicate = Compare(X, op, (other_literal,))
     try:
         batch = with_x(value)
-    except UnicodeEncodeError:  # a lone surrogate is in no request
+    except UnicodeEncodeError:  # requests cannot contain lone surrogates
         return
     expected = compare(value, op, (other_literal,))
     assert agree(predicate, batch) is expected
@@ -196,7 +196,7 @@ def test_long_text(length):
     assert not agree(Compare(X, "==", (literal("a" * length),)), batch)
 
 
-def test_an_attribute_of_the_span_hides_that_of_the_resource():
+def test_a_span_attribute_hides_the_resource_attribute():
     span = OracleSpan("a", attributes={"x": "own"}, resource={"x": "shared", "y": 7})
     batch = batch_of(span)
     assert agree(Compare(X, "==", (literal("own"),)), batch)
@@ -216,7 +216,7 @@ def test_an_attribute_without_a_value_does_not_hide_the_resource():
     assert agree(Compare(X, "==", (literal(1),)), batch)
 
 
-# What the oracle's spans cannot have
+# Cases that the oracle's spans cannot express
 
 
 def raw(**fields: Any) -> tuple[ExportTraceServiceRequest, Any]:
@@ -234,7 +234,7 @@ def scanned(request: ExportTraceServiceRequest) -> SpanBatch:
 
 
 @pytest.mark.parametrize("kind", [-1, 6, 77, 2**31 - 1, -(2**31)])
-def test_unknown_kinds_and_statuses_are_the_first(kind):
+def test_unknown_kinds_and_statuses_count_as_unspecified(kind):
     request, span = raw(kind=kind)
     span.status.code = kind
     batch = scanned(request)
@@ -248,7 +248,7 @@ def test_unknown_kinds_and_statuses_are_the_first(kind):
     assert not agree(Truthy(kind_is), batch)
 
 
-def test_of_a_key_that_comes_twice_kernel_and_python_take_the_same():
+def test_kernel_and_python_use_the_same_of_two_equal_keys():
     request, span = raw()
     for value in ("first", "second"):
         span.attributes.add(key="x").value.string_value = value
@@ -258,7 +258,7 @@ def test_of_a_key_that_comes_twice_kernel_and_python_take_the_same():
     assert agree(Compare(X, "==", (literal(str(taken)),)), batch)
 
 
-def test_times_past_the_range_of_int64_are_clamped():
+def test_times_beyond_int64_are_clamped():
     request, _ = raw(start_time_unix_nano=1, end_time_unix_nano=2**64 - 1)
     duration = Attribute(Scope.FIELD, "duration")
     batch = scanned(request)
@@ -290,7 +290,7 @@ def test_fields_of_an_empty_span(name, value):
             assert agree(predicate, batch) is compare(value, op, (literal(other),))
 
 
-def test_a_service_name_that_is_no_string_is_none():
+def test_a_service_name_that_is_not_a_string_is_missing():
     batch = batch_of(OracleSpan("a", resource={"service.name": 7}))
     service = Attribute(Scope.FIELD, "service")
     assert agree(Compare(service, "!=", (literal(7),)), batch)
@@ -298,7 +298,7 @@ def test_a_service_name_that_is_no_string_is_none():
 
 
 @pytest.mark.parametrize("bits", [0x7FF8000000000000, -0x8000000000000, 0x7FF0000000000001])
-def test_every_nan_equals_nothing(bits):
+def test_no_nan_is_equal_to_anything(bits):
     nan = struct.unpack("<d", struct.pack("<q", bits))[0]
     batch = with_x(nan)
     assert agree(Compare(X, "!=", (literal(0),)), batch)
@@ -314,7 +314,7 @@ def test_keys_of_any_length(key):
     assert agree(Compare(attribute, "==", (literal(1),)), batch)
 
 
-def test_and_or_not_stop_where_they_are_settled():
+def test_and_and_or_short_circuit():
     batch = with_x(1)
     asks = Compare(X, "matches", (literal("1"),))
     yes, no = Compare(X, "==", (literal(1),)), Compare(X, "==", (literal(2),))
@@ -327,14 +327,14 @@ def test_and_or_not_stop_where_they_are_settled():
     assert agree(And((yes, Not(asks))), batch) is False
 
 
-def test_what_is_no_predicate_is_refused():
+def test_other_nodes_are_rejected():
     with pytest.raises(TypeError, match="not a predicate"):
         evaluate("x", with_x(1), 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown field"):
         read_attribute(Attribute(Scope.FIELD, "colour"), with_x(1), 0)
 
 
-def test_the_literals_here_read_as_in_rules():
+def test_the_literals_in_these_tests_parse_as_in_rules():
     assert read_number("007") == 7
     assert literal("1e3").number == 1000.0
     assert literal(1.50).text == "1.5"

@@ -1,4 +1,4 @@
-"""Which checks a span name interests, whatever the hash and however many names there are."""
+"""The checks of each span name, with any hash and any number of names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from betrace.service.otlp.wire import hash_text
-from betrace.service.rules import names as module
+from betrace.service.rules import names
 from betrace.service.rules.names import (
     FULL,
     LONGEST_NAME,
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.kernel
 
 
 def look_up(table: NameTable, name: str, hash_of=hash_text) -> list[int] | int:
-    """The checks of a name, or why it has none."""
+    """The checks of a name, or the reason why it has none."""
     data = name.encode()
     buf = np.frombuffer(data or b"\0", np.uint8)
     slot = find_name(table.arrays, hash_of(name), buf, 0, len(data))
@@ -65,7 +65,7 @@ def tables(draw: st.DrawFn) -> list[tuple[str, int]]:
 @example([("*", 0), ("", 1)], [""], False)
 @example([("a", 0), ("a", 1), ("a*", 2)], ["a", "aa", "a"], True)
 def test_exact_names_and_patterns(entries, names, collide):
-    """Every name gets its checks; also where all names have the same hash."""
+    """Every name has its checks, even if all names have the same hash."""
 
     def hash_of(text: str) -> int:
         return 7 if collide else hash_text(text)
@@ -122,15 +122,15 @@ def learn_until_full(table: NameTable) -> int:
 @pytest.mark.parametrize(
     ("slots", "text", "checks"), [(16, 1 << 19, 1 << 16), (4096, 100, 1 << 16), (4096, 1 << 19, 20)]
 )
-def test_a_full_memory_is_forgotten_as_a_whole(monkeypatch, slots, text, checks):
-    monkeypatch.setattr(module, "_LEARNED_SLOTS", slots)
-    monkeypatch.setattr(module, "_LEARNED_BYTES", text)
-    monkeypatch.setattr(module, "_LEARNED_CHECKS", checks)
+def test_a_full_table_drops_all_learned_names(monkeypatch, slots, text, checks):
+    monkeypatch.setattr(names, "_LEARNED_SLOTS", slots)
+    monkeypatch.setattr(names, "_LEARNED_BYTES", text)
+    monkeypatch.setattr(names, "_LEARNED_CHECKS", checks)
     table = NameTable([("exact", 0), ("*", 1), ("name *", 2)], hash_text)
     learned = learn_until_full(table)
     assert learned > 1
     assert look_up(table, f"name {learned}") == FULL
-    assert look_up(table, "name 0") == [1, 2]  # what is known is still known
+    assert look_up(table, "name 0") == [1, 2]  # stored names stay
     table.forget()
     assert look_up(table, f"name {learned}") == [1, 2]
     assert look_up(table, "exact") == [0, 1]
@@ -139,8 +139,8 @@ def test_a_full_memory_is_forgotten_as_a_whole(monkeypatch, slots, text, checks)
 
 
 def test_one_name_always_fits(monkeypatch):
-    """After forgetting, the longest name that interests every pattern can be learned."""
-    monkeypatch.setattr(module, "_LEARNED_CHECKS", 1)
+    """An empty table can learn the longest name, even if every pattern matches it."""
+    monkeypatch.setattr(names, "_LEARNED_CHECKS", 1)
     patterns = [("n*" + "*" * i, i) for i in range(100)]
     table = NameTable(patterns, hash_text)
     assert look_up(table, "n" * LONGEST_NAME) == list(range(100))
@@ -157,7 +157,7 @@ def test_long_names():
     assert table.glob_checks(b"a" * 10**6 + b"b") == [0]
 
 
-def test_a_hash_that_names_share_never_misleads():
+def test_names_with_the_same_hash_are_distinguished():
     names = [f"n{i}" for i in range(300)]
     table = NameTable([*((name, i) for i, name in enumerate(names)), ("x*", 300)], lambda _: -1)
     random.Random(3).shuffle(names)
@@ -167,7 +167,7 @@ def test_a_hash_that_names_share_never_misleads():
     assert look_up(table, "y", lambda _: -1) == []
 
 
-def test_patterns_made_to_be_slow_are_not():
+def test_patterns_designed_to_be_slow_are_fast():
     table = NameTable([("*a" * 40 + "*b", 0)], hash_text)
     started = time.process_time()
     assert look_up(table, "a" * 1000) == []

@@ -1,4 +1,4 @@
-"""Literals as ranges of integers and doubles: the same as Python's exact comparison."""
+"""Literals as ranges of integers and doubles agree with Python's exact comparison."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ LITERALS = INTS | DOUBLES.filter(math.isfinite)
 
 @st.composite
 def neighbours(draw: st.DrawFn) -> tuple[float, int | float]:
-    """A literal, and a double at or beside it."""
+    """A literal, and a double equal or close to it."""
     literal = draw(LITERALS)
     try:
         value = float(literal)
@@ -80,7 +80,7 @@ def neighbours(draw: st.DrawFn) -> tuple[float, int | float]:
 @example(INT_MIN, -(2.0**63), EQ)
 @example(0, -0.0, EQ)
 @example(0, 5e-324, LT)
-def test_an_integer_is_in_the_range_when_the_comparison_holds(value, literal, op):
+def test_an_integer_is_in_the_range_if_the_comparison_holds(value, literal, op):
     value = max(INT_MIN, min(INT_MAX, value))
     lo, hi = int_range(op, literal)
     assert INT_MIN <= lo <= INT_MAX
@@ -89,7 +89,7 @@ def test_an_integer_is_in_the_range_when_the_comparison_holds(value, literal, op
 
 
 @given(INTS, st.sampled_from([0, 1, -1]), st.sampled_from(sorted(OPERATORS)))
-def test_an_integer_beside_the_literal(literal, delta, op):
+def test_integers_close_to_the_literal(literal, delta, op):
     value = max(INT_MIN, min(INT_MAX, literal + delta))
     lo, hi = int_range(op, literal)
     assert (lo <= value <= hi) is OPERATORS[op](value, literal)
@@ -103,7 +103,7 @@ def test_an_integer_beside_the_literal(literal, delta, op):
 @example((2.0**53, 2**53 + 1), LT)
 @example((-0.0, 0), GE)
 @example((5e-324, 0), LE)
-def test_a_double_is_in_the_range_when_the_comparison_holds(pair, op):
+def test_a_double_is_in_the_range_if_the_comparison_holds(pair, op):
     value, literal = pair
     lo, hi = float_range(op, literal)
     assert (lo <= ordered_bits(value) <= hi) is OPERATORS[op](value, literal)
@@ -119,7 +119,7 @@ def test_nan_is_in_no_range(op, literal):
 
 
 @given(st.floats(allow_nan=False), st.floats(allow_nan=False))
-def test_ordered_bits_order_as_the_doubles(a, b):
+def test_ordered_bits_have_the_order_of_the_doubles(a, b):
     assert (ordered_bits(a) < ordered_bits(b)) is (a < b)
     assert (ordered_bits(a) == ordered_bits(b)) is (a == b)
 
@@ -127,7 +127,7 @@ def test_ordered_bits_order_as_the_doubles(a, b):
 @pytest.mark.parametrize("op", sorted(OPERATORS))
 @pytest.mark.parametrize("number", [math.inf, -math.inf])
 def test_an_infinite_literal(op, number):
-    """A literal cannot be infinite in a rule; the ranges are right even so."""
+    """Literals in rules cannot be infinite, but the ranges are still correct."""
     lo, hi = int_range(op, number)
     for value in (INT_MIN, 0, INT_MAX):
         assert (lo <= value <= hi) is OPERATORS[op](value, number)
@@ -136,7 +136,7 @@ def test_an_infinite_literal(op, number):
         assert (lo <= ordered_bits(value) <= hi) is OPERATORS[op](value, number)
 
 
-def test_an_empty_range_has_nothing():
+def test_an_empty_range_contains_nothing():
     assert int_range(EQ, 0.5) == EMPTY
     assert float_range(EQ, 2**53 + 1) == EMPTY
     assert EMPTY[0] > EMPTY[1]
@@ -171,7 +171,7 @@ def test_in_is_equality_with_any_member():
     assert leaves[:, L_OP].tolist() == [EQ, EQ]
 
 
-def test_ordering_text_has_no_range():
+def test_an_ordering_with_text_has_no_range():
     builder = ProgramBuilder()
     builder.add(Compare(X, "!=", (Literal("abc", None),)))
     _, leaves, _ = builder.arrays()
@@ -180,13 +180,13 @@ def test_ordering_text_has_no_range():
     assert leaves[0, L_TEXT_LEN] == 3
 
 
-def test_no_predicate_gives_arrays_a_kernel_can_take():
+def test_without_predicates_there_are_arrays_for_the_kernel():
     code, leaves, text = ProgramBuilder().arrays()
     assert code.shape == (0, 2)
     assert leaves.shape[0] == 0
     assert len(text) == 1
 
 
-def test_a_condition_is_no_predicate():
+def test_a_condition_is_not_a_predicate():
     with pytest.raises(TypeError, match="not a predicate"):
         ProgramBuilder().add("x")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The compiled rules of each tenant: cached, bounded, compiled again when they change."""
+"""The compiled rules of each tenant: cached, bounded, compiled again after changes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from betrace.service.rules.definition import make_rule
 from betrace.service.rules.registry import RuleRegistry, rules_version, weight
-from betrace.service.rules.store import RuleStore, make_rule
+from betrace.service.rules.store import RuleStore
 
 CONDITION = "count(a) > 1"
 
@@ -46,7 +47,7 @@ def test_a_tenant_without_rules_has_an_empty_set(registry):
     assert registry.compiled("nobody").rules == ()
 
 
-def test_what_left_the_cache_is_compiled_again_unless_somebody_has_it(registry):
+def test_rules_in_use_are_not_compiled_again_after_leaving_the_cache(registry):
     """Open traces keep the rules they were opened under, and share them with later ones."""
     first = registry.compiled("one")
     registry.compiled("two")
@@ -62,7 +63,7 @@ def test_what_left_the_cache_is_compiled_again_unless_somebody_has_it(registry):
     assert registry.compiled("one").version == version
 
 
-def test_rules_leave_when_they_were_not_used_for_long(registry):
+def test_unused_rules_leave_the_cache(registry):
     now = [0.0]
     registry = RuleRegistry(registry.store, 2, ttl_seconds=60, clock=lambda: now[0])
     registry.compiled("one")
@@ -73,7 +74,7 @@ def test_rules_leave_when_they_were_not_used_for_long(registry):
     assert (found["size"], found["evictionCount"], found["hitCount"]) == (1, 1, 2)
 
 
-def test_rules_that_are_large_are_fewer(registry):
+def test_fewer_large_rules_fit_into_the_cache(registry):
     one = weight(registry.compiled("one"))
     small = RuleRegistry(registry.store, 3, max_bytes=2 * one)
     for tenant in ("one", "two", "three"):
@@ -81,7 +82,7 @@ def test_rules_that_are_large_are_fewer(registry):
     assert small.statistics()["size"] == 2
 
 
-def test_what_changed_is_compiled_again(registry, tmp_path):
+def test_changed_rules_are_compiled_again(registry, tmp_path):
     one, two = registry.compiled("one"), registry.compiled("two")
     write(tmp_path, "one", "count(a) > 22")
     assert registry.refresh() == {"one"}
@@ -90,7 +91,7 @@ def test_what_changed_is_compiled_again(registry, tmp_path):
     assert registry.refresh() == set()
 
 
-def test_a_rule_that_was_saved_is_in_force_when_its_tenant_was_forgotten(registry):
+def test_a_saved_rule_is_in_force_after_its_tenant_is_forgotten(registry):
     one = registry.compiled("one")
     registry.store.put("one", "s", rule(id="s"))
     assert registry.compiled("one") is one
@@ -111,13 +112,13 @@ def test_a_rule_that_was_saved_is_in_force_when_its_tenant_was_forgotten(registr
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_whatever_a_signal_says_is_of_the_version(change):
-    """Or a change would not reach a tenant that has open traces: it keeps the rules of a version
-    that it knows."""
+def test_everything_that_signals_contain_changes_the_version(change):
+    """Otherwise a change would not reach a tenant with open traces, because it keeps the rules of a
+    known version."""
     assert rules_version((rule(),)) != rules_version((rule(**change),))
 
 
-def test_what_no_signal_says_is_not_of_the_version():
+def test_what_no_signal_contains_does_not_change_the_version():
     off = rule(id="off", enabled=False)
     assert rules_version((rule(),)) == rules_version((rule(description="x"), off))
     assert rules_version((rule(labels={"a": "1", "b": "2"}),)) == rules_version(
@@ -125,7 +126,7 @@ def test_what_no_signal_says_is_not_of_the_version():
     )
 
 
-def test_parts_of_different_rules_do_not_run_together():
+def test_the_version_separates_the_parts_of_rules():
     assert rules_version((rule(labels={"b": "c"}),)) != rules_version((rule(labels={"bc": ""}),))
     assert rules_version((rule(name="x\nr\0"),)) != rules_version((rule(name="x"), rule(id="r2")))
 

@@ -1,4 +1,4 @@
-"""Rule files, and the store that keeps a directory of them."""
+"""Rule files, and the store of a directory with them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from betrace.service.rules import store as files
+from betrace.service.rules.definition import Problem, Rule, RuleFileError, etag, make_rule
 from betrace.service.rules.parse import parse
 from betrace.service.rules.store import (
-    MAX_RULES,
-    Problem,
-    Rule,
     RuleConflictError,
-    RuleFileError,
     RuleLimitError,
     RuleNotFoundError,
     RuleReadOnlyError,
     RuleStore,
+)
+from betrace.service.rules.yaml_file import (
+    MAX_RULES,
     check_file,
     dump_rules,
-    etag,
     load_file,
     load_text,
-    make_rule,
 )
 from betrace.service.signals import rule_version
 
@@ -84,7 +81,7 @@ def test_a_rule_file() -> None:
     assert (second.description, second.labels) == ("", {})
 
 
-def test_no_rules_are_said_explicitly() -> None:
+def test_a_file_without_rules_must_say_so() -> None:
     assert load_text("rules: []", "rules.yaml") == []
     for text in ("", "# nothing\n", "---\n"):
         assert "empty" in problems(text)[0].message
@@ -97,7 +94,7 @@ def test_aliases_and_merges_work() -> None:
     assert [(r.id, r.severity) for r in loaded] == [("a", "low"), ("b", "low")]
 
 
-def test_all_problems_are_listed_with_their_places() -> None:
+def test_all_problems_are_reported_with_their_lines() -> None:
     text = """\
 rules:
   - id: Bad Id
@@ -125,19 +122,19 @@ rules:
         (
             "Bad Id",
             2,
-            "'id' is not a rule id",
-            "an id is 1 to 128 characters a-z 0-9 . _ -, beginning with a letter or digit",
+            "'id' is not a valid rule id",
+            "an id has 1 to 128 characters a-z 0-9 . _ - and begins with a letter or digit",
         ),
         ("Bad Id", 3, "unknown key 'severty'", "did you mean 'severity'?"),
-        ("syntax", 11, "found '&&', which means nothing here", "use 'and'"),
-        ("quoted", 13, "found '=', which means nothing here", "use '=='"),
+        ("syntax", 11, "found '&&', which is not part of the language", "use 'and'"),
+        ("quoted", 13, "found '=', which is not part of the language", "use '=='"),
         (
             "good",
             18,
-            "'severity' is not one of critical, high, medium, low, info",
+            "'severity' must be one of critical, high, medium, low, info",
             "did you mean 'high'?",
         ),
-        ("good", 17, "'enabled' is neither true nor false", None),
+        ("good", 17, "'enabled' must be true or false", None),
         ("good", 19, "'labels' is not a mapping", "write it as {team: payments}"),
         ("empty", 20, "the key 'condition' is missing", None),
     ]
@@ -146,17 +143,17 @@ rules:
 def test_a_problem_shows_its_line() -> None:
     (problem,) = problems("rules:\n- id: x\n  condition: |\n    a\n    && b\n")
     assert str(problem) == (
-        "rules.yaml:5:5: rule x: found '&&', which means nothing here\n"
+        "rules.yaml:5:5: rule x: found '&&', which is not part of the language\n"
         "  && b\n"
         "  ^\n"
         "  hint: use 'and'"
     )
 
 
-def test_an_id_is_used_once() -> None:
+def test_an_id_may_be_used_only_once() -> None:
     (problem,) = problems(text_of("a", "b") + text_of("a").removeprefix("rules:\n"))
     assert (problem.rule_id, problem.line) == ("a", 12)
-    assert "twice" in problem.message
+    assert problem.message == "another rule in the file has this id"
 
 
 @pytest.mark.parametrize(
@@ -168,9 +165,9 @@ def test_an_id_is_used_once() -> None:
         ("rule:\n- id: a", "unknown key 'rule'"),
         ("{}", "'rules' is missing"),
         ("rules: {a: b}", "'rules' is not a list"),
-        ("rules: []\nrules: []", "there twice"),
+        ("rules: []\nrules: []", "occurs twice"),
         ("rules: [a]", "this rule is not a mapping"),
-        ("rules: [{id: a, id: b}]", "a key is there twice"),
+        ("rules: [{id: a, id: b}]", "a key occurs twice"),
         ("rules: [{[a]: b}]", "not text"),
         ("rules: [{id: 5, condition: a}]", "'id' is not text"),
         ("rules: [{id: a, condition: {b: c}}]", "'condition' is not text"),
@@ -198,21 +195,21 @@ def test_an_id_is_used_once() -> None:
     ],
     ids=range(28),
 )
-def test_files_that_are_wrong(text: str, message: str) -> None:
+def test_invalid_files(text: str, message: str) -> None:
     assert message in problems(text)[0].message
 
 
-def test_a_yaml_bomb_is_refused_soon() -> None:
+def test_a_yaml_bomb_is_rejected_quickly() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     start = time.process_time()
     (problem,) = problems("\n".join(lines))
-    assert "aliases written out" in problem.message
+    assert "aliases expanded" in problem.message
     assert problem.line == 6
     assert time.process_time() - start < 1
 
 
-def test_at_most_a_hundred_problems_are_listed() -> None:
+def test_at_most_a_hundred_problems_are_reported() -> None:
     assert len(problems("rules:\n" + "- {}\n" * 900)) == 100
 
 
@@ -229,7 +226,7 @@ def test_files_are_read_and_checked(tmp_path: Path) -> None:
     assert check_file(path)[0].source == str(path)
 
 
-# Text of a definition: conditions in odd layouts, names with what YAML takes for something else.
+# Text of a definition: conditions in unusual layouts, names that YAML could misread.
 LAYOUTS = ["a", "a\n", "\n\n  a\n\n", "  a\n and c", "a // # c \n", "\ta", "# only\na", "a\n \n"]
 ODD = ["when {a}\r\nalways {b}\r\n", 'a.where(x == "ä\0 \x85💰\n ")', '"- x: ["', "not a "]
 CONDITIONS = st.sampled_from([*LAYOUTS, *ODD])
@@ -240,7 +237,7 @@ NAMES = st.sampled_from(
 
 @given(CONDITIONS, NAMES, NAMES, st.dictionaries(NAMES.filter(bool), NAMES, max_size=3))
 @settings(max_examples=200)
-def test_what_is_written_reads_back(
+def test_written_rules_read_back(
     condition: str, name: str, description: str, labels: dict[str, str]
 ) -> None:
     original = make_rule(
@@ -285,7 +282,7 @@ def ids(store: RuleStore, tenant: str = "default") -> list[str]:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Write a file so that its signature changes however coarse the clock."""
+    """Write a file so that its signature changes even if the clock is coarse."""
     path.parent.mkdir(exist_ok=True)
     before = path.stat().st_mtime_ns if path.exists() else 0
     path.write_text(text)
@@ -309,7 +306,7 @@ def test_tenants_by_folder(tmp_path: Path) -> None:
     assert store.poll() == set()
 
 
-def test_changes_are_noticed(store: RuleStore, tmp_path: Path) -> None:
+def test_changes_are_detected(store: RuleStore, tmp_path: Path) -> None:
     rewrite(tmp_path / "a.yaml", text_of("a"))
     rewrite(tmp_path / "acme/b.yaml", text_of("b"))
     assert store.poll() == {"default", "acme"}
@@ -324,7 +321,7 @@ def test_changes_are_noticed(store: RuleStore, tmp_path: Path) -> None:
     assert store.tenants() == ("default",)
 
 
-def test_a_broken_file_keeps_its_last_good_version(store: RuleStore, tmp_path: Path) -> None:
+def test_an_invalid_file_keeps_its_last_valid_version(store: RuleStore, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     rewrite(path, text_of("a"))
     rewrite(tmp_path / "b.yaml", "rules: [")
@@ -344,7 +341,7 @@ def test_a_broken_file_keeps_its_last_good_version(store: RuleStore, tmp_path: P
     assert store.problems == {}
 
 
-def test_a_directory_that_goes_away_changes_nothing(tmp_path: Path) -> None:
+def test_rules_stay_while_the_directory_is_unavailable(tmp_path: Path) -> None:
     directory = tmp_path / "rules"
     store = RuleStore(directory)
     store.load()
@@ -360,13 +357,13 @@ def test_a_directory_that_goes_away_changes_nothing(tmp_path: Path) -> None:
     assert store.problems == {}
 
 
-def test_a_dangling_link_is_reported(store: RuleStore, tmp_path: Path) -> None:
+def test_a_broken_link_is_reported(store: RuleStore, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").symlink_to(tmp_path / "nowhere.yaml")
     assert store.poll() == set()
     assert "cannot be read" in store.problems[str(tmp_path / "a.yaml")]
 
 
-def test_ids_are_used_once_by_a_tenant(store: RuleStore, tmp_path: Path) -> None:
+def test_an_id_may_be_used_only_once_by_a_tenant(store: RuleStore, tmp_path: Path) -> None:
     rewrite(tmp_path / "a.yaml", text_of("x", condition="first"))
     rewrite(tmp_path / "b.yaml", text_of("x", "y", condition="second"))
     rewrite(tmp_path / "acme/c.yaml", text_of("x", condition="third"))
@@ -425,7 +422,7 @@ def test_the_default_tenant_has_a_folder_for_the_api(store: RuleStore, tmp_path:
     assert ids(store) == ["a"]
 
 
-def test_rules_written_by_hand_are_edited_by_hand(store: RuleStore, tmp_path: Path) -> None:
+def test_the_api_does_not_change_files_written_by_hand(store: RuleStore, tmp_path: Path) -> None:
     rewrite(tmp_path / "a.yaml", text_of("a"))
     rewrite(tmp_path / "acme/b.yaml", text_of("b", "c"))
     rewrite(tmp_path / "acme/d.yaml", text_of("d"))
@@ -434,7 +431,7 @@ def test_rules_written_by_hand_are_edited_by_hand(store: RuleStore, tmp_path: Pa
             store.put(tenant, rule_id, rule(rule_id))
         with pytest.raises(RuleReadOnlyError):
             store.delete(tenant, rule_id)
-    assert not store.put("acme", "d", rule("d", "new"))  # as the API itself would name it
+    assert not store.put("acme", "d", rule("d", "new"))  # the file has the name that the API uses
     assert ids(store, "acme") == ["b", "c", "d"]
 
 
@@ -466,14 +463,14 @@ def test_versions_are_kept_up_to_a_limit(store: RuleStore, tmp_path: Path) -> No
     assert [r.condition for r in store.versions("acme", "a")] == [f"x{i}" for i in range(23, 3, -1)]
     rewrite(tmp_path / "acme/a.yaml", "rules: [")
     store.put("acme", "a", rule("a", "mended"))
-    assert store.versions("acme", "a")[0].condition == "x23"  # the broken one is not readable
+    assert store.versions("acme", "a")[0].condition == "x23"  # the invalid version cannot be read
     assert store.versions("acme", "b") == []
 
 
 def test_versions_of_deleted_rules_are_kept_up_to_a_limit(
     store: RuleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "KEPT_DELETED", 2)
+    monkeypatch.setattr("betrace.service.rules.store.KEPT_DELETED", 2)
     store.put("acme", "stays", rule("stays"))
     store.put("acme", "stays", rule("stays", "b"))
     for name in "abc":
@@ -487,7 +484,7 @@ def test_versions_of_deleted_rules_are_kept_up_to_a_limit(
     assert kept == ["c", "d", "stays"]
 
 
-def test_a_write_that_fails_leaves_the_rule_as_it_was(
+def test_a_failed_write_leaves_the_rule_unchanged(
     store: RuleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put("acme", "a", rule("a", "x"))
@@ -504,7 +501,7 @@ def test_a_write_that_fails_leaves_the_rule_as_it_was(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_mistakes_of_the_caller(store: RuleStore, tmp_path: Path) -> None:
+def test_invalid_arguments(store: RuleStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be saved as 'b'"):
         store.put("acme", "b", rule("a"))
     with pytest.raises(ValueError, match="a tenant name is"):
@@ -525,14 +522,14 @@ def test_a_tenant_is_deleted_with_its_versions(store: RuleStore, tmp_path: Path)
     assert store.poll() == {"acme", "other"}
 
 
-def test_definitions_of_the_api() -> None:
+def test_definitions_from_the_api() -> None:
     made = make_rule({"id": "a", "condition": "a", "name": None, "labels": None})
     assert (made.name, made.labels) == ("a", {})
     with pytest.raises(RuleFileError) as caught:
         make_rule({"id": "a", "condition": "a &", "x": 1})
     first, second = caught.value.problems
     assert str(first).startswith("rule: rule a: unknown key 'x'")
-    assert "the keys of a rule are id, name" in str(first)
+    assert "the keys of a rule are: id, name" in str(first)
     assert second.syntax is not None
     assert second.syntax.to_json()["column"] == 3
     with pytest.raises(RuleFileError, match="'condition' is missing"):

@@ -1,4 +1,4 @@
-"""Comparison of values, by example and against the oracle."""
+"""Comparisons of values: examples, and agreement with the oracle."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers(text: str, number: float) -> None:
         "9" * (MAX_NUMBER_CHARS + 1),
     ],
 )
-def test_no_numbers(text: str) -> None:
+def test_texts_that_are_not_numbers(text: str) -> None:
     assert read_number(text) is None
 
 
@@ -121,7 +121,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         ("1500", ">", 1000, True),
         ("1500", "==", "1500.0", True),
         (1500, "==", "1.5e3", True),
-        ("abc", ">", 1000, True),  # as text: "a" is above "1"
+        ("abc", ">", 1000, True),  # as text: "a" is greater than "1"
         ("", "<", 1000, True),
         (2**53 + 1, "==", 2**53, False),
         (2**53 + 1, "==", 2.0**53, False),
@@ -156,7 +156,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         (None, "contains", "", False),
         (None, "matches", "", False),
         (None, "in", "x", False),
-        # NaN equals nothing
+        # NaN is not equal to anything
         (NAN, "==", "NaN", False),
         (NAN, "in", "NaN", False),
         (NAN, "!=", 1, True),
@@ -164,7 +164,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         (NAN, "<", 1, False),
         (NAN, ">=", "A", False),
         (NAN, "contains", "aN", True),
-        # what does not fit
+        # values that are neither numbers nor text
         (b"x", "==", "x", False),
         (b"x", "!=", "x", False),
         (b"x", "contains", "x", False),
@@ -205,7 +205,7 @@ def test_in_is_equality_with_any_member() -> None:
     assert not compare(["USD"], "in", members)
 
 
-def test_an_unknown_operator_is_a_mistake_of_the_caller() -> None:
+def test_an_unknown_operator_raises() -> None:
     with pytest.raises(ValueError, match="unknown comparison"):
         compare("x", "~", (literal("x"),))
 
@@ -225,14 +225,14 @@ def test_search_agrees_with_the_oracle(value: Any, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("value", [True, "true", 1, -0.5, NAN, INF, 2**70])
-def test_true(value: Any) -> None:
+def test_values_that_hold(value: Any) -> None:
     assert truthy(value)
 
 
 @pytest.mark.parametrize(
     "value", [False, "false", "TRUE", "1", "", 0, 0.0, -0.0, None, b"true", [True], {"true": 1}]
 )
-def test_not_true(value: Any) -> None:
+def test_values_that_do_not_hold(value: Any) -> None:
     assert not truthy(value)
 
 

@@ -1,4 +1,4 @@
-"""Rules with known verdicts, by the oracle that the engine is tested with."""
+"""Verdicts of the oracle that the engine is tested with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = Path(__file__).parents[3] / "../shared/cases/rules-verdict.json"
 
 
 def case_span(number: int, span: dict[str, Any]) -> OracleSpan:
-    """A span as the shared cases write it."""
+    """A span in the format of the shared cases."""
     start = round(span.get("start_ms", 0) * 1_000_000)
     service = {"service.name": span["service"]} if "service" in span else {}
     return OracleSpan(

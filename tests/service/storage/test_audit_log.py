@@ -9,7 +9,7 @@ def records(path):
     return [json.loads(line)["n"] for line in path.read_text().splitlines()]
 
 
-def test_records_are_appended_also_after_a_restart(tmp_path):
+def test_records_are_appended_after_a_restart(tmp_path):
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path, 10_000, 3)
     log.append({"n": 1})

@@ -67,7 +67,7 @@ def test_a_letter_is_there_after_a_restart(opened):
         7,
     )
     assert again.get(found.id) == (found, b"payload")
-    assert again.held_bytes == 7
+    assert again.payload_bytes == 7
     assert again.counts()["rule-evaluation"].weight == 3
 
 
@@ -81,7 +81,7 @@ def test_the_same_item_is_kept_once_and_its_failures_add_up(opened):
     first, second = store.page()
     assert (first.attempts, first.error, second.attempts) == (8, "worse", 4)
     assert first.last_failed_ns >= first.first_failed_ns
-    assert store.held_bytes == 2
+    assert store.payload_bytes == 2
 
 
 def test_another_stage_or_tenant_or_kind_is_another_letter(opened):
@@ -104,7 +104,7 @@ def test_pages_with_filters(opened):
     assert store.get(99) is None
 
 
-def test_due_are_those_whose_time_has_come_the_earliest_first(opened):
+def test_due_letters_come_earliest_first(opened):
     store = opened()
     store.add(
         [
@@ -152,10 +152,10 @@ def test_deleted_letters_are_gone_with_their_bytes(opened):
     store.add([letter(b"aa"), letter(b"bbb", stage="projection"), letter(b"c")])
     assert store.delete([1, 2, 99]) == {"rule-evaluation": (1, 3), "projection": (1, 3)}
     assert [found.id for found in store.page()] == [3]
-    assert store.held_bytes == 1
+    assert store.payload_bytes == 1
 
 
-def test_a_page_of_the_most_there_may_be_tells_of_more(opened):
+def test_the_largest_page_says_whether_there_are_more(opened):
     store = opened(1 << 24)
     store.add([letter(str(n).encode()) for n in range(MAX_LIMIT + 5)])
     assert len(store.page(limit=MAX_LIMIT)) == MAX_LIMIT
@@ -167,7 +167,7 @@ def test_beyond_the_limit_the_oldest_are_exported_before_they_are_dropped(opened
     store = opened(max_bytes=1000)
     for number in range(12):
         store.add([letter(bytes([number]) * 100)])
-    assert store.held_bytes <= 1000
+    assert store.payload_bytes <= 1000
     kept = {found.id for found in store.page()}
     exported = []
     for path in sorted((tmp_path / "exported").iterdir()):
@@ -202,7 +202,7 @@ def test_when_letters_cannot_be_exported_none_is_dropped_and_none_is_added(opene
     assert found.bytes == 900
     (tmp_path / "exported").unlink()
     assert store.add([letter(b"b" * 900)]) == [True]
-    assert store.held_bytes == 900
+    assert store.payload_bytes == 900
 
 
 def test_adding_is_all_or_nothing(opened):
@@ -210,7 +210,7 @@ def test_adding_is_all_or_nothing(opened):
     with pytest.raises(DeadLetterError):
         store.add([letter(b"good"), letter(b"bad", weight="a lot")])
     assert store.page() == []
-    assert store.held_bytes == 0
+    assert store.payload_bytes == 0
 
 
 def test_a_file_of_a_newer_program_is_refused(opened, tmp_path):
@@ -228,3 +228,23 @@ def test_a_closed_store_says_so(opened):
     store.close()
     with pytest.raises(DeadLetterError):
         store.add([letter()])
+
+
+@pytest.mark.parametrize("keep", [0, 5000])
+def test_a_damaged_file_is_reported_with_its_path_and_the_remedy(opened, tmp_path, keep):
+    path = tmp_path / "d.sqlite"
+    store = opened()
+    store.add([letter(bytes([n]) * 1000) for n in range(20)])
+    store.close()
+    data = path.read_bytes()
+    path.write_bytes(data[:keep] + b"?" * (len(data) - keep))
+
+    def use():
+        store = opened()
+        try:
+            store.page()
+        finally:
+            store.close()
+
+    with pytest.raises(DeadLetterError, match=r"d\.sqlite: .*: the file is damaged; restore it"):
+        use()

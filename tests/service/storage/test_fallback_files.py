@@ -195,7 +195,7 @@ def test_threads_may_append_while_another_reads(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_closing_twice_does_no_harm(tmp_path):
+def test_closing_is_idempotent(tmp_path):
     files = FallbackFiles(tmp_path, 1 << 20)
     files.append(lines(1))
     files.close()

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import trio
 
-from betrace.channels import ExpectedError, Stage, ThreadRunner, open_channel
+from betrace.channels import ExpectedError, Stage, StageOptions, ThreadRunner, open_channel
 from betrace.service.cli.docs import events as events_docs
-from betrace.service.config.settings import Ingest, Logging
+from betrace.service.config.edge import Ingest, Logging
 from betrace.service.pipeline.log_sync import GroupSync
-from betrace.service.pipeline.pipeline import Queue
+from betrace.service.pipeline.pipeline import MeasuredChannel
 from betrace.service.pipeline.watch import QUIET_SECONDS, Watch
 from betrace.service.receiver.admission import Edge
 from betrace.service.storage.spanlog.log import LogSyncError
 from betrace.service.telemetry import events
-from betrace.service.telemetry.events import DECLARED, Event, Told
+from betrace.service.telemetry.events import DECLARED, Event, EventFields
 from betrace.service.telemetry.logs import set_up_logging
-from betrace.service.tenants import Quotas
+from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.loggers import restored
 from tests.support.spans import S
@@ -32,13 +32,13 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def told(caplog):
+def logged(caplog):
     """The events so far, as (name, fields)."""
     caplog.set_level(logging.INFO, "service")
 
     def found() -> list[tuple[str, dict[str, Any]]]:
-        kept = (getattr(record, "told", None) for record in caplog.records)
-        return [(each.name, each.fields) for each in kept if isinstance(each, Told)]
+        kept = (getattr(record, "event", None) for record in caplog.records)
+        return [(each.name, each.fields) for each in kept if isinstance(each, EventFields)]
 
     return found
 
@@ -49,7 +49,7 @@ def log_of():
         yield lambda form: set_up_logging(Logging(format=form))
 
 
-def test_the_page_of_the_log_is_what_the_declaration_makes():
+def test_the_page_of_the_log_is_current():
     page = (ROOT / "docs/logging.md").read_text("utf-8")
     assert page == events_docs.markdown(), (
         "python -m betrace.service.cli.docs.events > docs/logging.md"
@@ -66,7 +66,7 @@ def test_names_are_used_once_and_every_event_is_used():
             assert re.search(rf"\bevents\.{constant}\b", code), constant
 
 
-def test_an_event_wants_its_fields():
+def test_an_event_requires_its_fields():
     with pytest.raises(TypeError, match=r"stage\.stalled has the fields"):
         events.STAGE_STALLED(stage="x")
 
@@ -80,7 +80,7 @@ def test_json_has_the_fields_of_an_event(capsys, log_of):
         "level": "error",
         "logger": "service.events",
         "event": "stage.stalled",
-        "message": "the stage projection has 3 rows to do and has finished nothing for 30 s",
+        "message": "the stage projection has 3 rows waiting and has finished none for 30 s",
         "stage": "projection",
         "size": 3,
         "unit": "rows",
@@ -88,7 +88,7 @@ def test_json_has_the_fields_of_an_event(capsys, log_of):
     }
 
 
-def test_json_writes_what_is_no_json_as_text(capsys, log_of):
+def test_values_that_json_lacks_become_text(capsys, log_of):
     log_of("json")
     events.CHECKPOINT_FAILED(error=OSError(28, "No space left on device"))
     assert json.loads(capsys.readouterr().err)["error"] == "[Errno 28] No space left on device"
@@ -110,14 +110,14 @@ def test_logfmt_is_one_line_of_pairs(capsys, log_of):
     assert "ValueError: why" in pairs["exception"]
 
 
-def test_text_is_for_reading(capsys, log_of):
+def test_text_is_for_people(capsys, log_of):
     log_of("text")
     events.RULES_CHANGED(tenants="acme")
     line = capsys.readouterr().err
     assert line.endswith("INFO    service.events: rules changed: acme\n")
 
 
-async def test_a_life_is_told_in_lines_and_spans_are_not(tmp_path, told):
+async def test_changes_of_state_are_logged_and_spans_are_not(tmp_path, logged):
     write_rules(tmp_path, {"r": "never { a }"})
     async with running(settings(tmp_path)) as service:
         for _ in range(20):
@@ -131,7 +131,7 @@ async def test_a_life_is_told_in_lines_and_spans_are_not(tmp_path, told):
         service.pipeline.breakers.ledger.trip()
         service.pipeline.breakers.ledger.reset()
         await closed(service)
-    names = [name for name, _ in told()]
+    names = [name for name, _ in logged()]
     assert names == [
         "service.starting",
         "service.ready",
@@ -142,13 +142,13 @@ async def test_a_life_is_told_in_lines_and_spans_are_not(tmp_path, told):
         "service.draining",
         "service.stopped",
     ]
-    fields = dict(told())
+    fields = dict(logged())
     assert fields["service.stopped"]["left"] == 0
     assert fields["breaker.opened"]["breaker"] == "ledger"
     assert fields["service.ready"]["ingest"] is None
 
 
-async def test_failures_of_checkpoints_are_told_once(tmp_path, told, monkeypatch):
+async def test_consecutive_checkpoint_failures_are_logged_once(tmp_path, logged, monkeypatch):
     async with running(settings(tmp_path)) as service:
 
         def fail(*_: Any) -> int:
@@ -159,7 +159,7 @@ async def test_failures_of_checkpoints_are_told_once(tmp_path, told, monkeypatch
             for _ in range(3):
                 assert not await service.recovery.save()
         assert await service.recovery.save()
-    found = [(name, fields) for name, fields in told() if name.startswith("checkpoint")]
+    found = [(name, fields) for name, fields in logged() if name.startswith("checkpoint")]
     assert [name for name, _ in found] == ["checkpoint.failed", "checkpoint.recovered"]
     assert found[1][1]["failures"] >= 3  # the first of the service itself may be among them
 
@@ -173,28 +173,33 @@ def watched() -> tuple[Watch, Edge, Any, Any]:
     async def bury(*_: object) -> None:
         raise AssertionError
 
-    stage: Stage[object] = Stage("stage", receive, handle, on_dead=bury)
-    queue = Queue(send, receive, send.peak_reader(), send.peak_reader(), "spans")
-    edge = Edge(Ingest(), send, Quotas(0, 10, {}, 10))
-    return Watch({"stage": stage}, {"stage": queue}, edge, 30), edge, stage, send
+    stage: Stage[object] = Stage("stage", receive, handle, StageOptions(on_dead=bury))
+    queue = MeasuredChannel(send, receive, send.peak_reader(), send.peak_reader(), "spans")
+    edge = Edge(Ingest(), send, SpanQuotas(0, 10, {}, 10))
+    return (
+        Watch({"stage": stage}, {"stage": queue}, edge.refused_requests, edge.refused_spans, 30),
+        edge,
+        stage,
+        send,
+    )
 
 
-async def test_a_stall_and_its_end_are_told_once(autojump_clock, told):
+async def test_a_stall_and_its_end_are_logged_once(autojump_clock, logged):
     watch, _, stage, send = watched()
     async with trio.open_nursery() as nursery:
         await nursery.start(stage.run)
         nursery.start_soon(watch.run)
         await send.send(object())
         await trio.sleep(25)
-        assert told() == []
+        assert logged() == []
         await trio.sleep(30)
-        assert [name for name, _ in told()] == ["stage.stalled"]
+        assert [name for name, _ in logged()] == ["stage.stalled"]
         await trio.sleep(10)
-        assert [name for name, _ in told()] == ["stage.stalled", "stage.recovered"]
+        assert [name for name, _ in logged()] == ["stage.stalled", "stage.recovered"]
         nursery.cancel_scope.cancel()
 
 
-async def test_refusals_are_told_as_an_episode(autojump_clock, told):
+async def test_refusals_are_logged_once_per_episode(autojump_clock, logged):
     watch, edge, _, _ = watched()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
@@ -204,9 +209,9 @@ async def test_refusals_are_told_as_an_episode(autojump_clock, told):
             edge.refused_spans["overloaded"] += 1000
             edge.refused_requests["not_found"] += 1  # a client's fault, no state
             await trio.sleep(1)
-        assert told() == [("ingestion.refusing", {"reason": "overloaded"})]
+        assert logged() == [("ingestion.refusing", {"reason": "overloaded"})]
         await trio.sleep(QUIET_SECONDS + 1)
-        name, fields = told()[-1]
+        name, fields = logged()[-1]
         assert name == "ingestion.accepting"
         assert fields == {
             "reason": "overloaded",
@@ -215,10 +220,10 @@ async def test_refusals_are_told_as_an_episode(autojump_clock, told):
             "seconds": pytest.approx(29, abs=1.1),
         }
         nursery.cancel_scope.cancel()
-    assert len(told()) == 2
+    assert len(logged()) == 2
 
 
-async def test_failures_of_the_disk_to_sync_are_told_once(told):
+async def test_consecutive_sync_failures_are_logged_once(logged):
     class Log:
         broken = True
 
@@ -235,11 +240,11 @@ async def test_failures_of_the_disk_to_sync_are_told_once(told):
         log.broken = False
         await sync.sync(["a"])
         await sync.sync(["a"])
-    assert [name for name, _ in told()] == ["log.sync_failed", "log.sync_recovered"]
-    assert told()[1][1] == {"failures": 3}
+    assert [name for name, _ in logged()] == ["log.sync_failed", "log.sync_recovered"]
+    assert logged()[1][1] == {"failures": 3}
 
 
-async def test_many_dead_letters_are_few_lines(tmp_path, told, monkeypatch):
+async def test_many_dead_letters_take_few_lines(tmp_path, logged, monkeypatch):
     write_rules(tmp_path, {"r": "never { a }"})
     once = {"attempts": 0}
     async with running(settings(tmp_path, redelivery=once)) as service:
@@ -253,7 +258,7 @@ async def test_many_dead_letters_are_few_lines(tmp_path, told, monkeypatch):
         with trio.fail_after(20):
             while service.pipeline.letters.total < 10:
                 await trio.sleep(0.02)
-    kept = [fields for name, fields in told() if name == "dead_letters.kept"]
+    kept = [fields for name, fields in logged() if name == "dead_letters.kept"]
     assert 1 <= len(kept) < 10
     assert kept[0]["stage"] == "rule-evaluation"
     assert "on purpose" in kept[0]["error"]

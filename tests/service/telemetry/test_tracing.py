@@ -1,4 +1,4 @@
-"""Slow batches become traces, few of them, and never of the service's own traces."""
+"""Slow batches become traces, at a limited rate, and never those of the service's own traces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from betrace.service.config.settings import Tracing
+from betrace.service.config.edge import Tracing
 from betrace.service.telemetry.tracing import MOST_AT_ONCE, SlowBatches
 from tests.support.inprocess import closed, running, send, settings, write_rules
 from tests.support.spans import S
@@ -41,7 +41,7 @@ def traced(**given: Any) -> Iterator[tuple[SlowBatches, InMemorySpanExporter]]:
         traces.close()
 
 
-async def test_a_slow_batch_is_a_trace_of_its_wait_and_its_work(autojump_clock):
+async def test_a_slow_batch_becomes_a_trace_of_wait_and_work(autojump_clock):
     with traced() as (traces, exporter):
         stage = traces.stage("rule-evaluation", "traces", lambda item: item.spans)
         stage.waited(9, 1)
@@ -69,7 +69,7 @@ async def test_a_slow_batch_is_a_trace_of_its_wait_and_its_work(autojump_clock):
     assert batch.status.status_code is StatusCode.UNSET
 
 
-async def test_a_failure_is_told(autojump_clock):
+async def test_a_failure_is_in_the_trace(autojump_clock):
     with traced() as (traces, exporter):
         stage = traces.stage("s", "rows", lambda item: 1)
         stage.slow([Item("a", 1)], 2.0, OSError("no disk"))
@@ -79,7 +79,7 @@ async def test_a_failure_is_told(autojump_clock):
     assert spans["wait"].status_code is StatusCode.UNSET
 
 
-async def test_no_trace_of_its_own_traces(autojump_clock):
+async def test_its_own_traces_are_not_traced(autojump_clock):
     with traced(tenant="me") as (traces, exporter):
         stage = traces.stage("s", "rows", lambda item: 1)
         stage.slow([Item("me", 1), Item("me", 1)], 2.0, None)
@@ -88,7 +88,7 @@ async def test_no_trace_of_its_own_traces(autojump_clock):
         assert len(exporter.get_finished_spans()) == 3
 
 
-async def test_there_are_few_traces_however_slow_it_is(autojump_clock):
+async def test_the_rate_of_traces_is_limited(autojump_clock):
     with traced() as (traces, exporter):
         stage = traces.stage("s", "rows", lambda item: 1)
         for _ in range(500):
@@ -136,7 +136,7 @@ def collecting() -> Iterator[Collector]:
             thread.join()
 
 
-async def test_a_service_sends_traces_of_what_is_slow(tmp_path, monkeypatch):
+async def test_a_service_sends_traces_of_slow_batches(tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20x")
     write_rules(tmp_path, {"r": "never { a }"})
     with collecting() as collector:
@@ -170,7 +170,7 @@ def alive() -> list[threading.Thread]:
     return threading.enumerate()
 
 
-async def test_an_endpoint_that_hangs_holds_nothing_up(tmp_path):
+async def test_a_hung_endpoint_delays_nothing(tmp_path):
     write_rules(tmp_path, {"r": "never { a }"})
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")  # accepts and never answers
     port = listeners[0].socket.getsockname()[1]
@@ -195,6 +195,6 @@ def test_an_endpoint_is_a_url(endpoint):
         Tracing(endpoint=endpoint)
 
 
-def test_the_tenant_is_one():
+def test_the_tenant_name_must_be_valid():
     with pytest.raises(ValueError, match=r"tracing\.tenant"):
         Tracing(tenant="a/b")

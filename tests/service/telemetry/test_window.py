@@ -1,4 +1,4 @@
-"""Rates and latencies of the window: as exact as promised, and of the window alone."""
+"""Rates and latencies cover exactly the window, within the promised error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ parts = st.lists(st.lists(latencies, max_size=40), min_size=1, max_size=2 * PART
 
 
 def exact(values: list[float], quantile: float) -> float:
-    """The lower quantile, as DDSketch defines it: of rank floor(q * (n - 1))."""
+    """The lower quantile as DDSketch defines it, with rank floor(q * (n - 1))."""
     return sorted(values)[math.floor(quantile * (len(values) - 1))]
 
 
 @given(parts)
-def test_quantiles_are_within_the_promised_error_of_the_exact_ones(observed):
+def test_quantiles_are_within_the_relative_error(observed):
     recent = RecentLatency()
     for number, part in enumerate(observed):
         for seconds in part:
@@ -46,7 +46,7 @@ def test_quantiles_are_within_the_promised_error_of_the_exact_ones(observed):
             assert value == pytest.approx(right, rel=RELATIVE_ERROR * 1.001, abs=1e-12)
 
 
-def test_many_different_latencies_take_no_more_room_than_some():
+def test_the_number_of_buckets_is_bounded():
     recent = RecentLatency()
     for number in range(100_000):
         recent.observe(1.0001**number * 1e-6)
@@ -54,7 +54,7 @@ def test_many_different_latencies_take_no_more_room_than_some():
     assert len(bins) <= 2048
 
 
-async def test_the_window_moves_on(autojump_clock):
+async def test_the_window_advances(autojump_clock):
     recent = Recent(60)
     latency = recent.latency("a")
     assert recent.latency("a") is latency
@@ -69,7 +69,7 @@ async def test_the_window_moves_on(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
-async def test_rates_are_of_the_window(autojump_clock):
+async def test_rates_cover_the_window(autojump_clock):
     count = {"a": 100.0}
     recent = Recent(60)
     rates = recent.rates(lambda: dict(count))
@@ -90,7 +90,7 @@ async def test_rates_are_of_the_window(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
-async def test_a_counter_that_is_new_has_no_rate_yet(autojump_clock):
+async def test_a_new_counter_has_no_rate_yet(autojump_clock):
     count = {"a": 1.0}
     rates = RecentRates(lambda: dict(count))
     rates.end_part()

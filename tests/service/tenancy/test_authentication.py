@@ -4,16 +4,18 @@ import pytest
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.config.settings import Auth
+from betrace.service.config.edge import Auth
 from betrace.service.tenancy import authentication
-from betrace.service.tenancy.access import Denied
-from betrace.service.tenancy.authentication import SecretError, TokenAuthenticator, operator_token
+from betrace.service.tenancy.authentication import (
+    Authenticator,
+    Denied,
+    SecretError,
+    operator_token,
+)
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token
-from tests.support.tenant_keys import new_key, raw, sign
+from tests.support.tenant_keys import OPERATOR, SCRAPER, new_key, raw, sign
 
-OPERATOR = "operator-token-of-the-tests"
-SCRAPER = "scrape-token-of-the-tests"
 KEY = new_key()
 KID = key_id(raw(KEY))
 
@@ -28,7 +30,7 @@ class World:
         self.error = None
         self.threads = ThreadRunner("signatures", 1)
         given = {"enabled": True, "operator_token": OPERATOR, "scrape_token": SCRAPER} | settings
-        self.gate = TokenAuthenticator(
+        self.gate = Authenticator(
             Auth(**given), OPERATOR, self.load, self.exists, self.threads, lambda: self.now
         )
 
@@ -82,7 +84,7 @@ async def test_it_is_remembered_until_the_grace_of_its_key_is_over(world):
     assert isinstance(await world.gate.tenant(header), Denied)
 
 
-async def test_a_revoked_key_counts_no_more(world):
+async def test_a_revoked_key_is_invalid(world):
     header = world.bearer()
     await world.gate.tenant(header)
     del world.keys["acme", KID]
@@ -114,7 +116,7 @@ async def test_tokens_that_are_remembered_are_bounded():
     world.threads.close()
 
 
-async def test_an_unknown_tenant_key_and_signature_are_told_alike(world):
+async def test_an_unknown_tenant_key_and_signature_have_the_same_message(world):
     stranger = new_key()
     forged = sign(stranger, {"tenant": "acme", "exp": int(world.now) + 60}, kid=KID)
     nobody = make_token(stranger, "nobody", world.now, 60)
@@ -136,7 +138,7 @@ async def test_an_unknown_tenant_key_and_signature_are_told_alike(world):
         "\u20ac",
     ],
 )
-async def test_what_is_no_token_is_a_401(world, header):
+async def test_an_invalid_token_is_a_401(world, header):
     assert (await world.gate.tenant(header)).status == 401
 
 
@@ -182,18 +184,18 @@ async def test_secrets_are_compared_in_constant_time(world, monkeypatch):
     assert {len(side) for pair in compared for side in pair} == {32}  # of whatever was sent
 
 
-def test_where_the_operator_token_is(tmp_path):
+def test_sources_of_the_operator_token(tmp_path):
     path = tmp_path / "token"
     path.write_text(OPERATOR + "\n")
     assert operator_token(Auth(enabled=True, operator_token_file=str(path))) == OPERATOR
     assert operator_token(Auth(enabled=True, operator_token=OPERATOR)) == OPERATOR
     path.write_text("short")
-    with pytest.raises(SecretError, match="less than 20"):
+    with pytest.raises(SecretError, match="fewer than 20"):
         operator_token(Auth(enabled=True, operator_token_file=str(path)))
     with pytest.raises(SecretError, match="cannot be read"):
         operator_token(Auth(enabled=True, operator_token_file=str(tmp_path / "none")))
     path.write_bytes(b"\xff" * 40)
-    with pytest.raises(SecretError, match="no text"):
+    with pytest.raises(SecretError, match="not text"):
         operator_token(Auth(enabled=True, operator_token_file=str(path)))
 
 

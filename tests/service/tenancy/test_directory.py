@@ -6,9 +6,9 @@ from betrace.service.tenancy.directory import (
     MOST_KEYS,
     DirectoryError,
     Hidden,
-    State,
     TenantConflictError,
     TenantDirectory,
+    TenantState,
     UnknownTenantError,
 )
 from betrace.service.tenancy.tokens import key_id
@@ -36,14 +36,14 @@ def directory(tmp_path, clock):
     made.close()
 
 
-def test_what_was_made_is_there_after_a_restart(tmp_path, directory):
+def test_tenants_survive_a_restart(tmp_path, directory):
     key = raw(new_key())
     made = directory.create("acme", 500, key)
     directory.create("beta", None, None)
     directory.close()
     again = TenantDirectory(tmp_path / "data" / "tenants.sqlite")
     assert again.get("acme") == made
-    assert made.state is State.ACTIVE
+    assert made.state is TenantState.ACTIVE
     assert [each.public for each in made.keys] == [key]
     assert [each.name for each in again.page()] == ["acme", "beta"]
     assert [each.name for each in again.page("acme", 5)] == ["beta"]
@@ -52,7 +52,7 @@ def test_what_was_made_is_there_after_a_restart(tmp_path, directory):
     again.close()
 
 
-def test_a_tenant_is_made_once(directory):
+def test_a_tenant_is_created_once(directory):
     directory.create("acme", None, None)
     with pytest.raises(TenantConflictError, match="exists"):
         directory.create("acme", None, None)
@@ -60,7 +60,7 @@ def test_a_tenant_is_made_once(directory):
         directory.create("../acme", None, None)
 
 
-def test_old_keys_count_for_their_grace(directory, clock):
+def test_old_keys_are_valid_for_their_grace_period(directory, clock):
     old, new = raw(new_key()), raw(new_key())
     directory.create("acme", None, old)
     directory.add_key("acme", new, 60)
@@ -74,7 +74,7 @@ def test_old_keys_count_for_their_grace(directory, clock):
     assert key_id(old) not in [key.kid for key in directory.get("acme").keys]
 
 
-def test_a_key_is_revoked_at_once(directory):
+def test_a_key_is_revoked_immediately(directory):
     key = raw(new_key())
     directory.create("acme", None, key)
     directory.create("beta", None, key)
@@ -90,11 +90,11 @@ def test_a_key_is_revoked_at_once(directory):
 def test_keys_are_bounded_and_not_repeated(directory):
     key = raw(new_key())
     directory.create("acme", None, key)
-    with pytest.raises(TenantConflictError, match="has this key"):
+    with pytest.raises(TenantConflictError, match="already has this key"):
         directory.add_key("acme", key, 0)
     for _ in range(MOST_KEYS - 1):
         directory.add_key("acme", raw(new_key()), 3600)
-    with pytest.raises(TenantConflictError, match="as many as it may"):
+    with pytest.raises(TenantConflictError, match="the most allowed"):
         directory.add_key("acme", raw(new_key()), 3600)
 
 
@@ -104,7 +104,7 @@ def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(director
     directory.begin_deletion("acme")
     assert directory.public_key("acme", key_id(key)) is None
     assert directory.quotas() == {}
-    assert directory.get("acme").state is State.DELETING
+    assert directory.get("acme").state is TenantState.DELETING
     for change in (
         lambda: directory.create("acme", None, None),
         lambda: directory.set_quota("acme", 1),
@@ -116,16 +116,16 @@ def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(director
     directory.finish_deletion("acme")
     assert directory.get("acme") is None
     assert directory.page() == []
-    assert directory.in_state(State.DELETED) == {"acme"}
+    assert directory.in_state(TenantState.DELETED) == {"acme"}
     again = directory.create("acme", None, None)
     assert again.keys == ()
     assert directory.hidden() == {"acme": Hidden(17, 3)}
-    assert directory.in_state(State.DELETED, State.DELETING) == set()
+    assert directory.in_state(TenantState.DELETED, TenantState.DELETING) == set()
 
 
 def test_one_that_was_never_made_can_be_deleted(directory):
     directory.begin_deletion("wild")
-    assert directory.in_state(State.DELETING) == {"wild"}
+    assert directory.in_state(TenantState.DELETING) == {"wild"}
     with pytest.raises(ValueError, match="a tenant name"):
         directory.begin_deletion("..")
 
@@ -139,7 +139,7 @@ def test_names_and_kids_are_values_and_never_sql(directory):
     assert directory.get("acme") is not None
 
 
-def test_a_file_of_a_newer_program_or_a_broken_one_is_told(tmp_path):
+def test_a_file_of_a_newer_program_and_a_damaged_one_are_refused(tmp_path):
     path = tmp_path / "tenants.sqlite"
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
@@ -147,5 +147,5 @@ def test_a_file_of_a_newer_program_or_a_broken_one_is_told(tmp_path):
     with pytest.raises(DirectoryError, match="newer program"):
         TenantDirectory(path)
     path.write_bytes(b"no database at all" * 100)
-    with pytest.raises(DirectoryError, match="check the disk"):
+    with pytest.raises(DirectoryError, match=r"tenants\.sqlite: .*damaged; restore it"):
         TenantDirectory(path)

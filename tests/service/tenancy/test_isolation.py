@@ -58,7 +58,7 @@ async def world(tmp_path, fill=True):
             service.gate.directory.add_key(tenant, raw(key), 0)
         rule = {"name": SECRET, "condition": f"never {{ {SECRET} }}", "severity": "low"}
         if fill:
-            service.rule_writer.put("acme", RULE, rule, None)
+            service.tools.rule_writer.put("acme", RULE, rule, None)
             await service.reload_rules()
             await send(service, [S(1, SECRET, TRACE, service=SECRET, x=SECRET)], "acme")
             await closed(service)
@@ -124,8 +124,8 @@ async def test_no_endpoint_shows_or_changes_what_is_anothers(tmp_path):
 
 async def test_a_stream_has_the_callers_signals_only(tmp_path):
     async with world(tmp_path) as made:
-        mine = made.service.subscribe_signals("acme")
-        theirs = made.service.subscribe_signals("beta")
+        mine = made.service.subscriptions.open("acme")
+        theirs = made.service.subscriptions.open("beta")
         await send(made.service, [S(9, SECRET, b"\7" * 16)], "acme")
         assert (await mine.receive()).tenant == "acme"
         await made.service.tenants.revoke_key(ME, "acme", key_id(raw(KEYS["acme"])))

@@ -1,4 +1,4 @@
-"""Checkpoint files: what is read is what was written, or the file is passed over."""
+"""Checkpoint files are read as they were written, or skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import orjson
 import pytest
 
-from betrace.service.traces import checkpoint as module
 from betrace.service.traces.checkpoint import (
     KEPT,
     Snapshot,
@@ -61,7 +60,7 @@ def same(one: Snapshot, other: Snapshot) -> None:
                 np.testing.assert_array_equal(array, y.arrays[name])
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_a_snapshot_is_read_as_it_was_written(tmp_path):
     assert read_latest(tmp_path / "none") is None
     size = write_checkpoint(tmp_path / "new" / "folder", snapshot())
     (path,) = checkpoint_files(tmp_path / "new" / "folder")
@@ -71,28 +70,28 @@ def test_what_is_read_is_what_was_written(tmp_path):
     same(found, snapshot())
 
 
-def test_every_damaged_byte_is_found(tmp_path):
+def test_every_damaged_byte_is_detected(tmp_path):
     write_checkpoint(tmp_path, snapshot(tenants=1))
     (path,) = checkpoint_files(tmp_path)
     whole = path.read_bytes()
     for at in range(len(whole)):
         for flip in (1, 0x80):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
-            with pytest.raises(ValueError, match=r"it is|its checksum"):
+            with pytest.raises(ValueError, match=r"it is|it has|its checksum"):
                 read_checkpoint(path)
 
 
-def test_every_truncation_and_anything_after_the_end_is_found(tmp_path):
+def test_truncation_and_trailing_bytes_are_detected(tmp_path):
     write_checkpoint(tmp_path, snapshot(tenants=1))
     (path,) = checkpoint_files(tmp_path)
     whole = path.read_bytes()
     for damaged in [whole[:n] for n in range(len(whole))] + [whole + b"\0", whole * 2]:
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"it is|its checksum"):
+        with pytest.raises(ValueError, match=r"it is|it has|its checksum"):
             read_checkpoint(path)
 
 
-def test_a_damaged_file_is_passed_over_for_the_one_before_it(tmp_path, caplog):
+def test_if_a_file_is_damaged_the_previous_one_is_used(tmp_path, caplog):
     write_checkpoint(tmp_path, snapshot(1))
     write_checkpoint(tmp_path, snapshot(2))
     newest, before = checkpoint_files(tmp_path)
@@ -105,7 +104,7 @@ def test_a_damaged_file_is_passed_over_for_the_one_before_it(tmp_path, caplog):
     assert read_latest(tmp_path) is None
 
 
-def test_a_file_that_cannot_be_read_is_passed_over(tmp_path):
+def test_an_unreadable_file_is_skipped(tmp_path):
     write_checkpoint(tmp_path, snapshot(1))
     (tmp_path / f"{7:020d}.checkpoint").mkdir()
     found = read_latest(tmp_path)
@@ -121,7 +120,7 @@ def test_older_files_are_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
-def test_the_newest_counts_also_after_the_clock_was_set_back(tmp_path):
+def test_the_newest_file_is_used_even_if_the_clock_was_set_back(tmp_path):
     for taken in (100, 101, 50, 50, 51):
         write_checkpoint(tmp_path, snapshot(taken))
         found = read_latest(tmp_path)
@@ -130,7 +129,7 @@ def test_the_newest_counts_also_after_the_clock_was_set_back(tmp_path):
     assert len(checkpoint_files(tmp_path)) == KEPT
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_existing_files(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, snapshot(1))
     before = sorted(tmp_path.iterdir())
 
@@ -138,7 +137,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.os, "fsync", full)
+        patched.setattr(os, "fsync", full)
         for taken in (2, 3, 4):
             with pytest.raises(OSError, match="no space"):
                 write_checkpoint(tmp_path, snapshot(taken))
@@ -149,17 +148,17 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert found.taken_ns == 5
 
 
-def test_a_file_half_written_by_a_process_that_died_is_written_over(tmp_path):
+def test_the_unfinished_file_of_a_crashed_process_is_overwritten(tmp_path):
     (tmp_path / "checkpoint.tmp").write_bytes(b"half" * 10_000)
     assert read_latest(tmp_path) is None
     write_checkpoint(tmp_path, snapshot(1))
     assert [path.suffix for path in tmp_path.iterdir()] == [".checkpoint"]
 
 
-def test_the_file_is_durable_before_it_has_its_name(tmp_path, monkeypatch):
+def test_the_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     done: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(module.os, "fsync", lambda fd: (done.append("sync"), fsync(fd))[1])
-    monkeypatch.setattr(Path, "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
+    fsync, rename = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append("rename"), rename(a, b))[1])
     write_checkpoint(tmp_path, snapshot(1))
-    assert done == ["sync", "rename", "sync"]  # the file, then its name, then the directory
+    assert done == ["sync", "rename", "sync"]  # the file, its name, the directory

@@ -1,4 +1,4 @@
-"""Decisions from counts: three-valued while a trace is open, and early signals never lie."""
+"""Decisions from counts: three-valued while a trace is open, and early signals are final."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def due(rules: CompiledRules, states: list[State], *, closed: bool) -> DueTraces
 
 
 def breaches(rule: RuleSyntax, states: list[State], *, closed: bool, **options: Any) -> list[int]:
-    """The clause that each trace breaks, 0 for none."""
+    """The clause that each trace breaks, or 0."""
     found = [0] * len(states)
     for breach in decide(due(compiled([rule]), states, closed=closed), **options):
         assert breach.early is not closed
@@ -104,13 +104,13 @@ def holds(node: Any, state: State) -> bool:
 
 
 def grown(count: int, *limits: float) -> list[int]:
-    """Counts that ``count`` can become: the next ones, those around the limits, very many."""
+    """Counts that ``count`` can grow to: the next ones, those around the limits, a huge one."""
     around = [math.floor(limit) + delta for limit in limits for delta in (-1, 0, 1, 2)]
     return sorted({*range(count, count + 3), *(n for n in around if n >= count), 10**301})
 
 
 def extensions(state: State) -> Iterator[State]:
-    """What the trace can become: more spans of each name, and earlier ones."""
+    """Possible extensions of the trace: more spans of each name, and earlier ones."""
     choices = []
     for name in NAMES:
         count, start = state.get(name, (0, 5))
@@ -121,8 +121,8 @@ def extensions(state: State) -> Iterator[State]:
 
 
 def atom(node: Any, state: State) -> int:
-    """Brute force: 2 where it holds in every extension, 0 where in none, else 1. What compares two
-    growing things is unknown until the trace closes, as specified for before."""
+    """Brute force: 2 if it holds in every extension, 0 if in none, else 1. Comparisons of two
+    growing counts are unknown until the trace closes, and so is before."""
     match node:
         case Exists(spans):
             name, limit = spans.name, 0.0
@@ -149,7 +149,7 @@ def kleene(node: Any, state: State) -> int:
 
 
 def broken(rule: RuleSyntax, state: State, truth: Any) -> int:
-    """The clause that is broken for certain, by a three-valued ``truth``."""
+    """The clause that is certainly broken, according to a three-valued ``truth``."""
     if rule.when is not None and truth(rule.when, state) != 2:
         return 0
     if rule.always is not None and truth(rule.always, state) == 0:
@@ -215,12 +215,12 @@ def test_an_open_trace_is_decided_by_kleenes_logic(rule, state):
 
 
 def vacuous(rule: RuleSyntax) -> bool:
-    """Whether even a trace without any span breaks it for certain."""
+    """Whether even a trace without any span certainly breaks it."""
     return broken(rule, {}, kleene) != 0
 
 
 @given(rules, states)
-def test_early_signals_never_lie(rule, state):
+def test_early_signals_are_never_wrong(rule, state):
     if breaches(rule, [state], closed=False)[0]:
         for extended in extensions(state):
             assert broken(rule, extended, closed_truth), extended
@@ -228,7 +228,7 @@ def test_early_signals_never_lie(rule, state):
 
 @given(rules, st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 9)), max_size=8))
 def test_each_breach_is_signalled_once(rule, arrivals):
-    """Span by span: what is raised early is not raised at the close, and nothing is missed."""
+    """Span by span: a breach raised early is not raised at the close, and none is missed."""
     table = compiled([rule])
     values, starts = table.thresholds
     state: State = {}
@@ -251,8 +251,8 @@ def test_each_breach_is_signalled_once(rule, arrivals):
 
 
 def test_a_rule_that_every_trace_breaks_is_signalled_once():
-    """Certain from the beginning, it is told at the close; not also when another rule's count
-    makes the trace worth an early look."""
+    """It is certain from the beginning and raised at the close, but not also when another rule's
+    count makes an early decision worthwhile."""
     table = compiled([parse("never { count(a) >= 0 }"), parse("never { count(a) > 1 }")])
     state = {"a": (2, 0)}
     early = decide(due(table, [state], closed=False))
@@ -262,7 +262,7 @@ def test_a_rule_that_every_trace_breaks_is_signalled_once():
 
 @given(st.lists(states, max_size=40), st.integers(1, 60))
 def test_many_traces_and_rules_at_once(traces, n_rules):
-    """Also when the breaches do not fit into one call of the kernel."""
+    """Even if the breaches do not fit into one call of the kernel."""
     conditions_ = ["count(a) > 1", "not b", "a before b", "always { c }", "count(a) == count(b)"]
     rule_list = [parse(conditions_[i % 5]) for i in range(n_rules)]
     found = decide(due(compiled(rule_list), traces, closed=True), raised_early=False)
@@ -275,7 +275,7 @@ def test_many_traces_and_rules_at_once(traces, n_rules):
     assert len(found) == len({(b.trace, b.rule) for b in found})
 
 
-def test_more_breaches_than_one_call_holds():
+def test_more_breaches_than_fit_into_one_call():
     rule_list = [parse("always { x }")] * 700
     found = decide(due(compiled(rule_list), [{}] * 5, closed=True))
     assert sorted((b.trace, b.rule) for b in found) == [

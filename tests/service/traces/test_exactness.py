@@ -1,4 +1,4 @@
-"""The verdict depends on the set of spans only: not on order, split, repetition or closing."""
+"""Verdicts depend only on the set of spans, not on order, batches, repetition or closing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arrivals(draw: st.DrawFn) -> tuple[list[list[OracleSpan]], list[list[OracleS
     arrivals(),
     st.lists(st.sampled_from(["go on", "close", "forget", "restart"]), min_size=6, max_size=6),
 )
-def test_the_verdict_is_that_of_the_whole_trace(rule_list, arrived, between):
+def test_verdicts_are_those_of_whole_traces(rule_list, arrived, between):
     all_traces, parts = arrived
     engine = Engine(rule_list)
     for part, then in zip(parts, between, strict=False):
@@ -58,11 +58,11 @@ def test_the_verdict_is_that_of_the_whole_trace(rule_list, arrived, between):
         for i, rule in enumerate(rule_list)
         if breach(rule, trace)
     }
-    assert engine.standing == expected
+    assert engine.active == expected
 
 
 @given(rules(), traces())
-def test_counts_and_evidence_are_those_of_the_oracle(rule, trace):
+def test_clause_and_counts_are_those_of_the_oracle(rule, trace):
     engine = Engine([rule])
     engine.send(encode(trace))
     engine.close()
@@ -82,7 +82,7 @@ def _cases() -> list[dict]:
     return json.loads(path.read_text())["cases"]
 
 
-@pytest.mark.skipif(not _cases(), reason="../shared/cases is not here")
+@pytest.mark.skipif(not _cases(), reason="the shared cases are not next to the repository")
 @pytest.mark.parametrize("case", _cases(), ids=lambda case: case["name"])
 def test_shared_verdict_cases(case):
     spans = [
@@ -107,5 +107,5 @@ def test_shared_verdict_cases(case):
     engine = Engine([parse(case["rule"])])
     engine.send(encode(spans))
     engine.close()
-    assert bool(engine.standing) == case["breach"]
+    assert bool(engine.active) == case["breach"]
     assert len(engine.signals) <= 1

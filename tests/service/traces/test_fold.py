@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from betrace.service.otlp.columns import SPAN_ID
-from betrace.service.rules import names as names_module
+from betrace.service.rules import names
 from betrace.service.rules.parse import parse
-from betrace.service.traces import table as table_module
+from betrace.service.traces import table
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import (
     CLOSED,
@@ -65,19 +65,19 @@ def tenant(*rules: str) -> TenantTraces:
 
 
 def row_of(traces: TenantTraces, hi: int = HI_LO[0], lo: int = HI_LO[1]) -> np.ndarray:
-    for table in traces.tables:
-        slot = table.find(hi, lo)
+    for each in traces.tables:
+        slot = each.find(hi, lo)
         if slot >= 0:
-            return table.arrays.slots[slot]
+            return each.arrays.slots[slot]
     raise AssertionError("no such trace")
 
 
 def counts_of(traces: TenantTraces, hi: int = HI_LO[0], lo: int = HI_LO[1]) -> dict[str, int]:
-    for table in traces.tables:
-        slot = table.find(hi, lo)
+    for each in traces.tables:
+        slot = each.find(hi, lo)
         if slot >= 0:
-            due = table.copy(np.array([slot]), closed=False, now=0)
-            return {table.rules.check_names[row[E_CHECK]]: int(row[E_COUNT]) for row in due.entries}
+            due = each.copy(np.array([slot]), closed=False, now=0)
+            return {each.rules.check_names[row[E_CHECK]]: int(row[E_COUNT]) for row in due.entries}
     raise AssertionError("no such trace")
 
 
@@ -87,7 +87,7 @@ def counts_of(traces: TenantTraces, hi: int = HI_LO[0], lo: int = HI_LO[1]) -> d
 @pytest.mark.parametrize("between", [0, 1, 14, 15, 16, 17, 126, 127, 128, 129, 500, 998, 999])
 @pytest.mark.parametrize("before", [0, 5, 15, 16, 127, 128, 999, 1000, 2345])
 @pytest.mark.parametrize("split", [False, True])
-def test_a_span_that_comes_again_within_the_next_1000_is_not_counted(before, between, split):
+def test_a_span_repeated_within_the_next_1000_is_not_counted(before, between, split):
     traces = tenant("count(a) > 0")
     parts = [many(before, 10_000), many(1, 7), many(between, 20_000), many(1, 7)]
     if split:
@@ -121,8 +121,8 @@ def test_short_traces_count_each_span_once(ids, cuts):
     st.sampled_from([1000, 1100, 1600, 10**6]),
 )
 @settings(max_examples=max(10, settings().max_examples // 5))
-def test_of_a_long_trace_the_last_1000_span_ids_are_known(cuts, seed, pool):
-    """By a model: a queue of the last 1000 ids that were counted."""
+def test_a_long_trace_knows_its_last_1000_span_ids(cuts, seed, pool):
+    """Compared with a model: a queue of the last 1000 ids that were counted."""
     rng = random.Random(seed)
     traces = tenant()
     window: deque[int] = deque(maxlen=1000)
@@ -143,10 +143,10 @@ def test_of_a_long_trace_the_last_1000_span_ids_are_known(cuts, seed, pool):
     assert row_of(traces)[REPEATED] == repeated
 
 
-def test_span_ids_of_one_chain_are_told_apart(monkeypatch):
-    """The worst that ids can be: all hashes alike."""
+def test_span_ids_in_one_chain_are_distinguished(monkeypatch):
+    """The worst case: all hashes are equal."""
     arrays = original(64)
-    monkeypatch.setattr(table_module, "empty_arrays", lambda _: arrays)
+    monkeypatch.setattr(table, "empty_arrays", lambda _: arrays)
     arrays.secret[:] = 0
     traces = tenant()
     traces.fold(many(1100), NOW)
@@ -157,7 +157,7 @@ def test_span_ids_of_one_chain_are_told_apart(monkeypatch):
     assert row_of(traces)[SPANS] == 1101
 
 
-def test_the_ids_of_a_long_trace_are_known_after_a_restart():
+def test_a_long_trace_knows_its_span_ids_after_a_restart():
     traces = tenant()
     traces.fold(many(1700), NOW)
     saved = traces.snapshot()
@@ -168,9 +168,9 @@ def test_the_ids_of_a_long_trace_are_known_after_a_restart():
     assert row_of(restored)[SPANS] == 1700
 
 
-def test_traces_with_equal_hashes_are_told_apart(monkeypatch):
+def test_traces_with_equal_hashes_are_distinguished(monkeypatch):
     arrays = original(64)
-    monkeypatch.setattr(table_module, "empty_arrays", lambda _: arrays)
+    monkeypatch.setattr(table, "empty_arrays", lambda _: arrays)
     arrays.secret[:] = 0
     traces = tenant()
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_traces_with_equal_hashes_are_told_apart(monkeypatch):
     assert not traces.tables[0].arrays.table.any()
 
 
-def test_a_batch_sent_again_counts_nothing():
+def test_a_repeated_batch_is_not_counted():
     traces = tenant("count(a) > 0")
     spans = many(1000)
     for _ in range(3):
@@ -202,7 +202,7 @@ def test_the_same_span_id_in_another_trace_is_another_span():
 
 
 def tiny_arrays(_: int) -> TraceArrays:
-    """Pools with room for nearly nothing."""
+    """Pools with almost no capacity."""
     arrays = original(1)
     return arrays._replace(
         table=np.zeros(2, np.int64),
@@ -212,14 +212,14 @@ def tiny_arrays(_: int) -> TraceArrays:
     )
 
 
-original = table_module.empty_arrays
+original = table.empty_arrays
 
 
 def totals(traces: TenantTraces) -> dict[tuple[int, int], Any]:
     found = {}
-    for table in traces.tables:
-        slots = np.flatnonzero(table.arrays.slots[:, STATE] != FREE)
-        due = table.copy(slots, closed=False, now=0)
+    for each in traces.tables:
+        slots = np.flatnonzero(each.arrays.slots[:, STATE] != FREE)
+        due = each.copy(slots, closed=False, now=0)
         for k, row in enumerate(due.rows):
             entries = due.entries[due.starts[k] : due.starts[k + 1]]
             found[int(row[HI]), int(row[LO])] = (
@@ -265,9 +265,9 @@ def test_pools_that_grow_in_the_middle_of_a_batch_change_nothing(monkeypatch, se
     one_by_one, at_once = tenant(*RULES), None
     for span, position in zip(spans, positions, strict=True):
         one_by_one.fold(batch(span, positions=[position]), NOW)
-    monkeypatch.setattr(table_module, "empty_arrays", tiny_arrays)
-    monkeypatch.setattr(names_module, "_LEARNED_SLOTS", 8)
-    monkeypatch.setattr(names_module, "_LEARNED_CHECKS", 4)
+    monkeypatch.setattr(table, "empty_arrays", tiny_arrays)
+    monkeypatch.setattr(names, "_LEARNED_SLOTS", 8)
+    monkeypatch.setattr(names, "_LEARNED_CHECKS", 4)
     at_once = tenant(*RULES)
     at_once.tables[0].ask = np.zeros((1, 3), np.int64)
     folded = at_once.fold(batch(*spans, positions=positions), NOW)
@@ -277,20 +277,20 @@ def test_pools_that_grow_in_the_middle_of_a_batch_change_nothing(monkeypatch, se
 
 
 def test_every_pool_was_grown_from_one_row(monkeypatch):
-    """The test above would prove little if the pools were large enough from the beginning."""
-    monkeypatch.setattr(table_module, "empty_arrays", tiny_arrays)
+    """Otherwise the test above would prove little."""
+    monkeypatch.setattr(table, "empty_arrays", tiny_arrays)
     traces = tenant(*RULES)
     for number in range(3):
         traces.fold(many(200, trace=(0, number)), NOW)
     fill = traces.tables[0].arrays.fill
     assert fill[SLOTS_USED] == 3
     assert fill[LARGE_USED] == 3
-    assert fill[MIDDLE_USED] == 1  # given back, and used again
+    assert fill[MIDDLE_USED] == 1  # returned, and used again
     assert fill[ENTRIES_USED] == 6
 
 
-def test_long_traces_one_after_the_other_can_be_closed():
-    """Their large rings are more than there ever were middle ones at a time."""
+def test_long_traces_can_be_closed_one_after_another():
+    """There are more large rings than there ever were middle ones at the same time."""
     traces = tenant("count(a) > 1500")
     for number in range(30):
         traces.fold(many(1600, trace=(number, 5)), NOW)
@@ -303,13 +303,13 @@ def test_long_traces_one_after_the_other_can_be_closed():
 
 
 def clustered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all traces belong into few places of the table: a secret of zeros but for the last."""
+    """Make all traces hash to few places of the table, with a secret of zeros except the last."""
 
     def arrays(slots: int) -> TraceArrays:
         made = original(slots)
         return made._replace(secret=np.array([0, 1, 2**58], np.int64))
 
-    monkeypatch.setattr(table_module, "empty_arrays", arrays)
+    monkeypatch.setattr(table, "empty_arrays", arrays)
 
 
 def evict_all(traces: TenantTraces, now: int = NOW * 2) -> int:
@@ -317,7 +317,7 @@ def evict_all(traces: TenantTraces, now: int = NOW * 2) -> int:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_clustered_ids_can_be_taken_out_in_any_order(monkeypatch, seed):
+def test_clustered_ids_can_be_removed_in_any_order(monkeypatch, seed):
     clustered(monkeypatch)
     rng = random.Random(seed)
     hi = lo = np.arange(1, 401)
@@ -344,7 +344,7 @@ def test_clustered_ids_can_be_taken_out_in_any_order(monkeypatch, seed):
 
 
 @pytest.mark.parametrize("ids", ["equal halves", "equal xor", "high bits", "one half"])
-def test_ids_that_a_client_chose_do_not_fall_into_one_place(ids):
+def test_ids_chosen_by_a_client_do_not_cluster(ids):
     numbers = np.arange(1, 4001)
     hi, lo = {
         "equal halves": (numbers, numbers),
@@ -358,12 +358,12 @@ def test_ids_that_a_client_chose_do_not_fall_into_one_place(ids):
     full = np.flatnonzero(np.append(table, 0) == 0)
     longest = int(np.diff(full, prepend=-1).max()) - 1
     assert traces.open_count == 4000
-    assert longest < 200  # slots in a row; 4000 if all were in one place
+    assert longest < 200  # consecutive slots; 4000 if all hashed to one place
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 11)), max_size=60))
 def test_slots_rings_and_entries_are_used_again(steps):
-    """A model: open, long, closed and forgotten traces in any order."""
+    """Compared with a model: open, long, closed and forgotten traces in any order."""
     traces = tenant("count(a) > 1", "count(*) > 2")
     model: dict[int, int] = {}
     is_open: dict[int, bool] = {}
@@ -395,7 +395,7 @@ def test_slots_rings_and_entries_are_used_again(steps):
 
 
 def snapshot_of(traces: TenantTraces) -> Any:
-    """A snapshot whose rules are definitions, as real rules have them."""
+    """A snapshot with the rules as real definitions."""
     saved = traces.snapshot()
     definitions = orjson.dumps(
         [{"id": "r0", "condition": "count(a) > 1"}, {"id": "r1", "condition": "count(*) > 2"}]
@@ -404,7 +404,7 @@ def snapshot_of(traces: TenantTraces) -> Any:
     return replace(saved, tables=tables)
 
 
-# What is kept of a trace
+# The contents of a trace
 
 
 @given(
@@ -415,7 +415,7 @@ def snapshot_of(traces: TenantTraces) -> Any:
     ),
     st.randoms(),
 )
-def test_evidence_is_the_five_earliest_whatever_the_order(pairs, rng):
+def test_evidence_is_the_five_earliest_in_any_order(pairs, rng):
     rng.shuffle(pairs)
     traces = tenant("count(a) > 0")
     for start, id in pairs:
@@ -469,7 +469,7 @@ def test_a_long_root_name_is_cut_between_characters(name, kept):
     assert due.root_name(0) == kept
 
 
-def test_a_root_that_comes_last_and_one_that_replaces_a_longer_name():
+def test_a_root_that_arrives_last_and_one_that_replaces_a_longer_name():
     traces = tenant()
     traces.fold(batch(S(1, "child", start=1), S(2, "long name of a root", start=9, parent=0)), NOW)
     traces.fold(batch(S(3, "root", start=8, parent=0, service="shop")), NOW)
@@ -477,7 +477,7 @@ def test_a_root_that_comes_last_and_one_that_replaces_a_longer_name():
     assert due.root_name(0) == "root"
 
 
-def test_up_to_eight_services_in_the_order_of_their_appearance():
+def test_up_to_eight_services_in_order_of_appearance():
     traces = tenant()
     names = [f"s{i}" for i in range(12)]
     for round in range(2):
@@ -487,7 +487,7 @@ def test_up_to_eight_services_in_the_order_of_their_appearance():
     assert due.service_names(0) == names[:8]
 
 
-def test_services_past_the_limit_share_a_name():
+def test_services_beyond_the_limit_share_a_name():
     traces = tenant()
     for first in range(0, MOST_SERVICES + 200, 500):
         last = min(first + 500, MOST_SERVICES + 200)
@@ -505,7 +505,7 @@ def test_services_past_the_limit_share_a_name():
     assert due.service_names(0) == ["s3"]
 
 
-def test_log_positions_are_handed_out_when_there_are_too_many():
+def test_log_positions_are_spilled_when_there_are_too_many():
     traces = tenant()
     spilled: list[int] = []
     spans = [S(i) for i in range(1, 101)]
@@ -521,7 +521,7 @@ def test_log_positions_are_handed_out_when_there_are_too_many():
     assert row[FLAGS] & SPILLED
 
 
-def test_a_frame_counts_once_and_no_frame_not_at_all():
+def test_a_frame_is_listed_once_and_position_0_never():
     traces = tenant()
     for id, position in ((1, 5), (2, 5), (3, 9), (4, 5), (5, 9)):
         traces.fold(batch(S(id), positions=[position]), NOW)
@@ -530,7 +530,7 @@ def test_a_frame_counts_once_and_no_frame_not_at_all():
     assert row[POSITION_0 : POSITION_0 + row[POSITION_COUNT]].tolist() == [5, 9]
 
 
-def test_errors_times_and_when_it_was_seen():
+def test_errors_times_and_times_of_receipt():
     traces = tenant()
     traces.fold(batch(S(1, start=50, end=60), S(2, start=40, end=45, error=True)), NOW)
     traces.fold(
@@ -541,15 +541,15 @@ def test_errors_times_and_when_it_was_seen():
     assert row[wanted].tolist() == [3, 1, 2, 40, 60, NOW, NOW + 9]
 
 
-def test_times_past_2_63_and_from_the_future_are_only_numbers():
+def test_times_beyond_2_63_and_in_the_future_are_accepted():
     engine = Engine([parse("a before b"), parse("b before a")])
     engine.send(body(S(1, "a", start=2**64 - 1, end=2**64 - 1), S(2, "b", start=2**63 - 2)))
     engine.close()
-    assert {rule for _, rule in engine.standing} == {"r1"}
+    assert {rule for _, rule in engine.active} == {"r1"}
     equal = Engine([parse("a before b"), parse("b before a")])
     equal.send(body(S(1, "a", start=2**64 - 1), S(2, "b", start=2**63)))
     equal.close()
-    assert not equal.standing  # both are clamped to the same time
+    assert not equal.active  # both are clamped to the same time
 
 
 # Reopening
@@ -560,7 +560,7 @@ def test_a_trace_closed_and_continued_in_one_batch_of_many():
     other = b"\2" * 16
     engine.send(body(S(1), S(2), S(1, trace=other)))
     engine.close()
-    assert engine.standing == {
+    assert engine.active == {
         (TRACE.hex(), "r0"),
         (TRACE.hex(), "r1"),
         (other.hex(), "r1"),
@@ -572,22 +572,22 @@ def test_a_trace_closed_and_continued_in_one_batch_of_many():
     assert row[FLAGS] & REOPENED
     assert engine.traces.open_count == 3
     engine.close()
-    assert engine.standing == {((b"\3" * 16).hex(), "r1")}
+    assert engine.active == {((b"\3" * 16).hex(), "r1")}
     assert [s.reason is None for s in engine.signals if s.kind == "retracted"] == [False] * 3
 
 
-def test_a_repeated_span_reopens_a_trace_and_changes_nothing():
+def test_a_repeated_span_reopens_a_trace_without_changing_its_verdict():
     engine = Engine([parse("count(a) == 1")])
     engine.send(body(S(1)))
     engine.close()
     engine.send(body(S(1)))
     engine.close()
-    assert engine.standing == {(TRACE.hex(), "r0")}
+    assert engine.active == {(TRACE.hex(), "r0")}
     assert [s.kind for s in engine.signals].count("retracted") == 0
     assert len({s.id for s in engine.signals}) == 1
 
 
-def test_a_trace_that_says_it_is_complete_is_closed_at_once_each_time():
+def test_a_complete_trace_is_closed_at_once_each_time():
     engine = Engine([parse("count(a) > 1"), parse("always { b }")])
     engine.send(body(S(1), S(2, complete=True), S(3, complete=True)))
     assert engine.traces.open_count == 0
@@ -608,7 +608,7 @@ def test_a_repeated_span_can_complete_a_trace():
 
 
 def test_idle_and_old_traces_are_found_in_portions(monkeypatch):
-    monkeypatch.setattr(table_module, "SWEEP_BATCH", 7)
+    monkeypatch.setattr(table, "SWEEP_BATCH", 7)
     traces = tenant()
     ids = np.arange(1, 51)
     traces.fold(of_traces(ids, ids), 100)
@@ -624,7 +624,7 @@ def test_idle_and_old_traces_are_found_in_portions(monkeypatch):
     assert traces.closed_count == 50
 
 
-def test_a_trace_that_trickles_is_closed_by_age():
+def test_a_trace_that_is_never_idle_is_closed_by_age():
     traces = tenant()
     second = 10**9
     for number in range(3601):
@@ -633,22 +633,22 @@ def test_a_trace_that_trickles_is_closed_by_age():
         assert bool(due) is (number == 3600)
 
 
-def test_a_clock_that_runs_backwards_closes_nothing_twice_and_nothing_never():
+def test_if_the_clock_runs_backwards_traces_still_close_once():
     traces = tenant("always { b }")
     traces.fold(batch(S(1)), 1000)
     traces.fold(batch(S(2)), 400)
-    assert row_of(traces)[LAST_SEEN] == 1000  # the index keeps the row that was seen last
+    assert row_of(traces)[LAST_SEEN] == 1000  # the index keeps the row with the latest time
     assert not traces.close_due(300, 50)
     closed = traces.close_due(451, 50)
     assert len(closed) == 1
-    traces.fold(batch(S(3)), 200)  # earlier than it was closed
+    traces.fold(batch(S(3)), 200)  # before it was closed
     assert traces.open_count == 1
     assert len(traces.close_due(251, 50)) == 1
     assert evict_all(traces, 0) == 1
     assert traces.closed_count == 0
 
 
-def test_eviction_by_count_takes_the_oldest():
+def test_eviction_by_count_removes_the_oldest():
     traces = tenant()
     for number in range(1, 11):
         ids = np.array([number])
@@ -658,7 +658,7 @@ def test_eviction_by_count_takes_the_oldest():
     assert [traces.tables[0].find(n, n) >= 0 for n in range(1, 11)] == [False] * 6 + [True] * 4
 
 
-def test_what_the_index_may_not_have_yet_is_not_evicted():
+def test_traces_that_the_index_may_lack_are_not_evicted():
     traces = tenant()
     for number in range(1, 11):
         ids = np.array([number])
@@ -670,7 +670,7 @@ def test_what_the_index_may_not_have_yet_is_not_evicted():
     assert traces.evict(11 * 10**10, 1, 0, closed) == 3
 
 
-def test_eviction_by_count_takes_a_part_of_those_closed_together():
+def test_eviction_by_count_can_remove_part_of_those_closed_together():
     traces = tenant()
     ids = np.arange(1, 21)
     traces.fold(of_traces(ids, ids), 5)
@@ -681,7 +681,7 @@ def test_eviction_by_count_takes_a_part_of_those_closed_together():
     assert traces.evict(10**12, 1, 15, ClosedTraces(1 << 10)) == 15
 
 
-def test_eviction_by_age_leaves_what_was_reopened():
+def test_eviction_by_age_keeps_reopened_traces():
     traces = tenant()
     ids = np.arange(1, 11)
     traces.fold(of_traces(ids, ids), 5)
@@ -696,7 +696,7 @@ def test_eviction_by_age_leaves_what_was_reopened():
     assert traces.closed_count == traces.open_count == 0
 
 
-def test_what_is_evicted_is_remembered_as_closed():
+def test_evicted_traces_are_in_the_filter():
     traces = tenant()
     closed = ClosedTraces(1 << 14)
     ids = np.arange(1, 101)
@@ -710,7 +710,7 @@ def test_what_is_evicted_is_remembered_as_closed():
 # Rules that change
 
 
-def test_old_traces_keep_their_rules_and_new_ones_have_the_new():
+def test_open_traces_keep_their_rules_when_rules_change():
     first = compiled([parse("count(a) == 1")], "v1")
     second = compiled([parse("count(b) == 1"), parse("always { a }")], "v2")
     traces = TenantTraces("t", first)
@@ -750,14 +750,14 @@ def test_many_generations_of_rules():
     assert len(traces.tables) == 1
 
 
-def test_rules_that_change_without_traces_leave_no_table_behind():
+def test_empty_tables_of_former_rules_are_dropped():
     traces = TenantTraces("t", compiled([parse("a")], "v0"))
     for generation in range(5):
         traces.rules = compiled([parse("a")], f"v{generation}")
     assert len(traces.tables) == 1
 
 
-def test_a_closed_trace_of_old_rules_is_reopened_under_them():
+def test_a_closed_trace_is_reopened_under_its_old_rules():
     traces = TenantTraces("t", compiled([parse("a")], "v0"))
     traces.fold(batch(S(1)), NOW)
     traces.close_due(NOW + 2, 1)
@@ -773,7 +773,7 @@ def test_a_closed_trace_of_old_rules_is_reopened_under_them():
 
 @example(n=10)
 @given(n=st.integers(1, 3000))
-def test_what_a_trace_takes_does_not_grow_with_it(n):
+def test_the_memory_of_a_trace_does_not_grow_with_its_length(n):
     traces = tenant("count(a) > 5 and not b")
     traces.fold(many(n), NOW)
     assert traces.tables[0].arrays.fill[SLOTS_USED] == 1

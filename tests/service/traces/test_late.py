@@ -1,4 +1,4 @@
-"""Spans that come after their trace was closed, and after it was forgotten."""
+"""Spans that arrive after their trace was closed, or after it was forgotten."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def span(name: str, number: int, trace: int = 1) -> OracleSpan:
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_a_late_span_retracts_what_no_longer_holds(forgotten):
+def test_a_late_span_can_retract_a_signal(forgotten):
     engine = Engine([parse("when { pay } always { check }")])
     engine.send(encode([span("pay", 1), span("other", 2)]))
     engine.close()
-    assert len(engine.standing) == 1
+    assert len(engine.active) == 1
     if forgotten:
         engine.forget()
         assert engine.traces.closed_count == 0
     engine.send(encode([span("check", 3)]))
     engine.close()
-    assert not engine.standing
+    assert not engine.active
     raised, retracted = engine.signals
     assert (raised.kind, retracted.kind) == (Kind.RAISED, Kind.RETRACTED)
     assert raised.trace_id == retracted.trace_id
@@ -37,7 +37,7 @@ def test_a_late_span_retracts_what_no_longer_holds(forgotten):
     assert engine.recalled == int(forgotten)
 
 
-def test_a_late_span_is_counted_with_what_came_before_and_repeats_are_not():
+def test_late_spans_count_with_earlier_ones_and_repeated_spans_do_not_count():
     engine = Engine([parse("count(retry) >= 3")])
     engine.send(encode([span("retry", 1), span("retry", 2)]))
     engine.close()
@@ -50,7 +50,7 @@ def test_a_late_span_is_counted_with_what_came_before_and_repeats_are_not():
     assert [s.early for s in engine.signals] == [True]
 
 
-def test_a_late_span_of_one_trace_leaves_others_of_the_same_frame_alone():
+def test_a_late_span_does_not_reopen_other_traces_in_the_same_frame():
     engine = Engine([parse("count(a) > 1")])
     engine.send(encode([span("a", 1, trace=1), span("a", 2, trace=2)]))
     engine.close()
@@ -58,7 +58,7 @@ def test_a_late_span_of_one_trace_leaves_others_of_the_same_frame_alone():
     engine.send(encode([span("a", 3, trace=1)]))
     assert engine.traces.open_count == 1
     engine.close()
-    assert engine.standing == {(("01" * 16), "r0")}
+    assert engine.active == {(("01" * 16), "r0")}
 
 
 def test_new_traces_are_not_looked_up():
@@ -70,7 +70,7 @@ def test_new_traces_are_not_looked_up():
     assert engine.recalled == 0
 
 
-def test_a_forgotten_trace_is_compared_with_what_was_raised_not_with_what_new_rules_say():
+def test_new_rules_do_not_decide_what_a_forgotten_trace_broke_before():
     engine = Engine([parse("when { a } always { b }"), parse("when { a } always { c }")])
     engine.send(encode([span("a", 1)]))
     engine.close()
@@ -78,10 +78,10 @@ def test_a_forgotten_trace_is_compared_with_what_was_raised_not_with_what_new_ru
     assert {s.rule_id for s in engine.signals} == {"r0", "r1"}
     engine.traces.rules = compiled(
         [
-            parse("when { a } always { b }"),  # as it was
-            parse("when { a } always { d }"),  # another version: nothing is known of the old one
-            parse("when { a } always { late }"),  # new: would have been broken, and is not now
-            parse("never { a }"),  # new: certain since the first span
+            parse("when { a } always { b }"),  # unchanged
+            parse("when { a } always { d }"),  # another version: the old one is unknown
+            parse("when { a } always { late }"),  # new: was broken, and no longer is
+            parse("never { a }"),  # new: certain from the first span on
         ],
         "v2",
     )

@@ -1,4 +1,4 @@
-"""Folds that fail half-way: what was folded counts once, and nothing that was due is lost."""
+"""Folds that fail in the middle: each span counts once, and nothing that is due is lost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.traces import partial_folds as unfinished_module
-from betrace.service.traces.partial_folds import Unfinished, UnfinishedFrames
+from betrace.service.traces import partial_folds
+from betrace.service.traces.partial_folds import PartialFolds, TenantPartialFolds
 from tests.support.failing_folds import World
 from tests.support.spans import TRACE, S, body
 
@@ -64,13 +64,13 @@ def test_any_step_may_fail_before_and_after_restarts(stream):
                 world.fault.arm(0, 0)
             world.settle()
             world.check()
-            if world.crashes == 1:  # what a restart reads of late traces it may read twice
+            if world.crashes == 1:  # a restart may read late traces twice
                 assert world.repeated == 0
 
 
 def requests(number: int) -> list[list[S]]:
-    """Some of all that there is: new, known, closed and forgotten traces, names that fill the
-    table, more frames than a trace holds, comparisons in Python, traces that say that they end."""
+    """Some of every case: new, known, closed and forgotten traces, names that fill the table, more
+    frames than a trace can hold, comparisons in Python, traces with trace.complete."""
     ids = iter(range(number * 1000 + 1, number * 1000 + 1000))
 
     def trace(n: int) -> bytes:
@@ -96,7 +96,7 @@ def requests(number: int) -> list[list[S]]:
     ]
 
 
-@pytest.mark.parametrize("then", ["again", "buried", "crash", "buried, saved and crash"])
+@pytest.mark.parametrize("then", ["again", "dead letter", "crash", "dead letter, saved and crash"])
 def test_each_step_fails_once(tmp_path, then):
     failing, met = 0, True
     while met:
@@ -126,8 +126,8 @@ def test_each_step_fails_once(tmp_path, then):
     assert failing > 40
 
 
-def test_what_a_recall_took_is_not_folded_again(tmp_path):
-    """A trace goes on in a frame whose rest is a dead letter; it is forgotten and read back."""
+def test_spans_read_back_with_a_trace_are_not_folded_again(tmp_path):
+    """A trace continues in a frame whose remainder is a dead letter, is forgotten and read back."""
     world = World(tmp_path)
     with world.fault.everywhere():
         world.crash()
@@ -147,7 +147,7 @@ def test_what_a_recall_took_is_not_folded_again(tmp_path):
         assert world.repeated == 0
 
 
-def test_no_checkpoint_forgets_what_is_owed(tmp_path):
+def test_no_checkpoint_is_written_while_results_are_owed(tmp_path):
     world = World(tmp_path)
     with world.fault.everywhere():
         world.crash()
@@ -166,36 +166,36 @@ def test_no_checkpoint_forgets_what_is_owed(tmp_path):
         world.check()
 
 
-def test_what_is_left_of_frames_is_known_whoever_brings_them():
+def test_the_remainder_of_frames_is_the_same_in_any_batch():
     def made(*positions: int) -> SpanBatch:
         spans = scan_bodies("t", [body(S(p), S(p + 100), S(p + 200)) for p in positions])
         spans.positions = np.array(positions)
         return spans
 
-    unfinished = Unfinished()
+    folds = PartialFolds()
     together = made(1, 2, 3)
     skip = np.array([1, 1, 1, 0, 1, 0, 0, 0, 0], np.uint8)
-    unfinished.of("t").note(together, skip, [(1, "a"), (4, None)])
-    restored = Unfinished()
-    restored.restore(json.loads(json.dumps(unfinished.saved())))
+    folds.of("t").stopped(together, skip, [(1, "a"), (4, None)])
+    restored = PartialFolds()
+    restored.restore(json.loads(json.dumps(folds.saved())))
     frames = restored.of("t")
-    assert len(frames) == 2  # nothing of the third is folded
-    found, asks = frames.rest(made(3, 2))
+    assert len(frames) == 2  # no span of the third is folded
+    found, asks = frames.remainder(made(3, 2))
     assert (found.tolist(), asks) == ([0, 0, 0, 0, 1, 0], [(4, None)])
-    frames.took(made(9, 2), np.array([0, 0, 0, 1, 1, 0], bool))
-    found, asks = frames.rest(made(2, 1))
+    frames.folded(made(9, 2), np.array([0, 0, 0, 1, 1, 0], bool))
+    found, asks = frames.remainder(made(2, 1))
     assert (found.tolist(), asks) == ([1, 1, 0, 1, 1, 1], [(4, "a")])
     frames.done(made(1))
-    assert frames.rest(made(1))[0].tolist() == [0, 0, 0]
+    assert frames.remainder(made(1))[0].tolist() == [0, 0, 0]
     restored.forget("t")
     assert not restored.saved()
 
 
-def test_frames_that_nobody_brings_again_are_forgotten_in_the_end(monkeypatch):
-    monkeypatch.setattr(unfinished_module, "MOST_FRAMES", 3)
-    frames = UnfinishedFrames()
+def test_only_the_newest_frames_are_remembered(monkeypatch):
+    monkeypatch.setattr(partial_folds, "MOST_FRAMES", 3)
+    frames = TenantPartialFolds()
     for position in (5, 1, 4, 2, 3):
         spans = scan_bodies("t", [body(S(1), S(2))])
         spans.positions = np.array([position])
-        frames.note(spans, np.array([1, 0], np.uint8), [])
+        frames.stopped(spans, np.array([1, 0], np.uint8), [])
     assert sorted(position for position, *_ in frames.saved()) == [3, 4, 5]

@@ -1,3 +1,5 @@
+"""Due traces as bytes, and back."""
+
 import io
 
 import numpy as np
@@ -6,10 +8,10 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.traces.due import Context
 from betrace.service.traces.serialize import FORMAT, SerialError, from_bytes, to_bytes
-from betrace.service.traces.signal_history import Raised
+from betrace.service.traces.signal_history import RuleSignals
+from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import Engine
 from tests.support.failing_stores import due
 from tests.support.strategies import encode, rules, splits, traces
@@ -29,7 +31,7 @@ def assert_same(one, other):
         assert getattr(one, name).dtype == getattr(other, name).dtype
     assert list(one.services) == list(other.services)
     assert one.contexts == other.contexts
-    assert one.told == other.told
+    assert one.signal_history == other.signal_history
     assert [r.definition() for r in one.rules.rules] == [r.definition() for r in other.rules.rules]
     assert one.rules.version == other.rules.version
     assert (one.spilled is None) == (other.spilled is None)
@@ -37,11 +39,13 @@ def assert_same(one, other):
         assert np.array_equal(one.spilled, other.spilled)
 
 
-def test_everything_comes_back_but_the_ticket():
+def test_everything_except_the_ticket_is_restored():
     given = due(1, 2, 3)
     given.spilled = np.arange(20, dtype=np.int64).reshape(2, 10)
     given.contexts = {1: Context(3, 201, (-5, 2**63 - 1))}
-    given.told = {2: {("a", "v1"): Raised(1, "never"), ("b", "v1"): Raised(4, "always")}}
+    given.signal_history = {
+        2: {("a", "v1"): RuleSignals(1, "never"), ("b", "v1"): RuleSignals(4, "always")}
+    }
     given.received_ns, given.spans, given.ticket = 77, 5, 9
     found = from_bytes(to_bytes(given))
     assert_same(found, given)
@@ -50,7 +54,7 @@ def test_everything_comes_back_but_the_ticket():
 
 @settings(max_examples=30)
 @given(traces().flatmap(lambda spans: splits(spans)), rules())
-def test_the_same_is_decided_of_it(parts, rule):
+def test_restored_traces_get_the_same_verdicts(parts, rule):
     engine = Engine([rule])
     seen = []
     decide = engine._decide
@@ -94,12 +98,12 @@ def changed(**changes):
         changed(contexts=5),
     ],
 )
-def test_anything_else_is_refused(data):
+def test_other_bytes_are_rejected(data):
     with pytest.raises(SerialError):
         from_bytes(data)
 
 
-def test_rules_are_needed():
+def test_bytes_without_rules_are_rejected():
     raw = zstandard.decompress(to_bytes(due(1)))
     with np.load(io.BytesIO(raw)) as file:
         arrays = dict(file)

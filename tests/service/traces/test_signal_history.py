@@ -1,4 +1,4 @@
-"""What was stored before a crash and is not known of the traces read back."""
+"""Signals stored before a crash that the restored traces do not know, and the next signals."""
 
 import hashlib
 from dataclasses import replace
@@ -8,13 +8,13 @@ import numpy as np
 import orjson
 import pytest
 
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.signals import Kind, signal_id
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.record import Record
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.traces.layout import E_CHECK, E_COUNT, ENTRY_COLUMNS
-from betrace.service.traces.signal_history import Raised, RaisedBefore, next_steps
+from betrace.service.traces.signal_history import LedgerHistory, RuleSignals, next_signals
+from betrace.service.traces.verdicts import decide_due
 from tests.support.failing_stores import RULES, due, signal
 
 pytestmark = pytest.mark.kernel
@@ -41,32 +41,32 @@ def raised(number, kind=Kind.RAISED, episode=0, **changes):
 
 
 def noted(*signals):
-    before = RaisedBefore()
-    before.note(signals)
-    return before.of("acme")
+    history = LedgerHistory()
+    history.note(signals)
+    return history.of("acme")
 
 
-def test_signals_are_counted_by_their_ids_in_any_order():
+def test_signals_are_counted_once_in_any_order():
     trace = raised(1).trace_id
-    history = [raised(1, kind, n) for n in range(3) for kind in (Kind.RAISED, Kind.RETRACTED)]
+    signals = [raised(1, kind, n) for n in range(3) for kind in (Kind.RAISED, Kind.RETRACTED)]
     for count in range(1, 7):
-        for some in permutations(history[:count], min(count, 3)):
-            told = noted(*some, *history[:count], some[0])
-            assert told == {trace: {KEY: Raised(count, "never")}}
+        for some in permutations(signals[:count], min(count, 3)):
+            history = noted(*some, *signals[:count], some[0])
+            assert history == {trace: {KEY: RuleSignals(count, "never")}}
 
 
-def test_what_was_raised_early_is_found_again_and_needs_no_note():
+def test_signals_raised_early_are_not_noted():
     assert noted(raised(1, early=True)) == {}
     assert noted(replace(raised(1), tenant="other")) == {}
 
 
-def test_it_is_saved_and_reduced_to_what_is_wanted():
-    before = RaisedBefore()
-    before.note(map(raised, range(10, 20)))
-    other = RaisedBefore()
-    other.restore(before.saved())
+def test_the_ledger_history_is_saved_and_reduced_to_wanted_traces():
+    history = LedgerHistory()
+    history.note(map(raised, range(10, 20)))
+    other = LedgerHistory()
+    other.restore(history.saved())
     traces = other.of("acme")
-    assert traces == before.of("acme")
+    assert traces == history.of("acme")
     assert len(other) == 10
     keep = {raised(12).trace_id, raised(15).trace_id}
     other.keep(lambda tenant, trace_id: tenant == "acme" and trace_id in keep)
@@ -76,48 +76,48 @@ def test_it_is_saved_and_reduced_to_what_is_wanted():
     assert other.saved() == {}
 
 
-def test_verdicts_go_a_step_further_only_where_they_change():
+def test_a_rule_emits_a_signal_only_when_its_verdict_changes():
     known = {("a", "1"), ("b", "1"), ("c", "2")}
-    told = {
-        ("a", "1"): Raised(1, "never"),
-        ("b", "1"): Raised(2, "always"),
-        ("c", "1"): Raised(1, "never"),  # under a version that is gone
-        ("gone", "1"): Raised(1, "never"),
+    history = {
+        ("a", "1"): RuleSignals(1, "never"),
+        ("b", "1"): RuleSignals(2, "always"),
+        ("c", "1"): RuleSignals(1, "never"),  # in a version that no longer exists
+        ("gone", "1"): RuleSignals(1, "never"),
     }
-    assert next_steps(told, {("a", "1"): "never"}, known) == {}
-    assert next_steps(told, {("b", "1"): "never", ("c", "2"): "never"}, known) == {
-        ("a", "1"): Raised(2, "never"),
-        ("b", "1"): Raised(3, "never"),
+    assert next_signals(history, {("a", "1"): "never"}, known) == {}
+    assert next_signals(history, {("b", "1"): "never", ("c", "2"): "never"}, known) == {
+        ("a", "1"): RuleSignals(2, "never"),
+        ("b", "1"): RuleSignals(3, "never"),
     }
-    assert next_steps({}, {("c", "2"): "always"}, known) == {("c", "2"): Raised(1, "always")}
+    assert next_signals({}, {("c", "2"): "always"}, known) == {("c", "2"): RuleSignals(1, "always")}
 
 
 def kinds(signals):
     return [(s.rule_id, s.kind, s.episode) for s in signals]
 
 
-@pytest.mark.parametrize("steps", range(5))
-def test_what_stands_is_retracted_and_what_was_retracted_raised_anew(steps):
+@pytest.mark.parametrize("emitted", range(5))
+def test_active_signals_are_retracted_and_retracted_ones_raised_again(emitted):
     breach, kept = due(1), due(1)
     kept.entries = np.zeros((1, ENTRY_COLUMNS), np.int64)
     kept.entries[0, E_CHECK], kept.entries[0, E_COUNT] = 0, 2
     kept.starts = np.array([0, 1], np.int64)
     for each in (breach, kept):
-        each.told = {0: {KEY: Raised(steps, "never")}} if steps else {}
+        each.signal_history = {0: {KEY: RuleSignals(emitted, "never")}} if emitted else {}
     (signal,) = decide_due(breach, 5).signals
-    assert signal.id == raised(1, episode=steps // 2).id
-    assert (signal.kind, signal.episode) == (Kind.RAISED, steps // 2)
+    assert signal.id == raised(1, episode=emitted // 2).id
+    assert (signal.kind, signal.episode) == (Kind.RAISED, emitted // 2)
     found = decide_due(kept, 5).signals
-    if steps % 2:
+    if emitted % 2:
         (signal,) = found
-        assert signal.id == raised(1, Kind.RETRACTED, steps // 2).id
+        assert signal.id == raised(1, Kind.RETRACTED, emitted // 2).id
         assert signal.clause == "never"
         assert signal.reason
     else:
         assert found == []
 
 
-def test_the_first_raising_has_the_id_of_the_specification():
+def test_the_first_signal_has_the_documented_id():
     parts = ("t", "r", "v", "0" * 32, "raised")
     text = "".join(f"{len(part)}:{part}" for part in parts)
     plain = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -126,13 +126,13 @@ def test_the_first_raising_has_the_id_of_the_specification():
     assert len(ids) == 40
 
 
-def test_another_version_of_a_rule_that_stands_is_not_raised_or_retracted():
+def test_a_rule_that_is_active_in_another_version_is_not_raised_or_retracted():
     traces = due(1)
-    traces.told = {0: {(RULE.id, "another version"): Raised(1, "never")}}
+    traces.signal_history = {0: {(RULE.id, "another version"): RuleSignals(1, "never")}}
     assert decide_due(traces, 5).signals == []
 
 
-def test_the_record_is_the_ledger_and_its_fallback_files(tmp_path):
+def test_the_record_combines_the_ledger_and_its_fallback_files(tmp_path):
     ledger = SqliteLedger(tmp_path / "ledger.sqlite")
     files = FallbackFiles(tmp_path / "files", 1 << 20)
     record = Record(ledger, files)
@@ -148,8 +148,8 @@ def test_the_record_is_the_ledger_and_its_fallback_files(tmp_path):
 
     assert since(recorded, 20 * minute) == [third, second]
     assert since({}, 0) == [third, old, old, first, second]
-    ledger.hold([third])  # perhaps the ledger has it
+    ledger.add_outgoing([third])  # perhaps the ledger has it
     assert since(recorded, 20 * minute) == [third, third, second]
     ledger.close()
-    assert record.last_entries() == recorded  # as far as is known
+    assert record.last_entries() == recorded  # the last known ones
     files.close()

@@ -1,4 +1,4 @@
-"""Saved and restored at any point, the traces go on as if nothing had been."""
+"""Traces that are saved and restored at any point continue unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.signals import Signal
@@ -21,6 +20,7 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FREE, HI, STATE
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from tests.support.spans import S, batch, many
 
 pytestmark = pytest.mark.kernel
@@ -64,7 +64,7 @@ steps = st.one_of(
 
 
 class Run:
-    """A stream of steps; ``restarts`` are the steps before which it is saved and restored."""
+    """A stream of steps; the traces are saved and restored before the steps ``restarts``."""
 
     def __init__(self, directory: Path | None = None, restarts: frozenset[int] = frozenset()):
         self.directory, self.restarts = directory, restarts
@@ -127,7 +127,7 @@ class Run:
 
 @settings(max_examples=max(10, settings.default.max_examples // 4))  # compiling rules takes long
 @given(st.lists(steps, max_size=25), st.frozensets(st.integers(0, 24), min_size=1, max_size=3))
-def test_restored_traces_go_on_as_before(stream, restarts):
+def test_restored_traces_continue_unchanged(stream, restarts):
     without, with_restarts = Run(), Run(None, restarts)
     without.run(stream)
     with_restarts.run(stream)
@@ -139,7 +139,7 @@ def test_restored_traces_go_on_as_before(stream, restarts):
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, min_size=3, max_size=12), st.frozensets(st.integers(0, 11), max_size=3))
-def test_also_through_files(tmp_path, stream, restarts):
+def test_traces_restored_from_files_continue_unchanged(tmp_path, stream, restarts):
     without, with_files = Run(), Run(tmp_path, restarts)
     without.run(stream)
     with_files.run(stream)
@@ -147,7 +147,7 @@ def test_also_through_files(tmp_path, stream, restarts):
     assert {s.id: s for s in with_files.signals} == {s.id: s for s in without.signals}
 
 
-def test_which_of_those_closed_together_is_forgotten_is_the_same_after_a_restart():
+def test_the_order_of_eviction_is_the_same_after_a_restart():
     one, two = (bytes([n]) * 16 for n in (1, 2))
     both = [S(1, trace=one), S(2, trace=two, complete=True), S(3, trace=one, complete=True)]
     stream = [
@@ -174,7 +174,7 @@ def test_a_snapshot_is_a_copy():
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_what_is_restored_may_grow_at_once():
+def test_restored_arrays_can_grow_at_once():
     run = Run()
     for number in range(200):
         run.fold([S(1, trace=(number + 1).to_bytes(16, "big"))])
@@ -188,7 +188,7 @@ def test_what_is_restored_may_grow_at_once():
     assert sorted(set(arrays.slots[:, HI].tolist())) == [0, int.from_bytes(b"\1" * 8, "big")]
 
 
-def test_other_checks_than_the_saved_ones_are_refused():
+def test_a_snapshot_with_other_checks_is_rejected():
     run = Run()
     run.fold([S(1)])
     saved = run.traces.snapshot()
@@ -197,7 +197,7 @@ def test_other_checks_than_the_saved_ones_are_refused():
         TenantTraces.restored(saved)
 
 
-def test_rules_that_no_longer_parse_are_refused():
+def test_a_snapshot_with_rules_that_do_not_parse_is_rejected():
     run = Run()
     saved = run.traces.snapshot()
     wrong = saved.tables[0].definitions.replace(b'"condition":"', b'"condition":"no rule (')

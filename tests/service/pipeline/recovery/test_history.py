@@ -1,4 +1,4 @@
-"""Late spans of many traces at once: read back in rounds, within a time."""
+"""Late spans of many traces at once: the traces are read back in rounds, within a time limit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.recovery import history as tracehistory
-from betrace.service.pipeline.stages.evaluate import decide_due
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FLAGS, PARTIAL, SPANS
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import compiled
 from tests.support.spans import S, body
 

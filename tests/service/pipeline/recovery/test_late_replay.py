@@ -1,4 +1,4 @@
-"""Late spans that were answered just before a crash find the trace that was closed long before."""
+"""Late spans acknowledged just before a crash find their trace, which was closed long before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from betrace.service.pipeline.request import Done
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -18,14 +18,16 @@ async def test_a_late_span_in_the_tail_of_the_log(tmp_path):
     async with running(config, die=True) as service:
         assert await send(service, [S(1, "a")]) == Done(1)
         with trio.fail_after(20):
-            while standing(service) != {(TRACE.hex(), "no-b")}:
+            while active_signals(service) != {(TRACE.hex(), "no-b")}:
                 await trio.sleep(0.05)
-            while any(traces.closed_count for traces in service.traces().values()):
+            while any(
+                traces.closed_count for traces in service.pipeline.correlate.tenants.values()
+            ):
                 await trio.sleep(0.1)
         assert await service.recovery.save()
         assert await send(service, [S(2, "b")]) == Done(1)
     async with running(config) as service:
         await closed(service)
-        assert standing(service) == set()
+        assert active_signals(service) == set()
         found = await trio.to_thread.run_sync(service.store.find_traces, "default", [TRACE.hex()])
         assert found[TRACE.hex()].spans == 2

@@ -1,4 +1,4 @@
-"""Lost and damaged files of DuckDB are made again; a long log is read with few traces open."""
+"""Lost and damaged DuckDB files are rebuilt; a long log is read with few open traces."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import trio
 from betrace.service.pipeline.recovery.rebuild import MARK, Rebuild
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.compile import compile_rules
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.spanlog.log import Frame, SpanLog
-from tests.support.inprocess import closed, running, send, settings, standing, write_rules
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import S, body
 
 pytestmark = pytest.mark.kernel
@@ -39,7 +41,7 @@ def frame(*spans: S, at: int = 0) -> Frame:
 
 async def shown(service: Any) -> set[str]:
     found, _ = await trio.to_thread.run_sync(
-        lambda: service.store.signals(TENANT, status="active", limit=1000)
+        lambda: service.store.signals(TENANT, SignalFilter(status="active"), limit=1000)
     )
     return {each.signal.trace_id for each in found}
 
@@ -51,7 +53,8 @@ async def rows(service: Any, *numbers: int) -> dict[str, tuple[int, int]]:
 
 
 async def filled(tmp_path: Path) -> Any:
-    """Traces 1 to 3, the second broken, the third healed late; the service has ended."""
+    """Traces 1 to 3, the second in breach, the third fixed by a late span; the service has
+    ended."""
     write_rules(tmp_path, RULES)
     config = settings(tmp_path)
     async with running(config) as service:
@@ -64,7 +67,7 @@ async def filled(tmp_path: Path) -> Any:
         await closed(service)
         assert await send(service, [S(5, "b", trace=trace(3))]) == Done(1)
         await closed(service)
-        assert standing(service) == {(trace_id(2), "no-b")}
+        assert active_signals(service) == {(trace_id(2), "no-b")}
     return config
 
 
@@ -72,7 +75,7 @@ EXPECTED_ROWS = {trace_id(1): (2, 1), trace_id(2): (1, 1), trace_id(3): (2, 2)}
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-async def test_a_lost_file_is_made_again_before_spans_are_accepted(tmp_path, damaged):
+async def test_a_lost_file_is_rebuilt_before_spans_are_accepted(tmp_path, damaged):
     config = await filled(tmp_path)
     path = tmp_path / "data" / TENANT / "betrace.duckdb"
     path.unlink()
@@ -81,7 +84,7 @@ async def test_a_lost_file_is_made_again_before_spans_are_accepted(tmp_path, dam
     async with running(config) as service:
         assert await shown(service) == {trace_id(2)}
         assert await rows(service, 1, 2, 3) == EXPECTED_ROWS
-        # A late span finds its trace, as if nothing had been.
+        # A late span finds its trace as if nothing had happened.
         assert await send(service, [S(6, "b", trace=trace(2))]) == Done(1)
         await closed(service)
         assert await shown(service) == set()
@@ -90,7 +93,7 @@ async def test_a_lost_file_is_made_again_before_spans_are_accepted(tmp_path, dam
     assert path.with_name("betrace.duckdb.damaged").exists() == damaged
 
 
-async def test_signals_that_the_file_lacks_are_added_while_it_runs(tmp_path):
+async def test_missing_signals_are_added_while_the_service_runs(tmp_path):
     config = await filled(tmp_path)
     path = tmp_path / "data" / TENANT / "betrace.duckdb"
     path.unlink()
@@ -113,7 +116,7 @@ class Away:
         return refuse
 
 
-def test_a_rebuild_that_was_interrupted_begins_again(tmp_path):
+def test_an_interrupted_rebuild_starts_again(tmp_path):
     with SpanLog(tmp_path) as log, DuckStore(tmp_path) as store:
         log.append(TENANT, [frame(S(1, "a", trace=trace(1)))])
         rules = compile_rules([], "v7")
@@ -148,7 +151,7 @@ def test_a_rebuild_that_was_interrupted_begins_again(tmp_path):
         assert done.pending == []
 
 
-def test_a_large_log_is_not_for_the_start(tmp_path, monkeypatch):
+def test_a_large_log_is_not_rebuilt_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("betrace.service.pipeline.recovery.rebuild.AT_ONCE_BYTES", 100)
     with SpanLog(tmp_path) as log, DuckStore(tmp_path) as store:
         log.append(TENANT, [frame(*(S(n, "a", trace=trace(n)) for n in range(1, 50)))])
@@ -175,8 +178,10 @@ async def test_a_long_log_is_read_with_few_traces_open(tmp_path):
         pipeline={"correlate_batch_spans": 5},
     )
     async with running(config) as service:
-        assert sum(traces.open_count for traces in service.traces().values()) <= 12
+        assert (
+            sum(traces.open_count for traces in service.pipeline.correlate.tenants.values()) <= 12
+        )
         assert service.pipeline.correlate.counts.closed_for_room >= 88
         await closed(service)
         broken = {(trace_id(n), "no-b") for n in range(2, 100)}
-        assert standing(service) == broken
+        assert active_signals(service) == broken

@@ -1,4 +1,4 @@
-"""Deleting a tenant from a running service: nothing of it is left, and nobody else notices."""
+"""Deleting a tenant from a running service leaves nothing of it and affects no other tenant."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import trio
 
 from betrace.service.api.audit import Operator
+from betrace.service.export.archiver import archive_directory
 from betrace.service.pipeline.recovery import removal
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.base import LedgerError
-from betrace.service.storage.paths import SHARED
-from betrace.service.tenancy.directory import State
+from betrace.service.storage.paths import SHARED, tenant_archive
+from betrace.service.tenancy.directory import TenantState
 from betrace.service.tenants import is_tenant_name
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import S
@@ -24,12 +25,12 @@ MARK = "marked"
 
 
 def span(number):
-    """A span that is the whole of a trace."""
+    """A span that is a complete trace."""
     return S(number, MARK, number.to_bytes(16, "big"))
 
 
 def files_with(directory, text):
-    """The files that hold a text, but for those that keep it: the ledger, the audit log, and the
+    """The files that contain a text, except those that keep it: the ledger, the audit log, and the
     directory of tenants with its name."""
     kept = ("ledger.sqlite", "audit.jsonl", "tenants.sqlite")
     return [
@@ -45,7 +46,7 @@ def fill(directory, *tenants):
 
 
 async def some(service, *tenants, first=0):
-    """Have tenants send traces that raise signals, and one that stays open."""
+    """Let tenants send traces that raise signals, and one that stays open."""
     for tenant in tenants:
         spans = [span(first + n + 1) for n in range(5)]
         assert isinstance(await send(service, spans, tenant), Done)
@@ -56,8 +57,12 @@ def signals(service, tenant):
     return service.store.signals(tenant)[0]
 
 
-async def test_all_of_a_tenant_goes_and_nothing_of_another(tmp_path):
+async def test_all_data_of_a_tenant_is_deleted_and_nothing_of_others(tmp_path):
     fill(tmp_path, "acme", "beta")
+    archive = archive_directory(settings(tmp_path))
+    for name in ("acme", "beta"):
+        tenant_archive(archive, name).mkdir(parents=True)
+        (tenant_archive(archive, name) / "spans.parquet").write_bytes(b"x")
     async with running(settings(tmp_path)) as service:
         await some(service, "acme", "beta")
         await closed(service)
@@ -65,16 +70,18 @@ async def test_all_of_a_tenant_goes_and_nothing_of_another(tmp_path):
         await some(service, "acme", "beta", first=10)  # these are open
         assert await service.tenants.delete(ME, "acme", 20)
         assert await service.tenants.get("acme") is None
-        assert "acme" not in service.traces()
+        assert "acme" not in service.pipeline.correlate.tenants
         assert not (tmp_path / "data" / "acme").exists()
         assert not (tmp_path / "rules" / "acme").exists()
+        assert not tenant_archive(archive, "acme").exists()
+        assert tenant_archive(archive, "beta").exists()
         assert files_with(tmp_path, "acme-rule") == []
         assert signals(service, "acme") == []
         refused = await send(service, [span(99)], "acme")
         assert (refused.status, "is deleted" in refused.message) == (403, True)
         await closed(service)
         assert len(signals(service, "beta")) == 10
-        account = service.account()
+        account = service.sources.account()
         lost = account.dead_lettered + account.discarded
         assert account.accepted == account.evaluated + account.in_flight + lost
     async with running(settings(tmp_path)) as service:  # nothing brings it back
@@ -84,7 +91,7 @@ async def test_all_of_a_tenant_goes_and_nothing_of_another(tmp_path):
         assert "acme" in service.gate.closed
 
 
-async def test_it_is_deleted_while_it_sends(tmp_path):
+async def test_a_tenant_is_deleted_while_it_sends(tmp_path):
     fill(tmp_path, "acme", "beta")
     outcomes = {"acme": [], "beta": []}
 
@@ -110,7 +117,7 @@ async def test_it_is_deleted_while_it_sends(tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["_hide", "_remove_files", "finish_deletion", "save"])
-async def test_a_deletion_that_was_cut_short_is_taken_up_at_the_start(tmp_path, monkeypatch, stop):
+async def test_an_interrupted_deletion_continues_at_the_start(tmp_path, monkeypatch, stop):
     fill(tmp_path, "acme", "beta")
 
     def crash(*args):
@@ -141,13 +148,13 @@ async def test_a_deletion_that_was_cut_short_is_taken_up_at_the_start(tmp_path, 
                 await trio.sleep(0.02)
         assert not (tmp_path / "data" / "acme").exists()
         assert files_with(tmp_path, "acme-rule") == []
-        assert service.gate.directory.in_state(State.DELETED) == {"acme"}
+        assert service.gate.directory.in_state(TenantState.DELETED) == {"acme"}
         await closed(service)
         assert len(signals(service, "beta")) == 10
         assert signals(service, "acme") == []
 
 
-async def test_one_that_is_made_again_begins_with_nothing(tmp_path):
+async def test_a_recreated_tenant_starts_empty(tmp_path):
     fill(tmp_path, "acme")
     config = settings(tmp_path)
     async with running(config) as service:
@@ -161,13 +168,13 @@ async def test_one_that_is_made_again_begins_with_nothing(tmp_path):
         await closed(service)
         assert len(signals(service, "acme")) == 5
         service.store.remove("acme")
-    async with running(config) as service:  # DuckDB is made again, from the ledger and the log
+    async with running(config) as service:  # DuckDB is rebuilt from the ledger and the log
         found = signals(service, "acme")
         assert len(found) == 5
         assert {int(each.signal.trace_id, 16) for each in found} == set(range(51, 56))
 
 
-async def test_what_waits_in_fallback_files_and_dead_letters_goes_too(tmp_path):
+async def test_fallback_files_and_dead_letters_are_deleted_too(tmp_path):
     fill(tmp_path, "acme", "beta")
     async with running(settings(tmp_path)) as service:
         service.pipeline.breakers.act("duckdb", "force-open")
@@ -196,18 +203,18 @@ async def test_what_waits_in_fallback_files_and_dead_letters_goes_too(tmp_path):
         with trio.fail_after(20):
             while len(signals(service, "beta")) < 10:
                 await trio.sleep(0.05)
-        account = service.account()
+        account = service.sources.account()
         lost = account.dead_lettered + account.discarded
         assert account.accepted == account.evaluated + account.in_flight + lost
     assert not (tmp_path / "data" / "acme").exists()
 
 
-async def test_tenants_called_as_shared_directories_are_harmless(tmp_path):
+async def test_tenants_named_like_shared_directories_are_harmless(tmp_path):
     names = ["rules", "fallback", "checkpoints", "dead-letters-exported", "log"]
     config = settings(tmp_path, rules={"directory": ""})
     async with running(config) as service:
         for name in names:
-            service.rule_writer.put(
+            service.tools.rule_writer.put(
                 name,
                 "r",
                 {"name": "n", "condition": f"never {{ {MARK} }}", "severity": "low"},
@@ -260,7 +267,7 @@ def test_lines_are_dropped_from_fallback_files(tmp_path):
     files.close()
 
 
-async def test_letters_that_were_moved_to_files_lose_those_of_the_tenant(tmp_path):
+async def test_exported_letters_of_the_tenant_are_deleted(tmp_path):
     async with running(settings(tmp_path)) as service:
         folder = tmp_path / "data" / "dead-letters-exported"
         folder.mkdir()
@@ -274,7 +281,7 @@ async def test_letters_that_were_moved_to_files_lose_those_of_the_tenant(tmp_pat
         )
 
 
-async def test_what_fails_is_tried_again(tmp_path, monkeypatch):
+async def test_a_failed_deletion_is_retried(tmp_path, monkeypatch):
     monkeypatch.setattr(removal, "RETRY_SECONDS", 0.05)
     fill(tmp_path, "acme")
     async with running(settings(tmp_path)) as service:

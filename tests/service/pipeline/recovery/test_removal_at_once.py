@@ -1,4 +1,4 @@
-"""Deletions that hang or fail hold up no others, in virtual time."""
+"""Deletions that hang or fail do not delay others, in virtual time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from betrace.service.pipeline.recovery.removal import (
     RETRY_SECONDS,
     Removal,
 )
-from betrace.service.tenancy.directory import State, TenantDirectory
+from betrace.service.tenancy.directory import TenantDirectory, TenantState
 from tests.support import virtual
 
 
 class Store:
-    """What removes the files: some tenants' hang, some fail a few times."""
+    """A store whose ``remove`` hangs for some tenants and fails a few times for others."""
 
     def __init__(self) -> None:
         self.stuck: dict[str, threading.Event] = {}
@@ -83,24 +83,22 @@ async def deleting(path: Path, *tenants: str):
     pipeline.in_flight.wait = nothing
     pipeline.letters.forget_tenant = nothing
     pipeline.fallbacks = {}
-    ledger = MagicMock(**{"held.return_value": [], "last_entry.return_value": 0})
+    ledger = MagicMock(**{"outgoing.return_value": [], "last_entry.return_value": 0})
     ledger.count.return_value = 0
     gate = SimpleNamespace(
         directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
     )
+    stores: Any = SimpleNamespace(log=MagicMock(), ledger=ledger, duckdb=store)
     with ThreadRunner("service", 2) as threads:
         removal = Removal(
             path / "data",
-            path / "archive",
+            stores,
             gate,  # type: ignore[arg-type]
-            ledger,
-            MagicMock(),
-            store,  # type: ignore[arg-type]
-            MagicMock(),
             pipeline,
             recovery,  # type: ignore[arg-type]
             MagicMock(working=None),
             threads,
+            (),
         )
         yield removal, store, recovery, directory
         for event in store.stuck.values():
@@ -109,7 +107,7 @@ async def deleting(path: Path, *tenants: str):
     directory.close()
 
 
-def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
+def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
     names = [f"t{n}" for n in range(12)]
 
     async def main() -> None:
@@ -125,8 +123,8 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
                     await done[name].wait()
             assert store.most_at_once <= AT_ONCE
             assert recovery.saved <= 8  # shared
-            assert directory.in_state(State.DELETING) == set(names[:3])
-            # An attempt that ended while its thread hangs does not begin another beside it.
+            assert directory.in_state(TenantState.DELETING) == set(names[:3])
+            # While the thread of an ended attempt hangs, no second one is started.
             await trio.sleep(10 * ATTEMPT_SECONDS)
             assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
             for event in store.stuck.values():
@@ -135,14 +133,14 @@ def test_those_that_hang_hold_up_no_others(tmp_path: Path) -> None:
             with trio.fail_after(1000):
                 for name in names[:3]:
                     await done[name].wait()
-            assert directory.in_state(State.DELETING) == set()
+            assert directory.in_state(TenantState.DELETING) == set()
             assert removal.removed == 12
             nursery.cancel_scope.cancel()
 
     virtual.run(main)
 
 
-def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
+def test_a_failing_deletion_is_retried_with_growing_pauses(tmp_path: Path) -> None:
     async def main() -> None:
         async with (
             deleting(tmp_path, "acme", "beta") as (removal, store, recovery, _),
@@ -164,7 +162,7 @@ def test_one_that_fails_is_tried_later_and_later(tmp_path: Path) -> None:
     virtual.run(main)
 
 
-def test_one_that_hangs_does_not_keep_the_service_from_starting(tmp_path: Path) -> None:
+def test_a_hanging_deletion_does_not_block_the_start(tmp_path: Path) -> None:
     async def main() -> None:
         async with deleting(tmp_path, "acme", "beta") as (removal, store, _, directory):
             store.stuck["acme"] = threading.Event()
@@ -181,6 +179,6 @@ def test_one_that_hangs_does_not_keep_the_service_from_starting(tmp_path: Path) 
                 for done in list(removal._wanted.values()):
                     await done.wait()
                 nursery.cancel_scope.cancel()
-            assert directory.in_state(State.DELETED) == {"acme", "beta"}
+            assert directory.in_state(TenantState.DELETED) == {"acme", "beta"}
 
     virtual.run(main)

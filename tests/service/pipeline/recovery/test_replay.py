@@ -1,4 +1,4 @@
-"""A stretch of the log evaluated again, as module and as command."""
+"""A section of the log evaluated again, as module and as command."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from betrace.service.cli.main import cli
+from betrace.service.cli.rules import record_rules_directory
+from betrace.service.config.load import load
 from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.signals import Kind
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from betrace.service.storage.spanlog.log import Frame, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
@@ -53,8 +57,8 @@ def trace_id(number: int) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Trace 1 is broken, 2 kept, 3 healed by a late span; 4 and 5 reach over the edges of
-    the middle hour."""
+    """Trace 1 is in breach, 2 is not, 3 is corrected by a late span; 4 and 5 cross the edges of the
+    middle hour."""
     before, begin, end = NOW - 5 * HOUR, NOW - 4 * HOUR, NOW - 3 * HOUR
     frames = [
         frame(before, (9, "charge")),
@@ -138,7 +142,7 @@ class TestCommand:
             ("retracted", trace_id(3), False),
         ]
         assert "4 signals, 1 of them retracted" in result.stderr
-        assert "2 are of traces that reach over the edge" in result.stderr
+        assert "2 are of traces that cross the edge" in result.stderr
         assert sorted(path for path in data.rglob("*")) == files
 
     def test_signals_are_recorded_once_and_partial_ones_never(self, data: Path) -> None:
@@ -152,7 +156,7 @@ class TestCommand:
         assert ledger.balances("acme") == {"checked": 1}
         ledger.close()
         with DuckStore(data) as store:
-            (standing,) = store.signals("acme", status="active")[0]
+            (standing,) = store.signals("acme", SignalFilter(status="active"))[0]
             assert standing.signal.trace_id == trace_id(1)
 
     def test_other_rules_and_the_whole_log(self, data: Path, tmp_path: Path) -> None:
@@ -166,6 +170,45 @@ class TestCommand:
         broken = run(data, "--from", "2020-01-01", "--dry-run", "--rules", str(rules), "--json")
         found = {trace for _, trace, _ in told(broken.stdout)}
         assert found == {trace_id(n) for n in (1, 2, 3, 4, 5, 7, 9)}
+
+    def test_without_an_interval_the_whole_log_is_read(self, data: Path, tmp_path: Path) -> None:
+        rules = tmp_path / "rules.yaml"
+        rules.write_text("rules: [{id: any, condition: charge}]\n")
+        result = run(data, "--dry-run", "--rules", str(rules))
+        assert result.exit_code == 1, result.output
+        assert "11 spans, 7 traces" in result.stderr
+        recent = run(data, "--since", "210m", "--dry-run", "--rules", str(rules))
+        assert "2 spans" in recent.stderr
+
+    def test_rules_in_a_directory(self, data: Path, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere/other").mkdir(parents=True)
+        (tmp_path / "elsewhere/other/r.yaml").write_text("rules: [{id: r, condition: charge}]\n")
+        result = run(data, "--dry-run", "--json", "--rules", str(tmp_path / "elsewhere"))
+        assert told(result.stdout) == [("raised", trace_id(7), False)]
+        assert "has no enabled rules for acme; its spans are not checked" in result.stderr
+
+    def test_the_rules_of_the_service_are_read(self, data: Path, tmp_path: Path) -> None:
+        (data / "rules").rename(tmp_path / "elsewhere")
+        of_service = {"storage.path": str(data), "rules.directory": str(tmp_path / "elsewhere")}
+        record_rules_directory(load(None, of_service))
+        assert run(data, *middle("--dry-run", "--tenant", "acme")).exit_code == 1
+
+    def test_without_rules_nothing_is_said_of_the_traces(self, data: Path) -> None:
+        other = run(data, "--dry-run", "--tenant", "other")
+        assert other.exit_code == 3
+        assert f"{data / 'rules'} has no enabled rules for other" in other.stderr
+        (data / "rules").rename(data / "moved")
+        none = run(data, "--dry-run")
+        assert none.exit_code == 3
+        assert f"there are no rules in {data / 'rules'}" in none.stderr
+        assert "signals" not in none.output
+
+    def test_a_wrong_rule_file_is_named(self, data: Path) -> None:
+        (data / "rules/acme/bad.yaml").write_text("rules: 7")
+        result = run(data, "--dry-run")
+        assert result.exit_code == 3
+        assert str(data / "rules/acme/bad.yaml") in result.stderr
+        assert "signals" not in result.output
 
     def test_traces_that_go_on_are_partial(self, data: Path) -> None:
         with SpanLog(data) as log:
@@ -188,7 +231,6 @@ class TestCommand:
             (["--from", "-1h", "--to", "-2h"], 2, "--from must be before --to"),
             (["--from", "-1h", "--tenant", "nobody"], 3, "acme, other"),
             (["--from", "-1h", "--rules", "/nowhere.yaml"], 3, "betrace rules check"),
-            ([], 2, "--from"),
         ],
     )
     def test_wrong_use(self, data: Path, arguments: list[str], code: int, said: str) -> None:

@@ -1,4 +1,4 @@
-"""trace-correlation on a virtual clock: what is due and when, and what happens on failures."""
+"""trace-correlation on a virtual clock: which traces are due when, and what failures do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import trio
 
 from betrace.channels import open_channel
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import LOOKED_AT, CorrelateStage, TraceLimits
+from betrace.service.pipeline.stages.correlate import (
+    LOOKED_AT,
+    CorrelateStage,
+    LateSpans,
+    TraceLimits,
+)
 from betrace.service.rules.parse import parse
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.window import Windows
 from tests.support.engine import compiled
 from tests.support.spans import S, batch
 
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.kernel
 
 
 class Here:
-    """A runner that calls at once: threads do not wait for a virtual clock."""
+    """A runner that calls at once, because threads do not wait for a virtual clock."""
 
     async def run(self, function: Callable[..., Any], *args: Any, **_: Any) -> Any:
         await trio.lowlevel.checkpoint()
@@ -32,7 +36,7 @@ class Here:
 
 
 class Rig:
-    """The stage with a clock that is Trio's, and what it passed on."""
+    """The stage on Trio's clock, and what it passed on."""
 
     def __init__(self, **limits: int) -> None:
         given = {
@@ -56,11 +60,8 @@ class Rig:
             self.progress,
             self.in_flight,
             TraceLimits(**given),
-            ClosedTraces(1 << 14),
-            lambda _, ids: (),
-            Windows(),
+            LateSpans(ClosedTraces(1 << 14), lambda _, ids: (), lambda: self.behind),
             self.clock,
-            lambda: self.behind,
         )
 
     def clock(self) -> int:
@@ -97,7 +98,7 @@ async def rig(nursery, autojump_clock):
     return rig
 
 
-async def test_a_trace_is_due_when_it_was_idle(rig, autojump_clock):
+async def test_an_idle_trace_is_due(rig, autojump_clock):
     await rig.send(S(1))
     await trio.sleep(4)
     await rig.send(S(2, "b"))
@@ -110,7 +111,7 @@ async def test_a_trace_is_due_when_it_was_idle(rig, autojump_clock):
     assert rig.stage.counts.closed == 1
 
 
-async def test_a_trace_is_due_early_when_a_count_settles_a_rule(rig, autojump_clock):
+async def test_a_trace_is_due_early_when_a_count_decides_a_rule(rig, autojump_clock):
     await rig.send(S(1))
     assert rig.due() == []
     await rig.send(S(2))
@@ -120,7 +121,7 @@ async def test_a_trace_is_due_early_when_a_count_settles_a_rule(rig, autojump_cl
     assert rig.due() == []
 
 
-async def test_a_trace_that_says_so_is_due_at_once(rig, autojump_clock):
+async def test_a_trace_marked_complete_is_due_at_once(rig, autojump_clock):
     await rig.send(S(1), S(2, complete=True))
     early, closed = rig.due()
     assert (early.closed, closed.closed) == (False, True)
@@ -128,7 +129,7 @@ async def test_a_trace_that_says_so_is_due_at_once(rig, autojump_clock):
     assert rig.due() == []
 
 
-async def test_a_trace_that_trickles_is_due_when_it_is_too_old(nursery, autojump_clock):
+async def test_a_trace_that_never_idles_is_due_at_its_maximum_age(nursery, autojump_clock):
     rig = Rig(max_age_ns=60 * SECOND, sweep_ns=10 * SECOND)
     rig.stage.caught_up.set()
     nursery.start_soon(rig.stage.tick)
@@ -136,7 +137,7 @@ async def test_a_trace_that_trickles_is_due_when_it_is_too_old(nursery, autojump
     for number in range(1, 100):
         await rig.send(S(number, "x"))
         await trio.sleep(1)
-        if found := [due for due in rig.due() if len(due)]:  # also log positions are passed on
+        if found := [due for due in rig.due() if len(due)]:  # log positions are passed on too
             assert 60 <= trio.current_time() - start <= 72
             assert found[0].closed
             return
@@ -154,7 +155,7 @@ async def test_nothing_is_closed_before_the_log_is_read(nursery, autojump_clock)
     assert len(rig.due()) == 1
 
 
-async def test_too_many_open_traces_are_closed_from_the_idlest(nursery, autojump_clock):
+async def test_above_the_limit_the_traces_idle_longest_are_closed(nursery, autojump_clock):
     rig = Rig(most_open=3)
     rig.stage.caught_up.set()
     nursery.start_soon(rig.stage.tick)
@@ -181,7 +182,7 @@ async def test_closed_traces_are_shared_fairly_and_forgotten(nursery, autojump_c
     assert rig.stage.tenants == {}
 
 
-async def test_a_batch_delivered_again_is_passed_over(rig, autojump_clock):
+async def test_a_redelivered_batch_is_skipped(rig, autojump_clock):
     first, second = rig.batch(S(1)), rig.batch(S(2))
     await rig.stage.handle([first])
     await rig.stage.handle([first, second])
@@ -211,7 +212,7 @@ async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, m
     assert rig.progress.snapshot() == {"t": (20, [])}
 
 
-async def test_everything_that_is_due_has_a_ticket(rig, autojump_clock):
+async def test_all_due_traces_have_a_ticket(rig, autojump_clock):
     await rig.send(S(1), S(2, complete=True))
     await rig.send(S(1, trace=b"\2" * 16))
     await trio.sleep(10)
@@ -220,7 +221,7 @@ async def test_everything_that_is_due_has_a_ticket(rig, autojump_clock):
     assert all(tickets)
 
 
-async def test_a_clock_that_is_set_back_changes_nothing(rig, autojump_clock):
+async def test_setting_the_clock_back_changes_nothing(rig, autojump_clock):
     await rig.send(S(1, "x"))
     await trio.sleep(2)
     rig.offset = -3600 * SECOND
@@ -238,7 +239,7 @@ async def test_a_clock_that_is_set_back_changes_nothing(rig, autojump_clock):
     assert again.spans == 2
 
 
-async def test_room_is_made_by_those_idle_longest_whosever_they_are(nursery, autojump_clock):
+async def test_the_traces_idle_longest_are_closed_whatever_their_tenant(nursery, autojump_clock):
     rig = Rig(most_open=2)
     rig.stage.caught_up.set()
     nursery.start_soon(rig.stage.tick)
@@ -252,7 +253,7 @@ async def test_room_is_made_by_those_idle_longest_whosever_they_are(nursery, aut
     assert sorted(closed) == [("first", "03"), ("second", "02")]
 
 
-async def test_when_nobody_takes_it_any_more_the_clock_stops(autojump_clock):
+async def test_the_clock_stops_when_the_next_channel_is_gone(autojump_clock):
     rig = Rig()
     rig.stage.caught_up.set()
     await rig.send(S(1, "x"))
@@ -261,7 +262,7 @@ async def test_when_nobody_takes_it_any_more_the_clock_stops(autojump_clock):
         await rig.stage.tick()
 
 
-async def test_rules_that_change_reach_new_traces(rig, autojump_clock):
+async def test_changed_rules_are_used_for_new_traces(rig, autojump_clock):
     await rig.send(S(1, "x"))
     rig.rules["t"] = compiled([parse("a")], "v2")
     await rig.send(S(2, "x"), S(1, "x", trace=b"\2" * 16))
@@ -270,7 +271,7 @@ async def test_rules_that_change_reach_new_traces(rig, autojump_clock):
     assert versions == [("v1", 2), ("v2", 1)]
 
 
-async def test_a_survey_of_what_is_held(rig, autojump_clock):
+async def test_the_survey_counts_the_traces_in_memory(rig, autojump_clock):
     await rig.send(S(1, "x"), S(2, "x"))
     await trio.sleep(1.5)
     assert rig.stage.survey.open == 1
@@ -280,7 +281,7 @@ async def test_a_survey_of_what_is_held(rig, autojump_clock):
     assert (rig.stage.survey.open, rig.stage.survey.closed) == (0, 1)
 
 
-async def test_closed_traces_are_kept_while_the_index_does_not_have_them(nursery, autojump_clock):
+async def test_closed_traces_are_kept_until_they_are_in_the_index(nursery, autojump_clock):
     rig = Rig(keep=2, keep_ns=SECOND)
     rig.behind = True
     rig.stage.caught_up.set()
@@ -314,25 +315,25 @@ async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
             last[tenant] = trio.current_time()
         await trio.sleep(0.1 + number % 3)
         for due in rig.due():
-            if len(due):  # others only pass on log positions
+            if len(due):  # others contain only log positions
                 rig.in_flight.leave(due.ticket)
                 assert 5 <= trio.current_time() - last.pop(due.tenant) <= 5.25 + 2.1
         assert set(last) == {n for n, t in rig.stage.tenants.items() if t.open_count}
-        assert rig.stage._held.open == len(last)
+        assert rig.stage._totals.open == len(last)
         kept = sum(traces.closed_count for traces in rig.stage.tenants.values())
-        assert rig.stage._held.closed == kept
+        assert rig.stage._totals.closed == kept
     rig.stage.forget("t1")
-    assert rig.stage._held.open == sum(t.open_count for t in rig.stage.tenants.values())
+    assert rig.stage._totals.open == sum(t.open_count for t in rig.stage.tenants.values())
 
 
-async def test_thousands_of_tenants_are_looked_at_in_turn(nursery, autojump_clock):
+async def test_thousands_of_tenants_are_searched_in_turn(nursery, autojump_clock):
     rig = Rig()
     rig.stage.caught_up.set()
     for number in range(3 * LOOKED_AT):
         await rig.send(S(number + 1), tenant=f"t{number}")
     await trio.sleep(5)
     nursery.start_soon(rig.stage.tick)
-    await trio.sleep(0.1)  # the clock's ticks are in between
+    await trio.sleep(0.1)  # between ticks of the clock
     found: list[DueTraces] = []
     for round_ in range(1, 4):
         await trio.sleep(0.25)

@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from betrace.channels import (
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.stages import evaluate
 from betrace.service.pipeline.stages.evaluate import FEW_SIGNALS, EvaluateStage
+from betrace.service.telemetry.latencies import Latencies
 from tests.support.failing_stores import Faulty, decided, due
 from tests.support.virtual import run
 
@@ -38,12 +40,16 @@ class Evaluating:
             self._clock_ns,
             self.breaker,
             self._bury,
-            lambda seconds: None,
-            self.seconds.append,
+            self._latencies(),
         )
 
+    def _latencies(self):
+        latencies = Latencies()
+        latencies.evaluation = SimpleNamespace(observe=self.seconds.append)
+        return latencies
+
     def _clock_ns(self):
-        """Called in the thread that decides: it fails or hangs there."""
+        """Called in the deciding thread, where it fails or hangs."""
         self.faulty.meet(RuntimeError("a bug"), lambda: None)
         return 5
 
@@ -51,7 +57,7 @@ class Evaluating:
         self.buried += [(stage, item, type(error), attempts) for item in items]
 
 
-def test_a_call_that_takes_too_long_is_left_behind_and_its_batch_buried(monkeypatch):
+def test_a_call_that_takes_too_long_is_abandoned_and_its_batch_buried(monkeypatch):
     monkeypatch.setattr(evaluate, "SMALL", -1)
 
     async def main():
@@ -92,7 +98,7 @@ def test_while_the_breaker_is_open_batches_are_buried_at_once():
     run(main)
 
 
-def test_tickets_go_on_or_are_given_back():
+def test_tickets_are_passed_on_or_returned():
     async def main():
         evaluating = Evaluating()
         closed, early = due(1), due(2, closed=False)
@@ -102,7 +108,7 @@ def test_tickets_go_on_or_are_given_back():
         passed = await evaluating.passed.receive()
         assert passed.ticket == closed.ticket
         assert np.array_equal(passed.closed.rows, closed.rows)
-        assert len(evaluating.in_flight) == 1  # nothing came of the other
+        assert len(evaluating.in_flight) == 1  # the other had no result
         assert len(evaluating.seconds) == 1  # observed once for the batch
         assert 0 < evaluating.seconds[0] < 10
         evaluating.threads.close()
@@ -127,7 +133,7 @@ def test_small_batches_are_decided_without_a_thread_until_they_give_many_signals
         monkeypatch.setattr(stage, "_decide", decide)
         small = evaluate.SMALL // len(due().rules.rules)
         assert await calls(due(*range(small))) == 0
-        assert await calls(due(*range(small)), due(1)) == 1  # together it is more
+        assert await calls(due(*range(small)), due(1)) == 1  # together they are more
         found[:] = range(FEW_SIGNALS + 1)
         assert await calls(due(1)) == 0
         assert await calls(due(2)) == 1

@@ -1,75 +1,39 @@
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from betrace.channels import Breaker, BreakerSettings, BreakerState, ThreadRunner, open_channel
-from betrace.service.config.settings import Settings
-from betrace.service.pipeline.breakers import Breakers, PoisonError
-from betrace.service.pipeline.progress import InFlight
-from betrace.service.pipeline.stages.pacing import CommitPace
-from betrace.service.pipeline.stages.record import ProjectStage, StoreCounts, StoreStage
+from betrace.channels import BreakerState, open_channel
+from betrace.service.pipeline.breakers import PoisonError
+from betrace.service.pipeline.stages.record import RecordStage
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.telemetry.latencies import Latencies
-from tests.support.failing_stores import FaultyLedger, FaultyStore, decided, signal
+from tests.support.failing_stores import FaultyLedger, decided, signal
+from tests.support.store_stages import LIMITS, StageOverStore, ids
 from tests.support.virtual import run
 
-LIMITS = BreakerSettings(window=4, minimum_calls=4, open_for=15.0, timeout=5.0, trial_calls=2)
 
-
-class Storing:
+class Storing(StageOverStore):
     """A storage-write stage over a faulty ledger; what it passes on is in ``passed``."""
 
     def __init__(self, directory, ledger, max_bytes=1 << 20, limits=LIMITS):
+        files = FallbackFiles(directory, max_bytes, file_bytes=2000)
+        super().__init__("ledger", ledger, files, limits)
         self.ledger = ledger
-        self.files = FallbackFiles(directory, max_bytes, file_bytes=2000)
-        self.threads = ThreadRunner("ledger", 2)
-        self.breaker = Breaker(
-            "ledger", limits, is_failure=lambda error: not isinstance(error, PoisonError)
-        )
         self.stored = []
-        self.buried = []
-        self.counts = StoreCounts()
         send, self.passed = open_channel("rows", 100_000, lambda d: d.weight)
-        self.stage = StoreStage(
-            ledger,
-            self.threads,
-            send,
-            self.stored.extend,
-            5,
-            self.counts,
-            Latencies(),
-            time.time_ns,
-            self.breaker,
-            self.files,
-            self._bury,
+        self.stage = RecordStage(
+            self.guarded, 5, send, self.stored.extend, Latencies(), time.time_ns
         )
+        self.counts = self.stage.counts
         self.fallback = self.stage.fallback
 
     async def _bury(self, stage, items, error, attempts):
         self.buried.append((stage, [s.id for each in items for s in each.signals], str(error)))
-
-    @asynccontextmanager
-    async def running(self):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.fallback.write_back)
-            yield
-            nursery.cancel_scope.cancel()
-        self.fallback.close()
-        self.threads.close()
-
-    async def settled(self):
-        while self.fallback.pending:
-            await trio.sleep(1)
-
-
-def ids(*numbers):
-    return [signal(number).id for number in numbers]
 
 
 def test_a_working_ledger_gets_the_signals_and_the_files_nothing(tmp_path):
@@ -82,33 +46,33 @@ def test_a_working_ledger_gets_the_signals_and_the_files_nothing(tmp_path):
             assert storing.passed.statistics().items_queued == 2
             assert not storing.fallback.pending
             await storing.stage.handle([decided(2)])
-            assert (storing.counts.signals, storing.counts.repeated) == (3, 1)
+            assert (storing.counts.new, storing.counts.repeated) == (3, 1)
 
     run(main)
 
 
 @pytest.mark.parametrize("fault", ["error", "late error"])
 @pytest.mark.parametrize("transient", [True, False])
-def test_what_a_failing_ledger_refuses_is_written_back_later(tmp_path, fault, transient):
+def test_signals_that_a_failing_ledger_refuses_are_written_back_later(tmp_path, fault, transient):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.fault, storing.ledger.transient = fault, transient
         async with storing.running():
             await storing.stage.handle([decided(1, 2)])
             assert storing.fallback.pending
-            assert storing.passed.statistics().items_queued == 1  # safe, so it goes on
+            assert storing.passed.statistics().items_queued == 1  # durable, so it is passed on
             storing.ledger.fault = None
             await storing.settled()
             assert storing.ledger.order == ids(1, 2)
             assert [s.id for s in storing.stored] == ids(1, 2)
-            assert (storing.counts.signals, storing.counts.repeated) == (2, 0)
+            assert (storing.counts.new, storing.counts.repeated) == (2, 0)
             assert storing.fallback.last_error is None
             assert list(tmp_path.iterdir()) == []
 
     run(main)
 
 
-def test_while_the_breaker_is_open_the_ledger_is_left_alone(tmp_path):
+def test_the_ledger_is_not_called_while_the_breaker_is_open(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.fault = "error"
@@ -124,14 +88,14 @@ def test_while_the_breaker_is_open_the_ledger_is_left_alone(tmp_path):
             storing.ledger.fault = None
             await storing.settled()
             assert storing.ledger.order == ids(0, 1, 2, 4)
-            # Trials closed it: one chunk was enough for all that was pending, so one more.
+            # Trial calls close it; one chunk was enough for everything pending, so one more is due.
             await storing.stage.handle([decided(5)])
             assert storing.breaker.state is BreakerState.CLOSED
 
     run(main)
 
 
-def test_new_signals_go_behind_those_that_wait(tmp_path):
+def test_new_signals_go_behind_pending_ones(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.script = iter(["error", "error"])
@@ -147,7 +111,7 @@ def test_new_signals_go_behind_those_that_wait(tmp_path):
     run(main)
 
 
-def test_a_ledger_that_hangs_is_left_behind(tmp_path):
+def test_a_hanging_ledger_call_is_abandoned(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         async with storing.running():
@@ -159,14 +123,14 @@ def test_a_ledger_that_hangs_is_left_behind(tmp_path):
                 assert storing.ledger.replaced == 1
                 assert storing.fallback.pending
             await storing.settled()
-            assert [s.id for s in storing.stored] == ids(1)  # told once, whoever recorded it
-            # The call that hung went on and recorded it, too: still one.
+            assert [s.id for s in storing.stored] == ids(1)  # reported once, whoever recorded it
+            # The hanging call continued and recorded it too: still one.
             assert storing.ledger.new == Counter(ids(1))
 
     run(main)
 
 
-def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_told(tmp_path):
+def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_reported(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         storing.ledger.refused = set(ids(2))
@@ -174,7 +138,7 @@ def test_a_signal_that_the_ledger_refuses_is_poison_and_the_others_are_told(tmp_
             with pytest.raises(PoisonError, match=f"{ids(2)[0]}: never"):
                 await storing.stage.handle([decided(1, 2, 3)])
             assert [s.id for s in storing.stored] == ids(1, 3)
-            assert (storing.counts.signals, storing.counts.repeated) == (2, 0)
+            assert (storing.counts.new, storing.counts.repeated) == (2, 0)
             assert not storing.fallback.pending
             assert storing.breaker.snapshot().failed == 0
 
@@ -197,7 +161,7 @@ def test_a_refused_signal_in_the_files_becomes_a_dead_letter(tmp_path):
     run(main)
 
 
-def test_files_that_are_full_make_the_stage_wait(tmp_path):
+def test_the_stage_waits_while_the_files_are_full(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger(), max_bytes=700)
         storing.ledger.fault = "error"
@@ -207,7 +171,7 @@ def test_files_that_are_full_make_the_stage_wait(tmp_path):
                 await storing.stage.handle([decided(2, 3, 4)])
             assert waiting.cancelled_caught
             assert storing.fallback.refusals > 1
-            assert storing.passed.statistics().items_queued == 1  # the second is not safe
+            assert storing.passed.statistics().items_queued == 1  # the second is not durable
             storing.ledger.fault = None
             await storing.stage.handle([decided(2, 3, 4)])
             await storing.settled()
@@ -228,7 +192,7 @@ def test_when_neither_the_ledger_nor_the_files_work_the_ledger_is_tried_again(tm
     run(main)
 
 
-def test_a_signal_that_no_ledger_takes_is_poison_and_trips_nothing(tmp_path):
+def test_an_unrecordable_signal_is_poison_and_does_not_trip_the_breaker(tmp_path):
     async def main():
         storing = Storing(tmp_path, FaultyLedger())
         bad = decided(1)
@@ -246,7 +210,7 @@ def test_a_signal_that_no_ledger_takes_is_poison_and_trips_nothing(tmp_path):
     run(main)
 
 
-def test_files_of_before_the_restart_are_written_back(tmp_path):
+def test_files_are_written_back_after_a_restart(tmp_path):
     async def main():
         ledger = FaultyLedger()
         ledger.fault = "error"
@@ -300,7 +264,7 @@ def test_write_back_now_does_not_wait_for_the_next_try(tmp_path):
     run(main)
 
 
-def test_a_bug_in_the_store_does_not_end_the_way_back(tmp_path):
+def test_a_bug_in_the_store_does_not_end_the_write_back(tmp_path):
     class Odd(FaultyLedger):
         odd = True
 
@@ -328,7 +292,7 @@ FAULTS = st.sampled_from([None, None, "error", "late error"])
 
 
 async def cancel_after(steps, scope):
-    """Cancel in the middle of what is going on: in a thread, mostly."""
+    """Cancel in the middle of the work, mostly in a thread."""
     for _ in range(steps):
         await trio.lowlevel.checkpoint()
     scope.cancel()
@@ -342,7 +306,8 @@ def test_every_signal_is_recorded_once_whatever_fails(tmp_path_factory, steps):
     given = []
 
     async def life(todo):
-        """One process: works until it is killed; what was not safe comes again, as from the log."""
+        """One process, which works until it is killed; items not durable come again, as from a
+        log."""
         storing = Storing(directory, ledger)
         async with storing.running(), trio.open_nursery() as killer:
             while todo:
@@ -393,148 +358,3 @@ def test_the_real_ledger_through_an_outage(tmp_path):
         ledger.close()
 
     run(main)
-
-
-# The projection
-
-
-class Projecting:
-    def __init__(self, directory, store, limits=LIMITS):
-        self.store = store
-        self.files = FallbackFiles(directory, 1 << 20)
-        self.threads = ThreadRunner("duckdb", 2)
-        self.breaker = Breaker(
-            "duckdb", limits, is_failure=lambda error: not isinstance(error, PoisonError)
-        )
-        self.buried = []
-        self.in_flight = InFlight()
-        self.stage = ProjectStage(
-            store,
-            self.threads,
-            StoreCounts(),
-            self.in_flight,
-            Latencies(),
-            self.breaker,
-            self.files,
-            self._bury,
-            CommitPace(1.0),
-        )
-        self.fallback = self.stage.fallback
-
-    async def _bury(self, stage, items, error, attempts):
-        self.buried += [(stage, item, str(error)) for item in items]
-
-    running = Storing.running
-    settled = Storing.settled
-
-
-def traces(*numbers):
-    return [(number + 1).to_bytes(16, "big") for number in numbers]
-
-
-def test_rows_that_duckdb_refuses_are_written_back_in_order(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.store.fault = "error"
-        async with projecting.running():
-            ticket = projecting.in_flight.enter()
-            await projecting.stage.handle([decided(1, 2, ticket=ticket)])
-            assert len(projecting.in_flight) == 0  # safe in the files
-            await projecting.stage.handle([decided(3, tenant="b"), decided(4, tenant="b")])
-            await projecting.stage.handle([decided(5)])
-            projecting.store.fault = None
-            await projecting.settled()
-            assert projecting.store.traces == {"acme": traces(1, 2, 5), "b": traces(3, 4)}
-            assert projecting.store.signals["acme"] == ids(1, 2, 5)
-            await projecting.stage.handle([decided(6)])
-            await projecting.settled()  # it may have been one trial too many
-            assert projecting.store.traces["acme"] == traces(1, 2, 5, 6)
-
-    run(main)
-
-
-def test_rows_that_can_never_be_written_are_poison(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.store.fault, projecting.store.transient = "error", False
-        async with projecting.running():
-            for _ in range(6):
-                with pytest.raises(PoisonError, match="DuckDB is away"):
-                    await projecting.stage.handle([decided(1)])
-            assert projecting.breaker.state is BreakerState.CLOSED
-
-    run(main)
-
-
-def test_poison_in_the_files_is_buried_and_the_rest_is_written(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.store.poison = traces(2)[0].hex()
-        projecting.breaker.force_open()
-        async with projecting.running():
-            await projecting.stage.handle([decided(1), decided(2), decided(3)])
-            projecting.breaker.reset()
-            await projecting.settled()
-            assert projecting.store.traces["acme"] == traces(1, 3)
-            ((stage, item, error),) = projecting.buried
-            assert stage == "projection"
-            assert [s.id for s in item.signals] == ids(2)
-            assert "does not fit" in error
-
-    run(main)
-
-
-def test_rows_are_found_after_a_restart(tmp_path):
-    async def main():
-        store = FaultyStore()
-        store.fault = "error"
-        projecting = Projecting(tmp_path, store)
-        async with projecting.running():
-            await projecting.stage.handle([decided(1, 2)])
-        store.fault = None
-        again = Projecting(tmp_path, store)
-        async with again.running():
-            await again.settled()
-        assert store.traces["acme"] == traces(1, 2)
-
-    run(main)
-
-
-def test_a_duckdb_that_hangs_is_left_behind(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        async with projecting.running():
-            with projecting.store.hanging():
-                started = trio.current_time()
-                await projecting.stage.handle([decided(1)])
-                assert trio.current_time() - started == pytest.approx(5)
-                assert projecting.fallback.pending
-            await projecting.settled()
-            assert set(projecting.store.traces["acme"]) == set(traces(1))
-
-    run(main)
-
-
-def test_full_files_make_the_projection_wait_until_duckdb_is_back(tmp_path):
-    async def main():
-        projecting = Projecting(tmp_path, FaultyStore())
-        projecting.files._max_bytes = 10
-        projecting.store.script = iter(["error"] * 3)
-        async with projecting.running():
-            started = trio.current_time()
-            await projecting.stage.handle([decided(1)])
-            assert trio.current_time() - started >= 3
-            assert projecting.store.traces["acme"] == traces(1)
-
-    run(main)
-
-
-def test_the_breakers_are_as_the_settings_say():
-    breakers = Breakers(Settings().breakers)
-    evaluation, ledger, duckdb = breakers
-    assert evaluation.settings.timeout == 10
-    assert (evaluation.settings.minimum_calls, evaluation.settings.open_for) == (100, 30)
-    for storage in (ledger, duckdb):
-        limits = storage.settings
-        assert (limits.timeout, limits.minimum_calls, limits.open_for) == (5, 50, 15)
-        assert limits.failure_rate == 0.5

@@ -12,7 +12,7 @@ NUMBERS = st.lists(st.integers(0, 50) | st.integers(0, 2**64 - 1), max_size=30)
 
 
 @given(st.lists(NUMBERS, max_size=12), NUMBERS)
-def test_it_tells_what_was_added(batches: list[list[int]], asked: list[int]) -> None:
+def test_add_reports_what_was_added(batches: list[list[int]], asked: list[int]) -> None:
     budget = KeyBudget(1 << 20)
     keys = Keys(budget)
     for batch in batches:
@@ -34,7 +34,7 @@ def test_runs_are_few() -> None:
     assert keys.maybe(np.arange(4001, dtype=np.uint64)).tolist() == [True] * 4000 + [False]
 
 
-def test_without_room_everything_may_be_there() -> None:
+def test_without_memory_every_key_may_exist() -> None:
     budget = KeyBudget(800)
     one, two = Keys(budget), Keys(budget)
     one.add(np.arange(60, dtype=np.uint64))

@@ -40,7 +40,7 @@ def test_more_idle_than_wanted_are_closed() -> None:
     assert (things.pool.open, len(things.closed)) == (1, 1)
 
 
-def test_when_all_are_in_use_the_caller_waits_then_is_told() -> None:
+def test_when_all_are_in_use_the_caller_waits_then_gets_an_error() -> None:
     things = Things()
     with things.pool.use(), things.pool.use():
         start = time.monotonic()
@@ -78,7 +78,7 @@ def test_one_whose_use_failed_is_not_used_again() -> None:
     assert (things.closed, things.pool.open) == ([1], 0)
 
 
-def test_a_failure_to_make_one_gives_the_place_back() -> None:
+def test_a_failure_to_make_an_item_frees_its_place() -> None:
     things = Things(limit=1)
     things.fail = True
     for _ in range(3):
@@ -119,7 +119,7 @@ def test_never_more_than_the_limit() -> None:
     assert things.made - len(things.closed) == things.pool.open <= 1
 
 
-def test_those_in_use_are_told() -> None:
+def test_items_in_use_are_listed() -> None:
     things = Things()
     with things.pool.use() as one, things.pool.use() as two:
         assert things.pool.in_use == [one, two]

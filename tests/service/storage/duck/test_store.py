@@ -17,27 +17,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from betrace.service.config.stores import DuckDb
 from betrace.service.signals import Kind, Signal, signal_id
 from betrace.service.storage.duck import files as duckfiles
 from betrace.service.storage.duck import memory as duckmemory
 from betrace.service.storage.duck.arrow import (
+    MOST_POSITIONS,
     frames_table,
     trace_id_array,
     trace_id_halves,
     trace_ids,
     traces_table,
 )
-from betrace.service.storage.duck.store import (
-    MOST_POSITIONS,
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.queries import (
     BadQuery,
-    DuckStore,
-    PoolTimeout,
-    RowCounts,
-    StoreCorrupt,
+    SignalFilter,
     StoredSignal,
-    StoreError,
     SummaryRow,
 )
+from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
+from betrace.service.storage.duck.search import TraceFilter
+from betrace.service.storage.duck.store import DuckStore, RowCounts
 
 SECOND = 10**9
 
@@ -93,9 +94,14 @@ def trace_id(number: int) -> str:
     return f"{number:032x}"
 
 
+def limits(**changes: Any) -> DuckDb:
+    """The default limits with changes, which may be outside the allowed ranges."""
+    return DuckDb.model_construct(**(dict(DuckDb()) | changes))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[DuckStore]:
-    with DuckStore(tmp_path, pool_timeout=0.2) as store:
+    with DuckStore(tmp_path, limits(pool_timeout_seconds=0.2)) as store:
         yield store
 
 
@@ -140,8 +146,8 @@ class TestSignals:
             assert found is not None
             assert (found.signal, found.status) == (each, "retracted")
         assert store.write_signals("shop", [raised]) == 0
-        assert ids(store.signals("shop", status="active")) == [2]
-        assert ids(store.signals("shop", status="retracted")) == [1, 1]
+        assert ids(store.signals("shop", SignalFilter(status="active"))) == [2]
+        assert ids(store.signals("shop", SignalFilter(status="retracted"))) == [1, 1]
 
     def test_filters(self, store: DuckStore) -> None:
         store.write_signals(
@@ -149,11 +155,15 @@ class TestSignals:
             [make(i, f"r{i % 3}", severity="low" if i % 2 else "high") for i in range(10)],
         )
         assert ids(store.signals("shop")) == list(range(9, -1, -1))
-        assert ids(store.signals("shop", rule="r1")) == [7, 4, 1]
-        assert ids(store.signals("shop", rule="r1", severity="low")) == [7, 1]
-        assert ids(store.signals("shop", trace_id=trace_id(4))) == [4]
-        assert ids(store.signals("shop", since=3 * SECOND, until=6 * SECOND)) == [5, 4, 3]
-        assert ids(store.signals("shop", rule="' OR 1=1 --")) == []
+        assert ids(store.signals("shop", SignalFilter(rule="r1"))) == [7, 4, 1]
+        assert ids(store.signals("shop", SignalFilter(rule="r1", severity="low"))) == [7, 1]
+        assert ids(store.signals("shop", SignalFilter(trace_id=trace_id(4)))) == [4]
+        assert ids(store.signals("shop", SignalFilter(since=3 * SECOND, until=6 * SECOND))) == [
+            5,
+            4,
+            3,
+        ]
+        assert ids(store.signals("shop", SignalFilter(rule="' OR 1=1 --"))) == []
         assert ids(store.signals("other")) == []
 
     def test_pages(self, store: DuckStore) -> None:
@@ -192,10 +202,10 @@ class TestSignals:
     def test_a_cursor_of_another_list_is_refused(self, store: DuckStore) -> None:
         store.write("shop", signals=[make(1), make(2)], traces=columns(1, 2))
         _, cursor = store.signals("shop", limit=1)
-        with pytest.raises(BadQuery, match="not one of this list"):
+        with pytest.raises(BadQuery, match="does not belong to this list"):
             store.traces("shop", cursor=cursor)
 
-    def test_bad_questions(self, store: DuckStore) -> None:
+    def test_invalid_queries(self, store: DuckStore) -> None:
         store.write_signals("shop", [make(1)])
         for limit in (0, -1, 1001):
             with pytest.raises(BadQuery, match="limit must be 1 to 1000"):
@@ -204,7 +214,7 @@ class TestSignals:
             with pytest.raises(BadQuery, match="32 hexadecimal digits"):
                 store.signal("shop", bad)
             with pytest.raises(BadQuery, match="trace_id"):
-                store.signals("shop", trace_id=bad)
+                store.signals("shop", SignalFilter(trace_id=bad))
         with pytest.raises(BadQuery, match="buckets"):
             store.summary("shop", 0, 10_001, 1)
         with pytest.raises(BadQuery, match="buckets"):
@@ -275,7 +285,7 @@ class TestTraces:
         assert [found[trace_id(i)].spans for i in (1, 2)] == [7, 6]
         assert [found[trace_id(i)].positions for i in (1, 2)] == [[1, 8, 9], [3]]
 
-    def test_a_row_that_comes_late_hides_no_newer_one(self, store: DuckStore) -> None:
+    def test_a_late_row_does_not_hide_a_newer_one(self, store: DuckStore) -> None:
         """A dead letter is written after what came of the trace since."""
         newer = columns(1, 2, last_seen_ns=np.array([50, 60]), spans=[9, 9])
         older = columns(1, last_seen_ns=np.array([40]), spans=[4], positions=[[0]])
@@ -313,7 +323,7 @@ class TestTraces:
         store.write_signals("shop", [make(4, kind=Kind.RETRACTED)])
 
         def found(**filters: Any) -> list[int]:
-            rows, _, _ = store.traces("shop", **filters)
+            rows, _, _ = store.traces("shop", TraceFilter(**filters))
             assert all(row.positions == [] for row in rows)
             return [int(row.trace_id, 16) for row in rows]
 
@@ -449,12 +459,12 @@ class TestTables:
         ]
         assert trace_ids(array[:0]) == []
 
-    def test_what_does_not_fit_is_named(self) -> None:
+    def test_a_column_of_the_wrong_type_is_named(self) -> None:
         given_ = columns(1)
         del given_["spans"]
         with pytest.raises(ValueError, match="'spans' is missing"):
             traces_table(given_)
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="do not match"):
             traces_table(columns(1, spans=["many"]))
         with pytest.raises(ValueError, match="missing"):
             frames_table(pa.table({"trace_id": [b"1" * 16]}))
@@ -496,7 +506,7 @@ class TestFiles:
     def test_closing_interrupts_what_does_not_end(self, tmp_path: Path) -> None:
         """A thread that was left behind does not keep the store from closing."""
         begun, errors = threading.Event(), []
-        store = DuckStore(tmp_path, pool_timeout=0.05)
+        store = DuckStore(tmp_path, limits(pool_timeout_seconds=0.05))
         store.write_signals("a", [make(1)])
 
         def work(write: bool) -> None:
@@ -524,7 +534,7 @@ class TestFiles:
             assert store.counts("a").signals == 1
 
     def test_closing_waits_for_what_ends(self, tmp_path: Path) -> None:
-        store = DuckStore(tmp_path, pool_timeout=5)
+        store = DuckStore(tmp_path, limits(pool_timeout_seconds=5))
         begun = threading.Event()
 
         def work() -> None:
@@ -541,7 +551,7 @@ class TestFiles:
         with duckdb.connect(str(tmp_path / "a/betrace.duckdb")) as db:
             assert db.execute("SELECT count(*) FROM meta").fetchall() == [(2,)]
 
-    def test_asking_makes_no_files(self, store: DuckStore, tmp_path: Path) -> None:
+    def test_queries_create_no_files(self, store: DuckStore, tmp_path: Path) -> None:
         assert store.signals("nobody") == ([], None)
         assert store.signal("nobody", "0" * 32) is None
         assert store.counts("nobody") == RowCounts(0, 0, 0)
@@ -549,7 +559,7 @@ class TestFiles:
 
     def test_idle_files_are_closed_and_opened_again(self, tmp_path: Path) -> None:
         clock = Clock()
-        with DuckStore(tmp_path, idle_close=60, clock=clock) as store:
+        with DuckStore(tmp_path, limits(idle_close_seconds=60), clock=clock) as store:
             store.write_signals("a", [make(1)])
             clock.now = 30
             store.write_signals("b", [make(1)])
@@ -560,7 +570,7 @@ class TestFiles:
             assert ids(store.signals("a")) == [1]
             assert store.attached == 2
 
-    def test_only_so_many_files_are_open(self, tmp_path: Path) -> None:
+    def test_the_number_of_open_files_is_bounded(self, tmp_path: Path) -> None:
         clock = Clock()
         with DuckStore(tmp_path, attached_max=3, clock=clock) as store:
             for i in range(8):
@@ -572,7 +582,7 @@ class TestFiles:
     def test_rows_that_only_memory_holds_are_bounded(self, tmp_path: Path) -> None:
         """Each tenant's first rows cost DuckDB memory until its file is checkpointed."""
         clock = Clock()
-        with DuckStore(tmp_path, memory_bytes=20 << 20, clock=clock) as store:
+        with DuckStore(tmp_path, limits(memory_bytes=20 << 20), clock=clock) as store:
             for i in range(30):
                 clock.now = i
                 store.write(f"t{i:02}", signals=[make(i)], traces=columns(i))
@@ -583,16 +593,16 @@ class TestFiles:
             assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
 
     @pytest.mark.parametrize("by", ["the store", "DuckDB"])
-    def test_pages_of_files_are_let_go_of_after_a_checkpoint(
+    def test_pages_of_files_are_dropped_after_a_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
     ) -> None:
         if by == "the store":
-            monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
-            monkeypatch.setattr(duckfiles, "_SAVED_SECONDS", (0.0, 0.0))
+            monkeypatch.setattr(duckmemory, "_SAVED_BYTES", 1)
+            monkeypatch.setattr(duckmemory, "_SAVED_SECONDS", (0.0, 0.0))
         else:
             monkeypatch.setattr(duckfiles, "_CHECKPOINT_SIZE", "4MB")
         clock = Clock()
-        with DuckStore(tmp_path, memory_bytes=64 << 20, clock=clock) as store:
+        with DuckStore(tmp_path, limits(memory_bytes=64 << 20), clock=clock) as store:
 
             def held() -> dict[str, int]:
                 with store._files.use("shop") as db:
@@ -614,8 +624,8 @@ class TestFiles:
     def test_a_long_log_is_checkpointed_within_a_minute(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(duckfiles, "_SAVED_BYTES", 1)
-        monkeypatch.setattr(duckfiles, "_SAVED_SECONDS", (60.0, 60.0))
+        monkeypatch.setattr(duckmemory, "_SAVED_BYTES", 1)
+        monkeypatch.setattr(duckmemory, "_SAVED_SECONDS", (60.0, 60.0))
         clock, log = Clock(), tmp_path / "shop/betrace.duckdb.wal"
         with DuckStore(tmp_path, clock=clock) as store:
             for clock.now in (100, 159, 160):  # the file is new at 100
@@ -630,7 +640,7 @@ class TestFiles:
             assert store.counts("shop").signals == 5
 
     def test_a_file_that_is_being_written_is_not_checkpointed(self, tmp_path: Path) -> None:
-        with DuckStore(tmp_path, memory_bytes=20 << 20) as store:
+        with DuckStore(tmp_path, limits(memory_bytes=20 << 20)) as store:
             store.write_signals("busy", [make(1)])
             with store._files.use("busy", write=True) as db:
                 db.execute("DELETE FROM signals").fetchall()
@@ -640,7 +650,7 @@ class TestFiles:
             assert store.counts("busy").signals == 0
 
     def test_connections_are_bounded(self, tmp_path: Path) -> None:
-        with DuckStore(tmp_path, pool_max=2, pool_timeout=0.05) as store:
+        with DuckStore(tmp_path, limits(pool_max=2, pool_timeout_seconds=0.05)) as store:
             store.write_signals("a", [make(1)])
             with store._files.use("a"), store._files.use("a"):
                 assert store.connections() == {"a": 2}
@@ -649,7 +659,7 @@ class TestFiles:
                 assert store.signals("b") == ([], None)
             assert store.connections() == {"a": 1}
 
-    def test_a_second_writer_waits_then_is_told(self, store: DuckStore) -> None:
+    def test_a_second_writer_waits_then_gets_an_error(self, store: DuckStore) -> None:
         with (
             store._files.use("a", write=True),
             pytest.raises(PoolTimeout, match="another write"),
@@ -659,7 +669,7 @@ class TestFiles:
 
     def test_many_threads(self, tmp_path: Path) -> None:
         failures: list[BaseException] = []
-        with DuckStore(tmp_path, pool_timeout=30, attached_max=2) as store:
+        with DuckStore(tmp_path, limits(pool_timeout_seconds=30), attached_max=2) as store:
 
             def work(number: int) -> None:
                 try:
@@ -727,7 +737,9 @@ class TestFiles:
         assert store.write_signals("a", [make(3)]) == 1
         assert ids(store.signals("a")) == [3]
 
-    def test_a_disk_that_takes_no_new_file_is_told(self, store: DuckStore, tmp_path: Path) -> None:
+    def test_a_disk_that_takes_no_new_file_is_an_error(
+        self, store: DuckStore, tmp_path: Path
+    ) -> None:
         (tmp_path / "a").touch()
         with pytest.raises(StoreError, match="check the disk") as caught:
             store.write_signals("a", [make(1)])
@@ -757,7 +769,7 @@ class TestDamage:
         path.write_bytes(data)
 
     @pytest.mark.parametrize("kind", ["garbage", "empty", "cut", "flipped"])
-    def test_a_damaged_file_is_told_and_rebuilt(self, tmp_path: Path, kind: str) -> None:
+    def test_a_damaged_file_is_reported_and_rebuilt(self, tmp_path: Path, kind: str) -> None:
         with DuckStore(tmp_path) as store:
             store.write("shop", signals=[make(1)], traces=columns(1))
             store.write_signals("other", [make(9)])
@@ -774,7 +786,7 @@ class TestDamage:
             assert store.write_signals("shop", [make(1)]) == 1
             assert path.with_name("betrace.duckdb.damaged").exists()
 
-    def test_a_deleted_file_is_begun_anew(self, tmp_path: Path) -> None:
+    def test_a_deleted_file_is_created_again(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
             store.write_signals("shop", [make(1)])
             (tmp_path / "shop/betrace.duckdb").unlink()
@@ -841,7 +853,7 @@ class TestDamage:
             (duckdb.ConversionException, False),
         ],
     )
-    def test_errors_are_told_apart(
+    def test_errors_are_transient_or_not(
         self, store: DuckStore, kind: type[duckdb.Error], transient: bool
     ) -> None:
         def fail() -> None:

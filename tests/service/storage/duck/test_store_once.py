@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 
 from betrace.service.signals import Kind
 from betrace.service.storage.duck.arrow import trace_id_array
-from betrace.service.storage.duck.schema import SCHEMA_VERSION
-from betrace.service.storage.duck.store import (
-    DuckStore,
-    RowCounts,
-    StoredSignal,
-    StoreError,
-    TraceRow,
-)
-from tests.service.storage.duck.test_store import columns, make, trace_id
+from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.duck.schema import SCHEMA_VERSION, StoreError
+from betrace.service.storage.duck.store import DuckStore, RowCounts
+from tests.service.storage.duck.test_store import columns, limits, make, trace_id
 
 # As the first version of the program made it.
 SCHEMA_1 = """
@@ -82,7 +77,7 @@ def fill(store: DuckStore) -> None:
 
 
 class TestMigration:
-    def test_a_file_of_the_first_version_is_brought_up(self, tmp_path: Path) -> None:
+    def test_a_file_of_the_first_version_is_migrated(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
             fill(store)
             before = everything(store)
@@ -105,7 +100,7 @@ class TestMigration:
                 "trace_frames",
             }
 
-    def test_what_was_migrated_is_not_again(self, tmp_path: Path) -> None:
+    def test_a_migrated_file_is_not_migrated_again(self, tmp_path: Path) -> None:
         with DuckStore(tmp_path) as store:
             fill(store)
         as_version_1(tmp_path / "shop/betrace.duckdb")
@@ -172,7 +167,7 @@ class TestOnce:
         }
 
     def test_after_files_were_closed_and_opened(self, tmp_path: Path) -> None:
-        with DuckStore(tmp_path, idle_close=0) as store:
+        with DuckStore(tmp_path, limits(idle_close_seconds=0)) as store:
             for _ in range(3):
                 fill(store)
                 assert store.counts("shop") == RowCounts(6, 3, 2)

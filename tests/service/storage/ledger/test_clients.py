@@ -107,7 +107,7 @@ def test_only_the_client_of_the_call_is_replaced() -> None:
     assert made.clients.counts.replaced == 1
 
 
-def test_a_replacement_waits_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_replacements_wait_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(clients.time, "monotonic", lambda: now)
     made = Made(pause=1.0)
@@ -116,7 +116,7 @@ def test_a_replacement_waits_ever_longer(monkeypatch: pytest.MonkeyPatch) -> Non
         with made.clients.use() as client:
             made.clients.discard(client)
             made.clients.discard(client)  # no more than once
-        refused(made.use, "another is made in", transient=True)
+        refused(made.use, "a new one is made in", transient=True)
         before = now
         while True:
             try:
@@ -134,7 +134,7 @@ def test_a_replacement_waits_ever_longer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [each.closed for each in made.all] == [1] * 9 + [0]
 
 
-def test_only_so_many_may_hang() -> None:
+def test_the_number_of_hanging_clients_is_bounded() -> None:
     made = Made()
     for _ in range(MOST_LEFT_BEHIND):
         made.hang()
@@ -146,7 +146,7 @@ def test_only_so_many_may_hang() -> None:
     assert made.clients.counts.left_behind == 0
 
 
-def test_close_waits_for_a_call_but_not_for_ever() -> None:
+def test_close_waits_for_a_call_for_a_limited_time() -> None:
     made = Made()
     made.hang()
     started = time.monotonic()

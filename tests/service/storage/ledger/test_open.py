@@ -43,11 +43,11 @@ def test_a_data_directory_may_change_its_kind(tmp_path: Path, cluster: Cluster) 
     second.close()
     assert all(client.closed for client in cluster.clients)
     journal = SqliteLedger(tmp_path / LEDGER_FILE)
-    journal.hold([make(3)])  # as a process that died
+    journal.add_outgoing([make(3)])  # as a process that died
     journal.close()
     third = open_ledger(plain)
     assert third.kind == "sqlite"
-    assert (third.count("shop"), third.held()) == (3, [])
+    assert (third.count("shop"), third.outgoing()) == (3, [])
     third.close()
 
 

@@ -49,7 +49,7 @@ def test_whole_signals_come_back_in_order(ledger: SqliteLedger) -> None:
     assert ledger.tenants() == ["other", "shop"]
 
 
-def test_the_first_telling_stays(ledger: SqliteLedger) -> None:
+def test_the_first_version_of_a_signal_stays(ledger: SqliteLedger) -> None:
     ledger.record([make(1, message="first")])
     ledger.record([make(1, message="second")])
     assert [signal.message for _, signal in ledger.entries("shop")] == ["first"]
@@ -89,7 +89,9 @@ def test_a_batch_is_all_or_nothing(ledger: SqliteLedger) -> None:
     assert ledger.record([make(1)]) == [True]
 
 
-def test_a_file_held_by_another_is_transient(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_locked_by_another_process_is_transient(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("betrace.service.storage.ledger.sqlite._BUSY_SECONDS", 0.05)
     ledger = SqliteLedger(path, synchronous="normal")
     other = sqlite3.connect(path, isolation_level=None)
@@ -136,7 +138,7 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
         SqliteLedger(path)
 
 
-def test_a_file_of_the_first_schema_is_taken_along(path: Path) -> None:
+def test_a_file_of_the_first_schema_is_migrated(path: Path) -> None:
     ledger = SqliteLedger(path)
     ledger.record([make(1)])
     ledger.close()
@@ -145,30 +147,30 @@ def test_a_file_of_the_first_schema_is_taken_along(path: Path) -> None:
     db.close()
     ledger = SqliteLedger(path)
     assert ledger.record([make(1), make(2)]) == [False, True]
-    assert ledger.hold([make(3)]) == [True]
+    assert ledger.add_outgoing([make(3)]) == [True]
     ledger.close()
 
 
-def test_what_is_held_becomes_an_entry_when_it_is_settled(ledger: SqliteLedger) -> None:
+def test_an_outgoing_signal_becomes_an_entry_when_settled(ledger: SqliteLedger) -> None:
     ledger.record([make(0)])
     first = make(1, message="first")
-    assert ledger.hold([]) == []
-    assert ledger.hold([make(0), first, make(2), first]) == [False, True, True, False]
-    assert ledger.hold([make(1, message="second"), make(3)]) == [True, True]
-    assert [signal for _, signal in ledger.held()] == [first, make(2), make(3)]
-    assert [s for _, s in ledger.held(ledger.held()[0][0], limit=1)] == [make(2)]
+    assert ledger.add_outgoing([]) == []
+    assert ledger.add_outgoing([make(0), first, make(2), first]) == [False, True, True, False]
+    assert ledger.add_outgoing([make(1, message="second"), make(3)]) == [True, True]
+    assert [signal for _, signal in ledger.outgoing()] == [first, make(2), make(3)]
+    assert [s for _, s in ledger.outgoing(ledger.outgoing()[0][0], limit=1)] == [make(2)]
     assert ledger.count("shop") == 1
     ledger.settle([make(1, message="second"), make(2)], refused=[make(3)])
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert [signal for _, signal in ledger.entries("shop")] == [make(0), first, make(2)]
     ledger.settle([make(2)])  # by a second thread: it is settled
     assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
 
 
-def test_the_ledger_that_takes_over_has_what_was_held(ledger: SqliteLedger) -> None:
-    ledger.hold([make(1), make(2, tenant="other")])
+def test_the_ledger_that_takes_over_has_the_outgoing_signals(ledger: SqliteLedger) -> None:
+    ledger.add_outgoing([make(1), make(2, tenant="other")])
     ledger.take_over()
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert (ledger.balances("shop"), ledger.balances("other")) == ({"r1": 1}, {"r1": 1})
 
 
@@ -213,7 +215,7 @@ def test_a_connection_that_hangs_is_replaced(
     assert ledger.clients.left_behind == 0
 
 
-def test_close_does_not_wait_for_ever(
+def test_close_waits_for_a_limited_time(
     ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "_CLOSE_SECONDS", 0.1)

@@ -123,7 +123,7 @@ def test_a_request_too_large_names_the_setting(ledger, cluster) -> None:
     assert ledger.problem is None
 
 
-def test_one_event_refused_is_no_reason_to_lose_the_others(ledger, cluster) -> None:
+def test_one_refused_event_does_not_lose_the_others(ledger, cluster) -> None:
     cluster.failed.add(int(make(2).id, 16))
     with pytest.raises(
         RefusedError, match="refuses 2 signals: transfer: ID_ALREADY_FAILED"
@@ -135,11 +135,11 @@ def test_one_event_refused_is_no_reason_to_lose_the_others(ledger, cluster) -> N
     assert ledger.balance("shop", "r1") == 2
     # It is not an entry and not on its way: nothing sends it again by itself.
     assert [s.trace_id for _, s in ledger.entries("shop")] == [make(i).trace_id for i in (1, 3)]
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert (ledger.count("shop"), ledger.tenants(), ledger.last_entry("shop")) == (2, ["shop"], 2)
 
 
-def test_a_transfer_that_is_there_otherwise_is_refused(ledger, cluster) -> None:
+def test_a_transfer_that_exists_with_other_values_is_refused(ledger, cluster) -> None:
     signal = make(1)
     other = tb.Transfer(id=int(signal.id, 16), amount=1)
     cluster.transfers[other.id] = other
@@ -147,7 +147,7 @@ def test_a_transfer_that_is_there_otherwise_is_refused(ledger, cluster) -> None:
         ledger.record([signal])
 
 
-def test_without_its_account_a_signal_is_refused_before_its_id_is_burnt(ledger, cluster) -> None:
+def test_without_its_account_a_signal_is_refused_before_its_id_is_used(ledger, cluster) -> None:
     cluster.accounts[rule_account("shop", "r2")] = tb.Account(
         id=rule_account("shop", "r2"), ledger=1, code=9
     )
@@ -181,7 +181,7 @@ def test_a_call_left_behind_is_unknown_and_sent_again(ledger, cluster) -> None:
     assert inside.wait(5)
     ledger.replace(began)
     assert ledger.clients.left_behind == 1
-    assert [s.trace_id for _, s in ledger.held()] == [make(i).trace_id for i in (1, 2)]
+    assert [s.trace_id for _, s in ledger.outgoing()] == [make(i).trace_id for i in (1, 2)]
     assert ledger.record([make(3)]) == [True]  # a new client does not wait for the old
     go_on.set()
     thread.join(5)
@@ -190,7 +190,7 @@ def test_a_call_left_behind_is_unknown_and_sent_again(ledger, cluster) -> None:
     assert len(cluster.transfers) == 4  # it was carried out
     assert ledger.record([make(1), make(2)]) == [True, True]
     assert ledger.balance("shop", "r1") == len(cluster.transfers) == 4
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     assert (ledger.clients.left_behind, ledger.clients.replaced) == (0, 1)
     assert [client.closed for client in cluster.clients] == [True, False]
 
@@ -199,7 +199,7 @@ def test_a_call_left_behind_is_unknown_and_sent_again(ledger, cluster) -> None:
 def test_a_client_that_is_dead_is_replaced(ledger, cluster, error) -> None:
     ledger.record([make(1)])
     cluster.script = iter([error])
-    with pytest.raises(LedgerError, match="Another is made") as caught:
+    with pytest.raises(LedgerError, match="A new client is made") as caught:
         ledger.record([make(2)])
     assert caught.value.transient
     assert ledger.record([make(1), make(2)]) == [False, True]
@@ -236,9 +236,7 @@ def test_a_client_that_cannot_be_made_is_fatal(tmp_path) -> None:
     ledger.close()
 
 
-def test_a_cluster_that_is_away_does_not_keep_the_service_from_starting(
-    ledger, cluster, caplog
-) -> None:
+def test_an_unreachable_cluster_does_not_prevent_the_start(ledger, cluster, caplog) -> None:
     released = threading.Event()
     cluster.script = iter([lambda: released.wait(10) and None])
     ledger.start(0.05)
@@ -248,14 +246,14 @@ def test_a_cluster_that_is_away_does_not_keep_the_service_from_starting(
     assert ledger.record([make(1)]) == [True]
 
 
-def test_a_cluster_that_stumbles_does_not_either(ledger, cluster, caplog) -> None:
+def test_a_transient_error_does_not_prevent_the_start(ledger, cluster, caplog) -> None:
     cluster.script = iter([tb.ClientEvictedError()])
     ledger.start(5)
     assert "does not work yet" in caplog.text
 
 
 @pytest.mark.parametrize("carried_out", [False, True])
-def test_what_a_dead_process_left_on_its_way_is_sent_at_the_next_start(
+def test_outgoing_signals_are_sent_at_the_next_start(
     open_ledger, cluster, carried_out, caplog
 ) -> None:
     caplog.set_level("INFO", "service.ledger")
@@ -278,9 +276,9 @@ def test_what_a_dead_process_left_on_its_way_is_sent_at_the_next_start(
     assert len(cluster.transfers) == (3 if carried_out else 1)
     second = open_ledger()
     second.start(5)
-    assert "2 signals that had been left on their way" in caplog.text
+    assert "2 outgoing signals were sent again" in caplog.text
     assert len(cluster.transfers) == second.count("shop") == second.balance("shop", "r1") == 3
-    assert second.held() == []
+    assert second.outgoing() == []
     assert second.record([make(1)]) == [False]
 
 
@@ -290,7 +288,7 @@ def test_the_next_start_need_not_find_the_cluster(open_ledger, cluster) -> None:
     with pytest.raises(LedgerError):
         first.record([make(1)])
     second = open_ledger()
-    assert [signal for _, signal in second.held()] == [make(1)]  # for who must know of it
+    assert [signal for _, signal in second.outgoing()] == [make(1)]  # for who must know of it
     assert second.record([make(2)]) == [True]  # the first that reaches the cluster takes it along
     assert second.balance("shop", "r1") == 2
 
@@ -325,7 +323,7 @@ class TestSettling:
             call(*arguments)
         return caught.value
 
-    def test_is_not_waited_for_but_by_the_next_batch(self, ledger, settle) -> None:
+    def test_only_the_next_batch_waits_for_it(self, ledger, settle) -> None:
         gate = threading.Event()
         settle.append(gate)
         assert ledger.record([make(1)]) == [True]  # although it is not settled
@@ -335,9 +333,9 @@ class TestSettling:
         gate.set()
         thread.join(5)
         assert answers == [[False, True]]
-        assert (ledger.count("shop"), ledger.held()) == (2, [])
+        assert (ledger.count("shop"), ledger.outgoing()) == (2, [])
 
-    def test_is_waited_for_by_readers_but_not_for_long(self, ledger, settle, monkeypatch) -> None:
+    def test_readers_wait_for_it_briefly(self, ledger, settle, monkeypatch) -> None:
         gate = threading.Event()
         settle.append(gate)
         ledger.record([make(1)])
@@ -345,14 +343,14 @@ class TestSettling:
             "betrace.service.storage.ledger.tigerbeetle._READERS_WAIT_SECONDS", 0.05
         )
         assert ledger.count("shop") == 0
-        assert [signal for _, signal in ledger.held()] == [make(1)]
+        assert [signal for _, signal in ledger.outgoing()] == [make(1)]
         monkeypatch.setattr("betrace.service.storage.ledger.tigerbeetle._READERS_WAIT_SECONDS", 10)
         thread, answers = self.in_thread(lambda: ledger.count("shop"))
         gate.set()
         thread.join(5)
         assert answers == [1]
 
-    def test_that_fails_is_made_up_for_before_anything_else(
+    def test_a_failed_batch_is_sent_again_before_anything_else(
         self, ledger, cluster, monkeypatch
     ) -> None:
         real = SqliteLedger.settle
@@ -367,12 +365,12 @@ class TestSettling:
         assert ledger.record([make(1)]) == [True]
         with pytest.raises(LedgerError, match="the disk is full"):  # to settle what was left over
             ledger.record([make(2)])
-        assert [signal for _, signal in ledger.held()] == [make(1)]
+        assert [signal for _, signal in ledger.outgoing()] == [make(1)]
         assert ledger.record([make(1), make(2)]) == [False, True]
-        assert ledger.held() == []
+        assert ledger.outgoing() == []
         assert ledger.balance("shop", "r1") == ledger.count("shop") == len(cluster.transfers) == 2
 
-    def test_that_hangs_is_left_behind(self, ledger, cluster, settle) -> None:
+    def test_a_hanging_settlement_is_left_behind(self, ledger, cluster, settle) -> None:
         gate = threading.Event()
         settle.append(gate)
         assert ledger.record([make(1)]) == [True]
@@ -387,7 +385,7 @@ class TestSettling:
         assert "left behind" in str(answers[0])
         assert ledger.record([make(2)]) == [True]
         assert ledger.balance("shop", "r1") == ledger.count("shop") == 3
-        assert ledger.held() == []
+        assert ledger.outgoing() == []
 
     def test_is_over_when_the_ledger_is_closed(self, open_ledger, settle) -> None:
         gate = threading.Event()
@@ -396,7 +394,7 @@ class TestSettling:
         first.record([make(1)])
         threading.Timer(0.05, gate.set).start()
         first.close()
-        assert open_ledger().held() == []
+        assert open_ledger().outgoing() == []
 
 
 def test_close_gives_up_a_call_that_hangs_and_never_closes_under_it(
@@ -420,7 +418,7 @@ def test_close_gives_up_a_call_that_hangs_and_never_closes_under_it(
     ledger.close()
     ledger.close()
     assert time.monotonic() - started < 3
-    assert "hangs and is not closed" in caplog.text
+    assert "hangs and was not closed" in caplog.text
     assert not cluster.clients[0].closed
     released.set()
     thread.join(5)

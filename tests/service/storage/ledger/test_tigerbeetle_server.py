@@ -159,7 +159,7 @@ def check(load: Load, ledger: TigerBeetleLedger) -> None:
     for signal in load.signals:
         expected[signal.rule_id] += 1 if signal.kind is Kind.RAISED else -1
     assert ledger.balances("shop") == expected
-    assert ledger.held() == []
+    assert ledger.outgoing() == []
     entries, after = [], 0
     while page := ledger.entries("shop", after):
         after = page[-1][0]
@@ -211,13 +211,13 @@ def test_a_server_paused_under_load_loses_nothing(server, open_ledger) -> None:
     assert ledger.clients.left_behind == 0  # the calls came back, and closed their clients
 
 
-def test_a_new_process_sends_what_the_old_left_on_its_way(server, open_ledger) -> None:
+def test_a_new_process_sends_outgoing_signals_of_the_old_one(server, open_ledger) -> None:
     first = open_ledger()
     first.record([make(1)])
     server.pause()
     thread = threading.Thread(target=first.record, args=([make(2)],))
     thread.start()
-    while not first.held():
+    while not first.outgoing():
         time.sleep(0.02)
     second = open_ledger()
     second._clients.pause = 0

@@ -16,22 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betrace.service.storage.disk import Buffer, Disk
+from betrace.service.storage.lockfile import LockedError
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
     FRAME_HEADER_BYTES,
+    Frame,
     file_header,
     frame_header,
-)
-from betrace.service.storage.spanlog.log import (
-    Frame,
-    FrameCorrupt,
-    FrameMissing,
-    LockedError,
-    LogSyncError,
-    LogWriteError,
-    SpanLog,
     pack_position,
     unpack_position,
+)
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.storage.spanlog.tenant_log import (
+    FrameCorrupt,
+    FrameMissing,
+    LogWriteError,
 )
 
 DAY = 86_400 * 10**9
@@ -246,7 +245,7 @@ class TestSync:
             assert log.statistics().unsynced_bytes == 0
             assert log.statistics().last_sync_seconds > 0
 
-    def test_files_closed_meanwhile_are_synced_too(self, tmp_path: Path) -> None:
+    def test_files_closed_in_the_meantime_are_synced_too(self, tmp_path: Path) -> None:
         synced: list[str] = []
 
         def sync(descriptor: int) -> None:
@@ -275,7 +274,7 @@ class TestSync:
         with SpanLog(tmp_path) as log:
             assert log.synced("shop") == log.end("shop") > 0
 
-    def test_a_failure_is_told_and_its_segment_not_used_again(self, tmp_path: Path) -> None:
+    def test_a_failed_sync_raises_and_its_segment_is_not_used_again(self, tmp_path: Path) -> None:
         broken: set[str] = {"a/"}
 
         def sync(descriptor: int) -> None:
@@ -598,7 +597,7 @@ class TestDamage:
 
 
 class TestOwnership:
-    def test_a_second_owner_is_told_who_the_first_is(self, tmp_path: Path) -> None:
+    def test_a_second_owner_learns_the_pid_of_the_first(self, tmp_path: Path) -> None:
         script = (
             "import sys; from pathlib import Path\n"
             "from betrace.service.storage.spanlog.log import SpanLog\n"
@@ -618,7 +617,7 @@ class TestOwnership:
         with SpanLog(tmp_path) as log:
             log.append("shop", [frame()])
 
-    def test_closed_means_closed(self, tmp_path: Path) -> None:
+    def test_a_closed_client_is_refused(self, tmp_path: Path) -> None:
         log = SpanLog(tmp_path)
         log.close()
         log.close()
@@ -663,3 +662,41 @@ def test_file_header_is_refused_when_cut(tmp_path: Path) -> None:
         assert bodies(log) == []
         assert [s.reason for s in log.skipped] == ["damaged file header"]
         assert len(file_header("shop", 1, 1, bytes(8))) == FILE_HEADER_BYTES
+
+
+class TestStrayFiles:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "2026-13-45/00000009.seg",
+            "20261101xx/00000009.seg",
+            "copy/00000009.seg",
+            "2026-11-01/9.seg",
+            "2026-11-01/00000099.seg",
+            "2026-11-01/00000000.seg",
+            "2026-11-01/99999999999.seg",
+            "2026-11-01/9999999999.seg",
+            "2026-11-01/٠٠٠٠٠٠٠٩.seg",
+            "2026-11-01/00000009 (copy).seg",
+            "2999-11-01/00000001.seg",
+        ],
+    )
+    def test_a_file_that_is_not_a_segment_is_reported_and_ignored(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    ) -> None:
+        with SpanLog(tmp_path, segment_bytes=4096) as log:
+            positions = log.append("shop", [frame(), frame(bytes(4096)), frame(b"last")])
+            number = len(log.segments("shop"))
+        stray = tmp_path / "shop/log" / name
+        stray.parent.mkdir(exist_ok=True)
+        if stray.stem == "00000099":
+            stray.mkdir()
+        else:
+            stray.write_bytes(b"stray")
+        with SpanLog(tmp_path, segment_bytes=4096) as log:
+            assert [log.read("shop", p).payload for p in positions][-1] == b"last"
+            (after,) = log.append("shop", [frame(b"after")])
+            assert len(bodies(log)) == 4
+            assert unpack_position(after)[0] in (number, number + 1)
+        assert caplog.text.count(str(stray)) == 1
+        assert "move it away" in caplog.text

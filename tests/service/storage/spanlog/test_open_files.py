@@ -19,7 +19,7 @@ def make(directory: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_the_one_used_longest_ago_is_closed(tmp_path: Path) -> None:
+def test_the_least_recently_used_file_is_closed(tmp_path: Path) -> None:
     files = OpenFiles(2)
     a, b, c = make(tmp_path, 3)
     with files.use(a) as first:
@@ -91,7 +91,7 @@ def test_the_soft_limit_is_raised_never_lowered(
     assert asked == ([wanted] if wanted else [])
 
 
-def test_a_system_that_refuses_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_refuses_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise ValueError("not allowed to raise maximum limit")
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from betrace.service.storage.disk import Disk
 from betrace.service.storage.spanlog import filesystem
 from betrace.service.storage.spanlog import sync as logsync
 from betrace.service.storage.spanlog.filesystem import reliable, sync_filesystem
-from betrace.service.storage.spanlog.log import Disk, Frame, LogSyncError, SpanLog
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
 from betrace.service.storage.spanlog.tenant_log import TenantLog
 
 TENANTS = [f"t{k:02}" for k in range(logsync.MANY)]
@@ -75,7 +77,9 @@ def test_many_are_synced_by_one_call(tmp_path: Path, watched: WatchedDisk) -> No
         assert sorted(watched.files) == TENANTS[1:]  # too few
 
 
-def test_a_failure_is_told_to_those_it_met(tmp_path: Path, watched: WatchedDisk) -> None:
+def test_a_failure_is_reported_to_the_affected_tenants(
+    tmp_path: Path, watched: WatchedDisk
+) -> None:
     with SpanLog(tmp_path, disk=watched.disk) as log:
         write(log)
         watched.broken = {"t03", "t07"}
@@ -91,7 +95,7 @@ def test_a_failure_is_told_to_those_it_met(tmp_path: Path, watched: WatchedDisk)
         assert durable(log) == set(TENANTS)
 
 
-def test_a_failure_of_others_is_not_ours(tmp_path: Path, watched: WatchedDisk) -> None:
+def test_a_failure_of_another_program_is_not_reported(tmp_path: Path, watched: WatchedDisk) -> None:
     with SpanLog(tmp_path, disk=watched.disk) as log:
         write(log)
         watched.foreign_failure = True
@@ -157,7 +161,7 @@ def test_the_call_itself(tmp_path: Path) -> None:
     ("release", "system", "expected"),
     [("4.19.0", "Linux", False), ("odd", "Linux", False), ("6.1.0-1", "Darwin", False)],
 )
-def test_where_it_is_not_relied_upon(
+def test_where_it_is_unreliable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, system: str, expected: bool
 ) -> None:
     monkeypatch.setattr(platform, "release", lambda: release)
@@ -165,7 +169,7 @@ def test_where_it_is_not_relied_upon(
     assert reliable(tmp_path) is expected
 
 
-def test_only_filesystems_known_to_tell_errors(
+def test_only_filesystems_known_to_report_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reliable(Path("/proc")) is False

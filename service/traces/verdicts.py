@@ -1,0 +1,160 @@
+"""Signals and retractions from decided traces: pure functions of what is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from betrace.service.otlp.columns import Rows
+from betrace.service.signals import Kind, Signal, signal_id
+from betrace.service.traces.decide import ALWAYS_BROKEN, CLAUSES, NEVER_BROKEN, Breach, decide
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.layout import (
+    E_CHECK,
+    E_COUNT,
+    E_EVIDENCE,
+    EVIDENCE,
+    FLAGS,
+    PARTIAL,
+    REOPENED,
+)
+from betrace.service.traces.signal_history import RuleVersion, active_elsewhere
+
+_MASK = 2**64 - 1
+_CHANGED = "spans that arrived after the trace was closed changed the verdict"
+
+
+@dataclass(slots=True, eq=False)
+class Decided:
+    """What must be stored: signals, and the traces that were closed (None if none were)."""
+
+    tenant: str
+    signals: list[Signal]
+    closed: DueTraces | None
+    spilled: Rows | None = None
+    due_ns: int = 0
+    """When the last relevant span was received, or the trace was closed."""
+
+    ticket: int = 0
+    """The ticket of this work in the pipeline, 0 for none."""
+
+    @property
+    def weight(self) -> int:
+        """Rows to write, at least 1."""
+        traces = 0 if self.closed is None else len(self.closed)
+        return len(self.signals) + traces or 1
+
+
+def decide_due(due: DueTraces, now: int) -> Decided:
+    """The signals of traces that are due; ``now`` becomes their ``detected_at``."""
+    signals = [_signal(due, breach, now, kind, episode) for breach, kind, episode in _found(due)]
+    spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
+    return Decided(
+        due.tenant,
+        signals,
+        due if due.closed and len(due) else None,
+        spilled,
+        due.received_ns,
+        due.ticket,
+    )
+
+
+def raise_signal(due: DueTraces, breach: Breach, now: int) -> Signal:
+    """The signal of a breach that was never raised before."""
+    return _signal(due, breach, now, Kind.RAISED, 0)
+
+
+def _found(due: DueTraces) -> Iterator[tuple[Breach, Kind, int]]:
+    """What to signal, each with its episode. A breach whose signal is active is signalled again:
+    the id is the same, so it is recorded only if it was missing."""
+    breaches = decide(due)
+    rules = due.rules.rules
+    broken: dict[int, set[RuleVersion]] = {}  # by trace that was closed before
+    if due.closed:
+        again = np.flatnonzero(due.rows[:, FLAGS] & REOPENED).tolist()
+        broken = {k: set() for k in [*again, *due.signal_history]}
+    if broken:
+        named = {(breach.trace, breach.rule) for breach in breaches}
+        for breach in decide(due, raised_early=False):
+            if (k := breach.trace) in broken:
+                rule = rules[breach.rule]
+                broken[k].add((rule.id, rule.version))
+                before = due.signal_history.get(k, {}).get((rule.id, rule.version))
+                if (k, breach.rule) not in named and not (before and before.active):
+                    # Certain early now, but perhaps not when it was folded under other rules.
+                    breaches.append(breach)
+    elsewhere = {
+        k: active_elsewhere(told, due.rules.identities) for k, told in due.signal_history.items()
+    }
+    for breach in breaches:
+        rule = rules[breach.rule]
+        if rule.id not in elsewhere.get(breach.trace, ()):
+            before = due.signal_history.get(breach.trace, {}).get((rule.id, rule.version))
+            yield breach, Kind.RAISED, before.emitted // 2 if before else 0
+    for k, told in due.signal_history.items() if due.closed else ():
+        for number, rule in enumerate(rules):
+            before = told.get((rule.id, rule.version))
+            if before and before.active and (rule.id, rule.version) not in broken[k]:
+                clause = ALWAYS_BROKEN if before.clause == "always" else NEVER_BROKEN
+                yield Breach(k, number, clause, early=False), Kind.RETRACTED, before.emitted // 2
+
+
+def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) -> Signal:
+    rules = due.rules
+    rule = rules.rules[breach.rule]
+    trace_id = due.trace_id(breach.trace)
+    first, last = due.starts[breach.trace], due.starts[breach.trace + 1]
+    by_check = {int(row[E_CHECK]): row for row in due.entries[first:last]}
+    counts: dict[str, int] = {}
+    evidence: dict[str, list[str]] = {}
+    for check in rules.checks_of_rule[breach.rule]:
+        name = rules.check_names[check]
+        row = by_check.get(check)
+        counts[name] = 0 if row is None else int(row[E_COUNT])
+        if row is not None:
+            kept = min(counts[name], EVIDENCE)
+            ids = row[E_EVIDENCE + 1 : E_EVIDENCE + 2 * kept : 2]
+            evidence[name] = [f"{int(span_id) & _MASK:016x}" for span_id in ids]
+    clause = CLAUSES[breach.clause]
+    found = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    says = "does not hold" if clause == "always" else "holds"
+    return Signal(
+        id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind, episode),
+        tenant=due.tenant,
+        rule_id=rule.id,
+        rule_version=rule.version,
+        severity=str(rule.severity),
+        kind=kind,
+        clause=clause,
+        trace_id=trace_id,
+        detected_at=now,
+        early=breach.early,
+        counts=counts,
+        evidence=evidence,
+        message=f"{rule.name}: {clause!r} {says} ({found})",
+        labels=dict(rule.labels),
+        reason=_CHANGED if kind is Kind.RETRACTED else _caveat(due, breach.trace),
+        context=_context(due, breach.trace),
+        episode=episode,
+    )
+
+
+def _caveat(due: DueTraces, k: int) -> str | None:
+    if due.rows[k, FLAGS] & PARTIAL:
+        return "the trace is partial: some of its earlier spans were not counted"
+    return None
+
+
+def _context(due: DueTraces, k: int) -> dict[str, Any] | None:
+    context = due.contexts.get(k)
+    if context is None:
+        return None
+    return {
+        "window": context.window,
+        "first": context.first,
+        "last": context.first + len(context.spans) - 1,
+        "spans": [f"{span_id & _MASK:016x}" for span_id in context.spans],
+    }

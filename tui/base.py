@@ -1,0 +1,96 @@
+"""What panels and widgets use of the application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from textual.app import App
+from textual.color import Color, ColorParseError
+from textual.worker import Worker
+
+from betrace.tui.changes import OperatorChange
+from betrace.tui.client import ApiClient, ClientError
+from betrace.tui.state import ServiceState
+from betrace.tui.tones import Tone
+
+_COLOURS: dict[Tone, str] = {"good": "success", "busy": "warning", "bad": "error"}
+
+
+class BaseApp(App[int]):
+    """The application as its panels see it. :class:`betrace.tui.app.BetraceApp` composes it.
+
+    Args:
+      client: sends the requests; its owner closes it.
+      read_only: disables changes.
+      clock: returns seconds since 1970.
+    """
+
+    def __init__(
+        self, client: ApiClient, read_only: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__()
+        self.client = client
+        self.read_only = read_only
+        self.clock = clock
+        self.state = ServiceState()
+        self.frozen_at: float | None = None
+        """When the view was frozen; None while it is not."""
+        self.panel_numbers: dict[str, int] = {}
+        """The number keys of the panels by class name."""
+
+    def start(self, work: Callable[[], Coroutine[Any, Any, None]], group: str) -> None:
+        """Run an async function as a task. It replaces a running task of the same group."""
+        _: Worker[None] = self.run_worker(work, group=group, exclusive=True)
+
+    # Provided by the application
+
+    def reload(self) -> None:
+        """Make the visible panel read its own data again."""
+        raise NotImplementedError
+
+    def show_panel(self, name: str) -> None:
+        """Show the panel whose class has this name."""
+        raise NotImplementedError
+
+    def view_tenant(self, tenant: str) -> None:
+        """Show this tenant's signals, traces and rules from now on."""
+        raise NotImplementedError
+
+    def change(self, change: OperatorChange) -> None:
+        """Ask for confirmation, make a change, and report the result."""
+        raise NotImplementedError
+
+    # Errors
+
+    def reporting(
+        self, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> Callable[[], Coroutine[Any, Any, None]]:
+        """The same function, with its :exc:`ClientError` shown as a toast."""
+
+        async def reported() -> None:
+            try:
+                await work()
+            except ClientError as error:
+                self.toast_error(error)
+
+        return reported
+
+    def toast_error(self, error: ClientError) -> None:
+        self.notify(str(error), title=f"✖ {error.kind}", severity="error", timeout=10, markup=False)
+
+    # Colours
+
+    def style(self, tone: Tone) -> str:
+        """A tone as a Rich style in the theme's colours."""
+        if tone == "quiet":
+            return "dim"
+        return self.colour(_COLOURS[tone])
+
+    def colour(self, variable: str) -> str:
+        """A theme variable as a Rich style; empty if the theme does not define it."""
+        try:
+            return Color.parse(self.theme_variables[variable]).rich_color.name
+        except (ColorParseError, KeyError):
+            return ""
