@@ -46,6 +46,7 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.grpc.server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
@@ -239,6 +240,7 @@ class Addresses:
     """The URLs on which the service listens; None for a listener that is off."""
 
     ingest: str | None
+    grpc: str | None
     api: str | None
     metrics: str | None
 
@@ -295,14 +297,16 @@ class Service:
                 await self._recover(inner)
                 self._start_upkeep(inner)
                 ingest = await self._serve_ingest(inner, stop_ingest)
+                grpc = await self._serve_grpc(inner, stop_ingest)
                 self.state = "ready"
                 events.READY(
                     seconds=time.time() - self.sources.started_at,
                     ingest=ingest,
+                    grpc=grpc,
                     api=api,
                     metrics=metrics,
                 )
-                task_status.started(Addresses(ingest, api, metrics))
+                task_status.started(Addresses(ingest, grpc, api, metrics))
                 await self._stop.wait()
                 await self._drain(inner, stop_ingest)
                 inner.cancel_scope.cancel()
@@ -408,6 +412,18 @@ class Service:
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
         url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
+        return url
+
+    async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
+        settings = self.settings.ingest
+        if OFF in (settings.address, settings.grpc_address):
+            return None
+        listener = partial(
+            serve_grpc,
+            tls=self.settings.tls,
+            grace_seconds=self.settings.shutdown.grace_seconds,
+        )
+        url: str = await nursery.start(listener, self.edge, settings, stop)
         return url
 
     async def _listen(

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, TypeVarTuple
 import orjson
 import trio
 
-from betrace.channels.threads import ThreadRunner, ThreadTimeout
+from betrace.channels import ThreadRunner, ThreadTimeout
 from betrace.service.api.audit import AuditTrail, Operator
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.metrics.exposition import Exposition

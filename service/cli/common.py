@@ -143,6 +143,7 @@ _SETTINGS: dict[str, tuple[str, str | None, str]] = {
         "Rule files: those of the tenant `default` in DIR, those of others in DIR/<tenant>",
     ),
     "ingest": ("ingest.address", "HOST:PORT", "Where to receive spans, or off"),
+    "grpc": ("ingest.grpc_address", "HOST:PORT", "Where to receive OTLP over gRPC, or off"),
     "api": ("api.address", "HOST:PORT", "Where the API listens, or off"),
     "metrics": ("metrics.address", "HOST:PORT", "A listener for metrics alone, or off"),
     "insecure": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
@@ -19,6 +20,8 @@ from betrace.service.config.base import (
 )
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
+
 
 def _http_or_empty(text: str) -> str:
     if text and not text.startswith(("http://", "https://")):
@@ -26,15 +29,31 @@ def _http_or_empty(text: str) -> str:
     return text
 
 
+def _origins(origins: list[str]) -> list[str]:
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"has {origin!r}, which is not an origin: write scheme, host and port only, in "
+                'lower case, such as "https://shop.example"'
+            )
+    return origins
+
+
 class Ingest(SettingsSection):
-    """The listener that receives spans: OTLP over HTTP."""
+    """The listeners that receive spans: OTLP over HTTP and over gRPC."""
 
     address: Listen = "127.0.0.1:4318"
-    """The address to listen on, as host:port; off for an instance that only answers queries."""
+    """The address for OTLP over HTTP, as host:port; off for an instance that only answers queries,
+    which turns gRPC off as well."""
+    grpc_address: Listen = "127.0.0.1:4317"
+    """The address for OTLP over gRPC, as host:port, or off."""
     max_body_bytes: Size = 20 * MIB
     """Largest request body, before and after decompression. Larger bodies get 413."""
     max_buffered_bytes: Size = 256 * MIB
     """Memory for request bodies, including those still arriving. Above it, requests get 503."""
+    cors_origins: Annotated[list[str], AfterValidator(_origins)] = Field(default_factory=list)
+    """Origins of pages that may send spans from a browser, such as "https://shop.example"; "*" for
+    all, only without authentication."""
     max_connections: Count = 1024
     """Maximum open connections. More wait to be accepted."""
     head_timeout_seconds: Seconds = 10

@@ -24,9 +24,9 @@ from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import Fallback
+from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage

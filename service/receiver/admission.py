@@ -57,8 +57,15 @@ PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
 ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
     "deflate": "deflate"
 }
+# Signals other than traces: the reason they are counted as, and the variable that turns them off.
+OTHER_SIGNALS = {
+    "/v1/logs": ("logs", "OTEL_LOGS_EXPORTER"),
+    "/v1/metrics": ("metrics", "OTEL_METRICS_EXPORTER"),
+}
 REASONS = (
     "not_found",
+    "logs",
+    "metrics",
     "method",
     "unauthenticated",
     "tenant",
@@ -211,9 +218,17 @@ class Edge:
         length = int(length_header) if length_header and length_header.isdigit() else None
         head = Head(DEFAULT_TENANT, kind or JSON, encoding or "", length)
         if path not in PATHS:
+            if path in OTHER_SIGNALS:
+                signal, variable = OTHER_SIGNALS[path]
+                message = f"BeTrace takes traces, not {signal}; set {variable}=none in the client"
+                return self._refuse(head, 404, signal, message, spans=0)
             message = f"{path[:200]} does not exist; send traces to /v1/traces"
-            if path in ("/v1/metrics", "/v1/logs"):
-                message = f"{path} is not supported; export traces only, to /v1/traces"
+            if path == "/":
+                message = (
+                    "/ does not exist; send traces to /v1/traces: set "
+                    "OTEL_EXPORTER_OTLP_ENDPOINT without a path, or "
+                    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT with it"
+                )
             return self._refuse(head, 404, "not_found", message)
         if method != "POST":
             return self._refuse(
@@ -430,7 +445,7 @@ class Edge:
             spans = self.estimate(head.content_type, head.encoding, head.length or 0)
         self.refused_requests[reason] += 1
         self.refused_spans[reason] += spans
-        return export_error(status, head.content_type, message, *extra)
+        return export_error(status, head.content_type, message, *extra, reason=reason)
 
 
 class Body:

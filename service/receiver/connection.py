@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from betrace.service.config.base import MIB
 from betrace.service.receiver.admission import Body, Edge, Head
+from betrace.service.receiver.client_errors import STATUSES, ClientErrors
+from betrace.service.receiver.cors import Cors
+from betrace.service.receiver.grpc.connection import GrpcConnection
+from betrace.service.receiver.grpc.framing import Code, RpcStatus
 from betrace.service.receiver.http1 import (
     CONTINUE,
     HEAD_END,
+    HTTP2_PREFACE,
     MAX_HEAD_BYTES,
     ChunkedBody,
     NotHttpError,
@@ -28,28 +31,20 @@ from betrace.service.receiver.http1 import (
     render,
     too_large_head,
 )
+from betrace.service.receiver.limits import (
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    RETIRE_SECONDS,
+    SEND_SECONDS,
+    Limits,
+)
 from betrace.service.receiver.responses import HttpResponse
 from betrace.service.receiver.transport import TlsTransport, Transport
 
-# After a refusal the rest of the body is read and dropped within these limits: closing a connection
-# with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
-LINGER_BYTES: Final = 32 * MIB
-LINGER_SECONDS: Final = 2.0
-SEND_SECONDS: Final = 10.0
-# When the service stops, a request may be in transit on a connection that looks idle.
-RETIRE_SECONDS: Final = 0.25
+# A gRPC client at the wrong port is told so for this long, call by call; then it must reconnect.
+WRONG_PORT_SECONDS: Final = 60.0
 
 _log = logging.getLogger("service.http")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Seconds that a connection may be idle, and that the head and the body of a request may take.
-    The limit of heads also applies to TLS handshakes."""
-
-    idle: float
-    head: float
-    body: float
 
 
 class Connection:
@@ -60,28 +55,41 @@ class Connection:
 
     __slots__ = (
         "_closing",
+        "_cors",
         "_edge",
+        "_errors",
         "_idle",
         "_limits",
         "_owed",
         "_processing",
         "_rest",
         "_scope",
+        "_stranger",
         "_transport",
         "_unread",
         "deadline",
     )
 
-    def __init__(self, transport: Transport, edge: Edge, limits: Limits) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        edge: Edge,
+        limits: Limits,
+        errors: ClientErrors,
+        cors: Cors | None = None,
+    ) -> None:
         self._transport = transport
         self._edge = edge
         self._limits = limits
+        self._errors = errors
+        self._cors = cors
         self._scope = trio.CancelScope()
         self._rest = b""  # received and not yet used
         self._unread: int | ChunkedBody = 0  # rest of the current body: bytes, or chunks
         self._idle = True
         self._closing = False
         self._processing = False  # the request is complete, its outcome unknown
+        self._stranger: GrpcConnection | None = None  # serves a client that speaks gRPC
         self._owed: Callable[[], HttpResponse] | None = None  # the answer if the deadline passes
         self.deadline = trio.current_time() + limits.idle
 
@@ -101,6 +109,8 @@ class Connection:
         """End the connection because the service stops: soon if it is idle, otherwise once the
         request in progress is answered."""
         self._closing = True
+        if self._stranger is not None:
+            self._stranger.retire()
         if self._idle:
             self._scope.deadline = trio.current_time() + RETIRE_SECONDS
 
@@ -118,7 +128,9 @@ class Connection:
                 try:
                     await self._serve()
                 except NotHttpError as error:
-                    await self._part(self._edge.malformed(error.status, error.message))
+                    response = self._edge.malformed(error.status, error.message)
+                    self._note(response)
+                    await self._part(response)
             if self._scope.cancelled_caught and self._owed is not None:
                 with trio.move_on_after(LINGER_SECONDS):
                     await self._part(self._owed())
@@ -134,6 +146,9 @@ class Connection:
             self.deadline = trio.current_time() + self._limits.head
             await self._transport.handshake()
         while (block := await self._read_head()) is not None:
+            if block == HTTP2_PREFACE:
+                await self._refuse_http2()
+                return
             if not await self._answer(parse_head(block)):
                 break
         if self._rest:
@@ -144,6 +159,10 @@ class Connection:
         edge = self._edge
         self.deadline = math.inf
         self._unread = ChunkedBody() if request.length is None else request.length
+        if self._cors is not None and request.method == "OPTIONS":
+            preflight = self._cors.preflight(request.path, request.headers)
+            if preflight is not None:
+                return await self._refuse(request, preflight)
         head = await edge.admit(request.method, request.path, request.headers)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
@@ -290,10 +309,19 @@ class Connection:
     async def _send(self, request: RequestHead, response: HttpResponse, keep: bool = True) -> bool:
         """Send a response; returns whether the connection stays open, which needs ``keep``."""
         keep = keep and request.persistent and not self._closing
+        if response.status in STATUSES:
+            self._note(response)
+        if self._cors is not None and response.status != 204:
+            response = self._cors.expose(request.headers, response)
         self.deadline = trio.current_time() + SEND_SECONDS
         data = render(response, close=not keep, bodiless=request.method == "HEAD")
         await self._transport.send(data)
         return keep
+
+    def _note(self, response: HttpResponse) -> None:
+        """Leave a line in the log about a request that its client must change."""
+        if response.status in STATUSES:
+            self._errors.note(response.reason, self._transport.peer, response.message)
 
     async def _refuse(self, request: RequestHead, response: HttpResponse) -> bool:
         """Send a response before the whole body was read; returns whether the connection stays
@@ -315,6 +343,27 @@ class Connection:
             return await self._discard()
         except NotHttpError:
             return False  # the request is answered
+
+    async def _refuse_http2(self) -> None:
+        """Tell a gRPC client, in answer to each of its calls, where it belongs. (It would only
+        connect again at once after GOAWAY.)"""
+        message = (
+            "this port takes OTLP over HTTP/1.1; send OTLP over gRPC to the port of "
+            "ingest.grpc_address (4317)"
+        )
+        self._note(self._edge.malformed(505, message))
+        self.deadline = trio.current_time() + WRONG_PORT_SECONDS
+        self._stranger = GrpcConnection(
+            self._transport,
+            self._edge,
+            self._limits,
+            self._errors,
+            begun=HTTP2_PREFACE + self._rest,
+            refusal=RpcStatus(Code.UNIMPLEMENTED, message),
+        )
+        if self._closing:
+            self._stranger.retire()
+        await self._stranger.run()
 
     async def _part(self, response: HttpResponse) -> None:
         """Send a last response and end the connection."""

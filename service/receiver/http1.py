@@ -23,6 +23,7 @@ HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES: Final = 32 * KIB
 MAX_HEADERS: Final = 100
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\n"  # what HTTP/1.1 sees of it; RFC 9113, 3.4
 
 _TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 _CHUNKED_HEAD = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"

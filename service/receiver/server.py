@@ -11,13 +11,20 @@ import errno
 import logging
 import socket
 import ssl
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
 
 from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.connection import Connection, Limits
+from betrace.service.receiver.client_errors import ClientErrors
+from betrace.service.receiver.connection import Connection
+from betrace.service.receiver.cors import Cors
+from betrace.service.receiver.limits import Limits
 from betrace.service.receiver.sockets import bad_certificate, listen, url_of
 from betrace.service.receiver.transport import SocketTransport, TlsTransport, Transport
 
@@ -31,6 +38,49 @@ ARRIVAL_SHARE: Final = 0.75
 _log = logging.getLogger("service.http")
 
 
+class AnyConnection(typing.Protocol):
+    """One connection of a listener: it ends by itself, or when it is told."""
+
+    @property
+    def deadline(self) -> float:
+        """When :meth:`expire` is due, on Trio's clock."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        ...
+
+    def expire(self) -> None:
+        """The deadline has passed, or room is needed for another connection."""
+        ...
+
+    def retire(self) -> None:
+        """The service stops: end when requests in progress are answered."""
+        ...
+
+    def give_up(self) -> None:
+        """Refuse what is still arriving."""
+        ...
+
+    async def run(self) -> None:
+        """Serve it until its end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What is spoken: its name in ALPN, and what serves a connection."""
+
+    alpn: str
+    connection: Callable[[Transport, Edge, Limits, ClientErrors], AnyConnection]
+
+
+def http(settings: Ingest) -> Protocol:
+    """HTTP/1.1. Preflights of browsers are answered whatever ``ingest.cors_origins`` is."""
+    return Protocol("http/1.1", partial(Connection, cors=Cors(settings.cors_origins)))
+
+
 async def serve_ingest(
     edge: Edge,
     settings: Ingest,
@@ -39,18 +89,22 @@ async def serve_ingest(
     *,
     tls: Tls | None = None,
     grace_seconds: float = 30,
+    protocol: Protocol | None = None,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Pass requests that arrive at ``address`` to ``edge`` until ``shutdown``. Then requests in
     progress may finish for ``grace_seconds``; requests still arriving after ``ARRIVAL_SHARE`` of
-    that are refused. Starts with the URL listened on.
+    that are refused. ``protocol`` is HTTP/1.1 by default. Starts with the URL listened on.
 
     Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
     cannot be used.
     """
-    context = _tls_context(tls) if tls is not None and tls.certificate else None
+    protocol = protocol or http(settings)
+    context = None
+    if tls is not None and tls.certificate:
+        context = _tls_context(tls, protocol.alpn)
     listener = listen(address)
-    server = _Server(edge, settings, context)
+    server = _Server(edge, settings, context, protocol.connection)
     async with trio.open_nursery() as around:
         around.start_soon(server.sweep)
         async with trio.open_nursery() as nursery:
@@ -65,29 +119,38 @@ async def serve_ingest(
         around.cancel_scope.cancel()
 
 
-def _tls_context(tls: Tls) -> ssl.SSLContext:
+def _tls_context(tls: Tls, alpn: str) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(tls.certificate, tls.key)
     except OSError as error:
         raise bad_certificate(tls.certificate, tls.key, error) from error
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([alpn])
     return context
 
 
 class _Server:
     """The open connections of one listener."""
 
-    def __init__(self, edge: Edge, settings: Ingest, context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        edge: Edge,
+        settings: Ingest,
+        context: ssl.SSLContext | None,
+        connection: Callable[[Transport, Edge, Limits, ClientErrors], AnyConnection],
+    ) -> None:
         self._edge = edge
+        self._connection = connection
+        self._errors = ClientErrors()
         self._context = context
         self._most = settings.max_connections
         self._limits = Limits(
             settings.keep_alive_seconds,
             settings.head_timeout_seconds,
             settings.body_timeout_seconds,
+            settings.max_body_bytes,
         )
-        self._connections: set[Connection] = set()
+        self._connections: set[AnyConnection] = set()
         self._ended = trio.Event()
 
     async def accept(
@@ -120,7 +183,9 @@ class _Server:
                     else:  # the client has given up
                         await trio.lowlevel.checkpoint()
                 else:
-                    connection = Connection(self._transport(connected), self._edge, self._limits)
+                    connection = self._connection(
+                        self._transport(connected), self._edge, self._limits, self._errors
+                    )
                     self._connections.add(connection)
                     nursery.start_soon(self._run, connection)
                     await trio.lowlevel.checkpoint()
@@ -139,7 +204,7 @@ class _Server:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(connected))
         return TlsTransport(trio.SSLStream(stream, self._context, server_side=True))
 
-    async def _run(self, connection: Connection) -> None:
+    async def _run(self, connection: AnyConnection) -> None:
         try:
             await connection.run()
         finally:

@@ -64,7 +64,7 @@ class Victim:
         self.ready.clear()
         arguments = ["serve", "--json", "--data", str(self.data)]
         arguments += ["--rules", str(self.directory / "rules"), "--metrics", "off"]
-        arguments += ["--ingest", self.address, "--api", self.api]
+        arguments += ["--ingest", self.address, "--grpc", "off", "--api", self.api]
         with self.log_path.open("a") as log:
             log.write("---- start\n")
             log.flush()

@@ -138,7 +138,7 @@ def test_what_is_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
         port = service.ingest.rpartition(":")[2]
         same_data = ["serve", "--data", str(tmp_path / "data")]
         same_port = ["serve", "--data", str(tmp_path / "other"), "--ingest", f"127.0.0.1:{port}"]
-        free = ["--api", "127.0.0.1:0", "--metrics", "off"]
+        free = ["--grpc", "127.0.0.1:0", "--api", "127.0.0.1:0", "--metrics", "off"]
         for arguments, said in (
             ([*same_data, "--ingest", "127.0.0.1:0"], "another data directory"),
             (same_port, "choose another port"),

@@ -7,7 +7,7 @@ from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import format_span_id, format_trace_id
 
 from tests.support.process import Running, wait_for
@@ -22,10 +22,11 @@ def pay(
     check: bool = False,
     compression: Compression = Compression.NoCompression,
     tenant: str | None = None,
+    exporter: SpanExporter | None = None,
 ) -> tuple[str, list[str]]:
     """Send a payment; the ids of its trace and of its spans, the root first."""
     provider = TracerProvider(resource=Resource({"service.name": "bank"}), shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(
+    exporter = exporter or OTLPSpanExporter(
         f"{service.ingest}/v1/traces",
         compression=compression,
         headers={"x-scope-orgid": tenant} if tenant else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 
 import pytest
@@ -27,7 +28,7 @@ async def test_it_is_ready_only_while_it_runs(config):
         assert components(service.sources)["service"]["status"] == "starting"
         async with trio.open_nursery() as nursery:
             addresses = await nursery.start(service.run)
-            assert (addresses.ingest, addresses.api, addresses.metrics) == (None, None, None)
+            assert set(dataclasses.astuple(addresses)) == {None}
             assert service.sources.ready
             assert components(service.sources)["service"]["status"] == "ok"
             service.stop()
@@ -47,14 +48,15 @@ async def test_readiness_ends_before_the_drain(tmp_path):
 
 async def test_listeners_have_addresses(tmp_path):
     anywhere = {"address": "127.0.0.1:0"}
-    config = settings(tmp_path, ingest=anywhere, api=anywhere, metrics=anywhere)
+    ingest = anywhere | {"grpc_address": "127.0.0.1:0"}
+    config = settings(tmp_path, ingest=ingest, api=anywhere, metrics=anywhere)
     with ExitStack() as stack:
         service = open_service(config, stack)()
         async with trio.open_nursery() as nursery:
             addresses = await nursery.start(service.run)
-            urls = {addresses.ingest, addresses.api, addresses.metrics}
-            assert len(urls) == 3
-            assert all(url is not None and url.startswith("http://127.0.0.1:") for url in urls)
+            urls = set(dataclasses.astuple(addresses))
+            assert len(urls) == 4
+            assert all(url.startswith("http://127.0.0.1:") for url in urls)
             service.stop()
         service.close()
 

@@ -171,8 +171,7 @@ class CorrelateStage:
         if self._changed:
             self._changed = False
             self.rules_changed.set()
-        for traces in due:
-            await self._onward.send(traces)
+        await self._onward.send_each(due)
         if error is not None:
             raise error
 
@@ -202,15 +201,20 @@ class CorrelateStage:
         await self.caught_up.wait()
         while True:
             await trio.sleep(TICK_SECONDS)
+            if self._is_empty():
+                continue
             with trio.CancelScope(shield=True):  # what was closed must be passed on
                 found, error = await self._threads.run(self._close_due)
                 try:
-                    for due in found:
-                        await self._onward.send(due)
+                    await self._onward.send_each(found)
                 except trio.BrokenResourceError:
                     return  # stopped without draining: they are closed again after a restart
                 if error is not None:
                     raise error
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing to close, forget, pass on or report."""
+        return not (self.tenants or self._owing or self.survey.open or self.survey.closed)
 
     def snapshot(self) -> Snapshot:
         """The state of all traces and the log positions they contain; call in a worker thread.

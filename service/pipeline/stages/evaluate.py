@@ -91,6 +91,7 @@ class EvaluateStage:
         except (BreakerOpen, BreakerTimeout, ThreadTimeout) as error:
             await self._bury(STAGE, batch, error, 1)
             return
+        onward = []
         for decided, traces in found:
             self.counts.traces += traces
             for signal in decided.signals:
@@ -101,9 +102,10 @@ class EvaluateStage:
             if decided.closed is not None and self._early:
                 self._observe_leads(decided.closed)
             if decided.signals or decided.closed is not None or decided.spilled is not None:
-                await self._onward.send(decided)
+                onward.append(decided)
             else:
                 self._in_flight.leave(decided.ticket)
+        await self._onward.send_each(onward)
 
     def forget(self, tenant: str) -> None:
         """Forget the traces of a tenant."""

@@ -21,8 +21,8 @@ from betrace.service.api.trace_view import TraceReader
 from betrace.service.config.edge import Api
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.registry import RuleRegistry

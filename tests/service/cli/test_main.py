@@ -342,7 +342,7 @@ def test_errors_that_prevent_the_start(tmp_path: Path) -> None:
 
 def settings(directory: Path) -> Any:
     free = {f"{section}.address": "127.0.0.1:0" for section in ("ingest", "api", "metrics")}
-    return load(None, free | {"storage.path": str(directory)})
+    return load(None, free | {"ingest.grpc_address": "off", "storage.path": str(directory)})
 
 
 @pytest.fixture
@@ -367,7 +367,8 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
         real(settings, brief)
 
     monkeypatch.setattr(running, "run_service", run_briefly)
-    free = ["--ingest", "127.0.0.1:0", "--api", "127.0.0.1:0", "--metrics", "off"]
+    free = ["--ingest", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    free += ["--api", "127.0.0.1:0", "--metrics", "off"]
     result = betrace("serve", "--data", tmp_path / "data", *free, *option)
     assert result.exit_code == 0, result.output
     if option:
@@ -375,8 +376,9 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
         assert printed["metrics"] is None
         assert printed["api"] != printed["ingest"]
         return
-    spans, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
+    spans, grpc, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
     assert spans.endswith("/v1/traces")
+    assert grpc.startswith("http://127.0.0.1:")
     assert metrics == api.replace("/docs", "/metrics")
 
 

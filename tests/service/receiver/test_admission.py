@@ -108,12 +108,29 @@ async def test_a_body_of_exactly_the_limit_is_admitted():
     assert isinstance(await admit(edge, PROTOBUF, (b"content-length", b"20971520")), Head)
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/trace", "/v1/metrics", "/v1/logs", "/v1/traces/"])
+@pytest.mark.parametrize("path", ["/", "/v1/trace", "/v1/traces/"])
 async def test_other_paths_are_not_found(path):
     edge, _ = make()
     response = await admit(edge, path=path)
     assert response.status == 404
     assert "/v1/traces" in status(response).message
+    assert edge.refused_requests["not_found"] == 1
+
+
+@pytest.mark.parametrize("signal", ["logs", "metrics"])
+async def test_other_signals_are_told_how_to_turn_them_off(signal):
+    edge, _ = make()
+    response = await admit(edge, PROTOBUF, (b"content-length", b"100000"), path=f"/v1/{signal}")
+    assert response.status == 404
+    assert f"OTEL_{signal.upper()}_EXPORTER=none" in status(response).message
+    assert edge.refused_requests[signal] == 1
+    assert not any(edge.refused_spans.values())  # they are no spans
+
+
+async def test_an_endpoint_without_a_path_is_told_the_variables():
+    edge, _ = make()
+    message = status(await admit(edge, path="/")).message
+    assert "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in message
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS"])
