@@ -46,7 +46,7 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.grpc.server import serve_grpc
+from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
@@ -95,7 +95,9 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
     duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
-    rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    rules = Path(settings.rules.directory or data / "rules")
+    if not settings.rules.directory:
+        rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
     caches = settings.caches
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes

@@ -18,7 +18,7 @@ from betrace.service.receiver.admission import Body, Edge, Head
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
 from betrace.service.receiver.cors import Cors
 from betrace.service.receiver.grpc.connection import GrpcConnection
-from betrace.service.receiver.grpc.framing import Code, RpcStatus
+from betrace.service.receiver.grpc.framing import GrpcCode, RpcStatus
 from betrace.service.receiver.http1 import (
     CONTINUE,
     HEAD_END,
@@ -359,7 +359,7 @@ class Connection:
             self._limits,
             self._errors,
             begun=HTTP2_PREFACE + self._rest,
-            refusal=RpcStatus(Code.UNIMPLEMENTED, message),
+            refusal=RpcStatus(GrpcCode.UNIMPLEMENTED, message),
         )
         if self._closing:
             self._stranger.retire()

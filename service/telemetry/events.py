@@ -80,8 +80,8 @@ REPLAYED = _event(
 READY = _event(
     "service.ready",
     logging.INFO,
-    "ready after {seconds:.1f} s: spans at {ingest} and {grpc} (gRPC), API at {api}, "
-    "metrics at {metrics}",
+    "ready after {seconds:.1f} s. OTLP over HTTP: {ingest}. OTLP over gRPC: {grpc}. API: {api}. "
+    "Metrics: {metrics}",
     "Requests are accepted. The address of a listener that is off is None.",
 )
 DRAINING = _event(
@@ -93,7 +93,7 @@ DRAINING = _event(
 STOPPED = _event(
     "service.stopped",
     logging.INFO,
-    "stopped after {seconds:.0f} s of service; {left} spans unfinished",
+    "stopped after {seconds:.0f} s of service; {left} spans are left for the next start",
     "Spans not finished within `shutdown.grace_seconds` are replayed at the next start.",
 )
 REFUSING = _event(

@@ -158,3 +158,10 @@ async def test_open_traces_continue_after_a_restart(tmp_path):
         assert service.tools.performance.metrics()["signalsRaised"] == 1
         found = await trio.to_thread.run_sync(service.store.find_traces, "default", [TRACE.hex()])
         assert found[TRACE.hex()].spans == 2
+
+
+async def test_a_new_data_directory_has_a_rules_directory_and_no_problems(tmp_path):
+    config = settings(tmp_path, rules={"directory": ""})
+    async with running(config) as service:
+        assert components(service.sources)["rules"]["status"] == "ok"
+    assert (config.storage.path / "rules").is_dir()

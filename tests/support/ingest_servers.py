@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.grpc.server import serve_grpc
+from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import serve_ingest
 from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue, Served

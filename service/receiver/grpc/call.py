@@ -8,7 +8,7 @@ from betrace.service.receiver.admission import Body, Head
 from betrace.service.receiver.grpc.framing import MessageReader, RpcStatus
 
 
-class Call:
+class GrpcCall:
     """A call in progress. ``deadline`` is when the connection must check it, ``timeout`` when its
     client gives up, both on Trio's clock."""
 

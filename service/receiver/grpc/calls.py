@@ -14,12 +14,12 @@ from h2.events import RequestReceived
 from betrace.service.receiver.admission import Edge, Head
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
 from betrace.service.receiver.grpc import methods
-from betrace.service.receiver.grpc.call import Call
-from betrace.service.receiver.grpc.frames import DATA, Frame, Http2Error
+from betrace.service.receiver.grpc.call import GrpcCall
+from betrace.service.receiver.grpc.frames import DATA, Http2Error, Http2Frame
 from betrace.service.receiver.grpc.framing import (
     PREFIX_BYTES,
-    Code,
     FramingError,
+    GrpcCode,
     Headers,
     RpcStatus,
     TooLargeError,
@@ -36,7 +36,7 @@ NOT_GRPC: Final = (
 )
 HEALTH_SECONDS: Final = 1.0  # between checks of a health that is watched
 
-_STOPPING: Final = RpcStatus(Code.UNAVAILABLE, "the service is stopping")
+_STOPPING: Final = RpcStatus(GrpcCode.UNAVAILABLE, "the service is stopping")
 _NONE: Final[Headers] = []
 _TYPE: Final = (b"content-type", MEDIA_TYPES[PROTOBUF])
 _ENCODINGS: Final = [(b"grpc-accept-encoding", b"identity,gzip,deflate,zstd")]
@@ -68,7 +68,7 @@ class Calls:
         self._out = out
         self._refusal = refusal
         self._settled = settled
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, GrpcCall] = {}
         self.tasks: trio.Nursery | None = None
         self.waiting_bytes = 0
         self.last_stream = 0
@@ -102,7 +102,7 @@ class Calls:
         export = method in methods.HTTP_PATHS
         limit = self._limits.body_bytes if export else methods.MAX_HEALTH_BYTES
         until, gives_up = now + self._limits.body, now + (timeout or 0.0)
-        call = Call(event.stream_id, method, until, gives_up, limit)
+        call = GrpcCall(event.stream_id, method, until, gives_up, limit)
         self._calls[call.id] = call
         call.received = call.h2_knows = event.stream_ended is not None
         if self._refusal is not None:
@@ -112,9 +112,9 @@ class Calls:
             self._out.answer_http(call, NOT_GRPC)
             self._drop(call)
         elif fields.get(b":method") != b"POST":
-            self._finish(call, RpcStatus(Code.UNIMPLEMENTED, "use POST for a call"))
+            self._finish(call, RpcStatus(GrpcCode.UNIMPLEMENTED, "use POST for a call"))
         elif timeout is None:
-            self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, "grpc-timeout is malformed"))
+            self._finish(call, RpcStatus(GrpcCode.INVALID_ARGUMENT, "grpc-timeout is malformed"))
         elif timeout <= 0:
             self._end_late(call, now)
         elif export:
@@ -126,7 +126,7 @@ class Calls:
         if call.received and call.id in self._calls:
             self._complete(call)
 
-    async def _admit(self, call: Call, fields: dict[bytes, bytes], length: int | None) -> None:
+    async def _admit(self, call: GrpcCall, fields: dict[bytes, bytes], length: int | None) -> None:
         headers = [_TYPE]
         if length is not None:  # refused spans are estimated from it
             headers.append((b"content-length", b"%d" % length))
@@ -142,7 +142,7 @@ class Calls:
         call.head = head
         call.body = self._edge.body(head).__enter__()
 
-    def take(self, frame: Frame) -> bool:
+    def take(self, frame: Http2Frame) -> bool:
         """Take a part of DATA; False if its call is not in progress."""
         call = self._calls.get(frame.stream)
         if call is None or call.received:
@@ -154,7 +154,7 @@ class Calls:
             self._complete(call)
         return True
 
-    def _feed(self, call: Call, part: memoryview) -> bool:
+    def _feed(self, call: GrpcCall, part: memoryview) -> bool:
         """Add a part to the message; False if the call is refused for it."""
         message = call.message
         try:
@@ -163,7 +163,7 @@ class Calls:
             if isinstance(error, TooLargeError) and call.head is not None:
                 self._refuse(call, self._edge.too_large(call.head))
             else:
-                self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, str(error)))
+                self._finish(call, RpcStatus(GrpcCode.INVALID_ARGUMENT, str(error)))
             return False
         if call.body is not None:
             refusal = call.body.reserve(message.received)
@@ -182,11 +182,11 @@ class Calls:
         call.received = call.h2_knows = True
         self._complete(call)
 
-    def _complete(self, call: Call) -> None:
+    def _complete(self, call: GrpcCall) -> None:
         """The client has sent all of its call."""
         if not call.message.complete:
             text = "the message is cut short" if call.message.length else "there is no message"
-            self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, text))
+            self._finish(call, RpcStatus(GrpcCode.INVALID_ARGUMENT, text))
         elif call.head is None:
             self._answer_health(call)
         else:
@@ -200,7 +200,7 @@ class Calls:
             self.waiting_bytes += call.message.received
             self.tasks.start_soon(self._process, call, head, call.scope)
 
-    async def _process(self, call: Call, head: Head, scope: trio.CancelScope) -> None:
+    async def _process(self, call: GrpcCall, head: Head, scope: trio.CancelScope) -> None:
         message = call.message.take()
         size = len(message)
         response: HttpResponse | None = None
@@ -224,10 +224,12 @@ class Calls:
 
     # Health.
 
-    def _answer_health(self, call: Call) -> None:
+    def _answer_health(self, call: GrpcCall) -> None:
         service = methods.service_name(bytes(call.message.take()))
         if service is None:
-            self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, "this is no HealthCheckRequest"))
+            self._finish(
+                call, RpcStatus(GrpcCode.INVALID_ARGUMENT, "this is no HealthCheckRequest")
+            )
         elif call.method == methods.WATCH:
             known = methods.is_known(service)
             call.processing = True
@@ -235,13 +237,15 @@ class Calls:
             call.deadline = min(trio.current_time() + HEALTH_SECONDS, call.timeout)
             self._out.stream(call, call.watched)
         elif not methods.is_known(service):
-            self._finish(call, RpcStatus(Code.NOT_FOUND, f"there is no service {service[:100]}"))
+            self._finish(
+                call, RpcStatus(GrpcCode.NOT_FOUND, f"there is no service {service[:100]}")
+            )
         elif self._out.respond(call, methods.health(self._edge)):
             self._drop(call)
         else:
             self._wait_for_window(call)
 
-    def _watch_health(self, call: Call) -> None:
+    def _watch_health(self, call: GrpcCall) -> None:
         """Send the health if it has changed."""
         health = methods.health(self._edge)
         if call.watched not in (health, methods.SERVICE_UNKNOWN) and not call.unsent:
@@ -250,18 +254,18 @@ class Calls:
 
     # The end of a call.
 
-    def _refuse(self, call: Call, response: HttpResponse) -> None:
+    def _refuse(self, call: GrpcCall, response: HttpResponse) -> None:
         """End a call with what admission answers."""
         if response.status in STATUSES:
             self._errors.note(response.reason, self._peer(), response.message)
         self._finish(call, status_of(response), _ENCODINGS if response.status == 415 else _NONE)
 
-    def _finish(self, call: Call, status: RpcStatus, more: Headers = _NONE) -> None:
+    def _finish(self, call: GrpcCall, status: RpcStatus, more: Headers = _NONE) -> None:
         """End a call without a message."""
         self._out.finish(call, status, more)
         self._drop(call)
 
-    def _wait_for_window(self, call: Call) -> None:
+    def _wait_for_window(self, call: GrpcCall) -> None:
         call.deadline = min(trio.current_time() + SEND_SECONDS, call.deadline)
 
     def send_unsent(self) -> None:
@@ -276,7 +280,7 @@ class Calls:
         if call is not None:
             self._drop(call)
 
-    def _drop(self, call: Call) -> None:
+    def _drop(self, call: GrpcCall) -> None:
         del self._calls[call.id]
         if call.scope is None:
             call.release()
@@ -288,7 +292,7 @@ class Calls:
         for call in [call for call in self._calls.values() if call.deadline <= now]:
             self._end_late(call, now)
 
-    def _end_late(self, call: Call, now: float) -> None:
+    def _end_late(self, call: GrpcCall, now: float) -> None:
         if call.watched and now < call.timeout:
             call.deadline = min(now + HEALTH_SECONDS, call.timeout)
             self._watch_health(call)
@@ -297,14 +301,14 @@ class Calls:
             self._drop(call)
         elif now >= call.timeout:
             text = "the deadline of the call has passed; its spans may still be accepted"
-            self._finish(call, RpcStatus(Code.DEADLINE_EXCEEDED, text))
+            self._finish(call, RpcStatus(GrpcCode.DEADLINE_EXCEEDED, text))
         elif call.scope is not None:
             call.deadline = math.inf
             call.scope.cancel()
         elif call.head is not None:
             self._refuse(call, self._edge.slow_body(call.head))
         else:
-            self._finish(call, RpcStatus(Code.INVALID_ARGUMENT, "the request came too slowly"))
+            self._finish(call, RpcStatus(GrpcCode.INVALID_ARGUMENT, "the request came too slowly"))
 
     def end_watches(self) -> None:
         """The service stops: end the calls that would never end."""
@@ -327,7 +331,7 @@ class Calls:
                 call.scope.deadline = call.deadline
 
 
-def announced(frame: Frame | None, stream: int | None) -> int | None:
+def announced(frame: Http2Frame | None, stream: int | None) -> int | None:
     """The length of a call's message, if ``frame`` is the DATA that it begins with."""
     if frame is None or frame.stream != stream or len(frame.payload) < PREFIX_BYTES:
         return None

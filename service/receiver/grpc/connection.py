@@ -33,7 +33,7 @@ from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.grpc import frames
 from betrace.service.receiver.grpc.budget import Budget
 from betrace.service.receiver.grpc.calls import NOT_GRPC, Calls, announced
-from betrace.service.receiver.grpc.frames import Frame, FrameReader, Http2Error
+from betrace.service.receiver.grpc.frames import FrameReader, Http2Error, Http2Frame
 from betrace.service.receiver.grpc.framing import RpcStatus
 from betrace.service.receiver.grpc.outbound import MAX_WINDOW, Outbound, new_h2
 from betrace.service.receiver.limits import LINGER_SECONDS, RETIRE_SECONDS, SEND_SECONDS, Limits
@@ -274,7 +274,7 @@ class GrpcConnection:
             self._partial_since = trio.current_time()
         self._note_idle()
 
-    async def _take_events(self, events: list[Event], following: Frame | None = None) -> None:
+    async def _take_events(self, events: list[Event], following: Http2Frame | None = None) -> None:
         """Act on what ``h2`` saw in a frame; ``following`` is the next one that has arrived."""
         for event in events:
             if isinstance(event, RequestReceived):
@@ -289,13 +289,13 @@ class GrpcConnection:
             elif isinstance(event, TrailersReceived):
                 self._calls.take_trailers(event.stream_id)
 
-    def _take_ping(self, frame: Frame) -> None:
+    def _take_ping(self, frame: Http2Frame) -> None:
         if frame.stream or len(frame.payload) != 8:
             raise Http2Error(ErrorCodes.PROTOCOL_ERROR, "a malformed PING")
         if not frame.flags & frames.ACK:
             self._out.add(frames.make(frames.PING, frames.ACK, 0, bytes(frame.payload)))
 
-    def _take_data(self, frame: Frame) -> None:
+    def _take_data(self, frame: Http2Frame) -> None:
         self._window -= frame.flow_bytes
         if self._window < 0:
             raise Http2Error(ErrorCodes.FLOW_CONTROL_ERROR, "more DATA than the window allows")

@@ -49,7 +49,7 @@ class Http2Error(Exception):
 
 
 @dataclass(slots=True)
-class Frame:
+class Http2Frame:
     """A whole frame, or a part of a DATA frame.
 
     ``raw`` is the whole frame as it arrived, empty for DATA. ``payload`` is without padding.
@@ -121,7 +121,7 @@ class FrameReader:
         """Whether a header block or a frame other than DATA has begun and is not complete."""
         return bool(self._rest or self._block)
 
-    def feed(self, received: bytes) -> list[Frame]:
+    def feed(self, received: bytes) -> list[Http2Frame]:
         """The frames, and parts of DATA frames, that are complete with ``received``. Raises
         :exc:`Http2Error`."""
         if self._rest:
@@ -130,7 +130,7 @@ class FrameReader:
         view = memoryview(received)
         size = len(received)
         position = 0
-        frames: list[Frame] = []
+        frames: list[Http2Frame] = []
         while True:
             if self._data is not None:
                 position += self._take_data(view[position:], frames)
@@ -149,7 +149,7 @@ class FrameReader:
                 if end <= size and stream and not flags & PADDED:  # the usual case
                     payload = view[position + _HEAD_BYTES : end]
                     ended = flags & END_STREAM == END_STREAM
-                    frames.append(Frame(DATA, flags, stream, payload, _EMPTY, length, ended))
+                    frames.append(Http2Frame(DATA, flags, stream, payload, _EMPTY, length, ended))
                     position = end
                     continue
                 padded = flags & PADDED
@@ -159,7 +159,7 @@ class FrameReader:
                 self._begin_data(
                     length, flags, stream, received[position] if padded and length else None
                 )
-                frame = Frame(DATA, flags, stream, _EMPTY)
+                frame = Http2Frame(DATA, flags, stream, _EMPTY)
                 if padded:
                     position += 1
                     frame.flow_bytes = 1
@@ -181,7 +181,9 @@ class FrameReader:
                 break
             if kind in (HEADERS, CONTINUATION):
                 self._follow_block(kind, flags, stream, length)
-            frames.append(Frame(kind, flags, stream, view[position + 9 : end], view[position:end]))
+            frames.append(
+                Http2Frame(kind, flags, stream, view[position + 9 : end], view[position:end])
+            )
             position = end
         self._rest = received[position:]
         return frames
@@ -197,7 +199,7 @@ class FrameReader:
         self._data = (flags, stream)
         self.missing = length
 
-    def _take_data(self, view: memoryview, frames: list[Frame]) -> int:
+    def _take_data(self, view: memoryview, frames: list[Http2Frame]) -> int:
         """Hand on what is there of the DATA frame; returns how many bytes that is."""
         assert self._data is not None
         flags, stream = self._data
@@ -208,7 +210,7 @@ class FrameReader:
         payload = view[: max(0, taken - max(0, self._padding - self.missing))]
         last = not self.missing
         ended = last and bool(flags & END_STREAM)
-        frames.append(Frame(DATA, flags, stream, payload, flow_bytes=taken, ended=ended))
+        frames.append(Http2Frame(DATA, flags, stream, payload, flow_bytes=taken, ended=ended))
         if last:
             self._data = None
             self._padding = 0

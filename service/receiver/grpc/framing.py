@@ -33,8 +33,8 @@ _SUCCESS_HEAD = len(_SUCCESS_BLOCK).to_bytes(3, "big") + b"\x01\x04"  # HEADERS,
 _SUCCESS_TRAILERS_HEAD = len(_SUCCESS_TRAILERS).to_bytes(3, "big") + b"\x01\x05"  # END_STREAM too
 
 
-class Code(IntEnum):
-    """The status codes that are sent (google.rpc.Code)."""
+class GrpcCode(IntEnum):
+    """The status codes that are sent (google.rpc.GrpcCode)."""
 
     OK = 0
     INVALID_ARGUMENT = 3
@@ -55,7 +55,7 @@ class RpcStatus:
     retry_seconds: int | None = None
 
 
-OK: Final = RpcStatus(Code.OK)
+OK: Final = RpcStatus(GrpcCode.OK)
 
 
 class FramingError(Exception):
@@ -202,5 +202,5 @@ def status_of(response: HttpResponse) -> RpcStatus:
             retry = int(value)
     code = RPC_CODES[response.status]
     if response.status in (404, 405, 415):
-        code = Code.UNIMPLEMENTED
+        code = GrpcCode.UNIMPLEMENTED
     return RpcStatus(code, response.message, retry)

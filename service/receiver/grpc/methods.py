@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.grpc.framing import Code, RpcStatus
+from betrace.service.receiver.grpc.framing import GrpcCode, RpcStatus
 
 _COLLECTOR: Final = "/opentelemetry.proto.collector."
 EXPORT: Final = f"{_COLLECTOR}trace.v1.TraceService/Export"
@@ -29,7 +29,7 @@ _SERVICES: Final = frozenset({"", "opentelemetry.proto.collector.trace.v1.TraceS
 def unimplemented(path: str) -> RpcStatus:
     """There is no such method."""
     return RpcStatus(
-        Code.UNIMPLEMENTED,
+        GrpcCode.UNIMPLEMENTED,
         f"there is no method {path[:200]}; this port takes OTLP traces ({EXPORT})",
     )
 

@@ -18,7 +18,7 @@ from h2.settings import SettingCodes, Settings
 
 from betrace.service.config.base import KIB
 from betrace.service.receiver.grpc import frames
-from betrace.service.receiver.grpc.call import Call
+from betrace.service.receiver.grpc.call import GrpcCall
 from betrace.service.receiver.grpc.framing import (
     OK,
     PREFIX_BYTES,
@@ -114,7 +114,7 @@ class Outbound:
 
     # Answers. Those that end a call return True when all of it is sent, or it is reset.
 
-    def succeed(self, call: Call, message: bytes) -> bool:
+    def succeed(self, call: GrpcCall, message: bytes) -> bool:
         """End an export with ``message`` and OK."""
         h2, size = self._h2, PREFIX_BYTES + len(message)
         fits = h2.local_flow_control_window(call.id) >= size <= h2.max_outbound_frame_size
@@ -125,24 +125,24 @@ class Outbound:
         del h2.streams[call.id]
         return True
 
-    def respond(self, call: Call, message: bytes) -> bool:
+    def respond(self, call: GrpcCall, message: bytes) -> bool:
         """End a call with ``message`` and OK, as soon as its window allows."""
         self.stream(call, message)
         call.status = OK
         return self.send_unsent(call)
 
-    def stream(self, call: Call, message: bytes) -> None:
+    def stream(self, call: GrpcCall, message: bytes) -> None:
         """Send the first message of a call that goes on."""
         self._tell_h2(call)
         self._h2.send_headers(call.id, _HEAD)
         self.send(call, message)
 
-    def send(self, call: Call, message: bytes) -> None:
+    def send(self, call: GrpcCall, message: bytes) -> None:
         """Send a further message of a call."""
         call.unsent += encode_message(message)
         self.send_unsent(call)
 
-    def send_unsent(self, call: Call) -> bool:
+    def send_unsent(self, call: GrpcCall) -> bool:
         """Send as much as the client's window allows, and then the status, if there is one."""
         while call.unsent:
             room = self._h2.local_flow_control_window(call.id)
@@ -157,7 +157,7 @@ class Outbound:
         self._stop_client(call)
         return True
 
-    def finish(self, call: Call, status: RpcStatus, more: Headers) -> None:
+    def finish(self, call: GrpcCall, status: RpcStatus, more: Headers) -> None:
         """End a call with a status alone, and ``more`` headers. Its client may still be sending."""
         self._tell_h2(call)
         if call.unsent:
@@ -167,7 +167,7 @@ class Outbound:
         self._h2.send_headers(call.id, [*head, *trailers(status)], end_stream=True)
         self._stop_client(call)
 
-    def answer_http(self, call: Call, message: str) -> None:
+    def answer_http(self, call: GrpcCall, message: str) -> None:
         """End what is HTTP/2 but not gRPC with 415 and ``message``."""
         self._tell_h2(call)
         body = (message + "\n").encode()
@@ -178,17 +178,17 @@ class Outbound:
             self._h2.send_data(call.id, body, end_stream=True)
         self._stop_client(call)
 
-    def reset(self, call: Call, code: ErrorCodes) -> None:
+    def reset(self, call: GrpcCall, code: ErrorCodes) -> None:
         """End a call without an answer."""
         self._h2.reset_stream(call.id, code)
 
-    def _tell_h2(self, call: Call) -> None:
+    def _tell_h2(self, call: GrpcCall) -> None:
         """Tell ``h2``, which does not see DATA, that the client has ended its side."""
         if call.received and not call.h2_knows:
             call.h2_knows = True
             self._h2.receive_data(frames.make(frames.DATA, frames.END_STREAM, call.id))
 
-    def _stop_client(self, call: Call) -> None:
+    def _stop_client(self, call: GrpcCall) -> None:
         """After a complete answer, make a client stop that is still sending (RFC 9113, 8.1)."""
         if not call.received:
             self.reset(call, ErrorCodes.NO_ERROR)

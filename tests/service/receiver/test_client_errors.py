@@ -6,7 +6,7 @@ import httpx
 import trio
 
 from betrace.service.receiver.client_errors import ClientErrors
-from betrace.service.receiver.grpc.framing import Code
+from betrace.service.receiver.grpc.framing import GrpcCode
 from tests.support.grpc_peer import Peer
 from tests.support.ingest_servers import listening
 
@@ -76,7 +76,7 @@ async def test_grpc_at_the_port_of_http_is_told_the_other_port(caplog):
         await peer.start()
         for _ in range(2):
             answer = await peer.ask(b"spans")
-            assert answer.status == Code.UNIMPLEMENTED
+            assert answer.status == GrpcCode.UNIMPLEMENTED
             assert "ingest.grpc_address (4317)" in answer.message
         await peer.stream.aclose()
     assert len(caplog.records) == 1

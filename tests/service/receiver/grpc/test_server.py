@@ -7,7 +7,7 @@ import trio
 
 from betrace.service.config.load import ConfigError, load
 from betrace.service.receiver.admission import Edge
-from betrace.service.receiver.grpc.server import serve_grpc
+from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.sockets import ListenError
 from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.grpc_peer import Peer
