@@ -345,14 +345,15 @@ class Edge:
 
     def _answer(self, head: Head, size: int, weight: int, outcome: Done | Refused) -> HttpResponse:
         if isinstance(outcome, Refused):
-            self._quotas.settle(head.tenant, -weight)
+            if outcome.status not in (400, 413):  # these were decoded: their cost counts
+                self._quotas.settle(head.tenant, -weight)
             reason = {400: "undecodable", 403: "tenant", 413: "too_large"}.get(
                 outcome.status, "unavailable"
             )
             retry = [self._retry_after(self._retry_max)] if outcome.status == 503 else []
             return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=weight)
         self.accepted_requests += 1
-        self._quotas.settle(head.tenant, outcome.spans - weight)
+        self._quotas.settle(head.tenant, outcome.spans + outcome.rejected - weight)
         if outcome.spans:
             self._learn((head.content_type, head.encoding), size, outcome.spans)
         if outcome.rejected:

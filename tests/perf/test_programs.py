@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from perf import everything, fuzz_wire, generator, grpc_attacks, memory, summary
+from perf import everything, fuzz_json, fuzz_wire, generator, grpc_attacks, memory, summary
 from perf.generator import Generator, Load
 from perf.lib import bench_ledger, workload
 from perf.lib.target import GeneratorProcess, Service, service
@@ -236,6 +236,11 @@ def test_summary_of_all_runs_has_a_row_for_each_floor(
 
 def test_fuzz_wire_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
     fuzz_wire.main(["--cases", "40"])
+    assert "40 cases" in capsys.readouterr().out
+
+
+def test_fuzz_json_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz_json.main(["--cases", "40"])
     assert "40 cases" in capsys.readouterr().out
 
 

@@ -323,15 +323,23 @@ async def test_a_tenant_over_its_quota_gets_429():
     assert len(queue.taken) == 1
 
 
-async def test_refused_requests_use_no_quota():
+async def test_requests_refused_for_load_use_no_quota():
     edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
-    for outcome in (Refused(503, "disk"), Refused(400, "bad")):
-        queue.outcome = outcome
-        await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
+    queue.outcome = Refused(503, "disk")
+    await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room = False
     await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room, queue.outcome = True, Done(1)
     assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 200
+
+
+@pytest.mark.parametrize("outcome", [Refused(400, "bad"), Refused(413, "large"), Done(0, 100)])
+async def test_invalid_bodies_and_rejected_spans_use_quota(outcome):
+    """Decoding them takes as long as decoding what is accepted."""
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
+    queue.outcome = outcome
+    await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
+    assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 429
 
 
 async def test_retry_after_for_quotas_stays_within_the_limits_of_exporters():
