@@ -196,7 +196,11 @@ async def test_a_trace_with_its_signals_and_verdicts(stores):
     assert (trace["duration_ns"], trace["root_name"]) == (7, "checkout")
 
 
-@pytest.mark.parametrize("damage", [b"damaged", gzip.compress(b"no JSON"), gzip.compress(b"5")])
+@pytest.mark.parametrize(
+    "damage",
+    [b"damaged", gzip.compress(b"no JSON"), gzip.compress(b"5")],
+    ids=["damaged", "not JSON", "a number"],
+)
 async def test_with_damaged_frames_only_breaches_are_certain(stores, damage):
     await add_rules(stores, seen="never { checkout }", absent="always { ship }", may="never { x }")
     frames = [
