@@ -1,4 +1,4 @@
-"""Shared by all tests: how thorough hypothesis is.
+"""Shared by all tests: assertions of helpers, and how thorough hypothesis is.
 
 ``BETRACE_EXAMPLES=10000 pytest tests/service/traces`` is the long run.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("tests.support")
 
 settings.register_profile(
     "betrace",

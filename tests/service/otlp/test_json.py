@@ -18,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.service.otlp import wire
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from tests.support import otlp_reference as reference
+from tests.support.examples import examples
 from tests.support.otlp_generator import Generator
 
 CASES = Path(__file__).parents[3] / "../shared/cases/otlp"
@@ -369,7 +370,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(value=JSON)
 def test_any_json_is_a_request_or_an_error(value: Any) -> None:
     body = json.dumps({"resourceSpans": value}).encode()
