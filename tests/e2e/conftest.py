@@ -1,4 +1,4 @@
-"""One service for the tests that only send to it and ask it."""
+"""One service, shared by the tests that do not stop or reconfigure it."""
 
 from __future__ import annotations
 

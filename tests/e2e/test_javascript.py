@@ -1,4 +1,4 @@
-"""Traces of the real JavaScript SDK: its exporters for JSON and for protobuf, from npm."""
+"""Traces sent by the JSON and protobuf exporters of the JavaScript SDK, from npm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent / "js"
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the script and the packages it needs."""
+    """A folder with the script and its packages."""
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         pytest.skip("node and npm are not installed")
