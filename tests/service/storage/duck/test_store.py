@@ -593,6 +593,7 @@ class TestFiles:
             assert "t00" not in logs
             assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("by", ["the store", "DuckDB"])
     def test_pages_of_files_are_dropped_after_a_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
