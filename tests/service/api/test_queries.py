@@ -34,8 +34,6 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.verdicts import decide_due
 from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
 
-pytestmark = pytest.mark.kernel
-
 END = {"trace_complete": True}
 TIMES = {"now": NOW, "later": NOW + 1, "end": NOW + 2}  # not in the tests' ids
 

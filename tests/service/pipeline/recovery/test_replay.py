@@ -25,8 +25,6 @@ from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
-pytestmark = pytest.mark.kernel
-
 SECOND = 10**9
 NOW = time.time_ns()
 HOUR = 3600 * SECOND
