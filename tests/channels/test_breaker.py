@@ -21,6 +21,7 @@ from betrace.channels import (
     BreakerTimeout,
     Transition,
 )
+from tests.support.examples import examples
 
 SETTINGS = BreakerOptions(
     window=6, minimum_calls=4, failure_rate=0.5, open_for=15.0, trial_calls=3, timeout=5.0
@@ -428,7 +429,7 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_behaves_like_the_model(steps: list[tuple[str, int]]) -> None:
     clock = MockClock()
     trio.run(compare_with_model, clock, steps, clock=clock)

@@ -34,9 +34,8 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.verdicts import decide_due
 from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
 
-pytestmark = pytest.mark.kernel
-
 END = {"trace_complete": True}
+TIMES = {"now": NOW, "later": NOW + 1, "end": NOW + 2}  # not in the tests' ids
 
 
 @pytest.fixture
@@ -196,7 +195,11 @@ async def test_a_trace_with_its_signals_and_verdicts(stores):
     assert (trace["duration_ns"], trace["root_name"]) == (7, "checkout")
 
 
-@pytest.mark.parametrize("damage", [b"damaged", gzip.compress(b"no JSON"), gzip.compress(b"5")])
+@pytest.mark.parametrize(
+    "damage",
+    [b"damaged", gzip.compress(b"no JSON"), gzip.compress(b"5")],
+    ids=["damaged", "not JSON", "a number"],
+)
 async def test_with_damaged_frames_only_breaches_are_certain(stores, damage):
     await add_rules(stores, seen="never { checkout }", absent="always { ship }", may="never { x }")
     frames = [
@@ -414,14 +417,14 @@ async def test_the_summary(stores):
         ("status=retracted", []),
         (f"trace_id={TRACE.upper()}", [0, 1, 2]),
         (f"trace_id={OTHER}", []),
-        (f"since={NOW + 1}", [1, 2]),
-        (f"until={NOW + 1}", [0]),
-        (f"rule=rule-1&since={NOW}&until={NOW + 2}&limit=1", [1]),
+        ("since={later}", [1, 2]),
+        ("until={later}", [0]),
+        ("rule=rule-1&since={now}&until={end}&limit=1", [1]),
     ],
 )
 async def test_filters_of_signals(stores, filters, found):
     stores.duck.write_signals("default", [make_signal(n, f"rule-{n}") for n in range(3)])
-    page = await ask(stores, "GET", f"/api/v1/signals?{filters}")
+    page = await ask(stores, "GET", f"/api/v1/signals?{filters.format(**TIMES)}")
     assert sorted(s["rule_id"] for s in page["signals"]) == [f"rule-{n}" for n in found]
 
 
@@ -434,15 +437,15 @@ async def test_filters_of_signals(stores, filters, found):
         ("name=x", False),
         ("min_duration=7ns", True),
         ("min_duration=8ns", False),
-        (f"since={NOW}", True),
-        (f"since={NOW + 1}", False),
+        ("since={now}", True),
+        ("since={later}", False),
         ("has_signal=false", True),
         ("has_signal=true", False),
     ],
 )
 async def test_filters_of_traces(stores, filters, found):
     store_trace(stores, [frame(span("checkout", 1))])
-    page = await ask(stores, "GET", f"/api/v1/traces?{filters}")
+    page = await ask(stores, "GET", f"/api/v1/traces?{filters.format(**TIMES)}")
     assert [t["trace_id"] for t in page["traces"]] == [TRACE] * found
     assert page["searched_to"] is None
     assert all(t["start"].endswith("Z") for t in page["traces"])

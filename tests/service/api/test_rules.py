@@ -8,7 +8,7 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.signals import Kind
 from tests.support.api_records import OTHER, RULE, make_signal, otlp, span
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("warm")]
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 @pytest.fixture

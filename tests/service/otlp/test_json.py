@@ -21,6 +21,7 @@ from betrace.service.otlp import json_fields, wire
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from tests.support import json_compare
 from tests.support import otlp_reference as reference
+from tests.support.examples import examples
 from tests.support.json_cases import Mapper, case
 from tests.support.otlp_generator import Generator
 
@@ -368,7 +369,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(value=JSON)
 def test_any_json_is_a_request_or_an_error(value: Any) -> None:
     body = json.dumps({"resourceSpans": value}).encode()

@@ -25,7 +25,6 @@ from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import compiled
 from tests.support.spans import S, body
 
-pytestmark = pytest.mark.kernel
 NOW = 1_700_000_000 * 10**9
 
 

@@ -24,7 +24,6 @@ from tests.support.engine import compiled
 from tests.support.spans import S, batch
 
 SECOND = 10**9
-pytestmark = pytest.mark.kernel
 
 
 class Here:

@@ -20,8 +20,6 @@ from betrace.service.telemetry.latencies import Latencies
 from tests.support.failing_stores import Faulty, decided, due
 from tests.support.virtual import run
 
-pytestmark = pytest.mark.kernel
-
 
 class Evaluating:
     def __init__(self):
