@@ -25,9 +25,9 @@ from betrace.service.api.cache_control import CacheControl
 from betrace.service.api.endpoint import Tools
 from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.metrics.listener import metrics_app
-from betrace.service.api.metrics.rules import SignalsByRule
 from betrace.service.api.performance import Performance
 from betrace.service.api.rule_writer import RuleWriter
+from betrace.service.api.signals_by_rule import SignalsByRule
 from betrace.service.api.sources import Sources
 from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from betrace.service.api.metrics.declared import Declared, Samples, one
-from betrace.service.api.metrics.rules import LABELS as RULE_LABELS
+from betrace.service.api.signals_by_rule import LABELS as RULE_LABELS
 from betrace.service.api.sources import Sources
 from betrace.service.rules.definition import SEVERITIES
 

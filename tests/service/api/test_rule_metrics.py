@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from betrace.service.api.metrics.exposition import OPEN_METRICS_TYPE, TEXT_TYPE
-from betrace.service.api.metrics.rules import OTHER, SignalsByRule
+from betrace.service.api.signals_by_rule import OTHER, SignalsByRule
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.signals import Kind
 from tests.support.api_client import ApiClient
