@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -18,6 +19,8 @@ from betrace.service.otlp.columns import ERROR
 from betrace.service.otlp.wire import scan_bodies
 from tests.support.otlp_generator import case
 from tests.support.otlp_reference import parse
+
+pytestmark = pytest.mark.kernel
 
 KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")
 STATUSES = ("unset", "ok", "error")
