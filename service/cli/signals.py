@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
+from urllib.parse import quote
 
 import click
 
-from betrace.service.cli.api_client import PAGE, Api
+from betrace.service.cli.api_client import PAGE, Api, user_name
 from betrace.service.cli.common import (
     HELP,
     Failure,
@@ -62,6 +63,7 @@ def signals(
 ) -> None:
     """List the signals that rules raised, newest first.
 
+    (muted) and ✓ mean that its rule was muted, and that someone acknowledged it.
     With --follow the oldest comes first, and new ones follow until Ctrl-C; with --json, each is
     then one line.
 
@@ -88,6 +90,28 @@ def signals(
         print_table(_HEAD, map(_row, found))
         if more:
             click.echo("there are more; list them with --limit", err=True)
+
+
+@click.command(context_settings=HELP)
+@click.argument("signal_id", metavar="ID")
+@click.option("--note", default="", help="What is known or being done.")
+@tenant_option
+@server_options
+def acknowledge(
+    signal_id: str, note: str, tenant: str | None, server: Server, as_json: bool
+) -> None:
+    """Acknowledge a signal: say that you take care of it. ID is the signal's, from --json.
+
+    \b
+    Example:
+      betrace acknowledge b24c2b0149daeeefac12ed570f58ae9a --note "rolling back"
+    """
+    api = Api(server, "/api/v1/signals", tenant=tenant, who=user_name())
+    done = api.ask("POST", f"/{quote(signal_id, safe='')}/acknowledge", json={"note": note})
+    if as_json:
+        print_json(done)
+    else:
+        print_lines([f"acknowledged by {done['by']}"])
 
 
 def _list(api: Api, filters: Json, limit: int) -> tuple[list[Json], bool]:
@@ -142,11 +166,15 @@ def _status(signal: Json) -> str:
     return str(signal.get("status") or {"raised": "active"}.get(signal["kind"], "retracted"))
 
 
+def _acknowledged(signal: Json) -> bool:
+    return signal.get("acknowledged") is not None
+
+
 def _row(signal: Json) -> tuple[str, ...]:
     return (
         signal["detected_at"][:19] + "Z",
         signal["severity"],
-        _status(signal),
+        _status(signal) + " (muted)" * bool(signal.get("muted")) + " ✓" * _acknowledged(signal),
         signal["rule_id"],
         signal["trace_id"],
         signal["message"],
