@@ -100,7 +100,8 @@ def signals(
 def acknowledge(
     signal_id: str, note: str, tenant: str | None, server: Server, as_json: bool
 ) -> None:
-    """Acknowledge a signal: say that you take care of it. ID is the signal's, from --json.
+    """Acknowledge a signal: say that you take care of it. `betrace trace`
+    and `betrace signals --json` show the ID.
 
     \b
     Example:

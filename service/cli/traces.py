@@ -128,6 +128,7 @@ def trace(trace_id: str, server: Server, tenant: str | None, as_json: bool) -> N
         click.secho(
             printable(f"● {signal['severity']}  {signal['rule_id']}  {signal['message']}"), fg="red"
         )
+        print_lines([f"  signal {signal['id']}"])
     click.echo()
     evidence = {
         span for signal in active for spans in signal["evidence"].values() for span in spans

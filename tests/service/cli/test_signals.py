@@ -240,6 +240,7 @@ def test_a_trace_is_a_waterfall_with_its_signals(service: Service) -> None:
     lines = run(service, "trace", records.TRACE).stdout.splitlines()
     assert lines[0].startswith(f"trace {records.TRACE}  closed, 4 spans, 1 error, 120 ms, from 20")
     assert lines[1].startswith("● critical  fraud-check  Payments over 1000")
+    assert lines.pop(2) == f"  signal {5:032x}"
     starts = ["  POST /checkout ", "    order ", "◆     charge ", "        ✖ attempt "]
     for line, start in zip(lines[3:], starts, strict=True):
         assert line.startswith(start)
