@@ -123,10 +123,15 @@ def build(
     gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
     visible = gate.current_entries(ledger)  # without entries of deleted tenants
     breakers = Breakers(settings.breakers, settings.export.destinations)
-    exports = Exports(settings, visible, breakers)
+    triage = stores.local.triage
+
+    def muted(signal: Signal) -> bool:
+        return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
+
+    exports = Exports(settings, visible, breakers, muted)
     subscriptions = Subscriptions()
 
-    rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series)
+    rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series, muted)
 
     def recorded(signals: list[Signal]) -> None:
         rule_signals.add(signals)
@@ -172,7 +177,7 @@ def build(
         with suppress(FileNotFoundError):
             rmtree(tenant_archive(archive_directory(settings), tenant))
 
-    erase = (rule_writer.delete_all, erase_archive)
+    erase = (rule_writer.delete_all, triage.delete_tenant, erase_archive)
     removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
     tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
     daily = Daily(settings, log, duckdb)
@@ -203,6 +208,7 @@ def build(
         subscriptions,
         tenants,
         audit,
+        triage,
         Performance(sources, latencies),
         Exposition(sources, latencies),
         ThreadRunner("api", settings.api.query_threads),

@@ -23,6 +23,7 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.triage import TriageStore
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -62,6 +63,7 @@ class Tools:
     subscriptions: Subscriptions
     tenants: TenantAdministration
     audit: AuditTrail
+    triage: TriageStore
     performance: Performance
     exposition: Exposition
     threads: ThreadRunner
@@ -104,6 +106,11 @@ class Call:
                 "use 1 to 64 letters, digits or . _ @ + -",
             )
         return Operator(name or "operator", self.client)
+
+    def person(self) -> Operator:
+        """Who acts for a tenant: the name in ``X-Operator``, or else the tenant."""
+        who = self.operator()
+        return who if OPERATOR_HEADER in self.headers else Operator(self.tenant, who.client)
 
     async def note(self, action: str, **target: Any) -> None:
         """Write the operator's action to the audit log; call this before acting."""

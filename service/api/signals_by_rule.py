@@ -23,15 +23,20 @@ class SignalsByRule:
     and until the rule is deleted. There are at most ``most_series``; signals of further rules are
     counted under the tenant and rule :data:`OTHER`.
 
-    ``rules`` returns the rules by tenant, in a mapping that is replaced when they change. Methods
-    may be called from any thread.
+    ``rules`` returns the rules by tenant, in a mapping that is replaced when they change. ``muted``
+    says whether a signal is muted; series of muted signals begin with the first. Methods may be
+    called from any thread.
     """
 
     def __init__(
-        self, rules: Callable[[], Mapping[str, tuple[Rule, ...]]], most_series: int
+        self,
+        rules: Callable[[], Mapping[str, tuple[Rule, ...]]],
+        most_series: int,
+        muted: Callable[[Signal], bool],
     ) -> None:
         self._rules = rules
         self._most = most_series
+        self._muted = muted
         self._lock = threading.Lock()
         self._known: Mapping[str, tuple[Rule, ...]] = {}
         self._counts: dict[Labels, int] = {}
@@ -42,10 +47,11 @@ class SignalsByRule:
         """Count signals that are new in the ledger."""
         with self._lock:
             for signal in signals:
-                labels = _labels(signal.tenant, signal.rule_id, signal.severity, signal.kind)
+                muted = self._muted(signal)
+                labels = _labels(signal.tenant, signal.rule_id, signal.severity, signal.kind, muted)
                 counts = self._counts
                 if labels not in counts and len(counts) >= self._most:
-                    labels = _labels(OTHER, OTHER, signal.severity, signal.kind)
+                    labels = _labels(OTHER, OTHER, signal.severity, signal.kind, muted)
                     counts = self._others
                 counts[labels] = counts.get(labels, 0) + 1
                 self._exemplars[labels] = Exemplar(
@@ -89,5 +95,5 @@ class SignalsByRule:
                         yield _labels(tenant, rule.id, rule.severity, kind)
 
 
-def _labels(tenant: str, rule: str, severity: str, kind: Kind) -> Labels:
-    return tenant, rule, severity, str(kind), "false"
+def _labels(tenant: str, rule: str, severity: str, kind: Kind, muted: bool = False) -> Labels:
+    return tenant, rule, severity, str(kind), "true" if muted else "false"

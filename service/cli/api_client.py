@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +18,23 @@ PAGE = 1000
 _SILENCE_SECONDS = 45.0  # the service breaks the silence of a stream every 15 s
 
 
-class Api:
-    """The part of the API below ``path``, for ``tenant`` if it is given."""
+class ServiceApi:
+    """The part of the API below ``path``, for ``tenant`` if it is given. ``who`` is the name of the
+    person who acts."""
 
     def __init__(
-        self, server: Server, path: str, timeout: float = 10.0, tenant: str | None = None
+        self,
+        server: Server,
+        path: str,
+        timeout: float = 10.0,
+        tenant: str | None = None,
+        who: str | None = None,
     ) -> None:
         self._client = make_client(server, timeout)
         if tenant is not None:
             self._client.headers["x-scope-orgid"] = tenant
+        if who is not None:
+            self._client.headers["x-operator"] = who
         self._server = server
         self._path = path
 
@@ -58,9 +68,18 @@ class Api:
     def _request(self, method: str, path: str, more: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         try:
             answer = self._client.request(method, self._path + path, **more)
-            return answer.status_code, answer.json()
+            return answer.status_code, answer.json() if answer.content else {}
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise Failure(_explain(error, self._server)) from None
+
+
+def user_name() -> str | None:
+    """The name of the user who runs the command, if the service accepts it."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a user without a name
+        return None
+    return name if re.fullmatch(r"[A-Za-z0-9_.@+-]{1,64}", name) else None
 
 
 def make_client(server: Server, timeout: float) -> httpx.Client:

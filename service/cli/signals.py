@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
+from urllib.parse import quote
 
 import click
 
-from betrace.service.cli.api_client import PAGE, Api
+from betrace.service.cli.api_client import PAGE, ServiceApi, user_name
 from betrace.service.cli.common import (
     HELP,
     Failure,
@@ -62,6 +63,7 @@ def signals(
 ) -> None:
     """List the signals that rules raised, newest first.
 
+    (muted) and ✓ mean that its rule was muted, and that someone acknowledged it.
     With --follow the oldest comes first, and new ones follow until Ctrl-C; with --json, each is
     then one line.
 
@@ -70,7 +72,7 @@ def signals(
       betrace signals --severity critical --since 1h
       betrace signals --rule payment-fraud-check --follow
     """
-    api = Api(server, "/api/v1/signals", tenant=tenant)
+    api = ServiceApi(server, "/api/v1/signals", tenant=tenant)
     given: Json = {name: value for name, value in filters.items() if value is not None}
     if since is not None:
         given["since"] = since
@@ -90,7 +92,30 @@ def signals(
             click.echo("there are more; list them with --limit", err=True)
 
 
-def _list(api: Api, filters: Json, limit: int) -> tuple[list[Json], bool]:
+@click.command(context_settings=HELP)
+@click.argument("signal_id", metavar="ID")
+@click.option("--note", default="", help="What is known or being done.")
+@tenant_option
+@server_options
+def acknowledge(
+    signal_id: str, note: str, tenant: str | None, server: Server, as_json: bool
+) -> None:
+    """Acknowledge a signal: say that you take care of it. `betrace trace`
+    and `betrace signals --json` show the ID.
+
+    \b
+    Example:
+      betrace acknowledge b24c2b0149daeeefac12ed570f58ae9a --note "rolling back"
+    """
+    api = ServiceApi(server, "/api/v1/signals", tenant=tenant, who=user_name())
+    done = api.ask("POST", f"/{quote(signal_id, safe='')}/acknowledge", json={"note": note})
+    if as_json:
+        print_json(done)
+    else:
+        print_lines([f"acknowledged by {done['by']}"])
+
+
+def _list(api: ServiceApi, filters: Json, limit: int) -> tuple[list[Json], bool]:
     """The newest signals, and whether there are more than ``limit``."""
     found: list[Json] = []
     cursor: str | None = None
@@ -104,7 +129,7 @@ def _list(api: Api, filters: Json, limit: int) -> tuple[list[Json], bool]:
     return found, cursor is not None
 
 
-def _follow(api: Api, filters: Json, limit: int, as_json: bool) -> None:
+def _follow(api: ServiceApi, filters: Json, limit: int, as_json: bool) -> None:
     """Print signals until the process is interrupted. After a lost connection, continue with those
     detected since the last one."""
     show: Callable[[Json], None] = print_json if as_json else _print_row
@@ -142,11 +167,15 @@ def _status(signal: Json) -> str:
     return str(signal.get("status") or {"raised": "active"}.get(signal["kind"], "retracted"))
 
 
+def _acknowledged(signal: Json) -> bool:
+    return signal.get("acknowledged") is not None
+
+
 def _row(signal: Json) -> tuple[str, ...]:
     return (
         signal["detected_at"][:19] + "Z",
         signal["severity"],
-        _status(signal),
+        _status(signal) + " (muted)" * bool(signal.get("muted")) + " ✓" * _acknowledged(signal),
         signal["rule_id"],
         signal["trace_id"],
         signal["message"],

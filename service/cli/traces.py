@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from betrace.service.cli.api_client import PAGE, Api
+from betrace.service.cli.api_client import PAGE, ServiceApi
 from betrace.service.cli.common import (
     HELP,
     Failure,
@@ -53,7 +53,7 @@ def traces(
       betrace traces --service checkout --min-duration 1s
       betrace traces --broken --since 1h
     """
-    api = Api(server, "/api/v1/traces", tenant=tenant)
+    api = ServiceApi(server, "/api/v1/traces", tenant=tenant)
     given = {name: value for name, value in filters.items() if value is not None}
     if "has_signal" in given:
         given["has_signal"] = str(given["has_signal"]).lower()
@@ -67,7 +67,7 @@ def traces(
         click.echo(more or "no traces", err=bool(found))
 
 
-def _list(api: Api, filters: Json, limit: int) -> tuple[list[Json], str]:
+def _list(api: ServiceApi, filters: Json, limit: int) -> tuple[list[Json], str]:
     """The newest traces, and how to see more if there may be more. The service searches for a short
     time in each request, so a search may need several."""
     found: list[Json] = []
@@ -113,7 +113,7 @@ def trace(trace_id: str, server: Server, tenant: str | None, as_json: bool) -> N
     """
     if len(trace_id) != 32 or not all(each in "0123456789abcdefABCDEF" for each in trace_id):
         raise click.UsageError(f"{trace_id!r} is not a trace id: write 32 hex digits")
-    found = Api(server, "/api/v1/traces", tenant=tenant).find("GET", f"/{trace_id}")
+    found = ServiceApi(server, "/api/v1/traces", tenant=tenant).find("GET", f"/{trace_id}")
     if found is None:
         raise Failure(
             f"there is no trace {trace_id}; list the traces with `betrace traces`, and name "
@@ -128,6 +128,7 @@ def trace(trace_id: str, server: Server, tenant: str | None, as_json: bool) -> N
         click.secho(
             printable(f"● {signal['severity']}  {signal['rule_id']}  {signal['message']}"), fg="red"
         )
+        print_lines([f"  signal {signal['id']}"])
     click.echo()
     evidence = {
         span for signal in active for spans in signal["evidence"].values() for span in spans

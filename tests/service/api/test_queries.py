@@ -30,6 +30,7 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.verdicts import decide_due
 from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
@@ -57,6 +58,7 @@ def stores(tmp_path, warm):
         LateSpans(ClosedTraces(1 << 16), lambda tenant, ids: s.history.load(tenant, ids)),
         time.time_ns,
     )
+    s.triage = TriageStore(tmp_path / "triage.sqlite")
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
         metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
@@ -68,11 +70,14 @@ def stores(tmp_path, warm):
             metadata,
             s.reader,
             RuleWriter(s.registry, ()),
-            *[None] * 5,
+            *[None] * 3,
+            s.triage,
+            *[None] * 2,
             api_threads,
         )
         s.client = create_api(tools, None, ()).test_client()
         yield s
+    s.triage.close()
     threads.close()
     api_threads.close()
 

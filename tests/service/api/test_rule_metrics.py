@@ -24,7 +24,7 @@ def rule(rule_id: str, **more: Any) -> Rule:
 
 def test_series_exist_from_the_load_of_a_rule_until_its_deletion() -> None:
     rules: Rules = {"acme": (rule("a"), rule("off", enabled=False)), "b": (rule("a"),)}
-    counted = SignalsByRule(lambda: rules, 100)
+    counted = SignalsByRule(lambda: rules, 100, lambda _: False)
     zero = {
         (tenant, "a", "high", kind, "false"): 0
         for tenant in ("acme", "b")
@@ -39,7 +39,7 @@ def test_series_exist_from_the_load_of_a_rule_until_its_deletion() -> None:
 
 def test_signals_are_counted_before_and_after_the_first_scrape() -> None:
     rules: Rules = {"default": (rule("a"),)}
-    counted = SignalsByRule(lambda: rules, 100)
+    counted = SignalsByRule(lambda: rules, 100, lambda _: False)
     signals = [make_signal(0, "a"), make_signal(1, "a"), make_signal(2, "a", Kind.RETRACTED)]
     counted.add(signals[:1])
     labels = (signals[0].tenant, "a", signals[0].severity, "raised", "false")
@@ -52,7 +52,7 @@ def test_signals_are_counted_before_and_after_the_first_scrape() -> None:
 
 def test_rules_beyond_the_maximum_are_counted_together() -> None:
     rules: Rules = {"default": tuple(rule(f"r{n:04}") for n in range(50))}
-    counted = SignalsByRule(lambda: rules, 10)
+    counted = SignalsByRule(lambda: rules, 10, lambda _: False)
     assert len(counted.counts()) == 10
     signals = [make_signal(n, f"r{n:04}") for n in range(50)]
     counted.add(signals)

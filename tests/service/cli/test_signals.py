@@ -27,6 +27,7 @@ class Service:
         self.signals = [records.signal(number) for number in range(5, 0, -1)]
         self.streams: list[list[dict[str, Any]]] = []
         self.asked: list[tuple[str, Query, str | None]] = []
+        self.changes: list[tuple[str, str, Any, str | None]] = []
         service = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,6 +45,21 @@ class Service:
                 found = service.find(url.path, query)
                 body = found or {"error": {"message": "there is none", "hint": ""}}
                 return self._send(200 if found else 404, json.dumps(body).encode())
+
+            def do_PUT(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))))
+                who = self.headers.get("x-operator")
+                service.changes.append((self.command, self.path, body, who))
+                if "missing" in self.path:
+                    return self._send(404, b'{"error": {"message": "no rule", "hint": "look"}}')
+                answer = {"until": "2025-01-31T12:00:00.000000000Z", "by": who}
+                return self._send(200, json.dumps(answer).encode())
+
+            do_POST = do_PUT
+
+            def do_DELETE(self) -> None:
+                service.changes.append((self.command, self.path, None, None))
+                return self._send(404 if "missing" in self.path else 204, b"")
 
             def _send(self, status: int, data: bytes) -> None:
                 self.send_response(status)
@@ -125,6 +141,35 @@ def test_signals_as_json_over_several_pages(
     assert "there are more" in result.stderr
 
 
+def test_muted_and_acknowledged_signals_are_marked(service: Service) -> None:
+    service.signals[0] |= {"muted": True, "acknowledged": {"by": "ann"}}
+    service.signals[1] |= {"muted": False, "acknowledged": None}
+    _, first, second, *_ = run(service, "signals").stdout.splitlines()
+    assert "  active (muted) ✓  fraud-check" in first
+    assert "✓" not in second
+    assert "muted" not in second
+
+
+def test_a_rule_is_muted_and_unmuted(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
+    result = run(service, "rules", "mute", "r/1", "--for", "2h", "--reason", "known")
+    assert result.stdout == "r/1 is muted until 2025-01-31T12:00:00Z\n"
+    body = {"for": "2h", "reason": "known"}
+    assert service.changes.pop() == ("PUT", "/api/v1/rules/r%2F1/mute", body, "ann")
+    assert run(service, "rules", "unmute", "r").stdout == "r is no longer muted\n"
+    assert service.changes.pop()[:2] == ("DELETE", "/api/v1/rules/r/mute")
+    assert "is not muted" in run(service, "rules", "unmute", "missing", code=1).stderr
+    refused = run(service, "rules", "mute", "missing", "--for", "1h", "--reason", "x", code=3)
+    assert refused.stderr == "betrace: no rule; look\n"
+
+
+def test_a_signal_is_acknowledged(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "a nn")  # not a name for X-Operator
+    run(service, "acknowledge", "ab", "--note", "on it", "--json")
+    change = ("POST", "/api/v1/signals/ab/acknowledge", {"note": "on it"}, None)
+    assert service.changes == [change]
+
+
 def test_no_signals(service: Service) -> None:
     service.signals = []
     assert run(service, "signals").stdout == "no signals\n"
@@ -195,6 +240,7 @@ def test_a_trace_is_a_waterfall_with_its_signals(service: Service) -> None:
     lines = run(service, "trace", records.TRACE).stdout.splitlines()
     assert lines[0].startswith(f"trace {records.TRACE}  closed, 4 spans, 1 error, 120 ms, from 20")
     assert lines[1].startswith("● critical  fraud-check  Payments over 1000")
+    assert lines.pop(2) == f"  signal {5:032x}"
     starts = ["  POST /checkout ", "    order ", "◆     charge ", "        ✖ attempt "]
     for line, start in zip(lines[3:], starts, strict=True):
         assert line.startswith(start)
