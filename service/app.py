@@ -134,6 +134,7 @@ def build(
         gate.authenticator,
         capacity=settings.pipeline.ingest_capacity_spans,
         closed=gate.closed,
+        backlogged=pipeline.correlate.backlog.full,
     )
 
     # Recovery and upkeep

@@ -66,6 +66,7 @@ REASONS = (
     "too_large",
     "undecodable",
     "quota",
+    "backlog",
     "overloaded",
     "memory",
     "slow_body",
@@ -103,7 +104,8 @@ _UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of requests without readable 
 class Edge:
     """Admits requests, queues them and answers them.
 
-    ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants. Under load,
+    ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants; ``backlogged``
+    says whether a tenant must wait because too many of its spans wait to be folded. Under load,
     tenants share the queue and the memory for bodies (:mod:`betrace.service.receiver.shares`).
     ``refused_spans`` and ``refused_requests`` count refusals by reason (``REASONS``); spans are
     estimated.
@@ -118,8 +120,10 @@ class Edge:
         clock_ns: Callable[[], int] = time.time_ns,
         capacity: int = 10_000,
         closed: Container[str] = frozenset(),
+        backlogged: Callable[[str], bool] = lambda tenant: False,
     ) -> None:
         self._closed_tenants = closed
+        self._backlogged = backlogged
         self._spans = Shares(capacity, settings.refuse_above)
         self._give_back_spans = self._spans.give_back
         self._bytes = Shares(settings.max_buffered_bytes, settings.refuse_above)
@@ -250,6 +254,8 @@ class Edge:
         wait = self._quotas.admit(tenant, 0)
         if wait is not None:
             return self._over_quota(head, wait)
+        if self._backlogged(tenant):
+            return self._over_backlog(head)
         if not self._has_capacity(tenant):
             return self._overloaded(head, "overloaded")
         return head
@@ -401,6 +407,13 @@ class Edge:
             "send less, or ask for a larger quota"
         )
         return self._refuse(head, 429, "quota", message, self._retry_after(seconds))
+
+    def _over_backlog(self, head: Head) -> HttpResponse:
+        message = (
+            f"spans of tenant {head.tenant} wait to be evaluated, because its rules need more "
+            "processor time than its share; send them again later, or make the rules cheaper"
+        )
+        return self._refuse(head, 429, "backlog", message, self._retry_after(self._retry_min))
 
     def _overloaded(self, head: Head, reason: str, spans: int | None = None) -> HttpResponse:
         """The larger the fraction of refused requests, the longer clients are asked to wait."""

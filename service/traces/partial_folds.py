@@ -53,7 +53,7 @@ class TenantPartialFolds:
             left = self._frames.get(position)
             if left is not None:
                 skip[first:end] = 1
-                skip[[first + row for row in left.rows]] = 0
+                skip[np.array(left.rows, np.int64) + first] = 0
                 asks += [(first + row, check) for row, check in left.asks]
         return skip, asks
 

@@ -79,5 +79,7 @@ async def drain_pipeline(call: Call) -> Any:
     with trio.move_on_after(call.params["wait"]):
         for stage in sources.pipeline.stages.values():  # in the order of the channels
             await stage.drained()
+            if stage.name == "trace-correlation":
+                await sources.pipeline.correlate.worked_off()
     found = pipeline_state(sources)
     return Answer(found, 200 if found["drained"] else 202)
