@@ -420,6 +420,7 @@ class Service:
             serve,
             tls=self.settings.tls,
             keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
+            max_connections=self.settings.api.max_connections,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
         url: str = await nursery.start(listener, app, address, stop)

@@ -47,7 +47,7 @@ from betrace.service.traces.table import TraceTable
 # A call of the kernel takes rows of at most these products, so that it returns soon, and so that
 # few comparisons are left over when the fold stops.
 _CELLS = 1 << 17  # rows and checks
-_PATTERN_CELLS = 1 << 12  # rows and patterns
+_PATTERN_CELLS = 1 << 11  # rows and patterns
 _CELL_BYTES = 1 << 25  # bytes of spans and checks
 
 _NO_FILTER = np.zeros((2, 0), np.int64)
@@ -280,9 +280,12 @@ class FoldRun:
         table = self._table
         checks = {name: number for number, name in enumerate(table.rules.check_names)}
         other: set[Ask] = set()  # not among the rules of their traces
+        slots: dict[int, int] = {}
         for row, check in self._asks:
-            hi, lo = self._batch.spans[row, [TRACE_HI, TRACE_LO]].tolist()
-            slot = table.find(hi, lo)
+            slot = slots.get(row, -2)
+            if slot == -2:
+                hi, lo = self._batch.spans[row, [TRACE_HI, TRACE_LO]].tolist()
+                slot = slots[row] = table.find(hi, lo)
             if slot < 0:
                 continue
             if check is not None and check not in checks:
