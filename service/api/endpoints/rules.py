@@ -25,6 +25,7 @@ from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
+from betrace.service.traces.slices import CpuSlice
 from betrace.service.traces.trial import Trial, TrialError
 
 endpoints = Endpoints("Rules")
@@ -40,6 +41,7 @@ RULE_ID = Param(
 )
 _TAGS = re.compile(r'"[^"]+"(\s*,\s*"[^"]+")*')
 _FOREVER = 2**63 - 1
+TRIAL_SECONDS = 3.0  # of processor time
 _TEXT = {"type": "string"}
 RULE_SCHEMA = {
     "type": "object",
@@ -216,7 +218,8 @@ async def test_rule(call: Call) -> Any:
 
 
 def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
-    trial = Trial(compile_rules([make_rule({"id": "trial", "condition": condition})]))
+    rules = compile_rules([make_rule({"id": "trial", "condition": condition})])
+    trial = Trial(rules, cpu=CpuSlice(TRIAL_SECONDS))
     try:
         trial.add(to_protobuf(trace))
         (verdict,) = trial.verdicts()
