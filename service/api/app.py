@@ -128,7 +128,7 @@ async def _send_busy(send: Send) -> None:
     )
     headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": orjson.dumps(error.body())})
+    await send({"type": "http.response.body", "body": error.body()})
 
 
 def _finishing(app: Callable[..., Awaitable[None]]) -> App:

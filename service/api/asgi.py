@@ -31,7 +31,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_DESCRIPTOR_SHARE = 4  # one in so many files that the process may open
+_DESCRIPTOR_SHARE = 8  # one in so many files that the process may open
 _EXHAUSTED_PAUSE = 0.5
 
 _log = logging.getLogger("service.http")

@@ -36,8 +36,8 @@ class Ingest(SettingsSection):
     max_buffered_bytes: Size = 256 * MIB
     """Memory for request bodies, including those still arriving. Above it, requests get 503."""
     max_connections: Count = 1024
-    """Maximum open connections, at most half of the files that the process may open. For more, slow
-    and idle connections are closed."""
+    """Maximum open connections, at most a third of the files that the process may open. For more,
+    slow and idle connections are closed."""
     head_timeout_seconds: Seconds = 10
     """Time limit for a request's headers, from its first byte. Later ones get 408 and the
     connection is closed. The same limit applies to TLS handshakes."""
@@ -81,8 +81,8 @@ class Api(SettingsSection):
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
     max_connections: Count = 512
-    """Maximum open connections, at most a quarter of the files that the process may open. For more,
-    idle connections are closed."""
+    """Maximum open connections, at most an eighth of the files that the process may open. For
+    more, idle connections are closed."""
     max_body_bytes: Size = 4 * MIB
     """Largest request body, such as a rule or the trace of a rule test."""
     query_timeout_seconds: Seconds = 10

@@ -31,7 +31,7 @@ from betrace.service.receiver.transport import SocketTransport, TlsTransport, Tr
 _EXHAUSTED_PAUSE: Final = 0.5
 _SWEEP_SECONDS: Final = 1.0
 _ROOM_SECONDS: Final = 0.1  # between two attempts to make room
-_DESCRIPTOR_SHARE: Final = 2  # one in so many files that the process may open
+_DESCRIPTOR_SHARE: Final = 3  # one in so many files that the process may open
 # A request that has not arrived after this long is slow, and makes room for others.
 _SLOW_SECONDS: Final = 1.0
 # Fraction of the grace period in which requests may arrive; the rest is for processing the last.

@@ -118,7 +118,7 @@ async def test_bodies_of_the_api_are_bounded_together(tmp_path, monkeypatch, nur
         await trio.sleep(0.2)
         await unfinished[1].send_all(head + bytes(1_400_000))
         await trio.sleep(0.2)
-        await unfinished[2].send_all(head + bytes(1_500_000))
+        await unfinished[2].send_all(head + bytes(150_000))
         with trio.fail_after(5):
             assert b"503" in await unfinished[2].receive_some()
         for stream in unfinished:
