@@ -146,6 +146,7 @@ def build(
         gate.authenticator,
         capacity=settings.pipeline.ingest_capacity_spans,
         closed=gate.closed,
+        backlogged=pipeline.correlate.backlog.full,
     )
 
     # Recovery and upkeep
@@ -448,6 +449,7 @@ class Service:
             serve,
             tls=self.settings.tls,
             keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
+            max_connections=self.settings.api.max_connections,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
         url: str = await nursery.start(listener, app, address, stop)

@@ -55,7 +55,8 @@ class Ingest(SettingsSection):
     """Origins of pages that may send spans from a browser, such as "https://shop.example"; "*" for
     all, only without authentication."""
     max_connections: Count = 1024
-    """Maximum open connections. More wait to be accepted."""
+    """Maximum open connections, at most a third of the files that the process may open. For more,
+    slow and idle connections are closed."""
     head_timeout_seconds: Seconds = 10
     """Time limit for a request's headers, from its first byte. Later ones get 408 and the
     connection is closed. The same limit applies to TLS handshakes."""
@@ -98,12 +99,16 @@ class Api(SettingsSection):
 
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
+    max_connections: Count = 512
+    """Maximum open connections, at most an eighth of the files that the process may open. For
+    more, idle connections are closed."""
     max_body_bytes: Size = 4 * MIB
     """Largest request body, such as a rule or the trace of a rule test."""
     query_timeout_seconds: Seconds = 10
     """Time limit for a query. Slower ones get 503."""
     query_threads: Workers = 8
-    """Maximum concurrent queries. More wait, within query_timeout_seconds."""
+    """Maximum concurrent queries. More wait, within query_timeout_seconds. One tenant may have half
+    of them."""
     max_streams: Count = 100
     """Maximum open server-sent event streams. More get 503."""
 

@@ -208,6 +208,9 @@ class _PipelineBuilder:
             history=history,
             sync=sync,
             flush_seconds=settings.log.flush_seconds,
+            attempts=settings.redelivery.attempts + 1,
+            retry_seconds=settings.redelivery.delay_seconds,
+            finish_seconds=settings.shutdown.grace_seconds / 3,
             batch_audit=audit,
             slow_batches=self._slow_batches,
         )

@@ -50,7 +50,9 @@ _log = logging.getLogger("service.http")
 class Connection:
     """Serves ``transport`` until either side ends it.
 
-    ``deadline`` is the time on Trio's clock when :meth:`expire` must be called.
+    ``deadline`` is the time on Trio's clock when :meth:`expire` must be called, ``slow_since`` the
+    time since which part of a request is missing (infinity if none is), ``peer`` the client's
+    address, and ``proven`` whether it has sent a request.
     """
 
     __slots__ = (
@@ -68,6 +70,9 @@ class Connection:
         "_transport",
         "_unread",
         "deadline",
+        "peer",
+        "proven",
+        "slow_since",
     )
 
     def __init__(
@@ -78,6 +83,9 @@ class Connection:
         errors: ClientErrors,
         cors: Cors | None = None,
     ) -> None:
+        self.peer = transport.peer
+        self.proven = False
+        self.slow_since = math.inf
         self._transport = transport
         self._edge = edge
         self._limits = limits
@@ -104,6 +112,11 @@ class Connection:
         """End the connection because its deadline has passed, with an answer if one is due."""
         self.deadline = math.inf
         self._scope.cancel()
+
+    def abandon(self) -> None:
+        """End the connection at once, without an answer."""
+        self._owed = None
+        self.expire()
 
     def retire(self) -> None:
         """End the connection because the service stops: soon if it is idle, otherwise once the
@@ -139,6 +152,10 @@ class Connection:
         except Exception:
             _log.exception("a connection of the ingestion listener failed and is closed")
         finally:
+            if isinstance(self._unread, ChunkedBody):
+                self._unread.release()
+            self._unread = 0
+            self._owed = None  # it refers to this object
             await self._transport.close()
 
     async def _serve(self) -> None:
@@ -179,12 +196,15 @@ class Connection:
                 self._owed = lambda: edge.unanswered(head, size)
                 self.deadline = trio.current_time() + edge.answer_timeout
                 self._processing = True
+                self.slow_since = math.inf
                 response = await edge.process(head, body)
                 self._owed = None
+                self.proven = True
                 more = await self._send(request, response)
                 self._processing = False
                 return more
         self._owed = None
+        self.slow_since = math.inf
         return await self._refuse(request, body)
 
     # Reading.
@@ -196,6 +216,7 @@ class Connection:
             if self._closing:
                 return None
             self._idle = True
+            self.slow_since = math.inf
             self.deadline = trio.current_time() + self._limits.idle
             received = await self._transport.receive()
             if not received:
@@ -210,7 +231,8 @@ class Connection:
 
     async def _gather_head(self, received: bytes) -> bytes | None:
         """The head of a request that arrives in parts."""
-        self.deadline = trio.current_time() + self._limits.head
+        self.slow_since = trio.current_time()
+        self.deadline = self.slow_since + self._limits.head
         self._owed = self._edge.slow_head
         gathered = bytearray()
         searched = 0
@@ -258,7 +280,7 @@ class Connection:
 
     async def _read_chunks(
         self, request: RequestHead, head: Head, memory: Body
-    ) -> bytes | HttpResponse | None:
+    ) -> memoryview | HttpResponse | None:
         """The same for a chunked body."""
         chunks = self._unread
         assert isinstance(chunks, ChunkedBody)
@@ -270,7 +292,10 @@ class Connection:
             if refusal is not None:
                 return refusal
             if chunks.complete:
-                return bytes(chunks.data)
+                self._unread = 0
+                body = memoryview(chunks.data)
+                chunks.release()
+                return body
             received = await self._transport.receive()
             if not received:
                 return None
@@ -278,7 +303,9 @@ class Connection:
     async def _begin_body(self, request: RequestHead, head: Head, received: bytes) -> None:
         """Set the time limit of a body that is not complete, and ask for it if the client waits."""
         self._owed = lambda: self._edge.slow_body(head)
-        self.deadline = trio.current_time() + self._limits.body
+        now = trio.current_time()
+        self.slow_since = min(self.slow_since, now)
+        self.deadline = now + self._limits.body
         if request.expects_continue and not received:
             await self._transport.send(CONTINUE)
 

@@ -22,6 +22,7 @@ from betrace.service.otlp.wire import hash_text
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.format import format_check
 from betrace.service.rules.names import NameTable
+from betrace.service.rules.patterns import PatternSearch
 from betrace.service.rules.program import ProgramBuilder
 from betrace.service.rules.syntax import (
     And,
@@ -79,6 +80,7 @@ class CompiledRules:
     thresholds: tuple[Rows, Rows]
     on_empty: Rows
     checks_of_rule: tuple[tuple[int, ...], ...]
+    patterns: PatternSearch
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
     definitions: bytes
@@ -141,6 +143,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         thresholds=_end_to_end([sorted(found) for found in thresholds]),
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
+        patterns=PatternSearch(spans.where for spans in checks),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
         definitions=orjson.dumps([rule.definition() for rule in enabled]),
     )

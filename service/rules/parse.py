@@ -43,6 +43,7 @@ MAX_TEXT_BYTES = 16 * 1024  # of UTF-8
 MAX_DEPTH = 32
 MAX_BRACKETS = 128  # open at the same time, including needless parentheses
 MAX_CHECKS = 256
+MAX_PATTERN = 20_000  # RE2 instructions of one pattern
 MAX_PROGRAM = 100_000  # RE2 instructions of all patterns; they compile in about 40 ms
 
 _PARSER = Lark(
@@ -297,7 +298,7 @@ class _Builder:
 
     def _pattern(self, token: Token, pattern: str) -> None:
         try:
-            self._program += compile_pattern(pattern).programsize
+            size = compile_pattern(pattern).programsize
         except re2.error as error:
             reason = error.args[0]
             reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
@@ -306,6 +307,13 @@ class _Builder:
                 token,
                 "patterns use RE2's syntax, without look-around and back-references",
             ) from None
+        if size > MAX_PATTERN:
+            raise self._error(
+                f"this pattern is too large: {size} RE2 instructions; at most {MAX_PATTERN}",
+                token,
+                r"repeat large classes such as \p{L} less often, or match only the beginning",
+            )
+        self._program += size
         if self._program > MAX_PROGRAM:
             raise self._error(
                 "the patterns of this rule are too large",

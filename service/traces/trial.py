@@ -12,6 +12,7 @@ from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.wording import breach_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide
 from betrace.service.traces.due import DueTraces
+from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.verdicts import raise_signal
 
@@ -40,10 +41,13 @@ class Trial:
     """Collects the spans of one trace and evaluates compiled rules on it.
 
     With ``trace_id`` (32 hex digits) spans of other traces are ignored; without it all spans must
-    belong to one trace.
+    belong to one trace. If ``cpu`` is used up, :meth:`add` raises :exc:`TrialError`.
     """
 
-    def __init__(self, rules: CompiledRules, trace_id: str | None = None) -> None:
+    def __init__(
+        self, rules: CompiledRules, trace_id: str | None = None, cpu: CpuSlice | None = None
+    ) -> None:
+        self._cpu = cpu
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
@@ -69,7 +73,13 @@ class Trial:
             halves = np.array([value >> 64, value & _MASK], np.uint64).view(np.int64)
             batch.spans = batch.spans[(batch.spans[:, [TRACE_HI, TRACE_LO]] == halves).all(axis=1)]
         if len(batch):
-            for _, folded in self._traces.fold(batch, now=1):
+            try:
+                parts = self._traces.fold(batch, now=1, slice=self._cpu)
+            except SliceOver:
+                raise TrialError(
+                    "evaluating it takes too much processor time; use fewer or cheaper patterns"
+                ) from None
+            for _, folded in parts:
                 self.spans += len(batch) - folded.repeated
         return len(batch)
 

@@ -29,7 +29,7 @@ from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from betrace.service.traces.due import DueTraces
+from betrace.service.traces.slices import CpuSlice
 
 FAULTS = Path(os.environ.pop("BETRACE_FAULTS"))
 
@@ -63,10 +63,10 @@ def inject() -> None:
             raise StoreError("injected DuckDB error", transient=True)
         return write(self, tenant, **rows)
 
-    def fail_to_fold(self: CorrelateStage, batch: SpanBatch) -> list[DueTraces]:
+    def fail_to_fold(self: CorrelateStage, batch: SpanBatch, cpu: CpuSlice) -> None:
         if injected("fold-error"):
             raise TransientError("injected fold error")
-        return fold(self, batch)
+        fold(self, batch, cpu)
 
     CorrelateStage._fold_one = fail_to_fold  # type: ignore[method-assign]
     Disk.write_all = fail_to_write  # type: ignore[method-assign]

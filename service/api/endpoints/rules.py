@@ -28,6 +28,7 @@ from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.triage import Mute
 from betrace.service.times import SECOND, read_duration, write_time
+from betrace.service.traces.slices import CpuSlice
 from betrace.service.traces.trial import Trial, TrialError
 
 endpoints = Endpoints("Rules")
@@ -45,6 +46,7 @@ _TAGS = re.compile(r'"[^"]+"(\s*,\s*"[^"]+")*')
 _FOREVER = 2**63 - 1
 _LONGEST_MUTE = 366 * 86_400 * SECOND
 _LONGEST_REASON = 500
+TRIAL_SECONDS = 3.0  # of processor time
 _TEXT = {"type": "string"}
 RULE_SCHEMA = {
     "type": "object",
@@ -299,7 +301,8 @@ async def test_rule(call: Call) -> Any:
 
 
 def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
-    trial = Trial(compile_rules([make_rule({"id": "trial", "condition": condition})]))
+    rules = compile_rules([make_rule({"id": "trial", "condition": condition})])
+    trial = Trial(rules, cpu=CpuSlice(TRIAL_SECONDS))
     try:
         trial.add(to_protobuf(trace))
         (verdict,) = trial.verdicts()

@@ -60,11 +60,12 @@ class GrpcConnection:
         begun: bytes = b"",
         refusal: RpcStatus | None = None,
     ) -> None:
+        self.peer = transport.peer
         self._transport = transport
         self._limits = limits
         self._errors = errors
         self._received = begun
-        now = trio.current_time()
+        self._opened = now = trio.current_time()
         self._h2 = new_h2(limits.body_bytes)
         self._out = Outbound(transport, self._h2)
         self._calls = Calls(
@@ -88,6 +89,16 @@ class GrpcConnection:
     def idle(self) -> bool:
         """Whether no call is in progress, except those that watch the health."""
         return self._calls.only_watching
+
+    @property
+    def proven(self) -> bool:
+        """Whether the client has sent the preface of HTTP/2."""
+        return self._begun
+
+    @property
+    def slow_since(self) -> float:
+        """When the preface, or a frame that is not complete, began to arrive; else infinity."""
+        return self._partial_since if self._begun else self._opened
 
     @property
     def deadline(self) -> float:
@@ -114,6 +125,10 @@ class GrpcConnection:
             self._flush_soon()
         elif self.idle:
             self._leave(ErrorCodes.NO_ERROR, "the connection is idle")
+
+    def abandon(self) -> None:
+        """End the connection at once, because other connections need its place."""
+        self._abort()
 
     def retire(self) -> None:
         """The service stops: end the connection once its calls are answered."""

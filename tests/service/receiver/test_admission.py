@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import orjson
 import pytest
 import trio
@@ -249,7 +251,7 @@ async def test_a_request_that_cannot_be_queued_in_time_is_refused(autojump_clock
 async def test_only_a_tenth_of_the_queue_may_wait_to_be_queued(nursery):
     queue = ScriptedQueue(fill=0.99, room=False)
     edge = Edge(Ingest(offer_timeout_ms=60_000), queue, SpanQuotas(), capacity=100)
-    weight = edge.estimate("json", "", 900)
+    weight = edge.estimate(Head("t", "json", "", None), 900)
     waiting = 0
     while isinstance(await admit(edge, (b"x-scope-orgid", b"t%d" % waiting), JSON), Head):
         head = Head(f"t{waiting}", "json", "", None)
@@ -354,9 +356,29 @@ async def test_weights_follow_the_spans_that_bodies_contained():
     queue.outcome = Done(10)
     for _ in range(300):
         await edge.handle(Head("a", "protobuf", "gzip", None), b"x" * 500)
-    assert edge.estimate("protobuf", "gzip", 5000) == pytest.approx(100, abs=2)
-    assert edge.estimate("protobuf", "", 4000) == 10  # other tenants are not affected
-    assert edge.estimate("protobuf", "", 0) == 1
+    head = Head("a", "protobuf", "gzip", None)
+    assert edge.estimate(head, 5000) == pytest.approx(100, abs=2)
+    assert edge.estimate(replace(head, encoding=""), 4000) == 10
+    assert edge.estimate(head, 0) == 1
+
+
+async def test_weights_of_one_tenant_do_not_follow_the_spans_of_another():
+    edge, queue = make()
+    quiet = Head("quiet", "protobuf", "gzip", None)
+    before = edge.estimate(quiet, 5000)
+    queue.outcome = Done(600_000)
+    for _ in range(50):
+        await edge.handle(Head("noisy", "protobuf", "gzip", None), b"x" * 43_000)
+    assert edge.estimate(quiet, 5000) == before < 100
+
+
+async def test_the_estimates_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr("betrace.service.receiver.admission._MOST_ESTIMATES", 3)
+    edge, queue = make()
+    queue.outcome = Done(1)
+    for number in range(10):
+        await edge.handle(Head(f"t{number}", "protobuf", "", None), b"x")
+    assert len(edge._seen) == 3
 
 
 async def test_authentication_decides_the_tenant():
