@@ -15,6 +15,7 @@ from h2.settings import SettingCodes
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
 from betrace.service.pipeline.request import Done, Refused
+from betrace.service.receiver.admission import Head
 from betrace.service.receiver.grpc import frames, methods
 from betrace.service.receiver.grpc.connection import WINDOW_BYTES
 from betrace.service.receiver.grpc.outbound import MAX_STREAMS
@@ -101,7 +102,8 @@ async def test_refused_spans_are_estimated_as_over_http(autojump_clock):
         s.peer.h2.send_data(stream, prefixed(bytes(12_000)), end_stream=True)
         await s.peer.flush()
         await trio.testing.wait_all_tasks_blocked()
-        assert s.edge.refused_spans["overloaded"] == s.edge.estimate("protobuf", "", 12_000) == 30
+        head = Head("default", "protobuf", "", None)
+        assert s.edge.refused_spans["overloaded"] == s.edge.estimate(head, 12_000) == 30
 
 
 async def test_a_quota_is_resource_exhausted_with_a_wait(autojump_clock, monkeypatch):
