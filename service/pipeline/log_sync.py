@@ -26,6 +26,11 @@ class GroupSync:
         self.failures = 0
         self._failing = 0  # since the last success
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last sync failed."""
+        return self._failing > 0
+
     async def sync(self, tenants: Iterable[str]) -> None:
         """Return when everything these tenants wrote before the call is durable.
 
