@@ -28,6 +28,11 @@ class GroupSync:
         self.running = False
         """Whether the log is being synced, which may delay writes to it."""
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last sync failed."""
+        return self._failing > 0
+
     async def sync(self, tenants: Iterable[str]) -> None:
         """Return when everything these tenants wrote before the call is durable.
 

@@ -253,7 +253,7 @@ def _leaf(
     where = leaf[L_SCOPE]
     outcomes = leaf[L_OUTCOMES]
     if where < FIELD:
-        if span[MSG_LEN] > _SPAN_FOR_KERNEL or resource[RESOURCE_LEN] > _SPAN_FOR_KERNEL:
+        if span[MSG_LEN] > _SPAN_FOR_KERNEL:
             return ASK
         key_off = leaf[L_KEY_OFF]
         key_len = leaf[L_KEY_LEN]

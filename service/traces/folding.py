@@ -46,7 +46,7 @@ from betrace.service.traces.table import TraceTable
 
 # A call of the kernel takes rows of at most these products, so that it returns soon, and so that
 # few comparisons are left over when the fold stops.
-_CELLS = 1 << 17  # rows and checks
+_CELLS = 1 << 18  # rows and checks
 _PATTERN_CELLS = 1 << 11  # rows and patterns
 _CELL_BYTES = 1 << 25  # bytes of spans and checks
 

@@ -11,6 +11,7 @@ import trio
 from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.pipeline.request import Done
+from betrace.service.storage.spanlog.log import LogSyncError
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
 
@@ -114,8 +115,12 @@ async def test_a_wrong_rule_file_is_reported_and_the_old_rules_stay_in_force(
 
 async def test_a_disk_that_does_not_sync_is_reported(config, monkeypatch):
     async with running(config) as service:
-        service.pipeline.sync.failures = 1
+        sync, error = service.pipeline.sync, LogSyncError(["default"], OSError("away"))
+        sync._note(error)
         assert components(service.sources)["span-log"]["status"] == "degraded"
+        sync._note(None)
+        assert components(service.sources)["span-log"]["status"] == "ok"
+        assert "1 sync failures" in components(service.sources)["span-log"]["detail"]
 
 
 async def test_a_stage_that_is_paused_or_stalls_is_reported(tmp_path):
