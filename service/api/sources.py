@@ -10,6 +10,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.accounts import SpanAccount, span_account
+from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.receiver.admission import Edge
@@ -36,6 +37,7 @@ class Sources:
     exports: Exports
     daily: Daily
     caches: CacheControl
+    data_directory: DataDirectory
 
     @property
     def ready(self) -> bool:
