@@ -40,6 +40,7 @@ from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
+from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -149,6 +150,8 @@ def build(
         backlogged=pipeline.correlate.backlog.full,
     )
 
+    data_directory = DataDirectory(settings.storage.path, edge.block, edge.unblock)
+
     # Recovery and upkeep
     record = Record(visible, stores.local.ledger)
     recovery = Recovery(settings, stores, pipeline, record, threads, gate.closed)
@@ -199,6 +202,7 @@ def build(
         daily=daily,
         caches=caches,
         rule_signals=rule_signals,
+        data_directory=data_directory,
     )
     tools = Tools(
         sources,
@@ -359,6 +363,7 @@ class Service:
         nursery.start_soon(self.rule_watch.run)
         nursery.start_soon(self.latencies.recent.run)
         nursery.start_soon(self.watch.run)
+        nursery.start_soon(self.sources.data_directory.run)
         await self.removal.take_up()
         if await self.threads.run(self.rebuild.find):  # small enough to rebuild at once
             await self._rebuild()

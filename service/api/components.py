@@ -21,6 +21,11 @@ def components(sources: Sources) -> dict[str, Json]:
     }
     if pipeline.sync.failing:
         found["span-log"]["status"] = "degraded"
+    if sources.data_directory.gone:
+        found["span-log"] = {
+            "status": "failed",
+            "detail": "the data directory was deleted or replaced; spans are refused",
+        }
     stall = sources.settings.pipeline.stall_seconds
     for name, stage in pipeline.stages.items():
         status, detail = "ok", "working"

@@ -11,6 +11,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.accounts import SpanAccount, span_account
+from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.receiver.admission import Edge
@@ -38,6 +39,7 @@ class Sources:
     daily: Daily
     caches: CacheControl
     rule_signals: SignalsByRule
+    data_directory: DataDirectory
 
     @property
     def ready(self) -> bool:

@@ -149,7 +149,12 @@ class Pipeline:
             if self.stages["trace-correlation"].paused:
                 await trio.sleep(self.retry_seconds)
                 continue
-            found = await correlate.fold_waiting()
+            try:
+                found = await correlate.fold_waiting()
+            except Exception:  # a bug; what waits stays where it is
+                _log.exception("spans that wait cannot be folded now")
+                await trio.sleep(1)
+                continue
             if found is None:
                 continue
             batch, failures = found

@@ -175,6 +175,16 @@ class Edge:
         if self.state == "paused":
             self._closed = None
 
+    def block(self, message: str) -> None:
+        """Refuse new requests until :meth:`unblock`, because they could not be kept."""
+        if self.state != "draining":
+            self._closed = ("unavailable", message)
+
+    def unblock(self) -> None:
+        """Accept requests again after :meth:`block`."""
+        if self.state == "unavailable":
+            self._closed = None
+
     async def settled(self) -> None:
         """Return when every admitted request is answered, or its client is gone."""
         if self._requests:
@@ -183,7 +193,7 @@ class Edge:
 
     @property
     def state(self) -> str:
-        """``open``, ``paused`` or ``draining``."""
+        """``open``, ``paused``, ``draining`` or ``unavailable``."""
         return "open" if self._closed is None else self._closed[0]
 
     # For each request.

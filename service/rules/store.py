@@ -21,11 +21,15 @@ from betrace.service.rules.definition import (
     RuleFileError,
     etag,
 )
+from betrace.service.rules.patterns import patterns_size
+from betrace.service.rules.syntax import span_sets
 from betrace.service.rules.yaml_file import MAX_RULES, dump_rules, load_file
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
 KEPT_VERSIONS = 20  # of each rule
 KEPT_DELETED = 100  # deleted rules of a tenant whose versions are kept
+MAX_PATTERNS = 500_000  # RE2 instructions of the patterns in a tenant's enabled rules
+_KNOWN_SIZES = 100_000
 _VERSIONS = ".versions"
 
 Signature = tuple[int, int, int, int]
@@ -75,6 +79,7 @@ class RuleStore:
         self._problems: dict[str, str] = {}
         self._unlisted: dict[str, str] | None = None  # problems of the last listing
         self._changed: set[str] = set()
+        self._sizes: dict[str, int] = {}  # of the patterns, by version of the rule
 
     @property
     def problems(self) -> dict[str, str]:
@@ -140,6 +145,13 @@ class RuleStore:
             path = self._path_to_change(tenant, rule_id)
             exists = (tenant, rule_id) in self._origins
             self._check_match(tenant, rule_id, if_match)
+            others = [other for other in self.rules(tenant) if other.id != rule_id]
+            if sum(map(self._size, [*others, rule])) > MAX_PATTERNS:
+                raise RuleLimitError(
+                    f"the patterns of the tenant's rules would have more than {MAX_PATTERNS} RE2 "
+                    r"instructions in all; use fewer or smaller ones (large classes such as \p{L} "
+                    "count most)"
+                )
             if not exists and len(self.rules(tenant)) >= MAX_RULES:
                 raise RuleLimitError(
                     f"the tenant has {MAX_RULES} rules, the maximum; delete one first"
@@ -293,7 +305,21 @@ class RuleStore:
         except RuleFileError as error:
             return _RuleFile(tenant, signature, known.rules if known else (), str(error))
 
+    def _size(self, rule: Rule) -> int:
+        """Instructions of the rule's patterns, 0 if it is disabled."""
+        if not rule.enabled:
+            return 0
+        size = self._sizes.get(rule.version)
+        if size is None:
+            clauses = (rule.syntax.when, rule.syntax.always, rule.syntax.never)
+            checks = {spans for clause in clauses for spans in span_sets(clause)}
+            if len(self._sizes) >= _KNOWN_SIZES:
+                self._sizes.clear()
+            size = self._sizes[rule.version] = patterns_size(spans.where for spans in checks)
+        return size
+
     def _combine(self, problems: dict[str, str]) -> None:
+        sizes: dict[str, int] = {}
         rules: dict[str, dict[str, Rule]] = {}
         origins: dict[tuple[str, str], Path] = {}
         for path, file in self._files.items():
@@ -303,11 +329,17 @@ class RuleStore:
                 first = origins.get((file.tenant, rule.id))
                 if first is not None:
                     faults.append(f"{path}: rule {rule.id}: ignored, its id is used in {first}")
+                elif sizes.get(file.tenant, 0) + self._size(rule) > MAX_PATTERNS:
+                    faults.append(
+                        f"{path}: rule {rule.id}: ignored, the patterns of the tenant's rules have "
+                        f"more than {MAX_PATTERNS} RE2 instructions in all"
+                    )
                 elif len(own) >= MAX_RULES:
                     faults.append(f"{path}: the tenant has more than {MAX_RULES} rules")
                     break
                 else:
                     own[rule.id] = rule
+                    sizes[file.tenant] = sizes.get(file.tenant, 0) + self._size(rule)
                     origins[file.tenant, rule.id] = path
             if faults:
                 problems[str(path)] = "\n".join(faults)

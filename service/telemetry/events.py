@@ -118,6 +118,19 @@ CLIENT_ERROR = _event(
     "what to change. Logged once a minute for each kind and peer.",
     "kind",
 )
+DATA_GONE = _event(
+    "data.gone",
+    logging.CRITICAL,
+    "the data directory {path} was deleted or replaced; spans are refused",
+    "What is written now would be lost. Put the directory back, or stop the service and start it "
+    "with an empty one.",
+)
+DATA_BACK = _event(
+    "data.back",
+    logging.WARNING,
+    "the data directory {path} is back; spans are accepted",
+    "The directory that was moved away is back.",
+)
 STAGE_STALLED = _event(
     "stage.stalled",
     logging.ERROR,

@@ -7,9 +7,11 @@ import re2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.match import SpanValues, evaluate
 from betrace.service.rules.parse import MAX_PATTERN
 from betrace.service.rules.patterns import MATCH_BYTES, PatternSearch, pattern_size, search
+from betrace.service.rules.store import RuleLimitError, RuleStore
 from betrace.service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope
 from betrace.service.rules.values import compile_pattern
 from tests.service.rules.test_match import batch_of
@@ -84,3 +86,28 @@ def test_the_largest_pattern_that_is_allowed_can_be_searched():
     pattern = r"\p{L}{16}"
     assert pattern_size(pattern) <= MAX_PATTERN
     assert search(pattern, "x" * 16) is True
+
+
+def test_the_patterns_of_a_tenant_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("betrace.service.rules.store.MAX_PATTERNS", 100)
+    store = RuleStore(tmp_path)
+    store.load()
+
+    def rule(name: str, pattern: str, **more: object) -> Rule:
+        condition = f'a.where(x matches "{pattern}")'
+        return make_rule({"id": name, "condition": condition, **more})
+
+    assert store.put("t", "one", rule("one", "a{60}"))
+    with pytest.raises(RuleLimitError, match="more than 100 RE2 instructions"):
+        store.put("t", "two", rule("two", "b{60}"))
+    assert store.put("t", "off", rule("off", "b{60}", enabled=False))
+    assert store.put("other", "two", rule("two", "b{60}"))
+    assert not store.put("t", "one", rule("one", "c{70}"))  # replaces the first
+    lines = "\n".join(
+        f"  - id: r{n}\n    condition: 'a.where(x matches \"{c}{{60}}\")'"
+        for n, c in enumerate("de")
+    )
+    (tmp_path / "default.yaml").write_text(f"rules:\n{lines}\n")
+    store.poll()
+    assert [each.id for each in store.rules("default")] == ["r0"]
+    assert "rule r1: ignored" in str(store.problems)
