@@ -2,7 +2,7 @@
 limits, scopes, wildcards, fields and patterns.
 
 A rule is first built with the nodes that rules had before they could relate spans. If it needs
-others, :exc:`NotOldRule` is raised, and it is built again as a relational rule.
+others, :exc:`NotOldRuleError` is raised, and it is built again as a relational rule.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from betrace.service.rules.syntax import (
     Comparison,
     Condition,
     Constant,
-    Counted,
     CountCompare,
+    Counted,
     Exists,
     Expression,
     ForEach,
@@ -84,7 +84,7 @@ _NUMBERS = ("number", "arithmetic", "aggregate", "counted")
 _FIELDS_OF = {"trace": TRACE_FIELDS, "event": EVENT_FIELDS, "link": LINK_FIELDS}
 
 
-class NotOldRule(Exception):
+class NotOldRuleError(Exception):
     """The rule relates spans to each other."""
 
 
@@ -152,7 +152,7 @@ class Builder:
 
     def _need(self) -> None:
         if not self._related:
-            raise NotOldRule
+            raise NotOldRuleError
 
     def _condition(self, tree: Tree[Token], level: int = 0) -> Condition:
         return cast(Condition, self._node(tree, level))
@@ -220,12 +220,10 @@ class Builder:
         token = _first_token(tree)
         end = _last_token(tree)
         source = self._text[token.start_pos : end.end_pos]
-        source = source if len(source) <= 40 else source[:39] + "…"
-        closed = ")" if tree.data in ("aggregate", "counted") else ""
+        source += ")" * (tree.data in ("aggregate", "counted"))
+        shown = source if len(source) <= 40 else source[:39] + "…"
         return self._error(
-            f"found the number {source}{closed}, expected a condition",
-            token,
-            f"compare it: {source}{closed} > 3",
+            f"found the number {shown}, expected a condition", token, f"compare it: {shown} > 3"
         )
 
     # Spans
@@ -256,9 +254,7 @@ class Builder:
             )
         return True
 
-    def _check(
-        self, at: Token, name: str, where: Predicate | None, bound: bool = False
-    ) -> SpanSet:
+    def _check(self, at: Token, name: str, where: Predicate | None, bound: bool = False) -> SpanSet:
         spans = SpanSet(name, where, bound)
         self._checks.add(spans)
         if len(self._checks) > MAX_CHECKS:
@@ -377,7 +373,7 @@ class Builder:
             return Compare(attribute, "matches", (literal,))
         values = [_tree(value) for value in right]
         if any(value.data not in ("text", "value", "number") for value in values):
-            raise NotOldRule
+            raise NotOldRuleError
         return Compare(attribute, str(op), tuple(self._literal(v.children) for v in values))
 
     def _comparison(
@@ -398,7 +394,7 @@ class Builder:
             self._pattern(token, pattern)
             self._need()
             return Comparison(left, operator, (Constant(pattern, pattern),))
-        operands = []
+        operands: list[Expression] = []
         for each in right:
             operand = _tree(each)
             if operand.data in ("text", "value"):
@@ -414,7 +410,7 @@ class Builder:
         counts = isinstance(left, Counted) or (isinstance(left, Aggregate) and left.kind == "count")
         if counts and isinstance(first, Token) and first.type == "DURATION":
             raise self._error(
-                f"found {self._shown(first)}, expected a number",
+                f"found '{first}', expected a number",
                 first,
                 "compare counts with numbers without a unit",
             )
@@ -425,9 +421,6 @@ class Builder:
             )
         self._need()
         return Comparison(left, operator, tuple(operands))
-
-    def _shown(self, token: Token) -> str:
-        return f"'{token}'"
 
     def _word_for_number(self, words: list[Token], left: Tree[Token] | None) -> RuleSyntaxError:
         word = _name(words)
@@ -443,12 +436,8 @@ class Builder:
             f"to count the spans with this name: count({word})",
         )
 
-    def _two_numbers(
-        self, left: Tree[Token], op: str, comparison: Tree[Token]
-    ) -> RuleSyntaxError:
+    def _two_numbers(self, left: Tree[Token], op: str, comparison: Tree[Token]) -> RuleSyntaxError:
         token = _first_token(left)
-        right = self._text[cast(Token, comparison.children[0]).end_pos :].strip()
-        right = right[: 40 if len(right) > 40 else None]
         last = _last_token(comparison)
         shown = self._text[cast(Token, comparison.children[0]).end_pos : last.end_pos].strip()
         if self._where:
@@ -501,7 +490,7 @@ class Builder:
         if kind.type != "COUNT":
             self._need()
         elif not self._related:
-            raise NotOldRule
+            raise NotOldRuleError
         spans = self._spans(_tree(tree.children[1]), level)
         if kind.type == "COUNT":
             return Aggregate("count", spans)

@@ -44,7 +44,7 @@ _SPELLED = {
 # it. The first that applies wins.
 _REFS = frozenset({"SCOPE", "EXISTS", "COUNT", "RELATION", "TIMED", "PART", "DOT", "SPAN_COLON"})
 _NUMBERS = frozenset({"LPAR", "NUMBER", "DURATION", "AGGREGATE"}) | _REFS
-_GROUPS = (
+_GROUPS: tuple[tuple[frozenset[str], frozenset[str], str], ...] = (
     (frozenset({"SPAN_COLON", "NOT", "LPAR", "SEGMENT", "STRING"}), _NUMBERS, "a predicate"),
     (frozenset({"COUNT", "NOT", "LPAR", "SEGMENT", "STRING", "NUMBER"}), _NUMBERS, "a condition"),
     (
@@ -253,9 +253,13 @@ def _near_miss(token: Token, before: Sequence[Token], accepts: set[str]) -> str 
         case "LBRACE":
             meant = close_match(word, ["when", "always", "never"]) or _SYNONYMS.get(word.lower())
         case "SEGMENT" | "STRING" | "COUNT" | "NOT":
+            if word.lower() == "for":
+                return "to judge spans one by one: for each payment as p always { … }"
             meant = close_match(word, ["not", "and", "or"])
         case _:
             return None
+    if meant is None and token.type == "LPAR" and not after_dot:
+        return f"there is no function '{word}'; there are count, {', '.join(FUNCTIONS)}"
     return _did_you_mean(word, meant) if meant else None
 
 
@@ -326,12 +330,11 @@ def _misplaced(token: Token, previous: Token | None, accepts: set[str]) -> str |
         return "a rule is an optional when { … }, followed by always { … }, never { … } or both"
     if token.type == "CMP" and "BEFORE" in accepts:
         return f"to compare the number of spans: count(…) {token} 3"
-    if previous is not None and previous.type == "LPAR" and "RELATION" in accepts:
-        if "SPAN_COLON" not in accepts:
-            return (
-                "counts of the trace's spans cannot be inside where; "
-                "count(child(…)) counts the children of the span"
-            )
+    if "RELATION" in accepts and "SPAN_COLON" not in accepts:
+        return (
+            "counts of the trace's spans cannot be inside where; "
+            "count(child(…)) counts the children of the span"
+        )
     if token.type == "AGGREGATE" and "SPAN_COLON" in accepts:
         return f"{token}(…) is of the whole trace and cannot be inside where"
     if token.type in ("RELATION", "TIMED", "PART") and "COUNT" in accepts:
@@ -344,7 +347,11 @@ def _misplaced(token: Token, previous: Token | None, accepts: set[str]) -> str |
         return f"to calculate with the attribute, write .{previous}; names without a dot are text"
     if token.type == "WITHIN":
         return "within stands inside followed_by(…) and preceded_by(…), after the spans"
-    if token.type == "DOT" and "SEGMENT" not in accepts or token.type == "DOT" and "COUNT" in accepts:
+    if token.type == "SEGMENT" and token in ("for", "when") and accepts == {"ALWAYS", "NEVER"}:
+        return "a rule has one 'for each', after when { … } and before always { … } and never { … }"
+    if "ADD" in accepts and str(token)[:1] in ("-", "*") and len(token) > 1:
+        return f"put spaces around '{str(token)[0]}' to calculate"
+    if token.type == "DOT" and ("COUNT" in accepts or "SEGMENT" not in accepts):
         return "an attribute of a span can be used in where only: payment.where(amount > .limit)"
     if token.type == "SPAN_COLON":
         return "compare the fields of a span in where: payment.where(span:duration > 1s)"

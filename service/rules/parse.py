@@ -13,7 +13,7 @@ from typing import Any
 
 from lark import Lark, Token, UnexpectedCharacters, UnexpectedToken
 
-from betrace.service.rules.build import MAX_DEPTH, Builder, NotOldRule
+from betrace.service.rules.build import MAX_DEPTH, Builder, NotOldRuleError
 from betrace.service.rules.errors import RuleSyntaxError, unexpected_character, unexpected_token
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.rules.words import Words
@@ -58,7 +58,7 @@ def parse(text: str, *, relational: bool = False) -> RuleSyntax:
     if not relational:
         try:
             return Builder(text, related=False).rule(tree)
-        except NotOldRule:
+        except NotOldRuleError:
             pass
     return Builder(text, related=True).rule(tree)
 

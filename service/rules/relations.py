@@ -1,0 +1,648 @@
+"""Judges a relational rule on a whole trace, exactly.
+
+Spans are found by name, id and, for equality with a value of the group, by that value; relatives are
+found for all spans at once. So a rule takes time about linear in the trace, unless each group needs
+relations of its own. The number of steps is bounded: a rule that needs more is *undecided*, as is
+one that depends on the search of a text that is too long.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from betrace.service.rules import exact
+from betrace.service.rules.exact import UnknownError, Value
+from betrace.service.rules.format import format_check, format_ref
+from betrace.service.rules.syntax import (
+    Aggregate,
+    And,
+    Arithmetic,
+    Before,
+    Comparison,
+    Constant,
+    Counted,
+    Exists,
+    Expression,
+    ForEach,
+    Given,
+    Node,
+    Not,
+    Or,
+    Part,
+    Ref,
+    Relative,
+    RuleSyntax,
+    Scope,
+    SpanSet,
+    span_sets,
+)
+from betrace.service.rules.trace_tree import SpanPart, TraceSpan, TraceTree, follows
+
+MAX_STEPS = 5_000_000  # about ten seconds
+MAX_MATCH_BYTES = 64 * 1024
+SHOWN = 5  # groups, and spans of each
+
+FOREVER = float("inf")
+
+
+class TooMuchWorkError(Exception):
+    """A rule needs more steps than allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The spans that the bound word stands for, and the values after ``by``."""
+
+    spans: list[TraceSpan]
+    values: Mapping[Ref, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The result for one trace. ``clause`` is the broken one (always | never), None without a
+    breach. ``undecided`` says why nothing is known. ``groups`` are JSON: how many were ``broken``,
+    ``of`` how many, and ``examples`` of broken ones with ``key``, ``clause`` and ``spans``."""
+
+    clause: str | None
+    undecided: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    evidence: dict[str, list[str]] = field(default_factory=dict)
+    groups: dict[str, Any] | None = None
+
+
+def judge(
+    rule: RuleSyntax,
+    trace: TraceTree,
+    *,
+    max_steps: int = MAX_STEPS,
+    max_match_bytes: int = MAX_MATCH_BYTES,
+) -> Judgement:
+    """The verdict of a relational rule on a trace."""
+    judging = _Judging(rule, trace, max_steps, max_match_bytes)
+    try:
+        return judging.run()
+    except TooMuchWorkError:
+        return Judgement(None, "the rule needs too much work for this trace")
+    except UnknownError as error:
+        return Judgement(None, str(error))
+
+
+class _Judging:
+    """One rule and one trace. Nodes are known by identity: they live as long as the rule."""
+
+    def __init__(
+        self, rule: RuleSyntax, trace: TraceTree, max_steps: int, max_match_bytes: int
+    ) -> None:
+        self._rule = rule
+        self._trace = trace
+        self._left = max_steps
+        self._longest = max_match_bytes
+        self._word = rule.for_each.word if rule.for_each else None
+        self._group: Group | None = None
+        self._memo: dict[tuple[str, int], Any] = {}  # the same for all groups
+        self._own: dict[tuple[str, int], Any] = {}  # of the present group
+        self._depends: dict[int, bool] = {}
+
+    def run(self) -> Judgement:
+        rule = self._rule
+        if rule.when is not None and not self._holds(rule.when):
+            return Judgement(None)
+        if rule.for_each is None:
+            clause = self._clause()
+            return self._judgement(clause, None) if clause else Judgement(None)
+        groups = self._groups(rule.for_each)
+        broken: list[tuple[Group, str]] = []
+        unknown: UnknownError | None = None
+        for group in groups:
+            self._group = group
+            self._own = {}
+            try:
+                clause = self._clause()
+            except UnknownError as error:
+                unknown = error
+                continue
+            if clause:
+                broken.append((group, clause))
+        if not broken:
+            if unknown is not None:
+                raise unknown
+            return Judgement(None)
+        clauses = {clause for _, clause in broken}
+        shown = {
+            "broken": len(broken),
+            "of": len(groups),
+            "examples": [_example(group, clause) for group, clause in broken[:SHOWN]],
+        }
+        return self._judgement("always" if "always" in clauses else "never", shown)
+
+    def _clause(self) -> str | None:
+        """The broken clause: unknown only if neither is certainly broken."""
+        unknown: UnknownError | None = None
+        for name, node in (("always", self._rule.always), ("never", self._rule.never)):
+            if node is None:
+                continue
+            try:
+                if self._holds(node) == (name == "never"):
+                    return name
+            except UnknownError as error:
+                unknown = error
+        if unknown is not None:
+            raise unknown
+        return None
+
+    def _judgement(self, clause: str, groups: dict[str, Any] | None) -> Judgement:
+        """Counts and evidence of the span sets that are the same for all groups."""
+        rule = self._rule
+        sets: dict[SpanSet, None] = {}
+        if rule.for_each is not None:
+            sets[rule.for_each.spans] = None
+        for part in (rule.when, rule.always, rule.never):
+            sets.update(dict.fromkeys(span_sets(part)))
+        counts: dict[str, int] = {}
+        evidence: dict[str, list[str]] = {}
+        for spans in sets:
+            if spans.bound or self._is_dependent(spans):
+                continue
+            name = format_check(spans, self._word)
+            try:
+                found = self._select(spans)
+            except UnknownError:
+                continue
+            counts[name] = len(found)
+            if found:
+                evidence[name] = [span.id for span in found[:SHOWN]]
+        return Judgement(clause, None, counts, evidence, groups)
+
+    def _groups(self, each: ForEach) -> list[Group]:
+        spans = self._select(each.spans)
+        if not each.by:
+            return [Group([span]) for span in spans]
+        found: dict[tuple[str, ...], Group] = {}
+        for span in spans:
+            values = [self._value(ref, span, None) for ref in each.by]
+            keys = [exact.key(value) for value in values]
+            present = tuple(key for key in keys if key is not None)
+            if len(present) < len(keys):
+                continue
+            group = found.get(present)
+            if group is None:
+                found[present] = Group([span], dict(zip(each.by, values, strict=True)))
+                continue
+            group.spans.append(span)
+            for ref, value in zip(each.by, values, strict=True):
+                if exact.is_number(value):
+                    group.values[ref] = value  # type: ignore[index]
+        return list(found.values())
+
+    # Conditions
+
+    def _step(self, steps: int = 1) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise TooMuchWorkError
+
+    def _holds(self, node: Node) -> bool:
+        match node:
+            case And(items):
+                return self._all(items, self._holds)
+            case Or(items):
+                return not self._all(items, lambda item: not self._holds(item))
+            case Not(item):
+                return not self._holds(item)
+            case Exists(spans):
+                return self._exists(spans)
+            case Before(first, second):
+                one, other = self._select(first), self._select(second)
+                return bool(one and other) and one[0].start < other[0].start
+            case Comparison() | Given():
+                return self._satisfies(node, None, None)
+            case _:
+                raise TypeError(f"not a condition: {node!r}")
+
+    @staticmethod
+    def _all(items: Iterable[Node], holds: Callable[[Node], bool]) -> bool:
+        """Whether all hold; unknown only if none certainly fails."""
+        unknown: UnknownError | None = None
+        for item in items:
+            try:
+                if not holds(item):
+                    return False
+            except UnknownError as error:
+                unknown = error
+        if unknown is not None:
+            raise unknown
+        return True
+
+    def _exists(self, spans: SpanSet) -> bool:
+        try:
+            return bool(self._select(spans))
+        except UnknownError:
+            for span in self._base(spans):
+                try:
+                    if spans.where is None or self._satisfies(spans.where, span, None):
+                        return True
+                except UnknownError:
+                    pass
+            raise
+
+    # Span sets
+
+    def _base(self, spans: SpanSet) -> list[TraceSpan]:
+        if spans.bound:
+            return self._group.spans if self._group is not None else []
+        return self._trace.named(spans.name)
+
+    def _is_dependent(self, node: Any) -> bool:
+        """Whether a node depends on the group."""
+        found = self._depends.get(id(node))
+        if found is None:
+            found = self._depends[id(node)] = self._find_dependence(node)
+        return found
+
+    def _find_dependence(self, node: Any) -> bool:
+        match node:
+            case Ref(scope):
+                return self._word is not None and scope == self._word
+            case SpanSet(_, where, bound):
+                return bound or (where is not None and self._is_dependent(where))
+            case And(items) | Or(items):
+                return any(map(self._is_dependent, items))
+            case Not(item):
+                return self._is_dependent(item)
+            case Comparison(left, _, right):
+                return any(map(self._is_dependent, (left, *right)))
+            case Given(ref):
+                return self._is_dependent(ref)
+            case Relative(_, spans):
+                return self._is_dependent(spans)
+            case Part(_, where):
+                return where is not None and self._is_dependent(where)
+            case Counted(what):
+                return self._is_dependent(what)
+            case Arithmetic(first, rest):
+                return any(map(self._is_dependent, (first, *(right for _, right in rest))))
+            case Aggregate(_, spans, ref):
+                return self._is_dependent(spans) or (ref is not None and self._is_dependent(ref))
+            case _:
+                return False
+
+    def _select(self, spans: SpanSet) -> list[TraceSpan]:
+        """The spans of a set, in order of start and id."""
+        if spans.where is None:
+            return self._base(spans)
+        memo = self._own if self._is_dependent(spans) else self._memo
+        found = memo.get(("select", id(spans)))
+        if found is None:
+            candidates, where = self._candidates(spans)
+            found = [s for s in candidates if where is None or self._satisfies(where, s, None)]
+            memo["select", id(spans)] = found
+        return found  # type: ignore[no-any-return]
+
+    def _candidates(self, spans: SpanSet) -> tuple[list[TraceSpan], Node | None]:
+        """The spans that may be in a set, and what they must satisfy."""
+        where = spans.where
+        if spans.bound or not self._is_dependent(where):
+            return self._base(spans), where
+        join = self._join(spans)
+        if join is None:
+            return self._base(spans), where
+        of_group, index = join
+        value = self._value(of_group, None, None)
+        wanted: list[tuple[str, Any]] = []
+        number = exact.number(value)
+        if number is not None:
+            wanted.append(("number", number))
+        if isinstance(value, str | bool):
+            wanted.append(("text", exact.text(value)))
+        found: dict[str, TraceSpan] = {}
+        for each in wanted:
+            for span in index.get(each, ()):
+                found[span.id] = span
+        if len(wanted) > 1:
+            return sorted(found.values(), key=lambda span: (span.start, span.id)), where
+        return list(found.values()), where
+
+    def _join(
+        self, spans: SpanSet
+    ) -> tuple[Expression, Mapping[tuple[str, Any], list[TraceSpan]]] | None:
+        """The side of an equality that is of the group, and the spans by the other side's value;
+        None if the predicate has no such equality."""
+        key = ("join", id(spans))
+        if key not in self._memo:
+            self._memo[key] = self._find_join(spans)
+        return self._memo[key]  # type: ignore[no-any-return]
+
+    def _find_join(
+        self, spans: SpanSet
+    ) -> tuple[Expression, Mapping[tuple[str, Any], list[TraceSpan]]] | None:
+        where = spans.where
+        parts = where.items if isinstance(where, And) else (where,)
+        for part in parts:
+            if not isinstance(part, Comparison) or part.op != "==":
+                continue
+            for one, other in ((part.left, part.right[0]), (part.right[0], part.left)):
+                if self._is_of_group(one) and not self._is_dependent(other):
+                    index: dict[tuple[str, Any], list[TraceSpan]] = {}
+                    for span in self._base(spans):
+                        self._step()
+                        value = self._value(other, span, None)
+                        number = exact.number(value)
+                        if number is not None:
+                            index.setdefault(("number", number), []).append(span)
+                        if isinstance(value, str | bool):
+                            index.setdefault(("text", exact.text(value)), []).append(span)
+                    return one, index
+        return None
+
+    def _is_of_group(self, node: Expression) -> bool:
+        return isinstance(node, Ref) and node.scope == self._word
+
+    # Predicates
+
+    def _satisfies(self, node: Node, span: TraceSpan | None, part: SpanPart | None) -> bool:
+        """Whether a predicate holds for a span, or for an event or link of it."""
+        self._step()
+        match node:
+            case And(items):
+                return self._all(items, lambda item: self._satisfies(item, span, part))
+            case Or(items):
+                return not self._all(items, lambda item: not self._satisfies(item, span, part))
+            case Not(item):
+                return not self._satisfies(item, span, part)
+            case Comparison(left, op, right):
+                return self._compares(self._value(left, span, part), op, right, span, part)
+            case Given(ref, truthy):
+                value = self._value(ref, span, part)
+                return exact.truthy(value) if truthy else value is not None
+            case Relative():
+                assert span is not None
+                return self._relatives(node, span) > 0
+            case Part():
+                assert span is not None
+                return self._parts(node, span, most=1) > 0
+            case _:
+                raise TypeError(f"not a predicate: {node!r}")
+
+    def _compares(
+        self,
+        left: Value,
+        op: str,
+        right: Sequence[Expression],
+        span: TraceSpan | None,
+        part: SpanPart | None,
+    ) -> bool:
+        if op == "in":
+            return any(exact.compare(left, "==", self._value(each, span, part)) for each in right)
+        value = self._value(right[0], span, part)
+        if op == "matches":
+            return exact.matches(left, str(value), self._longest)
+        if op == "contains":
+            return exact.contains(left, value)
+        return exact.compare(left, op, value)
+
+    def _parts(self, node: Part, span: TraceSpan, most: float = FOREVER) -> int:
+        """The number of events or links that satisfy a predicate, counted up to ``most``."""
+        found = 0
+        unknown: UnknownError | None = None
+        for each in span.events if node.kind == "event" else span.links:
+            try:
+                found += node.where is None or self._satisfies(node.where, span, each)
+            except UnknownError as error:
+                unknown = error
+            if found >= most:
+                return found
+        if unknown is not None:
+            raise unknown
+        return found
+
+    # Relatives
+
+    def _relatives(self, node: Relative, span: TraceSpan) -> int:
+        """The number of relatives in the set; of ancestors, parents and spans in time 0 or 1."""
+        if self._is_dependent(node.spans):
+            return self._relatives_of_group(node, span)
+        trace = self._trace
+        match node.kind:
+            case "parent":
+                parent = trace.parent(span)
+                return parent is not None and parent.id in self._ids(node.spans)
+            case "child":
+                own = span.parent_id == span.id and span.id in self._ids(node.spans)
+                return self._by_parent(node.spans).get(span.id, 0) - own
+            case "sibling":
+                own = span.id in self._ids(node.spans)
+                if not span.parent_id:
+                    return 0
+                return self._by_parent(node.spans).get(span.parent_id, 0) - own
+            case "ancestor":
+                found = self._memoised("below", node.spans, trace.with_ancestor)
+                return span.id in found
+            case "descendant":
+                counts = self._memoised("above", node.spans, trace.descendants)
+                return counts.get(span.id, 0)  # type: ignore[no-any-return]
+            case _:
+                return self._in_time(node, span, self._starts(node.spans, self._memo))
+
+    def _memoised(self, name: str, spans: SpanSet, compute: Callable[[frozenset[str]], Any]) -> Any:
+        key = (name, id(spans))
+        if key not in self._memo:
+            self._step(len(self._trace.spans))
+            self._memo[key] = compute(self._ids(spans))
+        return self._memo[key]
+
+    def _ids(self, spans: SpanSet) -> frozenset[str]:
+        memo = self._own if self._is_dependent(spans) else self._memo
+        key = ("ids", id(spans))
+        if key not in memo:
+            memo[key] = frozenset(span.id for span in self._select(spans))
+        return memo[key]  # type: ignore[no-any-return]
+
+    def _by_parent(self, spans: SpanSet) -> Mapping[str, int]:
+        key = ("by parent", id(spans))
+        if key not in self._memo:
+            counts: dict[str, int] = {}
+            for span in self._select(spans):
+                if span.parent_id:
+                    counts[span.parent_id] = counts.get(span.parent_id, 0) + 1
+            self._memo[key] = counts
+        return self._memo[key]  # type: ignore[no-any-return]
+
+    def _starts(self, spans: SpanSet, memo: dict[tuple[str, int], Any]) -> list[int]:
+        key = ("starts", id(spans))
+        if key not in memo:
+            memo[key] = [span.start for span in self._select(spans)]
+        return memo[key]  # type: ignore[no-any-return]
+
+    def _in_time(self, node: Relative, span: TraceSpan, starts: list[int]) -> int:
+        within = FOREVER if node.within is None else node.within.value
+        assert not isinstance(within, str)
+        if node.kind == "followed_by":
+            return follows(starts, span.start, within)
+        at = bisect_left(starts, span.start) - 1
+        return at >= 0 and span.start - starts[at] <= within
+
+    def _relatives_of_group(self, node: Relative, span: TraceSpan) -> int:
+        """The same for a set that depends on the group, and is usually small."""
+        trace = self._trace
+        spans = self._select(node.spans)
+        ids = self._ids(node.spans)
+        match node.kind:
+            case "parent":
+                parent = trace.parent(span)
+                return parent is not None and parent.id in ids
+            case "child":
+                self._step(len(spans))
+                return sum(s.parent_id == span.id and s is not span for s in spans)
+            case "sibling":
+                self._step(len(spans))
+                same = span.parent_id
+                return sum(s.parent_id == same and s is not span for s in spans) if same else 0
+            case "ancestor":
+                return any(self._stepped(each) in ids for each in trace.ancestors(span))
+            case "descendant":
+                return sum(
+                    any(self._stepped(each) == span.id for each in trace.ancestors(s))
+                    for s in spans
+                )
+            case _:
+                return self._in_time(node, span, self._starts(node.spans, self._own))
+
+    def _stepped(self, span: TraceSpan) -> str:
+        self._step()
+        return span.id
+
+    # Values
+
+    def _value(self, node: Expression, span: TraceSpan | None, part: SpanPart | None) -> Value:
+        match node:
+            case Constant(value):
+                return value
+            case Ref():
+                return self._ref(node, span, part)
+            case Arithmetic(first, rest):
+                result = self._value(first, span, part)
+                for op, right in rest:
+                    result = exact.calculate(result, op, self._value(right, span, part))
+                return result
+            case Counted(what):
+                assert span is not None
+                if isinstance(what, Part):
+                    return self._parts(what, span)
+                return int(self._relatives(what, span))
+            case Aggregate():
+                memo = self._own if self._is_dependent(node) else self._memo
+                key = ("aggregate", id(node))
+                if key not in memo:
+                    memo[key] = self._aggregate(node)
+                return memo[key]  # type: ignore[no-any-return]
+
+    def _aggregate(self, node: Aggregate) -> Value:
+        spans = self._select(node.spans)
+        self._step(len(spans))
+        if node.kind == "count":
+            return len(spans)
+        assert node.ref is not None
+        values = [self._value(node.ref, span, None) for span in spans]
+        if node.kind == "distinct":
+            return len({key for value in values if (key := exact.key(value)) is not None})
+        numbers = [number for value in values if (number := exact.number(value)) is not None]
+        match node.kind:
+            case "sum":
+                return sum(numbers)
+            case "avg":
+                return exact.calculate(sum(numbers), "/", len(numbers))
+            case "min":
+                return min(numbers, default=None)
+            case _:
+                return max(numbers, default=None)
+
+    def _ref(self, ref: Ref, span: TraceSpan | None, part: SpanPart | None) -> Value:
+        scope, attribute = ref.scope, ref.attribute
+        if scope == self._word and self._word is not None:
+            group = self._group
+            assert group is not None
+            if group.values:
+                return group.values.get(Ref("", attribute))
+            of = group.spans[0]
+        elif scope in ("event", "link"):
+            assert part is not None and span is not None
+            return _part_value(scope, attribute.scope is Scope.FIELD, attribute.name, part)
+        elif scope == "trace":
+            return self._trace_field(attribute.name)
+        else:
+            if scope == "":
+                found = span
+            elif scope == "root":
+                found = self._trace.root
+            else:
+                found = self._trace.parent(span) if span is not None else None
+            if found is None:
+                return None
+            of = found
+        if attribute.scope is Scope.FIELD:
+            return span_field(of, attribute.name)
+        if attribute.scope is Scope.ANY:
+            value = of.attributes.get(attribute.name)
+            if value is not None:
+                return exact.normal(value)
+        return exact.normal(of.resource.get(attribute.name))
+
+    def _trace_field(self, name: str) -> int:
+        match name:
+            case "duration":
+                return self._trace.duration
+            case "spans":
+                return len(self._trace.spans)
+            case _:
+                return self._trace.services
+
+
+def span_field(span: TraceSpan, name: str) -> Value:
+    """A field of a span; None if the span does not have it."""
+    match name:
+        case "name":
+            return span.name
+        case "kind":
+            return span.kind
+        case "status":
+            return span.status
+        case "statusMessage":
+            return span.status_message
+        case "duration":
+            return max(0, span.end - span.start)
+        case "service":
+            return span.service
+        case "scope":
+            return span.scope
+        case "id":
+            return span.id
+        case "parentId":
+            return span.parent_id or None
+        case "start":
+            return span.start
+        case "end":
+            return span.end
+        case _:
+            return not span.parent_id
+
+
+def _part_value(scope: str, is_field: bool, name: str, part: SpanPart) -> Value:
+    if not is_field:
+        return exact.normal(part.attributes.get(name))
+    if scope == "event":
+        return part.name if name == "name" else part.since_start
+    return part.trace_id if name == "traceId" else part.span_id
+
+
+def _example(group: Group, clause: str) -> dict[str, Any]:
+    return {
+        "key": {
+            format_ref(ref).removeprefix("."): exact.text(value)
+            for ref, value in group.values.items()
+        },
+        "clause": clause,
+        "spans": [span.id for span in group.spans[:SHOWN]],
+    }
