@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,11 +178,20 @@ class Judgement:
         """The verdict and its reason: the clause, the counts, and the spans."""
         rule, verdict = self.rule, self.verdict
         outcome = "is broken" if verdict.breach else "is kept"
+        if verdict.undecided is not None:
+            outcome = "is undecided"
         disabled = ", not enabled" * (not rule.enabled)
         yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
             why = "does not hold" if verdict.clause == "always" else "holds"
             yield f"  because its clause '{verdict.clause}' {why}"
+        if verdict.undecided is not None:
+            yield f"  because {verdict.undecided}"
+        if verdict.groups is not None:
+            yield f"  for {verdict.groups['broken']} of {verdict.groups['of']} groups, such as"
+            for example in verdict.groups["examples"]:
+                keys = ", ".join(f"{name} {value}" for name, value in example["key"].items())
+                yield f"    {keys}{': ' * bool(keys)}spans {', '.join(example['spans'])}"
         width = max((len(check) for check in verdict.counts), default=0)
         for check, count in verdict.counts.items():
             spans = ", ".join(verdict.evidence.get(check, []))
@@ -193,7 +202,7 @@ class Judgement:
     def to_json(self) -> Json:
         """The verdict, with the rule's severity and name."""
         rule = {"name": self.rule.name, "severity": self.rule.severity}
-        return {**asdict(self.verdict), **rule, "enabled": self.rule.enabled}
+        return {**self.verdict.to_json(), **rule, "enabled": self.rule.enabled}
 
 
 def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list[Judgement]:

@@ -1,9 +1,9 @@
 """Judges a relational rule on a whole trace, exactly.
 
-Spans are found by name, id and, for equality with a value of the group, by that value; relatives are
-found for all spans at once. So a rule takes time about linear in the trace, unless each group needs
-relations of its own. The number of steps is bounded: a rule that needs more is *undecided*, as is
-one that depends on the search of a text that is too long.
+Spans are found by name, id and, for equality with a value of the group, by that value; relatives
+are found for all spans at once. So a rule takes time about linear in the trace, unless each group
+needs relations of its own. The number of steps is bounded: a rule that needs more is *undecided*,
+as is one that depends on the search of a text that is too long.
 """
 
 from __future__ import annotations
@@ -568,7 +568,7 @@ class _Judging:
                 return group.values.get(Ref("", attribute))
             of = group.spans[0]
         elif scope in ("event", "link"):
-            assert part is not None and span is not None
+            assert part is not None
             return _part_value(scope, attribute.scope is Scope.FIELD, attribute.name, part)
         elif scope == "trace":
             return self._trace_field(attribute.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 
 from betrace.service.rules.names import name_matches
@@ -174,7 +175,7 @@ class TraceTree:
             at = self.by_id.get(at.parent_id)
 
 
-def follows(starts: Sequence[int], start: int, within: float) -> bool:
+def follows(starts: Sequence[int], start: int, within: float | Fraction) -> bool:
     """Whether one of the ascending ``starts`` is after ``start``, at most ``within`` later."""
     at = bisect_right(starts, start)
     return at < len(starts) and starts[at] - start <= within

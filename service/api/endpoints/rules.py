@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -205,7 +204,9 @@ async def validate_rule(call: Call) -> Any:
         },
     },
     answers={
-        200: '`{"breach", "clause", "counts", "evidence"}`; `clause` is null without a breach',
+        200: '`{"breach", "clause", "counts", "evidence"}`; `clause` is null without a breach. '
+        "Of a broken rule with `for each`, also `groups`; of one that could not be judged, "
+        "`undecided`: the reason",
         400: "The condition has errors (`error.errors`), or the trace cannot be read",
     },
 )
@@ -226,6 +227,6 @@ def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
             f"the trace cannot be evaluated: {error}",
             'send OTLP JSON: {"resourceSpans": […]}, with the spans of one trace',
         ) from error
-    shown = asdict(verdict)
+    shown = verdict.to_json()
     del shown["rule_id"]
     return shown
