@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from cachetools import LRUCache
 
+from betrace.service.otlp.columns import Rows
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.decode import read_frames
@@ -57,10 +58,10 @@ class ReadBack:
         self.read = 0
         """Traces read."""
 
-    def note(self, due: DueTraces) -> None:
-        """Remember the positions that these traces no longer carry themselves."""
-        for hi, lo, *positions in due.spilled.tolist() if due.spilled is not None else ():
-            key = (due.tenant, hi, lo)
+    def note(self, tenant: str, spilled: Rows | None) -> None:
+        """Remember positions that traces no longer carry themselves: rows (hi, lo, positions)."""
+        for hi, lo, *positions in spilled.tolist() if spilled is not None else ():
+            key = (tenant, hi, lo)
             with self._lock:
                 self._spilled[key] = self._spilled.get(key, frozenset()).union(positions)
 

@@ -102,7 +102,7 @@ class Replay:
         relational = RelationalRules(read_back.traces)
         for due in self.due():
             if self.rules.relational:
-                read_back.note(due)
+                read_back.note(due.tenant, due.spilled)
             decided = decide_due(due, now, relational)
             relational.note(due, decided.signals)
             self.undecided += len(decided.undecided)

@@ -186,7 +186,7 @@ class EvaluateStage:
         now = self._clock_ns()
         for due in batch:
             if due.rules.relational:
-                self._read_back.note(due)
+                self._read_back.note(due.tenant, due.spilled)
         return [(decide_due(due, now, self._relational), len(due)) for due in batch]
 
 
