@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from betrace.service.rules.parse import parse
 from betrace.service.rules.relations import Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
+from tests.support.relational_strategies import case_traces, relational_rules
+from tests.support.relations_oracle import breaks
 from tests.support.trace_spans import case_span
 
 CASES = Path(__file__).parents[3] / "../shared/cases"
@@ -32,3 +35,11 @@ def test_shared_cases(name: str) -> None:
         if (found.clause is not None) != case["breach"]:
             wrong.append((case["name"], case["rule"]))
     assert wrong == []
+
+
+@given(relational_rules(), case_traces())
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+def test_verdicts_are_those_of_the_naive_reading(rule: str, spans: list[dict[str, Any]]) -> None:
+    found = verdict(rule, spans)
+    assert found.undecided is None
+    assert (found.clause is not None) == breaks(parse(rule, relational=True), spans)
