@@ -20,6 +20,7 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
 )
+from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import Problem, Rule, RuleFileError
 from betrace.service.rules.yaml_file import load_file
 
@@ -105,11 +106,15 @@ class Report:
     files: tuple[Path, ...]
     rules: int
     problems: tuple[Problem, ...]
+    plans: tuple[tuple[str, str], ...] = ()
+    """How each rule that relates spans is decided: its id and a sentence."""
 
     def lines(self) -> Iterator[str]:
-        """The problems, then a summary."""
+        """The problems, the plans, then a summary."""
         for problem in self.problems:
             yield from str(problem).split("\n")
+        for rule_id, how in self.plans:
+            yield f"{rule_id}: {how}"
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         if not self.problems:
             yield f"{files}, {self.rules} rule{'s' * (self.rules != 1)}: all good"
@@ -118,7 +123,9 @@ class Report:
             yield f"{files}: {count} problem{'s' * (count > 1)}"
 
     def to_json(self) -> Json:
-        """The report. Lines and columns count within the file, and are null if unknown."""
+        """The report. Lines and columns count within the file, and are null if unknown. ``plans``
+        are there only if some rules relate spans."""
+        plans = {"plans": dict(self.plans)} if self.plans else {}
         return {
             "valid": not self.problems,
             "files": [str(path) for path in self.files],
@@ -134,6 +141,7 @@ class Report:
                 }
                 for problem in self.problems
             ],
+            **plans,
         }
 
 
@@ -143,14 +151,15 @@ def check_files(names: Sequence[Path]) -> Report:
     Raises :exc:`Failure` for a directory without rule files.
     """
     paths = [path for name in names for path in _rule_files(name)]
-    rules = 0
+    rules: list[Rule] = []
     problems: list[Problem] = []
     for path in paths:
         try:
-            rules += len(load_file(path))
+            rules += load_file(path)
         except RuleFileError as error:
             problems += error.problems
-    return Report(tuple(paths), rules, tuple(problems))
+    plans = tuple((rule.id, plan(rule.syntax)) for rule in rules if rule.syntax.relational)
+    return Report(tuple(paths), len(rules), tuple(problems), plans)
 
 
 def _rule_files(name: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from betrace.service.rules.build import all_of, any_of
 from betrace.service.rules.exact import number
+from betrace.service.rules.format import format_condition
 from betrace.service.rules.syntax import (
     FIELDS,
     Aggregate,
@@ -65,6 +66,20 @@ def candidate(rule: RuleSyntax) -> Bound:
         broken.append(bounds.condition(rule.never, above=True))
     parts.append(_any(broken))
     return _all(parts)
+
+
+def plan(rule: RuleSyntax) -> str:
+    """How a rule is decided, in a sentence for people."""
+    if not rule.relational:
+        return "decided from counts while the spans arrive"
+    bound = candidate(rule)
+    if bound is False:
+        return "never broken"
+    if bound is True:
+        return "reads every trace back from the span log when it closes"
+    return "reads a trace back from the span log when it closes, if it has: " + format_condition(
+        bound
+    )
 
 
 class _Bounds:

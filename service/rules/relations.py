@@ -8,6 +8,7 @@ as is one that depends on the search of a text that is too long.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,15 +42,16 @@ from betrace.service.rules.syntax import (
 )
 from betrace.service.rules.trace_tree import SpanPart, TraceSpan, TraceTree, follows
 
-MAX_STEPS = 5_000_000  # about ten seconds
+STEPS = 200_000  # of a rule on a trace, and as many for each of its spans:
+STEPS_OF_SPAN = 20  # a step takes 2 to 5 microseconds
+STEPS_AT_ONCE = 1000  # between looks at the clock
 MAX_MATCH_BYTES = 64 * 1024
 SHOWN = 5  # groups, and spans of each
-
 FOREVER = float("inf")
 
 
 class TooMuchWorkError(Exception):
-    """A rule needs more steps than allowed."""
+    """A rule needs more steps or time than allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +79,16 @@ def judge(
     rule: RuleSyntax,
     trace: TraceTree,
     *,
-    max_steps: int = MAX_STEPS,
+    until: float = FOREVER,
     max_match_bytes: int = MAX_MATCH_BYTES,
 ) -> Judgement:
-    """The verdict of a relational rule on a trace."""
-    judging = _Judging(rule, trace, max_steps, max_match_bytes)
+    """The verdict of a relational rule on a trace; undecided if it is not found by the time
+    ``until`` of :func:`time.monotonic`."""
+    judging = _Judging(rule, trace, until, max_match_bytes)
     try:
         return judging.run()
-    except TooMuchWorkError:
-        return Judgement(None, "the rule needs too much work for this trace")
+    except TooMuchWorkError as error:
+        return Judgement(None, str(error))
     except UnknownError as error:
         return Judgement(None, str(error))
 
@@ -94,11 +97,13 @@ class _Judging:
     """One rule and one trace. Nodes are known by identity: they live as long as the rule."""
 
     def __init__(
-        self, rule: RuleSyntax, trace: TraceTree, max_steps: int, max_match_bytes: int
+        self, rule: RuleSyntax, trace: TraceTree, until: float, max_match_bytes: int
     ) -> None:
         self._rule = rule
         self._trace = trace
-        self._left = max_steps
+        self._left = STEPS + STEPS_OF_SPAN * len(trace.spans)
+        self._look_at = self._left
+        self._until = until
         self._longest = max_match_bytes
         self._word = rule.for_each.word if rule.for_each else None
         self._group: Group | None = None
@@ -201,8 +206,12 @@ class _Judging:
 
     def _step(self, steps: int = 1) -> None:
         self._left -= steps
-        if self._left < 0:
-            raise TooMuchWorkError
+        if self._left < self._look_at:
+            if self._left < 0:
+                raise TooMuchWorkError("the rule needs too much work for this trace")
+            if time.monotonic() > self._until:
+                raise TooMuchWorkError("there was too little time for this trace")
+            self._look_at = self._left - STEPS_AT_ONCE
 
     def _holds(self, node: Node) -> bool:
         match node:
@@ -306,6 +315,9 @@ class _Judging:
         where = spans.where
         if spans.bound or not self._is_dependent(where):
             return self._base(spans), where
+        for part in where.items if isinstance(where, And) else (where,):
+            if isinstance(part, Relative) and part.spans.bound and "_by" not in part.kind:
+                return self._near(spans, part), where
         join = self._join(spans)
         if join is None:
             return self._base(spans), where
@@ -324,6 +336,33 @@ class _Judging:
         if len(wanted) > 1:
             return sorted(found.values(), key=lambda span: (span.start, span.id)), where
         return list(found.values()), where
+
+    def _near(self, spans: SpanSet, part: Relative) -> list[TraceSpan]:
+        """The spans with the set's name that have a relative in the group."""
+        trace = self._trace
+        key = ("named", id(spans))
+        if key not in self._memo:
+            self._memo[key] = frozenset(span.id for span in self._base(spans))
+        named: frozenset[str] = self._memo[key]
+        found: dict[str, TraceSpan] = {}
+        for span in self._select(part.spans):
+            near: Iterable[TraceSpan | None]
+            match part.kind:
+                case "parent":
+                    near = trace.children(span.id)
+                case "child":
+                    near = (trace.parent(span),)
+                case "sibling":
+                    near = trace.children(span.parent_id)
+                case "ancestor":
+                    near = trace.below(span)
+                case _:
+                    near = trace.ancestors(span)
+            for each in near:
+                self._step()
+                if each is not None and each.id in named:
+                    found[each.id] = each
+        return sorted(found.values(), key=lambda span: (span.start, span.id))
 
     def _join(
         self, spans: SpanSet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -106,6 +106,29 @@ class TraceTree:
     def parent(self, span: TraceSpan) -> TraceSpan | None:
         """The parent, unless it is not in the trace or the span itself."""
         return self.by_id.get(span.parent_id) if span.parent_id != span.id else None
+
+    @cached_property
+    def _children(self) -> dict[str, list[TraceSpan]]:
+        found: dict[str, list[TraceSpan]] = {}
+        for span in self.spans:
+            if span.parent_id:
+                found.setdefault(span.parent_id, []).append(span)
+        return found
+
+    def children(self, span_id: str) -> list[TraceSpan]:
+        """The spans with this parent id; a span that is its own parent is among them."""
+        return self._children.get(span_id, [])
+
+    def below(self, span: TraceSpan) -> Iterator[TraceSpan]:
+        """The descendants."""
+        seen = {span.id}
+        waiting = [span]
+        while waiting:
+            for child in self.children(waiting.pop().id):
+                if child.id not in seen:
+                    seen.add(child.id)
+                    waiting.append(child)
+                    yield child
 
     @cached_property
     def _order(self) -> tuple[list[TraceSpan], list[list[TraceSpan]]]:

@@ -8,13 +8,14 @@ some, and after a restart are read from the query store.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from cachetools import LRUCache
 
-from betrace.service.rules.relations import Judgement, judge
+from betrace.service.rules.relations import FOREVER, Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.signals import Kind, Signal
 from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
@@ -49,15 +50,18 @@ class Judged:
 
 
 class RelationalRules:
-    """Judges candidates, and remembers the signals of relational rules."""
+    """Judges candidates, and remembers the signals of relational rules. What is not judged within
+    ``seconds`` of one call is undecided."""
 
     def __init__(
         self,
         read: ReadTraces,
         signals_of: SignalsOf = lambda tenant, trace_ids: {},
+        seconds: float = FOREVER,
     ) -> None:
         self._read = read
         self._signals_of = signals_of
+        self._seconds = seconds
         self._lock = threading.Lock()  # a thread that takes too long is left behind
         self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
 
@@ -67,20 +71,23 @@ class RelationalRules:
         for each in candidates:
             wanted.setdefault(each.trace, []).append(each.rule)
         judged = Judged([], [])
+        until = time.monotonic() + self._seconds
         for k, found in self._read(due, list(wanted)) if wanted else ():
             for number in wanted.pop(k, ()):
-                self._add(judged, due, k, number, found)
+                self._add(judged, due, k, number, found, until)
         for k, numbers in wanted.items():
             for number in numbers:
-                self._add(judged, due, k, number, "the trace was not found")
+                self._add(judged, due, k, number, "the trace was not found", until)
         return judged
 
     @staticmethod
-    def _add(judged: Judged, due: DueTraces, k: int, number: int, found: TraceTree | str) -> None:
+    def _add(
+        judged: Judged, due: DueTraces, k: int, number: int, found: TraceTree | str, until: float
+    ) -> None:
         if isinstance(found, str):
             judged.undecided.append(Undecided(k, number, found))
             return
-        judgement = judge(due.rules.rules[number].syntax, found)
+        judgement = judge(due.rules.rules[number].syntax, found, until=until)
         if judgement.undecided is not None:
             judged.undecided.append(Undecided(k, number, judgement.undecided))
         elif judgement.clause is not None:

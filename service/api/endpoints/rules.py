@@ -13,6 +13,7 @@ from betrace.service.api.endpoint import Answer, Call, Endpoints, Tools
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.rules.candidates import plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
     SEVERITIES,
@@ -179,16 +180,19 @@ async def delete_rule(call: Call) -> Any:
     "/api/v1/rules/validate",
     "Check a condition; nothing is saved",
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
-    answers={200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`'},
+    answers={
+        200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
+        "that relates spans also `plan`: how it is decided",
+    },
 )
 async def validate_rule(call: Call) -> Any:
     """Lines and columns count from 1."""
     given = call.json({"condition": str}, {})
     try:
-        await call.blocking(parse, given["condition"])
+        syntax = await call.blocking(parse, given["condition"])
     except RuleSyntaxError as error:
         return {"valid": False, "errors": [error.to_json()]}
-    return {"valid": True, "errors": []}
+    return {"valid": True, "errors": []} | ({"plan": plan(syntax)} if syntax.relational else {})
 
 
 @endpoints.add(

@@ -28,7 +28,7 @@ from betrace.service.traces.layout import (
 from betrace.service.traces.signal_history import SignalHistory, rule_signals
 from betrace.service.traces.trace_spans import TraceId, trace_spans
 
-SPANS_MAX = 100_000
+SPANS_MAX = 50_000
 ROUND_SPANS = 20_000  # of candidates that are in memory at the same time, and at least one trace
 ROUND_TRACES = 256
 CHUNK_FRAMES = 32  # decoded at the same time

@@ -32,7 +32,8 @@ from betrace.service.traces.verdicts import Decided, decide_due
 STAGE = "rule-evaluation"
 EARLY_REMEMBERED = 100_000  # traces with early signals that have not closed yet
 SMALL = 6400  # (traces + matches) x rules: a batch this small costs less than a thread call
-REPORT_SECONDS = 60
+REPORT_SECONDS = 60  # between log lines about undecided traces
+SHARE = 0.6  # of the time of a call, for reading traces back and judging them
 FEW_SIGNALS = 16  # in a small batch; more take time, and the next batch may have more
 
 
@@ -89,7 +90,9 @@ class EvaluateStage:
         self._bury = bury
         self._latencies = latencies
         self._read_back = read_back
-        self._relational = RelationalRules(read_back.traces, read_back.signals_of)
+        self._relational = RelationalRules(
+            read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
+        )
         self._early: LRUCache[tuple[str, int, int], int] = LRUCache(EARLY_REMEMBERED)
         self._many = False  # signals in the last batch
         self._unreported = 0  # undecided
