@@ -219,7 +219,9 @@ class Builder:
     def _no_comparison(self, tree: Tree[Token]) -> RuleSyntaxError:
         token = _first_token(tree)
         end = _last_token(tree)
-        source = self._text[token.start_pos : end.end_pos]
+        start = token.start_pos or 0
+        start -= self._text[start - 1 : start] == "."  # the dot of an attribute is no child
+        source = self._text[start : end.end_pos]
         source += ")" * (tree.data in ("aggregate", "counted"))
         shown = source if len(source) <= 40 else source[:39] + "…"
         return self._error(

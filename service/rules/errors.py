@@ -347,7 +347,7 @@ def _misplaced(token: Token, previous: Token | None, accepts: set[str]) -> str |
         return f"to calculate with the attribute, write .{previous}; names without a dot are text"
     if token.type == "WITHIN":
         return "within stands inside followed_by(…) and preceded_by(…), after the spans"
-    if token.type == "SEGMENT" and token in ("for", "when") and accepts == {"ALWAYS", "NEVER"}:
+    if token.type == "FOR" or (token.type == "WHEN" and accepts == {"ALWAYS", "NEVER"}):
         return "a rule has one 'for each', after when { … } and before always { … } and never { … }"
     if "ADD" in accepts and str(token)[:1] in ("-", "*") and len(token) > 1:
         return f"put spaces around '{str(token)[0]}' to calculate"

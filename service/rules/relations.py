@@ -397,7 +397,19 @@ class _Judging:
         return None
 
     def _is_of_group(self, node: Expression) -> bool:
-        return isinstance(node, Ref) and node.scope == self._word
+        """Whether a value depends on the group, and not on the span."""
+        return self._is_dependent(node) and self._without_span(node)
+
+    def _without_span(self, node: Expression) -> bool:
+        match node:
+            case Constant():
+                return True
+            case Ref(scope):
+                return scope in ("root", "trace", self._word)
+            case Arithmetic(first, rest):
+                return all(map(self._without_span, (first, *(right for _, right in rest))))
+            case _:
+                return False
 
     # Predicates
 

@@ -202,6 +202,22 @@ def test_valid_rules(rules: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "1 file, 2 rules: all good\n")
 
 
+def test_the_plan_of_rules_that_relate_spans_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(
+        "rules:\n- {id: n-plus-one, condition: 'for each db.query by span:parentId as q "
+        "never { count(q) > 20 }'}\n- {id: any, condition: 'distinct(*, x) > 1 or trace:spans > 9'}"
+    )
+    result = betrace("rules", "check", file)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "n-plus-one: reads a trace back from the span log when it closes, if it has: "
+        "db.query and count(db.query) >= 21",
+        "any: reads every trace back from the span log when it closes",
+        "1 file, 2 rules: all good",
+    ]
+
+
 def test_invalid_rules_are_reported_with_their_location(rules: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text(BROKEN)
