@@ -12,7 +12,7 @@ holds whenever it does); ``not`` swaps the two. Comparisons are kept only if the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from betrace.service.rules.build import all_of, any_of
 from betrace.service.rules.exact import number
@@ -36,6 +36,7 @@ from betrace.service.rules.syntax import (
     Or,
     Predicate,
     Ref,
+    Relative,
     RuleSyntax,
     Scope,
     SpanSet,
@@ -98,7 +99,9 @@ class _Bounds:
                 if spans.bound and spans.where is None:
                     return True  # a group has a span
                 found = self.spans(spans, above)
-                return False if found is None else Exists(found)
+                if found is None:
+                    return False
+                return _all([Exists(found), *self._needed(spans.where)]) if above else Exists(found)
             case Before(first, second):
                 if not above:
                     return False
@@ -108,6 +111,12 @@ class _Bounds:
                 return self._comparison(node, above)
             case _:
                 return above
+
+    def _needed(self, where: Node | None) -> Iterator[Bound]:
+        """What a trace must have if a span satisfies a predicate: its relatives."""
+        for part in where.items if isinstance(where, And) else (where,):
+            if isinstance(part, Relative):
+                yield self.condition(Exists(part.spans), above=True)
 
     def _comparison(self, node: Comparison, above: bool) -> Bound:
         left, op, right = node.left, node.op, node.right[0]
