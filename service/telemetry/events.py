@@ -157,7 +157,7 @@ RULES_UNDECIDED = _event(
     "{count} traces could not be judged by a rule that relates spans; for example {trace} of "
     "{tenant} by {rule}: {reason}",
     "Logged at most once a minute. The traces were neither found to break the rules nor to keep "
-    "them. See `betrace_traces_undecided_total`.",
+    "them. See BetraceRulesUndecided in the runbook.",
 )
 CHECKPOINT_FAILED = _event(
     "checkpoint.failed",
