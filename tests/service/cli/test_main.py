@@ -300,6 +300,21 @@ def test_a_rule_that_is_not_enabled_is_tested(rules: Path, tmp_path: Path) -> No
     assert "0505050505050505 …" in text
 
 
+def test_the_groups_that_break_a_rule_are_shown(tmp_path: Path) -> None:
+    file, trace = tmp_path / "rules.yaml", tmp_path / "trace.pb"
+    file.write_text("rules:\n- {id: r, condition: 'for each loop by span:name as p never { p }'}")
+    trace.write_bytes(a_trace(1500, loops=2))
+    result = betrace("rules", "test", file, "--trace", trace)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "r (medium) is broken: r",
+        "  because its clause 'never' holds",
+        "  for 1 of 1 groups, such as",
+        "    span:name loop: spans 0101010101010101, 0202020202020202",
+        "  loop  2  spans 0101010101010101, 0202020202020202",
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
