@@ -28,8 +28,8 @@ REMEMBERED = 100_000  # traces with signals of relational rules
 ReadTraces = Callable[[DueTraces, Sequence[int]], Iterable[tuple[int, "TraceTree | str"]]]
 """Reads closed traces, by number; in place of one that cannot be read whole, the reason."""
 
-SignalsOf = Callable[[str, Sequence[str]], dict[str, SignalHistory]]
-"""The stored signals of a tenant's traces, by trace id."""
+SignalsOf = Callable[[str, Sequence[str]], "dict[str, SignalHistory] | None"]
+"""The stored signals of a tenant's traces, by trace id; None if the store cannot be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +94,22 @@ class RelationalRules:
             clause = ALWAYS_BROKEN if judgement.clause == "always" else NEVER_BROKEN
             judged.breaches.append((Breach(k, number, clause, early=False), judgement))
 
-    def histories(self, due: DueTraces) -> dict[int, SignalHistory]:
+    def histories(self, due: DueTraces) -> tuple[dict[int, SignalHistory], set[int]]:
         """The signals of the traces that were closed before: those that came with them, those
-        remembered, and those stored."""
+        remembered, and those stored; and the traces of which they cannot be known now."""
         found = dict(due.signal_history)
         again = np.flatnonzero(due.rows[:, FLAGS] & REOPENED).tolist()
         ids = {k: due.trace_id(k) for k in again}
         stored = self._signals_of(due.tenant, list(ids.values())) if ids else {}
+        if stored is None:
+            return found, set(again)
         for k, trace_id in ids.items():
             with self._lock:
                 emitted = self._emitted.get((due.tenant, trace_id), {})
             known = merged(stored.get(trace_id, {}), emitted)
             if known:
                 found[k] = merged(found.get(k, {}), known)
-        return found
+        return found, set()
 
     def note(self, due: DueTraces, signals: Iterable[Signal]) -> None:
         """Remember signals that were made of these traces."""

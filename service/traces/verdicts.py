@@ -34,6 +34,7 @@ from betrace.service.traces.signal_history import RuleVersion, SignalHistory, ac
 
 _MASK = 2**64 - 1
 _NO_SOURCE = "the spans of the trace are not kept"
+_NO_HISTORY = "its earlier signals cannot be read, because DuckDB is not available"
 _CHANGED = "spans that arrived after the trace was closed changed the verdict"
 
 
@@ -68,15 +69,22 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
     signals are passed on, the caller notes them there.
     """
     breaches, candidates = decide_or_ask(due)
-    histories = due.signal_history
+    histories: Mapping[int, SignalHistory] = due.signal_history
     judged = Judged([], [])
+    unknown: set[int] = set()
     if due.closed and due.rules.relational and relational is not None:
-        histories = relational.histories(due)
-        judged = relational.judge(due, candidates)
+        histories, unknown = relational.histories(due)
+        judged = relational.judge(due, [each for each in candidates if each.trace not in unknown])
+        judged.undecided += [
+            Undecided(each.trace, each.rule, _NO_HISTORY)
+            for each in candidates
+            if each.trace in unknown
+        ]
     elif candidates:
         judged.undecided += [Undecided(each.trace, each.rule, _NO_SOURCE) for each in candidates]
     judgements = {(each.trace, each.rule): judgement for each, judgement in judged.breaches}
     unsure = {(each.trace, each.rule) for each in judged.undecided}
+    unsure |= {(k, number) for k in unknown for number in due.rules.relational}
     breaches += [each for each, _ in judged.breaches]
     found = _found(due, breaches, histories, judgements, unsure)
     signals = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Collection, Iterator, Sequence
 
@@ -9,6 +10,8 @@ from cachetools import LRUCache
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
@@ -27,6 +30,8 @@ from betrace.service.traces.layout import (
 )
 from betrace.service.traces.signal_history import SignalHistory, rule_signals
 from betrace.service.traces.trace_spans import TraceId, trace_spans
+
+_log = logging.getLogger("service.read_back")
 
 SPANS_MAX = 50_000
 ROUND_SPANS = 20_000  # of candidates that are in memory at the same time, and at least one trace
@@ -65,11 +70,15 @@ class ReadBack:
             with self._lock:
                 self._spilled[key] = self._spilled.get(key, frozenset()).union(positions)
 
-    def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory]:
-        """The stored signals of traces."""
+    def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory] | None:
+        """The stored signals of traces; None if the store cannot be asked."""
         if self._store is None:
             return {}
-        found = self._store.raised_of(tenant, trace_ids)
+        try:
+            found = self._store.raised_of(tenant, trace_ids)
+        except (StoreError, PoolTimeout) as error:
+            _log.warning("the signals of late traces of %s cannot be read: %s", tenant, error)
+            return None
         return {
             trace_id: {(each[0], each[1]): rule_signals(*each[2:]) for each in rows}
             for trace_id, rows in found.items()
@@ -118,7 +127,10 @@ class ReadBack:
             with self._lock:
                 positions |= self._spilled.get(key, frozenset())
             if self._store is not None:
-                positions.update(self._store.spilled(due.tenant, due.trace_id(k)))
+                try:
+                    positions.update(self._store.spilled(due.tenant, due.trace_id(k)))
+                except (StoreError, PoolTimeout) as error:  # then perhaps not all are read
+                    _log.warning("the frames of %s cannot be found: %s", due.trace_id(k), error)
         return positions
 
     def _spans(

@@ -7,6 +7,7 @@ import trio
 
 from betrace.service.app import Service
 from betrace.service.signals import Kind
+from betrace.service.storage.duck.schema import StoreError
 from tests.support.inprocess import (
     active_signals,
     closed,
@@ -120,3 +121,21 @@ async def test_traces_that_the_fold_decides_are_not_read(tmp_path, monkeypatch):
         await closed(service)
         assert service.pipeline.correlate.counts.closed == 1
         assert service.pipeline.evaluate._read_back.read == 0
+
+
+async def test_without_earlier_signals_nothing_is_raised_or_retracted(tmp_path, monkeypatch):
+    write_rules(tmp_path, RULES)
+
+    def fail(*_: object) -> None:
+        raise StoreError("says the test", transient=True)
+
+    async with running(settings(tmp_path)) as service:
+        await send(service, [S(1, "pay", x="1"), S(3, "check", x="1")])
+        await closed(service)
+        assert broken(service) == {"below"}
+        store = service.pipeline.evaluate._read_back._store
+        monkeypatch.setattr(store, "raised_of", fail)
+        await send(service, [S(4, "pay", x="2"), S(5, "auth", parent=0)])
+        await closed(service)
+        assert broken(service) == {"below"}
+        assert service.pipeline.evaluate.counts.undecided == 2
