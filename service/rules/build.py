@@ -7,16 +7,14 @@ others, :exc:`NotOldRuleError` is raised, and it is built again as a relational 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import cast
 
-import re2
 from lark import Token, Tree
 
 from betrace.service.config.suggest import close_match
 from betrace.service.rules.errors import RuleSyntaxError
+from betrace.service.rules.literals import Literals, joined, unquoted
 from betrace.service.rules.syntax import (
     EVENT_FIELDS,
     FIELDS,
@@ -38,7 +36,6 @@ from betrace.service.rules.syntax import (
     Expression,
     ForEach,
     Given,
-    Literal,
     Node,
     Not,
     Number,
@@ -53,31 +50,15 @@ from betrace.service.rules.syntax import (
     Truthy,
 )
 from betrace.service.rules.values import (
-    MAX_NUMBER_CHARS,
-    compile_pattern,
-    exact_number,
-    exact_text,
-    number_text,
     read_number,
 )
 
 MAX_DEPTH = 32
 MAX_CHECKS = 256
-MAX_PROGRAM = 100_000  # RE2 instructions of all patterns; they compile in about 40 ms
 
 SCOPES = ("parent", "root", "trace", "event", "link")
 _RESERVED = (*SCOPES, "span", "resource")  # cannot be bound
 
-_ESCAPE = re.compile(r'\\(["\\])')
-_UNITS = {
-    "ns": 1,
-    "us": 10**3,
-    "ms": 10**6,
-    "s": 10**9,
-    "m": 60 * 10**9,
-    "h": 3600 * 10**9,
-}
-_DURATION = re.compile(r"(?P<number>[^a-zE]*(?:[eE][+-]?[0-9]+)?)(?P<unit>[a-z]+)")
 _REFS = ("own", "quoted_own", "scoped", "quoted_scoped", "field")
 _ATTRIBUTES = ("attribute", "quoted_attribute")
 _NUMBERS = ("number", "arithmetic", "aggregate", "counted")
@@ -96,7 +77,8 @@ class Builder:
         self._text = text
         self._related = related
         self._checks: set[SpanSet] = set()
-        self._program = 0
+        self._literals = Literals(text)
+        self._error = self._literals.error
         self._word: str | None = None  # after "as"
         self._by: tuple[Ref, ...] = ()
         self._clause = ""  # being built: when, for_each, always or never
@@ -156,9 +138,6 @@ class Builder:
 
     def _condition(self, tree: Tree[Token], level: int = 0) -> Condition:
         return cast(Condition, self._node(tree, level))
-
-    def _error(self, message: str, token: Token, hint: str | None = None) -> RuleSyntaxError:
-        return RuleSyntaxError(message, self._text, token.start_pos or 0, hint)
 
     def _level(self, level: int, at: Tree[Token]) -> int:
         if level > MAX_DEPTH:
@@ -241,7 +220,7 @@ class Builder:
         self._where -= 1
         self._part = part
         where = cast(Predicate, all_of(parts)) if parts else None
-        return self._check(names[0], _name(names), where, bound)
+        return self._check(names[0], joined(names), where, bound)
 
     def _is_bound(self, names: Sequence[Token]) -> bool:
         """Whether a span name is the word after ``as``."""
@@ -272,12 +251,12 @@ class Builder:
         comparison = _tree(tree.children[-1])
         if len(names) == 1:
             raise self._one_segment(names[0], comparison)
-        attribute = Attribute(Scope.ANY, self._plain(names[-1:], "an attribute"))
+        attribute = Attribute(Scope.ANY, self._literals.plain(names[-1:], "an attribute"))
         bound = self._is_bound(names[:-1])
         self._where += 1
         predicate = self._compare_attribute(attribute, comparison, level)
         self._where -= 1
-        return Exists(self._check(names[0], _name(names[:-1]), predicate, bound))
+        return Exists(self._check(names[0], joined(names[:-1]), predicate, bound))
 
     def _one_segment(self, name: Token, comparison: Tree[Token]) -> RuleSyntaxError:
         op = comparison.children[0]
@@ -307,7 +286,7 @@ class Builder:
         within = None
         if len(rest) > 1:
             token = cast(Token, rest[-1])
-            within = self._constant(token)
+            within = self._literals.constant(token)
             if isinstance(within.value, str) or within.value <= 0:
                 raise self._error(
                     f"found {token}, but no span is found within 0 or less",
@@ -352,7 +331,7 @@ class Builder:
         for side in (left, right):
             token = cast(Token, side.children[0])
             if side.data == "number" and token.type == "NUMBER":
-                sides.append(self._number(token))
+                sides.append(self._literals.number(token))
             elif side.data == "aggregate" and token.type == "COUNT":
                 sides.append(self._spans(_tree(side.children[1]), level))
             else:
@@ -370,13 +349,15 @@ class Builder:
             return cast(Predicate, self._comparison(None, left, comparison, level))
         if op == "matches":
             token = cast(Token, right[0])
-            literal = self._literal([token])
-            self._pattern(token, literal.text)
+            literal = self._literals.literal([token])
+            self._literals.pattern(token, literal.text)
             return Compare(attribute, "matches", (literal,))
         values = [_tree(value) for value in right]
         if any(value.data not in ("text", "value", "number") for value in values):
             raise NotOldRuleError
-        return Compare(attribute, str(op), tuple(self._literal(v.children) for v in values))
+        return Compare(
+            attribute, str(op), tuple(self._literals.literal(v.children) for v in values)
+        )
 
     def _comparison(
         self, tree: Tree[Token] | None, left: Expression, comparison: Tree[Token], level: int
@@ -392,8 +373,8 @@ class Builder:
             )
         if operator == "matches":
             token = cast(Token, right[0])
-            pattern = _unquote(token)
-            self._pattern(token, pattern)
+            pattern = unquoted(token)
+            self._literals.pattern(token, pattern)
             self._need()
             return Comparison(left, operator, (Constant(pattern, pattern),))
         operands: list[Expression] = []
@@ -403,7 +384,7 @@ class Builder:
                 words = [token for token in operand.children if isinstance(token, Token)]
                 if words[0].type in ("SEGMENT", "TRUE", "FALSE") and not is_ref:
                     raise self._word_for_number(words, tree)
-                operands.append(self._value(words))
+                operands.append(self._literals.value(words))
             else:
                 operands.append(self._expression(operand, level))
         if tree is not None and not _refers(left) and not any(map(_refers, operands)):
@@ -425,7 +406,7 @@ class Builder:
         return Comparison(left, operator, tuple(operands))
 
     def _word_for_number(self, words: list[Token], left: Tree[Token] | None) -> RuleSyntaxError:
-        word = _name(words)
+        word = joined(words)
         if self._where:
             return self._error(
                 f"found '{word}', which is text here, expected a number",
@@ -459,7 +440,7 @@ class Builder:
         self._level(level, tree)
         match str(tree.data):
             case "number":
-                return self._constant(cast(Token, tree.children[0]))
+                return self._literals.constant(cast(Token, tree.children[0]))
             case "arithmetic":
                 first, *rest = tree.children
                 pairs = []
@@ -592,7 +573,7 @@ class Builder:
         if scope == "trace":
             meant = close_match(str(tokens[0]), fields)
             raise self._error(
-                f"found trace:{_name(tokens)}, expected one of "
+                f"found trace:{joined(tokens)}, expected one of "
                 + ", ".join(f"trace:{each}" for each in fields),
                 tokens[0],
                 f"did you mean 'trace:{meant}'?"
@@ -600,14 +581,14 @@ class Builder:
                 else "a trace has no attributes; use root: for those of its root span",
             )
         if scope in ("event", "link"):
-            return Attribute(Scope.ANY, self._plain(tokens, "an attribute"))
+            return Attribute(Scope.ANY, self._literals.plain(tokens, "an attribute"))
         return self._thing(tokens)
 
     def _thing(self, tokens: Sequence[Token]) -> Attribute:
         """A name after a dot or colon."""
         if tokens[0].type == "STRING":
-            return Attribute(Scope.ANY, _unquote(tokens[0]))
-        name = self._plain(tokens, "an attribute")
+            return Attribute(Scope.ANY, unquoted(tokens[0]))
+        name = self._literals.plain(tokens, "an attribute")
         if len(tokens) > 1 and tokens[0] == "resource":
             return Attribute(Scope.RESOURCE, name.removeprefix("resource."))
         return Attribute(Scope.ANY, name)
@@ -627,94 +608,6 @@ class Builder:
             token,
             f"did you mean 'span:{meant}'?" if meant else "write attributes without 'span:'",
         )
-
-    def _plain(self, tokens: Sequence[Token], what: str) -> str:
-        """A dotted name without wildcards."""
-        for token in tokens:
-            if token.type == "SEGMENT" and "*" in token:
-                raise self._error(
-                    f"found '{token}', but {what} cannot have wildcards",
-                    token,
-                    "only span names have wildcards; put a name that contains '*' in quotes",
-                )
-        return _name(tokens)
-
-    def _pattern(self, token: Token, pattern: str) -> None:
-        try:
-            self._program += compile_pattern(pattern).programsize
-        except re2.error as error:
-            reason = error.args[0]
-            reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
-            raise self._error(
-                f"this pattern does not compile: {reason}",
-                token,
-                "patterns use RE2's syntax, without look-around and back-references",
-            ) from None
-        if self._program > MAX_PROGRAM:
-            raise self._error(
-                "the patterns of this rule are too large",
-                token,
-                r"repeat large classes such as \p{L} less often, or match only the beginning",
-            )
-
-    # Values
-
-    def _value(self, tokens: Sequence[Token]) -> Constant:
-        """A literal of a relational rule."""
-        first = tokens[0]
-        if first.type in ("NUMBER", "DURATION"):
-            return self._constant(first)
-        text = _unquote(first) if first.type == "STRING" else self._plain(tokens, "a value")
-        return Constant(text, text)
-
-    def _constant(self, token: Token) -> Constant:
-        if token.type == "DURATION":
-            self._duration(token)  # checks its size
-            found = _DURATION.fullmatch(token)
-            assert found is not None
-            exact = exact_number(found["number"])
-            value = Fraction(0) if exact is None else Fraction(exact) * _UNITS[found["unit"]]
-            return Constant(value.numerator if value.denominator == 1 else value, str(token))
-        self._number(token)
-        number = exact_number(str(token))
-        number = 0 if number is None else number
-        return Constant(number, exact_text(number))
-
-    def _literal(self, tokens: Sequence[Token | Tree[Token]]) -> Literal:
-        words = [token for token in tokens if isinstance(token, Token)]
-        first = words[0]
-        match first.type:
-            case "STRING":
-                text = _unquote(first)
-                return Literal(text, read_number(text))
-            case "NUMBER":
-                number = self._number(first)
-                return Literal(number_text(number), number)
-            case "DURATION":
-                return Literal(str(first), self._duration(first))
-        return Literal(self._plain(words, "a value"), None)
-
-    def _number(self, token: Token, text: str = "") -> Number:
-        number = read_number(text or str(token))
-        if number is None:
-            raise self._error(
-                "this number is too large",
-                token,
-                f"the limit is 1.8e308 for floats and {MAX_NUMBER_CHARS} digits for integers",
-            )
-        return number
-
-    def _duration(self, token: Token) -> Number:
-        """A duration in nanoseconds, exact: an int unless it has a fraction of a nanosecond."""
-        found = _DURATION.fullmatch(token)
-        assert found is not None
-        number = self._number(token, found["number"])
-        unit = _UNITS[found["unit"]]
-        if isinstance(number, int):
-            return number * unit
-        # A float's exponent is small here, unless it is so negative that the value is 0.
-        exact = Fraction(found["number"]) * unit if number else Fraction(0)
-        return exact.numerator if exact.denominator == 1 else float(exact)
 
 
 def all_of(items: Sequence[Node]) -> Node:
@@ -758,11 +651,3 @@ def _last_token(tree: Tree[Token]) -> Token:
     while isinstance(node, Tree):
         node = node.children[-1]
     return node
-
-
-def _unquote(token: Token) -> str:
-    return _ESCAPE.sub(r"\1", token[1:-1])
-
-
-def _name(tokens: Sequence[Token]) -> str:
-    return ".".join(_unquote(t) if t.type == "STRING" else str(t) for t in tokens)

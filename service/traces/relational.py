@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from cachetools import LRUCache
 
-from betrace.service.rules.relations import FOREVER, Judgement, judge
+from betrace.service.rules.evaluation import FOREVER
+from betrace.service.rules.relations import Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.signals import Kind, Signal
 from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
