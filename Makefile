@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 LINKS := .links/betrace
 STAMP := $(VENV)/.installed
 
-# Hypothesis examples per test while kernels run as ordinary Python, to measure their coverage.
+# Hypothesis examples per test: in make check, in make test, and while kernels run as ordinary Python.
+CHECK_EXAMPLES ?= 20
+EXAMPLES ?= 100
 UNCOMPILED_EXAMPLES ?= 10
 
-# Processes that run the tests of make check. More than two do not pay on two cores.
+# Processes that run tests. More than two do not pay on two cores.
 WORKERS ?= 2
 
 .PHONY: setup demo demo-live check test lint format clean
@@ -43,15 +45,17 @@ format: setup
 
 # For every change: lint, types, and all tests that are not slow, with compiled kernels.
 check: lint
-	$(BIN)/pytest -q -m "not slow" -n $(WORKERS) --dist worksteal
+	BETRACE_EXAMPLES=$(CHECK_EXAMPLES) \
+		$(BIN)/pytest -q -m "not slow" -n $(WORKERS) --dist worksteal
 
 # Everything. First the kernels as ordinary Python, for their coverage; then all tests with compiled
-# kernels, one at a time, because slow tests measure time.
+# kernels. One of the processes runs the slow tests one after another (tests/conftest.py).
 test: lint
 	$(BIN)/coverage erase
 	NUMBA_DISABLE_JIT=1 BETRACE_EXAMPLES=$(UNCOMPILED_EXAMPLES) \
 		$(BIN)/pytest -q -m "kernel and not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=
-	$(BIN)/pytest --cov --cov-append --cov-fail-under=90
+	BETRACE_EXAMPLES=$(EXAMPLES) \
+		$(BIN)/pytest -n $(WORKERS) --dist loadgroup --cov --cov-append --cov-fail-under=90
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*

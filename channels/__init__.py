@@ -4,7 +4,7 @@ from betrace.channels.batcher import Batcher, Pace, Pacing
 from betrace.channels.breaker import (
     Breaker,
     BreakerOpen,
-    BreakerSettings,
+    BreakerOptions,
     BreakerSnapshot,
     BreakerState,
     BreakerTimeout,
@@ -22,7 +22,7 @@ __all__ = [
     "Batcher",
     "Breaker",
     "BreakerOpen",
-    "BreakerSettings",
+    "BreakerOptions",
     "BreakerSnapshot",
     "BreakerState",
     "BreakerTimeout",

@@ -138,7 +138,11 @@ class Batcher(Generic[T]):
           trio.ClosedResourceError: the receiving end was closed.
         """
         # One task at a time: another would not know the deadlines of the open batches.
-        async with self._turn:
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
             while not self._ready:
                 if self._pace is not None:
                     self._take_waiting()
@@ -147,6 +151,8 @@ class Batcher(Generic[T]):
                     await self._gather()
                 self._sort_in()
             return self._ready.popleft()
+        finally:
+            self._turn.release()
 
     async def _gather(self) -> None:
         try:

@@ -3,7 +3,7 @@
 The states and rules are those of resilience4j's CircuitBreaker with a count-based sliding window
 (https://resilience4j.readme.io/docs/circuitbreaker)::
 
-    breaker = Breaker("ledger", BreakerSettings(minimum_calls=50, open_for=15.0, timeout=5.0))
+    breaker = Breaker("ledger", BreakerOptions(minimum_calls=50, open_for=15.0, timeout=5.0))
     try:
         await breaker.call(ledger.write, batch)
     except BreakerOpen as refused:          # not called; try again in refused.retry_in seconds
@@ -39,7 +39,7 @@ from betrace.channels.errors import TransientError
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.breaker")
 
 KEPT_TRANSITIONS = 20
 """The number of transitions that a breaker remembers."""
@@ -73,7 +73,7 @@ class BreakerTimeout(TransientError):  # noqa: N818
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BreakerSettings:
+class BreakerOptions:
     """When a breaker opens and closes.
 
     Raises:
@@ -230,13 +230,13 @@ class Breaker:
     def __init__(
         self,
         name: str,
-        settings: BreakerSettings | None = None,
+        settings: BreakerOptions | None = None,
         *,
         is_failure: Callable[[Exception], bool] = lambda error: True,
         on_transition: Callable[[Transition], None] | None = None,
     ) -> None:
         self.name = name
-        self.settings = settings or BreakerSettings()
+        self.settings = settings or BreakerOptions()
         self._is_failure = is_failure
         self._on_transition = on_transition
         self._state = BreakerState.CLOSED

@@ -25,8 +25,9 @@ heavy one that waits. Use channels from the Trio thread only.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast, final
 
@@ -37,6 +38,7 @@ from trio.lowlevel import Abort, RaiseCancelT, enable_ki_protection
 from betrace.channels.state import (
     ChannelState,
     ChannelStatistics,
+    GatheringReceiver,
     PeakReader,
     WaitingReceiver,
     WaitingSender,
@@ -158,6 +160,18 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
             await trio.lowlevel.cancel_shielded_checkpoint()
 
     @enable_ki_protection
+    async def send_each(self, items: Iterable[T]) -> None:
+        """Put items into the channel in order, like `send`, but with a single checkpoint for those
+        that fit. If cancelled, the first items may be in the channel."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        for item in items:
+            try:
+                self.send_nowait(item)
+            except trio.WouldBlock:
+                await self._wait_for_room(item)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    @enable_ki_protection
     async def offer(self, item: T, timeout: float) -> bool:
         """Put an item into the channel if there is room within ``timeout`` seconds.
 
@@ -183,6 +197,8 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
         task = trio.lowlevel.current_task()
         sender = WaitingSender(item, state.weight_of(item), self)
         state.senders[task] = sender
+        if state.gatherers:  # no more items can come in
+            state.wake_gatherer(0.0, at_once=True)
 
         def abort(_: RaiseCancelT) -> Abort:
             del state.senders[task]
@@ -231,6 +247,8 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
                 receiver.error = trio.EndOfChannel
                 trio.lowlevel.reschedule(task)
             state.receivers.clear()
+            while state.gatherers:
+                state.wake_gatherer(0.0, at_once=True)
 
     async def aclose(self) -> None:
         """Close this end, as `close` does, and pass a checkpoint."""
@@ -282,24 +300,63 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
         return item
 
     @enable_ki_protection
-    async def receive_some(self, max_weight: int) -> list[T]:
+    async def receive_some(
+        self,
+        max_weight: int,
+        *,
+        until: float = -math.inf,
+        enough: int = 1,
+        items: float = math.inf,
+    ) -> list[T]:
         """Take the queued items up to ``max_weight``, waiting if nothing is queued.
+
+        Before the time ``until`` of `trio.current_time` it waits for more items, unless a weight of
+        ``enough`` or as many as ``items`` are queued, a sender waits for capacity, or all senders
+        are closed.
 
         Always returns at least one item, however heavy; further items fit in ``max_weight``
         together with it. If cancelled, nothing was taken. Raises like `receive`.
         """
         state = self._state
-        first = await self.receive()
-        items = [first]
+        gathered = False
+        if (
+            trio.current_time() < until
+            and state.size - state.in_flight < enough
+            and len(state.queue) < items
+            and not state.senders
+            and state.open_senders
+            and not self._closed
+        ):
+            await self._gather(until, enough, items)
+            gathered = bool(state.queue)
+        # The wait was a checkpoint.
+        first = self.receive_nowait() if gathered else await self.receive()
+        received = [first]
         if state.queue:
             weight = state.weight_of(first)
             while state.queue:
                 weight += state.queue[0][1]
                 if weight > max_weight:
                     break
-                items.append(state.take()[0])
+                received.append(state.take()[0])
                 state.settle()  # items admitted by this may be taken as well
-        return items
+        return received
+
+    async def _gather(self, until: float, enough: int, items: float) -> None:
+        state = self._state
+        task = trio.lowlevel.current_task()
+
+        def abort(_: RaiseCancelT) -> Abort:
+            del state.gatherers[task]
+            return Abort.SUCCEEDED
+
+        # An empty channel needs no timer; the first item sets the deadline.
+        with trio.CancelScope(deadline=until if state.queue else math.inf) as scope:
+            gatherer = GatheringReceiver(self, enough, items, until, scope)
+            state.gatherers[task] = gatherer
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        if gatherer.error is not None:
+            raise gatherer.error
 
     async def _wait_for_item(self) -> T:
         state = self._state
@@ -370,6 +427,10 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
         for task, receiver in [entry for entry in state.receivers.items() if entry[1].end is self]:
             del state.receivers[task]
             receiver.error = trio.ClosedResourceError
+            trio.lowlevel.reschedule(task)
+        for task, gatherer in [entry for entry in state.gatherers.items() if entry[1].end is self]:
+            del state.gatherers[task]
+            gatherer.error = trio.ClosedResourceError
             trio.lowlevel.reschedule(task)
         if state.open_receivers == 0:
             for task, sender in state.senders.items():

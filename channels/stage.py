@@ -49,7 +49,10 @@ from betrace.channels.supervisor import backoff, supervise
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.stage")
+
+PROBE_BATCHES = 32
+"""With `StageOptions.adapts`, every so many batches the stage waits for one item more."""
 
 LONGEST_BURIAL_PAUSE = 30.0
 """Maximum seconds between two calls of ``on_dead`` for one item."""
@@ -128,6 +131,20 @@ class StageOptions(Generic[T]):
     """Maximum weight of a batch; a single heavier item is a batch of its own. None means the
     channel's capacity."""
 
+    interval: float = 0.0
+    """Minimum seconds between the starts of two batches, so that items that arrive one by one are
+    handled together. An item that arrives after a longer pause is handled at once. Not used with
+    ``max_batch_wait`` or ``batch_key``."""
+
+    enough: int | None = None
+    """A queued weight that starts the next batch before the interval is over. None means
+    ``max_batch_weight``."""
+
+    adapts: bool = False
+    """Whether a batch also starts when as many items are queued as can be expected within the
+    interval. It is meant for senders that wait for the outcome of their items before they send
+    more: once all of them have sent, waiting for the interval to end would be in vain."""
+
     max_batch_wait: float = 0.0
     """Seconds that a batch may wait to grow; 0 takes what is queued."""
 
@@ -192,6 +209,28 @@ class _Delivery(Generic[T]):
         self.error: Exception | None = None
 
 
+class _Expected:
+    """How many items arrive within an interval: the number that arrived last time, and from time to
+    time one more, as TCP probes for bandwidth."""
+
+    __slots__ = ("_settled", "items")
+
+    def __init__(self) -> None:
+        self.items = 1
+        self._settled = 0  # batches until one more item is expected
+
+    def observe(self, items: int, *, timed_out: bool) -> None:
+        if timed_out and items < self.items:
+            self.items = max(1, items)
+            self._settled = PROBE_BATCHES
+        elif items > self.items:
+            self.items = items
+        elif self._settled:
+            self._settled -= 1
+        else:
+            self.items += 1
+
+
 class Stage(Generic[T]):
     """Workers that pass batches of a channel's items to a handler. See the module's description.
 
@@ -223,6 +262,9 @@ class Stage(Generic[T]):
         self._handler = handler
         self._options = options
         self._max_batch_weight = options.max_batch_weight or receive.capacity
+        self._enough = options.enough or self._max_batch_weight
+        self._next_start = -math.inf
+        self._expected = _Expected()
         self._batcher: Batcher[T] | None = None
         if options.max_batch_wait > 0 or options.batch_key is not None:
             pacing = None
@@ -336,7 +378,7 @@ class Stage(Generic[T]):
                 if self._batcher is not None:
                     items = await self._batcher.next()
                 else:
-                    items = await self._receive.receive_some(self._max_batch_weight)
+                    items = await self._receive_batch()
             except (trio.EndOfChannel, trio.ClosedResourceError):
                 return
             batch = [_Delivery(item, self._receive.weigh(item)) for item in items]
@@ -355,8 +397,29 @@ class Stage(Generic[T]):
             finally:
                 self._turns.release()
 
+    async def _receive_batch(self) -> list[T]:
+        """Receive what is queued, at the earliest one interval after the last batch started."""
+        until = self._next_start
+        expected = self._expected.items if self._options.adapts else math.inf
+        waits = trio.current_time() < until
+        items = await self._receive.receive_some(
+            self._max_batch_weight, until=until, enough=self._enough, items=expected
+        )
+        now = trio.current_time()
+        if waits:
+            self._expected.observe(len(items), timed_out=now >= until)
+        self._next_start = now + self._options.interval
+        return items
+
     async def _take_turn(self) -> None:
         """Wait for a turn to call the handler, and until the stage is not paused."""
+        if not self.paused:
+            try:
+                self._turns.acquire_nowait()
+            except trio.WouldBlock:
+                pass
+            else:
+                return  # no checkpoint: receiving the batch was one
         await self._resumed.wait()
         await self._turns.acquire()
         while self.paused:

@@ -124,6 +124,26 @@ class WaitingReceiver(Generic[T]):
         self.error: type[Exception] | None = None
 
 
+class GatheringReceiver:
+    """A task that waits in `receive_some` for more items.
+
+    It waits until a weight of ``enough`` or ``items`` items are queued, or until the time ``until``
+    if anything is queued then. ``scope`` gets its deadline when the first item is queued.
+    """
+
+    __slots__ = ("end", "enough", "error", "items", "scope", "until")
+
+    def __init__(
+        self, end: object, enough: int, items: float, until: float, scope: trio.CancelScope
+    ) -> None:
+        self.end = end
+        self.enough = enough
+        self.items = items
+        self.until = until
+        self.scope = scope
+        self.error: type[Exception] | None = None
+
+
 class ChannelState(Generic[T]):
     """State shared by the ends of a channel.
 
@@ -147,6 +167,7 @@ class ChannelState(Generic[T]):
         self.queue: deque[tuple[T, int, float]] = deque()  # item, weight, time of admission
         self.senders: OrderedDict[Task, WaitingSender[T]] = OrderedDict()
         self.receivers: OrderedDict[Task, WaitingReceiver[T]] = OrderedDict()
+        self.gatherers: OrderedDict[Task, GatheringReceiver] = OrderedDict()
         self.until_empty = trio.lowlevel.ParkingLot()
         self.open_senders = 0
         self.open_receivers = 0
@@ -190,6 +211,18 @@ class ChannelState(Generic[T]):
             trio.lowlevel.reschedule(task)
         else:
             self.queue.append((item, weight, now))
+            if self.gatherers:
+                self.wake_gatherer(now)
+
+    def wake_gatherer(self, now: float, at_once: bool = False) -> None:
+        """Wake the first gathering task if its wait is over; otherwise set its deadline."""
+        task, gatherer = next(iter(self.gatherers.items()))
+        enough = self.size - self.in_flight >= gatherer.enough
+        if at_once or enough or len(self.queue) >= gatherer.items or now >= gatherer.until:
+            del self.gatherers[task]
+            trio.lowlevel.reschedule(task)
+        elif gatherer.scope.deadline > gatherer.until:
+            gatherer.scope.deadline = gatherer.until
 
     def take(self) -> tuple[T, int]:
         """Take the first queued item. The caller must call `settle` after its last one."""
@@ -253,7 +286,7 @@ class ChannelState(Generic[T]):
             oldest_wait=trio.current_time() - self.queue[0][2] if self.queue else 0.0,
             busy_since=self.busy_since,
             waiting_senders=len(self.senders),
-            waiting_receivers=len(self.receivers),
+            waiting_receivers=len(self.receivers) + len(self.gatherers),
             open_senders=self.open_senders,
             open_receivers=self.open_receivers,
         )

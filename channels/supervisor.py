@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.supervisor")
 
 
 def backoff(failures: int, first: float, longest: float) -> float:

@@ -27,7 +27,7 @@ from betrace.channels.supervisor import backoff
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("channels.tap")
 
 
 class DropReason(StrEnum):

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as c
 from grafana_foundation_sdk.models import dashboard as d
 
-from grafana import flow, parts
+from grafana import flow, parts, rules
 from grafana.panel import Panel
 
 FILE = Path(__file__).with_name("dashboard.json")
@@ -25,6 +25,7 @@ HEIGHT, SMALL_HEIGHT = 8, 4
 
 ROWS = (
     ("At a glance", flow.GLANCE),
+    ("Rules", rules.RULES),
     ("Ingestion", flow.INGESTION),
     ("Pipeline", flow.PIPELINE),
     ("Storage", parts.STORAGE),
@@ -44,7 +45,9 @@ def build() -> dashboard.Dashboard:
     board = (
         dashboard.Dashboard("BeTrace")
         .uid(UID)
-        .description("BeTrace: ingestion, pipeline, storage, breakers, caches, tenants, process.")
+        .description(
+            "BeTrace: rules, ingestion, pipeline, storage, breakers, caches, tenants, process."
+        )
         .tags(["betrace", "tracing"])
         .timezone("browser")
         .refresh("30s")

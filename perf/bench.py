@@ -28,6 +28,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.channels import ReceiveChannel, SendChannel, ThreadRunner, open_channel
 from betrace.service.cli.garbage import short_pauses
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
+from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Reply, Request
@@ -75,12 +76,18 @@ def ingestion(directory: Path) -> dict[str, Json]:
         bodies = [bytes(body.data) for body in make_bodies(shape, 8)]
         turn = cycle(bodies)
         found[f"decode {spans}"] = rounds(spans, partial(_decode, turn))
+        texts = [bytes(body.data) for body in make_bodies(replace(shape, encoding="json"), 8)]
+        found[f"decode JSON {spans}"] = rounds(spans, partial(_decode_json, cycle(texts)))
         found[f"stage {spans}"] = trio.run(_stage, directory / f"log-{spans}", spans, bodies)
     return found
 
 
 def _decode(bodies: Iterator[bytes]) -> None:
     scan_bodies(TENANT, [next(bodies)])
+
+
+def _decode_json(bodies: Iterator[bytes]) -> None:
+    scan_bodies(TENANT, [to_protobuf(next(bodies))])
 
 
 def _channel() -> tuple[SendChannel[SpanBatch], ReceiveChannel[SpanBatch]]:

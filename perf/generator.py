@@ -1,11 +1,13 @@
-"""An OTLP/HTTP load generator that uses little CPU. It sends to this machine's loopback only.
+"""A load generator for OTLP over HTTP and gRPC that uses little CPU. It sends to this machine's
+loopback only.
 
 Bodies are encoded in advance (:mod:`perf.lib.workload`); only their ids are rewritten for each
 send. One epoll loop serves the connections, which are kept alive. *Closed loop*: each connection
 sends the next request when it has the answer. *Open loop*: requests are due at a rate, and latency
 counts from the due time, so that a server that falls behind cannot hide it.
 
-``python -m perf.generator --url http://127.0.0.1:4318/v1/traces --secs 10`` prints a line of JSON
+``python -m perf.generator --url http://127.0.0.1:4318/v1/traces --secs 10`` (or ``--url
+grpc://127.0.0.1:4317``) prints a line of JSON
 when the measurement begins (``{"event": "begin"}``) and one with the :class:`Result` at its end.
 """
 
@@ -27,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from perf.lib.grpc_wire import GrpcWire
 from perf.lib.workload import Body, Shape, make_bodies
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -95,7 +98,18 @@ def tenant_name(number: int) -> str:
 
 
 class _Connection:
-    __slots__ = ("body", "buffer", "due", "out", "resume", "since", "socket", "watching", "wrong")
+    __slots__ = (
+        "body",
+        "buffer",
+        "due",
+        "out",
+        "resume",
+        "since",
+        "socket",
+        "watching",
+        "wire",
+        "wrong",
+    )
 
     def __init__(self) -> None:
         self.socket: socket.socket | None = None
@@ -105,6 +119,7 @@ class _Connection:
         self.out: list[memoryview] = []
         self.due = self.since = self.resume = 0.0
         self.watching = False  # for writability
+        self.wire: GrpcWire | None = None
 
 
 class Generator:
@@ -112,10 +127,15 @@ class Generator:
 
     def __init__(self, load: Load, shape: Shape, bodies: Sequence[Body]) -> None:
         parts = urlsplit(load.url)
-        if parts.scheme != "http" or parts.hostname not in LOOPBACK:
+        if parts.scheme not in ("http", "grpc") or parts.hostname not in LOOPBACK:
             raise ValueError(
-                "the load generator sends only to http:// on this machine's loopback; change --url"
+                "the load generator sends only to http:// and grpc:// on this machine's loopback; "
+                "change --url"
             )
+        self._authority = parts.netloc if parts.scheme == "grpc" else ""
+        if self._authority and (load.wrong or shape.encoding == "json"):
+            raise ValueError("gRPC has no wrong requests and no JSON; leave out --wrong and --json")
+        self._gzip = shape.gzip
         if len(bodies) < load.connections:
             raise ValueError(
                 f"{load.connections} connections need as many bodies, but there are {len(bodies)}; "
@@ -163,6 +183,7 @@ class Generator:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opened.setblocking(False)
         connection.socket, connection.watching = opened, False
+        connection.wire = GrpcWire(self._authority) if self._authority else None
         self._by_fd[opened.fileno()] = connection
         self._epoll.register(opened.fileno(), select.EPOLLIN)
 
@@ -197,6 +218,12 @@ class Generator:
                 data = data[:-1]  # any other end may be the end of a complete message
             elif wrong == "garbage":
                 data = b"\x07" * 100
+        if connection.wire is not None:
+            number = self._sends % len(self._heads)
+            tenant = tenant_name(number) if self._load.tenants else ""
+            connection.out = connection.wire.request(memoryview(data), tenant, self._gzip)
+            self._flush(connection)
+            return
         connection.out = [memoryview(b"%b%d\r\n\r\n" % (head, len(data))), memoryview(data)]
         self._flush(connection)
 
@@ -240,6 +267,13 @@ class Generator:
                 self._fail(connection, "closed before it answered")
             else:
                 self._drop(connection)  # an idle connection; it is reopened when needed
+            return
+        if connection.wire is not None:
+            status = connection.wire.feed(data)
+            if status == 0:
+                self._fail(connection, "the server ended the connection")
+            elif status is not None and connection.body is not None:
+                self._answered(connection, status, b"")
             return
         if connection.body is None:
             return

@@ -21,6 +21,7 @@ from perf.report import output
 
 MOST_ERRORS = 0.001
 FLOOR = 100_000  # spans/s
+GRPC_MOST = 2.0  # times the CPU of a span over HTTP; the goal is 1.3
 GZIP_RATE = 600_000  # spans/s up to which no compressed body is sent twice
 MOST_GZIP_BYTES = 400e6  # of all compressed bodies, about 60 bytes a span
 
@@ -58,7 +59,8 @@ Json = dict[str, Any]
 
 def arguments(options: argparse.Namespace, spans: int, url: str) -> list[str]:
     """Return the generator's options for one run."""
-    given = ["--url", f"{url}/v1/traces", "--spans", str(spans), "--secs", str(options.secs)]
+    path = "" if url.startswith("grpc://") else "/v1/traces"
+    given = ["--url", url + path, "--spans", str(spans), "--secs", str(options.secs)]
     given += ["--warm-up", str(options.warm_up), "--connections", str(options.connections)]
     given += ["--spans-per-trace", str(options.spans_per_trace), "--tenants", str(options.tenants)]
     given += ["--rate", str(options.rate), "--wrong", str(options.wrong)]
@@ -158,30 +160,36 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
     if options.connections > Ingest.model_fields["max_connections"].default:
         settings["ingest__max_connections"] = str(options.connections)
     settings |= dict(pair.split("=", 1) for pair in options.set)
-    runs, wrong = [], []
+    runs, over_http, wrong = [], [], []
     payload: Json = {}
     repeated = False
     with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
-        for _ in range(options.repeats):
-            generator = GeneratorProcess(arguments(options, spans, target.ingest))
+        urls = {target.ingest: runs}
+        if options.grpc:
+            urls = {
+                target.ingest: over_http,
+                target.grpc.replace("http://", "grpc://"): runs,
+            }
+        for url, those in [*urls.items()] * options.repeats:
+            generator = GeneratorProcess(arguments(options, spans, url))
             try:
                 payload = generator.payload
-                runs.append(run_once(target, generator, options))
+                those.append(run_once(target, generator, options))
             finally:
                 generator.stop()
-            repeated |= options.gzip and runs[-1]["generator"]["sends_per_body"] > 1
-            wrong += [
-                f"{spans} spans a request: {p}" for p in problems(runs[-1], repeated_ids=repeated)
-            ]
+            run = those[-1]
+            repeated |= options.gzip and run["generator"]["sends_per_body"] > 1
+            wrong += [f"{spans} spans a request: {p}" for p in problems(run, repeated_ids=repeated)]
             print(
-                f"  {spans} a request: {runs[-1]['spans_per_second']:,.0f} spans/s, "
-                f"{runs[-1]['cpu_us_per_span']:.2f} µs CPU a span",
+                f"  {spans} a request, {url}: {run['spans_per_second']:,.0f} spans/s, "
+                f"{run['cpu_us_per_span']:.2f} µs CPU a span",
                 file=sys.stderr,
             )
         target.stop()
         stored = target.stored()
+    all_runs = [*over_http, *runs]
     wrong += [
-        f"{spans} spans a request: {p}" for p in unstored(stored, runs, repeated_ids=repeated)
+        f"{spans} spans a request: {p}" for p in unstored(stored, all_runs, repeated_ids=repeated)
     ]
     keys = [key for key, value in runs[0].items() if isinstance(value, int | float)]
     summary = {key: output.spread([run[key] for run in runs], 4) for key in keys}
@@ -195,6 +203,7 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
         "latency_ms": percentiles,
         "threads": threads.median([run["threads"] for run in runs]),
         "stored": stored,
+        "http_cpu_us_per_span": [run["cpu_us_per_span"] for run in over_http],
         "runs": runs,
     }, wrong
 
@@ -258,7 +267,24 @@ def show(facts: Json, options: argparse.Namespace, rows: dict[int, Json]) -> str
     reached = {spans: row["spans_per_second"]["median"] >= FLOOR for spans, row in own.items()}
     said = ", ".join(f"{n} a request {'reached' if r else 'MISSED'}" for n, r in reached.items())
     lines += ["", f"Floor of {FLOOR:,} spans/s: {said}."]
+    if options.grpc:
+        lines += ["", *(against_http(spans, row) for spans, row in rows.items())]
     return "\n".join(lines)
+
+
+def against_http(spans: int, row: Json) -> str:
+    """How much more CPU a span costs over gRPC than over HTTP, in runs that alternate."""
+    ratios = [
+        run["cpu_us_per_span"] / http
+        for run, http in zip(row["runs"], row["http_cpu_us_per_span"], strict=True)
+    ]
+    spread = output.spread(ratios, 2)
+    reached = "reached" if spread["median"] <= GRPC_MOST else "MISSED"
+    http = output.spread(row["http_cpu_us_per_span"], 2)
+    return (
+        f"gRPC against HTTP at {spans} spans a request: {output.shown(spread, 2)} × the CPU of a "
+        f"span over HTTP ({output.shown(http, 2)} µs). Floor of {GRPC_MOST:g} ×: {reached}."
+    )
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
@@ -276,6 +302,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ack", choices=("written", "synced"), default="written")
     parser.add_argument("--gzip", action="store_true")
     parser.add_argument("--json", action="store_true", help="send OTLP JSON")
+    parser.add_argument("--grpc", action="store_true", help="send over gRPC and HTTP in turn")
     parser.add_argument("--wrong", type=float, default=0, help="fraction of invalid requests")
     parser.add_argument("--breaches", type=float, default=0.001, help="fraction of traces")
     parser.add_argument("--idle", type=float, default=5, help="seconds after which a trace closes")

@@ -71,7 +71,7 @@ class Reference:
 def figures(directory: Path) -> dict[str, Measure]:
     """Return the figures."""
     body = [bytes(b.data) for b in make_bodies(Shape(), 8)]
-    text = bytes(make_bodies(Shape(encoding="json"), 1)[0].data)
+    texts = [bytes(b.data) for b in make_bodies(Shape(encoding="json"), 8)]
     feed = Feed()
     rules = compiled(100)
     numbers = iter(range(1 << 21, 1 << 60, 1 << 21))
@@ -121,7 +121,7 @@ def figures(directory: Path) -> dict[str, Measure]:
     return {
         "decode": cpu(lambda: [scan_bodies(TENANT, [b]) for b in body]),
         "decode together": cpu(lambda: scan_bodies(TENANT, body)),
-        "decode json": cpu(lambda: to_protobuf(text)),
+        "decode json": cpu(lambda: [to_protobuf(text) for text in texts]),
         "ingestion stage": stage,
         "fold": engine("fold", 10, 0),
         "fold, 30 000 open": engine("fold", 10, 30_000),

@@ -27,6 +27,7 @@ from betrace.service.api.metrics.exposition import Exposition
 from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.performance import Performance
 from betrace.service.api.rule_writer import RuleWriter
+from betrace.service.api.signals_by_rule import SignalsByRule
 from betrace.service.api.sources import Sources
 from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
@@ -46,6 +47,7 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import warm_up
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
@@ -94,7 +96,9 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
     duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
-    rules = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
+    rules = Path(settings.rules.directory or data / "rules")
+    if not settings.rules.directory:
+        rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
     caches = settings.caches
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
@@ -119,10 +123,18 @@ def build(
     gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
     visible = gate.current_entries(ledger)  # without entries of deleted tenants
     breakers = Breakers(settings.breakers, settings.export.destinations)
-    exports = Exports(settings, visible, breakers)
+    triage = stores.local.triage
+
+    def muted(signal: Signal) -> bool:
+        return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
+
+    exports = Exports(settings, visible, breakers, muted)
     subscriptions = Subscriptions()
 
+    rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series, muted)
+
     def recorded(signals: list[Signal]) -> None:
+        rule_signals.add(signals)
         subscriptions.publish(signals)
         exports.notify(signals)
 
@@ -134,6 +146,7 @@ def build(
         gate.authenticator,
         capacity=settings.pipeline.ingest_capacity_spans,
         closed=gate.closed,
+        backlogged=pipeline.correlate.backlog.full,
     )
 
     # Recovery and upkeep
@@ -165,7 +178,7 @@ def build(
         with suppress(FileNotFoundError):
             rmtree(tenant_archive(archive_directory(settings), tenant))
 
-    erase = (rule_writer.delete_all, erase_archive)
+    erase = (rule_writer.delete_all, triage.delete_tenant, erase_archive)
     removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
     tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
     daily = Daily(settings, log, duckdb)
@@ -185,6 +198,7 @@ def build(
         exports=exports,
         daily=daily,
         caches=caches,
+        rule_signals=rule_signals,
     )
     tools = Tools(
         sources,
@@ -195,6 +209,7 @@ def build(
         subscriptions,
         tenants,
         audit,
+        triage,
         Performance(sources, latencies),
         Exposition(sources, latencies),
         ThreadRunner("api", settings.api.query_threads),
@@ -239,6 +254,7 @@ class Addresses:
     """The URLs on which the service listens; None for a listener that is off."""
 
     ingest: str | None
+    grpc: str | None
     api: str | None
     metrics: str | None
 
@@ -295,14 +311,16 @@ class Service:
                 await self._recover(inner)
                 self._start_upkeep(inner)
                 ingest = await self._serve_ingest(inner, stop_ingest)
+                grpc = await self._serve_grpc(inner, stop_ingest)
                 self.state = "ready"
                 events.READY(
                     seconds=time.time() - self.sources.started_at,
                     ingest=ingest,
+                    grpc=grpc,
                     api=api,
                     metrics=metrics,
                 )
-                task_status.started(Addresses(ingest, api, metrics))
+                task_status.started(Addresses(ingest, grpc, api, metrics))
                 await self._stop.wait()
                 await self._drain(inner, stop_ingest)
                 inner.cancel_scope.cancel()
@@ -410,6 +428,18 @@ class Service:
         url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
         return url
 
+    async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
+        settings = self.settings.ingest
+        if OFF in (settings.address, settings.grpc_address):
+            return None
+        listener = partial(
+            serve_grpc,
+            tls=self.settings.tls,
+            grace_seconds=self.settings.shutdown.grace_seconds,
+        )
+        url: str = await nursery.start(listener, self.edge, settings, stop)
+        return url
+
     async def _listen(
         self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event
     ) -> str | None:
@@ -419,6 +449,7 @@ class Service:
             serve,
             tls=self.settings.tls,
             keep_alive_seconds=self.settings.ingest.keep_alive_seconds,
+            max_connections=self.settings.api.max_connections,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
         url: str = await nursery.start(listener, app, address, stop)

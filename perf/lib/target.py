@@ -48,7 +48,7 @@ class Service:
 
     def __init__(self, process: subprocess.Popen[str], urls: dict[str, str], data: Path) -> None:
         self.process = process
-        self.ingest, self.api = urls["ingest"], urls["api"]
+        self.ingest, self.grpc, self.api = urls["ingest"], urls["grpc"], urls["api"]
         self.data = data
         self._usage = psutil.Process(process.pid)
         self._client = httpx.Client(base_url=self.api, timeout=30, trust_env=False)
@@ -140,7 +140,7 @@ def service(
         write_rules(folder, [tenant_name(i) for i in range(tenants)], rules)
         arguments = [sys.executable, "-m", "betrace.service", "serve", "--json"]
         arguments += ["--data", str(directory / "data"), "--rules", str(folder)]
-        for listener in ("ingest", "api", "metrics"):
+        for listener in ("ingest", "grpc", "api", "metrics"):
             arguments += [f"--{listener}", "127.0.0.1:0"]
         own = {k: v for k, v in os.environ.items() if not k.startswith(("BETRACE_", "OTEL_"))}
         own |= {f"BETRACE_{k.upper()}": v for k, v in (settings or {}).items()}

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 import trio
-from hypercorn.config import Config, Sockets
-from hypercorn.trio.run import worker_serve
+from hypercorn.config import Config
+from hypercorn.events import Event, Updated
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import wrap_app
 
 from betrace.service.config.base import KIB
 from betrace.service.config.edge import Tls
-from betrace.service.receiver.sockets import bad_certificate, listen, url_of
+from betrace.service.receiver.sockets import (
+    EXHAUSTED,
+    bad_certificate,
+    listen,
+    most_connections,
+    url_of,
+)
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_DESCRIPTOR_SHARE = 8  # one in so many files that the process may open
+_EXHAUSTED_PAUSE = 0.5
+
+_log = logging.getLogger("service.http")
 _server_log = logging.getLogger("service.http.hypercorn")
 
 
@@ -41,10 +55,12 @@ async def serve(
     tls: Tls | None = None,
     keep_alive_seconds: float = 75,
     grace_seconds: float = 30,
+    max_connections: int = 512,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an ASGI application at ``address`` until ``shutdown``, then give requests in progress
-    ``grace_seconds`` to finish. Starts with the URL of the listener.
+    ``grace_seconds`` to finish. Starts with the URL of the listener. Above ``max_connections``, the
+    connection idle longest is closed for the next one.
 
     Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
     cannot be used.
@@ -67,18 +83,113 @@ async def serve(
             raise bad_certificate(tls.certificate, tls.key, error) from error
     listener = listen(address)
     url = url_of(listener, tls=config.ssl_enabled)
-    sockets = Sockets([listener], [], []) if config.ssl_enabled else Sockets([], [listener], [])
-    async with trio.open_nursery() as nursery:
-        await nursery.start(
-            partial(
-                worker_serve,
-                wrap_app(_closing(app, shutdown), 0, "asgi"),
-                config,
-                sockets=sockets,
-                shutdown_trigger=shutdown.wait,
-            )
+    wrapped = wrap_app(_closing(app, shutdown), 0, "asgi")
+    server = _Server(wrapped, config, most_connections(max_connections, _DESCRIPTOR_SHARE))
+    async with trio.open_nursery() as around:
+        # Connections are accepted here, because Hypercorn's worker does not limit them.
+        lifespan = Lifespan(wrapped, config, {})
+        await around.start(lifespan.handle_lifespan)
+        await lifespan.wait_for_startup()
+        async with trio.open_nursery() as connections:
+            accepting = trio.CancelScope()
+            connections.start_soon(server.accept, listener, connections, accepting)
+            task_status.started(url)
+            await shutdown.wait()
+            accepting.cancel()
+            await server.context.terminated.set()
+            connections.cancel_scope.deadline = trio.current_time() + grace_seconds
+        await lifespan.wait_for_shutdown()
+        around.cancel_scope.cancel()
+
+
+class _Connection(TCPServer):
+    """Hypercorn's connection. It ends when the client closes it, not when the idle time is over,
+    and knows since when it is idle (None while a request is processed)."""
+
+    def __init__(self, server: _Server, stream: Any) -> None:
+        super().__init__(
+            server.app,
+            server.config,
+            server.context,
+            ConnectionState({}),
+            stream,  # type: ignore[arg-type]
         )
-        task_status.started(url)
+        self.scope = trio.CancelScope()
+        self.idle_since: float | None = trio.current_time()
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated):
+            self.idle_since = trio.current_time() if event.idle else None
+        await super().protocol_send(event)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
+
+
+class _Server:
+    """The open connections of one listener."""
+
+    def __init__(self, app: AppWrapper, config: Config, most: int) -> None:
+        self.app = app
+        self.config = config
+        self.context = WorkerContext(None)
+        self._ssl = config.create_ssl_context()
+        self._most = most
+        self._connections: set[_Connection] = set()
+        self._ended = trio.Event()
+
+    async def accept(
+        self, listener: socket.socket, nursery: trio.Nursery, scope: trio.CancelScope
+    ) -> None:
+        """Accept connections until ``scope`` is cancelled, then close ``listener``."""
+        accepting = trio.socket.from_stdlib_socket(listener)
+        with accepting, scope:
+            while True:
+                if len(self._connections) >= self._most:
+                    await trio.lowlevel.wait_readable(accepting)
+                    self._close_idle()
+                    self._ended = trio.Event()
+                    with trio.move_on_after(_EXHAUSTED_PAUSE):
+                        await self._ended.wait()
+                    continue
+                try:
+                    connected, _ = await accepting.accept()
+                except OSError as error:
+                    if error.errno in EXHAUSTED:
+                        _log.warning(
+                            "no connection can be accepted now (%s); raise the limit of open "
+                            "files, or lower api.max_connections",
+                            error.strerror,
+                        )
+                        self._close_idle()
+                        await trio.sleep(_EXHAUSTED_PAUSE)
+                    continue
+                stream: Any = trio.SocketStream(connected)
+                if self._ssl is not None:
+                    stream = trio.SSLStream(
+                        stream, self._ssl, server_side=True, https_compatible=True
+                    )
+                connection = _Connection(self, stream)
+                self._connections.add(connection)
+                nursery.start_soon(self._run, connection)
+
+    def _close_idle(self) -> None:
+        idle = [each for each in self._connections if each.idle_since is not None]
+        if idle:
+            min(idle, key=lambda each: each.idle_since or 0.0).scope.cancel()
+
+    async def _run(self, connection: _Connection) -> None:
+        try:
+            with connection.scope:
+                await connection.run()
+        except Exception:
+            _log.exception("a connection of the API failed and is closed")
+        finally:
+            self._connections.discard(connection)
+            self._ended.set()
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(connection.stream)
 
 
 def _closing(app: Any, stopping: trio.Event) -> Any:

@@ -19,7 +19,7 @@ def components(sources: Sources) -> dict[str, Json]:
         "service": {"status": whole or "ok", "detail": state},
         "span-log": {"status": "ok", "detail": f"{pipeline.sync.failures} sync failures"},
     }
-    if pipeline.sync.failures:
+    if pipeline.sync.failing:
         found["span-log"]["status"] = "degraded"
     stall = sources.settings.pipeline.stall_seconds
     for name, stage in pipeline.stages.items():

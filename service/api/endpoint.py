@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, TypeVarTuple
@@ -10,7 +11,7 @@ from typing import Any, Literal, TypeVar, TypeVarTuple
 import orjson
 import trio
 
-from betrace.channels.threads import ThreadRunner, ThreadTimeout
+from betrace.channels import ThreadRunner, ThreadTimeout
 from betrace.service.api.audit import AuditTrail, Operator
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.metrics.exposition import Exposition
@@ -22,7 +23,9 @@ from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
+from betrace.service.api.turns import TenantTurns
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.triage import TriageStore
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -62,12 +65,18 @@ class Tools:
     subscriptions: Subscriptions
     tenants: TenantAdministration
     audit: AuditTrail
+    triage: TriageStore
     performance: Performance
     exposition: Exposition
     threads: ThreadRunner
     """For calls that block."""
-    streams: int = 0
-    """Open event streams."""
+    turns: TenantTurns = field(init=False)
+    """How tenants share the threads."""
+    streams: Counter[str] = field(default_factory=Counter)
+    """Open event streams, by tenant; operators' are under an empty name."""
+
+    def __post_init__(self) -> None:
+        self.turns = TenantTurns(self.threads.statistics().threads)
 
 
 @dataclass(slots=True)
@@ -86,13 +95,37 @@ class Call:
         """Call a blocking function in a thread. Raises :exc:`ApiError` 503 after
         ``api.query_timeout_seconds``; the call may then still be running."""
         timeout = self.tools.sources.settings.api.query_timeout_seconds
+        deadline = trio.current_time() + timeout
+        turns = self.tools.turns
         try:
-            return await self.tools.threads.run(function, *args, timeout=timeout)
+            release = await turns.take(self.tenant, timeout)
+        except trio.TooSlowError:
+            raise unavailable(
+                "other queries of this tenant use its share of the query threads",
+                "wait for their results, or send fewer at once",
+            ) from None
+
+        started = False
+
+        def run() -> R:
+            nonlocal started
+            started = True
+            try:
+                return function(*args)
+            finally:  # also in a thread that was left behind
+                release()
+
+        try:
+            left = max(0.001, deadline - trio.current_time())
+            return await self.tools.threads.run(run, timeout=left)
         except ThreadTimeout:
             raise unavailable(
                 f"the query took longer than {timeout:g} s",
                 "narrow it (since, until, limit) or try again later",
             ) from None
+        finally:
+            if not started:
+                release()
 
     def operator(self) -> Operator:
         """Who acts, by the name in ``X-Operator`` if there is one."""
@@ -104,6 +137,11 @@ class Call:
                 "use 1 to 64 letters, digits or . _ @ + -",
             )
         return Operator(name or "operator", self.client)
+
+    def person(self) -> Operator:
+        """Who acts for a tenant: the name in ``X-Operator``, or else the tenant."""
+        who = self.operator()
+        return who if OPERATOR_HEADER in self.headers else Operator(self.tenant, who.client)
 
     async def note(self, action: str, **target: Any) -> None:
         """Write the operator's action to the audit log; call this before acting."""
@@ -134,23 +172,29 @@ class Call:
 
     def stream(self, source: Callable[[], AsyncIterator[bytes]]) -> Answer:
         """A stream of server-sent events from an async generator. Raises :exc:`ApiError` 503
-        when ``api.max_streams`` are open."""
-        tools = self.tools
-        if tools.streams >= tools.sources.settings.api.max_streams:
+        when ``api.max_streams`` are open. A tenant may have half of them, and the last tenth is for
+        operators."""
+        tools, tenant = self.tools, self.tenant
+        opened, most = tools.streams.total(), tools.sources.settings.api.max_streams
+        allowed = most if not tenant else max(1, most - most // 10)
+        if opened >= allowed or (tenant and tools.streams[tenant] >= max(1, most // 2)):
             raise unavailable(
-                f"{tools.streams} streams are open already", "close one, or raise api.max_streams"
+                f"{tools.streams[tenant]} streams of this caller are open already, {opened} in all",
+                "close one, or raise api.max_streams",
             )
 
         async def counted() -> AsyncIterator[bytes]:
             # Counted while it runs, because a generator that never starts is never closed.
-            tools.streams += 1
+            tools.streams[tenant] += 1
             parts = source()
             try:
                 yield b": connected\n\n"
                 async for part in parts:
                     yield part
             finally:
-                tools.streams -= 1
+                tools.streams[tenant] -= 1
+                if not tools.streams[tenant]:
+                    del tools.streams[tenant]
                 with trio.CancelScope(shield=True):
                     await parts.aclose()  # type: ignore[attr-defined]
 

@@ -49,7 +49,17 @@ counts once. A body that takes longer than `ingest.body_timeout_seconds` gets 50
 
 The port speaks HTTP/1.1 in the strict form of RFC 9112: a request of ambiguous length gets 400, and
 its connection is closed. An HTTP/1.0 request is answered and its connection closed; other versions
-get 505. HTTP/2 is not supported on this port; use HTTP/1.1.
+get 505. HTTP/2 is not supported on this port; a gRPC client is told to use the other one.
+
+Logs and metrics (`/v1/logs`, `/v1/metrics`) get 404 with the variable that turns them off; they are
+counted apart from spans. Pages of the origins in `ingest.cors_origins` may send too: preflights are
+answered, and pages can read `Retry-After`.
+
+### OTLP over gRPC
+
+On its own listener (`ingest.grpc_address`, 127.0.0.1:4317, or off):
+`opentelemetry.proto.collector.trace.v1.TraceService/Export`, with the same admission, and
+`grpc.health.v1.Health`. Statuses, limits and clients are in docs/clients.md.
 """
 _GENERAL = {
     "tenant": {

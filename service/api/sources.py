@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from betrace.service.api.cache_control import CacheControl
+from betrace.service.api.signals_by_rule import SignalsByRule
 from betrace.service.config.settings import Settings
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
@@ -36,6 +37,7 @@ class Sources:
     exports: Exports
     daily: Daily
     caches: CacheControl
+    rule_signals: SignalsByRule
 
     @property
     def ready(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from cachetools import LRUCache
@@ -73,6 +73,7 @@ class TraceReader:
         self._log = log
         self._rules = rules
         self._lock = threading.Lock()
+        self._one_large = threading.Lock()  # reading a large trace takes hundreds of bytes a span
         self._spare: LRUCache[str, tuple[tuple[Rule, ...], CompiledRules]] = LRUCache(_SPARE_RULES)
         self._correlate = correlate
         self._max_body = max_body_bytes
@@ -82,8 +83,9 @@ class TraceReader:
 
         Beside the fields of a row of the index: ``state`` is ``open`` or ``closed``;
         ``resourceSpans`` are the spans as OTLP JSON; ``missing`` is the number of frames that
-        could not be read (damaged, or past retention) and ``omitted`` the number left out of
-        ``resourceSpans`` because of its length; ``signals`` are its signals, newest first;
+        could not be read (damaged, or past retention), ``omitted`` the number of frames and
+        ``omittedSpans`` the number of spans left out of ``resourceSpans`` because of its length, of
+        the frames that were read; ``signals`` are its signals, newest first;
         ``verdicts`` are those of the tenant's current rules, see :func:`_verdicts`.
         """
         # Memory first: a trace is in the index before it leaves memory.
@@ -104,7 +106,8 @@ class TraceReader:
         frames = _Frames(self._log, tenant, sorted(positions), self._max_body)
         with self._compiled(tenant) as rules:
             trial = Trial(rules, trace_id)
-            shown = trace_as_json(frames.fold(trial), bytes.fromhex(trace_id))
+            with self._one_large if row.spans > MAX_SPANS else nullcontext():
+                shown = trace_as_json(frames.fold(trial), bytes.fromhex(trace_id), MAX_SPANS)
             # Spans can be missing when no frame is, because positions reach the index later.
             whole = not frames.missing and not frames.unread and trial.spans >= row.spans
             certain = whole and not is_open
@@ -118,6 +121,7 @@ class TraceReader:
             **shown,
             "missing": frames.missing,
             "omitted": frames.omitted,
+            "omittedSpans": max(0, trial.spans - MAX_SPANS),
             "signals": [stored_signal_json(each) for each in stored],
             "verdicts": _verdicts(
                 rules,

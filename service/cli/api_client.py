@@ -1,9 +1,13 @@
-"""A client of a running service's administration, ``/api/admin``."""
+"""A client of a running service's API."""
 
 from __future__ import annotations
 
+import getpass
+import json
+import re
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -11,15 +15,28 @@ import httpx
 from betrace.service.cli.common import Failure, Server
 
 PAGE = 1000
+_SILENCE_SECONDS = 45.0  # the service breaks the silence of a stream every 15 s
 
 
-class AdminApi:
-    """The part of the administration below ``path``."""
+class ServiceApi:
+    """The part of the API below ``path``, for ``tenant`` if it is given. ``who`` is the name of the
+    person who acts."""
 
-    def __init__(self, server: Server, path: str, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        server: Server,
+        path: str,
+        timeout: float = 10.0,
+        tenant: str | None = None,
+        who: str | None = None,
+    ) -> None:
         self._client = make_client(server, timeout)
+        if tenant is not None:
+            self._client.headers["x-scope-orgid"] = tenant
+        if who is not None:
+            self._client.headers["x-operator"] = who
         self._server = server
-        self._path = f"/api/admin{path}"
+        self._path = path
 
     def ask(self, method: str, path: str = "", **more: Any) -> dict[str, Any]:
         """The answer; ``more`` is for :meth:`httpx.Client.request`. Raises :exc:`Failure`."""
@@ -30,12 +47,39 @@ class AdminApi:
         status, body = self._request(method, path, more)
         return None if status == 404 else _checked(status, body)
 
+    @contextmanager
+    def stream(self, path: str, params: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """The objects of a stream of server-sent events, as they arrive. Raises :exc:`Failure`."""
+        try:
+            with self._client.stream(
+                "GET", self._path + path, params=params, timeout=_SILENCE_SECONDS
+            ) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    _checked(answer.status_code, answer.json())
+                yield (
+                    json.loads(line.removeprefix("data:"))
+                    for line in answer.iter_lines()
+                    if line.startswith("data:")
+                )
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise Failure(_explain(error, self._server)) from None
+
     def _request(self, method: str, path: str, more: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         try:
             answer = self._client.request(method, self._path + path, **more)
-            return answer.status_code, answer.json()
+            return answer.status_code, answer.json() if answer.content else {}
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise Failure(_explain(error, self._server)) from None
+
+
+def user_name() -> str | None:
+    """The name of the user who runs the command, if the service accepts it."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a user without a name
+        return None
+    return name if re.fullmatch(r"[A-Za-z0-9_.@+-]{1,64}", name) else None
 
 
 def make_client(server: Server, timeout: float) -> httpx.Client:

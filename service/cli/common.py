@@ -143,6 +143,7 @@ _SETTINGS: dict[str, tuple[str, str | None, str]] = {
         "Rule files: those of the tenant `default` in DIR, those of others in DIR/<tenant>",
     ),
     "ingest": ("ingest.address", "HOST:PORT", "Where to receive spans, or off"),
+    "grpc": ("ingest.grpc_address", "HOST:PORT", "Where to receive OTLP over gRPC, or off"),
     "api": ("api.address", "HOST:PORT", "Where the API listens, or off"),
     "metrics": ("metrics.address", "HOST:PORT", "A listener for metrics alone, or off"),
     "insecure": (
@@ -204,6 +205,14 @@ _ca_option = click.option(
     metavar="FILE",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Trust the certificates in this PEM file, such as a self-signed one; also BETRACE_CA.",
+)
+
+
+tenant_option = click.option(
+    "--tenant",
+    envvar="BETRACE_TENANT",
+    metavar="NAME",
+    help="The tenant; by default that of the token, or `default`. Also BETRACE_TENANT.",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from betrace.service.cli.api_client import PAGE, AdminApi
+from betrace.service.cli.api_client import PAGE, ServiceApi
 from betrace.service.cli.common import (
     FOUND,
     HELP,
@@ -163,8 +163,8 @@ def discard_letters(letter_ids: tuple[int, ...], server: Server, as_json: bool) 
     _each(_letters(server), letter_ids, "discard", "discarded", as_json)
 
 
-def _letters(server: Server) -> AdminApi:
-    return AdminApi(server, "/dead-letters")
+def _letters(server: Server) -> ServiceApi:
+    return ServiceApi(server, "/api/admin/dead-letters")
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _each(
-    api: AdminApi, letter_ids: tuple[int, ...], action: str, done: str, as_json: bool
+    api: ServiceApi, letter_ids: tuple[int, ...], action: str, done: str, as_json: bool
 ) -> None:
     missing = [each for each in letter_ids if api.find("POST", f"/{each}/{action}") is None]
     _report(len(letter_ids) - len(missing), missing, done, as_json)

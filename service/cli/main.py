@@ -19,6 +19,7 @@ from betrace.service.cli.common import COULD_NOT_RUN, HELP, Failure, json_option
 
 # By command: the module below betrace.service.cli, and the name of the command in it.
 _COMMANDS = {
+    "acknowledge": ("signals", "acknowledge"),
     "archive": ("archive", "archive"),
     "dead-letters": ("dead_letters", "dead_letters"),
     "demo": ("demo.run", "demo"),
@@ -26,7 +27,10 @@ _COMMANDS = {
     "replay": ("replay", "replay"),
     "rules": ("rules", "rules"),
     "serve": ("serve", "serve"),
+    "signals": ("signals", "signals"),
     "tenants": ("tenants", "tenants"),
+    "trace": ("traces", "trace"),
+    "traces": ("traces", "traces"),
     "tui": ("tui", "tui"),
 }
 
@@ -86,6 +90,7 @@ def _explain(error: BaseException, command: str) -> str:
     from betrace.service.storage.duck.schema import StoreError
     from betrace.service.storage.ledger.base import LedgerError
     from betrace.service.storage.lockfile import LockedError
+    from betrace.service.storage.triage import TriageError
     from betrace.service.tenancy.authentication import SecretError
     from betrace.service.tenancy.directory import DirectoryError
     from betrace.service.tenancy.tokens import BadKeyError
@@ -93,7 +98,9 @@ def _explain(error: BaseException, command: str) -> str:
     if isinstance(error, ModuleNotFoundError) and (missing := _missing_extra(error, command)):
         return missing
     start = (ConfigError, DeadLetterError, ListenError, LedgerError, LockedError, StoreError)
-    if isinstance(error, (*start, BadKeyError, DirectoryError, RuleStoreError, SecretError)):
+    if isinstance(
+        error, (*start, BadKeyError, DirectoryError, RuleStoreError, SecretError, TriageError)
+    ):
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

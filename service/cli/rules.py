@@ -1,4 +1,5 @@
-"""``betrace rules``: check rule files, test rules on a trace, and find a service's rule files."""
+"""``betrace rules``: check rule files, test rules on a trace, mute rules, and find a service's rule
+files."""
 
 from __future__ import annotations
 
@@ -9,16 +10,22 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
+from betrace.service.cli.api_client import ServiceApi, user_name
 from betrace.service.cli.common import (
     FOUND,
     HELP,
     Failure,
+    Server,
     json_option,
     print_json,
     print_lines,
+    server_options,
+    tenant_option,
+    warn,
 )
 from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import Problem, Rule, RuleFileError
@@ -42,7 +49,7 @@ Json = dict[str, Any]
 
 @click.group(context_settings=HELP)
 def rules() -> None:
-    """Check rule files, and test rules on a trace.
+    """Check rule files, test rules on a trace, and mute rules.
 
     \b
     Example:
@@ -97,6 +104,54 @@ def rules_test(file: Path, trace: Path, rule_id: str | None, as_json: bool) -> N
     else:
         print_lines(line for judgement in judgements for line in judgement.lines())
     sys.exit(FOUND if any(judgement.verdict.breach for judgement in judgements) else 0)
+
+
+@rules.command("mute")
+@click.argument("rule_id", metavar="ID")
+@click.option("--for", "duration", required=True, metavar="TIME", help="How long, such as 2h.")
+@click.option("--reason", required=True, help="Why; shown to everyone who sees the rule.")
+@tenant_option
+@server_options
+def rules_mute(
+    rule_id: str, duration: str, reason: str, tenant: str | None, server: Server, as_json: bool
+) -> None:
+    """Mute a rule of a running service for a time.
+
+    Its signals are recorded and shown as muted, but not sent to webhooks.
+
+    \b
+    Example:
+      betrace rules mute payment-fraud-check --for 2h --reason "provider maintenance"
+    """
+    api = ServiceApi(server, "/api/v1/rules", tenant=tenant, who=user_name())
+    body = {"for": duration, "reason": reason}
+    mute = api.ask("PUT", f"/{quote(rule_id, safe='')}/mute", json=body)
+    if as_json:
+        print_json(mute)
+    else:
+        print_lines([f"{rule_id} is muted until {mute['until'][:19]}Z"])
+
+
+@rules.command("unmute")
+@click.argument("rule_id", metavar="ID")
+@tenant_option
+@server_options
+def rules_unmute(rule_id: str, tenant: str | None, server: Server, as_json: bool) -> None:
+    """End the mute of a rule. Exit code 1 if it is not muted.
+
+    \b
+    Example:
+      betrace rules unmute payment-fraud-check
+    """
+    api = ServiceApi(server, "/api/v1/rules", tenant=tenant, who=user_name())
+    ended = api.find("DELETE", f"/{quote(rule_id, safe='')}/mute") is not None
+    if as_json:
+        print_json({"unmuted": ended})
+    elif ended:
+        print_lines([f"{rule_id} is no longer muted"])
+    else:
+        warn(f"{rule_id} is not muted")
+    sys.exit(0 if ended else FOUND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +239,7 @@ class Judgement:
     verdict: Verdict
 
     def lines(self) -> Iterator[str]:
-        """The verdict and its reason: the clause, the counts, and the spans."""
+        """The verdict and its reason, the counts, and the spans."""
         rule, verdict = self.rule, self.verdict
         outcome = "is broken" if verdict.breach else "is kept"
         if verdict.undecided is not None:
@@ -192,8 +247,7 @@ class Judgement:
         disabled = ", not enabled" * (not rule.enabled)
         yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
-            why = "does not hold" if verdict.clause == "always" else "holds"
-            yield f"  because its clause '{verdict.clause}' {why}"
+            yield f"  {verdict.message}"
         if verdict.undecided is not None:
             yield f"  because {verdict.undecided}"
         if verdict.groups is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ Companion = Callable[["Addresses"], Awaitable[None]]
 
 
 @click.command()
-@settings_options("data", "rules", "ingest", "api", "metrics", "insecure")
+@settings_options("data", "rules", "ingest", "grpc", "api", "metrics", "insecure")
 @json_option
 def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     """Run the service.
@@ -61,10 +62,10 @@ def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None
 
     async def print_addresses(addresses: Addresses) -> None:
         if as_json:
-            shown = {"ingest": addresses.ingest, "api": addresses.api, "metrics": addresses.metrics}
-            click.echo(json.dumps(shown))
+            click.echo(json.dumps(dataclasses.asdict(addresses)))
         else:
             click.echo(f"spans    {_url(addresses.ingest, '/v1/traces')}  (OTLP over HTTP)")
+            click.echo(f"spans    {_url(addresses.grpc, '')}  (OTLP over gRPC)")
             click.echo(f"API      {_url(addresses.api, '/docs')}")
             click.echo(f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}")
         sys.stdout.flush()

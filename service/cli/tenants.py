@@ -11,7 +11,7 @@ from urllib.parse import quote
 import click
 import httpx
 
-from betrace.service.cli.api_client import PAGE, AdminApi, make_client
+from betrace.service.cli.api_client import PAGE, ServiceApi, make_client
 from betrace.service.cli.common import (
     HELP,
     Duration,
@@ -42,8 +42,8 @@ class _Name(click.ParamType[str]):
 _tenant = click.argument("tenant", type=_Name())
 
 
-def _tenants(server: Server) -> AdminApi:
-    return AdminApi(server, "/tenants", _TIMEOUT_SECONDS)
+def _tenants(server: Server) -> ServiceApi:
+    return ServiceApi(server, "/api/admin/tenants", _TIMEOUT_SECONDS)
 
 
 def _key_option(meaning: str) -> Any:

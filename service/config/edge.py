@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
@@ -19,6 +20,8 @@ from betrace.service.config.base import (
 )
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
+
 
 def _http_or_empty(text: str) -> str:
     if text and not text.startswith(("http://", "https://")):
@@ -26,17 +29,34 @@ def _http_or_empty(text: str) -> str:
     return text
 
 
+def _origins(origins: list[str]) -> list[str]:
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"has {origin!r}, which is not an origin: write scheme, host and port only, in "
+                'lower case, such as "https://shop.example"'
+            )
+    return origins
+
+
 class Ingest(SettingsSection):
-    """The listener that receives spans: OTLP over HTTP."""
+    """The listeners that receive spans: OTLP over HTTP and over gRPC."""
 
     address: Listen = "127.0.0.1:4318"
-    """The address to listen on, as host:port; off for an instance that only answers queries."""
+    """The address for OTLP over HTTP, as host:port; off for an instance that only answers queries,
+    which turns gRPC off as well."""
+    grpc_address: Listen = "127.0.0.1:4317"
+    """The address for OTLP over gRPC, as host:port, or off."""
     max_body_bytes: Size = 20 * MIB
     """Largest request body, before and after decompression. Larger bodies get 413."""
     max_buffered_bytes: Size = 256 * MIB
     """Memory for request bodies, including those still arriving. Above it, requests get 503."""
+    cors_origins: Annotated[list[str], AfterValidator(_origins)] = Field(default_factory=list)
+    """Origins of pages that may send spans from a browser, such as "https://shop.example"; "*" for
+    all, only without authentication."""
     max_connections: Count = 1024
-    """Maximum open connections. More wait to be accepted."""
+    """Maximum open connections, at most a third of the files that the process may open. For more,
+    slow and idle connections are closed."""
     head_timeout_seconds: Seconds = 10
     """Time limit for a request's headers, from its first byte. Later ones get 408 and the
     connection is closed. The same limit applies to TLS handshakes."""
@@ -79,12 +99,16 @@ class Api(SettingsSection):
 
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
+    max_connections: Count = 512
+    """Maximum open connections, at most an eighth of the files that the process may open. For
+    more, idle connections are closed."""
     max_body_bytes: Size = 4 * MIB
     """Largest request body, such as a rule or the trace of a rule test."""
     query_timeout_seconds: Seconds = 10
     """Time limit for a query. Slower ones get 503."""
     query_threads: Workers = 8
-    """Maximum concurrent queries. More wait, within query_timeout_seconds."""
+    """Maximum concurrent queries. More wait, within query_timeout_seconds. One tenant may have half
+    of them."""
     max_streams: Count = 100
     """Maximum open server-sent event streams. More get 503."""
 
@@ -96,6 +120,9 @@ class Metrics(SettingsSection):
     """A listener for /metrics alone, as host:port, or off. The API serves /metrics too."""
     window_seconds: Seconds = 60
     """Length of the window for rates and latency percentiles."""
+    max_rule_series: Count = 2000
+    """Maximum series of betrace_rule_signals_total. Rules beyond it are counted together, with the
+    labels tenant and rule `(other)`."""
 
 
 class QuotaSettings(SettingsSection):

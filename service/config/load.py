@@ -35,6 +35,7 @@ _KINDS = {
     "string": "text in quotes",
     "path": "text in quotes",
     "dict": "a table",
+    "list": "a list",
     "finite": "a finite number",
 }
 _BOUNDS = {

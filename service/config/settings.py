@@ -81,21 +81,30 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.auth.enabled and "*" in self.ingest.cors_origins:
+            raise ValueError(
+                'ingest.cors_origins has "*" while auth.enabled is true; name the origins whose '
+                "pages may send"
+            )
         taken: dict[tuple[str, int], str] = {}
-        for section in ("ingest", "api", "metrics"):
-            address: str = getattr(self, section).address
+        addresses = {
+            "ingest.address": self.ingest.address,
+            "ingest.grpc_address": OFF if self.ingest.address == OFF else self.ingest.grpc_address,
+            "api.address": self.api.address,
+            "metrics.address": self.metrics.address,
+        }
+        for setting, address in addresses.items():
             if address == OFF:
                 continue
             host, port = split_address(address)
             if not (is_loopback(host) or self.auth.enabled or self.auth.insecure):
                 raise ValueError(
-                    f"{section}.address is {address}, which other machines can reach, but "
+                    f"{setting} is {address}, which other machines can reach, but "
                     "authentication is off; set auth.enabled, listen on 127.0.0.1, or accept the "
                     "risk with auth.insecure = true (--insecure)"
                 )
-            if port and (other := taken.setdefault((host, port), section)) != section:
+            if port and (other := taken.setdefault((host, port), setting)) != setting:
                 raise ValueError(
-                    f"{section}.address and {other}.address are both {address}; "
-                    "give each its own port"
+                    f"{setting} and {other} are both {address}; give each its own port"
                 )
         return self

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import httpx
 
 from betrace.service.export.exporter import Deliver, Unacceptable, Unavailable
 from betrace.service.export.formats import alert_groups, alertmanager, otlp_logs
-from betrace.service.signals import Signal
+from betrace.service.signals import Kind, Signal
 
 # Statuses that a retry cannot change. Others, such as 401, an operator can fix.
 _FINAL = frozenset({400, 413, 415, 422})
@@ -30,12 +30,18 @@ def otlp_delivery(
 
 
 def webhook_delivery(
-    client: httpx.AsyncClient, url: str, headers: Mapping[str, str], external_url: str
+    client: httpx.AsyncClient,
+    url: str,
+    headers: Mapping[str, str],
+    external_url: str,
+    muted: Callable[[Signal], bool],
 ) -> Deliver:
-    """Return a function that posts one request for each tenant and rule to ``url``."""
+    """Return a function that posts one request for each tenant and rule to ``url``, without raised
+    signals that are ``muted``. Retractions are sent, to resolve what was raised before the mute."""
 
     async def deliver(signals: list[Signal]) -> None:
-        for group in alert_groups(signals):
+        heard = [each for each in signals if each.kind is not Kind.RAISED or not muted(each)]
+        for group in alert_groups(heard):
             body = alertmanager(group, external_url)
             await _post(client, url, body, {"Content-Type": "application/json", **headers})
 

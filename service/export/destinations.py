@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +20,16 @@ from betrace.service.storage.ledger.base import LedgerEntries
 
 
 class Exports:
-    """All exporters. Call the methods on the Trio thread."""
+    """All exporters. Call the methods on the Trio thread. Webhooks do not get signals raised
+    while their rule is ``muted``."""
 
-    def __init__(self, settings: Settings, entries: LedgerEntries, breakers: Breakers) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        entries: LedgerEntries,
+        breakers: Breakers,
+        muted: Callable[[Signal], bool],
+    ) -> None:
         self._threads = ThreadRunner("export", 1)
         wanted = settings.export
         self._client = make_client(settings.breakers.export.timeout_seconds)
@@ -38,6 +45,7 @@ class Exports:
                 wanted.webhook.url,
                 parse_env_headers(wanted.webhook.headers),
                 wanted.webhook.external_url,
+                muted,
             ),
         }
         self._exporters = [

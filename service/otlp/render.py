@@ -16,12 +16,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 
-def trace_as_json(bodies: Iterable[bytes], trace_id: bytes) -> dict[str, Any]:
+def trace_as_json(
+    bodies: Iterable[bytes], trace_id: bytes, most_spans: int | None = None
+) -> dict[str, Any]:
     """Return the spans with ``trace_id`` as an OTLP JSON object, ``{"resourceSpans": [...]}``.
 
     ``bodies`` are accepted protobuf requests, decompressed. Of spans with the same span id, only
     the first is included. Spans of the same resource and scope are grouped, in order. Ids are
-    lower-case hex, 64-bit integers are strings, and fields with their default value are omitted.
+    lower-case hex, 64-bit integers are strings, and fields with their default value are omitted. Of
+    more than ``most_spans`` spans, the first are included.
 
     Raises:
       google.protobuf.message.DecodeError: a body is not a request.
@@ -35,6 +38,8 @@ def trace_as_json(bodies: Iterable[bytes], trace_id: bytes) -> dict[str, Any]:
                 # A request contains many traces: check all spans, convert few.
                 found: list[dict[str, Any]] = []
                 for span in scope_spans.spans:
+                    if most_spans is not None and len(seen) >= most_spans:
+                        break
                     if span.trace_id == trace_id and span.span_id not in seen:
                         seen.add(span.span_id)
                         found.append(_span(span))

@@ -43,13 +43,16 @@ def span_account(pipeline: Pipeline, replayed: int) -> SpanAccount:
     accepted = pipeline.ingest.counts.accepted + pipeline.ingest.counts.unacknowledged
     retried = letters.counts.retried_weight.get(SPANS_STAGE, 0)
     waiting = accepted + replayed + retried - channel.total_in  # not in the channel yet
+    backlog = pipeline.correlate.backlog.spans  # the stage is done with them, but they are not
     return SpanAccount(
         accepted=accepted,
         replayed=replayed,
         carried=letters.carried_spans,
         evaluated=pipeline.stages[SPANS_STAGE].statistics().weight_out
-        + pipeline.failed_after_folding,
-        in_flight=waiting + channel.size - letters.retrying_spans,
+        + pipeline.failed_after_folding
+        - pipeline.buried_waiting
+        - backlog,
+        in_flight=waiting + channel.size + backlog - letters.retrying_spans,
         dead_lettered=letters.spans,
         discarded=letters.counts.lost_weight.get(SPANS_STAGE, 0),
     )

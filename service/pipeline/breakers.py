@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from betrace.channels import Breaker, BreakerSettings, BreakerState, ExpectedError, Transition
-from betrace.service.config.stages import BreakerSettings as Limits
+from betrace.channels import Breaker, BreakerOptions, BreakerState, ExpectedError, Transition
+from betrace.service.config.stages import BreakerSettings
 from betrace.service.config.stages import BreakersSettings as Configured
 from betrace.service.telemetry import events
 
@@ -29,10 +29,10 @@ class Breakers:
         def is_failure(error: Exception) -> bool:
             return not isinstance(error, PoisonError)
 
-        def breaker(name: str, limits: Limits) -> Breaker:
+        def breaker(name: str, limits: BreakerSettings) -> Breaker:
             return Breaker(
                 name,
-                _settings(limits),
+                _options(limits),
                 is_failure=is_failure,
                 on_transition=lambda change: _report(name, change),
             )
@@ -69,16 +69,16 @@ def _report(name: str, change: Transition) -> None:
     event(breaker=name, before=before, after=after, reason=change.reason)
 
 
-def _settings(configured: Limits) -> BreakerSettings:
-    return BreakerSettings(
-        window=configured.window_calls,
-        minimum_calls=configured.minimum_calls,
-        failure_rate=configured.failure_rate,
-        slow_rate=configured.slow_call_rate,
-        slow_after=configured.slow_call_seconds,
-        open_for=configured.open_seconds,
-        trial_calls=configured.half_open_calls,
-        timeout=configured.timeout_seconds,
+def _options(settings: BreakerSettings) -> BreakerOptions:
+    return BreakerOptions(
+        window=settings.window_calls,
+        minimum_calls=settings.minimum_calls,
+        failure_rate=settings.failure_rate,
+        slow_rate=settings.slow_call_rate,
+        slow_after=settings.slow_call_seconds,
+        open_for=settings.open_seconds,
+        trial_calls=settings.half_open_calls,
+        timeout=settings.timeout_seconds,
     )
 
 

@@ -15,11 +15,11 @@ from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import GuardedStore
+from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.recovery.history import TraceHistory
-from betrace.service.pipeline.recovery.read_back import ReadBack
+from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from betrace.service.telemetry.tracing import SlowBatches, StageTraces
 
 T = TypeVar("T")
+
+# Stages wait for company when there is little to do (decision 21).
+INGEST_INTERVAL = 0.005  # seconds
+INGEST_ENOUGH = 500  # spans
+FOLD_INTERVAL = 0.05  # seconds; early signals are delayed by this at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +193,8 @@ class _PipelineBuilder:
             self._batches.send,
             progress,
             max_body,
-            sync if settings.log.ack == "synced" else None,
+            sync,
+            settings.log.ack == "synced",
             audit,
         )
         return Pipeline(
@@ -209,6 +215,9 @@ class _PipelineBuilder:
             history=history,
             sync=sync,
             flush_seconds=settings.log.flush_seconds,
+            attempts=settings.redelivery.attempts + 1,
+            retry_seconds=settings.redelivery.delay_seconds,
+            finish_seconds=settings.shutdown.grace_seconds / 3,
             batch_audit=audit,
             slow_batches=self._slow_batches,
         )
@@ -226,12 +235,17 @@ class _PipelineBuilder:
                 on_dead=pipeline.ingest.refuse,
                 attempts=2,
                 retry_delay=0.01,
+                interval=INGEST_INTERVAL,
+                enough=INGEST_ENOUGH,
+                adapts=True,
             ),
             "trace-correlation": self._stage(
                 "trace-correlation",
                 pipeline.correlate_batches,
                 workers=p.correlate_workers,
                 max_batch_weight=p.correlate_batch_spans,
+                interval=FOLD_INTERVAL,
+                enough=p.correlate_capacity_spans // 4,
                 on_dead=pipeline.bury_spans,
             ),
             "rule-evaluation": self._stage(

@@ -188,6 +188,7 @@ class DeadLetters:
                 self._progress.folded(item.tenant, letter_codec.frame_positions(item))
             else:
                 self._in_flight.leave(item.ticket)
+        self._wake.unpark_all()
         self._report(stage, len(items), attempts, text, transient)
 
     def _report(self, stage: str, items: int, attempts: int, error: str, transient: bool) -> None:
@@ -305,7 +306,8 @@ class DeadLetters:
     async def _sweep(self) -> None:
         """Delete letters that are done, forever."""
         while True:
-            await self._wait()
+            if not self._done:
+                await self._wake.park()
             done, self._done = self._done, []
             if not done:
                 continue
@@ -329,20 +331,20 @@ class DeadLetters:
             retrying = sum(r.letter.stage == stage for r in self._retrying.values())
             most = min(MOST_RETRIED_AT_ONCE - retrying, _MOST_BUSY - len(busy))
             try:
-                ids = (
-                    await self._threads.run(
+                ids = []
+                if most > 0 and self._held(stage).letters:
+                    ids = await self._threads.run(
                         self._store.due, stage, self._clock_ns(), most, tuple(busy)
                     )
-                    if most > 0
-                    else []
-                )
                 for letter_id in ids:
                     await self._retry(letter_id, channel)
             except DeadLetterError as error:
                 _log.warning("dead letters of %s cannot be retried now: %s", stage, error)
                 ids = []
-            if not ids:
+            if not ids and self._held(stage).letters:
                 await self._wait()
+            elif not ids:
+                await self._wake.park()
 
     async def _retry(self, letter_id: int, channel: SendChannel[Any]) -> None:
         found = await self._threads.run(self._store.get, letter_id)

@@ -166,9 +166,11 @@ class Fallback(Generic[T]):
     async def write_back(self) -> None:
         """Write the files back to the store, oldest first, forever."""
         while True:
+            if not self.pending:
+                await self._arrived.park()
             async with self._writing_back:
                 pause = await self._write_some()
-            if pause is None:
+            if pause is None:  # items are being written to the files
                 with trio.move_on_after(RETRY_SECONDS):
                     await self._arrived.park()
             elif pause:

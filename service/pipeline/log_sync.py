@@ -25,6 +25,13 @@ class GroupSync:
         self.last_seconds = 0.0
         self.failures = 0
         self._failing = 0  # since the last success
+        self.running = False
+        """Whether the log is being synced, which may delay writes to it."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last sync failed."""
+        return self._failing > 0
 
     async def sync(self, tenants: Iterable[str]) -> None:
         """Return when everything these tenants wrote before the call is durable.
@@ -50,7 +57,7 @@ class GroupSync:
         # is cancelled or something unexpected is raised.
         self._failed[number] = LogSyncError(sorted(tenants), OSError("the sync did not finish"))
         try:
-            await self._threads.run(self._log.sync, tenants)
+            await self._call(tenants)
             del self._failed[number]
         except LogSyncError as error:
             self._failed[number] = error
@@ -59,6 +66,13 @@ class GroupSync:
             self._note(None)
         finally:
             self.last_seconds = time.perf_counter() - started
+
+    async def _call(self, tenants: set[str] | None) -> None:
+        self.running = True
+        try:
+            await self._threads.run(self._log.sync, tenants)
+        finally:
+            self.running = False
 
     def _note(self, error: LogSyncError | None) -> None:
         if error is not None:
@@ -76,7 +90,7 @@ class GroupSync:
             await trio.sleep(seconds)
             started = time.perf_counter()
             try:
-                await self._threads.run(self._log.sync, None)
+                await self._call(None)
             except LogSyncError as error:
                 self._note(error)
             else:

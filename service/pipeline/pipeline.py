@@ -12,6 +12,7 @@ receiver, which refuses requests. :mod:`betrace.service.pipeline.build` builds a
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -24,9 +25,9 @@ from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import Fallback
+from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.recovery.history import TraceHistory
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
@@ -37,6 +38,8 @@ from betrace.service.traces.late_filter import ClosedTraces
 
 if TYPE_CHECKING:
     from betrace.service.telemetry.tracing import SlowBatches
+
+_log = logging.getLogger("service.pipeline")
 
 T = TypeVar("T")
 
@@ -78,6 +81,12 @@ class Pipeline:
     sync: GroupSync
     flush_seconds: float
     """Interval of syncing the log."""
+    attempts: int
+    """How often a batch is folded before it becomes a dead letter."""
+    retry_seconds: float
+    """Pause before it is folded again."""
+    finish_seconds: float
+    """How long the stop waits for the backlog; the rest is read from the log after a restart."""
     batch_audit: BatchAudit | None
     slow_batches: SlowBatches | None
 
@@ -85,6 +94,8 @@ class Pipeline:
     """Set when :meth:`run` has processed everything after :meth:`close`."""
     failed_after_folding: int = field(default=0, init=False)
     """Spans of batches whose delivery to trace-correlation failed although they were folded."""
+    buried_waiting: int = field(default=0, init=False)
+    """Spans that became dead letters while they waited in the backlog of trace-correlation."""
     _retrying: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
 
     @property
@@ -113,7 +124,11 @@ class Pipeline:
         async with trio.open_nursery() as nursery:
             if name == "trace-correlation":
                 nursery.start_soon(self.correlate.tick)
+                nursery.start_soon(self._work_off)
             await self.stages[name].run()
+            if name == "trace-correlation":
+                with trio.move_on_after(self.finish_seconds):
+                    await self.correlate.worked_off()
             nursery.cancel_scope.cancel()
         names = list(self.queues)
         for following in names[names.index(name) + 1 :][:1]:
@@ -123,8 +138,41 @@ class Pipeline:
 
     async def correlate_batches(self, batches: list[SpanBatch]) -> None:
         """The handler of trace-correlation: fold batches and complete their dead letters."""
-        await self.correlate.handle(batches)
-        self.letters.finished(batches)
+        self.letters.finished(await self.correlate.handle(batches))
+
+    async def _work_off(self) -> None:
+        """Fold the backlog of trace-correlation, forever. A batch that fails as often as the stage
+        would try it becomes a dead letter."""
+        correlate = self.correlate
+        while True:
+            await correlate.waiting.wait()
+            if self.stages["trace-correlation"].paused:
+                await trio.sleep(self.retry_seconds)
+                continue
+            found = await correlate.fold_waiting()
+            if found is None:
+                continue
+            batch, failures = found
+            if not failures:
+                self.letters.finished([batch])
+            elif failures >= self.attempts:
+                await self._bury_waiting(batch, failures)
+            else:
+                await trio.sleep(self.retry_seconds)
+
+    async def _bury_waiting(self, batch: SpanBatch, failures: int) -> None:
+        error = self.correlate.last_failure or RuntimeError("the batch cannot be folded")
+        if self.correlate.has(batch):
+            self.letters.finished([batch])
+        else:
+            try:
+                await self.letters.bury("trace-correlation", batch, error, failures)
+            except Exception as failure:  # it stays in the backlog and is tried again
+                _log.warning("spans of %s cannot be kept now: %s", batch.tenant, failure)
+                await trio.sleep(1)
+                return
+            self.buried_waiting += len(batch)
+        self.correlate.drop_waiting(batch)
 
     async def bury_spans(self, batch: SpanBatch, error: Exception, attempts: int) -> None:
         """Keep a batch that trace-correlation failed on as a dead letter. A batch that was folded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from betrace.service.otlp import wire
+from betrace.service.otlp import json, wire
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.traces.decide import decide
@@ -29,6 +29,7 @@ def _sample() -> bytes:
 def warm_up() -> None:
     """Compile every kernel that a request needs, or load it from the cache on disk."""
     wire.warm_up()
+    json.warm_up()
     rules = [
         make_rule({"id": f"r{i}", "condition": condition}) for i, condition in enumerate(_RULES)
     ]

@@ -14,7 +14,7 @@ from betrace.service.telemetry import events
 
 CHECK_SECONDS = 1.0
 QUIET_SECONDS = 5.0
-REASONS = ("overloaded", "memory", "unavailable", "quota")
+REASONS = ("overloaded", "memory", "unavailable", "quota", "backlog")
 """Reasons of refusal that are a state of the service, not the fault of a request."""
 
 

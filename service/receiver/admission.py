@@ -15,8 +15,8 @@ Everything here runs on the Trio thread for each request, so it is limited to di
 a client disconnects while its request is queued, its spans are still accepted.
 
 The weight of a request is its estimated number of spans, because counting them needs the decoded
-body: its length divided by the running mean of bytes per span of the same content type and
-encoding. Each answer of the pipeline updates the mean.
+body: its length divided by the running mean of bytes per span of the same tenant, content type
+and encoding. Each answer of the pipeline updates the mean.
 """
 
 from __future__ import annotations
@@ -57,8 +57,15 @@ PATHS = frozenset({"/v1/traces", "/api/otlp/traces"})
 ENCODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"} | {
     "deflate": "deflate"
 }
+# Signals other than traces: the reason they are counted as, and the variable that turns them off.
+OTHER_SIGNALS = {
+    "/v1/logs": ("logs", "OTEL_LOGS_EXPORTER"),
+    "/v1/metrics": ("metrics", "OTEL_METRICS_EXPORTER"),
+}
 REASONS = (
     "not_found",
+    "logs",
+    "metrics",
     "method",
     "unauthenticated",
     "tenant",
@@ -66,6 +73,7 @@ REASONS = (
     "too_large",
     "undecodable",
     "quota",
+    "backlog",
     "overloaded",
     "memory",
     "slow_body",
@@ -83,6 +91,7 @@ _COMPRESSION = 7.0
 # vain costs more than everything else done for a request: hundreds of such requests took most of
 # Trio's thread.
 _MOST_WAITING = 1.1
+_MOST_ESTIMATES = 10_000  # of tenants, content types and encodings; the oldest is forgotten
 _MEMORY = 0.98  # weight of the past in running means: about the last 50 requests count
 
 
@@ -103,7 +112,8 @@ _UNKNOWN = Head(DEFAULT_TENANT, JSON, "", None)  # of requests without readable 
 class Edge:
     """Admits requests, queues them and answers them.
 
-    ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants. Under load,
+    ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants; ``backlogged``
+    says whether a tenant must wait because too many of its spans wait to be folded. Under load,
     tenants share the queue and the memory for bodies (:mod:`betrace.service.receiver.shares`).
     ``refused_spans`` and ``refused_requests`` count refusals by reason (``REASONS``); spans are
     estimated.
@@ -118,8 +128,10 @@ class Edge:
         clock_ns: Callable[[], int] = time.time_ns,
         capacity: int = 10_000,
         closed: Container[str] = frozenset(),
+        backlogged: Callable[[str], bool] = lambda tenant: False,
     ) -> None:
         self._closed_tenants = closed
+        self._backlogged = backlogged
         self._spans = Shares(capacity, settings.refuse_above)
         self._give_back_spans = self._spans.give_back
         self._bytes = Shares(settings.max_buffered_bytes, settings.refuse_above)
@@ -141,7 +153,8 @@ class Edge:
             for kind, size in _FIRST_GUESS.items()
             for encoding in ENCODINGS.values()
         }
-        self._seen = {key: (size, 1.0) for key, size in self._bytes_per_span.items()}
+        # By tenant, content type and encoding: bytes and spans, recent ones counting more.
+        self._seen: dict[tuple[str, str, str], tuple[float, float]] = {}
         self._complete = {kind: self._accepted(kind, Done(0)) for kind in MEDIA_TYPES}
         self.accepted_requests = 0
         self.refused_requests = dict.fromkeys(REASONS, 0)
@@ -211,9 +224,17 @@ class Edge:
         length = int(length_header) if length_header and length_header.isdigit() else None
         head = Head(DEFAULT_TENANT, kind or JSON, encoding or "", length)
         if path not in PATHS:
+            if path in OTHER_SIGNALS:
+                signal, variable = OTHER_SIGNALS[path]
+                message = f"BeTrace takes traces, not {signal}; set {variable}=none in the client"
+                return self._refuse(head, 404, signal, message, spans=0)
             message = f"{path[:200]} does not exist; send traces to /v1/traces"
-            if path in ("/v1/metrics", "/v1/logs"):
-                message = f"{path} is not supported; export traces only, to /v1/traces"
+            if path == "/":
+                message = (
+                    "/ does not exist; send traces to /v1/traces: set "
+                    "OTEL_EXPORTER_OTLP_ENDPOINT without a path, or "
+                    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT with it"
+                )
             return self._refuse(head, 404, "not_found", message)
         if method != "POST":
             return self._refuse(
@@ -250,6 +271,8 @@ class Edge:
         wait = self._quotas.admit(tenant, 0)
         if wait is not None:
             return self._over_quota(head, wait)
+        if self._backlogged(tenant):
+            return self._over_backlog(head)
         if not self._has_capacity(tenant):
             return self._overloaded(head, "overloaded")
         return head
@@ -281,7 +304,7 @@ class Edge:
         """:meth:`handle` without its time limit, for a listener that itself cancels this call after
         ``answer_timeout`` seconds and then answers :meth:`unanswered`: a cancel scope per request
         is a tenth of the cost of a small request."""
-        weight = self.estimate(head.content_type, head.encoding, len(body))
+        weight = self.estimate(head, len(body))
         wait = self._quotas.admit(head.tenant, weight)
         if wait is not None:
             return self._over_quota(head, wait)
@@ -325,21 +348,22 @@ class Edge:
         """The answer if the outcome of a request of ``size`` bytes is not known in time."""
         message = "the spans were received but are not written yet; send them again"
         retry = self._retry_after(self._retry_max)
-        spans = self.estimate(head.content_type, head.encoding, size)
+        spans = self.estimate(head, size)
         return self._refuse(head, 503, "unavailable", message, retry, spans=spans)
 
     def _answer(self, head: Head, size: int, weight: int, outcome: Done | Refused) -> HttpResponse:
         if isinstance(outcome, Refused):
-            self._quotas.settle(head.tenant, -weight)
+            if outcome.status not in (400, 413):  # these were decoded: their cost counts
+                self._quotas.settle(head.tenant, -weight)
             reason = {400: "undecodable", 403: "tenant", 413: "too_large"}.get(
                 outcome.status, "unavailable"
             )
             retry = [self._retry_after(self._retry_max)] if outcome.status == 503 else []
             return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=weight)
         self.accepted_requests += 1
-        self._quotas.settle(head.tenant, outcome.spans - weight)
+        self._quotas.settle(head.tenant, outcome.spans + outcome.rejected - weight)
         if outcome.spans:
-            self._learn((head.content_type, head.encoding), size, outcome.spans)
+            self._learn(head, size, outcome.spans)
         if outcome.rejected:
             return self._accepted(head.content_type, outcome)
         return self._complete[head.content_type]
@@ -351,15 +375,23 @@ class Edge:
 
     # Weights.
 
-    def estimate(self, content_type: str, encoding: str, size: int) -> int:
+    def estimate(self, head: Head, size: int) -> int:
         """The estimated number of spans in a body of ``size`` bytes, at least 1."""
-        return int(size / self._bytes_per_span[content_type, encoding]) or 1
+        known = self._seen.get((head.tenant, head.content_type, head.encoding))
+        if known is None:
+            return int(size / self._bytes_per_span[head.content_type, head.encoding]) or 1
+        total, count = known
+        return int(size * min(count / total, 1.0)) or 1
 
-    def _learn(self, key: tuple[str, str], size: int, spans: int) -> None:
-        total, count = self._seen[key]
-        total, count = total * _MEMORY + size, count * _MEMORY + spans
-        self._seen[key] = (total, count)
-        self._bytes_per_span[key] = max(total / count, 1.0)
+    def _learn(self, head: Head, size: int, spans: int) -> None:
+        key = head.tenant, head.content_type, head.encoding
+        known = self._seen.get(key)
+        if known is None:
+            if len(self._seen) >= _MOST_ESTIMATES:
+                del self._seen[next(iter(self._seen))]
+            known = self._bytes_per_span[head.content_type, head.encoding], 1.0
+        total, count = known
+        self._seen[key] = (total * _MEMORY + size, count * _MEMORY + spans)
 
     # Refusals.
 
@@ -402,6 +434,13 @@ class Edge:
         )
         return self._refuse(head, 429, "quota", message, self._retry_after(seconds))
 
+    def _over_backlog(self, head: Head) -> HttpResponse:
+        message = (
+            f"spans of tenant {head.tenant} wait to be evaluated, because its rules need more "
+            "processor time than its share; send them again later, or make the rules cheaper"
+        )
+        return self._refuse(head, 429, "backlog", message, self._retry_after(self._retry_min))
+
     def _overloaded(self, head: Head, reason: str, spans: int | None = None) -> HttpResponse:
         """The larger the fraction of refused requests, the longer clients are asked to wait."""
         self._refusals = self._refusals * _MEMORY + (1 - _MEMORY)
@@ -426,10 +465,10 @@ class Edge:
         spans: int | None = None,
     ) -> HttpResponse:
         if spans is None:
-            spans = self.estimate(head.content_type, head.encoding, head.length or 0)
+            spans = self.estimate(head, head.length or 0)
         self.refused_requests[reason] += 1
         self.refused_spans[reason] += spans
-        return export_error(status, head.content_type, message, *extra)
+        return export_error(status, head.content_type, message, *extra, reason=reason)
 
 
 class Body:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from betrace.service.config.base import MIB
 from betrace.service.receiver.admission import Body, Edge, Head
+from betrace.service.receiver.client_errors import STATUSES, ClientErrors
+from betrace.service.receiver.cors import Cors
+from betrace.service.receiver.grpc.connection import GrpcConnection
+from betrace.service.receiver.grpc.framing import GrpcCode, RpcStatus
 from betrace.service.receiver.http1 import (
     CONTINUE,
     HEAD_END,
+    HTTP2_PREFACE,
     MAX_HEAD_BYTES,
     ChunkedBody,
     NotHttpError,
@@ -28,60 +31,73 @@ from betrace.service.receiver.http1 import (
     render,
     too_large_head,
 )
+from betrace.service.receiver.limits import (
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    RETIRE_SECONDS,
+    SEND_SECONDS,
+    Limits,
+)
 from betrace.service.receiver.responses import HttpResponse
 from betrace.service.receiver.transport import TlsTransport, Transport
 
-# After a refusal the rest of the body is read and dropped within these limits: closing a connection
-# with unread data resets it, and the client may lose the response (RFC 9112, 9.6).
-LINGER_BYTES: Final = 32 * MIB
-LINGER_SECONDS: Final = 2.0
-SEND_SECONDS: Final = 10.0
-# When the service stops, a request may be in transit on a connection that looks idle.
-RETIRE_SECONDS: Final = 0.25
+# A gRPC client at the wrong port is told so for this long, call by call; then it must reconnect.
+WRONG_PORT_SECONDS: Final = 60.0
 
 _log = logging.getLogger("service.http")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Seconds that a connection may be idle, and that the head and the body of a request may take.
-    The limit of heads also applies to TLS handshakes."""
-
-    idle: float
-    head: float
-    body: float
 
 
 class Connection:
     """Serves ``transport`` until either side ends it.
 
-    ``deadline`` is the time on Trio's clock when :meth:`expire` must be called.
+    ``deadline`` is the time on Trio's clock when :meth:`expire` must be called, ``slow_since`` the
+    time since which part of a request is missing (infinity if none is), ``peer`` the client's
+    address, and ``proven`` whether it has sent a request.
     """
 
     __slots__ = (
         "_closing",
+        "_cors",
         "_edge",
+        "_errors",
         "_idle",
         "_limits",
         "_owed",
         "_processing",
         "_rest",
         "_scope",
+        "_stranger",
         "_transport",
         "_unread",
         "deadline",
+        "peer",
+        "proven",
+        "slow_since",
     )
 
-    def __init__(self, transport: Transport, edge: Edge, limits: Limits) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        edge: Edge,
+        limits: Limits,
+        errors: ClientErrors,
+        cors: Cors | None = None,
+    ) -> None:
+        self.peer = transport.peer
+        self.proven = False
+        self.slow_since = math.inf
         self._transport = transport
         self._edge = edge
         self._limits = limits
+        self._errors = errors
+        self._cors = cors
         self._scope = trio.CancelScope()
         self._rest = b""  # received and not yet used
         self._unread: int | ChunkedBody = 0  # rest of the current body: bytes, or chunks
         self._idle = True
         self._closing = False
         self._processing = False  # the request is complete, its outcome unknown
+        self._stranger: GrpcConnection | None = None  # serves a client that speaks gRPC
         self._owed: Callable[[], HttpResponse] | None = None  # the answer if the deadline passes
         self.deadline = trio.current_time() + limits.idle
 
@@ -97,10 +113,17 @@ class Connection:
         self.deadline = math.inf
         self._scope.cancel()
 
+    def abandon(self) -> None:
+        """End the connection at once, without an answer."""
+        self._owed = None
+        self.expire()
+
     def retire(self) -> None:
         """End the connection because the service stops: soon if it is idle, otherwise once the
         request in progress is answered."""
         self._closing = True
+        if self._stranger is not None:
+            self._stranger.retire()
         if self._idle:
             self._scope.deadline = trio.current_time() + RETIRE_SECONDS
 
@@ -118,7 +141,9 @@ class Connection:
                 try:
                     await self._serve()
                 except NotHttpError as error:
-                    await self._part(self._edge.malformed(error.status, error.message))
+                    response = self._edge.malformed(error.status, error.message)
+                    self._note(response)
+                    await self._part(response)
             if self._scope.cancelled_caught and self._owed is not None:
                 with trio.move_on_after(LINGER_SECONDS):
                     await self._part(self._owed())
@@ -127,6 +152,10 @@ class Connection:
         except Exception:
             _log.exception("a connection of the ingestion listener failed and is closed")
         finally:
+            if isinstance(self._unread, ChunkedBody):
+                self._unread.release()
+            self._unread = 0
+            self._owed = None  # it refers to this object
             await self._transport.close()
 
     async def _serve(self) -> None:
@@ -134,6 +163,9 @@ class Connection:
             self.deadline = trio.current_time() + self._limits.head
             await self._transport.handshake()
         while (block := await self._read_head()) is not None:
+            if block == HTTP2_PREFACE:
+                await self._refuse_http2()
+                return
             if not await self._answer(parse_head(block)):
                 break
         if self._rest:
@@ -144,6 +176,10 @@ class Connection:
         edge = self._edge
         self.deadline = math.inf
         self._unread = ChunkedBody() if request.length is None else request.length
+        if self._cors is not None and request.method == "OPTIONS":
+            preflight = self._cors.preflight(request.path, request.headers)
+            if preflight is not None:
+                return await self._refuse(request, preflight)
         head = await edge.admit(request.method, request.path, request.headers)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
@@ -160,12 +196,15 @@ class Connection:
                 self._owed = lambda: edge.unanswered(head, size)
                 self.deadline = trio.current_time() + edge.answer_timeout
                 self._processing = True
+                self.slow_since = math.inf
                 response = await edge.process(head, body)
                 self._owed = None
+                self.proven = True
                 more = await self._send(request, response)
                 self._processing = False
                 return more
         self._owed = None
+        self.slow_since = math.inf
         return await self._refuse(request, body)
 
     # Reading.
@@ -177,6 +216,7 @@ class Connection:
             if self._closing:
                 return None
             self._idle = True
+            self.slow_since = math.inf
             self.deadline = trio.current_time() + self._limits.idle
             received = await self._transport.receive()
             if not received:
@@ -191,7 +231,8 @@ class Connection:
 
     async def _gather_head(self, received: bytes) -> bytes | None:
         """The head of a request that arrives in parts."""
-        self.deadline = trio.current_time() + self._limits.head
+        self.slow_since = trio.current_time()
+        self.deadline = self.slow_since + self._limits.head
         self._owed = self._edge.slow_head
         gathered = bytearray()
         searched = 0
@@ -239,7 +280,7 @@ class Connection:
 
     async def _read_chunks(
         self, request: RequestHead, head: Head, memory: Body
-    ) -> bytes | HttpResponse | None:
+    ) -> memoryview | HttpResponse | None:
         """The same for a chunked body."""
         chunks = self._unread
         assert isinstance(chunks, ChunkedBody)
@@ -251,7 +292,10 @@ class Connection:
             if refusal is not None:
                 return refusal
             if chunks.complete:
-                return bytes(chunks.data)
+                self._unread = 0
+                body = memoryview(chunks.data)
+                chunks.release()
+                return body
             received = await self._transport.receive()
             if not received:
                 return None
@@ -259,7 +303,9 @@ class Connection:
     async def _begin_body(self, request: RequestHead, head: Head, received: bytes) -> None:
         """Set the time limit of a body that is not complete, and ask for it if the client waits."""
         self._owed = lambda: self._edge.slow_body(head)
-        self.deadline = trio.current_time() + self._limits.body
+        now = trio.current_time()
+        self.slow_since = min(self.slow_since, now)
+        self.deadline = now + self._limits.body
         if request.expects_continue and not received:
             await self._transport.send(CONTINUE)
 
@@ -290,10 +336,19 @@ class Connection:
     async def _send(self, request: RequestHead, response: HttpResponse, keep: bool = True) -> bool:
         """Send a response; returns whether the connection stays open, which needs ``keep``."""
         keep = keep and request.persistent and not self._closing
+        if response.status in STATUSES:
+            self._note(response)
+        if self._cors is not None and response.status != 204:
+            response = self._cors.expose(request.headers, response)
         self.deadline = trio.current_time() + SEND_SECONDS
         data = render(response, close=not keep, bodiless=request.method == "HEAD")
         await self._transport.send(data)
         return keep
+
+    def _note(self, response: HttpResponse) -> None:
+        """Leave a line in the log about a request that its client must change."""
+        if response.status in STATUSES:
+            self._errors.note(response.reason, self._transport.peer, response.message)
 
     async def _refuse(self, request: RequestHead, response: HttpResponse) -> bool:
         """Send a response before the whole body was read; returns whether the connection stays
@@ -315,6 +370,27 @@ class Connection:
             return await self._discard()
         except NotHttpError:
             return False  # the request is answered
+
+    async def _refuse_http2(self) -> None:
+        """Tell a gRPC client, in answer to each of its calls, where it belongs. (It would only
+        connect again at once after GOAWAY.)"""
+        message = (
+            "this port takes OTLP over HTTP/1.1; send OTLP over gRPC to the port of "
+            "ingest.grpc_address (4317)"
+        )
+        self._note(self._edge.malformed(505, message))
+        self.deadline = trio.current_time() + WRONG_PORT_SECONDS
+        self._stranger = GrpcConnection(
+            self._transport,
+            self._edge,
+            self._limits,
+            self._errors,
+            begun=HTTP2_PREFACE + self._rest,
+            refusal=RpcStatus(GrpcCode.UNIMPLEMENTED, message),
+        )
+        if self._closing:
+            self._stranger.retire()
+        await self._stranger.run()
 
     async def _part(self, response: HttpResponse) -> None:
         """Send a last response and end the connection."""

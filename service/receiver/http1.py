@@ -23,6 +23,7 @@ HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES: Final = 32 * KIB
 MAX_HEADERS: Final = 100
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\n"  # what HTTP/1.1 sees of it; RFC 9113, 3.4
 
 _TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 _CHUNKED_HEAD = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -135,8 +136,14 @@ class ChunkedBody:
         self.data = bytearray()
         self.complete = False
         self._silent = 0  # bytes since the last one of the body
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._parser.feed_data(_CHUNKED_HEAD)
+
+    def release(self) -> None:
+        """Drop the body and the parser. Parser and body refer to each other, so without this their
+        memory would be kept until the next full garbage collection."""
+        self._parser = None
+        self.data = bytearray()
 
     def feed(self, received: bytes) -> bytes:
         """Parse received bytes, and return what follows the end of the body.
@@ -148,6 +155,9 @@ class ChunkedBody:
 
         Raises :exc:`NotHttpError`.
         """
+        parser = self._parser
+        if parser is None:
+            raise RuntimeError("this body was released")
         view = memoryview(received)
         start = 0
         while start < len(view) and not self.complete:
@@ -157,7 +167,7 @@ class ChunkedBody:
                 end = found + 4 if found >= 0 else len(view)
             self._silent += end - start
             try:
-                self._parser.feed_data(view[start:end])
+                parser.feed_data(view[start:end])
             except httptools.HttpParserError as error:
                 raise NotHttpError(400, f"the chunked body is malformed: {error}") from None
             if self._silent > MAX_HEAD_BYTES:

@@ -32,11 +32,14 @@ MEDIA_TYPES = {PROTOBUF: b"application/x-protobuf", JSON: b"application/json"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HttpResponse:
-    """A complete response. ``headers`` include content-type and content-length."""
+    """A complete response. ``headers`` include content-type and content-length. A refusal of the
+    ingestion listeners also has its ``message`` and ``reason`` outside the body."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    message: str = ""
+    reason: str = ""
 
 
 def respond(
@@ -48,8 +51,9 @@ def respond(
 
 
 def export_error(
-    status: int, content_type: str, message: str, *extra: tuple[bytes, bytes]
+    status: int, content_type: str, message: str, *extra: tuple[bytes, bytes], reason: str = ""
 ) -> HttpResponse:
     """An error for an exporter: a ``google.rpc.Status`` as ``content_type`` (protobuf | json)."""
     body = status_body(content_type == JSON, RPC_CODES[status], message)
-    return respond(status, body, MEDIA_TYPES[content_type], *extra)
+    response = respond(status, body, MEDIA_TYPES[content_type], *extra)
+    return HttpResponse(status, response.headers, body, message, reason)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import resource
 import socket
+from typing import Final
 
 from betrace.service.config.base import split_address
 
 _BACKLOG = 1024
+# What accept() raises when descriptors or memory have run out.
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class ListenError(Exception):
@@ -31,6 +35,14 @@ def listen(address: str) -> socket.socket:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setblocking(False)
     return listener
+
+
+def most_connections(wanted: int, share: int) -> int:
+    """How many connections a listener may have: ``wanted``, but at most one in ``share`` of the
+    files that this process may open, so that no listener takes the descriptors of the others or of
+    the stores."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft // share))
 
 
 def url_of(listener: socket.socket, *, tls: bool) -> str:

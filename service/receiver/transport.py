@@ -31,6 +31,11 @@ class Transport(Protocol):
     """The bytes of one connection. All methods raise :exc:`OSError` or
     :exc:`trio.BrokenResourceError` if the connection fails."""
 
+    @property
+    def peer(self) -> str:
+        """The client's address, without its port."""
+        ...
+
     async def receive(self) -> bytes:
         """Wait for data and return at most ``READ_BYTES``; empty at the end."""
         ...
@@ -64,6 +69,11 @@ class SocketTransport:
         self._socket = connected
         self._descriptor = connected.fileno()
         self._low_water = 1
+
+    @property
+    def peer(self) -> str:
+        """See :class:`Transport`."""
+        return peer_of(self._socket)
 
     async def receive(self) -> bytes:
         """See :class:`Transport`."""
@@ -137,6 +147,11 @@ class TlsTransport:
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self._stream = stream
 
+    @property
+    def peer(self) -> str:
+        """See :class:`Transport`."""
+        return peer_of(self._stream.transport_stream.socket)
+
     async def handshake(self) -> None:
         """See :class:`Transport`."""
         await self._stream.do_handshake()
@@ -172,3 +187,11 @@ class TlsTransport:
         """See :class:`Transport`."""
         with trio.move_on_after(_CLOSE_SECONDS):
             await self._stream.aclose()
+
+
+def peer_of(connected: socket.socket | trio.socket.SocketType) -> str:
+    """The address at the other end of a socket, without its port."""
+    try:
+        return str(connected.getpeername()[0])
+    except OSError:
+        return "a client that is gone"

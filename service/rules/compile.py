@@ -23,6 +23,7 @@ from betrace.service.rules.candidates import Bound, candidate
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.format import format_check
 from betrace.service.rules.names import NameTable
+from betrace.service.rules.patterns import PatternSearch
 from betrace.service.rules.program import ProgramBuilder
 from betrace.service.rules.syntax import (
     And,
@@ -85,6 +86,7 @@ class CompiledRules:
     checks_of_rule: tuple[tuple[int, ...], ...]
     relational: frozenset[int]
     """The numbers of the rules that relate spans: their candidates are read back and judged."""
+    patterns: PatternSearch
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
     folded: frozenset[tuple[str, str]]
@@ -162,6 +164,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
         relational=frozenset(candidates),
+        patterns=PatternSearch(spans.where for spans in checks),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
         folded=frozenset((rule.id, rule.version) for rule in enabled if not rule.syntax.relational),
         definitions=orjson.dumps([rule.definition() for rule in enabled]),

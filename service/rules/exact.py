@@ -11,10 +11,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from betrace.service.rules.patterns import search
 from betrace.service.rules.values import (
     AttributeValue,
     Exact,
-    compile_pattern,
     exact_float,
     exact_number,
     exact_text,
@@ -105,10 +105,10 @@ def matches(value: Value, pattern: str, longest: int) -> bool:
     found = text(value)
     if found is None:
         return False
-    encoded = found.encode("utf-8", "surrogatepass")
-    if len(encoded) > longest:
+    verdict = search(pattern, found) if len(found) <= longest else None
+    if verdict is None:
         raise UnknownError("a text is too long to be searched")
-    return compile_pattern(pattern).search(encoded) is not None
+    return verdict
 
 
 def truthy(value: Value) -> bool:

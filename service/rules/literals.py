@@ -20,6 +20,7 @@ from betrace.service.rules.values import (
     read_number,
 )
 
+MAX_PATTERN = 20_000  # RE2 instructions of one pattern
 MAX_PROGRAM = 100_000  # RE2 instructions of all patterns; they compile in about 40 ms
 
 _ESCAPE = re.compile(r'\\(["\\])')
@@ -59,7 +60,7 @@ class Literals:
     def pattern(self, token: Token, pattern: str) -> None:
         """Check a pattern. Raises :exc:`RuleSyntaxError`."""
         try:
-            self._program += compile_pattern(pattern).programsize
+            size = compile_pattern(pattern).programsize
         except re2.error as error:
             reason = error.args[0]
             reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
@@ -68,6 +69,13 @@ class Literals:
                 token,
                 "patterns use RE2's syntax, without look-around and back-references",
             ) from None
+        if size > MAX_PATTERN:
+            raise self.error(
+                f"this pattern is too large: {size} RE2 instructions; at most {MAX_PATTERN}",
+                token,
+                r"repeat large classes such as \p{L} less often, or match only the beginning",
+            )
+        self._program += size
         if self._program > MAX_PROGRAM:
             raise self.error(
                 "the patterns of this rule are too large",

@@ -10,6 +10,7 @@ were built with.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import cast
 
 import numpy as np
@@ -56,6 +57,7 @@ from betrace.service.otlp.columns import (
     SpanBatch,
 )
 from betrace.service.otlp.primitives import same_bytes
+from betrace.service.rules.patterns import PatternSearch, Pay, search
 from betrace.service.rules.program import (
     ANY,
     CONTAINS,
@@ -102,7 +104,7 @@ from betrace.service.rules.syntax import (
     Scope,
     Truthy,
 )
-from betrace.service.rules.values import AttributeValue, compare, truthy
+from betrace.service.rules.values import AttributeValue, compare, truthy, value_text
 
 NO, YES, ASK = range(3)
 
@@ -110,6 +112,8 @@ NO, YES, ASK = range(3)
 _NAME, _KIND, _STATUS, _MESSAGE, _DURATION, _SERVICE, _SCOPE = range(FIELD, FIELD + 7)
 _INFINITY_BITS = 0x7FF0000000000000
 _TEXT_FOR_KERNEL = 4096  # Python searches longer text, in linear time
+_STEPS_FOR_KERNEL = 1 << 18  # of a search in the kernel, whose time is the product of both lengths
+_SPAN_FOR_KERNEL = 64 * 1024  # Python reads attributes of larger spans, each only once
 
 
 @lean_kernel
@@ -205,7 +209,7 @@ def _string_leaf(buf: Bytes, off: int, length: int, leaf: Rows, text: Bytes, scr
         if op <= NE and length != t_len:
             return YES if op == NE else NO
         return YES if _by_order(op, _order(buf, off, length, text, t_off, t_len)) else NO
-    if op == CONTAINS and length <= _TEXT_FOR_KERNEL:
+    if op == CONTAINS and length <= _TEXT_FOR_KERNEL and length * t_len <= _STEPS_FOR_KERNEL:
         return YES if _find(buf, off, length, text, t_off, t_len) else NO
     return ASK
 
@@ -249,6 +253,8 @@ def _leaf(
     where = leaf[L_SCOPE]
     outcomes = leaf[L_OUTCOMES]
     if where < FIELD:
+        if span[MSG_LEN] > _SPAN_FOR_KERNEL:
+            return ASK
         key_off = leaf[L_KEY_OFF]
         key_len = leaf[L_KEY_LEN]
         out[TYPE] = MISSING
@@ -332,21 +338,76 @@ def satisfies(
         pc += 1
 
 
-def evaluate(predicate: Node, batch: SpanBatch, row: int) -> bool:
-    """Whether the span in ``row`` satisfies ``predicate``, in plain Python."""
+class SpanValues:
+    """Reads attributes of the spans in a batch for :func:`evaluate`. The values of the last span
+    are kept, because many checks may ask for them.
+
+    ``pay`` is called before each costly step with the most CPU seconds that it may take; it may
+    raise.
+    """
+
+    def __init__(
+        self, batch: SpanBatch, patterns: PatternSearch | None = None, pay: Pay | None = None
+    ) -> None:
+        self._batch = batch
+        self._patterns = patterns
+        self._pay = pay
+        self._row = -1
+        self._values: dict[Attribute, AttributeValue] = {}
+
+    def read(self, attribute: Attribute, row: int) -> AttributeValue:
+        """See :func:`read_attribute`."""
+        if row != self._row:
+            self._row, self._values = row, {}
+        try:
+            return self._values[attribute]
+        except KeyError:
+            value = self._values[attribute] = read_attribute(attribute, self._batch, row)
+            return value
+
+    def search(self, attribute: Attribute, pattern: str, row: int) -> bool | None:
+        """Whether the pattern is found in the attribute's text; None if the text is too long."""
+        text = value_text(self.read(attribute, row))
+        if text is None:
+            return False
+        if self._patterns is None:
+            return search(pattern, text, self._pay)
+        return self._patterns.search(attribute, pattern, text, self._pay)
+
+
+def evaluate(predicate: Node, values: SpanValues, row: int) -> bool | None:
+    """Whether the span in ``row`` satisfies ``predicate``, in plain Python; None if that depends
+    on a match that is unknown because a text is too long."""
     match predicate:
         case And(items):
-            return all(evaluate(item, batch, row) for item in items)
+            return _all(evaluate(item, values, row) for item in items)
         case Or(items):
-            return any(evaluate(item, batch, row) for item in items)
+            found = _all(_opposite(evaluate(item, values, row)) for item in items)
+            return _opposite(found)
         case Not(item):
-            return not evaluate(item, batch, row)
+            return _opposite(evaluate(item, values, row))
+        case Compare(attribute, "matches", literals):
+            return values.search(attribute, literals[0].text, row)
         case Compare(attribute, op, literals):
-            return compare(read_attribute(attribute, batch, row), op, literals)
+            return compare(values.read(attribute, row), op, literals)
         case Truthy(attribute):
-            return truthy(read_attribute(attribute, batch, row))
+            return truthy(values.read(attribute, row))
         case _:
             raise TypeError(f"not a predicate: {predicate!r}")
+
+
+def _opposite(verdict: bool | None) -> bool | None:
+    return None if verdict is None else not verdict
+
+
+def _all(verdicts: Iterable[bool | None]) -> bool | None:
+    """The conjunction of three-valued verdicts, as lazy as possible."""
+    unknown = False
+    for verdict in verdicts:
+        if verdict is False:
+            return False
+        unknown |= verdict is None
+    return None if unknown else True
 
 
 def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> AttributeValue:

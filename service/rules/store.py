@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,10 @@ class RuleStore:
         """The tenants that have rules, sorted."""
         return tuple(sorted(self._rules))
 
+    def all_rules(self) -> Mapping[str, tuple[Rule, ...]]:
+        """The rules by tenant. A change of rules makes a new mapping."""
+        return self._rules
+
     def rules(self, tenant: str) -> tuple[Rule, ...]:
         """The tenant's rules, including disabled ones, in the order of their files."""
         return self._rules.get(tenant, ())
@@ -108,6 +113,15 @@ class RuleStore:
             if rule.id == rule_id:
                 return rule
         raise RuleNotFoundError(f"there is no rule '{rule_id}'")
+
+    def source(self, tenant: str, rule_id: str) -> tuple[str, bool]:
+        """The file of a rule, relative to the directory, and whether the API may change it. Raises
+        :exc:`RuleNotFoundError`."""
+        origin = self._origins.get((tenant, rule_id))
+        if origin is None:
+            raise RuleNotFoundError(f"there is no rule '{rule_id}'")
+        editable = self._may_change(origin, tenant, rule_id)
+        return origin.relative_to(self._directory).as_posix(), editable
 
     def put(self, tenant: str, rule_id: str, rule: Rule, *, if_match: str | None = None) -> bool:
         """Save a rule durably; returns whether it is new. The last 20 earlier versions are kept.
@@ -174,14 +188,22 @@ class RuleStore:
 
     def _path_to_change(self, tenant: str, rule_id: str) -> Path:
         """The file of a rule, if the API may write it."""
-        path = self._directory / tenant / f"{rule_id}.yaml"
+        path = self._own_path(tenant, rule_id)
         origin = self._origins.get((tenant, rule_id), path)
-        file = self._files.get(origin)
-        if origin != path or (file is not None and any(r.id != rule_id for r in file.rules)):
+        if not self._may_change(origin, tenant, rule_id):
             raise RuleReadOnlyError(
                 f"the rule '{rule_id}' cannot be changed here: edit the file {origin}"
             )
         return path
+
+    def _own_path(self, tenant: str, rule_id: str) -> Path:
+        """The file that the API writes a rule to."""
+        return self._directory / tenant / f"{rule_id}.yaml"
+
+    def _may_change(self, origin: Path, tenant: str, rule_id: str) -> bool:
+        file = self._files.get(origin)
+        alone = file is None or all(rule.id == rule_id for rule in file.rules)
+        return alone and origin == self._own_path(tenant, rule_id)
 
     def _check_match(self, tenant: str, rule_id: str, if_match: str | None) -> None:
         if if_match is None:

@@ -32,6 +32,11 @@ MAX_NUMBER_CHARS = 4000
 """Longer text does not read as a number, because the cost of reading an integer grows with the
 square of its length, and Python refuses more than 4300 digits."""
 
+# Of RE2, for one pattern: program and cached states. Patterns whose states do not fit are searched
+# state by state, which more memory does not make faster.
+_PATTERN_MEMORY = 256 * 1024
+_LARGE_PATTERN_MEMORY = 8 * 1024 * 1024
+
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 _INFINITY = float("inf")
 
@@ -92,12 +97,17 @@ def compile_pattern(pattern: str) -> Any:
     return _compile(pattern.encode("utf-8", "surrogatepass"))
 
 
-@lru_cache(maxsize=128)  # each uses at most RE2's default of 8 MiB, usually a thousandth of it
+@lru_cache(maxsize=2048)
 def _compile(pattern: bytes) -> Any:
     options = re2.Options()
     options.never_capture = True
     options.log_errors = False
-    return re2.compile(pattern, options)
+    options.max_mem = _PATTERN_MEMORY
+    try:
+        return re2.compile(pattern, options)
+    except re2.error:  # perhaps only because it is large
+        options.max_mem = _LARGE_PATTERN_MEMORY
+        return re2.compile(pattern, options)
 
 
 def compare(value: AttributeValue, op: str, literals: Sequence[Literal]) -> bool:

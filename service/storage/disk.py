@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from betrace.service.storage.spanlog.filesystem import sync_filesystem
+from betrace.service.storage.filesystem import sync_filesystem
 
 Buffer = bytes | bytearray | memoryview
 

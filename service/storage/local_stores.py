@@ -1,4 +1,4 @@
-"""The stores on the local disk for what could not be processed or written elsewhere."""
+"""The stores on the local disk beside the log, the ledger and DuckDB."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pathlib import Path
 from betrace.service.config.settings import Settings
 from betrace.service.storage.dead_letters import DeadLetterStore
 from betrace.service.storage.fallback_files import FallbackFiles
+from betrace.service.storage.triage import TriageStore
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStores:
-    """Dead letters, and the fallback files of each store."""
+    """Dead letters, the fallback files of each store, and what people decided about rules and
+    signals."""
 
     letters: DeadLetterStore
     ledger: FallbackFiles
     duckdb: FallbackFiles
+    triage: TriageStore
 
 
 def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> LocalStores:
@@ -35,4 +38,6 @@ def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> Local
         )
         stack.callback(opened.close)
         files.append(opened)
-    return LocalStores(letters, *files)
+    triage = TriageStore(data / "triage.sqlite")
+    stack.callback(triage.close)
+    return LocalStores(letters, files[0], files[1], triage)

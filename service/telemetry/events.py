@@ -80,7 +80,8 @@ REPLAYED = _event(
 READY = _event(
     "service.ready",
     logging.INFO,
-    "ready after {seconds:.1f} s: spans at {ingest}, API at {api}, metrics at {metrics}",
+    "ready after {seconds:.1f} s. OTLP over HTTP: {ingest}. OTLP over gRPC: {grpc}. API: {api}. "
+    "Metrics: {metrics}",
     "Requests are accepted. The address of a listener that is off is None.",
 )
 DRAINING = _event(
@@ -92,7 +93,7 @@ DRAINING = _event(
 STOPPED = _event(
     "service.stopped",
     logging.INFO,
-    "stopped after {seconds:.0f} s of service; {left} spans unfinished",
+    "stopped after {seconds:.0f} s of service; {left} spans are left for the next start",
     "Spans not finished within `shutdown.grace_seconds` are replayed at the next start.",
 )
 REFUSING = _event(
@@ -108,6 +109,14 @@ ACCEPTING = _event(
     "no longer refusing requests ({reason}): refused {requests} requests with about {spans} spans "
     "in {seconds:.0f} s",
     "No request was refused for this reason for five seconds.",
+)
+CLIENT_ERROR = _event(
+    "ingestion.client_error",
+    logging.WARNING,
+    "rejected a request from {peer}: {message}{again}",
+    "A client got 400, 401, 403, 404, 405, 415 or 505, or the same over gRPC; the message says "
+    "what to change. Logged once a minute for each kind and peer.",
+    "kind",
 )
 STAGE_STALLED = _event(
     "stage.stalled",

@@ -32,9 +32,9 @@ class Latency:
         self._histogram = histogram
         self._recent = recent
 
-    def observe(self, seconds: float) -> None:
-        """Record one latency in seconds."""
-        self._histogram.observe(seconds)
+    def observe(self, seconds: float, trace_id: str | None = None) -> None:
+        """Record one latency in seconds, with a trace as its exemplar."""
+        self._histogram.observe(seconds, None if trace_id is None else {"trace_id": trace_id})
         self._recent(seconds)
 
 

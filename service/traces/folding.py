@@ -6,13 +6,13 @@ the error, and the remainder can be folded later (:mod:`betrace.service.traces.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Bytes, Rows, SpanBatch
-from betrace.service.rules.match import evaluate
+from betrace.service.otlp.columns import MSG_LEN, TRACE_HI, TRACE_LO, Bytes, Rows, SpanBatch
+from betrace.service.rules.match import SpanValues, evaluate
 from betrace.service.traces import fold_kernels
 from betrace.service.traces.arrays import doubled
 from betrace.service.traces.due import DueTraces
@@ -41,7 +41,14 @@ from betrace.service.traces.layout import (
     FoldOutputs,
 )
 from betrace.service.traces.partial_folds import Ask
+from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.table import TraceTable
+
+# A call of the kernel takes rows of at most these products, so that it returns soon, and so that
+# few comparisons are left over when the fold stops.
+_CELLS = 1 << 18  # rows and checks
+_PATTERN_CELLS = 1 << 11  # rows and patterns
+_CELL_BYTES = 1 << 25  # bytes of spans and checks
 
 _NO_FILTER = np.zeros((2, 0), np.int64)
 
@@ -67,6 +74,8 @@ class Folded:
     repeated: int
     matched: int
     reopened: int
+    unknown: int
+    """Spans that were not counted for a check, because a text was too long for a pattern."""
     received_ns: int
     replayed: bool
     error: Exception | None = None
@@ -85,6 +94,8 @@ class Delivery:
     """1 for each row that is in a trace, or must not be folded; the fold sets it."""
     asks: list[Ask]
     """Comparisons left over from an earlier fold; the fold makes them, and adds those that fail."""
+    slice: CpuSlice | None = None
+    """What the fold may take; beyond it, it stops with :exc:`SliceOver`."""
 
 
 class FoldRun:
@@ -95,7 +106,6 @@ class FoldRun:
     """
 
     __slots__ = (
-        "_answered",
         "_arrays",
         "_asks",
         "_batch",
@@ -107,7 +117,10 @@ class FoldRun:
         "_resumed",
         "_row",
         "_salt",
+        "_slice",
         "_table",
+        "_unknown",
+        "_values",
     )
 
     def __init__(
@@ -148,7 +161,10 @@ class FoldRun:
         self._row = 0
         self._reopened = 0
         self._resumed: list[tuple[int, int, int]] = []  # of asks: row, check, slot
-        self._answered = False
+        self._unknown = 0
+        self._slice = delivery.slice
+        pay = None if delivery.slice is None else delivery.slice.pay
+        self._values = SpanValues(batch, table.rules.patterns, pay)
 
     def run(self) -> Folded:
         """Fold the batch as far as possible; an error is returned, not raised."""
@@ -159,16 +175,20 @@ class FoldRun:
             with np.errstate(over="ignore"):
                 if self._asks:
                     self._resume()
-                self._take_rows()
-                if self._outputs.counts[ASKED] or self._resumed:
                     self._answer()
-                self._answered = True
+                for end in self._pieces():
+                    if self._slice is not None:
+                        self._slice.pay()
+                    self._take_rows(end)
+                    if self._outputs.counts[ASKED]:
+                        self._answer()
             if dirtied := self._outputs.counts[DIRTIED]:
                 early = table.early(self._outputs.dirty[:dirtied], self._now)
         except Exception as failure:
             error = failure
-        if not self._answered:
-            self._asks += [ask for ask, *_ in self._asked() if ask not in self._asks]
+        if error is not None:
+            known = set(self._asks)
+            self._asks += [ask for ask, *_ in self._asked() if ask not in known]
         outputs, counts = self._outputs, self._outputs.counts.tolist()
         late = outputs.late[: counts[LATENESS]]
         if not self._known_only:  # otherwise the kernel has done this
@@ -186,19 +206,43 @@ class FoldRun:
             repeated=counts[REPEATS],
             matched=counts[MATCHED],
             reopened=self._reopened,
+            unknown=self._unknown,
             received_ns=self._batch.received_ns,
             replayed=self._batch.replayed,
             error=error,
         )
 
-    def _take_rows(self) -> None:
+    def _pieces(self) -> Iterator[int]:
+        """The rows after the last of each call of the kernel. All rows are one piece unless there
+        are many of them, or many checks."""
+        n, rules = len(self._batch), self._table.rules
+        checks = max(len(rules.checks), 1) * (8 if len(rules.names.arrays.globs) else 1)
+        rows = max(1, min(_CELLS // checks, _PATTERN_CELLS // max(rules.patterns.count, 1)))
+        most = _CELL_BYTES // checks
+        sizes = None
+        if len(self._batch.buf) > most:
+            sizes = np.cumsum(self._batch.spans[:, MSG_LEN])
+        end = 0
+        while end < n:
+            start, end = end, min(n, end + rows)
+            if sizes is not None:
+                before = int(sizes[start - 1]) if start else 0
+                full = int(np.searchsorted(sizes, before + most, "right"))
+                end = min(end, max(start + 1, full))
+            yield end
+
+    def _take_rows(self, end: int) -> None:
+        """Fold the rows up to ``end``."""
         table = self._table
+        arrays = self._arrays
+        if end < len(self._batch):
+            arrays = arrays._replace(spans=self._batch.spans[:end])
         scratch = np.zeros(4, np.int64)
         ahead = np.empty((2, fold_kernels.AHEAD), np.int64)
         names = table.rules.names
         while True:
             self._row, reason = fold_kernels.fold(
-                self._arrays,
+                arrays,
                 self._row,
                 self._known_only,
                 self._filters,
@@ -234,18 +278,23 @@ class FoldRun:
     def _resume(self) -> None:
         """Find the traces of the comparisons left over from an earlier fold."""
         table = self._table
-        checks = table.rules.check_names
-        for row, check in list(self._asks):
-            hi, lo = self._batch.spans[row, [TRACE_HI, TRACE_LO]].tolist()
-            slot = table.find(hi, lo)
+        checks = {name: number for number, name in enumerate(table.rules.check_names)}
+        other: set[Ask] = set()  # not among the rules of their traces
+        slots: dict[int, int] = {}
+        for row, check in self._asks:
+            slot = slots.get(row, -2)
+            if slot == -2:
+                hi, lo = self._batch.spans[row, [TRACE_HI, TRACE_LO]].tolist()
+                slot = slots[row] = table.find(hi, lo)
             if slot < 0:
                 continue
-            if check is not None and check not in checks:  # not among the rules of this trace
-                self._asks.remove((row, check))
+            if check is not None and check not in checks:
+                other.add((row, check))
                 continue
             if table.arrays.slots[slot, STATE] == CLOSED:
                 self._reopen(slot)
-            self._resumed.append((row, -1 if check is None else checks.index(check), slot))
+            self._resumed.append((row, -1 if check is None else checks[check], slot))
+        self._asks[:] = [ask for ask in self._asks if ask not in other]
 
     def _asked(self) -> list[tuple[Ask, int, int]]:
         """The comparisons for Python, each with its check's number and its slot."""
@@ -264,9 +313,15 @@ class FoldRun:
         matched: list[tuple[int, int, int]] = []
         failed: list[Ask] = []
         error: Exception | None = None
-        for ask, check, slot in asked:
+        for number, (ask, check, slot) in enumerate(asked):
             try:
+                if self._slice is not None:
+                    self._slice.pay()
                 matched += [(ask[0], c, slot) for c in self._matches(ask[0], check)]
+            except SliceOver as over:
+                failed += [ask for ask, *_ in asked[number:]]
+                error = over
+                break
             except Exception as failure:  # the other comparisons are still made
                 failed.append(ask)
                 error = failure
@@ -279,7 +334,8 @@ class FoldRun:
             )
         known = {ask for ask, *_ in asked}
         self._asks[:] = [ask for ask in self._asks if ask not in known] + failed
-        self._answered = True
+        self._outputs.counts[ASKED] = 0
+        self._resumed.clear()
         if error is not None:
             raise error
 
@@ -290,8 +346,13 @@ class FoldRun:
         if check < 0:
             wanted = rules.names.glob_checks(self._batch.name(row).encode())
         found = []
+        unknown = 0
         for c in wanted:
             predicate = rules.checks[c].where
-            if predicate is None or evaluate(predicate, self._batch, row):
+            verdict = predicate is None or evaluate(predicate, self._values, row)
+            if verdict:
                 found.append(c)
+            elif verdict is None:
+                unknown += 1
+        self._unknown += unknown
         return found

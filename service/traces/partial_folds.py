@@ -53,16 +53,20 @@ class TenantPartialFolds:
             left = self._frames.get(position)
             if left is not None:
                 skip[first:end] = 1
-                skip[[first + row for row in left.rows]] = 0
+                skip[np.array(left.rows, np.int64) + first] = 0
                 asks += [(first + row, check) for row, check in left.asks]
         return skip, asks
 
     def stopped(self, batch: SpanBatch, skip: Bytes, asks: list[Ask]) -> None:
         """Note that a fold of a batch stopped; ``skip`` and ``asks`` say what is left, as in
         :meth:`remainder`. Frames without a position cannot be noted."""
+        bodies: dict[int, list[Ask]] = {}
+        for row, check in asks:
+            bodies.setdefault(int(batch.spans[row, BODY]), []).append((row, check))
         for position, first, end in _frames(batch):
             rows = np.flatnonzero(skip[first:end] == 0).tolist()
-            own = [(row - first, check) for row, check in asks if first <= row < end]
+            of_frame = bodies.get(int(batch.spans[first, BODY]), []) if first < end else []
+            own = [(row - first, check) for row, check in of_frame]
             if len(rows) < end - first or own:
                 self._frames[position] = Remainder(rows, own)
             else:

@@ -30,6 +30,7 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import TraceTotals
 from betrace.service.traces.partial_folds import Ask, TenantPartialFolds
 from betrace.service.traces.signal_history import SignalHistory
+from betrace.service.traces.slices import CpuSlice
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.window import Windows
 
@@ -87,6 +88,7 @@ class TenantTraces:
         self._ledger_history = {} if ledger_history is None else ledger_history
         self._totals = TraceTotals() if totals is None else totals
         self.services = [""]  # by number; 0 stands for no service
+        self._numbered: tuple[SpanBatch, Rows] | None = None  # of the batch whose fold stopped
         self._numbers: dict[bytes, int] = {}
         self.tables = [self._table(rules)]
 
@@ -160,17 +162,21 @@ class TenantTraces:
         now: int,
         closed: ClosedTraces | None = None,
         history: History | None = None,
+        slice: CpuSlice | None = None,
     ) -> list[Part]:
         """Add the spans of a batch, received at ``now`` (nanoseconds), to their traces.
 
         If a trace may have been closed and forgotten (it is in ``closed``), ``history`` first reads
         it back from the log. If the fold fails, its results so far are added to :attr:`owed`, and
-        folding the same frames again folds their remainder.
+        folding the same frames again folds their remainder. So it is if ``slice`` is over
+        (:exc:`~betrace.service.traces.slices.SliceOver`).
         """
         done: list[Part] = []
         skip, asks = self._partial_folds.remainder(batch)
         try:
-            delivery = Delivery(batch, self._service_numbers(batch), now, skip, asks)
+            if self._numbered is None or self._numbered[0] is not batch:
+                self._numbered = batch, self._service_numbers(batch)
+            delivery = Delivery(batch, self._numbered[1], now, skip, asks, slice)
             newest = self.tables[-1]
             for table in self.tables[:-1]:
                 _add(done, table, FoldRun(table, delivery, known_only=True).run())
@@ -185,6 +191,7 @@ class TenantTraces:
             self.owed += done
             self._partial_folds.stopped(batch, skip, asks)
             raise
+        self._numbered = None
         self._partial_folds.done(batch)
         return done
 

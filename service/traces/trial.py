@@ -16,9 +16,10 @@ from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.relational import RelationalRules
+from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.trace_spans import trace_spans
-from betrace.service.traces.verdicts import raise_signal
+from betrace.service.traces.verdicts import raise_signal, reason_text
 
 _MASK = 2**64 - 1
 
@@ -30,15 +31,16 @@ class TrialError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The verdict of a rule on a trace. ``clause`` is the broken one (always | never), None without
-    a breach; ``counts`` and ``evidence`` are by check, as in a signal. Of a rule with ``for each``
-    that is broken, ``groups`` says by which groups; ``undecided`` says why a rule could not be
-    judged."""
+    a breach; ``counts`` and ``evidence`` are by check, as in a signal; ``message`` says why the
+    trace breaks the rule, None if it does not. Of a rule with ``for each`` that is broken,
+    ``groups`` says by which groups; ``undecided`` says why a rule could not be judged."""
 
     rule_id: str
     breach: bool
     clause: str | None
     counts: dict[str, int]
     evidence: dict[str, list[str]]
+    message: str | None
     groups: dict[str, Any] | None = None
     undecided: str | None = None
 
@@ -52,10 +54,13 @@ class Trial:
     """Collects the spans of one trace and evaluates compiled rules on it.
 
     With ``trace_id`` (32 hex digits) spans of other traces are ignored; without it all spans must
-    belong to one trace.
+    belong to one trace. If ``cpu`` is used up, :meth:`add` raises :exc:`TrialError`.
     """
 
-    def __init__(self, rules: CompiledRules, trace_id: str | None = None) -> None:
+    def __init__(
+        self, rules: CompiledRules, trace_id: str | None = None, cpu: CpuSlice | None = None
+    ) -> None:
+        self._cpu = cpu
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
@@ -86,7 +91,13 @@ class Trial:
             trace = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
             self._kept += [span for _, span in trace_spans(batch, {trace})]
         if len(batch):
-            for _, folded in self._traces.fold(batch, now=1):
+            try:
+                parts = self._traces.fold(batch, now=1, slice=self._cpu)
+            except SliceOver:
+                raise TrialError(
+                    "evaluating it takes too much processor time; use fewer or cheaper patterns"
+                ) from None
+            for _, folded in parts:
                 self.spans += len(batch) - folded.repeated
         return len(batch)
 
@@ -125,12 +136,17 @@ def _verdict(
     # A signal also has the counts and evidence if the rule is not broken.
     nominal = Breach(0, rule, NEVER_BROKEN, early=False)
     signal = raise_signal(due, breach or nominal, 0, judgement)
+    groups = judgement.groups if judgement is not None else None
+    message = None
+    if breach is not None:
+        message = reason_text(due.rules.rules[rule], signal.clause, signal.counts, groups)
     return Verdict(
         signal.rule_id,
         breach is not None,
         signal.clause if breach is not None else None,
         signal.counts,
         signal.evidence,
-        judgement.groups if judgement is not None else None,
+        message,
+        groups,
         undecided,
     )

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from betrace.service.otlp.columns import Rows
+from betrace.service.rules.definition import Rule
 from betrace.service.rules.relations import Judgement
+from betrace.service.rules.wording import breach_text, counts_text
 from betrace.service.signals import Kind, Signal, signal_id
 from betrace.service.traces.decide import (
     ALWAYS_BROKEN,
@@ -179,10 +181,6 @@ def _signal(
     if judgement is not None:
         counts, evidence = dict(judgement.counts), dict(judgement.evidence)
     clause = CLAUSES[breach.clause]
-    found = ", ".join(f"{name}: {count}" for name, count in counts.items())
-    if judgement is not None and judgement.groups is not None:
-        found = _groups_text(judgement.groups)
-    says = "does not hold" if clause == "always" else "holds"
     return Signal(
         id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind, episode),
         tenant=due.tenant,
@@ -196,12 +194,33 @@ def _signal(
         early=breach.early,
         counts=counts,
         evidence=evidence,
-        message=f"{rule.name}: {clause!r} {says}" + (f" ({found})" if found else ""),
+        message=_message(rule, clause, counts, kind, judgement),
         labels=dict(rule.labels),
         reason=_CHANGED if kind is Kind.RETRACTED else _caveat(due, breach.trace),
         context=_context(due, breach.trace, judgement),
         episode=episode,
     )
+
+
+def _message(
+    rule: Rule, clause: str, counts: dict[str, int], kind: Kind, judgement: Judgement | None
+) -> str:
+    if kind is Kind.RETRACTED:
+        found = f" ({counts_text(counts)})" if counts else ""
+        return f"{rule.name}: no longer broken{found}"
+    groups = judgement.groups if judgement is not None else None
+    return f"{rule.name}: {reason_text(rule, clause, counts, groups)}"
+
+
+def reason_text(
+    rule: Rule, clause: str, counts: dict[str, int], groups: dict[str, Any] | None
+) -> str:
+    """Why a trace breaks a rule. ``groups`` are those of a relational rule with ``for each``."""
+    if not rule.syntax.relational:
+        return breach_text(rule.syntax, clause, counts)
+    found = _groups_text(groups) if groups is not None else counts_text(counts)
+    says = "does not hold" if clause == "always" else "holds"
+    return f"{clause!r} {says}" + (f" ({found})" if found else "")
 
 
 def _caveat(due: DueTraces, k: int) -> str | None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from betrace.channels import Batcher, ReceiveChannel, SendChannel, open_channel
+from tests.support.examples import examples
 
 Item = tuple[str, int, int]  # key, weight, number
 
@@ -65,7 +66,7 @@ def expected_batches(
     wait=st.sampled_from([0.5, 1.5, 3.5]),
     max_keys=st.integers(1, 3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_behaves_like_the_model(
     arrivals: list[tuple[int, str, int]], most: int, wait: float, max_keys: int
 ) -> None:

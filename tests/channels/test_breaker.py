@@ -16,13 +16,14 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from betrace.channels import (
     Breaker,
     BreakerOpen,
-    BreakerSettings,
+    BreakerOptions,
     BreakerState,
     BreakerTimeout,
     Transition,
 )
+from tests.support.examples import examples
 
-SETTINGS = BreakerSettings(
+SETTINGS = BreakerOptions(
     window=6, minimum_calls=4, failure_rate=0.5, open_for=15.0, trial_calls=3, timeout=5.0
 )
 
@@ -208,7 +209,7 @@ async def test_an_exception_that_is_not_a_failure_counts_as_success(
 
 async def test_slow_calls_count_as_their_own_rate(autojump_clock: MockClock) -> None:
     breaker = make(
-        settings=BreakerSettings(
+        settings=BreakerOptions(
             window=4, minimum_calls=4, slow_rate=0.75, slow_after=2.0, trial_calls=2
         )
     )
@@ -257,7 +258,7 @@ async def test_results_from_an_earlier_state_do_not_count(autojump_clock: MockCl
 
 
 async def test_a_stale_trial_does_not_return_a_permit(autojump_clock: MockClock) -> None:
-    slow = BreakerSettings(window=6, minimum_calls=4, open_for=1.0, trial_calls=3)
+    slow = BreakerOptions(window=6, minimum_calls=4, open_for=1.0, trial_calls=3)
     breaker = make(settings=slow)
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
@@ -313,7 +314,7 @@ async def test_failing_observers_and_predicates_change_nothing(
 
 async def test_any_exception_is_a_failure_by_default(autojump_clock: MockClock) -> None:
     breaker = Breaker("db")
-    assert breaker.settings == BreakerSettings()
+    assert breaker.settings == BreakerOptions()
     await fail(breaker)
     assert breaker.snapshot().failed == 1
 
@@ -342,14 +343,14 @@ async def test_only_the_last_transitions_are_kept(autojump_clock: MockClock) -> 
 )
 def test_invalid_settings(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BreakerSettings(**wrong)
+        BreakerOptions(**wrong)
 
 
 # Against a model
 
 WINDOW, MINIMUM, TRIALS = 5, 3, 2
 OPEN_FOR, TIMEOUT, SLOW_AFTER = 4.0, 6.0, 2.0
-MODELLED = BreakerSettings(
+MODELLED = BreakerOptions(
     window=WINDOW,
     minimum_calls=MINIMUM,
     failure_rate=0.6,
@@ -428,7 +429,7 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_behaves_like_the_model(steps: list[tuple[str, int]]) -> None:
     clock = MockClock()
     trio.run(compare_with_model, clock, steps, clock=clock)

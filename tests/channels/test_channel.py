@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 from betrace.channels import ReceiveChannel, SendChannel, open_channel
+from tests.support.examples import examples
 
 Pair = tuple[SendChannel[str], ReceiveChannel[str]]
 
@@ -503,7 +504,7 @@ ACTIONS = st.one_of(
     hold=st.booleans(),
     actions=st.lists(ACTIONS, max_size=40),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_behaves_like_the_model(capacity: int, hold: bool, actions: list[tuple[Any, ...]]) -> None:
     trio.run(compare_with_model, capacity, hold, actions, clock=MockClock(autojump_threshold=0))
 

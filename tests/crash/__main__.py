@@ -1,7 +1,7 @@
 """The long run: ``python -m tests.crash --kills 50``.
 
 Kills come in campaigns, each on fresh data and compared with the oracle at its end. The first
-difference ends the run; its data stays for someone to look at.
+difference ends the run and keeps the data for inspection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--kills-per-campaign", type=int, default=5)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--directory", type=Path, help="for the data; else a temporary one")
+    parser.add_argument(
+        "--directory", type=Path, help="where the data goes (default: a temporary directory)"
+    )
     given = parser.parse_args()
     root = given.directory or Path(tempfile.mkdtemp(prefix="betrace-crash-"))
     done, seed = 0, given.seed
@@ -42,7 +44,7 @@ def main() -> int:
         print(
             f"{done} kills ({dict(campaign.kills)}), {len(campaign.traces.made)} traces, "
             f"{clients.acknowledged} spans acknowledged, answers {dict(clients.statuses)}, "
-            f"{len(campaign.traces.standing())} breaches stand as expected, accounts right in "
+            f"{len(campaign.traces.active())} signals active as expected, accounts correct in "
             f"{accounts.samples} samples (at most {accounts.most_in_flight} in flight), "
             f"{time.monotonic() - began:.0f} s",
             flush=True,

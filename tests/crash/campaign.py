@@ -1,4 +1,4 @@
-"""Load, kills, restarts, and the comparison of what stands in the end with the oracle."""
+"""Load, kills and restarts, and a comparison of the final active signals with the oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.crash.clients import Clients
 from tests.crash.victim import Victim
-from tests.crash.workload import TENANTS, Standing, Traces, write_rules
+from tests.crash.workload import TENANTS, Active, Traces, write_rules
 
 SETTLE_SECONDS = 60
 MOMENTS = ("running", "running", "running", "starting", "stopping")
@@ -57,7 +57,7 @@ class Campaign:
         self.victim.close()
 
     def kill(self, moment: str) -> None:
-        """Kill the service, which is ready, at a random moment of a kind, and start it again."""
+        """Kill the running service at a random time within the given phase, and restart it."""
         rng, victim = self.rng, self.victim
         time.sleep(rng.uniform(0.05, 3.0))
         if moment == "stopping":
@@ -72,29 +72,29 @@ class Campaign:
         victim.start()
         victim.wait_ready()
 
-    def settle(self) -> Standing:
-        """End the load, wait until what is expected stands, stop the service; what was expected."""
+    def settle(self) -> Active:
+        """End the load, wait for the expected active signals, stop the service, and return them."""
         self.clients.finish(SETTLE_SECONDS)
-        expected = self.traces.standing()
+        expected = self.traces.active()
         end = time.monotonic() + SETTLE_SECONDS
         while self.shown() != expected and time.monotonic() < end:
             time.sleep(0.3)
-        time.sleep(2 * self.traces.idle)  # what must not come has time to come
+        time.sleep(2 * self.traces.idle)  # time for signals that must not appear
         shown = self.shown()
         self.accounts.stop()
         assert self.victim.stop() == 0, self.victim.log()[-3000:]
-        same(expected, shown, "the API shows")
+        same(expected, shown, "active in the API")
         return expected
 
     def verify(self) -> None:
         """End the load and compare everything with the oracle."""
         expected = self.settle()
-        same(expected, standing(self.ledger()), "in the ledger stand")
+        same(expected, active(self.ledger()), "active in the ledger")
         self.verify_index()
         assert not self.accounts.wrong, self.accounts.wrong[:3]
 
     def ledger(self) -> list[Signal]:
-        """All entries of the ledger of a service that is stopped, no id twice."""
+        """Return all ledger entries of the stopped service, after checking that ids are unique."""
         ledger = SqliteLedger(self.victim.data / "ledger.sqlite")
         try:
             found = [signal for tenant in TENANTS for signal in _entries(ledger, tenant)]
@@ -121,8 +121,8 @@ class Campaign:
                 }
                 assert not wrong, f"{tenant}: spans indexed and sent: {wrong}"
 
-    def shown(self) -> Standing:
-        """What the API lists as active, all pages."""
+    def shown(self) -> Active:
+        """Return the active signals of all pages of the API."""
         found = []
         for tenant in TENANTS:
             cursor = ""
@@ -137,7 +137,7 @@ class Campaign:
 
 
 class Accounts:
-    """Asks the service all the time where its spans are."""
+    """Checks continuously that the service accounts for every span."""
 
     def __init__(self, victim: Victim) -> None:
         self._victim = victim
@@ -172,8 +172,8 @@ class Accounts:
                 self.wrong.append({k: v for k, v in now.items() if k.startswith("spans")})
 
 
-def standing(signals: Iterable[Signal]) -> Standing:
-    """What was raised and not retracted."""
+def active(signals: Iterable[Signal]) -> Active:
+    """Return the signals that were raised and not retracted."""
     keys: dict[Kind, set[tuple[str, str, str]]] = {Kind.RAISED: set(), Kind.RETRACTED: set()}
     for signal in signals:
         keys[signal.kind].add((signal.tenant, signal.trace_id, signal.rule_id))
@@ -181,15 +181,15 @@ def standing(signals: Iterable[Signal]) -> Standing:
     return frozenset(keys[Kind.RAISED] - keys[Kind.RETRACTED])
 
 
-def same(expected: Standing, found: Standing, what: str) -> None:
-    """AssertionError with the difference."""
+def same(expected: Active, found: Active, what: str) -> None:
+    """Fail with the difference if the sets differ."""
     missing, extra = sorted(expected - found), sorted(found - expected)
     assert not missing, f"{what}: {len(missing)} of {len(expected)} missing: {missing[:5]}"
-    assert not extra, f"{what}: {len(extra)} that should not: {extra[:5]}"
+    assert not extra, f"{what}: {len(extra)} unexpected: {extra[:5]}"
 
 
 def run_kills(directory: Path, kills: int, seed: int, report: Callable[[str], None]) -> Campaign:
-    """A campaign of so many kills; the last is compared, AssertionError where it differs."""
+    """Run a campaign with ``kills`` kills and compare its final state with the oracle."""
     with Campaign(directory, seed) as campaign:
         moments = [MOMENTS[k % len(MOMENTS)] for k in range(kills)]
         campaign.rng.shuffle(moments)

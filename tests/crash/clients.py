@@ -1,4 +1,4 @@
-"""Clients that never give up: each request is sent until it is answered with 200."""
+"""Clients that repeat each request until it is answered with 200."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWER_SECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request; ``spans`` are in its body."""
+    """A request whose body has ``spans`` spans."""
 
     tenant: str
     body: bytes
@@ -34,8 +34,8 @@ class Sent:
 class Clients:
     """Sends the parts of new traces, about ``rate`` traces a second, over several connections.
 
-    An unanswered request is sent again: the service may have it. Some that were answered are sent
-    once more as well, as by a client that did not get the answer.
+    Unanswered requests are sent again, although the service may have accepted them. So are some
+    answered ones, as if the client had not received the answer.
     """
 
     def __init__(self, address: str, traces: Traces, rate: float) -> None:
@@ -62,10 +62,10 @@ class Clients:
             thread.start()
 
     def finish(self, seconds: float) -> None:
-        """Make no more traces, and return when all that were made are acknowledged."""
+        """Stop making traces, and return when all of them are acknowledged."""
         self._making = False
         self._producer.join(seconds)
-        assert not self._producer.is_alive(), "what was made could not be sent"
+        assert not self._producer.is_alive(), "some spans could not be sent"
         end = time.monotonic() + seconds
         while self._waiting.unfinished_tasks and time.monotonic() < end and not self.failure:
             time.sleep(0.02)
@@ -86,7 +86,7 @@ class Clients:
         next_trace = time.monotonic()
         while (self._making or due) and not self._stop.is_set():
             now = time.monotonic()
-            next_trace = max(next_trace, now - 0.2)  # what was missed while it was down stays so
+            next_trace = max(next_trace, now - 0.2)  # do not catch up after downtime
             while self._making and next_trace <= now:
                 for part in self._traces.new():
                     heapq.heappush(due, (now + part.after, next(numbers), part))
@@ -104,7 +104,7 @@ class Clients:
             time.sleep(0.02)
 
     def _pack(self, tenant: str, parts: list[Part]) -> None:
-        """Put parts into requests, each part into one, its spans in their order."""
+        """Put parts into requests. A part stays whole and its spans keep their order."""
         rng = self._rng
         rng.shuffle(parts)
         while parts:

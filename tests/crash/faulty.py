@@ -1,13 +1,13 @@
-"""The service with faults that the test switches on: ``python -m tests.crash.faulty serve …``.
+"""The service with faults that tests switch on: ``python -m tests.crash.faulty serve …``.
 
-While a file of that name is in the directory ``BETRACE_FAULTS``:
+A fault is active while a file with its name exists in the directory ``BETRACE_FAULTS``:
 
-- ``full``: the span log and the fallback files find the disk full;
-- ``hang``: the ledger does not come back from a call;
-- ``error``: the ledger refuses;
-- ``duckdb-error``: DuckDB refuses;
-- ``slow``: a write to the disk takes long;
-- ``fold-error``: spans cannot be taken into their traces.
+- ``full``: the disk is full for the span log and the fallback files;
+- ``hang``: calls to the ledger hang;
+- ``error``: calls to the ledger fail;
+- ``duckdb-error``: writes to DuckDB fail;
+- ``slow``: writes to the disk are slow;
+- ``fold-error``: spans cannot be folded into their traces.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from betrace.service.traces.due import DueTraces
+from betrace.service.traces.slices import CpuSlice
 
 FAULTS = Path(os.environ.pop("BETRACE_FAULTS"))
 
 
-def there(fault: str) -> bool:
+def injected(fault: str) -> bool:
     return (FAULTS / fault).exists()
 
 
 def inject() -> None:
-    """Let the stores fail when a test wants it."""
+    """Replace methods with versions that fail while a fault is active."""
     write_all, record, write = Disk.write_all, SqliteLedger.record, DuckStore.write
     fold = CorrelateStage._fold_one
 
     def fail_to_write(self: Disk, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
-        if there("slow"):
+        if injected("slow"):
             time.sleep(0.1)
-        if there("full"):
+        if injected("full"):
             write_all(self, descriptor, [bytes(buffers[0])[:3]], offset)  # some of it fits
             raise OSError(errno.ENOSPC, "No space left on device")
         write_all(self, descriptor, buffers, offset)
 
     def fail_to_record(self: SqliteLedger, signals: Sequence[Signal]) -> list[bool]:
-        while there("hang"):
+        while injected("hang"):
             time.sleep(0.1)
-        if there("error"):
-            raise LedgerError("the ledger is away, says the test", transient=True)
+        if injected("error"):
+            raise LedgerError("injected ledger error", transient=True)
         return record(self, signals)
 
     def fail_to_insert(self: DuckStore, tenant: str, **rows: Any) -> int:
-        if there("duckdb-error"):
-            raise StoreError("DuckDB is away, says the test", transient=True)
+        if injected("duckdb-error"):
+            raise StoreError("injected DuckDB error", transient=True)
         return write(self, tenant, **rows)
 
-    def fail_to_fold(self: CorrelateStage, batch: SpanBatch) -> list[DueTraces]:
-        if there("fold-error"):
-            raise TransientError("these spans do not fold, says the test")
-        return fold(self, batch)
+    def fail_to_fold(self: CorrelateStage, batch: SpanBatch, cpu: CpuSlice) -> None:
+        if injected("fold-error"):
+            raise TransientError("injected fold error")
+        fold(self, batch, cpu)
 
     CorrelateStage._fold_one = fail_to_fold  # type: ignore[method-assign]
     Disk.write_all = fail_to_write  # type: ignore[method-assign]

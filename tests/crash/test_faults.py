@@ -1,7 +1,7 @@
-"""Damage and faults, between the runs of the real service and during them, with the oracle's
-comparison at the end: nothing that was acknowledged is lost, nothing doubled.
+"""Damage between runs of the real service, and faults during them. At the end, the oracle confirms
+that nothing acknowledged is lost or duplicated.
 
-They take half a minute each. A plain run has two of them, ``BETRACE_LONG=1`` all.
+Each test takes half a minute. A plain run has one of them, ``BETRACE_LONG=1`` all.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def checkpoints_and_duckdb_gone(data: Path) -> None:
 
 
 def segment_tails_torn(data: Path) -> None:
-    """As by a write that a power cut interrupted: half a frame that was never acknowledged."""
+    """Append a partial frame, as if a power cut had interrupted a write."""
     for tenant in data.glob("*/log"):
         segments = sorted(tenant.glob("*/*.seg"), key=lambda path: path.stem)
         whole = segments[-1].read_bytes()
@@ -97,7 +97,7 @@ def segment_tails_noisy(data: Path) -> None:
         pytest.param(segment_tails_noisy, marks=long_run),
     ],
 )
-def test_damage_while_it_is_stopped(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_files_damaged_while_stopped(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     with Campaign(tmp_path, seed=11) as campaign:
         time.sleep(4)
         campaign.victim.kill()
@@ -111,7 +111,7 @@ def test_damage_while_it_is_stopped(tmp_path: Path, damage: Callable[[Path], Non
 
 @contextmanager
 def faulty(directory: Path, rate: float = 60.0, **settings: str) -> Iterator[tuple[Campaign, Path]]:
-    """A campaign whose service has the faults that are files in the directory given."""
+    """Run a campaign whose service has injectable faults; the path is their directory."""
     faults = directory / "faults"
     faults.mkdir()
     entry = ("-m", "tests.crash.faulty")
@@ -122,9 +122,7 @@ def faulty(directory: Path, rate: float = 60.0, **settings: str) -> Iterator[tup
 
 @long_run
 @pytest.mark.parametrize("fault", ["error", "hang", "duckdb-error"])
-def test_a_store_is_away_for_a_while_and_the_service_dies_meanwhile(
-    tmp_path: Path, fault: str
-) -> None:
+def test_a_crash_during_a_store_outage(tmp_path: Path, fault: str) -> None:
     with faulty(tmp_path) as (campaign, faults):
         time.sleep(1)
         (faults / fault).touch()
@@ -138,7 +136,7 @@ def test_a_store_is_away_for_a_while_and_the_service_dies_meanwhile(
         time.sleep(2)
         (faults / fault).unlink()
         campaign.verify()
-        assert not list(files.glob("*.jsonl")), "all was written back"
+        assert not list(files.glob("*.jsonl")), "not everything was written back"
 
 
 @long_run
@@ -155,11 +153,11 @@ def test_the_ledger_file_is_locked_by_another_program(tmp_path: Path) -> None:
 
 
 @long_run
-def test_while_the_log_cannot_be_written_nothing_is_acknowledged(tmp_path: Path) -> None:
+def test_nothing_is_acknowledged_while_the_log_cannot_be_written(tmp_path: Path) -> None:
     with faulty(tmp_path) as (campaign, faults):
         time.sleep(2)
         (faults / "full").touch()
-        time.sleep(0.3)  # for answers that are on their way
+        time.sleep(0.3)  # for answers in transit
         before = campaign.clients.acknowledged
         time.sleep(2)
         assert campaign.clients.acknowledged == before
@@ -175,8 +173,8 @@ def test_while_the_log_cannot_be_written_nothing_is_acknowledged(tmp_path: Path)
 
 
 @long_run
-def test_the_accounts_are_right_in_overload_and_with_dead_letters(tmp_path: Path) -> None:
-    """Accepted spans are evaluated, in flight, or in dead letters, whenever one looks."""
+def test_the_accounts_add_up_in_overload_and_with_dead_letters(tmp_path: Path) -> None:
+    """At any time, accepted spans are evaluated, in flight, or in dead letters."""
     names = ("ingest_capacity", "correlate_capacity", "ingest_batch", "correlate_batch")
     few = {f"pipeline__{name}_spans": "200" for name in names}
     with faulty(tmp_path, rate=300.0, **few) as (campaign, faults):
@@ -184,7 +182,7 @@ def test_the_accounts_are_right_in_overload_and_with_dead_letters(tmp_path: Path
         wait_for(lambda: campaign.clients.statuses["503"] > 20, 60)
         (faults / "fold-error").touch()
         wait_for(lambda: campaign.accounts.most_dead > 0, 60)
-        time.sleep(2)  # in which some of the dead letters are tried again
+        time.sleep(2)  # for some dead letters to be retried
         campaign.victim.kill()
         campaign.victim.start()
         campaign.victim.wait_ready()
@@ -198,7 +196,7 @@ def test_the_accounts_are_right_in_overload_and_with_dead_letters(tmp_path: Path
 
 @contextmanager
 def small_disk(directory: Path, megabytes: int) -> Iterator[None]:
-    """``directory`` on a file system of its own; skips where this is not allowed."""
+    """Mount a small file system on ``directory``, or skip the test without the permission."""
     directory.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "betrace-test", str(directory)]
     mount = subprocess.run(["mount", *options], capture_output=True, check=False)
@@ -211,7 +209,7 @@ def small_disk(directory: Path, megabytes: int) -> Iterator[None]:
 
 
 @long_run
-def test_the_disk_is_full_for_a_while(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     """Everything fails at once: log, ledger, DuckDB, fallback files, checkpoints."""
     disk = tmp_path / "disk"
     with small_disk(disk, 64), Campaign(disk, 41) as campaign:

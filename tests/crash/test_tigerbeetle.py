@@ -1,5 +1,5 @@
-"""The service with its ledger in TigerBeetle, both killed and the server paused, under load.
-Skipped without the program."""
+"""The service with its ledger in TigerBeetle. Under load, both are killed and the server is paused.
+Skipped if ``tigerbeetle`` is not installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.close()
 
 
-def test_service_and_server_die_under_load(tmp_path: Path, server: Server) -> None:
+def test_the_service_and_the_server_are_killed_under_load(tmp_path: Path, server: Server) -> None:
     settings = {
         "ledger__kind": "tigerbeetle",
         "ledger__tigerbeetle__addresses": server.address,
@@ -39,7 +39,7 @@ def test_service_and_server_die_under_load(tmp_path: Path, server: Server) -> No
         victim = campaign.victim
         campaign.kill("running")
         time.sleep(1)
-        server.kill()  # and the service meanwhile, which starts without it
+        server.kill()  # and the service too, which starts without it
         time.sleep(3)
         victim.kill()
         victim.start()
@@ -52,21 +52,21 @@ def test_service_and_server_die_under_load(tmp_path: Path, server: Server) -> No
         server.resume()
         campaign.kill("running")
         campaign.verify()
-        expected = campaign.traces.standing()
+        expected = campaign.traces.active()
         assert expected, "the test compares nothing"
         compare(victim.data, server, tmp_path / "other.sqlite")
-        files = list(victim.data.glob("*/*.duckdb*"))  # made again, from a ledger in TigerBeetle
+        files = list(victim.data.glob("*/*.duckdb*"))  # rebuilt below from the ledger
         assert len(files) >= len(TENANTS)
         for file in files:
             file.unlink()
         victim.start()
         victim.wait_ready()
-        same(expected, campaign.shown(), "the API shows after a rebuild")
+        same(expected, campaign.shown(), "active in the API after a rebuild")
     assert "Traceback" not in victim.log()
 
 
 def compare(data: Path, server: Server, copy: Path) -> None:
-    """The cluster's balances are those of the journal of what was acknowledged."""
+    """Check that the cluster has the balances of the journal of acknowledged signals."""
     shutil.copy(data / "ledger.sqlite", copy)
     journal = SqliteLedger(copy)
     ledger = TigerBeetleLedger(server.address, CLUSTER, journal, BATCH)

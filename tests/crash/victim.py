@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return an unused loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -60,11 +60,11 @@ class Victim:
         self.ready = threading.Event()
 
     def start(self) -> None:
-        """Start it; ``ready`` is set when it says where it listens."""
+        """Start the process; ``ready`` is set when it prints its addresses."""
         self.ready.clear()
         arguments = ["serve", "--json", "--data", str(self.data)]
         arguments += ["--rules", str(self.directory / "rules"), "--metrics", "off"]
-        arguments += ["--ingest", self.address, "--api", self.api]
+        arguments += ["--ingest", self.address, "--grpc", "off", "--api", self.api]
         with self.log_path.open("a") as log:
             log.write("---- start\n")
             log.flush()
@@ -85,31 +85,31 @@ class Victim:
             process.stdout.read()
 
     def wait_ready(self) -> None:
-        """Return when it is ready; AssertionError where it ended instead."""
+        """Return when the service is ready; fail if it exits first."""
         end = time.monotonic() + START_SECONDS
         while not self.ready.wait(0.02):
             assert self.process is not None
             code = self.process.poll()
             assert code is None, (
-                f"the service ended with {code} at its start:\n{self.log()[-3000:]}"
+                f"the service exited with {code} during the start:\n{self.log()[-3000:]}"
             )
             assert time.monotonic() < end, "the service did not become ready"
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait for the end."""
         assert self.process is not None
         self.ready.clear()
         self.process.kill()
         self.process.wait()
 
     def terminate(self) -> None:
-        """SIGTERM, without waiting."""
+        """Send SIGTERM without waiting."""
         assert self.process is not None
         self.ready.clear()
         self.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         self.terminate()
         assert self.process is not None
         try:
@@ -119,16 +119,16 @@ class Victim:
             raise
 
     def close(self) -> None:
-        """End it in any case."""
+        """Kill the process if it runs."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
 
     def log(self) -> str:
-        """What it logged so far."""
+        """Return its log so far."""
         return self.log_path.read_text()
 
     def get(self, path: str, tenant: str | None = None) -> Any:
-        """The JSON that the API answers."""
+        """Return the JSON answer of the API."""
         headers = {"x-scope-orgid": tenant} if tenant else {}
         url = f"http://{self.api}{path}"
         response = httpx.get(url, headers=headers, timeout=20, trust_env=False)

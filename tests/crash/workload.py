@@ -1,10 +1,9 @@
-"""Traces for the crash harness: random, reproducible, with what the rules must say of them.
+"""Random, reproducible traces for the crash tests, with the expected verdicts.
 
-The verdict on a trace that is decided before all of its spans have come is wrong until the rest
-comes and it is decided again. Rules here can be wrong in one direction only (a breach that further
-spans heal, or one that nothing heals): a signal that was raised, retracted and raised again would
-have one id twice, which the specification's identity of signals leaves no room for. Spans whose
-rule is not of that kind (locks) come in one request with the rest of their trace.
+If a trace is decided before all of its spans have arrived, the verdict is wrong until the rest
+arrives and the trace is decided again. With these rules, further spans change a verdict at most
+once: they either end a breach or never do. Traces for the other kind of rule (locks) are sent in a
+single request.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ RULES_OF = {
     "globex": ("audit-first", "list-queries", "error-alert", "no-secrets"),
 }
 
-Standing = frozenset[tuple[str, str, str]]
-"""Breaches as (tenant, trace id, rule id)."""
+Active = frozenset[tuple[str, str, str]]
+"""Active signals as (tenant, trace id, rule id)."""
 
 
 def write_rules(directory: Path) -> None:
-    """The rule files of all tenants."""
+    """Write the rule files of all tenants."""
     for tenant, ids in RULES_OF.items():
         folder = directory if tenant == "default" else directory / tenant
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ def write_rules(directory: Path) -> None:
 
 @dataclass(slots=True)
 class Part:
-    """Spans of one trace that are sent together, ``after`` seconds of its beginning."""
+    """Spans of one trace that are sent together, ``after`` seconds after its start."""
 
     tenant: str
     spans: list[OracleSpan]
@@ -63,15 +62,15 @@ class Part:
 
 @dataclass(slots=True)
 class Traces:
-    """Makes traces and remembers them. ``idle`` is the service's, in seconds: some spans come
-    later than that."""
+    """Makes and remembers traces. Some spans arrive later than ``idle``, the idle time of the
+    service in seconds."""
 
     rng: random.Random
     idle: float = 1.0
     made: dict[tuple[str, str], list[OracleSpan]] = field(default_factory=dict)
 
     def new(self) -> list[Part]:
-        """The parts of a new trace."""
+        """Return the parts of a new trace."""
         rng = self.rng
         tenant = rng.choice(TENANTS)
         trace_id = rng.randbytes(16)
@@ -123,8 +122,8 @@ class Traces:
             )
         return spans
 
-    def standing(self) -> Standing:
-        """What must stand when every span has come."""
+    def active(self) -> Active:
+        """Return the signals that must be active when every span has arrived."""
         rules = {
             each: make_rule({"id": each, "condition": condition}).syntax
             for each, condition in CONDITIONS.items()

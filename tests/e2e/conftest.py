@@ -1,8 +1,11 @@
-"""One service for the tests that only send to it and ask it."""
+"""One service for the tests that only send to it and ask it, and the packages of JavaScript."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,3 +19,30 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert service.stop() == 0, "".join(service.log)
     faults = [line for line in service.log if "Traceback" in line or " ERROR " in line]
     assert not faults, "".join(service.log)
+
+
+HERE = Path(__file__).parent / "js"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the script and the packages it needs."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("node and npm are not installed")
+    folder = tmp_path_factory.mktemp("js")
+    for name in ("package.json", "send.mjs", "page.mjs"):
+        shutil.copy(HERE / name, folder)
+    try:
+        subprocess.run(
+            [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"npm install failed: {error.stderr.decode()[-300:]}")
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm install took more than two minutes")
+    return folder

@@ -1,4 +1,4 @@
-"""What a client can get wrong, sent over HTTP to the running service: each answer as OTLP says."""
+"""Invalid requests to the running service get the responses that OTLP specifies."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def with_attributes(count: int) -> bytes:
 
 
 def with_depth(depth: int) -> bytes:
-    """A trace with an attribute of arrays, ``depth`` of them inside each other; written by hand,
-    since the library refuses to write what is too deep to read."""
+    """Return a trace with an attribute of ``depth`` nested arrays. It is encoded by hand, because
+    the library does not write messages that are too deep to read."""
     value = b"\x18\x01"  # AnyValue.int_value = 1
     for _ in range(depth):
         value = embed(5, embed(1, value))  # AnyValue.array_value, ArrayValue.values
@@ -52,7 +52,7 @@ def with_depth(depth: int) -> bytes:
 
 
 def embed(number: int, content: bytes) -> bytes:
-    """A field of protobuf with bytes."""
+    """Encode a length-delimited protobuf field."""
     return encode_varint(number << 3 | 2) + encode_varint(len(content)) + content
 
 
@@ -88,40 +88,40 @@ GOOD = a_trace().SerializeToString()
 GZIP = {"content-encoding": "gzip"}
 
 CASES = {
-    "nothing": Case(b"", 200),
-    "nothing, in JSON": Case(b"{}", 200, JSON),
+    "empty": Case(b"", 200),
+    "empty, in JSON": Case(b"{}", 200, JSON),
     "a good trace": Case(GOOD, 200),
     "a good trace, gzip": Case(gzip.compress(GOOD), 200, headers=GZIP),
     "a good trace, in JSON": Case(as_json(0), 200, JSON),
     "garbage": Case(b"\xde\xad\xbe\xef" * 10, 400),
     "garbage, in JSON": Case(b"[1, 2", 400, JSON),
-    "no object, in JSON": Case(b"[]", 400, JSON),
+    "not an object, in JSON": Case(b"[]", 400, JSON),
     "truncated": Case(GOOD[:-3], 400),
     "truncated, in JSON": Case(as_json(0)[:-3], 400, JSON),
     "truncated, gzip": Case(gzip.compress(GOOD)[:-4], 400, headers=GZIP, says="gzip"),
-    "no gzip although it says so": Case(GOOD, 400, headers=GZIP, says="gzip"),
-    "an encoding that is not known": Case(GOOD, 415, headers={"content-encoding": "br"}),
+    "not gzip, despite its header": Case(GOOD, 400, headers=GZIP, says="gzip"),
+    "an unknown encoding": Case(GOOD, 415, headers={"content-encoding": "br"}),
     "a bomb": Case(gzip.compress(bytes(64 * MIB)), 413, headers=GZIP, says="larger"),
-    "20 MiB": Case(bytes(20 * MIB), 400),  # taken, but no trace
+    "20 MiB": Case(bytes(20 * MIB), 400),  # small enough, but not a trace
     "20 MiB and a byte": Case(bytes(20 * MIB + 1), 413, says="larger"),
     "20 MiB and a byte, in JSON": Case(b" " * (20 * MIB) + b"{", 413, JSON, says="larger"),
     "10 000 attributes": Case(with_attributes(10_000), 200),
-    "values as deep as they may be": Case(with_depth(DEEPEST), 200),
+    "values of the maximum depth": Case(with_depth(DEEPEST), 200),
     "values that are too deep": Case(with_depth(DEEPEST + 10), 400),
     "values far too deep": Case(with_depth(400), 400),
     "values that are too deep, in JSON": Case(as_json(DEEPEST + 10), 400, JSON),
     "values far too deep, in JSON": Case(as_json(5000), 400, JSON),
     "text that is not UTF-8": Case(not_utf8(), 400, says="UTF-8"),
     "text that is not UTF-8, in JSON": Case(b'{"resourceSpans": "\xff"}', 400, JSON),
-    "a bad name of a tenant": Case(GOOD, 400, headers={"x-scope-orgid": "../etc"}, says="tenant"),
+    "an invalid tenant name": Case(GOOD, 400, headers={"x-scope-orgid": "../etc"}, says="tenant"),
     "a tenant in upper case": Case(GOOD, 400, headers={"x-scope-orgid": "Acme"}, says="tenant"),
-    "a name of a tenant too long": Case(GOOD, 400, JSON, headers={"x-scope-orgid": "a" * 64}),
-    "a tenant never seen": Case(GOOD, 200, headers={"x-scope-orgid": "never-seen"}),
+    "a tenant name that is too long": Case(GOOD, 400, JSON, headers={"x-scope-orgid": "a" * 64}),
+    "a new tenant": Case(GOOD, 200, headers={"x-scope-orgid": "never-seen"}),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_each_answer_is_what_otlp_says(service: Running, case: Case) -> None:
+def test_responses_follow_otlp(service: Running, case: Case) -> None:
     answer = service.send(case.body, {"content-type": case.kind} | case.headers)
     assert answer.status_code == case.status
     assert answer.headers["content-type"] == case.kind
@@ -143,7 +143,7 @@ def test_each_answer_is_what_otlp_says(service: Running, case: Case) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "", "application/grpc"])
-def test_a_type_that_is_not_known(service: Running, kind: str) -> None:
+def test_an_unknown_content_type(service: Running, kind: str) -> None:
     answer = service.send(GOOD, {"content-type": kind})
     assert answer.status_code == 415
     assert "application/x-protobuf" in answer.json()["message"]
@@ -153,7 +153,7 @@ def test_a_type_that_is_not_known(service: Running, kind: str) -> None:
     ("trace_id", "span_id"),
     [(b"short", b"s" * 8), (b"t" * 17, b"s" * 8), (bytes(16), b"s" * 8), (b"t" * 16, b"s" * 7)],
 )
-def test_spans_with_wrong_ids_are_rejected_alone(
+def test_only_spans_with_invalid_ids_are_rejected(
     service: Running, trace_id: bytes, span_id: bytes
 ) -> None:
     request = a_trace(trace_id=trace_id, span_id=span_id)
@@ -165,14 +165,14 @@ def test_spans_with_wrong_ids_are_rejected_alone(
     assert partial.error_message
 
 
-def test_other_methods_and_places(service: Running) -> None:
+def test_other_methods_and_paths(service: Running) -> None:
     url = f"{service.ingest}/v1/traces"
     answer = httpx.get(url, trust_env=False)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert httpx.post(f"{service.ingest}/v1/logs", trust_env=False).status_code == 404
 
 
-def test_it_is_as_well_as_before(service: Running) -> None:
+def test_the_service_is_still_ready(service: Running) -> None:
     assert service.get("/readyz").status_code == 200
     refused = service.samples(service.api)
     assert refused['betrace_requests_refused_total{reason="undecodable"}'] > 0

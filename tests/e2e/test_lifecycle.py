@@ -1,4 +1,4 @@
-"""Start, reload, stop and start again of the real process."""
+"""Starting, reloading, stopping and restarting the real process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def loops(trace: int, spans: int = 4) -> tuple[bytes, str]:
-    """A trace that breaks ``too-many-spans``, and its id."""
+    """Return a trace that violates ``too-many-spans``, and its id."""
     request = ExportTraceServiceRequest()
     trace_id = trace.to_bytes(16, "big")
     inner = request.resource_spans.add().scope_spans.add().spans
@@ -35,7 +35,7 @@ def loops(trace: int, spans: int = 4) -> tuple[bytes, str]:
     return request.SerializeToString(), trace_id.hex()
 
 
-def test_sigterm_drains_and_a_new_start_knows_everything(tmp_path: Path) -> None:
+def test_sigterm_drains_and_a_restart_loses_nothing(tmp_path: Path) -> None:
     sent = []
     with running(tmp_path) as service:
         for number in range(1, 41):
@@ -43,8 +43,8 @@ def test_sigterm_drains_and_a_new_start_knows_everything(tmp_path: Path) -> None
             assert service.send(body).status_code == 200
             sent.append(trace_id)
         began = time.monotonic()
-        assert service.stop() == 0, "".join(service.log)  # while they are on their way
-        assert time.monotonic() - began < 10, "".join(service.log)  # not the whole grace
+        assert service.stop() == 0, "".join(service.log)  # while they are in flight
+        assert time.monotonic() - began < 10, "".join(service.log)  # less than the grace period
     assert not [line for line in service.log if "Traceback" in line], "".join(service.log)
     with running(tmp_path) as service:
 
@@ -58,7 +58,7 @@ def test_sigterm_drains_and_a_new_start_knows_everything(tmp_path: Path) -> None
 
 @contextmanager
 def begin(service: Running, length: int) -> Iterator[http.client.HTTPConnection]:
-    """A connection on which the head of a request with spans was sent."""
+    """A connection on which only the head of a request was sent."""
     connection = http.client.HTTPConnection(service.ingest.removeprefix("http://"), timeout=30)
     with closing(connection):
         connection.putrequest("POST", "/v1/traces")
@@ -68,7 +68,7 @@ def begin(service: Running, length: int) -> Iterator[http.client.HTTPConnection]
         yield connection
 
 
-def test_a_body_that_is_arriving_at_the_stop_is_waited_for(tmp_path: Path) -> None:
+def test_shutdown_waits_for_a_body_that_is_arriving(tmp_path: Path) -> None:
     slow, arrived = loops(1)
     kept, other = loops(2)
     assert len(slow) == len(kept)
@@ -96,7 +96,7 @@ def test_a_body_that_is_arriving_at_the_stop_is_waited_for(tmp_path: Path) -> No
         assert service.stop() == 0
 
 
-def test_a_body_that_never_arrives_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+def test_shutdown_does_not_wait_for_a_body_that_never_arrives(tmp_path: Path) -> None:
     with running(tmp_path, shutdown__grace_seconds="4") as service, begin(service, 1000) as never:
         never.send(b"x")
         time.sleep(0.2)
@@ -121,11 +121,11 @@ def test_sighup_reads_the_rules(tmp_path: Path) -> None:
         rules.write_text("rules: [{id: new-one, condition: 'fresh and'}]\n")
         service.process.send_signal(signal.SIGHUP)
         wait_for(lambda: any("more.yaml" in line for line in service.log))
-        assert there()  # its last good version
+        assert there()  # the last valid version
         assert service.stop() == 0
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     with running(tmp_path, shutdown__delay_seconds="60") as service:
         service.process.send_signal(signal.SIGTERM)
         wait_for(lambda: any("stopping" in line for line in service.log))
@@ -133,12 +133,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert service.process.wait(5) == 128 + signal.SIGINT
 
 
-def test_what_is_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_a_directory_or_port_in_use_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with running(tmp_path) as service:
         port = service.ingest.rpartition(":")[2]
         same_data = ["serve", "--data", str(tmp_path / "data")]
         same_port = ["serve", "--data", str(tmp_path / "other"), "--ingest", f"127.0.0.1:{port}"]
-        free = ["--api", "127.0.0.1:0", "--metrics", "off"]
+        free = ["--grpc", "127.0.0.1:0", "--api", "127.0.0.1:0", "--metrics", "off"]
         for arguments, said in (
             ([*same_data, "--ingest", "127.0.0.1:0"], "another data directory"),
             (same_port, "choose another port"),

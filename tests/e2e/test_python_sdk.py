@@ -1,4 +1,4 @@
-"""Traces of the real Python SDK, from its exporter to the API."""
+"""Traces sent by the Python SDK, from its exporter to the API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import format_span_id, format_trace_id
 
 from tests.support.process import Running, wait_for
@@ -22,10 +22,11 @@ def pay(
     check: bool = False,
     compression: Compression = Compression.NoCompression,
     tenant: str | None = None,
+    exporter: SpanExporter | None = None,
 ) -> tuple[str, list[str]]:
-    """Send a payment; the ids of its trace and of its spans, the root first."""
+    """Send a payment. Return its trace id and its span ids, the root first."""
     provider = TracerProvider(resource=Resource({"service.name": "bank"}), shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(
+    exporter = exporter or OTLPSpanExporter(
         f"{service.ingest}/v1/traces",
         compression=compression,
         headers={"x-scope-orgid": tenant} if tenant else None,
@@ -47,7 +48,7 @@ def pay(
 
 
 @pytest.mark.parametrize("compression", [Compression.NoCompression, Compression.Gzip])
-def test_a_breach_is_a_signal_at_the_api(service: Running, compression: Compression) -> None:
+def test_a_breach_becomes_a_signal(service: Running, compression: Compression) -> None:
     trace_id, (_, charge) = pay(service, 1000.5, compression=compression)
     (signal,) = wait_for(lambda: service.signals(trace_id))
     check = "payment.charge_card.where(amount > 1000)"
@@ -63,7 +64,7 @@ def test_a_breach_is_a_signal_at_the_api(service: Running, compression: Compress
     assert service.get(f"/api/v1/signals/{signal['id']}").json() == signal
 
 
-def test_a_trace_that_keeps_the_rules_has_no_signal(service: Running) -> None:
+def test_a_trace_without_breaches_has_no_signal(service: Running) -> None:
     trace_id, _ = pay(service, 5000, check=True)
     trace = service.trace(trace_id)
     assert trace["signals"] == service.signals(trace_id) == []
@@ -73,7 +74,7 @@ def test_a_trace_that_keeps_the_rules_has_no_signal(service: Running) -> None:
     }
 
 
-def test_the_trace_is_read_back_as_it_was_sent(service: Running) -> None:
+def test_a_trace_is_returned_as_it_was_sent(service: Running) -> None:
     trace_id, (root, charge) = pay(service, 1500, compression=Compression.Gzip)
     (signal,) = wait_for(lambda: service.signals(trace_id))
     trace = service.trace(trace_id)
@@ -101,14 +102,14 @@ def test_the_trace_is_read_back_as_it_was_sent(service: Running) -> None:
     assert trace_id in {row["trace_id"] for row in listed}
 
 
-def test_tenants_see_their_own(service: Running) -> None:
+def test_tenants_see_only_their_own_traces(service: Running) -> None:
     trace_id, _ = pay(service, 2000, tenant="acme")
     assert service.trace(trace_id, "acme")["signals"] == []  # it has no rules of its own
     assert service.get(f"/api/v1/traces/{trace_id}").status_code == 404
     assert service.get("/api/v1/rules", "acme").json()["rules"] == []
 
 
-def test_what_was_sent_is_counted_at_both_listeners(service: Running) -> None:
+def test_both_listeners_count_sent_spans(service: Running) -> None:
     before = service.samples(service.api)
     trace_id, _ = pay(service, 2000)
     wait_for(lambda: service.signals(trace_id))
@@ -120,7 +121,7 @@ def test_what_was_sent_is_counted_at_both_listeners(service: Running) -> None:
         assert after["betrace_spans_evaluated_total"] == after["betrace_span_ingestion_total"]
 
 
-def test_it_says_that_it_is_ready(service: Running) -> None:
+def test_readiness(service: Running) -> None:
     answer = service.get("/readyz")
     assert answer.status_code == 200
     assert {part["status"] for part in answer.json()["components"].values()} == {"ok"}

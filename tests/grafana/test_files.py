@@ -28,7 +28,8 @@ REQUIRED = """
     betrace_stage_last_progress_timestamp_seconds betrace_cache_requests_total
     betrace_cache_hit_ratio betrace_circuit_breaker_state betrace_circuit_breaker_calls_total
     betrace_signals_total betrace_open_traces betrace_trace_window_bytes betrace_dead_letters
-    betrace_fallback_pending betrace_active_tenants betrace_end_to_end_latency_seconds
+    betrace_rule_signals_total betrace_fallback_pending betrace_active_tenants
+    betrace_end_to_end_latency_seconds
     process_resident_memory_bytes process_cpu_seconds_total process_open_fds
 """
 
@@ -61,7 +62,7 @@ def test_the_dashboard_can_be_imported_unchanged():
     assert len(set(ids)) == len(ids)
     titles = [panel["title"] for panel in board["panels"] if panel["type"] == "row"]
     wanted = ["Ingestion", "Pipeline", "Storage", "Breakers", "Caches", "Tenants", "Process"]
-    assert titles == ["At a glance", *wanted]
+    assert titles == ["At a glance", "Rules", *wanted]
 
 
 def test_panels_do_not_overlap():

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from perf import everything, fuzz_wire, generator, memory, summary
+from perf import everything, fuzz_json, fuzz_wire, generator, grpc_attacks, memory, summary
 from perf.generator import Generator, Load
 from perf.lib import bench_ledger, workload
 from perf.lib.target import GeneratorProcess, Service, service
@@ -239,6 +239,11 @@ def test_fuzz_wire_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> No
     assert "40 cases" in capsys.readouterr().out
 
 
+def test_fuzz_json_finds_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz_json.main(["--cases", "40"])
+    assert "40 cases" in capsys.readouterr().out
+
+
 def test_everything_runs_all_steps_and_lists_failures(
     tiny: Programs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,13 +294,17 @@ def target() -> Any:
     ],
     ids=["json", "gzip", "traces over requests"],
 )
+@pytest.mark.parametrize("grpc", [False, True])
 def test_the_generator_counts_as_the_service_does(
-    target: Service, shape: Shape, bodies: int, monkeypatch: pytest.MonkeyPatch
+    target: Service, shape: Shape, bodies: int, grpc: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if grpc and shape.encoding == "json":
+        pytest.skip("gRPC has no JSON")
     # As in a separate process, use trace ids that no other generator has.
     monkeypatch.setattr(workload, "_FIRST", np.uint64(secrets.randbits(48)))
     before = target.settle(1)
-    load = Load(f"{target.ingest}/v1/traces", connections=4, seconds=0.4, warm_up=0.1, rate=4000)
+    url = target.grpc.replace("http", "grpc") if grpc else f"{target.ingest}/v1/traces"
+    load = Load(url, connections=4, seconds=0.4, warm_up=0.1, rate=4000)
     result = Generator(load, shape, make_bodies(shape, bodies)).run()
     after = target.settle(1)
     assert result.failures == 0
@@ -310,7 +319,7 @@ def test_the_generator_counts_as_the_service_does(
     [
         (["--connections", "9", "--bodies", "3"], "9 connections need as many bodies"),
         (["--connections", "999999", "--bodies", "999999"], "files that a process may open"),
-        (["--url", "http://example.com/v1/traces"], "only to http:// on this machine's loopback"),
+        (["--url", "http://example.com/v1/traces"], "grpc:// on this machine's loopback"),
     ],
 )
 def test_the_generator_explains_why_it_cannot_start(
@@ -325,6 +334,12 @@ def test_the_generator_explains_why_it_cannot_start(
         generator.main()
     assert raised.value.code == 2
     assert why in capsys.readouterr().err
+
+
+def test_attacks_are_cut_off(target: Service) -> None:
+    for name in ("PING flood", "rapid reset", "HPACK bomb"):
+        connections, *_ = grpc_attacks.measure(target, grpc_attacks.ATTACKS[name], 0.5)
+        assert int(connections) > 1, name
 
 
 def test_there_are_bodies_for_hundreds_of_connections() -> None:

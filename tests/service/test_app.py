@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 
 import pytest
@@ -10,6 +11,7 @@ import trio
 from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.pipeline.request import Done
+from betrace.service.storage.spanlog.log import LogSyncError
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
 
@@ -27,7 +29,7 @@ async def test_it_is_ready_only_while_it_runs(config):
         assert components(service.sources)["service"]["status"] == "starting"
         async with trio.open_nursery() as nursery:
             addresses = await nursery.start(service.run)
-            assert (addresses.ingest, addresses.api, addresses.metrics) == (None, None, None)
+            assert set(dataclasses.astuple(addresses)) == {None}
             assert service.sources.ready
             assert components(service.sources)["service"]["status"] == "ok"
             service.stop()
@@ -47,14 +49,15 @@ async def test_readiness_ends_before_the_drain(tmp_path):
 
 async def test_listeners_have_addresses(tmp_path):
     anywhere = {"address": "127.0.0.1:0"}
-    config = settings(tmp_path, ingest=anywhere, api=anywhere, metrics=anywhere)
+    ingest = anywhere | {"grpc_address": "127.0.0.1:0"}
+    config = settings(tmp_path, ingest=ingest, api=anywhere, metrics=anywhere)
     with ExitStack() as stack:
         service = open_service(config, stack)()
         async with trio.open_nursery() as nursery:
             addresses = await nursery.start(service.run)
-            urls = {addresses.ingest, addresses.api, addresses.metrics}
-            assert len(urls) == 3
-            assert all(url is not None and url.startswith("http://127.0.0.1:") for url in urls)
+            urls = set(dataclasses.astuple(addresses))
+            assert len(urls) == 4
+            assert all(url.startswith("http://127.0.0.1:") for url in urls)
             service.stop()
         service.close()
 
@@ -112,8 +115,12 @@ async def test_a_wrong_rule_file_is_reported_and_the_old_rules_stay_in_force(
 
 async def test_a_disk_that_does_not_sync_is_reported(config, monkeypatch):
     async with running(config) as service:
-        service.pipeline.sync.failures = 1
+        sync, error = service.pipeline.sync, LogSyncError(["default"], OSError("away"))
+        sync._note(error)
         assert components(service.sources)["span-log"]["status"] == "degraded"
+        sync._note(None)
+        assert components(service.sources)["span-log"]["status"] == "ok"
+        assert "1 sync failures" in components(service.sources)["span-log"]["detail"]
 
 
 async def test_a_stage_that_is_paused_or_stalls_is_reported(tmp_path):
@@ -156,3 +163,10 @@ async def test_open_traces_continue_after_a_restart(tmp_path):
         assert service.tools.performance.metrics()["signalsRaised"] == 1
         found = await trio.to_thread.run_sync(service.store.find_traces, "default", [TRACE.hex()])
         assert found[TRACE.hex()].spans == 2
+
+
+async def test_a_new_data_directory_has_a_rules_directory_and_no_problems(tmp_path):
+    config = settings(tmp_path, rules={"directory": ""})
+    async with running(config) as service:
+        assert components(service.sources)["rules"]["status"] == "ok"
+    assert (config.storage.path / "rules").is_dir()

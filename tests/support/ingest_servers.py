@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from betrace.service.config.edge import Ingest, Tls
 from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import serve_ingest
 from betrace.service.tenancy.quotas import SpanQuotas
 from tests.support.http_requests import ScriptedQueue, Served
@@ -39,20 +40,24 @@ class Listening(Served):
 async def listening(
     queue: ScriptedQueue | None = None,
     *,
+    grpc: bool = False,
     tls: Tls | None = None,
     grace_seconds: float = 2,
     address: str = "127.0.0.1:0",
     authenticator=None,
     **settings,
 ) -> AsyncIterator[Listening]:
-    """The listener on a free port while the context is open. Fails if it does not end within
-    10 seconds after that, or if memory stays reserved."""
+    """The listener, of HTTP or ``grpc``, on a free port while the context is open. Fails if it does
+    not end within 10 seconds after that, or if memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
     edge = Edge(ingest, queue, SpanQuotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
     start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
+    if grpc:
+        ingest = ingest.model_copy(update={"grpc_address": address})
+        start = partial(serve_grpc, edge, ingest, shutdown, **options)
     async with trio.open_nursery() as nursery:
         served = Listening(await nursery.start(start), shutdown, edge=edge, queue=queue)
         try:

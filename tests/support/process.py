@@ -43,6 +43,7 @@ class Running:
     def __init__(self, process: subprocess.Popen[str], urls: dict[str, str | None]) -> None:
         self.process = process
         self.ingest = f"{urls['ingest']}"
+        self.grpc = f"{urls['grpc']}"
         self.api = f"{urls['api']}"
         self.metrics = f"{urls['metrics']}"
         self.log: list[str] = []
@@ -114,7 +115,7 @@ def running(directory: Path, *options: str, **settings: str) -> Iterator[Running
         rules.mkdir(parents=True)
         (rules / "payments.yaml").write_text(RULES)
     arguments = ["serve", "--json", "--data", str(directory / "data"), "--rules", str(rules)]
-    for listener in ("ingest", "api", "metrics"):
+    for listener in ("ingest", "grpc", "api", "metrics"):
         arguments += [f"--{listener}", "127.0.0.1:0"]
     process = subprocess.Popen(
         command(*arguments, *options),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from betrace.service.otlp.columns import Rows
-from betrace.service.pipeline.recovery.read_back import ReadBack
+from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog

@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from betrace.channels import Breaker, BreakerSettings, ThreadRunner
+from betrace.channels import Breaker, BreakerOptions, ThreadRunner
 from betrace.service.pipeline.breakers import PoisonError
 from betrace.service.pipeline.fallback import GuardedStore
 from betrace.service.storage.fallback_files import FallbackFiles
 from tests.support.failing_stores import signal
 
-LIMITS = BreakerSettings(window=4, minimum_calls=4, open_for=15.0, timeout=5.0, trial_calls=2)
+LIMITS = BreakerOptions(window=4, minimum_calls=4, open_for=15.0, timeout=5.0, trial_calls=2)
 
 
 class StageOverStore:

@@ -360,6 +360,8 @@ def piloted(
             for name, value in api.items():
                 setattr(fake, name, value)
             app = fake.app(read_only)
+            notify = app.notify  # toasts stay, however long the machine takes
+            app.notify = lambda *args, **more: notify(*args, **more | {"timeout": 600})
             async with (
                 asyncio.timeout(PATIENCE),
                 app.run_test(size=size, notifications=True) as pilot,

@@ -23,7 +23,7 @@ def signal(number: int, **more: Any) -> dict[str, Any]:
         "early": False,
         "counts": {"charge.where(amount > 1000)": 1, "fraud_check": 0},
         "evidence": {"charge.where(amount > 1000)": ["00000000000000a3"]},
-        "message": f"Payments over 1000 are checked: 'always' does not hold ({number})",
+        "message": f"Payments over 1000 are checked: missing: fraud_check ({number})",
         "labels": {"team": "payments"},
         "reason": None,
         "context": None,
@@ -112,6 +112,8 @@ def rule(identity: str, **more: Any) -> dict[str, Any]:
         "condition": "when   { charge.where(amount > 1000) }\nalways { fraud_check }\n",
         "version": "566b9383915a782e",
         "etag": f'"{identity}-1"',
+        "editable": True,
+        "source": f"default/{identity}.yaml",
         "active_signals": 12,
         **more,
     }
@@ -121,7 +123,13 @@ def rules() -> list[dict[str, Any]]:
     slow = '// slow\n"POST /checkout".where(span:duration >= 1s)\n'
     return [
         rule("fraud-check"),
-        rule("retries", severity="high", condition="never { count(attempt) > 4 }"),
+        rule(
+            "retries",
+            severity="high",
+            condition="never { count(attempt) > 4 }",
+            editable=False,
+            source="shop.yaml",
+        ),
         rule("slow-checkout", severity="medium", enabled=False, condition=slow),
     ]
 
@@ -216,7 +224,8 @@ def _done(method: str, path: str, name: str) -> Any:
         return {"valid": True, "errors": []}
     if path == "/api/v1/rules/test":
         given = signal(1)
-        return {"breach": True, "clause": "always"} | {n: given[n] for n in ("counts", "evidence")}
+        verdict = {"breach": True, "clause": "always", "message": "missing: fraud_check"}
+        return verdict | {n: given[n] for n in ("counts", "evidence")}
     if path.startswith("/api/v1/rules/"):
         return rule(name) if method == "PUT" else {}
     if path == "/api/admin/dead-letters/retry":

@@ -13,6 +13,7 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 
 from betrace.tui.widgets.grid import Grid
+from tests.support.examples import examples
 from tests.support.tui_fake import until
 
 HEIGHT = 10
@@ -170,7 +171,7 @@ async def test_wide_characters_take_two_columns(grid, pilot):
 KEYS = st.lists(st.sampled_from([f"k{n}" for n in range(60)]), unique=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.lists(st.tuples(KEYS, st.integers(0, 59)), min_size=1, max_size=6))
 def test_any_sequence_of_updates_shows_the_requested_rows(steps):
     async def drive() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
 from textual.command import CommandPalette
 from textual.events import Key
 from textual.widgets import Input
@@ -128,11 +127,10 @@ DETAILS = [
 ]
 
 
-@pytest.mark.parametrize(("number", "keys", "title", "text"), DETAILS)
-def test_enter_opens_and_escape_goes_back(number, keys, title, text):
-    @piloted()
-    async def run(pilot, api):
-        app = pilot.app
+@piloted()
+async def test_enter_opens_and_escape_goes_back(pilot, api):
+    app = pilot.app
+    for number, keys, title, text in DETAILS:
         await pilot.press(number, *keys)
         await pilot.pause()
         assert isinstance(app.screen, Detail)
@@ -141,8 +139,6 @@ def test_enter_opens_and_escape_goes_back(number, keys, title, text):
         api.publish()  # live updates must not close it
         await pilot.press("j", "k", "G", "g", "escape")
         assert len(app.screen_stack) == 1
-
-    run()
 
 
 @piloted()
@@ -308,15 +304,10 @@ async def test_the_focused_button_of_a_question_stands_out(pilot, api):
     assert (cancel.styles.background, confirm.styles.background) == (other, focused)
 
 
-@pytest.mark.parametrize("number", range(1, len(PANELS) + 1))
-def test_the_footer_fits_80_columns(number):
-    @piloted()
-    async def run(pilot, api):
+@piloted()
+async def test_the_footers_fit_80_columns(pilot, api):
+    for number in range(1, len(PANELS) + 1):
         await pilot.press(str(number))
-        await pilot.pause(0.1)
+        await until(lambda: screen_text(pilot.app).rstrip().endswith("q Quit"))
         footer = screen_text(pilot.app).splitlines()[-1]
-        assert footer.endswith("q Quit")
-        if number < 9:
-            assert "⏎ Open" in footer
-
-    run()
+        assert ("⏎ Open" in footer) == (number < 9)

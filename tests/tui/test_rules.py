@@ -19,15 +19,59 @@ async def test_rules_are_listed_with_their_signals(pilot, api):
     await pilot.press("6")
     await until(lambda: "fraud-check" in screen_text(pilot.app))
     text = screen_text(pilot.app)
-    assert "3 rules, 2 enabled  9 signals in the last hour" in text
+    assert "3 rules, 2 enabled, ▪ 1 in files  9 signals in the last hour" in text
     line = next(line for line in text.splitlines() if "fraud-check" in line)
     assert line.split()[:7] == ["●", "on", "fraud-check", "✖", "critical", "12", "7"]
-    assert "○ off slow-checkout" in text
+    assert "○ off   slow-checkout" in text
     await pilot.press("enter")
     await pilot.pause()
     assert "when   { charge.where(amount > 1000) }" in screen_text(pilot.app)
     assert "team=payments" in screen_text(pilot.app)
     await pilot.press("escape")
+
+
+@piloted()
+async def test_a_rule_of_a_file_is_marked_and_cannot_be_changed(pilot, api):
+    await pilot.press("6")
+    await until(lambda: "▪ retries" in screen_text(pilot.app))
+    screen = pilot.app.screen
+    await pilot.press("down")
+    await pilot.pause()
+    assert footer(screen) == {"Edit": False, "On/off": False, "Delete": False, "Add": True}
+    before = len(api.requests)
+    await pilot.press("E", "X", "D")
+    await pilot.pause()
+    assert pilot.app.screen is screen
+    assert not [each for each in api.requests[before:] if "/rules/retries" in each.url.path]
+    await pilot.press("enter")
+    await pilot.pause()
+    assert "shop.yaml: written by hand, edit it there" in screen_text(pilot.app)
+    await pilot.press("escape", "question_mark")
+    await pilot.pause()
+    assert "Edit: edit the rule (disabled: not for this row)" in screen_text(pilot.app)
+    await pilot.press("escape", "up")
+    await pilot.pause()
+    assert footer(screen) == {"Edit": True, "On/off": True, "Delete": True, "Add": True}
+
+
+@piloted()
+async def test_a_rule_that_has_moved_to_a_file_is_not_changed(pilot, api):
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    moved = records.rule("fraud-check", editable=False, source="shop.yaml")
+    api.routes["GET", "/api/v1/rules/fraud-check"] = moved
+    await pilot.press("X")
+    await until(lambda: bool(toasts(pilot.app)))
+    assert toasts(pilot.app) == [("✖ refused", "fraud-check is in the file shop.yaml")]
+
+
+def footer(screen):
+    """Whether each key in the footer that concerns a rule is enabled."""
+    return {
+        each.binding.description: each.enabled
+        for each in screen.active_bindings.values()
+        if each.binding.description in ("Edit", "On/off", "Delete", "Add")
+    }
 
 
 async def edited(pilot, key="E"):

@@ -104,7 +104,7 @@ async def test_a_signal_opens_with_its_trace_and_marked_spans(pilot, api):
     assert isinstance(pilot.app.screen, Detail)
     lines = screen_text(pilot.app).splitlines()
     text = "\n".join(lines)
-    assert "always is violated" in text
+    assert "missing: fraud_check (5)" in text
     assert "◆a     1  charge.where(amount > 1000)" in text
     spans = [line for line in lines if "█" in line]
     marked = [line for line in spans if "◆" in line]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from textual.content import Content
 
 from betrace.tui.base import BaseApp
@@ -42,7 +40,6 @@ class SignalText(CachedText):
                 ),
             ),
             ("message", str(signal.get("message", ""))),
-            ("clause", clause_text(signal.get("clause"))),
         ]
         if signal.get("reason"):
             facts.append(("reason", str(signal["reason"])))
@@ -88,7 +85,7 @@ class VerdictText(CachedText):
         breach = bool(verdict.get("breach"))
         result = marked("violated", "bad") if breach else marked("not violated", "good")
         lines = [
-            fields(("verdict", result), ("clause", clause_text(verdict.get("clause")))),
+            fields(("verdict", result), ("reason", str(verdict.get("message") or NONE))),
             Content(""),
             counts_text(mapping(verdict.get("counts")), evidence),
             Content(""),
@@ -122,11 +119,6 @@ def show_signal(app: BaseApp, signal: Json) -> None:
             detail.show(app.state)
 
     app.start(read, "detail")
-
-
-def clause_text(clause: Any) -> str:
-    """The clause of the rule that is violated."""
-    return f"{clause} is violated" if clause else NONE
 
 
 def counts_text(counts: Json, evidence: Json) -> Content:

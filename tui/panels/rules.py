@@ -26,13 +26,17 @@ FIELDS = ("name", "description", "severity", "labels", "condition")
 """The fields that a rule is saved with, besides ``enabled``."""
 
 
+FILE = "▪"
+"""Marks rules in files written by hand."""
+
+
 class RulesPanel(TenantListPanel):
     TITLE = "Rules"
     EMPTY = "No rules yet. Press A to write one."
     RELOAD = 10.0
 
     COLUMNS = (
-        Column("enabled", "state", 5),
+        Column("enabled", "state", 7),
         Column("id", "rule", 28, narrow=20),
         Column("severity", "severity", 10),
         Column("active", "active", 6, right=True),
@@ -54,6 +58,7 @@ class RulesPanel(TenantListPanel):
         self._rules: dict[str, Json] = {}
         self._raised: Json = {}
         self._total: tuple[int, int] = (0, 0)
+        self._could_change = True
 
     async def read(self) -> None:
         client = self.betrace.client
@@ -67,10 +72,12 @@ class RulesPanel(TenantListPanel):
 
     def head(self) -> Sequence[Part]:
         enabled = sum(bool(rule.get("enabled")) for rule in self._rules.values())
+        in_files = sum(not _editable(rule) for rule in self._rules.values())
         raised, retracted = self._total
         return [
             self.tenant_label,
             f"  {many(len(self._rules), 'rule')}, {count(enabled)} enabled",
+            f", {FILE} {count(in_files)} in files" if in_files else "",
             f"  {many(raised, 'signal')} in the last hour, {count(retracted)} retracted",
         ]
 
@@ -84,7 +91,10 @@ class RulesPanel(TenantListPanel):
             yield Row(
                 identity,
                 (
-                    Cell("● on" if on else "○ off", "good" if on else "quiet"),
+                    Cell(
+                        f"{'● on ' if on else '○ off'}{'' if _editable(rule) else f' {FILE}'}",
+                        "good" if on else "quiet",
+                    ),
                     Cell(identity),
                     Cell(grade, tone, rank),
                     Cell(number(active), order=active or 0),
@@ -116,6 +126,7 @@ class RulesPanel(TenantListPanel):
                     ("severity", toned(*severity(str(rule.get("severity", ""))))),
                     ("labels", ", ".join(f"{k}={v}" for k, v in labels.items()) or NONE),
                     ("version", str(rule.get("version", ""))),
+                    ("file", _source(rule)),
                     ("active signals", count(rule.get("active_signals"))),
                     ("in the last hour", count(self._raised.get(key, 0))),
                 ),
@@ -125,6 +136,30 @@ class RulesPanel(TenantListPanel):
         )
 
     # Keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Disable changes of a rule that is in a file."""
+        if action in _CHANGES and not self._can_change:
+            return None
+        return super().check_action(action, parameters)
+
+    @property
+    def _can_change(self) -> bool:
+        rule = self._rule
+        return rule is None or _editable(rule)
+
+    def show(self, state: ServiceState) -> None:
+        super().show(state)
+        self._show_keys()
+
+    def on_data_table_row_highlighted(self) -> None:
+        self._show_keys()
+
+    def _show_keys(self) -> None:
+        """Show in the footer which keys are disabled for the rule under the cursor."""
+        if self._can_change != self._could_change:
+            self._could_change = self._can_change
+            self.refresh_bindings()
 
     def action_test(self) -> None:
         rule = self._rule
@@ -194,9 +229,22 @@ class RulesPanel(TenantListPanel):
             except ClientError:
                 self.betrace.reload()
                 raise
+            if not _editable(rule):
+                raise ClientError("refused", f"{identity} is in the file {rule.get('source')}")
             await use(rule)
 
         self.betrace.start(self.betrace.reporting(read), "ask")
 
 
+def _editable(rule: Json) -> bool:
+    """Whether the API may change the rule; rules in hand-written files change only there."""
+    return bool(rule.get("editable", True))
+
+
+def _source(rule: Json) -> str:
+    source = str(rule.get("source") or NONE)
+    return source if _editable(rule) else f"{FILE} {source}: written by hand, edit it there"
+
+
 _STATES = {True: "enabled", False: "disabled"}
+_CHANGES = ("change_edit", "change_toggle", "change_delete")

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.events import Hide
 
 from betrace.tui.client import ClientError
-from betrace.tui.format import NONE, moment, short_date
+from betrace.tui.format import moment, short_date
 from betrace.tui.json_values import Json, objects
 from betrace.tui.panels.evidence import show_signal
 from betrace.tui.state import ServiceState
@@ -41,7 +41,6 @@ class SignalsPanel(TenantListPanel):
         Column("status", "status", 11, narrow=1),
         Column("rule", "rule", 28, narrow=18),
         Column("message", "message", 20, flex=True),
-        Column("clause", "clause", 7, shown_from=120),
         Column("trace", "trace", 32, shown_from=160),
     )
 
@@ -265,7 +264,6 @@ def _row(signal: Json) -> Row:
             Cell(f"{SYMBOLS[tone]} {status}", tone),
             Cell(str(signal.get("rule_id", ""))),
             Cell(" ".join(str(signal.get("message", "")).split())),
-            Cell(str(signal.get("clause") or NONE)),
             Cell(str(signal.get("trace_id", ""))),
         ),
     )

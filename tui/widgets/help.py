@@ -69,7 +69,8 @@ class Help(ModalScreen[None]):
         if binding.tooltip:
             text += f": {binding.tooltip[0].lower()}{binding.tooltip[1:]}"
         if self._panel.check_action(binding.action.partition("(")[0], ()) is None:
-            text += " (disabled: read-only)"
+            why = "read-only" if self._panel.betrace.read_only else "not for this row"
+            text += f" (disabled: {why})"
         return _keys(self.app.get_key_display(binding), text)
 
     def action_scroll(self, where: str) -> None:

@@ -8,7 +8,7 @@ from betrace.channels import ThreadTimeout
 from betrace.service.api.components import components
 from betrace.service.api.endpoint import Answer, Call, Endpoints
 from betrace.service.api.errors import ApiError
-from betrace.service.api.metrics.listener import EXPOSITION_TYPE
+from betrace.service.api.metrics.exposition import TEXT_TYPE, media_type
 
 endpoints = Endpoints("Health", access="none")
 
@@ -41,12 +41,14 @@ async def get_ready(call: Call) -> Any:
     "/metrics",
     "Metrics in Prometheus' text format",
     answers={200: "The metrics", 503: "The disk did not answer in time"},
-    media_type=EXPOSITION_TYPE,
+    media_type=TEXT_TYPE,
     access="scrape",
 )
 async def get_exposition(call: Call) -> Any:
+    """With `Accept: application/openmetrics-text`, as OpenMetrics with exemplars."""
+    accepted = media_type(call.headers.get("accept", ""))
     try:
-        return Answer(await call.tools.exposition.scrape(), media_type=EXPOSITION_TYPE)
+        return Answer(await call.tools.exposition.scrape(accepted), media_type=accepted)
     except ThreadTimeout as error:
         raise ApiError(
             503,

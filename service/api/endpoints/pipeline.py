@@ -14,14 +14,23 @@ endpoints = Endpoints("Administration", access="operator")
 
 
 def pipeline_state(sources: Sources) -> dict[str, Any]:
-    """``ingestion``, ``drained``, ``waiting`` and ``stages``."""
+    """``ingestion``, ``drained``, ``waiting``, ``backlog`` and ``stages``."""
     pipeline = sources.pipeline
     sizes = {name: queue.send.statistics().size for name, queue in pipeline.queues.items()}
     waiting = {name: size for name, size in sizes.items() if size}
     return {
         "ingestion": sources.edge.state,
-        "drained": not waiting,
+        "drained": not waiting and not len(pipeline.correlate.backlog),
         "waiting": waiting,
+        "backlog": {
+            tenant: {
+                "spans": line.spans,
+                "bytes": line.nbytes,
+                "seconds": round(line.seconds, 3),
+                "cpuSeconds": round(line.cpu_seconds, 3),
+            }
+            for tenant, line in pipeline.correlate.backlog.shown().items()
+        },
         "stages": {
             name: "paused" if stage.paused else "working" for name, stage in pipeline.stages.items()
         },
@@ -32,10 +41,14 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
     "GET",
     "/api/admin/pipeline",
     "Whether spans are accepted, and what is in progress",
-    answers={200: '`{"ingestion": open, paused or draining, "drained", "waiting", "stages"}`'},
+    answers={
+        200: '`{"ingestion": open, paused or draining, "drained", "waiting", "backlog", "stages"}`'
+    },
 )
 async def get_pipeline(call: Call) -> Any:
-    """`waiting` is the size of each channel that is not empty, in the unit of the channel."""
+    """`waiting` is the size of each channel that is not empty, in the unit of the channel.
+    `backlog` are the tenants whose spans wait because they used up their CPU time: how many, since
+    when, and the CPU time they had meanwhile."""
     return pipeline_state(call.tools.sources)
 
 
@@ -79,5 +92,7 @@ async def drain_pipeline(call: Call) -> Any:
     with trio.move_on_after(call.params["wait"]):
         for stage in sources.pipeline.stages.values():  # in the order of the channels
             await stage.drained()
+            if stage.name == "trace-correlation":
+                await sources.pipeline.correlate.worked_off()
     found = pipeline_state(sources)
     return Answer(found, 200 if found["drained"] else 202)

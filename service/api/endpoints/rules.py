@@ -23,8 +23,12 @@ from betrace.service.rules.definition import (
 )
 from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.parse import parse
+from betrace.service.rules.store import RuleNotFoundError
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.triage import Mute
+from betrace.service.times import SECOND, read_duration, write_time
+from betrace.service.traces.slices import CpuSlice
 from betrace.service.traces.trial import Trial, TrialError
 
 endpoints = Endpoints("Rules")
@@ -40,6 +44,9 @@ RULE_ID = Param(
 )
 _TAGS = re.compile(r'"[^"]+"(\s*,\s*"[^"]+")*')
 _FOREVER = 2**63 - 1
+_LONGEST_MUTE = 366 * 86_400 * SECOND
+_LONGEST_REASON = 500
+TRIAL_SECONDS = 3.0  # of processor time
 _TEXT = {"type": "string"}
 RULE_SCHEMA = {
     "type": "object",
@@ -61,12 +68,31 @@ _OPTIONAL = {"id": str, "name": str, "description": str, "severity": str} | {
 }
 
 
-def _tagged(rule: Rule, status: int = 200) -> Answer:
-    return Answer(_rule_json(rule), status, headers={"etag": etag(rule)})
+def _tagged(call: Call, rule: Rule, status: int = 200) -> Answer:
+    shown = _rule_json(call.tools, call.tenant, rule)
+    return Answer(shown, status, headers={"etag": etag(rule)})
 
 
-def _rule_json(rule: Rule) -> dict[str, Any]:
-    return {**rule.definition(), "version": rule.version, "etag": etag(rule)}
+def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
+    try:
+        source, editable = tools.sources.rules.source(tenant, rule.id)
+    except RuleNotFoundError:  # it was deleted in the meantime
+        source, editable = None, False
+    return {
+        **rule.definition(),
+        "version": rule.version,
+        "etag": etag(rule),
+        "editable": editable,
+        "source": source,
+        "muted": _mute_json(tools.triage.current_mute(tenant, rule.id)),
+    }
+
+
+def _mute_json(mute: Mute | None) -> dict[str, Any] | None:
+    if mute is None:
+        return None
+    times = {"since": write_time(mute.since_ns), "until": write_time(mute.until_ns)}
+    return {**times, "reason": mute.reason, "by": mute.by}
 
 
 @contextmanager
@@ -93,8 +119,10 @@ def _if_match(call: Call) -> str | None:
 
 @endpoints.add("GET", "/api/v1/rules", "The tenant's rules", answers={200: '`{"rules": […]}`'})
 async def list_rules(call: Call) -> Any:
-    """Sorted by id. Each has `version` (a hash of its condition), `etag` and `active_signals` (the
-    number of active signals; null while the store is unavailable)."""
+    """Sorted by id. Each has `version` (a hash of its condition), `etag`, `source` (its file in the
+    rule directory), `editable` (false for files written by hand, which only change on disk),
+    `muted` (null, or `since`, `until`, `reason` and `by`) and `active_signals` (the number of
+    active signals; null while the store is unavailable)."""
     return {"rules": await call.blocking(_rules, call.tools, call.tenant)}
 
 
@@ -106,7 +134,9 @@ def _rules(tools: Tools, tenant: str) -> list[dict[str, Any]]:
             active[row.rule_id] = row.raised - row.retracted + (active.get(row.rule_id) or 0)
     except (StoreError, PoolTimeout):  # the rules are files and can still be listed
         active = dict.fromkeys(active)
-    return [{**_rule_json(rule), "active_signals": active[rule.id]} for rule in rules]
+    return [
+        {**_rule_json(tools, tenant, rule), "active_signals": active[rule.id]} for rule in rules
+    ]
 
 
 @endpoints.add(
@@ -117,7 +147,7 @@ def _rules(tools: Tools, tenant: str) -> list[dict[str, Any]]:
     answers={200: "The rule; its `ETag` changes when the rule does", 404: "There is no such rule"},
 )
 async def get_rule(call: Call) -> Any:
-    return _tagged(call.tools.sources.rules.rule(call.tenant, call.params["id"]))
+    return _tagged(call, call.tools.sources.rules.rule(call.tenant, call.params["id"]))
 
 
 @endpoints.add(
@@ -149,7 +179,7 @@ async def put_rule(call: Call) -> Any:
     put, if_match = call.tools.rule_writer.put, _if_match(call)
     with _disk_errors():
         saved, created = await call.blocking(put, call.tenant, rule_id, rule, if_match)
-    return _tagged(saved, 201 if created else 200)
+    return _tagged(call, saved, 201 if created else 200)
 
 
 @endpoints.add(
@@ -172,6 +202,60 @@ async def delete_rule(call: Call) -> Any:
         raise ApiError(428, "If-Match was not sent", "send the ETag of the rule, or If-Match: *")
     with _disk_errors():
         await call.blocking(call.tools.rule_writer.delete, call.tenant, call.params["id"], if_match)
+    return Answer(b"", 204)
+
+
+@endpoints.add(
+    "PUT",
+    "/api/v1/rules/{id}/mute",
+    "Mute a rule for a time",
+    path_params=(RULE_ID,),
+    body={
+        "type": "object",
+        "required": ["for", "reason"],
+        "properties": {"for": {**_TEXT, "example": "2h"}, "reason": _TEXT},
+    },
+    answers={200: '`{"since", "until", "reason", "by"}`', 404: "There is no such rule"},
+)
+async def mute_rule(call: Call) -> Any:
+    """Signals of a muted rule are recorded and shown as muted, and are not sent to webhooks. `for`
+    is a duration of up to 366 days; a new mute replaces the current one. `by` is the name in
+    `X-Operator`, or the tenant. The audit log records who muted what."""
+    rule_id, given = call.params["id"], call.json({"for": str, "reason": str}, {})
+    call.tools.sources.rules.rule(call.tenant, rule_id)
+    try:
+        duration = read_duration(given["for"])
+    except ValueError as error:
+        raise ApiError(400, f"for {error}", "send for example 2h") from None
+    reason = given["reason"].strip()
+    if not 0 < duration <= _LONGEST_MUTE:
+        raise ApiError(400, "for must be more than 0 and at most 366d", "choose another time")
+    if not 0 < len(reason) <= _LONGEST_REASON:
+        raise ApiError(
+            400, f"reason must have 1 to {_LONGEST_REASON} characters", "say why it is muted"
+        )
+    who = call.person()
+    target = {"tenant": call.tenant, "rule": rule_id, "for": given["for"], "reason": reason}
+    await call.tools.audit.note(who, "rule.mute", target)
+    mute = call.tools.triage.mute
+    return _mute_json(await call.blocking(mute, call.tenant, rule_id, duration, reason, who.name))
+
+
+@endpoints.add(
+    "DELETE",
+    "/api/v1/rules/{id}/mute",
+    "End the mute of a rule",
+    path_params=(RULE_ID,),
+    answers={204: "The rule is no longer muted", 404: "The rule is not muted"},
+)
+async def unmute_rule(call: Call) -> Any:
+    """The audit log records who ended it."""
+    rule_id = call.params["id"]
+    if call.tools.triage.current_mute(call.tenant, rule_id) is None:
+        raise ApiError(404, f"the rule '{rule_id}' is not muted", "nothing was changed")
+    target = {"tenant": call.tenant, "rule": rule_id}
+    await call.tools.audit.note(call.person(), "rule.unmute", target)
+    await call.blocking(call.tools.triage.unmute, call.tenant, rule_id)
     return Answer(b"", 204)
 
 
@@ -208,9 +292,9 @@ async def validate_rule(call: Call) -> Any:
         },
     },
     answers={
-        200: '`{"breach", "clause", "counts", "evidence"}`; `clause` is null without a breach. '
-        "Of a broken rule with `for each`, also `groups`; of one that could not be judged, "
-        "`undecided`: the reason",
+        200: '`{"breach", "clause", "counts", "evidence", "message"}`; `clause` and `message` '
+        "are null without a breach. Of a broken rule with `for each`, also `groups`; of one that "
+        "could not be judged, `undecided`: the reason",
         400: "The condition has errors (`error.errors`), or the trace cannot be read",
     },
 )
@@ -221,7 +305,8 @@ async def test_rule(call: Call) -> Any:
 
 
 def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
-    trial = Trial(compile_rules([make_rule({"id": "trial", "condition": condition})]))
+    rules = compile_rules([make_rule({"id": "trial", "condition": condition})])
+    trial = Trial(rules, cpu=CpuSlice(TRIAL_SECONDS))
     try:
         trial.add(to_protobuf(trace))
         (verdict,) = trial.verdicts()

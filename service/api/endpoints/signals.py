@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,16 @@ from betrace.service.api.params import (
 )
 from betrace.service.api.rendering import signal_json, stored_signal_json, trace_row_json
 from betrace.service.rules.definition import SEVERITIES
-from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.duck.queries import SignalFilter, StoredSignal
 from betrace.service.storage.duck.search import TraceFilter
+from betrace.service.storage.triage import Acknowledgement
 from betrace.service.times import SECOND, read_duration, read_time, write_time
 
 endpoints = Endpoints("Signals and traces")
 
 STATUSES = ("active", "retracted")
 MAX_BUCKETS = 1000
+MAX_NOTE = 500
 
 RULE = Param("rule", "Only signals of this rule (its id).", read_text)
 SEVERITY = Param(
@@ -74,12 +76,33 @@ def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     answers={200: '`{"signals": […], "next": cursor or null}`'},
 )
 async def list_signals(call: Call) -> Any:
-    """For the next page, pass `next` as `cursor` with the same filters; it is null on the last."""
+    """For the next page, pass `next` as `cursor` with the same filters; it is null on the last.
+    `muted` says whether the rule was muted when the signal was raised; `acknowledged` is null, or
+    has `at`, `by` and `note`."""
     page, filters = _page_and_filters(call)
     signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
-    return {"signals": [stored_signal_json(stored) for stored in found], "next": following}
+    return {"signals": await call.blocking(_shown, call, found), "next": following}
+
+
+def _shown(call: Call, found: Sequence[StoredSignal]) -> list[dict[str, Any]]:
+    """Stored signals, with ``muted`` and ``acknowledged``."""
+    triage = call.tools.triage
+    known = triage.acknowledgements(call.tenant, [stored.signal.id for stored in found])
+    shown = []
+    for stored in found:
+        signal = stored.signal
+        muted = triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
+        acknowledged = _acknowledgement_json(known.get(signal.id))
+        shown.append({**stored_signal_json(stored), "muted": muted, "acknowledged": acknowledged})
+    return shown
+
+
+def _acknowledgement_json(found: Acknowledgement | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {"at": write_time(found.at_ns), "by": found.by, "note": found.note}
 
 
 @endpoints.add(
@@ -178,10 +201,38 @@ async def summarise_signals(call: Call) -> Any:
 async def get_signal(call: Call) -> Any:
     found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
     if found is None:
-        raise ApiError(
-            404, f"there is no signal {call.params['id']}", "list the signals: /api/v1/signals"
-        )
-    return stored_signal_json(found)
+        raise _no_signal(call.params["id"])
+    return (await call.blocking(_shown, call, [found]))[0]
+
+
+@endpoints.add(
+    "POST",
+    "/api/v1/signals/{id}/acknowledge",
+    "Acknowledge a signal",
+    path_params=(SIGNAL_ID,),
+    body={"type": "object", "properties": {"note": {"type": "string"}}},
+    answers={200: '`{"at", "by", "note"}`', 404: "There is no such signal"},
+)
+async def acknowledge_signal(call: Call) -> Any:
+    """Says that someone takes care of it. `by` is the name in `X-Operator`, or the tenant. A new
+    acknowledgement replaces an earlier one. The audit log records it; the ledger is unchanged."""
+    signal_id = call.params["id"]
+    note = call.json({}, {"note": str}).get("note", "").strip()
+    if len(note) > MAX_NOTE:
+        raise ApiError(400, f"note has more than {MAX_NOTE} characters", "shorten it")
+    if await call.blocking(call.tools.store.signal, call.tenant, signal_id) is None:
+        raise _no_signal(signal_id)
+    who = call.person()
+    target = {"tenant": call.tenant, "signal": signal_id, "note": note}
+    await call.tools.audit.note(who, "signal.acknowledge", target)
+    acknowledge = call.tools.triage.acknowledge
+    return _acknowledgement_json(
+        await call.blocking(acknowledge, call.tenant, signal_id, note, who.name)
+    )
+
+
+def _no_signal(signal_id: str) -> ApiError:
+    return ApiError(404, f"there is no signal {signal_id}", "list the signals: /api/v1/signals")
 
 
 @endpoints.add(
@@ -224,16 +275,18 @@ async def list_traces(call: Call) -> Any:
     "A trace as OTLP JSON, with its signals and the verdict of each rule",
     path_params=(TRACE_ID,),
     answers={
-        200: "`resourceSpans` (OTLP JSON), `state`, `signals`, `verdicts`, `missing`, `omitted`",
+        200: "`resourceSpans` (OTLP JSON), `state`, `signals`, `verdicts`, `missing`, `omitted`, "
+        "`omittedSpans`",
         404: "There is no such trace",
     },
 )
 async def get_trace(call: Call) -> Any:
     """`state` is `open` or `closed`. The spans are read from the span log: `missing` is the number
     of requests with spans of the trace that are damaged or past retention, `omitted` the number
-    left out because the trace is too long. `verdicts` are those of the current rules, by id:
-    `verdict` is `breach` (with `clause`, and the id of the `signal` if there is one), `kept`,
-    `open` (the trace is open) or `unknown` (spans are missing)."""
+    left out because the trace is too long, and `omittedSpans` the number of spans. `verdicts` are
+    those of the current rules, by id: `verdict` is `breach` (with `clause`, and the id of the
+    `signal` if there is one), `kept`, `open` (the trace is open) or `unknown` (spans are
+    missing)."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:

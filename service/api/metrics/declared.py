@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, Metric
 
 from betrace.service.api.sources import Sources
 
@@ -27,13 +27,21 @@ class Declared:
     """Whether reading may block on the operating system. It then happens in a thread and must not
     touch anything that belongs to the Trio thread."""
 
+    exemplars: Callable[[Sources], Mapping[tuple[str, ...], Exemplar]] | None = None
+    """For counters: the exemplars by the values of the labels."""
+
     def family(self, sources: Sources) -> Metric:
         """The metric with its current values."""
-        family = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
-        metric = family(self.name, self.text, labels=self.labels)
+        if self.kind == "gauge":
+            gauge = GaugeMetricFamily(self.name, self.text, labels=self.labels)
+            for labels, value in self.read(sources):
+                gauge.add_metric(list(labels), value)
+            return gauge
+        exemplars = self.exemplars(sources) if self.exemplars is not None else {}
+        counter = CounterMetricFamily(self.name, self.text, labels=self.labels)
         for labels, value in self.read(sources):
-            metric.add_metric(list(labels), value)
-        return metric
+            counter.add_metric(list(labels), value, exemplar=exemplars.get(labels))
+        return counter
 
 
 def one(value: float) -> Samples:

@@ -11,6 +11,7 @@ Reads that may block (the disk, /proc) and rendering happen in a thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +21,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as generate_open_metrics
 
 from betrace.channels import ThreadRunner
 from betrace.service.api.metrics import flow, stages, stores
@@ -31,8 +33,18 @@ SCRAPE_SECONDS = 5.0
 """Timeout of a scrape. Prometheus itself gives up after 10 s."""
 
 
+TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+def media_type(accept: str) -> str:
+    """The format for a scraper with this Accept header: Prometheus' text format, or OpenMetrics,
+    which has exemplars, if the scraper names it."""
+    return OPEN_METRICS_TYPE if "application/openmetrics-text" in accept.lower() else TEXT_TYPE
+
+
 class Exposition:
-    """Renders the metrics in Prometheus' text format."""
+    """Renders the metrics in Prometheus' text format or as OpenMetrics."""
 
     def __init__(self, sources: Sources, latencies: Latencies) -> None:
         self._sources = sources
@@ -41,21 +53,22 @@ class Exposition:
         register_process(self._process)
         self._threads = ThreadRunner("metrics", 1)
 
-    async def scrape(self) -> bytes:
-        """All metrics. Call it on the Trio thread. Raises :exc:`betrace.channels.ThreadTimeout`
-        when the disk does not answer."""
+    async def scrape(self, media_type: str = TEXT_TYPE) -> bytes:
+        """All metrics in the given format. Call it on the Trio thread. Raises
+        :exc:`betrace.channels.ThreadTimeout` when the disk does not answer."""
         families = [each.family(self._sources) for each in DECLARED if not each.blocks]
-        return await self._threads.run(self._render, families, timeout=SCRAPE_SECONDS)
+        return await self._threads.run(self._render, families, media_type, timeout=SCRAPE_SECONDS)
 
     def close(self) -> None:
         """End the thread."""
         self._threads.close()
 
-    def _render(self, families: list[Metric]) -> bytes:
+    def _render(self, families: list[Metric], media_type: str) -> bytes:
         blocking = [each.family(self._sources) for each in DECLARED if each.blocks]
-        given = CollectorRegistry()
-        given.register(_Collected([*families, *blocking]))  # type: ignore[arg-type]
-        return b"".join(map(generate_latest, (self._observed, given, self._process)))
+        observed, process = self._observed.collect(), self._process.collect()
+        every = _Collected(chain(observed, families, blocking, process))
+        generate = generate_open_metrics if media_type == OPEN_METRICS_TYPE else generate_latest
+        return generate(every)  # type: ignore[operator, no-any-return]
 
 
 class _Collected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from betrace.service.api.metrics.declared import Declared, Samples, one
+from betrace.service.api.signals_by_rule import LABELS as RULE_LABELS
 from betrace.service.api.sources import Sources
 from betrace.service.rules.definition import SEVERITIES
 
@@ -91,6 +92,15 @@ DECLARED = (
         "Signals, by severity and kind.",
         ("severity", "kind"),
         _signals,
+    ),
+    Declared(
+        "betrace_rule_signals",
+        "counter",
+        "Signals new in the ledger, by rule; rules beyond metrics.max_rule_series are (other).",
+        RULE_LABELS,
+        lambda s: s.rule_signals.counts(),
+        blocks=True,
+        exemplars=lambda s: s.rule_signals.exemplars(),
     ),
     Declared(
         "betrace_signals_early",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from betrace.channels import ThreadTimeout
 from betrace.service.api.asgi import App, Receive, Scope, Send, lifespan
-from betrace.service.api.metrics.exposition import Exposition
+from betrace.service.api.metrics.exposition import Exposition, media_type
 from betrace.service.tenancy.authentication import Authenticator, Denied
-
-EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> App:
@@ -16,8 +14,7 @@ def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> 
     async def denied(scope: Scope) -> Denied | None:
         if authenticator is None:
             return None
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return await authenticator.scraper(given[-1].decode("latin-1") if given else None)
+        return await authenticator.scraper(_header(scope, b"authorization"))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -26,7 +23,7 @@ def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> 
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
-        status, media_type, headers = 200, "text/plain", []
+        status, content_type, headers = 200, "text/plain", []
         if scope["path"] != "/metrics":
             status, body = 404, b"this port serves only /metrics\n"
         elif scope["method"] not in ("GET", "HEAD"):
@@ -37,14 +34,20 @@ def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> 
             headers = [(b"www-authenticate", b"Bearer")] if status == 401 else []
         else:
             try:
-                body, media_type = await exposition.scrape(), EXPOSITION_TYPE
+                accepted = media_type(_header(scope, b"accept") or "")
+                body, content_type = await exposition.scrape(accepted), accepted
             except ThreadTimeout as error:
                 status, body = 503, f"the metrics could not be read ({error})\n".encode()
         headers += [
-            (b"content-type", media_type.encode()),
+            (b"content-type", content_type.encode()),
             (b"content-length", str(len(body)).encode()),
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     return app
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    given = [value for each, value in scope.get("headers", ()) if each == name]
+    return given[-1].decode("latin-1") if given else None

@@ -61,6 +61,10 @@ def _cache_load_seconds(sources: Sources) -> Samples:
         yield (name,), stats["averageLoadPenaltyMs"] * loads / 1e3
 
 
+def _waiting_bytes(sources: Sources) -> Samples:
+    return [((), sources.pipeline.correlate.backlog.nbytes)]
+
+
 def _of_caches(key: str) -> Callable[[Sources], Samples]:
     return lambda s: [((name,), found[key]) for name, found in s.caches.statistics().items()]
 
@@ -107,6 +111,41 @@ DECLARED = (
         "1 while a stage has input but has finished nothing for pipeline.stall_seconds.",
         ("stage",),
         _stalled,
+    ),
+    Declared(
+        "betrace_backlog_tenants",
+        "gauge",
+        "Tenants whose spans wait because they used up their CPU time.",
+        (),
+        lambda s: [((), len(s.pipeline.correlate.backlog))],
+    ),
+    Declared(
+        "betrace_backlog_spans",
+        "gauge",
+        "Spans of those tenants that wait to be folded.",
+        (),
+        lambda s: [((), s.pipeline.correlate.backlog.spans)],
+    ),
+    Declared(
+        "betrace_backlog_bytes",
+        "gauge",
+        "Bytes of the requests that wait to be folded.",
+        (),
+        _waiting_bytes,
+    ),
+    Declared(
+        "betrace_backlog_cpu_seconds",
+        "counter",
+        "CPU time of folding what waited.",
+        (),
+        lambda s: [((), s.pipeline.correlate.backlog.cpu_seconds)],
+    ),
+    Declared(
+        "betrace_matches_unknown",
+        "counter",
+        "Spans not counted for a check because a text was too long for a pattern.",
+        (),
+        lambda s: [((), s.pipeline.correlate.counts.unknown)],
     ),
     Declared(
         "betrace_cache_requests",

@@ -106,6 +106,7 @@ def demo(once: bool, ingest: str | None, api: str | None, metrics: str, as_json:
 
     addresses = {
         "ingest.address": ingest or (_ANY_PORT if once else _free("127.0.0.1:4318")),
+        "ingest.grpc_address": _ANY_PORT if once else _free("127.0.0.1:4317"),
         "api.address": api or (_ANY_PORT if once else _free(URL.removeprefix("http://"))),
         "metrics.address": metrics,
     }

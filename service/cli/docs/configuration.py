@@ -107,6 +107,8 @@ def toml_value(value: Any) -> str:
             return f"{value:g}" if value % 1 else f"{value:.1f}"
         case dict():
             return "{" + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(toml_value, value)) + "]"
         case Path():
             return f'"{value if value.is_absolute() else f"./{value}"}"'
         case _:

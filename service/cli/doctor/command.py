@@ -18,7 +18,7 @@ from betrace.service.cli.common import (
 
 
 @click.command()
-@settings_options("data", "rules", "ingest", "api", "metrics", "insecure")
+@settings_options("data", "rules", "ingest", "grpc", "api", "metrics", "insecure")
 @json_option
 def doctor(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     """Check configuration, disk, ports, stores, ledger and clock, and say what to do.

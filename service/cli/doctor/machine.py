@@ -197,14 +197,19 @@ def _components(url: str) -> dict[str, dict[str, str]]:
     return found
 
 
+_LISTENERS = ("ingest", "api", "metrics")
+
+
 def ports(settings: Settings) -> Iterator[Finding]:
     """Whether each listener's address is free or belongs to the running service."""
     pid = owner(settings.storage.path)
     own = _listening(pid) if pid else set()
-    for name in ("ingest", "api", "metrics"):
-        address: str = getattr(settings, name).address
+    addresses = {f"{name}.address": getattr(settings, name).address for name in _LISTENERS}
+    if settings.ingest.address != OFF:
+        addresses["ingest.grpc_address"] = settings.ingest.grpc_address
+    for setting, address in addresses.items():
         if address != OFF:
-            yield _port(f"{name}.address", address, own)
+            yield _port(setting, address, own)
 
 
 def _listening(pid: int) -> set[int]:

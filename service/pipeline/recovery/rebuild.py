@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from betrace.service.durable import write_atomically
-from betrace.service.pipeline.recovery.history import TraceHistory
+from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.recovery.replay import Replay, Stretch
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.compile import CompiledRules, compile_rules

@@ -217,7 +217,9 @@ class Removal:
         self._gate.keys_changed(tenant)
         pipeline.letters.close_tenant(tenant)
         await self._run(tenant, pipeline.progress.close, tenant)
-        await _until(lambda: not pipeline.progress.waiting(tenant))
+        while pipeline.progress.waiting(tenant):
+            await self._run(tenant, pipeline.correlate.discard_waiting, tenant)
+            await trio.sleep(POLL_SECONDS)
         mark = await self._run(tenant, pipeline.correlate.forget, tenant)
         await pipeline.in_flight.wait(mark)
         await _until(lambda: self._rebuild.working != tenant)

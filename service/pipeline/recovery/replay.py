@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
-from betrace.service.pipeline.recovery.read_back import SPANS_MAX, ReadBack
+from betrace.service.pipeline.read_back import SPANS_MAX, ReadBack
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.storage.spanlog.decode import read_frames

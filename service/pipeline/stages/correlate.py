@@ -8,6 +8,7 @@ worker-thread call.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from betrace.channels import SendChannel, ThreadRunner, TransientError
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.progress import InFlight, LogProgress
+from betrace.service.pipeline.stages.backlog import Backlog
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.traces.checkpoint import Snapshot
@@ -30,6 +32,7 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import CLOSED, NEVER, STATE, TraceTotals
 from betrace.service.traces.partial_folds import PartialFolds
 from betrace.service.traces.signal_history import LedgerHistory
+from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import INDEX_LAG_NS, History, TenantTraces
 from betrace.service.traces.window import Windows
@@ -38,6 +41,11 @@ SECOND = 1_000_000_000
 SURVEY_NS = SECOND
 MOST_KEPT = 10  # multiple of the configured closed traces that is kept while stores are behind
 TICK_SECONDS = 0.25  # interval of the search for idle traces
+# CPU seconds of a tenant in one call of the handler, which ordinary batches do not reach, and of
+# all tenants together before each has only the least.
+FIRST_SLICE = 0.05
+ALL_SLICES = 0.25
+LEAST_SLICE = 0.005
 LOOKED_AT = 128  # tables searched in one tick: each due piece costs as much as ten traces
 
 
@@ -65,6 +73,8 @@ class CorrelateCounts:
     """Traces."""
     closed_for_room: int = 0
     """Traces closed early because too many were open."""
+    unknown: int = 0
+    """Spans that were not counted for a check, because a text was too long for a pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,17 @@ class CorrelateStage:
         self._ledger_history = LedgerHistory()
         self._partial_folds = PartialFolds()
         self._owing: dict[str, TenantTraces] = {}  # tenants with results that are not passed on
+        self.backlog = Backlog()
+        """Batches of tenants that used up their CPU time."""
+        self.waiting = trio.Event()
+        """Set when a batch is put into the backlog."""
+        self.last_failure: Exception | None = None
+        """Why the last slice of the backlog failed."""
+        self._rested_ns: dict[str, int] = {}  # when the backlog of a tenant ended
+        self._handling = False
+        self._handled = 0.0  # CPU seconds of the handler, without the backlog
+        self._handled_tenants = 1  # in the last call
+        self._slice_seconds = 0.0  # CPU seconds of the last slice of the backlog
         self.survey = MemorySurvey()
         self.counts = CorrelateCounts()
         self.caught_up = trio.Event()
@@ -165,14 +186,69 @@ class CorrelateStage:
         """Set when new traces of a tenant are opened under new rules."""
         self._changed = False
 
-    async def handle(self, batches: list[SpanBatch]) -> None:
-        """Fold batches and pass on what is due. A batch that was folded before is skipped."""
-        due, error = await self._threads.run(self._fold, batches)
+    async def handle(self, batches: list[SpanBatch]) -> list[SpanBatch]:
+        """Fold batches and pass on what is due; returns those that are folded. The others are in
+        :attr:`backlog`. A batch that was folded before is skipped."""
+        self._handling = True
+        try:
+            due, error = await self._threads.run(self._fold, batches)
+        finally:
+            self._handling = False
+        if len(self.backlog):
+            self.waiting.set()
+        await self._send(due, error)
+        return [batch for batch in batches if self.has(batch)] if len(self.backlog) else batches
+
+    async def fold_waiting(self) -> tuple[SpanBatch, int] | None:
+        """Fold a slice of the batch in the backlog whose turn it is, and pass on what is due.
+
+        Returns a batch that is finished and 0, or one that failed and how often it has; the latter
+        stays in the backlog until :meth:`drop_waiting`."""
+        await self._give_way()
+        with trio.CancelScope(shield=True):  # what left the traces must be passed on
+            due, error, batch, failed = await self._threads.run(self._fold_slice)
+            if not len(self.backlog):
+                self.waiting = trio.Event()
+            try:
+                await self._send(due, None)
+            except trio.BrokenResourceError:
+                return None  # stopped without draining: it is read again after a restart
+        self.last_failure = error
+        return None if batch is None else (batch, failed)
+
+    async def worked_off(self) -> None:
+        """Return when the backlog is empty."""
+        while len(self.backlog):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+    def discard_waiting(self, tenant: str) -> None:
+        """Drop what a tenant that is deleted has in the backlog; call in a worker thread."""
+        with self._lock:
+            for batch in self.backlog.batches(tenant):
+                self._progress.folded(tenant, batch.positions.tolist())
+            self.backlog.forget(tenant)
+
+    def drop_waiting(self, batch: SpanBatch) -> None:
+        """Remove a batch that is kept elsewhere from the backlog."""
+        with self._lock:
+            self._remove_waiting(batch)
+
+    async def _give_way(self) -> None:
+        """Wait until the handler had as much CPU time for each of its tenants as the last slice of
+        the backlog took, or has nothing to do."""
+        tenants = max(1.0, self._handled_tenants / max(1, len(self.backlog)))
+        entitled = self._handled + self._slice_seconds * tenants
+        idle = 0
+        while self._handled < entitled and idle < 2:
+            idle = 0 if self._handling else idle + 1
+            await trio.sleep(0.001)
+        await trio.lowlevel.checkpoint()
+
+    async def _send(self, due: list[DueTraces], error: Exception | None) -> None:
         if self._changed:
             self._changed = False
             self.rules_changed.set()
-        for traces in due:
-            await self._onward.send(traces)
+        await self._onward.send_each(due)
         if error is not None:
             raise error
 
@@ -202,15 +278,20 @@ class CorrelateStage:
         await self.caught_up.wait()
         while True:
             await trio.sleep(TICK_SECONDS)
+            if self._is_empty():
+                continue
             with trio.CancelScope(shield=True):  # what was closed must be passed on
                 found, error = await self._threads.run(self._close_due)
                 try:
-                    for due in found:
-                        await self._onward.send(due)
+                    await self._onward.send_each(found)
                 except trio.BrokenResourceError:
                     return  # stopped without draining: they are closed again after a restart
                 if error is not None:
                     raise error
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing to close, forget, pass on or report."""
+        return not (self.tenants or self._owing or self.survey.open or self.survey.closed)
 
     def snapshot(self) -> Snapshot:
         """The state of all traces and the log positions they contain; call in a worker thread.
@@ -267,6 +348,8 @@ class CorrelateStage:
             traces = self.tenants.pop(tenant, None)
             for table in traces.tables if traces is not None else ():
                 table.leave()
+            self.backlog.forget(tenant)
+            self._rested_ns.pop(tenant, None)
             self._ledger_history.forget(tenant)
             self._partial_folds.forget(tenant)
             self._owing.pop(tenant, None)
@@ -282,7 +365,7 @@ class CorrelateStage:
         """No span from before the restart can reopen a trace any more, so earlier signals of traces
         that are not in memory are forgotten here; the stores know them."""
         with self._lock:
-            if len(self._ledger_history):
+            if len(self._ledger_history) and not len(self.backlog):
                 self._ledger_history.keep(self._is_here)
 
     def _is_here(self, tenant: str, trace_id: str) -> bool:
@@ -293,14 +376,26 @@ class CorrelateStage:
     def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
         """What is due, and the error that ended the fold early."""
         due: list[DueTraces] = []
+        used: dict[str, float] = {}
+        started = time.thread_time()
         with self._lock:
             try:
                 self._pass_on(due)
                 for batch in batches:
                     if self.has(batch):
                         continue  # a redelivery
-                    self._fold_one(batch)
-                    self._progress.folded(batch.tenant, batch.positions.tolist())
+                    if batch.tenant in self.backlog:
+                        self.backlog.add(batch)
+                        continue
+                    left = min(FIRST_SLICE, ALL_SLICES + started - time.thread_time())
+                    before = used.get(batch.tenant, 0.0)
+                    cpu = CpuSlice(max(left, LEAST_SLICE) - before)
+                    try:
+                        self._fold_one(batch, cpu)
+                    except SliceOver:
+                        self.backlog.add(batch)
+                        self.backlog.used(batch.tenant, cpu.used)
+                    used[batch.tenant] = before + cpu.used
                     self._pass_on(due)
                 if not self.caught_up.is_set():  # the clock does not run while the log is read
                     self._enforce_limits(self._time(), due)
@@ -308,20 +403,61 @@ class CorrelateStage:
                 with suppress(Exception):  # what fails here stays in _owing and is tried again
                     self._pass_on(due)
                 return self._ticketed(due), error
+            finally:
+                self._handled += time.thread_time() - started
+                self._handled_tenants = len(used) or 1
             return self._ticketed(due), None
+
+    def _fold_slice(
+        self,
+    ) -> tuple[list[DueTraces], Exception | None, SpanBatch | None, int]:
+        """What is due, an error, the batch that is finished or failed, and how often it failed."""
+        due: list[DueTraces] = []
+        with self._lock:
+            found = self.backlog.next()
+            if found is None:
+                return due, None, None, 0
+            batch, seconds = found
+            cpu = CpuSlice(seconds, certain=True)
+            finished, failed, error = False, 0, None
+            try:
+                self._pass_on(due)
+                if not self.has(batch):
+                    self._fold_one(batch, cpu)
+                finished = True
+            except SliceOver:
+                pass
+            except Exception as failure:
+                error, failed = failure, self.backlog.failed(batch)
+            try:
+                self._pass_on(due)
+            except Exception as failure:  # it stays in _owing and is tried again
+                error = error or failure
+            self._slice_seconds = cpu.used
+            self.backlog.used(batch.tenant, cpu.used)
+            if finished:
+                self._remove_waiting(batch)
+            return self._ticketed(due), error, batch if finished or failed else None, failed
+
+    def _remove_waiting(self, batch: SpanBatch) -> None:
+        if self.backlog.done(batch):
+            self._rested_ns[batch.tenant] = self._time()
 
     def _ticketed(self, due: list[DueTraces]) -> list[DueTraces]:
         for traces in due:
             traces.ticket = self._in_flight.enter()
         return due
 
-    def _fold_one(self, batch: SpanBatch) -> None:
-        """Fold a batch. Even if it fails, its results so far are added to what must be passed
-        on."""
+    def _fold_one(self, batch: SpanBatch, cpu: CpuSlice) -> None:
+        """Fold a batch. Even if it fails, or ``cpu`` is used up, its results so far are added to
+        what must be passed on."""
         traces = self._traces(batch.tenant)
         self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self._time()
-        traces.owed += traces.fold(batch, now, self._late.closed, self._late.history)
+        # A fold can stop only between frames and rows that the log knows.
+        cut = cpu if (batch.positions > 0).all() and len(batch.positions) else None
+        traces.owed += traces.fold(batch, now, self._late.closed, self._late.history, cut)
+        self._progress.folded(batch.tenant, batch.positions.tolist())
         if batch.replayed:
             self.counts.replayed += len(batch)
         else:
@@ -358,6 +494,7 @@ class CorrelateStage:
         counts.matched += folded.matched
         counts.opened += folded.opened
         counts.reopened += folded.reopened
+        counts.unknown += folded.unknown
 
     def _traces(self, tenant: str) -> TenantTraces:
         rules = self._rules_of(tenant)
@@ -392,7 +529,7 @@ class CorrelateStage:
         if sweep:
             self._last_sweep_ns = now
         if not 0 <= now - self._resumed_ns < limits.idle_ns:
-            tables = self._tables()
+            tables = [table for table in self._tables() if not self._is_waiting(table, now)]
             for table in self._in_turn(tables):
                 table.close_idle(now - limits.idle_ns, now, found)
             for table in tables if sweep else ():
@@ -403,6 +540,19 @@ class CorrelateStage:
             if not traces.open_count and not traces.closed_count:
                 del self.tenants[tenant]
         self._update_survey(now)
+
+    def _is_waiting(self, table: TraceTable, now: int) -> bool:
+        """Whether spans of the table's traces may be in the backlog, or were until now: such traces
+        are not idle."""
+        if table.tenant in self.backlog:
+            return True
+        rested = self._rested_ns.get(table.tenant)
+        if rested is None:
+            return False
+        if not 0 <= now - rested < self._limits.idle_ns:
+            del self._rested_ns[table.tenant]
+            return False
+        return True
 
     def _in_turn(self, tables: list[TraceTable]) -> list[TraceTable]:
         """The tables to search in this tick: all if there are few, each once in two seconds if
@@ -444,6 +594,7 @@ class CorrelateStage:
             for traces in self.tenants.values():
                 traces.shift(by)
             self._last_sweep_ns += by
+            self._rested_ns = {tenant: at + by for tenant, at in self._rested_ns.items()}
             self._resumed_ns += by
         self._now_ns = now
         return now

@@ -20,7 +20,7 @@ from betrace.channels import (
 )
 from betrace.service.pipeline.dead_letters import Bury
 from betrace.service.pipeline.progress import InFlight
-from betrace.service.pipeline.recovery.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
+from betrace.service.pipeline.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
 from betrace.service.signals import Kind, Signal
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
@@ -106,6 +106,7 @@ class EvaluateStage:
         except (BreakerOpen, BreakerTimeout, ThreadTimeout) as error:
             await self._bury(STAGE, batch, error, 1)
             return
+        onward = []
         for decided, traces in found:
             self.counts.traces += traces
             if decided.undecided:
@@ -118,9 +119,10 @@ class EvaluateStage:
             if decided.closed is not None and self._early:
                 self._observe_leads(decided.closed)
             if decided.signals or decided.closed is not None or decided.spilled is not None:
-                await self._onward.send(decided)
+                onward.append(decided)
             else:
                 self._in_flight.leave(decided.ticket)
+        await self._onward.send_each(onward)
 
     async def _decide_all(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         """Decide a batch. Traces that may have to be read back are decided in parts, because each

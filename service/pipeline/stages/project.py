@@ -86,7 +86,8 @@ class ProjectStage:
                 await self._duckdb.bury(STAGE, [decided], error, 1)
 
     async def _insert(self, batch: Sequence[Decided]) -> None:
-        self.rows += await self._duckdb.breaker.call(self._call, batch)
+        written = await self._duckdb.breaker.call(self._call, batch)
+        self.rows += written  # after the call, because other batches are counted during it
 
     async def _call(self, batch: Sequence[Decided]) -> int:
         started = time.perf_counter()

@@ -78,8 +78,9 @@ class RecordStage:
         now = self._clock_ns()
         for decided in batch:
             if decided.signals:
-                self._latencies.end_to_end.observe((now - decided.due_ns) / 1e9)
-            await self._onward.send(decided)
+                seconds = (now - decided.due_ns) / 1e9
+                self._latencies.end_to_end.observe(seconds, decided.signals[0].trace_id)
+        await self._onward.send_each(batch)
 
     async def _record_all(self, chunk: Sequence[Signal]) -> None:
         """Record signals. Raises :exc:`PoisonError` if the ledger can never accept one of them."""

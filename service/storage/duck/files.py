@@ -7,6 +7,7 @@ All tenants share the instance's buffer pool and threads, but each tenant's data
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import threading
 import time
@@ -42,6 +43,13 @@ _SAVED_AT_ONCE = 4  # files checkpointed after one write, so that no write waits
 _PAGES_PART = 32  # of the memory: pages of files that are kept after a checkpoint
 _CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk for half of its time
 _INTERRUPTED_SECONDS = 1.0  # for a query to notice an interruption
+
+
+def attachable() -> int:
+    """How many files of tenants may stay attached when unused: at most 1000, and at most one in
+    twelve files that the process may open, because each needs two descriptors."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1000 if soft == resource.RLIM_INFINITY else max(1, min(soft // 12, 1000))
 
 
 @dataclass(slots=True, eq=False)

@@ -31,7 +31,7 @@ from betrace.service.storage.duck.arrow import (
     trace_ids,
     traces_table,
 )
-from betrace.service.storage.duck.files import DuckFiles
+from betrace.service.storage.duck.files import DuckFiles, attachable
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, SummaryRow, TraceRow
 from betrace.service.storage.duck.search import TraceFilter, TracePage, search
 
@@ -74,14 +74,14 @@ class DuckStore:
         directory: Path,
         limits: DuckDb | None = None,
         *,
-        attached_max: int = 1000,
+        attached_max: int | None = None,
         key_bytes: int = 128 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = DuckFiles(
             directory,
             limits or DuckDb(),
-            attached_max=attached_max,
+            attached_max=attachable() if attached_max is None else attached_max,
             key_bytes=key_bytes,
             clock=clock,
         )

@@ -161,6 +161,12 @@ class SpanLog:
 
     # Writing
 
+    def is_ready(self, tenant: str, size: int) -> bool:
+        """Whether an append of ``size`` bytes now only writes to an existing segment: it creates no
+        file and syncs no directory. Does not block."""
+        log = self._tenants.get(tenant)
+        return log is not None and log.has_capacity(size)
+
     def append(self, tenant: str, frames: Sequence[Frame]) -> list[int]:
         """Write frames and return their positions, in order. Written frames survive a process
         crash; after :meth:`sync` they survive a machine crash.

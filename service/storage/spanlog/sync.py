@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from betrace.service.storage.disk import Disk
-from betrace.service.storage.spanlog.filesystem import reliable
+from betrace.service.storage.filesystem import reliable
 from betrace.service.storage.spanlog.tenant_log import Dirty, TenantLog
 
 MANY = 32

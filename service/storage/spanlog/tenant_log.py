@@ -226,6 +226,11 @@ class TenantLog:
 
     # Writing
 
+    def has_capacity(self, size: int) -> bool:
+        """Whether ``size`` bytes fit in the current segment."""
+        part = self._current
+        return part is not None and part.end + size <= self._segment_bytes
+
     def append(self, frames: Sequence[Frame]) -> list[int]:
         """Write the frames; the caller holds ``lock``. See :meth:`SpanLog.append`."""
         parts, positions = self._plan(frames)

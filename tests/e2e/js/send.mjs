@@ -1,6 +1,7 @@
-// Sends one trace of two services to the URL given first, as JSON or protobuf (json | proto), with
-// gzip if a third argument says so. Prints {"trace_id", "span_ids"}; exits with 1 if the export fails.
+// Sends one trace of two services to the URL given first, as JSON, protobuf or over gRPC (json | proto
+// | grpc), with gzip if a third argument says so. Prints {"trace_id", "span_ids"}; exits with 1 if the export fails.
 import { context, SpanKind, SpanStatusCode, trace } from '@opentelemetry/api';
+import { OTLPTraceExporter as GrpcExporter } from '@opentelemetry/exporter-trace-otlp-grpc';
 import { OTLPTraceExporter as JsonExporter } from '@opentelemetry/exporter-trace-otlp-http';
 import { OTLPTraceExporter as ProtoExporter } from '@opentelemetry/exporter-trace-otlp-proto';
 import { resourceFromAttributes } from '@opentelemetry/resources';
@@ -8,7 +9,7 @@ import { BasicTracerProvider, BatchSpanProcessor } from '@opentelemetry/sdk-trac
 import { W3CTraceContextPropagator } from '@opentelemetry/core';
 
 const [url, kind, compression] = process.argv.slice(2);
-const Exporter = { json: JsonExporter, proto: ProtoExporter }[kind];
+const Exporter = { json: JsonExporter, proto: ProtoExporter, grpc: GrpcExporter }[kind];
 
 function service(name) {
   const exporter = new Exporter({ url, ...(compression ? { compression } : {}) });

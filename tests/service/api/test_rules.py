@@ -8,7 +8,7 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.signals import Kind
 from tests.support.api_records import OTHER, RULE, make_signal, otlp, span
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("warm")]
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 @pytest.fixture
@@ -103,6 +103,15 @@ async def test_rules_written_by_hand_are_not_overwritten(client, service, rules)
     service.registry.store.poll()
     error = await client.ask("PUT", "/api/v1/rules/a", 409, RULE, If_Match="*")
     assert "shop.yaml" in error["message"]
+    saved = await client.ask("PUT", "/api/v1/rules/own", 201, RULE)
+    listed = (await client.ask("GET", "/api/v1/rules"))["rules"]
+    assert [(each["id"], each["source"], each["editable"]) for each in listed] == [
+        ("a", "shop.yaml", False),
+        ("b", "shop.yaml", False),
+        ("own", "default/own.yaml", True),
+    ]
+    for rule in (saved, await client.ask("GET", "/api/v1/rules/own")):
+        assert (rule["source"], rule["editable"]) == ("default/own.yaml", True)
     await client.ask("DELETE", "/api/v1/rules/a", 409, If_Match="*")
 
 
@@ -123,19 +132,20 @@ async def test_a_full_disk_gets_503(client, service, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("condition", "breach", "clause", "counts"),
+    ("condition", "clause", "counts", "message"),
     [
-        ("never { a }", True, "never", {"a": 2}),
-        ("always { b }", True, "always", {"b": 0}),
-        ("when { a } always { a }", False, None, {"a": 2}),
-        ("count(a) > 1", True, "never", {"a": 2}),
+        ("never { a }", "never", {"a": 2}, "forbidden: a, found 2"),
+        ("always { b }", "always", {"b": 0}, "missing: b"),
+        ("when { a } always { a }", None, {"a": 2}, None),
+        ("count(a) > 1", "never", {"a": 2}, "condition met: more than 1 a, found 2"),
     ],
 )
-async def test_testing_a_rule(client, condition, breach, clause, counts):
+async def test_testing_a_rule(client, condition, clause, counts, message):
     body = {"condition": condition, "trace": otlp(span("a", 1), span("a", 2))}
     answer = await client.ask("POST", "/api/v1/rules/test", 200, body)
-    assert (answer["breach"], answer["clause"], answer["counts"]) == (breach, clause, counts)
-    assert set(answer) == {"breach", "clause", "counts", "evidence"}
+    assert (answer["breach"], answer["clause"]) == (clause is not None, clause)
+    assert (answer["counts"], answer["message"]) == (counts, message)
+    assert set(answer) == {"breach", "clause", "counts", "evidence", "message"}
     if "a" in counts:
         assert answer["evidence"]["a"] == [f"{1:016x}", f"{2:016x}"]
 
@@ -150,7 +160,8 @@ async def test_testing_a_rule_that_relates_spans(client):
     assert (answer["groups"]["broken"], answer["groups"]["of"]) == (2, 2)
     body["condition"] = "never { a.where(child(*)) }"
     answer = await client.ask("POST", "/api/v1/rules/test", 200, body)
-    assert answer == {"breach": False, "clause": None, "counts": {}, "evidence": {}}
+    kept = {"breach": False, "clause": None, "counts": {}, "evidence": {}, "message": None}
+    assert answer == kept
 
 
 async def test_the_plan_of_a_rule_that_relates_spans(client):

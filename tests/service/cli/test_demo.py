@@ -184,7 +184,7 @@ def test_default_ports_are_used_if_they_are_free() -> None:
 )
 def test_it_says_how_to_start_the_tui(api: str, line: str, capsys: Any) -> None:
     shown = demo._Demo(once=False, as_json=False)
-    shown._addresses = Addresses(ingest="http://127.0.0.1:4318", api=api, metrics=None)
+    shown._addresses = Addresses(ingest="http://127.0.0.1:4318", grpc=None, api=api, metrics=None)
     shown._say_where_to_look()
     assert line in capsys.readouterr().out.splitlines()
 

@@ -261,7 +261,7 @@ def test_a_breach_and_why(rules: Path, tmp_path: Path, form: str) -> None:
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         "fraud-check (critical) is broken: Payments over 1000 are checked for fraud",
-        "  because its clause 'always' does not hold",
+        "  missing: payment.fraud_check",
         "  payment.charge_card.where(amount > 1000)  1  spans 0a0a0a0a0a0a0a0a",
         "  payment.fraud_check                       0",
         "loops (medium, not enabled) is kept: loops",
@@ -308,7 +308,7 @@ def test_the_groups_that_break_a_rule_are_shown(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         "r (medium) is broken: r",
-        "  because its clause 'never' holds",
+        "  'never' holds (1 of 1: span:name loop)",
         "  for 1 of 1 groups, such as",
         "    span:name loop: spans 0101010101010101, 0202020202020202",
         "  loop  2  spans 0101010101010101, 0202020202020202",
@@ -373,7 +373,7 @@ def test_errors_that_prevent_the_start(tmp_path: Path) -> None:
 
 def settings(directory: Path) -> Any:
     free = {f"{section}.address": "127.0.0.1:0" for section in ("ingest", "api", "metrics")}
-    return load(None, free | {"storage.path": str(directory)})
+    return load(None, free | {"ingest.grpc_address": "off", "storage.path": str(directory)})
 
 
 @pytest.fixture
@@ -398,7 +398,8 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
         real(settings, brief)
 
     monkeypatch.setattr(running, "run_service", run_briefly)
-    free = ["--ingest", "127.0.0.1:0", "--api", "127.0.0.1:0", "--metrics", "off"]
+    free = ["--ingest", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+    free += ["--api", "127.0.0.1:0", "--metrics", "off"]
     result = betrace("serve", "--data", tmp_path / "data", *free, *option)
     assert result.exit_code == 0, result.output
     if option:
@@ -406,8 +407,9 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
         assert printed["metrics"] is None
         assert printed["api"] != printed["ingest"]
         return
-    spans, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
+    spans, grpc, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
     assert spans.endswith("/v1/traces")
+    assert grpc.startswith("http://127.0.0.1:")
     assert metrics == api.replace("/docs", "/metrics")
 
 

@@ -15,7 +15,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.config.stages import EXPORT_OTLP as OTLP
 from betrace.service.config.stages import EXPORT_WEBHOOK as WEBHOOK
 from betrace.service.export.destinations import Exports
-from betrace.service.signals import Kind
+from betrace.service.signals import Kind, Signal
 from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.http_receiver import Receiver, receiving
@@ -59,9 +59,11 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
 
 
 @asynccontextmanager
-async def exporting(settings: Settings, ledger: LedgerEntries) -> AsyncIterator[Exports]:
+async def exporting(
+    settings: Settings, ledger: LedgerEntries, muted: Callable[[Signal], bool] = lambda _: False
+) -> AsyncIterator[Exports]:
     breakers = Breakers(settings.breakers, settings.export.destinations)
-    exports = Exports(settings, ledger, breakers)
+    exports = Exports(settings, ledger, breakers, muted)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(exports.run)
@@ -286,3 +288,23 @@ async def test_signals_of_the_running_service_are_exported(
         "segment": 1,
         "offset": 128,
     }
+
+
+async def test_webhooks_do_not_get_muted_signals_but_the_retractions(
+    tmp_path: Path, receiver: Receiver, ledger: SqliteLedger
+) -> None:
+    settings = configured(tmp_path, webhook={"url": receiver.url})
+    muted, loud = make(1), make(2)
+    retracted = make(3, kind=Kind.RETRACTED)
+
+    def is_muted(signal: Signal) -> bool:
+        return signal.id in (muted.id, retracted.id)
+
+    async with exporting(settings, ledger, is_muted) as exports:
+        await begun(tmp_path, WEBHOOK)
+        ledger.record([muted, loud, retracted])
+        exports.notify([loud])
+        (exporter,) = exports
+        await until(lambda: exporter.sent == 3)
+    found = [(each["status"], each["labels"]["trace_id"]) for each in receiver.alerts()]
+    assert found == [("firing", loud.trace_id), ("resolved", retracted.trace_id)]

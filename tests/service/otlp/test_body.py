@@ -18,7 +18,9 @@ def test_protobuf_is_decompressed_but_not_parsed() -> None:
     assert protobuf_body(b"\x07", "protobuf", "", 100) == b"\x07"
 
 
-@pytest.mark.parametrize(("body", "encoding"), [(JSON, ""), (gzip.compress(JSON), "gzip")])
+@pytest.mark.parametrize(
+    ("body", "encoding"), [(JSON, ""), (gzip.compress(JSON), "gzip")], ids=["plain", "gzip"]
+)
 def test_json_becomes_protobuf(body: bytes, encoding: str) -> None:
     assert protobuf_body(body, "json", encoding, 1000) == to_protobuf(JSON)
 

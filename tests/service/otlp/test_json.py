@@ -2,72 +2,32 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
 import math
-import random
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
+from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from betrace.service.otlp import wire
+from betrace.service.otlp import json_fields, wire
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from tests.support import json_compare
 from tests.support import otlp_reference as reference
+from tests.support.examples import examples
+from tests.support.json_cases import Mapper, case
 from tests.support.otlp_generator import Generator
 
 CASES = Path(__file__).parents[3] / "../shared/cases/otlp"
 
-_HEX = {"trace_id", "span_id", "parent_span_id"}
-
-
-class Mapper:
-    """Converts protobuf to OTLP JSON, using every freedom that the specification allows."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-
-    def message(self, message: Any) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for field, value in message.ListFields():
-            mapped = [self.value(field, v) for v in value] if field.is_repeated else None
-            result[field.json_name] = self.value(field, value) if mapped is None else mapped
-        if self.rng.random() < 0.1:
-            result["unknownField"] = self.rng.choice([None, 1, "x", {"a": []}, [1]])
-        if self.rng.random() < 0.1:
-            missing = [f.json_name for f in message.DESCRIPTOR.fields if f.json_name not in result]
-            result.update(dict.fromkeys(missing))
-        items = list(result.items())
-        self.rng.shuffle(items)
-        return dict(items)
-
-    def value(self, field: Any, value: Any) -> Any:
-        rng = self.rng
-        if field.message_type is not None:
-            return self.message(value)
-        if field.name in _HEX:
-            return value.hex().upper() if rng.random() < 0.3 else value.hex()
-        if field.type == field.TYPE_BYTES:
-            encode = rng.choice([base64.b64encode, base64.urlsafe_b64encode])
-            text = encode(value).decode()
-            return text.rstrip("=") if rng.random() < 0.3 else text
-        if field.type == field.TYPE_DOUBLE:
-            if math.isnan(value):
-                return "NaN"
-            if math.isinf(value):
-                return "Infinity" if value > 0 else "-Infinity"
-            if value.is_integer() and abs(value) < 2**53 and rng.random() < 0.3:
-                return int(value) if value or math.copysign(1, value) > 0 else value
-            return repr(value) if rng.random() < 0.2 else value
-        if field.type == field.TYPE_ENUM or isinstance(value, str | bool):
-            return value
-        if abs(value) < 2**53 and rng.random() < 0.1:
-            return float(value)
-        return str(value) if rng.random() < 0.5 else value
+pytestmark = pytest.mark.kernel
 
 
 def quiet_nans(message: Any) -> None:
@@ -96,6 +56,46 @@ def test_the_same_request_in_json_and_in_protobuf(part: int) -> None:
         )
         spans += sum(len(s.spans) for r in again.resource_spans for s in r.scope_spans)
     assert spans > 100
+
+
+def test_json_is_read_as_the_protobuf_library_reads_it() -> None:
+    """The library takes ids in base64; all else that :class:`Mapper` writes is the same to it."""
+    for seed in range(100):
+        request = reference.parse(Generator(seed).request())
+        if request is None:
+            continue
+        expected = ExportTraceServiceRequest()
+        values = Mapper(seed, ids="base64").message(request)
+        json_format.ParseDict(values, expected, ignore_unknown_fields=True, max_recursion_depth=200)
+        body = orjson.dumps(Mapper(seed).message(request))
+        found = ExportTraceServiceRequest.FromString(to_protobuf(body))
+        assert found.SerializeToString(deterministic=True) == expected.SerializeToString(
+            deterministic=True
+        )
+
+
+def test_the_fields_are_those_of_the_protobuf_library() -> None:
+    seen = {}
+
+    def compare(descriptor: Any, message: int) -> None:
+        seen[message] = descriptor.full_name
+        known = {f.json_name: f for f in descriptor.fields}
+        known.pop("oldName", None)
+        assert set(json_fields.FIELDS[message]) == set(known)
+        for name, (number, _kind, *child) in json_fields.FIELDS[message].items():
+            assert known[name].number == number
+            assert bool(child) == (known[name].message_type is not None)
+            if child and child[0] not in seen:
+                compare(known[name].message_type, child[0])
+
+    compare(ExportTraceServiceRequest.DESCRIPTOR, json_fields.REQUEST)
+    assert len(seen) == json_fields.MESSAGES
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_generated_bodies_are_read_as_by_the_reference_decoder(part: int) -> None:
+    accepted = sum(json_compare.check(case(seed)) for seed in range(part * 150, part * 150 + 150))
+    assert 40 < accepted < 120
 
 
 def read(name: str) -> list[bytes]:
@@ -220,7 +220,7 @@ def test_empty_lists_are_values() -> None:
 
 
 def test_the_same_attribute_of_a_resource_and_of_a_span() -> None:
-    """Cached encodings are reused in fields with another number."""
+    """The field that holds them has another number in each."""
     attributes = [{"key": "k", "value": {"stringValue": "v"}}]
     body = {
         "resourceSpans": [
@@ -369,7 +369,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(value=JSON)
 def test_any_json_is_a_request_or_an_error(value: Any) -> None:
     body = json.dumps({"resourceSpans": value}).encode()
@@ -378,3 +378,179 @@ def test_any_json_is_a_request_or_an_error(value: Any) -> None:
     except OtlpJsonError:
         return
     assert reference.check([wire_bytes]) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=JSON)
+def test_any_json_is_read_as_by_the_reference_decoder(value: Any) -> None:
+    json_compare.check(json.dumps({"resourceSpans": value}).encode())
+
+
+@given(value=st.floats() | st.decimals(allow_nan=False, allow_infinity=False))
+def test_any_number_is_read_as_by_the_reference_decoder(value: Any) -> None:
+    attribute = b'{"attributes":[{"key":"k","value":{"doubleValue":%b}}],"startTimeUnixNano":%b}'
+    text = str(value).replace("nan", "NaN").encode()
+    for form in (text, b'"' + text + b'"'):
+        span = attribute % (form, form)
+        json_compare.check(b'{"resourceSpans":[{"scopeSpans":[{"spans":[%b]}]}]}' % span)
+
+
+@given(text=st.text(max_size=300), ends=st.integers(0, 40))
+def test_any_text_is_read_as_by_the_reference_decoder(text: str, ends: int) -> None:
+    """Wherever it lies in the body: near its end it is read byte by byte."""
+    for dumped in (json.dumps(text), json.dumps(text, ensure_ascii=False)):
+        body = '{"resourceSpans":[{"schemaUrl":' + dumped + "}" + " " * ends + "]}"
+        json_compare.check(body.encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 127, 128, 129, 16383, 16384, 70_000])
+def test_lengths_of_all_sizes(size: int) -> None:
+    """What is longer than the bytes reserved for its length is moved."""
+    value = {"stringValue": "x" * size}
+    attribute = value_of({"arrayValue": {"values": [value, {"kvlistValue": {"values": []}}]}})
+    assert attribute.array_value.values[0].string_value == "x" * size
+    assert len(attribute.array_value.values) == 2
+    assert value_of(value).string_value == "x" * size
+    assert span_of(span_json(status={"message": "x" * size})).status.message == "x" * size
+    body = span_json(attributes=[{"key": "é" * size, "value": value}])
+    assert span_of(body.replace(b"xx", b"x\\u0078")).attributes[0].key == "é" * size
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [
+        ('"name":"a","kind":1,"name":"b"', {"name": "b", "kind": 1}),
+        ('"name":"a","name":null', {}),
+        ('"name":"a","n\\u0061me":"b"', {"name": "b"}),
+        ('"name":3,"name":"b","name":"c"', {"name": "c"}),
+        ('"events":[{"name":"a"}],"events":[{"name":"b"}]', {"events": [{"name": "b"}]}),
+        ('"status":{"code":2,"code":1},"status":{"message":"m"}', {"status": {"message": "m"}}),
+        ('"status":{"code":[{"code":1,"code":2}]}, "status" : {"code":1}', {"status": {"code": 1}}),
+    ],
+)
+def test_of_repeated_names_the_last_counts(span: str, expected: dict[str, Any]) -> None:
+    body = b'{"resourceSpans":[{"scopeSpans":[{"spans":[{%b}]}]}]}' % span.encode()
+    found = span_of(body)
+    assert found == json_format.ParseDict(expected, type(found)())
+    assert json_compare.check(body)
+
+
+def test_many_repeated_names() -> None:
+    """More than the first pass makes room for."""
+    spans = ",".join(f'{{"kind":1,"name":"x","kind":{i}}}' for i in range(500))
+    body = b'{"resourceSpans":[{"scopeSpans":[{"spans":[%b]}]}]}' % spans.encode()
+    found = ExportTraceServiceRequest.FromString(to_protobuf(body)).resource_spans[0]
+    assert [span.kind for span in found.scope_spans[0].spans] == list(range(500))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"kind": 1, "startTimeUnixNano": "1\\u0030"}, 10),
+        ({"startTimeUnixNano": "\\u0031\\u0032", "traceId": "\\u0061b"}, 12),
+        ({"startTimeUnixNano": "1\\n"}, None),
+        ({"startTimeUnixNano": "1\\u0022"}, None),
+        ({"startTimeUnixNano": "1\\/"}, None),
+        ({"traceId": "\\u00e9"}, None),
+    ],
+)
+def test_numbers_and_ids_with_escapes(value: dict[str, Any], expected: int | None) -> None:
+    body = span_json(**value).replace(b"\\\\", b"\\")
+    assert json_compare.check(body) == (expected is not None)
+    if expected is not None:
+        assert span_of(body).start_time_unix_nano == expected
+
+
+def test_an_error_in_a_replaced_value_does_not_count() -> None:
+    good = b'{"resourceSpans":[{"schemaUrl":"a"}]}'
+    assert to_protobuf(b'{"resourceSpans":[3],' + good[1:]) == to_protobuf(good)
+    with pytest.raises(OtlpJsonError, match=r"^resourceSpans: expected an array, got 4\.$"):
+        to_protobuf(b'{"resourceSpans":[3],"resourceSpans":4}')
+
+
+@pytest.mark.parametrize("empty", [b"{}", b"[]", b"[{}]", b"[[],{}]"])
+def test_bodies_of_empty_objects_are_refused(empty: bytes) -> None:
+    """Millions of them compress to some kilobytes."""
+    assert to_protobuf(b'{"unknown":[%b]}' % b",".join([empty] * 1300)) == b""
+    for form in (b'{"unknown":[%b]}', b'{"resourceSpans":[%b]}'):
+        with pytest.raises(OtlpJsonError, match="more than one JSON object or array for every 4"):
+            to_protobuf(form % b",".join([empty] * 60_000))
+
+
+@pytest.mark.slow
+def test_a_large_body_of_empty_objects_costs_little() -> None:
+    for item in (b"{}", b"{}, "):
+        body = b'{"resourceSpans":[' + b",".join([item] * (20_000_000 // (len(item) + 1))) + b"]}"
+        to_protobuf(b"{}")
+        began = time.thread_time()
+        with contextlib.suppress(OtlpJsonError):
+            to_protobuf(body)
+        assert time.thread_time() - began < 0.5
+
+
+def test_dense_attributes_are_accepted() -> None:
+    values = [{"intValue": 1}] * 20_000
+    body = orjson.dumps({"resourceSpans": [{"resource": {"attributes": [
+        {"key": "k", "value": {"arrayValue": {"values": values}}}]}}]})  # fmt: skip
+    request = ExportTraceServiceRequest.FromString(to_protobuf(body))
+    assert len(request.resource_spans[0].resource.attributes[0].value.array_value.values) == 20_000
+
+
+def test_the_body_may_be_any_buffer() -> None:
+    body = span_json(name="a")
+    assert to_protobuf(memoryview(body)) == to_protobuf(bytearray(body)) == to_protobuf(body)
+
+
+def test_strtod_is_exact_where_one_operation_is_not() -> None:
+    rng = np.random.default_rng(1)
+    doubles = rng.integers(0, 2**64, 2000, np.uint64).view(np.float64)
+    doubles = doubles[np.isfinite(doubles)]
+    values = [{"doubleValue": v} for v in doubles.tolist()]
+    array = value_of({"arrayValue": {"values": values}}).array_value
+    assert [v.double_value for v in array.values] == doubles.tolist()
+
+
+_SMALL = (
+    '{"u":[1,{"a":"é","b":[{},-1.5e-3]}],"resourceSpans":[{"schemaUrl":"\\f\\r\\u20ac","scopeSpans":'
+    '[{"spans":[{"kind":2,"flags":1.0,"attributes":[{"key":"k","value":{"boolValue":false}},'
+    '{"key":"k","value":{"doubleValue":1e-7}},{"value":{"intValue" : "5"},"key":"k"}]}]}]}]}'
+).encode()
+
+
+def test_every_truncation_of_a_body_is_read_as_by_the_reference_decoder() -> None:
+    assert json_compare.check(_SMALL)
+    for end in range(len(_SMALL)):
+        assert not json_compare.check(_SMALL[:end])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"false", b"falsy"),
+        (b"false", b"fals"),
+        (b"false", b"null"),
+        (b"[1,", b"[1,nul,"),
+        (b'"a":', b'"a"'),
+        (b'"a":', b'"a\\x":'),
+        (b'"b":', b"b:"),
+        (b"{},", b"{},]"),
+        (b"-1.5e-3", b"-1.5e"),
+        (b'"intValue" :', b'"intValue":'),
+        (b'"boolValue":', b'"boolValue" :'),
+        (b'"boolValue":', b'"boolValu\\u0065":'),
+        (b'"doubleValue":', b'"doubleValues":'),
+        (b'"doubleValue":', b'"doubleValue":  '),
+        (b'{"intValue" : "5"}', b'{"intValue" : "5"},'),
+        (b'"k","value":{"b', b'"k","value":{"int_value":1},"value":{"b'),
+    ],
+)
+def test_small_changes_of_a_body_are_read_as_by_the_reference_decoder(
+    old: bytes, new: bytes
+) -> None:
+    assert old in _SMALL
+    json_compare.check(_SMALL.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("body", [b"5", b" 1e305", b"1e309", b"true", b'"a"', b'"', b"{}{}", b" "])
+def test_bodies_that_are_no_object(body: bytes) -> None:
+    assert not json_compare.check(body)

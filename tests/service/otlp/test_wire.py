@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numba.core import config
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -65,7 +66,7 @@ from tests.support.otlp_generator import (
 pytestmark = pytest.mark.kernel
 
 CASES = Path(__file__).parents[3] / "../shared/cases/otlp"
-SHARE = 10 if config.DISABLE_JIT else 1  # Python is slow: run a share of the cases
+SHARE = max(1, 100 // settings.default.max_examples)  # try one of so many cases
 
 IDS = delimited(1, b"\1" * 16) + delimited(2, b"\2" * 8)
 

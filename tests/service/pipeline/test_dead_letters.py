@@ -25,8 +25,6 @@ from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 from tests.support.virtual import run
 
-pytestmark = pytest.mark.kernel
-
 EVALUATION = "rule-evaluation"
 STAGES = (SPANS_STAGE, EVALUATION, "storage-write", "projection")
 

@@ -22,8 +22,6 @@ from tests.support.api_client import ApiClient
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
-pytestmark = pytest.mark.kernel
-
 RULES = """\
 rules:
   - id: always-b

@@ -196,12 +196,12 @@ async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
         fold_one = correlate._fold_one
         failures = 0
 
-        def sometimes(batch: Any) -> Any:
+        def sometimes(*args: Any) -> Any:
             nonlocal failures
             failures += 1
             if failures in (2, 3):
                 raise RuntimeError("injected")
-            return fold_one(batch)
+            return fold_one(*args)
 
         monkeypatch.setattr(correlate, "_fold_one", sometimes)
         for number in range(1, 6):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import orjson
 import pytest
 import trio
@@ -108,12 +110,29 @@ async def test_a_body_of_exactly_the_limit_is_admitted():
     assert isinstance(await admit(edge, PROTOBUF, (b"content-length", b"20971520")), Head)
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/trace", "/v1/metrics", "/v1/logs", "/v1/traces/"])
+@pytest.mark.parametrize("path", ["/", "/v1/trace", "/v1/traces/"])
 async def test_other_paths_are_not_found(path):
     edge, _ = make()
     response = await admit(edge, path=path)
     assert response.status == 404
     assert "/v1/traces" in status(response).message
+    assert edge.refused_requests["not_found"] == 1
+
+
+@pytest.mark.parametrize("signal", ["logs", "metrics"])
+async def test_other_signals_are_told_how_to_turn_them_off(signal):
+    edge, _ = make()
+    response = await admit(edge, PROTOBUF, (b"content-length", b"100000"), path=f"/v1/{signal}")
+    assert response.status == 404
+    assert f"OTEL_{signal.upper()}_EXPORTER=none" in status(response).message
+    assert edge.refused_requests[signal] == 1
+    assert not any(edge.refused_spans.values())  # they are no spans
+
+
+async def test_an_endpoint_without_a_path_is_told_the_variables():
+    edge, _ = make()
+    message = status(await admit(edge, path="/")).message
+    assert "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in message
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS"])
@@ -232,7 +251,7 @@ async def test_a_request_that_cannot_be_queued_in_time_is_refused(autojump_clock
 async def test_only_a_tenth_of_the_queue_may_wait_to_be_queued(nursery):
     queue = ScriptedQueue(fill=0.99, room=False)
     edge = Edge(Ingest(offer_timeout_ms=60_000), queue, SpanQuotas(), capacity=100)
-    weight = edge.estimate("json", "", 900)
+    weight = edge.estimate(Head("t", "json", "", None), 900)
     waiting = 0
     while isinstance(await admit(edge, (b"x-scope-orgid", b"t%d" % waiting), JSON), Head):
         head = Head(f"t{waiting}", "json", "", None)
@@ -306,15 +325,23 @@ async def test_a_tenant_over_its_quota_gets_429():
     assert len(queue.taken) == 1
 
 
-async def test_refused_requests_use_no_quota():
+async def test_requests_refused_for_load_use_no_quota():
     edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
-    for outcome in (Refused(503, "disk"), Refused(400, "bad")):
-        queue.outcome = outcome
-        await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
+    queue.outcome = Refused(503, "disk")
+    await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room = False
     await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
     queue.room, queue.outcome = True, Done(1)
     assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 200
+
+
+@pytest.mark.parametrize("outcome", [Refused(400, "bad"), Refused(413, "large"), Done(0, 100)])
+async def test_invalid_bodies_and_rejected_spans_use_quota(outcome):
+    """Decoding them takes as long as decoding what is accepted."""
+    edge, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
+    queue.outcome = outcome
+    await edge.handle(Head("a", "protobuf", "", None), b"x" * 40_000)
+    assert (await edge.handle(Head("a", "protobuf", "", None), b"x")).status == 429
 
 
 async def test_retry_after_for_quotas_stays_within_the_limits_of_exporters():
@@ -329,9 +356,29 @@ async def test_weights_follow_the_spans_that_bodies_contained():
     queue.outcome = Done(10)
     for _ in range(300):
         await edge.handle(Head("a", "protobuf", "gzip", None), b"x" * 500)
-    assert edge.estimate("protobuf", "gzip", 5000) == pytest.approx(100, abs=2)
-    assert edge.estimate("protobuf", "", 4000) == 10  # other tenants are not affected
-    assert edge.estimate("protobuf", "", 0) == 1
+    head = Head("a", "protobuf", "gzip", None)
+    assert edge.estimate(head, 5000) == pytest.approx(100, abs=2)
+    assert edge.estimate(replace(head, encoding=""), 4000) == 10
+    assert edge.estimate(head, 0) == 1
+
+
+async def test_weights_of_one_tenant_do_not_follow_the_spans_of_another():
+    edge, queue = make()
+    quiet = Head("quiet", "protobuf", "gzip", None)
+    before = edge.estimate(quiet, 5000)
+    queue.outcome = Done(600_000)
+    for _ in range(50):
+        await edge.handle(Head("noisy", "protobuf", "gzip", None), b"x" * 43_000)
+    assert edge.estimate(quiet, 5000) == before < 100
+
+
+async def test_the_estimates_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr("betrace.service.receiver.admission._MOST_ESTIMATES", 3)
+    edge, queue = make()
+    queue.outcome = Done(1)
+    for number in range(10):
+        await edge.handle(Head(f"t{number}", "protobuf", "", None), b"x")
+    assert len(edge._seen) == 3
 
 
 async def test_authentication_decides_the_tenant():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import ssl
 
@@ -12,6 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from betrace.service.config.edge import Tls
 from betrace.service.pipeline.request import Done, Refused
+from betrace.service.receiver.http1 import ChunkedBody
 from betrace.service.receiver.sockets import ListenError
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import MIB, chunk, listening, post, until, write_certificate
@@ -105,6 +107,30 @@ async def test_a_chunked_body_within_the_limit():
         await client.send(chunk(b"cd") + b"0\r\n\r\n")
         assert (await client.response())[0] == 200
     assert server.bodies == [b"abcd"]
+
+
+async def test_a_chunked_body_is_released_once_answered_without_a_garbage_collection():
+    async with listening() as server:
+        kept = [await server.connect() for _ in range(5)]
+        gc.collect()
+        gc.disable()
+        try:
+            for client in kept:
+                await client.send(post(b"", "transfer-encoding: chunked") + chunk(bytes(MIB)))
+                await trio.sleep(0.01)
+                await client.send(b"0\r\n\r\n")
+                assert (await client.response())[0] == 200
+            server.queue.taken.clear()
+            await until(lambda: server.edge.buffered_bytes == 0)
+            assert not any(isinstance(each, ChunkedBody) for each in gc.get_objects())
+            broken_off = await server.connect()
+            await broken_off.send(post(b"", "transfer-encoding: chunked") + chunk(bytes(MIB)))
+            await until(lambda: server.edge.buffered_bytes == MIB)
+            await broken_off.stream.aclose()
+            await until(lambda: server.edge.buffered_bytes == 0)
+            await until(lambda: not any(isinstance(o, ChunkedBody) for o in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 async def test_too_many_bodies_at_once_are_refused():

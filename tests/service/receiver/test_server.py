@@ -11,6 +11,7 @@ import ssl
 
 import pytest
 import trio
+import trio.testing
 from google.rpc.status_pb2 import Status
 
 from betrace.service.pipeline.request import Done, Refused
@@ -506,6 +507,53 @@ async def test_the_connection_idle_longest_is_closed_for_the_next():
         assert await first.closed()
         await second.send(post(b"c"))
         assert (await second.response())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "part",
+    [post(b"", "content-length: 1000") + b"abc", b"POST /v1/traces HT"],
+    ids=["body", "head"],
+)
+async def test_slow_connections_make_room_before_idle_ones(part, monkeypatch):
+    monkeypatch.setattr(listener, "_SLOW_SECONDS", 0.1)
+    async with listening(max_connections=10) as server:
+        good = await server.connect()
+        await good.send(post(b"a"))
+        assert (await good.response())[0] == 200
+        slow = [await server.connect() for _ in range(30)]
+        for client in slow[:9]:
+            await client.send(part)
+        await trio.sleep(0.15)
+        with trio.fail_after(5):
+            for number in range(5):
+                new = await server.connect()
+                for client in slow[9:]:
+                    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                        await client.send(part)
+                await new.send(post(b"b%d" % number))
+                assert (await new.response())[0] == 200
+                await new.stream.aclose()
+        await good.send(post(b"c"))
+        assert (await good.response())[0] == 200
+
+
+def test_the_client_with_most_slow_connections_loses_one_first():
+    class One:
+        def __init__(self, peer: str, slow_since: float) -> None:
+            self.peer, self.slow_since, self.idle, self.ended = peer, slow_since, False, False
+
+        def abandon(self) -> None:
+            self.ended = True
+
+    server = listener._Server.__new__(listener._Server)
+    given = [One("a", -9), One("b", -8), One("b", -7), One("b", float("inf"))]
+    server._connections = set(given)
+
+    async def main() -> None:
+        server._make_room()
+
+    trio.run(main, clock=trio.testing.MockClock(rate=0))
+    assert [each.ended for each in given] == [False, True, False, False]
 
 
 async def test_the_time_limit_of_heads_applies_to_tls_handshakes(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from betrace.service.receiver.admission import REASONS
 from tests.service.receiver.test_http1 import mutated
+from tests.support.examples import examples
 from tests.support.ingest_servers import chunk, listening, post
 
 LIMITS = {
@@ -91,7 +92,7 @@ conversations = st.lists(
 
 
 @settings(
-    max_examples=max(5, settings.default.max_examples // 10),
+    max_examples=examples(10),
     phases=[Phase.explicit, Phase.generate],
 )
 @given(conversations)

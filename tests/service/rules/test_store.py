@@ -28,6 +28,7 @@ from betrace.service.rules.yaml_file import (
     load_text,
 )
 from betrace.service.signals import rule_version
+from tests.support.examples import examples
 
 EXAMPLE = """\
 rules:
@@ -236,7 +237,7 @@ NAMES = st.sampled_from(
 
 
 @given(CONDITIONS, NAMES, NAMES, st.dictionaries(NAMES.filter(bool), NAMES, max_size=3))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_written_rules_read_back(
     condition: str, name: str, description: str, labels: dict[str, str]
 ) -> None:

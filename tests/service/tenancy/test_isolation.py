@@ -71,6 +71,7 @@ def paths(service):
     (found,) = [s for s in service.store.signals("acme")[0] if s.signal.trace_id == TRACE.hex()]
     ids = {
         "/api/v1/signals/{id}": {"id": found.signal.id},
+        "/api/v1/signals/{id}/acknowledge": {"id": found.signal.id},
         "/api/v1/rules/{id}": {"id": RULE},
         "/api/v1/traces/{trace_id}": {"trace_id": TRACE.hex()},
     }
@@ -91,6 +92,7 @@ def paths(service):
 
 
 BODY = {"condition": "a", "trace": {}, "name": "x", "severity": "low"}
+BODIES = {"/api/v1/signals/{id}/acknowledge": {"note": "x"}}
 
 
 async def test_no_endpoint_shows_or_changes_what_is_anothers(tmp_path):
@@ -100,7 +102,7 @@ async def test_no_endpoint_shows_or_changes_what_is_anothers(tmp_path):
         for endpoint, path in list(paths(made.service)):
             if "stream" in path:
                 continue  # see below
-            body = BODY if endpoint.body is not None else None
+            body = None if endpoint.body is None else BODIES.get(endpoint.path, BODY)
             status, text = await made.ask(
                 endpoint.method, path, token, body, X_Scope_OrgID="acme", If_Match="*"
             )
@@ -283,7 +285,7 @@ async def test_a_revoked_key_and_a_deleted_tenant_are_out_at_once(tmp_path):
         assert (await made.ask("GET", "/api/v1/signals", made.token("beta")))[0] == 200
 
 
-async def test_metrics_name_no_tenant_and_want_a_token(tmp_path):
+async def test_only_signals_by_rule_name_tenants_and_metrics_want_a_token(tmp_path):
     async with world(tmp_path) as made:
         app = metrics_app(made.service.tools.exposition, made.service.gate.authenticator)
         for token, expected in ((None, 401), (made.token("acme"), 403), (SCRAPER, 200)):
@@ -297,4 +299,6 @@ async def test_metrics_name_no_tenant_and_want_a_token(tmp_path):
             await app(scope, None, keep)
             assert sent[0]["status"] == expected
         assert SECRET.encode() not in sent[1]["body"]
-        assert b"acme" not in sent[1]["body"]
+        naming = [line for line in sent[1]["body"].splitlines() if b"acme" in line]
+        assert naming
+        assert all(line.startswith(b"betrace_rule_signals_total{") for line in naming)

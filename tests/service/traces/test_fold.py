@@ -52,6 +52,7 @@ from betrace.service.traces.layout import (
 )
 from betrace.service.traces.tenant_traces import MOST_SERVICES, OTHER_SERVICES, TenantTraces
 from tests.support.engine import Engine, compiled
+from tests.support.examples import examples
 from tests.support.spans import TRACE, S, batch, body, many, of_traces
 
 pytestmark = pytest.mark.kernel
@@ -120,7 +121,7 @@ def test_short_traces_count_each_span_once(ids, cuts):
     st.integers(0, 2**32),
     st.sampled_from([1000, 1100, 1600, 10**6]),
 )
-@settings(max_examples=max(10, settings().max_examples // 5))
+@settings(max_examples=examples(20))
 def test_a_long_trace_knows_its_last_1000_span_ids(cuts, seed, pool):
     """Compared with a model: a queue of the last 1000 ids that were counted."""
     rng = random.Random(seed)

@@ -13,6 +13,7 @@ from betrace.service.traces.serialize import FORMAT, SerialError, from_bytes, to
 from betrace.service.traces.signal_history import RuleSignals
 from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import Engine
+from tests.support.examples import examples
 from tests.support.failing_stores import due
 from tests.support.strategies import encode, rules, splits, traces
 
@@ -52,7 +53,7 @@ def test_everything_except_the_ticket_is_restored():
     assert found.ticket == 0
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(traces().flatmap(lambda spans: splits(spans)), rules())
 def test_restored_traces_get_the_same_verdicts(parts, rule):
     engine = Engine([rule])

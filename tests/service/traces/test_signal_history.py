@@ -107,11 +107,13 @@ def test_active_signals_are_retracted_and_retracted_ones_raised_again(emitted):
     (signal,) = decide_due(breach, 5).signals
     assert signal.id == raised(1, episode=emitted // 2).id
     assert (signal.kind, signal.episode) == (Kind.RAISED, emitted // 2)
+    assert signal.message == "no-loop: condition met: fewer than 2 loop, found 0"
     found = decide_due(kept, 5).signals
     if emitted % 2:
         (signal,) = found
         assert signal.id == raised(1, Kind.RETRACTED, emitted // 2).id
         assert signal.clause == "never"
+        assert signal.message == "no-loop: no longer broken (loop: 2)"
         assert signal.reason
     else:
         assert found == []

@@ -21,6 +21,7 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FREE, HI, STATE
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.verdicts import decide_due
+from tests.support.examples import examples
 from tests.support.spans import S, batch, many
 
 pytestmark = pytest.mark.kernel
@@ -125,7 +126,7 @@ class Run:
         self.signals += found
 
 
-@settings(max_examples=max(10, settings.default.max_examples // 4))  # compiling rules takes long
+@settings(max_examples=examples(25))  # compiling rules takes long
 @given(st.lists(steps, max_size=25), st.frozensets(st.integers(0, 24), min_size=1, max_size=3))
 def test_restored_traces_continue_unchanged(stream, restarts):
     without, with_restarts = Run(), Run(None, restarts)
@@ -137,7 +138,7 @@ def test_restored_traces_continue_unchanged(stream, restarts):
     assert {s.id: s for s in with_restarts.signals} == {s.id: s for s in without.signals}
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, min_size=3, max_size=12), st.frozensets(st.integers(0, 11), max_size=3))
 def test_traces_restored_from_files_continue_unchanged(tmp_path, stream, restarts):
     without, with_files = Run(), Run(tmp_path, restarts)

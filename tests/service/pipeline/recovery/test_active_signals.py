@@ -34,10 +34,10 @@ def fold_fault(monkeypatch):
     fault = Fault()
     fold = CorrelateStage._fold_one
 
-    def fail(self: CorrelateStage, batch: Any) -> Any:
+    def fail(self: CorrelateStage, *args: Any) -> Any:
         if fault.on:
             raise TransientError("the test makes these spans fail")
-        return fold(self, batch)
+        return fold(self, *args)
 
     monkeypatch.setattr(CorrelateStage, "_fold_one", fail)
     return fault

@@ -9,7 +9,7 @@ from betrace.service.pipeline.request import Done
 from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
 
-pytestmark = [pytest.mark.kernel, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 async def test_a_late_span_in_the_tail_of_the_log(tmp_path):

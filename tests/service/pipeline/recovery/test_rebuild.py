@@ -21,8 +21,6 @@ from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import S, body
 
-pytestmark = pytest.mark.kernel
-
 RULES = {"no-b": "when { a } always { b }"}
 TENANT = "default"
 

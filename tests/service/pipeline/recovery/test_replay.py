@@ -25,8 +25,6 @@ from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.oracle import OracleSpan
 from tests.support.strategies import encode
 
-pytestmark = pytest.mark.kernel
-
 SECOND = 10**9
 NOW = time.time_ns()
 HOUR = 3600 * SECOND
@@ -171,8 +169,8 @@ class TestCommand:
         assert ledger.balances("acme") == {"checked": 1}
         ledger.close()
         with DuckStore(data) as store:
-            (standing,) = store.signals("acme", SignalFilter(status="active"))[0]
-            assert standing.signal.trace_id == trace_id(1)
+            (active,) = store.signals("acme", SignalFilter(status="active"))[0]
+            assert active.signal.trace_id == trace_id(1)
 
     def test_other_rules_and_the_whole_log(self, data: Path, tmp_path: Path) -> None:
         rules = tmp_path / "rules.yaml"

@@ -24,7 +24,6 @@ from tests.support.engine import compiled
 from tests.support.spans import S, batch
 
 SECOND = 10**9
-pytestmark = pytest.mark.kernel
 
 
 class Here:
@@ -195,10 +194,10 @@ async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, m
     good, bad = rig.batch(S(1), S(2)), rig.batch(S(3))
     fold_one = rig.stage._fold_one
 
-    def fail(given: Any) -> Any:
+    def fail(given: Any, cpu: Any) -> Any:
         if given is bad:
             raise RuntimeError("injected")
-        return fold_one(given)
+        return fold_one(given, cpu)
 
     with monkeypatch.context() as broken:
         broken.setattr(rig.stage, "_fold_one", fail)

@@ -8,7 +8,7 @@ import trio
 from betrace.channels import (
     Breaker,
     BreakerOpen,
-    BreakerSettings,
+    BreakerOptions,
     BreakerTimeout,
     ThreadRunner,
     open_channel,
@@ -20,15 +20,13 @@ from betrace.service.telemetry.latencies import Latencies
 from tests.support.failing_stores import Faulty, decided, due
 from tests.support.virtual import run
 
-pytestmark = pytest.mark.kernel
-
 
 class Evaluating:
     def __init__(self):
         self.faulty = Faulty()
         self.in_flight = InFlight()
         self.threads = ThreadRunner("evaluate", 2)
-        limits = BreakerSettings(window=4, minimum_calls=4, open_for=30.0, timeout=10.0)
+        limits = BreakerOptions(window=4, minimum_calls=4, open_for=30.0, timeout=10.0)
         self.breaker = Breaker("rule-evaluation", limits)
         self.buried = []
         self.seconds = []

@@ -99,6 +99,18 @@ def test_rows_are_found_after_a_restart(tmp_path):
     run(main)
 
 
+def test_rows_of_concurrent_batches_are_all_counted(tmp_path):
+    async def main():
+        projecting = Projecting(tmp_path, FaultyStore())
+        async with projecting.running():
+            async with trio.open_nursery() as nursery:
+                for tenant in ("a", "b"):
+                    nursery.start_soon(projecting.stage.handle, [decided(1, tenant=tenant)])
+            assert projecting.stage.rows == 4  # a signal and a trace each
+
+    run(main)
+
+
 def test_a_hanging_duckdb_call_is_abandoned(tmp_path):
     async def main():
         projecting = Projecting(tmp_path, FaultyStore())

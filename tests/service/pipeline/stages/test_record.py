@@ -12,6 +12,7 @@ from betrace.service.pipeline.stages.record import RecordStage
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.telemetry.latencies import Latencies
+from tests.support.examples import examples
 from tests.support.failing_stores import FaultyLedger, decided, signal
 from tests.support.store_stages import LIMITS, StageOverStore, ids
 from tests.support.virtual import run
@@ -298,7 +299,7 @@ async def cancel_after(steps, scope):
     scope.cancel()
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.lists(st.tuples(st.integers(1, 7), FAULTS, FAULTS, st.integers(0, 4)), max_size=12))
 def test_every_signal_is_recorded_once_whatever_fails(tmp_path_factory, steps):
     directory = tmp_path_factory.mktemp("fallback")

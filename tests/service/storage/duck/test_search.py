@@ -19,6 +19,7 @@ from betrace.service.storage.duck.schema import SCHEMA
 from betrace.service.storage.duck.search import TraceFilter, search
 from betrace.service.storage.duck.store import DuckStore
 from tests.service.storage.duck.test_store import columns, make
+from tests.support.examples import examples
 
 MAX = 2**63 - 1
 
@@ -97,7 +98,7 @@ FILTERS = st.builds(
 @example(
     [(0, 0, 0, 0, False), (-5, 0, 0, 0, False)], TraceFilter(since=0), 1, 1, 0.0, 0
 )  # a trace from before 1970 is not wanted since 1970
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     ROWS,
     FILTERS,

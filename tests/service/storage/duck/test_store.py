@@ -39,6 +39,7 @@ from betrace.service.storage.duck.queries import (
 from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
 from betrace.service.storage.duck.search import TraceFilter
 from betrace.service.storage.duck.store import DuckStore, RowCounts
+from tests.support.examples import examples
 
 SECOND = 10**9
 
@@ -181,7 +182,7 @@ class TestSignals:
         assert seen == everything
         assert cursor is None
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=examples(30), deadline=None)
     @given(cursor=st.text(max_size=40) | st.binary(max_size=30).map(lambda b: b.hex()))
     def test_a_forged_cursor_is_refused(self, cursor: str) -> None:
         store = self.forged
@@ -592,6 +593,7 @@ class TestFiles:
             assert "t00" not in logs
             assert [store.counts(f"t{i:02}") for i in range(30)] == [RowCounts(1, 1, 0)] * 30
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("by", ["the store", "DuckDB"])
     def test_pages_of_files_are_dropped_after_a_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str

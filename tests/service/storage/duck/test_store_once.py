@@ -18,6 +18,7 @@ from betrace.service.storage.duck.queries import StoredSignal, TraceRow
 from betrace.service.storage.duck.schema import SCHEMA_VERSION, StoreError
 from betrace.service.storage.duck.store import DuckStore, RowCounts
 from tests.service.storage.duck.test_store import columns, limits, make, trace_id
+from tests.support.examples import examples
 
 # As the first version of the program made it.
 SCHEMA_1 = """
@@ -180,7 +181,7 @@ class TestOnce:
         fill(store)
         assert store.counts("shop") == RowCounts(6, 3, 2)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=examples(25), deadline=None)
     @given(st.data())
     def test_any_order_of_writes_and_restarts(self, data: st.DataObject) -> None:
         """Against a model: the newest row of a trace with the positions of all, first signals."""
@@ -241,7 +242,7 @@ class TestOnce:
         request.cls.directory = tmp_path_factory.mktemp("model") / "data"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.data())
 def test_pages_are_stable_while_rows_come(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

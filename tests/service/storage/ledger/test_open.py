@@ -69,8 +69,8 @@ def test_a_timeout_in_which_no_client_registers_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("addresses", "why"),
     [
-        ("localhost:3000", "no host names"),
-        ("127.0.0.1:3000,db1:3000", "no host names"),
+        ("localhost:3000", "does not resolve host names"),
+        ("127.0.0.1:3000,db1:3000", "does not resolve host names"),
         ("127.0.0.1:0", "port 0"),
         ("127.0.0.1", "not an address"),
         ("", "not an address"),

@@ -32,6 +32,7 @@ from betrace.service.storage.spanlog.tenant_log import (
     FrameMissing,
     LogWriteError,
 )
+from tests.support.examples import examples
 
 DAY = 86_400 * 10**9
 MIDNIGHT = 20_000 * DAY  # 2024-10-04
@@ -534,7 +535,7 @@ class TestDamage:
                 log.read("shop", second)
             assert bodies(log) == []
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=examples(150), deadline=None)
     @given(
         sizes=st.lists(st.lists(st.integers(0, 3000), min_size=1, max_size=5), max_size=6),
         cut=st.none() | st.integers(0, 12_000),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from betrace.service.storage import filesystem
 from betrace.service.storage.disk import Disk
-from betrace.service.storage.spanlog import filesystem
+from betrace.service.storage.filesystem import reliable, sync_filesystem
 from betrace.service.storage.spanlog import sync as logsync
-from betrace.service.storage.spanlog.filesystem import reliable, sync_filesystem
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
 from betrace.service.storage.spanlog.tenant_log import TenantLog

@@ -12,7 +12,7 @@ import pytest
 
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.pipeline.recovery import history as tracehistory
+from betrace.service.pipeline import history as tracehistory
 from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.store import DuckStore
@@ -25,7 +25,6 @@ from betrace.service.traces.verdicts import decide_due
 from tests.support.engine import compiled
 from tests.support.spans import S, body
 
-pytestmark = pytest.mark.kernel
 NOW = 1_700_000_000 * 10**9
 
 

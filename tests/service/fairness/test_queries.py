@@ -1,0 +1,137 @@
+"""One tenant asks for much at the API; the others must not notice."""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+
+import httpx
+import pytest
+import trio
+
+from betrace.service.api import app as api_app
+from betrace.service.api.app import create_api
+from betrace.service.api.asgi import serve
+from betrace.service.api.endpoints import rules as rule_endpoints
+from betrace.service.api.errors import ApiError
+from betrace.service.api.turns import TenantTurns
+from tests.support.api_client import ApiClient
+from tests.support.api_records import otlp, span
+from tests.support.inprocess import opened, settings
+
+EXPENSIVE = " or ".join(f'x matches "[ab]*a[ab]{{{250 - n}}}c"' for n in range(40))
+
+
+@pytest.mark.kernel
+async def test_tests_of_expensive_rules_delay_only_their_own_tenant(tmp_path, monkeypatch):
+    monkeypatch.setattr(rule_endpoints, "TRIAL_SECONDS", 0.5)
+    text = "".join(random.Random(1).choices("ab", k=60_000))
+    sent = span("a", 1)
+    sent["attributes"] = [{"key": "x", "value": {"stringValue": text}}]
+    trace = otlp(sent)
+    body = {"condition": f"a.where({EXPENSIVE})", "trace": trace}
+    with opened(settings(tmp_path, api={"query_timeout_seconds": 5})) as service:
+        client = ApiClient(service)
+        answers = []
+
+        async def ask() -> None:
+            try:
+                error = await client.post("/api/v1/rules/test", 400, body, X_Scope_OrgID="noisy")
+                answers.append(error["message"])
+            except AssertionError as refused:  # 503 after its time
+                answers.append(str(refused))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(ask)
+            await trio.sleep(0.3)
+            assert service.tools.threads.statistics().running <= 4  # of 8
+            for _ in range(5):
+                started = time.perf_counter()
+                await client.get("/api/v1/rules", X_Scope_OrgID="quiet")
+                assert time.perf_counter() - started < 2
+        assert len(answers) == 20
+        assert any("processor time" in answer for answer in answers)
+
+
+async def test_an_abandoned_call_keeps_its_turn(autojump_clock):
+    turns = TenantTurns(2)
+    end = await turns.take("a", 1)
+    with pytest.raises(trio.TooSlowError):
+        await turns.take("a", 1)
+    (await turns.take("b", 1))()
+    (await turns.take("", 1))()
+    (await turns.take("", 1))()
+    end()
+    end()  # once is enough
+    await trio.sleep(0)
+    await turns.take("a", 1)
+    with pytest.raises(trio.TooSlowError):
+        await turns.take("a", 1)
+
+
+async def test_streams_of_one_tenant_leave_some_for_others_and_for_operators(tmp_path):
+    with opened(settings(tmp_path, api={"max_streams": 20})) as service:
+        from betrace.service.api.endpoint import Call
+
+        def stream(tenant: str):
+            call = Call(service.tools, tenant, {}, {}, b"", "")
+
+            async def parts():
+                await trio.sleep_forever()
+                yield b""
+
+            return call.stream(parts).body
+
+        opened_streams = []
+
+        async def open_one(tenant: str) -> None:
+            body = stream(tenant)
+            await body.__anext__()
+            opened_streams.append(body)
+
+        for _ in range(10):
+            await open_one("noisy")
+        with pytest.raises(ApiError, match="10 streams"):
+            stream("noisy")
+        for number in range(8):
+            await open_one(f"t{number}")
+        with pytest.raises(ApiError):
+            stream("another")
+        await open_one("")  # an operator
+        for body in opened_streams:
+            await body.aclose()
+        assert service.tools.streams.total() == 0
+
+
+async def test_bodies_of_the_api_are_bounded_together(tmp_path, monkeypatch, nursery):
+    monkeypatch.setattr(api_app, "MOST_BUFFERED", 3_000_000)
+    with opened(settings(tmp_path)) as service:
+        app = create_api(service.tools, None, frozenset())
+        shutdown = trio.Event()
+        url = await nursery.start(partial(serve, app, "127.0.0.1:0", shutdown, grace_seconds=1))
+        host, port = url.removeprefix("http://").split(":")
+        head = b"PUT /api/v1/rules/a HTTP/1.1\r\nhost: x\r\ncontent-length: 2000000\r\n\r\n"
+        unfinished = [await trio.open_tcp_stream(host, int(port)) for _ in range(3)]
+        await unfinished[0].send_all(head + bytes(1_500_000))
+        await trio.sleep(0.2)
+        await unfinished[1].send_all(head + bytes(1_400_000))
+        await trio.sleep(0.2)
+        await unfinished[2].send_all(head + bytes(150_000))
+        with trio.fail_after(5):
+            assert b"503" in await unfinished[2].receive_some()
+        for stream in unfinished:
+            await trio.aclose_forcefully(stream)
+        async with httpx.AsyncClient() as client:
+
+            async def small() -> bool:
+                answer = await client.put(
+                    url + "/api/v1/rules/a", content=b'{"condition": "' + bytes(500_000)
+                )
+                return answer.status_code == 400  # not JSON
+
+            with trio.fail_after(10):
+                while not await small():
+                    await trio.sleep(0.05)
+        shutdown.set()

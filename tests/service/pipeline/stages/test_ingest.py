@@ -1,0 +1,106 @@
+"""Which requests are handled on Trio's thread, and which in a worker thread."""
+
+from __future__ import annotations
+
+import gzip
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from betrace.channels import ThreadRunner, open_channel
+from betrace.service.pipeline.log_sync import GroupSync
+from betrace.service.pipeline.progress import LogProgress
+from betrace.service.pipeline.request import Done, Reply, Request
+from betrace.service.pipeline.stages import ingest
+from betrace.service.pipeline.stages.ingest import SMALL_BYTES, IngestStage
+from betrace.service.storage.spanlog.log import SpanLog
+from tests.support.spans import S, body
+
+pytestmark = pytest.mark.kernel
+
+
+class Bench:
+    """An ingest stage on a log of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.log = SpanLog(directory)
+        self.threads = ThreadRunner("ingest", 1)
+        self.sync = GroupSync(self.log, self.threads)
+        send, self.receive = open_channel("batches", 10_000, len)
+        self.stage = IngestStage(self.log, self.threads, send, LogProgress(), 1 << 20, self.sync)
+
+    async def handle(self, payload: bytes = body(S(1, "a")), encoding: str = "") -> bool:
+        """Handle a request, check its outcome, and return whether a thread was used."""
+        request = Request("acme", "protobuf", encoding, payload, time.time_ns(), 1, Reply())
+        before = self.threads.statistics().calls
+        await self.stage.handle([request])
+        outcome = await request.reply.wait()
+        assert isinstance(outcome, Done)
+        assert outcome.spans == len(self.receive.receive_nowait()) > 0
+        return self.threads.statistics().calls > before
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.threads.close()
+    bench.log.close()
+
+
+async def test_small_requests_need_no_thread_once_the_segment_exists(bench: Bench) -> None:
+    assert await bench.handle()  # creates the segment
+    assert not await bench.handle()
+    assert not await bench.handle()
+    frames = list(bench.log.frames("acme"))
+    assert len(frames) == 3
+
+
+async def test_large_and_compressed_requests_go_to_a_thread(bench: Bench) -> None:
+    await bench.handle()
+    large = body(*(S(number, f"{number:0500}") for number in range(1, SMALL_BYTES // 500)))
+    assert await bench.handle(large)
+    assert await bench.handle(gzip.compress(body(S(1, "a"))), "gzip")
+
+
+async def test_requests_go_to_a_thread_while_the_disk_syncs(bench: Bench) -> None:
+    await bench.handle()
+    bench.sync.running = True
+    assert await bench.handle()
+    bench.sync.running = False
+    assert not await bench.handle()
+
+
+async def test_after_a_slow_write_requests_go_to_a_thread_for_a_while(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # it does not wait for threads
+    await bench.handle()
+    append = bench.log.append
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(2 * ingest.SLOW_SECONDS)
+        return append(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.log, "append", slow)
+        assert not await bench.handle()
+    assert await bench.handle()
+    await trio.sleep(ingest.THREAD_SECONDS)
+    assert not await bench.handle()
+
+
+async def test_a_sync_says_that_it_is_running(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.handle()
+    seen: list[bool] = []
+    monkeypatch.setattr(bench.log, "sync", lambda _: seen.append(bench.sync.running))
+    await bench.sync.sync(["acme"])
+    assert seen == [True]
+    assert not bench.sync.running

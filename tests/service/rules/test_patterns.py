@@ -1,0 +1,86 @@
+"""Searches with patterns: what they find, and what they cost."""
+
+from __future__ import annotations
+
+import pytest
+import re2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from betrace.service.rules.literals import MAX_PATTERN
+from betrace.service.rules.match import SpanValues, evaluate
+from betrace.service.rules.patterns import MATCH_BYTES, PatternSearch, pattern_size, search
+from betrace.service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope
+from betrace.service.rules.values import compile_pattern
+from tests.service.rules.test_match import batch_of
+from tests.support.oracle import OracleSpan
+
+X = Attribute(Scope.ANY, "x")
+PATTERNS = ["^a", "b$", "a.*b", "[ab]{3}", "", "é", "(?i)A"]
+
+
+def matches(pattern: str) -> Compare:
+    return Compare(X, "matches", (Literal(pattern, None),))
+
+
+@given(st.text("abéA ", max_size=12), st.lists(st.sampled_from(PATTERNS), unique=True))
+def test_a_set_finds_what_each_pattern_finds(text, patterns):
+    searched = PatternSearch([matches(pattern) for pattern in patterns])
+    for pattern in patterns:
+        for _ in range(2):  # the second time from memory
+            found = searched.search(X, pattern, text, None)
+            assert found is (re2.search(pattern, text) is not None)
+
+
+def test_a_set_that_runs_out_of_memory_is_searched_one_by_one(monkeypatch):
+    monkeypatch.setattr("betrace.service.rules.patterns._Set.search", lambda self, data: None)
+    searched = PatternSearch([matches(pattern) for pattern in PATTERNS])
+    assert searched.search(X, "^a", "ab", None) is True
+    assert searched.search(X, "^a", "b", None) is False
+
+
+def test_a_match_of_a_long_text_is_unknown():
+    assert search("b$", "a" * (MATCH_BYTES - 1) + "b") is True
+    assert search("b$", "a" * MATCH_BYTES + "b") is None
+    assert search("b$", "é" * (MATCH_BYTES // 2 + 1)) is None  # bytes count
+
+
+def test_a_large_pattern_looks_at_less_text():
+    large = r"\p{L}{10}x"
+    assert pattern_size(large) > 10_000
+    assert search(large, "a" * 5000) is False
+    assert search(large, "a" * 20_000) is None
+
+
+def test_an_unknown_match_decides_only_what_depends_on_it():
+    batch = batch_of(OracleSpan("a", attributes={"x": "a" * (MATCH_BYTES + 1), "y": 1}))
+    values = SpanValues(batch)
+    unknown = matches("b")
+    true = Compare(Attribute(Scope.ANY, "y"), "==", (Literal("1", 1),))
+    false = Not(true)
+    assert evaluate(unknown, values, 0) is None
+    assert evaluate(Not(unknown), values, 0) is None
+    assert evaluate(And((unknown, true)), values, 0) is None
+    assert evaluate(And((unknown, false)), values, 0) is False
+    assert evaluate(Or((unknown, true)), values, 0) is True
+    assert evaluate(Or((false, unknown)), values, 0) is None
+
+
+def test_whoever_pays_is_asked_before_a_search():
+    asked: list[float] = []
+    search("[ab]*a[ab]{250}c", "a" * 1000, asked.append)
+    assert asked == [pytest.approx(1000 * pattern_size("[ab]*a[ab]{250}c") * 1e-8)]
+
+
+def test_patterns_are_compiled_once_however_many_there_are():
+    compile_pattern.__globals__["_compile"].cache_clear()
+    for _ in range(3):
+        for number in range(1000):
+            compile_pattern(f"a.*b{number}")
+    assert compile_pattern.__globals__["_compile"].cache_info().misses == 1000
+
+
+def test_the_largest_pattern_that_is_allowed_can_be_searched():
+    pattern = r"\p{L}{16}"
+    assert pattern_size(pattern) <= MAX_PATTERN
+    assert search(pattern, "x" * 16) is True
