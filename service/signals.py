@@ -42,8 +42,10 @@ class Signal:
     maps it to the ids of up to five of them, the earliest. ``reason`` says why a retraction was
     made, or that the trace is partial. For a long trace, ``context`` is the window of the latest
     spans: ``window`` is its number, ``first`` and ``last`` are the numbers of its spans by arrival,
-    and ``spans`` are their ids. ``episode`` counts how often the breach had been retracted before,
-    from 0; a signal and its retraction have the same.
+    and ``spans`` are their ids. Of a rule with ``for each``, its ``groups`` say how many were
+    ``broken``, ``of`` how many, and give up to five ``examples`` (``key``, ``clause``, ``spans``).
+    ``episode`` counts how often the breach had been retracted before, from 0; a signal and its
+    retraction have the same.
     """
 
     id: str

@@ -174,7 +174,8 @@ def _verdicts(
     trace is older than a rule; signals record what the rules of the time found. ``breach`` is
     certain: the readable spans show it, or an active signal of the same version of the rule does.
     Without a breach the verdict is ``otherwise``: ``kept``; ``open`` while later spans may still
-    break the rule; ``unknown`` if spans of a closed trace could not be read.
+    break the rule; ``unknown`` if spans of a closed trace could not be read, or if a rule could not
+    be judged (``undecided`` says why). ``groups`` are the broken ones of a rule with ``for each``.
     """
     verdicts = {}
     for rule in rules.rules:
@@ -188,6 +189,10 @@ def _verdicts(
             "counts": verdict.counts if verdict else {},
             "evidence": verdict.evidence if verdict else {},
         }
+        if verdict is not None and verdict.undecided is not None:
+            shown |= {"verdict": "unknown", "undecided": verdict.undecided}
+        if verdict is not None and verdict.groups is not None:
+            shown["groups"] = verdict.groups
         if verdict is not None and verdict.breach:
             shown |= {"verdict": "breach", "clause": verdict.clause}
         elif signal is not None and otherwise != "kept":

@@ -58,6 +58,7 @@ class _Total:
     partial: int = 0
     new: int = 0
     skipped: int = 0
+    undecided: int = 0
 
     def line(self, recorded: bool) -> str:
         text = f"{self.spans} spans, {self.traces} traces: {self.raised} signals"
@@ -65,6 +66,8 @@ class _Total:
             text += f", {self.retracted} of them retracted by later spans"
         if self.partial:
             text += f"; {self.partial} are of traces that cross the edge of the interval"
+        if self.undecided:
+            text += f"; {self.undecided} traces could not be judged by rules that relate spans"
         if self.skipped:
             text += f"; skipped {self.skipped} damaged places of the log"
         return text + (f"; {self.new} are new in the ledger" if recorded else "")
@@ -274,6 +277,7 @@ class _Run:
             self._settings.ingest.max_body_bytes,
             Windows(traces.long_lived_spans, traces.window_spans, traces.window_overlap),
             most_open=traces.max_open,
+            relational_spans_max=traces.relational_spans_max,
         )
         edge = run.over_the_edge(interval.now - int(traces.idle_seconds * SECOND))
         skipped = len(self._log.skipped)
@@ -283,6 +287,7 @@ class _Run:
         self.total.spans += run.spans
         self.total.traces += run.traces
         self.total.skipped += len(self._log.skipped) - skipped
+        self.total.undecided += run.undecided
 
     def _take(self, signals: list[Signal], edge: set[str]) -> None:
         from betrace.service.signals import Kind

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -27,6 +27,7 @@ from betrace.service.cli.common import (
     tenant_option,
     warn,
 )
+from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import Problem, Rule, RuleFileError
 from betrace.service.rules.yaml_file import load_file
 
@@ -160,11 +161,15 @@ class Report:
     files: tuple[Path, ...]
     rules: int
     problems: tuple[Problem, ...]
+    plans: tuple[tuple[str, str], ...] = ()
+    """How each rule that relates spans is decided: its id and a sentence."""
 
     def lines(self) -> Iterator[str]:
-        """The problems, then a summary."""
+        """The problems, the plans, then a summary."""
         for problem in self.problems:
             yield from str(problem).split("\n")
+        for rule_id, how in self.plans:
+            yield f"{rule_id}: {how}"
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         if not self.problems:
             yield f"{files}, {self.rules} rule{'s' * (self.rules != 1)}: all good"
@@ -173,7 +178,9 @@ class Report:
             yield f"{files}: {count} problem{'s' * (count > 1)}"
 
     def to_json(self) -> Json:
-        """The report. Lines and columns count within the file, and are null if unknown."""
+        """The report. Lines and columns count within the file, and are null if unknown. ``plans``
+        are there only if some rules relate spans."""
+        plans = {"plans": dict(self.plans)} if self.plans else {}
         return {
             "valid": not self.problems,
             "files": [str(path) for path in self.files],
@@ -189,6 +196,7 @@ class Report:
                 }
                 for problem in self.problems
             ],
+            **plans,
         }
 
 
@@ -198,14 +206,15 @@ def check_files(names: Sequence[Path]) -> Report:
     Raises :exc:`Failure` for a directory without rule files.
     """
     paths = [path for name in names for path in _rule_files(name)]
-    rules = 0
+    rules: list[Rule] = []
     problems: list[Problem] = []
     for path in paths:
         try:
-            rules += len(load_file(path))
+            rules += load_file(path)
         except RuleFileError as error:
             problems += error.problems
-    return Report(tuple(paths), rules, tuple(problems))
+    plans = tuple((rule.id, plan(rule.syntax)) for rule in rules if rule.syntax.relational)
+    return Report(tuple(paths), len(rules), tuple(problems), plans)
 
 
 def _rule_files(name: Path) -> list[Path]:
@@ -233,10 +242,19 @@ class Judgement:
         """The verdict and its reason, the counts, and the spans."""
         rule, verdict = self.rule, self.verdict
         outcome = "is broken" if verdict.breach else "is kept"
+        if verdict.undecided is not None:
+            outcome = "is undecided"
         disabled = ", not enabled" * (not rule.enabled)
         yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
             yield f"  {verdict.message}"
+        if verdict.undecided is not None:
+            yield f"  because {verdict.undecided}"
+        if verdict.groups is not None:
+            yield f"  for {verdict.groups['broken']} of {verdict.groups['of']} groups, such as"
+            for example in verdict.groups["examples"]:
+                keys = ", ".join(f"{name} {value}" for name, value in example["key"].items())
+                yield f"    {keys}{': ' * bool(keys)}spans {', '.join(example['spans'])}"
         width = max((len(check) for check in verdict.counts), default=0)
         for check, count in verdict.counts.items():
             spans = ", ".join(verdict.evidence.get(check, []))
@@ -247,7 +265,7 @@ class Judgement:
     def to_json(self) -> Json:
         """The verdict, with the rule's severity and name."""
         rule = {"name": self.rule.name, "severity": self.rule.severity}
-        return {**asdict(self.verdict), **rule, "enabled": self.rule.enabled}
+        return {**self.verdict.to_json(), **rule, "enabled": self.rule.enabled}
 
 
 def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list[Judgement]:

@@ -81,6 +81,9 @@ class Traces(SettingsSection):
     late_filter_bytes: Size = 32 * MIB
     """Memory of the filter that tells late spans from new traces. 32 MiB cover the last 8 to 16
     million traces. A late span of an older trace starts a new trace."""
+    relational_spans_max: Count = 50_000
+    """Rules that relate spans read traces back from the span log when they close. A trace with more
+    spans than this is not read: such rules stay undecided for it, which is counted and logged."""
     max_open: Count = 1_000_000
     """Maximum open traces of all tenants. Above it, those idle longest are closed early."""
 

@@ -19,6 +19,7 @@ from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
+from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
@@ -160,6 +161,12 @@ class _PipelineBuilder:
             self._breakers.evaluation,
             letters.bury_all,
             self._latencies,
+            ReadBack(
+                stores.log,
+                settings.ingest.max_body_bytes,
+                stores.duckdb,
+                settings.traces.relational_spans_max,
+            ),
         )
 
         def behind() -> bool:

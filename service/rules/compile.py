@@ -19,6 +19,7 @@ import orjson
 
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.wire import hash_text
+from betrace.service.rules.candidates import Bound, candidate
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.format import format_check
 from betrace.service.rules.names import NameTable
@@ -62,6 +63,9 @@ class CompiledRules:
     that may be decided early (except rules that every trace breaks from its beginning, which are
     decided at its end), and ``thresholds`` the counts at which such a rule can change its truth
     value. ``on_empty`` are the rules that a trace without any matching span breaks.
+
+    The program of a relational rule decides whether a closed trace is a candidate for it: see
+    :mod:`betrace.service.rules.candidates`.
     """
 
     rules: tuple[Rule, ...]
@@ -80,9 +84,13 @@ class CompiledRules:
     thresholds: tuple[Rows, Rows]
     on_empty: Rows
     checks_of_rule: tuple[tuple[int, ...], ...]
+    relational: frozenset[int]
+    """The numbers of the rules that relate spans: their candidates are read back and judged."""
     patterns: PatternSearch
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
+    folded: frozenset[tuple[str, str]]
+    """The ids and versions of the rules that the fold alone decides."""
     definitions: bytes
     """The rules as in a rule file, a JSON array: serialized once, because every checkpoint contains
     it."""
@@ -93,9 +101,18 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
     enabled = tuple(rule for rule in rules if rule.enabled)
     checks: dict[SpanSet, int] = {}
     checks_of_rule = []
-    for rule in enabled:
+    candidates: dict[int, Bound] = {}
+    for number, rule in enumerate(enabled):
         sets: dict[SpanSet, None] = {}
-        for clause in (rule.syntax.when, rule.syntax.always, rule.syntax.never):
+        clauses: tuple[Node | None, ...] = (
+            rule.syntax.when,
+            rule.syntax.always,
+            rule.syntax.never,
+        )
+        if rule.syntax.relational:
+            candidates[number] = bound = candidate(rule.syntax)
+            clauses = () if isinstance(bound, bool) else (bound,)
+        for clause in clauses:
             sets.update(dict.fromkeys(span_sets(clause)))
         checks_of_rule.append(tuple(checks.setdefault(s, len(checks)) for s in sets))
 
@@ -111,8 +128,11 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
 
     emitter = _RuleEmitter(checks)
     rule_rows = np.zeros((len(enabled), RULE_COLUMNS), np.int64)
-    for row, rule in zip(rule_rows, enabled, strict=True):
-        emitter.emit_rule(row, rule.syntax.when, rule.syntax.always, rule.syntax.never)
+    for number, (row, rule) in enumerate(zip(rule_rows, enabled, strict=True)):
+        if number in candidates:
+            emitter.emit_candidate(row, candidates[number])
+        else:
+            emitter.emit_rule(row, rule.syntax.when, rule.syntax.always, rule.syntax.never)
 
     thresholds: list[set[int]] = [set() for _ in checks]
     for row, rule in zip(rule_rows, enabled, strict=True):
@@ -143,8 +163,10 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         thresholds=_end_to_end([sorted(found) for found in thresholds]),
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
+        relational=frozenset(candidates),
         patterns=PatternSearch(spans.where for spans in checks),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
+        folded=frozenset((rule.id, rule.version) for rule in enabled if not rule.syntax.relational),
         definitions=orjson.dumps([rule.definition() for rule in enabled]),
     )
 
@@ -198,6 +220,14 @@ class _RuleEmitter:
         row[R_EARLY_ON_EMPTY] = holds.open == TRUE and (
             required.open == FALSE or banned.open == TRUE
         )
+
+    def emit_candidate(self, row: np.ndarray, bound: Bound) -> None:
+        """Fill the row of a relational rule, which is decided only when a trace is closed."""
+        node = None if isinstance(bound, bool) else bound
+        holds = self._program(row, R_WHEN, node, absent=bound is not False)
+        self._program(row, R_ALWAYS, None, absent=True)
+        self._program(row, R_NEVER, None, absent=True)
+        row[R_ON_EMPTY] = holds.closed
 
     def _program(self, row: np.ndarray, column: int, node: Node | None, absent: bool) -> _Range:
         row[column] = len(self.rows)

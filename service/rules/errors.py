@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from lark import Token
 
 from betrace.service.config.suggest import close_match
+from betrace.service.rules.words import FUNCTIONS
 
 _EXCERPT = 100  # characters of the source line shown around the error
 
@@ -15,6 +16,7 @@ KEYWORDS = frozenset(
     {"when", "always", "never", "and", "or", "not", "count", "where", "in"}
     | {"matches", "contains", "before", "true", "false"}
 )
+_NEW_KEYWORDS = frozenset({"for", "each", "by", "as", "within"})  # only between two names
 _CLAUSES = frozenset({"WHEN", "ALWAYS", "NEVER"})
 _OPERATOR = re.compile(r"[&|=!<>~+*/^%-]{1,3}")
 _PAIRS = {")": "(", "]": "[", "}": "{"}
@@ -29,20 +31,36 @@ _SPELLED = {
     "DOT": "'.'",
     "CMP": "a comparison (== != < <= > >=)",
     "SPAN_COLON": "'span:'",
+    "SCOPE": "'root:'",
+    "ADD": "'+' or '-'",
+    "MULTIPLY": "'*' or '/'",
     "SEGMENT": "a name",
     "STRING": "a string in double quotes",
     "NUMBER": "a number",
     "DURATION": "a duration",
     "$END": "the end of the rule",
 }
-# Groups of terminals that readers know as one thing, larger groups first.
-_GROUPS = (
-    (frozenset({"COUNT", "NOT", "LPAR", "SEGMENT", "STRING", "NUMBER"}), "a condition"),
-    (frozenset({"SPAN_COLON", "NOT", "LPAR", "SEGMENT", "STRING"}), "a predicate"),
-    (frozenset({"SEGMENT", "STRING", "NUMBER", "DURATION", "TRUE", "FALSE"}), "a value"),
-    (frozenset({"COUNT", "NUMBER"}), "count(…) or a number"),
-    (frozenset({"SEGMENT", "STRING"}), "a name"),
-    (frozenset({"CMP", "IN", "MATCHES", "CONTAINS"}), "a comparison (== != < <= > >= in …)"),
+# Groups of terminals that readers know as one thing: those that show it, and others that belong to
+# it. The first that applies wins.
+_REFS = frozenset({"SCOPE", "EXISTS", "COUNT", "RELATION", "TIMED", "PART", "DOT", "SPAN_COLON"})
+_NUMBERS = frozenset({"LPAR", "NUMBER", "DURATION", "AGGREGATE"}) | _REFS
+_GROUPS: tuple[tuple[frozenset[str], frozenset[str], str], ...] = (
+    (frozenset({"SPAN_COLON", "NOT", "LPAR", "SEGMENT", "STRING"}), _NUMBERS, "a predicate"),
+    (frozenset({"COUNT", "NOT", "LPAR", "SEGMENT", "STRING", "NUMBER"}), _NUMBERS, "a condition"),
+    (
+        frozenset({"SEGMENT", "STRING", "NUMBER", "DURATION", "TRUE", "FALSE"}),
+        _NUMBERS,
+        "a value",
+    ),
+    (frozenset({"NUMBER", "DURATION", "LPAR"}), _NUMBERS, "a number or an attribute"),
+    (frozenset({"SEGMENT", "STRING", "SPAN_COLON", "SCOPE"}), frozenset({"DOT"}), "an attribute"),
+    (frozenset({"RELATION", "PART"}), frozenset({"TIMED"}), "child(…), event(…) or the like"),
+    (frozenset({"SEGMENT", "STRING"}), frozenset(), "a name"),
+    (
+        frozenset({"CMP", "IN", "MATCHES", "CONTAINS"}),
+        frozenset(),
+        "a comparison (== != < <= > >= in …)",
+    ),
 )
 # Words of other languages, and what they are called here.
 _SYNONYMS = {
@@ -69,9 +87,12 @@ _CHARACTER_HINTS = (
     ("`", "put strings in double quotes"),
     ("“", 'use the plain double quote "'),
     ("”", 'use the plain double quote "'),
-    ("/", "comments begin with // or #; put names and patterns with '/' in double quotes"),
-    ("-", "rules have no arithmetic; put names with other characters in double quotes"),
-    ("+", "rules have no arithmetic; put names with other characters in double quotes"),
+    (
+        "/",
+        "comments begin with // or #; put names and patterns with '/' in double quotes, "
+        "and spaces around '/' to divide",
+    ),
+    ("-", "put spaces around '-' to subtract; put names with other characters in double quotes"),
     (":", "write resource.x for a resource attribute and span:x for a field of the span"),
     (";", "write clauses and conditions without ';'"),
 )
@@ -188,12 +209,14 @@ def _found(token: Token) -> str:
 def _expected(accepts: Collection[str]) -> str:
     rest = set(accepts)
     phrases: list[str] = []
-    for members, phrase in _GROUPS:
+    for members, others, phrase in _GROUPS:
         if members <= rest:
-            rest -= members
+            rest -= members | others
             phrases.append(phrase)
     if len(accepts) > 1:
-        rest.discard("DOT")  # almost always allowed, almost never intended
+        rest -= {"DOT", "ADD", "MULTIPLY"}  # almost always allowed, almost never intended
+        if "ALWAYS" in rest:
+            rest.discard("FOR")
     phrases += sorted(_SPELLED.get(name, f"'{name.lower()}'") for name in rest)
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " or " + phrases[-1]
 
@@ -212,7 +235,7 @@ def _hint(
 
 def _near_miss(token: Token, before: Sequence[Token], accepts: set[str]) -> str | None:
     """A misspelled keyword: this token, or the name before it."""
-    keywords = [name.lower() for name in accepts if name.lower() in KEYWORDS]
+    keywords = [name.lower() for name in accepts if name.lower() in KEYWORDS | _NEW_KEYWORDS]
     word = str(token)
     if token.type == "SEGMENT":
         if meant := close_match(word, keywords):
@@ -225,13 +248,18 @@ def _near_miss(token: Token, before: Sequence[Token], accepts: set[str]) -> str 
     after_dot = len(before) > 1 and before[-2].type == "DOT"
     match token.type:
         case "LPAR":
-            meant = close_match(word, ["where"] if after_dot else ["count", "not", "and", "or"])
+            words = ["where"] if after_dot else ["count", "not", "and", "or", *FUNCTIONS]
+            meant = close_match(word, words)
         case "LBRACE":
             meant = close_match(word, ["when", "always", "never"]) or _SYNONYMS.get(word.lower())
         case "SEGMENT" | "STRING" | "COUNT" | "NOT":
+            if word.lower() == "for":
+                return "to judge spans one by one: for each payment as p always { … }"
             meant = close_match(word, ["not", "and", "or"])
         case _:
             return None
+    if meant is None and token.type == "LPAR" and not after_dot:
+        return f"there is no function '{word}'; there are count, {', '.join(FUNCTIONS)}"
     return _did_you_mean(word, meant) if meant else None
 
 
@@ -247,6 +275,18 @@ def _after(token: Token, previous: Token) -> str | None:
             return "where takes a predicate in parentheses: payment.where(amount > 1000)"
         case "WHEN" | "ALWAYS" | "NEVER":
             return f"put the condition in braces: {previous} {{ … }}"
+        case "WITHIN":
+            return "within takes a duration: followed_by(payment.settled within 5s)"
+        case "AS":
+            return "after 'as' stands a word of your own: for each payment as p"
+        case "BY":
+            return "after 'by' stand attributes: for each payment by order_id as p"
+        case "EACH":
+            return "name the spans: for each payment as p"
+        case "SCOPE":
+            return f"name an attribute or a field after the colon: {previous}name"
+        case "AGGREGATE":
+            return f"{previous} takes spans and an attribute: {previous}(payment, amount)"
         case "COUNT":
             return "count takes a span name in parentheses: count(payment)"
         case "MATCHES":
@@ -282,7 +322,7 @@ def _unclosed(text: str, token: Token, opened: Sequence[Token], accepts: set[str
 
 def _misplaced(token: Token, previous: Token | None, accepts: set[str]) -> str | None:
     """A token in the wrong place."""
-    if token.type == "$END" and accepts == {"ALWAYS", "NEVER"}:
+    if token.type == "$END" and accepts - {"FOR"} == {"ALWAYS", "NEVER"}:
         return "say what must hold in these traces: add always { … } or never { … }"
     if token.type in _CLAUSES:
         if "$END" in accepts and "OR" in accepts:
@@ -290,8 +330,29 @@ def _misplaced(token: Token, previous: Token | None, accepts: set[str]) -> str |
         return "a rule is an optional when { … }, followed by always { … }, never { … } or both"
     if token.type == "CMP" and "BEFORE" in accepts:
         return f"to compare the number of spans: count(…) {token} 3"
-    if token.type == "COUNT" and "SPAN_COLON" in accepts:
-        return 'count(…) cannot be inside where; for an attribute of that name, write "count"'
+    if "RELATION" in accepts and "SPAN_COLON" not in accepts:
+        return (
+            "counts of the trace's spans cannot be inside where; "
+            "count(child(…)) counts the children of the span"
+        )
+    if token.type == "AGGREGATE" and "SPAN_COLON" in accepts:
+        return f"{token}(…) is of the whole trace and cannot be inside where"
+    if token.type in ("RELATION", "TIMED", "PART") and "COUNT" in accepts:
+        return f"{token}(…) is about one span; use it in where: payment.where({token}(…))"
+    if token.type in ("RELATION", "PART") and previous is not None and previous.type == "LPAR":
+        return f"to count them, name the spans: payment.where(count({token}(…)) > 3)"
+    if token.type in ("ADD", "MULTIPLY") and previous is not None and previous.type == "SEGMENT":
+        if "CMP" in accepts:
+            return f"to calculate with the attribute, write .{previous}"
+        return f"to calculate with the attribute, write .{previous}; names without a dot are text"
+    if token.type == "WITHIN":
+        return "within stands inside followed_by(…) and preceded_by(…), after the spans"
+    if token.type == "FOR" or (token.type == "WHEN" and accepts == {"ALWAYS", "NEVER"}):
+        return "a rule has one 'for each', after when { … } and before always { … } and never { … }"
+    if "ADD" in accepts and str(token)[:1] in ("-", "*") and len(token) > 1:
+        return f"put spaces around '{str(token)[0]}' to calculate"
+    if token.type == "DOT" and ("COUNT" in accepts or "SEGMENT" not in accepts):
+        return "an attribute of a span can be used in where only: payment.where(amount > .limit)"
     if token.type == "SPAN_COLON":
         return "compare the fields of a span in where: payment.where(span:duration > 1s)"
     if token.type == "DURATION" and "COUNT" in accepts:

@@ -441,16 +441,19 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
     if kind == BYTES:
         return data
     if kind == ARRAY:
-        return [_plain(item) for item in ArrayValue.FromString(data).values]
+        return [plain_value(item) for item in ArrayValue.FromString(data).values]
     return {}  # comparisons with a key-value list are false, whatever its contents
 
 
-def _plain(value: AnyValue) -> AttributeValue:
+def plain_value(value: AnyValue) -> AttributeValue:
+    """The value as Python values; a key-value list is an empty dict. None for no value."""
     kind = value.WhichOneof("value")
     if kind in ("string_value", "bool_value", "int_value", "double_value", "bytes_value"):
         return cast(AttributeValue, getattr(value, kind))
     if kind is None:
         return None
+    if kind == "array_value":
+        return [plain_value(item) for item in value.array_value.values]
     return {}  # comparisons with nested values are false
 
 

@@ -98,6 +98,11 @@ class NameTable:
         fill += (1, len(name), len(checks))
 
 
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches all of a span name."""
+    return _matches(pattern.encode(), name.encode())
+
+
 def _matches(pattern: bytes, name: bytes) -> bool:
     """Whether ``pattern`` matches all of ``name``; ``*`` stands for any bytes."""
     head, *middle, tail = pattern.split(b"*")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 
 Number = int | float
 
@@ -19,6 +20,10 @@ class Scope(StrEnum):
 
 # span:<field>
 FIELDS = ("name", "kind", "status", "statusMessage", "duration", "service", "scope")
+SPAN_FIELDS = (*FIELDS, "id", "parentId", "start", "end", "root")  # the last five: in relations
+TRACE_FIELDS = ("duration", "spans", "services")
+EVENT_FIELDS = ("name", "sinceStart")
+LINK_FIELDS = ("traceId", "spanId")
 KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")  # by SpanKind
 STATUSES = ("unset", "ok", "error")  # by StatusCode
 
@@ -62,10 +67,12 @@ class Truthy:
 
 @dataclass(frozen=True, slots=True)
 class SpanSet:
-    """The spans with a name (a pattern if it contains ``*``) that satisfy a predicate."""
+    """The spans with a name (a pattern if it contains ``*``) that satisfy a predicate. If it is
+    ``bound``, the name is the word after ``as`` and stands for the spans of the group."""
 
     name: str
     where: Predicate | None = None
+    bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +111,123 @@ class Not:
     item: Node
 
 
-Predicate = Compare | Truthy | And | Or | Not
-Condition = Exists | CountCompare | Before | And | Or | Not
+# The nodes below relate spans to each other. A rule that has one of them is *relational*: its tree
+# has no Compare, Truthy or CountCompare, but a Comparison or Given in their place.
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A literal with its exact value: a number (a duration in nanoseconds), or text. ``text`` is
+    the text of the value, or, for a duration, what the rule says."""
+
+    value: int | Fraction | str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An attribute or field of a span, an event, a link or the trace.
+
+    ``scope`` is empty for the span being judged, else ``parent root trace event link`` or the bound
+    word. ``attribute.scope`` is ``FIELD`` for a field.
+    """
+
+    scope: str
+    attribute: Attribute
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """``count sum avg min max distinct`` of spans; ``ref`` is None for ``count``."""
+
+    kind: str
+    spans: SpanSet
+    ref: Ref | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """``parent child ancestor descendant sibling``: such a relative is one of ``spans``; or
+    ``followed_by preceded_by``, within so many nanoseconds if given (with the text as written)."""
+
+    kind: str
+    spans: SpanSet
+    within: Constant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The span has an ``event`` or ``link`` that satisfies ``where``."""
+
+    kind: str
+    where: Predicate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The number of relatives, events or links."""
+
+    what: Relative | Part
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """``first`` and then operators (``+ -`` or ``* /``) with their right operands, from left to
+    right."""
+
+    first: Expression
+    rest: tuple[tuple[str, Expression], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``left op right``; ``op`` is one of ``== != < <= > >= in matches contains``. Only ``in`` may
+    have several operands on the right."""
+
+    left: Expression
+    op: str
+    right: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """``exists(ref)``, or with ``truthy`` a bare ref."""
+
+    ref: Ref
+    truthy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ForEach:
+    """``for each spans by refs as word``; ``by`` is empty if each span is judged by itself."""
+
+    spans: SpanSet
+    by: tuple[Ref, ...]
+    word: str
+
+
+Expression = Constant | Ref | Aggregate | Counted | Arithmetic
+Predicate = Compare | Truthy | Comparison | Given | Relative | Part | And | Or | Not
+Condition = Exists | CountCompare | Before | Comparison | Given | And | Or | Not
 Node = Predicate | Condition
 
 
 @dataclass(frozen=True, slots=True)
 class RuleSyntax:
-    """A parsed rule. A bare condition C is ``never {C}`` with ``bare`` true."""
+    """A parsed rule. A bare condition C is ``never {C}`` with ``bare`` true. ``relational`` tells
+    whether it relates spans to each other."""
 
     when: Condition | None
     always: Condition | None
     never: Condition | None
     bare: bool = False
+    for_each: ForEach | None = None
+    relational: bool = False
 
 
 def span_sets(node: Node | None) -> list[SpanSet]:
-    """The distinct span sets below ``node``, in order of first appearance."""
+    """The distinct span sets that a condition names itself (not those inside ``where``), in order
+    of first appearance."""
     found: dict[SpanSet, None] = {}
 
     def visit(n: Node | None) -> None:
@@ -134,11 +241,24 @@ def span_sets(node: Node | None) -> list[SpanSet]:
             case Before(first, second):
                 found.setdefault(first)
                 found.setdefault(second)
+            case Comparison(left, _, rights):
+                for each in (left, *rights):
+                    operand(each)
             case And(items) | Or(items):
                 for item in items:
                     visit(item)
             case Not(item):
                 visit(item)
+            case _:
+                pass
+
+    def operand(part: Expression) -> None:
+        match part:
+            case Aggregate(_, spans):
+                found.setdefault(spans)
+            case Arithmetic(first, rest):
+                for each in (first, *(right for _, right in rest)):
+                    operand(each)
             case _:
                 pass
 

@@ -13,9 +13,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -187,3 +189,54 @@ def _ordered(value: AttributeValue, op: str, literal: Literal) -> bool:
             return bool(left >= right)
         case _:
             raise ValueError(f"unknown comparison {op!r}")
+
+
+# Exact values, with which relational rules compare and calculate.
+
+Exact = int | Fraction
+
+_EXACT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?", re.ASCII)
+MAX_EXPONENT = 400
+
+
+def exact_number(text: str) -> Exact | None:
+    """The exact number that a text is written as, also with ``+``, ``.5`` or ``5.``; None for other
+    text, exponents beyond ±:data:`MAX_EXPONENT`, and more than :data:`MAX_NUMBER_CHARS` characters.
+    """
+    if not text or text[0] not in "0123456789+-." or len(text) > MAX_NUMBER_CHARS:
+        return None
+    found = _EXACT.fullmatch(text)
+    if found is None:
+        return None
+    exponent = found.group(1)
+    if exponent is None and "." not in text:
+        return int(text)
+    if exponent is not None and abs(int(exponent)) > MAX_EXPONENT:
+        return None
+    return simple(Fraction(Decimal(text)))
+
+
+def simple(number: Exact) -> Exact:
+    """The number as an int if it is one."""
+    return number.numerator if number.denominator == 1 else number
+
+
+def exact_float(number: float) -> Exact | None:
+    """The shortest decimal that reads back as the double; None for NaN and infinities."""
+    return simple(Fraction(Decimal(repr(number)))) if math.isfinite(number) else None
+
+
+def exact_text(number: Exact) -> str:
+    """The decimal without trailing zeros. A number that has none, such as 1/3, as a fraction."""
+    if number.denominator == 1:
+        return str(number.numerator)
+    rest, twos, fives = number.denominator, 0, 0
+    while rest % 2 == 0:
+        rest, twos = rest // 2, twos + 1
+    while rest % 5 == 0:
+        rest, fives = rest // 5, fives + 1
+    if rest != 1:
+        return f"{number.numerator}/{number.denominator}"
+    places = max(twos, fives)
+    digits = str(abs(number.numerator) * 10**places // number.denominator).zfill(places + 1)
+    return f"{'-' * (number < 0)}{digits[:-places]}.{digits[-places:]}"

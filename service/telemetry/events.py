@@ -173,6 +173,14 @@ RULES_MENDED = _event(
     "the rule file {file} is valid again",
     "A rejected file is valid again, or was removed.",
 )
+RULES_UNDECIDED = _event(
+    "rules.undecided",
+    logging.WARNING,
+    "{count} traces could not be judged by a rule that relates spans; for example {trace} of "
+    "{tenant} by {rule}: {reason}",
+    "Logged at most once a minute. The traces were neither found to break the rules nor to keep "
+    "them. See BetraceRulesUndecided in the runbook.",
+)
 CHECKPOINT_FAILED = _event(
     "checkpoint.failed",
     logging.ERROR,

@@ -217,11 +217,31 @@ class Breach:
 
 
 def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
-    """All breaches that are certain.
+    """All breaches that the fold can tell and that are certain.
 
     For closed traces, breaches that were certain before the end are left out, because they were
     raised at that time. ``raised_early=False`` includes them.
     """
+    return decide_or_ask(due, raised_early=raised_early)[0]
+
+
+def decide_or_ask(
+    due: DueTraces, *, raised_early: bool = True
+) -> tuple[list[Breach], list[Breach]]:
+    """The breaches, as :func:`decide` returns them, and the candidates: closed traces that may
+    break a relational rule, which must be read back to tell."""
+    found = _certain(due, raised_early)
+    relational = due.rules.relational
+    if not relational:
+        return found, []
+    breaches: list[Breach] = []
+    candidates: list[Breach] = []
+    for each in found:
+        (candidates if each.rule in relational else breaches).append(each)
+    return breaches, candidates
+
+
+def _certain(due: DueTraces, raised_early: bool) -> list[Breach]:
     rules: CompiledRules = due.rules
     n_rules = len(rules.rules)
     if not len(due) or not n_rules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,23 @@ class DueTraces:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, first: int, last: int) -> DueTraces:
+        """Traces ``first`` to before ``last``, without what was spilled."""
+        start, end = self.starts[first], self.starts[last]
+        of = range(first, last)
+        return replace(
+            self,
+            rows=self.rows[first:last],
+            names=self.names[first:last],
+            entries=self.entries[start:end],
+            starts=self.starts[first : last + 1] - start,
+            spilled=None,
+            contexts={k - first: self.contexts[k] for k in of if k in self.contexts},
+            signal_history={
+                k - first: self.signal_history[k] for k in of if k in self.signal_history
+            },
+        )
 
     def trace_id(self, k: int) -> str:
         """The trace id of trace ``k``, 32 hex digits."""

@@ -342,7 +342,8 @@ class TraceTable:
         slots = np.array([slot], np.int64)
         at_close = self.copy(slots, closed=True, now=now)
         before = at_close.signal_history.get(0, {})
-        history = merged(before, next_signals(before, broken(at_close)[0], self.rules.identities))
+        # What a relational rule signalled is known to the evaluation, not to the fold.
+        history = merged(before, next_signals(before, broken(at_close)[0], self.rules.folded))
         sweep_kernels.reopen(self.arrays, slot, now, REOPENED)
         if history:
             self.signal_history[slot] = history

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
-from betrace.service.rules.wording import breach_text
-from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide
+from betrace.service.rules.relations import Judgement
+from betrace.service.rules.trace_tree import TraceSpan, TraceTree
+from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
+from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
-from betrace.service.traces.verdicts import raise_signal
+from betrace.service.traces.trace_spans import trace_spans
+from betrace.service.traces.verdicts import raise_signal, reason_text
 
 _MASK = 2**64 - 1
 
@@ -27,7 +32,8 @@ class TrialError(ValueError):
 class Verdict:
     """The verdict of a rule on a trace. ``clause`` is the broken one (always | never), None without
     a breach; ``counts`` and ``evidence`` are by check, as in a signal; ``message`` says why the
-    trace breaks the rule, None if it does not."""
+    trace breaks the rule, None if it does not. Of a rule with ``for each`` that is broken,
+    ``groups`` says by which groups; ``undecided`` says why a rule could not be judged."""
 
     rule_id: str
     breach: bool
@@ -35,6 +41,13 @@ class Verdict:
     counts: dict[str, int]
     evidence: dict[str, list[str]]
     message: str | None
+    groups: dict[str, Any] | None = None
+    undecided: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, without ``groups`` and ``undecided`` if there are none."""
+        optional = ("groups", "undecided")
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
 class Trial:
@@ -51,6 +64,8 @@ class Trial:
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
+        self._relational = bool(rules.relational)
+        self._kept: list[TraceSpan] = []
         self.spans = 0
         """Distinct spans added."""
 
@@ -72,6 +87,9 @@ class Trial:
             value = int(self._wanted or "0", 16)
             halves = np.array([value >> 64, value & _MASK], np.uint64).view(np.int64)
             batch.spans = batch.spans[(batch.spans[:, [TRACE_HI, TRACE_LO]] == halves).all(axis=1)]
+        if self._relational and len(batch):
+            trace = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
+            self._kept += [span for _, span in trace_spans(batch, {trace})]
         if len(batch):
             try:
                 parts = self._traces.fold(batch, now=1, slice=self._cpu)
@@ -92,14 +110,43 @@ class Trial:
             raise TrialError("it has no span with a valid trace id and span id")
         due = closed[0]
         due.closed = complete
-        broken = {breach.rule: breach for breach in decide(due, raised_early=False)}
-        return [_verdict(due, k, broken.get(k)) for k in range(len(due.rules.rules))]
+        found, candidates = decide_or_ask(due, raised_early=False)
+        judged = RelationalRules(self._read).judge(due, candidates)
+        broken = {each.rule: each for each in (*found, *(each for each, _ in judged.breaches))}
+        judgements = {each.rule: judgement for each, judgement in judged.breaches}
+        undecided = {each.rule: each.reason for each in judged.undecided}
+        return [
+            _verdict(due, k, broken.get(k), judgements.get(k), undecided.get(k))
+            for k in range(len(due.rules.rules))
+        ]
+
+    def _read(self, due: DueTraces, numbers: Sequence[int]) -> Iterator[tuple[int, TraceTree]]:
+        tree = TraceTree(self._kept)
+        for k in numbers:
+            yield k, tree
 
 
-def _verdict(due: DueTraces, rule: int, breach: Breach | None) -> Verdict:
+def _verdict(
+    due: DueTraces,
+    rule: int,
+    breach: Breach | None,
+    judgement: Judgement | None,
+    undecided: str | None,
+) -> Verdict:
     # A signal also has the counts and evidence if the rule is not broken.
-    signal = raise_signal(due, breach or Breach(0, rule, NEVER_BROKEN, early=False), 0)
-    if breach is None:
-        return Verdict(signal.rule_id, False, None, signal.counts, signal.evidence, None)
-    message = breach_text(due.rules.rules[rule].syntax, signal.clause, signal.counts)
-    return Verdict(signal.rule_id, True, signal.clause, signal.counts, signal.evidence, message)
+    nominal = Breach(0, rule, NEVER_BROKEN, early=False)
+    signal = raise_signal(due, breach or nominal, 0, judgement)
+    groups = judgement.groups if judgement is not None else None
+    message = None
+    if breach is not None:
+        message = reason_text(due.rules.rules[rule], signal.clause, signal.counts, groups)
+    return Verdict(
+        signal.rule_id,
+        breach is not None,
+        signal.clause if breach is not None else None,
+        signal.counts,
+        signal.evidence,
+        message,
+        groups,
+        undecided,
+    )

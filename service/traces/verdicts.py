@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.rules.definition import Rule
+from betrace.service.rules.relations import Judgement
 from betrace.service.rules.wording import breach_text, counts_text
 from betrace.service.signals import Kind, Signal, signal_id
-from betrace.service.traces.decide import ALWAYS_BROKEN, CLAUSES, NEVER_BROKEN, Breach, decide
+from betrace.service.traces.decide import (
+    ALWAYS_BROKEN,
+    CLAUSES,
+    NEVER_BROKEN,
+    Breach,
+    decide,
+    decide_or_ask,
+)
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
     E_CHECK,
@@ -23,9 +31,12 @@ from betrace.service.traces.layout import (
     PARTIAL,
     REOPENED,
 )
-from betrace.service.traces.signal_history import RuleVersion, active_elsewhere
+from betrace.service.traces.relational import Judged, RelationalRules, Undecided
+from betrace.service.traces.signal_history import RuleVersion, SignalHistory, active_elsewhere
 
 _MASK = 2**64 - 1
+_NO_SOURCE = "the spans of the trace are not kept"
+_NO_HISTORY = "its earlier signals cannot be read, because DuckDB is not available"
 _CHANGED = "spans that arrived after the trace was closed changed the verdict"
 
 
@@ -43,6 +54,9 @@ class Decided:
     ticket: int = 0
     """The ticket of this work in the pipeline, 0 for none."""
 
+    undecided: list[Undecided] = field(default_factory=list)
+    """Closed traces that may break relational rules, but could not be judged."""
+
     @property
     def weight(self) -> int:
         """Rows to write, at least 1."""
@@ -50,9 +64,35 @@ class Decided:
         return len(self.signals) + traces or 1
 
 
-def decide_due(due: DueTraces, now: int) -> Decided:
-    """The signals of traces that are due; ``now`` becomes their ``detected_at``."""
-    signals = [_signal(due, breach, now, kind, episode) for breach, kind, episode in _found(due)]
+def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = None) -> Decided:
+    """The signals of traces that are due; ``now`` becomes their ``detected_at``.
+
+    ``relational`` decides the rules that the fold cannot; without it they are undecided. Once the
+    signals are passed on, the caller notes them there.
+    """
+    breaches, candidates = decide_or_ask(due)
+    histories: Mapping[int, SignalHistory] = due.signal_history
+    judged = Judged([], [])
+    unknown: set[int] = set()
+    if due.closed and due.rules.relational and relational is not None:
+        histories, unknown = relational.histories(due)
+        judged = relational.judge(due, [each for each in candidates if each.trace not in unknown])
+        judged.undecided += [
+            Undecided(each.trace, each.rule, _NO_HISTORY)
+            for each in candidates
+            if each.trace in unknown
+        ]
+    elif candidates:
+        judged.undecided += [Undecided(each.trace, each.rule, _NO_SOURCE) for each in candidates]
+    judgements = {(each.trace, each.rule): judgement for each, judgement in judged.breaches}
+    unsure = {(each.trace, each.rule) for each in judged.undecided}
+    unsure |= {(k, number) for k in unknown for number in due.rules.relational}
+    breaches += [each for each, _ in judged.breaches]
+    found = _found(due, breaches, histories, judgements, unsure)
+    signals = [
+        _signal(due, breach, now, kind, episode, judgements.get((breach.trace, breach.rule)))
+        for breach, kind, episode in found
+    ]
     spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
     return Decided(
         due.tenant,
@@ -61,42 +101,52 @@ def decide_due(due: DueTraces, now: int) -> Decided:
         spilled,
         due.received_ns,
         due.ticket,
+        judged.undecided,
     )
 
 
-def raise_signal(due: DueTraces, breach: Breach, now: int) -> Signal:
+def raise_signal(
+    due: DueTraces, breach: Breach, now: int, judgement: Judgement | None = None
+) -> Signal:
     """The signal of a breach that was never raised before."""
-    return _signal(due, breach, now, Kind.RAISED, 0)
+    return _signal(due, breach, now, Kind.RAISED, 0, judgement)
 
 
-def _found(due: DueTraces) -> Iterator[tuple[Breach, Kind, int]]:
+def _found(
+    due: DueTraces,
+    breaches: list[Breach],
+    histories: Mapping[int, SignalHistory],
+    judgements: Collection[tuple[int, int]],
+    unsure: Collection[tuple[int, int]],
+) -> Iterator[tuple[Breach, Kind, int]]:
     """What to signal, each with its episode. A breach whose signal is active is signalled again:
-    the id is the same, so it is recorded only if it was missing."""
-    breaches = decide(due)
+    the id is the same, so it is recorded only if it was missing. ``judgements`` and ``unsure`` are
+    the pairs (trace, rule) of the relational rules that are broken, and that may be."""
     rules = due.rules.rules
     broken: dict[int, set[RuleVersion]] = {}  # by trace that was closed before
     if due.closed:
         again = np.flatnonzero(due.rows[:, FLAGS] & REOPENED).tolist()
-        broken = {k: set() for k in [*again, *due.signal_history]}
+        broken = {k: set() for k in [*again, *histories]}
     if broken:
         named = {(breach.trace, breach.rule) for breach in breaches}
         for breach in decide(due, raised_early=False):
             if (k := breach.trace) in broken:
                 rule = rules[breach.rule]
                 broken[k].add((rule.id, rule.version))
-                before = due.signal_history.get(k, {}).get((rule.id, rule.version))
+                before = histories.get(k, {}).get((rule.id, rule.version))
                 if (k, breach.rule) not in named and not (before and before.active):
                     # Certain early now, but perhaps not when it was folded under other rules.
                     breaches.append(breach)
-    elsewhere = {
-        k: active_elsewhere(told, due.rules.identities) for k, told in due.signal_history.items()
-    }
+        for k, number in (*judgements, *unsure):
+            if k in broken:  # what may still hold is not retracted
+                broken[k].add((rules[number].id, rules[number].version))
+    elsewhere = {k: active_elsewhere(told, due.rules.identities) for k, told in histories.items()}
     for breach in breaches:
         rule = rules[breach.rule]
         if rule.id not in elsewhere.get(breach.trace, ()):
-            before = due.signal_history.get(breach.trace, {}).get((rule.id, rule.version))
+            before = histories.get(breach.trace, {}).get((rule.id, rule.version))
             yield breach, Kind.RAISED, before.emitted // 2 if before else 0
-    for k, told in due.signal_history.items() if due.closed else ():
+    for k, told in histories.items() if due.closed else ():
         for number, rule in enumerate(rules):
             before = told.get((rule.id, rule.version))
             if before and before.active and (rule.id, rule.version) not in broken[k]:
@@ -104,7 +154,14 @@ def _found(due: DueTraces) -> Iterator[tuple[Breach, Kind, int]]:
                 yield Breach(k, number, clause, early=False), Kind.RETRACTED, before.emitted // 2
 
 
-def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) -> Signal:
+def _signal(
+    due: DueTraces,
+    breach: Breach,
+    now: int,
+    kind: Kind,
+    episode: int,
+    judgement: Judgement | None = None,
+) -> Signal:
     rules = due.rules
     rule = rules.rules[breach.rule]
     trace_id = due.trace_id(breach.trace)
@@ -112,7 +169,8 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) 
     by_check = {int(row[E_CHECK]): row for row in due.entries[first:last]}
     counts: dict[str, int] = {}
     evidence: dict[str, list[str]] = {}
-    for check in rules.checks_of_rule[breach.rule]:
+    checks = () if breach.rule in rules.relational else rules.checks_of_rule[breach.rule]
+    for check in checks:
         name = rules.check_names[check]
         row = by_check.get(check)
         counts[name] = 0 if row is None else int(row[E_COUNT])
@@ -120,6 +178,8 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) 
             kept = min(counts[name], EVIDENCE)
             ids = row[E_EVIDENCE + 1 : E_EVIDENCE + 2 * kept : 2]
             evidence[name] = [f"{int(span_id) & _MASK:016x}" for span_id in ids]
+    if judgement is not None:
+        counts, evidence = dict(judgement.counts), dict(judgement.evidence)
     clause = CLAUSES[breach.clause]
     return Signal(
         id=signal_id(due.tenant, rule.id, rule.version, trace_id, kind, episode),
@@ -134,18 +194,33 @@ def _signal(due: DueTraces, breach: Breach, now: int, kind: Kind, episode: int) 
         early=breach.early,
         counts=counts,
         evidence=evidence,
-        message=_message(rule, clause, counts, kind),
+        message=_message(rule, clause, counts, kind, judgement),
         labels=dict(rule.labels),
         reason=_CHANGED if kind is Kind.RETRACTED else _caveat(due, breach.trace),
-        context=_context(due, breach.trace),
+        context=_context(due, breach.trace, judgement),
         episode=episode,
     )
 
 
-def _message(rule: Rule, clause: str, counts: dict[str, int], kind: Kind) -> str:
+def _message(
+    rule: Rule, clause: str, counts: dict[str, int], kind: Kind, judgement: Judgement | None
+) -> str:
     if kind is Kind.RETRACTED:
-        return f"{rule.name}: no longer broken ({counts_text(counts)})"
-    return f"{rule.name}: {breach_text(rule.syntax, clause, counts)}"
+        found = f" ({counts_text(counts)})" if counts else ""
+        return f"{rule.name}: no longer broken{found}"
+    groups = judgement.groups if judgement is not None else None
+    return f"{rule.name}: {reason_text(rule, clause, counts, groups)}"
+
+
+def reason_text(
+    rule: Rule, clause: str, counts: dict[str, int], groups: dict[str, Any] | None
+) -> str:
+    """Why a trace breaks a rule. ``groups`` are those of a relational rule with ``for each``."""
+    if not rule.syntax.relational:
+        return breach_text(rule.syntax, clause, counts)
+    found = _groups_text(groups) if groups is not None else counts_text(counts)
+    says = "does not hold" if clause == "always" else "holds"
+    return f"{clause!r} {says}" + (f" ({found})" if found else "")
 
 
 def _caveat(due: DueTraces, k: int) -> str | None:
@@ -154,7 +229,24 @@ def _caveat(due: DueTraces, k: int) -> str | None:
     return None
 
 
-def _context(due: DueTraces, k: int) -> dict[str, Any] | None:
+def _groups_text(groups: dict[str, Any]) -> str:
+    """Such as ``2 of 7: order_id 17; order_id 23``."""
+    keys = [
+        ", ".join(f"{name} {value}" for name, value in example["key"].items())
+        for example in groups["examples"]
+    ]
+    shown = "; ".join(key for key in keys if key)
+    return f"{groups['broken']} of {groups['of']}" + (f": {shown}" if shown else "")
+
+
+def _context(due: DueTraces, k: int, judgement: Judgement | None) -> dict[str, Any] | None:
+    window = _window(due, k)
+    if judgement is None or judgement.groups is None:
+        return window
+    return {**(window or {}), "groups": judgement.groups}
+
+
+def _window(due: DueTraces, k: int) -> dict[str, Any] | None:
     context = due.contexts.get(k)
     if context is None:
         return None

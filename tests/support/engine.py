@@ -16,6 +16,7 @@ from betrace.service.signals import Kind, Signal
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, SPANS
+from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.signal_history import RuleVersion, SignalHistory, rule_signals
 from betrace.service.traces.tenant_traces import Recalled, TenantTraces
 from betrace.service.traces.verdicts import decide_due
@@ -74,21 +75,32 @@ class Engine:
         self.spilled: dict[tuple[int, int], set[int]] = {}
         self.closed = ClosedTraces(1 << 14)
         self.recalled = 0
+        self.relational: RelationalRules | None = None
 
     def send(self, *bodies: bytes) -> None:
         self.now += 1
         batch = scan_bodies(self.traces.tenant, bodies)
         assert not batch.bodies[:, 4].any()
-        self.log += bodies
-        batch.positions = np.arange(len(self.log) - len(bodies), len(self.log)) + 1
+        batch.positions = np.array(self._append(bodies), np.int64)
         batch.received_ns = self.now
         for table, folded in self.traces.fold(batch, self.now, self.closed, self.history):
-            for hi, lo, *positions in folded.spilled.tolist():
-                self.spilled.setdefault((hi, lo), set()).update(positions)
+            self._spill(folded.spilled)
             if folded.early is not None:
                 self._decide(folded.early)
             if len(folded.completed):
                 self._decide(table.close(folded.completed, self.now))
+
+    def _spill(self, spilled: Rows) -> None:
+        for hi, lo, *positions in spilled.tolist():
+            self.spilled.setdefault((hi, lo), set()).update(positions)
+
+    def _append(self, bodies: Sequence[bytes]) -> list[int]:
+        """Append to the log; returns the positions."""
+        self.log += bodies
+        return list(range(len(self.log) - len(bodies) + 1, len(self.log) + 1))
+
+    def _body(self, position: int) -> bytes:
+        return self.log[position - 1]
 
     def history(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
         """Reads closed traces from the index and the log."""
@@ -96,7 +108,7 @@ class Engine:
         if not found:
             return
         positions = sorted(set().union(*(self.index[pair][0] for pair in found)))
-        batch = scan_bodies(tenant, [self.log[p - 1] for p in positions])
+        batch = scan_bodies(tenant, [self._body(p) for p in positions])
         batch.positions = np.array(positions, np.int64)
         batch.received_ns = self.now
         self.recalled += len(found)
@@ -130,4 +142,8 @@ class Engine:
             positions = set(row[POSITION_0 : POSITION_0 + row[POSITION_COUNT]].tolist())
             positions |= self.spilled.get(pair, set())
             self.index[pair] = positions | self.index.get(pair, (set(), 0))[0], int(row[SPANS])
-        self.signals += decide_due(due, self.now).signals
+        decided = decide_due(due, self.now, self.relational)
+        if self.relational is not None:
+            assert not decided.undecided
+            self.relational.note(due, decided.signals)
+        self.signals += decided.signals

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -14,6 +13,7 @@ from betrace.service.api.endpoint import Answer, Call, Endpoints, Tools
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
+from betrace.service.rules.candidates import plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
     SEVERITIES,
@@ -264,16 +264,19 @@ async def unmute_rule(call: Call) -> Any:
     "/api/v1/rules/validate",
     "Check a condition; nothing is saved",
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
-    answers={200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`'},
+    answers={
+        200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
+        "that relates spans also `plan`: how it is decided",
+    },
 )
 async def validate_rule(call: Call) -> Any:
     """Lines and columns count from 1."""
     given = call.json({"condition": str}, {})
     try:
-        await call.blocking(parse, given["condition"])
+        syntax = await call.blocking(parse, given["condition"])
     except RuleSyntaxError as error:
         return {"valid": False, "errors": [error.to_json()]}
-    return {"valid": True, "errors": []}
+    return {"valid": True, "errors": []} | ({"plan": plan(syntax)} if syntax.relational else {})
 
 
 @endpoints.add(
@@ -290,7 +293,8 @@ async def validate_rule(call: Call) -> Any:
     },
     answers={
         200: '`{"breach", "clause", "counts", "evidence", "message"}`; `clause` and `message` '
-        "are null without a breach",
+        "are null without a breach. Of a broken rule with `for each`, also `groups`; of one that "
+        "could not be judged, `undecided`: the reason",
         400: "The condition has errors (`error.errors`), or the trace cannot be read",
     },
 )
@@ -312,6 +316,6 @@ def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
             f"the trace cannot be evaluated: {error}",
             'send OTLP JSON: {"resourceSpans": […]}, with the spans of one trace',
         ) from error
-    shown = asdict(verdict)
+    shown = verdict.to_json()
     del shown["rule_id"]
     return shown

@@ -110,6 +110,14 @@ DECLARED = (
         lambda s: one(s.pipeline.evaluate.counts.early),
     ),
     Declared(
+        "betrace_traces_undecided",
+        "counter",
+        "Traces that a rule which relates spans could not judge, once for each rule: too large to "
+        "be read back, or no longer in the span log.",
+        (),
+        lambda s: one(s.pipeline.evaluate.counts.undecided),
+    ),
+    Declared(
         "betrace_open_traces",
         "gauge",
         "Traces that may still receive spans.",

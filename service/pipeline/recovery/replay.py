@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
+from betrace.service.pipeline.read_back import SPANS_MAX, ReadBack
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.storage.spanlog.decode import read_frames
@@ -21,6 +22,7 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.eviction import idle_longest
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import FLAGS, REOPENED
+from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.tenant_traces import History, Recalled, TenantTraces
 from betrace.service.traces.verdicts import decide_due
 from betrace.service.traces.window import Windows
@@ -61,6 +63,9 @@ class Replay:
     history: History | None = None
     idle_ns: int = IDLE_NS
     most_open: int = 1_000_000
+    relational_spans_max: int = SPANS_MAX
+    undecided: int = 0
+    """Traces that rules could not judge, once for each rule."""
     frames: int = 0
     spans: int = 0
     traces: int = 0
@@ -93,10 +98,16 @@ class Replay:
 
     def signals(self, now: int) -> Iterator[list[Signal]]:
         """The signals of due traces, with ``now`` as their ``detected_at``."""
+        read_back = ReadBack(self.log, self.max_body_bytes, max_spans=self.relational_spans_max)
+        relational = RelationalRules(read_back.traces)
         for due in self.due():
-            found = decide_due(due, now).signals
-            if found:
-                yield found
+            if self.rules.relational:
+                read_back.note(due.tenant, due.spilled)
+            decided = decide_due(due, now, relational)
+            relational.note(due, decided.signals)
+            self.undecided += len(decided.undecided)
+            if decided.signals:
+                yield decided.signals
 
     def over_the_edge(self, open_since_ns: int) -> set[str]:
         """Ids of traces that may have spans outside of the section, because spans were received

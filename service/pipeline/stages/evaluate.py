@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from cachetools import LRUCache
 
 from betrace.channels import (
@@ -19,15 +20,20 @@ from betrace.channels import (
 )
 from betrace.service.pipeline.dead_letters import Bury
 from betrace.service.pipeline.progress import InFlight
+from betrace.service.pipeline.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
 from betrace.service.signals import Kind, Signal
+from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.layout import FLAGS, HI, LO, ONCE_DIRTY
+from betrace.service.traces.layout import FLAGS, HI, LO, ONCE_DIRTY, SPANS
+from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.verdicts import Decided, decide_due
 
 STAGE = "rule-evaluation"
 EARLY_REMEMBERED = 100_000  # traces with early signals that have not closed yet
 SMALL = 6400  # (traces + matches) x rules: a batch this small costs less than a thread call
+REPORT_SECONDS = 60  # between log lines about undecided traces
+SHARE = 0.6  # of the time of a call, for reading traces back and judging them
 FEW_SIGNALS = 16  # in a small batch; more take time, and the next batch may have more
 
 
@@ -37,6 +43,8 @@ class EvaluateCounts:
 
     traces: int = 0
     """Traces decided, early decisions included."""
+    undecided: int = 0
+    """Traces and rules that could not be judged."""
     early: int = 0
     """Signals raised before the trace was closed."""
     raised: int = 0
@@ -72,6 +80,7 @@ class EvaluateStage:
         breaker: Breaker,
         bury: Bury,
         latencies: Latencies,
+        read_back: ReadBack,
     ) -> None:
         self._threads = threads
         self._onward = onward
@@ -80,20 +89,28 @@ class EvaluateStage:
         self._breaker = breaker
         self._bury = bury
         self._latencies = latencies
+        self._read_back = read_back
+        self._relational = RelationalRules(
+            read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
+        )
         self._early: LRUCache[tuple[str, int, int], int] = LRUCache(EARLY_REMEMBERED)
         self._many = False  # signals in the last batch
+        self._unreported = 0  # undecided
+        self._report_at = 0.0
         self.counts = EvaluateCounts()
 
     async def handle(self, batch: list[DueTraces]) -> None:
         """Decide a batch and pass on what must be stored."""
         try:
-            found = await self._breaker.call(self._timed, batch)
+            found = await self._decide_all(batch)
         except (BreakerOpen, BreakerTimeout, ThreadTimeout) as error:
             await self._bury(STAGE, batch, error, 1)
             return
         onward = []
         for decided, traces in found:
             self.counts.traces += traces
+            if decided.undecided:
+                self._report(decided)
             for signal in decided.signals:
                 self.counts.add(signal)
                 if signal.early:
@@ -107,8 +124,46 @@ class EvaluateStage:
                 self._in_flight.leave(decided.ticket)
         await self._onward.send_each(onward)
 
+    async def _decide_all(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
+        """Decide a batch. Traces that may have to be read back are decided in parts, because each
+        call is bounded in time."""
+        if not any(due.rules.relational for due in batch):
+            return await self._breaker.call(self._timed, batch)
+        found: list[tuple[Decided, int]] = []
+        for due in batch:
+            parts = list(_parts(due))
+            decided: Decided | None = None
+            for first, part in parts:
+                ((own, _),) = await self._breaker.call(self._timed, [part])
+                decided = own if decided is None else _joined(decided, own, first)
+            assert decided is not None
+            if len(parts) > 1:
+                decided.closed, decided.spilled = due, due.spilled
+            found.append((decided, len(due)))
+        for due, (decided, _) in zip(batch, found, strict=True):
+            self._relational.note(due, decided.signals)
+        return found
+
+    def _report(self, decided: Decided) -> None:
+        """Count the traces that could not be judged, and log them at most once a minute."""
+        self.counts.undecided += len(decided.undecided)
+        self._unreported += len(decided.undecided)
+        now = time.monotonic()
+        if decided.closed is not None and now >= self._report_at:
+            example = decided.undecided[0]
+            events.RULES_UNDECIDED(
+                tenant=decided.tenant,
+                rule=decided.closed.rules.rules[example.rule].id,
+                trace=decided.closed.trace_id(example.trace),
+                reason=example.reason,
+                count=self._unreported,
+            )
+            self._unreported = 0
+            self._report_at = now + REPORT_SECONDS
+
     def forget(self, tenant: str) -> None:
         """Forget the traces of a tenant."""
+        self._relational.forget(tenant)
         for key in [key for key in self._early if key[0] == tenant]:
             self._early.pop(key, None)
 
@@ -123,7 +178,8 @@ class EvaluateStage:
 
     async def _timed(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         started = time.perf_counter()
-        if not self._many and sum(map(_work, batch)) <= SMALL:
+        reads = any(due.closed and due.rules.relational for due in batch)
+        if not self._many and not reads and sum(map(_work, batch)) <= SMALL:
             found = self._decide(batch)  # a thread call would cost five times as much
         else:
             found = await self._threads.run(self._decide, batch, abandon_on_cancel=True)
@@ -133,7 +189,39 @@ class EvaluateStage:
 
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()
-        return [(decide_due(due, now), len(due)) for due in batch]
+        for due in batch:
+            if due.rules.relational:
+                self._read_back.note(due.tenant, due.spilled)
+        return [(decide_due(due, now, self._relational), len(due)) for due in batch]
+
+
+def _parts(due: DueTraces) -> Iterator[tuple[int, DueTraces]]:
+    """Parts of traces that may have to be read back, each with the number of its first trace. A
+    part has what one round reads; the first one has what was spilled."""
+    if not due.closed or not due.rules.relational:
+        yield 0, due
+        return
+    ends = np.cumsum(due.rows[:, SPANS]) if len(due) else np.zeros(0, np.int64)
+    first = 0
+    while first < len(due) or first == 0:
+        before = int(ends[first - 1]) if first else 0
+        last = int(np.searchsorted(ends, before + ROUND_SPANS, "right"))
+        last = min(max(last, first + 1), first + ROUND_TRACES, len(due))
+        if first == 0 and last == len(due):
+            yield 0, due
+            return
+        part = due.part(first, last)
+        if first == 0:
+            part.spilled = due.spilled
+        yield first, part
+        first = last
+
+
+def _joined(decided: Decided, own: Decided, first: int) -> Decided:
+    """The results of two parts; ``first`` is the number of the second part's first trace."""
+    decided.signals += own.signals
+    decided.undecided += [replace(each, trace=each.trace + first) for each in own.undecided]
+    return decided
 
 
 def _work(due: DueTraces) -> int:

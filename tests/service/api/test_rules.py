@@ -150,6 +150,27 @@ async def test_testing_a_rule(client, condition, clause, counts, message):
         assert answer["evidence"]["a"] == [f"{1:016x}", f"{2:016x}"]
 
 
+async def test_testing_a_rule_that_relates_spans(client):
+    body = {
+        "condition": "for each a as p always { b.where(followed_by(p)) }",
+        "trace": otlp(span("a", 1), span("a", 2)),
+    }
+    answer = await client.ask("POST", "/api/v1/rules/test", 200, body)
+    assert (answer["breach"], answer["clause"], answer["counts"]) == (True, "always", {"a": 2})
+    assert (answer["groups"]["broken"], answer["groups"]["of"]) == (2, 2)
+    body["condition"] = "never { a.where(child(*)) }"
+    answer = await client.ask("POST", "/api/v1/rules/test", 200, body)
+    kept = {"breach": False, "clause": None, "counts": {}, "evidence": {}, "message": None}
+    assert answer == kept
+
+
+async def test_the_plan_of_a_rule_that_relates_spans(client):
+    body = {"condition": "never { a.where(child(b)) }"}
+    answer = await client.ask("POST", "/api/v1/rules/validate", 200, body)
+    assert answer["valid"] is True
+    assert answer["plan"].endswith("if it has: a and b")
+
+
 @pytest.mark.parametrize(
     ("trace", "words"),
     [

@@ -202,6 +202,22 @@ def test_valid_rules(rules: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "1 file, 2 rules: all good\n")
 
 
+def test_the_plan_of_rules_that_relate_spans_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(
+        "rules:\n- {id: n-plus-one, condition: 'for each db.query by span:parentId as q "
+        "never { count(q) > 20 }'}\n- {id: any, condition: 'distinct(*, x) > 1 or trace:spans > 9'}"
+    )
+    result = betrace("rules", "check", file)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "n-plus-one: reads a trace back from the span log when it closes, if it has: "
+        "db.query and count(db.query) >= 21",
+        "any: reads every trace back from the span log when it closes",
+        "1 file, 2 rules: all good",
+    ]
+
+
 def test_invalid_rules_are_reported_with_their_location(rules: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text(BROKEN)
@@ -282,6 +298,21 @@ def test_a_rule_that_is_not_enabled_is_tested(rules: Path, tmp_path: Path) -> No
     assert printed["enabled"] is False
     text = betrace("rules", "test", rules, "--trace", trace, "--rule", "loops").stdout
     assert "0505050505050505 …" in text
+
+
+def test_the_groups_that_break_a_rule_are_shown(tmp_path: Path) -> None:
+    file, trace = tmp_path / "rules.yaml", tmp_path / "trace.pb"
+    file.write_text("rules:\n- {id: r, condition: 'for each loop by span:name as p never { p }'}")
+    trace.write_bytes(a_trace(1500, loops=2))
+    result = betrace("rules", "test", file, "--trace", trace)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "r (medium) is broken: r",
+        "  'never' holds (1 of 1: span:name loop)",
+        "  for 1 of 1 groups, such as",
+        "    span:name loop: spans 0101010101010101, 0202020202020202",
+        "  loop  2  spans 0101010101010101, 0202020202020202",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_an_empty_set_of_rules_has_arrays_for_the_kernels():
 
 
 def test_an_invalid_syntax_tree_is_rejected():
-    rule = SimpleNamespace(enabled=True, syntax=SimpleNamespace(when="x", always=None, never=None))
+    syntax = SimpleNamespace(when="x", always=None, never=None, relational=False)
+    rule = SimpleNamespace(enabled=True, syntax=syntax)
     with pytest.raises(TypeError, match="not a condition"):
         compile_rules([rule])

@@ -9,6 +9,7 @@ from betrace.service.rules.format import format_check, format_condition, format_
 from betrace.service.rules.parse import parse
 from betrace.service.rules.syntax import Exists, RuleSyntax, SpanSet
 from tests.support import strategies
+from tests.support.relational_strategies import relational_rules
 
 
 @given(strategies.rules())
@@ -50,3 +51,23 @@ def test_checks_and_conditions() -> None:
     assert format_check(rule.never.spans) == "a.where(x)"
     assert format_condition(rule.never) == "a.where(x)"
     assert format_check(SpanSet("")) == '""'
+
+
+@given(relational_rules())
+def test_relational_rules_are_parsed_back(text: str) -> None:
+    rule = parse(text)
+    assert parse(format_rule(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'for each a.where(.x == "1") by .k, span:id, .resource.env, parent:"name" as p '
+        'always { p before b or p:k > 2 } never { "p" }',
+        "x.where(.a - (.b - .c) * 2 >= 1.50ms / root:n)",
+        "(count(a) + 1) * 2 != sum(x.where(not link()), .n)",
+        'x.where(event(event:"name" == "x" and event:resource.y and event:name == .name))',
+    ],
+)
+def test_canonical_text_of_relations_is_itself(text: str) -> None:
+    assert format_rule(parse(text)) == text

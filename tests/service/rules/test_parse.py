@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ from betrace.service.rules.syntax import (
     Attribute,
     Before,
     Compare,
+    Comparison,
+    Constant,
     CountCompare,
     Exists,
     Literal,
     Not,
     Or,
+    Ref,
     RuleSyntax,
     Scope,
     SpanSet,
     Truthy,
 )
 
-CASES = Path(__file__).parents[3] / "../shared/cases/rules-parse.json"
+CASES = Path(__file__).parents[3] / "../shared/cases"
 
 
 def condition(text: str) -> Any:
@@ -72,10 +76,11 @@ def exists(name: str) -> Exists:
     return Exists(SpanSet(name))
 
 
-def test_shared_cases() -> None:
-    if not CASES.exists():
+@pytest.mark.parametrize("name", ["rules-parse.json", "rules3-parse.json"])
+def test_shared_cases(name: str) -> None:
+    if not (CASES / name).exists():
         pytest.skip("the shared cases are not next to the repository")
-    cases = json.loads(CASES.read_text())["cases"]
+    cases = json.loads((CASES / name).read_text())["cases"]
     assert [case for case in cases if (attempt(case["rule"]) is None) != case["valid"]] == []
 
 
@@ -254,15 +259,49 @@ def test_values(text: str, expected: Literal) -> None:
     assert type(value.number) is type(expected.number)
 
 
-@pytest.mark.parametrize("keyword", sorted(KEYWORDS))
-def test_keywords_are_names_only_in_quotes(keyword: str) -> None:
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"where"}))
+def test_keywords_are_names_only_in_quotes_and_after_a_dot(keyword: str) -> None:
     assert condition(f'"{keyword}"') == exists(keyword)
     assert predicate(f'"{keyword}" == "{keyword}"').attribute.name == keyword
     rejected(keyword)
-    rejected(f"a.{keyword}")
+    assert condition(f"a.{keyword}") == exists(f"a.{keyword}")
     rejected(f"a.where({keyword} == 1)")
     if keyword not in ("true", "false"):
         rejected(f"a.where(x == {keyword})")
+
+
+def test_a_rule_without_relations_has_the_nodes_of_old() -> None:
+    """They decide the versions of checks in checkpoints."""
+    texts = ("sum.where(sum > 1) before max", "(count(a) > 1) and retry.count > 3", "for and each")
+    assert not any(parse(text).relational for text in texts)
+    rule = parse("x.where(a > 0.1)", relational=True)
+    assert rule.relational
+    assert rule.never == Exists(
+        SpanSet(
+            "x", Comparison(Ref("", any_attribute("a")), ">", (Constant(Fraction(1, 10), "0.1"),))
+        )
+    )
+
+
+def test_for_each_binds_a_word() -> None:
+    rule = parse('for each a by k, span:id as b never { b or "b" }')
+    assert rule.for_each is not None
+    key = Ref("", any_attribute("k"))
+    assert rule.for_each.by == (key, Ref("", Attribute(Scope.FIELD, "id")))
+    assert rule.never == Or((Exists(SpanSet("b", bound=True)), Exists(SpanSet("b"))))
+
+
+def test_relations_count_as_levels() -> None:
+    def rule(levels: int) -> str:
+        return "x.where(" + "child(x.where(" * levels + "a" + "))" * levels + ")"
+
+    assert parse(rule(32))
+    assert "32 levels" in rejected(rule(33)).message
+    assert "32 levels" in rejected(f"for each x as y never {{ {rule(32)} }}").message
+
+
+def test_long_sums_are_flat() -> None:
+    assert parse("count(a)" + " + count(a)" * 1000 + " > 3")
 
 
 def test_comments_and_layout() -> None:
@@ -466,12 +505,11 @@ def test_any_text_is_a_rule_or_an_error_with_a_location_in_it(text: str) -> None
         ("3 > 5", 1, "found two numbers", "count(payment) > 5"),
         ("3 > a", 5, "found 'a', expected count(…) or a number", "count(a)"),
         ("count(a) > 5s", 12, "found '5s'", "numbers without a unit"),
-        ("a.where(count(x) > 3)", 9, "found the keyword 'count'", "cannot be inside where"),
+        ("a.where(count(x) > 3)", 15, "found 'x', expected child(…)", "cannot be inside where"),
         ("a.where(span:nme == x)", 14, "found span:nme", "did you mean 'span:name'?"),
         ("a.where(span:foo == x)", 14, "span:statusMessage", "without 'span:'"),
         ("a.span:name == x", 3, "found 'span:'", "payment.where(span:duration > 1s)"),
-        ("a.where(resource:x)", 17, "found ':'", "resource.x"),
-        ("a.count", 3, "found the keyword 'count'", "in double quotes"),
+        ("a.where(resource:x)", 9, "found 'resource:'", "resource.x"),
         ("before", 1, "found the keyword 'before'", '"before"'),
         ("a.9b", 3, "malformed number", "in double quotes"),
         ("a.9", 3, "found '9'", "in double quotes"),
@@ -487,7 +525,7 @@ def test_any_text_is_a_rule_or_an_error_with_a_location_in_it(text: str) -> None
         ("a.where(x == 'b')", 14, 'found "\'"', "double quotes"),
         ("a.where(x == “b”)", 14, "found '“'", "plain double quote"),
         ('a.where(x == "b)', 14, "not closed", "end it with"),
-        ("a.where(x - y > 3)", 11, "found '-'", "no arithmetic"),
+        ("a.where(x - y > 3)", 11, "found '-'", "write .x"),
         ("käse", 2, "found 'ä'", "in double quotes"),
         ("a\u00a0and b", 2, "U+00A0", "plain space"),
         ("", 1, "the rule is empty", "write when"),
@@ -496,6 +534,58 @@ def test_any_text_is_a_rule_or_an_error_with_a_location_in_it(text: str) -> None
 def test_errors_have_a_location_a_message_and_a_hint(
     text: str, column: int, message: str, hint: str
 ) -> None:
+    error = rejected(text)
+    assert message in error.message
+    assert hint in (error.hint or "")
+    assert (error.line, error.column) == (1, column)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message", "hint"),
+    [
+        (".amount > 3", 1, "found '.'", "in where only"),
+        ("count(x) > .limit", 12, "found '.'", "in where only"),
+        ("parent:x == 3", 1, "no parent", "use it in where"),
+        ("x.where(a == chrg:a)", 14, "found 'chrg:'", "bind it: for each payment as chrg"),
+        ("for each a as charge never { x.where(b == chrg:b) }", 43, "'chrg:'", "'charge:'?"),
+        ("when { b } for each a as b never { c }", 8, "'when' does not know", 'write "b"'),
+        ("when { b:x } for each a as b never { c }", 8, "'when' does not know", "always or never"),
+        ("for each a.where(x == b:x) as b never { c }", 23, "'b:'", "only in always and never"),
+        ("for each a by k as p never { p:j == 1 }", 30, "only what stands after 'by': k", "add it"),
+        ("event:name == x", 1, "only inside event(…)", "event(event:… == …)"),
+        ("trace:span > 3", 7, "found trace:span", "did you mean 'trace:spans'?"),
+        ("trace:tenant == a", 7, "found trace:tenant", "use root:"),
+        ("x.where(span:parentID == a)", 14, "span:parentID", "did you mean 'span:parentId'?"),
+        ("exists(amount)", 8, "has no span of its own", "name the spans"),
+        ("x.where(count(y) > 3)", 15, "found 'y'", "count(child(…))"),
+        ("x.where(max(y, z) > 3)", 9, "found 'max'", "of the whole trace"),
+        ("sum(x) > 3", 6, "found ')', expected ','", ""),
+        ("sum(x, y)", 1, "found the number sum(x, y)", "compare it: sum(x, y) > 3"),
+        ("sum(x, y + z) > 3", 10, "found '+'", ""),
+        ("median(x, y) > 3", 7, "found '('", "there is no function 'median'"),
+        ("chld(x)", 5, "found '('", "did you mean 'child'?"),
+        ("avg(x, y) in [1]", 11, "found 'in' after a number", "attributes and fields"),
+        ("never { child(x) }", 9, "found 'child'", "payment.where(child(…))"),
+        ("count(child(x)) > 3", 7, "found 'child'", "payment.where(count(child(…)) > 3)"),
+        ("x.where(count(ancestor(y)) > 2)", 15, "cannot be counted", "child, descendant"),
+        ("x.where(followed_by(y within 5))", 30, "expected a duration", "within takes a duration"),
+        ("x.where(followed_by(y within 0s))", 30, "within 0 or less", "positive duration"),
+        ("x.where(child(y within 5s))", 17, "found 'within'", "inside followed_by(…)"),
+        ("for a as p always { b }", 5, "found 'a'", "for each payment as p"),
+        ("for each a always { b }", 12, "expected 'as' or 'by'", ""),
+        ("for each a as root always { b }", 15, "'root' cannot be bound", "another word"),
+        ("for each a as b for each c as d never { e }", 17, "found 'for'", "one 'for each'"),
+        ("x.where(amount + 1 > .limit)", 16, "found '+'", "write .amount"),
+        ("x.where(5 < amount)", 13, "which is text here", "write .amount"),
+        ("count(x) > limit", 12, "found 'limit'", "count(limit)"),
+        ("x.where(.a -1 > 0)", 12, "found '-1'", "spaces around '-'"),
+        ("x.where(.a/.b > 0)", 11, "found '/'", "spaces around '/'"),
+        ("x.where(.a + .b)", 10, "found the number .a + .b", "compare it"),
+        ("x.where(parent:)", 16, "found ')', expected a name", "after the colon"),
+        ("x.where((.a or .b) + 1 > 2)", 11, "found a condition, expected a number", ""),
+    ],
+)
+def test_errors_of_relations(text: str, column: int, message: str, hint: str) -> None:
     error = rejected(text)
     assert message in error.message
     assert hint in (error.hint or "")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from betrace.service.rules.definition import Rule, make_rule
+from betrace.service.rules.literals import MAX_PATTERN
 from betrace.service.rules.match import SpanValues, evaluate
-from betrace.service.rules.parse import MAX_PATTERN
 from betrace.service.rules.patterns import MATCH_BYTES, PatternSearch, pattern_size, search
 from betrace.service.rules.store import RuleLimitError, RuleStore
 from betrace.service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope

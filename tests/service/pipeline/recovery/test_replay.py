@@ -126,6 +126,21 @@ class TestReplay:
         found = self.replay(tmp_path, frames, "not check", most_open=5)
         assert sorted(found) == [(Kind.RAISED, trace_id(n)) for n in range(1, 40)]
 
+    def test_rules_that_relate_spans_are_decided(self, tmp_path: Path) -> None:
+        frames = [frame(n * SECOND, (1, "charge"), (2, "charge")) for n in range(1, 20)]
+        frames += [frame(20 * SECOND, (2, "charge"), (3, "check"))]
+        frames += [frame(200 * SECOND, (1, "charge"))]
+        rule = "for each charge by span:name as c never { sum(c, span:duration) > 19ms }"
+        assert self.replay(tmp_path, frames, rule) == [
+            (Kind.RAISED, trace_id(2)),
+            (Kind.RAISED, trace_id(1)),
+        ]
+        rule = "for each charge by span:name as c never { distinct(c, span:id) == 19 }"
+        assert self.replay(tmp_path / "again", frames, rule) == [
+            (Kind.RAISED, trace_id(1)),
+            (Kind.RETRACTED, trace_id(1)),
+        ]
+
 
 class TestCommand:
     def test_dry_run_shows_and_writes_nothing(self, data: Path) -> None:

@@ -39,6 +39,7 @@ class Evaluating:
             self.breaker,
             self._bury,
             self._latencies(),
+            SimpleNamespace(traces=lambda due, numbers: [], signals_of=lambda tenant, ids: {}),
         )
 
     def _latencies(self):

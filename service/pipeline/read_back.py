@@ -1,0 +1,166 @@
+"""Reads whole traces from the log, for the rules that relate spans to each other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Iterator, Sequence
+
+from cachetools import LRUCache
+
+from betrace.service.otlp.columns import Rows
+from betrace.service.rules.trace_tree import TraceSpan, TraceTree
+from betrace.service.storage.duck.pool import PoolTimeout
+from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.layout import (
+    FLAGS,
+    HI,
+    LARGE_RING,
+    LO,
+    PARTIAL,
+    POSITION_0,
+    POSITION_COUNT,
+    SPANS,
+    SPILLED,
+)
+from betrace.service.traces.signal_history import SignalHistory, rule_signals
+from betrace.service.traces.trace_spans import TraceId, trace_spans
+
+_log = logging.getLogger("service.read_back")
+
+SPANS_MAX = 50_000
+ROUND_SPANS = 20_000  # of candidates that are in memory at the same time, and at least one trace
+ROUND_TRACES = 256
+CHUNK_FRAMES = 32  # decoded at the same time
+SPILLS_REMEMBERED = 100_000  # traces
+
+
+class ReadBack:
+    """Reads candidates by frame: those that close together share frames.
+
+    ``store`` has the positions of long traces from before a restart; traces of more than
+    ``max_spans`` spans are not read.
+    """
+
+    def __init__(
+        self,
+        log: SpanLog,
+        max_body_bytes: int,
+        store: DuckStore | None = None,
+        max_spans: int = SPANS_MAX,
+    ) -> None:
+        self._log = log
+        self._store = store
+        self._max_body = max_body_bytes
+        self._max_spans = max_spans
+        self._lock = threading.Lock()
+        self._spilled: LRUCache[tuple[str, int, int], frozenset[int]] = LRUCache(SPILLS_REMEMBERED)
+        self.read = 0
+        """Traces read."""
+
+    def note(self, tenant: str, spilled: Rows | None) -> None:
+        """Remember positions that traces no longer carry themselves: rows (hi, lo, positions)."""
+        for hi, lo, *positions in spilled.tolist() if spilled is not None else ():
+            key = (tenant, hi, lo)
+            with self._lock:
+                self._spilled[key] = self._spilled.get(key, frozenset()).union(positions)
+
+    def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory] | None:
+        """The stored signals of traces; None if the store cannot be asked."""
+        if self._store is None:
+            return {}
+        try:
+            found = self._store.raised_of(tenant, trace_ids)
+        except (StoreError, PoolTimeout) as error:
+            _log.warning("the signals of late traces of %s cannot be read: %s", tenant, error)
+            return None
+        return {
+            trace_id: {(each[0], each[1]): rule_signals(*each[2:]) for each in rows}
+            for trace_id, rows in found.items()
+        }
+
+    def traces(
+        self, due: DueTraces, numbers: Sequence[int]
+    ) -> Iterator[tuple[int, TraceTree | str]]:
+        """The traces with these numbers, in rounds that bound memory; in place of one that cannot
+        be read whole, the reason."""
+        round_: list[int] = []
+        spans = 0
+        for k in numbers:
+            size = int(due.rows[k, SPANS])
+            if size > self._max_spans:
+                yield k, f"the trace has {size} spans; at most {self._max_spans} are read back"
+                continue
+            if round_ and (spans + size > ROUND_SPANS or len(round_) >= ROUND_TRACES):
+                yield from self._round(due, round_)
+                round_, spans = [], 0
+            round_.append(k)
+            spans += size
+        if round_:
+            yield from self._round(due, round_)
+
+    def _round(self, due: DueTraces, numbers: list[int]) -> Iterator[tuple[int, TraceTree | str]]:
+        wanted: dict[TraceId, int] = {}
+        positions: set[int] = set()
+        for k in numbers:
+            wanted[int(due.rows[k, HI]), int(due.rows[k, LO])] = k
+            positions |= self._positions(due, k)
+        found = self._spans(due.tenant, sorted(positions), wanted)
+        self.read += len(numbers)
+        for trace, k in wanted.items():
+            spans = found.pop(trace, [])
+            if due.rows[k, FLAGS] & PARTIAL or _counted(spans) < due.rows[k, SPANS]:
+                yield k, "some of its spans can no longer be read"
+            else:
+                yield k, TraceTree(spans)
+
+    def _positions(self, due: DueTraces, k: int) -> set[int]:
+        row = due.rows[k]
+        positions = set(row[POSITION_0 : POSITION_0 + row[POSITION_COUNT]].tolist())
+        if row[FLAGS] & SPILLED:
+            key = (due.tenant, int(row[HI]), int(row[LO]))
+            with self._lock:
+                positions |= self._spilled.get(key, frozenset())
+            if self._store is not None:
+                try:
+                    positions.update(self._store.spilled(due.tenant, due.trace_id(k)))
+                except (StoreError, PoolTimeout) as error:  # then perhaps not all are read
+                    _log.warning("the frames of %s cannot be found: %s", due.trace_id(k), error)
+        return positions
+
+    def _spans(
+        self, tenant: str, positions: list[int], wanted: Collection[TraceId]
+    ) -> dict[TraceId, list[TraceSpan]]:
+        found: dict[TraceId, list[TraceSpan]] = {}
+        for at in range(0, len(positions), CHUNK_FRAMES):
+            chunk = positions[at : at + CHUNK_FRAMES]
+            frames = [
+                (position, frame)
+                for position, frame in zip(chunk, self._log.read_many(tenant, chunk), strict=True)
+                if isinstance(frame, Frame)
+            ]
+            if frames:
+                batch = read_frames(
+                    tenant, [p for p, _ in frames], [f for _, f in frames], self._max_body
+                )
+                for trace, span in trace_spans(batch, wanted):
+                    found.setdefault(trace, []).append(span)
+        return found
+
+
+def _counted(spans: Sequence[TraceSpan]) -> int:
+    """How many of the spans, in order of arrival, the fold counts: a copy counts again if so many
+    others came in between that the fold does not know it any more."""
+    latest: dict[str, int] = {}
+    counted = 0
+    for span in spans:
+        last = latest.get(span.id)
+        if last is None or counted - last > LARGE_RING:
+            counted += 1
+            latest[span.id] = counted
+    return counted

@@ -1,0 +1,264 @@
+"""What a trace must have for a relational rule to be broken at all.
+
+The fold cannot decide a relational rule, but it can decide a condition without relations that holds
+for every trace that breaks the rule. Only the traces for which it holds, the *candidates*, are read
+back and judged. The condition consists of the old nodes, which the fold counts.
+
+A condition is bounded from above (it holds whenever the original does) or from below (the original
+holds whenever it does); ``not`` swaps the two. Comparisons are kept only if the fold compares as
+:mod:`betrace.service.rules.exact` does: numbers and texts that look like numbers differ in details.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from betrace.service.rules.build import all_of, any_of
+from betrace.service.rules.exact import number
+from betrace.service.rules.format import format_condition
+from betrace.service.rules.syntax import (
+    FIELDS,
+    Aggregate,
+    And,
+    Attribute,
+    Before,
+    Compare,
+    Comparison,
+    Constant,
+    CountCompare,
+    Exists,
+    Expression,
+    Given,
+    Literal,
+    Node,
+    Not,
+    Or,
+    Predicate,
+    Ref,
+    Relative,
+    RuleSyntax,
+    Scope,
+    SpanSet,
+    Truthy,
+)
+from betrace.service.rules.values import Exact, read_number
+
+Bound = Node | bool
+"""A condition, or its constant value."""
+
+_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+def candidate(rule: RuleSyntax) -> Bound:
+    """A condition that holds for every trace that breaks the rule."""
+    bounds = _Bounds(rule)
+    parts: list[Bound] = []
+    if rule.when is not None:
+        parts.append(bounds.condition(rule.when, above=True))
+    if rule.for_each is not None:
+        spans = bounds.spans(rule.for_each.spans, above=True)
+        parts.append(False if spans is None else Exists(spans))
+    broken: list[Bound] = []
+    if rule.always is not None:
+        broken.append(_negated(bounds.condition(rule.always, above=False)))
+    if rule.never is not None:
+        broken.append(bounds.condition(rule.never, above=True))
+    parts.append(_any(broken))
+    return _all(parts)
+
+
+def plan(rule: RuleSyntax) -> str:
+    """How a rule is decided, in a sentence for people."""
+    if not rule.relational:
+        return "decided from counts while the spans arrive"
+    bound = candidate(rule)
+    if bound is False:
+        return "never broken"
+    if bound is True:
+        return "reads every trace back from the span log when it closes"
+    return "reads a trace back from the span log when it closes, if it has: " + format_condition(
+        bound
+    )
+
+
+class _Bounds:
+    def __init__(self, rule: RuleSyntax) -> None:
+        self._each = rule.for_each
+
+    def condition(self, node: Node, above: bool) -> Bound:
+        match node:
+            case And(items):
+                return _all(self.condition(item, above) for item in items)
+            case Or(items):
+                return _any(self.condition(item, above) for item in items)
+            case Not(item):
+                return _negated(self.condition(item, not above))
+            case Exists(spans):
+                if spans.bound and spans.where is None:
+                    return True  # a group has a span
+                found = self.spans(spans, above)
+                if found is None:
+                    return False
+                return _all([Exists(found), *self._needed(spans.where)]) if above else Exists(found)
+            case Before(first, second):
+                if not above:
+                    return False
+                both = [self.spans(each, above=True) for each in (first, second)]
+                return _all(False if each is None else Exists(each) for each in both)
+            case Comparison():
+                return self._comparison(node, above)
+            case _:
+                return above
+
+    def _needed(self, where: Node | None) -> Iterator[Bound]:
+        """What a trace must have if a span satisfies a predicate: its relatives."""
+        for part in where.items if isinstance(where, And) else (where,):
+            if isinstance(part, Relative):
+                yield self.condition(Exists(part.spans), above=True)
+
+    def _comparison(self, node: Comparison, above: bool) -> Bound:
+        left, op, right = node.left, node.op, node.right[0]
+        if isinstance(left, Constant):
+            left, op, right = right, _MIRRORED.get(op, op), left
+        if isinstance(left, Aggregate) and isinstance(right, Constant):
+            limit = number(right.value)
+            return above if limit is None else self._aggregate(left, op, limit, above)
+        if not above or not isinstance(left, Ref) or not isinstance(right, Constant):
+            return above
+        if self._each is not None and left.scope == self._each.word and not self._each.by:
+            own = Comparison(Ref("", left.attribute), op, node.right)
+            spans = self.spans(self._with(own), above=True)
+            return False if spans is None else Exists(spans)
+        if left.scope == "root" and left.attribute == Attribute(Scope.FIELD, "name"):
+            names = [_plain(each) for each in node.right]
+            if op in ("==", "in") and None not in names:
+                return _any(Exists(SpanSet(name)) for name in names if name is not None)
+        return above
+
+    def _aggregate(self, left: Aggregate, op: str, limit: Exact, above: bool) -> Bound:
+        value = math.floor(limit)
+        whole = value == limit
+        high, low = (self.spans(left.spans, above=each) for each in (True, False))
+        if left.kind == "count":
+            # The set above has at least as many spans, the set below at most as many.
+            more, fewer = (high, low) if above else (low, high)
+            match op:
+                case ">" | ">=":
+                    least = value + 1 if op == ">" or not whole else value
+                    return _at_least(more, least)
+                case "<" | "<=":
+                    most = value - 1 if op == "<" and whole else value
+                    return _negated(_at_least(fewer, most + 1))
+                case "==":
+                    if not whole:
+                        return False
+                    return _all([_at_least(more, value), _negated(_at_least(fewer, value + 1))])
+                case _:
+                    return above
+        if not above:
+            return False
+        needs = (op in (">", ">=") and value >= 0 and not (op == ">=" and limit == 0)) or (
+            left.kind in ("avg", "min", "max") and op != "!="
+        )
+        return _at_least(high, 1) if needs else True
+
+    def _with(self, own: Predicate) -> SpanSet:
+        assert self._each is not None
+        where = self._each.spans.where
+        both = own if where is None else all_of([where, own])
+        return SpanSet(self._each.spans.name, both)  # type: ignore[arg-type]
+
+    def spans(self, spans: SpanSet, above: bool) -> SpanSet | None:
+        """A set with at least (or at most) the spans of another; None for the empty one."""
+        if spans.bound:
+            if not above or self._each is None:
+                return None
+            where = self._each.spans.where
+            parts = [part for part in (where, spans.where) if part is not None]
+            spans = SpanSet(self._each.spans.name, all_of(parts) if parts else None)  # type: ignore[arg-type]
+        if spans.where is None:
+            return SpanSet(spans.name)
+        where_bound = self._predicate(spans.where, above)
+        if isinstance(where_bound, bool):
+            return SpanSet(spans.name) if where_bound else None
+        return SpanSet(spans.name, where_bound)  # type: ignore[arg-type]
+
+    def _predicate(self, node: Node, above: bool) -> Bound:
+        match node:
+            case And(items):
+                return _all(self._predicate(item, above) for item in items)
+            case Or(items):
+                return _any(self._predicate(item, above) for item in items)
+            case Not(item):
+                return _negated(self._predicate(item, not above))
+            case Given(Ref("", attribute), True):
+                # The fold takes NaN for true.
+                old = attribute.scope is not Scope.FIELD or attribute.name in FIELDS
+                return Truthy(attribute) if above and old else above
+            case Comparison(Ref("", attribute), op, right):
+                return _own(attribute, op, right, above)
+            case _:
+                return above
+
+
+def _own(attribute: Attribute, op: str, right: tuple[Expression, ...], above: bool) -> Bound:
+    """A comparison of an own attribute with literals, if the fold compares in the same way."""
+    if attribute.scope is Scope.FIELD:
+        if attribute.name not in FIELDS:
+            return above
+        if attribute.name == "duration":
+            (limit, *_) = right
+            if op in _MIRRORED and isinstance(limit, Constant) and isinstance(limit.value, int):
+                return Compare(attribute, op, (Literal(str(limit.value), limit.value),))
+            return above
+    texts = [_plain(each) for each in right]
+    if None in texts or op not in ("==", "in", "contains", "!="):
+        return above
+    if op == "!=" and attribute.scope is not Scope.FIELD:
+        return above  # of an array
+    return Compare(attribute, op, tuple(Literal(text, None) for text in texts if text is not None))
+
+
+def _plain(node: Expression) -> str | None:
+    """The text of a literal that does not look like a number."""
+    if not isinstance(node, Constant) or not isinstance(node.value, str):
+        return None
+    text = node.value
+    if read_number(text) is not None or number(text) is not None or text in _NOT_FINITE:
+        return None
+    return text
+
+
+def _at_least(spans: SpanSet | None, least: int) -> Bound:
+    """Whether a set has so many spans."""
+    if least <= 0:
+        return True
+    if spans is None:
+        return False
+    return Exists(spans) if least == 1 else CountCompare(spans, ">=", least)
+
+
+def _negated(bound: Bound) -> Bound:
+    return not bound if isinstance(bound, bool) else Not(bound)
+
+
+def _all(bounds: Iterable[Bound]) -> Bound:
+    parts: list[Node] = []
+    for bound in bounds:
+        if bound is False:
+            return False
+        if bound is not True:
+            parts.append(bound)
+    return all_of(parts) if parts else True
+
+
+def _any(bounds: Iterable[Bound]) -> Bound:
+    parts: list[Node] = []
+    for bound in bounds:
+        if bound is True:
+            return True
+        if bound is not False:
+            parts.append(bound)
+    return any_of(parts) if parts else False

@@ -1,0 +1,134 @@
+"""Compares and calculates exactly, for relational rules.
+
+A *value* is None (missing), a bool, an exact number (int or Fraction), text, a float that is NaN or
+infinite, or an array, map or bytes. A double is the shortest decimal that reads back as it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from betrace.service.rules.patterns import search
+from betrace.service.rules.values import (
+    AttributeValue,
+    Exact,
+    exact_float,
+    exact_number,
+    exact_text,
+    number_text,
+)
+
+Value = AttributeValue | Fraction
+
+_ORDERS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+class UnknownError(Exception):
+    """A text is too long to be searched, so the result is unknown."""
+
+
+def normal(value: AttributeValue) -> Value:
+    """An attribute's value with exact numbers."""
+    if isinstance(value, float):
+        exact = exact_float(value)
+        return value if exact is None else exact
+    return value
+
+
+def is_number(value: Value) -> bool:
+    """Whether a value is a finite number; text and bools are not."""
+    return isinstance(value, int | Fraction) and not isinstance(value, bool)
+
+
+def number(value: Value) -> Exact | None:
+    """The number that a value is or that its text reads as, or None."""
+    if isinstance(value, str):
+        return exact_number(value)
+    if isinstance(value, int | Fraction) and not isinstance(value, bool):
+        return value
+    return None
+
+
+def text(value: Value) -> str | None:
+    """The text of text, a bool or a number; None for other values."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | Fraction):
+        return exact_text(value)
+    if isinstance(value, float):
+        return number_text(value)
+    return None
+
+
+def key(value: Value) -> str | None:
+    """The text by which values are grouped; None for values that count as missing there."""
+    return None if isinstance(value, float) else text(value)
+
+
+def compare(left: Value, op: str, right: Value) -> bool:
+    """Whether ``left op right``; ``op`` is one of ``== != < <= > >=``."""
+    comparable = (bool, int, Fraction, str)
+    if not (isinstance(left, comparable) and isinstance(right, comparable)):
+        return op == "!="  # missing, an array or map, NaN, or infinite
+    if is_number(left) or is_number(right):
+        one, other = number(left), number(right)
+        if one is not None and other is not None:
+            return _ORDERS[op](one, other)
+    if op in ("==", "!="):
+        return _ORDERS[op](text(left), text(right))
+    return isinstance(left, str) and isinstance(right, str) and _ORDERS[op](left, right)
+
+
+def contains(value: Value, part: Value) -> bool:
+    """Whether a text contains the text of ``part``, or an array a member equal to it."""
+    if isinstance(value, list):
+        return any(compare(normal(item), "==", part) for item in value)
+    found, wanted = text(value), text(part)
+    return found is not None and wanted is not None and wanted in found
+
+
+def matches(value: Value, pattern: str, longest: int) -> bool:
+    """Whether RE2 finds ``pattern`` in the value's text. Raises :exc:`UnknownError` if the text has
+    more than ``longest`` bytes."""
+    found = text(value)
+    if found is None:
+        return False
+    verdict = search(pattern, found) if len(found) <= longest else None
+    if verdict is None:
+        raise UnknownError("a text is too long to be searched")
+    return verdict
+
+
+def truthy(value: Value) -> bool:
+    """Whether a value stands for true: true, the text ``true``, or a number other than 0."""
+    if isinstance(value, str):
+        return value == "true"
+    return isinstance(value, int | Fraction | float) and value == value and value != 0
+
+
+def calculate(left: Value, op: str, right: Value) -> Exact | None:
+    """``left op right`` for ``+ - * /``; None if a part is not a number, or for division by 0."""
+    one, other = number(left), number(right)
+    if one is None or other is None:
+        return None
+    match op:
+        case "+":
+            return one + other
+        case "-":
+            return one - other
+        case "*":
+            return one * other
+        case _:
+            return None if other == 0 else Fraction(one) / other

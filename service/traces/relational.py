@@ -1,0 +1,131 @@
+"""Decides relational rules: reads candidates back and judges them, and knows what was signalled.
+
+The fold knows from the counts of a closed trace what it signalled when the trace was closed before.
+For relational rules it does not, so their signals are remembered here, for the traces that have
+some, and after a restart are read from the query store.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cachetools import LRUCache
+
+from betrace.service.rules.evaluation import FOREVER
+from betrace.service.rules.relations import Judgement, judge
+from betrace.service.rules.trace_tree import TraceTree
+from betrace.service.signals import Kind, Signal
+from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
+from betrace.service.traces.due import DueTraces
+from betrace.service.traces.layout import FLAGS, REOPENED
+from betrace.service.traces.signal_history import RuleSignals, SignalHistory, merged
+
+REMEMBERED = 100_000  # traces with signals of relational rules
+
+ReadTraces = Callable[[DueTraces, Sequence[int]], Iterable[tuple[int, "TraceTree | str"]]]
+"""Reads closed traces, by number; in place of one that cannot be read whole, the reason."""
+
+SignalsOf = Callable[[str, Sequence[str]], "dict[str, SignalHistory] | None"]
+"""The stored signals of a tenant's traces, by trace id; None if the store cannot be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """Trace number ``trace`` may break rule number ``rule``, but nobody can tell."""
+
+    trace: int
+    rule: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Judged:
+    """The results for the candidates among some traces."""
+
+    breaches: list[tuple[Breach, Judgement]]
+    undecided: list[Undecided]
+
+
+class RelationalRules:
+    """Judges candidates, and remembers the signals of relational rules. What is not judged within
+    ``seconds`` of one call is undecided."""
+
+    def __init__(
+        self,
+        read: ReadTraces,
+        signals_of: SignalsOf = lambda tenant, trace_ids: {},
+        seconds: float = FOREVER,
+    ) -> None:
+        self._read = read
+        self._signals_of = signals_of
+        self._seconds = seconds
+        self._lock = threading.Lock()  # a thread that takes too long is left behind
+        self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
+
+    def judge(self, due: DueTraces, candidates: Sequence[Breach]) -> Judged:
+        """Read the candidates' traces, each once, and judge them."""
+        wanted: dict[int, list[int]] = {}
+        for each in candidates:
+            wanted.setdefault(each.trace, []).append(each.rule)
+        judged = Judged([], [])
+        until = time.monotonic() + self._seconds
+        for k, found in self._read(due, list(wanted)) if wanted else ():
+            for number in wanted.pop(k, ()):
+                self._add(judged, due, k, number, found, until)
+        for k, numbers in wanted.items():
+            for number in numbers:
+                self._add(judged, due, k, number, "the trace was not found", until)
+        return judged
+
+    @staticmethod
+    def _add(
+        judged: Judged, due: DueTraces, k: int, number: int, found: TraceTree | str, until: float
+    ) -> None:
+        if isinstance(found, str):
+            judged.undecided.append(Undecided(k, number, found))
+            return
+        judgement = judge(due.rules.rules[number].syntax, found, until=until)
+        if judgement.undecided is not None:
+            judged.undecided.append(Undecided(k, number, judgement.undecided))
+        elif judgement.clause is not None:
+            clause = ALWAYS_BROKEN if judgement.clause == "always" else NEVER_BROKEN
+            judged.breaches.append((Breach(k, number, clause, early=False), judgement))
+
+    def histories(self, due: DueTraces) -> tuple[dict[int, SignalHistory], set[int]]:
+        """The signals of the traces that were closed before: those that came with them, those
+        remembered, and those stored; and the traces of which they cannot be known now."""
+        found = dict(due.signal_history)
+        again = np.flatnonzero(due.rows[:, FLAGS] & REOPENED).tolist()
+        ids = {k: due.trace_id(k) for k in again}
+        stored = self._signals_of(due.tenant, list(ids.values())) if ids else {}
+        if stored is None:
+            return found, set(again)
+        for k, trace_id in ids.items():
+            with self._lock:
+                emitted = self._emitted.get((due.tenant, trace_id), {})
+            known = merged(stored.get(trace_id, {}), emitted)
+            if known:
+                found[k] = merged(found.get(k, {}), known)
+        return found, set()
+
+    def note(self, due: DueTraces, signals: Iterable[Signal]) -> None:
+        """Remember signals that were made of these traces."""
+        relational = due.rules.identities - due.rules.folded
+        for signal in signals:
+            rule = (signal.rule_id, signal.rule_version)
+            if rule in relational:
+                emitted = 2 * signal.episode + (1 if signal.kind is Kind.RAISED else 2)
+                at = (signal.tenant, signal.trace_id)
+                own = {rule: RuleSignals(emitted, signal.clause)}
+                with self._lock:
+                    self._emitted[at] = merged(self._emitted.get(at, {}), own)
+
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant."""
+        with self._lock:
+            for key in [key for key in self._emitted if key[0] == tenant]:
+                self._emitted.pop(key, None)
