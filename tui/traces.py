@@ -11,7 +11,7 @@ from betrace.tui.json_values import Json, mapping, objects
 
 
 @dataclass(frozen=True, slots=True)
-class TraceSpan:
+class TreeSpan:
     """One span. Times are nanoseconds since 1970."""
 
     id: str
@@ -23,7 +23,7 @@ class TraceSpan:
     failed: bool
 
 
-def spans_of(trace: Json) -> list[TraceSpan]:
+def spans_of(trace: Json) -> list[TreeSpan]:
     """The spans of a trace; malformed ones are left out."""
     found = []
     for resource in objects(trace.get("resourceSpans")):
@@ -33,15 +33,15 @@ def spans_of(trace: Json) -> list[TraceSpan]:
     return found
 
 
-def in_tree_order(spans: Iterable[TraceSpan]) -> list[tuple[int, TraceSpan]]:
+def in_tree_order(spans: Iterable[TreeSpan]) -> list[tuple[int, TreeSpan]]:
     """Each span below its parent, with its depth; siblings by start. A span without its parent is
     a root, and so is the earliest span of a cycle."""
     left = {span.id: span for span in sorted(spans, key=lambda span: (span.start, span.id))}
-    children: defaultdict[str, list[TraceSpan]] = defaultdict(list)
+    children: defaultdict[str, list[TreeSpan]] = defaultdict(list)
     for span in left.values():
         children[span.parent].append(span)
     roots = [span for span in left.values() if span.parent not in left]
-    found: list[tuple[int, TraceSpan]] = []
+    found: list[tuple[int, TreeSpan]] = []
     for root in [*roots, *left.values()]:  # the second part reaches the cycles
         stack = [(0, root)]
         while stack:
@@ -54,10 +54,10 @@ def in_tree_order(spans: Iterable[TraceSpan]) -> list[tuple[int, TraceSpan]]:
     return found
 
 
-def _span(span: Json, service: str) -> TraceSpan:
+def _span(span: Json, service: str) -> TreeSpan:
     status = span.get("status")
     start = _nanoseconds(span.get("startTimeUnixNano"))
-    return TraceSpan(
+    return TreeSpan(
         str(span.get("spanId", "")),
         str(span.get("parentSpanId") or ""),
         str(span.get("name", "")),

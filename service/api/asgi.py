@@ -84,7 +84,7 @@ async def serve(
     listener = listen(address)
     url = url_of(listener, tls=config.ssl_enabled)
     wrapped = wrap_app(_closing(app, shutdown), 0, "asgi")
-    server = _Server(wrapped, config, most_connections(max_connections, _DESCRIPTOR_SHARE))
+    server = _ApiServer(wrapped, config, most_connections(max_connections, _DESCRIPTOR_SHARE))
     async with trio.open_nursery() as around:
         # Connections are accepted here, because Hypercorn's worker does not limit them.
         lifespan = Lifespan(wrapped, config, {})
@@ -106,7 +106,7 @@ class _Connection(TCPServer):
     """Hypercorn's connection. It ends when the client closes it, not when the idle time is over,
     and knows since when it is idle (None while a request is processed)."""
 
-    def __init__(self, server: _Server, stream: Any) -> None:
+    def __init__(self, server: _ApiServer, stream: Any) -> None:
         super().__init__(
             server.app,
             server.config,
@@ -127,7 +127,7 @@ class _Connection(TCPServer):
         await self.idle_task.stop()
 
 
-class _Server:
+class _ApiServer:
     """The open connections of one listener."""
 
     def __init__(self, app: AppWrapper, config: Config, most: int) -> None:

@@ -232,7 +232,7 @@ def _rule_files(name: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class RuleResult:
     """A rule and its verdict on a trace."""
 
     rule: Rule
@@ -268,7 +268,7 @@ class Judgement:
         return {**self.verdict.to_json(), **rule, "enabled": self.rule.enabled}
 
 
-def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list[Judgement]:
+def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list[RuleResult]:
     """The verdict of each rule in ``rule_file``, or of ``rule_id`` alone, on the complete trace in
     ``trace_file``. Rules that are not enabled are tested too.
 
@@ -294,7 +294,7 @@ def judge(rule_file: Path, trace_file: Path, rule_id: str | None = None) -> list
         raise Failure(
             f"{trace_file} cannot be tested: {error}; give the spans of one trace in OTLP"
         ) from error
-    return [Judgement(rule, verdict) for rule, verdict in zip(rules, verdicts, strict=True)]
+    return [RuleResult(rule, verdict) for rule, verdict in zip(rules, verdicts, strict=True)]
 
 
 def _protobuf(path: Path) -> bytes:

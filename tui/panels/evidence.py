@@ -9,7 +9,7 @@ from betrace.tui.client import ClientError
 from betrace.tui.format import NONE, date, many, millis, moment
 from betrace.tui.json_values import Json, mapping
 from betrace.tui.tones import marked, severity, signal_tone, toned
-from betrace.tui.traces import TraceSpan, spans_of
+from betrace.tui.traces import TreeSpan, spans_of
 from betrace.tui.widgets.detail import CachedText, Detail
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.waterfall import MATCH, letters, marks, waterfall
@@ -22,7 +22,7 @@ class SignalText(CachedText):
         super().__init__()
         self.signal = signal
         self.trace: Json | None = None
-        self.spans: list[TraceSpan] = []
+        self.spans: list[TreeSpan] = []
         self.problem = ""
 
     def make(self, width: int) -> Content:

@@ -11,7 +11,7 @@ from textual.content import Content
 
 from betrace.tui.format import cut, many, millis
 from betrace.tui.tones import toned
-from betrace.tui.traces import TraceSpan, in_tree_order
+from betrace.tui.traces import TreeSpan, in_tree_order
 
 MAX_SPANS = 1000
 """Maximum number of lines."""
@@ -49,7 +49,7 @@ def marks(evidence: Mapping[str, Any]) -> dict[str, str]:
     return dict(found)
 
 
-def waterfall(spans: Sequence[TraceSpan], matching: Mapping[str, str], width: int) -> Content:
+def waterfall(spans: Sequence[TreeSpan], matching: Mapping[str, str], width: int) -> Content:
     """The lines. ``matching`` maps ids of matching spans to the letters after their mark."""
     if not spans:
         return Content("no spans")
@@ -62,7 +62,7 @@ def waterfall(spans: Sequence[TraceSpan], matching: Mapping[str, str], width: in
 
 
 def _layout(
-    lines: Sequence[tuple[int, TraceSpan]], matching: Mapping[str, str], width: int
+    lines: Sequence[tuple[int, TreeSpan]], matching: Mapping[str, str], width: int
 ) -> _Layout:
     """Names and services get what they need; the bars get the rest, at least 30 % of the line."""
     spans = [span for _, span in lines]
@@ -81,11 +81,11 @@ def _layout(
     )
 
 
-def _title(depth: int, span: TraceSpan) -> str:
+def _title(depth: int, span: TreeSpan) -> str:
     return "  " * min(depth, _DEEPEST) + ("✖ " if span.failed else "") + span.name
 
 
-def _line(depth: int, span: TraceSpan, match: str | None, layout: _Layout) -> Content:
+def _line(depth: int, span: TreeSpan, match: str | None, layout: _Layout) -> Content:
     whole = max(1, layout.last - layout.first)
     at = min(layout.bar - 1, (span.start - layout.first) * layout.bar // whole)
     long = max(1, min(layout.bar - at, round((span.end - span.start) * layout.bar / whole)))
