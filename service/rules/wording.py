@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 from betrace.service.rules.format import format_check, format_condition
 from betrace.service.rules.syntax import (
@@ -46,13 +47,17 @@ MET, FORBIDDEN, MISSING, REQUIRED = "condition met", "forbidden", "missing", "re
 Counts = Mapping[str, int]
 
 
-def breach_text(rule: RuleSyntax, clause: str, counts: Counts) -> str:
+def breach_text(
+    rule: RuleSyntax, clause: str, counts: Counts, groups: Mapping[str, Any] | None = None
+) -> str:
     """Why a trace breaks ``rule``, such as ``missing: payment.fraud_check``.
 
     ``clause`` is the broken one (always | never); ``counts`` maps each check to the number of
-    matching spans. Of a clause with alternatives, only those are named that the counts do not rule
-    out as the cause.
+    matching spans; ``groups`` are those of a signal of a rule with ``for each``. Of a clause with
+    alternatives, only those are named that the counts do not rule out as the cause.
     """
+    if rule.relational:
+        return _relational_text(rule, clause, groups)
     if clause == "always":
         parts = [
             _required(part, counts) for part in _causes(rule.always, And, holds=True, counts=counts)
@@ -69,6 +74,21 @@ def breach_text(rule: RuleSyntax, clause: str, counts: Counts) -> str:
         f"{word}: {(', ' if word == MISSING else '; ').join(found)}"
         for word, found in phrases.items()
     )
+
+
+def _relational_text(rule: RuleSyntax, clause: str, groups: Mapping[str, Any] | None) -> str:
+    """Such as ``forbidden: count(q) > 3, broken by 2 of 7: order_id 17; order_id 23``."""
+    condition = rule.always if clause == "always" else rule.never
+    word = REQUIRED if clause == "always" else MET if rule.bare else FORBIDDEN
+    text = word if condition is None else f"{word}: {format_condition(condition)}"
+    if groups is None:
+        return text
+    keys = [
+        ", ".join(f"{name} {value}" for name, value in example["key"].items())
+        for example in groups["examples"]
+    ]
+    shown = "; ".join(key for key in keys if key)
+    return f"{text}, broken by {groups['broken']} of {groups['of']}" + f": {shown}" * bool(shown)
 
 
 def counts_text(counts: Counts) -> str:

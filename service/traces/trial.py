@@ -13,13 +13,14 @@ from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
+from betrace.service.rules.wording import breach_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.trace_spans import trace_spans
-from betrace.service.traces.verdicts import raise_signal, reason_text
+from betrace.service.traces.verdicts import raise_signal
 
 _MASK = 2**64 - 1
 
@@ -139,7 +140,8 @@ def _verdict(
     groups = judgement.groups if judgement is not None else None
     message = None
     if breach is not None:
-        message = reason_text(due.rules.rules[rule], signal.clause, signal.counts, groups)
+        syntax = due.rules.rules[rule].syntax
+        message = breach_text(syntax, signal.clause, signal.counts, groups)
     return Verdict(
         signal.rule_id,
         breach is not None,

@@ -209,34 +209,13 @@ def _message(
         found = f" ({counts_text(counts)})" if counts else ""
         return f"{rule.name}: no longer broken{found}"
     groups = judgement.groups if judgement is not None else None
-    return f"{rule.name}: {reason_text(rule, clause, counts, groups)}"
-
-
-def reason_text(
-    rule: Rule, clause: str, counts: dict[str, int], groups: dict[str, Any] | None
-) -> str:
-    """Why a trace breaks a rule. ``groups`` are those of a relational rule with ``for each``."""
-    if not rule.syntax.relational:
-        return breach_text(rule.syntax, clause, counts)
-    found = _groups_text(groups) if groups is not None else counts_text(counts)
-    says = "does not hold" if clause == "always" else "holds"
-    return f"{clause!r} {says}" + (f" ({found})" if found else "")
+    return f"{rule.name}: {breach_text(rule.syntax, clause, counts, groups)}"
 
 
 def _caveat(due: DueTraces, k: int) -> str | None:
     if due.rows[k, FLAGS] & PARTIAL:
         return "the trace is partial: some of its earlier spans were not counted"
     return None
-
-
-def _groups_text(groups: dict[str, Any]) -> str:
-    """Such as ``2 of 7: order_id 17; order_id 23``."""
-    keys = [
-        ", ".join(f"{name} {value}" for name, value in example["key"].items())
-        for example in groups["examples"]
-    ]
-    shown = "; ".join(key for key in keys if key)
-    return f"{groups['broken']} of {groups['of']}" + (f": {shown}" if shown else "")
 
 
 def _context(due: DueTraces, k: int, judgement: Judgement | None) -> dict[str, Any] | None:

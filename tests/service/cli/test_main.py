@@ -308,7 +308,7 @@ def test_the_groups_that_break_a_rule_are_shown(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         "r (medium) is broken: r",
-        "  'never' holds (1 of 1: span:name loop)",
+        "  forbidden: p, broken by 1 of 1: span:name loop",
         "  for 1 of 1 groups, such as",
         "    span:name loop: spans 0101010101010101, 0202020202020202",
         "  loop  2  spans 0101010101010101, 0202020202020202",

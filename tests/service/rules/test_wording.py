@@ -88,3 +88,15 @@ def test_every_rule_can_be_described(rule: RuleSyntax, data: st.DataObject) -> N
         text = breach_text(rule, clause, counts)
         assert bool(text) is (node is not None)
         assert text.startswith("condition met: ") is (rule.bare and clause == "never")
+
+
+def test_rules_that_relate_spans_name_the_condition_and_the_groups() -> None:
+    example = {"key": {"order_id": "17"}, "spans": ["ab" * 8]}
+    groups = {"broken": 2, "of": 7, "examples": [example, {"key": {}, "spans": []}]}
+    rule = parse("for each pay by order_id as p never { count(p) > 1 }")
+    text = breach_text(rule, "never", {}, groups)
+    assert text == "forbidden: count(p) > 1, broken by 2 of 7: order_id 17"
+    rule = parse("when { root:name == checkout } always { sum(pay, amount) > 0 }")
+    assert breach_text(rule, "always", {}) == "required: sum(pay, .amount) > 0"
+    rule = parse("distinct(*, tenant) > 1")
+    assert breach_text(rule, "never", {}) == "condition met: distinct(*, .tenant) > 1"
