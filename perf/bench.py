@@ -30,6 +30,7 @@ from betrace.service.cli.garbage import short_pauses
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, SpanBatch
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Reply, Request
 from betrace.service.pipeline.stages.ingest import IngestStage
@@ -98,7 +99,7 @@ async def _stage(directory: Path, spans: int, bodies: Sequence[bytes]) -> Json:
     with SpanLog(directory) as log:
         send, receive = _channel()
         threads = ThreadRunner("bench", 1)
-        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24)
+        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24, GroupSync(log, threads))
         turn = cycle(bodies)
 
         async def drain() -> None:
@@ -126,7 +127,7 @@ async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> f
     with SpanLog(directory) as log:
         send, receive = _channel()
         threads = ThreadRunner("bench", 1)
-        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24)
+        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24, GroupSync(log, threads))
         began = time.process_time()
         for _ in range(calls):
             requests = [

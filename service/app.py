@@ -113,6 +113,7 @@ def build(
     """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
     data, max_body = settings.storage.path, settings.ingest.max_body_bytes
     log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
+    triage = stores.local.triage
     threads, cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
     clock_offset = time.time() - trio.current_time()
 
@@ -124,7 +125,6 @@ def build(
     gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
     visible = gate.current_entries(ledger)  # without entries of deleted tenants
     breakers = Breakers(settings.breakers, settings.export.destinations)
-    triage = stores.local.triage
 
     def muted(signal: Signal) -> bool:
         return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
@@ -165,7 +165,7 @@ def build(
         max_bytes=settings.caches.trace_metadata_bytes,
     )
     reader = TraceReader(
-        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, max_body
+        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, triage, max_body
     )
     rule_writer = RuleWriter(registry, gate.closed)
 

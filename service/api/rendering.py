@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from betrace.service.signals import Signal
 from betrace.service.storage.duck.queries import StoredSignal, TraceRow
+from betrace.service.storage.triage import Acknowledgement, TriageStore
 from betrace.service.times import write_time
 
 Json = dict[str, Any]
@@ -16,9 +18,24 @@ def signal_json(signal: Signal) -> Json:
     return {**signal.to_json(), "detected_at": write_time(signal.detected_at)}
 
 
-def stored_signal_json(stored: StoredSignal) -> Json:
-    """A signal with its status."""
-    return {**signal_json(stored.signal), "status": stored.status}
+def signals_json(triage: TriageStore, tenant: str, found: Sequence[StoredSignal]) -> list[Json]:
+    """A tenant's signals with their status, ``muted`` and ``acknowledged``. Blocks."""
+    known = triage.acknowledgements(tenant, [stored.signal.id for stored in found])
+    shown = []
+    for stored in found:
+        signal, acknowledged = stored.signal, known.get(stored.signal.id)
+        extra = {
+            "status": stored.status,
+            "muted": triage.muted(tenant, signal.rule_id, signal.detected_at),
+            "acknowledged": acknowledged and acknowledgement_json(acknowledged),
+        }
+        shown.append({**signal_json(signal), **extra})
+    return shown
+
+
+def acknowledgement_json(found: Acknowledgement) -> Json:
+    """An acknowledgement of a signal."""
+    return {"at": write_time(found.at_ns), "by": found.by, "note": found.note}
 
 
 def trace_row_json(row: TraceRow) -> Json:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cachetools import LRUCache
 
-from betrace.service.api.rendering import stored_signal_json, trace_row_json
+from betrace.service.api.rendering import signals_json, trace_row_json
 from betrace.service.api.trace_cache import MAX_SIGNALS, TraceMetadataCache
 from betrace.service.config.base import MIB
 from betrace.service.otlp.body import BadBody, protobuf_body
@@ -27,6 +27,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
+from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
     ERRORS,
@@ -66,6 +67,7 @@ class TraceReader:
         log: SpanLog,
         rules: Callable[[str], tuple[Rule, ...]],
         correlate: CorrelateStage,
+        triage: TriageStore,
         max_body_bytes: int,
     ) -> None:
         self._store = store
@@ -76,6 +78,7 @@ class TraceReader:
         self._one_large = threading.Lock()  # reading a large trace takes hundreds of bytes a span
         self._spare: LRUCache[str, tuple[tuple[Rule, ...], CompiledRules]] = LRUCache(_SPARE_RULES)
         self._correlate = correlate
+        self._triage = triage
         self._max_body = max_body_bytes
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
@@ -122,7 +125,7 @@ class TraceReader:
             "missing": frames.missing,
             "omitted": frames.omitted,
             "omittedSpans": max(0, trial.spans - MAX_SPANS),
-            "signals": [stored_signal_json(each) for each in stored],
+            "signals": signals_json(self._triage, tenant, stored),
             "verdicts": _verdicts(
                 rules,
                 found,

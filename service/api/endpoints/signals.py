@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,15 @@ from betrace.service.api.params import (
     read_hex,
     read_text,
 )
-from betrace.service.api.rendering import signal_json, stored_signal_json, trace_row_json
+from betrace.service.api.rendering import (
+    acknowledgement_json,
+    signal_json,
+    signals_json,
+    trace_row_json,
+)
 from betrace.service.rules.definition import SEVERITIES
-from betrace.service.storage.duck.queries import SignalFilter, StoredSignal
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.search import TraceFilter
-from betrace.service.storage.triage import Acknowledgement
 from betrace.service.times import SECOND, read_duration, read_time, write_time
 
 endpoints = Endpoints("Signals and traces")
@@ -83,26 +87,8 @@ async def list_signals(call: Call) -> Any:
     signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
-    return {"signals": await call.blocking(_shown, call, found), "next": following}
-
-
-def _shown(call: Call, found: Sequence[StoredSignal]) -> list[dict[str, Any]]:
-    """Stored signals, with ``muted`` and ``acknowledged``."""
-    triage = call.tools.triage
-    known = triage.acknowledgements(call.tenant, [stored.signal.id for stored in found])
-    shown = []
-    for stored in found:
-        signal = stored.signal
-        muted = triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
-        acknowledged = _acknowledgement_json(known.get(signal.id))
-        shown.append({**stored_signal_json(stored), "muted": muted, "acknowledged": acknowledged})
-    return shown
-
-
-def _acknowledgement_json(found: Acknowledgement | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {"at": write_time(found.at_ns), "by": found.by, "note": found.note}
+    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found)
+    return {"signals": shown, "next": following}
 
 
 @endpoints.add(
@@ -202,7 +188,8 @@ async def get_signal(call: Call) -> Any:
     found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
     if found is None:
         raise _no_signal(call.params["id"])
-    return (await call.blocking(_shown, call, [found]))[0]
+    (shown,) = await call.blocking(signals_json, call.tools.triage, call.tenant, [found])
+    return shown
 
 
 @endpoints.add(
@@ -226,7 +213,7 @@ async def acknowledge_signal(call: Call) -> Any:
     target = {"tenant": call.tenant, "signal": signal_id, "note": note}
     await call.tools.audit.note(who, "signal.acknowledge", target)
     acknowledge = call.tools.triage.acknowledge
-    return _acknowledgement_json(
+    return acknowledgement_json(
         await call.blocking(acknowledge, call.tenant, signal_id, note, who.name)
     )
 

@@ -62,7 +62,9 @@ def stores(tmp_path, warm):
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
         metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
-        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, s.correlate, 1 << 20)
+        s.reader = TraceReader(
+            s.duck, metadata, s.log, s.rules.rules, s.correlate, s.triage, 1 << 20
+        )
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
             SimpleNamespace(settings=SimpleNamespace(api=Api()), rules=s.rules),

@@ -84,6 +84,8 @@ async def test_signals_of_a_muted_rule_are_recorded_and_counted_as_muted(tmp_pat
         await send(service, [S(1)])
         await closed(service)
         signals = (await client.get("/api/v1/signals"))["signals"]
+        trace = await client.get(f"/api/v1/traces/{signals[0]['trace_id']}")
+        assert trace["signals"] == signals
         text = (await client.get("/metrics")).decode()
     assert {each["rule_id"]: each["muted"] for each in signals} == {"bad": True, "worse": False}
     series = 'betrace_rule_signals_total{kind="raised",muted="%s",rule="%s",severity="medium",'

@@ -169,8 +169,8 @@ def test_while_the_service_runs_the_command_only_writes(
     ("arguments", "code", "said"),
     [
         (["--data", "nowhere"], 3, "no data in nowhere"),
-        (["--tenant", "nobody"], 3, "no spans; there are: acme"),
-        (["--before", (today() + timedelta(days=2)).isoformat()], 2, "the day is not over"),
+        (["--tenant", "nobody"], 3, "no spans; tenants with spans: acme"),
+        (["--before", (today() + timedelta(days=2)).isoformat()], 2, "today is not over"),
     ],
 )
 def test_the_command_explains_errors(
