@@ -24,13 +24,13 @@ async def hello(scope, receive, send):
 def servers(monkeypatch):
     """The servers that are created."""
     found = []
-    created = asgi._Server
+    created = asgi._ApiServer
 
     def create(*args):
         found.append(created(*args))
         return found[-1]
 
-    monkeypatch.setattr(asgi, "_Server", create)
+    monkeypatch.setattr(asgi, "_ApiServer", create)
     return found
 
 
