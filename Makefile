@@ -12,6 +12,8 @@ UNCOMPILED_EXAMPLES ?= 10
 
 # Processes that run tests. More than two do not pay on two cores.
 WORKERS ?= 2
+# More processes than cores, because many tests wait.
+CHECK_WORKERS ?= 5
 
 .PHONY: setup demo demo-live check test lint format clean
 
@@ -46,7 +48,7 @@ format: setup
 # For every change: lint, types, and all tests that are not slow, with compiled kernels.
 check: lint
 	BETRACE_EXAMPLES=$(CHECK_EXAMPLES) \
-		$(BIN)/pytest -q -m "not slow" -n $(WORKERS) --dist worksteal
+		$(BIN)/pytest -q -m "not slow" -n $(CHECK_WORKERS) --dist worksteal
 
 # Everything. First the kernels as ordinary Python, for their coverage; then all tests with compiled
 # kernels. One of the processes runs the slow tests one after another (tests/conftest.py).
