@@ -1,4 +1,4 @@
-"""Where in its text a rule was broken: the parts of the clause that the counts name as the cause."""
+"""Where in its text a rule was broken: the parts of the clause that its counts blame."""
 
 from __future__ import annotations
 
