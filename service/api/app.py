@@ -20,6 +20,7 @@ from betrace.service.api.asgi import App, Receive, Scope, Send
 from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
 from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
+from betrace.service.api.pages.routes import add_pages
 from betrace.service.api.params import near, read_param, read_params
 from betrace.service.config.base import MIB
 from betrace.service.tenancy.authentication import (
@@ -58,6 +59,7 @@ def create_api(
             methods=[endpoint.method],
             provide_automatic_options=False,
         )
+    add_pages(app, tools, authenticator, closed)
     paths = {endpoint.path for endpoint in listed}
 
     @app.errorhandler(HTTPException)
