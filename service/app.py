@@ -165,7 +165,7 @@ def build(
         max_bytes=settings.caches.trace_metadata_bytes,
     )
     reader = TraceReader(
-        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, triage, max_body
+        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, triage, settings
     )
     rule_writer = RuleWriter(registry, gate.closed)
 

@@ -24,10 +24,12 @@ from betrace.service.api.params import (
 )
 from betrace.service.api.rendering import (
     acknowledgement_json,
+    linked,
     signal_json,
     signals_json,
     trace_row_json,
 )
+from betrace.service.config.edge import Api
 from betrace.service.rules.definition import SEVERITIES
 from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.search import TraceFilter
@@ -49,6 +51,10 @@ SEVERITY = Param(
 HEX_TRACE = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
 TRACE_ID = Param("trace_id", "The id of the trace, 32 hex digits.", read_hex(32), HEX_TRACE)
 SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HEX_TRACE)
+
+
+def _api(call: Call) -> Api:
+    return call.tools.sources.settings.api
 
 
 def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,12 +88,12 @@ def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
 async def list_signals(call: Call) -> Any:
     """For the next page, pass `next` as `cursor` with the same filters; it is null on the last.
     `muted` says whether the rule was muted when the signal was raised; `acknowledged` is null, or
-    has `at`, `by` and `note`."""
+    has `at`, `by` and `note`. With `api.public_url`, `url` is the address of the signal's page."""
     page, filters = _page_and_filters(call)
     signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
-    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found)
+    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found, _api(call))
     return {"signals": shown, "next": following}
 
 
@@ -117,7 +123,7 @@ async def stream_signals(call: Call) -> Answer:
                 if signal is None:
                     yield b": still here\n\n"
                 elif rule in (None, signal.rule_id) and severity in (None, signal.severity):
-                    yield event("signal", signal_json(signal), signal.id)
+                    yield event("signal", linked(signal_json(signal), _api(call)), signal.id)
         finally:
             subscription.close()
 
@@ -188,7 +194,9 @@ async def get_signal(call: Call) -> Any:
     found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
     if found is None:
         raise _no_signal(call.params["id"])
-    (shown,) = await call.blocking(signals_json, call.tools.triage, call.tenant, [found])
+    (shown,) = await call.blocking(
+        signals_json, call.tools.triage, call.tenant, [found], _api(call)
+    )
     return shown
 
 

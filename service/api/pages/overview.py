@@ -6,10 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from betrace.service.api.pages.evidence import finding
 from betrace.service.api.pages.visit import Page, Visit
 from betrace.service.api.params import Param, read_choice
-from betrace.service.api.rendering import signals_json
 from betrace.service.rules.definition import SEVERITIES
 from betrace.service.storage.duck.queries import SummaryRow
 from betrace.service.times import SECOND, read_time
@@ -78,7 +76,6 @@ def _overview(visit: Visit, chosen: str) -> Json:
     for found in counts.values():
         found.muted = tools.triage.current_mute(tenant, found.rule_id) is not None
     latest, _ = tools.store.signals(tenant, limit=LATEST)
-    shown = signals_json(tools.triage, tenant, latest)
     top = sorted(counts.values(), key=lambda each: (-each.raised, each.rule_id))
     severities: Counter[str] = Counter()
     for bar in bars:
@@ -96,7 +93,7 @@ def _overview(visit: Visit, chosen: str) -> Json:
         "top": top[:TOP],
         "more_rules": max(0, len(top) - TOP),
         "rules": len(rules),
-        "latest": [{**each, "finding": finding(each)} for each in shown],
+        "latest": visit.signals(latest),
         "names": {rule.id: rule.name for rule in rules.values()},
     }
 

@@ -8,10 +8,9 @@ from betrace.service.api.endpoint import Answer
 from betrace.service.api.endpoints import rules as api
 from betrace.service.api.endpoints import signals as signals_api
 from betrace.service.api.errors import ApiError
-from betrace.service.api.pages.evidence import finding, lines
+from betrace.service.api.pages.evidence import lines
 from betrace.service.api.pages.visit import Page, Visit
 from betrace.service.api.params import Param, read_param
-from betrace.service.api.rendering import signals_json
 from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import SEVERITIES, Rule
 from betrace.service.storage.duck.queries import SignalFilter
@@ -55,13 +54,12 @@ def _rule(visit: Visit, shown: Json) -> Json:
     rule = tools.sources.rules.rule(tenant, shown["id"])
     wanted = SignalFilter(rule=rule.id)
     found, following = tools.store.signals(tenant, wanted, limit=LATEST)
-    signals = signals_json(tools.triage, tenant, found)
     return {
         "rule": shown,
         "mute": tools.triage.current_mute(tenant, rule.id),
         "lines": lines(rule.condition, []),
         "plan": plan(rule.syntax) if rule.syntax.relational else None,
-        "signals": [{**each, "finding": finding(each)} for each in signals],
+        "signals": visit.signals(found),
         "more_signals": following is not None,
         "names": {rule.id: rule.name},
         "versions": [_version(each) for each in tools.sources.rules.versions(tenant, rule.id)],

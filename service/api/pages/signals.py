@@ -24,7 +24,6 @@ from betrace.service.api.params import (
     read_integer,
     read_param,
 )
-from betrace.service.api.rendering import signals_json
 from betrace.service.rules.definition import SEVERITIES
 from betrace.service.storage.duck.queries import SignalFilter
 
@@ -52,9 +51,8 @@ async def signal_list(visit: Visit) -> Page:
             tenant, SignalFilter(**given), limit=ROWS, cursor=cursor
         )
         tools.metadata.listed(tenant, found)
-        shown = signals_json(tools.triage, tenant, found)
         return {
-            "signals": [{**each, "finding": finding(each)} for each in shown],
+            "signals": visit.signals(found),
             "names": rule_names(visit),
             "severities": SEVERITIES,
             "statuses": api.STATUSES,
@@ -78,7 +76,7 @@ def _signal(visit: Visit, signal_id: str, given: Json) -> Json:
     stored = tools.store.signal(tenant, signal_id)
     if stored is None:
         raise not_found(f"signal {signal_id}")
-    (signal,) = signals_json(tools.triage, tenant, [stored])
+    (signal,) = visit.signals([stored])
     rule, origin = rule_of(tools.sources.rules, tenant, signal["rule_id"], signal["rule_version"])
     trace = tools.reader.trace(tenant, signal["trace_id"])
     spans = None if trace is None else TraceSpans(trace)
@@ -87,7 +85,7 @@ def _signal(visit: Visit, signal_id: str, given: Json) -> Json:
     marks = marked((check.number, [each for each, _ in check.spans]) for check in found)
     return {
         "signal": signal,
-        "finding": finding(signal),
+        "finding": signal["finding"],
         "rule": rule,
         "origin": origin,
         "lines": rule_lines(rule, signal) if rule else [],
@@ -97,6 +95,7 @@ def _signal(visit: Visit, signal_id: str, given: Json) -> Json:
         "trace": trace,
         "others": _others(trace, signal_id),
         "most_others": MOST_OTHERS,
+        "names": rule_names(visit),
         **waterfall(spans, marks, selected, given["from"], named_attributes(rule)),
     }
 

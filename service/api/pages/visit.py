@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -11,8 +11,11 @@ import orjson
 
 from betrace.service.api.endpoint import OPERATOR_HEADER, Call, Tools
 from betrace.service.api.errors import ApiError
+from betrace.service.api.pages.evidence import finding
 from betrace.service.api.pages.renderer import Templates
 from betrace.service.api.params import Param, read_params
+from betrace.service.api.rendering import signals_json
+from betrace.service.storage.duck.queries import StoredSignal
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,12 @@ class Visit:
         """The checked parameters of the address; empty fields of a form count as missing."""
         given = [(name, text) for name, text in self.args.items() if text]
         return read_params([*known, *own], given)
+
+    def signals(self, found: Sequence[StoredSignal]) -> list[dict[str, Any]]:
+        """The JSON of signals, with what broke as ``finding``. Blocks."""
+        api = self.tools.sources.settings.api
+        shown = signals_json(self.tools.triage, self.viewer.tenant, found, api)
+        return [{**each, "finding": finding(each)} for each in shown]
 
     async def show(
         self, template: str, build: Callable[[], dict[str, Any]], status: int = 200
