@@ -7,7 +7,7 @@ from typing import Any
 from betrace.service.api.endpoint import Answer
 from betrace.service.api.endpoints import rules as api
 from betrace.service.api.endpoints import signals as signals_api
-from betrace.service.api.errors import ApiError
+from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.pages.evidence import lines
 from betrace.service.api.pages.visit import Page, Visit
 from betrace.service.api.params import Param, read_param
@@ -95,7 +95,10 @@ async def edit(visit: Visit) -> Page:
             return await _form(visit, rule, {"verdict": await _test(visit, rule["condition"])})
         checked = await api.validate_rule(visit.call({}, {"condition": rule["condition"]}))
         return await _form(visit, rule, {"checked": checked, "errors": checked["errors"]})
-    except ApiError as error:
+    except Exception as raised:
+        error = raised if isinstance(raised, ApiError) else translate(raised)
+        if error is None:
+            raise
         errors = error.details.get("errors")
         message = None if errors else f"{error.message}; {error.hint}"
         shown = {"errors": errors or [], "problem": message}
@@ -124,7 +127,12 @@ async def _test(visit: Visit, condition: str) -> Json:
     trace = await signals_api.get_trace(visit.call({"trace_id": trace_id}))
     given = {"condition": condition, "trace": {"resourceSpans": trace["resourceSpans"]}}
     found: Json = await api.test_rule(visit.call({}, given))
-    return {**found, "trace_id": trace_id, "missing": trace["missing"] or trace["omittedSpans"]}
+    return {
+        "undecided": None,
+        **found,
+        "trace_id": trace_id,
+        "missing": trace["missing"] or trace["omittedSpans"],
+    }
 
 
 async def _form(visit: Visit, rule: Json, result: Json, status: int = 200) -> Page:
