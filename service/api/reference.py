@@ -18,6 +18,8 @@ The tenant is the one of the bearer token; for an operator it is the one in the 
 `X-Scope-OrgID`. With authentication off it is the one in that header, or `default` without it. A
 tenant name matches `[a-z0-9][a-z0-9_-]{0,62}`. A deleted tenant gets 403.
 
+Pages for people begin at `/`.
+
 An error is `{"error": {"code", "message", "hint"}}`: what happened, and what to do about it.
 """
 INGESTION = """\

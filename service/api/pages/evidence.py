@@ -73,7 +73,8 @@ def finding(signal: Json) -> Finding:
     found = _WORD.search(signal["message"])
     if found is None:
         return Finding("", signal["message"], "")
-    return Finding(found[1], found[2].strip(" ()"), _MEANINGS[found[1]])
+    text = found[2].removeprefix("(").removesuffix(")") if found[2][:1] == "(" else found[2]
+    return Finding(found[1], text, _MEANINGS[found[1]])
 
 
 def lines(condition: str, places: Sequence[Place]) -> list[Line]:
