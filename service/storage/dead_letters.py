@@ -25,17 +25,14 @@ import orjson
 
 from betrace.channels import TransientError
 from betrace.service.durable import replacing, sync_directory
-from betrace.service.storage.sqlite_errors import remedy
+from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x4254444C  # "BTDL", for file(1)
 MAX_LIMIT = 1000
-_BUSY_SECONDS = 2.0
 _KEEP_AFTER_EXPORT = 0.9  # of max_bytes
 _IDS_PER_QUERY = 500
 _MAX_ERROR_CHARACTERS = 2000
 
-_SCHEMA = f"""
+_VERSION_1 = """
 CREATE TABLE letters (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     key BLOB NOT NULL UNIQUE,
@@ -53,9 +50,9 @@ CREATE TABLE letters (
     next_retry_ns INTEGER
 ) STRICT;
 CREATE INDEX letters_due ON letters (stage, next_retry_ns) WHERE next_retry_ns IS NOT NULL;
-PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA application_id = {APPLICATION_ID};
 """
+_SCHEMA = Schema(0x4254444C, [_VERSION_1])  # "BTDL"
+_PRAGMAS = ("auto_vacuum = INCREMENTAL", "synchronous = FULL")
 _COLUMNS = (
     "id, tenant, stage, kind, bytes, weight, error, transient, attempts, "
     "first_failed_ns, last_failed_ns, next_retry_ns"
@@ -140,31 +137,13 @@ class DeadLetterStore:
         """Letters exported to files since the start."""
         self._exported: list[Letter] = []
         with self._errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
+            self._db = open_file(path, _SCHEMA, _PRAGMAS)
             try:
-                self._migrate()
                 row = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM letters").fetchone()
                 self._bytes: int = row[0]
             except BaseException:
                 self._db.close()
                 raise
-
-    def _migrate(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise DeadLetterError(
-                f"{self._path} was written by a newer program (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade, or choose another data directory"
-            )
-        if version == 0:  # before the first table is made, or it has no effect
-            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -179,14 +158,11 @@ class DeadLetterStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._errors():
             before = self._bytes
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-                self._db.execute("COMMIT")
+                with transaction(self._db):
+                    yield self._db
             except BaseException:
                 self._bytes = before
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
                 raise
 
     @property

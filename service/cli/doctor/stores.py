@@ -22,7 +22,7 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.schema import FILE
 from betrace.service.storage.ledger.base import AMOUNT, tenant_account
 from betrace.service.storage.ledger.open import LEDGER_FILE
-from betrace.service.storage.ledger.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from betrace.service.storage.ledger.sqlite import SCHEMA
 from betrace.service.storage.paths import tenant_directory, tenants_with
 from betrace.service.storage.spanlog.frames import pack_position
 from betrace.service.storage.spanlog.log import SpanLog
@@ -124,9 +124,9 @@ def _sqlite(path: Path) -> Finding:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
             (kind,) = database.execute("PRAGMA application_id").fetchone()
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if kind != APPLICATION_ID:
+            if kind != SCHEMA.application_id:
                 return Finding("ledger", FAILED, f"{path} is not a ledger of BeTrace", remedy)
-            if version > SCHEMA_VERSION:
+            if version > SCHEMA.version:
                 text = f"{path} was written by a newer version ({version})"
                 return Finding("ledger", FAILED, text, "run that version of BeTrace")
             database.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
