@@ -17,11 +17,12 @@ from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import GuardedStore
 from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
-from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
+from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
 from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.pipeline.stages.pacing import CommitPace
@@ -36,6 +37,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.verdicts import Decided
 
 if TYPE_CHECKING:
@@ -175,16 +177,15 @@ class _PipelineBuilder:
         closed = ClosedTraces(settings.traces.late_filter_bytes)
         max_body = settings.ingest.max_body_bytes
         history = TraceHistory(stores.duckdb, stores.log, max_body, behind)
-        correlate = CorrelateStage(
+        open_traces = OpenTraces(
             stores.registry.compiled,
-            threads["correlate"],
-            self._due.send,
-            progress,
-            in_flight,
             TraceLimits.of(settings),
             LateSpans(closed, history.load, behind),
+            progress,
+            in_flight,
             self._clock_ns,
         )
+        correlate = CorrelateStage(open_traces, threads["correlate"], self._due.send)
         sync = GroupSync(stores.log, threads["sync"])
         audit = self._batch_audit()
         ingest = IngestStage(
@@ -202,6 +203,7 @@ class _PipelineBuilder:
             requests=self._requests.send,
             batches=self._batches.send,
             ingest=ingest,
+            open_traces=open_traces,
             correlate=correlate,
             evaluate=evaluate,
             record=record,

@@ -27,6 +27,7 @@ from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import Fallback
 from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.stages.correlate import CorrelateStage
@@ -65,6 +66,7 @@ class Pipeline:
     requests: SendChannel[Request]
     batches: SendChannel[SpanBatch]
 
+    open_traces: OpenTraces
     ingest: IngestStage
     correlate: CorrelateStage
     evaluate: EvaluateStage
@@ -167,7 +169,7 @@ class Pipeline:
 
     async def _bury_waiting(self, batch: SpanBatch, failures: int) -> None:
         error = self.correlate.last_failure or RuntimeError("the batch cannot be folded")
-        if self.correlate.has(batch):
+        if self.open_traces.has(batch):
             self.letters.finished([batch])
         else:
             try:
@@ -182,7 +184,7 @@ class Pipeline:
     async def bury_spans(self, batch: SpanBatch, error: Exception, attempts: int) -> None:
         """Keep a batch that trace-correlation failed on as a dead letter. A batch that was folded
         is not kept: only a later step failed."""
-        if not self.correlate.has(batch):
+        if not self.open_traces.has(batch):
             await self.letters.bury("trace-correlation", batch, error, attempts)
             return
         await trio.lowlevel.checkpoint()

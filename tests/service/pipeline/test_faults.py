@@ -166,7 +166,7 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
     async with harness.running() as service:
         await harness.send(1, 2)
         await harness.until(harness.all_there)
-        heal = failing(service.pipeline.correlate, "_fold_one", error)
+        heal = failing(service.pipeline.open_traces, "fold", error)
         await harness.send(3, 4, 5)
         await harness.send(6, tenant="acme")
         await harness.until(lambda: service.sources.account().dead_lettered == 4)
@@ -193,7 +193,7 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
 async def test_dead_letters_survive_a_restart(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
-        failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
+        failing(service.pipeline.open_traces, "fold", ValueError("a bug"))
         await harness.send(1, 2)
         await harness.until(lambda: service.sources.account().dead_lettered == 2)
     harness.check()
@@ -319,7 +319,7 @@ async def test_all_metrics_exist_from_the_start(tmp_path):
 async def test_operators_see_and_discard_dead_letters(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
-        heal = failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
+        heal = failing(service.pipeline.open_traces, "fold", ValueError("a bug"))
         for number in (1, 2, 3):
             await harness.send(number)
             await harness.until(lambda n=number: service.sources.account().dead_lettered == n)

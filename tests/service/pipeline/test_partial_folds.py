@@ -52,8 +52,8 @@ async def test_a_redelivered_batch_counts_once(tmp_path, fault):
         await send(service, spans())
         await closed(service)
         assert not fault
-        assert service.pipeline.correlate.counts.folded == 1500
-        assert service.pipeline.correlate.counts.repeated == 0
+        assert service.pipeline.open_traces.counts.folded == 1500
+        assert service.pipeline.open_traces.counts.repeated == 0
         assert broken(service) == {"all", "late", "b"}
         assert service.sources.account().balance == 0
 
@@ -82,7 +82,7 @@ async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoint
             while service.pipeline.letters.spans:
                 await trio.sleep(0.01)
         await closed(service)
-        assert service.pipeline.correlate.counts.repeated == 0
+        assert service.pipeline.open_traces.counts.repeated == 0
         assert broken(service) == {"all", "late"}
         assert service.sources.account().balance == 0
 

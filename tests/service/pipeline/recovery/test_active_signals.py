@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from betrace.channels import TransientError
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.request import Done
-from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.ledger.base import LedgerError
@@ -32,14 +32,14 @@ class Fault:
 @pytest.fixture
 def fold_fault(monkeypatch):
     fault = Fault()
-    fold = CorrelateStage._fold_one
+    fold = OpenTraces.fold
 
-    def fail(self: CorrelateStage, *args: Any) -> Any:
+    def fail(self: OpenTraces, *args: Any) -> Any:
         if fault.on:
             raise TransientError("the test makes these spans fail")
         return fold(self, *args)
 
-    monkeypatch.setattr(CorrelateStage, "_fold_one", fail)
+    monkeypatch.setattr(OpenTraces, "fold", fail)
     return fault
 
 
