@@ -12,7 +12,8 @@ from betrace.channels.breaker import (
 )
 from betrace.channels.channel import ReceiveChannel, SendChannel, open_channel
 from betrace.channels.errors import ExpectedError, TransientError, is_expected
-from betrace.channels.stage import Stage, StageOptions, StageStatistics
+from betrace.channels.stage import Stage
+from betrace.channels.stage_options import StageOptions, StageStatistics
 from betrace.channels.state import ChannelStatistics, PeakReader
 from betrace.channels.supervisor import supervise
 from betrace.channels.tap import DropReason, Tap, TapStatistics
