@@ -320,7 +320,7 @@ class _PipelineBuilder:
             self._settings.redelivery.transient_retry_seconds,
             self._clock_ns,
         )
-        in_flight.left = letters.left
+        in_flight.left = letters.book.left
         return letters
 
     def _batch_audit(self) -> BatchAudit | None:

@@ -140,7 +140,7 @@ class Pipeline:
 
     async def correlate_batches(self, batches: list[SpanBatch]) -> None:
         """The handler of trace-correlation: fold batches and complete their dead letters."""
-        self.letters.finished(await self.correlate.handle(batches))
+        self.letters.book.finished(await self.correlate.handle(batches))
 
     async def _work_off(self) -> None:
         """Fold the backlog of trace-correlation, forever. A batch that fails as often as the stage
@@ -161,7 +161,7 @@ class Pipeline:
                 continue
             batch, failures = found
             if not failures:
-                self.letters.finished([batch])
+                self.letters.book.finished([batch])
             elif failures >= self.attempts:
                 await self._bury_waiting(batch, failures)
             else:
@@ -170,7 +170,7 @@ class Pipeline:
     async def _bury_waiting(self, batch: SpanBatch, failures: int) -> None:
         error = self.correlate.last_failure or RuntimeError("the batch cannot be folded")
         if self.open_traces.has(batch):
-            self.letters.finished([batch])
+            self.letters.book.finished([batch])
         else:
             try:
                 await self.letters.bury("trace-correlation", batch, error, failures)
@@ -189,7 +189,7 @@ class Pipeline:
             return
         await trio.lowlevel.checkpoint()
         # No checkpoint from here to the return: the stage drops the batch in the same step.
-        self.letters.finished([batch])
+        self.letters.book.finished([batch])
         self.failed_after_folding += len(batch)
 
     async def _retry_letters(self) -> None:
@@ -202,7 +202,7 @@ class Pipeline:
             }
             await self.correlate.caught_up.wait()
             self.project.pace.held = True
-            await self.letters.run(channels)
+            await self.letters.retries.run(channels)
 
     def close(self) -> None:
         """Accept no more requests; :meth:`run` ends when everything is processed."""

@@ -287,7 +287,7 @@ class Recovery:
         """Save a checkpoint; returns whether that worked. Waits first until everything that left
         the traces is stored."""
         async with self._saving:
-            retried = self._letters.retries()
+            retried = self._letters.book.retries()
             recorded = await self._threads.run(self._record.last_entries)
             try:
                 snapshot = await self._threads.run(self._traces.snapshot)
@@ -295,8 +295,8 @@ class Recovery:
                 self.failures += 1
                 _log.warning("this checkpoint is skipped: %s", error)
                 return False
-            letters = self._letters.saved_in(retried, snapshot.progress)
-            if not self._letters.spans:
+            letters = self._letters.book.saved_in(retried, snapshot.progress)
+            if not self._letters.book.spans:
                 await self._threads.run(self._correlate.settled)
             snapshot = replace(snapshot, letters=letters, recorded=recorded)
             began = trio.current_time()

@@ -14,7 +14,7 @@ from betrace.channels import BreakerState, TransientError
 from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.config.load import load
-from betrace.service.pipeline.dead_letters import SPANS_STAGE
+from betrace.service.pipeline.letter_book import SPANS_STAGE
 from betrace.service.pipeline.request import Done, Reply, Request
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
@@ -263,14 +263,14 @@ async def test_refused_evaluation_recovers_by_itself(tmp_path):
         service.pipeline.breakers.evaluation.force_open()
         await harness.send(1, 2)
         await harness.send(3, tenant="acme")
-        await harness.until(lambda: service.pipeline.letters.total == 2)
+        await harness.until(lambda: service.pipeline.letters.book.total == 2)
         assert service.sources.account().dead_lettered == 0  # the spans are folded
         shown = components(service.sources)["breaker-rule-evaluation"]
         assert shown == {"status": "degraded", "detail": "forced_open"}
         await ApiClient(service).post("/api/admin/breakers/rule-evaluation/reset")
         assert service.pipeline.breakers.evaluation.state is BreakerState.CLOSED
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
-        await harness.until(lambda: service.pipeline.letters.total == 0)
+        await harness.until(lambda: service.pipeline.letters.book.total == 0)
     harness.check()
 
 

@@ -262,7 +262,7 @@ async def test_many_dead_letters_take_few_lines(tmp_path, logged, monkeypatch):
         for number in range(1, 11):
             await send(service, [S(number)], f"tenant-{number}")
         with trio.fail_after(20):
-            while service.pipeline.letters.total < 10:
+            while service.pipeline.letters.book.total < 10:
                 await trio.sleep(0.02)
     kept = [fields for name, fields in logged() if name == "dead_letters.kept"]
     assert 1 <= len(kept) < 10
