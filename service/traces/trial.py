@@ -46,7 +46,7 @@ class Verdict:
     undecided: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, without ``groups`` and ``undecided`` if they are empty."""
+        """The fields, without ``groups`` and ``undecided`` if there are none."""
         optional = ("groups", "undecided")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
