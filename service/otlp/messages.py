@@ -108,7 +108,7 @@ def fixed_numbers(buf: Bytes, messages: Rows, field: int, size: int) -> Rows:
 
 def last_of_each(found: Rows, messages: int) -> Rows:
     """Return the last occurrence that :func:`submessages` found in each message, as rows of offset
-    and size. The size is -1 if there is none."""
+    and size. The size is -1 if a message has none."""
     out = np.zeros((messages, 2), np.int64)
     out[:, SIZE] = -1
     out[found[:, PARENT]] = found[:, :2]  # for repeated indices numpy keeps the last
