@@ -35,6 +35,7 @@ from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.config.base import OFF
 from betrace.service.config.settings import Settings
+from betrace.service.export.alerts.alerts import Alerts
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
@@ -124,12 +125,18 @@ def build(
     latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
     gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
     visible = gate.current_entries(ledger)  # without entries of deleted tenants
-    breakers = Breakers(settings.breakers, settings.export.destinations)
+    destinations = [*settings.export.destinations, *settings.alerts.destinations]
+    breakers = Breakers(settings.breakers, destinations)
 
     def muted(signal: Signal) -> bool:
+        """Whether a signal pages nobody."""
         return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
 
+    def muted_now(tenant: str, rule_id: str) -> bool:
+        return triage.current_mute(tenant, rule_id) is not None
+
     exports = Exports(settings, visible, breakers, muted)
+    alerts = Alerts(settings, visible, stores.local.alerts, breakers, muted, muted_now)
     subscriptions = Subscriptions()
 
     rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series, muted)
@@ -138,6 +145,7 @@ def build(
         rule_signals.add(signals)
         subscriptions.publish(signals)
         exports.notify(signals)
+        alerts.notify(signals)
 
     pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
     edge = Edge(
@@ -181,7 +189,7 @@ def build(
         with suppress(FileNotFoundError):
             rmtree(tenant_archive(archive_directory(settings), tenant))
 
-    erase = (rule_writer.delete_all, triage.delete_tenant, erase_archive)
+    erase = (rule_writer.delete_all, triage.delete_tenant, alerts.forget, erase_archive)
     removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
     tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
     daily = Daily(settings, log, duckdb)
@@ -199,6 +207,7 @@ def build(
         edge=edge,
         recovery=recovery,
         exports=exports,
+        alerts=alerts,
         daily=daily,
         caches=caches,
         rule_signals=rule_signals,
@@ -227,6 +236,7 @@ def build(
         latencies=latencies,
         gate=gate,
         exports=exports,
+        alerts=alerts,
         subscriptions=subscriptions,
         pipeline=pipeline,
         edge=edge,
@@ -275,6 +285,7 @@ class Service:
     latencies: Latencies
     gate: Gate
     exports: Exports
+    alerts: Alerts
     subscriptions: Subscriptions
     pipeline: Pipeline
     edge: Edge
@@ -384,6 +395,7 @@ class Service:
         nursery.start_soon(self.recovery.every, self.settings.checkpoint.interval_seconds)
         nursery.start_soon(self.daily.every_day)
         nursery.start_soon(self.exports.run)
+        nursery.start_soon(self.alerts.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
 
@@ -463,7 +475,7 @@ class Service:
     def close(self) -> None:
         """End the worker threads; :func:`open_service` closes the stores."""
         self.pipeline.close_threads()
-        for part in (self.removal, self.gate, self.daily, self.exports):
+        for part in (self.removal, self.gate, self.daily, self.exports, self.alerts):
             part.close()
         for runner in (self.threads, self.cache_thread, self.rebuild_thread):
             runner.close()

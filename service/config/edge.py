@@ -29,6 +29,12 @@ def _http_or_empty(text: str) -> str:
     return text
 
 
+def _public_url(text: str) -> str:
+    if text and not text.startswith(("http://", "https://")):
+        raise ValueError("is not a URL: write https://betrace.example.org, or leave it empty")
+    return text.rstrip("/")
+
+
 def _origins(origins: list[str]) -> list[str]:
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
@@ -99,6 +105,9 @@ class Api(SettingsSection):
 
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
+    public_url: Annotated[str, AfterValidator(_public_url)] = ""
+    """Where people reach the pages, such as https://betrace.example.org, for links in alerts and
+    exported signals; empty for none."""
     max_connections: Count = 512
     """Maximum open connections, at most an eighth of the files that the process may open. For
     more, idle connections are closed."""

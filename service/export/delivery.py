@@ -24,7 +24,7 @@ def otlp_delivery(
 
     async def deliver(signals: list[Signal]) -> None:
         kind = {"Content-Type": "application/x-protobuf"}
-        await _post(client, endpoint, otlp_logs(signals, version), {**kind, **headers})
+        await post(client, endpoint, otlp_logs(signals, version), {**kind, **headers})
 
     return deliver
 
@@ -43,14 +43,15 @@ def webhook_delivery(
         heard = [each for each in signals if each.kind is not Kind.RAISED or not muted(each)]
         for group in alert_groups(heard):
             body = alertmanager(group, external_url)
-            await _post(client, url, body, {"Content-Type": "application/json", **headers})
+            await post(client, url, body, {"Content-Type": "application/json", **headers})
 
     return deliver
 
 
-async def _post(
+async def post(
     client: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]
 ) -> None:
+    """Post a body. Raises :exc:`Unavailable` or :exc:`Unacceptable`."""
     try:
         answer = await client.post(url, content=body, headers=dict(headers))
     except httpx.HTTPError as error:

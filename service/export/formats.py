@@ -19,7 +19,7 @@ _SEVERITIES = {
     "low": SeverityNumber.SEVERITY_NUMBER_INFO2,
     "info": SeverityNumber.SEVERITY_NUMBER_INFO,
 }
-_NEVER = "0001-01-01T00:00:00Z"  # Go's zero time, which means "not yet" in Alertmanager
+NEVER = "0001-01-01T00:00:00Z"  # Go's zero time, which means "not yet" in Alertmanager
 
 
 def otlp_logs(signals: Sequence[Signal], version: str) -> bytes:
@@ -132,7 +132,7 @@ def _alert(signal: Signal, external_url: str) -> dict[str, Any]:
         },
         "annotations": annotations,
         "startsAt": at,
-        "endsAt": _NEVER if raised else at,
+        "endsAt": NEVER if raised else at,
         "generatorURL": f"{external_url}/api/v1/signals/{of}" if external_url else "",
         "fingerprint": of[:16],
     }
