@@ -18,8 +18,9 @@ from betrace.service.config.base import (
     Size,
     Workers,
 )
-from betrace.service.tenants import TENANT_RULE, is_tenant_name
+from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
+_BASE_URL = re.compile(r"https?://[^/?#\s\"'<>]+(/[^?#\s\"'<>]*)?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
 
 
@@ -29,9 +30,12 @@ def _http_or_empty(text: str) -> str:
     return text
 
 
-def _public_url(text: str) -> str:
-    if text and not text.startswith(("http://", "https://")):
-        raise ValueError("is not a URL: write https://betrace.example.org, or leave it empty")
+def _base_url(text: str) -> str:
+    if text and not _BASE_URL.fullmatch(text):
+        raise ValueError(
+            f"is {text!r}: write scheme, host and port, and a path if a proxy adds one, such as "
+            "https://betrace.example.org"
+        )
     return text.rstrip("/")
 
 
@@ -105,9 +109,9 @@ class Api(SettingsSection):
 
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
-    public_url: Annotated[str, AfterValidator(_public_url)] = ""
-    """Where people reach the pages, such as https://betrace.example.org, for links in alerts and
-    exported signals; empty for none."""
+    public_url: Annotated[str, AfterValidator(_base_url)] = ""
+    """The URL under which people reach this listener, such as https://betrace.example.org. Signals
+    in the API and alerts then link to their pages; empty for no links."""
     max_connections: Count = 512
     """Maximum open connections, at most an eighth of the files that the process may open. For
     more, idle connections are closed."""
@@ -120,6 +124,12 @@ class Api(SettingsSection):
     of them."""
     max_streams: Count = 100
     """Maximum open server-sent event streams. More get 503."""
+
+    def page_url(self, path: str, tenant: str) -> str | None:
+        """The address of a page, such as ``/signals/<id>``; None without ``public_url``."""
+        if not self.public_url:
+            return None
+        return self.public_url + path + ("" if tenant == DEFAULT_TENANT else f"?tenant={tenant}")
 
 
 class Metrics(SettingsSection):

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from betrace.service.signals import Kind, Signal, signal_id
+from betrace.service.signals import Signal, raised_id
 
 MOST_EXAMPLES = 5
 MOST_IDS = 500
@@ -162,15 +162,3 @@ class Alert:
             for name, each in found["delivered"].items()
         }
         return cls(**found)
-
-
-def raised_id(signal: Signal) -> str:
-    """The id of the raised signal that a retraction retracts; a raised signal's own id."""
-    return signal_id(
-        signal.tenant,
-        signal.rule_id,
-        signal.rule_version,
-        signal.trace_id,
-        Kind.RAISED,
-        signal.episode,
-    )

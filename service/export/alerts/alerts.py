@@ -78,7 +78,8 @@ class Alerts:
         self._store = store
         self._threads = ThreadRunner("alerts", 1)
         self._lock = threading.Lock()  # of everything below
-        self._links = Links(settings.api.public_url, self._settings.runbook_url)
+        api = settings.api
+        self._links = Links(api.page_url, api.public_url, self._settings.runbook_url)
         self.book = AlertBook(
             int(self._settings.resolve_after_seconds * SECOND),
             self._settings.max_active,

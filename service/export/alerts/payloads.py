@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import orjson
 
@@ -20,20 +20,16 @@ _NOT_IN_LABELS = re.compile(r"[^a-zA-Z0-9_]")
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """``public_url`` is where people reach the pages, empty if unknown; ``runbook_url`` may contain
-    ``{tenant}`` and ``{rule}``."""
+    """``page`` returns the address of a page of a tenant, None without a public URL;
+    ``runbook_url`` may contain ``{tenant}`` and ``{rule}``."""
 
+    page: Callable[[str, str], str | None]
     public_url: str = ""
     runbook_url: str = ""
 
-    def signal(self, signal: str) -> str:
-        """The page of a signal, empty without a public URL."""
-        return f"{self.public_url}/signals/{signal}" if self.public_url else ""
-
-    def rule(self, alert: Alert) -> str:
-        """The page that lists a rule's signals, empty without a public URL."""
-        query = urlencode({"rule": alert.rule})
-        return f"{self.public_url}/signals?{query}" if self.public_url else ""
+    def example(self, alert: Alert, example: Example) -> str | None:
+        """The page of an example's signal."""
+        return self.page(f"/signals/{example.signal}", alert.tenant)
 
     def runbook(self, alert: Alert) -> str:
         """The runbook of a rule."""
@@ -62,7 +58,7 @@ def alert_annotations(alert: Alert, links: Links) -> dict[str, str]:
         "count": str(alert.count),
         "first": write_time(alert.started_ns),
         "last": write_time(alert.last_ns),
-        "examples": "\n".join(_example(each, links) for each in reversed(alert.examples)),
+        "examples": "\n".join(_example(alert, each, links) for each in reversed(alert.examples)),
         "runbook_url": links.runbook(alert),
     }
     return {name: text for name, text in found.items() if text}
@@ -82,14 +78,16 @@ def _traces(count: int) -> str:
     return "1 trace" if count == 1 else f"{count} traces"
 
 
-def _example(example: Example, links: Links) -> str:
-    link = links.signal(example.signal)
+def _example(alert: Alert, example: Example, links: Links) -> str:
+    link = links.example(alert, example)
     return f"trace {example.trace}: {link}" if link else f"trace {example.trace}"
 
 
 def generator_url(alert: Alert, links: Links) -> str:
-    """The page of the latest example, or else the rule's signals."""
-    return links.signal(alert.examples[-1].signal) if alert.examples else links.rule(alert)
+    """The page of the latest example, or else of the tenant's signals."""
+    if alert.examples:
+        return links.example(alert, alert.examples[-1]) or ""
+    return links.page("/signals", alert.tenant) or ""
 
 
 def for_alertmanager(alerts: Sequence[tuple[Alert, int]], links: Links) -> bytes:

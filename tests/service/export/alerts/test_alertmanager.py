@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,13 +88,13 @@ async def test_many_breaches_are_one_alert_with_a_count_and_examples(
         }
         examples = alert["annotations"]["examples"].split("\n")
         assert examples[0] == (
-            f"trace {breaches[199].trace_id}: https://b.example/signals/{breaches[199].id}"
+            f"trace {breaches[199].trace_id}: https://b.example/signals/{breaches[199].id}?tenant=shop"
         )
         assert len(examples) == 5
         assert alert["annotations"]["summary"] == (
             "200 traces broke the rule r1 of tenant shop. The latest: paid twice – größer"
         )
-        assert alert["generatorURL"] == f"https://b.example/signals/{breaches[199].id}"
+        assert alert["generatorURL"] == f"https://b.example/signals/{breaches[199].id}?tenant=shop"
 
         await until(lambda: not manager.alerts())
         await until(lambda: len(hook.taken()) == 2)
@@ -204,3 +207,19 @@ async def test_all_members_of_a_cluster_get_the_alert(
             await until(lambda: len(manager.alerts()) == len(second.alerts()) == 1)
             names = [sender.name for sender in alerts]
     assert names == ["alerts-alertmanager", "alerts-alertmanager-2"]
+
+
+def test_the_documented_configuration_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[4] / "docs/alerts.md").read_text("utf-8")
+    (config,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (tmp_path / "alertmanager.yml").write_text(config)
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        pytest.skip("amtool is not on PATH (Debian: prometheus-alertmanager)")
+    ran = subprocess.run(
+        [amtool, "check-config", str(tmp_path / "alertmanager.yml")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -89,6 +89,11 @@ async def test_signals_from_before_alerts_were_configured_page_nobody(
     async with alerting(settings(tmp_path, **to(hook)), ledger) as alerts:
         record(ledger, alerts, signal(2, "new"), signal(3, "new", tenant="other"))
         await until(lambda: len(hook.alerts()) == 2)
+    links = {each["labels"]["tenant"]: each["generatorURL"] for each in hook.alerts()}
+    assert links == {
+        "shop": f"https://b.example/signals/{signal(2, 'new').id}?tenant=shop",
+        "other": f"https://b.example/signals/{signal(3, 'new', 'other').id}?tenant=other",
+    }
     assert {rule for _, rule, _ in told(hook)} == {"new"}
 
 
