@@ -66,7 +66,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
-from betrace.service.tenancy.authentication import operator_token
+from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
@@ -87,8 +87,8 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     stores = _open_stores(data, settings, stack)
     directory = TenantDirectory(data / "tenants.sqlite")
     stack.callback(directory.close)
-    token = operator_token(settings.auth) if settings.auth.enabled else None
-    return lambda: build(settings, stores, directory, token)
+    tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
+    return lambda: build(settings, stores, directory, tokens)
 
 
 def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
@@ -109,9 +109,12 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
 
 
 def build(
-    settings: Settings, stores: Stores, directory: TenantDirectory, operator_token: str | None
+    settings: Settings,
+    stores: Stores,
+    directory: TenantDirectory,
+    tokens: OperatorTokens | None,
 ) -> Service:
-    """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
+    """Build all parts, within Trio. ``tokens`` is None if authentication is off."""
     data, max_body = settings.storage.path, settings.ingest.max_body_bytes
     log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
     triage = stores.local.triage
@@ -123,7 +126,7 @@ def build(
 
     # The way of spans and signals
     latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
-    gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
+    gate = Gate(settings, directory, tokens, lambda name: tenants.exists(name))
     visible = gate.current_entries(ledger)  # without entries of deleted tenants
     destinations = [*settings.export.destinations, *settings.alerts.destinations]
     breakers = Breakers(settings.breakers, destinations)

@@ -176,6 +176,12 @@ class Auth(SettingsSection):
     or a file."""
     operator_token_file: str = ""
     """A file with only the operator token, used if operator_token is empty."""
+    read_only_token: SecretStr = SecretStr("")
+    """A token for people and dashboards that only look: it can read what the operator token can,
+    and change nothing. At least 20 characters; empty for none. Prefer the variable
+    BETRACE_AUTH__READ_ONLY_TOKEN or a file."""
+    read_only_token_file: str = ""
+    """A file with only this token, used if read_only_token is empty."""
     scrape_token: SecretStr = SecretStr("")
     """A token for Prometheus that can only read /metrics; empty for none. The operator token can
     read /metrics too."""
