@@ -35,6 +35,7 @@ from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.config.base import OFF
 from betrace.service.config.settings import Settings
+from betrace.service.export.alerts.alerts import Alerts
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
@@ -65,7 +66,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
-from betrace.service.tenancy.authentication import operator_token
+from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
@@ -86,8 +87,8 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     stores = _open_stores(data, settings, stack)
     directory = TenantDirectory(data / "tenants.sqlite")
     stack.callback(directory.close)
-    token = operator_token(settings.auth) if settings.auth.enabled else None
-    return lambda: build(settings, stores, directory, token)
+    tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
+    return lambda: build(settings, stores, directory, tokens)
 
 
 def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
@@ -108,9 +109,12 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
 
 
 def build(
-    settings: Settings, stores: Stores, directory: TenantDirectory, operator_token: str | None
+    settings: Settings,
+    stores: Stores,
+    directory: TenantDirectory,
+    tokens: OperatorTokens | None,
 ) -> Service:
-    """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
+    """Build all parts, within Trio. ``tokens`` is None if authentication is off."""
     data, max_body = settings.storage.path, settings.ingest.max_body_bytes
     log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
     triage = stores.local.triage
@@ -122,14 +126,20 @@ def build(
 
     # The way of spans and signals
     latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
-    gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
+    gate = Gate(settings, directory, tokens, lambda name: tenants.exists(name))
     visible = gate.current_entries(ledger)  # without entries of deleted tenants
-    breakers = Breakers(settings.breakers, settings.export.destinations)
+    destinations = [*settings.export.destinations, *settings.alerts.destinations]
+    breakers = Breakers(settings.breakers, destinations)
 
     def muted(signal: Signal) -> bool:
+        """Whether a signal pages nobody."""
         return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
 
+    def muted_now(tenant: str, rule_id: str) -> bool:
+        return triage.current_mute(tenant, rule_id) is not None
+
     exports = Exports(settings, visible, breakers, muted)
+    alerts = Alerts(settings, visible, stores.local.alerts, breakers, muted, muted_now)
     subscriptions = Subscriptions()
 
     rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series, muted)
@@ -138,6 +148,7 @@ def build(
         rule_signals.add(signals)
         subscriptions.publish(signals)
         exports.notify(signals)
+        alerts.notify(signals)
 
     pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
     admission = Admission(
@@ -181,7 +192,7 @@ def build(
         with suppress(FileNotFoundError):
             rmtree(tenant_archive(archive_directory(settings), tenant))
 
-    erase = (rule_writer.delete_all, triage.delete_tenant, erase_archive)
+    erase = (rule_writer.delete_all, triage.delete_tenant, alerts.forget, erase_archive)
     removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
     tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
     daily = Daily(settings, log, duckdb)
@@ -199,6 +210,7 @@ def build(
         admission=admission,
         recovery=recovery,
         exports=exports,
+        alerts=alerts,
         daily=daily,
         caches=caches,
         rule_signals=rule_signals,
@@ -227,6 +239,7 @@ def build(
         latencies=latencies,
         gate=gate,
         exports=exports,
+        alerts=alerts,
         subscriptions=subscriptions,
         pipeline=pipeline,
         admission=admission,
@@ -275,6 +288,7 @@ class Service:
     latencies: Latencies
     gate: Gate
     exports: Exports
+    alerts: Alerts
     subscriptions: Subscriptions
     pipeline: Pipeline
     admission: Admission
@@ -385,6 +399,7 @@ class Service:
         nursery.start_soon(self.recovery.every, self.settings.checkpoint.interval_seconds)
         nursery.start_soon(self.daily.every_day)
         nursery.start_soon(self.exports.run)
+        nursery.start_soon(self.alerts.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
 
@@ -464,7 +479,7 @@ class Service:
     def close(self) -> None:
         """End the worker threads; :func:`open_service` closes the stores."""
         self.pipeline.close_threads()
-        for part in (self.removal, self.gate, self.daily, self.exports):
+        for part in (self.removal, self.gate, self.daily, self.exports, self.alerts):
             part.close()
         for runner in (self.threads, self.cache_thread, self.rebuild_thread):
             runner.close()

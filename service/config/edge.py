@@ -20,6 +20,7 @@ from betrace.service.config.base import (
 )
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
+_BASE_URL = re.compile(r"https?://[^/?#\s\"'<>]+/?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
 
 
@@ -29,9 +30,11 @@ def _http_or_empty(text: str) -> str:
     return text
 
 
-def _public_url(text: str) -> str:
-    if text and not text.startswith(("http://", "https://")):
-        raise ValueError("is not a URL: write https://betrace.example.org, or leave it empty")
+def _base_url(text: str) -> str:
+    if text and not _BASE_URL.fullmatch(text):
+        raise ValueError(
+            f"is {text!r}: write scheme, host and port only, such as https://betrace.example.org"
+        )
     return text.rstrip("/")
 
 
@@ -105,9 +108,9 @@ class Api(SettingsSection):
 
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
-    public_url: Annotated[str, AfterValidator(_public_url)] = ""
-    """Where people reach the pages, such as https://betrace.example.org, for links in alerts and
-    exported signals; empty for none."""
+    public_url: Annotated[str, AfterValidator(_base_url)] = ""
+    """The URL under which people reach this listener, such as https://betrace.example.org. Signals
+    in the API and alerts then link to their pages; empty for no links."""
     max_connections: Count = 512
     """Maximum open connections, at most an eighth of the files that the process may open. For
     more, idle connections are closed."""
@@ -172,6 +175,12 @@ class Auth(SettingsSection):
     or a file."""
     operator_token_file: str = ""
     """A file with only the operator token, used if operator_token is empty."""
+    read_only_token: SecretStr = SecretStr("")
+    """A token for people and dashboards that only look: it can read what the operator token can,
+    and change nothing. At least 20 characters; empty for none. Prefer the variable
+    BETRACE_AUTH__READ_ONLY_TOKEN or a file."""
+    read_only_token_file: str = ""
+    """A file with only this token, used if read_only_token is empty."""
     scrape_token: SecretStr = SecretStr("")
     """A token for Prometheus that can only read /metrics; empty for none. The operator token can
     read /metrics too."""

@@ -280,7 +280,7 @@ class Webhook(SettingsSection):
     headers: str = ""
     """Request headers: name=value,name2=value2."""
     external_url: str = ""
-    """The API's public URL for links in alerts, such as https://betrace.example.org."""
+    """The API's public URL for links to signals as JSON, if api.public_url is empty."""
 
 
 EXPORT_OTLP, EXPORT_WEBHOOK = EXPORTS = ("export-otlp", "export-webhook")

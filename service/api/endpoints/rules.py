@@ -263,6 +263,7 @@ async def unmute_rule(call: Call) -> Any:
     "POST",
     "/api/v1/rules/validate",
     "Check a condition; nothing is saved",
+    reads=True,
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
@@ -283,6 +284,7 @@ async def validate_rule(call: Call) -> Any:
     "POST",
     "/api/v1/rules/test",
     "Evaluate a condition on a trace; nothing is saved",
+    reads=True,
     body={
         "type": "object",
         "required": ["condition", "trace"],

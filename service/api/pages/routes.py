@@ -64,6 +64,10 @@ _PAGES: tuple[tuple[str, str, Handler], ...] = (
 )
 
 
+_READING_FORMS = ("/rule-editor", "/rule-editor/check")
+"""Forms that readers may send; saving is refused there."""
+
+
 def add_pages(
     app: QuartTrio, tools: Tools, authenticator: Authenticator | None, closed: Container[str]
 ) -> None:
@@ -130,19 +134,27 @@ class _Pages:
             scope,
             session if known else "",
             signed_in=known is not None,
+            may_change=not isinstance(await self._tenant(authorization, scope, False), Denied),
             name=request.cookies.get(forms.NAME_COOKIE, "")[:64],
         )
         return await self._request(viewer, args)
 
-    async def _tenant(self, authorization: str | None, scope: str | None) -> str | Denied:
-        """The tenant that is looked at; empty for an operator who has not chosen one."""
+    async def _tenant(
+        self, authorization: str | None, scope: str | None, reads: bool = True
+    ) -> str | Denied:
+        """The tenant that is looked at, or without ``reads`` changed; empty for an operator who has
+        not chosen one."""
         if self._authenticator is None:
             return claimed_tenant(scope)
         if authorization is None:
             return Denied(401, "sign in to see this page")
-        if scope is None and await self._authenticator.operator(authorization) is None:
+        if scope is None and await self._is_operator(authorization):
             return ""
-        return await self._authenticator.caller(authorization, scope)
+        return await self._authenticator.caller(authorization, scope, reads=reads)
+
+    async def _is_operator(self, authorization: str) -> bool:
+        assert self._authenticator is not None
+        return await self._authenticator.operator(authorization, reads=True) is None
 
     async def _request(self, viewer: Viewer, args: dict[str, str]) -> Visit:
         form = await _form() if request.method == "POST" else {}
@@ -204,7 +216,7 @@ class _Pages:
         _same_origin()
         if not self._sessions.is_form_token(visit.viewer.session, visit.form.get("form_token", "")):
             raise ApiError(403, "this form is out of date", "go back, reload the page, send again")
-        if not visit.viewer.may_change:
+        if not visit.viewer.may_change and visit.path not in _READING_FORMS:
             raise ApiError(403, "your token can only read", "sign in with another token")
 
     def _write(self, page: Page) -> Response:
@@ -248,8 +260,8 @@ class _Pages:
         if self._authenticator is None:
             return self._write(Page(status=303, location=following))
         authorization = f"Bearer {visit.form.get('token', '').strip()}"
-        if await self._authenticator.operator(authorization) is not None:
-            tenant = await self._authenticator.tenant(authorization)
+        if not await self._is_operator(authorization):
+            tenant = await self._authenticator.tenant(authorization, reads=True)
             if isinstance(tenant, Denied):
                 return self._show_sign_in(visit, following, tenant.message)
         page = Page(status=303, location=following)

@@ -113,6 +113,8 @@ async def check(visit: Visit) -> Page:
 
 
 async def _save(visit: Visit, rule: Json) -> Page:
+    if not visit.viewer.may_change:
+        raise ApiError(403, "your token can only read", "sign in with another token")
     api_rule = {k: v for k, v in rule.items() if k not in ("id", "etag")}
     rule_id = read_param(api.RULE_ID, rule["id"])
     call = visit.call({"id": rule_id}, api_rule)

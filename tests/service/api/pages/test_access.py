@@ -15,10 +15,10 @@ from betrace.service.tenancy.tokens import key_id, make_token
 from tests.service.api.pages.conftest import Browser, browsing, signal_id
 from tests.support.inprocess import closed, send
 from tests.support.spans import S
-from tests.support.tenant_keys import OPERATOR, new_key, raw
+from tests.support.tenant_keys import OPERATOR, READER, new_key, raw
 
 KEYS = {tenant: new_key() for tenant in ("acme", "beta")}
-AUTH = {"enabled": True, "operator_token": OPERATOR}
+AUTH = {"enabled": True, "operator_token": OPERATOR, "read_only_token": READER}
 ME = Operator("tester", "here")
 RULE = {"condition": "never { bypass }", "severity": "high", "name": "acmes-secret"}
 TRACE = bytes([7] * 16)
@@ -72,7 +72,11 @@ async def test_a_link_leads_back_to_its_page_after_signing_in(tmp_path):
         await browser.get(path, 303)
 
 
-@pytest.mark.parametrize("secret", ["", "x", "a.b.c", OPERATOR + "x", token("acme", -600)])
+@pytest.mark.parametrize(
+    "secret",
+    ["", "x", "a.b.c", OPERATOR + "x", token("acme", -600)],
+    ids=["empty", "short", "dots", "almost", "expired"],
+)
 async def test_a_wrong_token_opens_nothing(tmp_path, secret):
     async with tenants(tmp_path) as browser:
         await browser.post("/sign-in", {"token": secret, "next": "/"}, 401, token=False)
@@ -218,6 +222,34 @@ async def test_forms_of_other_pages_change_nothing(tmp_path, authenticated):
         triage = browser.service.tools.triage
         assert not triage.current_mute("acme", "mine")
         assert not triage.current_mute("default", "fraud-check")
+
+
+@pytest.mark.parametrize("operator", [True, False])
+async def test_readers_see_everything_and_change_nothing(tmp_path, operator):
+    async with tenants(tmp_path) as browser:
+        reader = make_token(KEYS["acme"], "acme", time.time(), 600, read_only=True)
+        await sign_in(browser, READER if operator else reader)
+        scope = "?tenant=acme" if operator else ""
+        signal = f"/signals/{signal_id(browser, 'mine', 'acme')}"
+        page = await browser.get(signal + scope)
+        assert "acmes-secret" in page
+        assert "Your token can only read" in page
+        assert "/acknowledge" not in page
+        assert "/mute" not in page
+        assert "New rule" not in await browser.get("/rules" + scope)
+        page = await browser.get("/rule-editor" + scope)
+        assert 'value="save"' not in page
+        checked = {"action": "check", "condition": "a", "id": "new"}
+        await browser.post("/rule-editor" + scope, checked, 200)
+        saved = {**checked, "action": "save"}
+        assert "can only read" in await browser.post("/rule-editor" + scope, saved, 403)
+        token = browser.form_token()
+        for path in (f"{signal}/acknowledge", "/rules/mine/mute", "/rules/mine/unmute"):
+            fields = {"for": "1h", "reason": "x", "form_token": token}
+            await browser.post(path + scope, fields, 403, token=False)
+        triage = browser.service.tools.triage
+        assert triage.current_mute("acme", "mine") is None
+        assert [rule.id for rule in browser.service.tools.sources.rules.rules("acme")] == ["mine"]
 
 
 async def test_signing_out_needs_the_form(tmp_path):

@@ -1,0 +1,120 @@
+"""The alerts of broken rules, and how far the ledger was read for them, in an SQLite file.
+
+Both change in one transaction, so after a crash the ledger is read on from where the alerts are.
+Methods block, may be called from any thread, and raise :exc:`AlertStoreError` if the disk fails.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from betrace.service.storage.sqlite_file import remedy
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4254414C  # "BTAL", for file(1)
+_BUSY_SECONDS = 2.0
+
+_SCHEMA = f"""
+CREATE TABLE alerts (
+    tenant TEXT NOT NULL,
+    rule TEXT NOT NULL,
+    alert BLOB NOT NULL,
+    PRIMARY KEY (tenant, rule)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE progress (tenant TEXT PRIMARY KEY, entry INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE begun (only INTEGER PRIMARY KEY CHECK (only = 1)) STRICT;
+PRAGMA user_version = {SCHEMA_VERSION};
+PRAGMA application_id = {APPLICATION_ID};
+"""
+
+AlertKey = tuple[str, str]
+"""Tenant and rule."""
+
+
+class AlertStoreError(Exception):
+    """The file cannot be read or written; the message says what to do."""
+
+
+class AlertStore:
+    """The file ``path``, which is created if missing.
+
+    Commits do not wait for the disk. After a machine crash, the file is as it was a moment earlier,
+    and a webhook may get a notification again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        with self._errors():
+            self._db = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _open(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise AlertStoreError(
+                f"{self._path} was written by a newer version of betrace; upgrade this one"
+            )
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute("PRAGMA secure_delete = ON")
+        if version == 0:
+            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    def alerts(self) -> dict[AlertKey, bytes]:
+        """All alerts, as they were saved."""
+        with self._lock, self._errors():
+            rows = self._db.execute("SELECT tenant, rule, alert FROM alerts").fetchall()
+        return {(tenant, rule): alert for tenant, rule, alert in rows}
+
+    def progress(self) -> dict[str, int] | None:
+        """The number of the last ledger entry read, by tenant; None if nothing was ever saved."""
+        with self._lock, self._errors():
+            if self._db.execute("SELECT 1 FROM begun").fetchone() is None:
+                return None
+            return dict(self._db.execute("SELECT tenant, entry FROM progress").fetchall())
+
+    def save(
+        self, alerts: Mapping[AlertKey, bytes | None], progress: Mapping[str, int] | None = None
+    ) -> None:
+        """Save alerts (None to remove one) and progress, all or nothing."""
+        rows = [(*key, alert) for key, alert in alerts.items() if alert is not None]
+        gone = [key for key, alert in alerts.items() if alert is None]
+        with self._lock, self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.executemany("INSERT OR REPLACE INTO alerts VALUES (?, ?, ?)", rows)
+                self._db.executemany("DELETE FROM alerts WHERE tenant = ? AND rule = ?", gone)
+                if progress is not None:
+                    self._db.execute("INSERT OR IGNORE INTO begun VALUES (1)")
+                    self._db.executemany(
+                        "INSERT OR REPLACE INTO progress VALUES (?, ?)", progress.items()
+                    )
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise AlertStoreError(
+                f"{self._path}: {error}; {remedy(error, 'its alerts')}"
+            ) from error
