@@ -129,7 +129,7 @@ async def test_read_only_tokens_change_nothing(tmp_path):
         )
         assert (status, "this token is read-only" in text) == (403, True)
         head = [(b"authorization", f"Bearer {reader}".encode())]
-        refused = await service.edge.admit("POST", "/v1/traces", head)
+        refused = await service.admission.admit("POST", "/v1/traces", head)
         assert not isinstance(refused, Head)
         assert refused.status == 403
 
