@@ -103,7 +103,10 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
         rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
     caches = settings.caches
     registry = RuleRegistry(
-        RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
+        RuleStore(rules, settings.rules.shared),
+        caches.rule_sets,
+        caches.rule_sets_ttl_seconds,
+        caches.rule_sets_bytes,
     )
     return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
 

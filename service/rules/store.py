@@ -3,6 +3,9 @@
 ``DIR/*.yaml`` and ``DIR/default/*.yaml`` are the rules of the tenant ``default``,
 ``DIR/<tenant>/*.yaml`` those of other tenants. Files are written by hand or through the API, which
 stores each rule in its own file, ``DIR/<tenant>/<rule id>.yaml``.
+
+Files in a second directory, the operator's, are rules for all tenants. Tenants see them and cannot
+change them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ KEPT_DELETED = 100  # deleted rules of a tenant whose versions are kept
 MAX_PATTERNS = 500_000  # RE2 instructions of the patterns in a tenant's enabled rules
 _KNOWN_SIZES = 100_000
 _VERSIONS = ".versions"
+_MOST_FOLLOWED = 10_000  # tenants without files of their own
+
+ALL_TENANTS = "*"
+"""In place of a tenant: the rules for all tenants. No tenant can have this name."""
 
 Signature = tuple[int, int, int, int]
 
@@ -64,14 +71,20 @@ class _RuleFile:
 
 
 class RuleStore:
-    """The rules in ``directory``. Methods block; they may be called from any thread.
+    """The rules in ``directory``, and those for all tenants in ``shared``. Methods block; they may
+    be called from any thread.
 
     If a file cannot be read or is invalid, its last valid version stays in force, and ``problems``
     has the reason until the file is corrected.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, shared: Path | None = None) -> None:
         self._directory = directory
+        self._shared_directory = shared
+        within = shared is not None and shared.resolve().parent == directory.resolve()
+        self._not_a_tenant = shared.name if shared is not None and within else None
+        self._shared: tuple[Rule, ...] = ()
+        self._followed: dict[str, None] = {}
         self._lock = threading.Lock()
         self._files: dict[Path, _RuleFile] = {}
         self._rules: dict[str, tuple[Rule, ...]] = {}
@@ -94,11 +107,22 @@ class RuleStore:
 
     def poll(self) -> set[str]:
         """Read the files that changed. Returns the tenants whose rules changed since the last call,
-        including changes by :meth:`put` and :meth:`delete`."""
+        including changes by :meth:`put` and :meth:`delete`, and :data:`ALL_TENANTS` if rules for
+        all tenants changed."""
         with self._lock:
             self._scan()
             changed, self._changed = self._changed, set()
             return changed
+
+    def follow(self, tenant: str) -> None:
+        """Note that a tenant exists. If there are rules for all tenants, it is from now on one of
+        :meth:`tenants`, also without files of its own."""
+        if tenant in self._followed or len(self._followed) >= _MOST_FOLLOWED:
+            return
+        with self._lock:
+            self._followed[tenant] = None
+            if self._shared and tenant not in self._rules:
+                self._rules = self._rules | {tenant: self._shared}
 
     def tenants(self) -> tuple[str, ...]:
         """The tenants that have rules, sorted."""
@@ -109,8 +133,13 @@ class RuleStore:
         return self._rules
 
     def rules(self, tenant: str) -> tuple[Rule, ...]:
-        """The tenant's rules, including disabled ones, in the order of their files."""
-        return self._rules.get(tenant, ())
+        """The tenant's rules, including disabled ones: those for all tenants, then its own in the
+        order of their files."""
+        return self._rules.get(tenant, self._shared)
+
+    def for_all_tenants(self, rule_id: str) -> bool:
+        """Whether a rule is one for all tenants."""
+        return (ALL_TENANTS, rule_id) in self._origins
 
     def rule(self, tenant: str, rule_id: str) -> Rule:
         """One rule. Raises :exc:`RuleNotFoundError`."""
@@ -120,8 +149,11 @@ class RuleStore:
         raise RuleNotFoundError(f"there is no rule '{rule_id}'")
 
     def source(self, tenant: str, rule_id: str) -> tuple[str, bool]:
-        """The file of a rule, relative to the directory, and whether the API may change it. Raises
+        """The file of a rule, relative to its directory, and whether the API may change it. Raises
         :exc:`RuleNotFoundError`."""
+        shared = self._origins.get((ALL_TENANTS, rule_id))
+        if shared is not None:
+            return shared.name, False
         origin = self._origins.get((tenant, rule_id))
         if origin is None:
             raise RuleNotFoundError(f"there is no rule '{rule_id}'")
@@ -152,7 +184,7 @@ class RuleStore:
                     r"instructions in all; use fewer or smaller ones (large classes such as \p{L} "
                     "count most)"
                 )
-            if not exists and len(self.rules(tenant)) >= MAX_RULES:
+            if not exists and len(self.rules(tenant)) - len(self._shared) >= MAX_RULES:
                 raise RuleLimitError(
                     f"the tenant has {MAX_RULES} rules, the maximum; delete one first"
                 )
@@ -194,12 +226,19 @@ class RuleStore:
         with self._lock:
             with suppress(FileNotFoundError):
                 shutil.rmtree(self._directory / tenant)
+            self._followed.pop(tenant, None)
+            self._rules = {name: own for name, own in self._rules.items() if name != tenant}
             self._scan()
 
     # Changing
 
     def _path_to_change(self, tenant: str, rule_id: str) -> Path:
         """The file of a rule, if the API may write it."""
+        if self.for_all_tenants(rule_id):
+            raise RuleReadOnlyError(
+                f"the rule '{rule_id}' is one for all tenants, which only the operator can change; "
+                "choose another id"
+            )
         path = self._own_path(tenant, rule_id)
         origin = self._origins.get((tenant, rule_id), path)
         if not self._may_change(origin, tenant, rule_id):
@@ -258,8 +297,9 @@ class RuleStore:
     def _scan(self) -> None:
         """Update the rules from the files."""
         problems: dict[str, str] = {}
+        paths = self._list_shared(problems)
         try:
-            paths = self._list(problems)
+            paths |= self._list(problems)
         except OSError as error:  # keep all rules: the directory may become available again
             self._problems = {str(self._directory): f"cannot be read: {error.strerror or error}"}
             self._unlisted = None
@@ -270,6 +310,18 @@ class RuleStore:
         self._files, self._unlisted = files, dict(problems)
         self._combine(problems)
 
+    def _list_shared(self, problems: dict[str, str]) -> dict[Path, str]:
+        """The files with rules for all tenants. They stay in force while they cannot be listed."""
+        directory = self._shared_directory
+        if directory is None:
+            return {}
+        try:
+            paths = [Path(entry.path) for entry in _entries(directory) if _is_rule_file(entry)]
+        except OSError as error:
+            problems[str(directory)] = f"cannot be read: {error.strerror or error}"
+            paths = [path for path, file in self._files.items() if file.tenant == ALL_TENANTS]
+        return dict.fromkeys(paths, ALL_TENANTS)
+
     def _list(self, problems: dict[str, str]) -> dict[Path, str]:
         """The rule files with their tenants; if two have the same rule, the first one counts."""
         found: dict[Path, str] = {}
@@ -278,6 +330,8 @@ class RuleStore:
             path = Path(entry.path)
             if _is_rule_file(entry):
                 found[path] = DEFAULT_TENANT
+            elif entry.name == self._not_a_tenant:
+                continue
             elif entry.name[0] != "." and entry.is_dir():
                 if is_tenant_name(entry.name):
                     folders.append(path)
@@ -319,17 +373,27 @@ class RuleStore:
         return size
 
     def _combine(self, problems: dict[str, str]) -> None:
+        """Combine the files, those for all tenants first."""
         sizes: dict[str, int] = {}
-        rules: dict[str, dict[str, Rule]] = {}
+        rules: dict[str, dict[str, Rule]] = {ALL_TENANTS: {}}
         origins: dict[tuple[str, str], Path] = {}
+        shared = rules[ALL_TENANTS]
         for path, file in self._files.items():
             own = rules.setdefault(file.tenant, {})
             faults = [file.problem] if file.problem else []
+            if file.tenant not in sizes:
+                sizes[file.tenant] = sizes.get(ALL_TENANTS, 0)
             for rule in file.rules:
                 first = origins.get((file.tenant, rule.id))
+                common = origins.get((ALL_TENANTS, rule.id))
                 if first is not None:
                     faults.append(f"{path}: rule {rule.id}: ignored, its id is used in {first}")
-                elif sizes.get(file.tenant, 0) + self._size(rule) > MAX_PATTERNS:
+                elif common is not None:
+                    faults.append(
+                        f"{path}: rule {rule.id}: ignored, its id is that of a rule for all "
+                        f"tenants, in {common}; choose another id"
+                    )
+                elif sizes[file.tenant] + self._size(rule) > MAX_PATTERNS:
                     faults.append(
                         f"{path}: rule {rule.id}: ignored, the patterns of the tenant's rules have "
                         f"more than {MAX_PATTERNS} RE2 instructions in all"
@@ -339,15 +403,22 @@ class RuleStore:
                     break
                 else:
                     own[rule.id] = rule
-                    sizes[file.tenant] = sizes.get(file.tenant, 0) + self._size(rule)
+                    sizes[file.tenant] += self._size(rule)
                     origins[file.tenant, rule.id] = path
             if faults:
                 problems[str(path)] = "\n".join(faults)
-        combined = {tenant: tuple(own.values()) for tenant, own in rules.items() if own}
+        del rules[ALL_TENANTS]
+        common_rules = tuple(shared.values())
+        combined = {tenant: (*common_rules, *own.values()) for tenant, own in rules.items()}
+        combined |= {each: common_rules for each in self._followed if each not in combined}
+        combined = {tenant: found for tenant, found in combined.items() if found}
+        if common_rules != self._shared:
+            self._changed.add(ALL_TENANTS)
         for tenant in combined.keys() | self._rules.keys():
             if combined.get(tenant) != self._rules.get(tenant):
                 self._changed.add(tenant)
-        self._rules, self._origins, self._problems = combined, origins, problems
+        self._shared, self._rules = common_rules, combined
+        self._origins, self._problems = origins, problems
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:

@@ -83,6 +83,7 @@ def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
         "version": rule.version,
         "etag": etag(rule),
         "editable": editable,
+        "all_tenants": tools.sources.rules.for_all_tenants(rule.id),
         "source": source,
         "muted": _mute_json(tools.triage.current_mute(tenant, rule.id)),
     }
@@ -121,6 +122,7 @@ def _if_match(call: Call) -> str | None:
 async def list_rules(call: Call) -> Any:
     """Sorted by id. Each has `version` (a hash of its condition), `etag`, `source` (its file in the
     rule directory), `editable` (false for files written by hand, which only change on disk),
+    `all_tenants` (whether it is a rule of the operator's for all tenants, which is never editable),
     `muted` (null, or `since`, `until`, `reason` and `by`) and `active_signals` (the number of
     active signals; null while the store is unavailable)."""
     return {"rules": await call.blocking(_rules, call.tools, call.tenant)}
@@ -161,7 +163,8 @@ async def get_rule(call: Call) -> Any:
         201: "The rule was created",
         400: "The rule has errors, listed in `error.errors` as by `rules/validate`",
         404: "`If-Match` was sent, but there is no such rule",
-        409: "The rule belongs to a file written by hand, or there are too many rules",
+        409: "The rule belongs to a file written by hand or is one for all tenants, or there are "
+        "too many rules",
         412: "`If-Match` does not match the rule",
         428: "The rule exists, and `If-Match` was not sent",
     },
@@ -190,7 +193,7 @@ async def put_rule(call: Call) -> Any:
     answers={
         204: "The rule was deleted; its signals are kept",
         404: "There is no such rule",
-        409: "The rule belongs to a file written by hand",
+        409: "The rule belongs to a file written by hand, or is one for all tenants",
         412: "`If-Match` does not match the rule",
         428: "`If-Match` was not sent",
     },
