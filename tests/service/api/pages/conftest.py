@@ -79,11 +79,11 @@ class Browser:
 
 
 @asynccontextmanager
-async def browsing(directory, rules=RULES, **sections):
+async def browsing(directory, text=RULES, **sections):
     """A running service with rules of the tenant ``default``."""
     folder = directory / "rules" / "default"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rules.yaml").write_text(rules)
+    (folder / "rules.yaml").write_text(text)
     async with running(settings(directory, **sections)) as service:
         yield Browser(service)
 

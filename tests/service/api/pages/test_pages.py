@@ -114,9 +114,23 @@ async def test_a_rule_has_its_text_and_signals(browser):
     await browser.get("/rules/Not%20an%20id", 400)
 
 
+async def test_a_rule_for_all_tenants(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "common.yaml").write_text("rules:\n  - {id: common, condition: bypass}\n")
+    folders = {"directory": str(tmp_path / "rules"), "all_tenants_directory": str(shared)}
+    async with broken(tmp_path, rules=folders) as browser:
+        assert "for all tenants" in text_of(await browser.get("/rules"))
+        page = await browser.get("/rules/common")
+        assert "which the operator changes" in page
+        assert "/rule-editor" not in page
+        page = await browser.get(f"/signals/{signal_id(browser, 'common')}")
+        assert "<mark>bypass</mark>" in page
+
+
 async def test_a_rule_that_changed_or_is_gone(tmp_path):
     rule = {"condition": "never { bypass }", "severity": "high"}
-    async with broken(tmp_path, rules="rules: []\n") as browser:
+    async with browsing(tmp_path, "rules: []\n") as browser:
         tools, client = browser.service.tools, browser.client
         await client.put("/api/v1/rules/mine", json=rule)
         await send(browser.service, [S(1, "bypass", bytes([5] * 16))])
