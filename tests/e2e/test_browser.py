@@ -13,6 +13,7 @@ import pytest
 
 from tests.service.api.pages.test_hostile import attacking_body
 from tests.support.chromium import SCHEMES, WIDTHS, accessibility, chromium, fits, visiting
+from tests.support.http_receiver import Receiver, receiving
 from tests.support.process import Running, running, wait_for
 from tests.support.spans import S, body
 
@@ -44,12 +45,19 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def hook() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, hook: Receiver) -> Iterator[Running]:
     """A service with a trace that breaks a rule, and another that attacks its readers."""
     directory = tmp_path_factory.mktemp("shop")
     (directory / "rules").mkdir()
     (directory / "rules/shop.yaml").write_text(RULES)
-    with running(directory, api__public_url=PUBLIC) as service:
+    options = {"api__public_url": PUBLIC, "alerts__webhook__url": hook.url}
+    with running(directory, **options) as service:
         assert service.send(payment(TRACE)).status_code == 200
         assert service.send(attacking_body()).status_code == 200
         service.trace(TRACE.hex())
@@ -72,8 +80,18 @@ def signal_of(service: Running, trace: bytes = TRACE) -> dict[str, Any]:
     return signal
 
 
-def test_from_an_alert_to_the_span_and_the_line_in_two_clicks(browser: Any, shop: Running) -> None:
-    link = signal_of(shop)["url"]
+def link_of_the_alert(hook: Receiver) -> str | None:
+    for alert in hook.alerts():
+        if alert["labels"]["alertname"] == "fraud-check":
+            return str(alert["generatorURL"])
+    return None
+
+
+def test_from_an_alert_to_the_span_and_the_line_in_two_clicks(
+    browser: Any, shop: Running, hook: Receiver
+) -> None:
+    link = wait_for(lambda: link_of_the_alert(hook), 60)
+    assert link == signal_of(shop)["url"]
     assert link.startswith(PUBLIC)
     with visiting(browser) as page:
         page.goto(shop.api + link.removeprefix(PUBLIC))  # the first click, in the alert

@@ -70,8 +70,8 @@ _READING_FORMS = ("/rule-editor", "/rule-editor/check")
 
 def add_pages(
     app: QuartTrio, tools: Tools, authenticator: Authenticator | None, closed: Container[str]
-) -> None:
-    """Add all pages to the application of the API."""
+) -> Callable[[ApiError], Awaitable[Response]]:
+    """Add all pages to the application of the API. Returns the view of an error."""
     pages = _Pages(tools, authenticator, closed)
     for method, path, handler in _PAGES:
         _route(app, method, path, pages.view(handler))
@@ -79,6 +79,7 @@ def add_pages(
     _route(app, "POST", "/sign-in", pages.sign_in)
     _route(app, "POST", "/sign-out", pages.sign_out)
     _route(app, "GET", "/assets/<version>/<name>", _asset)
+    return pages.show_error
 
 
 def _route(
@@ -201,6 +202,10 @@ class _Pages:
         except Exception:
             _log.exception("%s %s failed", request.method, request.path)
             return await self._refuse(ApiError(500, "the page cannot be shown"), visit)
+
+    async def show_error(self, error: ApiError) -> Response:
+        """The page of an error that has nothing to do with a tenant."""
+        return await self._refuse(error, None)
 
     async def _refuse(self, error: ApiError, visit: Visit | None) -> Response:
         if error.status == 401 and request.method == "GET":

@@ -68,6 +68,8 @@ async def test_a_link_leads_back_to_its_page_after_signing_in(tmp_path):
         assert token()[:20] not in cookie
         assert "acmes-secret" in await browser.get(path)
         assert "Sign out" in browser.page
+        await browser.get("/api/v1/signals", 401)  # the API knows no sessions
+        await browser.get(path)
         await browser.post("/sign-out", {})
         await browser.get(path, 303)
 

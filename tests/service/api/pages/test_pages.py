@@ -219,6 +219,30 @@ async def test_every_page_has_the_headers(browser, path):
     assert not re.search(r"\son\w+=", browser.page)
 
 
+async def test_a_wrong_address_is_a_page_for_people_only(browser):
+    page = await browser.get("/nothing", 404, accept="text/html,*/*")
+    assert "there is nothing at /nothing" in page
+    assert "<h1>Not found</h1>" in page
+    assert browser.headers["content-security-policy"]
+    assert '"code":"not_found"' in await browser.get("/nothing", 404)
+
+
+async def test_signals_in_the_api_link_to_their_pages(tmp_path):
+    shown = {"address": "off", "public_url": "https://betrace.example/"}
+    async with broken(tmp_path, api=shown) as browser:
+        signal = signal_id(browser)
+        url = f"https://betrace.example/signals/{signal}"
+        for path in (
+            f"/api/v1/signals/{signal}",
+            f"/api/v1/traces/{TRACE.hex()}",
+            "/api/v1/signals",
+        ):
+            assert f'"url":"{url}"' in await browser.get(path)
+        assert browser.service.settings.api.page_url("/", "acme").endswith("/?tenant=acme")
+    async with broken(tmp_path / "other") as browser:
+        assert '"url"' not in await browser.get("/api/v1/signals")
+
+
 async def test_assets_are_kept_and_complete(browser):
     page = await browser.get("/")
     for path in re.findall(r'"(/assets/[^"]+)"', page):
