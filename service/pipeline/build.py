@@ -21,6 +21,7 @@ from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
+from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
 from betrace.service.pipeline.stages.ingest import IngestStage
@@ -168,6 +169,8 @@ class _PipelineBuilder:
                 settings.traces.relational_spans_max,
             ),
         )
+
+        evaluate.evaluations = RuleEvaluations(settings.metrics.max_rule_series)
 
         def behind() -> bool:
             return project.fallback.pending
