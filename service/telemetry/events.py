@@ -165,7 +165,8 @@ RULES_BROKEN = _event(
     "rules.broken",
     logging.WARNING,
     "rule file rejected; the last valid version stays in force: {problem}",
-    "Logged once per file and problem.",
+    "Logged once per file and problem, and at every start. Without a valid version, such as at the "
+    "start, the file has no effect.",
 )
 RULES_MENDED = _event(
     "rules.mended",
