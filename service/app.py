@@ -40,6 +40,7 @@ from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
+from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
@@ -113,6 +114,7 @@ def build(
     """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
     data, max_body = settings.storage.path, settings.ingest.max_body_bytes
     log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
+    log.on_skipped = report_skipped
     triage = stores.local.triage
     threads, cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
     clock_offset = time.time() - trio.current_time()

@@ -280,13 +280,12 @@ class _Run:
             relational_spans_max=traces.relational_spans_max,
         )
         edge = run.over_the_edge(interval.now - int(traces.idle_seconds * SECOND))
-        skipped = len(self._log.skipped)
         with _progress(name, run, interval):
             for signals in run.signals(interval.now):
                 self._take(signals, edge)
         self.total.spans += run.spans
         self.total.traces += run.traces
-        self.total.skipped += len(self._log.skipped) - skipped
+        self.total.skipped += sum(each.tenant == name for each in self._log.skipped)
         self.total.undecided += run.undecided
 
     def _take(self, signals: list[Signal], edge: set[str]) -> None:

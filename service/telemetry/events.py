@@ -131,6 +131,20 @@ DATA_BACK = _event(
     "the data directory {path} is back; spans are accepted",
     "The directory that was moved away is back.",
 )
+LOG_DAMAGED = _event(
+    "log.damaged",
+    logging.ERROR,
+    "the span log of {tenant} is damaged: {bytes} bytes at offset {offset} of segment {segment} "
+    "cannot be read ({reason}); lost: {lost}",
+    "Logged once for each place, when it is read. Spans that a checkpoint contained were "
+    "evaluated, but they cannot be shown or archived. See BetraceSpanLogDamaged in the runbook.",
+)
+LOG_CUT = _event(
+    "log.cut",
+    logging.INFO,
+    "cut {bytes} bytes off the span log of {tenant}: the last write was interrupted",
+    "A crash interrupted a write. Its request was not answered, so nothing is lost.",
+)
 STAGE_STALLED = _event(
     "stage.stalled",
     logging.ERROR,

@@ -30,6 +30,9 @@ from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
 
 _MOST_TENANTS = 100  # whose files are opened: the ones written last
 _MOST_SECONDS = 20.0  # of one check
+_MOST_PLACES = 10  # damaged places of the log that are listed
+_DAMAGED = "check the disk, and see BetraceSpanLogDamaged in docs/runbook.md"
+_CUT_OFF = "nothing, if a crash interrupted the last write: the start cuts it off"
 _OLD_CHECKPOINT_SECONDS = 300.0  # as BetraceCheckpointOld
 
 
@@ -52,33 +55,42 @@ def rules(settings: Settings) -> Iterator[Finding]:
 
 
 def span_log(settings: Settings) -> Iterator[Finding]:
-    """Whether the last segment of each tenant's log can be read."""
+    """Whether the tenants' logs can be read, newest segments first."""
     data = settings.storage.path
     running = owner(data) is not None
     deadline = time.monotonic() + _MOST_SECONDS
-    looked = frames = spans = 0
+    frames = spans = 0
     with closing(SpanLog(data, read_only=True)) as log:
         tenants = log.tenants()
-        for tenant in _latest(data, tenants, "log"):
-            for segment in log.segments(tenant)[-1:]:
-                for _, frame in log.frames(tenant, start=pack_position(segment.number, 0)):
-                    frames, spans = frames + 1, spans + frame.spans
-                    if time.monotonic() > deadline:
-                        break
-            looked += 1
+        newest = -1 if running else None  # what is being written looks damaged
+        segments = [
+            (tenant, segment)
+            for tenant in _latest(data, tenants, "log")
+            for segment in log.segments(tenant)[:newest]
+        ]
+        segments.sort(key=lambda each: each[1].day, reverse=True)
+        looked = 0
+        for tenant, segment in segments:
             if time.monotonic() > deadline:
                 break
+            start, stop = (pack_position(segment.number, at) for at in (0, segment.bytes))
+            for _, frame in log.frames(tenant, start=start, stop=stop):
+                frames, spans = frames + 1, spans + frame.spans
+            looked += 1
         damaged = list(log.skipped)
-    for skipped in damaged[:10]:
-        where = f"segment {skipped.segment} of {skipped.tenant}, {size(skipped.bytes)}"
-        if running:
-            continue  # a frame that is being written looks the same
-        text = f"{where} at {skipped.offset} cannot be read: {skipped.reason}"
-        remedy = "the start removes what a crash left half-written; otherwise, repair the disk"
-        yield Finding("span log", WARNING, text, remedy)
-    if running or not damaged:
-        text = f"the last segments of {looked} of {len(tenants)} tenants, {frames} requests with "
-        yield Finding("span log", OK, f"{text}{spans} spans, can be read")
+    for skipped in damaged[:_MOST_PLACES]:
+        text = (
+            f"{size(skipped.bytes)} at offset {skipped.offset} of segment {skipped.segment} of "
+            f"{skipped.tenant} cannot be read ({skipped.reason}); lost: {skipped.lost}"
+        )
+        torn = skipped.reason.startswith("torn")
+        yield Finding("span log", WARNING, text, _CUT_OFF if torn else _DAMAGED)
+    if len(damaged) > _MOST_PLACES:
+        text = f"{len(damaged) - _MOST_PLACES} more places cannot be read"
+        yield Finding("span log", WARNING, text, _DAMAGED)
+    if not damaged:
+        text = f"{looked} of {len(segments)} segments of {len(tenants)} tenants, {frames} requests "
+        yield Finding("span log", OK, f"{text}with {spans} spans, can be read")
 
 
 def checkpoint(settings: Settings) -> Iterator[Finding]:
