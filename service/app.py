@@ -43,6 +43,7 @@ from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
+from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
@@ -95,9 +96,11 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     log = stack.enter_context(
         SpanLog(data, segment_bytes=settings.log.segment_bytes, open_files=affordable())
     )
+    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
+    local = open_local_stores(data, settings, stack)
+    refuse_if_lost(data, duckdb, local.ledger)
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
-    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
     rules = Path(settings.rules.directory or data / "rules")
     if not settings.rules.directory:
         rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
@@ -105,7 +108,7 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
     )
-    return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
+    return Stores(log, registry, ledger, duckdb, local)
 
 
 def build(

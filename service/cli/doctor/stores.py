@@ -121,8 +121,12 @@ def checkpoint(settings: Settings) -> Iterator[Finding]:
 def ledger(settings: Settings) -> Iterator[Finding]:
     """The SQLite file, which is the ledger or its journal, and TigerBeetle's replicas."""
     path = settings.storage.path / LEDGER_FILE
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         yield _sqlite(path)
+    elif tenants_with(settings.storage.path, FILE):
+        text = f"{path} is missing, although DuckDB has files"
+        remedy = "restore it from a backup, or, if it had signals, run `betrace ledger rebuild`"
+        yield Finding("ledger", FAILED, text, remedy)
     else:
         yield Finding("ledger", OK, "there is none yet")
     if settings.ledger.kind == "tigerbeetle":
@@ -130,7 +134,10 @@ def ledger(settings: Settings) -> Iterator[Finding]:
 
 
 def _sqlite(path: Path) -> Finding:
-    remedy = "stop the service and restore the file from a backup, or move it away"
+    remedy = (
+        "stop the service and restore the file from a backup, or move it away and run "
+        "`betrace ledger rebuild`"
+    )
     deadline = time.monotonic() + _MOST_SECONDS
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
