@@ -75,6 +75,8 @@ _log = logging.getLogger("service")
 
 Json = dict[str, Any]
 
+_REPAIR_SECONDS = 0.5
+
 
 # Opening and building
 
@@ -200,6 +202,7 @@ def build(
         log=log,
         rules=registry.store,
         ledger=ledger,
+        duckdb=duckdb,
         pipeline=pipeline,
         edge=edge,
         recovery=recovery,
@@ -391,6 +394,7 @@ class Service:
         nursery.start_soon(self.exports.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
+        nursery.start_soon(self._repair)
 
     async def _drain(self, nursery: trio.Nursery, stop_ingest: trio.Event) -> None:
         """Refuse new requests, process everything accepted, and save a checkpoint."""
@@ -425,6 +429,13 @@ class Service:
         except trio.Cancelled:
             self.rebuild.stop()
             raise
+
+    async def _repair(self) -> None:
+        """Rebuild DuckDB files when damage is met."""
+        while True:
+            await trio.sleep(_REPAIR_SECONDS)
+            if self.rebuild.due:
+                await self.rebuild_thread.run(self.rebuild.repair, abandon_on_cancel=True)
 
     async def _serve_ingest(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
         settings = self.settings.ingest

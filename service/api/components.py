@@ -35,6 +35,14 @@ def components(sources: Sources) -> dict[str, Json]:
         "status": whole or ("degraded" if problem or hung else "ok"),
         "detail": problem or f"{ledger.kind}; {hung or 'no'} hung clients",
     }
+    broken = len(sources.duckdb.incomplete)
+    found["duckdb"] = {
+        "status": "degraded" if broken else "ok",
+        "detail": f"the files of {broken} tenants are being rebuilt; see duckdb.damaged and "
+        "duckdb.incomplete in the service's log"
+        if broken
+        else "complete",
+    }
     for name, fallback in pipeline.fallbacks.items():
         lines = fallback.statistics().lines
         status = "degraded" if fallback.pending else "ok"

@@ -174,7 +174,12 @@ class _PipelineBuilder:
 
         closed = ClosedTraces(settings.traces.late_filter_bytes)
         max_body = settings.ingest.max_body_bytes
-        history = TraceHistory(stores.duckdb, stores.log, max_body, behind)
+        history = TraceHistory(
+            stores.duckdb,
+            stores.log,
+            max_body,
+            lambda tenant: behind() or tenant in stores.duckdb.incomplete,
+        )
         correlate = CorrelateStage(
             stores.registry.compiled,
             threads["correlate"],

@@ -273,6 +273,13 @@ OPERATOR = _event(
     "{who} ({client}): {action} {target}",
     "An action through `/api/admin`, also in the audit log.",
 )
+DUCKDB_DAMAGED = _event(
+    "duckdb.damaged",
+    logging.ERROR,
+    "the DuckDB file of {tenant} is set aside and rebuilt: {error}",
+    "Signals come from the ledger, the index of traces from the span log. Until that is done, "
+    "queries miss some of both, and late spans of closed traces make partial traces.",
+)
 DUCKDB_INCOMPLETE = _event(
     "duckdb.incomplete",
     logging.ERROR,
@@ -282,6 +289,6 @@ DUCKDB_INCOMPLETE = _event(
 DUCKDB_REBUILT = _event(
     "duckdb.rebuilt",
     logging.INFO,
-    "rebuilt DuckDB of {tenant}: {signals} signals and {traces} traces",
-    "A lost or damaged file was rebuilt.",
+    "rebuilt DuckDB of {tenant}: {signals} signals and {traces} traces{missing}",
+    "A lost or damaged file was rebuilt. `missing` says which traces could not be.",
 )

@@ -28,6 +28,7 @@ from betrace.service.storage.duck.schema import (
     FILE,
     MAX_ROWS,
     Cursor,
+    StoreCorrupt,
     StoreError,
     empty_file,
     make_file,
@@ -118,6 +119,8 @@ class DuckFiles:
         self._empty = b""
         self._generation = 1
         self._closing = False
+        self.on_damaged: Callable[[StoreCorrupt], None] = lambda error: None
+        """Called for each call that met damage in a file, in its thread."""
         directory.mkdir(parents=True, exist_ok=True)
         self._root: Cursor | None = duckdb.connect(":memory:", config=self._settings)
 
@@ -295,7 +298,10 @@ class DuckFiles:
         except duckdb.Error as error:
             if isinstance(error, FATAL):
                 self._restart(file.generation)
-            raise store_error(error, file.tenant, file.path) from error
+            found = store_error(error, file.tenant, file.path)
+            if isinstance(found, StoreCorrupt):
+                self.on_damaged(found)
+            raise found from error
 
     def _restart(self, generation: int) -> None:
         """Start a new instance; each file is attached to it at its next use."""

@@ -15,6 +15,7 @@ Cursor = duckdb.DuckDBPyConnection
 FILE = "betrace.duckdb"
 MAX_ROWS = 1001  # rows of a page, plus one that shows whether there is a next page
 SCHEMA_VERSION = 2
+TABLES = ("signals", "traces", "trace_frames")
 # The smallest that DuckDB allows: with 262 144, a small file's indexes take 1.8 MB of memory.
 _BLOCK_BYTES = 16_384
 

@@ -35,6 +35,8 @@ class Gaps:
         whole = size == sum(FRAME_HEADER_BYTES + header.length for header in lost)
         if whole:
             since, until = lost[0].received_ns, lost[-1].received_ns
+        elif lost and not reason.endswith("header"):  # the first header in it can be read
+            since = lost[0].received_ns
         elif self._before is not None:
             since = self._before
         self._open.append(
