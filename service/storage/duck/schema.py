@@ -108,7 +108,7 @@ def store_error(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
     """The error to raise for an error of DuckDB with the file of ``tenant``."""
     text = str(error).partition("\n")[0]
     if any(sign in text for sign in _CORRUPT) or isinstance(error, duckdb.SerializationException):
-        return StoreCorrupt(tenant, f"{path} is damaged ({text}): have it rebuilt")
+        return StoreCorrupt(tenant, f"{path} is damaged ({text}); the service rebuilds it")
     return StoreError(f"{path}: {text}", transient=isinstance(error, (*_TRANSIENT, *FATAL)))
 
 

@@ -310,11 +310,13 @@ class TenantLog:
             )
         self._last += 1
         salt = os.urandom(8)
-        name = (date(1970, 1, 1) + timedelta(days=day)).isoformat()
+        directory = self._directory / (date(1970, 1, 1) + timedelta(days=day)).isoformat()
+        while os.path.lexists(path := directory / f"{self._last:08d}.seg"):
+            self._last += 1  # a stray file has the name
         return _Part(
             self._last,
             day,
-            self._directory / name / f"{self._last:08d}.seg",
+            path,
             salt,
             0,
             FILE_HEADER_BYTES,

@@ -726,3 +726,18 @@ class TestStrayFiles:
             assert unpack_position(after)[0] in (number, number + 1)
         assert caplog.text.count(str(stray)) == 1
         assert "move it away" in caplog.text
+
+    @pytest.mark.parametrize("kind", ["directory", "link"])
+    def test_a_stray_with_the_name_of_the_next_segment_stops_nothing(
+        self, tmp_path: Path, kind: str
+    ) -> None:
+        with SpanLog(tmp_path, segment_bytes=4096) as log:
+            log.append("shop", [frame(b"first")])
+            stray = only_segment(log).with_name("00000002.seg")
+            if kind == "directory":
+                stray.mkdir()
+            else:
+                stray.symlink_to(tmp_path / "nowhere")
+            log.append("shop", [frame(bytes(4096)), frame(b"last")])
+            assert bodies(log) == [b"first", bytes(4096), b"last"]
+            assert [s.number for s in log.segments("shop")] == [1, 3, 4]
