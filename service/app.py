@@ -47,9 +47,9 @@ from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
-from betrace.service.pipeline.warmup import warm_up
+from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
@@ -147,7 +147,7 @@ def build(
         exports.notify(signals)
 
     pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
-    edge = Edge(
+    admission = Admission(
         settings.ingest,
         pipeline.requests,
         gate.quotas,
@@ -157,7 +157,7 @@ def build(
         backlogged=pipeline.correlate.backlog.full,
     )
 
-    data_directory = DataDirectory(settings.storage.path, edge.block, edge.unblock)
+    data_directory = DataDirectory(settings.storage.path, admission.block, admission.unblock)
 
     # Recovery and upkeep
     record = Record(visible, stores.local.ledger)
@@ -172,12 +172,12 @@ def build(
         max_bytes=settings.caches.trace_metadata_bytes,
     )
     reader = TraceReader(
-        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, triage, max_body
+        duckdb, trace_metadata, log, registry.store.rules, pipeline.open_traces, triage, max_body
     )
     rule_writer = RuleWriter(registry, gate.closed)
 
     def active_tenants() -> Iterator[str]:
-        yield from list(pipeline.correlate.tenants)
+        yield from list(pipeline.open_traces.tenants)
         yield from registry.store.tenants()
 
     caches = CacheControl(registry, gate, trace_metadata, active_tenants, cache_thread)
@@ -204,7 +204,7 @@ def build(
         ledger=ledger,
         duckdb=duckdb,
         pipeline=pipeline,
-        edge=edge,
+        admission=admission,
         recovery=recovery,
         exports=exports,
         daily=daily,
@@ -237,7 +237,7 @@ def build(
         exports=exports,
         subscriptions=subscriptions,
         pipeline=pipeline,
-        edge=edge,
+        admission=admission,
         recovery=recovery,
         rebuild=rebuild,
         removal=removal,
@@ -246,8 +246,8 @@ def build(
         watch=Watch(
             pipeline.stages,
             pipeline.queues,
-            edge.refused_requests,
-            edge.refused_spans,
+            admission.refusals.requests,
+            admission.refusals.spans,
             settings.pipeline.stall_seconds,
         ),
         trace_metadata=trace_metadata,
@@ -285,7 +285,7 @@ class Service:
     exports: Exports
     subscriptions: Subscriptions
     pipeline: Pipeline
-    edge: Edge
+    admission: Admission
 
     recovery: Recovery
     rebuild: Rebuild
@@ -304,6 +304,7 @@ class Service:
     cache_thread: ThreadRunner
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
 
+    compilation: Compilation = field(default_factory=Compilation, init=False)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)
@@ -366,7 +367,7 @@ class Service:
 
     async def _prepare(self, nursery: trio.Nursery) -> None:
         """Do what must be done before the traces are restored."""
-        await self.threads.run(warm_up, abandon_on_cancel=True)
+        await self.compilation.run(self.threads)
         await self.threads.run(self.registry.store.load)
         nursery.start_soon(self.rule_watch.run)
         nursery.start_soon(self.latencies.recent.run)
@@ -404,11 +405,11 @@ class Service:
         self.rebuild.stop()
         await trio.sleep(self.settings.shutdown.delay_seconds)
         nursery.cancel_scope.deadline = trio.current_time() + grace
-        self.edge.drain()
+        self.admission.drain()
         stop_ingest.set()
         nursery.start_soon(self._report_drain)
         with trio.move_on_after(ARRIVAL_SHARE * grace):
-            await self.edge.settled()
+            await self.admission.settled()
         self.pipeline.close()
         await self.pipeline.finished.wait()
         await self.recovery.save()
@@ -446,7 +447,7 @@ class Service:
             tls=self.settings.tls,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
-        url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
+        url: str = await nursery.start(listener, self.admission, settings, settings.address, stop)
         return url
 
     async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
@@ -458,7 +459,7 @@ class Service:
             tls=self.settings.tls,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
-        url: str = await nursery.start(listener, self.edge, settings, stop)
+        url: str = await nursery.start(listener, self.admission, settings, stop)
         return url
 
     async def _listen(

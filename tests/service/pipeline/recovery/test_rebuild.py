@@ -132,7 +132,7 @@ async def test_a_file_is_rebuilt_when_a_damaged_block_is_read(tmp_path, caplog):
         await closed(service)
         assert await shown(service) == set()
         assert (await rows(service, 2))[trace_id(2)] == (2, 2)
-        assert service.pipeline.letters.total == 0
+        assert service.pipeline.letters.book.total == 0
     path = tmp_path / "data" / TENANT / "betrace.duckdb"
     assert path.with_name("betrace.duckdb.damaged").exists()
     assert all(each.status == OK for each in duckdb_files(config))
@@ -182,7 +182,7 @@ async def test_writes_to_a_damaged_file_are_kept_until_it_is_rebuilt(tmp_path, m
         with trio.fail_after(30):
             while await shown(service) != {trace_id(2), trace_id(4)}:
                 await trio.sleep(0.05)
-        assert service.pipeline.letters.total == 0
+        assert service.pipeline.letters.book.total == 0
 
 
 async def test_missing_signals_are_added_while_the_service_runs(tmp_path):
@@ -271,9 +271,9 @@ async def test_a_long_log_is_read_with_few_traces_open(tmp_path):
     )
     async with running(config) as service:
         assert (
-            sum(traces.open_count for traces in service.pipeline.correlate.tenants.values()) <= 12
+            sum(traces.open_count for traces in service.pipeline.open_traces.tenants.values()) <= 12
         )
-        assert service.pipeline.correlate.counts.closed_for_room >= 88
+        assert service.pipeline.open_traces.counts.closed_for_room >= 88
         await closed(service)
         broken = {(trace_id(n), "no-b") for n in range(2, 100)}
         assert active_signals(service) == broken
