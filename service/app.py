@@ -40,8 +40,10 @@ from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
+from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
+from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
@@ -73,6 +75,8 @@ _log = logging.getLogger("service")
 
 Json = dict[str, Any]
 
+_REPAIR_SECONDS = 0.5
+
 
 # Opening and building
 
@@ -94,9 +98,11 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     log = stack.enter_context(
         SpanLog(data, segment_bytes=settings.log.segment_bytes, open_files=affordable())
     )
+    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
+    local = open_local_stores(data, settings, stack)
+    refuse_if_lost(data, duckdb, local.ledger)
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
-    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
     rules = Path(settings.rules.directory or data / "rules")
     if not settings.rules.directory:
         rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
@@ -104,7 +110,7 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
     )
-    return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
+    return Stores(log, registry, ledger, duckdb, local)
 
 
 def build(
@@ -126,6 +132,7 @@ class _ServiceBuilder:
         operator_token: str | None,
     ) -> None:
         self._settings, self._stores = settings, stores
+        stores.log.on_skipped = report_skipped
         self._threads, self._cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
         self._gate = Gate(
             settings, directory, operator_token, lambda name: self._tenants.exists(name)
@@ -252,6 +259,7 @@ class _ServiceBuilder:
             log=self._stores.log,
             rules=self._stores.registry.store,
             ledger=self._stores.ledger,
+            duckdb=self._stores.duckdb,
             pipeline=self._pipeline,
             admission=self._admission,
             recovery=self._recovery,
@@ -455,6 +463,7 @@ class Service:
         nursery.start_soon(self.exports.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
+        nursery.start_soon(self._repair)
 
     async def _drain(self, nursery: trio.Nursery, stop_ingest: trio.Event) -> None:
         """Refuse new requests, process everything accepted, and save a checkpoint."""
@@ -489,6 +498,13 @@ class Service:
         except trio.Cancelled:
             self.rebuild.stop()
             raise
+
+    async def _repair(self) -> None:
+        """Rebuild DuckDB files when damage is met."""
+        while True:
+            await trio.sleep(_REPAIR_SECONDS)
+            if self.rebuild.due:
+                await self.rebuild_thread.run(self.rebuild.repair, abandon_on_cancel=True)
 
     async def _serve_ingest(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
         settings = self.settings.ingest

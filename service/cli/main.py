@@ -24,6 +24,7 @@ _COMMANDS = {
     "dead-letters": ("dead_letters", "dead_letters"),
     "demo": ("demo.run", "demo"),
     "doctor": ("doctor.command", "doctor"),
+    "ledger": ("ledger", "ledger"),
     "replay": ("replay", "replay"),
     "rules": ("rules", "rules"),
     "serve": ("serve", "serve"),

@@ -173,7 +173,10 @@ class SqliteLedger:
                     "check the disk's space and health, and that no other program locks the file"
                 )
             else:
-                advice = "restore the file, or move it away to begin a new ledger"
+                advice = (
+                    "restore the file from a backup, or move it away and run "
+                    "`betrace ledger rebuild`"
+                )
             raise LedgerError(f"{self._path}: {error}: {advice}", transient=transient) from error
 
     @contextmanager
@@ -255,6 +258,11 @@ class SqliteLedger:
                 (after, limit),
             ).fetchall()
         return [(seq, _signal(text)) for seq, text in rows]
+
+    def number_after(self, entry: int) -> None:
+        """Number the transfers of a new ledger above ``entry``."""
+        with self._writing() as db:
+            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('transfers', ?)", (entry,))
 
     def balance(self, tenant: str, rule_id: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`."""

@@ -17,23 +17,23 @@ from pathlib import Path
 from betrace.service.durable import sync_directory
 from betrace.service.storage.disk import Buffer, Disk
 from betrace.service.storage.spanlog import frames as format_
+from betrace.service.storage.spanlog.damage import TORN, Skipped
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
     FRAME_HEADER_BYTES,
     MAX_SEGMENT,
     Frame,
+    Header,
     SegmentReader,
-    Skipped,
     pack_position,
     unpack_position,
 )
+from betrace.service.storage.spanlog.gaps import DAY_NS, LATE_NS, Gaps
 from betrace.service.storage.spanlog.open_files import OpenFiles
 
 _log = logging.getLogger("service.spanlog")
 
 _NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{8,10}\.seg")
-_DAY_NS = 86_400 * 10**9
-_LATE_NS = 3600 * 10**9  # a segment accepts frames received this much before its day
 _READ_FIRST = 1 << 16
 # After a process crash, its last writes may not be on the disk yet. The kernel writes back what is
 # older than 30 s; segments that changed within this time are synced again.
@@ -171,34 +171,50 @@ class TenantLog:
         with self._files.use(path) as descriptor:
             return os.pread(descriptor, length, offset)
 
-    def _reader(self, number: int, path: Path) -> SegmentReader:
+    def _reader(
+        self,
+        number: int,
+        path: Path,
+        skipped: Callable[[int, int, str, Sequence[Header]], None] = lambda *_: None,
+    ) -> SegmentReader:
         return SegmentReader(
-            lambda offset, length: self._pread(path, offset, length),
-            self.tenant,
-            number,
-            lambda offset, size, reason: self._skipped(
-                Skipped(self.tenant, number, offset, size, reason)
-            ),
+            lambda offset, length: self._pread(path, offset, length), self.tenant, number, skipped
         )
 
     # Opening
 
     def open(self, recover: bool) -> None:
         """Find the segments, at the first call. With ``recover``, check the end of the last one: a
-        torn frame is cut off; after other damage the segment stays as it is and the next append
-        starts a new one."""
+        torn frame is cut off; after other damage, which is reported, the segment stays as it is
+        and the next append starts a new one."""
         if self._opened:
             return
+        damaged = 0
         with self.lock:
             if self._opened:
                 return
             self._paths = self._list()
             self._last = max(self._paths, default=self._last)
             if self._paths and recover:
-                self._recover()
+                damaged = self._recover()
             self._opened = True
+        if damaged:
+            for _ in self.frames(pack_position(damaged, 0), None, None, None):
+                pass
 
-    def _recover(self) -> None:
+    def continue_after(self, position: int) -> bool:
+        """Append only at positions after this one, although the log ends before it, because its
+        end was lost. Returns whether that is so."""
+        with self.lock:
+            if self.written >= position:
+                return False
+            number, _ = unpack_position(position)
+            self._last = max(self._last, number)
+            self._current = None
+        return True
+
+    def _recover(self) -> int:
+        """Returns the number of the last segment if its end is damaged, else 0."""
         number, path = next(reversed(self._paths.items()))
         size = path.stat().st_size
         self.written = pack_position(number, size)
@@ -213,16 +229,17 @@ class TenantLog:
         try:
             reader = self._reader(number, path)
         except ValueError:
-            return
+            return number
         end, trouble = reader.tail(size)
         if trouble == "torn":
-            self._skipped(Skipped(self.tenant, number, end, size - end, "torn frame, cut off"))
+            self._skipped(Skipped(self.tenant, number, end, size - end, TORN))
             with self._files.use(path) as descriptor:
                 self._disk.truncate(descriptor, end)
             self.written = pack_position(number, end)
         if trouble != "damaged" and reader.salt is not None:
             day = (date.fromisoformat(path.parent.name) - date(1970, 1, 1)).days
             self._current = _Part(number, day, path, reader.salt, end, end, False)
+        return number if trouble == "damaged" and size else 0
 
     # Writing
 
@@ -268,7 +285,7 @@ class TenantLog:
         for frame in frames:
             size = frame.stored_bytes
             if part is None or self._rolls(part, frame.received_ns, size):
-                part = self._begin(frame.received_ns // _DAY_NS)
+                part = self._begin(frame.received_ns // DAY_NS)
                 parts.append(part)
             position = pack_position(part.number, part.end)
             part.buffers.append(format_.frame_header(frame, part.salt, position))
@@ -279,8 +296,8 @@ class TenantLog:
         return [part for part in parts if part.buffers], positions
 
     def _rolls(self, part: _Part, received_ns: int, size: int) -> bool:
-        early = received_ns - part.day * _DAY_NS
-        return not (-_LATE_NS <= early < _DAY_NS) or (
+        early = received_ns - part.day * DAY_NS
+        return not (-LATE_NS <= early < DAY_NS) or (
             part.end > FILE_HEADER_BYTES and part.end + size > self._segment_bytes
         )
 
@@ -293,11 +310,13 @@ class TenantLog:
             )
         self._last += 1
         salt = os.urandom(8)
-        name = (date(1970, 1, 1) + timedelta(days=day)).isoformat()
+        directory = self._directory / (date(1970, 1, 1) + timedelta(days=day)).isoformat()
+        while os.path.lexists(path := directory / f"{self._last:08d}.seg"):
+            self._last += 1  # a stray file has the name
         return _Part(
             self._last,
             day,
-            self._directory / name / f"{self._last:08d}.seg",
+            path,
             salt,
             0,
             FILE_HEADER_BYTES,
@@ -405,6 +424,7 @@ class TenantLog:
                 data = os.pread(descriptor, _READ_FIRST, offset)
                 header = format_.read_header(data, position, None)
                 if isinstance(header, str):
+                    self._corrupt(number, offset, header, None)
                     raise FrameCorrupt(f"{header}: {where}")
                 payload = data[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + header.length]
                 if len(payload) < header.length:
@@ -415,31 +435,62 @@ class TenantLog:
             raise FrameMissing(f"the segment's file is gone: {where}") from None
         found = header.frame(payload)
         if isinstance(found, str):
+            self._corrupt(number, offset, found, header)
             raise FrameCorrupt(f"{found}: {where}")
         return found
 
+    def _corrupt(self, number: int, offset: int, reason: str, header: Header | None) -> None:
+        """Report that the frame at an offset of a segment is damaged."""
+        if pack_position(number, offset) >= (self.written or MAX_SEGMENT << 32):
+            return  # the end of the log was lost, and with it what is asked for
+        size = FRAME_HEADER_BYTES + (header.length if header else 0)
+        at = header.received_ns if header else None
+        spans = header.spans if header else 0
+        self._skipped(
+            Skipped(self.tenant, number, offset, size, reason, spans, at, at, bool(header))
+        )
+
     def frames(
-        self, start: int, stop: int | None, since_ns: int | None, until_ns: int | None
+        self,
+        start: int,
+        stop: int | None,
+        since_ns: int | None,
+        until_ns: int | None,
+        also_skipped: Callable[[Skipped], None] | None = None,
     ) -> Iterator[tuple[int, Frame]]:
         """See :meth:`SpanLog.frames`."""
         first, offset = unpack_position(start)
         last, last_offset = unpack_position(stop) if stop is not None else (MAX_SEGMENT, 0)
-        for segment in self.segments():
-            if not first <= segment.number <= last or not _covers(segment.day, since_ns, until_ns):
-                continue
-            end = min(segment.bytes, last_offset) if segment.number == last else segment.bytes
-            try:
-                reader = self._reader(segment.number, segment.path)
-            except FileNotFoundError:  # released in the meantime
-                continue
-            except ValueError as error:
-                self._skipped(Skipped(self.tenant, segment.number, 0, end, str(error)))
-                continue
-            for at, frame in reader.frames(offset if segment.number == first else 0, end):
-                if (since_ns is None or frame.received_ns >= since_ns) and (
-                    until_ns is None or frame.received_ns < until_ns
-                ):
-                    yield pack_position(segment.number, at), frame
+
+        def skipped(found: Skipped) -> None:
+            self._skipped(found)
+            if also_skipped is not None:
+                also_skipped(found)
+
+        gaps = Gaps(self.tenant, skipped)
+        try:
+            for segment in self.segments():
+                if not first <= segment.number <= last:
+                    continue
+                if not _covers(segment.day, since_ns, until_ns):
+                    continue
+                end = min(segment.bytes, last_offset) if segment.number == last else segment.bytes
+                gaps.begin(segment.number, _day_ns(segment.day))
+                try:
+                    reader = self._reader(segment.number, segment.path, gaps.add)
+                except FileNotFoundError:  # released in the meantime
+                    continue
+                except ValueError as error:
+                    gaps.add(0, end, str(error), ())
+                    continue
+                for at, frame in reader.frames(offset if segment.number == first else 0, end):
+                    gaps.end(frame.received_ns)
+                    if (since_ns is None or frame.received_ns >= since_ns) and (
+                        until_ns is None or frame.received_ns < until_ns
+                    ):
+                        yield pack_position(segment.number, at), frame
+        finally:
+            gaps.end(None)
 
     # Deleting
 
@@ -485,9 +536,14 @@ def _segment_number(path: Path) -> int:
     return number if number <= MAX_SEGMENT else 0
 
 
+def _day_ns(day: date) -> int:
+    """When a day begins."""
+    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
+
+
 def _covers(day: date, since_ns: int | None, until_ns: int | None) -> bool:
     """Whether a segment of ``day`` can hold frames from that time."""
-    start = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
-    return (since_ns is None or since_ns < start + _DAY_NS) and (
-        until_ns is None or until_ns > start - _LATE_NS
+    start = _day_ns(day)
+    return (since_ns is None or since_ns < start + DAY_NS) and (
+        until_ns is None or until_ns > start - LATE_NS
     )
