@@ -23,7 +23,7 @@ from betrace.service.storage.spanlog.gaps import DAY_NS, LATE_NS
 
 
 @dataclass(slots=True)
-class Part:
+class SegmentWrite:
     """What one append writes to one segment."""
 
     number: int
@@ -47,7 +47,7 @@ class Placement:
         self._tenant = tenant
         self._directory = directory
         self._segment_bytes = segment_bytes
-        self.current: Part | None = None
+        self.current: SegmentWrite | None = None
         """The segment that takes the next frame; None if that begins a segment."""
         self.last = floor
         """The highest segment number used."""
@@ -59,15 +59,17 @@ class Placement:
 
     def continue_at(self, number: int, day: int, path: Path, salt: bytes, end: int) -> None:
         """Place the next frame at ``end`` of this segment."""
-        self.current = Part(number, day, path, salt, end, end, False)
+        self.current = SegmentWrite(number, day, path, salt, end, end, False)
 
-    def plan(self, frames: Sequence[Frame]) -> tuple[list[Part], list[int]]:
+    def plan(self, frames: Sequence[Frame]) -> tuple[list[SegmentWrite], list[int]]:
         """Decide which frames go where: what to write to each segment, and their positions."""
-        parts: list[Part] = []
+        parts: list[SegmentWrite] = []
         positions = []
         part = self.current
         if part is not None:
-            part = Part(part.number, part.day, part.path, part.salt, part.end, part.end, False)
+            part = SegmentWrite(
+                part.number, part.day, part.path, part.salt, part.end, part.end, False
+            )
             parts.append(part)
         for frame in frames:
             size = frame.stored_bytes
@@ -82,13 +84,13 @@ class Placement:
             positions.append(position)
         return [part for part in parts if part.buffers], positions
 
-    def _rolls(self, part: Part, received_ns: int, size: int) -> bool:
+    def _rolls(self, part: SegmentWrite, received_ns: int, size: int) -> bool:
         early = received_ns - part.day * DAY_NS
         return not (-LATE_NS <= early < DAY_NS) or (
             part.end > FILE_HEADER_BYTES and part.end + size > self._segment_bytes
         )
 
-    def _begin(self, day: int) -> Part:
+    def _begin(self, day: int) -> SegmentWrite:
         if self.last >= MAX_SEGMENT:
             raise LogWriteError(
                 errno.EFBIG,
@@ -100,7 +102,7 @@ class Placement:
         directory = self._directory / (date(1970, 1, 1) + timedelta(days=day)).isoformat()
         while os.path.lexists(path := directory / f"{self.last:08d}.seg"):
             self.last += 1  # a stray file has the name
-        return Part(
+        return SegmentWrite(
             self.last,
             day,
             path,

@@ -27,7 +27,7 @@ from betrace.service.storage.spanlog.frames import (
 )
 from betrace.service.storage.spanlog.gaps import Gaps
 from betrace.service.storage.spanlog.open_files import OpenFiles
-from betrace.service.storage.spanlog.placement import Part, Placement
+from betrace.service.storage.spanlog.placement import Placement, SegmentWrite
 from betrace.service.storage.spanlog.segments import Segment, covers, day_ns, find_segments
 
 _READ_FIRST = 1 << 16
@@ -188,7 +188,7 @@ class TenantLog:
     def append(self, frames: Sequence[Frame]) -> list[int]:
         """Write the frames; the caller holds ``lock``. See :meth:`SpanLog.append`."""
         parts, positions = self.placement.plan(frames)
-        begun: list[Part] = []
+        begun: list[SegmentWrite] = []
         try:
             for part in parts:
                 begun.append(part)
@@ -209,7 +209,7 @@ class TenantLog:
         self.written = pack_position(last.number, last.end)
         return positions
 
-    def _write(self, part: Part) -> None:
+    def _write(self, part: SegmentWrite) -> None:
         flags = 0
         if part.new:
             self._make(part.path.parent)
@@ -224,7 +224,7 @@ class TenantLog:
             self._make(directory.parent)
             directory.mkdir(exist_ok=True)
 
-    def _undo(self, part: Part) -> None:
+    def _undo(self, part: SegmentWrite) -> None:
         """Undo a part of a failed append; if that fails, stop using its segment."""
         if part.new:
             self._files.forget(part.path)
