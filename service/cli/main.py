@@ -25,6 +25,7 @@ _COMMANDS = {
     "dead-letters": ("dead_letters", "dead_letters"),
     "demo": ("demo.run", "demo"),
     "doctor": ("doctor.command", "doctor"),
+    "ledger": ("ledger", "ledger"),
     "replay": ("replay", "replay"),
     "restore": ("backup", "restore"),
     "rules": ("rules", "rules"),

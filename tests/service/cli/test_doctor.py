@@ -107,7 +107,7 @@ def test_sound_data_is_good_and_stays_unchanged(data, synchronised, monkeypatch)
     assert diagnosis.good
     assert list(diagnosis.lines())[-1] == "all is well"
     found = {each.check: each.found for each in diagnosis.findings}
-    assert found["span log"].startswith("the last segments of 2 of 2 tenants, 2 requests with 2")
+    assert found["span log"].startswith("2 of 2 segments of 2 tenants, 2 requests with 2")
     assert found["ledger"].endswith("ledger.sqlite, 1 transfers")
     assert found["DuckDB"] == "the files of 2 of 2 tenants can be read"
     assert contents(data) == before
@@ -362,6 +362,7 @@ def test_a_damaged_span_log(data):
     found = worst(stores.span_log(settings(data)))
     assert found.status == WARNING
     assert "of acme" in found.found
+    assert "lost: 1 spans received between 20" in found.found
     with LockFile(data / LOCK_FILE):  # perhaps a frame that is being written
         assert worst(stores.span_log(settings(data))).status == OK
 
