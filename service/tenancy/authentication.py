@@ -32,7 +32,7 @@ read-only."""
 READ_ONLY = "this token is read-only, so it can send and change nothing; use another token"
 
 LoadKey = Callable[[tuple[str, str]], Awaitable[PublicKey | None]]
-"""Returns the key for (tenant, kid), None if there is none."""
+"""Returns the key for (tenant, kid), None if the tenant has no such key."""
 
 
 class SecretError(Exception):
