@@ -139,8 +139,8 @@ class Metrics(SettingsSection):
     window_seconds: Seconds = 60
     """Length of the window for rates and latency percentiles."""
     max_rule_series: Count = 2000
-    """Maximum series of betrace_rule_signals_total. Rules beyond it are counted together, with the
-    labels tenant and rule `(other)`."""
+    """Maximum series of betrace_rule_signals_total and of betrace_rule_evaluations_total. Rules
+    beyond it are counted together, with the labels tenant and rule `(other)`."""
 
 
 class QuotaSettings(SettingsSection):

@@ -22,6 +22,7 @@ from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
+from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
 from betrace.service.pipeline.stages.ingest import IngestStage
@@ -136,7 +137,12 @@ class _PipelineBuilder:
             return project.fallback.pending
 
         max_body = settings.ingest.max_body_bytes
-        history = TraceHistory(stores.duckdb, stores.log, max_body, behind)
+        history = TraceHistory(
+            stores.duckdb,
+            stores.log,
+            max_body,
+            lambda tenant: behind() or tenant in stores.duckdb.incomplete,
+        )
         open_traces = self._open_traces(LateSpans(self._closed, history.load, behind))
         sync, audit = GroupSync(stores.log, self._threads["sync"]), self._batch_audit()
         return Pipeline(
@@ -196,7 +202,7 @@ class _PipelineBuilder:
         )
 
     def _evaluate(self) -> EvaluateStage:
-        return EvaluateStage(
+        stage = EvaluateStage(
             self._threads["evaluate"],
             self._decided.send,
             self._in_flight,
@@ -211,6 +217,8 @@ class _PipelineBuilder:
                 self._settings.traces.relational_spans_max,
             ),
         )
+        stage.evaluations = RuleEvaluations(self._settings.metrics.max_rule_series)
+        return stage
 
     def _open_traces(self, late: LateSpans) -> OpenTraces:
         return OpenTraces(

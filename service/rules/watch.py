@@ -19,7 +19,9 @@ class RuleWatch:
         self._poll_seconds = poll_seconds
 
     async def run(self) -> None:
-        """Reload every ``poll_seconds``, forever."""
+        """Report the problems found at the start, then reload every ``poll_seconds``, forever."""
+        for problem in self._registry.store.problems.values():
+            events.RULES_BROKEN(problem=problem)
         while True:
             await trio.sleep(self._poll_seconds)
             await self.reload()

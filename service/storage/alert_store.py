@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from betrace.service.storage.sqlite_file import remedy
+from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x4254414C  # "BTAL", for file(1)
-_BUSY_SECONDS = 2.0
-
-_SCHEMA = f"""
+_SCHEMA = Schema(
+    0x4254414C,  # "BTAL"
+    (
+        """
 CREATE TABLE alerts (
     tenant TEXT NOT NULL,
     rule TEXT NOT NULL,
@@ -27,9 +26,9 @@ CREATE TABLE alerts (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE progress (tenant TEXT PRIMARY KEY, entry INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE begun (only INTEGER PRIMARY KEY CHECK (only = 1)) STRICT;
-PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA application_id = {APPLICATION_ID};
-"""
+""",
+    ),
+)
 
 AlertKey = tuple[str, str]
 """Tenant and rule."""
@@ -50,26 +49,7 @@ class AlertStore:
         self._path = path
         self._lock = threading.Lock()
         with self._errors():
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._open()
-            except BaseException:
-                self._db.close()
-                raise
-
-    def _open(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise AlertStoreError(
-                f"{self._path} was written by a newer version of betrace; upgrade this one"
-            )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.execute("PRAGMA secure_delete = ON")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+            self._db = open_file(path, _SCHEMA, ("secure_delete = ON", "synchronous = NORMAL"))
 
     def close(self) -> None:
         """Close the file."""
@@ -95,20 +75,12 @@ class AlertStore:
         """Save alerts (None to remove one) and progress, all or nothing."""
         rows = [(*key, alert) for key, alert in alerts.items() if alert is not None]
         gone = [key for key, alert in alerts.items() if alert is None]
-        with self._lock, self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany("INSERT OR REPLACE INTO alerts VALUES (?, ?, ?)", rows)
-                self._db.executemany("DELETE FROM alerts WHERE tenant = ? AND rule = ?", gone)
-                if progress is not None:
-                    self._db.execute("INSERT OR IGNORE INTO begun VALUES (1)")
-                    self._db.executemany(
-                        "INSERT OR REPLACE INTO progress VALUES (?, ?)", progress.items()
-                    )
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+        with self._lock, self._errors(), transaction(self._db) as db:
+            db.executemany("INSERT OR REPLACE INTO alerts VALUES (?, ?, ?)", rows)
+            db.executemany("DELETE FROM alerts WHERE tenant = ? AND rule = ?", gone)
+            if progress is not None:
+                db.execute("INSERT OR IGNORE INTO begun VALUES (1)")
+                db.executemany("INSERT OR REPLACE INTO progress VALUES (?, ?)", progress.items())
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
+from betrace.channels import ThreadRunner
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.rules.definition import make_rule
 from betrace.service.rules.registry import RuleRegistry
@@ -17,6 +20,7 @@ from betrace.service.rules.store import (
     RuleReadOnlyError,
     RuleStore,
 )
+from betrace.service.rules.watch import RuleWatch
 from betrace.service.rules.yaml_file import dump_rules
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import closed, running, send, settings, write_rules
@@ -165,3 +169,18 @@ async def test_the_running_service_applies_them_to_tenants_without_rules(tmp_pat
             'betrace_rule_signals_total{kind="raised",muted="false",rule="never-a",'
             'severity="medium",tenant="other"} 1.0'
         ) in exposition
+
+
+async def test_problems_at_the_start_are_logged(
+    store: RuleStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "own" / "acme" / "clash.yaml").write_text(text_of("no-secrets"))
+    store.load()
+    async with trio.open_nursery() as nursery:
+        threads = ThreadRunner("rules", 1)
+        nursery.start_soon(RuleWatch(RuleRegistry(store, 10), threads, 60).run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    threads.close()
+    (message,) = [each.getMessage() for each in caplog.records]
+    assert "choose another id" in message
