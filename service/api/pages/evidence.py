@@ -22,6 +22,7 @@ from betrace.service.rules.wording import (
     Counts,
     breach_causes,
 )
+from betrace.service.signals import Kind
 
 Json = dict[str, Any]
 
@@ -116,7 +117,7 @@ def rule_of(rules: RuleStore, tenant: str, rule_id: str, version: str) -> tuple[
 def rule_lines(rule: Rule, signal: Json) -> list[Line]:
     """The text of a rule; if it is the one that raised ``signal``, with the broken part marked."""
     places: list[Place] = []
-    if rule.version == signal["rule_version"]:
+    if _is_breach(rule, signal):
         places = broken_places(rule.condition, rule.syntax, signal["clause"], signal["counts"])
     return lines(rule.condition, places)
 
@@ -124,9 +125,9 @@ def rule_lines(rule: Rule, signal: Json) -> list[Line]:
 def checks(rule: Rule | None, signal: Json, spans: TraceSpans | None) -> list[Check]:
     """The checks of a signal, the broken ones first. ``spans`` have the names of the evidence."""
     same = rule is not None and rule.version == signal["rule_version"]
-    syntax = rule.syntax if rule is not None and same else None
-    roles = _roles(syntax)
-    broken = _broken(syntax, signal["clause"], signal["counts"])
+    roles = _roles(rule.syntax) if rule is not None and same else {}
+    breach = rule is not None and _is_breach(rule, signal)
+    broken = _broken(rule.syntax, signal["clause"], signal["counts"]) if rule and breach else set()
     evidence: dict[str, list[str]] = signal["evidence"]
     names = {**dict.fromkeys(signal["counts"]), **dict.fromkeys(evidence)}
     ordered = sorted(names, key=lambda text: text not in broken)
@@ -165,16 +166,20 @@ def named_attributes(rule: Rule | None) -> frozenset[str]:
     return frozenset(_attributes(rule.syntax)) if rule else frozenset()
 
 
-def _roles(syntax: RuleSyntax | None) -> dict[str, str]:
-    if syntax is None:
-        return {}
+def _is_breach(rule: Rule, signal: Json) -> bool:
+    """Whether ``signal`` says that a trace broke this version of the rule, not that it no longer
+    does."""
+    return rule.version == str(signal["rule_version"]) and signal["kind"] == Kind.RAISED
+
+
+def _roles(syntax: RuleSyntax) -> dict[str, str]:
     never = "looked for" if syntax.bare else "never"
     clauses = ((never, syntax.never), ("always", syntax.always), ("when", syntax.when))
     return {format_check(spans): word for word, node in clauses for spans in span_sets(node)}
 
 
-def _broken(syntax: RuleSyntax | None, clause: str, counts: Counts) -> set[str]:
-    if syntax is None or syntax.relational:
+def _broken(syntax: RuleSyntax, clause: str, counts: Counts) -> set[str]:
+    if syntax.relational:
         return set()
     return {
         format_check(spans)

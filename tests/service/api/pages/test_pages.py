@@ -9,6 +9,7 @@ import pytest
 from betrace.service.api.pages.renderer import ASSETS, shown, utc
 from betrace.service.api.pages.routes import HEADERS
 from betrace.service.rules.store import RuleStore
+from betrace.service.storage.duck.queries import SignalFilter
 from tests.service.api.pages.conftest import RULES, TRACE, broken, browsing, signal_id
 from tests.support.inprocess import closed, send
 from tests.support.spans import S
@@ -164,6 +165,21 @@ async def test_a_hand_written_rule_that_changed(tmp_path):
         page = await browser.get(path)
         assert "this version is not kept" in page
         assert "missing" in page
+
+
+async def test_a_signal_that_was_retracted(browser):
+    raised = signal_id(browser)
+    await send(browser.service, [S(4, "fraud_check", TRACE, 40, 50, 2, "bank")])
+    await closed(browser.service)
+    found, _ = browser.service.store.signals("default", SignalFilter(rule="fraud-check"))
+    (retraction,) = [each.signal.id for each in found if each.signal.id != raised]
+    page = await browser.get(f"/signals/{retraction}")
+    assert "no longer broken" in text_of(page)
+    assert "<mark>" not in page
+    assert 'class="broken"' not in page
+    page = await browser.get(f"/signals/{raised}")
+    assert 'class="state retracted"' in page
+    assert "<mark>fraud_check</mark>" in page
 
 
 async def test_a_rule_with_groups(tmp_path):
