@@ -37,7 +37,7 @@ class Templates:
         )
         environment.filters |= {
             "shown": shown,
-            "took": short_duration,
+            "took": took,
             "ago": self._ago,
             "utc": utc,
             "iso": _iso,
@@ -73,6 +73,18 @@ def utc(moment: int | str) -> str:
     """A time for people, in UTC."""
     text = write_time(_ns(moment))
     return f"{text[:10]} {text[11:23]}"
+
+
+def took(ns: int) -> str:
+    """A duration with three digits in a unit that suits it."""
+    for unit, width in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if ns >= 2 * width * SECOND:
+            return (
+                f"{ns / width / SECOND:,.3g} {unit}"
+                if ns < 1000 * width * SECOND
+                else (f"{ns // width // SECOND:,} {unit}")
+            )
+    return short_duration(ns)
 
 
 def many(number: int, word: str) -> str:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from betrace.service.api.pages.renderer import ASSETS, shown, utc
+from betrace.service.api.pages.renderer import ASSETS, shown, took, utc
 from betrace.service.api.pages.routes import HEADERS
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.queries import SignalFilter
@@ -274,4 +274,11 @@ async def test_assets_are_kept_and_complete(browser):
 def test_invisible_characters_are_shown():
     assert shown("a\u202eb\x00\u200b") == "a\\u202eb\\x00\\u200b"
     assert shown("grün\n\t日本") == "grün\n\t日本"
+    assert [took(k * 10**9) for k in (90, 150, 9000, 400_000, 2**33)] == [
+        "90 s",
+        "2.5 min",
+        "2.5 h",
+        "4.63 d",
+        "99,420 d",
+    ]
     assert utc(0) == "1970-01-01 00:00:00.000"
