@@ -8,6 +8,10 @@ _RAISED = 'betrace_rule_signals_total{$on, kind="raised", muted="false"}'
 _RETRACTED = 'betrace_rule_signals_total{$on, kind="retracted", muted="false"}'
 _NOT_APPLICABLE = 'betrace_rule_evaluations_total{$on, outcome="not_applicable"}'
 _APPLICABLE = 'betrace_rule_evaluations_total{$on, outcome!="not_applicable"}'
+_SIGNALS = (
+    "Signals of this rule",
+    "${pages}/signals?rule=${__field.labels.rule}&tenant=${__field.labels.tenant}",
+)
 _NAME = "{{tenant}} {{rule}}"
 
 RULES = (
@@ -31,6 +35,7 @@ RULES = (
         "cps",
         (Query(f"topk(10, sum by (tenant, rule) (rate({_RAISED}{RATE})))", _NAME),),
         width=10,
+        link=_SIGNALS,
     ),
     Panel(
         "Compared with the day before",
@@ -46,6 +51,7 @@ RULES = (
         ),
         ((3, "red"),),
         width=10,
+        link=_SIGNALS,
     ),
     Panel(
         "Alerts firing",

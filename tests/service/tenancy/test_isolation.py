@@ -328,7 +328,7 @@ async def test_a_revoked_key_and_a_deleted_tenant_are_out_at_once(tmp_path):
         assert (await made.ask("GET", "/api/v1/signals", made.token("beta")))[0] == 200
 
 
-async def test_only_signals_by_rule_name_tenants_and_metrics_want_a_token(tmp_path):
+async def test_only_metrics_by_rule_name_tenants_and_metrics_want_a_token(tmp_path):
     async with world(tmp_path) as made:
         app = metrics_app(made.service.tools.exposition, made.service.gate.authenticator)
         for token, expected in ((None, 401), (made.token("acme"), 403), (SCRAPER, 200)):
@@ -344,4 +344,5 @@ async def test_only_signals_by_rule_name_tenants_and_metrics_want_a_token(tmp_pa
         assert SECRET.encode() not in sent[1]["body"]
         naming = [line for line in sent[1]["body"].splitlines() if b"acme" in line]
         assert naming
-        assert all(line.startswith(b"betrace_rule_signals_total{") for line in naming)
+        by_rule = (b"betrace_rule_signals_total{", b"betrace_rule_evaluations_total{")
+        assert all(line.startswith(by_rule) for line in naming)
