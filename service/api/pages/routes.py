@@ -168,7 +168,6 @@ class _Pages:
             form,
             request.remote_addr or "",
             self._sessions.form_token(viewer.session),
-            {},
         )
 
     async def _nobody(self) -> Visit:
@@ -213,7 +212,7 @@ class _Pages:
             return self._write(Page(status=303, location=f"/sign-in?next={wanted}"))
         if visit is None:
             nobody = Viewer("")
-            visit = Visit(self._tools, self._templates, nobody, "/", {}, {}, "", "", {})
+            visit = Visit(self._tools, self._templates, nobody, "/", {}, {}, "", "")
         body = visit.render("error.html", forms.problem(error))
         return self._write(Page(body, error.status, headers=dict(error.headers)))
 

@@ -57,7 +57,6 @@ class Visit:
     form: dict[str, str]
     client: str
     form_token: str
-    headers: dict[str, str]
 
     # Links
 
@@ -81,7 +80,7 @@ class Visit:
 
     def call(self, params: dict[str, Any], body: dict[str, Any] | None = None) -> Call:
         """A call of an endpoint of the API, by the viewer."""
-        headers = dict(self.headers)
+        headers: dict[str, str] = {}
         if name := self.form.get("by", "").strip():
             headers[OPERATOR_HEADER] = name
         data = b"" if body is None else orjson.dumps(body)
