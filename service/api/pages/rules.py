@@ -119,6 +119,8 @@ async def _save(visit: Visit, rule: Json) -> Page:
     rule_id = read_param(api.RULE_ID, rule["id"])
     call = visit.call({"id": rule_id}, api_rule)
     if rule["etag"]:
+        current = visit.tools.sources.rules.rule(visit.viewer.tenant, rule_id).definition()
+        call = visit.call({"id": rule_id}, {**current, **api_rule})  # keeps what the form has not
         call.headers["if-match"] = rule["etag"]
     await api.put_rule(call)
     return Page(status=303, location=visit.link(f"/rules/{rule_id}"))
