@@ -79,11 +79,8 @@ def took(ns: int) -> str:
     """A duration with three digits in a unit that suits it."""
     for unit, width in (("d", 86_400), ("h", 3600), ("min", 60)):
         if ns >= 2 * width * SECOND:
-            return (
-                f"{ns / width / SECOND:,.3g} {unit}"
-                if ns < 1000 * width * SECOND
-                else (f"{ns // width // SECOND:,} {unit}")
-            )
+            number = ns / width / SECOND
+            return f"{number:.3g} {unit}" if number < 1000 else f"{int(number):,} {unit}"
     return short_duration(ns)
 
 
