@@ -221,9 +221,10 @@ async def delete_rule(call: Call) -> Any:
     answers={200: '`{"since", "until", "reason", "by"}`', 404: "There is no such rule"},
 )
 async def mute_rule(call: Call) -> Any:
-    """Signals of a muted rule are recorded and shown as muted, and are not sent to webhooks. `for`
-    is a duration of up to 366 days; a new mute replaces the current one. `by` is the name in
-    `X-Operator`, or the tenant. The audit log records who muted what."""
+    """Signals of a muted rule are recorded and shown as muted, start no alert, and are not sent to
+    webhooks; an alert that fires resolves at once. `for` is a duration of up to 366 days; a new
+    mute replaces the current one. `by` is the name in `X-Operator`, or the tenant. The audit log
+    records who muted what."""
     rule_id, given = call.params["id"], call.json({"for": str, "reason": str}, {})
     call.tools.sources.rules.rule(call.tenant, rule_id)
     try:
