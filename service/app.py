@@ -127,7 +127,7 @@ def build(
     breakers = Breakers(settings.breakers, settings.export.destinations)
 
     def muted(signal: Signal) -> bool:
-        return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
+        return signal.shadow or triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
 
     exports = Exports(settings, visible, breakers, muted)
     subscriptions = Subscriptions()

@@ -20,7 +20,7 @@ import orjson
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.wire import hash_text
 from betrace.service.rules.candidates import Bound, candidate
-from betrace.service.rules.definition import Rule, make_rule
+from betrace.service.rules.definition import SKIP, Rule, make_rule
 from betrace.service.rules.format import format_check
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.patterns import PatternSearch
@@ -86,6 +86,9 @@ class CompiledRules:
     checks_of_rule: tuple[tuple[int, ...], ...]
     relational: frozenset[int]
     """The numbers of the rules that relate spans: their candidates are read back and judged."""
+    read_back: frozenset[int]
+    """The numbers of the rules whose breaches are certain only once the trace is read back: those
+    that relate spans, and those that skip incomplete traces."""
     patterns: PatternSearch
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
@@ -134,6 +137,9 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         else:
             emitter.emit_rule(row, rule.syntax.when, rule.syntax.always, rule.syntax.never)
 
+    skipping = {k for k, rule in enumerate(enabled) if rule.incomplete == SKIP}
+    rule_rows[list(skipping), R_EARLY] = 0  # an open trace is always incomplete
+
     thresholds: list[set[int]] = [set() for _ in checks]
     for row, rule in zip(rule_rows, enabled, strict=True):
         if row[R_EARLY]:
@@ -164,10 +170,15 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
         relational=frozenset(candidates),
+        read_back=frozenset(candidates.keys() | skipping),
         patterns=PatternSearch(spans.where for spans in checks),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
-        folded=frozenset((rule.id, rule.version) for rule in enabled if not rule.syntax.relational),
-        definitions=orjson.dumps([rule.definition() for rule in enabled]),
+        folded=frozenset(
+            (rule.id, rule.version)
+            for rule in enabled
+            if not rule.syntax.relational and rule.incomplete != SKIP
+        ),
+        definitions=orjson.dumps([rule.definition(examples=False) for rule in enabled]),
     )
 
 

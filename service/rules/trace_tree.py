@@ -103,6 +103,11 @@ class TraceTree:
         """The number of distinct services."""
         return len({span.service for span in self.spans if span.service is not None})
 
+    @cached_property
+    def missing_parents(self) -> int:
+        """The number of distinct parent ids of which the trace has no span."""
+        return len({span.parent_id for span in self.spans if span.parent_id} - self.by_id.keys())
+
     def parent(self, span: TraceSpan) -> TraceSpan | None:
         """The parent, unless it is not in the trace or the span itself."""
         return self.by_id.get(span.parent_id) if span.parent_id != span.id else None

@@ -229,15 +229,15 @@ def decide_or_ask(
     due: DueTraces, *, raised_early: bool = True
 ) -> tuple[list[Breach], list[Breach]]:
     """The breaches, as :func:`decide` returns them, and the candidates: closed traces that may
-    break a relational rule, which must be read back to tell."""
+    break a relational rule or one that skips incomplete traces, and must be read back to tell."""
     found = _certain(due, raised_early)
-    relational = due.rules.relational
-    if not relational:
+    read_back = due.rules.read_back
+    if not read_back:
         return found, []
     breaches: list[Breach] = []
     candidates: list[Breach] = []
     for each in found:
-        (candidates if each.rule in relational else breaches).append(each)
+        (candidates if each.rule in read_back else breaches).append(each)
     return breaches, candidates
 
 

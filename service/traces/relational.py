@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from cachetools import LRUCache
 
+from betrace.service.rules.definition import SKIP
 from betrace.service.rules.evaluation import FOREVER
 from betrace.service.rules.relations import Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
@@ -46,8 +47,11 @@ class Undecided:
 class Judged:
     """The results for the candidates among some traces."""
 
-    breaches: list[tuple[Breach, Judgement]]
+    breaches: list[tuple[Breach, Judgement | None]]
+    """Those of rules without relations have no judgement."""
     undecided: list[Undecided]
+    skipped: dict[tuple[int, int], int] = field(default_factory=dict)
+    """For incomplete traces (trace, rule) of rules that skip them: how many parents are missing."""
 
 
 class RelationalRules:
@@ -68,27 +72,35 @@ class RelationalRules:
 
     def judge(self, due: DueTraces, candidates: Sequence[Breach]) -> Judged:
         """Read the candidates' traces, each once, and judge them."""
-        wanted: dict[int, list[int]] = {}
+        wanted: dict[int, list[Breach]] = {}
         for each in candidates:
-            wanted.setdefault(each.trace, []).append(each.rule)
+            wanted.setdefault(each.trace, []).append(each)
         judged = Judged([], [])
         until = time.monotonic() + self._seconds
         for k, found in self._read(due, list(wanted)) if wanted else ():
-            for number in wanted.pop(k, ()):
-                self._add(judged, due, k, number, found, until)
-        for k, numbers in wanted.items():
-            for number in numbers:
-                self._add(judged, due, k, number, "the trace was not found", until)
+            for candidate in wanted.pop(k, ()):
+                self._add(judged, due, candidate, found, until)
+        for left in wanted.values():
+            for candidate in left:
+                self._add(judged, due, candidate, "the trace was not found", until)
         return judged
 
     @staticmethod
     def _add(
-        judged: Judged, due: DueTraces, k: int, number: int, found: TraceTree | str, until: float
+        judged: Judged, due: DueTraces, candidate: Breach, found: TraceTree | str, until: float
     ) -> None:
+        k, number = candidate.trace, candidate.rule
+        rule = due.rules.rules[number]
         if isinstance(found, str):
             judged.undecided.append(Undecided(k, number, found))
             return
-        judgement = judge(due.rules.rules[number].syntax, found, until=until)
+        if rule.incomplete == SKIP and found.missing_parents:
+            judged.skipped[k, number] = found.missing_parents
+            return
+        if not rule.syntax.relational:
+            judged.breaches.append((candidate, None))
+            return
+        judgement = judge(rule.syntax, found, until=until)
         if judgement.undecided is not None:
             judged.undecided.append(Undecided(k, number, judgement.undecided))
         elif judgement.clause is not None:

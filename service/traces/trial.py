@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.trace_spans import trace_spans
-from betrace.service.traces.verdicts import raise_signal
+from betrace.service.traces.verdicts import incomplete_text, raise_signal
 
 _MASK = 2**64 - 1
 
@@ -34,7 +34,8 @@ class Verdict:
     """The verdict of a rule on a trace. ``clause`` is the broken one (always | never), None without
     a breach; ``counts`` and ``evidence`` are by check, as in a signal; ``message`` says why the
     trace breaks the rule, None if it does not. Of a rule with ``for each`` that is broken,
-    ``groups`` says by which groups; ``undecided`` says why a rule could not be judged."""
+    ``groups`` says by which groups; ``undecided`` says why a rule could not be judged, and
+    ``skipped`` why it was not."""
 
     rule_id: str
     breach: bool
@@ -44,10 +45,11 @@ class Verdict:
     message: str | None
     groups: dict[str, Any] | None = None
     undecided: str | None = None
+    skipped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, without ``groups`` and ``undecided`` if there are none."""
-        optional = ("groups", "undecided")
+        """The fields, without ``groups``, ``undecided`` and ``skipped`` if there are none."""
+        optional = ("groups", "undecided", "skipped")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
@@ -65,7 +67,7 @@ class Trial:
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
-        self._relational = bool(rules.relational)
+        self._relational = bool(rules.read_back)
         self._kept: list[TraceSpan] = []
         self.spans = 0
         """Distinct spans added."""
@@ -116,8 +118,12 @@ class Trial:
         broken = {each.rule: each for each in (*found, *(each for each, _ in judged.breaches))}
         judgements = {each.rule: judgement for each, judgement in judged.breaches}
         undecided = {each.rule: each.reason for each in judged.undecided}
+        skipped = {rule: incomplete_text(missing) for (_, rule), missing in judged.skipped.items()}
         return [
-            _verdict(due, k, broken.get(k), judgements.get(k), undecided.get(k))
+            replace(
+                _verdict(due, k, broken.get(k), judgements.get(k), undecided.get(k)),
+                skipped=skipped.get(k),
+            )
             for k in range(len(due.rules.rules))
         ]
 

@@ -101,7 +101,7 @@ class Replay:
         read_back = ReadBack(self.log, self.max_body_bytes, max_spans=self.relational_spans_max)
         relational = RelationalRules(read_back.traces)
         for due in self.due():
-            if self.rules.relational:
+            if self.rules.read_back:
                 read_back.note(due.tenant, due.spilled)
             decided = decide_due(due, now, relational)
             relational.note(due, decided.signals)

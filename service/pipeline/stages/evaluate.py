@@ -19,6 +19,7 @@ from betrace.channels import (
     ThreadTimeout,
 )
 from betrace.service.pipeline.dead_letters import Bury
+from betrace.service.pipeline.incomplete import IncompleteTraces
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
 from betrace.service.signals import Kind, Signal
@@ -93,6 +94,7 @@ class EvaluateStage:
         self._relational = RelationalRules(
             read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
         )
+        self._incomplete = IncompleteTraces(threads, read_back)
         self._early: LRUCache[tuple[str, int, int], int] = LRUCache(EARLY_REMEMBERED)
         self._many = False  # signals in the last batch
         self._unreported = 0  # undecided
@@ -103,6 +105,7 @@ class EvaluateStage:
         """Decide a batch and pass on what must be stored."""
         try:
             found = await self._decide_all(batch)
+            await self._incomplete.mark([decided for decided, _ in found])
         except (BreakerOpen, BreakerTimeout, ThreadTimeout) as error:
             await self._bury(STAGE, batch, error, 1)
             return
@@ -127,7 +130,7 @@ class EvaluateStage:
     async def _decide_all(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         """Decide a batch. Traces that may have to be read back are decided in parts, because each
         call is bounded in time."""
-        if not any(due.rules.relational for due in batch):
+        if not any(due.rules.read_back for due in batch):
             return await self._breaker.call(self._timed, batch)
         found: list[tuple[Decided, int]] = []
         for due in batch:
@@ -178,7 +181,7 @@ class EvaluateStage:
 
     async def _timed(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         started = time.perf_counter()
-        reads = any(due.closed and due.rules.relational for due in batch)
+        reads = any(due.closed and due.rules.read_back for due in batch)
         if not self._many and not reads and sum(map(_work, batch)) <= SMALL:
             found = self._decide(batch)  # a thread call would cost five times as much
         else:
@@ -190,7 +193,7 @@ class EvaluateStage:
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()
         for due in batch:
-            if due.rules.relational:
+            if due.rules.read_back:
                 self._read_back.note(due.tenant, due.spilled)
         return [(decide_due(due, now, self._relational), len(due)) for due in batch]
 
@@ -198,7 +201,7 @@ class EvaluateStage:
 def _parts(due: DueTraces) -> Iterator[tuple[int, DueTraces]]:
     """Parts of traces that may have to be read back, each with the number of its first trace. A
     part has what one round reads; the first one has what was spilled."""
-    if not due.closed or not due.rules.relational:
+    if not due.closed or not due.rules.read_back:
         yield 0, due
         return
     ends = np.cumsum(due.rows[:, SPANS]) if len(due) else np.zeros(0, np.int64)
