@@ -27,6 +27,7 @@ from betrace.service.cli.common import (
     tenant_option,
     warn,
 )
+from betrace.service.cli.rule_library import library
 from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import Problem, Rule, RuleFileError
 from betrace.service.rules.units import unit_warnings
@@ -153,6 +154,9 @@ def rules_unmute(rule_id: str, tenant: str | None, server: Server, as_json: bool
     else:
         warn(f"{rule_id} is not muted")
     sys.exit(0 if ended else FOUND)
+
+
+rules.add_command(library)
 
 
 @dataclass(frozen=True, slots=True)
