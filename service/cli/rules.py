@@ -276,12 +276,16 @@ class RuleResult:
         outcome = "is broken" if verdict.breach else "is kept"
         if verdict.undecided is not None:
             outcome = "is undecided"
+        if verdict.skipped is not None:
+            outcome = "is skipped"
         disabled = ", not enabled" * (not rule.enabled)
         yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
             yield f"  {verdict.message}"
         if verdict.undecided is not None:
             yield f"  because {verdict.undecided}"
+        if verdict.skipped is not None:
+            yield f"  because {verdict.skipped}"
         if verdict.groups is not None:
             yield f"  for {verdict.groups['broken']} of {verdict.groups['of']} groups, such as"
             for example in verdict.groups["examples"]:

@@ -42,28 +42,30 @@ class IncompleteTraces:
         self._left = BURST_SECONDS
         self._since = clock()
         self.unmarked = 0
-        """Signals for which there was no time to look."""
+        """Traces with signals for which there was no time to look."""
 
     async def mark(self, found: Sequence[Decided]) -> None:
         """Mark the raised signals of closed traces, in place."""
         for decided in found:
+            closed = decided.closed
             wanted = {each.trace_id for each in decided.signals if _new_at_close(each)}
-            if decided.closed is None or not wanted:
+            numbers = _numbers(closed, wanted) if closed is not None and wanted else []
+            if closed is None or not numbers:
                 continue
             if not self._time_left():
-                self.unmarked += len(wanted)
+                self.unmarked += len(numbers)
                 continue
             began = self._clock()
             try:
                 missing = await self._threads.run(
                     self._missing,
-                    decided.closed,
-                    wanted,
+                    closed,
+                    numbers,
                     timeout=TIMEOUT_SECONDS,
                     abandon_on_cancel=True,
                 )
             except (ThreadTimeout, OSError) as error:
-                self.unmarked += len(wanted)
+                self.unmarked += len(numbers)
                 _log.warning("signals are not marked as incomplete: %s", error)
                 continue
             finally:
@@ -82,17 +84,20 @@ class IncompleteTraces:
         self._since = now
         return self._left > 0
 
-    def _missing(self, closed: DueTraces, wanted: set[str]) -> dict[str, int]:
+    def _missing(self, closed: DueTraces, numbers: list[int]) -> dict[str, int]:
         """How many parents are missing, by trace id, of incomplete traces that can be read."""
-        halves = [int(trace_id[16:], 16) for trace_id in wanted]
-        low = np.array(halves, np.uint64).view(np.int64)
-        near = np.flatnonzero(np.isin(closed.rows[:, LO], low)).tolist()
-        numbers = [k for k in near if closed.trace_id(k) in wanted]
         return {
             closed.trace_id(k): tree.missing_parents
             for k, tree in self._read_back.traces(closed, numbers)
             if not isinstance(tree, str) and tree.missing_parents
         }
+
+
+def _numbers(closed: DueTraces, wanted: set[str]) -> list[int]:
+    """The numbers of the traces with these ids."""
+    halves = np.array([int(trace_id[16:], 16) for trace_id in wanted], np.uint64)
+    near = np.flatnonzero(np.isin(closed.rows[:, LO], halves.view(np.int64))).tolist()
+    return [k for k in near if closed.trace_id(k) in wanted]
 
 
 def _new_at_close(signal: Signal) -> bool:

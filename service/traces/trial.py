@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO
+from betrace.service.otlp.columns import (
+    ERROR,
+    ERROR_OFF,
+    HAS_PARENT,
+    PARENT_ID,
+    SPAN_ID,
+    TRACE_HI,
+    TRACE_LO,
+    Rows,
+)
+from betrace.service.otlp.columns import FLAGS as SPAN_FLAGS
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.relations import Judgement
@@ -69,6 +79,8 @@ class Trial:
         self._anything = trace_id is None
         self._relational = bool(rules.read_back)
         self._kept: list[TraceSpan] = []
+        self._ids: list[Rows] = []
+        self._parents: list[Rows] = []
         self.spans = 0
         """Distinct spans added."""
 
@@ -94,6 +106,9 @@ class Trial:
             trace = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
             self._kept += [span for _, span in trace_spans(batch, {trace})]
         if len(batch):
+            self._ids.append(np.unique(batch.spans[:, SPAN_ID]))
+            below = batch.spans[:, SPAN_FLAGS] & HAS_PARENT != 0
+            self._parents.append(np.unique(batch.spans[below, PARENT_ID]))
             try:
                 parts = self._traces.fold(batch, now=1, slice=self._cpu)
             except SliceOver:
@@ -103,6 +118,14 @@ class Trial:
             for _, folded in parts:
                 self.spans += len(batch) - folded.repeated
         return len(batch)
+
+    @property
+    def missing_parents(self) -> int:
+        """The number of parents that spans name and that were not added."""
+        if not self._ids:
+            return 0
+        ids, parents = np.concatenate(self._ids), np.concatenate(self._parents)
+        return len(np.setdiff1d(parents, ids))
 
     def verdicts(self, *, complete: bool = True) -> list[Verdict]:
         """The verdict of each enabled rule; may be called once. If the trace is not ``complete``,

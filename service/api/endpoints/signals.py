@@ -273,17 +273,19 @@ async def list_traces(call: Call) -> Any:
     path_params=(TRACE_ID,),
     answers={
         200: "`resourceSpans` (OTLP JSON), `state`, `signals`, `verdicts`, `missing`, `omitted`, "
-        "`omittedSpans`",
+        "`omittedSpans`, `missing_parents`",
         404: "There is no such trace",
     },
 )
 async def get_trace(call: Call) -> Any:
     """`state` is `open` or `closed`. The spans are read from the span log: `missing` is the number
     of requests with spans of the trace that are damaged or past retention, `omitted` the number
-    left out because the trace is too long, and `omittedSpans` the number of spans. `verdicts` are
+    left out because the trace is too long, and `omittedSpans` the number of spans.
+    `missing_parents` is the number of parents that spans name and that never came (null if not all
+    spans could be read). `verdicts` are
     those of the current rules, by id: `verdict` is `breach` (with `clause`, and the id of the
     `signal` if there is one), `kept`, `open` (the trace is open) or `unknown` (spans are
-    missing)."""
+    missing). `skipped` says why a rule with `incomplete: skip` did not judge the trace."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:
