@@ -39,9 +39,7 @@ def test_the_library_is_listed() -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert len(lines) == 26
-    assert lines[1].startswith(
-        "payments                    double-charge                      critical  A pay"
-    )
+    assert lines[1].split()[:4] == ["payments", "double-charge", "critical", "A"]
     listed = json.loads(betrace("library", "--json").stdout)["rules"]
     assert [each["id"] for each in listed] == [each.rule.id for each in RULES]
     assert {"theme", "id", "condition", "examples"} <= listed[0].keys()
