@@ -16,7 +16,6 @@ import numpy as np
 from betrace.channels import ThreadRunner, ThreadTimeout
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.signals import Kind, Signal
-from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import LO
 from betrace.service.traces.verdicts import Decided, marked_incomplete
 
@@ -47,10 +46,8 @@ class IncompleteTraces:
     async def mark(self, found: Sequence[Decided]) -> None:
         """Mark the raised signals of closed traces, in place."""
         for decided in found:
-            closed = decided.closed
-            wanted = {each.trace_id for each in decided.signals if _new_at_close(each)}
-            numbers = _numbers(closed, wanted) if closed is not None and wanted else []
-            if closed is None or not numbers:
+            numbers = _numbers(decided)
+            if not numbers:
                 continue
             if not self._time_left():
                 self.unmarked += len(numbers)
@@ -58,25 +55,20 @@ class IncompleteTraces:
             began = self._clock()
             try:
                 missing = await self._threads.run(
-                    self._missing,
-                    closed,
+                    _missing,
+                    decided,
                     numbers,
+                    self._read_back,
                     timeout=TIMEOUT_SECONDS,
                     abandon_on_cancel=True,
                 )
             except (ThreadTimeout, OSError) as error:
                 self.unmarked += len(numbers)
                 _log.warning("signals are not marked as incomplete: %s", error)
-                continue
+            else:
+                _mark(decided, missing)
             finally:
                 self._left -= self._clock() - began
-            if missing:
-                decided.signals = [
-                    marked_incomplete(each, missing[each.trace_id])
-                    if each.trace_id in missing and _new_at_close(each)
-                    else each
-                    for each in decided.signals
-                ]
 
     def _time_left(self) -> bool:
         now = self._clock()
@@ -84,20 +76,43 @@ class IncompleteTraces:
         self._since = now
         return self._left > 0
 
-    def _missing(self, closed: DueTraces, numbers: list[int]) -> dict[str, int]:
-        """How many parents are missing, by trace id, of incomplete traces that can be read."""
-        return {
-            closed.trace_id(k): tree.missing_parents
-            for k, tree in self._read_back.traces(closed, numbers)
-            if not isinstance(tree, str) and tree.missing_parents
-        }
+
+def mark_now(decided: Decided, read_back: ReadBack) -> None:
+    """Mark the raised signals of closed traces, in place. Blocks, for as long as it takes."""
+    if numbers := _numbers(decided):
+        _mark(decided, _missing(decided, numbers, read_back))
 
 
-def _numbers(closed: DueTraces, wanted: set[str]) -> list[int]:
-    """The numbers of the traces with these ids."""
+def _numbers(decided: Decided) -> list[int]:
+    """The numbers of the closed traces that have new signals."""
+    wanted = {each.trace_id for each in decided.signals if _new_at_close(each)}
+    closed = decided.closed
+    if closed is None or not wanted:
+        return []
     halves = np.array([int(trace_id[16:], 16) for trace_id in wanted], np.uint64)
     near = np.flatnonzero(np.isin(closed.rows[:, LO], halves.view(np.int64))).tolist()
     return [k for k in near if closed.trace_id(k) in wanted]
+
+
+def _missing(decided: Decided, numbers: list[int], read_back: ReadBack) -> dict[str, int]:
+    """How many parents are missing, by trace id, of incomplete traces that can be read."""
+    closed = decided.closed
+    assert closed is not None
+    return {
+        closed.trace_id(k): tree.missing_parents
+        for k, tree in read_back.traces(closed, numbers)
+        if not isinstance(tree, str) and tree.missing_parents
+    }
+
+
+def _mark(decided: Decided, missing: dict[str, int]) -> None:
+    if missing:
+        decided.signals = [
+            marked_incomplete(each, missing[each.trace_id])
+            if each.trace_id in missing and _new_at_close(each)
+            else each
+            for each in decided.signals
+        ]
 
 
 def _new_at_close(signal: Signal) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 
 from cachetools import LRUCache
@@ -59,7 +60,7 @@ class ReadBack:
         self._max_body = max_body_bytes
         self._max_spans = max_spans
         self._lock = threading.Lock()
-        self._spilled: LRUCache[tuple[str, int, int], frozenset[int]] = LRUCache(SPILLS_REMEMBERED)
+        self._spilled: LRUCache[tuple[str, int, int], array[int]] = LRUCache(SPILLS_REMEMBERED)
         self.read = 0
         """Traces read."""
 
@@ -68,7 +69,9 @@ class ReadBack:
         for hi, lo, *positions in spilled.tolist() if spilled is not None else ():
             key = (tenant, hi, lo)
             with self._lock:
-                self._spilled[key] = self._spilled.get(key, frozenset()).union(positions)
+                known = self._spilled.setdefault(key, array("q"))
+                if len(known) <= self._max_spans:  # longer traces are not read back
+                    known.extend(positions)
 
     def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory] | None:
         """The stored signals of traces; None if the store cannot be asked."""
@@ -125,7 +128,7 @@ class ReadBack:
         if row[FLAGS] & SPILLED:
             key = (due.tenant, int(row[HI]), int(row[LO]))
             with self._lock:
-                positions |= self._spilled.get(key, frozenset())
+                positions.update(self._spilled.get(key, ()))
             if self._store is not None:
                 try:
                     positions.update(self._store.spilled(due.tenant, due.trace_id(k)))

@@ -193,7 +193,7 @@ class EvaluateStage:
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()
         for due in batch:
-            if due.rules.read_back:
+            if due.spilled is not None:
                 self._read_back.note(due.tenant, due.spilled)
         return [(decide_due(due, now, self._relational), len(due)) for due in batch]
 
