@@ -21,7 +21,7 @@ from betrace.service.traces.verdicts import Decided, marked_incomplete
 
 _log = logging.getLogger("service.incomplete")
 
-SHARE = 0.1  # of the time that passes
+SHARE = 0.05  # of the time that passes
 BURST_SECONDS = 1.0
 TIMEOUT_SECONDS = 5.0
 

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.pipeline.incomplete import BURST_SECONDS, IncompleteTraces, mark_now
+from betrace.service.pipeline.incomplete import BURST_SECONDS, SHARE, IncompleteTraces, mark_now
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.rules.trace_tree import TraceTree
@@ -89,7 +89,7 @@ def test_early_signals_and_retractions_are_not_looked_at() -> None:
     assert marks(found) == UNMARKED
 
 
-def test_it_takes_a_tenth_of_the_time() -> None:
+def test_it_takes_a_share_of_the_time() -> None:
     now = 0.0
     reads = FakeReadBack(t01=[ORPHAN])
     real = reads.traces
@@ -109,7 +109,7 @@ def test_it_takes_a_tenth_of_the_time() -> None:
         await marking.mark([first, second])
         assert (marks(first), marks(second)) == (MARKED, UNMARKED)
         assert marking.unmarked == 3
-        now += 11 * BURST_SECONDS
+        now += 1.5 * BURST_SECONDS / SHARE
         await marking.mark([third])
         assert marks(third) == MARKED
         threads.close()
