@@ -45,9 +45,9 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
-from betrace.service.pipeline.warmup import warm_up
+from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
@@ -140,7 +140,7 @@ def build(
         exports.notify(signals)
 
     pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
-    edge = Edge(
+    admission = Admission(
         settings.ingest,
         pipeline.requests,
         gate.quotas,
@@ -150,7 +150,7 @@ def build(
         backlogged=pipeline.correlate.backlog.full,
     )
 
-    data_directory = DataDirectory(settings.storage.path, edge.block, edge.unblock)
+    data_directory = DataDirectory(settings.storage.path, admission.block, admission.unblock)
 
     # Recovery and upkeep
     record = Record(visible, stores.local.ledger)
@@ -165,12 +165,12 @@ def build(
         max_bytes=settings.caches.trace_metadata_bytes,
     )
     reader = TraceReader(
-        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, triage, max_body
+        duckdb, trace_metadata, log, registry.store.rules, pipeline.open_traces, triage, max_body
     )
     rule_writer = RuleWriter(registry, gate.closed)
 
     def active_tenants() -> Iterator[str]:
-        yield from list(pipeline.correlate.tenants)
+        yield from list(pipeline.open_traces.tenants)
         yield from registry.store.tenants()
 
     caches = CacheControl(registry, gate, trace_metadata, active_tenants, cache_thread)
@@ -196,7 +196,7 @@ def build(
         rules=registry.store,
         ledger=ledger,
         pipeline=pipeline,
-        edge=edge,
+        admission=admission,
         recovery=recovery,
         exports=exports,
         daily=daily,
@@ -229,7 +229,7 @@ def build(
         exports=exports,
         subscriptions=subscriptions,
         pipeline=pipeline,
-        edge=edge,
+        admission=admission,
         recovery=recovery,
         rebuild=rebuild,
         removal=removal,
@@ -238,8 +238,8 @@ def build(
         watch=Watch(
             pipeline.stages,
             pipeline.queues,
-            edge.refused_requests,
-            edge.refused_spans,
+            admission.refusals.requests,
+            admission.refusals.spans,
             settings.pipeline.stall_seconds,
         ),
         trace_metadata=trace_metadata,
@@ -277,7 +277,7 @@ class Service:
     exports: Exports
     subscriptions: Subscriptions
     pipeline: Pipeline
-    edge: Edge
+    admission: Admission
 
     recovery: Recovery
     rebuild: Rebuild
@@ -296,6 +296,7 @@ class Service:
     cache_thread: ThreadRunner
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
 
+    compilation: Compilation = field(default_factory=Compilation, init=False)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)
@@ -358,7 +359,7 @@ class Service:
 
     async def _prepare(self, nursery: trio.Nursery) -> None:
         """Do what must be done before the traces are restored."""
-        await self.threads.run(warm_up, abandon_on_cancel=True)
+        await self.compilation.run(self.threads)
         await self.threads.run(self.registry.store.load)
         nursery.start_soon(self.rule_watch.run)
         nursery.start_soon(self.latencies.recent.run)
@@ -395,11 +396,11 @@ class Service:
         self.rebuild.stop()
         await trio.sleep(self.settings.shutdown.delay_seconds)
         nursery.cancel_scope.deadline = trio.current_time() + grace
-        self.edge.drain()
+        self.admission.drain()
         stop_ingest.set()
         nursery.start_soon(self._report_drain)
         with trio.move_on_after(ARRIVAL_SHARE * grace):
-            await self.edge.settled()
+            await self.admission.settled()
         self.pipeline.close()
         await self.pipeline.finished.wait()
         await self.recovery.save()
@@ -430,7 +431,7 @@ class Service:
             tls=self.settings.tls,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
-        url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
+        url: str = await nursery.start(listener, self.admission, settings, settings.address, stop)
         return url
 
     async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
@@ -442,7 +443,7 @@ class Service:
             tls=self.settings.tls,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
-        url: str = await nursery.start(listener, self.edge, settings, stop)
+        url: str = await nursery.start(listener, self.admission, settings, stop)
         return url
 
     async def _listen(

@@ -47,7 +47,7 @@ def components(sources: Sources) -> dict[str, Json]:
         status = "degraded" if fallback.pending else "ok"
         detail = f"{lines} records are waiting to be written back" if lines else "nothing waiting"
         found[f"fallback-{name}"] = {"status": whole or status, "detail": detail}
-    letters = pipeline.letters.total
+    letters = pipeline.letters.book.total
     found["dead-letters"] = {
         "status": whole or ("degraded" if letters else "ok"),
         "detail": f"{letters} letters" if letters else "none",

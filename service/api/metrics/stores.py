@@ -35,7 +35,7 @@ def _disk(sources: Sources) -> Samples:
 
 
 def _dead_letters(sources: Sources) -> Samples:
-    held = sources.pipeline.letters.held
+    held = sources.pipeline.letters.book.held
     for name in sources.pipeline.stages:
         if name != "span-ingestion":  # refuses what it fails on
             yield (name,), held[name].letters if name in held else 0

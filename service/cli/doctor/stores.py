@@ -22,7 +22,7 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.schema import FILE
 from betrace.service.storage.ledger.base import AMOUNT, tenant_account
 from betrace.service.storage.ledger.open import LEDGER_FILE
-from betrace.service.storage.ledger.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from betrace.service.storage.ledger.sqlite import SCHEMA
 from betrace.service.storage.paths import tenant_directory, tenants_with
 from betrace.service.storage.spanlog.frames import pack_position
 from betrace.service.storage.spanlog.log import SpanLog
@@ -85,7 +85,7 @@ def checkpoint(settings: Settings) -> Iterator[Finding]:
     """Whether the newest checkpoint is readable, and how old it is."""
     files = checkpoint_files(settings.storage.path / "checkpoints")
     if not files:
-        yield Finding("checkpoint", OK, "there is none yet; a start reads the whole log")
+        yield Finding("checkpoint", OK, "no checkpoint yet; a start reads the whole log")
         return
     try:
         snapshot = read_checkpoint(files[0])
@@ -112,7 +112,7 @@ def ledger(settings: Settings) -> Iterator[Finding]:
     if path.exists():
         yield _sqlite(path)
     else:
-        yield Finding("ledger", OK, "there is none yet")
+        yield Finding("ledger", OK, "no ledger yet")
     if settings.ledger.kind == "tigerbeetle":
         yield from _tigerbeetle(settings)
 
@@ -124,9 +124,9 @@ def _sqlite(path: Path) -> Finding:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
             (kind,) = database.execute("PRAGMA application_id").fetchone()
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if kind != APPLICATION_ID:
+            if kind != SCHEMA.application_id:
                 return Finding("ledger", FAILED, f"{path} is not a ledger of BeTrace", remedy)
-            if version > SCHEMA_VERSION:
+            if version > SCHEMA.version:
                 text = f"{path} was written by a newer version ({version})"
                 return Finding("ledger", FAILED, text, "run that version of BeTrace")
             database.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)

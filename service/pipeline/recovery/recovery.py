@@ -21,7 +21,7 @@ import trio
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import ERROR, SpanBatch
-from betrace.service.pipeline.stages.correlate import NotNow
+from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.pool import PoolTimeout
@@ -81,6 +81,7 @@ class Recovery:
         self._directory = settings.storage.path / "checkpoints"
         self._max_body = settings.ingest.max_body_bytes
         self._log, self._store = stores.log, stores.duckdb
+        self._traces = pipeline.open_traces
         self._correlate = pipeline.correlate
         self._progress = pipeline.progress
         self._in_flight = pipeline.in_flight
@@ -122,7 +123,7 @@ class Recovery:
         if snapshot is not None:
             snapshot = self._without_deleted(snapshot)
             try:
-                self._correlate.restore(snapshot)
+                self._traces.restore(snapshot)
             except ValueError as error:
                 _log.warning(
                     "the checkpoint cannot be used, so the whole log is replayed: %s", error
@@ -136,7 +137,7 @@ class Recovery:
         self._remember_closed(snapshot)
         try:
             for signals in self._record.since(snapshot.recorded, snapshot.taken_ns):
-                self._correlate.note_raised(signals)
+                self._traces.note_raised(signals)
                 self._project(signals)
         except (LedgerError, OSError) as error:
             _log.error(
@@ -286,16 +287,16 @@ class Recovery:
         """Save a checkpoint; returns whether that worked. Waits first until everything that left
         the traces is stored."""
         async with self._saving:
-            retried = self._letters.retries()
+            retried = self._letters.book.retries()
             recorded = await self._threads.run(self._record.last_entries)
             try:
-                snapshot = await self._threads.run(self._correlate.snapshot)
+                snapshot = await self._threads.run(self._traces.snapshot)
             except NotNow as error:
                 self.failures += 1
                 _log.warning("this checkpoint is skipped: %s", error)
                 return False
-            letters = self._letters.saved_in(retried, snapshot.progress)
-            if not self._letters.spans:
+            letters = self._letters.book.saved_in(retried, snapshot.progress)
+            if not self._letters.book.spans:
                 await self._threads.run(self._correlate.settled)
             snapshot = replace(snapshot, letters=letters, recorded=recorded)
             began = trio.current_time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -25,11 +25,16 @@ from betrace.service.storage.ledger.base import (
     transfer_id,
 )
 from betrace.service.storage.ledger.clients import Clients
+from betrace.service.storage.sqlite_file import (
+    NewerFileError,
+    Schema,
+    connect,
+    open_file,
+    remedy,
+    transaction,
+)
 
-SCHEMA_VERSION = 2
-APPLICATION_ID = 0x42544C47  # "BTLG", for file(1)
 _IDS_PER_QUERY = 500
-_BUSY_SECONDS = 2.0
 # Pages in the write-ahead log after which a commit moves them into the file. Callers wait for
 # outgoing signals to be written, but nobody waits for them to be settled.
 _LOG_PAGES = 1000
@@ -38,7 +43,7 @@ _CLOSE_SECONDS = 5.0
 
 # Transfers are written once; the triggers refuse any change. Balances follow from them in the same
 # transaction, and exist only to save adding up.
-_SCHEMA = f"""
+_VERSION_1 = f"""
 CREATE TABLE transfers (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
@@ -71,18 +76,17 @@ END;
 CREATE TRIGGER keep_all_accounts BEFORE DELETE ON accounts BEGIN
     SELECT RAISE(ABORT, 'the ledger is append-only');
 END;
-PRAGMA application_id = {APPLICATION_ID};
 """
 
 # Signals on their way to another ledger, for which this file is the journal.
-_OUTGOING = f"""
+_VERSION_2 = """
 CREATE TABLE outgoing (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
     signal BLOB NOT NULL
 ) STRICT;
-PRAGMA user_version = {SCHEMA_VERSION};
 """
+SCHEMA = Schema(0x42544C47, [_VERSION_1, _VERSION_2])  # "BTLG"
 
 _TRANSIENT = {
     sqlite3.SQLITE_BUSY,
@@ -127,9 +131,7 @@ class SqliteLedger:
         self._path = path
         self._synchronous = synchronous.upper()
         with self._errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as connection:
-                self._migrate(connection)
+            open_file(path, SCHEMA).close()
         self._clients = Clients(self._open, _Connections.close)
         with self._clients.use():
             pass
@@ -140,9 +142,7 @@ class SqliteLedger:
         return self._clients.counts
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
+        connection = connect(self._path)
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 
@@ -158,19 +158,6 @@ class SqliteLedger:
                 raise
         return _Connections(writer, reader)
 
-    def _migrate(self, db: sqlite3.Connection) -> None:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise LedgerError(
-                f"{self._path} was written by a newer program (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade, or choose another data directory",
-                transient=False,
-            )
-        db.execute("PRAGMA journal_mode = WAL")
-        if version < SCHEMA_VERSION:
-            first = _SCHEMA if version == 0 else ""
-            db.executescript(f"BEGIN IMMEDIATE;{first}{_OUTGOING}COMMIT;")
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Raise SQLite's errors as :exc:`LedgerError`."""
@@ -179,12 +166,15 @@ class SqliteLedger:
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             transient = code in _TRANSIENT
-            remedy = (
-                "check the disk's space and health, and that no other program locks the file"
-                if transient
-                else "restore the file, or move it away to begin a new ledger"
-            )
-            raise LedgerError(f"{self._path}: {error}: {remedy}", transient=transient) from error
+            if isinstance(error, NewerFileError):
+                advice = remedy(error, "")
+            elif transient:
+                advice = (
+                    "check the disk's space and health, and that no other program locks the file"
+                )
+            else:
+                advice = "restore the file, or move it away to begin a new ledger"
+            raise LedgerError(f"{self._path}: {error}: {advice}", transient=transient) from error
 
     @contextmanager
     def _writing(
@@ -197,14 +187,8 @@ class SqliteLedger:
             if synchronous is not None:
                 db.execute(f"PRAGMA synchronous = {synchronous}")
             try:
-                db.execute("BEGIN IMMEDIATE")
-                try:
+                with transaction(db):
                     yield db
-                    db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
             finally:
                 if synchronous is not None:
                     db.execute(f"PRAGMA synchronous = {self._synchronous}")

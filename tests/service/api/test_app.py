@@ -110,7 +110,7 @@ async def test_each_kind_of_endpoint_checks_its_callers(service):
     await client.get("/api/performance/metrics", 403, Authorization="Bearer acme")
     await client.get("/api/performance/metrics", Authorization="Bearer op")
     await client.post("/api/admin/pipeline/pause", 403, Authorization="Bearer acme")
-    assert service.edge.state == "open"
+    assert service.admission.state == "open"
     await client.get("/metrics", 403, Authorization="Bearer acme")
     await client.get("/metrics", Authorization="Bearer scrape")
     await client.get("/readyz", 503)

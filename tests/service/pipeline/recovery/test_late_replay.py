@@ -21,7 +21,7 @@ async def test_a_late_span_in_the_tail_of_the_log(tmp_path):
             while active_signals(service) != {(TRACE.hex(), "no-b")}:
                 await trio.sleep(0.05)
             while any(
-                traces.closed_count for traces in service.pipeline.correlate.tenants.values()
+                traces.closed_count for traces in service.pipeline.open_traces.tenants.values()
             ):
                 await trio.sleep(0.1)
         assert await service.recovery.save()

@@ -177,9 +177,9 @@ async def test_a_long_log_is_read_with_few_traces_open(tmp_path):
     )
     async with running(config) as service:
         assert (
-            sum(traces.open_count for traces in service.pipeline.correlate.tenants.values()) <= 12
+            sum(traces.open_count for traces in service.pipeline.open_traces.tenants.values()) <= 12
         )
-        assert service.pipeline.correlate.counts.closed_for_room >= 88
+        assert service.pipeline.open_traces.counts.closed_for_room >= 88
         await closed(service)
         broken = {(trace_id(n), "no-b") for n in range(2, 100)}
         assert active_signals(service) == broken

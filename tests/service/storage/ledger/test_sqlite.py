@@ -92,7 +92,7 @@ def test_a_batch_is_all_or_nothing(ledger: SqliteLedger) -> None:
 def test_a_file_locked_by_another_process_is_transient(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("betrace.service.storage.ledger.sqlite._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("betrace.service.storage.sqlite_file.BUSY_SECONDS", 0.05)
     ledger = SqliteLedger(path, synchronous="normal")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -199,7 +199,7 @@ class Hanging:
 def test_a_connection_that_hangs_is_replaced(
     ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("betrace.service.storage.sqlite_file.BUSY_SECONDS", 0.05)
     ledger._clients.pause = 0
     hanging = Hanging(ledger, monkeypatch)
     ledger.replace(hanging.began)
