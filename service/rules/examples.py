@@ -7,6 +7,7 @@ children.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from betrace.service.rules.syntax import KINDS, STATUSES
 MAX_EXAMPLES = 20  # of a rule
 MAX_SPANS = 1000  # of an example
 MAX_DEPTH = 10  # of children
+MAX_NESTING = 20  # of values of attributes
+MAX_BYTES = 64 * 1024  # of a rule's examples, as JSON
 EXPECTATIONS = ("broken", "kept")
 CLAUSES = ("always", "never")
 
@@ -104,6 +107,9 @@ def read_examples(given: Sequence[Any]) -> tuple[tuple[Example, ...], list[Examp
             examples.append(_example(each, (number,)))
         except _Faults as error:
             faults.append(error.fault)
+    if not faults and len(json.dumps(given)) > MAX_BYTES:
+        message = f"'examples' has more than {MAX_BYTES >> 10} KiB as JSON"
+        return (), [ExampleFault((), message, "shorten the examples, or split the rule")]
     return tuple(examples), faults
 
 
@@ -212,13 +218,15 @@ def _is_time(kind: str, value: float) -> bool:
     return kind != _NUMBER or -_MAX_TIME_MS <= value <= _MAX_TIME_MS
 
 
-def _attribute(value: Any, at: _Path) -> None:
+def _attribute(value: Any, at: _Path, depth: int = 1) -> None:
+    if depth > MAX_NESTING:
+        raise _Faults(at, f"the value nests deeper than {MAX_NESTING} levels")
     if isinstance(value, list):
         for number, item in enumerate(value):
-            _attribute(item, (*at, number))
+            _attribute(item, (*at, number), depth + 1)
     elif isinstance(value, dict):
         for name, item in value.items():
-            _attribute(item, (*at, str(name)))
+            _attribute(item, (*at, str(name)), depth + 1)
     elif isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
         raise _Faults(at, f"{value} is not a 64-bit integer", "write it as text or as a decimal")
     elif isinstance(value, float) and not math.isfinite(value):

@@ -18,6 +18,7 @@ from betrace.service.rules.syntax import KINDS, STATUSES
 from betrace.service.traces.slices import CpuSlice
 from betrace.service.traces.trial import Trial, TrialError, Verdict
 
+MAX_BODY_BYTES = 4 * 1024 * 1024
 _TRACE_ID = b"\xbe" * 16
 _EPOCH_NS = 1_700_000_000 * 10**9  # of start_ms 0
 
@@ -75,8 +76,10 @@ def _fault(
 
 
 def example_body(example: Example) -> bytes:
-    """The spans of an example as an OTLP export request in protobuf."""
+    """The spans of an example as an OTLP export request in protobuf. Raises :exc:`TrialError` if it
+    has more than 4 MiB."""
     request = ExportTraceServiceRequest()
+    size = 0
     for span in flat_spans(example.spans):
         resource_spans = request.resource_spans.add()
         resource = dict(span.get("resource", {}))
@@ -86,6 +89,9 @@ def example_body(example: Example) -> bytes:
         scope_spans = resource_spans.scope_spans.add()
         scope_spans.scope.name = span.get("scope", "")
         _fill(scope_spans.spans.add(), span)
+        size += resource_spans.ByteSize()
+        if size > MAX_BODY_BYTES:
+            raise TrialError(f"its spans have more than {MAX_BODY_BYTES >> 20} MiB")
     return request.SerializeToString()
 
 

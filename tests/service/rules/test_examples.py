@@ -96,10 +96,8 @@ def test_disabled_rules_are_checked_too():
 
 
 def test_too_much_work_is_an_error():
-    made = rule(
-        'never { a.where(x matches "(a|b)*c") }',
-        {"expect": "kept", "spans": [{"name": "a", "attributes": {"x": "ab" * 2000}}] * 50},
-    )
+    span = {"name": "a", "times": 50, "attributes": {"x": "ab" * 2000}}
+    made = rule('never { a.where(x matches "(a|b)*c") }', {"expect": "kept", "spans": [span]})
     (problem,) = check_examples([made], cpu_seconds=0)
     assert "too much processor time" in problem.message
 
@@ -249,6 +247,19 @@ def test_children_nest_to_a_depth():
 def test_a_rule_has_a_limited_number_of_examples():
     (problem,) = faults(*[{"expect": "kept", "spans": ["b"]}] * (MAX_EXAMPLES + 1))
     assert problem.message == f"'examples' has more than {MAX_EXAMPLES} entries"
+
+
+def test_examples_are_limited_in_size():
+    large = {"name": "a", "attributes": {"x": "x" * 60_000}}
+    (problem,) = faults({"expect": "kept", "spans": [large, large]})
+    assert problem.message == "'examples' has more than 64 KiB as JSON"
+    message = failing("b", expect="kept", spans=[{**large, "times": 100}])
+    assert message.endswith("cannot be evaluated: its spans have more than 4 MiB")
+    nested: Any = "x"
+    for _ in range(2000):
+        nested = [nested]
+    (problem,) = faults({"expect": "kept", "spans": [{"name": "a", "attributes": {"x": nested}}]})
+    assert "deeper than 20 levels" in problem.message
 
 
 def test_errors_have_their_line_and_column():
