@@ -37,6 +37,12 @@ def signal_id(
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def incomplete_text(missing: int) -> str:
+    """Says that the parents of some spans are missing."""
+    parents = "1 parent" if missing == 1 else f"{missing} parents"
+    return f"the trace is incomplete: {parents} never came"
+
+
 @dataclass(frozen=True, slots=True)
 class Signal:
     """One entry of the ledger. Times are nanoseconds since 1970, ids lower-case hex.

@@ -29,7 +29,7 @@ from betrace.service.cli.common import (
 )
 from betrace.service.cli.rule_library import library
 from betrace.service.rules.candidates import plan
-from betrace.service.rules.definition import Problem, Rule, RuleFileError
+from betrace.service.rules.definition import SKIP, Problem, Rule, RuleFileError
 from betrace.service.rules.units import unit_warnings
 from betrace.service.rules.yaml_file import load_file
 
@@ -167,7 +167,7 @@ class Report:
     rules: int
     problems: tuple[Problem, ...]
     plans: tuple[tuple[str, str], ...] = ()
-    """How each rule that relates spans is decided: its id and a sentence."""
+    """How each rule is decided that counts alone do not decide: its id and a sentence."""
     examples: int = 0
     """Examples that were run."""
     warnings: tuple[Problem, ...] = ()
@@ -194,7 +194,7 @@ class Report:
 
     def to_json(self) -> Json:
         """The report. Lines and columns count within the file, and are null if unknown. ``plans``
-        are there only if some rules relate spans."""
+        are there only if there is one."""
         plans = {"plans": dict(self.plans)} if self.plans else {}
         return {
             "valid": not self.problems,
@@ -236,9 +236,18 @@ def check_files(names: Sequence[Path]) -> Report:
         rules += found
         problems += _run_examples(found, str(path))
         warnings += unit_warnings(found, str(path))
-    plans = tuple((rule.id, plan(rule.syntax)) for rule in rules if rule.syntax.relational)
+    plans = tuple((rule.id, how) for rule in rules if (how := _plan(rule)) is not None)
     examples = sum(len(rule.examples) for rule in rules)
     return Report(tuple(paths), len(rules), tuple(problems), plans, examples, tuple(warnings))
+
+
+def _plan(rule: Rule) -> str | None:
+    """How a rule is decided, if that takes more than its counts."""
+    if rule.syntax.relational:
+        return plan(rule.syntax)
+    if rule.incomplete == SKIP:
+        return "reads a trace back from the span log when it closes, if it seems to break the rule"
+    return None
 
 
 def _run_examples(rules: Sequence[Rule], source: str) -> list[Problem]:

@@ -24,13 +24,14 @@ from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.rules.wording import breach_text
+from betrace.service.signals import incomplete_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.trace_spans import trace_spans
-from betrace.service.traces.verdicts import incomplete_text, raise_signal
+from betrace.service.traces.verdicts import raise_signal
 
 _MASK = 2**64 - 1
 

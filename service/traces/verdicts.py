@@ -12,7 +12,14 @@ from betrace.service.otlp.columns import Rows
 from betrace.service.rules.definition import SHADOW, Rule
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.wording import breach_text, counts_text
-from betrace.service.signals import MISSING_PARENTS, MODE, Kind, Signal, signal_id
+from betrace.service.signals import (
+    MISSING_PARENTS,
+    MODE,
+    Kind,
+    Signal,
+    incomplete_text,
+    signal_id,
+)
 from betrace.service.traces.decide import (
     ALWAYS_BROKEN,
     CLAUSES,
@@ -217,12 +224,6 @@ def _caveat(due: DueTraces, k: int) -> str | None:
     if due.rows[k, FLAGS] & PARTIAL:
         return "the trace is partial: some of its earlier spans were not counted"
     return None
-
-
-def incomplete_text(missing: int) -> str:
-    """Says that the parents of some spans are missing."""
-    parents = "1 parent" if missing == 1 else f"{missing} parents"
-    return f"the trace is incomplete: {parents} never came"
 
 
 def marked_incomplete(signal: Signal, missing: int) -> Signal:

@@ -217,6 +217,15 @@ def test_the_plan_of_rules_that_relate_spans_is_shown(tmp_path: Path) -> None:
     ]
 
 
+def test_a_rule_that_skips_incomplete_traces_says_how_it_is_decided(rules: Path) -> None:
+    rules.write_text("rules: [{id: a, incomplete: skip, condition: 'never { a }'}]")
+    result = betrace("rules", "check", rules)
+    assert result.stdout.splitlines() == [
+        "a: reads a trace back from the span log when it closes, if it seems to break the rule",
+        "1 file, 1 rule: all good",
+    ]
+
+
 def test_examples_are_run_and_warnings_shown(rules: Path) -> None:
     rules.write_text(
         RULES.replace("count(loop) > 5", "loop.where(span:duration > 500)")

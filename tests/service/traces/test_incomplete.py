@@ -17,12 +17,12 @@ from betrace.service.rules.definition import make_rule
 from betrace.service.rules.parse import parse
 from betrace.service.rules.relations import judge
 from betrace.service.rules.trace_tree import TraceTree
-from betrace.service.signals import Kind
+from betrace.service.signals import Kind, incomplete_text
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.trial import Trial
-from betrace.service.traces.verdicts import decide_due, incomplete_text, marked_incomplete
+from betrace.service.traces.verdicts import decide_due, marked_incomplete
 from tests.support.examples import examples
 from tests.support.relational_engine import RelationalEngine
 from tests.support.relational_strategies import case_traces, encode_cases, relational_rules
