@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from betrace.service.cli.main import cli
 from betrace.service.cli.rule_library import THEMES, LibraryRule, library_rules
+from betrace.service.pipeline.request import Done
 from betrace.service.rules.units import unit_warnings
 from betrace.service.rules.yaml_file import load_text
-from betrace.service.traces.example_runs import check_examples
+from betrace.service.traces.example_runs import check_examples, example_body
+from tests.support.inprocess import active_signals, closed, request, running, settings
 
 RULES = library_rules()
 
@@ -32,6 +35,42 @@ def test_each_rule_has_examples_that_keep_it_and_break_it(each: LibraryRule) -> 
     assert {example.expect for example in each.rule.examples} == {"kept", "broken"}
     assert check_examples([each.rule]) == unit_warnings([each.rule]) == []
     assert load_text(each.text, "x") == [each.rule]
+
+
+@pytest.mark.slow
+async def test_the_service_says_of_the_examples_what_they_say(tmp_path: Path) -> None:
+    folder = tmp_path / "rules"
+    folder.mkdir()
+    for each in RULES:
+        (folder / f"{each.rule.id}.yaml").write_text(each.text)
+    sent = {
+        number.to_bytes(16, "big"): (each.rule.id, example)
+        for number, (each, example) in enumerate(
+            ((each, example) for each in RULES for example in each.rule.examples), 1
+        )
+    }
+    async with running(settings(tmp_path)) as service:
+        for trace_id, (_, example) in sent.items():
+            body = ExportTraceServiceRequest.FromString(example_body(example))
+            for resource in body.resource_spans:
+                for scope in resource.scope_spans:
+                    for span in scope.spans:
+                        span.trace_id = trace_id
+            asked = request(body.SerializeToString())
+            await service.pipeline.requests.send(asked)
+            assert isinstance(await asked.reply.wait(), Done)
+        await closed(service)
+        raised = active_signals(service)
+    found = {
+        (trace_id.hex(), rule)
+        for trace_id, (rule, _) in sent.items()
+        if (trace_id.hex(), rule) in raised
+    }
+    assert found == {
+        (trace_id.hex(), rule)
+        for trace_id, (rule, example) in sent.items()
+        if example.expect == "broken"
+    }
 
 
 def test_the_library_is_listed() -> None:
