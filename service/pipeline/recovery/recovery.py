@@ -28,9 +28,10 @@ from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Record
+from betrace.service.storage.spanlog.damage import Skipped
 from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame, pack_position, unpack_position
-from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.telemetry import events
 from betrace.service.times import write_time
 from betrace.service.traces.checkpoint import (
@@ -59,7 +60,7 @@ class Replayed:
     frames: int = 0
     spans: int = 0
     damaged: int = 0
-    """Frames that could not be read."""
+    """Frames, and places of the log, that could not be read."""
 
 
 class Recovery:
@@ -231,10 +232,11 @@ class Recovery:
     def _batches(self) -> Iterator[SpanBatch]:
         """The frames that the traces do not contain, in batches of one tenant. Each frame becomes
         pending before it is returned."""
-        for tenant in self._log.tenants():
+        progress = self._progress.snapshot()
+        for tenant in sorted({*self._log.tenants(), *progress}):
             if tenant in self._deleted:
                 continue
-            last, pending = self._progress.snapshot().get(tenant, (0, []))
+            last, pending = progress.get(tenant, (0, []))
             positions: list[int] = []
             frames: list[Frame] = []
             spans = 0
@@ -256,7 +258,13 @@ class Recovery:
                 self._progress.folded(tenant, [position])
             else:
                 yield position, frame
-        for position, frame in self._log.frames(tenant, start=last or None):
+        if last:
+            self._log.continue_after(tenant, last)
+
+        def skipped(found: Skipped) -> None:
+            self.replayed.damaged += not found.torn
+
+        for position, frame in self._log.frames(tenant, start=last or None, skipped=skipped):
             if position > last:
                 self._progress.register(tenant, [position])
                 yield position, frame

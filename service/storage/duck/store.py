@@ -33,6 +33,7 @@ from betrace.service.storage.duck.arrow import (
 )
 from betrace.service.storage.duck.files import DuckFiles, attachable
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, SummaryRow, TraceRow
+from betrace.service.storage.duck.schema import TABLES, StoreCorrupt
 from betrace.service.storage.duck.search import TraceFilter, TracePage, search
 
 _ALL_SIGNALS = SignalFilter()
@@ -88,6 +89,12 @@ class DuckStore:
         self.on_change: Callable[[str, StoreChange | None], None] = _ignore
         """Called for every write, in its thread and before it returns, even if it failed, with the
         tenant and what was written; None if anything may have changed."""
+        self.incomplete: set[str] = set()
+        """Tenants whose files lack rows until they are rebuilt."""
+
+    def on_damaged(self, call: Callable[[StoreCorrupt], None]) -> None:
+        """Have ``call`` called whenever damage in a file is met, in the thread that met it."""
+        self._files.on_damaged = call
 
     # Writing
 
@@ -287,6 +294,14 @@ class DuckStore:
             )
         assert row is not None
         return RowCounts(*row)
+
+    def verify(self, tenant: str) -> None:
+        """Read everything in the tenant's file. Raises ``StoreCorrupt`` if any of it is damaged."""
+        if not self._files.has(tenant):
+            return
+        with self._files.use(tenant) as db:
+            for table in TABLES:
+                queries.one(db, f"SELECT bit_xor(hash(t)) FROM {table} AS t")
 
     # Files
 
