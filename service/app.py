@@ -439,6 +439,7 @@ class Service:
         await self.threads.run(self.registry.store.load)
         nursery.start_soon(self.rule_watch.run)
         nursery.start_soon(self.latencies.recent.run)
+        nursery.start_soon(self.latencies.watch_timers)
         nursery.start_soon(self.watch.run)
         nursery.start_soon(self.sources.data_directory.run)
         await self.removal.take_up()

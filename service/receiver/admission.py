@@ -126,10 +126,10 @@ class Admission:
         case."""
         if self._authenticator is None:
             return self._check(method, path, headers, None)
-        authorization = None
+        authorization: str | None = None
         for name, value in headers:
             if name == b"authorization":
-                authorization = value.decode("latin-1")
+                authorization = joined(authorization, value)
         caller: str | Denied | None = None
         if authorization is not None:
             caller = self._authenticator.remembered(authorization)
@@ -152,7 +152,7 @@ class Admission:
             elif name == b"content-encoding":
                 encoding_header = encoding_header + b"," + value if encoding_header else value
             elif name == b"x-scope-orgid":
-                tenant_header = value.decode("latin-1")
+                tenant_header = joined(tenant_header, value)
         kind = content_type(type_header)
         encoding = content_encoding(encoding_header)
         length = int(length_header) if length_header and length_header.isdigit() else None
@@ -279,3 +279,10 @@ class Admission:
 def _accepted(kind: str, outcome: Done) -> HttpResponse:
     body = export_response(kind == JSON, outcome.rejected, outcome.message)
     return respond(200, body, MEDIA_TYPES[kind])
+
+
+def joined(before: str | None, value: bytes) -> str:
+    """The value of a header that may be repeated (RFC 9110, 5.3). Two tenants or two tokens give a
+    value that is neither."""
+    text = value.decode("latin-1")
+    return text if before is None else f"{before}, {text}"

@@ -282,6 +282,14 @@ class DuckStore:
             ).to_arrow_table()
         return trace_id_halves(table["trace_id"].combine_chunks())
 
+    def count_traces(self, tenant: str, since: int) -> int:
+        """The number of traces last seen at ``since`` or later."""
+        if not self._files.has(tenant):
+            return 0
+        with self._files.use(tenant) as db:
+            row = queries.one(db, "SELECT count(*) FROM traces WHERE last_seen_ns >= ?", [since])
+        return int(row[0]) if row else 0
+
     def counts(self, tenant: str) -> RowCounts:
         """The number of rows. Fewer signals than in the ledger means that a rebuild is needed."""
         if not self._files.has(tenant):
