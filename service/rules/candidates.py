@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from betrace.service.rules.build import all_of, any_of
 from betrace.service.rules.exact import number
 from betrace.service.rules.format import format_condition
 from betrace.service.rules.syntax import (
@@ -41,6 +40,8 @@ from betrace.service.rules.syntax import (
     Scope,
     SpanSet,
     Truthy,
+    all_of,
+    any_of,
 )
 from betrace.service.rules.values import Exact, read_number
 

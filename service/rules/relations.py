@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from betrace.service.rules import exact
-from betrace.service.rules.evaluation import FOREVER, Evaluation, Group, TooMuchWorkError
+from betrace.service.rules.evaluation import Evaluation
 from betrace.service.rules.exact import UnknownError
 from betrace.service.rules.format import format_check, format_ref
 from betrace.service.rules.syntax import ForEach, RuleSyntax, SpanSet, span_sets
 from betrace.service.rules.trace_tree import TraceTree
+from betrace.service.rules.workspace import FOREVER, Group, TooMuchWorkError, Workspace
 
 MAX_MATCH_BYTES = 64 * 1024
 SHOWN = 5  # groups, and spans of each
@@ -59,7 +60,8 @@ class _Judging:
     ) -> None:
         self._rule = rule
         self._word = rule.for_each.word if rule.for_each else None
-        self._evaluation = Evaluation(trace, self._word, until, max_match_bytes)
+        self._run = Workspace(trace, self._word, until, max_match_bytes)
+        self._evaluation = Evaluation(self._run)
 
     def run(self) -> Judgement:
         rule = self._rule
@@ -72,7 +74,7 @@ class _Judging:
         broken: list[tuple[Group, str]] = []
         unknown: UnknownError | None = None
         for group in groups:
-            self._evaluation.enter(group)
+            self._run.enter(group)
             try:
                 clause = self._clause()
             except UnknownError as error:
@@ -118,7 +120,7 @@ class _Judging:
         counts: dict[str, int] = {}
         evidence: dict[str, list[str]] = {}
         for spans in sets:
-            if spans.bound or self._evaluation.is_dependent(spans):
+            if spans.bound or self._run.is_dependent(spans):
                 continue
             name = format_check(spans, self._word)
             try:

@@ -3,6 +3,7 @@ and hashable, so that rules can share equal checks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -223,6 +224,18 @@ class RuleSyntax:
     bare: bool = False
     for_each: ForEach | None = None
     relational: bool = False
+
+
+def all_of(items: Sequence[Node]) -> Node:
+    """The conjunction of one or more nodes; nested conjunctions are merged into it."""
+    flat = [part for item in items for part in (item.items if isinstance(item, And) else (item,))]
+    return flat[0] if len(flat) == 1 else And(tuple(flat))
+
+
+def any_of(items: Sequence[Node]) -> Node:
+    """The disjunction of one or more nodes; nested disjunctions are merged into it."""
+    flat = [part for item in items for part in (item.items if isinstance(item, Or) else (item,))]
+    return flat[0] if len(flat) == 1 else Or(tuple(flat))
 
 
 def span_sets(node: Node | None) -> list[SpanSet]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from cachetools import LRUCache
 
-from betrace.service.rules.evaluation import FOREVER
 from betrace.service.rules.relations import Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
+from betrace.service.rules.workspace import FOREVER
 from betrace.service.signals import Kind, Signal
 from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
 from betrace.service.traces.due import DueTraces

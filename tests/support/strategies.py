@@ -15,7 +15,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from betrace.service.rules.build import all_of, any_of
 from betrace.service.rules.syntax import (
     FIELDS,
     KINDS,
@@ -32,6 +31,8 @@ from betrace.service.rules.syntax import (
     Scope,
     SpanSet,
     Truthy,
+    all_of,
+    any_of,
 )
 from betrace.service.rules.values import number_text, read_number
 from tests.support.oracle import OracleSpan
