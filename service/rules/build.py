@@ -38,7 +38,7 @@ from betrace.service.rules.syntax import (
     any_of,
 )
 from betrace.service.rules.tree_tokens import as_tree, first_token, last_token
-from betrace.service.rules.values import read_number
+from betrace.service.rules.values import exact_number
 
 MAX_CHECKS = 256
 
@@ -223,7 +223,7 @@ class Builder:
         source = self._place.text[name.end_pos : last.end_pos].strip()
         if op == "in":
             hint = f"to compare an attribute: {name}.where(attribute in [ … ])"
-        elif read_number(str(last)) is None:
+        elif exact_number(str(last)) is None:
             hint = f"to compare an attribute: {name}.where(attribute {source})"
         else:
             hint = f"to compare the number of spans: count({name}) {source}"

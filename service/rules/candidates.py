@@ -5,8 +5,8 @@ for every trace that breaks the rule. Only the traces for which it holds, the *c
 back and judged. The condition consists of the old nodes, which the fold counts.
 
 A condition is bounded from above (it holds whenever the original does) or from below (the original
-holds whenever it does); ``not`` swaps the two. Comparisons are kept only if the fold compares as
-:mod:`betrace.service.rules.exact` does: numbers and texts that look like numbers differ in details.
+holds whenever it does); ``not`` swaps the two. Comparisons with literals are kept, because the fold
+compares as :mod:`betrace.service.rules.exact` does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from betrace.service.rules.syntax import (
     Literal,
     Node,
     Not,
+    Number,
     Or,
     Predicate,
     Ref,
@@ -43,13 +44,12 @@ from betrace.service.rules.syntax import (
     all_of,
     any_of,
 )
-from betrace.service.rules.values import Exact, read_number
+from betrace.service.rules.values import exact_text
 
 Bound = Node | bool
 """A condition, or its constant value."""
 
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def candidate(rule: RuleSyntax) -> Bound:
@@ -133,12 +133,12 @@ class _Bounds:
             spans = self.spans(self._with(own), above=True)
             return False if spans is None else Exists(spans)
         if left.scope == "root" and left.attribute == Attribute(Scope.FIELD, "name"):
-            names = [_plain(each) for each in node.right]
-            if op in ("==", "in") and None not in names:
-                return _any(Exists(SpanSet(name)) for name in names if name is not None)
+            names = [each.value if isinstance(each, Constant) else None for each in node.right]
+            if op in ("==", "in") and all(isinstance(name, str) and _plain(name) for name in names):
+                return _any(Exists(SpanSet(str(name))) for name in names)
         return above
 
-    def _aggregate(self, left: Aggregate, op: str, limit: Exact, above: bool) -> Bound:
+    def _aggregate(self, left: Aggregate, op: str, limit: Number, above: bool) -> Bound:
         value = math.floor(limit)
         whole = value == limit
         high, low = (self.spans(left.spans, above=each) for each in (True, False))
@@ -194,42 +194,40 @@ class _Bounds:
                 return _any(self._predicate(item, above) for item in items)
             case Not(item):
                 return _negated(self._predicate(item, not above))
-            case Given(Ref("", attribute), True):
-                # The fold takes NaN for true.
-                old = attribute.scope is not Scope.FIELD or attribute.name in FIELDS
-                return Truthy(attribute) if above and old else above
+            case Given(Ref("", attribute), True) if _folded(attribute):
+                return Truthy(attribute)
             case Comparison(Ref("", attribute), op, right):
                 return _own(attribute, op, right, above)
             case _:
                 return above
 
 
+def _folded(attribute: Attribute) -> bool:
+    """Whether the fold knows an attribute or field."""
+    return attribute.scope is not Scope.FIELD or attribute.name in FIELDS
+
+
 def _own(attribute: Attribute, op: str, right: tuple[Expression, ...], above: bool) -> Bound:
-    """A comparison of an own attribute with literals, if the fold compares in the same way."""
-    if attribute.scope is Scope.FIELD:
-        if attribute.name not in FIELDS:
-            return above
-        if attribute.name == "duration":
-            (limit, *_) = right
-            if op in _MIRRORED and isinstance(limit, Constant) and isinstance(limit.value, int):
-                return Compare(attribute, op, (Literal(str(limit.value), limit.value),))
-            return above
-    texts = [_plain(each) for each in right]
-    if None in texts or op not in ("==", "in", "contains", "!="):
+    """A comparison of an own attribute with literals, if the fold can make it."""
+    if not _folded(attribute) or op == "matches":
         return above
-    if op == "!=" and attribute.scope is not Scope.FIELD:
-        return above  # of an array
-    return Compare(attribute, op, tuple(Literal(text, None) for text in texts if text is not None))
+    literals = tuple(map(_literal, right))
+    if any(each is None for each in literals):
+        return above
+    return Compare(attribute, op, tuple(each for each in literals if each is not None))
 
 
-def _plain(node: Expression) -> str | None:
-    """The text of a literal that does not look like a number."""
-    if not isinstance(node, Constant) or not isinstance(node.value, str):
+def _literal(node: Expression) -> Literal | None:
+    if not isinstance(node, Constant):
         return None
-    text = node.value
-    if read_number(text) is not None or number(text) is not None or text in _NOT_FINITE:
-        return None
-    return text
+    if isinstance(node.value, str):
+        return Literal(node.value, None)
+    return Literal(exact_text(node.value), node.value)
+
+
+def _plain(name: str) -> bool:
+    """Whether a span's name is found by this text alone, which is no pattern."""
+    return "*" not in name
 
 
 def _at_least(spans: SpanSet | None, least: int) -> Bound:

@@ -315,7 +315,6 @@ def _normalise(node: CountCompare) -> bool | tuple[SpanSet, int, SpanSet | int]:
 
 def _natural(spans: SpanSet, op: int, number: Number) -> bool | tuple[SpanSet, int, int]:
     limit = 2**62  # no count reaches it
-    number = max(-1.0, min(number, float(limit))) if isinstance(number, float) else number
     if op in (EQ, NE):
         if number != math.floor(number) or number < 0:
             return op == NE

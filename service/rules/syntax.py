@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-Number = int | float
+Number = int | Fraction
+"""An exact number."""
 
 
 class Scope(StrEnum):
@@ -40,9 +41,8 @@ class Literal:
     """A value in a rule.
 
     ``text`` is its text: the characters of a string, a number without trailing zeros (``1000``,
-    ``0.5``), a duration or word as written. ``number`` is its value if it reads as a number, else
-    None: an int if it has no fraction or exponent, else a float; a duration in nanoseconds. A
-    quoted ``"1500"`` reads as a number, too.
+    ``0.5``), a duration or word as written. ``number`` is the exact value of a number or duration
+    (in nanoseconds), None for text, such as a quoted ``"1500"``.
     """
 
     text: str
