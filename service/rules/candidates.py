@@ -60,7 +60,7 @@ def candidate(rule: RuleSyntax) -> Bound:
         parts.append(bounds.condition(rule.when, above=True))
     if rule.for_each is not None:
         spans = bounds.spans(rule.for_each.spans, above=True)
-        parts.append(False if spans is None else Exists(spans))
+        parts.append(_at_least(spans, 1, above=True))
     broken: list[Bound] = []
     if rule.always is not None:
         broken.append(_negated(bounds.condition(rule.always, above=False)))
@@ -102,12 +102,13 @@ class _Bounds:
                 found = self.spans(spans, above)
                 if found is None:
                     return False
-                return _all([Exists(found), *self._needed(spans.where)]) if above else Exists(found)
+                exists = _at_least(found, 1, above)
+                return _all([exists, *self._needed(spans.where)]) if above else exists
             case Before(first, second):
                 if not above:
                     return False
                 both = [self.spans(each, above=True) for each in (first, second)]
-                return _all(False if each is None else Exists(each) for each in both)
+                return _all(_at_least(each, 1, above=True) for each in both)
             case Comparison():
                 return self._comparison(node, above)
             case _:
@@ -131,7 +132,7 @@ class _Bounds:
         if self._each is not None and left.scope == self._each.word and not self._each.by:
             own = Comparison(Ref("", left.attribute), op, node.right)
             spans = self.spans(self._with(own), above=True)
-            return False if spans is None else Exists(spans)
+            return _at_least(spans, 1, above=True)
         if left.scope == "root" and left.attribute == Attribute(Scope.FIELD, "name"):
             names = [each.value if isinstance(each, Constant) else None for each in node.right]
             if op in ("==", "in") and all(isinstance(name, str) and _plain(name) for name in names):
@@ -148,14 +149,19 @@ class _Bounds:
             match op:
                 case ">" | ">=":
                     least = value + 1 if op == ">" or not whole else value
-                    return _at_least(more, least)
+                    return _at_least(more, least, above)
                 case "<" | "<=":
                     most = value - 1 if op == "<" and whole else value
-                    return _negated(_at_least(fewer, most + 1))
+                    return _negated(_at_least(fewer, most + 1, not above))
                 case "==":
                     if not whole:
                         return False
-                    return _all([_at_least(more, value), _negated(_at_least(fewer, value + 1))])
+                    return _all(
+                        [
+                            _at_least(more, value, above),
+                            _negated(_at_least(fewer, value + 1, not above)),
+                        ]
+                    )
                 case _:
                     return above
         if not above:
@@ -163,7 +169,7 @@ class _Bounds:
         needs = (op in (">", ">=") and value >= 0 and not (op == ">=" and limit == 0)) or (
             left.kind in ("avg", "min", "max") and op != "!="
         )
-        return _at_least(high, 1) if needs else True
+        return _at_least(high, 1, above) if needs else True
 
     def _with(self, own: Predicate) -> SpanSet:
         assert self._each is not None
@@ -230,12 +236,14 @@ def _plain(name: str) -> bool:
     return "*" not in name
 
 
-def _at_least(spans: SpanSet | None, least: int) -> Bound:
-    """Whether a set has so many spans."""
+def _at_least(spans: SpanSet | None, least: int, above: bool) -> Bound:
+    """Whether a set has so many spans, bounded from above or below."""
     if least <= 0:
         return True
     if spans is None:
         return False
+    if spans == SpanSet("*"):  # to count all spans would cost more than it saves
+        return True if least == 1 else above
     return Exists(spans) if least == 1 else CountCompare(spans, ">=", least)
 
 
