@@ -43,6 +43,7 @@ from betrace.service.rules.syntax import (
     Truthy,
     all_of,
     any_of,
+    span_sets,
 )
 from betrace.service.rules.values import exact_text
 
@@ -67,7 +68,16 @@ def candidate(rule: RuleSyntax) -> Bound:
     if rule.never is not None:
         broken.append(bounds.condition(rule.never, above=True))
     parts.append(_any(broken))
-    return _all(parts)
+    return _cheaper(_all(parts))
+
+
+def _cheaper(bound: Bound) -> Bound:
+    """Without what is asked of all spans, if there are conditions for spans with a name as well:
+    fewer traces are candidates with it, but every span would be compared."""
+    if not isinstance(bound, And):
+        return bound
+    named = [item for item in bound.items if all(each.name != "*" for each in span_sets(item))]
+    return all_of(named) if named else bound
 
 
 def plan(rule: RuleSyntax) -> str:

@@ -212,12 +212,8 @@ class Evaluation:
                 return None
             of = found
         if attribute.scope is Scope.FIELD:
-            return span_field(of, attribute.name)
-        if attribute.scope is Scope.ANY:
-            value = of.attributes.get(attribute.name)
-            if value is not None:
-                return exact.normal(value)
-        return exact.normal(of.resource.get(attribute.name))
+            return span_field(of, attribute)
+        return of.read(attribute)
 
     def _trace_field(self, name: str) -> int:
         match name:

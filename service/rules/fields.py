@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from betrace.service.rules import exact
 from betrace.service.rules.exact import Value
+from betrace.service.rules.syntax import Attribute
 from betrace.service.rules.trace_tree import SpanPart, TraceSpan
 
 
-def span_field(span: TraceSpan, name: str) -> Value:
+def span_field(span: TraceSpan, attribute: Attribute) -> Value:
     """A field of a span; None if the span does not have it."""
-    match name:
+    match attribute.name:
         case "name":
             return span.name
-        case "kind":
-            return span.kind
-        case "status":
-            return span.status
-        case "statusMessage":
-            return span.status_message
         case "duration":
             return max(0, span.end - span.start)
-        case "service":
-            return span.service
-        case "scope":
-            return span.scope
         case "id":
             return span.id
         case "parentId":
@@ -32,8 +23,10 @@ def span_field(span: TraceSpan, name: str) -> Value:
             return span.start
         case "end":
             return span.end
-        case _:
+        case "root":
             return not span.parent_id
+        case _:
+            return span.read(attribute)
 
 
 def part_value(scope: str, is_field: bool, name: str, part: SpanPart) -> Value:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -419,7 +420,7 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
     span = batch.spans[row]
     if attribute.scope is Scope.FIELD:
         return _read_field(attribute.name, batch, span)
-    key = np.frombuffer(attribute.name.encode("utf-8", "surrogatepass"), np.uint8)
+    key = _key(attribute.name)
     out = np.zeros(OUT_SIZE, np.int64)
     if attribute.scope is Scope.ANY:
         find_attribute(
@@ -430,7 +431,7 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
         find_resource_attribute(
             batch.buf, resource[RESOURCE_OFF], resource[RESOURCE_LEN], key, 0, len(key), out
         )
-    kind, value, length = int(out[TYPE]), int(out[VALUE]), int(out[LENGTH])
+    kind, value, length, _ = out.tolist()
     if kind == MISSING:
         return None
     if kind == STRING:
@@ -447,6 +448,11 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
     if kind == ARRAY:
         return [plain_value(item) for item in ArrayValue.FromString(data).values]
     return {}  # comparisons with a key-value list are false, whatever its contents
+
+
+@lru_cache(maxsize=4096)
+def _key(name: str) -> Bytes:
+    return np.frombuffer(name.encode("utf-8", "surrogatepass"), np.uint8)
 
 
 def plain_value(value: AnyValue) -> AttributeValue:
