@@ -40,10 +40,13 @@ def judge(
     *,
     until: float = FOREVER,
     max_match_bytes: int = MAX_MATCH_BYTES,
+    depends: dict[int, bool] | None = None,
 ) -> Judgement:
     """The verdict of a relational rule on a trace; undecided if it is not found by the time
-    ``until`` of :func:`time.monotonic`."""
-    judging = _Judging(rule, trace, until, max_match_bytes)
+    ``until`` of :func:`time.monotonic`. ``depends`` is scratch that may be kept with the rule."""
+    word = rule.for_each.word if rule.for_each else None
+    depends = {} if depends is None else depends
+    judging = _Judging(rule, Workspace(trace, word, until, max_match_bytes, depends))
     try:
         return judging.run()
     except TooMuchWorkError as error:
@@ -55,12 +58,10 @@ def judge(
 class _Judging:
     """One rule and one trace."""
 
-    def __init__(
-        self, rule: RuleSyntax, trace: TraceTree, until: float, max_match_bytes: int
-    ) -> None:
+    def __init__(self, rule: RuleSyntax, run: Workspace) -> None:
         self._rule = rule
-        self._word = rule.for_each.word if rule.for_each else None
-        self._run = Workspace(trace, self._word, until, max_match_bytes)
+        self._word = run.word
+        self._run = run
         self._evaluation = Evaluation(self._run)
 
     def run(self) -> Judgement:

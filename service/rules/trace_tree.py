@@ -7,21 +7,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from operator import attrgetter
 
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from betrace.service.otlp.columns import END as SPAN_END
-from betrace.service.otlp.columns import FLAGS as SPAN_FLAGS
-from betrace.service.otlp.columns import (
-    HAS_PARENT,
-    MSG_LEN,
-    MSG_OFF,
-    PARENT_ID,
-    SPAN_ID,
-    START,
-    SpanBatch,
-)
+from betrace.service.otlp.columns import MSG_LEN, MSG_OFF, SpanBatch
 from betrace.service.rules import exact
 from betrace.service.rules.exact import Value
 from betrace.service.rules.match import plain_value, read_attribute
@@ -32,7 +23,6 @@ from betrace.service.rules.values import AttributeValue
 Attributes = Mapping[str, AttributeValue]
 
 _SERVICE = Attribute(Scope.FIELD, "service")
-_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,23 +43,18 @@ class TraceSpan:
 
     __slots__ = ("_batch", "_parts", "_row", "_values", "end", "id", "name", "parent_id", "start")
 
-    def __init__(self, batch: SpanBatch, row: int, values: Sequence[int], name: str) -> None:
-        """``values`` is the row, ``name`` the span's name."""
+    def __init__(
+        self, batch: SpanBatch, row: int, id: str, parent_id: str, name: str, start: int, end: int
+    ) -> None:
         self._batch = batch
         self._row = row
         self._values: dict[Attribute, Value] = {}
         self._parts: tuple[Sequence[SpanPart], Sequence[SpanPart]] | None = None
-        self.id = f"{values[SPAN_ID] & _MASK:016x}"
-        self.parent_id = ""
-        if values[SPAN_FLAGS] & HAS_PARENT:
-            parent = values[PARENT_ID]
-            # 0 stands for an id of another length.
-            self.parent_id = (
-                f"{parent & _MASK:016x}" if parent else self._message().parent_span_id.hex()
-            )
+        self.id = id
+        self.parent_id = parent_id
         self.name = name
-        self.start = values[START]
-        self.end = values[SPAN_END]
+        self.start = start
+        self.end = end
 
     def read(self, attribute: Attribute) -> Value:
         """An attribute, or a field that spans have in rules of all kinds."""
@@ -96,8 +81,7 @@ class TraceSpan:
         return self._read_parts()[1]
 
     def _message(self) -> Span:
-        offset, length = self._batch.spans[self._row, [MSG_OFF, MSG_LEN]].tolist()
-        return Span.FromString(self._batch.buf[offset : offset + length].tobytes())
+        return span_message(self._batch, self._row)
 
     def _read_parts(self) -> tuple[Sequence[SpanPart], Sequence[SpanPart]]:
         if self._parts is None:
@@ -118,6 +102,12 @@ class TraceSpan:
         return self._parts
 
 
+def span_message(batch: SpanBatch, row: int) -> Span:
+    """The span in a row, as a message."""
+    offset, length = batch.spans[row, [MSG_OFF, MSG_LEN]].tolist()
+    return Span.FromString(batch.buf[offset : offset + length].tobytes())
+
+
 def _attributes(pairs: Sequence[KeyValue]) -> Attributes:
     """The first value of each key, as the fold sees it."""
     found: dict[str, AttributeValue] = {}
@@ -136,7 +126,7 @@ class TraceTree:
         self.by_id: dict[str, TraceSpan] = {}
         for span in spans:
             self.by_id.setdefault(span.id, span)
-        self.spans = sorted(self.by_id.values(), key=lambda span: (span.start, span.id))
+        self.spans = sorted(self.by_id.values(), key=attrgetter("start", "id"))
         self._names: dict[str, list[TraceSpan]] = {}
         for span in self.spans:
             self._names.setdefault(span.name, []).append(span)

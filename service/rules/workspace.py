@@ -45,10 +45,16 @@ class Group:
 
 class Workspace:
     """One rule and one trace; ``word`` is the bound word of the rule. Nodes are known by identity:
-    they live as long as the rule."""
+    they live as long as the rule. ``depends`` says which of them depend on the group; it is filled
+    here, and may be kept for other traces."""
 
     def __init__(
-        self, trace: TraceTree, word: str | None, until: float, max_match_bytes: int
+        self,
+        trace: TraceTree,
+        word: str | None,
+        until: float,
+        max_match_bytes: int,
+        depends: dict[int, bool],
     ) -> None:
         self.trace = trace
         self.word = word
@@ -61,7 +67,7 @@ class Workspace:
         self._left = STEPS + STEPS_OF_SPAN * len(trace.spans)
         self._look_at = self._left
         self._until = until
-        self._depends: dict[int, bool] = {}
+        self._depends = depends
 
     def enter(self, group: Group) -> None:
         """Let the bound word stand for a group from now on."""

@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from cachetools import LRUCache
 
+from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.relations import Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.rules.workspace import FOREVER
@@ -64,6 +66,7 @@ class RelationalRules:
         self._signals_of = signals_of
         self._seconds = seconds
         self._lock = threading.Lock()  # a thread that takes too long is left behind
+        self._depends: WeakKeyDictionary[CompiledRules, dict[int, bool]] = WeakKeyDictionary()
         self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
 
     def judge(self, due: DueTraces, candidates: Sequence[Breach]) -> Judged:
@@ -81,14 +84,24 @@ class RelationalRules:
                 self._add(judged, due, k, number, "the trace was not found", until)
         return judged
 
-    @staticmethod
     def _add(
-        judged: Judged, due: DueTraces, k: int, number: int, found: TraceTree | str, until: float
+        self,
+        judged: Judged,
+        due: DueTraces,
+        k: int,
+        number: int,
+        found: TraceTree | str,
+        until: float,
     ) -> None:
         if isinstance(found, str):
             judged.undecided.append(Undecided(k, number, found))
             return
-        judgement = judge(due.rules.rules[number].syntax, found, until=until)
+        judgement = judge(
+            due.rules.rules[number].syntax,
+            found,
+            until=until,
+            depends=self._depends.setdefault(due.rules, {}),
+        )
         if judgement.undecided is not None:
             judged.undecided.append(Undecided(k, number, judgement.undecided))
         elif judgement.clause is not None:
