@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from betrace.service.rules.exact import number
 from betrace.service.rules.format import format_condition
+from betrace.service.rules.least import least
 from betrace.service.rules.syntax import (
     FIELDS,
     Aggregate,
@@ -87,11 +88,13 @@ def plan(rule: RuleSyntax) -> str:
     bound = candidate(rule)
     if bound is False:
         return "never broken"
-    if bound is True:
+    spans, duration = least(rule)
+    needs = [format_condition(bound)] if not isinstance(bound, bool) else []
+    needs += [f"at least {spans} spans"] if spans > 2 else []
+    needs += [f"a duration of at least {duration} ns"] if duration else []
+    if not needs:
         return "reads every trace back from the span log when it closes"
-    return "reads a trace back from the span log when it closes, if it has: " + format_condition(
-        bound
-    )
+    return "reads a trace back from the span log when it closes, if it has: " + ", ".join(needs)
 
 
 class _Bounds:

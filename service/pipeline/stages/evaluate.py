@@ -95,6 +95,7 @@ class EvaluateStage:
             read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
         )
         self._early: LRUCache[tuple[str, int, int], int] = LRUCache(EARLY_REMEMBERED)
+        self._raised_early: LRUCache[str, None] = LRUCache(EARLY_REMEMBERED)  # by signal id
         self._many = False  # signals in the last batch
         self._unreported = 0  # undecided
         self._report_at = 0.0
@@ -110,6 +111,7 @@ class EvaluateStage:
         onward = []
         for decided, traces in found:
             self.counts.traces += traces
+            decided.signals = self._new(decided.signals)
             if decided.undecided:
                 self._report(decided)
             for signal in decided.signals:
@@ -124,6 +126,16 @@ class EvaluateStage:
             else:
                 self._in_flight.leave(decided.ticket)
         await self._onward.send_each(onward)
+
+    def _new(self, signals: list[Signal]) -> list[Signal]:
+        """The signals without those that were raised early, and are found again."""
+        new = []
+        for signal in signals:
+            if signal.id not in self._raised_early:
+                new.append(signal)
+                if signal.early:
+                    self._raised_early[signal.id] = None
+        return new
 
     async def _decide_all(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         """Decide a batch. Traces that may have to be read back are decided in parts, because each
@@ -198,7 +210,7 @@ class EvaluateStage:
 
 def _reads(due: DueTraces) -> bool:
     """Whether some of the traces may have to be read back."""
-    return due.closed and bool(due.rules.relational)
+    return bool(due.rules.relational if due.closed else due.rules.early_rules)
 
 
 def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:
@@ -208,7 +220,7 @@ def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:
     candidate[[each.trace for each in decide_or_ask(due)[1]]] = True
     spans = np.cumsum(np.where(candidate, due.rows[:, SPANS], 0))
     traces = np.cumsum(candidate)
-    if not len(due) or (spans[-1] <= ROUND_SPANS and traces[-1] <= ROUND_TRACES):
+    if not due.closed or not len(due) or (spans[-1] <= ROUND_SPANS and traces[-1] <= ROUND_TRACES):
         return [(0, due)]
     parts = []
     first = 0
