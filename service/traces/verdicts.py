@@ -81,7 +81,9 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
     histories: Mapping[int, SignalHistory] = due.signal_history
     judged = Judged([], [])
     unknown: set[int] = set()
-    if due.closed and due.rules.read_back and relational is not None:
+    if relational is not None and candidates and not due.closed:
+        judged = relational.judge(due, candidates)
+    elif due.closed and due.rules.read_back and relational is not None:
         histories, unknown = relational.histories(due)
         judged = relational.judge(due, [each for each in candidates if each.trace not in unknown])
         judged.undecided += [
@@ -89,7 +91,7 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
             for each in candidates
             if each.trace in unknown
         ]
-    elif candidates:
+    elif candidates and due.closed:
         judged.undecided += [Undecided(each.trace, each.rule, _NO_SOURCE) for each in candidates]
     judgements = {(each.trace, each.rule): judgement for each, judgement in judged.breaches}
     unsure = {(each.trace, each.rule) for each in judged.undecided}

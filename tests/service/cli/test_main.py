@@ -211,7 +211,7 @@ def test_the_plan_of_rules_that_relate_spans_is_shown(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         "n-plus-one: reads a trace back from the span log when it closes, if it has: "
-        "db.query and count(db.query) >= 21",
+        "db.query and count(db.query) >= 21, at least 21 spans",
         "any: reads every trace back from the span log when it closes",
         "1 file, 2 rules: all good",
     ]

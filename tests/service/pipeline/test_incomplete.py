@@ -18,7 +18,7 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.verdicts import Decided, decide_due
 from tests.support.spans import S, batch
-from tests.support.trace_spans import case_span
+from tests.support.trace_spans import case_trace
 
 IDS = [bytes([i]) * 16 for i in (1, 2, 3)]
 ORPHAN = {"name": "a", "attributes": {}, "parent_id": "0000000000000009"}
@@ -29,10 +29,7 @@ class FakeReadBack:
     """Reads the trees given by trace id; of the others only the reason."""
 
     def __init__(self, **trees: Any) -> None:
-        self.trees = {
-            name: TraceTree(case_span(n, span) for n, span in enumerate(spans, 1))
-            for name, spans in trees.items()
-        }
+        self.trees = {name: case_trace(spans) for name, spans in trees.items()}
         self.asked: list[str] = []
         self.error: Exception | None = None
 

@@ -16,7 +16,6 @@ from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.rules.parse import parse
 from betrace.service.rules.relations import judge
-from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.signals import Kind, incomplete_text
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.relational import RelationalRules
@@ -27,7 +26,7 @@ from tests.support.examples import examples
 from tests.support.relational_engine import RelationalEngine
 from tests.support.relational_strategies import case_traces, encode_cases, relational_rules
 from tests.support.spans import S, batch, body
-from tests.support.trace_spans import case_span
+from tests.support.trace_spans import case_trace
 
 pytestmark = pytest.mark.kernel
 
@@ -44,11 +43,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpanLog]:
 
 def breaks(rule: str, spans: list[dict[str, Any]]) -> bool:
     """Whether the trace is complete and breaks the rule."""
-    tree = TraceTree(case_span(number, span) for number, span in enumerate(spans, 1))
     known = {span["span_id"] for span in spans}
     if any(span["parent_id"] and span["parent_id"] not in known for span in spans):
         return False
-    return judge(parse(rule, relational=True), tree).clause is not None
+    return judge(parse(rule, relational=True), case_trace(spans)).clause is not None
 
 
 def engine(rules: list[str], log: SpanLog) -> RelationalEngine:
