@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "service/api/pages"
 DEMO_RULES = ROOT / "service/cli/demo/rules"
+LIBRARY = ROOT / "service/cli/library"
 
 # Hides packages, as if they were not installed.
 BLOCKER = """\
@@ -162,6 +163,8 @@ def test_the_wheel_has_betrace_and_nothing_else(wheel: Path) -> None:
         assert f"betrace/service/api/pages/{data.parent.name}/{data.name}" in names
     for data in DEMO_RULES.glob("*.yaml"):
         assert f"betrace/service/cli/demo/rules/{data.name}" in names
+    for data in LIBRARY.glob("*.yaml"):
+        assert f"betrace/service/cli/library/{data.name}" in names
 
 
 def test_the_environment_is_what_the_tests_think(environment: Environment) -> None:
