@@ -22,7 +22,7 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.schema import FILE, TABLES
 from betrace.service.storage.ledger.base import AMOUNT, tenant_account
 from betrace.service.storage.ledger.open import LEDGER_FILE
-from betrace.service.storage.ledger.sqlite import SCHEMA
+from betrace.service.storage.ledger.sqlite_rows import SCHEMA
 from betrace.service.storage.paths import tenant_directory, tenants_with
 from betrace.service.storage.spanlog.frames import pack_position
 from betrace.service.storage.spanlog.log import SpanLog

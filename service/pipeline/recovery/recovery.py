@@ -31,8 +31,8 @@ from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Record
 from betrace.service.storage.spanlog.damage import Skipped
 from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame, pack_position, unpack_position
-from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.telemetry import events
 from betrace.service.times import write_time
 from betrace.service.traces.checkpoint import (

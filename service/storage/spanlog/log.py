@@ -24,16 +24,12 @@ from betrace.service.storage.disk import Disk
 from betrace.service.storage.lockfile import LockFile
 from betrace.service.storage.paths import tenant_directory, tenants_with
 from betrace.service.storage.spanlog.damage import Damage, Skipped
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing, LogWriteError
 from betrace.service.storage.spanlog.frames import Frame, unpack_position
 from betrace.service.storage.spanlog.open_files import OpenFiles
+from betrace.service.storage.spanlog.segments import Segment
 from betrace.service.storage.spanlog.sync import LogSyncer
-from betrace.service.storage.spanlog.tenant_log import (
-    FrameCorrupt,
-    FrameMissing,
-    LogWriteError,
-    Segment,
-    TenantLog,
-)
+from betrace.service.storage.spanlog.tenant_log import TenantLog
 
 _LOG = "log"
 _DELETED = "log.deleted"
@@ -169,7 +165,7 @@ class SpanLog:
         """Whether an append of ``size`` bytes now only writes to an existing segment: it creates no
         file and syncs no directory. Does not block."""
         log = self._tenants.get(tenant)
-        return log is not None and log.has_capacity(size)
+        return log is not None and log.placement.has_capacity(size)
 
     def append(self, tenant: str, frames: Sequence[Frame]) -> list[int]:
         """Write frames and return their positions, in order. Written frames survive a process

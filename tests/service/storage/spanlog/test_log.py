@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from betrace.service.storage.disk import Buffer, Disk
 from betrace.service.storage.lockfile import LockedError
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing, LogWriteError
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
     FRAME_HEADER_BYTES,
@@ -27,11 +28,6 @@ from betrace.service.storage.spanlog.frames import (
     unpack_position,
 )
 from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
-from betrace.service.storage.spanlog.tenant_log import (
-    FrameCorrupt,
-    FrameMissing,
-    LogWriteError,
-)
 from betrace.service.times import write_time
 from tests.support.examples import examples
 
@@ -388,7 +384,7 @@ class TestWriteFailures:
     def test_segment_numbers_run_out_with_an_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("betrace.service.storage.spanlog.tenant_log.MAX_SEGMENT", 1)
+        monkeypatch.setattr("betrace.service.storage.spanlog.placement.MAX_SEGMENT", 1)
         with (
             SpanLog(tmp_path, segment_bytes=4096) as log,
             pytest.raises(LogWriteError, match="no segment numbers left"),
