@@ -15,7 +15,7 @@ import duckdb
 
 from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
 from betrace.service.cli.doctor.machine import owner
-from betrace.service.cli.rules import rules_directory
+from betrace.service.cli.rules import rules_directory, shared_rules_directory
 from betrace.service.config.base import split_address
 from betrace.service.config.settings import Settings
 from betrace.service.rules.store import RuleStore
@@ -46,7 +46,7 @@ def rules(settings: Settings) -> Iterator[Finding]:
         else:
             yield Finding("rules", OK, "there are no rules yet")
         return
-    store = RuleStore(path)
+    store = RuleStore(path, shared_rules_directory(settings))
     store.load()
     for problem in store.problems.values():
         yield Finding("rules", WARNING, problem, f"betrace rules check {path}")
