@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.alertmanager import PROGRAM, WHY_NOT, AlertmanagerProcess, alertmanager
@@ -50,7 +51,7 @@ def test_an_alert_survives_kill_9(tmp_path: Path, hook: Receiver) -> None:
     with alertmanager(tmp_path / "am", CONFIG.format(url=hook.url)) as manager:
         options = {
             "alerts__alertmanager__urls": json.dumps([manager.url]),
-            "alerts__resolve_after_seconds": "20",
+            "alerts__resolve_after_seconds": "600",
             "api__public_url": "https://b.example",
         }
         with running(tmp_path, **options) as service:
@@ -73,6 +74,9 @@ def test_an_alert_survives_kill_9(tmp_path: Path, hook: Receiver) -> None:
             assert after["startsAt"] == alert["startsAt"]
             samples = service.samples(service.api)
             assert samples["betrace_alerts_firing"] == 1
+            mute = {"for": "1h", "reason": "the test ends"}
+            path = "/api/v1/rules/too-many-spans/mute"
+            httpx.put(service.api + path, json=mute, trust_env=False).raise_for_status()
             wait_for(lambda: len(hook.taken()) == 2, WAIT)
             assert service.samples(service.api)["betrace_alerts_firing"] == 0
     told = [json.loads(each) for each in hook.taken()]

@@ -90,7 +90,9 @@ def span_log(settings: Settings) -> Iterator[Finding]:
         yield Finding("span log", WARNING, text, _DAMAGED)
     if not damaged:
         text = f"{looked} of {len(segments)} segments of {len(tenants)} tenants, {frames} requests "
-        yield Finding("span log", OK, f"{text}with {spans} spans, can be read")
+        text += f"with {spans} spans, can be read"
+        text += "; the service writes the newest ones" if running else ""
+        yield Finding("span log", OK, text)
 
 
 def checkpoint(settings: Settings) -> Iterator[Finding]:

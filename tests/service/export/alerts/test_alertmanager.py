@@ -69,8 +69,9 @@ def notifications(hook: Receiver) -> list[dict[str, Any]]:
 async def test_many_breaches_are_one_alert_with_a_count_and_examples(
     tmp_path: Path, ledger: SqliteLedger, manager: AlertmanagerProcess, hook: Receiver
 ) -> None:
-    config = settings(tmp_path, alertmanager={"urls": [manager.url]}, resolve_after_seconds=4)
-    async with alerting(config, ledger) as alerts:
+    config = settings(tmp_path, alertmanager={"urls": [manager.url]})
+    muted: list[str] = []
+    async with alerting(config, ledger, muted_now=lambda *_: bool(muted)) as alerts:
         breaches = [signal(number, labels={"team.name": "pay"}) for number in range(1, 201)]
         record(ledger, alerts, *breaches)
 
@@ -96,6 +97,8 @@ async def test_many_breaches_are_one_alert_with_a_count_and_examples(
         )
         assert alert["generatorURL"] == f"https://b.example/signals/{breaches[199].id}?tenant=shop"
 
+        await until(lambda: len(hook.taken()) == 1)
+        muted.append("r1")
         await until(lambda: not manager.alerts())
         await until(lambda: len(hook.taken()) == 2)
     fired, resolved = notifications(hook)
@@ -122,17 +125,19 @@ async def test_retracting_all_signals_resolves_at_once(
 async def test_a_restart_neither_loses_nor_repeats_an_alert(
     tmp_path: Path, ledger: SqliteLedger, manager: AlertmanagerProcess, hook: Receiver
 ) -> None:
-    config = settings(tmp_path, alertmanager={"urls": [manager.url]}, resolve_after_seconds=6)
+    config = settings(tmp_path, alertmanager={"urls": [manager.url]})
+    muted: list[str] = []
     async with alerting(config, ledger) as alerts:
         record(ledger, alerts, signal(1))
         await until(lambda: len(hook.taken()) == 1)
     before = manager.alerts()[0]
     ledger.record([signal(2)])  # recorded, and then the process died
-    async with alerting(config, ledger):
+    async with alerting(config, ledger, muted_now=lambda *_: bool(muted)):
         await until(lambda: manager.alerts()[0]["annotations"]["count"] == "2")
         after = manager.alerts()[0]
         assert after["startsAt"] == before["startsAt"]
         assert after["fingerprint"] == before["fingerprint"]
+        muted.append("r1")
         await until(lambda: len(hook.taken()) == 2)
     assert [each["status"] for each in notifications(hook)] == ["firing", "resolved"]
 
@@ -152,7 +157,7 @@ async def test_an_alertmanager_that_was_restarted_gets_the_alert_again(
 async def test_an_outage_of_alertmanager_does_not_hide_that_a_rule_was_broken(
     tmp_path: Path, ledger: SqliteLedger, manager: AlertmanagerProcess, hook: Receiver
 ) -> None:
-    config = settings(tmp_path, alertmanager={"urls": [manager.url]}, resolve_after_seconds=2)
+    config = settings(tmp_path, alertmanager={"urls": [manager.url]}, resolve_after_seconds=6)
     manager.stop()
     async with alerting(config, ledger) as alerts:
         record(ledger, alerts, signal(1))
