@@ -73,3 +73,14 @@ async def test_a_rule_is_tested_against_a_trace(browser):
     assert 'class="mistake"' in page
     page = await browser.post("/rule-editor", {**tested, "trace_id": "x"}, 400)
     assert "trace_id is" in page
+
+
+async def test_saving_keeps_what_the_form_does_not_show(browser):
+    kept = {"condition": "charge", "mode": "shadow", "incomplete": "skip"}
+    await browser.client.put("/api/v1/rules/mine", json=kept)
+    page = await browser.get("/rule-editor?id=mine")
+    etag = page.partition('name="etag" value="')[2].partition('"')[0].replace("&#34;", '"')
+    await browser.post("/rule-editor", {**RULE, "action": "save", "etag": etag, "name": "New"})
+    rule = browser.service.registry.store.rule("default", "mine")
+    assert (rule.name, rule.mode, rule.incomplete) == ("New", "shadow", "skip")
+    assert "shadow" in await browser.get("/rules/mine")
