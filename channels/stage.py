@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -99,6 +100,10 @@ class Stage(Generic[T]):
         self._handler = handler
         self._options = options
         self._batches = _batches(receive, options)
+        self._direct_until = -math.inf
+        self._direct_weight = 0  # before that time
+        if options.direct is not None:
+            receive.receive_directly(self._handle_directly)
         self._turns = trio.Semaphore(options.workers)
         self._waiting: list[tuple[float, int, _Delivery[T]]] = []  # a heap by time due
         self._sequence = 0
@@ -210,6 +215,35 @@ class Stage(Generic[T]):
             finally:
                 self._turns.release()
 
+    def _handle_directly(self, item: T) -> bool:
+        """Let ``options.direct`` handle an item, and return whether it did. It is observed once in
+        each interval."""
+        options = self._options
+        direct = options.direct
+        if direct is None or self.paused or self._busy or self._waiting:
+            return False
+        started = trio.current_time()
+        first = started >= self._direct_until
+        if first:
+            self._direct_until = started + options.interval
+            self._direct_weight = 0
+        elif self._direct_weight >= (options.enough or 0):
+            return False
+        if not direct(item):
+            return False
+        weight = self._receive.weigh(item)
+        self._direct_weight += weight
+        self._items_in += 1
+        self._weight_in += weight
+        self._items_out += 1
+        self._weight_out += weight
+        self._last_progress = trio.current_time()
+        seconds = self._last_progress - started
+        self._report_if_slow([item], seconds, None)
+        if first:
+            self._observe(seconds, weight)
+        return True
+
     async def _take_turn(self) -> None:
         """Wait for a turn to call the handler, and until the stage is not paused."""
         if not self.paused:
@@ -249,6 +283,9 @@ class Stage(Generic[T]):
         self._receive.done(weight)
         seconds = self._last_progress - started
         self._report_if_slow(items, seconds, None)
+        self._observe(seconds, weight)
+
+    def _observe(self, seconds: float, weight: int) -> None:
         if self._options.on_done is not None:
             try:
                 self._options.on_done(seconds, weight)

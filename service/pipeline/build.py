@@ -240,6 +240,7 @@ class _PipelineBuilder:
                 interval=INGEST_INTERVAL,
                 enough=INGEST_ENOUGH,
                 adapts=True,
+                direct=pipeline.ingest.handle_now,
             ),
             "trace-correlation": self._stage(
                 "trace-correlation",

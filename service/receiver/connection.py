@@ -214,7 +214,9 @@ class Connection:
     async def _read_head(self) -> bytes | None:
         """The head of the next request, None at the end."""
         received = self._rest
-        if not received:
+        if received:
+            await trio.lowlevel.checkpoint()  # the last request may not have waited for anything
+        else:
             if self._closing:
                 return None
             self._idle = True

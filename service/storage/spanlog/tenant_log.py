@@ -251,9 +251,8 @@ class TenantLog:
             self.unsynced += part.end - part.start
             self._paths[part.number] = self._dirty[part.number] = part.path
         last = parts[-1]
-        self._current = _Part(
-            last.number, last.day, last.path, last.salt, last.end, last.end, False
-        )
+        last.start, last.new, last.buffers = last.end, False, []
+        self._current = last
         self.written = pack_position(last.number, last.end)
         return positions
 
