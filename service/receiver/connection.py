@@ -28,6 +28,7 @@ from betrace.service.receiver.http1 import (
     MAX_HEAD_BYTES,
     ChunkedBody,
     NotHttpError,
+    RepeatedHead,
     RequestHead,
     parse_head,
     render,
@@ -66,6 +67,7 @@ class Connection:
         "_limits",
         "_owed",
         "_processing",
+        "_repeated",
         "_rest",
         "_scope",
         "_stranger",
@@ -100,6 +102,7 @@ class Connection:
         self._closing = False
         self._processing = False  # the request is complete, its outcome unknown
         self._stranger: GrpcConnection | None = None  # serves a client that speaks gRPC
+        self._repeated: RepeatedHead | None = None  # the last head that was admitted
         self._owed: Callable[[], HttpResponse] | None = None  # the answer if the deadline passes
         self.deadline = trio.current_time() + limits.idle
 
@@ -168,21 +171,33 @@ class Connection:
             if block == HTTP2_PREFACE:
                 await self._refuse_http2()
                 return
-            if not await self._answer(parse_head(block)):
+            if not await self._answer(block):
                 break
         if self._rest:
             await self._linger()
 
-    async def _answer(self, request: RequestHead) -> bool:
-        """Read the body of a request and answer it; returns whether the connection stays open."""
+    async def _answer(self, block: bytes) -> bool:
+        """Read the body of the request with this head and answer it; returns whether the connection
+        stays open."""
         admission = self._admission
         self.deadline = math.inf
-        self._unread = ChunkedBody() if request.length is None else request.length
-        if self._cors is not None and request.method == "OPTIONS":
-            preflight = self._cors.preflight(request.path, request.headers)
-            if preflight is not None:
-                return await self._refuse(request, preflight)
-        head = await admission.admit(request.method, request.path, request.headers)
+        head: Head | HttpResponse | None = None
+        repeated = self._repeated
+        if repeated is not None and repeated.matches(block):
+            request = repeated.request
+            self._unread = request.length or 0
+            head = admission.admit_again(repeated.admitted, request.headers)
+        else:
+            request = parse_head(block)
+            self._unread = ChunkedBody() if request.length is None else request.length
+            if self._cors is not None and request.method == "OPTIONS":
+                preflight = self._cors.preflight(request.path, request.headers)
+                if preflight is not None:
+                    return await self._refuse(request, preflight)
+        if head is None:
+            head = await admission.admit(request.method, request.path, request.headers)
+            if isinstance(head, Head):
+                self._repeated = RepeatedHead(block, request, head)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
         with admission.body(head) as memory:
