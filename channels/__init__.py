@@ -1,13 +1,11 @@
 """Bounded channels and the stages between them: the parts of a pipeline on Trio."""
 
 from betrace.channels.batcher import Batcher, Pace, Pacing
-from betrace.channels.breaker import (
-    Breaker,
-    BreakerOpen,
+from betrace.channels.breaker import Breaker, BreakerOpen, BreakerTimeout
+from betrace.channels.breaker_options import (
     BreakerOptions,
     BreakerSnapshot,
     BreakerState,
-    BreakerTimeout,
     Transition,
 )
 from betrace.channels.channel import ReceiveChannel, SendChannel, open_channel

@@ -45,7 +45,7 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
-from betrace.service.pipeline.warmup import warm_up
+from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc_server import serve_grpc
@@ -296,6 +296,7 @@ class Service:
     cache_thread: ThreadRunner
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
 
+    compilation: Compilation = field(default_factory=Compilation, init=False)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)
@@ -358,7 +359,7 @@ class Service:
 
     async def _prepare(self, nursery: trio.Nursery) -> None:
         """Do what must be done before the traces are restored."""
-        await self.threads.run(warm_up, abandon_on_cancel=True)
+        await self.compilation.run(self.threads)
         await self.threads.run(self.registry.store.load)
         nursery.start_soon(self.rule_watch.run)
         nursery.start_soon(self.latencies.recent.run)

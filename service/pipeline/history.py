@@ -103,7 +103,7 @@ class TraceHistory:
         if batch is None:
             self.partial += len(known)
             return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
-        told = [
+        signals = [
             {(each[0], each[1]): rule_signals(*each[2:]) for each in raised.get(names[k], ())}
             for k in known
         ]
@@ -115,7 +115,7 @@ class TraceHistory:
         ]
         self.recalled += len(known)
         self.partial += whole.count(False)
-        return Recalled(ids[known], whole, batch, lost, told)
+        return Recalled(ids[known], whole, batch, lost, signals)
 
     def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
         """The spans of the frames that contain the traces, None if no frame could be read."""

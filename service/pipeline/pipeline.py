@@ -201,7 +201,7 @@ class Pipeline:
                 if name != "span-ingestion"
             }
             await self.correlate.caught_up.wait()
-            self.project.pace.held = True
+            self.project.pace.active = True
             await self.letters.retries.run(channels)
 
     def close(self) -> None:

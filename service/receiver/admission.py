@@ -70,7 +70,7 @@ class Admission:
         self._closed_tenants = closed
         self._backlogged = backlogged
         self._spans = Shares(capacity, settings.refuse_above)
-        self._give_back_spans = self._spans.give_back
+        self._release_spans = self._spans.release
         self._queue = queue
         self._quotas = quotas
         self._authenticator = authenticator
@@ -249,7 +249,7 @@ class Admission:
             self._clock_ns(),
             weight,
             reply,
-            self._give_back_spans,
+            self._release_spans,
         )
         if not await self._enqueue(request):
             self._quotas.settle(head.tenant, -weight)

@@ -58,7 +58,7 @@ class Body:
 
     def __exit__(self, *_: object) -> None:
         if self._reserved:
-            self._bodies.shares.give_back(self._head.tenant, self._reserved)
+            self._bodies.shares.release(self._head.tenant, self._reserved)
             self._reserved = 0
         self._chunks.clear()
         self._bodies.leave()

@@ -44,7 +44,7 @@ from betrace.service.receiver.limits import (
 from betrace.service.receiver.responses import HttpResponse
 from betrace.service.receiver.transport import TlsTransport, Transport
 
-# A gRPC client at the wrong port is told so for this long, call by call; then it must reconnect.
+# Each call of a gRPC client at the wrong port is answered so for this long; then it must reconnect.
 WRONG_PORT_SECONDS: Final = 60.0
 
 _log = logging.getLogger("service.http")

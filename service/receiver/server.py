@@ -49,7 +49,7 @@ _log = logging.getLogger("service.http")
 
 
 class AnyConnection(typing.Protocol):
-    """One connection of a listener: it ends by itself, or when it is told."""
+    """One connection of a listener: it ends by itself, or on request."""
 
     peer: str
     """The address of the client."""

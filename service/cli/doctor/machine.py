@@ -138,7 +138,7 @@ def _existing(path: Path) -> Path:
 
 
 def owner(data: Path) -> int | None:
-    """The process that uses this data directory now; None if there is none, 0 if it is unknown."""
+    """The process that uses this data directory now; None if it is unused, 0 if it is unknown."""
     try:
         descriptor = os.open(data / LOCK_FILE, os.O_RDONLY)
     except FileNotFoundError:

@@ -85,7 +85,7 @@ def checkpoint(settings: Settings) -> Iterator[Finding]:
     """Whether the newest checkpoint is readable, and how old it is."""
     files = checkpoint_files(settings.storage.path / "checkpoints")
     if not files:
-        yield Finding("checkpoint", OK, "there is none yet; a start reads the whole log")
+        yield Finding("checkpoint", OK, "no checkpoint yet; a start reads the whole log")
         return
     try:
         snapshot = read_checkpoint(files[0])
@@ -112,7 +112,7 @@ def ledger(settings: Settings) -> Iterator[Finding]:
     if path.exists():
         yield _sqlite(path)
     else:
-        yield Finding("ledger", OK, "there is none yet")
+        yield Finding("ledger", OK, "no ledger yet")
     if settings.ledger.kind == "tigerbeetle":
         yield from _tigerbeetle(settings)
 

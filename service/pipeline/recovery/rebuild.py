@@ -85,7 +85,7 @@ class Rebuild:
 
     def compare(self) -> None:
         """Find tenants with more signals in the ledger than in DuckDB; call it once the tail of the
-        log, with the unfinished work of the last process, is read."""
+        log, which has the last process's work in progress, is read."""
         for tenant in set(self._recorded()) - set(self.pending):
             try:
                 if self._store.counts(tenant).signals < self._ledger.count(tenant):

@@ -199,7 +199,7 @@ class GrpcConnection:
             pass  # the client is gone; its complete calls are finished
 
     async def _read_preface(self) -> bytes | None:
-        """What follows the preface; None if there is none, and then the connection ends."""
+        """What follows the preface; None if no preface came, and then the connection ends."""
         gathered = self._received
         while len(gathered) < len(frames.PREFACE):
             received = await self._transport.receive()

@@ -194,7 +194,7 @@ class DuckStore:
             return queries.signals(db, tenant, wanted, limit, cursor)
 
     def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
-        """The signal with this id, None if there is none."""
+        """The signal with this id, None if it does not exist."""
         if not self._files.has(tenant):
             return None
         with self._files.use(tenant) as db:

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import orjson
 import pytest
 import trio
@@ -363,27 +361,6 @@ async def test_weights_follow_the_spans_that_bodies_contained():
         await admission.handle(Head("a", "protobuf", "gzip", None), b"x" * 500)
     head = Head("a", "protobuf", "gzip", None)
     assert admission.estimates.estimate(head, 5000) == pytest.approx(100, abs=2)
-    assert admission.estimates.estimate(replace(head, encoding=""), 4000) == 10
-    assert admission.estimates.estimate(head, 0) == 1
-
-
-async def test_weights_of_one_tenant_do_not_follow_the_spans_of_another():
-    admission, queue = make()
-    quiet = Head("quiet", "protobuf", "gzip", None)
-    before = admission.estimates.estimate(quiet, 5000)
-    queue.outcome = Done(600_000)
-    for _ in range(50):
-        await admission.handle(Head("noisy", "protobuf", "gzip", None), b"x" * 43_000)
-    assert admission.estimates.estimate(quiet, 5000) == before < 100
-
-
-async def test_the_estimates_kept_are_bounded(monkeypatch):
-    monkeypatch.setattr("betrace.service.receiver.estimates._MOST_ESTIMATES", 3)
-    admission, queue = make()
-    queue.outcome = Done(1)
-    for number in range(10):
-        await admission.handle(Head(f"t{number}", "protobuf", "", None), b"x")
-    assert len(admission.estimates) == 3
 
 
 async def test_authentication_decides_the_tenant():
@@ -406,36 +383,6 @@ async def test_authentication_decides_the_tenant():
         assert "not signed with a valid key" in status(response).message
         response = await send(bearer(key, UNREADABLE))
         assert (response.status, retry_after(response)) == (503, 5)
-
-
-async def test_bodies_within_the_limits():
-    admission, _ = make(max_body_bytes=4096, max_buffered_bytes=8192)
-    head = Head("a", "json", "", None)
-    with admission.body(head) as body:
-        assert body.feed(b"x" * 4000) is None
-        assert body.feed(b"y" * 96) is None
-        assert body.take() == b"x" * 4000 + b"y" * 96
-        assert admission.buffered_bytes == 4096
-        response = body.feed(b"z")
-        assert response.status == 413
-    assert admission.buffered_bytes == 0
-
-
-async def test_memory_for_bodies_is_bounded_and_shared():
-    admission, _ = make(max_body_bytes=4096, max_buffered_bytes=8192)
-    head, other = Head("a", "json", "", 4096), Head("b", "json", "", None)
-    with admission.body(head) as one, admission.body(head) as two, admission.body(other) as three:
-        assert one.feed(b"x") is None
-        assert admission.buffered_bytes == 1  # announced bytes do not count
-        assert one.feed(b"x" * 3999) is None
-        assert two.feed(b"x" * 3000) is None
-        response = two.feed(b"x" * 400)
-        assert (response.status, retry_after(response)) == (503, 1)
-        assert three.feed(b"x" * 700) is None  # a tenth is reserved for tenants with nothing
-        assert three.feed(b"x" * 200).status == 503
-        assert admission.buffered_bytes == 7700
-    assert admission.buffered_bytes == 0
-    assert admission.refusals.requests["memory"] == 2
 
 
 async def test_all_reasons_are_counted_from_zero():
