@@ -28,12 +28,12 @@ from betrace.service.receiver.http1 import (
     MAX_HEAD_BYTES,
     ChunkedBody,
     NotHttpError,
-    RepeatedHead,
     RequestHead,
     parse_head,
     render,
     too_large_head,
 )
+from betrace.service.receiver.known_heads import KnownHeads
 from betrace.service.receiver.limits import (
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -63,11 +63,11 @@ class Connection:
         "_closing",
         "_cors",
         "_errors",
+        "_heads",
         "_idle",
         "_limits",
         "_owed",
         "_processing",
-        "_repeated",
         "_rest",
         "_scope",
         "_stranger",
@@ -86,6 +86,7 @@ class Connection:
         limits: Limits,
         errors: ClientErrors,
         cors: Cors | None = None,
+        heads: KnownHeads | None = None,
     ) -> None:
         self.peer = transport.peer
         self.proven = False
@@ -95,6 +96,7 @@ class Connection:
         self._limits = limits
         self._errors = errors
         self._cors = cors
+        self._heads = KnownHeads() if heads is None else heads
         self._scope = trio.CancelScope()
         self._rest = b""  # received and not yet used
         self._unread: int | ChunkedBody = 0  # rest of the current body: bytes, or chunks
@@ -102,7 +104,6 @@ class Connection:
         self._closing = False
         self._processing = False  # the request is complete, its outcome unknown
         self._stranger: GrpcConnection | None = None  # serves a client that speaks gRPC
-        self._repeated: RepeatedHead | None = None  # the last head that was admitted
         self._owed: Callable[[], HttpResponse] | None = None  # the answer if the deadline passes
         self.deadline = trio.current_time() + limits.idle
 
@@ -182,11 +183,11 @@ class Connection:
         admission = self._admission
         self.deadline = math.inf
         head: Head | HttpResponse | None = None
-        repeated = self._repeated
-        if repeated is not None and repeated.matches(block):
-            request = repeated.request
+        known = self._heads.find(block)
+        if known is not None:
+            request, admitted = known
             self._unread = request.length or 0
-            head = admission.admit_again(repeated.admitted, request.headers)
+            head = admission.admit_again(admitted, request.headers)
         else:
             request = parse_head(block)
             self._unread = ChunkedBody() if request.length is None else request.length
@@ -197,7 +198,7 @@ class Connection:
         if head is None:
             head = await admission.admit(request.method, request.path, request.headers)
             if isinstance(head, Head):
-                self._repeated = RepeatedHead(block, request, head)
+                self._heads.keep(block, request, head)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
         with admission.body(head) as memory:

@@ -8,10 +8,8 @@ chunk sizes that overflow. :func:`parse_head` checks what llhttp leaves to its c
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final
@@ -19,7 +17,6 @@ from typing import Final
 import httptools
 
 from betrace.service.config.base import KIB
-from betrace.service.receiver.heads import Head
 from betrace.service.receiver.responses import HttpResponse
 
 HEAD_END = b"\r\n\r\n"
@@ -29,8 +26,6 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\n"  # what HTTP/1.1 sees of it; RFC 9113, 3.4
 
 _TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)\r\n", re.IGNORECASE)
-_MOST_DIGITS = 12
 _CHUNKED_HEAD = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 
@@ -77,6 +72,14 @@ class RequestHead:
         self.length: int | None = 0
         self.persistent = True
         self.expects_continue = False
+
+    def with_length(self, length: int) -> RequestHead:
+        """A copy with another length of the body; it shares the headers."""
+        other = RequestHead()
+        other.method, other.target, other.path = self.method, self.target, self.path
+        other.headers, other.length = self.headers, length
+        other.persistent, other.expects_continue = self.persistent, self.expects_continue
+        return other
 
     def on_url(self, url: bytes) -> None:
         """Called by the parser."""
@@ -131,38 +134,6 @@ def parse_head(block: bytes) -> RequestHead:
     elif hosts != 1:
         raise NotHttpError(400, f"HTTP/1.1 needs one Host header; this request has {hosts}")
     return head
-
-
-class RepeatedHead:
-    """Recognizes heads that differ from an admitted one at most in the digits of Content-Length, as
-    those of one client do. Parsing and checking a head costs more than anything else that is done
-    with a small request before it is decoded.
-
-    ``admitted`` is what admission made of ``request``.
-    """
-
-    __slots__ = ("_after", "_before", "admitted", "request")
-
-    def __init__(self, block: bytes, request: RequestHead, admitted: Head) -> None:
-        found = _LENGTH.search(block)
-        # A head without Content-Length cannot end like this.
-        start, end = (len(block), len(block)) if found is None else found.span(1)
-        self._before, self._after = block[:start], block[end:]
-        self.request = request
-        self.admitted = admitted
-
-    def matches(self, block: bytes) -> bool:
-        """Whether ``block`` is such a head. Then ``request`` and ``admitted`` have its length."""
-        if not (block.startswith(self._before) and block.endswith(self._after)):
-            return False
-        digits = block[len(self._before) : len(block) - len(self._after)]
-        if not digits.isdigit() or len(digits) > _MOST_DIGITS:
-            return False
-        length = int(digits)
-        if length != self.request.length:
-            self.request.length = length
-            self.admitted = replace(self.admitted, length=length)
-        return True
 
 
 class ChunkedBody:
