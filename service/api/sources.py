@@ -16,6 +16,7 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.receiver.admission import Admission
 from betrace.service.rules.store import RuleStore
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.spanlog.log import SpanLog
 
@@ -32,6 +33,7 @@ class Sources:
     log: SpanLog
     rules: RuleStore
     ledger: Ledger
+    duckdb: DuckStore
     pipeline: Pipeline
     admission: Admission
     recovery: Recovery

@@ -24,9 +24,9 @@ from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (

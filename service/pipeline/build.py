@@ -136,7 +136,12 @@ class _PipelineBuilder:
             return project.fallback.pending
 
         max_body = settings.ingest.max_body_bytes
-        history = TraceHistory(stores.duckdb, stores.log, max_body, behind)
+        history = TraceHistory(
+            stores.duckdb,
+            stores.log,
+            max_body,
+            lambda tenant: behind() or tenant in stores.duckdb.incomplete,
+        )
         open_traces = self._open_traces(LateSpans(self._closed, history.load, behind))
         sync, audit = GroupSync(stores.log, self._threads["sync"]), self._batch_audit()
         return Pipeline(

@@ -162,7 +162,7 @@ class Admission:
             elif name == b"content-encoding":
                 encoding_header = encoding_header + b"," + value if encoding_header else value
             elif name == b"x-scope-orgid":
-                tenant_header = value.decode("latin-1")
+                tenant_header = joined(tenant_header, value)
         kind = content_type(type_header)
         encoding = content_encoding(encoding_header)
         length = int(length_header) if length_header and length_header.isdigit() else None
@@ -287,13 +287,20 @@ class Admission:
 
 
 def _authorization(headers: Headers) -> str | None:
-    found = None
+    found: str | None = None
     for name, value in headers:
         if name == b"authorization":
-            found = value.decode("latin-1")
+            found = joined(found, value)
     return found
 
 
 def _accepted(kind: str, outcome: Done) -> HttpResponse:
     body = export_response(kind == JSON, outcome.rejected, outcome.message)
     return respond(200, body, MEDIA_TYPES[kind])
+
+
+def joined(before: str | None, value: bytes) -> str:
+    """The value of a header that may be repeated (RFC 9110, 5.3). Two tenants or two tokens give a
+    value that is neither."""
+    text = value.decode("latin-1")
+    return text if before is None else f"{before}, {text}"

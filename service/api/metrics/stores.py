@@ -135,6 +135,27 @@ DECLARED = (
         lambda s: one(s.pipeline.sync.failures),
     ),
     Declared(
+        "betrace_span_log_damaged_places",
+        "counter",
+        "Places of the span log found damaged, each counted once.",
+        (),
+        lambda s: one(s.log.damage.places),
+    ),
+    Declared(
+        "betrace_span_log_damaged_bytes",
+        "counter",
+        "Bytes of the span log found damaged.",
+        (),
+        lambda s: one(s.log.damage.bytes),
+    ),
+    Declared(
+        "betrace_span_log_damaged_spans",
+        "counter",
+        "Accepted spans known to be lost in damaged places of the span log; there may be more.",
+        (),
+        lambda s: one(s.log.damage.spans),
+    ),
+    Declared(
         "betrace_checkpoint_timestamp_seconds",
         "gauge",
         "When the last checkpoint was completed; 0 before the first.",

@@ -96,6 +96,9 @@ class Calls:
         assert event.headers is not None
         self.last_stream = event.stream_id
         fields = dict(event.headers)
+        for name in _METADATA:
+            if name in fields:  # perhaps repeated
+                fields[name] = b", ".join(value for key, value in event.headers if key == name)
         method = fields.get(b":path", b"").decode("latin-1")
         now = trio.current_time()
         given = fields.get(b"grpc-timeout")

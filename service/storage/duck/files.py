@@ -27,6 +27,7 @@ from betrace.service.storage.duck.schema import (
     FATAL,
     FILE,
     Cursor,
+    StoreCorrupt,
     StoreError,
     empty_file,
     make_file,
@@ -80,6 +81,8 @@ class DuckFiles:
         self._removed: set[str] = set()  # deleted tenants, for which nothing may be written
         self._empty = b""
         self._closing = False
+        self.on_damaged: Callable[[StoreCorrupt], None] = lambda error: None
+        """Called for each call that met damage in a file, in its thread."""
 
     def path(self, tenant: str) -> Path:
         """The path of the tenant's file. Raises :exc:`ValueError` for a bad name."""
@@ -242,7 +245,10 @@ class DuckFiles:
         except duckdb.Error as error:
             if isinstance(error, FATAL):
                 self._instance.restart(file.generation)
-            raise store_error(error, file.tenant, file.path) from error
+            found = store_error(error, file.tenant, file.path)
+            if isinstance(found, StoreCorrupt):
+                self.on_damaged(found)
+            raise found from error
 
     # Detaching
 

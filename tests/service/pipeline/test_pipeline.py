@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from betrace.service.pipeline.request import Done, Refused
+from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.log import LogSyncError
-from betrace.service.storage.spanlog.tenant_log import LogWriteError
 from tests.support.inprocess import (
     active_signals,
     closed,

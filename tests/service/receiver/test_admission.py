@@ -86,6 +86,11 @@ async def test_good_heads(headers, expected, path):
         ([PROTOBUF, (b"x-scope-orgid", b"Acme")], 400, "'Acme' is not a tenant name: a tenant"),
         ([PROTOBUF, (b"x-scope-orgid", b"")], 400, "is not a tenant name"),
         ([JSON, (b"x-scope-orgid", b"../x")], 400, "is not a tenant name"),
+        (
+            [JSON, (b"x-scope-orgid", b"a"), (b"x-scope-orgid", b"a")],
+            400,
+            "'a, a' is not a tenant name",
+        ),
         ([JSON, (b"x-scope-orgid", b"\xff")], 400, "is not a tenant name"),
         (
             [PROTOBUF, (b"content-length", b"20971521")],

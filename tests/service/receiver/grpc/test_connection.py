@@ -236,6 +236,15 @@ async def test_other_methods_are_unimplemented(autojump_clock, path, says):
     assert not any(s.admission.refusals.spans.values())
 
 
+async def test_two_tenants_are_refused(autojump_clock):
+    async with serving() as s:
+        head = [*s.peer.head(), (b"x-scope-orgid", b"acme"), (b"x-scope-orgid", b"beta")]
+        s.peer.head = lambda *_, **__: head
+        answer = await s.peer.ask(b"spans")
+        assert answer.status == INVALID
+        assert "'acme, beta' is not a tenant name" in answer.message
+
+
 async def test_what_is_no_grpc_is_told_where_it_is(autojump_clock):
     async with serving() as s:
         answer = await s.peer.ask(b"{}", "/v1/traces", content_type="application/json")
