@@ -40,7 +40,7 @@ from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
 Outcome = Done | Refused
 
 FULL = 0.75  # fill of the next channel above which requests wait in this one
-SMALL_BYTES = 64 * 1024  # uncompressed; decoded, scanned and written in about 0.1 ms
+SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and written in about 0.2 ms
 SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that the disk is busy
 # For so long after a slow write everything goes to the thread; twice as long if the next one comes
 # within RELAPSE_SECONDS after that.
