@@ -113,7 +113,7 @@ def build(
     """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
     data, max_body = settings.storage.path, settings.ingest.max_body_bytes
     log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
-    triage = stores.local.triage
+    triage, undecided = stores.local.triage, stores.local.undecided
     threads, cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
     clock_offset = time.time() - trio.current_time()
 
@@ -181,7 +181,7 @@ def build(
         with suppress(FileNotFoundError):
             rmtree(tenant_archive(archive_directory(settings), tenant))
 
-    erase = (rule_writer.delete_all, triage.delete_tenant, erase_archive)
+    erase = (rule_writer.delete_all, triage.delete_tenant, undecided.delete_tenant, erase_archive)
     removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
     tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
     daily = Daily(settings, log, duckdb)
@@ -214,6 +214,7 @@ def build(
         tenants,
         audit,
         triage,
+        undecided,
         Performance(sources, latencies),
         Exposition(sources, latencies),
         ThreadRunner("api", settings.api.query_threads),

@@ -167,6 +167,7 @@ class _PipelineBuilder:
                 stores.duckdb,
                 settings.traces.relational_spans_max,
             ),
+            stores.local.undecided,
         )
 
         def behind() -> bool:

@@ -10,17 +10,19 @@ from betrace.service.config.settings import Settings
 from betrace.service.storage.dead_letters import DeadLetterStore
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.triage import TriageStore
+from betrace.service.storage.undecided import UndecidedStore
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStores:
-    """Dead letters, the fallback files of each store, and what people decided about rules and
-    signals."""
+    """Dead letters, the fallback files of each store, what people decided about rules and signals,
+    and the traces that rules could not judge."""
 
     letters: DeadLetterStore
     ledger: FallbackFiles
     duckdb: FallbackFiles
     triage: TriageStore
+    undecided: UndecidedStore
 
 
 def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> LocalStores:
@@ -40,4 +42,6 @@ def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> Local
         files.append(opened)
     triage = TriageStore(data / "triage.sqlite")
     stack.callback(triage.close)
-    return LocalStores(letters, files[0], files[1], triage)
+    undecided = UndecidedStore(data / "undecided.sqlite")
+    stack.callback(undecided.close)
+    return LocalStores(letters, files[0], files[1], triage, undecided)

@@ -13,7 +13,7 @@ from betrace.service.api.endpoint import Answer, Call, Endpoints, Tools
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
-from betrace.service.rules.candidates import plan
+from betrace.service.rules.candidates import decided_by, plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
     SEVERITIES,
@@ -84,6 +84,8 @@ def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
         "etag": etag(rule),
         "editable": editable,
         "source": source,
+        "decided_by": decided_by(rule.syntax),
+        "plan": plan(rule.syntax),
         "muted": _mute_json(tools.triage.current_mute(tenant, rule.id)),
     }
 
@@ -266,7 +268,7 @@ async def unmute_rule(call: Call) -> Any:
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
-        "that relates spans also `plan`: how it is decided",
+        "also `decided_by` (`fold` or `read back`) and `plan`: how it is decided, and the cost",
     },
 )
 async def validate_rule(call: Call) -> Any:
@@ -276,7 +278,8 @@ async def validate_rule(call: Call) -> Any:
         syntax = await call.blocking(parse, given["condition"])
     except RuleSyntaxError as error:
         return {"valid": False, "errors": [error.to_json()]}
-    return {"valid": True, "errors": []} | ({"plan": plan(syntax)} if syntax.relational else {})
+    plans = {"decided_by": decided_by(syntax), "plan": plan(syntax)}
+    return {"valid": True, "errors": [], **plans}
 
 
 @endpoints.add(
