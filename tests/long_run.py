@@ -1,5 +1,7 @@
-"""The long run of relational rules: ``python -m tests.long_run --examples 10000`` compares the engine
-with the naive reading of rules, as ``tests/service/traces/test_relational.py`` does."""
+"""The long run of relational rules: ``python -m tests.long_run --examples 10000``.
+
+It compares the engine with the naive reading, as ``tests/service/traces/test_relational.py`` does.
+"""
 
 from __future__ import annotations
 
