@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from betrace.service.storage.sqlite_errors import remedy
+from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x42545544  # "BTUD", for file(1)
 KEPT = 10_000  # records of a tenant
-_BUSY_SECONDS = 2.0
 _WITHOUT = "the list of undecided traces"
 
-_SCHEMA = f"""
+_SCHEMA = Schema(
+    0x42545544,  # "BTUD"
+    (
+        """
 CREATE TABLE undecided (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     tenant TEXT NOT NULL,
@@ -34,9 +34,9 @@ CREATE TABLE undecided (
     UNIQUE (tenant, trace, rule, version)
 ) STRICT;
 CREATE INDEX undecided_of_tenant ON undecided (tenant, number);
-PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA application_id = {APPLICATION_ID};
-"""
+""",
+    ),
+)
 
 
 class UndecidedStoreError(OSError):
@@ -63,25 +63,7 @@ class UndecidedStore:
         self._kept = kept
         self._lock = threading.Lock()
         with self._errors():
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._open()
-            except BaseException:
-                self._db.close()
-                raise
-
-    def _open(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise UndecidedStoreError(
-                f"{self._path} was written by a newer version of betrace; upgrade this one"
-            )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+            self._db = open_file(path, _SCHEMA, ("synchronous = NORMAL",))
 
     def close(self) -> None:
         """Close the file."""
@@ -94,23 +76,17 @@ class UndecidedStore:
             (tenant, each.trace_id, each.rule_id, each.rule_version, each.reason, each.at_ns)
             for each in records[-self._kept :]
         ]
-        with self._lock, self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany(
-                    "INSERT OR REPLACE INTO undecided "
-                    "(tenant, trace, rule, version, reason, at_ns) VALUES (?, ?, ?, ?, ?, ?)",
-                    rows,
-                )
-                self._db.execute(
-                    "DELETE FROM undecided WHERE tenant = ? AND number <= coalesce((SELECT number "
-                    "FROM undecided WHERE tenant = ? ORDER BY number DESC LIMIT 1 OFFSET ?), 0)",
-                    (tenant, tenant, self._kept),
-                )
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+        with self._lock, self._errors(), transaction(self._db) as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO undecided "
+                "(tenant, trace, rule, version, reason, at_ns) VALUES (?, ?, ?, ?, ?, ?)",
+                rows,
+            )
+            db.execute(
+                "DELETE FROM undecided WHERE tenant = ? AND number <= coalesce((SELECT number "
+                "FROM undecided WHERE tenant = ? ORDER BY number DESC LIMIT 1 OFFSET ?), 0)",
+                (tenant, tenant, self._kept),
+            )
 
     def page(
         self,

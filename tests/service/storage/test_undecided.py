@@ -46,7 +46,7 @@ def test_a_file_of_a_newer_version_or_a_damaged_one_is_an_error(tmp_path):
     path = tmp_path / "undecided.sqlite"
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(UndecidedStoreError, match="newer version"):
+    with pytest.raises(UndecidedStoreError, match="newer program"):
         UndecidedStore(path)
     path.write_bytes(b"x" * 4096)
     with pytest.raises(UndecidedStoreError, match="start without the list of undecided traces"):
