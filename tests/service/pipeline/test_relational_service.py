@@ -111,6 +111,7 @@ async def test_a_trace_that_is_too_large_is_undecided(tmp_path, caplog):
             (other, "below"),
         }
         assert service.pipeline.evaluate.counts.undecided == 2
+        assert len(service.pipeline.evaluate._undecided.page("default")[0]) > 0
         assert "the trace has 3 spans; at most 2 are read back" in caplog.text
 
 
@@ -139,6 +140,7 @@ async def test_without_earlier_signals_nothing_is_raised_or_retracted(tmp_path, 
         await closed(service)
         assert broken(service) == {"below"}
         assert service.pipeline.evaluate.counts.undecided == 2
+        assert len(service.pipeline.evaluate._undecided.page("default")[0]) > 0
 
 
 async def test_what_no_later_span_can_undo_is_signalled_at_once(tmp_path):
@@ -157,7 +159,7 @@ async def test_what_no_later_span_can_undo_is_signalled_at_once(tmp_path):
         assert signal.early
         assert signal.context["groups"]["broken"] == 1
         assert signal.context["groups"]["of"] == 2
-        await send(service, [S(6, "query", x="2", **{"trace.complete": True})])
+        await send(service, [S(6, "query", x="2", complete=True)])
         await closed(service)
         assert len(ledger_signals(service)) == 1
         assert service.pipeline.evaluate.counts.raised == 1
