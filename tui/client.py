@@ -80,7 +80,7 @@ class ApiClient:
             headers=headers,
             timeout=TIMEOUT,
             trust_env=False,
-            verify=ssl.create_default_context(),  # the system's, or SSL_CERT_FILE
+            verify=_trusted() if self.url.startswith("https:") else False,
             transport=transport,
         )
         self.view(tenant)
@@ -284,6 +284,11 @@ class ApiClient:
     async def delete_rule(self, rule_id: str, etag: str) -> None:
         path = f"/api/v1/rules/{segment(rule_id)}"
         await self.request("DELETE", path, headers={"if-match": etag})
+
+
+def _trusted() -> ssl.SSLContext:
+    """The certificate authorities of the system, or of SSL_CERT_FILE. Loading them takes 20 ms."""
+    return ssl.create_default_context()
 
 
 def _check_url(url: str) -> None:

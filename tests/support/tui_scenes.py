@@ -83,6 +83,8 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
     """Bring the TUI to a scene."""
     app: Any = pilot.app
     app.animation_level = "none"
+    for kind in (TextArea, Input):
+        kind.cursor_blink._default = False  # from the start, so that the time does not matter
     await until(lambda: app.connection.link.status == "connected" and bool(api.streams))
     if scene.happens is not None:
         before = app.connection.link, app.state.now
@@ -93,8 +95,6 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
         await settled(pilot)
         text = scene.shows.get(key, "")
         await until(lambda text=text: text in screen_text(app))  # type: ignore[misc]
-    for writing in (*app.screen.query(TextArea), *app.screen.query(Input)):
-        writing.cursor_blink = False
     if scene.keys[0] == "5":
         await until(lambda: bool(api.tails))
         app._show()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from betrace.tui.base import ViewTenant
 from betrace.tui.panels import signals as signals_module
 from betrace.tui.traces import TreeSpan, in_tree_order, spans_of
 from betrace.tui.widgets.detail import Detail
@@ -339,7 +340,7 @@ def test_an_operators_token_asks_for_a_tenant(number, path):
         await pilot.press(number)
         await until(lambda: "no tenant chosen; press o" in shown(pilot, api))
         assert not toasts(pilot.app)
-        pilot.app.view_tenant("acme")
+        pilot.app.post_message(ViewTenant("acme"))
         await until(lambda: "no tenant chosen" not in shown(pilot, api))
 
     run()

@@ -14,8 +14,12 @@ from tests.support.tui_fake import FakeApi
 from tests.support.tui_scenes import SCENES, prepare
 
 SMALL, COMMON = (80, 24), (120, 40)
-SCREENS = [(name, SMALL) for name in SCENES]
-SCREENS += [(name, COMMON) for name, scene in SCENES.items() if scene.both]
+SCREENS = [pytest.param(name, SMALL, id=f"{name}-80x24") for name in SCENES]
+SCREENS += [
+    pytest.param(name, COMMON, id=f"{name}-120x40", marks=pytest.mark.slow)
+    for name, scene in SCENES.items()
+    if scene.both
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +28,7 @@ def _no_second_try(monkeypatch):
     monkeypatch.setattr(connection, "FIRST_PAUSE", 600.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), SCREENS, ids=[f"{name}-{width}x{height}" for name, (width, height) in SCREENS]
-)
+@pytest.mark.parametrize(("name", "size"), SCREENS)
 def test_a_screen_looks_as_before(name, size, snap_compare):
     scene = SCENES[name]
     api = FakeApi()

@@ -8,6 +8,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
+from betrace.tui.base import ReloadPanel
 from betrace.tui.changes import OperatorChange
 from betrace.tui.client import ClientError
 from betrace.tui.format import NONE, count, many, number
@@ -227,7 +228,7 @@ class RulesPanel(TenantListPanel):
             try:
                 rule = await self.betrace.client.rule(identity)
             except ClientError:
-                self.betrace.reload()
+                self.betrace.post_message(ReloadPanel())
                 raise
             if not _editable(rule):
                 raise ClientError("refused", f"{identity} is in the file {rule.get('source')}")

@@ -9,6 +9,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.events import Hide
 
+from betrace.tui.base import ReloadPanel
 from betrace.tui.client import ClientError
 from betrace.tui.format import moment, short_date
 from betrace.tui.json_values import Json, objects
@@ -228,7 +229,7 @@ class SignalsPanel(TenantListPanel):
     def _again(self) -> None:
         self.betrace.workers.cancel_group(self.app, "tail")
         self._live = ""
-        self.betrace.reload()
+        self.betrace.post_message(ReloadPanel())
 
     def action_older(self) -> None:
         async def read() -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
+from betrace.tui.base import ShowPanel, ViewTenant
 from betrace.tui.changes import OperatorChange
 from betrace.tui.format import NONE, count, date, many, moment, number
 from betrace.tui.json_values import Json, objects
@@ -108,8 +109,8 @@ class TenantsPanel(ListPanel):
 
     def action_view(self) -> None:
         if self.selected is not None:
-            self.betrace.view_tenant(self.selected)
-            self.betrace.show_panel("SignalsPanel")
+            self.betrace.post_message(ViewTenant(self.selected))
+            self.betrace.post_message(ShowPanel("SignalsPanel"))
 
     def _asking(self, ask: Callable[[Json], Awaitable[None]]) -> None:
         """Ask for a change to the tenant under the cursor."""

@@ -11,10 +11,10 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Footer
 
 from betrace.tui.base import BaseApp
 from betrace.tui.state import ServiceState
+from betrace.tui.widgets.key_bar import KeyBar
 from betrace.tui.widgets.live_text import LiveText
 
 
@@ -43,7 +43,7 @@ class Detail(ModalScreen[None]):
         with VerticalScroll(classes="detail") as scroll:
             scroll.border_title = Content(self._title)
             yield LiveText()
-        yield Footer()
+        yield KeyBar()
 
     def on_mount(self) -> None:
         self.show(cast(BaseApp, self.app).state)
