@@ -42,7 +42,7 @@ class Detail(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="detail") as scroll:
             scroll.border_title = Content(self._title)
-            yield LiveText()
+            yield LiveText(classes="detail-body")
         yield KeyBar()
 
     def on_mount(self) -> None:
@@ -52,7 +52,7 @@ class Detail(ModalScreen[None]):
         """Draw the state. The application calls this with each state, even before the screen is
         mounted."""
         gone = Content("This no longer exists.")
-        for body in self.query(LiveText):
+        for body in self.query(".detail-body").results(LiveText):
             body.draw(lambda width: self._render_body(state, width) or gone)
 
     def action_scroll(self, where: str) -> None:
