@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 from textual.app import ComposeResult, SystemCommand
@@ -129,7 +130,11 @@ class BetraceApp(BaseApp):
         self.reload()
 
     async def on_show_panel(self, message: ShowPanel) -> None:
+        while len(self.screen_stack) > 1:
+            await self.pop_screen()
         await self.action_panel(self.panel_numbers[message.name])
+        if message.row is not None:
+            self.panel.choose(message.row)
 
     def on_reload_panel(self) -> None:
         self.reload()
@@ -158,6 +163,10 @@ class BetraceApp(BaseApp):
         self.client.view(message.tenant)
         self._show_bars()
         self.reload()
+
+    async def action_signals_of(self, rule_id: str) -> None:
+        """Show the signals of a rule."""
+        self.post_message(ShowPanel("SignalsPanel", rule_id))
 
     # Events of the connection
 
@@ -293,10 +302,10 @@ class BetraceApp(BaseApp):
         if self.read_only:
             self.notify("This TUI was started with --read-only.", title="✖ not done")
             return
-        self.start(partial(self._change, message.change), "change")
+        self.start(partial(self._change, message.change, message.sure), "change")
 
-    async def _change(self, change: OperatorChange) -> None:
-        if not await self.push_screen_wait(Confirm(change)):
+    async def _change(self, change: OperatorChange, sure: bool) -> None:
+        if not sure and not await self.push_screen_wait(Confirm(change)):
             return
         try:
             result = await change.run()
@@ -317,15 +326,22 @@ class BetraceApp(BaseApp):
 
 
 def run(
-    url: str, token: str | None = None, tenant: str | None = None, read_only: bool = False
+    url: str,
+    token: str | None = None,
+    tenant: str | None = None,
+    read_only: bool = False,
+    ca: Path | None = None,
 ) -> int:
-    """Run the TUI in this terminal and return the exit code."""
-    return asyncio.run(_run(url, token, tenant, read_only))
+    """Run the TUI in this terminal and return the exit code. ``ca`` is a PEM file of certificates
+    to trust."""
+    return asyncio.run(_run(url, token, tenant, read_only, ca))
 
 
-async def _run(url: str, token: str | None, tenant: str | None, read_only: bool) -> int:
+async def _run(
+    url: str, token: str | None, tenant: str | None, read_only: bool, ca: Path | None
+) -> int:
     try:
-        async with ApiClient(url, token, tenant) as client:
+        async with ApiClient(url, token, tenant, ca) as client:
             first = await client.snapshot()
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
                 raise ClientError("refused", "the TUI needs a terminal; in scripts use the API")
@@ -339,6 +355,8 @@ async def _run(url: str, token: str | None, tenant: str | None, read_only: bool)
 def _remedy(error: ClientError) -> str:
     if error.status in (401, 403):
         return "give the operator token with --token or BETRACE_TOKEN"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "if the certificate is yours, name it or its CA with --ca FILE"
     if error.kind in ("unreachable", "timed out"):
         return "start it with `betrace serve`, or give its API with --url"
     return "see `betrace tui --help`"

@@ -24,11 +24,13 @@ class ReloadPanel(Message):
 
 
 class ShowPanel(Message):
-    """Shows the panel whose class has this name."""
+    """Shows the panel whose class has this name, with the cursor on this row, in place of all
+    details."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, row: str | None = None) -> None:
         super().__init__()
         self.name = name
+        self.row = row
 
 
 class ViewTenant(Message):
@@ -40,11 +42,12 @@ class ViewTenant(Message):
 
 
 class MakeChange(Message):
-    """Asks for confirmation, makes a change, and reports the result."""
+    """Asks for confirmation (unless ``sure``), makes a change, and reports the result."""
 
-    def __init__(self, change: OperatorChange) -> None:
+    def __init__(self, change: OperatorChange, sure: bool = False) -> None:
         super().__init__()
         self.change = change
+        self.sure = sure
 
 
 class BaseApp(App[int]):
@@ -74,9 +77,10 @@ class BaseApp(App[int]):
         """Run an async function as a task. It replaces a running task of the same group."""
         _: Worker[None] = self.run_worker(work, group=group, exclusive=True)
 
-    def change(self, change: OperatorChange) -> None:
-        """Ask for confirmation, make a change, and report the result."""
-        self.post_message(MakeChange(change))
+    def change(self, change: OperatorChange, sure: bool = False) -> None:
+        """Ask for confirmation, unless a dialog was answered before (``sure``); make a change, and
+        report the result."""
+        self.post_message(MakeChange(change, sure))
 
     # Errors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -132,7 +133,9 @@ class Answering:
     def __init__(self, api: FakeApi) -> None:
         self.api = api
 
-    def __call__(self, url: str, token: str | None, tenant: str | None) -> ApiClient:
+    def __call__(
+        self, url: str, token: str | None, tenant: str | None, ca: Path | None
+    ) -> ApiClient:
         return ApiClient(url, token, tenant, transport=httpx.MockTransport(self.api._handle))
 
 

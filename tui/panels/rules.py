@@ -8,16 +8,16 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
-from betrace.tui.base import ReloadPanel
+from betrace.tui.base import ReloadPanel, ShowPanel
 from betrace.tui.changes import OperatorChange
 from betrace.tui.client import ClientError
 from betrace.tui.format import NONE, count, many, number
 from betrace.tui.json_values import Json, mapping, objects
 from betrace.tui.panels.rule_edit import RuleEditor
 from betrace.tui.panels.rule_test import test_condition
+from betrace.tui.panels.triage import mute_or_unmute, muted_text
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import SEVERITIES, marked, severity, toned
-from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.highlight import highlighted
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
@@ -33,11 +33,12 @@ FILE = "▪"
 
 class RulesPanel(TenantListPanel):
     TITLE = "Rules"
+    NOUN = "Rule"
     EMPTY = "No rules yet. Press A to write one."
     RELOAD = 10.0
 
     COLUMNS = (
-        Column("enabled", "state", 7),
+        Column("enabled", "state", 8),
         Column("id", "rule", 28, narrow=20),
         Column("severity", "severity", 10),
         Column("active", "active", 6, right=True),
@@ -52,6 +53,8 @@ class RulesPanel(TenantListPanel):
         Binding("X", "change_toggle", "On/off", tooltip="Enable or disable the rule"),
         Binding("D", "change_delete", "Delete", tooltip="Delete the rule; its signals are kept"),
         Binding("T", "test", "Test", tooltip="Test the rule on a recent trace"),
+        Binding("M", "change_mute", "Mute", tooltip="Mute the rule, or end its mute"),
+        Binding("i", "signals", "Signals", tooltip="Show the signals of the rule"),
     ]
 
     def __init__(self) -> None:
@@ -88,13 +91,14 @@ class RulesPanel(TenantListPanel):
             grade, tone = severity(word)
             rank = SEVERITIES.index(word) if word in SEVERITIES else len(SEVERITIES)
             active, raised = rule.get("active_signals"), self._raised.get(identity, 0)
-            on = bool(rule.get("enabled"))
+            on, muted = bool(rule.get("enabled")), bool(rule.get("muted"))
+            word = ("● muted" if muted else "● on   ") if on else "○ off  "
             yield Row(
                 identity,
                 (
                     Cell(
-                        f"{'● on ' if on else '○ off'}{'' if _editable(rule) else f' {FILE}'}",
-                        "good" if on else "quiet",
+                        f"{word}{'' if _editable(rule) else FILE}",
+                        ("busy" if muted else "good") if on else "quiet",
                     ),
                     Cell(identity),
                     Cell(grade, tone, rank),
@@ -109,10 +113,7 @@ class RulesPanel(TenantListPanel):
     def _rule(self) -> Json | None:
         return self._rules.get(self.selected or "")
 
-    def drill(self, key: str) -> None:
-        self.betrace.push_screen(Detail(f"Rule {key}", lambda _, __: self._rule_text(key)))
-
-    def _rule_text(self, key: str) -> Content | None:
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
         rule = self._rules.get(key)
         if rule is None:
             return None
@@ -128,6 +129,12 @@ class RulesPanel(TenantListPanel):
                     ("labels", ", ".join(f"{k}={v}" for k, v in labels.items()) or NONE),
                     ("version", str(rule.get("version", ""))),
                     ("file", _source(rule)),
+                    *(
+                        [("muted", Content.assemble(marked(muted_text(muted), "busy")))]
+                        if (muted := mapping(rule.get("muted")))
+                        else []
+                    ),
+                    *([("decided", str(rule["plan"]))] if rule.get("plan") else []),
                     ("active signals", count(rule.get("active_signals"))),
                     ("in the last hour", count(self._raised.get(key, 0))),
                 ),
@@ -161,6 +168,14 @@ class RulesPanel(TenantListPanel):
         if self._can_change != self._could_change:
             self._could_change = self._can_change
             self.refresh_bindings()
+
+    def action_change_mute(self) -> None:
+        if self._rule is not None:
+            mute_or_unmute(self.betrace, str(self._rule["id"]))
+
+    def action_signals(self) -> None:
+        if self._rule is not None:
+            self.betrace.post_message(ShowPanel("SignalsPanel", str(self._rule["id"])))
 
     def action_test(self) -> None:
         rule = self._rule

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.events import Hide
 
 from betrace.tui.base import ReloadPanel
-from betrace.tui.client import ClientError
-from betrace.tui.format import moment, short_date
+from betrace.tui.client import ClientError, segment
 from betrace.tui.json_values import Json, objects
-from betrace.tui.panels.evidence import show_signal
+from betrace.tui.panels.evidence import SignalText
+from betrace.tui.panels.signal_rows import (
+    COLUMNS,
+    GROUP,
+    by_rule,
+    group_row,
+    group_text,
+    signal_row,
+)
+from betrace.tui.panels.signal_screen import SignalScreen
+from betrace.tui.panels.triage import acknowledge, mute_or_unmute
+from betrace.tui.panels.web import open_page
 from betrace.tui.state import ServiceState
-from betrace.tui.tones import SEVERITIES, SYMBOLS, marked, severity, signal_tone
+from betrace.tui.tones import SEVERITIES, marked
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
 from betrace.tui.widgets.pick import Pick
-from betrace.tui.widgets.table_panel import Cell, Column, Row
+from betrace.tui.widgets.table_panel import Row
 
 PAGE = 200
 """Signals read at first, and kept while new ones arrive."""
@@ -27,32 +39,35 @@ MOST_KEPT = 1000
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 """Seconds before a lost stream is opened again; they double up to the maximum."""
 
+_MOST_TEXTS = 20
+"""Signals kept with their traces."""
+_SETTLED = 0.15
+"""Seconds that the cursor rests on a signal before its trace is loaded."""
+
 _ALL = "all"
 _STATUSES = ("active", "retracted")
 
 
 class SignalsPanel(TenantListPanel):
     TITLE = "Signals"
+    NOUN = "Signal"
     EMPTY = "No signals yet. New signals appear here as they are raised."
     FOLLOWS_TOP = True
 
-    COLUMNS = (
-        Column("time", "time", 14),
-        Column("severity", "severity", 10),
-        Column("status", "status", 11, narrow=1),
-        Column("rule", "rule", 28, narrow=18),
-        Column("message", "message", 20, flex=True),
-        Column("trace", "trace", 32, shown_from=160),
-    )
+    COLUMNS = COLUMNS
 
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("A", "change_acknowledge", "Ack", tooltip="Say that you take care of the signal"),
+        Binding("M", "change_mute", "Mute", tooltip="Mute the rule of the signal, or unmute it"),
+        Binding("b", "group", "By rule", tooltip="Show one row for each rule, or for each signal"),
+        Binding("m", "older", "Older", tooltip="Load older signals too"),
         Binding("r", "pick('rule')", "Rule", tooltip="Show signals of one rule"),
         Binding("v", "pick('severity')", "Severity", tooltip="Show signals of one severity"),
         Binding(
             "a", "pick('status')", "Status", tooltip="Show only active or only retracted signals"
         ),
         Binding("c", "clear", "All", tooltip="Show all signals again"),
-        Binding("m", "older", "Older", tooltip="Load older signals too"),
+        Binding("w", "web", "Page", show=False, tooltip="Open the page of the signal"),
     ]
 
     RELOAD = 0.0
@@ -66,6 +81,9 @@ class SignalsPanel(TenantListPanel):
         self._next: str | None = None
         self._most = PAGE
         self._live = ""
+        self._grouped = False
+        self._texts: dict[str, SignalText] = {}
+        """The signals that were opened last."""
 
     # Reading
 
@@ -145,7 +163,7 @@ class SignalsPanel(TenantListPanel):
         if before is None or before[0] != signal:
             if before is not None and "status" not in signal:
                 return  # the list has already given the complete signal
-            self._signals[identity] = signal, _row(signal)
+            self._signals[identity] = signal, signal_row(signal)
             self._ordered = None
 
     def _forget(self) -> None:
@@ -165,7 +183,12 @@ class SignalsPanel(TenantListPanel):
 
     def rows(self, state: ServiceState) -> Iterable[Row]:
         if self._ordered is None:
-            self._ordered = [row for _, row in self._newest()[: self._most]]
+            newest = self._newest()[: self._most]
+            if self._grouped:
+                groups = by_rule(signal for signal, _ in newest)
+                self._ordered = [group_row(rule, those) for rule, those in groups.items()]
+            else:
+                self._ordered = [row for _, row in newest]
         return self._ordered
 
     def head(self) -> Sequence[Part]:
@@ -174,7 +197,8 @@ class SignalsPanel(TenantListPanel):
             chosen = f"{name} {value or _ALL}"
             parts += ["  ", (chosen, "bold $warning") if value else chosen]
         shown = min(len(self._signals), self._most)
-        return [*parts, "  ", self._stream_status(), f"  {shown} newest"]
+        grouped = ("  by rule", "bold $warning") if self._grouped else ""
+        return [*parts, "  ", self._stream_status(), f"  {shown} newest", grouped]
 
     def _stream_status(self) -> Part:
         if self.betrace.frozen_at is not None:
@@ -185,10 +209,96 @@ class SignalsPanel(TenantListPanel):
             return marked("stream lost, reconnecting", "bad")
         return marked("connecting", "busy")
 
+    # One signal
+
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        if key.startswith(GROUP):
+            rule = key.removeprefix(GROUP)
+            return group_text(rule, self._of_rule(rule))
+        shown = self.signal_text(key)
+        return shown.draw(state, width) if shown is not None else None
+
     def drill(self, key: str) -> None:
+        if key.startswith(GROUP):
+            self._grouped = False
+            self.filter_by("rule", key.removeprefix(GROUP))
+        elif key in self._signals:
+            self.betrace.push_screen(SignalScreen(key, self.signal_text, self.neighbour))
+
+    def signal_text(self, key: str) -> SignalText | None:
+        """A signal with its trace, which is loaded once it has been wanted for a moment."""
+        shown = self._texts.get(key)
+        if shown is None:
+            found = self._signals.get(key)
+            if found is None:
+                return None
+            shown = self._texts[key] = SignalText(found[0])
+            while len(self._texts) > _MOST_TEXTS:
+                del self._texts[next(iter(self._texts))]
+            self.betrace.start(partial(self._load_text, shown), "detail")
+        return shown
+
+    async def _load_text(self, shown: SignalText) -> None:
+        try:
+            await asyncio.sleep(_SETTLED)
+            await shown.load(self.betrace.client)
+        except asyncio.CancelledError:  # another one is wanted now; load this one another time
+            self._texts.pop(str(shown.signal.get("id")), None)
+            raise
+        if not self.app.is_running:
+            return
+        self.show_side(self.betrace.state)
+        if isinstance(self.app.screen, SignalScreen):
+            self.app.screen.show(self.betrace.state)
+
+    def neighbour(self, key: str, step: int) -> str | None:
+        """The signal in the row before (-1) or after (1) another; the cursor follows."""
+        keys = list(self.table.keys)
+        place = keys.index(key) + step if key in keys else -1
+        if not 0 <= place < len(keys):
+            return None
+        self.table.select(keys[place])
+        return keys[place]
+
+    def _of_rule(self, rule_id: str) -> list[Json]:
+        newest = self._newest()[: self._most]
+        return [signal for signal, _ in newest if signal.get("rule_id") == rule_id]
+
+    @property
+    def _chosen(self) -> Json | None:
+        """The signal under the cursor, or the newest of the rule under it."""
+        key = self.selected or ""
+        if key.startswith(GROUP):
+            return next(iter(self._of_rule(key.removeprefix(GROUP))), None)
         found = self._signals.get(key)
-        if found is not None:
-            show_signal(self.betrace, found[0])
+        return found[0] if found is not None else None
+
+    def choose(self, key: str) -> None:
+        """Show the signals of a rule."""
+        self._grouped = False
+        self.filter_by("rule", key)
+
+    def action_change_acknowledge(self) -> None:
+        signal = self._chosen
+        if signal is not None and not (self.selected or "").startswith(GROUP):
+            acknowledge(self.betrace, signal, partial(self._acknowledged, signal))
+
+    def _acknowledged(self, signal: Json, acknowledgement: Json) -> None:
+        self._texts.pop(str(signal.get("id")), None)
+        self._keep({**signal, "acknowledged": acknowledgement})
+
+    def action_change_mute(self) -> None:
+        if self._chosen is not None:
+            mute_or_unmute(self.betrace, str(self._chosen.get("rule_id")))
+
+    def action_group(self) -> None:
+        self._grouped, self._ordered = not self._grouped, None
+        self.from_top()
+        self.show(self.betrace.state)
+
+    def action_web(self) -> None:
+        if self._chosen is not None:
+            open_page(self.betrace, f"/signals/{segment(str(self._chosen.get('id')))}")
 
     # Filters
 
@@ -250,26 +360,3 @@ def _any(text: str) -> str:
 
 def _age(signal: tuple[Json, Row]) -> tuple[str, str]:
     return str(signal[0].get("detected_at")), str(signal[0].get("id"))
-
-
-def _row(signal: Json) -> Row:
-    status = str(signal.get("status") or "active")
-    tone = signal_tone(status)
-    grade, toned = severity(str(signal.get("severity", "")))
-    at = str(signal.get("detected_at", ""))
-    return Row(
-        str(signal.get("id")),
-        (
-            Cell(short_date(moment(at)), order=at),
-            Cell(grade, toned, _rank(signal)),
-            Cell(f"{SYMBOLS[tone]} {status}", tone),
-            Cell(str(signal.get("rule_id", ""))),
-            Cell(" ".join(str(signal.get("message", "")).split())),
-            Cell(str(signal.get("trace_id", ""))),
-        ),
-    )
-
-
-def _rank(signal: Json) -> float:
-    word = signal.get("severity")
-    return float(SEVERITIES.index(word)) if word in SEVERITIES else len(SEVERITIES)

@@ -45,8 +45,12 @@ class Detail(ModalScreen[None]):
             yield LiveText(classes="detail-body")
         yield KeyBar()
 
+    @property
+    def betrace(self) -> BaseApp:
+        return cast(BaseApp, self.app)
+
     def on_mount(self) -> None:
-        self.show(cast(BaseApp, self.app).state)
+        self.show(self.betrace.state)
 
     def show(self, state: ServiceState) -> None:
         """Draw the state. The application calls this with each state, even before the screen is

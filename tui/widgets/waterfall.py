@@ -11,7 +11,7 @@ from textual.content import Content
 
 from betrace.tui.format import cut, many, millis
 from betrace.tui.tones import toned
-from betrace.tui.traces import TreeSpan, in_tree_order
+from betrace.tui.traces import TreeSpan
 
 MAX_SPANS = 1000
 """Maximum number of lines."""
@@ -49,13 +49,20 @@ def marks(evidence: Mapping[str, Any]) -> dict[str, str]:
     return dict(found)
 
 
-def waterfall(spans: Sequence[TreeSpan], matching: Mapping[str, str], width: int) -> Content:
-    """The lines. ``matching`` maps ids of matching spans to the letters after their mark."""
-    if not spans:
+def waterfall(
+    lines: Sequence[tuple[int, TreeSpan]],
+    matching: Mapping[str, str],
+    width: int,
+    selected: int = -1,
+) -> Content:
+    """The lines of spans :func:`betrace.tui.traces.in_tree_order`. ``matching`` maps ids of
+    matching spans to the letters after their mark; ``selected`` is the index of a span."""
+    if not lines:
         return Content("no spans")
-    lines = in_tree_order(spans)
     layout = _layout(lines, matching, width)
     shown = [_line(depth, span, matching.get(span.id), layout) for depth, span in lines[:MAX_SPANS]]
+    if 0 <= selected < len(shown):
+        shown[selected] = Content(shown[selected].plain).stylize("bold reverse")
     if len(lines) > MAX_SPANS:
         shown.append(Content(f"… and {many(len(lines) - MAX_SPANS, 'more span')}"))
     return Content("\n").join(shown)
