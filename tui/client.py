@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from betrace.tui.json_values import Json
+from betrace.tui.json_values import Json, as_text, objects
 
 Kind = Literal["unreachable", "timed out", "refused", "conflict", "not understood"]
 
@@ -280,10 +280,10 @@ class ApiClient:
     async def rule(self, rule_id: str) -> Json:
         return await self.get(f"/api/v1/rules/{segment(rule_id)}")
 
-    async def check_condition(self, condition: str) -> list[Json]:
-        """Return the errors of a rule's condition."""
+    async def check_condition(self, condition: str) -> tuple[list[Json], str]:
+        """Return the errors of a rule's condition, and how it is decided if it relates spans."""
         answer = await self.post("/api/v1/rules/validate", {"condition": condition})
-        return [each for each in answer.get("errors") or [] if isinstance(each, dict)]
+        return objects(answer.get("errors")), as_text(answer.get("plan"))
 
     async def test_condition(self, condition: str, trace: Json) -> Json:
         """Evaluate a condition on a trace in OTLP JSON."""

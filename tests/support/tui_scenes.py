@@ -21,6 +21,8 @@ class Scene:
     read_only: bool = False
     both: bool = False
     """Whether there is also a snapshot at 120×40."""
+    wide: bool = False
+    """Whether there is also a snapshot at 200×50."""
     shows: Mapping[str, str] = field(default_factory=dict)
     """Text that appears when the work started by a key is done, for keys that wait for the
     service."""
@@ -50,7 +52,7 @@ def paused(api: FakeApi) -> None:
 
 
 SCENES = {
-    "overview": Scene(("1",), both=True),
+    "overview": Scene(("1",), both=True, wide=True),
     "overview-overloaded": Scene(("1", "l"), overloaded, both=True),
     "pipeline": Scene(("2",), both=True),
     "pipeline-paused": Scene(("2", "s", "j"), paused),
@@ -60,9 +62,11 @@ SCENES = {
     "confirm": Scene(("3", "j", "R")),
     "caches": Scene(("4",), both=True),
     "cache": Scene(("4", "enter")),
-    "signals": Scene(("5",), both=True),
-    "signal": Scene(("5", "enter"), both=True),
-    "rules": Scene(("6",), both=True),
+    "signals": Scene(("5",), both=True, wide=True),
+    "signals-by-rule": Scene(("5", "b")),
+    "signal": Scene(("5", "enter", "j"), both=True, wide=True, shows={"enter": "POST /checkout"}),
+    "acknowledge": Scene(("5", "A")),
+    "rules": Scene(("6",), both=True, wide=True),
     "rule": Scene(("6", "j", "j", "enter")),
     "rule-edit": Scene(("6", "E"), both=True, shows={"E": "the condition is valid"}),
     "rule-new": Scene(("6", "A"), shows={"A": "write a condition"}),

@@ -22,7 +22,7 @@ async def test_rules_are_listed_with_their_signals(pilot, api):
     assert "3 rules, 2 enabled, ▪ 1 in files  9 signals in the last hour" in text
     line = next(line for line in text.splitlines() if "fraud-check" in line)
     assert line.split()[:7] == ["●", "on", "fraud-check", "✖", "critical", "12", "7"]
-    assert "○ off    slow-checkout" in text
+    assert "○ off     slow-checkout" in text
     await pilot.press("enter")
     await pilot.pause()
     assert "when   { charge.where(amount > 1000) }" in screen_text(pilot.app)

@@ -1,4 +1,4 @@
-"""The appearance of each screen at the smallest size and at a common one.
+"""The appearance of each screen at the smallest size, and of some at larger ones.
 
 After an intended change, run ``pytest tests/tui/test_snapshots.py --snapshot-update``, review the
 changes in ``__snapshots__``, and regenerate the pictures of the docs
@@ -13,12 +13,17 @@ from betrace.tui import connection
 from tests.support.tui_fake import FakeApi
 from tests.support.tui_scenes import SCENES, prepare
 
-SMALL, COMMON = (80, 24), (120, 40)
+SMALL, COMMON, WIDE = (80, 24), (120, 40), (200, 50)
 SCREENS = [pytest.param(name, SMALL, id=f"{name}-80x24") for name in SCENES]
 SCREENS += [
     pytest.param(name, COMMON, id=f"{name}-120x40", marks=pytest.mark.slow)
     for name, scene in SCENES.items()
     if scene.both
+]
+SCREENS += [
+    pytest.param(name, WIDE, id=f"{name}-200x50", marks=pytest.mark.slow)
+    for name, scene in SCENES.items()
+    if scene.wide
 ]
 
 

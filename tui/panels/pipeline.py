@@ -69,9 +69,9 @@ class PipelinePanel(TablePanel):
             self.query_one("#ingestion", LiveText).text(
                 "ingestion ",
                 marked(now.ingestion, tone),
+                *_waiting(now),
                 f"   {number(now.in_flight)} {plural(now.in_flight, 'span')} in flight, "
                 f"{number(now.open_traces)} open {plural(now.open_traces, 'trace')}",
-                *_waiting(now),
             )
         super().show(state)
 

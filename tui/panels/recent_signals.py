@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from textual.content import Content
 
 from betrace.tui.client import ApiClient, ClientError
-from betrace.tui.format import bar, clock, cut, many, moment, number
+from betrace.tui.format import bar, clock, cut, moment, number
 from betrace.tui.json_values import Json, as_int, mapping, objects
 from betrace.tui.tones import STYLES, severity, toned
 
@@ -28,6 +28,11 @@ class RecentSignals:
         self._latest: Sequence[Json] = ()
         self._problem = "loading …"
 
+    @property
+    def rules(self) -> int:
+        """How many rules raised signals in the last hour."""
+        return len(self._by_rule or ())
+
     async def read(self, client: ApiClient) -> None:
         """Read them again. Raises :exc:`ClientError`, except without a tenant."""
         tenant = client.tenant
@@ -46,34 +51,33 @@ class RecentSignals:
             self._by_rule = dict(sorted(found.items(), key=lambda each: (-each[1], each[0])))
             self._latest = objects(answer.get("signals"))
 
-    def rules_text(self, width: int, height: int) -> Content:
+    def rules_text(self, width: int) -> Content:
         """The rules that raised most signals in the last hour, with their counts."""
         if self._by_rule is None:
             return Content.assemble(toned(self._problem, "quiet"))
         if not self._by_rule:
-            return Content.assemble(toned("no signals in the last hour", "quiet"))
-        shown = dict(list(self._by_rule.items())[: _rows(len(self._by_rule), height)])
-        most = max(shown.values())
+            return Content.assemble(toned("none in the last hour", "quiet"))
+        most = max(self._by_rule.values())
         space = min(_BAR, width - 24) if width >= 32 else 0
         length = max(8, width - (space and space + 1) - 5)
         lines = []
-        for name, count in shown.items():
+        for name, count in self._by_rule.items():
             drawn = f" {bar(count / most, space)}" if space else ""
             text = f"{cut(name, length):<{length}}{number(count):>5}{drawn}"
             line = Content(text)
             if _SAFE.fullmatch(name):
                 line = Content.from_markup(f"[@click=app.signals_of('{name}')]$text[/]", text=text)
             lines.append(line)
-        return _lines(lines, len(self._by_rule) - len(shown), "rule")
+        return Content("\n").join(lines)
 
-    def latest_text(self, width: int, height: int) -> Content:
+    def latest_text(self, width: int) -> Content:
         """The latest signals."""
         if self._by_rule is None:
             return Content.assemble(toned(self._problem, "quiet"))
         if not self._latest:
             return Content.assemble(toned("none yet", "quiet"))
         lines = []
-        for signal in self._latest[:height]:
+        for signal in self._latest:
             grade, tone = severity(str(signal.get("severity", "")))
             retracted = signal.get("status") == "retracted"
             before = "no longer broken: " if retracted else ""
@@ -83,14 +87,3 @@ class RecentSignals:
             text = cut(text, max(1, width - len(head) - 2))
             lines.append(Content.assemble(head, (f"{grade[:1]} ", style), text))
         return Content("\n").join(lines)
-
-
-def _rows(count: int, height: int) -> int:
-    """How many of the entries fit, with a line for the number of the others."""
-    return count if count <= height else max(1, height - 1)
-
-
-def _lines(lines: list[Content], left_out: int, noun: str) -> Content:
-    if left_out:
-        lines.append(Content.assemble(toned(f"and {many(left_out, f'other {noun}')}", "quiet")))
-    return Content("\n").join(lines)

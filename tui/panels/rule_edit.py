@@ -128,7 +128,7 @@ class RuleEditor(ModalScreen[None]):
             shown.text(toned("write a condition", "quiet"))
             return
         try:
-            self._errors = await self._betrace.client.check_condition(condition)
+            self._errors, plan = await self._betrace.client.check_condition(condition)
         except ClientError as error:
             self._checked = None
             shown.text(marked(f"not checked: {error}", "busy"))
@@ -137,7 +137,8 @@ class RuleEditor(ModalScreen[None]):
         if self._errors:
             shown.text(marked("\n".join(error_text(each) for each in self._errors), "bad"))
         else:
-            shown.text(marked("the condition is valid", "good"))
+            decided = f"\n{plan}" if plan else ""
+            shown.text(marked("the condition is valid", "good"), toned(decided, "quiet"))
 
     # Keys
 

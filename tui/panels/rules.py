@@ -38,7 +38,7 @@ class RulesPanel(TenantListPanel):
     RELOAD = 10.0
 
     COLUMNS = (
-        Column("enabled", "state", 8),
+        Column("enabled", "state", 9),
         Column("id", "rule", 28, narrow=20),
         Column("severity", "severity", 10),
         Column("active", "active", 6, right=True),
@@ -92,12 +92,12 @@ class RulesPanel(TenantListPanel):
             rank = SEVERITIES.index(word) if word in SEVERITIES else len(SEVERITIES)
             active, raised = rule.get("active_signals"), self._raised.get(identity, 0)
             on, muted = bool(rule.get("enabled")), bool(rule.get("muted"))
-            word = ("● muted" if muted else "● on   ") if on else "○ off  "
+            word = ("● muted" if muted else "● on") if on else "○ off"
             yield Row(
                 identity,
                 (
                     Cell(
-                        f"{word}{'' if _editable(rule) else FILE}",
+                        f"{word:<7}{'' if _editable(rule) else f' {FILE}'}",
                         ("busy" if muted else "good") if on else "quiet",
                     ),
                     Cell(identity),

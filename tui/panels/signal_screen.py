@@ -46,11 +46,11 @@ class SignalScreen(Detail):
         Binding("pageup,ctrl+u", "scroll('page_up')", "Page up", show=False),
         Binding("enter", "open_span", "Span"),
         Binding("n", "other(1)", "Next"),
-        Binding("p", "other(-1)", "Previous"),
-        Binding("A", "change_acknowledge", "Acknowledge"),
+        Binding("p", "other(-1)", "Prev"),
+        Binding("A", "change_acknowledge", "Ack"),
         Binding("M", "change_mute", "Mute"),
         Binding("r", "rule", "Rule"),
-        Binding("y", "copy('trace_id')", "Copy trace"),
+        Binding("y", "copy('trace_id')", "Copy id"),
         Binding("Y", "copy('id')", "Copy signal", show=False),
         Binding("w", "web", "Page"),
     ]
@@ -86,7 +86,7 @@ class SignalScreen(Detail):
 
     def show(self, state: ServiceState) -> None:
         shown = self._shown
-        if shown is None or not self.is_mounted:
+        if shown is None or not self.query(".signal-facts"):  # not composed yet
             return
         self.query_one(".detail", VerticalScroll).border_title = Content(f"Signal {self._key}")
         self.query_one(".signal-facts", LiveText).draw(lambda _: shown.facts())

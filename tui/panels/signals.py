@@ -28,6 +28,7 @@ from betrace.tui.panels.triage import acknowledge, mute_or_unmute
 from betrace.tui.panels.web import open_page
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import SEVERITIES, marked
+from betrace.tui.widgets.descriptions import Descriptions
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
 from betrace.tui.widgets.pick import Pick
 from betrace.tui.widgets.table_panel import Row
@@ -38,11 +39,6 @@ MOST_KEPT = 1000
 """Maximum number kept when older signals are loaded."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 """Seconds before a lost stream is opened again; they double up to the maximum."""
-
-_MOST_TEXTS = 20
-"""Signals kept with their traces."""
-_SETTLED = 0.15
-"""Seconds that the cursor rests on a signal before its trace is loaded."""
 
 _ALL = "all"
 _STATUSES = ("active", "retracted")
@@ -82,8 +78,7 @@ class SignalsPanel(TenantListPanel):
         self._most = PAGE
         self._live = ""
         self._grouped = False
-        self._texts: dict[str, SignalText] = {}
-        """The signals that were opened last."""
+        self._texts = Descriptions(self, self._described)
 
     # Reading
 
@@ -215,41 +210,22 @@ class SignalsPanel(TenantListPanel):
         if key.startswith(GROUP):
             rule = key.removeprefix(GROUP)
             return group_text(rule, self._of_rule(rule))
-        shown = self.signal_text(key)
+        shown = self._texts.get(key)
         return shown.draw(state, width) if shown is not None else None
+
+    def title_of(self, key: str) -> str:
+        return f"Rule {key.removeprefix(GROUP)}" if key.startswith(GROUP) else super().title_of(key)
 
     def drill(self, key: str) -> None:
         if key.startswith(GROUP):
             self._grouped = False
             self.filter_by("rule", key.removeprefix(GROUP))
         elif key in self._signals:
-            self.betrace.push_screen(SignalScreen(key, self.signal_text, self.neighbour))
+            self.betrace.push_screen(SignalScreen(key, self._texts.get, self.neighbour))
 
-    def signal_text(self, key: str) -> SignalText | None:
-        """A signal with its trace, which is loaded once it has been wanted for a moment."""
-        shown = self._texts.get(key)
-        if shown is None:
-            found = self._signals.get(key)
-            if found is None:
-                return None
-            shown = self._texts[key] = SignalText(found[0])
-            while len(self._texts) > _MOST_TEXTS:
-                del self._texts[next(iter(self._texts))]
-            self.betrace.start(partial(self._load_text, shown), "detail")
-        return shown
-
-    async def _load_text(self, shown: SignalText) -> None:
-        try:
-            await asyncio.sleep(_SETTLED)
-            await shown.load(self.betrace.client)
-        except asyncio.CancelledError:  # another one is wanted now; load this one another time
-            self._texts.pop(str(shown.signal.get("id")), None)
-            raise
-        if not self.app.is_running:
-            return
-        self.show_side(self.betrace.state)
-        if isinstance(self.app.screen, SignalScreen):
-            self.app.screen.show(self.betrace.state)
+    def _described(self, key: str) -> SignalText | None:
+        found = self._signals.get(key)
+        return SignalText(found[0]) if found is not None else None
 
     def neighbour(self, key: str, step: int) -> str | None:
         """The signal in the row before (-1) or after (1) another; the cursor follows."""
@@ -280,11 +256,13 @@ class SignalsPanel(TenantListPanel):
 
     def action_change_acknowledge(self) -> None:
         signal = self._chosen
-        if signal is not None and not (self.selected or "").startswith(GROUP):
+        if (self.selected or "").startswith(GROUP):
+            self.betrace.notify("Open the rule first, and choose one of its signals.")
+        elif signal is not None:
             acknowledge(self.betrace, signal, partial(self._acknowledged, signal))
 
     def _acknowledged(self, signal: Json, acknowledgement: Json) -> None:
-        self._texts.pop(str(signal.get("id")), None)
+        self._texts.forget(str(signal.get("id")))
         self._keep({**signal, "acknowledged": acknowledgement})
 
     def action_change_mute(self) -> None:

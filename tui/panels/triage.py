@@ -75,7 +75,8 @@ def _unmute(app: BaseApp, rule_id: str, muted: Json) -> OperatorChange:
         f"End the mute of rule {rule_id}?",
         "Unmute",
         run,
-        [("signals", f"muted until {date(moment(muted.get('until')))}", "sent to webhooks")],
+        [("rule", f"muted until {date(moment(muted.get('until')))}", "not muted")],
+        "Its signals are sent to webhooks again.",
     )
 
 

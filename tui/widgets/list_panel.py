@@ -77,7 +77,7 @@ class TenantListPanel(ListPanel):
     """A list that belongs to one tenant, with a key to choose another."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "tenant", "Tenant", tooltip="Show another tenant"),
+        Binding("o", "tenant", "Tenant", show=False, tooltip="Show another tenant"),
     ]
 
     async def load(self) -> None:

@@ -134,9 +134,13 @@ class TablePanel(Panel):
         """Everything about a row in lines of this width; None when it no longer exists."""
         return None
 
+    def title_of(self, key: str) -> str:
+        """The title of a description."""
+        return f"{self.NOUN} {key}"
+
     def drill(self, key: str) -> None:
         """`Enter` on a row."""
-        self.betrace.push_screen(Detail(f"{self.NOUN} {key}", partial(self.describe, key)))
+        self.betrace.push_screen(Detail(self.title_of(key), partial(self.describe, key)))
 
     def choose(self, key: str) -> None:
         """Move the cursor to a row, now or once it is there."""
@@ -246,7 +250,7 @@ class TablePanel(Panel):
         if not side.display:
             return
         key = self.selected
-        side.border_title = Content(f"{self.NOUN} {key}") if key else ""
+        side.border_title = Content(self.title_of(key)) if key else ""
         nothing = Content("")
         self.query_one(".side-text", LiveText).draw(
             lambda width: (self.describe(key, state, width) if key else None) or nothing
