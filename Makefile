@@ -1,4 +1,4 @@
-# make setup | demo | demo-live | check | test | lint | format | clean, and the measurements below
+# make setup | demo | demo-live | check | test | lint | format | dist-check | clean, and the measurements below
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ CHECK_WORKERS ?= 4
 # rewrites all modules again, which takes about half of its start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup demo demo-live check test lint format clean
+.PHONY: setup demo demo-live check test lint format dist-check clean
 
 setup: $(STAMP)
 
@@ -63,8 +63,15 @@ test: lint
 	BETRACE_EXAMPLES=$(EXAMPLES) \
 		$(BIN)/pytest -n $(WORKERS) --dist loadgroup --cov --cov-append --cov-fail-under=90
 
+# What a release consists of: the source distribution, the wheel built from it, and that wheel in a
+# fresh environment.
+dist-check: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	BETRACE_WHEEL=$$(ls $(CURDIR)/dist/*.whl) $(BIN)/pytest -q tests/packaging
+
 clean:
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	rm -rf dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
 	find channels service tui tests perf -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Measurements. Each perf/*.py describes itself (make load PERF=--help); perf/REPORT.md has the latest

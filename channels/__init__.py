@@ -1,18 +1,17 @@
 """Bounded channels and the stages between them: the parts of a pipeline on Trio."""
 
 from betrace.channels.batcher import Batcher, Pace, Pacing
-from betrace.channels.breaker import (
-    Breaker,
-    BreakerOpen,
+from betrace.channels.breaker import Breaker, BreakerOpen, BreakerTimeout
+from betrace.channels.breaker_options import (
     BreakerOptions,
     BreakerSnapshot,
     BreakerState,
-    BreakerTimeout,
     Transition,
 )
 from betrace.channels.channel import ReceiveChannel, SendChannel, open_channel
 from betrace.channels.errors import ExpectedError, TransientError, is_expected
-from betrace.channels.stage import Stage, StageOptions, StageStatistics
+from betrace.channels.stage import Stage
+from betrace.channels.stage_options import StageOptions, StageStatistics
 from betrace.channels.state import ChannelStatistics, PeakReader
 from betrace.channels.supervisor import supervise
 from betrace.channels.tap import DropReason, Tap, TapStatistics

@@ -35,165 +35,24 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
-from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import trio
 
-from betrace.channels.batcher import Batcher, Pace, Pacing
+from betrace.channels.batcher import Batcher, Pacing
 from betrace.channels.channel import ReceiveChannel
-from betrace.channels.errors import ExpectedError, is_expected
+from betrace.channels.errors import is_expected
+from betrace.channels.intervals import Intervals
+from betrace.channels.stage_options import StageOptions, StageStatistics
 from betrace.channels.supervisor import backoff, supervise
 
 T = TypeVar("T")
 
 logger = logging.getLogger("channels.stage")
 
-PROBE_BATCHES = 32
-"""With `StageOptions.adapts`, every so many batches the stage waits for one item more."""
-
 LONGEST_BURIAL_PAUSE = 30.0
 """Maximum seconds between two calls of ``on_dead`` for one item."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageStatistics:
-    """A stage at one moment. ``items_in == items_out + dead + items_held``."""
-
-    name: str
-    """The stage's name."""
-
-    workers: int
-    """How many handler calls may run at once."""
-
-    busy_workers: int
-    """How many are running."""
-
-    paused: bool
-    """Whether an operator paused the stage."""
-
-    items_in: int
-    """Items taken from the channel."""
-
-    weight_in: int
-    """Their weight."""
-
-    items_out: int
-    """Items that the handler finished."""
-
-    weight_out: int
-    """Their weight."""
-
-    dead: int
-    """Items that ``on_dead`` took."""
-
-    dead_weight: int
-    """Their weight."""
-
-    items_held: int
-    """Items taken and not finished: in the handler, or waiting for redelivery."""
-
-    waiting: int
-    """Items waiting for redelivery, or for another call of ``on_dead``."""
-
-    failed: int
-    """Handler calls that raised."""
-
-    redelivered: int
-    """Redeliveries: handler calls with a single item that had failed before."""
-
-    burial_failures: int
-    """Calls of ``on_dead`` that raised."""
-
-    restarts: int
-    """How often a worker was restarted after an unexpected error."""
-
-    last_error: str | None
-    """The last error of a handler call, as text."""
-
-    last_progress: float | None
-    """`trio.current_time` when an item was last finished or declared dead; None before that."""
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: they break StageOptions[T](…)
-class StageOptions(Generic[T]):
-    """How a stage takes, delivers, and gives up items."""
-
-    on_dead: Callable[[T, Exception, int], Awaitable[object]]
-    """Takes an item that failed for good, its last error, and the number of deliveries."""
-
-    workers: int = 1
-    """How many handler calls may run at once."""
-
-    max_batch_weight: int | None = None
-    """Maximum weight of a batch; a single heavier item is a batch of its own. None means the
-    channel's capacity."""
-
-    interval: float = 0.0
-    """Minimum seconds between the starts of two batches, so that items that arrive one by one are
-    handled together. An item that arrives after a longer pause is handled at once. Not used with
-    ``max_batch_wait`` or ``batch_key``."""
-
-    enough: int | None = None
-    """A queued weight that starts the next batch before the interval is over. None means
-    ``max_batch_weight``."""
-
-    adapts: bool = False
-    """Whether a batch also starts when as many items are queued as can be expected within the
-    interval. It is meant for senders that wait for the outcome of their items before they send
-    more: once all of them have sent, waiting for the interval to end would be in vain."""
-
-    max_batch_wait: float = 0.0
-    """Seconds that a batch may wait to grow; 0 takes what is queued."""
-
-    batch_key: Callable[[T], Hashable] | None = None
-    """If set, a batch holds items of one key only (a tenant, for example)."""
-
-    max_batch_keys: int = 64
-    """How many batches of different keys may grow at once."""
-
-    pace: Pace | None = None
-    """Delays batches; see `Pacing`. It does not apply while more than three quarters of the
-    channel's capacity wait."""
-
-    urgent: Callable[[T], bool] | None = None
-    """Whether an item's batch goes first; see `Pacing`."""
-
-    most_batch_wait: float = math.inf
-    """Seconds after which a batch comes out at any pace; see `Pacing`."""
-
-    attempts: int = 4
-    """How often an item is delivered before it is dead."""
-
-    retry_delay: float = 1.0
-    """Seconds between an item's failure and its redelivery."""
-
-    expected: tuple[type[Exception], ...] = (ExpectedError,)
-    """Errors that are not bugs."""
-
-    on_done: Callable[[float, int], None] | None = None
-    """Observer, called with (seconds, weight) after each successful handler call."""
-
-    on_slow: Callable[[list[T], float, Exception | None], None] | None = None
-    """Observer, called before ``on_done`` with (items, seconds, error) for each handler call that
-    took at least ``slow_after`` seconds; error is None if it succeeded."""
-
-    slow_after: float = math.inf
-    """Seconds; see ``on_slow``."""
-
-    def check(self, stage: str) -> None:
-        """Raise ValueError if an option cannot work."""
-        if self.workers < 1 or self.attempts < 1 or self.retry_delay < 0:
-            raise ValueError(
-                f"stage {stage}: workers ({self.workers}) and attempts ({self.attempts}) must be "
-                f"1 or more, retry_delay ({self.retry_delay}) 0 or more"
-            )
-        if self.max_batch_weight is not None and self.max_batch_weight < 1:
-            raise ValueError(
-                f"stage {stage}: max_batch_weight is {self.max_batch_weight}; it must be 1 or more"
-            )
 
 
 class _Delivery(Generic[T]):
@@ -207,28 +66,6 @@ class _Delivery(Generic[T]):
         self.attempts = 0
         self.burials = 0
         self.error: Exception | None = None
-
-
-class _Expected:
-    """How many items arrive within an interval: the number that arrived last time, and from time to
-    time one more, as TCP probes for bandwidth."""
-
-    __slots__ = ("_settled", "items")
-
-    def __init__(self) -> None:
-        self.items = 1
-        self._settled = 0  # batches until one more item is expected
-
-    def observe(self, items: int, *, timed_out: bool) -> None:
-        if timed_out and items < self.items:
-            self.items = max(1, items)
-            self._settled = PROBE_BATCHES
-        elif items > self.items:
-            self.items = items
-        elif self._settled:
-            self._settled -= 1
-        else:
-            self.items += 1
 
 
 class Stage(Generic[T]):
@@ -261,28 +98,7 @@ class Stage(Generic[T]):
         self._receive = receive
         self._handler = handler
         self._options = options
-        self._max_batch_weight = options.max_batch_weight or receive.capacity
-        self._enough = options.enough or self._max_batch_weight
-        self._next_start = -math.inf
-        self._expected = _Expected()
-        self._batcher: Batcher[T] | None = None
-        if options.max_batch_wait > 0 or options.batch_key is not None:
-            pacing = None
-            if options.pace is not None:
-                pacing = Pacing(
-                    options.pace,
-                    options.urgent,
-                    options.most_batch_wait,
-                    receive.capacity * 3 // 4,
-                )
-            self._batcher = Batcher(
-                receive,
-                self._max_batch_weight,
-                options.max_batch_wait,
-                key=options.batch_key,
-                max_keys=options.max_batch_keys,
-                pacing=pacing,
-            )
+        self._batches = _batches(receive, options)
         self._turns = trio.Semaphore(options.workers)
         self._waiting: list[tuple[float, int, _Delivery[T]]] = []  # a heap by time due
         self._sequence = 0
@@ -375,10 +191,7 @@ class Stage(Generic[T]):
     async def _work(self) -> None:
         while True:
             try:
-                if self._batcher is not None:
-                    items = await self._batcher.next()
-                else:
-                    items = await self._receive_batch()
+                items = await self._batches.next()
             except (trio.EndOfChannel, trio.ClosedResourceError):
                 return
             batch = [_Delivery(item, self._receive.weigh(item)) for item in items]
@@ -396,20 +209,6 @@ class Stage(Generic[T]):
                     raise
             finally:
                 self._turns.release()
-
-    async def _receive_batch(self) -> list[T]:
-        """Receive what is queued, at the earliest one interval after the last batch started."""
-        until = self._next_start
-        expected = self._expected.items if self._options.adapts else math.inf
-        waits = trio.current_time() < until
-        items = await self._receive.receive_some(
-            self._max_batch_weight, until=until, enough=self._enough, items=expected
-        )
-        now = trio.current_time()
-        if waits:
-            self._expected.observe(len(items), timed_out=now >= until)
-        self._next_start = now + self._options.interval
-        return items
 
     async def _take_turn(self) -> None:
         """Wait for a turn to call the handler, and until the stage is not paused."""
@@ -523,3 +322,24 @@ class Stage(Generic[T]):
             self._dead_weight += delivery.weight
             self._last_progress = trio.current_time()
             self._receive.done(delivery.weight)
+
+
+def _batches(receive: ReceiveChannel[T], options: StageOptions[T]) -> Batcher[T] | Intervals[T]:
+    """What takes batches from the channel."""
+    max_weight = options.max_batch_weight or receive.capacity
+    if options.max_batch_wait <= 0 and options.batch_key is None:
+        enough = options.enough or max_weight
+        return Intervals(receive, max_weight, options.interval, enough, adapts=options.adapts)
+    pacing = None
+    if options.pace is not None:
+        pacing = Pacing(
+            options.pace, options.urgent, options.most_batch_wait, receive.capacity * 3 // 4
+        )
+    return Batcher(
+        receive,
+        max_weight,
+        options.max_batch_wait,
+        key=options.batch_key,
+        max_keys=options.max_batch_keys,
+        pacing=pacing,
+    )

@@ -27,7 +27,7 @@ STORAGE = (
     Panel(
         "Disk failures",
         "Failed syncs of the span log, failed checkpoints, and dead letters moved to files, in the "
-        "last hour. Should be 0.",
+        "last hour; places of the span log found damaged since the start. Should be 0.",
         "short",
         (
             Query("sum(increase(betrace_span_log_sync_failures_total{$on}[1h]))", "syncs"),
@@ -36,6 +36,7 @@ STORAGE = (
                 "sum(increase(betrace_dead_letters_exported_total{$on}[1h]))",
                 "dead letters moved",
             ),
+            Query("sum(betrace_span_log_damaged_places_total{$on})", "damaged places"),
         ),
         ((1, RED),),
     ),

@@ -40,14 +40,16 @@ from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
+from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
+from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
-from betrace.service.pipeline.warmup import warm_up
+from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
 from betrace.service.rules.registry import RuleRegistry
@@ -73,6 +75,8 @@ _log = logging.getLogger("service")
 
 Json = dict[str, Any]
 
+_REPAIR_SECONDS = 0.5
+
 
 # Opening and building
 
@@ -94,9 +98,11 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     log = stack.enter_context(
         SpanLog(data, segment_bytes=settings.log.segment_bytes, open_files=affordable())
     )
+    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
+    local = open_local_stores(data, settings, stack)
+    refuse_if_lost(data, duckdb, local.ledger)
     ledger = open_ledger(settings)
     stack.callback(ledger.close)
-    duckdb = stack.enter_context(DuckStore(data, settings.duckdb))
     rules = Path(settings.rules.directory or data / "rules")
     if not settings.rules.directory:
         rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
@@ -104,153 +110,223 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
     registry = RuleRegistry(
         RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
     )
-    return Stores(log, registry, ledger, duckdb, open_local_stores(data, settings, stack))
+    return Stores(log, registry, ledger, duckdb, local)
 
 
 def build(
     settings: Settings, stores: Stores, directory: TenantDirectory, operator_token: str | None
 ) -> Service:
     """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
-    data, max_body = settings.storage.path, settings.ingest.max_body_bytes
-    log, registry, ledger, duckdb = stores.log, stores.registry, stores.ledger, stores.duckdb
-    triage = stores.local.triage
-    threads, cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
-    clock_offset = time.time() - trio.current_time()
+    return _ServiceBuilder(settings, stores, directory, operator_token).service()
 
-    def wall_time(trio_time: float) -> float:
-        return trio_time + clock_offset
+
+class _ServiceBuilder:
+    """Builds the parts in the order in which they need each other: first what spans and signals
+    pass through, then recovery and upkeep, then queries and administration."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        stores: Stores,
+        directory: TenantDirectory,
+        operator_token: str | None,
+    ) -> None:
+        self._settings, self._stores = settings, stores
+        stores.log.on_skipped = report_skipped
+        self._threads, self._cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
+        self._gate = Gate(
+            settings, directory, operator_token, lambda name: self._tenants.exists(name)
+        )
+        self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
+        self._build_flow()
+        self._build_upkeep()
+        self._build_administration()
 
     # The way of spans and signals
-    latencies = Latencies(window_seconds=settings.metrics.window_seconds, ledger_kind=ledger.kind)
-    gate = Gate(settings, directory, operator_token, lambda name: tenants.exists(name))
-    visible = gate.current_entries(ledger)  # without entries of deleted tenants
-    breakers = Breakers(settings.breakers, settings.export.destinations)
 
-    def muted(signal: Signal) -> bool:
+    def _build_flow(self) -> None:
+        settings, stores, gate = self._settings, self._stores, self._gate
+        self._latencies = Latencies(
+            window_seconds=settings.metrics.window_seconds, ledger_kind=stores.ledger.kind
+        )
+        breakers = Breakers(settings.breakers, settings.export.destinations)
+        self._exports = Exports(settings, self._visible, breakers, self._muted)
+        self._subscriptions = Subscriptions()
+        self._rule_signals = SignalsByRule(
+            stores.registry.store.all_rules, settings.metrics.max_rule_series, self._muted
+        )
+        self._pipeline = build_pipeline(settings, stores, breakers, self._recorded, self._latencies)
+        self._admission = Admission(
+            settings.ingest,
+            self._pipeline.requests,
+            gate.quotas,
+            gate.authenticator,
+            capacity=settings.pipeline.ingest_capacity_spans,
+            closed=gate.closed,
+            backlogged=self._pipeline.correlate.backlog.full,
+        )
+        self._data_directory = DataDirectory(
+            settings.storage.path, self._admission.block, self._admission.unblock
+        )
+
+    def _muted(self, signal: Signal) -> bool:
+        """Whether a signal pages nobody."""
+        triage = self._stores.local.triage
         return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
 
-    exports = Exports(settings, visible, breakers, muted)
-    subscriptions = Subscriptions()
-
-    rule_signals = SignalsByRule(registry.store.all_rules, settings.metrics.max_rule_series, muted)
-
-    def recorded(signals: list[Signal]) -> None:
-        rule_signals.add(signals)
-        subscriptions.publish(signals)
-        exports.notify(signals)
-
-    pipeline = build_pipeline(settings, stores, breakers, recorded, latencies)
-    edge = Edge(
-        settings.ingest,
-        pipeline.requests,
-        gate.quotas,
-        gate.authenticator,
-        capacity=settings.pipeline.ingest_capacity_spans,
-        closed=gate.closed,
-        backlogged=pipeline.correlate.backlog.full,
-    )
-
-    data_directory = DataDirectory(settings.storage.path, edge.block, edge.unblock)
+    def _recorded(self, signals: list[Signal]) -> None:
+        """Pass on signals that are new in the ledger."""
+        self._rule_signals.add(signals)
+        self._subscriptions.publish(signals)
+        self._exports.notify(signals)
 
     # Recovery and upkeep
-    record = Record(visible, stores.local.ledger)
-    recovery = Recovery(settings, stores, pipeline, record, threads, gate.closed)
-    rebuild = Rebuild(data, log, visible, duckdb, registry.compiled, max_body, gate.closed)
+
+    def _build_upkeep(self) -> None:
+        settings, stores, gate = self._settings, self._stores, self._gate
+        data, threads = settings.storage.path, self._threads
+        record = Record(self._visible, stores.local.ledger)
+        self._recovery = Recovery(settings, stores, self._pipeline, record, threads, gate.closed)
+        self._rebuild = Rebuild(
+            data,
+            stores.log,
+            self._visible,
+            stores.duckdb,
+            stores.registry.compiled,
+            settings.ingest.max_body_bytes,
+            gate.closed,
+        )
+        self._rule_writer = RuleWriter(stores.registry, gate.closed)
+        erase = (
+            self._rule_writer.delete_all,
+            stores.local.triage.delete_tenant,
+            self._erase_archive,
+        )
+        self._removal = Removal(
+            data, stores, gate, self._pipeline, self._recovery, self._rebuild, threads, erase
+        )
+        self._daily = Daily(settings, stores.log, stores.duckdb)
+        self._rule_watch = RuleWatch(stores.registry, threads, settings.rules.poll_seconds)
+        self._watch = Watch(
+            self._pipeline.stages,
+            self._pipeline.queues,
+            self._admission.refusals.requests,
+            self._admission.refusals.spans,
+            settings.pipeline.stall_seconds,
+        )
+
+    def _erase_archive(self, tenant: str) -> None:
+        with suppress(FileNotFoundError):
+            rmtree(tenant_archive(archive_directory(self._settings), tenant))
 
     # Queries and administration
-    trace_metadata = TraceMetadataCache(
-        duckdb,
-        maxsize=settings.caches.trace_metadata,
-        ttl_seconds=settings.caches.trace_metadata_ttl_seconds,
-        max_bytes=settings.caches.trace_metadata_bytes,
-    )
-    reader = TraceReader(
-        duckdb, trace_metadata, log, registry.store.rules, pipeline.correlate, triage, max_body
-    )
-    rule_writer = RuleWriter(registry, gate.closed)
 
-    def active_tenants() -> Iterator[str]:
-        yield from list(pipeline.correlate.tenants)
-        yield from registry.store.tenants()
+    def _build_administration(self) -> None:
+        stores, caches, audit = self._stores, self._settings.caches, self._settings.audit
+        self._trace_metadata = TraceMetadataCache(
+            stores.duckdb,
+            maxsize=caches.trace_metadata,
+            ttl_seconds=caches.trace_metadata_ttl_seconds,
+            max_bytes=caches.trace_metadata_bytes,
+        )
+        self._caches = CacheControl(
+            stores.registry,
+            self._gate,
+            self._trace_metadata,
+            self._active_tenants,
+            self._cache_thread,
+        )
+        audit_log = AuditLog(
+            self._settings.storage.path / "audit.jsonl", audit.max_bytes, audit.files
+        )
+        self._audit = AuditTrail(audit_log, self._threads)
+        self._tenants = TenantAdministration(
+            self._gate, self._removal, stores.log, self._subscriptions, self._threads, self._audit
+        )
 
-    caches = CacheControl(registry, gate, trace_metadata, active_tenants, cache_thread)
-    audit_log = AuditLog(data / "audit.jsonl", settings.audit.max_bytes, settings.audit.files)
-    audit = AuditTrail(audit_log, threads)
+    def _active_tenants(self) -> Iterator[str]:
+        yield from list(self._pipeline.open_traces.tenants)
+        yield from self._stores.registry.store.tenants()
 
-    def erase_archive(tenant: str) -> None:
-        with suppress(FileNotFoundError):
-            rmtree(tenant_archive(archive_directory(settings), tenant))
+    def _sources(self, state: Callable[[], str]) -> Sources:
+        """What the API and the metrics show. ``state`` returns that of the service."""
+        clock_offset = time.time() - trio.current_time()
+        return Sources(
+            settings=self._settings,
+            started_at=time.time(),
+            state=state,
+            wall_time=lambda trio_time: trio_time + clock_offset,
+            log=self._stores.log,
+            rules=self._stores.registry.store,
+            ledger=self._stores.ledger,
+            duckdb=self._stores.duckdb,
+            pipeline=self._pipeline,
+            admission=self._admission,
+            recovery=self._recovery,
+            exports=self._exports,
+            daily=self._daily,
+            caches=self._caches,
+            rule_signals=self._rule_signals,
+            data_directory=self._data_directory,
+        )
 
-    erase = (rule_writer.delete_all, triage.delete_tenant, erase_archive)
-    removal = Removal(data, stores, gate, pipeline, recovery, rebuild, threads, erase)
-    tenants = TenantAdministration(gate, removal, log, subscriptions, threads, audit)
-    daily = Daily(settings, log, duckdb)
+    def _tools(self, sources: Sources) -> Tools:
+        """What the API calls."""
+        stores, settings = self._stores, self._settings
+        reader = TraceReader(
+            stores.duckdb,
+            self._trace_metadata,
+            stores.log,
+            stores.registry.store.rules,
+            self._pipeline.open_traces,
+            stores.local.triage,
+            settings.ingest.max_body_bytes,
+        )
+        return Tools(
+            sources,
+            stores.duckdb,
+            self._trace_metadata,
+            reader,
+            self._rule_writer,
+            self._subscriptions,
+            self._tenants,
+            self._audit,
+            stores.local.triage,
+            Performance(sources, self._latencies),
+            Exposition(sources, self._latencies),
+            ThreadRunner("api", settings.api.query_threads),
+        )
 
-    # What is shown
-    sources = Sources(
-        settings=settings,
-        started_at=time.time(),
-        state=lambda: service.state,
-        wall_time=wall_time,
-        log=log,
-        rules=registry.store,
-        ledger=ledger,
-        pipeline=pipeline,
-        edge=edge,
-        recovery=recovery,
-        exports=exports,
-        daily=daily,
-        caches=caches,
-        rule_signals=rule_signals,
-        data_directory=data_directory,
-    )
-    tools = Tools(
-        sources,
-        duckdb,
-        trace_metadata,
-        reader,
-        rule_writer,
-        subscriptions,
-        tenants,
-        audit,
-        triage,
-        Performance(sources, latencies),
-        Exposition(sources, latencies),
-        ThreadRunner("api", settings.api.query_threads),
-    )
-    service = Service(
-        settings=settings,
-        log=log,
-        registry=registry,
-        ledger=ledger,
-        store=duckdb,
-        latencies=latencies,
-        gate=gate,
-        exports=exports,
-        subscriptions=subscriptions,
-        pipeline=pipeline,
-        edge=edge,
-        recovery=recovery,
-        rebuild=rebuild,
-        removal=removal,
-        daily=daily,
-        rule_watch=RuleWatch(registry, threads, settings.rules.poll_seconds),
-        watch=Watch(
-            pipeline.stages,
-            pipeline.queues,
-            edge.refused_requests,
-            edge.refused_spans,
-            settings.pipeline.stall_seconds,
-        ),
-        trace_metadata=trace_metadata,
-        caches=caches,
-        tenants=tenants,
-        sources=sources,
-        tools=tools,
-        threads=threads,
-        cache_thread=cache_thread,
-    )
-    return service
+    def service(self) -> Service:
+        """The service."""
+        sources = self._sources(lambda: service.state)
+        service = Service(
+            settings=self._settings,
+            log=self._stores.log,
+            registry=self._stores.registry,
+            ledger=self._stores.ledger,
+            store=self._stores.duckdb,
+            latencies=self._latencies,
+            gate=self._gate,
+            exports=self._exports,
+            subscriptions=self._subscriptions,
+            pipeline=self._pipeline,
+            admission=self._admission,
+            recovery=self._recovery,
+            rebuild=self._rebuild,
+            removal=self._removal,
+            daily=self._daily,
+            rule_watch=self._rule_watch,
+            watch=self._watch,
+            trace_metadata=self._trace_metadata,
+            caches=self._caches,
+            tenants=self._tenants,
+            sources=sources,
+            tools=self._tools(sources),
+            threads=self._threads,
+            cache_thread=self._cache_thread,
+        )
+        return service
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +353,7 @@ class Service:
     exports: Exports
     subscriptions: Subscriptions
     pipeline: Pipeline
-    edge: Edge
+    admission: Admission
 
     recovery: Recovery
     rebuild: Rebuild
@@ -296,6 +372,7 @@ class Service:
     cache_thread: ThreadRunner
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
 
+    compilation: Compilation = field(default_factory=Compilation, init=False)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)
@@ -358,10 +435,11 @@ class Service:
 
     async def _prepare(self, nursery: trio.Nursery) -> None:
         """Do what must be done before the traces are restored."""
-        await self.threads.run(warm_up, abandon_on_cancel=True)
+        await self.compilation.run(self.threads)
         await self.threads.run(self.registry.store.load)
         nursery.start_soon(self.rule_watch.run)
         nursery.start_soon(self.latencies.recent.run)
+        nursery.start_soon(self.latencies.watch_timers)
         nursery.start_soon(self.watch.run)
         nursery.start_soon(self.sources.data_directory.run)
         await self.removal.take_up()
@@ -386,6 +464,7 @@ class Service:
         nursery.start_soon(self.exports.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
+        nursery.start_soon(self._repair)
 
     async def _drain(self, nursery: trio.Nursery, stop_ingest: trio.Event) -> None:
         """Refuse new requests, process everything accepted, and save a checkpoint."""
@@ -395,11 +474,11 @@ class Service:
         self.rebuild.stop()
         await trio.sleep(self.settings.shutdown.delay_seconds)
         nursery.cancel_scope.deadline = trio.current_time() + grace
-        self.edge.drain()
+        self.admission.drain()
         stop_ingest.set()
         nursery.start_soon(self._report_drain)
         with trio.move_on_after(ARRIVAL_SHARE * grace):
-            await self.edge.settled()
+            await self.admission.settled()
         self.pipeline.close()
         await self.pipeline.finished.wait()
         await self.recovery.save()
@@ -421,6 +500,13 @@ class Service:
             self.rebuild.stop()
             raise
 
+    async def _repair(self) -> None:
+        """Rebuild DuckDB files when damage is met."""
+        while True:
+            await trio.sleep(_REPAIR_SECONDS)
+            if self.rebuild.due:
+                await self.rebuild_thread.run(self.rebuild.repair, abandon_on_cancel=True)
+
     async def _serve_ingest(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
         settings = self.settings.ingest
         if settings.address == OFF:
@@ -430,7 +516,7 @@ class Service:
             tls=self.settings.tls,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
-        url: str = await nursery.start(listener, self.edge, settings, settings.address, stop)
+        url: str = await nursery.start(listener, self.admission, settings, settings.address, stop)
         return url
 
     async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
@@ -442,7 +528,7 @@ class Service:
             tls=self.settings.tls,
             grace_seconds=self.settings.shutdown.grace_seconds,
         )
-        url: str = await nursery.start(listener, self.edge, settings, stop)
+        url: str = await nursery.start(listener, self.admission, settings, stop)
         return url
 
     async def _listen(

@@ -191,8 +191,7 @@ async def _caller(
     """The tenant; empty for operators and for public endpoints."""
     if endpoint.access == "none":
         return ""
-    authorization = request.headers.get("authorization")
-    scope = request.headers.get("x-scope-orgid")
+    authorization, scope = _header("authorization"), _header("x-scope-orgid")
     caller: str | Denied | None = ""
     if endpoint.access == "tenant":
         if authenticator is not None:
@@ -209,6 +208,12 @@ async def _caller(
         headers = {"www-authenticate": "Bearer"} if caller.status == 401 else {}
         raise ApiError(caller.status, caller.message, "see /docs", headers)
     return caller or ""
+
+
+def _header(name: str) -> str | None:
+    """A header of the request; several values give one that is no token or tenant."""
+    values = request.headers.getlist(name)
+    return ", ".join(values) if values else None
 
 
 def _write(result: Any) -> Response:

@@ -17,15 +17,8 @@ def components(sources: Sources) -> dict[str, Json]:
     whole = {"starting": "starting", "draining": "stopping"}.get(state)
     found: dict[str, Json] = {
         "service": {"status": whole or "ok", "detail": state},
-        "span-log": {"status": "ok", "detail": f"{pipeline.sync.failures} sync failures"},
+        "span-log": _span_log(sources),
     }
-    if pipeline.sync.failing:
-        found["span-log"]["status"] = "degraded"
-    if sources.data_directory.gone:
-        found["span-log"] = {
-            "status": "failed",
-            "detail": "the data directory was deleted or replaced; spans are refused",
-        }
     stall = sources.settings.pipeline.stall_seconds
     for name, stage in pipeline.stages.items():
         status, detail = "ok", "working"
@@ -42,12 +35,20 @@ def components(sources: Sources) -> dict[str, Json]:
         "status": whole or ("degraded" if problem or hung else "ok"),
         "detail": problem or f"{ledger.kind}; {hung or 'no'} hung clients",
     }
+    broken = len(sources.duckdb.incomplete)
+    found["duckdb"] = {
+        "status": "degraded" if broken else "ok",
+        "detail": f"the files of {broken} tenants are being rebuilt; see duckdb.damaged and "
+        "duckdb.incomplete in the service's log"
+        if broken
+        else "complete",
+    }
     for name, fallback in pipeline.fallbacks.items():
         lines = fallback.statistics().lines
         status = "degraded" if fallback.pending else "ok"
         detail = f"{lines} records are waiting to be written back" if lines else "nothing waiting"
         found[f"fallback-{name}"] = {"status": whole or status, "detail": detail}
-    letters = pipeline.letters.total
+    letters = pipeline.letters.book.total
     found["dead-letters"] = {
         "status": whole or ("degraded" if letters else "ok"),
         "detail": f"{letters} letters" if letters else "none",
@@ -58,3 +59,17 @@ def components(sources: Sources) -> dict[str, Json]:
         "detail": f"{len(problems)} files rejected" if problems else "all files loaded",
     }
     return found
+
+
+def _span_log(sources: Sources) -> Json:
+    if sources.data_directory.gone:
+        text = "the data directory was deleted or replaced; spans are refused"
+        return {"status": "failed", "detail": text}
+    sync, damage = sources.pipeline.sync, sources.log.damage
+    detail = f"{sync.failures} sync failures"
+    if damage.places:
+        detail += (
+            f"; {damage.places} damaged places in the logs of {damage.tenants} tenants: see "
+            "log.damaged in the service's log, and BetraceSpanLogDamaged in docs/runbook.md"
+        )
+    return {"status": "degraded" if sync.failing or damage.places else "ok", "detail": detail}

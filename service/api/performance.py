@@ -64,7 +64,7 @@ class Performance:
             "duckDBInsertThroughput": round(rates[_ROWS], 3),
             "endToEndP99": self._latency("end-to-end")["p99"],
             "spansAccepted": account.accepted,
-            "spansRefused": dict(self._sources.edge.refused_spans),
+            "spansRefused": dict(self._sources.admission.refusals.spans),
             "spansReplayed": account.replayed,
             "spansCarried": account.carried,
             "spansEvaluated": account.evaluated,
@@ -73,7 +73,7 @@ class Performance:
             "spansDiscarded": account.discarded,
             "signalsRaised": pipeline.evaluate.counts.raised,
             "signalsRetracted": pipeline.evaluate.counts.retracted,
-            "activeTenants": len(pipeline.correlate.tenants),
+            "activeTenants": len(pipeline.open_traces.tenants),
             "memoryUsageMB": round(self._process.memory_info().rss / 1e6, 1),
             "uptime": self._uptime(),
             "stages": {name: self._stage(name, rates[name]) for name in pipeline.stages},
@@ -142,7 +142,7 @@ class Performance:
 
     def trace_windows(self) -> Json:
         """Open traces and their memory, as of the last second."""
-        survey = self._pipeline.correlate.survey
+        survey = self._pipeline.correlate.clock.survey
         oldest = None if survey.oldest_ns == NEVER else (time.time_ns() - survey.oldest_ns) / 1e9
         return {
             "activeWindows": survey.open,

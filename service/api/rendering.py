@@ -44,7 +44,7 @@ def trace_row_json(row: TraceRow) -> Json:
         "trace_id": row.trace_id,
         "start": write_time(row.start_ns),
         "end": write_time(row.end_ns),
-        "duration_ns": row.end_ns - row.start_ns,
+        "duration_ns": max(0, row.end_ns - row.start_ns),
         "spans": row.spans,
         "errors": row.errors,
         "root_name": row.root_name,

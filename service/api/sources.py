@@ -14,8 +14,9 @@ from betrace.service.pipeline.accounts import SpanAccount, span_account
 from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.recovery import Recovery
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.rules.store import RuleStore
+from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.spanlog.log import SpanLog
 
@@ -32,8 +33,9 @@ class Sources:
     log: SpanLog
     rules: RuleStore
     ledger: Ledger
+    duckdb: DuckStore
     pipeline: Pipeline
-    edge: Edge
+    admission: Admission
     recovery: Recovery
     exports: Exports
     daily: Daily

@@ -19,14 +19,14 @@ from betrace.service.config.base import MIB
 from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.render import trace_as_json
-from betrace.service.pipeline.stages.correlate import CorrelateStage
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
@@ -66,7 +66,7 @@ class TraceReader:
         metadata: TraceMetadataCache,
         log: SpanLog,
         rules: Callable[[str], tuple[Rule, ...]],
-        correlate: CorrelateStage,
+        open_traces: OpenTraces,
         triage: TriageStore,
         max_body_bytes: int,
     ) -> None:
@@ -77,7 +77,7 @@ class TraceReader:
         self._lock = threading.Lock()
         self._one_large = threading.Lock()  # reading a large trace takes hundreds of bytes a span
         self._spare: LRUCache[str, tuple[tuple[Rule, ...], CompiledRules]] = LRUCache(_SPARE_RULES)
-        self._correlate = correlate
+        self._open_traces = open_traces
         self._triage = triage
         self._max_body = max_body_bytes
 
@@ -92,7 +92,7 @@ class TraceReader:
         ``verdicts`` are those of the tenant's current rules, see :func:`_verdicts`.
         """
         # Memory first: a trace is in the index before it leaves memory.
-        in_memory = self._correlate.look_up(tenant, trace_id)
+        in_memory = self._open_traces.look_up(tenant, trace_id)
         is_open = in_memory is not None and not in_memory.closed
         row, stored = self._stored(tenant, trace_id, is_open)
         positions = set(row.positions if row else ())

@@ -21,10 +21,13 @@ from betrace.service.cli.common import COULD_NOT_RUN, HELP, Failure, json_option
 _COMMANDS = {
     "acknowledge": ("signals", "acknowledge"),
     "archive": ("archive", "archive"),
+    "backup": ("backup", "backup"),
     "dead-letters": ("dead_letters", "dead_letters"),
     "demo": ("demo.run", "demo"),
     "doctor": ("doctor.command", "doctor"),
+    "ledger": ("ledger", "ledger"),
     "replay": ("replay", "replay"),
+    "restore": ("backup", "restore"),
     "rules": ("rules", "rules"),
     "serve": ("serve", "serve"),
     "signals": ("signals", "signals"),

@@ -256,12 +256,17 @@ class _Run:
 
     def open_stores(self, stack: ExitStack) -> None:
         """Open the ledger and DuckDB; ``stack`` closes them."""
+        from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
         from betrace.service.storage.duck.store import DuckStore
         from betrace.service.storage.ledger.open import open_ledger
+        from betrace.service.storage.local_stores import open_local_stores
 
+        data = self._settings.storage.path
+        store = stack.enter_context(DuckStore(data))
+        refuse_if_lost(data, store, open_local_stores(data, self._settings, stack).ledger)
         ledger = open_ledger(self._settings)
         stack.callback(ledger.close)
-        self._stores = ledger, stack.enter_context(DuckStore(self._settings.storage.path))
+        self._stores = ledger, store
 
     def tenant(self, name: str, rules: CompiledRules) -> None:
         """Replay one tenant's log."""
@@ -280,13 +285,12 @@ class _Run:
             relational_spans_max=traces.relational_spans_max,
         )
         edge = run.over_the_edge(interval.now - int(traces.idle_seconds * SECOND))
-        skipped = len(self._log.skipped)
         with _progress(name, run, interval):
             for signals in run.signals(interval.now):
                 self._take(signals, edge)
         self.total.spans += run.spans
         self.total.traces += run.traces
-        self.total.skipped += len(self._log.skipped) - skipped
+        self.total.skipped += sum(each.tenant == name for each in self._log.skipped)
         self.total.undecided += run.undecided
 
     def _take(self, signals: list[Signal], edge: set[str]) -> None:

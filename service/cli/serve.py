@@ -27,7 +27,7 @@ _log = logging.getLogger("service.running")
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _RELOAD = signal.SIGHUP
-_COMPILE_NOTICE_SECONDS = 4.0  # loading compiled kernels from the cache takes less
+_NOTICE_SECONDS = 3.0
 
 # A task that runs with the service: started when the service is ready, cancelled when it stops.
 Companion = Callable[["Addresses"], Awaitable[None]]
@@ -124,6 +124,7 @@ async def _main(
 class _Running:
     def __init__(self, service: Service, nursery: trio.Nursery) -> None:
         self.ready = False
+        self.compilation = service.compilation
         self._service = service
         self._nursery = nursery
         self._companion_scope = trio.CancelScope()
@@ -166,9 +167,12 @@ class _Running:
 
 
 async def _explain_slow_start(running: _Running, notice: Callable[[str], None]) -> None:
-    await trio.sleep(_COMPILE_NOTICE_SECONDS)
-    if not running.ready:
-        notice(
-            "compiling kernels, which takes about a minute; "
-            "they are cached, so later starts take seconds"
-        )
+    """While kernels are compiled, which takes long once, say every few seconds how far it is."""
+    started = trio.current_time()
+    while not running.ready:
+        await trio.sleep(_NOTICE_SECONDS)
+        if running.compilation.running:
+            notice(
+                f"compiling kernels: {running.compilation.progress} after "
+                f"{trio.current_time() - started:.0f} s; later starts take a second"
+            )

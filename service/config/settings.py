@@ -9,6 +9,7 @@ The text below a setting is its documentation. A name says its unit where it has
 from __future__ import annotations
 
 from typing import Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -107,4 +108,22 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"{setting} and {other} are both {address}; give each its own port"
                 )
+        self._exports_elsewhere(addresses)
         return self
+
+    def _exports_elsewhere(self, addresses: dict[str, str]) -> None:
+        """Refuse to export signals to a listener of this service."""
+        listening = {split_address(each): name for name, each in addresses.items() if each != OFF}
+        exports = {
+            "export.otlp.endpoint": self.export.otlp.endpoint,
+            "export.webhook.url": self.export.webhook.url,
+        }
+        for setting, url in exports.items():
+            parts = urlsplit(url)
+            host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            if name := listening.get((host, port)):
+                raise ValueError(
+                    f"{setting} is {url}, but {name} of this service listens there; name the "
+                    "Collector or the receiver that signals are for"
+                )

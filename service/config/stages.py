@@ -267,7 +267,7 @@ class Otlp(SettingsSection):
     """Signals as log records, for an OpenTelemetry Collector or another OTLP/HTTP receiver."""
 
     endpoint: str = ""
-    """The URL, such as http://127.0.0.1:4318/v1/logs; empty for off."""
+    """The URL, such as http://collector:4318/v1/logs; empty for off."""
     headers: str = ""
     """Request headers, in the format of OTEL_EXPORTER_OTLP_HEADERS: name=value,name2=value2."""
 

@@ -18,7 +18,7 @@ from betrace.service.export.parquet import (
 )
 from betrace.service.storage.spanlog.frames import pack_position
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.storage.spanlog.tenant_log import Segment
+from betrace.service.storage.spanlog.segments import Segment
 from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
 
 

@@ -135,7 +135,8 @@ def span_table(batch: SpanBatch, received_ns: Rows) -> pa.Table:
         "kind": _named(spans[:, KIND], _KINDS),
         "start_time": pa.array(spans[:, START]).cast(_NS),
         "end_time": pa.array(spans[:, END]).cast(_NS),
-        "duration_ns": pa.array(spans[:, END] - spans[:, START]),
+        # A span may end before it starts, because clocks of machines differ.
+        "duration_ns": pa.array(np.maximum(0, spans[:, END] - spans[:, START])),
         "status": _named(spans[:, STATUS], _STATUSES),
         "status_message": _text(buf, spans[:, [MESSAGE_OFF, MESSAGE_LEN]], empty_is_null=True),
         "service": _text(buf, batch.resources[:, [SERVICE_OFF, SERVICE_LEN]]).take(

@@ -25,7 +25,7 @@ from betrace.service.storage.paths import tenant_archive
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import FILE_HEADER_BYTES, Frame, pack_position
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.storage.spanlog.tenant_log import Segment
+from betrace.service.storage.spanlog.segments import Segment
 
 _BATCH_SPANS = 20_000
 _SEGMENT_BYTES = b"betrace.segment_bytes"

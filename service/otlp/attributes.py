@@ -28,7 +28,7 @@ data has no such table.
 
 from __future__ import annotations
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.primitives import (
     BYTES_TYPE,
@@ -68,7 +68,7 @@ _BYTES = 7 << 3 | BYTES_TYPE
 _STRINDEX = 8 << 3 | VARINT
 
 
-@lean_kernel
+@general_kernel
 def skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
     """Return the position after the field whose ``tag`` ends at ``pos``; negative if malformed."""
     open_groups = 0
@@ -97,14 +97,14 @@ def skip(buf: Bytes, pos: int, end: int, tag: int) -> int:
             return pos
 
 
-@lean_kernel
+@general_kernel
 def _put(out: Rows, kind: int, value: int, length: int) -> None:
     out[TYPE] = kind
     out[VALUE] = value
     out[LENGTH] = length
 
 
-@lean_kernel
+@general_kernel
 def merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
     """Merge the ``AnyValue`` at ``pos`` .. ``end`` into ``out``."""
     while pos < end:
@@ -144,7 +144,7 @@ def merge_any_value(buf: Bytes, pos: int, end: int, out: Rows) -> None:
             return
 
 
-@lean_kernel
+@general_kernel
 def _key_value(
     buf: Bytes,
     pos: int,
@@ -198,7 +198,7 @@ def _key_value(
                 return
 
 
-@lean_kernel
+@general_kernel
 def find_attribute(
     buf: Bytes,
     off: int,
@@ -240,7 +240,7 @@ def find_attribute(
     return MISSING
 
 
-@lean_kernel
+@general_kernel
 def find_resource_attribute(
     buf: Bytes,
     resource_off: int,
@@ -278,7 +278,7 @@ def find_resource_attribute(
     return MISSING
 
 
-@lean_kernel
+@general_kernel
 def next_array_item(buf: Bytes, off: int, length: int, cursor: int, out: Rows) -> int:
     """Store the next item of the ``ArrayValue`` at ``off`` in ``out``; return the next cursor.
 

@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.columns import Bytes
 
 BLOCK = 16  # bytes, the size of a vector register on every 64-bit processor
@@ -110,7 +110,7 @@ else:
     _bits = intrinsic(lambda context, value: (_i64(types.float64), _bits_codegen))
 
 
-@lean_kernel
+@general_kernel
 def string_stop(buf: Bytes, index: int) -> int:
     """Return how many of the ``BLOCK`` bytes from ``index`` come before the first that is a quote,
     a backslash, a control character or not ASCII; ``BLOCK`` if none is."""
@@ -120,7 +120,7 @@ def string_stop(buf: Bytes, index: int) -> int:
     return stop
 
 
-@lean_kernel
+@general_kernel
 def copy_block(buf: Bytes, index: int, out: Bytes, at: int) -> None:
     """Copy ``BLOCK`` bytes."""
     if index < 0 or index > buf.shape[0] - BLOCK or at < 0 or at > out.shape[0] - BLOCK:
@@ -128,7 +128,7 @@ def copy_block(buf: Bytes, index: int, out: Bytes, at: int) -> None:
     _copy(buf, index, out, at)
 
 
-@lean_kernel
+@general_kernel
 def store64(out: Bytes, at: int, value: int) -> None:
     """Write an int64 as 8 bytes, little-endian."""
     if at < 0 or at > out.shape[0] - 8:
@@ -136,7 +136,7 @@ def store64(out: Bytes, at: int, value: int) -> None:
     _store(out, at, value)
 
 
-@lean_kernel
+@general_kernel
 def parse_decimal(buf: Bytes, start: int, end: int) -> float:
     """Return the double nearest to the decimal number ``start`` .. ``end``, with C's ``strtod``.
 
@@ -148,7 +148,7 @@ def parse_decimal(buf: Bytes, start: int, end: int) -> float:
     return value
 
 
-@lean_kernel
+@general_kernel
 def double_bits(value: float) -> int:
     """Return the 64 bits of a double as int64."""
     bits: int = _bits(value)

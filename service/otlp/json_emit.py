@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.intrinsics import BLOCK, copy_block, double_bits, store64, string_stop
 from betrace.service.otlp.json_fields import (
@@ -72,7 +72,7 @@ def _base64_digits() -> Rows:
 _BASE64 = _base64_digits()
 
 
-@lean_kernel
+@general_kernel
 def varint_size(value: int) -> int:
     """Return how many bytes a non-negative value takes as a varint."""
     size = 1
@@ -82,7 +82,7 @@ def varint_size(value: int) -> int:
     return size
 
 
-@lean_kernel
+@general_kernel
 def put_varint(out: Bytes, at: int, value: int) -> int:
     """Write an int64, as unsigned, as a varint."""
     while value > 0x7F or value < 0:
@@ -93,7 +93,7 @@ def put_varint(out: Bytes, at: int, value: int) -> int:
     return at + 1
 
 
-@lean_kernel
+@general_kernel
 def put_padded(out: Bytes, at: int, value: int, width: int) -> None:
     """Write a varint of ``width`` bytes, however small the value is."""
     for _ in range(width - 1):
@@ -103,7 +103,7 @@ def put_padded(out: Bytes, at: int, value: int, width: int) -> None:
     out[at] = value
 
 
-@lean_kernel
+@general_kernel
 def put_tag(out: Bytes, at: int, tag: int) -> int:
     """Write a tag of one or two bytes."""
     out[at] = tag & 0xFF
@@ -113,7 +113,7 @@ def put_tag(out: Bytes, at: int, tag: int) -> int:
     return at + 2
 
 
-@lean_kernel
+@general_kernel
 def close_length(out: Bytes, length_at: int, width: int, at: int) -> int:
     """Write the length of what was written up to ``at``, in the ``width`` bytes reserved for it at
     ``length_at``, after making more room if it does not fit. Return where it ends now."""
@@ -137,7 +137,7 @@ def close_length(out: Bytes, length_at: int, width: int, at: int) -> int:
     return end
 
 
-@lean_kernel
+@general_kernel
 def _copy(buf: Bytes, start: int, end: int, out: Bytes, at: int) -> None:
     while start < end:
         if start <= buf.shape[0] - BLOCK:
@@ -150,7 +150,7 @@ def _copy(buf: Bytes, start: int, end: int, out: Bytes, at: int) -> None:
         at += BLOCK
 
 
-@lean_kernel
+@general_kernel
 def unescape(buf: Bytes, pos: int, end: int, out: Bytes, at: int) -> int:
     """Write the text of the valid JSON string content ``pos`` .. ``end`` in UTF-8."""
     while pos < end:
@@ -201,7 +201,7 @@ def unescape(buf: Bytes, pos: int, end: int, out: Bytes, at: int) -> int:
     return at
 
 
-@lean_kernel
+@general_kernel
 def _is_escaped_ascii(buf: Bytes, pos: int, end: int) -> bool:
     """Whether all escapes in valid string content are for characters that need none."""
     while pos < end:
@@ -217,7 +217,7 @@ def _is_escaped_ascii(buf: Bytes, pos: int, end: int) -> bool:
     return True
 
 
-@lean_kernel
+@general_kernel
 def put_string(buf: Bytes, start: int, out: Bytes, at: int) -> tuple[int, int]:
     """Write the length and text of the string whose content begins at ``start``. Return the
     positions after it, the first ``-SYNTAX`` if it is invalid."""
@@ -247,7 +247,7 @@ def put_string(buf: Bytes, start: int, out: Bytes, at: int) -> tuple[int, int]:
     return end + 1, at + end - start
 
 
-@lean_kernel
+@general_kernel
 def _whole(text: Bytes, pos: int, end: int) -> tuple[int, int]:
     """Return the integer ``pos`` .. ``end`` (an optional sign, then digits), and which it is."""
     negative = pos < end and text[pos] == MINUS
@@ -278,7 +278,7 @@ def _whole(text: Bytes, pos: int, end: int) -> tuple[int, int]:
     return value, _LARGE if large else _NATURAL
 
 
-@lean_kernel
+@general_kernel
 def _whole_of_double(value: float) -> tuple[int, int]:
     """Return the integer that a double is, if it is one and every integer near it is a double."""
     if not (-_EXACT <= value <= _EXACT) or value != math.floor(value):
@@ -287,7 +287,7 @@ def _whole_of_double(value: float) -> tuple[int, int]:
     return whole, _NEGATIVE if whole < 0 else _NATURAL
 
 
-@lean_kernel
+@general_kernel
 def _put_whole(out: Bytes, at: int, kind: int, value: int, which: int) -> int:
     """Write an integer field; -1 if the integer is outside the field's range."""
     if which == _NOT_WHOLE:
@@ -310,13 +310,13 @@ def _put_whole(out: Bytes, at: int, kind: int, value: int, which: int) -> int:
     return put_varint(out, at, value)
 
 
-@lean_kernel
+@general_kernel
 def _put_double(out: Bytes, at: int, value: float) -> int:
     store64(out, at, double_bits(value))
     return at + 8
 
 
-@lean_kernel
+@general_kernel
 def _is_decimal(text: Bytes, pos: int, end: int) -> bool:
     """Whether the text is a decimal number; unlike in JSON, it may begin with zeros."""
     if pos < end and text[pos] == MINUS:
@@ -340,7 +340,7 @@ def _is_decimal(text: Bytes, pos: int, end: int) -> bool:
     return pos == end
 
 
-@lean_kernel
+@general_kernel
 def _put_double_text(text: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
     """Write a double given as text; -1 if it is none."""
     length = end - start
@@ -358,7 +358,7 @@ def _put_double_text(text: Bytes, start: int, end: int, out: Bytes, at: int) -> 
     return -1 if math.isinf(value) else _put_double(out, at, value)
 
 
-@lean_kernel
+@general_kernel
 def _put_id(text: Bytes, start: int, end: int, out: Bytes, at: int, size: int) -> int:
     """Write an id in hex; one of a wrong length keeps a wrong length."""
     digits = end - start
@@ -380,7 +380,7 @@ def _put_id(text: Bytes, start: int, end: int, out: Bytes, at: int, size: int) -
     return -1 if bad < 0 else at
 
 
-@lean_kernel
+@general_kernel
 def _put_base64(text: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
     """Write bytes in base64, standard or URL-safe, with any padding."""
     while end > start and text[end - 1] == 0x3D:
@@ -406,7 +406,7 @@ def _put_base64(text: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
     return at
 
 
-@lean_kernel
+@general_kernel
 def _put_text(text: Bytes, start: int, end: int, out: Bytes, at: int, kind: int) -> int:
     """Write a field that is not a string from the text of a JSON string; -1 if it is no value of
     the field."""
@@ -426,7 +426,7 @@ def _put_text(text: Bytes, start: int, end: int, out: Bytes, at: int, kind: int)
     return _put_whole(out, at, kind, value, which)
 
 
-@lean_kernel
+@general_kernel
 def put_scalar(buf: Bytes, pos: int, out: Bytes, at: int, kind: int, tag: int) -> tuple[int, int]:
     """Write a field that is not a message from the JSON value at ``pos``. Return the positions
     after it, or as the first ``-SYNTAX``, ``-BAD_VALUE`` or ``-ESCAPED``."""

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.intrinsics import BLOCK, parse_decimal, string_stop
 from betrace.service.otlp.primitives import int64, is_utf8
@@ -50,7 +50,7 @@ HEX = _hex_digits()
 """The value of a hex digit; -1 for other bytes."""
 
 
-@lean_kernel
+@general_kernel
 def skip_space(buf: Bytes, pos: int) -> int:
     """Return the position of the first byte from ``pos`` that is not white space."""
     n = buf.shape[0]
@@ -62,7 +62,7 @@ def skip_space(buf: Bytes, pos: int) -> int:
     return pos
 
 
-@lean_kernel
+@general_kernel
 def hex4(buf: Bytes, pos: int) -> int:
     """Return the value of four hex digits, or -1."""
     if pos + 4 > buf.shape[0]:
@@ -76,7 +76,7 @@ def hex4(buf: Bytes, pos: int) -> int:
     return value
 
 
-@lean_kernel
+@general_kernel
 def _escape_end(buf: Bytes, pos: int) -> int:
     """Return the position after the escape whose backslash is at ``pos``; a surrogate pair counts
     as one. -1 if it is invalid."""
@@ -107,7 +107,7 @@ def _escape_end(buf: Bytes, pos: int) -> int:
     return -1
 
 
-@lean_kernel
+@general_kernel
 def string_end(buf: Bytes, start: int) -> tuple[int, bool]:
     """Return the position of the quote that ends the string whose content begins at ``start``, and
     whether there are escapes in it. The position is -1 if the string is invalid."""
@@ -145,7 +145,7 @@ def string_end(buf: Bytes, start: int) -> tuple[int, bool]:
     return -1, False
 
 
-@lean_kernel
+@general_kernel
 def literal_end(buf: Bytes, pos: int) -> int:
     """Return the position after ``true``, ``false`` or ``null``; -1 for anything else."""
     n = buf.shape[0]
@@ -164,7 +164,7 @@ def literal_end(buf: Bytes, pos: int) -> int:
     return -1
 
 
-@lean_kernel
+@general_kernel
 def _digits_end(buf: Bytes, pos: int) -> int:
     n = buf.shape[0]
     while pos < n and ZERO <= buf[pos] <= 0x39:
@@ -172,7 +172,7 @@ def _digits_end(buf: Bytes, pos: int) -> int:
     return pos
 
 
-@lean_kernel
+@general_kernel
 def number_end(buf: Bytes, start: int) -> tuple[int, bool]:
     """Return the position after the number at ``start``, and whether it is written as an integer.
     The position is -1 if the number is invalid or beyond a double's range."""
@@ -210,7 +210,7 @@ def number_end(buf: Bytes, start: int) -> tuple[int, bool]:
     return pos, integral
 
 
-@lean_kernel
+@general_kernel
 def _exponent(buf: Bytes, pos: int, end: int, negative: bool) -> int:
     """Return the exponent in the digits ``pos`` .. ``end``, or one as large for any purpose."""
     value = int64(0)
@@ -221,7 +221,7 @@ def _exponent(buf: Bytes, pos: int, end: int, negative: bool) -> int:
     return -value if negative else value
 
 
-@lean_kernel
+@general_kernel
 def number_value(buf: Bytes, start: int, end: int) -> float:
     """Return the double nearest to the valid decimal number ``start`` .. ``end``.
 
@@ -264,14 +264,14 @@ def number_value(buf: Bytes, start: int, end: int) -> float:
     return -value if negative else value
 
 
-@lean_kernel
+@general_kernel
 def count_container(pos: int, info: Rows) -> bool:
     """Count an object or array at ``pos`` in ``info``; False if there are too many by now."""
     info[CONTAINERS] += 1
     return info[CONTAINERS] <= FREE_CONTAINERS + pos // BYTES_A_CONTAINER
 
 
-@lean_kernel
+@general_kernel
 def _after_key(buf: Bytes, pos: int) -> int:
     """Return the position after the key and colon from ``pos``, or -1."""
     n = buf.shape[0]
@@ -285,7 +285,7 @@ def _after_key(buf: Bytes, pos: int) -> int:
     return pos + 1 if pos < n and buf[pos] == COLON else -1
 
 
-@lean_kernel
+@general_kernel
 def skip_value(buf: Bytes, pos: int, levels: int, opened: Rows, info: Rows) -> int:
     """Return the position after the value at ``pos``, or ``-SYNTAX`` or ``-TOO_DENSE``.
 

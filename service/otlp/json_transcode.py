@@ -14,7 +14,7 @@ escapes in numbers and ids.
 
 from __future__ import annotations
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.json_emit import (
     ESCAPED,
@@ -140,7 +140,7 @@ _BOOL_TAG = _BOOL_FIELD >> TAG_SHIFT & _TAG_MASK
 _DOUBLE_TAG = _DOUBLE_FIELD >> TAG_SHIFT & _TAG_MASK
 
 
-@lean_kernel
+@general_kernel
 def _plain_attribute(buf: Bytes, pos: int, out: Bytes, at: int, tag: int) -> tuple[int, int]:
     """Write the ``KeyValue`` at ``pos`` if it looks as every exporter writes it: a key, then one
     simple value, no space. Return the positions after it, the first -1 if it does not."""
@@ -190,7 +190,7 @@ def _plain_attribute(buf: Bytes, pos: int, out: Bytes, at: int, tag: int) -> tup
     return pos + 2, close_length(out, length_at, 1, at)
 
 
-@lean_kernel
+@general_kernel
 def _find_field(text: Bytes, start: int, end: int, message: int) -> int:
     """Return the packed field of a message with the name ``start`` .. ``end``; 0 for none."""
     length = end - start
@@ -205,7 +205,7 @@ def _find_field(text: Bytes, start: int, end: int, message: int) -> int:
     return TABLE[message * NAME_COUNT + name]  # type: ignore[no-any-return]
 
 
-@lean_kernel
+@general_kernel
 def _width(message: int, depth: int) -> int:
     """Return how many bytes to reserve for the length of a message at a depth."""
     if message == RESOURCE_SPANS or message == SCOPE_SPANS or depth > _SHALLOW:
@@ -215,7 +215,7 @@ def _width(message: int, depth: int) -> int:
     return 1
 
 
-@lean_kernel
+@general_kernel
 def _note(
     code: int, off: int, depth: int, field: int, index: int, stack: Rows, path: Rows, info: Rows
 ) -> None:
@@ -235,7 +235,7 @@ def _note(
         path[depth, PATH_INDEX] = index
 
 
-@lean_kernel
+@general_kernel
 def _note_several(
     start: int, depth: int, given: int, seen: Rows, stack: Rows, path: Rows, info: Rows
 ) -> None:
@@ -249,7 +249,7 @@ def _note_several(
         info[ERROR_GIVEN + 1 + slot] = seen[depth, slot]
 
 
-@lean_kernel
+@general_kernel
 def _member_end(buf: Bytes, pos: int, opened: Rows, info: Rows) -> int:
     """Return the position after the comma that follows the member whose name is at ``pos``, all
     of which was read before."""
@@ -261,7 +261,7 @@ def _member_end(buf: Bytes, pos: int, opened: Rows, info: Rows) -> int:
     return skip_space(buf, pos) + 1
 
 
-@lean_kernel
+@general_kernel
 def transcode(
     buf: Bytes,
     out: Bytes,
@@ -466,7 +466,7 @@ def transcode(
     return 0 if skip_space(buf, pos) == n else SYNTAX
 
 
-@lean_kernel
+@general_kernel
 def edit(buf: Bytes, edits: Rows, text: Bytes) -> None:
     """Make edits in ``text``, a copy of ``buf``, without moving anything.
 

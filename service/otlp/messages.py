@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.attributes import MISSING, merge_any_value, skip
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.primitives import (
@@ -34,7 +34,7 @@ KEY_VALUE_COLUMNS = 5
 _FIRST_CAPACITY = 1024
 
 
-@lean_kernel
+@general_kernel
 def _find(buf: Bytes, messages: Rows, field: int, out: Rows) -> int:
     """See :func:`submessages`. Return how many there are, even if ``out`` has fewer rows."""
     wanted = field << 3 | BYTES_TYPE
@@ -74,7 +74,7 @@ def submessages(buf: Bytes, messages: Rows, field: int) -> Rows:
     return out[:found]
 
 
-@lean_kernel
+@general_kernel
 def _last_fixed(buf: Bytes, messages: Rows, field: int, size: int, out: Rows) -> None:
     wanted = field << 3 | (FIXED64 if size == 8 else FIXED32)
     for row in range(len(messages)):
@@ -108,14 +108,14 @@ def fixed_numbers(buf: Bytes, messages: Rows, field: int, size: int) -> Rows:
 
 def last_of_each(found: Rows, messages: int) -> Rows:
     """Return the last occurrence that :func:`submessages` found in each message, as rows of offset
-    and size. The size is -1 if there is none."""
+    and size. The size is -1 if a message has none."""
     out = np.zeros((messages, 2), np.int64)
     out[:, SIZE] = -1
     out[found[:, PARENT]] = found[:, :2]  # for repeated indices numpy keeps the last
     return out
 
 
-@lean_kernel
+@general_kernel
 def _key_values(buf: Bytes, messages: Rows, out: Rows) -> None:
     for row in range(len(messages)):
         for column in range(KEY_VALUE_COLUMNS):
@@ -151,7 +151,7 @@ def key_values(buf: Bytes, messages: Rows) -> Rows:
     return out
 
 
-@lean_kernel
+@general_kernel
 def _gather(buf: Bytes, ranges: Rows, out: Bytes) -> None:
     at = 0
     for row in range(len(ranges)):

@@ -19,7 +19,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import config, types
 from numba.extending import intrinsic
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.columns import Bytes
 
 int64: Any = np.int64  # Any: kernels mix it with int, and numba treats it as int
@@ -73,7 +73,7 @@ _little_word = _word_reader(False)
 _big_word = _word_reader(True)
 
 
-@lean_kernel
+@general_kernel
 def load64(buf: Bytes, index: int) -> int:
     """The 8 bytes from ``index``, little-endian, as int64; :exc:`IndexError` outside ``buf``."""
     if index < 0 or index > buf.shape[0] - 8:
@@ -82,7 +82,7 @@ def load64(buf: Bytes, index: int) -> int:
     return word
 
 
-@lean_kernel
+@general_kernel
 def load64_big(buf: Bytes, index: int) -> int:
     """The 8 bytes from ``index``, big-endian, as int64; :exc:`IndexError` outside ``buf``."""
     if index < 0 or index > buf.shape[0] - 8:
@@ -91,7 +91,7 @@ def load64_big(buf: Bytes, index: int) -> int:
     return word
 
 
-@lean_kernel
+@general_kernel
 def hash_bytes(buf: Bytes, off: int, length: int) -> int:
     """A 64-bit hash of ``length`` bytes from ``off``: 8 bytes a step, multiply and fold.
 
@@ -109,7 +109,7 @@ def hash_bytes(buf: Bytes, off: int, length: int) -> int:
     return h
 
 
-@lean_kernel
+@general_kernel
 def _partial_word(buf: Bytes, off: int, end: int) -> int:
     """The 1 to 7 bytes ``off`` .. ``end`` as the upper bytes of a word, the rest zero."""
     if off <= buf.shape[0] - 8:
@@ -123,7 +123,7 @@ def _partial_word(buf: Bytes, off: int, end: int) -> int:
     return word
 
 
-@lean_kernel
+@general_kernel
 def same_bytes(a: Bytes, a_off: int, b: Bytes, b_off: int, length: int) -> bool:
     """Whether the ``length`` bytes of ``a`` from ``a_off`` equal those of ``b`` from ``b_off``."""
     end = a_off + length
@@ -140,7 +140,7 @@ def same_bytes(a: Bytes, a_off: int, b: Bytes, b_off: int, length: int) -> bool:
     return True
 
 
-@lean_kernel
+@general_kernel
 def is_ascii(buf: Bytes, off: int, end: int) -> bool:
     """Whether the bytes ``off`` .. ``end`` are all below 128."""
     seen: int = int64(0)
@@ -152,7 +152,7 @@ def is_ascii(buf: Bytes, off: int, end: int) -> bool:
     return (seen & _HIGH_BITS) == 0
 
 
-@lean_kernel
+@general_kernel
 def is_utf8(buf: Bytes, off: int, end: int) -> bool:
     """Whether the bytes ``off`` .. ``end`` are UTF-8 (RFC 3629: no surrogates, shortest form)."""
     if is_ascii(buf, off, end):
@@ -189,7 +189,7 @@ def is_utf8(buf: Bytes, off: int, end: int) -> bool:
     return True
 
 
-@lean_kernel
+@general_kernel
 def read_varint(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     """The varint at ``pos`` (modulo 2**64, as int64) and the position after it.
 
@@ -210,7 +210,7 @@ def read_varint(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     return 0, -BAD_VARINT
 
 
-@lean_kernel
+@general_kernel
 def _read_short_varint(buf: Bytes, pos: int, end: int, error: int) -> tuple[int, int]:
     """A varint of at most five bytes; if longer, ``-error`` instead of the position."""
     value = int64(0)
@@ -227,7 +227,7 @@ def _read_short_varint(buf: Bytes, pos: int, end: int, error: int) -> tuple[int,
     return 0, -error
 
 
-@lean_kernel
+@general_kernel
 def read_tag(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     """The tag (field number << 3 | wire type) at ``pos`` and the position after it.
 
@@ -241,7 +241,7 @@ def read_tag(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     return tag, after
 
 
-@lean_kernel
+@general_kernel
 def read_length(buf: Bytes, pos: int, end: int) -> tuple[int, int]:
     """The length at ``pos``, checked to fit before ``end``, and the position after it.
 

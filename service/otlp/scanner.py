@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from betrace.service.jit import lean_kernel
+from betrace.service.jit import general_kernel
 from betrace.service.otlp.attributes import (
     BOOL,
     LENGTH,
@@ -136,7 +136,7 @@ _NOT_PLAIN, _GOOD, _GOOD_COMPLETE = range(3)
 OVERFLOW = -1  # scan: more rows are needed than the arrays have
 
 
-@lean_kernel
+@general_kernel
 def _plain_key_value(buf: Bytes, pos: int, end: int) -> int:
     """Check the ``KeyValue`` at ``pos`` .. ``end`` if it has the usual shape.
 
@@ -177,7 +177,7 @@ def _plain_key_value(buf: Bytes, pos: int, end: int) -> int:
     return _GOOD
 
 
-@lean_kernel
+@general_kernel
 def _is_complete(buf: Bytes, off: int, length: int, out: Rows) -> bool:
     """Whether the span at ``off`` has trace.complete = true (bool, or the string "true")."""
     kind = find_attribute(
@@ -188,7 +188,7 @@ def _is_complete(buf: Bytes, off: int, length: int, out: Rows) -> bool:
     return kind == BOOL and out[VALUE] == 1
 
 
-@lean_kernel
+@general_kernel
 def _any_byte(buf: Bytes, off: int, length: int) -> bool:
     end = off + length
     while off < end and buf[off] == 0:
@@ -196,20 +196,20 @@ def _any_byte(buf: Bytes, off: int, length: int) -> bool:
     return off < end
 
 
-@lean_kernel
+@general_kernel
 def _int32(value: int) -> int:
     """``value`` cut to 32 bits, signed: how an enum is read from a varint."""
     low = value & 0xFFFFFFFF
     return low - 0x100000000 if low > 0x7FFFFFFF else low
 
 
-@lean_kernel
+@general_kernel
 def _clamped(value: int) -> int:
     """An unsigned 64-bit value given as int64, limited to the largest int64."""
     return _INT64_MAX if value < 0 else value
 
 
-@lean_kernel
+@general_kernel
 def _put_resource(buf: Bytes, off: int, length: int, resources: Rows, row: int, out: Rows) -> None:
     resources[row, RESOURCE_OFF] = off
     resources[row, RESOURCE_LEN] = length
@@ -221,7 +221,7 @@ def _put_resource(buf: Bytes, off: int, length: int, resources: Rows, row: int, 
         resources[row, SERVICE_LEN] = out[LENGTH]
 
 
-@lean_kernel
+@general_kernel
 def _scan_body(
     buf: Bytes,
     start: int,
@@ -464,7 +464,7 @@ def _scan_body(
     return 0, 0
 
 
-@lean_kernel
+@general_kernel
 def scan(
     buf: Bytes,
     starts: Rows,

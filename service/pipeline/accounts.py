@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from betrace.service.pipeline.dead_letters import SPANS_STAGE
+from betrace.service.pipeline.letter_book import SPANS_STAGE
 from betrace.service.pipeline.pipeline import Pipeline
 
 
@@ -38,7 +38,7 @@ class SpanAccount:
 def span_account(pipeline: Pipeline, replayed: int) -> SpanAccount:
     """The account as of now; call on the Trio thread. ``replayed`` spans were read back at the
     start."""
-    letters = pipeline.letters
+    letters = pipeline.letters.book
     channel = pipeline.batches.statistics()
     accepted = pipeline.ingest.counts.accepted + pipeline.ingest.counts.unacknowledged
     retried = letters.counts.retried_weight.get(SPANS_STAGE, 0)

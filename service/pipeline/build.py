@@ -17,11 +17,12 @@ from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import GuardedStore
 from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
-from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
+from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
 from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.pipeline.stages.pacing import CommitPace
@@ -36,6 +37,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.verdicts import Decided
 
 if TYPE_CHECKING:
@@ -91,6 +93,9 @@ class _PipelineBuilder:
         self._latencies = latencies
         self._clock_ns = clock_ns
         self._slow_batches = _slow_batches(settings.tracing)
+        self._progress, self._in_flight = LogProgress(), InFlight()
+        self._letters = self._dead_letters()
+        self._closed = ClosedTraces(settings.traces.late_filter_bytes)
         self._stage_traces: dict[str, StageTraces] = {}
         self._channels: dict[str, MeasuredChannel[Any]] = {}
         p = settings.pipeline
@@ -122,96 +127,39 @@ class _PipelineBuilder:
         )
 
     def pipeline(self, recorded: Callable[[list[Signal]], None]) -> Pipeline:
-        """The pipeline without its stages, which need it. Handlers are built from last to first,
-        because trace-correlation asks whether the projection is behind."""
-        settings, stores, threads = self._settings, self._stores, self._threads
-        progress, in_flight = LogProgress(), InFlight()
-        letters = self._dead_letters(progress, in_flight)
-        project = ProjectStage(
-            GuardedStore(
-                stores.duckdb,
-                threads["duckdb"],
-                self._breakers.duckdb,
-                stores.local.duckdb,
-                letters.bury_all,
-            ),
-            in_flight,
-            CommitPace(settings.duckdb.commit_cores),
-            self._latencies,
-        )
-        record = RecordStage(
-            GuardedStore(
-                stores.ledger,
-                threads["ledger"],
-                self._breakers.ledger,
-                stores.local.ledger,
-                letters.bury_all,
-            ),
-            settings.ledger.batch_signals,
-            self._rows.send,
-            recorded,
-            self._latencies,
-            self._clock_ns,
-        )
-        evaluate = EvaluateStage(
-            threads["evaluate"],
-            self._decided.send,
-            in_flight,
-            self._clock_ns,
-            self._breakers.evaluation,
-            letters.bury_all,
-            self._latencies,
-            ReadBack(
-                stores.log,
-                settings.ingest.max_body_bytes,
-                stores.duckdb,
-                settings.traces.relational_spans_max,
-            ),
-        )
+        """The pipeline without its stages, which need it. The projection is built first, because
+        trace-correlation asks whether it is behind."""
+        settings, stores = self._settings, self._stores
+        project = self._project()
 
         def behind() -> bool:
             return project.fallback.pending
 
-        closed = ClosedTraces(settings.traces.late_filter_bytes)
         max_body = settings.ingest.max_body_bytes
-        history = TraceHistory(stores.duckdb, stores.log, max_body, behind)
-        correlate = CorrelateStage(
-            stores.registry.compiled,
-            threads["correlate"],
-            self._due.send,
-            progress,
-            in_flight,
-            TraceLimits.of(settings),
-            LateSpans(closed, history.load, behind),
-            self._clock_ns,
-        )
-        sync = GroupSync(stores.log, threads["sync"])
-        audit = self._batch_audit()
-        ingest = IngestStage(
+        history = TraceHistory(
+            stores.duckdb,
             stores.log,
-            threads["ingest"],
-            self._batches.send,
-            progress,
             max_body,
-            sync,
-            settings.log.ack == "synced",
-            audit,
+            lambda tenant: behind() or tenant in stores.duckdb.incomplete,
         )
+        open_traces = self._open_traces(LateSpans(self._closed, history.load, behind))
+        sync, audit = GroupSync(stores.log, self._threads["sync"]), self._batch_audit()
         return Pipeline(
             queues=self._channels,
             requests=self._requests.send,
             batches=self._batches.send,
-            ingest=ingest,
-            correlate=correlate,
-            evaluate=evaluate,
-            record=record,
+            ingest=self._ingest(sync, audit),
+            open_traces=open_traces,
+            correlate=CorrelateStage(open_traces, self._threads["correlate"], self._due.send),
+            evaluate=self._evaluate(),
+            record=self._record(recorded),
             project=project,
-            threads=threads,
-            progress=progress,
-            in_flight=in_flight,
+            threads=self._threads,
+            progress=self._progress,
+            in_flight=self._in_flight,
             breakers=self._breakers,
-            letters=letters,
-            closed=closed,
+            letters=self._letters,
+            closed=self._closed,
             history=history,
             sync=sync,
             flush_seconds=settings.log.flush_seconds,
@@ -220,6 +168,75 @@ class _PipelineBuilder:
             finish_seconds=settings.shutdown.grace_seconds / 3,
             batch_audit=audit,
             slow_batches=self._slow_batches,
+        )
+
+    def _project(self) -> ProjectStage:
+        return ProjectStage(
+            GuardedStore(
+                self._stores.duckdb,
+                self._threads["duckdb"],
+                self._breakers.duckdb,
+                self._stores.local.duckdb,
+                self._letters.bury_all,
+            ),
+            self._in_flight,
+            CommitPace(self._settings.duckdb.commit_cores),
+            self._latencies,
+        )
+
+    def _record(self, recorded: Callable[[list[Signal]], None]) -> RecordStage:
+        return RecordStage(
+            GuardedStore(
+                self._stores.ledger,
+                self._threads["ledger"],
+                self._breakers.ledger,
+                self._stores.local.ledger,
+                self._letters.bury_all,
+            ),
+            self._settings.ledger.batch_signals,
+            self._rows.send,
+            recorded,
+            self._latencies,
+            self._clock_ns,
+        )
+
+    def _evaluate(self) -> EvaluateStage:
+        return EvaluateStage(
+            self._threads["evaluate"],
+            self._decided.send,
+            self._in_flight,
+            self._clock_ns,
+            self._breakers.evaluation,
+            self._letters.bury_all,
+            self._latencies,
+            ReadBack(
+                self._stores.log,
+                self._settings.ingest.max_body_bytes,
+                self._stores.duckdb,
+                self._settings.traces.relational_spans_max,
+            ),
+        )
+
+    def _open_traces(self, late: LateSpans) -> OpenTraces:
+        return OpenTraces(
+            self._stores.registry.compiled,
+            TraceLimits.of(self._settings),
+            late,
+            self._progress,
+            self._in_flight,
+            self._clock_ns,
+        )
+
+    def _ingest(self, sync: GroupSync, audit: BatchAudit | None) -> IngestStage:
+        return IngestStage(
+            self._stores.log,
+            self._threads["ingest"],
+            self._batches.send,
+            self._progress,
+            self._settings.ingest.max_body_bytes,
+            sync,
+            self._settings.log.ack == "synced",
+            audit,
         )
 
     def add_stages(self, pipeline: Pipeline) -> None:
@@ -308,17 +325,17 @@ class _PipelineBuilder:
         receive: ReceiveChannel[T] = self._channels[name].receive
         return Stage(name, receive, handler, StageOptions(on_done=done, **options))
 
-    def _dead_letters(self, progress: LogProgress, in_flight: InFlight) -> DeadLetters:
+    def _dead_letters(self) -> DeadLetters:
         letters = DeadLetters(
             self._stores.local.letters,
             self._stores.log,
-            progress,
-            in_flight,
+            self._progress,
+            self._in_flight,
             self._settings.ingest.max_body_bytes,
             self._settings.redelivery.transient_retry_seconds,
             self._clock_ns,
         )
-        in_flight.left = letters.left
+        self._in_flight.left = letters.book.left
         return letters
 
     def _batch_audit(self) -> BatchAudit | None:

@@ -42,7 +42,7 @@ class TraceHistory:
         store: DuckStore,
         log: SpanLog,
         max_body_bytes: int,
-        behind: Callable[[], bool] = lambda: False,
+        behind: Callable[[str], bool] = lambda tenant: False,
         seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -85,7 +85,7 @@ class TraceHistory:
         """
         names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
         try:
-            behind = self._behind()  # first: what is written back after this is found
+            behind = self._behind(tenant)  # first: what is written back after this is found
             found = self._store.find_traces(tenant, names)
             raised = self._store.raised_of(tenant, list(found)) if found else {}
         except (StoreError, PoolTimeout) as error:
@@ -103,7 +103,7 @@ class TraceHistory:
         if batch is None:
             self.partial += len(known)
             return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
-        told = [
+        signals = [
             {(each[0], each[1]): rule_signals(*each[2:]) for each in raised.get(names[k], ())}
             for k in known
         ]
@@ -115,7 +115,7 @@ class TraceHistory:
         ]
         self.recalled += len(known)
         self.partial += whole.count(False)
-        return Recalled(ids[known], whole, batch, lost, told)
+        return Recalled(ids[known], whole, batch, lost, signals)
 
     def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
         """The spans of the frames that contain the traces, None if no frame could be read."""

@@ -7,7 +7,6 @@ whole. All functions block, so they run in worker threads.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import orjson
 
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.signals import Signal
-from betrace.service.storage.dead_letters import Letter
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
@@ -30,39 +28,6 @@ Item = SpanBatch | DueTraces | Decided
 
 class LetterError(Exception):
     """The item of a letter cannot be restored; the message says why."""
-
-
-@dataclass(slots=True)
-class LetterTotals:
-    """The letters of a stage. Letters whose retry succeeded do not count, even if they are not
-    deleted yet."""
-
-    letters: int = 0
-    weight: int = 0
-
-
-@dataclass(slots=True)
-class Retry:
-    """A letter whose item was sent to its stage again."""
-
-    letter: Letter
-    item: Item
-    saved: int = 0
-    """Checkpoints that contain its spans."""
-
-
-@dataclass(slots=True)
-class DeadLetterCounts:
-    """What was done since the start, in letters unless stated otherwise."""
-
-    kept: int = 0
-    retried: int = 0
-    recovered: int = 0
-    discarded: int = 0
-    lost_weight: dict[str, int] = field(default_factory=dict)
-    """By stage, the weight of letters that were discarded or exported."""
-    retried_weight: dict[str, int] = field(default_factory=dict)
-    """By stage, the weight that was sent to it again."""
 
 
 def weigh(item: Item) -> int:

@@ -27,6 +27,7 @@ from betrace.service.pipeline.dead_letters import DeadLetters
 from betrace.service.pipeline.fallback import Fallback
 from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.log_sync import GroupSync
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.stages.correlate import CorrelateStage
@@ -65,6 +66,7 @@ class Pipeline:
     requests: SendChannel[Request]
     batches: SendChannel[SpanBatch]
 
+    open_traces: OpenTraces
     ingest: IngestStage
     correlate: CorrelateStage
     evaluate: EvaluateStage
@@ -138,7 +140,7 @@ class Pipeline:
 
     async def correlate_batches(self, batches: list[SpanBatch]) -> None:
         """The handler of trace-correlation: fold batches and complete their dead letters."""
-        self.letters.finished(await self.correlate.handle(batches))
+        self.letters.book.finished(await self.correlate.handle(batches))
 
     async def _work_off(self) -> None:
         """Fold the backlog of trace-correlation, forever. A batch that fails as often as the stage
@@ -159,7 +161,7 @@ class Pipeline:
                 continue
             batch, failures = found
             if not failures:
-                self.letters.finished([batch])
+                self.letters.book.finished([batch])
             elif failures >= self.attempts:
                 await self._bury_waiting(batch, failures)
             else:
@@ -167,8 +169,8 @@ class Pipeline:
 
     async def _bury_waiting(self, batch: SpanBatch, failures: int) -> None:
         error = self.correlate.last_failure or RuntimeError("the batch cannot be folded")
-        if self.correlate.has(batch):
-            self.letters.finished([batch])
+        if self.open_traces.has(batch):
+            self.letters.book.finished([batch])
         else:
             try:
                 await self.letters.bury("trace-correlation", batch, error, failures)
@@ -182,12 +184,12 @@ class Pipeline:
     async def bury_spans(self, batch: SpanBatch, error: Exception, attempts: int) -> None:
         """Keep a batch that trace-correlation failed on as a dead letter. A batch that was folded
         is not kept: only a later step failed."""
-        if not self.correlate.has(batch):
+        if not self.open_traces.has(batch):
             await self.letters.bury("trace-correlation", batch, error, attempts)
             return
         await trio.lowlevel.checkpoint()
         # No checkpoint from here to the return: the stage drops the batch in the same step.
-        self.letters.finished([batch])
+        self.letters.book.finished([batch])
         self.failed_after_folding += len(batch)
 
     async def _retry_letters(self) -> None:
@@ -199,8 +201,8 @@ class Pipeline:
                 if name != "span-ingestion"
             }
             await self.correlate.caught_up.wait()
-            self.project.pace.held = True
-            await self.letters.run(channels)
+            self.project.pace.active = True
+            await self.letters.retries.run(channels)
 
     def close(self) -> None:
         """Accept no more requests; :meth:`run` ends when everything is processed."""

@@ -1,15 +1,37 @@
-"""Compiles the kernels before the service is ready, by running each once."""
+"""Compiles the kernels before the service is ready, by running each once.
+
+The first time, parts of them are compiled in processes of their own, at the same time: numba holds
+a lock while it compiles. ``python -m betrace.service.pipeline.warmup PART`` compiles a part and
+prints the name of each kernel when it is compiled.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import trio
+from numba.core import event
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from betrace.channels import ThreadRunner
+from betrace.service import jit
 from betrace.service.otlp import json, wire
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
 from betrace.service.traces.decide import decide
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.tenant_traces import TenantTraces
+
+_log = logging.getLogger("service.warmup")
+
+_COMPLETE = "complete"  # the file that says that the cache has every kernel
 
 _RULES = (
     "when { warm.up.where(a == 1 and b contains x) } always { up.* }",
@@ -28,8 +50,12 @@ def _sample() -> bytes:
 
 def warm_up() -> None:
     """Compile every kernel that a request needs, or load it from the cache on disk."""
+    for compile_part in PARTS.values():
+        compile_part()
+
+
+def _warm_up_traces() -> None:
     wire.warm_up()
-    json.warm_up()
     rules = [
         make_rule({"id": f"r{i}", "condition": condition}) for i, condition in enumerate(_RULES)
     ]
@@ -45,3 +71,72 @@ def warm_up() -> None:
     traces.close_due(40, 1)
     traces.evict(10**10, 1, 0, closed)
     traces.fold(batch, 10**10, closed)
+
+
+PARTS: dict[str, Callable[[], None]] = {"json": json.warm_up, "traces": _warm_up_traces}
+
+
+class Compilation:
+    """The compilation of all kernels, and how far it is."""
+
+    def __init__(self) -> None:
+        self._compiled: set[str] = set()
+        self.running = False
+
+    @property
+    def progress(self) -> str:
+        """How many kernels of how many are compiled."""
+        return f"{len(self._compiled)} of {len(jit.kernels)}"
+
+    async def run(self, threads: ThreadRunner) -> None:
+        """Compile every kernel, or load it from the cache on disk."""
+        complete = jit.cache_directory() / _COMPLETE
+        several = len(os.sched_getaffinity(0)) > 1 and jit.is_enabled()
+        if several and not await threads.run(complete.exists):
+            self.running = True
+            async with trio.open_nursery() as nursery:
+                for part in PARTS:
+                    nursery.start_soon(self._compile_elsewhere, part)
+        await threads.run(warm_up, abandon_on_cancel=True)
+        self.running = False
+        if several:
+            with suppress(OSError):  # the next start compiles again, or finds it compiled
+                await threads.run(partial(complete.touch, exist_ok=True))
+
+    async def _compile_elsewhere(self, part: str) -> None:
+        command = [sys.executable, "-P", "-m", __spec__.name, part]
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(jit.cache_directory())}
+        try:
+            async with trio.open_nursery() as nursery:
+                process: trio.Process = await nursery.start(
+                    partial(
+                        trio.run_process,
+                        command,
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        check=False,
+                    )
+                )
+                assert process.stdout is not None
+                rest = b""
+                async for chunk in process.stdout:
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    self._compiled.update(line.decode() for line in lines)
+        except* OSError as errors:  # this process compiles everything
+            _log.warning("kernels cannot be compiled in a second process: %s", errors.exceptions[0])
+
+
+class _PrintCompiled(event.Listener):
+    def on_start(self, event: event.Event) -> None:
+        pass
+
+    def on_end(self, event: event.Event) -> None:
+        function = event.data["dispatcher"].py_func
+        print(f"{function.__module__}.{function.__qualname__}", flush=True)
+
+
+if __name__ == "__main__":
+    register: Any = event.register
+    register("numba:compile", _PrintCompiled())
+    PARTS[sys.argv[1]]()

@@ -14,11 +14,13 @@ from typing import Final
 
 import trio
 
-from betrace.service.receiver.admission import Body, Edge, Head
+from betrace.service.receiver.admission import Admission
+from betrace.service.receiver.bodies import Body
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
 from betrace.service.receiver.cors import Cors
 from betrace.service.receiver.grpc.connection import GrpcConnection
 from betrace.service.receiver.grpc.framing import GrpcCode, RpcStatus
+from betrace.service.receiver.heads import Head
 from betrace.service.receiver.http1 import (
     CONTINUE,
     HEAD_END,
@@ -41,7 +43,7 @@ from betrace.service.receiver.limits import (
 from betrace.service.receiver.responses import HttpResponse
 from betrace.service.receiver.transport import TlsTransport, Transport
 
-# A gRPC client at the wrong port is told so for this long, call by call; then it must reconnect.
+# Each call of a gRPC client at the wrong port is answered so for this long; then it must reconnect.
 WRONG_PORT_SECONDS: Final = 60.0
 
 _log = logging.getLogger("service.http")
@@ -56,9 +58,9 @@ class Connection:
     """
 
     __slots__ = (
+        "_admission",
         "_closing",
         "_cors",
-        "_edge",
         "_errors",
         "_idle",
         "_limits",
@@ -78,7 +80,7 @@ class Connection:
     def __init__(
         self,
         transport: Transport,
-        edge: Edge,
+        admission: Admission,
         limits: Limits,
         errors: ClientErrors,
         cors: Cors | None = None,
@@ -87,7 +89,7 @@ class Connection:
         self.proven = False
         self.slow_since = math.inf
         self._transport = transport
-        self._edge = edge
+        self._admission = admission
         self._limits = limits
         self._errors = errors
         self._cors = cors
@@ -141,7 +143,7 @@ class Connection:
                 try:
                     await self._serve()
                 except NotHttpError as error:
-                    response = self._edge.malformed(error.status, error.message)
+                    response = self._admission.refusals.malformed(error.status, error.message)
                     self._note(response)
                     await self._part(response)
             if self._scope.cancelled_caught and self._owed is not None:
@@ -173,17 +175,17 @@ class Connection:
 
     async def _answer(self, request: RequestHead) -> bool:
         """Read the body of a request and answer it; returns whether the connection stays open."""
-        edge = self._edge
+        admission = self._admission
         self.deadline = math.inf
         self._unread = ChunkedBody() if request.length is None else request.length
         if self._cors is not None and request.method == "OPTIONS":
             preflight = self._cors.preflight(request.path, request.headers)
             if preflight is not None:
                 return await self._refuse(request, preflight)
-        head = await edge.admit(request.method, request.path, request.headers)
+        head = await admission.admit(request.method, request.path, request.headers)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
-        with edge.body(head) as memory:
+        with admission.body(head) as memory:
             body: bytes | memoryview | HttpResponse | None
             if request.length is None:
                 body = await self._read_chunks(request, head, memory)
@@ -193,11 +195,11 @@ class Connection:
                 return False
             if not isinstance(body, HttpResponse):
                 size = len(body)
-                self._owed = lambda: edge.unanswered(head, size)
-                self.deadline = trio.current_time() + edge.answer_timeout
+                self._owed = lambda: admission.refusals.unanswered(head, size)
+                self.deadline = trio.current_time() + admission.answer_timeout
                 self._processing = True
                 self.slow_since = math.inf
-                response = await edge.process(head, body)
+                response = await admission.process(head, body)
                 self._owed = None
                 self.proven = True
                 more = await self._send(request, response)
@@ -233,7 +235,7 @@ class Connection:
         """The head of a request that arrives in parts."""
         self.slow_since = trio.current_time()
         self.deadline = self.slow_since + self._limits.head
-        self._owed = self._edge.slow_head
+        self._owed = self._admission.refusals.slow_head
         gathered = bytearray()
         searched = 0
         while received:
@@ -302,7 +304,7 @@ class Connection:
 
     async def _begin_body(self, request: RequestHead, head: Head, received: bytes) -> None:
         """Set the time limit of a body that is not complete, and ask for it if the client waits."""
-        self._owed = lambda: self._edge.slow_body(head)
+        self._owed = lambda: self._admission.refusals.slow_body(head)
         now = trio.current_time()
         self.slow_since = min(self.slow_since, now)
         self.deadline = now + self._limits.body
@@ -378,11 +380,11 @@ class Connection:
             "this port takes OTLP over HTTP/1.1; send OTLP over gRPC to the port of "
             "ingest.grpc_address (4317)"
         )
-        self._note(self._edge.malformed(505, message))
+        self._note(self._admission.refusals.malformed(505, message))
         self.deadline = trio.current_time() + WRONG_PORT_SECONDS
         self._stranger = GrpcConnection(
             self._transport,
-            self._edge,
+            self._admission,
             self._limits,
             self._errors,
             begun=HTTP2_PREFACE + self._rest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from betrace.service.receiver.admission import PATHS
+from betrace.service.receiver.heads import PATHS
 from betrace.service.receiver.responses import Headers, HttpResponse
 
 ANY: Final = "*"

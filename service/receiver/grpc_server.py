@@ -9,7 +9,7 @@ from typing import Final
 import trio
 
 from betrace.service.config.edge import Ingest, Tls
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc.connection import GrpcConnection
 from betrace.service.receiver.server import Protocol, serve_ingest
 from betrace.service.receiver.sockets import ListenError
@@ -18,7 +18,7 @@ GRPC: Final = Protocol("h2", GrpcConnection)
 
 
 async def serve_grpc(
-    edge: Edge,
+    admission: Admission,
     settings: Ingest,
     shutdown: trio.Event,
     *,
@@ -26,11 +26,11 @@ async def serve_grpc(
     grace_seconds: float = 30,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Hand what arrives at ``ingest.grpc_address`` to ``edge`` until ``shutdown``; see
+    """Hand what arrives at ``ingest.grpc_address`` to ``admission`` until ``shutdown``; see
     :func:`~betrace.service.receiver.server.serve_ingest`."""
     serve = partial(serve_ingest, tls=tls, grace_seconds=grace_seconds, protocol=GRPC)
     try:
-        await serve(edge, settings, settings.grpc_address, shutdown, task_status=task_status)
+        await serve(admission, settings, settings.grpc_address, shutdown, task_status=task_status)
     except ListenError as error:
         raise ListenError(
             f"{error}: set ingest.grpc_address (--grpc HOST:PORT), or turn OTLP over gRPC off "

@@ -1,5 +1,6 @@
-"""The ingestion listener: HTTP/1.1 for :class:`~betrace.service.receiver.admission.Edge`, without
-a framework (docs/decisions/0008-ingestion-listener.md).
+"""The ingestion listener: HTTP/1.1 for
+:class:`~betrace.service.receiver.admission.Admission`, without a framework
+(docs/decisions/0008-ingestion-listener.md).
 
 Connections are accepted, counted, timed and closed here; :mod:`betrace.service.receiver.connection`
 serves one connection.
@@ -21,7 +22,7 @@ from typing import Final
 import trio
 
 from betrace.service.config.edge import Ingest, Tls
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.connection import Connection
 from betrace.service.receiver.cors import Cors
@@ -48,7 +49,7 @@ _log = logging.getLogger("service.http")
 
 
 class AnyConnection(typing.Protocol):
-    """One connection of a listener: it ends by itself, or when it is told."""
+    """One connection of a listener: it ends by itself, or on request."""
 
     peer: str
     """The address of the client."""
@@ -99,7 +100,7 @@ class Protocol:
     """What is spoken: its name in ALPN, and what serves a connection."""
 
     alpn: str
-    connection: Callable[[Transport, Edge, Limits, ClientErrors], AnyConnection]
+    connection: Callable[[Transport, Admission, Limits, ClientErrors], AnyConnection]
 
 
 def http(settings: Ingest) -> Protocol:
@@ -108,7 +109,7 @@ def http(settings: Ingest) -> Protocol:
 
 
 async def serve_ingest(
-    edge: Edge,
+    admission: Admission,
     settings: Ingest,
     address: str,
     shutdown: trio.Event,
@@ -118,9 +119,9 @@ async def serve_ingest(
     protocol: Protocol | None = None,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Pass requests that arrive at ``address`` to ``edge`` until ``shutdown``. Then requests in
-    progress may finish for ``grace_seconds``; requests still arriving after ``ARRIVAL_SHARE`` of
-    that are refused. ``protocol`` is HTTP/1.1 by default. Starts with the URL listened on.
+    """Pass requests that arrive at ``address`` to ``admission`` until ``shutdown``. Then requests
+    in progress may finish for ``grace_seconds``; requests still arriving after ``ARRIVAL_SHARE``
+    of that are refused. ``protocol`` is HTTP/1.1 by default. Starts with the URL listened on.
 
     Raises :exc:`~betrace.service.receiver.sockets.ListenError` if the address or the certificate
     cannot be used.
@@ -130,7 +131,7 @@ async def serve_ingest(
     if tls is not None and tls.certificate:
         context = _tls_context(tls, protocol.alpn)
     listener = listen(address)
-    server = _Server(edge, settings, context, protocol.connection)
+    server = _Server(admission, settings, context, protocol.connection)
     async with trio.open_nursery() as around:
         around.start_soon(server.sweep)
         async with trio.open_nursery() as nursery:
@@ -160,12 +161,12 @@ class _Server:
 
     def __init__(
         self,
-        edge: Edge,
+        admission: Admission,
         settings: Ingest,
         context: ssl.SSLContext | None,
-        connection: Callable[[Transport, Edge, Limits, ClientErrors], AnyConnection],
+        connection: Callable[[Transport, Admission, Limits, ClientErrors], AnyConnection],
     ) -> None:
-        self._edge = edge
+        self._admission = admission
         self._connection = connection
         self._errors = ClientErrors()
         self._context = context
@@ -210,7 +211,7 @@ class _Server:
                         await trio.lowlevel.checkpoint()
                 else:
                     connection = self._connection(
-                        self._transport(connected), self._edge, self._limits, self._errors
+                        self._transport(connected), self._admission, self._limits, self._errors
                     )
                     self._connections.add(connection)
                     nursery.start_soon(self._run, connection)
@@ -257,7 +258,7 @@ class _Server:
     async def sweep(self) -> None:
         """End connections whose deadline has passed, forever."""
         limits = self._limits
-        shortest = min(limits.idle, limits.head, limits.body, self._edge.answer_timeout)
+        shortest = min(limits.idle, limits.head, limits.body, self._admission.answer_timeout)
         pause = min(_SWEEP_SECONDS, shortest / 4)
         while True:
             await trio.sleep(pause)

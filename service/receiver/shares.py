@@ -16,23 +16,23 @@ _CONTESTED = 0.5
 class Shares:
     """What each tenant has taken of ``capacity``. A tenant that has nothing costs no memory."""
 
-    __slots__ = ("_contested", "_held", "_open", "capacity", "total")
+    __slots__ = ("_contested", "_open", "_taken", "capacity", "total")
 
     def __init__(self, capacity: int, open_to_all: float) -> None:
         """Above the fraction ``open_to_all`` only tenants that have nothing are admitted."""
         self.capacity = capacity
         self.total = 0
-        self._held: dict[str, int] = {}
+        self._taken: dict[str, int] = {}
         self._contested = int(capacity * _CONTESTED)
         self._open = int(capacity * open_to_all)
 
     def __len__(self) -> int:
         """How many tenants have something."""
-        return len(self._held)
+        return len(self._taken)
 
-    def held(self, tenant: str) -> int:
+    def taken(self, tenant: str) -> int:
         """What ``tenant`` has."""
-        return self._held.get(tenant, 0)
+        return self._taken.get(tenant, 0)
 
     def admits(self, tenant: str, amount: int = 0, total: int | None = None) -> bool:
         """Whether ``tenant`` may take ``amount`` more. ``total`` is what all tenants have, if the
@@ -40,21 +40,21 @@ class Shares:
         total = (self.total if total is None else total) + amount
         if total <= self._contested:
             return True
-        held = self._held.get(tenant, 0)
-        if not held:
+        taken = self._taken.get(tenant, 0)
+        if not taken:
             return total <= self.capacity
-        return total <= self._open and held + amount <= self._open // len(self._held)
+        return total <= self._open and taken + amount <= self._open // len(self._taken)
 
     def take(self, tenant: str, amount: int) -> None:
         """Note that ``tenant`` took ``amount``."""
         self.total += amount
-        self._held[tenant] = self._held.get(tenant, 0) + amount
+        self._taken[tenant] = self._taken.get(tenant, 0) + amount
 
-    def give_back(self, tenant: str, amount: int) -> None:
+    def release(self, tenant: str, amount: int) -> None:
         """Note that ``tenant`` returned ``amount``."""
         self.total -= amount
-        left = self._held[tenant] - amount
+        left = self._taken[tenant] - amount
         if left:
-            self._held[tenant] = left
+            self._taken[tenant] = left
         else:
-            del self._held[tenant]
+            del self._taken[tenant]

@@ -10,6 +10,8 @@ from typing import Final
 from betrace.service.config.base import split_address
 
 _BACKLOG = 1024
+PROMETHEUS_PORT: Final = 9090
+"""The port of Prometheus itself, and of this service's metrics by default."""
 # What accept() raises when descriptors or memory have run out.
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -28,6 +30,11 @@ def listen(address: str) -> socket.socket:
         remedy = "choose an address of this machine"
         if error.errno == errno.EADDRINUSE:
             remedy = "end the program that uses it, or choose another port"
+            if port == PROMETHEUS_PORT:
+                remedy = (
+                    "Prometheus itself listens on this port; choose another with --metrics or "
+                    "metrics.address"
+                )
         elif error.errno == errno.EACCES:
             remedy = "choose a port above 1023"
         reason = str(error.strerror).partition(" (while")[0].lower()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class RuleStore:
         self._directory = directory
         self._lock = threading.Lock()
         self._files: dict[Path, _RuleFile] = {}
+        self._paths: dict[str, Path] = {}  # the same files
         self._rules: dict[str, tuple[Rule, ...]] = {}
         self._origins: dict[tuple[str, str], Path] = {}
         self._problems: dict[str, str] = {}
@@ -159,7 +161,7 @@ class RuleStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._keep_version(path, rule_id)
             _write_durably(path, dump_rules([rule]).encode())
-            self._scan()
+            self._written(path, tenant)
             return not exists
 
     def delete(self, tenant: str, rule_id: str, *, if_match: str | None = None) -> None:
@@ -255,6 +257,23 @@ class RuleStore:
 
     # Reading
 
+    def _written(self, path: Path, tenant: str) -> None:
+        """Read one file after a scan, because listing all again takes long if there are many."""
+        if self._unlisted is None:
+            self._scan()
+            return
+        path = self._paths.setdefault(str(path), path)
+        files = list(self._files.items())
+        new = path, self._read(path, tenant, _signature(path))
+        at = bisect_left(files, self._order(path), key=lambda item: self._order(item[0]))
+        files[at : at + (path in self._files)] = [new]
+        self._files = dict(files)
+        self._combine(dict(self._unlisted))
+
+    def _order(self, path: Path) -> tuple[str, str]:
+        """The place of a file in a listing."""
+        return "" if path.parent == self._directory else path.parent.name, path.name
+
     def _scan(self) -> None:
         """Update the rules from the files."""
         problems: dict[str, str] = {}
@@ -264,40 +283,56 @@ class RuleStore:
             self._problems = {str(self._directory): f"cannot be read: {error.strerror or error}"}
             self._unlisted = None
             return
-        files = {path: self._read(path, tenant) for path, tenant in paths.items()}
-        if problems == self._unlisted and list(files.items()) == list(self._files.items()):
+        files = {
+            path: self._read(path, tenant, signature) for path, (tenant, signature) in paths.items()
+        }
+        if problems == self._unlisted and self._same(files):
             return  # almost always
         self._files, self._unlisted = files, dict(problems)
+        self._paths = {str(path): path for path in files}
         self._combine(problems)
 
-    def _list(self, problems: dict[str, str]) -> dict[Path, str]:
-        """The rule files with their tenants; if two have the same rule, the first one counts."""
-        found: dict[Path, str] = {}
-        folders: list[Path] = []
+    def _same(self, files: dict[Path, _RuleFile]) -> bool:
+        """Whether the files are the known ones, in the same order. Paths and files that did not
+        change are the same objects, so nothing is compared by value."""
+        return len(files) == len(self._files) and all(
+            path is known and file is self._files[known]
+            for (path, file), known in zip(files.items(), self._files, strict=True)
+        )
+
+    def _list(self, problems: dict[str, str]) -> dict[Path, tuple[str, Signature | None]]:
+        """The rule files with their tenants and signatures; if two have the same rule, the first
+        one counts."""
+        found: dict[Path, tuple[str, Signature | None]] = {}
+        folders: list[os.DirEntry[str]] = []
         for entry in _entries(self._directory):
-            path = Path(entry.path)
             if _is_rule_file(entry):
-                found[path] = DEFAULT_TENANT
+                found[self._path(entry)] = DEFAULT_TENANT, _signature(entry)
             elif entry.name[0] != "." and entry.is_dir():
-                if is_tenant_name(entry.name):
-                    folders.append(path)
+                if entry.is_symlink():
+                    problems[entry.path] = "is a link to a folder: move the folder here instead"
+                elif is_tenant_name(entry.name):
+                    folders.append(entry)
                 else:
                     problems[entry.path] = f"is not the name of a tenant: {TENANT_RULE}"
         for folder in folders:
             try:
-                paths = [Path(entry.path) for entry in _entries(folder) if _is_rule_file(entry)]
+                for entry in _entries(Path(folder.path)):
+                    if _is_rule_file(entry):
+                        found[self._path(entry)] = folder.name, _signature(entry)
             except OSError as error:
-                problems[str(folder)] = f"cannot be read: {error.strerror or error}"
-                paths = [path for path in self._files if path.parent == folder]
-            found.update(dict.fromkeys(paths, folder.name))
+                problems[folder.path] = f"cannot be read: {error.strerror or error}"
+                for path, file in self._files.items():
+                    if path.parent == Path(folder.path):
+                        found[path] = folder.name, file.signature
         return found
 
-    def _read(self, path: Path, tenant: str) -> _RuleFile:
+    def _path(self, entry: os.DirEntry[str]) -> Path:
+        """The path of a file. Known files keep theirs, because making one takes 10 µs."""
+        return self._paths.get(entry.path) or Path(entry.path)
+
+    def _read(self, path: Path, tenant: str, signature: Signature | None) -> _RuleFile:
         known = self._files.get(path)
-        try:
-            signature = _signature(path)
-        except OSError:
-            signature = None  # load_file() reports why
         if known is not None and signature is not None and known.signature == signature:
             return known
         try:
@@ -327,9 +362,10 @@ class RuleStore:
             faults = [file.problem] if file.problem else []
             for rule in file.rules:
                 first = origins.get((file.tenant, rule.id))
+                size = sizes.get(file.tenant, 0) + self._size(rule)
                 if first is not None:
                     faults.append(f"{path}: rule {rule.id}: ignored, its id is used in {first}")
-                elif sizes.get(file.tenant, 0) + self._size(rule) > MAX_PATTERNS:
+                elif size > MAX_PATTERNS:
                     faults.append(
                         f"{path}: rule {rule.id}: ignored, the patterns of the tenant's rules have "
                         f"more than {MAX_PATTERNS} RE2 instructions in all"
@@ -339,7 +375,7 @@ class RuleStore:
                     break
                 else:
                     own[rule.id] = rule
-                    sizes[file.tenant] = sizes.get(file.tenant, 0) + self._size(rule)
+                    sizes[file.tenant] = size
                     origins[file.tenant, rule.id] = path
             if faults:
                 problems[str(path)] = "\n".join(faults)
@@ -362,8 +398,12 @@ def _is_rule_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
 
 
-def _signature(path: Path) -> Signature:
-    status = path.stat()
+def _signature(entry: os.DirEntry[str] | Path) -> Signature | None:
+    """What changes when a file changes; None if it cannot be looked at, which reading reports."""
+    try:
+        status = entry.stat()
+    except OSError:
+        return None
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 

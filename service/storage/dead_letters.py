@@ -2,15 +2,13 @@
 
 A letter is durable when :meth:`DeadLetterStore.add` returns. An existing letter (the same stage,
 tenant, kind and payload) is not stored twice; its new failure is noted. Above ``max_bytes`` of
-payloads the oldest letters are first written to a file, ``<export>/<time>-<first id>.jsonl.gz``,
-and then deleted. Such a file has one letter per line, as JSON, with the payload in base64. All
-methods block and may be called from any thread; they raise :exc:`DeadLetterError`.
+payloads the oldest letters are first written to a file
+(:mod:`betrace.service.storage.letter_exports`) and then deleted. All methods block and may be
+called from any thread; they raise :exc:`DeadLetterError`.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
 import hashlib
 import sqlite3
 import threading
@@ -24,18 +22,15 @@ from typing import Any
 import orjson
 
 from betrace.channels import TransientError
-from betrace.service.durable import replacing, sync_directory
-from betrace.service.storage.sqlite_errors import remedy
+from betrace.service.storage.letter_exports import LetterExports
+from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x4254444C  # "BTDL", for file(1)
 MAX_LIMIT = 1000
-_BUSY_SECONDS = 2.0
 _KEEP_AFTER_EXPORT = 0.9  # of max_bytes
 _IDS_PER_QUERY = 500
 _MAX_ERROR_CHARACTERS = 2000
 
-_SCHEMA = f"""
+_VERSION_1 = """
 CREATE TABLE letters (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     key BLOB NOT NULL UNIQUE,
@@ -53,9 +48,9 @@ CREATE TABLE letters (
     next_retry_ns INTEGER
 ) STRICT;
 CREATE INDEX letters_due ON letters (stage, next_retry_ns) WHERE next_retry_ns IS NOT NULL;
-PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA application_id = {APPLICATION_ID};
 """
+_SCHEMA = Schema(0x4254444C, [_VERSION_1])  # "BTDL"
+_PRAGMAS = ("auto_vacuum = INCREMENTAL", "synchronous = FULL")
 _COLUMNS = (
     "id, tenant, stage, kind, bytes, weight, error, transient, attempts, "
     "first_failed_ns, last_failed_ns, next_retry_ns"
@@ -131,40 +126,21 @@ class DeadLetterStore:
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._path = path
-        self._export = export
+        self._exports = LetterExports(export, clock_ns)
         self._max_bytes = max_bytes
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
-        self._rewriting = threading.Lock()  # while files in the export directory are rewritten
         self.exported = 0
         """Letters exported to files since the start."""
         self._exported: list[Letter] = []
         with self._errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
+            self._db = open_file(path, _SCHEMA, _PRAGMAS)
             try:
-                self._migrate()
                 row = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM letters").fetchone()
                 self._bytes: int = row[0]
             except BaseException:
                 self._db.close()
                 raise
-
-    def _migrate(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise DeadLetterError(
-                f"{self._path} was written by a newer program (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade, or choose another data directory"
-            )
-        if version == 0:  # before the first table is made, or it has no effect
-            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -179,14 +155,11 @@ class DeadLetterStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._errors():
             before = self._bytes
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-                self._db.execute("COMMIT")
+                with transaction(self._db):
+                    yield self._db
             except BaseException:
                 self._bytes = before
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
                 raise
 
     @property
@@ -368,7 +341,9 @@ class DeadLetterStore:
                 size += len(row[-1])
             if not moved:
                 return
-            self._write_export(moved)
+            names = _COLUMNS.split(", ")
+            letters = ((dict(zip(names, row, strict=False)), row[-1]) for row in moved)
+            self._exports.write(letters, first_id=moved[0][0])
         self.delete(row[0] for row in moved)
         self.exported += len(moved)
         with self._lock:
@@ -376,12 +351,8 @@ class DeadLetterStore:
 
     def drop_exported(self, tenant: str) -> int:
         """Remove the letters of a tenant from the exported files; returns how many."""
-        dropped = 0
-        with self._rewriting:
-            for path in sorted(self._export.glob("*.jsonl.gz")) if self._export.is_dir() else ():
-                with self._errors():
-                    dropped += _rewrite_without(path, tenant)
-        return dropped
+        with self._errors():
+            return self._exports.drop(tenant)
 
     def take_exported(self) -> list[Letter]:
         """The letters exported to files since the last call."""
@@ -389,42 +360,10 @@ class DeadLetterStore:
             taken, self._exported = self._exported, []
         return taken
 
-    def _write_export(self, rows: list[tuple[Any, ...]]) -> None:
-        self._export.mkdir(parents=True, exist_ok=True)
-        names = _COLUMNS.split(", ")
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock_ns() / 1e9))
-        path = self._export / f"{stamp}-{rows[0][0]}.jsonl.gz"
-        with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
-            for row in rows:
-                shown = dict(zip(names, row, strict=False))
-                shown["payload"] = base64.b64encode(row[-1]).decode()
-                file.write(orjson.dumps(shown, option=orjson.OPT_APPEND_NEWLINE))
-
     def _vacuum(self) -> None:
         """Return free pages to the disk."""
         with self._lock, self._errors():
             self._db.execute("PRAGMA incremental_vacuum").fetchall()
-
-
-def _rewrite_without(path: Path, tenant: str) -> int:
-    """Remove a tenant's letters from an exported file; returns how many it had."""
-
-    def lines(of_tenant: bool) -> Iterator[bytes]:
-        with gzip.open(path) as source:
-            for line in source:
-                if (orjson.loads(line)["tenant"] == tenant) == of_tenant:
-                    yield line
-
-    gone = sum(1 for _ in lines(of_tenant=True))
-    if not gone:
-        return 0
-    if next(lines(of_tenant=False), None) is None:
-        path.unlink()
-        sync_directory(path.parent)
-        return gone
-    with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
-        file.writelines(lines(of_tenant=False))
-    return gone
 
 
 def _key(letter: NewLetter) -> bytes:

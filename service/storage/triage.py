@@ -15,14 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from betrace.service.storage.sqlite_errors import remedy
+from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x42545452  # "BTTR", for file(1)
 KEPT_NS = 90 * 86_400 * 10**9  # ended mutes are kept this long, to show old signals as muted
-_BUSY_SECONDS = 2.0
 
-_SCHEMA = f"""
+_VERSION_1 = """
 CREATE TABLE mutes (
     tenant TEXT NOT NULL,
     rule TEXT NOT NULL,
@@ -40,9 +37,8 @@ CREATE TABLE acknowledgements (
     note TEXT NOT NULL,
     PRIMARY KEY (tenant, signal)
 ) STRICT, WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA application_id = {APPLICATION_ID};
 """
+_SCHEMA = Schema(0x42545452, [_VERSION_1])  # "BTTR"
 
 
 class TriageError(Exception):
@@ -77,27 +73,14 @@ class TriageStore:
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
         with self._errors():
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
+            self._db = open_file(path, _SCHEMA)
             try:
-                self._open()
+                long_ago = self._clock_ns() - KEPT_NS
+                self._db.execute("DELETE FROM mutes WHERE until_ns < ?", (long_ago,))
+                self._mutes = self._read_mutes()
             except BaseException:
                 self._db.close()
                 raise
-
-    def _open(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise TriageError(
-                f"{self._path} was written by a newer version of betrace; upgrade this one"
-            )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-        self._db.execute("DELETE FROM mutes WHERE until_ns < ?", (self._clock_ns() - KEPT_NS,))
-        self._mutes = self._read_mutes()
 
     def close(self) -> None:
         """Close the file."""
@@ -184,13 +167,8 @@ class TriageStore:
     def _change(self) -> Iterator[int]:
         """A transaction; yields the current time."""
         with self._lock, self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._db):
                 yield self._clock_ns()
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
             self._mutes = self._read_mutes()
 
     @contextmanager

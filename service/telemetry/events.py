@@ -131,6 +131,20 @@ DATA_BACK = _event(
     "the data directory {path} is back; spans are accepted",
     "The directory that was moved away is back.",
 )
+LOG_DAMAGED = _event(
+    "log.damaged",
+    logging.ERROR,
+    "the span log of {tenant} is damaged: {bytes} bytes at offset {offset} of segment {segment} "
+    "cannot be read ({reason}); lost: {lost}",
+    "Logged once for each place, when it is read. Spans that a checkpoint contained were "
+    "evaluated, but they cannot be shown or archived. See BetraceSpanLogDamaged in the runbook.",
+)
+LOG_CUT = _event(
+    "log.cut",
+    logging.INFO,
+    "cut {bytes} bytes off the span log of {tenant}: the last write was interrupted",
+    "A crash interrupted a write. Its request was not answered, so nothing is lost.",
+)
 STAGE_STALLED = _event(
     "stage.stalled",
     logging.ERROR,
@@ -259,6 +273,13 @@ OPERATOR = _event(
     "{who} ({client}): {action} {target}",
     "An action through `/api/admin`, also in the audit log.",
 )
+DUCKDB_DAMAGED = _event(
+    "duckdb.damaged",
+    logging.ERROR,
+    "the DuckDB file of {tenant} is set aside and rebuilt: {error}",
+    "Signals come from the ledger, the index of traces from the span log. Until that is done, "
+    "queries miss some of both, and late spans of closed traces make partial traces.",
+)
 DUCKDB_INCOMPLETE = _event(
     "duckdb.incomplete",
     logging.ERROR,
@@ -268,6 +289,6 @@ DUCKDB_INCOMPLETE = _event(
 DUCKDB_REBUILT = _event(
     "duckdb.rebuilt",
     logging.INFO,
-    "rebuilt DuckDB of {tenant}: {signals} signals and {traces} traces",
-    "A lost or damaged file was rebuilt.",
+    "rebuilt DuckDB of {tenant}: {signals} signals and {traces} traces{missing}",
+    "A lost or damaged file was rebuilt. `missing` says which traces could not be.",
 )

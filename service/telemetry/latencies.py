@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import trio
 from prometheus_client import CollectorRegistry, Histogram
 
 from betrace.service.telemetry.window import Recent
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_TIMER_SECONDS = 0.1  # 10 wake-ups a second
 _LEADS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
 
@@ -94,12 +96,24 @@ class Latencies:
             "How long before its close a trace was signalled early.",
             buckets=_LEADS,
         )
+        self.timer_delay = histogram(
+            "betrace_timer_delay_seconds",
+            "How late a timer of the Trio thread ran, tried ten times a second.",
+        )
         self.evaluation = Latency(
             histogram(
                 "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
             ),
             self.recent.latency("evaluation").observe,
         )
+
+    async def watch_timers(self) -> None:
+        """Observe how late a timer runs, forever. That is how long the Trio thread was busy with
+        one task, or waited for the processor or the interpreter's lock."""
+        while True:
+            due = trio.current_time() + _TIMER_SECONDS
+            await trio.sleep_until(due)
+            self.timer_delay.observe(trio.current_time() - due)
 
     def stage(self, name: str) -> Latency:
         """The latency of a stage's work on a batch."""

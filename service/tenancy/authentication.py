@@ -28,7 +28,7 @@ VerifiedToken = tuple[str, str, float]
 """The tenant, the key's id, and when the token expires (seconds since 1970)."""
 
 LoadKey = Callable[[tuple[str, str]], Awaitable[PublicKey | None]]
-"""Returns the key for (tenant, kid), None if there is none."""
+"""Returns the key for (tenant, kid), None if the tenant has no such key."""
 
 
 class SecretError(Exception):

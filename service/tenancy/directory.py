@@ -16,17 +16,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from betrace.service.storage.sqlite_errors import remedy
+from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
 from betrace.service.tenancy.tokens import key_id
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x42544E54  # "BTNT", for file(1)
 MOST_KEYS = 16
 """Keys per tenant, including those in their grace period."""
-_BUSY_SECONDS = 2.0
 
-_SCHEMA = f"""
+_VERSION_1 = """
 CREATE TABLE tenants (
     name TEXT PRIMARY KEY,
     state TEXT NOT NULL CHECK (state IN ('active', 'deleting', 'deleted')),
@@ -43,9 +40,8 @@ CREATE TABLE keys (
     expires_ns INTEGER,
     PRIMARY KEY (tenant, kid)
 ) STRICT;
-PRAGMA user_version = {SCHEMA_VERSION};
-PRAGMA application_id = {APPLICATION_ID};
 """
+_SCHEMA = Schema(0x42544E54, [_VERSION_1])  # "BTNT"
 
 
 class TenantState(StrEnum):
@@ -116,28 +112,7 @@ class TenantDirectory:
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
         with self._errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._migrate()
-            except BaseException:
-                self._db.close()
-                raise
-
-    def _migrate(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise DirectoryError(
-                f"{self._path} was written by a newer program (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade, or choose another data directory"
-            )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA secure_delete = ON")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
+            self._db = open_file(path, _SCHEMA, ("synchronous = FULL", "secure_delete = ON"))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -155,15 +130,8 @@ class TenantDirectory:
 
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
-        with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+        with self._reading() as db, transaction(db):
+            yield db
 
     # Reading
 

@@ -2,8 +2,8 @@
 
 A file is the magic bytes and the header's length, the header (JSON, with the type and shape of each
 array), the arrays in the same order as in memory, and a CRC-32 of everything before it. It is
-written to a temporary file, synced and renamed. The previous file is kept: if the newest is
-damaged, the previous one is used, and if there is none, the log is read from its beginning.
+written to a temporary file, synced and renamed. The previous file is kept and
+used if the newest is damaged. Without a usable file the log is read from its beginning.
 """
 
 from __future__ import annotations

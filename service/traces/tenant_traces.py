@@ -168,7 +168,7 @@ class TenantTraces:
 
         If a trace may have been closed and forgotten (it is in ``closed``), ``history`` first reads
         it back from the log. If the fold fails, its results so far are added to :attr:`owed`, and
-        folding the same frames again folds their remainder. So it is if ``slice`` is over
+        folding the same frames again folds their remainder. The same happens if ``slice`` is over
         (:exc:`~betrace.service.traces.slices.SliceOver`).
         """
         done: list[Part] = []

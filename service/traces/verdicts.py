@@ -140,15 +140,15 @@ def _found(
         for k, number in (*judgements, *unsure):
             if k in broken:  # what may still hold is not retracted
                 broken[k].add((rules[number].id, rules[number].version))
-    elsewhere = {k: active_elsewhere(told, due.rules.identities) for k, told in histories.items()}
+    elsewhere = {k: active_elsewhere(known, due.rules.identities) for k, known in histories.items()}
     for breach in breaches:
         rule = rules[breach.rule]
         if rule.id not in elsewhere.get(breach.trace, ()):
             before = histories.get(breach.trace, {}).get((rule.id, rule.version))
             yield breach, Kind.RAISED, before.emitted // 2 if before else 0
-    for k, told in histories.items() if due.closed else ():
+    for k, known in histories.items() if due.closed else ():
         for number, rule in enumerate(rules):
-            before = told.get((rule.id, rule.version))
+            before = known.get((rule.id, rule.version))
             if before and before.active and (rule.id, rule.version) not in broken[k]:
                 clause = ALWAYS_BROKEN if before.clause == "always" else NEVER_BROKEN
                 yield Breach(k, number, clause, early=False), Kind.RETRACTED, before.emitted // 2

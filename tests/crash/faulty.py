@@ -22,7 +22,7 @@ from typing import Any
 from betrace.channels import TransientError
 from betrace.service.cli.main import main
 from betrace.service.otlp.columns import SpanBatch
-from betrace.service.pipeline.stages.correlate import CorrelateStage
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.signals import Signal
 from betrace.service.storage.disk import Buffer, Disk
 from betrace.service.storage.duck.schema import StoreError
@@ -41,7 +41,7 @@ def injected(fault: str) -> bool:
 def inject() -> None:
     """Replace methods with versions that fail while a fault is active."""
     write_all, record, write = Disk.write_all, SqliteLedger.record, DuckStore.write
-    fold = CorrelateStage._fold_one
+    fold = OpenTraces.fold
 
     def fail_to_write(self: Disk, descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
         if injected("slow"):
@@ -63,12 +63,12 @@ def inject() -> None:
             raise StoreError("injected DuckDB error", transient=True)
         return write(self, tenant, **rows)
 
-    def fail_to_fold(self: CorrelateStage, batch: SpanBatch, cpu: CpuSlice) -> None:
+    def fail_to_fold(self: OpenTraces, batch: SpanBatch, cpu: CpuSlice) -> None:
         if injected("fold-error"):
             raise TransientError("injected fold error")
         fold(self, batch, cpu)
 
-    CorrelateStage._fold_one = fail_to_fold  # type: ignore[method-assign]
+    OpenTraces.fold = fail_to_fold  # type: ignore[method-assign]
     Disk.write_all = fail_to_write  # type: ignore[method-assign]
     SqliteLedger.record = fail_to_record  # type: ignore[method-assign]
     DuckStore.write = fail_to_insert  # type: ignore[method-assign,assignment]

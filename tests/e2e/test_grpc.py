@@ -80,7 +80,7 @@ async def test_python_with_tls_and_a_token(tmp_path: Path) -> None:
         good, bad = await trio.to_thread.run_sync(send, server.url)
     assert (good, bad) == (SpanExportResult.SUCCESS, SpanExportResult.FAILURE)
     assert [request.tenant for request in server.queue.taken] == ["acme"]
-    assert server.edge.refused_requests["unauthenticated"] == 1  # it was not tried again
+    assert server.admission.refusals.requests["unauthenticated"] == 1  # it was not tried again
 
 
 async def test_javascript_with_tls_and_a_token(tmp_path: Path, folder: Path) -> None:

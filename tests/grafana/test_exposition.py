@@ -190,7 +190,7 @@ def scrapes(tmp_path_factory):
                     await trio.sleep(0.02)
                 nursery.cancel_scope.cancel()
             series.append(text.count(b"\n"))
-            return len(service.pipeline.correlate.tenants)
+            return len(service.pipeline.open_traces.tenants)
 
     tenants = trio.run(main)
     scrape, latest = 1000 * statistics.median(took), 1000 * max(late)

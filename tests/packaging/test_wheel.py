@@ -58,6 +58,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if built := os.environ.get("BETRACE_WHEEL"):
+        return Path(built)
     directory = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--wheel-dir", directory, ROOT)
     (path,) = directory.glob("betrace-*.whl")
@@ -175,7 +177,7 @@ def test_the_demo(environment: Environment) -> None:
 
 def serve(environment: Environment, data: Path, **options: str) -> None:
     """Start the service, and stop it when it is ready."""
-    free = [f"--{name}=127.0.0.1:0" for name in ("ingest", "api", "metrics")]
+    free = [f"--{name}=127.0.0.1:0" for name in ("ingest", "grpc", "api", "metrics")]
     arguments = ["-m", "betrace.service", "serve", "--json", "--data", data, *free]
     with subprocess.Popen(**environment.command(*arguments, **options)) as process:  # type: ignore[call-overload]
         assert process.stdout is not None
@@ -220,6 +222,7 @@ def test_without_the_extras(environment: Environment, tmp_path: Path) -> None:
         given |= {
             f"BETRACE_{name}__ADDRESS": "127.0.0.1:0" for name in ("INGEST", "API", "METRICS")
         }
+        given |= {"BETRACE_INGEST__GRPC_ADDRESS": "127.0.0.1:0"}
         ran = environment.betrace(*arguments, without=EXTRAS, code=3, **given)
         assert says in ran.stderr
         assert len(ran.stderr.splitlines()) <= 2, ran.stderr  # a line of the log, perhaps

@@ -157,7 +157,7 @@ async def test_open_traces_continue_after_a_restart(tmp_path):
         await send(service, [S(1)])
     async with running(config) as service:
         assert service.recovery.replayed.spans == 0
-        assert sum(t.open_count for t in service.pipeline.correlate.tenants.values()) == 1
+        assert sum(t.open_count for t in service.pipeline.open_traces.tenants.values()) == 1
         await send(service, [S(2, complete=True)])
         await closed(service)
         assert service.tools.performance.metrics()["signalsRaised"] == 1

@@ -13,8 +13,9 @@ import pytest
 
 from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
+from betrace.service.pipeline.open_traces import NotNow, OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, NotNow, TraceLimits
+from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules import names
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.parse import parse
@@ -25,6 +26,7 @@ from betrace.service.traces.checkpoint import Snapshot, read_latest, write_check
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import HI, LO, POSITION_0, POSITION_COUNT, REPEATED, SPANS
+from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.table import TraceTable
 from betrace.service.traces.tenant_traces import Recalled, TenantTraces
 from betrace.service.traces.verdicts import decide_due
@@ -149,16 +151,15 @@ class World:
         self.progress, self.in_flight = LogProgress(), InFlight()
         self.closed = ClosedTraces(1 << 14)
         nothing: Any = None
-        self.stage = CorrelateStage(
+        self.traces = OpenTraces(
             lambda _: self.rules,
-            nothing,
-            nothing,
-            self.progress,
-            self.in_flight,
             TraceLimits(2 * SECOND, 3600 * SECOND, 1, 3600 * SECOND, 1000, 1000),
             LateSpans(self.closed, self.history),
+            self.progress,
+            self.in_flight,
             lambda: self.now,
         )
+        self.stage = CorrelateStage(self.traces, nothing, nothing)
 
     # Events
 
@@ -181,7 +182,7 @@ class World:
             if error is None:
                 break
             self.now += SECOND
-        if not self.stage.has(batch):
+        if not self.traces.has(batch):
             self.letters.append(batch.positions.tolist())
             self.progress.folded("t", self.letters[-1])
 
@@ -205,7 +206,7 @@ class World:
     def forget(self) -> None:
         """Free all closed traces."""
         self.close(0)
-        for traces in self.stage.tenants.values():
+        for traces in self.traces.tenants.values():
             traces.evict(self.now + 10**12, 1, 0, self.closed)
 
     def new_rules(self) -> None:
@@ -216,7 +217,7 @@ class World:
     def checkpoint(self) -> bool:
         """Save the traces; returns whether they could be saved."""
         try:
-            snapshot = self.stage.snapshot()
+            snapshot = self.traces.snapshot()
         except NotNow:
             return False
         write_checkpoint(self.directory, snapshot)
@@ -230,7 +231,7 @@ class World:
         saved = read_latest(self.directory)
         snapshot = Snapshot(0, {}, []) if saved is None else saved
         with self.fault.spared():
-            self.stage.restore(snapshot)
+            self.traces.restore(snapshot)
         last, pending = snapshot.progress.get("t", (0, []))
         beyond = [*pending, *range(last + 1, len(self.log) + 1)]
         letters = self.letters + self.recovered
@@ -238,7 +239,7 @@ class World:
         for pair, (positions, _) in self.index.items():
             if min(positions) <= last:
                 self.closed.add("t", np.array([pair], np.int64))
-        self.stage.note_raised(self.signals)
+        self.traces.note_raised(self.signals)
         for at in range(0, len(beyond), 3):
             batch = self.read(beyond[at : at + 3])
             batch.replayed = True
@@ -251,7 +252,7 @@ class World:
 
     def spans_of(self, trace: bytes) -> int:
         """The number of spans of an open trace."""
-        due = self.stage.look_up("t", trace.hex())
+        due = self.traces.look_up("t", trace.hex())
         return 0 if due is None else due.spans
 
     def read(self, positions: list[int]) -> SpanBatch:
@@ -292,7 +293,7 @@ class World:
         self.retry()
         assert not self.letters
         self.close()
-        assert not self.stage._totals.open
+        assert not self.traces.totals.open
 
     def check(self) -> None:
         """The active signals are those of the oracle, and each trace has all its spans."""

@@ -15,7 +15,7 @@ import trio.testing
 from h2.errors import ErrorCodes
 
 from betrace.service.config.edge import Ingest
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.grpc.connection import GrpcConnection
 from betrace.service.receiver.grpc.methods import EXPORT
@@ -209,7 +209,7 @@ class Serving:
 
     connection: GrpcConnection
     peer: Peer
-    edge: Edge
+    admission: Admission
     queue: ScriptedQueue
     errors: ClientErrors
     done: trio.Event
@@ -226,7 +226,7 @@ async def serving(
     """A connection, with a listener's looks at its deadline. Fails when memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
-    edge = Edge(ingest, queue, SpanQuotas(), authenticator)
+    admission = Admission(ingest, queue, SpanQuotas(), authenticator)
     near, far = trio.testing.memory_stream_pair()
     errors = ClientErrors(trio.current_time)
     limits = Limits(
@@ -235,7 +235,7 @@ async def serving(
         ingest.body_timeout_seconds,
         ingest.max_body_bytes,
     )
-    connection = GrpcConnection(MemoryTransport(near), edge, limits, errors)
+    connection = GrpcConnection(MemoryTransport(near), admission, limits, errors)
     peer = Peer(far)
     done = trio.Event()
 
@@ -254,13 +254,13 @@ async def serving(
         nursery.start_soon(run)
         if start:
             await peer.start()
-        yield Serving(connection, peer, edge, queue, errors, done)
+        yield Serving(connection, peer, admission, queue, errors, done)
         await far.aclose()
         with trio.move_on_after(60):
             await done.wait()
         nursery.cancel_scope.cancel()
     assert done.is_set()
-    assert edge.buffered_bytes == 0
+    assert admission.buffered_bytes == 0
     assert connection.deadline > -math.inf
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from betrace.service.config.edge import Ingest, Tls
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.server import serve_ingest
 from betrace.service.tenancy.quotas import SpanQuotas
@@ -26,9 +26,9 @@ MIB = 1 << 20
 
 @dataclass
 class Listening(Served):
-    """A listener, its edge, and the requests that the edge queued."""
+    """A listener, its admission, and the requests that the admission queued."""
 
-    edge: Edge = None
+    admission: Admission = None
     queue: ScriptedQueue = None
 
     @property
@@ -51,15 +51,15 @@ async def listening(
     not end within 10 seconds after that, or if memory stays reserved."""
     ingest = Ingest(**settings)
     queue = queue or ScriptedQueue()
-    edge = Edge(ingest, queue, SpanQuotas(), authenticator)
+    admission = Admission(ingest, queue, SpanQuotas(), authenticator)
     shutdown = trio.Event()
     options = {"tls": tls, "grace_seconds": grace_seconds}
-    start = partial(serve_ingest, edge, ingest, address, shutdown, **options)
+    start = partial(serve_ingest, admission, ingest, address, shutdown, **options)
     if grpc:
         ingest = ingest.model_copy(update={"grpc_address": address})
-        start = partial(serve_grpc, edge, ingest, shutdown, **options)
+        start = partial(serve_grpc, admission, ingest, shutdown, **options)
     async with trio.open_nursery() as nursery:
-        served = Listening(await nursery.start(start), shutdown, edge=edge, queue=queue)
+        served = Listening(await nursery.start(start), shutdown, admission=admission, queue=queue)
         try:
             yield served
         finally:
@@ -68,7 +68,7 @@ async def listening(
             shutdown.set()
             nursery.cancel_scope.deadline = trio.current_time() + 10
     assert not nursery.cancel_scope.cancelled_caught
-    assert edge.buffered_bytes == 0
+    assert admission.buffered_bytes == 0
 
 
 def post(body: bytes, *headers: str, path: str = "/v1/traces", version: str = "1.1") -> bytes:

@@ -118,10 +118,10 @@ async def closed(service: Service) -> None:
             await trio.sleep(0.02)
             # With the lock, no trace is between being open and being in flight, even if its thread
             # gets no CPU time.
-            with service.pipeline.correlate._lock:
+            with service.pipeline.open_traces.lock:
                 busy = service.sources.account().in_flight or len(service.pipeline.in_flight)
                 opened = any(
                     traces.open_count
-                    for traces in list(service.pipeline.correlate.tenants.values())
+                    for traces in list(service.pipeline.open_traces.tenants.values())
                 )
             still = 0 if busy or opened else still + 1

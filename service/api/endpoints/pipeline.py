@@ -19,7 +19,7 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
     sizes = {name: queue.send.statistics().size for name, queue in pipeline.queues.items()}
     waiting = {name: size for name, size in sizes.items() if size}
     return {
-        "ingestion": sources.edge.state,
+        "ingestion": sources.admission.state,
         "drained": not waiting and not len(pipeline.correlate.backlog),
         "waiting": waiting,
         "backlog": {
@@ -61,7 +61,7 @@ async def get_pipeline(call: Call) -> Any:
 async def pause_pipeline(call: Call) -> Any:
     """Requests get 503 until `resume`. Accepted spans are still processed."""
     await call.note("pipeline.pause")
-    call.tools.sources.edge.pause()
+    call.tools.sources.admission.pause()
     return pipeline_state(call.tools.sources)
 
 
@@ -73,7 +73,7 @@ async def pause_pipeline(call: Call) -> Any:
 )
 async def resume_pipeline(call: Call) -> Any:
     await call.note("pipeline.resume")
-    call.tools.sources.edge.resume()
+    call.tools.sources.admission.resume()
     return pipeline_state(call.tools.sources)
 
 
@@ -88,7 +88,7 @@ async def drain_pipeline(call: Call) -> Any:
     """Ingestion stays paused until `resume`."""
     sources = call.tools.sources
     await call.note("pipeline.drain")
-    sources.edge.pause()
+    sources.admission.pause()
     with trio.move_on_after(call.params["wait"]):
         for stage in sources.pipeline.stages.values():  # in the order of the channels
             await stage.drained()

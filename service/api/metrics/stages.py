@@ -145,7 +145,7 @@ DECLARED = (
         "counter",
         "Spans not counted for a check because a text was too long for a pattern.",
         (),
-        lambda s: [((), s.pipeline.correlate.counts.unknown)],
+        lambda s: [((), s.pipeline.open_traces.counts.unknown)],
     ),
     Declared(
         "betrace_cache_requests",

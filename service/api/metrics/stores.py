@@ -35,7 +35,7 @@ def _disk(sources: Sources) -> Samples:
 
 
 def _dead_letters(sources: Sources) -> Samples:
-    held = sources.pipeline.letters.held
+    held = sources.pipeline.letters.book.held
     for name in sources.pipeline.stages:
         if name != "span-ingestion":  # refuses what it fails on
             yield (name,), held[name].letters if name in held else 0
@@ -133,6 +133,27 @@ DECLARED = (
         "Failed syncs of the span log.",
         (),
         lambda s: one(s.pipeline.sync.failures),
+    ),
+    Declared(
+        "betrace_span_log_damaged_places",
+        "counter",
+        "Places of the span log found damaged, each counted once.",
+        (),
+        lambda s: one(s.log.damage.places),
+    ),
+    Declared(
+        "betrace_span_log_damaged_bytes",
+        "counter",
+        "Bytes of the span log found damaged.",
+        (),
+        lambda s: one(s.log.damage.bytes),
+    ),
+    Declared(
+        "betrace_span_log_damaged_spans",
+        "counter",
+        "Accepted spans known to be lost in damaged places of the span log; there may be more.",
+        (),
+        lambda s: one(s.log.damage.spans),
     ),
     Declared(
         "betrace_checkpoint_timestamp_seconds",

@@ -156,7 +156,7 @@ SCENARIOS: dict[str, tuple[Callable[[Shop], str], frozenset[str]]] = {
         lambda shop: shop.order(15.0, decline=True),
         frozenset(),
     ),
-    "has a card declined, and nobody is told": (
+    "has a card declined, and no alert is sent": (
         lambda shop: shop.order(15.0, decline=True, alert=False),
         frozenset({"error-without-alert"}),
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from betrace.service.cli.doctor import machine, stores
-from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding
+from betrace.service.cli.doctor.finding import FAILED, NOTE, OK, WARNING, Finding
 from betrace.service.config.load import ConfigError, load
 from betrace.service.config.settings import Settings
 
@@ -41,8 +41,8 @@ class Diagnosis:
 
     @property
     def good(self) -> bool:
-        """Whether every finding is ok."""
-        return all(finding.status == OK for finding in self.findings)
+        """Whether nothing needs attention."""
+        return all(finding.status in (OK, NOTE) for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -54,7 +54,7 @@ class Diagnosis:
             yield f"{each.status:<8} {each.check:<15} {each.found}"
             if each.remedy:
                 yield f"{'':<24} → {each.remedy}"
-        number = sum(each.status != OK for each in self.findings)
+        number = sum(each.status not in (OK, NOTE) for each in self.findings)
         yield f"{number} to look at" if number else "all is well"
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Status = Literal["ok", "warning", "failed"]
+Status = Literal["ok", "note", "warning", "failed"]
 OK: Status = "ok"
+NOTE: Status = "note"
+"""Worth knowing, but nothing is wrong."""
 WARNING: Status = "warning"
 FAILED: Status = "failed"
 

@@ -21,9 +21,10 @@ from pathlib import Path
 import psutil
 from cryptography import x509
 
-from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
+from betrace.service.cli.doctor.finding import FAILED, NOTE, OK, WARNING, Finding, size
 from betrace.service.config.base import OFF, split_address
 from betrace.service.config.settings import Settings
+from betrace.service.receiver.sockets import PROMETHEUS_PORT
 from betrace.service.storage.spanlog.log import LOCK_FILE
 from betrace.service.tenancy.authentication import SecretError, operator_token
 from betrace.service.traces.checkpoint import checkpoint_files
@@ -138,7 +139,7 @@ def _existing(path: Path) -> Path:
 
 
 def owner(data: Path) -> int | None:
-    """The process that uses this data directory now; None if there is none, 0 if it is unknown."""
+    """The process that uses this data directory now; None if it is unused, 0 if it is unknown."""
     try:
         descriptor = os.open(data / LOCK_FILE, os.O_RDONLY)
     except FileNotFoundError:
@@ -157,19 +158,24 @@ def owner(data: Path) -> int | None:
 def service(settings: Settings) -> Iterator[Finding]:
     """Whether the service runs on this data directory, and the state it reports."""
     pid = owner(settings.storage.path)
+    scheme = "https" if settings.tls.certificate else "http"
+    url = f"{scheme}://{settings.api.address}/readyz"
     if pid is None:
         yield Finding("service", OK, "no service runs on this data directory")
+        if settings.api.address != OFF:
+            yield from _lost_directory(settings.storage.path, url)
         return
     yield Finding("service", OK, f"process {pid} runs on this data directory")
     if settings.api.address == OFF:
         return
-    scheme = "https" if settings.tls.certificate else "http"
-    url = f"{scheme}://{settings.api.address}/readyz"
     remedy = "see its log, and docs/runbook.md"
     try:
         components = _components(url)
     except (OSError, ValueError) as error:
         yield Finding("service", FAILED, f"{url} does not answer: {error}", remedy)
+        return
+    if any(part["status"] == "starting" for part in components.values()):
+        yield Finding("service", NOTE, f"{url} reports that it is starting", "ask again later")
         return
     bad = {name: part for name, part in components.items() if part["status"] != "ok"}
     for name, part in bad.items():
@@ -178,6 +184,16 @@ def service(settings: Settings) -> Iterator[Finding]:
         yield Finding("service", status, text, remedy)
     if not bad:
         yield Finding("service", OK, f"{url} reports that all {len(components)} components are ok")
+
+
+def _lost_directory(path: Path, url: str) -> Iterator[Finding]:
+    """Whether a service has lost this data directory: it runs, and refuses spans."""
+    with suppress(OSError, ValueError):
+        state = _components(url)["span-log"]
+        if state["status"] == "failed":
+            text = f"the service at {url} has lost its data directory: {state['detail']}"
+            remedy = f"stop it, put {path} back or restore a backup, and start it again"
+            yield Finding("service", FAILED, text, remedy)
 
 
 def _components(url: str) -> dict[str, dict[str, str]]:
@@ -231,6 +247,8 @@ def _port(setting: str, address: str, own: set[int]) -> Finding:
             listener.bind(where)
     except OSError as error:
         remedy = f"set {setting} to a free address of this machine, or stop what uses it"
+        if port == PROMETHEUS_PORT:
+            remedy += "; Prometheus itself listens on this port"
         text = f"cannot listen on {address} ({setting}): {error.strerror}"
         return Finding("ports", FAILED, text, remedy)
     return Finding("ports", OK, f"{address} ({setting}) is free")
@@ -269,7 +287,8 @@ def clock(settings: Settings) -> Iterator[Finding]:
         yield Finding("clock", FAILED, text, remedy)
     elif _unsynchronised():
         text = "the kernel reports that the clock is not synchronised"
-        yield Finding("clock", WARNING, text, "run a time service, such as chrony")
+        remedy = "run a time service, such as chrony; in a container, on its host"
+        yield Finding("clock", NOTE, text, remedy)
     else:
         yield Finding("clock", OK, f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
 

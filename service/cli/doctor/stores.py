@@ -19,10 +19,10 @@ from betrace.service.cli.rules import rules_directory
 from betrace.service.config.base import split_address
 from betrace.service.config.settings import Settings
 from betrace.service.rules.store import RuleStore
-from betrace.service.storage.duck.schema import FILE
+from betrace.service.storage.duck.schema import FILE, TABLES
 from betrace.service.storage.ledger.base import AMOUNT, tenant_account
 from betrace.service.storage.ledger.open import LEDGER_FILE
-from betrace.service.storage.ledger.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from betrace.service.storage.ledger.sqlite_rows import SCHEMA
 from betrace.service.storage.paths import tenant_directory, tenants_with
 from betrace.service.storage.spanlog.frames import pack_position
 from betrace.service.storage.spanlog.log import SpanLog
@@ -30,6 +30,9 @@ from betrace.service.traces.checkpoint import checkpoint_files, read_checkpoint
 
 _MOST_TENANTS = 100  # whose files are opened: the ones written last
 _MOST_SECONDS = 20.0  # of one check
+_MOST_PLACES = 10  # damaged places of the log that are listed
+_DAMAGED = "check the disk, and see BetraceSpanLogDamaged in docs/runbook.md"
+_CUT_OFF = "nothing, if a crash interrupted the last write: the start cuts it off"
 _OLD_CHECKPOINT_SECONDS = 300.0  # as BetraceCheckpointOld
 
 
@@ -52,40 +55,49 @@ def rules(settings: Settings) -> Iterator[Finding]:
 
 
 def span_log(settings: Settings) -> Iterator[Finding]:
-    """Whether the last segment of each tenant's log can be read."""
+    """Whether the tenants' logs can be read, newest segments first."""
     data = settings.storage.path
     running = owner(data) is not None
     deadline = time.monotonic() + _MOST_SECONDS
-    looked = frames = spans = 0
+    frames = spans = 0
     with closing(SpanLog(data, read_only=True)) as log:
         tenants = log.tenants()
-        for tenant in _latest(data, tenants, "log"):
-            for segment in log.segments(tenant)[-1:]:
-                for _, frame in log.frames(tenant, start=pack_position(segment.number, 0)):
-                    frames, spans = frames + 1, spans + frame.spans
-                    if time.monotonic() > deadline:
-                        break
-            looked += 1
+        newest = -1 if running else None  # what is being written looks damaged
+        segments = [
+            (tenant, segment)
+            for tenant in _latest(data, tenants, "log")
+            for segment in log.segments(tenant)[:newest]
+        ]
+        segments.sort(key=lambda each: each[1].day, reverse=True)
+        looked = 0
+        for tenant, segment in segments:
             if time.monotonic() > deadline:
                 break
+            start, stop = (pack_position(segment.number, at) for at in (0, segment.bytes))
+            for _, frame in log.frames(tenant, start=start, stop=stop):
+                frames, spans = frames + 1, spans + frame.spans
+            looked += 1
         damaged = list(log.skipped)
-    for skipped in damaged[:10]:
-        where = f"segment {skipped.segment} of {skipped.tenant}, {size(skipped.bytes)}"
-        if running:
-            continue  # a frame that is being written looks the same
-        text = f"{where} at {skipped.offset} cannot be read: {skipped.reason}"
-        remedy = "the start removes what a crash left half-written; otherwise, repair the disk"
-        yield Finding("span log", WARNING, text, remedy)
-    if running or not damaged:
-        text = f"the last segments of {looked} of {len(tenants)} tenants, {frames} requests with "
-        yield Finding("span log", OK, f"{text}{spans} spans, can be read")
+    for skipped in damaged[:_MOST_PLACES]:
+        text = (
+            f"{size(skipped.bytes)} at offset {skipped.offset} of segment {skipped.segment} of "
+            f"{skipped.tenant} cannot be read ({skipped.reason}); lost: {skipped.lost}"
+        )
+        torn = skipped.reason.startswith("torn")
+        yield Finding("span log", WARNING, text, _CUT_OFF if torn else _DAMAGED)
+    if len(damaged) > _MOST_PLACES:
+        text = f"{len(damaged) - _MOST_PLACES} more places cannot be read"
+        yield Finding("span log", WARNING, text, _DAMAGED)
+    if not damaged:
+        text = f"{looked} of {len(segments)} segments of {len(tenants)} tenants, {frames} requests "
+        yield Finding("span log", OK, f"{text}with {spans} spans, can be read")
 
 
 def checkpoint(settings: Settings) -> Iterator[Finding]:
     """Whether the newest checkpoint is readable, and how old it is."""
     files = checkpoint_files(settings.storage.path / "checkpoints")
     if not files:
-        yield Finding("checkpoint", OK, "there is none yet; a start reads the whole log")
+        yield Finding("checkpoint", OK, "no checkpoint yet; a start reads the whole log")
         return
     try:
         snapshot = read_checkpoint(files[0])
@@ -109,24 +121,31 @@ def checkpoint(settings: Settings) -> Iterator[Finding]:
 def ledger(settings: Settings) -> Iterator[Finding]:
     """The SQLite file, which is the ledger or its journal, and TigerBeetle's replicas."""
     path = settings.storage.path / LEDGER_FILE
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         yield _sqlite(path)
+    elif tenants_with(settings.storage.path, FILE):
+        text = f"{path} is missing, although DuckDB has files"
+        remedy = "restore it from a backup, or, if it had signals, run `betrace ledger rebuild`"
+        yield Finding("ledger", FAILED, text, remedy)
     else:
-        yield Finding("ledger", OK, "there is none yet")
+        yield Finding("ledger", OK, "no ledger yet")
     if settings.ledger.kind == "tigerbeetle":
         yield from _tigerbeetle(settings)
 
 
 def _sqlite(path: Path) -> Finding:
-    remedy = "stop the service and restore the file from a backup, or move it away"
+    remedy = (
+        "stop the service and restore the file from a backup, or move it away and run "
+        "`betrace ledger rebuild`"
+    )
     deadline = time.monotonic() + _MOST_SECONDS
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
             (kind,) = database.execute("PRAGMA application_id").fetchone()
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if kind != APPLICATION_ID:
+            if kind != SCHEMA.application_id:
                 return Finding("ledger", FAILED, f"{path} is not a ledger of BeTrace", remedy)
-            if version > SCHEMA_VERSION:
+            if version > SCHEMA.version:
                 text = f"{path} was written by a newer version ({version})"
                 return Finding("ledger", FAILED, text, "run that version of BeTrace")
             database.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
@@ -209,7 +228,7 @@ def _ask_tigerbeetle(
 
 
 def duckdb_files(settings: Settings) -> Iterator[Finding]:
-    """Whether each tenant's file can be opened."""
+    """Whether each tenant's file can be read."""
     data = settings.storage.path
     tenants = tenants_with(data, FILE)
     if owner(data) is not None:
@@ -225,11 +244,14 @@ def duckdb_files(settings: Settings) -> Iterator[Finding]:
         looked += 1
         try:
             with duckdb.connect(str(path), read_only=True) as database:
-                database.execute("SELECT count(*) FROM duckdb_tables()").fetchone()
+                for table in TABLES:  # every block
+                    database.execute(f"SELECT bit_xor(hash(t)) FROM {table} AS t").fetchone()
         except duckdb.Error as error:
             bad += 1
-            text = f"{path} cannot be opened: {str(error).splitlines()[0]}"
-            remedy = "nothing: a start moves it away and rebuilds it from the ledger and the log"
+            text = f"{path} cannot be read: {str(error).splitlines()[0]}"
+            remedy = (
+                "nothing: the service moves it away and rebuilds it from the ledger and the log"
+            )
             yield Finding("DuckDB", WARNING, text, remedy)
     if not bad:
         yield Finding("DuckDB", OK, f"the files of {looked} of {len(tenants)} tenants can be read")

@@ -1,5 +1,8 @@
-"""Rebuilds DuckDB files that are missing: signals from the ledger, the trace index from the span
-log.
+"""Rebuilds DuckDB files that are missing or damaged: signals from the ledger, the trace index from
+the span log.
+
+DuckDB checks a block when it reads it, so most damage is met while the service runs. The file is
+then read as a whole, to be sure, set aside and rebuilt.
 
 A mark in the tenant's directory says that a rebuild is due. It is written before a new DuckDB file
 is created and deleted when the rebuild is complete, so a stop in between starts the rebuild again.
@@ -64,6 +67,18 @@ class Rebuild:
         self._stopped = False
         self.pending: list[str] = []
         """Tenants whose files must be rebuilt."""
+        self._damaged: dict[str, StoreCorrupt] = {}  # met, and not rebuilt yet
+        store.on_damaged(self._note_damaged)
+
+    @property
+    def due(self) -> bool:
+        """Whether damage was met that :meth:`repair` should look at."""
+        return bool(self._damaged)
+
+    def _note_damaged(self, error: StoreCorrupt) -> None:
+        """Note that a call met damage; called in any thread."""
+        if error.tenant not in self._store.incomplete:
+            self._damaged.setdefault(error.tenant, error)
 
     def find(self) -> bool:
         """Find and mark missing and damaged files; call it before anything else uses the store.
@@ -74,18 +89,50 @@ class Rebuild:
         for tenant in sorted(recorded | known | set(self._log.tenants())):
             if tenant in self._closed:
                 continue
-            mark = self._mark(tenant)
-            if mark.exists() or self._missing(tenant, tenant in known, tenant in recorded):
-                if not mark.exists():
-                    mark.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(mark, orjson.dumps({"stop": self._log.end(tenant)}))
-                self.pending.append(tenant)
+            missing = self._missing(tenant, tenant in known, tenant in recorded)
+            if missing or self._mark(tenant).exists():
+                self._add(tenant, anew=missing)
                 size += sum(segment.bytes for segment in self._log.segments(tenant))
+        self._damaged.clear()
         return size <= AT_ONCE_BYTES
+
+    def _add(self, tenant: str, anew: bool) -> None:
+        """Note durably that a file must be rebuilt; ``anew`` if an interrupted rebuild of it must
+        not be continued."""
+        mark = self._mark(tenant)
+        if anew or not mark.exists():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(mark, orjson.dumps({"stop": self._log.end(tenant)}))
+        if tenant not in self.pending:
+            self.pending.append(tenant)
+        self._store.incomplete.add(tenant)
+
+    def repair(self) -> None:
+        """Rebuild the files in which damage was met."""
+        for tenant, error in list(self._damaged.items()):
+            try:
+                if tenant not in self._closed and self._is_damaged(tenant):
+                    events.DUCKDB_DAMAGED(tenant=tenant, error=error)
+                    self._add(tenant, anew=True)
+                    self._store.recreate(tenant)
+                    self._add(tenant, anew=True)  # with what was written to the old file meanwhile
+            except (StoreError, PoolTimeout, OSError) as failure:
+                _log.warning("DuckDB of %s cannot be rebuilt yet: %s", tenant, failure)
+                continue
+            self._damaged.pop(tenant, None)
+        self.run()
+
+    def _is_damaged(self, tenant: str) -> bool:
+        """Whether a file is still damaged; it may have been rebuilt since the damage was met."""
+        try:
+            self._store.verify(tenant)
+        except StoreCorrupt:
+            return True
+        return False
 
     def compare(self) -> None:
         """Find tenants with more signals in the ledger than in DuckDB; call it once the tail of the
-        log, with the unfinished work of the last process, is read."""
+        log, which has the last process's work in progress, is read."""
         for tenant in set(self._recorded()) - set(self.pending):
             try:
                 if self._store.counts(tenant).signals < self._ledger.count(tenant):
@@ -106,7 +153,7 @@ class Rebuild:
         try:
             self._store.counts(tenant)
         except StoreCorrupt as error:
-            _log.error("the DuckDB file of %s is set aside and rebuilt: %s", tenant, error)
+            events.DUCKDB_DAMAGED(tenant=tenant, error=error)
             self._store.recreate(tenant)
             return True
         except (StoreError, PoolTimeout) as error:
@@ -129,7 +176,10 @@ class Rebuild:
                     continue
                 mark.unlink(missing_ok=True)
                 self.pending.remove(tenant)
-                events.DUCKDB_REBUILT(tenant=tenant, signals=signals, traces=traces)
+                self._store.incomplete.discard(tenant)
+                events.DUCKDB_REBUILT(
+                    tenant=tenant, signals=signals, traces=traces, missing=self._gone(tenant)
+                )
             except (LedgerError, StoreError, PoolTimeout, OSError, ValueError, KeyError) as error:
                 events.DUCKDB_INCOMPLETE(tenant=tenant, error=error)
 
@@ -141,6 +191,17 @@ class Rebuild:
         """Drop the pending rebuild of a deleted tenant."""
         if tenant in self.pending:
             self.pending.remove(tenant)
+        self._damaged.pop(tenant, None)
+        self._store.incomplete.discard(tenant)
+
+    def _gone(self, tenant: str) -> str:
+        """What the log no longer has for the index."""
+        segments = self._log.segments(tenant)
+        if not segments:
+            return "; there is no span log, so no traces"
+        if segments[0].number > 1:
+            return f"; traces from before {segments[0].day} are no longer in the span log"
+        return ""
 
     def _over(self, tenant: str) -> bool:
         return self._stopped or tenant in self._closed

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,17 @@ import trio
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import ERROR, SpanBatch
-from betrace.service.pipeline.stages.correlate import NotNow
+from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.record import Record
+from betrace.service.storage.spanlog.damage import Skipped
 from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame, pack_position, unpack_position
-from betrace.service.storage.spanlog.tenant_log import FrameCorrupt, FrameMissing
 from betrace.service.telemetry import events
 from betrace.service.times import write_time
 from betrace.service.traces.checkpoint import (
@@ -49,7 +51,11 @@ _log = logging.getLogger("service.recovery")
 
 _BATCH_SPANS = 4000
 _REPORT_SECONDS = 5.0
-_LATE_NS = 3600 * 1_000_000_000  # traces closed before are not known as late after a restart
+_HOUR_NS = 3600 * 1_000_000_000
+# Closed traces that a restart remembers: as many as can be read in two seconds, but at least those
+# of the last hour.
+_REMEMBERED = 2_000_000
+_HOURS = (None, 720, 168, 72, 24, 12, 6, 3, 1)
 
 
 @dataclass(slots=True)
@@ -59,7 +65,7 @@ class Replayed:
     frames: int = 0
     spans: int = 0
     damaged: int = 0
-    """Frames that could not be read."""
+    """Frames, and places of the log, that could not be read."""
 
 
 class Recovery:
@@ -81,6 +87,7 @@ class Recovery:
         self._directory = settings.storage.path / "checkpoints"
         self._max_body = settings.ingest.max_body_bytes
         self._log, self._store = stores.log, stores.duckdb
+        self._traces = pipeline.open_traces
         self._correlate = pipeline.correlate
         self._progress = pipeline.progress
         self._in_flight = pipeline.in_flight
@@ -122,7 +129,7 @@ class Recovery:
         if snapshot is not None:
             snapshot = self._without_deleted(snapshot)
             try:
-                self._correlate.restore(snapshot)
+                self._traces.restore(snapshot)
             except ValueError as error:
                 _log.warning(
                     "the checkpoint cannot be used, so the whole log is replayed: %s", error
@@ -136,7 +143,7 @@ class Recovery:
         self._remember_closed(snapshot)
         try:
             for signals in self._record.since(snapshot.recorded, snapshot.taken_ns):
-                self._correlate.note_raised(signals)
+                self._traces.note_raised(signals)
                 self._project(signals)
         except (LedgerError, OSError) as error:
             _log.error(
@@ -172,10 +179,9 @@ class Recovery:
     def _remember_closed(self, snapshot: Snapshot) -> None:
         """Add recently closed traces to the filter that recognizes late spans, except traces that
         are read from the log completely."""
-        since = time.time_ns() - _LATE_NS
-        for tenant in self._store.tenants():
-            if tenant in self._deleted:
-                continue
+        tenants = [each for each in self._store.tenants() if each not in self._deleted]
+        since = self._remember_since(tenants)
+        for tenant in tenants:
             upto, _ = snapshot.progress.get(tenant, (0, []))
             segments = self._log.segments(tenant)
             if not upto and segments:
@@ -186,6 +192,26 @@ class Recovery:
                 _log.warning("late spans of %s may start new traces: %s", tenant, error)
             else:
                 self._closed.add(tenant, ids)
+
+    def _remember_since(self, tenants: list[str]) -> int:
+        """The time from which on closed traces are remembered."""
+        now = time.time_ns()
+        since = 0
+        for hours in _HOURS:
+            since = 0 if hours is None else now - hours * _HOUR_NS
+            if self._fits(tenants, since):
+                break
+        return since
+
+    def _fits(self, tenants: list[str], since: int) -> bool:
+        """Whether the traces since then are few enough to remember all."""
+        count = 0
+        for tenant in tenants:
+            with suppress(StoreError, PoolTimeout):
+                count += self._store.count_traces(tenant, since)
+            if count > min(_REMEMBERED, self._closed.capacity):
+                return False
+        return True
 
     def shown(self) -> dict[str, Any]:
         """The last checkpoint, and how much of the log a restart would read; call in a worker
@@ -230,10 +256,11 @@ class Recovery:
     def _batches(self) -> Iterator[SpanBatch]:
         """The frames that the traces do not contain, in batches of one tenant. Each frame becomes
         pending before it is returned."""
-        for tenant in self._log.tenants():
+        progress = self._progress.snapshot()
+        for tenant in sorted({*self._log.tenants(), *progress}):
             if tenant in self._deleted:
                 continue
-            last, pending = self._progress.snapshot().get(tenant, (0, []))
+            last, pending = progress.get(tenant, (0, []))
             positions: list[int] = []
             frames: list[Frame] = []
             spans = 0
@@ -255,7 +282,13 @@ class Recovery:
                 self._progress.folded(tenant, [position])
             else:
                 yield position, frame
-        for position, frame in self._log.frames(tenant, start=last or None):
+        if last:
+            self._log.continue_after(tenant, last)
+
+        def skipped(found: Skipped) -> None:
+            self.replayed.damaged += not found.torn
+
+        for position, frame in self._log.frames(tenant, start=last or None, skipped=skipped):
             if position > last:
                 self._progress.register(tenant, [position])
                 yield position, frame
@@ -286,16 +319,16 @@ class Recovery:
         """Save a checkpoint; returns whether that worked. Waits first until everything that left
         the traces is stored."""
         async with self._saving:
-            retried = self._letters.retries()
+            retried = self._letters.book.retries()
             recorded = await self._threads.run(self._record.last_entries)
             try:
-                snapshot = await self._threads.run(self._correlate.snapshot)
+                snapshot = await self._threads.run(self._traces.snapshot)
             except NotNow as error:
                 self.failures += 1
                 _log.warning("this checkpoint is skipped: %s", error)
                 return False
-            letters = self._letters.saved_in(retried, snapshot.progress)
-            if not self._letters.spans:
+            letters = self._letters.book.saved_in(retried, snapshot.progress)
+            if not self._letters.book.spans:
                 await self._threads.run(self._correlate.settled)
             snapshot = replace(snapshot, letters=letters, recorded=recorded)
             began = trio.current_time()

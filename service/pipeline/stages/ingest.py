@@ -31,9 +31,9 @@ from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress, TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
+from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
 from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
-from betrace.service.storage.spanlog.tenant_log import LogWriteError
 
 Outcome = Done | Refused
 

@@ -37,14 +37,14 @@ class CommitPace:
         self._rate = min(cores, _LEAST_CORES)
         self._looked: tuple[float, float] | None = None  # time, CPU seconds
         self._budgets = {False: _Budget(1), True: _Budget(URGENT_SHARES)}
-        self.held = False
+        self.active = False
         """False until the log was read after a restart, because its late spans need the rows."""
         self.cost = _FIRST_COST
         """CPU seconds of a commit without its rows, as a moving average."""
 
     def due(self, urgent: bool) -> float:
         """The time from which the next commit may start; 0 if it may start now."""
-        if not self.held:
+        if not self.active:
             return 0.0
         now = trio.current_time()
         self._look(now)

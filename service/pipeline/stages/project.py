@@ -20,7 +20,7 @@ from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.stages.pacing import CommitPace
 from betrace.service.pipeline.trace_rows import frame_columns, trace_tables
 from betrace.service.storage.duck.pool import PoolTimeout
-from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.duck.schema import StoreCorrupt, StoreError
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.verdicts import Decided
@@ -110,7 +110,7 @@ class ProjectStage:
                 frames=frame_columns(np.concatenate(spilled)) if spilled else None,
             )
         except StoreError as error:
-            if error.transient:
+            if error.transient or isinstance(error, StoreCorrupt):  # which is rebuilt
                 raise
             raise PoisonError(str(error)) from error  # of this tenant's file, or of these rows
         rows = len(signals) + sum(map(len, closed))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import trio
 
-from betrace.service.receiver.admission import Body, Head
+from betrace.service.receiver.bodies import Body
 from betrace.service.receiver.grpc.framing import MessageReader, RpcStatus
+from betrace.service.receiver.heads import Head
 
 
 class GrpcCall:

@@ -11,7 +11,7 @@ import trio
 from h2.errors import ErrorCodes
 from h2.events import RequestReceived
 
-from betrace.service.receiver.admission import Edge, Head
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.client_errors import STATUSES, ClientErrors
 from betrace.service.receiver.grpc import methods
 from betrace.service.receiver.grpc.call import GrpcCall
@@ -27,6 +27,7 @@ from betrace.service.receiver.grpc.framing import (
     status_of,
 )
 from betrace.service.receiver.grpc.outbound import Outbound
+from betrace.service.receiver.heads import Head
 from betrace.service.receiver.limits import SEND_SECONDS, Limits
 from betrace.service.receiver.responses import MEDIA_TYPES, PROTOBUF, HttpResponse
 
@@ -53,7 +54,7 @@ class Calls:
 
     def __init__(
         self,
-        edge: Edge,
+        admission: Admission,
         limits: Limits,
         errors: ClientErrors,
         peer: Callable[[], str],
@@ -61,7 +62,7 @@ class Calls:
         refusal: RpcStatus | None,
         settled: Callable[[bool], Awaitable[None]],
     ) -> None:
-        self._edge = edge
+        self._admission = admission
         self._limits = limits
         self._errors = errors
         self._peer = peer
@@ -95,6 +96,9 @@ class Calls:
         assert event.headers is not None
         self.last_stream = event.stream_id
         fields = dict(event.headers)
+        for name in _METADATA:
+            if name in fields:  # perhaps repeated
+                fields[name] = b", ".join(value for key, value in event.headers if key == name)
         method = fields.get(b":path", b"").decode("latin-1")
         now = trio.current_time()
         given = fields.get(b"grpc-timeout")
@@ -133,14 +137,14 @@ class Calls:
         if (encoding := fields.get(b"grpc-encoding")) is not None:
             headers.append((b"content-encoding", encoding))
         headers += [(name, fields[name]) for name in _METADATA if name in fields]
-        head = await self._edge.admit("POST", methods.HTTP_PATHS[call.method], headers)
+        head = await self._admission.admit("POST", methods.HTTP_PATHS[call.method], headers)
         if call.id not in self._calls:
             return  # its deadline passed in the meantime
         if isinstance(head, HttpResponse):
             self._refuse(call, head)
             return
         call.head = head
-        call.body = self._edge.body(head).__enter__()
+        call.body = self._admission.body(head).__enter__()
 
     def take(self, frame: Http2Frame) -> bool:
         """Take a part of DATA; False if its call is not in progress."""
@@ -161,7 +165,7 @@ class Calls:
             message.feed(part)
         except FramingError as error:
             if isinstance(error, TooLargeError) and call.head is not None:
-                self._refuse(call, self._edge.too_large(call.head))
+                self._refuse(call, self._admission.refusals.too_large(call.head))
             else:
                 self._finish(call, RpcStatus(GrpcCode.INVALID_ARGUMENT, str(error)))
             return False
@@ -196,7 +200,7 @@ class Calls:
                 head = Head(head.tenant, head.content_type, "", head.length)
             call.processing = True
             call.scope = trio.CancelScope()
-            call.deadline = min(trio.current_time() + self._edge.answer_timeout, call.timeout)
+            call.deadline = min(trio.current_time() + self._admission.answer_timeout, call.timeout)
             self.waiting_bytes += call.message.received
             self.tasks.start_soon(self._process, call, head, call.scope)
 
@@ -206,13 +210,13 @@ class Calls:
         response: HttpResponse | None = None
         try:
             with scope:
-                response = await self._edge.process(head, message)
+                response = await self._admission.process(head, message)
         finally:
             self.waiting_bytes -= size
             call.release()
         accepted = False
         if self._calls.get(call.id) is call:
-            response = response or self._edge.unanswered(head, size)
+            response = response or self._admission.refusals.unanswered(head, size)
             accepted = response.status == 200
             if not accepted:
                 self._refuse(call, response)
@@ -233,21 +237,21 @@ class Calls:
         elif call.method == methods.WATCH:
             known = methods.is_known(service)
             call.processing = True
-            call.watched = methods.health(self._edge) if known else methods.SERVICE_UNKNOWN
+            call.watched = methods.health(self._admission) if known else methods.SERVICE_UNKNOWN
             call.deadline = min(trio.current_time() + HEALTH_SECONDS, call.timeout)
             self._out.stream(call, call.watched)
         elif not methods.is_known(service):
             self._finish(
                 call, RpcStatus(GrpcCode.NOT_FOUND, f"there is no service {service[:100]}")
             )
-        elif self._out.respond(call, methods.health(self._edge)):
+        elif self._out.respond(call, methods.health(self._admission)):
             self._drop(call)
         else:
             self._wait_for_window(call)
 
     def _watch_health(self, call: GrpcCall) -> None:
         """Send the health if it has changed."""
-        health = methods.health(self._edge)
+        health = methods.health(self._admission)
         if call.watched not in (health, methods.SERVICE_UNKNOWN) and not call.unsent:
             call.watched = health
             self._out.send(call, health)
@@ -285,7 +289,7 @@ class Calls:
         if call.scope is None:
             call.release()
         else:  # the pipeline may still have it, but not forever
-            call.scope.deadline = trio.current_time() + self._edge.answer_timeout
+            call.scope.deadline = trio.current_time() + self._admission.answer_timeout
 
     def end_late(self, now: float) -> None:
         """End the calls whose deadline has passed."""
@@ -306,7 +310,7 @@ class Calls:
             call.deadline = math.inf
             call.scope.cancel()
         elif call.head is not None:
-            self._refuse(call, self._edge.slow_body(call.head))
+            self._refuse(call, self._admission.refusals.slow_body(call.head))
         else:
             self._finish(call, RpcStatus(GrpcCode.INVALID_ARGUMENT, "the request came too slowly"))
 
@@ -319,7 +323,7 @@ class Calls:
         """The service stops: refuse the calls that are still arriving."""
         for call in list(self._calls.values()):
             if not call.processing and call.head is not None:
-                self._refuse(call, self._edge.slow_body(call.head))
+                self._refuse(call, self._admission.refusals.slow_body(call.head))
 
     def abandon(self, *, answer: bool = True) -> None:
         """Nothing more will arrive: forget the calls that are not complete; without ``answer``,

@@ -28,7 +28,7 @@ from h2.events import (
 from h2.exceptions import ProtocolError
 
 from betrace.service.config.base import KIB, MIB
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.grpc import frames
 from betrace.service.receiver.grpc.budget import Budget
@@ -54,7 +54,7 @@ class GrpcConnection:
     def __init__(
         self,
         transport: Transport,
-        edge: Edge,
+        admission: Admission,
         limits: Limits,
         errors: ClientErrors,
         begun: bytes = b"",
@@ -69,7 +69,7 @@ class GrpcConnection:
         self._h2 = new_h2(limits.body_bytes)
         self._out = Outbound(transport, self._h2)
         self._calls = Calls(
-            edge, limits, errors, lambda: transport.peer, self._out, refusal, self._settled
+            admission, limits, errors, lambda: transport.peer, self._out, refusal, self._settled
         )
         self._frames = FrameReader()
         self._budget = Budget(now)
@@ -199,7 +199,7 @@ class GrpcConnection:
             pass  # the client is gone; its complete calls are finished
 
     async def _read_preface(self) -> bytes | None:
-        """What follows the preface; None if there is none, and then the connection ends."""
+        """What follows the preface; None if no preface came, and then the connection ends."""
         gathered = self._received
         while len(gathered) < len(frames.PREFACE):
             received = await self._transport.receive()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc.framing import GrpcCode, RpcStatus
 
 _COLLECTOR: Final = "/opentelemetry.proto.collector."
@@ -52,6 +52,6 @@ def is_known(service: str) -> bool:
     return service in _SERVICES
 
 
-def health(edge: Edge) -> bytes:
+def health(admission: Admission) -> bytes:
     """A ``HealthCheckResponse``: serving while requests are accepted."""
-    return SERVING if edge.state == "open" else NOT_SERVING
+    return SERVING if admission.state == "open" else NOT_SERVING

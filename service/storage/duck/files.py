@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
 
 from betrace.service.config.stores import DuckDb
+from betrace.service.storage.duck.checkpointer import Checkpointer
+from betrace.service.storage.duck.instance import Instance
 from betrace.service.storage.duck.keys import KeyBudget
-from betrace.service.storage.duck.memory import LogSize, UnsavedRows, drop_pages
+from betrace.service.storage.duck.memory import LogSize
 from betrace.service.storage.duck.pool import Pool, PoolTimeout
 from betrace.service.storage.duck.schema import (
     FATAL,
     FILE,
-    MAX_ROWS,
     Cursor,
+    StoreCorrupt,
     StoreError,
     empty_file,
     make_file,
@@ -35,12 +35,10 @@ from betrace.service.storage.duck.schema import (
     store_error,
     transaction,
 )
+from betrace.service.storage.duck.tenant_file import TenantFile
 from betrace.service.storage.duck.write import Known
 from betrace.service.storage.paths import tenant_directory, tenants_with
 
-_CHECKPOINT_SIZE = "64MB"
-_SAVED_AT_ONCE = 4  # files checkpointed after one write, so that no write waits long
-_PAGES_PART = 32  # of the memory: pages of files that are kept after a checkpoint
 _CLOSED_AT_ONCE = 4  # a checkpoint waits for the disk for half of its time
 _INTERRUPTED_SECONDS = 1.0  # for a query to notice an interruption
 
@@ -50,30 +48,6 @@ def attachable() -> int:
     twelve files that the process may open, because each needs two descriptors."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1000 if soft == resource.RLIM_INFINITY else max(1, min(soft // 12, 1000))
-
-
-@dataclass(slots=True, eq=False)
-class _TenantFile:
-    """A tenant's file. ``changed`` guards the other fields."""
-
-    tenant: str
-    path: Path
-    log: LogSize
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    writing: threading.Lock = field(default_factory=threading.Lock)
-    pool: Pool[Cursor] | None = None  # None when not attached
-    generation: int = 0  # of the instance to which it is attached
-    inode: int = 0
-    users: int = 0
-    reserved: bool = False  # being deleted or recreated; new users wait
-    deleted: bool = False
-    last_used: float = 0.0
-    known: Known | None = None  # what is known of its rows; guarded by ``writing``
-
-    @property
-    def alias(self) -> str:
-        """The database's quoted name; the prefix avoids DuckDB's own names."""
-        return f'"t_{self.tenant}"'
 
 
 class DuckFiles:
@@ -93,33 +67,22 @@ class DuckFiles:
         key_bytes: int,
         clock: Callable[[], float],
     ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._limits = limits
         self._timeout = limits.pool_timeout_seconds
-        self._temporary = directory / ".duckdb"
-        self._settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": f"{limits.memory_bytes}B",
-            "threads": limits.threads,
-            "temp_directory": str(self._temporary),
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-            # A checkpoint rewrites most of a table's index, so make few of them.
-            "checkpoint_threshold": _CHECKPOINT_SIZE,
-            # Pages of results are read by their sort key first, their other columns afterwards.
-            "late_materialization_max_rows": MAX_ROWS,
-        }
         self._attached_max = attached_max
-        self._unsaved = UnsavedRows(limits.memory_bytes * 3 // 4, clock)
+        self._instance = Instance(limits, directory / ".duckdb")
+        self._checkpointer = Checkpointer(self._instance, limits.memory_bytes, clock)
         self._keys = KeyBudget(key_bytes)
         self._clock = clock
         self._lock = threading.Lock()
-        self._files: dict[str, _TenantFile] = {}
+        self._files: dict[str, TenantFile] = {}
         self._removed: set[str] = set()  # deleted tenants, for which nothing may be written
         self._empty = b""
-        self._generation = 1
         self._closing = False
-        directory.mkdir(parents=True, exist_ok=True)
-        self._root: Cursor | None = duckdb.connect(":memory:", config=self._settings)
+        self.on_damaged: Callable[[StoreCorrupt], None] = lambda error: None
+        """Called for each call that met damage in a file, in its thread."""
 
     def path(self, tenant: str) -> Path:
         """The path of the tenant's file. Raises :exc:`ValueError` for a bad name."""
@@ -167,7 +130,7 @@ class DuckFiles:
             yield cursor, file.known
 
     @contextmanager
-    def _using(self, tenant: str, write: bool) -> Iterator[tuple[Cursor, _TenantFile]]:
+    def _using(self, tenant: str, write: bool) -> Iterator[tuple[Cursor, TenantFile]]:
         file = self._enter(tenant)
         try:
             assert file.pool is not None
@@ -176,7 +139,11 @@ class DuckFiles:
                     with file.pool.use() as cursor:
                         yield cursor, file
                 else:
-                    with self._writing(file), file.pool.use() as cursor, transaction(cursor):
+                    with (
+                        file.write_turn(self._timeout),
+                        file.pool.use() as cursor,
+                        transaction(cursor),
+                    ):
                         yield cursor, file
         finally:
             with file.changed:
@@ -184,38 +151,27 @@ class DuckFiles:
                 file.last_used = self._clock()
                 file.changed.notify_all()
             if write:
-                self._relieve(file)
+                self._checkpointer.written(file, lambda: list(self._files.values()))
             if len(self._files) > self._attached_max:
                 self._shrink()
-
-    @contextmanager
-    def _writing(self, file: _TenantFile) -> Iterator[None]:
-        if not file.writing.acquire(timeout=self._timeout):
-            raise PoolTimeout(
-                f"tenant {file.tenant}: another write took more than {self._timeout:g} s; try again"
-            )
-        try:
-            yield
-        finally:
-            file.writing.release()
 
     def forget_known(self, tenant: str) -> None:
         """Have the next :meth:`append` read the existing rows again, after a large deletion."""
         file = self._files.get(tenant)
         if file is not None:
-            with self._writing(file):
-                _forget_known(file)
+            with file.write_turn(self._timeout):
+                file.forget_known()
 
-    def _file(self, tenant: str) -> _TenantFile:
+    def _file(self, tenant: str) -> TenantFile:
         path = self.path(tenant)
         with self._lock:
             if self._closing:
                 raise StoreError("the store is closed", transient=False)
             if tenant in self._removed:
                 raise _gone(tenant)
-            return self._files.setdefault(tenant, _TenantFile(tenant, path, LogSize(self._clock())))
+            return self._files.setdefault(tenant, TenantFile(tenant, path, LogSize(self._clock())))
 
-    def _enter(self, tenant: str) -> _TenantFile:
+    def _enter(self, tenant: str) -> TenantFile:
         """Count a user of the tenant's file, and attach the file if needed."""
         while True:
             file = self._file(tenant)
@@ -233,20 +189,20 @@ class DuckFiles:
                 file.users += 1
                 return file
 
-    def _current(self, file: _TenantFile) -> bool:
+    def _current(self, file: TenantFile) -> bool:
         """Whether the attached file is still the one at the path."""
         try:
             inode = file.path.stat().st_ino
         except FileNotFoundError:
             return False
-        return inode == file.inode and file.generation == self._generation
+        return inode == file.inode and file.generation == self._instance.generation
 
-    def _attach(self, file: _TenantFile) -> None:
+    def _attach(self, file: TenantFile) -> None:
         new = not file.path.exists()
         with self._errors(file):
             if new:
                 self._make(file)
-            root = self._cursor()
+            root = self._instance.cursor()
             with root:
                 path = str(file.path).replace("'", "''")
                 root.execute(f"ATTACH IF NOT EXISTS '{path}' AS {file.alias}")
@@ -261,7 +217,7 @@ class DuckFiles:
         if new:
             file.known = Known(self._keys)
         file.inode = file.path.stat().st_ino
-        file.generation = self._generation
+        file.generation = self._instance.generation
         file.pool = Pool(
             lambda: self._connect(file),
             lambda cursor: cursor.close(),
@@ -271,102 +227,43 @@ class DuckFiles:
             name=f"tenant {file.tenant}",
         )
 
-    def _make(self, file: _TenantFile) -> None:
+    def _make(self, file: TenantFile) -> None:
         with self._lock:
             empty = self._empty = self._empty or empty_file()
         make_file(file.path, empty)
 
-    def _cursor(self) -> Cursor:
-        root = self._root
-        if root is None:
-            raise StoreError("the store is closed", transient=False)
-        return root.cursor()
-
-    def _connect(self, file: _TenantFile) -> Cursor:
-        cursor = self._cursor()
+    def _connect(self, file: TenantFile) -> Cursor:
+        cursor = self._instance.cursor()
         cursor.execute(f"USE {file.alias}")
         return cursor
 
     @contextmanager
-    def _errors(self, file: _TenantFile) -> Iterator[None]:
+    def _errors(self, file: TenantFile) -> Iterator[None]:
         """Raise DuckDB's errors as :exc:`StoreError`."""
         try:
             yield
         except duckdb.Error as error:
             if isinstance(error, FATAL):
-                self._restart(file.generation)
-            raise store_error(error, file.tenant, file.path) from error
-
-    def _restart(self, generation: int) -> None:
-        """Start a new instance; each file is attached to it at its next use."""
-        with self._lock:
-            if self._root is not None and generation == self._generation:
-                self._generation += 1
-                old, self._root = self._root, duckdb.connect(":memory:", config=self._settings)
-                with suppress(duckdb.Error):
-                    old.close()
-
-    # Memory
-
-    def _relieve(self, written: _TenantFile) -> None:
-        """Checkpoint files whose rows take too much memory, or whose log has long been long.
-
-        All unsaved rows together may take three quarters of the memory. Above that, the files
-        written longest ago are checkpointed.
-        """
-        if self._note_log(written):  # DuckDB made a checkpoint by itself
-            with suppress(duckdb.Error, StoreError), self._cursor() as root:
-                self._drop_pages(root)
-        if self._unsaved.overdue(written.log):
-            self._save(written)
-        excess = self._unsaved.excess
-        if excess <= 0:
-            return
-        unsaved = [file for file in list(self._files.values()) if file.log.bytes]
-        for file in sorted(unsaved, key=lambda file: file.last_used)[:_SAVED_AT_ONCE]:
-            if excess > 0:
-                excess -= file.log.memory
-                self._save(file)
-
-    def _note_log(self, file: _TenantFile) -> bool:
-        """Note how large the file's log is; returns whether it shrank."""
-        return self._unsaved.note(file.log, _size(file.path.with_name(FILE + ".wal")))
-
-    def _save(self, file: _TenantFile) -> None:
-        """Checkpoint a file, unless it is detached or being written."""
-        with file.changed:
-            if file.pool is None or file.reserved or not file.writing.acquire(blocking=False):
-                return
-            file.users += 1
-        try:
-            with suppress(duckdb.Error, StoreError), self._cursor() as root:
-                root.execute(f"CHECKPOINT {file.alias}").fetchall()
-                self._drop_pages(root)
-            self._note_log(file)
-        finally:
-            file.writing.release()
-            with file.changed:
-                file.users -= 1
-                file.changed.notify_all()
-
-    def _drop_pages(self, root: Cursor) -> None:
-        memory = self._limits.memory_bytes
-        drop_pages(root, memory // _PAGES_PART, memory)
+                self._instance.restart(file.generation)
+            found = store_error(error, file.tenant, file.path)
+            if isinstance(found, StoreCorrupt):
+                self.on_damaged(found)
+            raise found from error
 
     # Detaching
 
-    def _detach(self, file: _TenantFile) -> None:
+    def _detach(self, file: TenantFile) -> None:
         """Detach a file that nobody uses; the caller holds ``changed``."""
         pool, file.pool = file.pool, None
-        _forget_known(file)
-        self._unsaved.note(file.log, 0)
+        file.forget_known()
+        self._checkpointer.detached(file)
         if pool is not None:
             pool.close()
-            if file.generation == self._generation:
-                with self._errors(file), self._cursor() as root:
+            if file.generation == self._instance.generation:
+                with self._errors(file), self._instance.cursor() as root:
                     root.execute(f"DETACH {file.alias}")
 
-    def _forget(self, file: _TenantFile) -> bool:
+    def _forget(self, file: TenantFile) -> bool:
         """Detach a file and remove it from memory, unless it is in use; returns whether it did."""
         with file.changed:
             if file.users or file.reserved:
@@ -375,7 +272,7 @@ class DuckFiles:
             self._drop(file)
             return True
 
-    def _drop(self, file: _TenantFile) -> None:
+    def _drop(self, file: TenantFile) -> None:
         """Remove a detached file from memory; the caller holds ``changed``."""
         with self._lock:
             if self._files.get(file.tenant) is file:
@@ -396,7 +293,7 @@ class DuckFiles:
             self._forget(file)
 
     @contextmanager
-    def _reserved(self, tenant: str) -> Iterator[_TenantFile]:
+    def _reserved(self, tenant: str) -> Iterator[TenantFile]:
         """The tenant's file, detached, for exclusive use."""
         file = self._file(tenant)
         with file.changed:
@@ -443,9 +340,7 @@ class DuckFiles:
         """Detach everything. Waits up to the pool's timeout for running calls, then interrupts
         them; a thread that still does not end keeps its file until it does. Idempotent."""
         with self._lock:
-            root, self._closing = self._root, True
-        if root is None:
-            return
+            self._closing = True
         if not self._unused(self._timeout):
             for file in list(self._files.values()):
                 for cursor in file.pool.in_use if file.pool is not None else ():
@@ -454,13 +349,10 @@ class DuckFiles:
         with ThreadPoolExecutor(_CLOSED_AT_ONCE) as threads:
             list(threads.map(self._close_file, list(self._files.values())))
         with self._lock:
-            self._root = None
             self._files.clear()
-        with suppress(duckdb.ResourceInUseException):
-            root.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._instance.close()
 
-    def _close_file(self, file: _TenantFile) -> None:
+    def _close_file(self, file: TenantFile) -> None:
         with suppress(StoreError):
             self._forget(file)
 
@@ -477,16 +369,3 @@ class DuckFiles:
 
 def _gone(tenant: str) -> StoreError:
     return StoreError(f"tenant {tenant} was deleted: create it again first", transient=False)
-
-
-def _forget_known(file: _TenantFile) -> None:
-    known, file.known = file.known, None
-    if known is not None:
-        known.clear()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -15,6 +15,7 @@ Cursor = duckdb.DuckDBPyConnection
 FILE = "betrace.duckdb"
 MAX_ROWS = 1001  # rows of a page, plus one that shows whether there is a next page
 SCHEMA_VERSION = 2
+TABLES = ("signals", "traces", "trace_frames")
 # The smallest that DuckDB allows: with 262 144, a small file's indexes take 1.8 MB of memory.
 _BLOCK_BYTES = 16_384
 
@@ -107,7 +108,7 @@ def store_error(error: duckdb.Error, tenant: str, path: Path) -> StoreError:
     """The error to raise for an error of DuckDB with the file of ``tenant``."""
     text = str(error).partition("\n")[0]
     if any(sign in text for sign in _CORRUPT) or isinstance(error, duckdb.SerializationException):
-        return StoreCorrupt(tenant, f"{path} is damaged ({text}): have it rebuilt")
+        return StoreCorrupt(tenant, f"{path} is damaged ({text}); the service rebuilds it")
     return StoreError(f"{path}: {text}", transient=isinstance(error, (*_TRANSIENT, *FATAL)))
 
 

@@ -169,8 +169,8 @@ class _Search:
             self.end = first
 
     def _first(self, start: int, count: int) -> int | None:
-        """When the last of the next ``count`` traces started; ``start`` if there are fewer, None if
-        there are none."""
+        """When the last of the next ``count`` traces started; ``start`` if there are fewer, None
+        without any."""
         where = self._wanted.within(start, self.end, self._joined)
         rows = self._db.execute(
             f"SELECT start_ns FROM traces {where.sql} ORDER BY start_ns DESC LIMIT ?",

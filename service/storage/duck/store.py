@@ -33,6 +33,7 @@ from betrace.service.storage.duck.arrow import (
 )
 from betrace.service.storage.duck.files import DuckFiles, attachable
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, SummaryRow, TraceRow
+from betrace.service.storage.duck.schema import TABLES, StoreCorrupt
 from betrace.service.storage.duck.search import TraceFilter, TracePage, search
 
 _ALL_SIGNALS = SignalFilter()
@@ -88,6 +89,12 @@ class DuckStore:
         self.on_change: Callable[[str, StoreChange | None], None] = _ignore
         """Called for every write, in its thread and before it returns, even if it failed, with the
         tenant and what was written; None if anything may have changed."""
+        self.incomplete: set[str] = set()
+        """Tenants whose files lack rows until they are rebuilt."""
+
+    def on_damaged(self, call: Callable[[StoreCorrupt], None]) -> None:
+        """Have ``call`` called whenever damage in a file is met, in the thread that met it."""
+        self._files.on_damaged = call
 
     # Writing
 
@@ -194,7 +201,7 @@ class DuckStore:
             return queries.signals(db, tenant, wanted, limit, cursor)
 
     def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
-        """The signal with this id, None if there is none."""
+        """The signal with this id, None if it does not exist."""
         if not self._files.has(tenant):
             return None
         with self._files.use(tenant) as db:
@@ -275,6 +282,14 @@ class DuckStore:
             ).to_arrow_table()
         return trace_id_halves(table["trace_id"].combine_chunks())
 
+    def count_traces(self, tenant: str, since: int) -> int:
+        """The number of traces last seen at ``since`` or later."""
+        if not self._files.has(tenant):
+            return 0
+        with self._files.use(tenant) as db:
+            row = queries.one(db, "SELECT count(*) FROM traces WHERE last_seen_ns >= ?", [since])
+        return int(row[0]) if row else 0
+
     def counts(self, tenant: str) -> RowCounts:
         """The number of rows. Fewer signals than in the ledger means that a rebuild is needed."""
         if not self._files.has(tenant):
@@ -287,6 +302,14 @@ class DuckStore:
             )
         assert row is not None
         return RowCounts(*row)
+
+    def verify(self, tenant: str) -> None:
+        """Read everything in the tenant's file. Raises ``StoreCorrupt`` if any of it is damaged."""
+        if not self._files.has(tenant):
+            return
+        with self._files.use(tenant) as db:
+            for table in TABLES:
+                queries.one(db, f"SELECT bit_xor(hash(t)) FROM {table} AS t")
 
     # Files
 

@@ -68,7 +68,7 @@ class Clients(Generic[C]):
         try:
             yield used.client
         finally:
-            self._give_back(used)
+            self._release(used)
 
     def left(self, client: C) -> bool:
         """Whether ``client`` was given up, so that nobody waits for its calls."""
@@ -151,7 +151,7 @@ class Clients(Generic[C]):
             raise _closed()
         return self._current
 
-    def _give_back(self, used: _ClientInUse[C]) -> None:
+    def _release(self, used: _ClientInUse[C]) -> None:
         with self._changed:
             used.calls -= 1
             self._changed.notify_all()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
-
-import orjson
+from typing import Literal
 
 from betrace.service.signals import Signal
+from betrace.service.storage.ledger import sqlite_rows
 from betrace.service.storage.ledger.base import (
     AMOUNT,
     PAGE,
@@ -21,68 +20,22 @@ from betrace.service.storage.ledger.base import (
     LedgerError,
     rule_account,
     tenant_account,
-    transfer,
     transfer_id,
 )
 from betrace.service.storage.ledger.clients import Clients
+from betrace.service.storage.sqlite_file import (
+    NewerFileError,
+    connect,
+    open_file,
+    remedy,
+    transaction,
+)
 
-SCHEMA_VERSION = 2
-APPLICATION_ID = 0x42544C47  # "BTLG", for file(1)
-_IDS_PER_QUERY = 500
-_BUSY_SECONDS = 2.0
 # Pages in the write-ahead log after which a commit moves them into the file. Callers wait for
 # outgoing signals to be written, but nobody waits for them to be settled.
 _LOG_PAGES = 1000
 _LOG_PAGES_OUTGOING = 8000
 _CLOSE_SECONDS = 5.0
-
-# Transfers are written once; the triggers refuse any change. Balances follow from them in the same
-# transaction, and exist only to save adding up.
-_SCHEMA = f"""
-CREATE TABLE transfers (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
-    debit_account BLOB NOT NULL REFERENCES accounts (id),
-    credit_account BLOB NOT NULL REFERENCES accounts (id),
-    code INTEGER NOT NULL CHECK (code IN (1, 2)),
-    tenant TEXT NOT NULL,
-    signal BLOB NOT NULL
-) STRICT;
-CREATE INDEX transfers_of_tenant ON transfers (tenant, seq);
-CREATE TABLE accounts (
-    id BLOB PRIMARY KEY,
-    ledger INTEGER NOT NULL,
-    tenant TEXT NOT NULL,
-    rule_id TEXT,
-    debits INTEGER NOT NULL DEFAULT 0,
-    credits INTEGER NOT NULL DEFAULT 0
-) STRICT, WITHOUT ROWID;
-CREATE INDEX accounts_of_tenant ON accounts (tenant, rule_id);
-CREATE TRIGGER post AFTER INSERT ON transfers BEGIN
-    UPDATE accounts SET debits = debits + {AMOUNT} WHERE id = new.debit_account;
-    UPDATE accounts SET credits = credits + {AMOUNT} WHERE id = new.credit_account;
-END;
-CREATE TRIGGER keep_transfers BEFORE UPDATE ON transfers BEGIN
-    SELECT RAISE(ABORT, 'the ledger is append-only');
-END;
-CREATE TRIGGER keep_all_transfers BEFORE DELETE ON transfers BEGIN
-    SELECT RAISE(ABORT, 'the ledger is append-only');
-END;
-CREATE TRIGGER keep_all_accounts BEFORE DELETE ON accounts BEGIN
-    SELECT RAISE(ABORT, 'the ledger is append-only');
-END;
-PRAGMA application_id = {APPLICATION_ID};
-"""
-
-# Signals on their way to another ledger, for which this file is the journal.
-_OUTGOING = f"""
-CREATE TABLE outgoing (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id BLOB NOT NULL UNIQUE CHECK (length(id) = 16),
-    signal BLOB NOT NULL
-) STRICT;
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
 
 _TRANSIENT = {
     sqlite3.SQLITE_BUSY,
@@ -127,9 +80,7 @@ class SqliteLedger:
         self._path = path
         self._synchronous = synchronous.upper()
         with self._errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as connection:
-                self._migrate(connection)
+            open_file(path, sqlite_rows.SCHEMA).close()
         self._clients = Clients(self._open, _Connections.close)
         with self._clients.use():
             pass
@@ -140,9 +91,7 @@ class SqliteLedger:
         return self._clients.counts
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
+        connection = connect(self._path)
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 
@@ -158,19 +107,6 @@ class SqliteLedger:
                 raise
         return _Connections(writer, reader)
 
-    def _migrate(self, db: sqlite3.Connection) -> None:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise LedgerError(
-                f"{self._path} was written by a newer program (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): upgrade, or choose another data directory",
-                transient=False,
-            )
-        db.execute("PRAGMA journal_mode = WAL")
-        if version < SCHEMA_VERSION:
-            first = _SCHEMA if version == 0 else ""
-            db.executescript(f"BEGIN IMMEDIATE;{first}{_OUTGOING}COMMIT;")
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Raise SQLite's errors as :exc:`LedgerError`."""
@@ -179,12 +115,18 @@ class SqliteLedger:
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             transient = code in _TRANSIENT
-            remedy = (
-                "check the disk's space and health, and that no other program locks the file"
-                if transient
-                else "restore the file, or move it away to begin a new ledger"
-            )
-            raise LedgerError(f"{self._path}: {error}: {remedy}", transient=transient) from error
+            if isinstance(error, NewerFileError):
+                advice = remedy(error, "")
+            elif transient:
+                advice = (
+                    "check the disk's space and health, and that no other program locks the file"
+                )
+            else:
+                advice = (
+                    "restore the file from a backup, or move it away and run "
+                    "`betrace ledger rebuild`"
+                )
+            raise LedgerError(f"{self._path}: {error}: {advice}", transient=transient) from error
 
     @contextmanager
     def _writing(
@@ -197,14 +139,8 @@ class SqliteLedger:
             if synchronous is not None:
                 db.execute(f"PRAGMA synchronous = {synchronous}")
             try:
-                db.execute("BEGIN IMMEDIATE")
-                try:
+                with transaction(db):
                     yield db
-                    db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
             finally:
                 if synchronous is not None:
                     db.execute(f"PRAGMA synchronous = {self._synchronous}")
@@ -218,24 +154,24 @@ class SqliteLedger:
     def record(self, signals: Sequence[Signal]) -> list[bool]:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.record`. One transaction: all or
         nothing."""
-        ids = _ids(signals)
-        texts = [_text(signal) for signal in signals]
+        ids = sqlite_rows.transfer_ids(signals)
+        texts = [sqlite_rows.write_signal(signal) for signal in signals]
         if not ids:
             return []
         with self._writing() as db:
-            new = _first(ids, _existing(db, "transfers", ids))
-            _insert(db, list(compress(zip(signals, texts, strict=True), new)))
+            new = sqlite_rows.first_of_each(ids, sqlite_rows.existing_rows(db, "transfers", ids))
+            sqlite_rows.insert(db, list(compress(zip(signals, texts, strict=True), new)))
         return new
 
     def add_outgoing(self, signals: Sequence[Signal]) -> list[bool]:
         """Store signals for another ledger to record. Returns for each whether that ledger must be
         sent it: False if it was settled before, or is a repetition within ``signals``."""
-        ids = _ids(signals)
-        texts = [_text(signal) for signal in signals]
+        ids = sqlite_rows.transfer_ids(signals)
+        texts = [sqlite_rows.write_signal(signal) for signal in signals]
         if not ids:
             return []
         with self._writing(log_pages=_LOG_PAGES_OUTGOING) as db:
-            new = _first(ids, _existing(db, "transfers", ids))
+            new = sqlite_rows.first_of_each(ids, sqlite_rows.existing_rows(db, "transfers", ids))
             db.executemany(
                 "INSERT INTO outgoing (id, signal) VALUES (?, ?) ON CONFLICT (id) DO NOTHING",
                 compress(zip(ids, texts, strict=True), new),
@@ -249,13 +185,15 @@ class SqliteLedger:
         This does not wait for the disk: after a machine crash they may be outgoing again.
         """
         with self._writing("NORMAL") as db:
-            found = _existing(db, "outgoing", _ids(recorded), "id, signal")
+            found = sqlite_rows.existing_rows(
+                db, "outgoing", sqlite_rows.transfer_ids(recorded), "id, signal"
+            )
             # The text as stored first; the transfer is the same for every version of the signal.
-            signals = {_bytes(transfer_id(signal.id)): signal for signal in recorded}
-            _insert(db, [(signals[key], text) for key, text in found.items()])
+            signals = {sqlite_rows.id_bytes(transfer_id(signal.id)): signal for signal in recorded}
+            sqlite_rows.insert(db, [(signals[key], text) for key, text in found.items()])
             db.executemany(
                 "DELETE FROM outgoing WHERE id = ?",
-                [(key,) for key in (*found, *_ids(refused))],
+                [(key,) for key in (*found, *sqlite_rows.transfer_ids(refused))],
             )
 
     def take_over(self) -> None:
@@ -270,11 +208,16 @@ class SqliteLedger:
                 "SELECT seq, signal FROM outgoing WHERE seq > ? ORDER BY seq LIMIT ?",
                 (after, limit),
             ).fetchall()
-        return [(seq, _signal(text)) for seq, text in rows]
+        return [(seq, sqlite_rows.read_signal(text)) for seq, text in rows]
+
+    def number_after(self, entry: int) -> None:
+        """Number the transfers of a new ledger above ``entry``."""
+        with self._writing() as db:
+            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('transfers', ?)", (entry,))
 
     def balance(self, tenant: str, rule_id: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`."""
-        account = _bytes(rule_account(tenant, rule_id))
+        account = sqlite_rows.id_bytes(rule_account(tenant, rule_id))
         with self._reading() as db:
             row = db.execute(
                 "SELECT debits - credits FROM accounts WHERE id = ?", (account,)
@@ -301,7 +244,7 @@ class SqliteLedger:
                 "ORDER BY seq LIMIT ?",
                 (tenant, after, limit),
             ).fetchall()
-        return [(seq, _signal(text)) for seq, text in rows]
+        return [(seq, sqlite_rows.read_signal(text)) for seq, text in rows]
 
     def last_entry(self, tenant: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.last_entry`."""
@@ -313,7 +256,7 @@ class SqliteLedger:
 
     def count(self, tenant: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.LedgerEntries.count`."""
-        account = _bytes(tenant_account(tenant))
+        account = sqlite_rows.id_bytes(tenant_account(tenant))
         with self._reading() as db:
             row = db.execute(
                 "SELECT debits + credits FROM accounts WHERE id = ?", (account,)
@@ -336,83 +279,3 @@ class SqliteLedger:
     def close(self) -> None:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.close`."""
         self._clients.close(_CLOSE_SECONDS)
-
-
-def _ids(signals: Sequence[Signal]) -> list[bytes]:
-    return [_bytes(transfer_id(signal.id)) for signal in signals]
-
-
-def _existing(
-    db: sqlite3.Connection, table: str, ids: list[bytes], columns: str = "id, 0"
-) -> dict[bytes, Any]:
-    """Those of ``ids`` that are in ``table``, each with the second of two columns."""
-    found: dict[bytes, Any] = {}
-    for first in range(0, len(ids), _IDS_PER_QUERY):
-        some = ids[first : first + _IDS_PER_QUERY]
-        marks = ",".join("?" * len(some))
-        found |= dict(db.execute(f"SELECT {columns} FROM {table} WHERE id IN ({marks})", some))
-    return found
-
-
-def _first(ids: list[bytes], existing: Iterable[bytes]) -> list[bool]:
-    """For each id, whether it is not among ``existing`` and not a repetition."""
-    seen = set(existing)
-    new = []
-    for each in ids:
-        new.append(each not in seen)
-        seen.add(each)
-    return new
-
-
-def _insert(db: sqlite3.Connection, chosen: Sequence[tuple[Signal, bytes]]) -> None:
-    """Insert signals, given with their texts, as transfers; also their accounts if missing."""
-    moves = [(transfer(signal), signal, text) for signal, text in chosen]
-    accounts = {
-        row
-        for move, signal, _ in moves
-        for row in (
-            (_bytes(tenant_account(signal.tenant)), move.ledger, signal.tenant, None),
-            (_bytes(_rule(signal)), move.ledger, signal.tenant, signal.rule_id),
-        )
-    }
-    db.executemany(
-        "INSERT INTO accounts (id, ledger, tenant, rule_id) VALUES (?, ?, ?, ?) "
-        "ON CONFLICT (id) DO NOTHING",
-        accounts,
-    )
-    db.executemany(
-        "INSERT INTO transfers (id, debit_account, credit_account, code, tenant, signal) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
-        [
-            (
-                _bytes(move.id),
-                _bytes(move.debit_account),
-                _bytes(move.credit_account),
-                int(move.code),
-                signal.tenant,
-                text,
-            )
-            for move, signal, text in moves
-        ],
-    )
-
-
-def _bytes(number: int) -> bytes:
-    return number.to_bytes(16, "big")
-
-
-def _rule(signal: Signal) -> int:
-    return rule_account(signal.tenant, signal.rule_id)
-
-
-def _text(signal: Signal) -> bytes:
-    try:
-        return orjson.dumps(signal)
-    except orjson.JSONEncodeError as error:
-        raise LedgerError(
-            f"signal {signal.id} cannot be written as JSON: {error}", transient=False
-        ) from error
-
-
-def _signal(text: bytes) -> Signal:
-    return Signal.from_json(orjson.loads(text))

@@ -25,11 +25,13 @@ Positions of a tenant only increase.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from isal.isal_zlib import crc32
+
+from betrace.service.storage.spanlog.damage import FILE_HEADER
 
 ContentType = Literal["protobuf", "json"]
 Encoding = Literal["", "gzip", "deflate", "zstd"]
@@ -68,17 +70,6 @@ class Frame:
     def stored_bytes(self) -> int:
         """The frame's size in a segment."""
         return FRAME_HEADER_BYTES + len(self.payload)
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Bytes of a segment that hold no valid frame, and why."""
-
-    tenant: str
-    segment: int
-    offset: int
-    bytes: int
-    reason: str
 
 
 def pack_position(segment: int, offset: int) -> int:
@@ -192,7 +183,7 @@ class SegmentReader:
 
     ``read(offset, length)`` returns the file's bytes, fewer only at its end. Where there is no
     valid frame, the reader searches for the next one and reports the bytes in between by calling
-    ``skipped(offset, bytes, reason)``.
+    ``skipped(offset, bytes, reason, lost)``, where ``lost`` are the headers that can still be read.
     """
 
     def __init__(
@@ -200,7 +191,7 @@ class SegmentReader:
         read: Callable[[int, int], bytes],
         tenant: str,
         segment: int,
-        skipped: Callable[[int, int, str], None],
+        skipped: Callable[[int, int, str, Sequence[Header]], None],
     ) -> None:
         self._read = read
         self._segment = segment
@@ -214,22 +205,28 @@ class SegmentReader:
         """The frames between the offsets, each with its offset, in order. ``start`` is the offset
         of a frame, or 0."""
         if self.salt is None and start < FILE_HEADER_BYTES and end > 0:
-            self._skipped(0, min(FILE_HEADER_BYTES, end), "damaged file header")
+            self._skipped(0, min(FILE_HEADER_BYTES, end), FILE_HEADER, ())
         offset = max(start, FILE_HEADER_BYTES)
         bad: tuple[int, str] | None = None
+        lost: list[Header] = []
         while offset < end:
-            found = self._frame(offset, end)
+            header = self._header(offset, end)
+            found = header if isinstance(header, str) else self._frame(header, offset, end)
             if isinstance(found, str):
                 bad = bad or (offset, found)
-                offset = self._search(offset + 1, end)
+                if not isinstance(header, str) and self.salt is not None:
+                    lost.append(header)  # its length is valid, too
+                    offset = min(offset + FRAME_HEADER_BYTES + header.length, end)
+                else:
+                    offset = self._search(offset + 1, end)
                 continue
             if bad:
-                self._skipped(bad[0], offset - bad[0], bad[1])
-                bad = None
+                self._skipped(bad[0], offset - bad[0], bad[1], lost)
+                bad, lost = None, []
             yield offset, found
             offset += found.stored_bytes
         if bad:
-            self._skipped(bad[0], end - bad[0], bad[1])
+            self._skipped(bad[0], end - bad[0], bad[1], lost)
 
     def tail(self, end: int) -> tuple[int, str]:
         """How the segment ends: (``end``, "") if the last frame is whole; otherwise the offset of
@@ -247,18 +244,20 @@ class SegmentReader:
                 return offset, "torn"
             last = offset
             offset += FRAME_HEADER_BYTES + header.length
-        if last is not None and isinstance(self._frame(last, end), str):
-            return last, "damaged"
+        if last is not None:
+            header = self._header(last, end)
+            if isinstance(header, str) or isinstance(self._frame(header, last, end), str):
+                return last, "damaged"
         return end, ""
 
-    def _frame(self, offset: int, end: int) -> Frame | str:
-        header = read_header(
+    def _header(self, offset: int, end: int) -> Header | str:
+        return read_header(
             self._bytes(offset, FRAME_HEADER_BYTES, end),
             pack_position(self._segment, offset),
             self.salt,
         )
-        if isinstance(header, str):
-            return header
+
+    def _frame(self, header: Header, offset: int, end: int) -> Frame | str:
         payload = self._bytes(offset + FRAME_HEADER_BYTES, header.length, end)
         found = header.frame(payload)
         if self.salt is None and isinstance(found, Frame):

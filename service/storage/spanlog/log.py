@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +23,19 @@ from betrace.service.durable import write_atomically
 from betrace.service.storage.disk import Disk
 from betrace.service.storage.lockfile import LockFile
 from betrace.service.storage.paths import tenant_directory, tenants_with
-from betrace.service.storage.spanlog.frames import Frame, Skipped
+from betrace.service.storage.spanlog.damage import Damage, Skipped
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing, LogWriteError
+from betrace.service.storage.spanlog.frames import Frame, unpack_position
 from betrace.service.storage.spanlog.open_files import OpenFiles
+from betrace.service.storage.spanlog.segments import Segment
 from betrace.service.storage.spanlog.sync import LogSyncer
-from betrace.service.storage.spanlog.tenant_log import (
-    FrameCorrupt,
-    FrameMissing,
-    LogWriteError,
-    Segment,
-    TenantLog,
-)
+from betrace.service.storage.spanlog.tenant_log import TenantLog
 
 _LOG = "log"
 _DELETED = "log.deleted"
 LOCK_FILE = "log.lock"
 """In the data directory; the process that locks it owns the log and the directory."""
 _FLOOR = "log.floor"
-_SKIPPED_KEPT = 1000
 
 
 class LogSyncError(OSError):
@@ -75,8 +71,6 @@ class SpanLogStatistics:
     last_sync_seconds: float
     """Duration of the last sync that had something to sync."""
     open_files: int
-    skipped: int
-    """Damaged stretches found, see :attr:`SpanLog.skipped`."""
 
 
 class SpanLog:
@@ -99,8 +93,10 @@ class SpanLog:
     ) -> None:
         if not 4096 <= segment_bytes <= 2 << 30:
             raise ValueError("segment_bytes must be between 4096 and 2 GiB")
-        self.skipped: deque[Skipped] = deque(maxlen=_SKIPPED_KEPT)
-        """The last damaged stretches that were met."""
+        self.damage = Damage()
+        """What could not be read."""
+        self.on_skipped: Callable[[Skipped], None] = _ignore
+        """Called once for each place that cannot be read, in the thread that met it."""
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._files = OpenFiles(open_files, os.O_RDONLY if read_only else os.O_RDWR)
@@ -110,7 +106,7 @@ class SpanLog:
         self._sync_lock = threading.Lock()
         self._tenants: dict[str, TenantLog] = {}
         self._bytes = self._frames = self._spans = 0
-        self._write_failures = self._sync_failures = self._skips = 0
+        self._write_failures = self._sync_failures = 0
         self._last_sync = 0.0
         self._owner: LockFile | None = None
         self._syncer: LogSyncer | None = None
@@ -123,10 +119,14 @@ class SpanLog:
         floor = directory / _FLOOR
         self._floor = int(floor.read_text()) if floor.exists() else 0
 
+    @property
+    def skipped(self) -> deque[Skipped]:
+        """The last places that could not be read."""
+        return self.damage.skipped
+
     def _skip(self, skipped: Skipped) -> None:
-        with self._lock:
-            self._skips += 1
-            self.skipped.append(skipped)
+        if self.damage.add(skipped):
+            self.on_skipped(skipped)
 
     def _tenant(self, tenant: str) -> TenantLog:
         directory = tenant_directory(self._directory, tenant) / _LOG
@@ -165,7 +165,7 @@ class SpanLog:
         """Whether an append of ``size`` bytes now only writes to an existing segment: it creates no
         file and syncs no directory. Does not block."""
         log = self._tenants.get(tenant)
-        return log is not None and log.has_capacity(size)
+        return log is not None and log.placement.has_capacity(size)
 
     def append(self, tenant: str, frames: Sequence[Frame]) -> list[int]:
         """Write frames and return their positions, in order. Written frames survive a process
@@ -226,6 +226,19 @@ class SpanLog:
             raise LogSyncError([name for name, _ in failed], failed[0][1])
         return sum(result for result in results if isinstance(result, int))
 
+    def continue_after(self, tenant: str, position: int) -> bool:
+        """Append only after ``position``, which the log contained once. Returns whether it ends
+        before: its end was lost, which is reported as damage."""
+        self._own()
+        log = self._tenant(tenant)
+        end = log.written
+        if not log.continue_after(position):
+            return False
+        number, offset = unpack_position(position)
+        start = unpack_position(end)[1] if end >> 32 == number else 0
+        self._skip(Skipped(tenant, number, start, offset - start, "the end of the log is missing"))
+        return True
+
     # Reading
 
     def end(self, tenant: str) -> int:
@@ -273,19 +286,21 @@ class SpanLog:
         stop: int | None = None,
         since_ns: int | None = None,
         until_ns: int | None = None,
+        skipped: Callable[[Skipped], None] | None = None,
     ) -> Iterator[tuple[int, Frame]]:
         """The frames from position ``start`` (default: the first) to before ``stop`` (default: the
         present end), received at ``since_ns`` or later and before ``until_ns``, each with its
         position, in order of position.
 
-        Damaged stretches are skipped and reported in :attr:`skipped`.
+        Damaged places are skipped and reported in :attr:`damage`, and to ``skipped`` even if they
+        were known.
         """
         log = self._existing(tenant)
         if log is None:
             return iter(())
         if stop is None and not self._read_only:
             stop = log.written
-        return log.frames(start or 0, stop, since_ns, until_ns)
+        return log.frames(start or 0, stop, since_ns, until_ns, skipped)
 
     def tenants(self) -> list[str]:
         """The tenants that have a log, sorted."""
@@ -307,7 +322,6 @@ class SpanLog:
                 unsynced_bytes=sum(log.unsynced for log in self._tenants.values()),
                 last_sync_seconds=self._last_sync,
                 open_files=len(self._files),
-                skipped=self._skips,
             )
 
     # Deleting
@@ -363,3 +377,7 @@ class SpanLog:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _ignore(skipped: Skipped) -> None:
+    """The default of ``on_skipped``."""

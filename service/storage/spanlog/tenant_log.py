@@ -2,78 +2,38 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from betrace.service.durable import sync_directory
-from betrace.service.storage.disk import Buffer, Disk
+from betrace.service.storage.disk import Disk
 from betrace.service.storage.spanlog import frames as format_
+from betrace.service.storage.spanlog.damage import TORN, Skipped
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing, LogWriteError
 from betrace.service.storage.spanlog.frames import (
-    FILE_HEADER_BYTES,
     FRAME_HEADER_BYTES,
     MAX_SEGMENT,
     Frame,
+    Header,
     SegmentReader,
-    Skipped,
     pack_position,
     unpack_position,
 )
+from betrace.service.storage.spanlog.gaps import Gaps
 from betrace.service.storage.spanlog.open_files import OpenFiles
+from betrace.service.storage.spanlog.placement import Placement, SegmentWrite
+from betrace.service.storage.spanlog.segments import Segment, covers, day_ns, find_segments
 
-_log = logging.getLogger("service.spanlog")
-
-_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{8,10}\.seg")
-_DAY_NS = 86_400 * 10**9
-_LATE_NS = 3600 * 10**9  # a segment accepts frames received this much before its day
 _READ_FIRST = 1 << 16
 # After a process crash, its last writes may not be on the disk yet. The kernel writes back what is
 # older than 30 s; segments that changed within this time are synced again.
 _UNCERTAIN_SECONDS = 600
-
-
-class LogWriteError(OSError):
-    """Frames could not be written; none of them is in the log."""
-
-
-class FrameMissing(LookupError):  # noqa: N818
-    """No segment contains this position; it may have been released."""
-
-
-class FrameCorrupt(ValueError):  # noqa: N818
-    """There is no whole frame at this position."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A file of the log. ``day`` is the UTC day on which its frames were received."""
-
-    number: int
-    day: date
-    path: Path
-    bytes: int
-
-
-@dataclass(slots=True)
-class _Part:
-    """What one append writes to one segment."""
-
-    number: int
-    day: int
-    path: Path
-    salt: bytes
-    start: int  # the previous end of the segment
-    end: int
-    new: bool
-    buffers: list[Buffer] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +73,6 @@ class TenantLog:
         self._directory = directory
         self._files = files
         self._disk = disk
-        self._segment_bytes = segment_bytes
         self._skipped = skipped
         self._opened = False
         self._paths: dict[int, Path] = {}
@@ -122,31 +81,14 @@ class TenantLog:
         self._strays: set[Path] = set()  # files that are not segments and were reported
         self._dirty: dict[int, Path] = {}
         self._dirty_directories: dict[Path, None] = {}
-        self._current: _Part | None = None  # None if the next append starts a segment
-        self._last = floor
+        self.placement = Placement(tenant, directory, segment_bytes, floor)
 
     # Files
-
-    def _list(self) -> dict[int, Path]:
-        found: dict[int, Path] = {}
-        for path in sorted(self._directory.glob("*/*.seg")):
-            number = _segment_number(path)
-            if number and number not in found:
-                found[number] = path
-            elif path not in self._strays:
-                self._strays.add(path)
-                _log.warning(
-                    "%s is not a segment of the span log (its name should be "
-                    "YYYY-MM-DD/NNNNNNNN.seg with an unused number) and is ignored: move it "
-                    "away",
-                    path,
-                )
-        return dict(sorted(found.items()))
 
     def refresh(self) -> None:
         """List the files again, because another process appends to the log."""
         with self.lock:
-            self._paths = self._list()
+            self._paths = find_segments(self._directory, self._strays)
 
     def segments(self) -> list[Segment]:
         """The segments in order."""
@@ -161,7 +103,7 @@ class TenantLog:
 
     def _end(self, number: int, path: Path) -> int:
         """The offset up to which the segment may be read."""
-        current = self._current
+        current = self.placement.current
         if current is not None and current.number == number:
             return current.end
         limit = self._limits.get(number)
@@ -171,34 +113,50 @@ class TenantLog:
         with self._files.use(path) as descriptor:
             return os.pread(descriptor, length, offset)
 
-    def _reader(self, number: int, path: Path) -> SegmentReader:
+    def _reader(
+        self,
+        number: int,
+        path: Path,
+        skipped: Callable[[int, int, str, Sequence[Header]], None] = lambda *_: None,
+    ) -> SegmentReader:
         return SegmentReader(
-            lambda offset, length: self._pread(path, offset, length),
-            self.tenant,
-            number,
-            lambda offset, size, reason: self._skipped(
-                Skipped(self.tenant, number, offset, size, reason)
-            ),
+            lambda offset, length: self._pread(path, offset, length), self.tenant, number, skipped
         )
 
     # Opening
 
     def open(self, recover: bool) -> None:
         """Find the segments, at the first call. With ``recover``, check the end of the last one: a
-        torn frame is cut off; after other damage the segment stays as it is and the next append
-        starts a new one."""
+        torn frame is cut off; after other damage, which is reported, the segment stays as it is
+        and the next append starts a new one."""
         if self._opened:
             return
+        damaged = 0
         with self.lock:
             if self._opened:
                 return
-            self._paths = self._list()
-            self._last = max(self._paths, default=self._last)
+            self._paths = find_segments(self._directory, self._strays)
+            self.placement.last = max(self._paths, default=self.placement.last)
             if self._paths and recover:
-                self._recover()
+                damaged = self._recover()
             self._opened = True
+        if damaged:
+            for _ in self.frames(pack_position(damaged, 0), None, None, None):
+                pass
 
-    def _recover(self) -> None:
+    def continue_after(self, position: int) -> bool:
+        """Append only at positions after this one, although the log ends before it, because its
+        end was lost. Returns whether that is so."""
+        with self.lock:
+            if self.written >= position:
+                return False
+            number, _ = unpack_position(position)
+            self.placement.last = max(self.placement.last, number)
+            self.placement.current = None
+        return True
+
+    def _recover(self) -> int:
+        """Returns the number of the last segment if its end is damaged, else 0."""
         number, path = next(reversed(self._paths.items()))
         size = path.stat().st_size
         self.written = pack_position(number, size)
@@ -213,28 +171,24 @@ class TenantLog:
         try:
             reader = self._reader(number, path)
         except ValueError:
-            return
+            return number
         end, trouble = reader.tail(size)
         if trouble == "torn":
-            self._skipped(Skipped(self.tenant, number, end, size - end, "torn frame, cut off"))
+            self._skipped(Skipped(self.tenant, number, end, size - end, TORN))
             with self._files.use(path) as descriptor:
                 self._disk.truncate(descriptor, end)
             self.written = pack_position(number, end)
         if trouble != "damaged" and reader.salt is not None:
             day = (date.fromisoformat(path.parent.name) - date(1970, 1, 1)).days
-            self._current = _Part(number, day, path, reader.salt, end, end, False)
+            self.placement.continue_at(number, day, path, reader.salt, end)
+        return number if trouble == "damaged" and size else 0
 
     # Writing
 
-    def has_capacity(self, size: int) -> bool:
-        """Whether ``size`` bytes fit in the current segment."""
-        part = self._current
-        return part is not None and part.end + size <= self._segment_bytes
-
     def append(self, frames: Sequence[Frame]) -> list[int]:
         """Write the frames; the caller holds ``lock``. See :meth:`SpanLog.append`."""
-        parts, positions = self._plan(frames)
-        begun: list[_Part] = []
+        parts, positions = self.placement.plan(frames)
+        begun: list[SegmentWrite] = []
         try:
             for part in parts:
                 begun.append(part)
@@ -251,61 +205,11 @@ class TenantLog:
             self.unsynced += part.end - part.start
             self._paths[part.number] = self._dirty[part.number] = part.path
         last = parts[-1]
-        self._current = _Part(
-            last.number, last.day, last.path, last.salt, last.end, last.end, False
-        )
+        self.placement.continue_at(last.number, last.day, last.path, last.salt, last.end)
         self.written = pack_position(last.number, last.end)
         return positions
 
-    def _plan(self, frames: Sequence[Frame]) -> tuple[list[_Part], list[int]]:
-        """Decide which frames go where, without writing."""
-        parts: list[_Part] = []
-        positions = []
-        part = self._current
-        if part is not None:
-            part = _Part(part.number, part.day, part.path, part.salt, part.end, part.end, False)
-            parts.append(part)
-        for frame in frames:
-            size = frame.stored_bytes
-            if part is None or self._rolls(part, frame.received_ns, size):
-                part = self._begin(frame.received_ns // _DAY_NS)
-                parts.append(part)
-            position = pack_position(part.number, part.end)
-            part.buffers.append(format_.frame_header(frame, part.salt, position))
-            if len(frame.payload):
-                part.buffers.append(frame.payload)
-            part.end += size
-            positions.append(position)
-        return [part for part in parts if part.buffers], positions
-
-    def _rolls(self, part: _Part, received_ns: int, size: int) -> bool:
-        early = received_ns - part.day * _DAY_NS
-        return not (-_LATE_NS <= early < _DAY_NS) or (
-            part.end > FILE_HEADER_BYTES and part.end + size > self._segment_bytes
-        )
-
-    def _begin(self, day: int) -> _Part:
-        if self._last >= MAX_SEGMENT:
-            raise LogWriteError(
-                errno.EFBIG,
-                f"the span log of tenant {self.tenant} has no segment numbers left: delete the "
-                "tenant, or use another one",
-            )
-        self._last += 1
-        salt = os.urandom(8)
-        name = (date(1970, 1, 1) + timedelta(days=day)).isoformat()
-        return _Part(
-            self._last,
-            day,
-            self._directory / name / f"{self._last:08d}.seg",
-            salt,
-            0,
-            FILE_HEADER_BYTES,
-            True,
-            [format_.file_header(self.tenant, day, self._last, salt)],
-        )
-
-    def _write(self, part: _Part) -> None:
+    def _write(self, part: SegmentWrite) -> None:
         flags = 0
         if part.new:
             self._make(part.path.parent)
@@ -320,7 +224,7 @@ class TenantLog:
             self._make(directory.parent)
             directory.mkdir(exist_ok=True)
 
-    def _undo(self, part: _Part) -> None:
+    def _undo(self, part: SegmentWrite) -> None:
         """Undo a part of a failed append; if that fails, stop using its segment."""
         if part.new:
             self._files.forget(part.path)
@@ -332,7 +236,7 @@ class TenantLog:
                 self._disk.truncate(descriptor, part.start)
         except OSError:
             self._limits[part.number] = part.start
-            self._current = None
+            self.placement.current = None
 
     def take_dirty(self) -> Dirty:
         """What must be synced. The caller must then call :meth:`sync_files` or :meth:`settle`."""
@@ -359,7 +263,7 @@ class TenantLog:
                     sync_directory(directory)
         except OSError:
             with self.lock:
-                self._current = None
+                self.placement.current = None
                 self._dirty_directories |= dict.fromkeys(dirty.directories)
             raise
         return self.settle(dirty)
@@ -405,6 +309,7 @@ class TenantLog:
                 data = os.pread(descriptor, _READ_FIRST, offset)
                 header = format_.read_header(data, position, None)
                 if isinstance(header, str):
+                    self._corrupt(number, offset, header, None)
                     raise FrameCorrupt(f"{header}: {where}")
                 payload = data[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + header.length]
                 if len(payload) < header.length:
@@ -415,31 +320,62 @@ class TenantLog:
             raise FrameMissing(f"the segment's file is gone: {where}") from None
         found = header.frame(payload)
         if isinstance(found, str):
+            self._corrupt(number, offset, found, header)
             raise FrameCorrupt(f"{found}: {where}")
         return found
 
+    def _corrupt(self, number: int, offset: int, reason: str, header: Header | None) -> None:
+        """Report that the frame at an offset of a segment is damaged."""
+        if pack_position(number, offset) >= (self.written or MAX_SEGMENT << 32):
+            return  # the end of the log was lost, and with it what is asked for
+        size = FRAME_HEADER_BYTES + (header.length if header else 0)
+        at = header.received_ns if header else None
+        spans = header.spans if header else 0
+        self._skipped(
+            Skipped(self.tenant, number, offset, size, reason, spans, at, at, bool(header))
+        )
+
     def frames(
-        self, start: int, stop: int | None, since_ns: int | None, until_ns: int | None
+        self,
+        start: int,
+        stop: int | None,
+        since_ns: int | None,
+        until_ns: int | None,
+        also_skipped: Callable[[Skipped], None] | None = None,
     ) -> Iterator[tuple[int, Frame]]:
         """See :meth:`SpanLog.frames`."""
         first, offset = unpack_position(start)
         last, last_offset = unpack_position(stop) if stop is not None else (MAX_SEGMENT, 0)
-        for segment in self.segments():
-            if not first <= segment.number <= last or not _covers(segment.day, since_ns, until_ns):
-                continue
-            end = min(segment.bytes, last_offset) if segment.number == last else segment.bytes
-            try:
-                reader = self._reader(segment.number, segment.path)
-            except FileNotFoundError:  # released in the meantime
-                continue
-            except ValueError as error:
-                self._skipped(Skipped(self.tenant, segment.number, 0, end, str(error)))
-                continue
-            for at, frame in reader.frames(offset if segment.number == first else 0, end):
-                if (since_ns is None or frame.received_ns >= since_ns) and (
-                    until_ns is None or frame.received_ns < until_ns
-                ):
-                    yield pack_position(segment.number, at), frame
+
+        def skipped(found: Skipped) -> None:
+            self._skipped(found)
+            if also_skipped is not None:
+                also_skipped(found)
+
+        gaps = Gaps(self.tenant, skipped)
+        try:
+            for segment in self.segments():
+                if not first <= segment.number <= last:
+                    continue
+                if not covers(segment.day, since_ns, until_ns):
+                    continue
+                end = min(segment.bytes, last_offset) if segment.number == last else segment.bytes
+                gaps.begin(segment.number, day_ns(segment.day))
+                try:
+                    reader = self._reader(segment.number, segment.path, gaps.add)
+                except FileNotFoundError:  # released in the meantime
+                    continue
+                except ValueError as error:
+                    gaps.add(0, end, str(error), ())
+                    continue
+                for at, frame in reader.frames(offset if segment.number == first else 0, end):
+                    gaps.end(frame.received_ns)
+                    if (since_ns is None or frame.received_ns >= since_ns) and (
+                        until_ns is None or frame.received_ns < until_ns
+                    ):
+                        yield pack_position(segment.number, at), frame
+        finally:
+            gaps.end(None)
 
     # Deleting
 
@@ -470,24 +406,4 @@ class TenantLog:
         self.gone = True
         for path in self._paths.values():
             self._files.forget(path)
-        return self._last
-
-
-def _segment_number(path: Path) -> int:
-    """The number of a segment, 0 if ``path`` cannot be one."""
-    if _NAME.fullmatch(f"{path.parent.name}/{path.name}") is None or not path.is_file():
-        return 0
-    try:
-        date.fromisoformat(path.parent.name)
-    except ValueError:
-        return 0
-    number = int(path.stem)
-    return number if number <= MAX_SEGMENT else 0
-
-
-def _covers(day: date, since_ns: int | None, until_ns: int | None) -> bool:
-    """Whether a segment of ``day`` can hold frames from that time."""
-    start = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
-    return (since_ns is None or since_ns < start + _DAY_NS) and (
-        until_ns is None or until_ns > start - _LATE_NS
-    )
+        return self.placement.last

@@ -72,11 +72,11 @@ async def test_impossible_requests_get_a_hint(client, path, status, words):
 
 async def test_operators_may_give_their_name(client, service):
     await client.post("/api/admin/pipeline/pause", x_operator="kim@example.org")
-    assert service.edge.state == "paused"
+    assert service.admission.state == "paused"
     assert audit(service)[0]["operator"] == "kim@example.org"
     error = await client.post("/api/admin/pipeline/resume", 400, x_operator="a b")
     assert "X-Operator" in error["message"]
-    assert service.edge.state == "paused"
+    assert service.admission.state == "paused"
     assert len(audit(service)) == 1
 
 
@@ -112,7 +112,7 @@ async def test_an_action_that_cannot_be_audited_is_not_done(
 
     pipeline = service.pipeline
     for owner, names in (
-        (service.edge, ("pause", "resume")),
+        (service.admission, ("pause", "resume")),
         (pipeline.breakers, ("act",)),
         (pipeline.letters, ("retry", "discard")),
         (service.recovery, ("save",)),

@@ -5,11 +5,14 @@ import time
 
 import pytest
 import trio
+from werkzeug.datastructures import Headers
 
+from betrace.service.pipeline.request import Done
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.tenancy.authentication import Denied
 from tests.support.api_client import ApiClient
-from tests.support.inprocess import opened, settings
+from tests.support.inprocess import closed, opened, running, send, settings
+from tests.support.spans import S
 
 RULE = {"name": "Payments", "severity": "high", "condition": "never { a }"}
 
@@ -110,7 +113,7 @@ async def test_each_kind_of_endpoint_checks_its_callers(service):
     await client.get("/api/performance/metrics", 403, Authorization="Bearer acme")
     await client.get("/api/performance/metrics", Authorization="Bearer op")
     await client.post("/api/admin/pipeline/pause", 403, Authorization="Bearer acme")
-    assert service.edge.state == "open"
+    assert service.admission.state == "open"
     await client.get("/metrics", 403, Authorization="Bearer acme")
     await client.get("/metrics", Authorization="Bearer scrape")
     await client.get("/readyz", 503)
@@ -199,3 +202,27 @@ async def test_unknown_paths_and_methods(client):
     assert "use GET" in error["hint"]
     await client.ask("OPTIONS", "/api/v1/signals", 405)
     await client.ask("HEAD", "/livez")
+
+
+async def test_two_tenants_or_tokens_are_refused(tmp_path):
+    with opened(settings(tmp_path)) as service:
+        twice = Headers([("X-Scope-OrgID", "acme"), ("X-Scope-OrgID", "beta")])
+        answer = await ApiClient(service).client.get("/api/v1/signals", headers=twice)
+        assert answer.status_code == 400
+        assert "'acme, beta' is not a tenant name" in await answer.get_data(as_text=True)
+    with opened(settings(tmp_path, auth={"enabled": True, "operator_token": "o" * 32})) as service:
+        for value, status in (("Bearer " + "o" * 32, 200), ("Bearer x", 403)):
+            headers = Headers([("Authorization", value)])
+            answer = await ApiClient(service).client.get("/api/admin/breakers", headers=headers)
+            assert answer.status_code == status
+        headers.add("Authorization", "Bearer " + "o" * 32)
+        answer = await ApiClient(service).client.get("/api/admin/breakers", headers=headers)
+        assert answer.status_code == 403
+
+
+async def test_a_trace_whose_spans_end_before_they_start_has_no_duration(tmp_path):
+    async with running(settings(tmp_path)) as service:
+        assert await send(service, [S(1, start=9, end=2)]) == Done(1)
+        await closed(service)
+        (trace,) = (await ApiClient(service).get("/api/v1/traces"))["traces"]
+        assert trace["duration_ns"] == 0

@@ -132,7 +132,7 @@ async def test_late_spans_are_visible_and_verdicts_are_as_without_a_cache(config
         assert before["verdicts"]["no-b"]["verdict"] == "breach"
         await send(service, [S(9, name="x", trace=b"\2" * 16)], "acme")
         with trio.fail_after(20):
-            while service.pipeline.correlate.tenants["default"].closed_count:
+            while service.pipeline.open_traces.tenants["default"].closed_count:
                 await trio.sleep(0.1)
         (before,) = (await look(service)).values()
         await send(service, [S(2), S(3, name="b")])

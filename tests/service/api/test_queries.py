@@ -22,8 +22,9 @@ from betrace.service.config.edge import Api
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.history import TraceHistory
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages.correlate import CorrelateStage, LateSpans, TraceLimits
+from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
@@ -32,6 +33,7 @@ from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.verdicts import decide_due
 from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
 
@@ -48,23 +50,20 @@ def stores(tmp_path, warm):
     s.due, s.received = open_channel("due", 1000, lambda due: len(due) or 1)
     s.progress = LogProgress()
     threads = ThreadRunner("correlate", 1)
-    s.correlate = CorrelateStage(
+    traces = OpenTraces(
         s.registry.compiled,
-        threads,
-        s.due,
-        s.progress,
-        InFlight(),
         TraceLimits(SECOND, SECOND, SECOND, SECOND, 100, 1000),
         LateSpans(ClosedTraces(1 << 16), lambda tenant, ids: s.history.load(tenant, ids)),
+        s.progress,
+        InFlight(),
         time.time_ns,
     )
+    s.correlate = CorrelateStage(traces, threads, s.due)
     s.triage = TriageStore(tmp_path / "triage.sqlite")
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
         metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
-        s.reader = TraceReader(
-            s.duck, metadata, s.log, s.rules.rules, s.correlate, s.triage, 1 << 20
-        )
+        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, 1 << 20)
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
             SimpleNamespace(settings=SimpleNamespace(api=Api()), rules=s.rules),

@@ -11,6 +11,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from betrace.service.cli.doctor import machine, stores
-from betrace.service.cli.doctor.checks import diagnose
-from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
+from betrace.service.cli.doctor.checks import Diagnosis, diagnose
+from betrace.service.cli.doctor.finding import FAILED, NOTE, OK, WARNING, Finding, size
 from betrace.service.cli.main import cli
 from betrace.service.config.settings import Settings
 from betrace.service.storage.ledger.base import tenant_account
@@ -73,7 +74,7 @@ def settings(data: Path, **sections: Any) -> Settings:
 
 
 def worst(findings: Iterator[Finding]) -> Finding:
-    found = sorted(findings, key=lambda each: (OK, WARNING, FAILED).index(each.status))
+    found = sorted(findings, key=lambda each: (OK, NOTE, WARNING, FAILED).index(each.status))
     assert all(bool(each.remedy) == (each.status != OK) for each in found), found
     return found[-1]
 
@@ -106,7 +107,7 @@ def test_sound_data_is_good_and_stays_unchanged(data, synchronised, monkeypatch)
     assert diagnosis.good
     assert list(diagnosis.lines())[-1] == "all is well"
     found = {each.check: each.found for each in diagnosis.findings}
-    assert found["span log"].startswith("the last segments of 2 of 2 tenants, 2 requests with 2")
+    assert found["span log"].startswith("2 of 2 segments of 2 tenants, 2 requests with 2")
     assert found["ledger"].endswith("ledger.sqlite, 1 transfers")
     assert found["DuckDB"] == "the files of 2 of 2 tenants can be read"
     assert contents(data) == before
@@ -224,10 +225,31 @@ def test_the_owner_of_the_directory(tmp_path):
         (200, {"a": {"status": "ok", "detail": ""}}, OK, "all 1 components are ok"),
         (503, {"a": {"status": "failed", "detail": "no disk"}}, FAILED, "a is failed: no disk"),
         (200, {"a": {"status": "degraded", "detail": "x"}}, WARNING, "a is degraded: x"),
+        (503, {"a": {"status": "starting", "detail": "x"}}, NOTE, "it is starting"),
         (200, None, FAILED, "does not answer"),
     ],
 )
 def test_a_running_service_is_asked(tmp_path, code, body, status, text):
+    with answering(code, body) as address, LockFile(tmp_path / LOCK_FILE):
+        found = worst(machine.service(settings(tmp_path, api={"address": address})))
+    assert found.status == status
+    assert text in found.found
+
+
+@pytest.mark.parametrize(("state", "status"), [("failed", FAILED), ("ok", OK)])
+def test_a_service_that_lost_its_data_directory(tmp_path, state, status):
+    body = {"span-log": {"status": state, "detail": "the data directory was deleted"}}
+    with answering(503, body) as address:
+        api = {"address": address}
+        found = worst(machine.service(settings(tmp_path / "gone", api=api)))
+    assert found.status == status
+    assert ("restore a backup" in found.remedy) == (status == FAILED)
+
+
+@contextmanager
+def answering(code: int, body: Any) -> Iterator[str]:
+    """A server that answers every request with these components; its address."""
+
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             data = b"?" if body is None else json.dumps({"components": body}).encode()
@@ -243,14 +265,10 @@ def test_a_running_service_is_asked(tmp_path, code, body, status, text):
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            with LockFile(tmp_path / LOCK_FILE):
-                api = {"address": f"127.0.0.1:{server.server_port}"}
-                found = worst(machine.service(settings(tmp_path, api=api)))
+            yield f"127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
-    assert found.status == status
-    assert text in found.found
 
 
 def test_a_running_service_without_api(tmp_path):
@@ -276,7 +294,9 @@ def test_the_clock(tmp_path, monkeypatch, synchronised):
     assert "in the future" in worst(machine.clock(settings(tmp_path))).found
     future.unlink()
     monkeypatch.setattr(machine, "_unsynchronised", lambda: True)
-    assert "chrony" in worst(machine.clock(settings(tmp_path))).remedy
+    found = worst(machine.clock(settings(tmp_path)))
+    assert (found.status, "chrony" in found.remedy) == (NOTE, True)
+    assert Diagnosis([found]).good
     monkeypatch.setattr(machine, "_FIRST_YEAR", 9999)
     assert worst(machine.clock(settings(tmp_path))).status == FAILED
 
@@ -342,6 +362,7 @@ def test_a_damaged_span_log(data):
     found = worst(stores.span_log(settings(data)))
     assert found.status == WARNING
     assert "of acme" in found.found
+    assert "lost: 1 spans received between 20" in found.found
     with LockFile(data / LOCK_FILE):  # perhaps a frame that is being written
         assert worst(stores.span_log(settings(data))).status == OK
 

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ import trio
 from click.testing import CliRunner, Result
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from betrace.service import app
 from betrace.service.cli import main as module
 from betrace.service.cli import serve as running
 from betrace.service.cli.main import cli
 from betrace.service.cli.serve import run_service
 from betrace.service.config.edge import Logging
 from betrace.service.config.load import load
+from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.telemetry.logs import set_up_logging
 from tests.support.loggers import restored
@@ -442,31 +441,37 @@ def test_a_companion_ends_with_the_service(tmp_path: Path) -> None:
 
 def test_a_signal_before_it_is_ready_ends_it(tmp_path: Path, monkeypatch: Any) -> None:
     printed = []
-    monkeypatch.setattr(running, "_COMPILE_NOTICE_SECONDS", 0.01)
 
-    def slow_start() -> None:
+    async def slow_start(self: Compilation, _: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(0.3)
+        await trio.sleep(30)
 
     async def never(_: Any) -> None:
         printed.append("ready")
 
-    monkeypatch.setattr(app, "warm_up", slow_start)
+    monkeypatch.setattr(Compilation, "run", slow_start)
     run_service(settings(tmp_path), never, printed.append)
-    assert printed == [] or "compiling" in printed[0]
     assert "ready" not in printed
 
 
-def test_a_slow_start_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_start_that_compiles_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
     printed: list[str] = []
-    monkeypatch.setattr(running, "_COMPILE_NOTICE_SECONDS", 0.01)
-    monkeypatch.setattr(app, "warm_up", lambda: threading.Event().wait(0.3))
+
+    async def slow_start(self: Compilation, _: Any) -> None:
+        self.running = True
+        while len(printed) < 2:
+            await trio.sleep(0.01)
+        self.running = False
 
     async def ready(_: Any) -> None:
         printed.append("ready")
 
+    monkeypatch.setattr(running, "_NOTICE_SECONDS", 0.01)
+    monkeypatch.setattr(Compilation, "run", slow_start)
     run_service(settings(tmp_path), ready, printed.append)
-    assert [text.split()[0] for text in printed] == ["compiling", "ready"]
+    *notices, last = printed
+    assert {text.partition(":")[0] for text in notices} == {"compiling kernels"}
+    assert last == "ready"
 
 
 # The log

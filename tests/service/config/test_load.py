@@ -177,6 +177,11 @@ def test_errors_name_the_setting_and_a_valid_value(tmp_path, text, words):
         ('[ingest]\naddress = "0.0.0.0:4318"', ["ingest.address is 0.0.0.0:4318", "--insecure"]),
         ('[metrics]\naddress = "metrics:9090"', ["metrics.address", "--insecure"]),
         ("[auth]\nenabled = true", ["no operator token", "auth.operator_token_file"]),
+        (
+            '[export.otlp]\nendpoint = "http://localhost:4318/v1/logs"',
+            ["export.otlp.endpoint is http://localhost:4318", "ingest.address of this service"],
+        ),
+        ('[export.webhook]\nurl = "http://127.0.0.1:8090/"', ["api.address of this service"]),
         ('[auth]\nscrape_token = "short"', ["auth.scrape_token", "less than 20"]),
     ],
 )

@@ -80,7 +80,7 @@ async def test_expensive_patterns_delay_only_their_own_tenant(config):
         await folded(service)
         await closed(service)
         assert active_signals(service, "noisy") == {(TRACE_ID, "many")}
-        assert service.pipeline.correlate.counts.repeated == 0
+        assert service.pipeline.open_traces.counts.repeated == 0
         assert service.sources.account().balance == 0
 
 
@@ -91,11 +91,11 @@ async def test_spans_of_a_waiting_tenant_close_no_trace_early(config):
         await until_waiting(service)
         deadline = trio.current_time() + 60
         while waits(service) and trio.current_time() < deadline:
-            assert service.pipeline.correlate.counts.closed == 0  # the idle time is 0.2 s
+            assert service.pipeline.open_traces.counts.closed == 0  # the idle time is 0.2 s
             await trio.sleep(0.01)
         await closed(service)
-        assert service.pipeline.correlate.counts.closed == 1
-        assert service.pipeline.correlate.counts.reopened == 0
+        assert service.pipeline.open_traces.counts.closed == 1
+        assert service.pipeline.open_traces.counts.reopened == 0
 
 
 async def test_a_waiting_tenant_is_told_to_send_later_when_it_has_its_share(config, monkeypatch):
@@ -106,13 +106,13 @@ async def test_a_waiting_tenant_is_told_to_send_later_when_it_has_its_share(conf
         await until_waiting(service)
         headers = [(b"content-type", b"application/x-protobuf")]
         noisy = [*headers, (b"x-scope-orgid", b"noisy")]
-        refused = await service.edge.admit("POST", "/v1/traces", noisy)
+        refused = await service.admission.admit("POST", "/v1/traces", noisy)
         assert refused.status == 429  # type: ignore[union-attr]
         assert b"retry-after" in dict(refused.headers)  # type: ignore[union-attr]
         assert b"processor time" in refused.body  # type: ignore[union-attr]
         quiet = [*headers, (b"x-scope-orgid", b"quiet")]
-        assert not hasattr(await service.edge.admit("POST", "/v1/traces", quiet), "status")
-        assert service.edge.refused_requests["backlog"] == 1
+        assert not hasattr(await service.admission.admit("POST", "/v1/traces", quiet), "status")
+        assert service.admission.refusals.requests["backlog"] == 1
 
 
 async def test_a_restart_is_quick_and_continues_where_the_fold_stopped(config):
@@ -128,7 +128,7 @@ async def test_a_restart_is_quick_and_continues_where_the_fold_stopped(config):
         await until_done(service)
         await closed(service)
         assert active_signals(service, "noisy") == {(TRACE_ID, "many")}
-        assert service.pipeline.correlate.counts.repeated == 0
+        assert service.pipeline.open_traces.counts.repeated == 0
 
 
 async def test_the_stop_does_not_wait_for_all_that_waits(tmp_path):

@@ -18,7 +18,7 @@ async def test_spans_are_refused_within_a_second_while_the_data_directory_is_gon
     async with running(settings(tmp_path)) as service:
 
         async def status() -> int:
-            found = await service.edge.admit("POST", "/v1/traces", HEADERS)
+            found = await service.admission.admit("POST", "/v1/traces", HEADERS)
             return getattr(found, "status", 200)
 
         assert await status() == 200

@@ -11,7 +11,8 @@ import trio
 from betrace.channels import TransientError, open_channel
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline import letter_codec as letters
-from betrace.service.pipeline.dead_letters import SPANS_STAGE, DeadLetters
+from betrace.service.pipeline.dead_letters import DeadLetters
+from betrace.service.pipeline.letter_book import SPANS_STAGE
 from betrace.service.pipeline.letter_codec import LetterError
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.storage.dead_letters import DeadLetterError, DeadLetterStore
@@ -57,7 +58,7 @@ class World:
         self.letters = DeadLetters(
             self.store, self.log, self.progress, self.in_flight, 1 << 20, 60.0, self.now
         )
-        self.in_flight.left = self.letters.left
+        self.in_flight.left = self.letters.book.left
         ends = {name: open_channel(name, 1000, letters.weigh) for name in STAGES}
         self.sends = {name: send for name, (send, _) in ends.items()}
         self.receives = {name: receive for name, (_, receive) in ends.items()}
@@ -70,7 +71,7 @@ class World:
     @asynccontextmanager
     async def running(self):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.letters.run, self.sends)
+            nursery.start_soon(self.letters.retries.run, self.sends)
             yield self
             nursery.cancel_scope.cancel()
         self.close()
@@ -119,7 +120,7 @@ async def test_transient_letters_are_retried_after_a_minute(world):
     item.ticket = world.in_flight.enter()
     await world.letters.bury(EVALUATION, item, TransientError("busy"), 4)
     assert len(world.in_flight) == 0  # the letter has it
-    assert world.letters.held[EVALUATION].letters == 1
+    assert world.letters.book.held[EVALUATION].letters == 1
     assert await world.nothing_comes(EVALUATION, 59)
     with trio.fail_after(3):
         again = await world.receives[EVALUATION].receive()
@@ -127,10 +128,10 @@ async def test_transient_letters_are_retried_after_a_minute(world):
     assert np.array_equal(again.rows, item.rows)
     assert world.store.page() != []  # until it is stored
     world.in_flight.leave(again.ticket)
-    assert world.letters.total == 0
+    assert world.letters.book.total == 0
     await trio.sleep(2)
     assert world.store.page() == []
-    assert world.letters.counts.recovered == 1
+    assert world.letters.book.counts.recovered == 1
 
 
 @world_test
@@ -153,7 +154,7 @@ async def test_a_letter_that_fails_again_stays_a_single_letter(world):
     await world.letters.bury(EVALUATION, again, TransientError("busy"), 3)
     (letter,) = world.store.page()
     assert (letter.attempts, letter.transient, letter.error) == (7, True, "TransientError: busy")
-    assert world.letters.held[EVALUATION].letters == 1
+    assert world.letters.book.held[EVALUATION].letters == 1
     assert len(world.in_flight) == 0
     third = await world.receives[EVALUATION].receive()
     world.in_flight.leave(third.ticket)
@@ -171,8 +172,8 @@ async def test_an_item_that_fails_in_a_later_stage_is_a_letter_of_that_stage(wor
     await trio.sleep(2)
     (letter,) = world.store.page()
     assert letter.stage == "storage-write"
-    assert world.letters.held[EVALUATION].letters == 0
-    assert world.letters.held["storage-write"].letters == 1
+    assert world.letters.book.held[EVALUATION].letters == 0
+    assert world.letters.book.held["storage-write"].letters == 1
     await world.letters.retry(stage="storage-write")
     back = await world.receives["storage-write"].receive()
     assert back.signals == result.signals
@@ -195,16 +196,16 @@ async def test_spans_are_read_from_the_log_again(world):
     assert len(world.pending()) == 2
     await world.letters.bury(SPANS_STAGE, batch, ValueError("odd"), 4)
     assert world.pending() == []  # they are in the letter: a restart must not read them
-    assert world.letters.spans == 4
+    assert world.letters.book.spans == 4
     await world.letters.retry()
     again = await world.receives[SPANS_STAGE].receive()
     assert np.array_equal(again.spans, batch.spans)
     assert list(again.positions) == list(batch.positions)
     assert world.pending() == list(batch.positions)
-    assert (world.letters.spans, world.letters.retrying_spans) == (4, 4)
+    assert (world.letters.book.spans, world.letters.book.retrying_spans) == (4, 4)
     world.progress.folded("acme", world.pending())
-    world.letters.finished([again])
-    assert (world.letters.spans, world.letters.retrying_spans) == (0, 0)
+    world.letters.book.finished([again])
+    assert (world.letters.book.spans, world.letters.book.retrying_spans) == (0, 0)
 
 
 @world_test
@@ -214,14 +215,14 @@ async def test_spans_stay_in_their_letter_until_all_checkpoints_have_them(world)
     again = await world.receives[SPANS_STAGE].receive()
 
     async def checkpoint():
-        before = world.letters.retries()
-        found = world.letters.saved_in(before, world.progress.snapshot())
+        before = world.letters.book.retries()
+        found = world.letters.book.saved_in(before, world.progress.snapshot())
         await world.letters.saved(found)
         return found
 
     assert await checkpoint() == []  # not folded yet
     world.progress.folded("acme", world.pending())
-    world.letters.finished([again])
+    world.letters.book.finished([again])
     await trio.sleep(5)
     assert await checkpoint() == [1]
     assert world.store.page() != []  # the checkpoint before may still be needed
@@ -236,10 +237,10 @@ async def test_spans_that_fail_while_a_checkpoint_is_made_are_not_in_it(world):
     await world.letters.bury(SPANS_STAGE, world.batch(1), ValueError("odd"), 4)
     await world.letters.retry()
     again = await world.receives[SPANS_STAGE].receive()
-    before = world.letters.retries()
+    before = world.letters.book.retries()
     await world.letters.bury(SPANS_STAGE, again, ValueError("odd"), 4)
-    assert world.letters.saved_in(before, world.progress.snapshot()) == []
-    assert world.letters.spans == 2
+    assert world.letters.book.saved_in(before, world.progress.snapshot()) == []
+    assert world.letters.book.spans == 2
 
 
 @world_test
@@ -251,7 +252,7 @@ async def test_letters_whose_frames_are_gone_say_so(world):
     (letter,) = world.store.page()
     assert "no longer in the span log" in letter.error
     assert letter.next_retry_ns is None
-    assert (world.letters.spans, world.letters.retrying_spans) == (2, 0)
+    assert (world.letters.book.spans, world.letters.book.retrying_spans) == (2, 0)
 
 
 @world_test
@@ -259,8 +260,8 @@ async def test_discarded_letters_are_counted(world):
     await world.letters.bury(SPANS_STAGE, world.batch(1), ValueError("odd"), 4)
     await world.letters.bury(EVALUATION, due(1), ValueError("odd"), 4)
     assert await world.letters.discard([1, 2, 3]) == 2
-    assert world.letters.total == 0
-    assert world.letters.counts.lost_weight == {SPANS_STAGE: 2, EVALUATION: 1}
+    assert world.letters.book.total == 0
+    assert world.letters.book.counts.lost_weight == {SPANS_STAGE: 2, EVALUATION: 1}
 
 
 @world_test
@@ -269,7 +270,7 @@ async def test_a_letter_being_retried_cannot_be_discarded(world):
     await world.letters.retry()
     await world.receives[EVALUATION].receive()
     assert await world.letters.discard([1]) == 0
-    assert world.letters.total == 1
+    assert world.letters.book.total == 1
 
 
 @world_test
@@ -318,7 +319,7 @@ def test_a_retry_that_could_not_be_sent_leaves_nothing_behind(tmp_path):
             assert world.pending() == list(batch.positions)
         assert len(world.in_flight) == 0
         assert world.pending() == []
-        assert world.letters.retrying_spans == 0
+        assert world.letters.book.retrying_spans == 0
 
     run(main)
 
@@ -331,11 +332,11 @@ def test_letters_survive_a_restart_and_are_retried(tmp_path):
             await world.letters.bury(SPANS_STAGE, batch, TransientError("busy"), 4)
             saved = world.progress.snapshot()
         world = World(tmp_path)
-        assert world.letters.carried_spans == 2
+        assert world.letters.book.carried_spans == 2
         for tenant, (last, pending) in saved.items():
             world.progress.restore(tenant, last, pending)
         await world.letters.reconcile([])
-        assert world.letters.spans == 2
+        assert world.letters.book.spans == 2
         async with world.running():
             await trio.sleep(60)
             assert (await world.receives[EVALUATION].receive()).trace_id(0) == f"{2:032x}"
@@ -361,7 +362,7 @@ def test_letters_in_the_log_or_the_checkpoint_are_dropped_at_the_start(tmp_path)
                 world.progress.restore(tenant, last, pending)
             await world.letters.reconcile(saved)
             assert [letter.id for letter in world.store.page()] == left
-            assert world.letters.spans == world.letters.carried_spans == 2 * len(left)
+            assert world.letters.book.spans == world.letters.book.carried_spans == 2 * len(left)
             world.close()
 
     run(main)
@@ -373,8 +374,10 @@ def test_letters_that_no_longer_fit_are_exported_and_counted(tmp_path):
             for number in range(10):
                 await world.letters.bury(EVALUATION, due(number), ValueError("odd"), 4)
             assert world.letters.exported > 0
-            assert world.letters.total == 10 - world.letters.exported == len(world.store.page())
-            lost = world.letters.counts.lost_weight[EVALUATION]
+            assert (
+                world.letters.book.total == 10 - world.letters.exported == len(world.store.page())
+            )
+            lost = world.letters.book.counts.lost_weight[EVALUATION]
             assert lost == world.letters.exported
             assert len(list((tmp_path / "exported").iterdir())) > 0
 
@@ -390,7 +393,7 @@ def test_a_failing_store_loses_nothing(tmp_path):
             with pytest.raises(DeadLetterError, match="check the disk"):
                 await world.letters.bury(EVALUATION, item, ValueError("odd"), 4)
             assert len(world.in_flight) == 1
-            assert world.letters.total == 0
+            assert world.letters.book.total == 0
             await trio.sleep(10)  # and the retries continue
 
     run(main)

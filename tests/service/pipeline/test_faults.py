@@ -14,7 +14,7 @@ from betrace.channels import BreakerState, TransientError
 from betrace.service.api.components import components
 from betrace.service.app import open_service
 from betrace.service.config.load import load
-from betrace.service.pipeline.dead_letters import SPANS_STAGE
+from betrace.service.pipeline.letter_book import SPANS_STAGE
 from betrace.service.pipeline.request import Done, Reply, Request
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
@@ -166,7 +166,7 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
     async with harness.running() as service:
         await harness.send(1, 2)
         await harness.until(harness.all_there)
-        heal = failing(service.pipeline.correlate, "_fold_one", error)
+        heal = failing(service.pipeline.open_traces, "fold", error)
         await harness.send(3, 4, 5)
         await harness.send(6, tenant="acme")
         await harness.until(lambda: service.sources.account().dead_lettered == 4)
@@ -193,7 +193,7 @@ async def test_spans_that_cannot_be_folded_become_dead_letters_and_come_back(tmp
 async def test_dead_letters_survive_a_restart(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
-        failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
+        failing(service.pipeline.open_traces, "fold", ValueError("a bug"))
         await harness.send(1, 2)
         await harness.until(lambda: service.sources.account().dead_lettered == 2)
     harness.check()
@@ -263,14 +263,14 @@ async def test_refused_evaluation_recovers_by_itself(tmp_path):
         service.pipeline.breakers.evaluation.force_open()
         await harness.send(1, 2)
         await harness.send(3, tenant="acme")
-        await harness.until(lambda: service.pipeline.letters.total == 2)
+        await harness.until(lambda: service.pipeline.letters.book.total == 2)
         assert service.sources.account().dead_lettered == 0  # the spans are folded
         shown = components(service.sources)["breaker-rule-evaluation"]
         assert shown == {"status": "degraded", "detail": "forced_open"}
         await ApiClient(service).post("/api/admin/breakers/rule-evaluation/reset")
         assert service.pipeline.breakers.evaluation.state is BreakerState.CLOSED
         await harness.until(lambda: harness.all_there() and harness.all_there("acme"))
-        await harness.until(lambda: service.pipeline.letters.total == 0)
+        await harness.until(lambda: service.pipeline.letters.book.total == 0)
     harness.check()
 
 
@@ -319,7 +319,7 @@ async def test_all_metrics_exist_from_the_start(tmp_path):
 async def test_operators_see_and_discard_dead_letters(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
-        heal = failing(service.pipeline.correlate, "_fold_one", ValueError("a bug"))
+        heal = failing(service.pipeline.open_traces, "fold", ValueError("a bug"))
         for number in (1, 2, 3):
             await harness.send(number)
             await harness.until(lambda n=number: service.sources.account().dead_lettered == n)

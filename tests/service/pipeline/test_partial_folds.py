@@ -52,8 +52,8 @@ async def test_a_redelivered_batch_counts_once(tmp_path, fault):
         await send(service, spans())
         await closed(service)
         assert not fault
-        assert service.pipeline.correlate.counts.folded == 1500
-        assert service.pipeline.correlate.counts.repeated == 0
+        assert service.pipeline.open_traces.counts.folded == 1500
+        assert service.pipeline.open_traces.counts.repeated == 0
         assert broken(service) == {"all", "late", "b"}
         assert service.sources.account().balance == 0
 
@@ -68,7 +68,7 @@ async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoint
     async with running(config, die=True) as service:
         await send(service, spans())
         with trio.fail_after(20):
-            while service.pipeline.letters.spans < 1500:
+            while service.pipeline.letters.book.spans < 1500:
                 await trio.sleep(0.01)
         assert await service.recovery.save()
     fault.clear()
@@ -79,10 +79,10 @@ async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoint
         assert broken(service) == {"all"}  # the comparisons are left
         await service.pipeline.letters.retry()
         with trio.fail_after(20):
-            while service.pipeline.letters.spans:
+            while service.pipeline.letters.book.spans:
                 await trio.sleep(0.01)
         await closed(service)
-        assert service.pipeline.correlate.counts.repeated == 0
+        assert service.pipeline.open_traces.counts.repeated == 0
         assert broken(service) == {"all", "late"}
         assert service.sources.account().balance == 0
 

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from betrace.service.pipeline.request import Done, Refused
+from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.log import LogSyncError
-from betrace.service.storage.spanlog.tenant_log import LogWriteError
 from tests.support.inprocess import (
     active_signals,
     closed,
@@ -192,8 +192,8 @@ async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
     write_rules(tmp_path, {"two": "count(a) > 1", "one": "count(a) == 1"})
     config = settings(tmp_path, redelivery={"delay_seconds": 0.01})
     async with running(config) as service:
-        correlate = service.pipeline.correlate
-        fold_one = correlate._fold_one
+        open_traces = service.pipeline.open_traces
+        fold = open_traces.fold
         failures = 0
 
         def sometimes(*args: Any) -> Any:
@@ -201,9 +201,9 @@ async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
             failures += 1
             if failures in (2, 3):
                 raise RuntimeError("injected")
-            return fold_one(*args)
+            return fold(*args)
 
-        monkeypatch.setattr(correlate, "_fold_one", sometimes)
+        monkeypatch.setattr(open_traces, "fold", sometimes)
         for number in range(1, 6):
             trace = bytes([number]) * 16
             # More spans than are remembered, so that folding twice would count them twice.
@@ -215,12 +215,12 @@ async def test_a_redelivered_batch_is_folded_once(tmp_path, monkeypatch):
         assert len(active_signals(service)) == 5
         repeated = sum(int(t.arrays.slots[:, 9].sum()) for t in tables(service))
         assert repeated == 0
-        assert correlate.counts.folded == 6000
+        assert open_traces.counts.folded == 6000
 
 
 def tables(service: Any) -> list[Any]:
     return [
-        table for traces in service.pipeline.correlate.tenants.values() for table in traces.tables
+        table for traces in service.pipeline.open_traces.tenants.values() for table in traces.tables
     ]
 
 
@@ -300,7 +300,7 @@ async def test_late_spans_retract(config):
 async def test_a_trace_can_be_looked_up_while_it_is_open_and_after(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])
-        look_up = service.pipeline.correlate.look_up
+        look_up = service.pipeline.open_traces.look_up
         with trio.fail_after(5):
             while (found := await trio.to_thread.run_sync(look_up, "default", TRACE_ID)) is None:
                 await trio.sleep(0.01)

@@ -33,7 +33,7 @@ def broken(service: Service) -> set[str]:
 
 async def reopened(service: Service, times: int) -> None:
     with trio.fail_after(20):
-        while service.pipeline.correlate.counts.reopened < times:
+        while service.pipeline.open_traces.counts.reopened < times:
             await trio.sleep(0.01)
 
 
@@ -119,7 +119,7 @@ async def test_traces_that_the_fold_decides_are_not_read(tmp_path, monkeypatch):
     async with running(settings(tmp_path)) as service:
         await send(service, [S(1, "check"), S(2, "auth")])
         await closed(service)
-        assert service.pipeline.correlate.counts.closed == 1
+        assert service.pipeline.open_traces.counts.closed == 1
         assert service.pipeline.evaluate._read_back.read == 0
 
 

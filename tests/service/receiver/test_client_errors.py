@@ -81,4 +81,4 @@ async def test_grpc_at_the_port_of_http_is_told_the_other_port(caplog):
         await peer.stream.aclose()
     assert len(caplog.records) == 1
     assert not server.bodies
-    assert server.edge.refused_requests["malformed"] == 1
+    assert server.admission.refusals.requests["malformed"] == 1

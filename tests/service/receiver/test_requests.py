@@ -96,7 +96,7 @@ async def test_a_chunked_body_that_never_ends_is_cut_off():
         with trio.fail_after(20), pytest.raises(trio.BrokenResourceError):
             await client.send(megabyte * 100)
     assert server.bodies == []
-    assert server.edge.refused_requests["too_large"] == 1
+    assert server.admission.refusals.requests["too_large"] == 1
 
 
 async def test_a_chunked_body_within_the_limit():
@@ -121,13 +121,13 @@ async def test_a_chunked_body_is_released_once_answered_without_a_garbage_collec
                 await client.send(b"0\r\n\r\n")
                 assert (await client.response())[0] == 200
             server.queue.taken.clear()
-            await until(lambda: server.edge.buffered_bytes == 0)
+            await until(lambda: server.admission.buffered_bytes == 0)
             assert not any(isinstance(each, ChunkedBody) for each in gc.get_objects())
             broken_off = await server.connect()
             await broken_off.send(post(b"", "transfer-encoding: chunked") + chunk(bytes(MIB)))
-            await until(lambda: server.edge.buffered_bytes == MIB)
+            await until(lambda: server.admission.buffered_bytes == MIB)
             await broken_off.stream.aclose()
-            await until(lambda: server.edge.buffered_bytes == 0)
+            await until(lambda: server.admission.buffered_bytes == 0)
             await until(lambda: not any(isinstance(o, ChunkedBody) for o in gc.get_objects()))
         finally:
             gc.enable()
@@ -137,7 +137,7 @@ async def test_too_many_bodies_at_once_are_refused():
     async with listening(max_body_bytes=4 * MIB, max_buffered_bytes=4 * MIB) as server:
         first, second, third = [await server.connect() for _ in range(3)]
         await first.send(post(bytes(2 * MIB), f"content-length: {3 * MIB}"))
-        await until(lambda: server.edge.buffered_bytes >= MIB)
+        await until(lambda: server.admission.buffered_bytes >= MIB)
         await second.send(post(bytes(3 * MIB)))
         status, headers, _ = await second.response()
         assert (status, headers["retry-after"]) == (503, "1")
@@ -145,7 +145,7 @@ async def test_too_many_bodies_at_once_are_refused():
         assert (await second.response())[0] == 200
         await third.send(post(bytes(MIB), "x-scope-orgid: quiet"))
         assert (await third.response())[0] == 200
-    assert server.edge.refused_requests["memory"] == 1
+    assert server.admission.refusals.requests["memory"] == 1
 
 
 async def test_slow_senders_take_memory_for_what_they_sent_not_what_they_announced():
@@ -153,7 +153,7 @@ async def test_slow_senders_take_memory_for_what_they_sent_not_what_they_announc
         slow = [await server.connect() for _ in range(30)]
         for client in slow:
             await client.send(post(b"abc", f"content-length: {19 * MIB}"))  # 570 MiB in all
-        await until(lambda: server.edge.buffered_bytes == 90)
+        await until(lambda: server.admission.buffered_bytes == 90)
         honest = await server.connect()
         await honest.send(post(bytes(5 * MIB)))
         assert (await honest.response())[0] == 200
@@ -167,7 +167,7 @@ async def test_a_slow_body_gets_a_503():
         assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
         assert "in time" in Status.FromString(body).message
         assert await client.closed()
-    assert server.edge.refused_requests["slow_body"] == 1
+    assert server.admission.refusals.requests["slow_body"] == 1
 
 
 @pytest.mark.parametrize("framing", ["content-length: 10", "transfer-encoding: chunked"])
@@ -175,9 +175,9 @@ async def test_a_client_that_disconnects_during_its_body_leaves_nothing_behind(f
     async with listening() as server:
         client = await server.connect()
         await client.send(post(b"3\r\nabc\r\n", framing))
-        await until(lambda: server.edge.buffered_bytes)
+        await until(lambda: server.admission.buffered_bytes)
         await client.stream.aclose()
-        await until(lambda: not server.edge.buffered_bytes)
+        await until(lambda: not server.admission.buffered_bytes)
     assert server.bodies == []
 
 
@@ -189,7 +189,7 @@ async def test_a_request_is_accepted_even_if_its_client_disconnects_while_queued
         await client.stream.aclose()
         await trio.sleep(0.05)
         server.queue.taken[0].reply.set(Done(1))
-        await until(lambda: server.edge.accepted_requests)
+        await until(lambda: server.admission.accepted_requests)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS"])

@@ -149,7 +149,7 @@ async def test_requests_with_an_ambiguous_end_are_refused(headers):
         assert b'"code":3' in body
         assert await everything(client) == b""
     assert server.bodies == []
-    assert server.edge.refused_requests["malformed"] == 1
+    assert server.admission.refusals.requests["malformed"] == 1
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ async def test_a_slow_head_gets_a_408():
         status, headers, body = await client.response()
         assert (status, headers["connection"]) == (408, "close")
         assert b"in time" in body
-    assert server.edge.refused_requests["slow_head"] == 1
+    assert server.admission.refusals.requests["slow_head"] == 1
 
 
 async def test_a_slow_chunked_body_gets_a_503():
@@ -408,7 +408,7 @@ async def test_a_slow_chunked_body_gets_a_503():
         status, headers, _ = await client.response()
         assert (status, headers["connection"]) == (503, "close")
         assert await client.closed()
-    assert server.edge.refused_requests["slow_body"] == 1
+    assert server.admission.refusals.requests["slow_body"] == 1
 
 
 async def test_a_client_that_does_not_read_its_responses_is_disconnected(monkeypatch):
@@ -438,7 +438,7 @@ async def test_an_outcome_that_is_too_late_is_a_503():
         assert (status, headers["retry-after"], headers["connection"]) == (503, "5", "close")
         assert "not written yet" in Status.FromString(body).message
         assert await client.closed(5)
-    assert server.edge.refused_requests["unavailable"] == 1
+    assert server.admission.refusals.requests["unavailable"] == 1
 
 
 async def test_waiting_for_the_pipeline_does_not_count_against_the_client():
@@ -484,7 +484,7 @@ async def test_connections_above_the_limit_wait_for_one_that_ends():
         first, second = [await server.connect() for _ in range(2)]
         for client in (first, second):
             await client.send(post(b"abc")[:-1])  # busy: the body is incomplete
-        await until(lambda: server.edge.buffered_bytes == 4)
+        await until(lambda: server.admission.buffered_bytes == 4)
         third = await server.connect()
         await third.send(post(b"b"))
         await trio.sleep(0.05)
@@ -624,7 +624,7 @@ async def test_at_shutdown_only_requests_in_progress_are_finished():
         assert (await used.response())[0] == 200
         await heading.send(post(b"1")[:30])
         await sending.send(post(b"2", "content-length: 2"))
-        await until(lambda: server.edge.buffered_bytes)
+        await until(lambda: server.admission.buffered_bytes)
         await trio.sleep(0.02)
         server.shutdown.set()
         assert await idle.closed(1)
@@ -644,7 +644,7 @@ async def test_a_request_on_a_kept_connection_is_refused_at_shutdown():
         for client in (used, refused):
             await client.send(post(b"0"))
             assert (await client.response())[0] == 200
-        server.edge.drain()
+        server.admission.drain()
         server.shutdown.set()
         await trio.sleep(0.05)
         await refused.send(post(b"1"))
@@ -662,22 +662,22 @@ async def test_only_bodies_that_miss_the_grace_period_are_refused():
         await length.send(post(b"a", "content-length: 2"))
         await chunks.send(post(chunk(b"a"), "transfer-encoding: chunked"))
         await heading.send(post(b"a")[:30])
-        await until(lambda: server.edge.buffered_bytes == 3)
+        await until(lambda: server.admission.buffered_bytes == 3)
         began = trio.current_time()
-        server.edge.drain()
+        server.admission.drain()
         server.shutdown.set()
         for client, expected in ((length, 503), (chunks, 503), (heading, 408)):
             status, headers, _ = await client.response()
             assert (status, headers["connection"]) == (expected, "close")
         assert 1.4 < trio.current_time() - began < 1.9
-        assert server.edge.refused_requests["draining"] == 2
+        assert server.admission.refusals.requests["draining"] == 2
         with trio.move_on_after(0.05):
-            await server.edge.settled()
+            await server.admission.settled()
             pytest.fail("one request has no answer yet")
         server.queue.taken[0].reply.set(Done(1))
         assert (await waiting.response())[0] == 200
         with trio.fail_after(1):
-            await server.edge.settled()
+            await server.admission.settled()
 
 
 async def test_the_grace_period_ends():
@@ -721,8 +721,8 @@ async def test_a_tls_client_that_disconnects_during_its_body_leaves_nothing_behi
         raw = await trio.open_tcp_stream("127.0.0.1", server.port)
         stream = trio.SSLStream(raw, context, server_hostname="127.0.0.1")
         await stream.send_all(post(b"a", "content-length: 2"))
-        await until(lambda: server.edge.buffered_bytes)
+        await until(lambda: server.admission.buffered_bytes)
         await stream.unwrap()
         await trio.aclose_forcefully(raw)
-        await until(lambda: not server.edge.buffered_bytes)
+        await until(lambda: not server.admission.buffered_bytes)
     assert server.bodies == []

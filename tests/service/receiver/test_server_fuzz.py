@@ -11,7 +11,7 @@ import trio
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from betrace.service.receiver.admission import REASONS
+from betrace.service.receiver.refusals import REASONS
 from tests.service.receiver.test_http1 import mutated
 from tests.support.examples import examples
 from tests.support.ingest_servers import chunk, listening, post
@@ -116,7 +116,7 @@ def test_the_listener_survives_any_input(talks):
                 await client.send(post(b"sound"))
                 assert (await client.response())[0] == 200
                 assert server.bodies[-1] == b"sound"
-                assert set(server.edge.refused_requests) == set(REASONS)
+                assert set(server.admission.refusals.requests) == set(REASONS)
         finally:
             logging.getLogger("service.http").removeHandler(handler)
         assert [record.getMessage() for record in logged] == []

@@ -8,7 +8,7 @@ def test_a_single_tenant_may_take_all_but_the_reserve():
     shares = Shares(100, 0.9)
     while shares.admits("a", 10):
         shares.take("a", 10)
-    assert shares.held("a") == 90
+    assert shares.taken("a") == 90
     assert shares.admits("b", 10)
     shares.take("b", 10)
     assert not shares.admits("b", 1)
@@ -43,7 +43,7 @@ def test_everything_taken_fits_and_is_returned(steps):
             taken.append((tenant, amount))
         assert shares.total == sum(amount for _, amount in taken) <= 100
     for tenant, amount in taken:
-        shares.give_back(tenant, amount)
+        shares.release(tenant, amount)
     assert (shares.total, len(shares)) == (0, 0)
 
 

@@ -535,3 +535,39 @@ def test_definitions_from_the_api() -> None:
     assert second.syntax.to_json()["column"] == 3
     with pytest.raises(RuleFileError, match="'condition' is missing"):
         make_rule({"id": "a"})
+
+
+def test_a_linked_folder_is_no_tenant(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "r.yaml").write_text(text_of("r"))
+    directory = tmp_path / "rules"
+    directory.mkdir()
+    (directory / "acme").symlink_to(elsewhere)
+    store = RuleStore(directory)
+    store.load()
+    assert store.tenants() == ()
+    assert "link to a folder" in store.problems[str(directory / "acme")]
+
+
+@pytest.mark.parametrize("tenant", ["default", "a", "b"])
+def test_after_a_change_the_rules_are_those_of_a_new_store(tmp_path: Path, tenant: str) -> None:
+    """A change reads only its own file; the order of the files, and so which of two rules with
+    the same id counts, must be that of a listing."""
+    (tmp_path / "m.yaml").write_text(text_of("m", "twice"))
+    for folder in ("a", "a-b", "default"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "m.yaml").write_text(text_of("k", "twice", condition="b"))
+        (tmp_path / folder / "bad.yaml").write_text("rules: 7")
+    store = RuleStore(tmp_path)
+    store.load()
+    for rule_id in ("z", "c", "n", "c"):
+        store.put(tenant, rule_id, rule(rule_id, "count(x) > 1"))
+        fresh = RuleStore(tmp_path)
+        fresh.load()
+        assert list(fresh._files) == list(store._files)
+        assert fresh.all_rules() == store.all_rules()
+        assert fresh.problems == store.problems
+        assert fresh._origins == store._origins
+    assert store.poll() == {tenant}
+    assert store.poll() == set()

@@ -100,5 +100,5 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     store = TriageStore(newer)
     store._db.execute("PRAGMA user_version = 99")
     store.close()
-    with pytest.raises(TriageError, match="newer version"):
+    with pytest.raises(TriageError, match="newer program"):
         TriageStore(newer)

@@ -18,7 +18,7 @@ from betrace.service.config.edge import Ingest, Logging
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.pipeline import MeasuredChannel
 from betrace.service.pipeline.watch import QUIET_SECONDS, Watch
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.storage.spanlog.log import LogSyncError
 from betrace.service.telemetry import events
 from betrace.service.telemetry.events import DECLARED, Event, EventFields
@@ -164,7 +164,7 @@ async def test_consecutive_checkpoint_failures_are_logged_once(tmp_path, logged,
     assert found[1][1]["failures"] >= 3  # the first of the service itself may be among them
 
 
-def watched() -> tuple[Watch, Edge, Any, Any]:
+def watched() -> tuple[Watch, Admission, Any, Any]:
     send, receive = open_channel("stage", 10, lambda item: 1, hold=True)
 
     async def handle(batch: list[object]) -> None:
@@ -175,10 +175,16 @@ def watched() -> tuple[Watch, Edge, Any, Any]:
 
     stage: Stage[object] = Stage("stage", receive, handle, StageOptions(on_dead=bury))
     queue = MeasuredChannel(send, receive, send.peak_reader(), send.peak_reader(), "spans")
-    edge = Edge(Ingest(), send, SpanQuotas(0, 10, {}, 10))
+    admission = Admission(Ingest(), send, SpanQuotas(0, 10, {}, 10))
     return (
-        Watch({"stage": stage}, {"stage": queue}, edge.refused_requests, edge.refused_spans, 30),
-        edge,
+        Watch(
+            {"stage": stage},
+            {"stage": queue},
+            admission.refusals.requests,
+            admission.refusals.spans,
+            30,
+        ),
+        admission,
         stage,
         send,
     )
@@ -200,14 +206,14 @@ async def test_a_stall_and_its_end_are_logged_once(autojump_clock, logged):
 
 
 async def test_refusals_are_logged_once_per_episode(autojump_clock, logged):
-    watch, edge, _, _ = watched()
+    watch, admission, _, _ = watched()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
         await trio.sleep(1.5)
         for _ in range(30):
-            edge.refused_requests["overloaded"] += 10
-            edge.refused_spans["overloaded"] += 1000
-            edge.refused_requests["not_found"] += 1  # a client's fault, no state
+            admission.refusals.requests["overloaded"] += 10
+            admission.refusals.spans["overloaded"] += 1000
+            admission.refusals.requests["not_found"] += 1  # a client's fault, no state
             await trio.sleep(1)
         assert logged() == [("ingestion.refusing", {"reason": "overloaded"})]
         await trio.sleep(QUIET_SECONDS + 1)
@@ -256,7 +262,7 @@ async def test_many_dead_letters_take_few_lines(tmp_path, logged, monkeypatch):
         for number in range(1, 11):
             await send(service, [S(number)], f"tenant-{number}")
         with trio.fail_after(20):
-            while service.pipeline.letters.total < 10:
+            while service.pipeline.letters.book.total < 10:
                 await trio.sleep(0.02)
     kept = [fields for name, fields in logged() if name == "dead_letters.kept"]
     assert 1 <= len(kept) < 10

@@ -11,7 +11,7 @@ from betrace.service.api.audit import Operator
 from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.pipeline.request import Done
-from betrace.service.receiver.admission import Head
+from betrace.service.receiver.heads import Head
 from betrace.service.tenancy.tokens import key_id, make_token
 from tests.support.inprocess import closed, running, send, settings
 from tests.support.spans import S
@@ -197,13 +197,13 @@ async def inject(made, text):
     forged = sign(KEYS["beta"], {"tenant": text, "exp": int(time.time()) + 60})
     assert (await made.ask("GET", "/api/v1/signals", forged))[0] == 401
     if "\r" not in text and text.isascii():
-        edge = made.service.edge
+        admission = made.service.admission
         headers = [
             (b"content-type", b"application/json"),
             (b"x-scope-orgid", text.encode()),
             (b"authorization", f"Bearer {token}".encode()),
         ]
-        assert (await edge.admit("POST", "/v1/traces", headers)).tenant == "beta"
+        assert (await admission.admit("POST", "/v1/traces", headers)).tenant == "beta"
         status, _ = await made.ask("GET", "/api/v1/signals", OPERATOR, X_Scope_OrgID=text)
         assert status == 403
     assert len(made.service.store.signals("acme")[0]) >= 1
@@ -257,13 +257,13 @@ FORGED = [
 
 async def test_forged_tokens_are_refused_by_both_listeners(tmp_path):
     async with world(tmp_path, fill=False) as made:
-        edge = made.service.edge
+        admission = made.service.admission
         for number, token in enumerate(FORGED, 1):
             assert (await made.ask("GET", "/api/v1/signals", token))[0] == 401, number
             headers = [(b"content-type", b"application/json")]
             headers.append((b"authorization", f"Bearer {token}".encode()))
-            assert (await edge.admit("POST", "/v1/traces", headers)).status == 401, number
-            assert edge.refused_requests["unauthenticated"] == number
+            assert (await admission.admit("POST", "/v1/traces", headers)).status == 401, number
+            assert admission.refusals.requests["unauthenticated"] == number
 
 
 async def test_a_revoked_key_and_a_deleted_tenant_are_out_at_once(tmp_path):
@@ -271,14 +271,14 @@ async def test_a_revoked_key_and_a_deleted_tenant_are_out_at_once(tmp_path):
         token = made.token("acme")
         headers = [(b"content-type", b"application/json")]
         headers.append((b"authorization", f"Bearer {token}".encode()))
-        edge = made.service.edge
-        assert isinstance(await edge.admit("POST", "/v1/traces", headers), Head)
+        admission = made.service.admission
+        assert isinstance(await admission.admit("POST", "/v1/traces", headers), Head)
         assert (await made.ask("GET", "/api/v1/signals", token))[0] == 200
         path = f"/api/admin/tenants/acme/keys/{KID}"
         assert (await made.ask("DELETE", path, made.token("beta")))[0] == 403
         assert (await made.ask("DELETE", path, OPERATOR))[0] == 200
         assert (await made.ask("GET", "/api/v1/signals", token))[0] == 401
-        assert (await edge.admit("POST", "/v1/traces", headers)).status == 401
+        assert (await admission.admit("POST", "/v1/traces", headers)).status == 401
         assert (await made.ask("DELETE", "/api/admin/tenants/acme?wait=20", OPERATOR))[0] == 200
         status, text = await made.ask("GET", "/api/v1/signals", OPERATOR, X_Scope_OrgID="acme")
         assert (status, "there is no tenant" in text) == (403, True)

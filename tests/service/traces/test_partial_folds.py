@@ -163,7 +163,7 @@ def test_no_checkpoint_is_written_while_results_are_owed(tmp_path):
         world.fault.only = "close"
         world.fault.arm(0, 2)
         world.send([[S(2, complete=True)]])
-        assert world.stage.counts.folded == 2
+        assert world.traces.counts.folded == 2
         assert not world.letters
         assert not world.checkpoint()
         assert not world.index

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from betrace.channels import TransientError
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.request import Done
-from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.ledger.base import LedgerError
@@ -32,21 +32,21 @@ class Fault:
 @pytest.fixture
 def fold_fault(monkeypatch):
     fault = Fault()
-    fold = CorrelateStage._fold_one
+    fold = OpenTraces.fold
 
-    def fail(self: CorrelateStage, *args: Any) -> Any:
+    def fail(self: OpenTraces, *args: Any) -> Any:
         if fault.on:
             raise TransientError("the test makes these spans fail")
         return fold(self, *args)
 
-    monkeypatch.setattr(CorrelateStage, "_fold_one", fail)
+    monkeypatch.setattr(OpenTraces, "fold", fail)
     return fault
 
 
 async def dead(service, spans):
     """Return when ``spans`` spans are in dead letters and none in progress."""
     with trio.fail_after(20):
-        while service.pipeline.letters.spans < spans or service.sources.account().in_flight:
+        while service.pipeline.letters.book.spans < spans or service.sources.account().in_flight:
             await trio.sleep(0.01)
 
 
@@ -73,7 +73,7 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
         fold_fault.on = False
         await service.pipeline.letters.retry()
         with trio.fail_after(20):
-            while service.pipeline.letters.spans:
+            while service.pipeline.letters.book.spans:
                 await trio.sleep(0.01)
         await closed(service)
         assert active_signals(service) == set()
@@ -167,7 +167,7 @@ async def test_any_interleaving_of_faults_dead_letters_and_crashes(
     fold_fault.on = ledger_fault.on = False
     async with running(config) as service:
         with trio.fail_after(30):
-            while service.pipeline.letters.total:
+            while service.pipeline.letters.book.total:
                 await service.pipeline.letters.retry()
                 await trio.sleep(0.05)
         await closed(service)

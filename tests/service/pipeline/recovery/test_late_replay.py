@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import duckdb
 import pytest
 import trio
 
+from betrace.service.pipeline.recovery import recovery
 from betrace.service.pipeline.request import Done
 from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules
 from tests.support.spans import TRACE, S
@@ -12,18 +14,39 @@ from tests.support.spans import TRACE, S
 pytestmark = pytest.mark.slow
 
 
+async def forgotten(service):
+    """Return when the trace has its signal and is no longer in memory."""
+    with trio.fail_after(20):
+        while active_signals(service) != {(TRACE.hex(), "no-b")}:
+            await trio.sleep(0.05)
+        while any(traces.closed_count for traces in service.pipeline.open_traces.tenants.values()):
+            await trio.sleep(0.1)
+
+
+@pytest.mark.parametrize(("most", "found"), [(2_000_000, True), (0, False)])
+async def test_a_trace_closed_days_before_a_restart_is_found(tmp_path, monkeypatch, most, found):
+    """Unless there are too many to remember; then those of the last hour are remembered."""
+    monkeypatch.setattr(recovery, "_REMEMBERED", most)
+    write_rules(tmp_path, {"no-b": "when { a } always { b }"})
+    config = settings(tmp_path, caches={"trace_metadata_ttl_seconds": 0.1})
+    async with running(config) as service:
+        assert await send(service, [S(1, "a")]) == Done(1)
+        await forgotten(service)
+    nine_days = 9 * 86_400 * 10**9
+    with duckdb.connect(str(config.storage.path / "default/betrace.duckdb")) as db:
+        db.execute(f"UPDATE traces SET last_seen_ns = last_seen_ns - {nine_days}")
+    async with running(config) as service:
+        assert await send(service, [S(2, "b")]) == Done(1)
+        await closed(service)
+        assert (active_signals(service) == set()) is found
+
+
 async def test_a_late_span_in_the_tail_of_the_log(tmp_path):
     write_rules(tmp_path, {"no-b": "when { a } always { b }"})
     config = settings(tmp_path, caches={"trace_metadata_ttl_seconds": 0.1})
     async with running(config, die=True) as service:
         assert await send(service, [S(1, "a")]) == Done(1)
-        with trio.fail_after(20):
-            while active_signals(service) != {(TRACE.hex(), "no-b")}:
-                await trio.sleep(0.05)
-            while any(
-                traces.closed_count for traces in service.pipeline.correlate.tenants.values()
-            ):
-                await trio.sleep(0.1)
+        await forgotten(service)
         assert await service.recovery.save()
         assert await send(service, [S(2, "b")]) == Done(1)
     async with running(config) as service:

@@ -10,10 +10,14 @@ import orjson
 import pytest
 import trio
 
+from betrace.service.api.components import components
+from betrace.service.cli.doctor.finding import OK, WARNING
+from betrace.service.cli.doctor.stores import duckdb_files
 from betrace.service.pipeline.recovery.rebuild import MARK, Rebuild
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.compile import compile_rules
 from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.duck.schema import StoreCorrupt
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.spanlog.frames import Frame
@@ -89,6 +93,96 @@ async def test_a_lost_file_is_rebuilt_before_spans_are_accepted(tmp_path, damage
         assert (await rows(service, 2))[trace_id(2)] == (2, 2)
     assert not (path.parent / MARK).exists()
     assert path.with_name("betrace.duckdb.damaged").exists() == damaged
+
+
+def damage_a_block(data: Path) -> None:
+    """Damage a block of the file that a start does not read."""
+    path = data / TENANT / "betrace.duckdb"
+    whole = path.read_bytes()
+    for offset in range(12_288, len(whole), 16_384):
+        path.write_bytes(whole[: offset + 8] + b"damaged!" * 4 + whole[offset + 40 :])
+        with DuckStore(data) as store:
+            try:
+                store.counts(TENANT)
+            except StoreCorrupt:
+                continue
+            try:
+                store.verify(TENANT)
+            except StoreCorrupt:
+                return
+    raise AssertionError("every block is read at the start")
+
+
+async def test_a_file_is_rebuilt_when_a_damaged_block_is_read(tmp_path, caplog):
+    config = await filled(tmp_path)
+    damage_a_block(config.storage.path)
+    assert any(each.status == WARNING for each in duckdb_files(config))
+    async with running(config) as service:
+        assert components(service.sources)["duckdb"]["status"] == "ok"
+        with pytest.raises(StoreCorrupt):
+            await trio.to_thread.run_sync(service.store.verify, TENANT)
+        assert service.rebuild.due
+        with trio.fail_after(20):
+            while service.rebuild.due or service.store.incomplete:
+                await trio.sleep(0.02)
+        assert "the DuckDB file of default is set aside and rebuilt" in caplog.text
+        assert await shown(service) == {trace_id(2)}
+        assert await rows(service, 1, 2, 3) == EXPECTED_ROWS
+        assert await send(service, [S(6, "b", trace=trace(2))]) == Done(1)
+        await closed(service)
+        assert await shown(service) == set()
+        assert (await rows(service, 2))[trace_id(2)] == (2, 2)
+        assert service.pipeline.letters.book.total == 0
+    path = tmp_path / "data" / TENANT / "betrace.duckdb"
+    assert path.with_name("betrace.duckdb.damaged").exists()
+    assert all(each.status == OK for each in duckdb_files(config))
+
+
+async def test_a_sound_file_is_not_rebuilt(tmp_path):
+    config = await filled(tmp_path)
+    async with running(config) as service:
+        service.rebuild._note_damaged(StoreCorrupt(TENANT, "it was, before it was rebuilt"))
+        with trio.fail_after(20):
+            while service.rebuild.due:
+                await trio.sleep(0.02)
+    assert not (tmp_path / "data" / TENANT / "betrace.duckdb.damaged").exists()
+
+
+async def test_writes_to_a_damaged_file_are_kept_until_it_is_rebuilt(tmp_path, monkeypatch):
+    config = await filled(tmp_path)
+    async with running(config) as service:
+        write, verify, failing = service.store.write, service.store.verify, [True]
+
+        def damaged(*args: Any, **more: Any) -> int:
+            if failing:
+                raise StoreCorrupt(TENANT, "damaged")
+            return write(*args, **more)
+
+        def check(tenant: str) -> None:
+            if failing:
+                raise StoreCorrupt(tenant, "damaged")
+            verify(tenant)
+
+        monkeypatch.setattr(service.store, "write", damaged)
+        monkeypatch.setattr(service.store, "verify", check)
+        assert await send(service, [S(6, "a", trace=trace(4))]) == Done(1)
+        with trio.fail_after(20):
+            while not service.pipeline.project.fallback.pending:
+                await trio.sleep(0.02)
+        shown_now = components(service.sources)
+        assert shown_now["fallback-duckdb"]["status"] == "degraded"
+        recreate = service.store.recreate
+
+        def sound(tenant: str) -> None:
+            recreate(tenant)
+            failing.clear()
+
+        monkeypatch.setattr(service.store, "recreate", sound)
+        service.rebuild._note_damaged(StoreCorrupt(TENANT, "damaged"))
+        with trio.fail_after(30):
+            while await shown(service) != {trace_id(2), trace_id(4)}:
+                await trio.sleep(0.05)
+        assert service.pipeline.letters.book.total == 0
 
 
 async def test_missing_signals_are_added_while_the_service_runs(tmp_path):
@@ -177,9 +271,9 @@ async def test_a_long_log_is_read_with_few_traces_open(tmp_path):
     )
     async with running(config) as service:
         assert (
-            sum(traces.open_count for traces in service.pipeline.correlate.tenants.values()) <= 12
+            sum(traces.open_count for traces in service.pipeline.open_traces.tenants.values()) <= 12
         )
-        assert service.pipeline.correlate.counts.closed_for_room >= 88
+        assert service.pipeline.open_traces.counts.closed_for_room >= 88
         await closed(service)
         broken = {(trace_id(n), "no-b") for n in range(2, 100)}
         assert active_signals(service) == broken

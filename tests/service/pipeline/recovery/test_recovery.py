@@ -149,8 +149,10 @@ async def test_an_operator_saves_a_checkpoint_and_sees_what_it_covers(config, mo
         assert shown["toReplayBytes"] <= before["toReplayBytes"]
         assert "checkpoint.save" in (config.storage.path / "audit.jsonl").read_text()
         ticket = service.pipeline.in_flight.enter()
-        monkeypatch.setattr("betrace.service.api.endpoints.checkpoints.CHECKPOINT_SECONDS", 0.1)
-        error = await client.post(path, 503)
+        with monkeypatch.context() as impatient:
+            seconds = "betrace.service.api.endpoints.checkpoints.CHECKPOINT_SECONDS"
+            impatient.setattr(seconds, 0.1)
+            error = await client.post(path, 503)
         assert ("behind" in error["message"], "/readyz" in error["hint"]) == (True, True)
         service.pipeline.in_flight.leave(ticket)
         await client.post(path)

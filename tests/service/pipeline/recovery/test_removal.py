@@ -70,7 +70,7 @@ async def test_all_data_of_a_tenant_is_deleted_and_nothing_of_others(tmp_path):
         await some(service, "acme", "beta", first=10)  # these are open
         assert await service.tenants.delete(ME, "acme", 20)
         assert await service.tenants.get("acme") is None
-        assert "acme" not in service.pipeline.correlate.tenants
+        assert "acme" not in service.pipeline.open_traces.tenants
         assert not (tmp_path / "data" / "acme").exists()
         assert not (tmp_path / "rules" / "acme").exists()
         assert not tenant_archive(archive, "acme").exists()

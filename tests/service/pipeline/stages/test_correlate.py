@@ -10,17 +10,15 @@ import pytest
 import trio
 
 from betrace.channels import open_channel
+from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.stages import correlate
-from betrace.service.pipeline.stages.correlate import (
-    LOOKED_AT,
-    CorrelateStage,
-    LateSpans,
-    TraceLimits,
-)
+from betrace.service.pipeline.stages.correlate import CorrelateStage
+from betrace.service.pipeline.stages.trace_clock import LOOKED_AT
 from betrace.service.rules.parse import parse
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.limits import LateSpans, TraceLimits
 from tests.support.engine import compiled
 from tests.support.spans import S, batch
 
@@ -61,16 +59,15 @@ class Rig:
         self.progress, self.in_flight = LogProgress(), InFlight()
         send, self.receive = open_channel("due", 1000, lambda due: len(due) or 1, hold=True)
         self.position = 0
-        self.stage = CorrelateStage(
+        self.traces = OpenTraces(
             lambda tenant: self.rules.get(tenant, self.rules["t"]),
-            Here(),  # type: ignore[arg-type]
-            send,
-            self.progress,
-            self.in_flight,
             TraceLimits(**given),
             LateSpans(ClosedTraces(1 << 14), lambda _, ids: (), lambda: self.behind),
+            self.progress,
+            self.in_flight,
             self.clock,
         )
+        self.stage = CorrelateStage(self.traces, Here(), send)  # type: ignore[arg-type]
 
     def clock(self) -> int:
         return int((trio.current_time() + 10**6) * SECOND) + self.offset
@@ -116,7 +113,7 @@ async def test_an_idle_trace_is_due(rig, autojump_clock):
     (due,) = rig.due()
     assert due.closed
     assert due.spans == 2
-    assert rig.stage.counts.closed == 1
+    assert rig.traces.counts.closed == 1
 
 
 async def test_a_trace_is_due_early_when_a_count_decides_a_rule(rig, autojump_clock):
@@ -172,7 +169,7 @@ async def test_above_the_limit_the_traces_idle_longest_are_closed(nursery, autoj
     await trio.sleep(0.5)
     closed = [due.trace_id(k)[:2] for due in rig.due() for k in range(len(due))]
     assert sorted(closed) == ["01", "02", "03", "04"]
-    assert rig.stage.counts.closed_for_room == 4
+    assert rig.traces.counts.closed_for_room == 4
 
 
 async def test_closed_traces_are_shared_fairly_and_forgotten(nursery, autojump_clock):
@@ -183,40 +180,40 @@ async def test_closed_traces_are_shared_fairly_and_forgotten(nursery, autojump_c
         await rig.send(S(1, "x", trace=bytes([number]) * 16), tenant="big")
     await rig.send(S(1, "x"), S(2, "x", trace=b"\2" * 16), tenant="small")
     await trio.sleep(20)
-    kept = {name: traces.closed_count for name, traces in rig.stage.tenants.items()}
+    kept = {name: traces.closed_count for name, traces in rig.traces.tenants.items()}
     assert sum(kept.values()) <= 10
     assert kept["big"] >= 8
     await trio.sleep(700)
-    assert rig.stage.tenants == {}
+    assert rig.traces.tenants == {}
 
 
 async def test_a_redelivered_batch_is_skipped(rig, autojump_clock):
     first, second = rig.batch(S(1)), rig.batch(S(2))
     await rig.stage.handle([first])
     await rig.stage.handle([first, second])
-    assert rig.stage.counts.folded == 2
-    assert rig.stage.counts.repeated == 0
+    assert rig.traces.counts.folded == 2
+    assert rig.traces.counts.repeated == 0
     assert rig.progress.snapshot() == {"t": (20, [])}
 
 
 async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, monkeypatch):
     good, bad = rig.batch(S(1), S(2)), rig.batch(S(3))
-    fold_one = rig.stage._fold_one
+    fold = rig.traces.fold
 
     def fail(given: Any, cpu: Any) -> Any:
         if given is bad:
             raise RuntimeError("injected")
-        return fold_one(given, cpu)
+        return fold(given, cpu)
 
     with monkeypatch.context() as broken:
-        broken.setattr(rig.stage, "_fold_one", fail)
+        broken.setattr(rig.traces, "fold", fail)
         with pytest.raises(RuntimeError, match="injected"):
             await rig.stage.handle([good, bad])
     assert len(rig.due()) == 1
     assert rig.progress.snapshot() == {"t": (20, [20])}
     await rig.stage.handle([good])
     await rig.stage.handle([bad])
-    assert rig.stage.counts.folded == 3
+    assert rig.traces.counts.folded == 3
     assert rig.progress.snapshot() == {"t": (20, [])}
 
 
@@ -240,7 +237,7 @@ async def test_setting_the_clock_back_changes_nothing(rig, autojump_clock):
     rig.in_flight.leave(closed.ticket)
     rig.offset = -7200 * SECOND
     await trio.sleep(590)
-    assert rig.stage.tenants["t"].closed_count == 1
+    assert rig.traces.tenants["t"].closed_count == 1
     await rig.send(S(2, "b"))  # late
     await trio.sleep(6)
     (again,) = rig.due()
@@ -282,11 +279,11 @@ async def test_changed_rules_are_used_for_new_traces(rig, autojump_clock):
 async def test_the_survey_counts_the_traces_in_memory(rig, autojump_clock):
     await rig.send(S(1, "x"), S(2, "x"))
     await trio.sleep(1.5)
-    assert rig.stage.survey.open == 1
-    assert rig.stage.survey.spans == 2
-    assert rig.stage.survey.nbytes > 0
+    assert rig.stage.clock.survey.open == 1
+    assert rig.stage.clock.survey.spans == 2
+    assert rig.stage.clock.survey.nbytes > 0
     await trio.sleep(10)
-    assert (rig.stage.survey.open, rig.stage.survey.closed) == (0, 1)
+    assert (rig.stage.clock.survey.open, rig.stage.clock.survey.closed) == (0, 1)
 
 
 async def test_closed_traces_are_kept_until_they_are_in_the_index(nursery, autojump_clock):
@@ -299,7 +296,7 @@ async def test_closed_traces_are_kept_until_they_are_in_the_index(nursery, autoj
         for number in range(first, last):
             await rig.send(S(1, "x", trace=bytes([number]) * 16))
         await trio.sleep(20)
-        return sum(traces.closed_count for traces in rig.stage.tenants.values())
+        return sum(traces.closed_count for traces in rig.traces.tenants.values())
 
     assert await closed(1, 11) == 10
     assert await closed(11, 41) == 0  # there are limits
@@ -326,12 +323,12 @@ async def test_of_many_tenants_each_is_closed_in_time_and_the_totals_are_right(
             if len(due):  # others contain only log positions
                 rig.in_flight.leave(due.ticket)
                 assert 5 <= trio.current_time() - last.pop(due.tenant) <= 5.25 + 2.1
-        assert set(last) == {n for n, t in rig.stage.tenants.items() if t.open_count}
-        assert rig.stage._totals.open == len(last)
-        kept = sum(traces.closed_count for traces in rig.stage.tenants.values())
-        assert rig.stage._totals.closed == kept
+        assert set(last) == {n for n, t in rig.traces.tenants.items() if t.open_count}
+        assert rig.traces.totals.open == len(last)
+        kept = sum(traces.closed_count for traces in rig.traces.tenants.values())
+        assert rig.traces.totals.closed == kept
     rig.stage.forget("t1")
-    assert rig.stage._totals.open == sum(t.open_count for t in rig.stage.tenants.values())
+    assert rig.traces.totals.open == sum(t.open_count for t in rig.traces.tenants.values())
 
 
 async def test_thousands_of_tenants_are_searched_in_turn(nursery, autojump_clock):

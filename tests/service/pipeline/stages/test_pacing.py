@@ -12,7 +12,7 @@ from betrace.service.pipeline.stages.pacing import BURST_SECONDS, URGENT_SHARES,
 def paced(cores: float, used: float = 0.0) -> CommitPace:
     """A pace that limits commits, of a process that uses ``used`` cores."""
     pace = CommitPace(cores, lambda: used * trio.current_time())
-    pace.held = True
+    pace.active = True
     return pace
 
 
@@ -84,5 +84,5 @@ async def test_nothing_waits_until_the_log_was_read(autojump_clock: MockClock) -
     for _ in range(100):
         pace.taken(urgent=False)
     assert pace.due(urgent=False) <= trio.current_time()
-    pace.held = True
+    pace.active = True
     assert pace.due(urgent=False) > trio.current_time() + 10

@@ -201,7 +201,7 @@ async def test_zero_windows_hold_no_more_than_their_answers(autojump_clock):
         answers = [await s.peer.answer(stream) for stream in streams]
         assert {answer.reset for answer in answers} == {ErrorCodes.CANCEL}
         assert trio.current_time() - start < 15
-        assert s.edge.buffered_bytes == 0
+        assert s.admission.buffered_bytes == 0
 
 
 async def test_more_data_than_the_window(autojump_clock):
@@ -221,7 +221,7 @@ async def test_many_announce_much_and_send_little(autojump_clock):
         for stream in streams:
             await s.peer.send_data(stream, prefixed(bytes(19_000_000))[:8])
         await trio.testing.wait_all_tasks_blocked()
-        assert s.edge.buffered_bytes == 150
+        assert s.admission.buffered_bytes == 150
 
 
 @pytest.mark.parametrize(

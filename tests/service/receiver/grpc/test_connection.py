@@ -15,10 +15,10 @@ from h2.settings import SettingCodes
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
 from betrace.service.pipeline.request import Done, Refused
-from betrace.service.receiver.admission import Head
 from betrace.service.receiver.grpc import frames, methods
 from betrace.service.receiver.grpc.connection import WINDOW_BYTES
 from betrace.service.receiver.grpc.outbound import MAX_STREAMS
+from betrace.service.receiver.heads import Head
 from tests.support.grpc_peer import prefixed, serving
 from tests.support.http_requests import ScriptedQueue
 
@@ -41,7 +41,7 @@ async def test_an_export_and_its_answer(autojump_clock):
     (request,) = s.queue.taken
     assert (request.tenant, request.content_type, request.encoding) == ("acme", "protobuf", "")
     assert s.bodies == [b"spans"]
-    assert s.edge.accepted_requests == 1
+    assert s.admission.accepted_requests == 1
 
 
 async def test_gzip_is_a_matter_of_each_message(autojump_clock):
@@ -92,7 +92,7 @@ async def test_an_overload_says_when_to_come_again(autojump_clock):
         assert status.details[0].Unpack(retry)
         assert retry.retry_delay.seconds >= 1
         assert RetryInfo.FromString(binary(answer, b"google.rpc.retryinfo-bin")) == retry
-    assert s.edge.refused_requests["overloaded"] == 1
+    assert s.admission.refusals.requests["overloaded"] == 1
 
 
 async def test_refused_spans_are_estimated_as_over_http(autojump_clock):
@@ -103,12 +103,13 @@ async def test_refused_spans_are_estimated_as_over_http(autojump_clock):
         await s.peer.flush()
         await trio.testing.wait_all_tasks_blocked()
         head = Head("default", "protobuf", "", None)
-        assert s.edge.refused_spans["overloaded"] == s.edge.estimate(head, 12_000) == 30
+        assert s.admission.refusals.spans["overloaded"] == 30
+        assert s.admission.estimates.estimate(head, 12_000) == 30
 
 
 async def test_a_quota_is_resource_exhausted_with_a_wait(autojump_clock, monkeypatch):
     async with serving() as s:
-        monkeypatch.setattr(s.edge._quotas, "admit", lambda tenant, spans: 2.0)
+        monkeypatch.setattr(s.admission._quotas, "admit", lambda tenant, spans: 2.0)
         answer = await s.peer.ask(b"spans")
         assert answer.status == EXHAUSTED
         assert b"grpc-status-details-bin" in answer.headers
@@ -232,7 +233,16 @@ async def test_other_methods_are_unimplemented(autojump_clock, path, says):
         assert answer.status == UNIMPLEMENTED
         assert says in answer.message
     assert not s.bodies
-    assert not any(s.edge.refused_spans.values())
+    assert not any(s.admission.refusals.spans.values())
+
+
+async def test_two_tenants_are_refused(autojump_clock):
+    async with serving() as s:
+        head = [*s.peer.head(), (b"x-scope-orgid", b"acme"), (b"x-scope-orgid", b"beta")]
+        s.peer.head = lambda *_, **__: head
+        answer = await s.peer.ask(b"spans")
+        assert answer.status == INVALID
+        assert "'acme, beta' is not a tenant name" in answer.message
 
 
 async def test_what_is_no_grpc_is_told_where_it_is(autojump_clock):
@@ -271,7 +281,7 @@ async def test_an_outcome_that_is_not_known_in_time(autojump_clock):
         answer = await s.peer.ask(b"spans")
         assert answer.status == UNAVAILABLE
         assert b"grpc-status-details-bin" in answer.headers
-    assert s.edge.refused_requests["unavailable"] == 1
+    assert s.admission.refusals.requests["unavailable"] == 1
 
 
 async def test_a_message_that_does_not_arrive(autojump_clock):
@@ -281,7 +291,7 @@ async def test_a_message_that_does_not_arrive(autojump_clock):
         answer = await s.peer.answer(stream)
         assert answer.status == UNAVAILABLE
         assert (await s.peer.ask(b"more")).status == OK
-    assert s.edge.refused_requests["slow_body"] == 1
+    assert s.admission.refusals.requests["slow_body"] == 1
 
 
 async def test_a_cancelled_call_does_not_disturb_others(autojump_clock):
@@ -294,12 +304,12 @@ async def test_a_cancelled_call_does_not_disturb_others(autojump_clock):
             s.peer.h2.reset_stream(stream, ErrorCodes.CANCEL)
         await s.peer.flush()
         await trio.testing.wait_all_tasks_blocked()
-        assert s.edge.buffered_bytes == len(b"queued")  # it is in the pipeline, and stays so
+        assert s.admission.buffered_bytes == len(b"queued")  # it is in the pipeline, and stays so
         queue.taken[0].reply.set(Done(1))
         queue.outcome = Done(1)
         assert (await s.peer.ask(b"next")).status == OK
     assert s.bodies == [b"queued", b"next"]
-    assert s.edge.accepted_requests == 2
+    assert s.admission.accepted_requests == 2
 
 
 async def test_calls_are_answered_in_the_order_of_their_outcomes(autojump_clock):
@@ -380,7 +390,7 @@ async def test_health(autojump_clock):
         assert (await s.peer.ask(b"\x0a\x01x", methods.CHECK)).status == NOT_FOUND
         for request in (b"\x08\x01", b"\x0a\x05x", b"\x0a", bytes(2000), b"\x0a\x01\xff"):
             assert (await s.peer.ask(request, methods.CHECK)).status == INVALID
-        s.edge.pause()
+        s.admission.pause()
         assert (await s.peer.ask(b"", methods.CHECK)).data == prefixed(methods.NOT_SERVING)
         assert (await s.peer.ask(b"spans")).status == UNAVAILABLE
 
@@ -392,7 +402,7 @@ async def test_watching_health(autojump_clock):
         await s.peer.until(lambda: watching.data and unknown.data)
         assert watching.data == prefixed(methods.SERVING)
         assert unknown.data == prefixed(methods.SERVICE_UNKNOWN)
-        s.edge.pause()
+        s.admission.pause()
         await s.peer.until(lambda: len(watching.data) > 7)
         assert watching.data == prefixed(methods.SERVING) + prefixed(methods.NOT_SERVING)
         s.connection.retire()
@@ -454,14 +464,14 @@ async def test_a_stop_answers_what_is_under_way(autojump_clock):
     async with serving(queue) as s:
         stream = await s.peer.call(b"spans")
         await trio.testing.wait_all_tasks_blocked()
-        s.edge.drain()
+        s.admission.drain()
         s.connection.retire()
         await s.peer.until(lambda: s.peer.saw(h2.events.ConnectionTerminated))
         queue.taken[0].reply.set(Done(1))
         assert (await s.peer.answer(stream)).status == OK
         with trio.fail_after(4):
             await s.done.wait()
-        assert s.edge.accepted_requests == 1
+        assert s.admission.accepted_requests == 1
 
 
 async def test_a_stop_ends_an_idle_connection_soon(autojump_clock):
@@ -475,7 +485,7 @@ async def test_what_is_still_arriving_at_the_end_of_the_grace_is_refused(autojum
     async with serving() as s:
         stream = await s.peer.begin()
         await trio.testing.wait_all_tasks_blocked()
-        s.edge.drain()
+        s.admission.drain()
         s.connection.give_up()
         answer = await s.peer.answer(stream)
         assert answer.status == UNAVAILABLE
@@ -493,7 +503,7 @@ async def test_a_client_that_goes_away(autojump_clock):
         await trio.testing.wait_all_tasks_blocked()
         assert not s.done.is_set()
         queue.taken[0].reply.set(Done(1))
-    assert s.edge.accepted_requests == 1
+    assert s.admission.accepted_requests == 1
 
 
 async def test_a_goaway_of_the_client_lets_its_calls_finish(autojump_clock):
@@ -517,4 +527,4 @@ async def test_errors_of_clients_are_logged_once_a_minute(autojump_clock, caplog
         await trio.sleep(61)
         await s.peer.ask(b"", LOGS)
         assert "2 more since the last line" in caplog.text
-    assert s.edge.refused_requests["logs"] == 4
+    assert s.admission.refusals.requests["logs"] == 4

@@ -147,9 +147,9 @@ async def test_health():
             assert opened.unary_unary(CHECK)(b"", timeout=10) == b"\x08\x01"
             watch = opened.unary_stream(WATCH)(b"", timeout=10)
             assert next(watch) == b"\x08\x01"
-            server.edge.pause()
+            server.admission.pause()
             assert next(watch) == b"\x08\x02"
-            server.edge.resume()
+            server.admission.resume()
             assert next(watch) == b"\x08\x01"
             watch.cancel()
 
@@ -202,7 +202,7 @@ async def test_overload_is_retried_by_the_client():
 
     async with listening(queue, grpc=True) as server, trio.open_nursery() as nursery:
         nursery.start_soon(in_thread, send, server.port)
-        await until(lambda: server.edge.refused_requests["overloaded"])
+        await until(lambda: server.admission.refusals.requests["overloaded"])
         queue.fill = 0.0
         await until(lambda: server.bodies)
 

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from betrace.service.config.load import ConfigError, load
-from betrace.service.receiver.admission import Edge
+from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.grpc_server import serve_grpc
 from betrace.service.receiver.sockets import ListenError
 from betrace.service.tenancy.quotas import SpanQuotas
@@ -24,9 +24,9 @@ async def connect(server) -> Peer:
 async def test_a_port_that_is_taken_is_said_with_the_option():
     async with listening(grpc=True) as server:
         settings = load(None, {"ingest.grpc_address": f"127.0.0.1:{server.port}"}).ingest
-        edge = Edge(settings, ScriptedQueue(), SpanQuotas())
+        admission = Admission(settings, ScriptedQueue(), SpanQuotas())
         with pytest.raises(ListenError, match="--grpc off"):
-            await serve_grpc(edge, settings, trio.Event())
+            await serve_grpc(admission, settings, trio.Event())
 
 
 def test_its_address_is_checked_with_the_others():
@@ -61,8 +61,8 @@ async def test_a_stop_refuses_what_is_still_arriving():
     async with listening(grpc=True, grace_seconds=1) as server:
         peer = await connect(server)
         stream = await peer.begin()
-        await until(lambda: server.edge._requests)
-        server.edge.drain()
+        await until(lambda: server.admission._bodies.requests)
+        server.admission.drain()
         server.shutdown.set()
         answer = await peer.answer(stream)
         assert "shutting down" in answer.message

@@ -779,7 +779,7 @@ class TestDamage:
         self.damage(path, kind)
         with DuckStore(tmp_path) as store:
             for _ in range(2):
-                with pytest.raises(StoreCorrupt, match="have it rebuilt") as caught:
+                with pytest.raises(StoreCorrupt, match="the service rebuilds it") as caught:
                     store.counts("shop")
                 assert caught.value.tenant == "shop"
             assert ids(store.signals("other")) == [9]

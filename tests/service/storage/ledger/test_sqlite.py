@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from betrace.service.signals import Kind, Signal
-from betrace.service.storage.ledger import sqlite
+from betrace.service.storage.ledger import sqlite_rows
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.ledger_conformance import LedgerConformance, OpenLedger, make
@@ -92,7 +92,7 @@ def test_a_batch_is_all_or_nothing(ledger: SqliteLedger) -> None:
 def test_a_file_locked_by_another_process_is_transient(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("betrace.service.storage.ledger.sqlite._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("betrace.service.storage.sqlite_file.BUSY_SECONDS", 0.05)
     ledger = SqliteLedger(path, synchronous="normal")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -180,7 +180,7 @@ class Hanging:
     def __init__(self, ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go_on, self.inside = threading.Event(), threading.Event()
         self.answers: list[list[bool]] = []
-        real, first = sqlite._insert, threading.Event()
+        real, first = sqlite_rows.insert, threading.Event()
 
         def hang(db: sqlite3.Connection, chosen: object) -> None:
             if not first.is_set():
@@ -189,7 +189,7 @@ class Hanging:
                 self.go_on.wait(10)
             real(db, chosen)
 
-        monkeypatch.setattr(sqlite, "_insert", hang)
+        monkeypatch.setattr(sqlite_rows, "insert", hang)
         self.began = time.monotonic()
         self.thread = threading.Thread(target=lambda: self.answers.append(ledger.record([make(1)])))
         self.thread.start()
@@ -199,7 +199,7 @@ class Hanging:
 def test_a_connection_that_hangs_is_replaced(
     ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("betrace.service.storage.sqlite_file.BUSY_SECONDS", 0.05)
     ledger._clients.pause = 0
     hanging = Hanging(ledger, monkeypatch)
     ledger.replace(hanging.began)
@@ -218,7 +218,7 @@ def test_a_connection_that_hangs_is_replaced(
 def test_close_waits_for_a_limited_time(
     ledger: SqliteLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("betrace.service.storage.ledger.sqlite._CLOSE_SECONDS", 0.1)
     hanging = Hanging(ledger, monkeypatch)
     started = time.monotonic()
     ledger.close()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from betrace.service.storage.disk import Buffer, Disk
 from betrace.service.storage.lockfile import LockedError
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing, LogWriteError
 from betrace.service.storage.spanlog.frames import (
     FILE_HEADER_BYTES,
     FRAME_HEADER_BYTES,
@@ -27,11 +28,7 @@ from betrace.service.storage.spanlog.frames import (
     unpack_position,
 )
 from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
-from betrace.service.storage.spanlog.tenant_log import (
-    FrameCorrupt,
-    FrameMissing,
-    LogWriteError,
-)
+from betrace.service.times import write_time
 from tests.support.examples import examples
 
 DAY = 86_400 * 10**9
@@ -387,7 +384,7 @@ class TestWriteFailures:
     def test_segment_numbers_run_out_with_an_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("betrace.service.storage.spanlog.tenant_log.MAX_SEGMENT", 1)
+        monkeypatch.setattr("betrace.service.storage.spanlog.placement.MAX_SEGMENT", 1)
         with (
             SpanLog(tmp_path, segment_bytes=4096) as log,
             pytest.raises(LogWriteError, match="no segment numbers left"),
@@ -423,6 +420,10 @@ class TestDamage:
             log.append("shop", [frame(b"next")])
             assert bodies(log) == [b"first", b"next"]
             assert [s.reason for s in log.skipped] == ["damaged payload"]
+            assert (log.damage.places, log.damage.spans) == (1, 3)
+            assert log.skipped[0].lost == (
+                f"3 spans received between {write_time(NOON)} and {write_time(NOON)}"
+            )
         assert path.read_bytes() == before
 
     def test_zeros_at_the_end(self, tmp_path: Path) -> None:
@@ -552,7 +553,9 @@ class TestDamage:
         written: list[tuple[int, Frame]] = []
         with SpanLog(directory, segment_bytes=4096) as log:
             for batch in sizes:
-                new = [frame(os.urandom(size), NOON + i) for i, size in enumerate(batch)]
+                new = [
+                    frame(os.urandom(size), NOON + len(written) + i) for i, size in enumerate(batch)
+                ]
                 written += zip(log.append("shop", new), new, strict=True)
             segments = log.segments("shop")
             assert list(log.frames("shop")) == written
@@ -576,10 +579,28 @@ class TestDamage:
         expected = [(position, f) for position, f in written if intact(position, f)]
         with SpanLog(directory, segment_bytes=4096) as log:
             assert list(log.frames("shop")) == expected
-            lost = sum(f.stored_bytes for _, f in written) - sum(
-                f.stored_bytes for _, f in expected
-            )
-            assert bool(log.skipped) or not lost or cut is not None
+            damage = log.damage
+            lost = [
+                (position, f)
+                for position, f in written
+                if not intact(position, f)
+                and position & 0xFFFFFFFF < len(damaged[unpack_position(position)[0]])
+            ]
+            for position, f in lost:
+                number, offset = unpack_position(position)
+                (found,) = (
+                    each
+                    for each in log.skipped
+                    if each.segment == number and each.offset <= offset < each.offset + each.bytes
+                )
+                assert found.torn or found.since_ns <= f.received_ns <= found.until_ns
+            spans = sum(f.spans for _, f in lost)
+            assert damage.spans <= spans
+            if all(each.whole for each in log.skipped):
+                assert damage.spans == spans
+            assert damage.places == sum(not each.torn for each in log.skipped)
+            assert list(log.frames("shop")) == expected
+            assert (damage.places, damage.spans) == (log.damage.places, log.damage.spans)
             (position,) = log.append("shop", [frame(b"new")])
             assert position > max((p for p, _ in expected), default=0)
             assert list(log.frames("shop")) == [*expected, (position, frame(b"new"))]
@@ -651,7 +672,7 @@ class TestOwnership:
             statistics = log.statistics()
             assert (statistics.frames, statistics.spans) == (2, 5)
             assert statistics.bytes == 2 * FRAME_HEADER_BYTES + 5
-            assert (statistics.open_files, statistics.skipped) == (1, 0)
+            assert statistics.open_files == 1
 
 
 def test_file_header_is_refused_when_cut(tmp_path: Path) -> None:
@@ -701,3 +722,18 @@ class TestStrayFiles:
             assert unpack_position(after)[0] in (number, number + 1)
         assert caplog.text.count(str(stray)) == 1
         assert "move it away" in caplog.text
+
+    @pytest.mark.parametrize("kind", ["directory", "link"])
+    def test_a_stray_with_the_name_of_the_next_segment_stops_nothing(
+        self, tmp_path: Path, kind: str
+    ) -> None:
+        with SpanLog(tmp_path, segment_bytes=4096) as log:
+            log.append("shop", [frame(b"first")])
+            stray = only_segment(log).with_name("00000002.seg")
+            if kind == "directory":
+                stray.mkdir()
+            else:
+                stray.symlink_to(tmp_path / "nowhere")
+            log.append("shop", [frame(bytes(4096)), frame(b"last")])
+            assert bodies(log) == [b"first", bytes(4096), b"last"]
+            assert [s.number for s in log.segments("shop")] == [1, 3, 4]
