@@ -31,6 +31,19 @@ async def test_rules_are_listed_with_their_signals(pilot, api):
 
 
 @piloted()
+async def test_how_a_rule_is_decided_is_shown(pilot, api):
+    plan = "reads a trace back when it closes, if it has: charge"
+    api.routes["POST", "/api/v1/rules/validate"] = {"valid": True, "errors": [], "plan": plan}
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    await pilot.press("enter")
+    await until(lambda: f"decided           {plan}" in screen_text(pilot.app))
+    await pilot.press("escape", "E")
+    await until(lambda: isinstance(pilot.app.screen, RuleEditor))
+    await until(lambda: plan in screen_text(pilot.app))
+
+
+@piloted()
 async def test_a_rule_of_a_file_is_marked_and_cannot_be_changed(pilot, api):
     await pilot.press("6")
     await until(lambda: "▪ retries" in screen_text(pilot.app))

@@ -10,7 +10,7 @@ from textual.content import Content
 
 from betrace.tui.base import ReloadPanel, ShowPanel
 from betrace.tui.changes import OperatorChange
-from betrace.tui.client import ClientError
+from betrace.tui.client import ApiClient, ClientError
 from betrace.tui.format import NONE, count, many, number
 from betrace.tui.json_values import Json, mapping, objects
 from betrace.tui.panels.rule_edit import RuleEditor
@@ -18,6 +18,7 @@ from betrace.tui.panels.rule_test import test_condition
 from betrace.tui.panels.triage import mute_or_unmute, muted_text
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import SEVERITIES, marked, severity, toned
+from betrace.tui.widgets.descriptions import Descriptions
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.highlight import highlighted
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
@@ -63,6 +64,8 @@ class RulesPanel(TenantListPanel):
         self._raised: Json = {}
         self._total: tuple[int, int] = (0, 0)
         self._could_change = True
+        self._plans = Descriptions(self, self._rule_plan)
+        """How the rules that relate spans are decided, by version."""
 
     async def read(self) -> None:
         client = self.betrace.client
@@ -134,7 +137,7 @@ class RulesPanel(TenantListPanel):
                         if (muted := mapping(rule.get("muted")))
                         else []
                     ),
-                    *([("decided", str(rule["plan"]))] if rule.get("plan") else []),
+                    *([("decided", plan)] if (plan := self._plan(rule)) else []),
                     ("active signals", count(rule.get("active_signals"))),
                     ("in the last hour", count(self._raised.get(key, 0))),
                 ),
@@ -142,6 +145,17 @@ class RulesPanel(TenantListPanel):
                 highlighted(str(rule.get("condition", ""))),
             ]
         )
+
+    def _plan(self, rule: Json) -> str:
+        """How a rule that relates spans is decided; empty for others, and until it is known."""
+        if rule.get("plan"):
+            return str(rule["plan"])
+        found = self._plans.get(str(rule.get("version")))
+        return found.text if found is not None else ""
+
+    def _rule_plan(self, version: str) -> RulePlan | None:
+        those = (each for each in self._rules.values() if each.get("version") == version)
+        return next((RulePlan(str(each.get("condition", ""))) for each in those), None)
 
     # Keys
 
@@ -250,6 +264,20 @@ class RulesPanel(TenantListPanel):
             await use(rule)
 
         self.betrace.start(self.betrace.reporting(read), "ask")
+
+
+class RulePlan:
+    """How a condition is decided, as the service says when it checks the condition."""
+
+    def __init__(self, condition: str) -> None:
+        self._condition = condition
+        self.text = ""
+
+    async def load(self, client: ApiClient) -> None:
+        try:
+            _, self.text = await client.check_condition(self._condition)
+        except ClientError as error:
+            self.text = f"not known: {error}"
 
 
 def _editable(rule: Json) -> bool:
