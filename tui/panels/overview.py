@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
 
-from betrace.tui.format import bar, cut, duration, many, millis, number, percent, plural, words
+from betrace.tui.format import bar, cut, duration, millis, number, percent, plural, words
 from betrace.tui.panels.details import show_stage
 from betrace.tui.panels.health import HealthProblem, problems
 from betrace.tui.panels.pipeline_diagram import draw_pipeline
@@ -66,9 +66,10 @@ class OverviewPanel(Panel, can_focus=True):
 
     def _show_recent(self) -> None:
         recent = self._recent
-        of = f" of {recent.tenant}" if recent.tenant else ""
+        tenant = self.betrace.client.tenant
+        of = f" of {tenant}" if tenant else ""
         rules, signals = (self.query_one(f"#recent-{n}", TitledBox) for n in ("rules", "signals"))
-        rules.border_title = f"{many(recent.rules, 'breaking rule')}, 1 h"
+        rules.border_title = recent.title
         signals.border_title = Content(f"Latest signals{of}")
         rules.body.draw(recent.rules_text)
         signals.body.draw(recent.latest_text)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from textual.content import Content
 
 from betrace.tui.client import ApiClient, ClientError
-from betrace.tui.format import bar, clock, cut, moment, number
+from betrace.tui.format import bar, clock, cut, many, moment, number
 from betrace.tui.json_values import Json, as_int, mapping, objects
 from betrace.tui.tones import STYLES, severity, toned
 
@@ -23,30 +23,32 @@ class RecentSignals:
     """A tenant's signals of the last hour."""
 
     def __init__(self) -> None:
-        self.tenant = ""
+        self._tenant = ""
         self._by_rule: Mapping[str, int] | None = None
         self._latest: Sequence[Json] = ()
         self._problem = "loading …"
 
     @property
-    def rules(self) -> int:
-        """How many rules raised signals in the last hour."""
-        return len(self._by_rule or ())
+    def title(self) -> str:
+        """How many rules raised signals in the last hour, if that is known."""
+        rules = many(len(self._by_rule), "rule") if self._by_rule else "Rules"
+        return f"{rules} broken, 1 h"
 
     async def read(self, client: ApiClient) -> None:
         """Read them again. Raises :exc:`ClientError`, except without a tenant."""
         tenant = client.tenant
+        if (tenant or "default") != self._tenant:
+            self._tenant, self._by_rule, self._problem = tenant or "default", None, "loading …"
         try:
             summary = await client.get("/api/v1/signals/summary")
             answer = await client.get("/api/v1/signals", limit=LATEST)
         except ClientError as error:
-            self._by_rule, self._problem = None, str(error)
+            self._problem = f"not loaded: {error}"
             if tenant is None and error.status in (401, 403):
-                self._problem = "choose a tenant: press 5, then o"
+                self._by_rule, self._problem = None, "choose a tenant: press 5, then o"
                 return
             raise
         if tenant == client.tenant:
-            self.tenant = tenant or "default"
             found = {name: as_int(n) for name, n in mapping(summary.get("by_rule")).items()}
             self._by_rule = dict(sorted(found.items(), key=lambda each: (-each[1], each[0])))
             self._latest = objects(answer.get("signals"))
