@@ -299,7 +299,7 @@ async def test_the_overview_shows_breaking_rules_and_latest_signals(pilot, api):
     await until(lambda: app.panel.TITLE == "Signals")
 
 
-@piloted()
+@piloted(size=(120, 50))
 async def test_the_overview_says_why_it_has_no_signals(pilot, api):
     app = pilot.app
     api.routes["GET", "/api/v1/signals/summary"] = {"by_rule": {}}
