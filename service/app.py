@@ -172,7 +172,7 @@ class _ServiceBuilder:
     def _muted(self, signal: Signal) -> bool:
         """Whether a signal pages nobody."""
         triage = self._stores.local.triage
-        return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
+        return signal.shadow or triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
 
     def _recorded(self, signals: list[Signal]) -> None:
         """Pass on signals that are new in the ledger."""

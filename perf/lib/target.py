@@ -127,17 +127,21 @@ def _rows(queues: Json) -> list[Json]:
 
 @contextmanager
 def service(
-    *, rules: int = 100, tenants: int = 0, settings: dict[str, str] | None = None
+    *,
+    rules: int = 100,
+    tenants: int = 0,
+    settings: dict[str, str] | None = None,
+    relational: bool = False,
 ) -> Iterator[Service]:
     """Run ``python -m betrace.service serve`` on free loopback ports with its data in a temporary
     directory. ``settings`` are named like its environment variables without the prefix
-    (``log__ack``)."""
+    (``log__ack``); with ``relational`` twenty of the rules relate spans."""
     directory = Path(tempfile.mkdtemp(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")))
     process = log = None
     try:
         folder = directory / "rules"
         folder.mkdir()
-        write_rules(folder, [tenant_name(i) for i in range(tenants)], rules)
+        write_rules(folder, [tenant_name(i) for i in range(tenants)], rules, relational)
         arguments = [sys.executable, "-m", "betrace.service", "serve", "--json"]
         arguments += ["--data", str(directory / "data"), "--rules", str(folder)]
         for listener in ("ingest", "grpc", "api", "metrics"):

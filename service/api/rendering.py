@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from betrace.service.signals import Signal
+from betrace.service.signals import MISSING_PARENTS, MODE, Signal
 from betrace.service.storage.duck.queries import StoredSignal, TraceRow
 from betrace.service.storage.triage import Acknowledgement, TriageStore
 from betrace.service.times import write_time
@@ -14,8 +14,15 @@ Json = dict[str, Any]
 
 
 def signal_json(signal: Signal) -> Json:
-    """A signal."""
-    return {**signal.to_json(), "detected_at": write_time(signal.detected_at)}
+    """A signal. What its context says of rule and trace are fields."""
+    context = {k: v for k, v in (signal.context or {}).items() if k not in (MODE, MISSING_PARENTS)}
+    return {
+        **signal.to_json(),
+        "detected_at": write_time(signal.detected_at),
+        "context": context or None,
+        MODE: signal.mode,
+        MISSING_PARENTS: signal.missing_parents,
+    }
 
 
 def signals_json(triage: TriageStore, tenant: str, found: Sequence[StoredSignal]) -> list[Json]:

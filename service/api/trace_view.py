@@ -88,7 +88,9 @@ class TraceReader:
         ``resourceSpans`` are the spans as OTLP JSON; ``missing`` is the number of frames that
         could not be read (damaged, or past retention), ``omitted`` the number of frames and
         ``omittedSpans`` the number of spans left out of ``resourceSpans`` because of its length, of
-        the frames that were read; ``signals`` are its signals, newest first;
+        the frames that were read; ``missing_parents`` is the number of parents that spans name and
+        that never came, None if not all spans could be read; ``signals`` are its signals, newest
+        first;
         ``verdicts`` are those of the tenant's current rules, see :func:`_verdicts`.
         """
         # Memory first: a trace is in the index before it leaves memory.
@@ -125,6 +127,7 @@ class TraceReader:
             "missing": frames.missing,
             "omitted": frames.omitted,
             "omittedSpans": max(0, trial.spans - MAX_SPANS),
+            "missing_parents": trial.missing_parents if whole else None,
             "signals": signals_json(self._triage, tenant, stored),
             "verdicts": _verdicts(
                 rules,
@@ -178,7 +181,8 @@ def _verdicts(
     certain: the readable spans show it, or an active signal of the same version of the rule does.
     Without a breach the verdict is ``otherwise``: ``kept``; ``open`` while later spans may still
     break the rule; ``unknown`` if spans of a closed trace could not be read, or if a rule could not
-    be judged (``undecided`` says why). ``groups`` are the broken ones of a rule with ``for each``.
+    be judged (``undecided`` says why). ``groups`` are the broken ones of a rule with ``for each``;
+    ``skipped`` says why a rule did not judge the trace.
     """
     verdicts = {}
     for rule in rules.rules:
@@ -194,6 +198,8 @@ def _verdicts(
         }
         if verdict is not None and verdict.undecided is not None:
             shown |= {"verdict": "unknown", "undecided": verdict.undecided}
+        if verdict is not None and verdict.skipped is not None:
+            shown["skipped"] = verdict.skipped
         if verdict is not None and verdict.groups is not None:
             shown["groups"] = verdict.groups
         if verdict is not None and verdict.breach:

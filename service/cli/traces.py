@@ -22,6 +22,7 @@ from betrace.service.cli.common import (
     tenant_option,
 )
 from betrace.service.cli.waterfall import duration, waterfall
+from betrace.service.signals import incomplete_text
 
 _SEARCH_SECONDS = 10.0
 _WIDEST = 200
@@ -151,6 +152,8 @@ def _summary(found: Json) -> list[str]:
     lines = [f"trace {found['trace_id']}  {', '.join(facts)}"]
     if found["missing"]:
         lines.append(f"✖ {found['missing']} requests are damaged or past retention")
+    if found.get("missing_parents"):
+        lines.append(f"✖ {incomplete_text(found['missing_parents'])}")
     if found["omitted"]:
         lines.append(f"✖ {found['omitted']} requests or spans were left out: the trace is too long")
     return lines

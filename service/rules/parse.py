@@ -13,8 +13,9 @@ from typing import Any
 
 from lark import Lark, Token, UnexpectedCharacters, UnexpectedToken
 
-from betrace.service.rules.build import MAX_DEPTH, Builder, NotOldRuleError
+from betrace.service.rules.build import Builder
 from betrace.service.rules.errors import RuleSyntaxError, unexpected_character, unexpected_token
+from betrace.service.rules.refs import MAX_DEPTH, NotOldRuleError
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.rules.words import Words
 

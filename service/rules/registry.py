@@ -12,16 +12,24 @@ from weakref import WeakValueDictionary
 from betrace.service.caches import LoadingCache
 from betrace.service.config.base import MIB
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.rules.definition import Rule
+from betrace.service.rules.definition import ALERT, JUDGE, Rule
 from betrace.service.rules.store import RuleStore
 
 _RULE_BYTES = 4096
+_USUAL = (ALERT, JUDGE)
 
 
 def rules_version(rules: tuple[Rule, ...]) -> str:
     """A hash of the enabled rules: of their conditions, and of what their signals contain."""
     contents = [
-        [rule.id, rule.version, rule.severity, rule.name, sorted(rule.labels.items())]
+        [
+            rule.id,
+            rule.version,
+            rule.severity,
+            rule.name,
+            sorted(rule.labels.items()),
+            *([rule.mode, rule.incomplete] if (rule.mode, rule.incomplete) != _USUAL else []),
+        ]
         for rule in rules
         if rule.enabled
     ]

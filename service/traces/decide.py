@@ -39,7 +39,16 @@ from betrace.service.rules.compile import (
     CompiledRules,
 )
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE
+from betrace.service.traces.layout import (
+    E_CHECK,
+    E_COUNT,
+    E_EVIDENCE,
+    FLAGS,
+    MAX_END,
+    MIN_START,
+    PARTIAL,
+    SPANS,
+)
 
 ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # the clause that a breach breaks
 CLAUSES = {ALWAYS_BROKEN: "always", NEVER_BROKEN: "never"}
@@ -228,17 +237,29 @@ def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
 def decide_or_ask(
     due: DueTraces, *, raised_early: bool = True
 ) -> tuple[list[Breach], list[Breach]]:
-    """The breaches, as :func:`decide` returns them, and the candidates: closed traces that may
-    break a relational rule, which must be read back to tell."""
+    """The breaches, as :func:`decide` returns them, and the candidates: traces that may break
+    a relational rule, or one that skips incomplete traces, and must be read back to tell."""
     found = _certain(due, raised_early)
-    relational = due.rules.relational
-    if not relational:
+    read_back = due.rules.read_back
+    if not read_back:
         return found, []
     breaches: list[Breach] = []
     candidates: list[Breach] = []
     for each in found:
-        (candidates if each.rule in relational else breaches).append(each)
+        if each.rule not in read_back:
+            breaches.append(each)
+        elif _is_large_enough(due, each):
+            candidates.append(each)
     return breaches, candidates
+
+
+def _is_large_enough(due: DueTraces, candidate: Breach) -> bool:
+    """Whether a trace has the spans and the duration that breaking the rule takes."""
+    spans, duration = due.rules.least[candidate.rule]
+    row = due.rows[candidate.trace]
+    if row[FLAGS] & PARTIAL:  # some of its spans were not counted
+        return True
+    return bool(row[SPANS] >= spans and max(0, row[MAX_END] - row[MIN_START]) >= duration)
 
 
 def _certain(due: DueTraces, raised_early: bool) -> list[Breach]:

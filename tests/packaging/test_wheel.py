@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 DEMO_RULES = ROOT / "service/cli/demo/rules"
+LIBRARY = ROOT / "service/cli/library"
 
 # Hides packages, as if they were not installed.
 BLOCKER = """\
@@ -159,6 +160,8 @@ def test_the_wheel_has_betrace_and_nothing_else(wheel: Path) -> None:
     assert [name for name in names if name.endswith(".pyc")] == []
     for data in DEMO_RULES.glob("*.yaml"):
         assert f"betrace/service/cli/demo/rules/{data.name}" in names
+    for data in LIBRARY.glob("*.yaml"):
+        assert f"betrace/service/cli/library/{data.name}" in names
 
 
 def test_the_environment_is_what_the_tests_think(environment: Environment) -> None:

@@ -24,7 +24,16 @@ from betrace.tui.widgets.highlight import highlighted
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
 from betrace.tui.widgets.table_panel import Cell, Column, Row
 
-FIELDS = ("name", "description", "severity", "labels", "condition")
+FIELDS = (
+    "name",
+    "description",
+    "severity",
+    "labels",
+    "mode",
+    "incomplete",
+    "condition",
+    "examples",
+)
 """The fields that a rule is saved with, besides ``enabled``."""
 
 

@@ -16,14 +16,20 @@ from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from betrace.service.rules.candidates import plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
+    ALERT,
+    JUDGE,
     SEVERITIES,
+    SHADOW,
+    SKIP,
     Rule,
     etag,
     make_rule,
 )
 from betrace.service.rules.errors import RuleSyntaxError
+from betrace.service.rules.examples import MAX_EXAMPLES
 from betrace.service.rules.parse import parse
 from betrace.service.rules.store import RuleNotFoundError
+from betrace.service.rules.units import warnings
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.triage import Mute
@@ -58,13 +64,19 @@ RULE_SCHEMA = {
         "severity": {"type": "string", "enum": list(SEVERITIES)},
         "enabled": {"type": "boolean", "default": True},
         "labels": {"type": "object", "additionalProperties": _TEXT},
+        "mode": {"type": "string", "enum": [ALERT, SHADOW], "default": ALERT},
+        "incomplete": {"type": "string", "enum": [JUDGE, SKIP], "default": JUDGE},
         "condition": _TEXT,
+        "examples": {"type": "array", "items": {"type": "object"}, "maxItems": MAX_EXAMPLES},
     },
     "additionalProperties": False,
 }
 _OPTIONAL = {"id": str, "name": str, "description": str, "severity": str} | {
     "enabled": bool,
     "labels": dict,
+    "mode": str,
+    "incomplete": str,
+    "examples": list,
 }
 
 
@@ -79,7 +91,10 @@ def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
     except RuleNotFoundError:  # it was deleted in the meantime
         source, editable = None, False
     return {
-        **rule.definition(),
+        **rule.definition(examples=False),
+        "mode": rule.mode,
+        "incomplete": rule.incomplete,
+        "examples": [example.definition() for example in rule.examples],
         "version": rule.version,
         "etag": etag(rule),
         "editable": editable,
@@ -167,9 +182,10 @@ async def get_rule(call: Call) -> Any:
     },
 )
 async def put_rule(call: Call) -> Any:
-    """The fields are those of a rule file. The rule is checked before it is saved, and its earlier
-    versions are kept. To replace a rule, send its `ETag` or `*` as `If-Match`; to create one, omit
-    the header. Open traces are evaluated by the rules in force when they were opened."""
+    """The fields are those of a rule file. The rule is checked before it is saved, and its
+    examples are run: one that does not do what it says is an error. Earlier versions are kept.
+    To replace a rule, send its `ETag` or `*` as `If-Match`; to create one, omit the header.
+    Open traces are evaluated by the rules in force when they were opened."""
     rule_id = call.params["id"]
     rule = call.json({"condition": str}, _OPTIONAL)
     if rule.pop("id", rule_id) != rule_id:
@@ -266,17 +282,27 @@ async def unmute_rule(call: Call) -> Any:
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
-        "that relates spans also `plan`: how it is decided",
+        "that relates spans also `plan`: how it is decided; and `warnings`, like `errors`, if "
+        "there are any",
     },
 )
 async def validate_rule(call: Call) -> Any:
     """Lines and columns count from 1."""
     given = call.json({"condition": str}, {})
     try:
-        syntax = await call.blocking(parse, given["condition"])
+        return await call.blocking(_validated, given["condition"])
     except RuleSyntaxError as error:
         return {"valid": False, "errors": [error.to_json()]}
-    return {"valid": True, "errors": []} | ({"plan": plan(syntax)} if syntax.relational else {})
+
+
+def _validated(condition: str) -> dict[str, Any]:
+    syntax = parse(condition)
+    valid: dict[str, Any] = {"valid": True, "errors": []}
+    if syntax.relational:
+        valid["plan"] = plan(syntax)
+    if found := warnings(condition):
+        valid["warnings"] = [warning.to_json() for warning in found]
+    return valid
 
 
 @endpoints.add(
