@@ -60,9 +60,10 @@ def waterfall(
     if not lines:
         return Content("no spans")
     layout = _layout(lines, matching, width)
-    shown = [_line(depth, span, matching.get(span.id), layout) for depth, span in lines[:MAX_SPANS]]
-    if 0 <= selected < len(shown):
-        shown[selected] = Content(shown[selected].plain).stylize("bold reverse")
+    shown = [
+        _line(depth, span, matching.get(span.id), layout, number == selected)
+        for number, (depth, span) in enumerate(lines[:MAX_SPANS])
+    ]
     if len(lines) > MAX_SPANS:
         shown.append(Content(f"… and {many(len(lines) - MAX_SPANS, 'more span')}"))
     return Content("\n").join(shown)
@@ -92,19 +93,23 @@ def _title(depth: int, span: TreeSpan) -> str:
     return "  " * min(depth, _DEEPEST) + ("✖ " if span.failed else "") + span.name
 
 
-def _line(depth: int, span: TreeSpan, match: str | None, layout: _Layout) -> Content:
+def _line(
+    depth: int, span: TreeSpan, match: str | None, layout: _Layout, selected: bool
+) -> Content:
     whole = max(1, layout.last - layout.first)
     at = min(layout.bar - 1, (span.start - layout.first) * layout.bar // whole)
     long = max(1, min(layout.bar - at, round((span.end - span.start) * layout.bar / whole)))
     style = "bold $warning" if match is not None else ""
     sign = f"{MATCH}{match}" if match is not None else ""
     name = cut(_title(depth, span), layout.name)
-    return Content.assemble(
+    text = Content.assemble(
         (
             f"{sign:<{layout.mark}}{name:<{layout.name}} ",
             "$error" if span.failed and not style else style,
         ),
         toned(f"{cut(span.service, layout.service):<{layout.service}} ", "quiet"),
-        f"{millis((span.end - span.start) / 1e6):>{_DURATION}} ",
-        (f"{' ' * at}{'█' * long}", style or "$primary"),
+        f"{millis((span.end - span.start) / 1e6):>{_DURATION}}",
     )
+    if selected:
+        text = text.stylize("bold reverse")
+    return Content.assemble(text, " ", (f"{' ' * at}{'█' * long}", style or "$primary"))
