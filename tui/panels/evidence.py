@@ -68,6 +68,7 @@ class SignalText:
                     "  ",
                     marked(status, signal_tone(status)),
                     "  muted" if signal.get("muted") else "",
+                    "  shadow" if signal.get("mode") == "shadow" else "",
                 ),
             ),
             ("message", str(signal.get("message", ""))),

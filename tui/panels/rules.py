@@ -48,7 +48,7 @@ class RulesPanel(TenantListPanel):
     RELOAD = 10.0
 
     COLUMNS = (
-        Column("enabled", "state", 9),
+        Column("enabled", "state", 10),
         Column("id", "rule", 28, narrow=20),
         Column("severity", "severity", 10),
         Column("active", "active", 6, right=True),
@@ -104,13 +104,14 @@ class RulesPanel(TenantListPanel):
             rank = SEVERITIES.index(word) if word in SEVERITIES else len(SEVERITIES)
             active, raised = rule.get("active_signals"), self._raised.get(identity, 0)
             on, muted = bool(rule.get("enabled")), bool(rule.get("muted"))
-            word = ("● muted" if muted else "● on") if on else "○ off"
+            shadow = rule.get("mode") == "shadow"
+            word = _state(on, muted, shadow)
             yield Row(
                 identity,
                 (
                     Cell(
-                        f"{word:<7}{'' if _editable(rule) else f' {FILE}'}",
-                        ("busy" if muted else "good") if on else "quiet",
+                        f"{word:<8}{'' if _editable(rule) else f' {FILE}'}",
+                        ("busy" if muted or shadow else "good") if on else "quiet",
                     ),
                     Cell(identity),
                     Cell(grade, tone, rank),
@@ -146,6 +147,8 @@ class RulesPanel(TenantListPanel):
                         if (muted := mapping(rule.get("muted")))
                         else []
                     ),
+                    *([("mode", _SHADOW)] if rule.get("mode") == "shadow" else []),
+                    *([("incomplete", _SKIPPED)] if rule.get("incomplete") == "skip" else []),
                     *([("decided", plan)] if (plan := self._plan(rule)) else []),
                     ("active signals", count(rule.get("active_signals"))),
                     ("in the last hour", count(self._raised.get(key, 0))),
@@ -299,5 +302,16 @@ def _source(rule: Json) -> str:
     return source if _editable(rule) else f"{FILE} {source}: written by hand, edit it there"
 
 
+def _state(on: bool, muted: bool, shadow: bool) -> str:
+    """The state of a rule in one word, with its symbol."""
+    if not on:
+        return "○ off"
+    if muted:
+        return "● muted"
+    return "● shadow" if shadow else "● on"
+
+
+_SHADOW = "shadow: its signals are recorded and shown, but sent to nobody"
+_SKIPPED = "traces with a parent that never came are skipped"
 _STATES = {True: "enabled", False: "disabled"}
 _CHANGES = ("change_edit", "change_toggle", "change_delete")
