@@ -101,3 +101,15 @@ class Signal:
         """The signal from the values of :meth:`to_json`. Raises LookupError, TypeError or
         ValueError for anything else."""
         return cls(**values | {"kind": Kind(values["kind"])})
+
+
+def raised_id(signal: Signal) -> str:
+    """The id of the raised signal that a retraction retracts; a raised signal's own id."""
+    return signal_id(
+        signal.tenant,
+        signal.rule_id,
+        signal.rule_version,
+        signal.trace_id,
+        Kind.RAISED,
+        signal.episode,
+    )

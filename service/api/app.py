@@ -195,15 +195,16 @@ async def _caller(
     caller: str | Denied | None = ""
     if endpoint.access == "tenant":
         if authenticator is not None:
-            caller = await authenticator.caller(authorization, scope)
+            caller = await authenticator.caller(authorization, scope, reads=endpoint.reads)
         else:
             caller = claimed_tenant(scope)
         if isinstance(caller, str) and caller in closed:
             caller = closed_tenant(caller)
     elif authenticator is not None:
-        scrapes = endpoint.access == "scrape"
-        check = authenticator.scraper if scrapes else authenticator.operator
-        caller = await check(authorization)
+        if endpoint.access == "scrape":
+            caller = await authenticator.scraper(authorization)
+        else:
+            caller = await authenticator.operator(authorization, reads=endpoint.reads)
     if isinstance(caller, Denied):
         headers = {"www-authenticate": "Bearer"} if caller.status == 401 else {}
         raise ApiError(caller.status, caller.message, "see /docs", headers)

@@ -78,6 +78,8 @@ class RuleWriter:
         self._registry.forget(tenant)
 
     def _must_be_new(self, tenant: str, rule_id: str) -> None:
+        if self._rules.for_all_tenants(rule_id):
+            return  # the store refuses it, and says why
         try:
             present = self._rules.rule(tenant, rule_id)
         except RuleNotFoundError:

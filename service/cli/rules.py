@@ -45,6 +45,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 # In the data directory: the path of the rule directory that the last service used. Other commands
 # on the data read it, because --rules of `serve` is not in their configuration.
 _RECORD = "rules-directory"
+_SHARED_RECORD = "rules-for-all-tenants"
 
 Json = dict[str, Any]
 
@@ -382,10 +383,26 @@ def rules_directory(settings: Settings) -> Path:
         return data / "rules"
 
 
+def shared_rules_directory(settings: Settings) -> Path | None:
+    """The directory of the rules for all tenants, found like :func:`rules_directory`; None without
+    one."""
+    if settings.rules.shared is not None:
+        return settings.rules.shared
+    try:
+        return Path((settings.storage.path / _SHARED_RECORD).read_text("utf-8"))
+    except OSError:
+        return None
+
+
 def record_rules_directory(settings: Settings) -> None:
-    """Record the rule directory of a service that starts. A failure is ignored, because the record
-    only serves other commands."""
+    """Record the rule directories of a service that starts. A failure is ignored, because the
+    records only serve other commands."""
     data = settings.storage.path
     directory = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
     with suppress(OSError):
         (data / _RECORD).write_text(str(directory.absolute()), "utf-8")
+        shared = settings.rules.shared
+        if shared is None:
+            (data / _SHARED_RECORD).unlink(missing_ok=True)
+        else:
+            (data / _SHARED_RECORD).write_text(str(shared.absolute()), "utf-8")

@@ -8,7 +8,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
 from betrace.service.config.settings import Settings
 from betrace.service.storage.ledger.base import LedgerEntries
-from betrace.service.tenancy.authentication import Authenticator
+from betrace.service.tenancy.authentication import Authenticator, OperatorTokens
 from betrace.service.tenancy.directory import PublicKey, TenantDirectory, TenantState
 from betrace.service.tenancy.ledger_filter import CurrentEntries
 from betrace.service.tenancy.quotas import SpanQuotas
@@ -19,7 +19,7 @@ PublicKeys = LoadingCache[tuple[str, str], PublicKey]
 
 
 class Gate:
-    """Built from the settings and the directory. ``operator_token`` is None without authentication;
+    """Built from the settings and the directory. ``tokens`` is None without authentication;
     ``tenant_exists`` says whether an operator may act for a tenant.
 
     ``closed`` holds the tenants from which nothing is accepted; ``hidden`` says which ledger
@@ -30,7 +30,7 @@ class Gate:
         self,
         settings: Settings,
         directory: TenantDirectory,
-        operator_token: str | None,
+        tokens: OperatorTokens | None,
         tenant_exists: Callable[[str], Awaitable[bool]],
     ) -> None:
         self.directory = directory
@@ -46,10 +46,10 @@ class Gate:
             ttl_seconds=settings.caches.public_keys_ttl_seconds,
         )
         self.authenticator: Authenticator | None = None
-        if operator_token is not None:
+        if tokens is not None:
             self.authenticator = Authenticator(
                 settings.auth,
-                operator_token,
+                tokens,
                 self._public_key,
                 tenant_exists,
                 self._signatures,

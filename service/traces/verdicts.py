@@ -24,6 +24,10 @@ from betrace.service.traces.decide import (
     ALWAYS_BROKEN,
     CLAUSES,
     NEVER_BROKEN,
+    O_BROKEN,
+    O_KEPT,
+    O_UNDECIDED,
+    OUTCOMES,
     Breach,
     decide,
     decide_or_ask,
@@ -64,6 +68,10 @@ class Decided:
     undecided: list[Undecided] = field(default_factory=list)
     """Closed traces that may break relational rules, but could not be judged."""
 
+    outcomes: Rows | None = None
+    """For closed traces, the number of traces by rule and outcome, see
+    :data:`betrace.service.traces.decide.OUTCOMES`."""
+
     @property
     def weight(self) -> int:
         """Rows to write, at least 1."""
@@ -77,7 +85,8 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
     ``relational`` decides the rules that the fold cannot; without it they are undecided. Once the
     signals are passed on, the caller notes them there.
     """
-    breaches, candidates = decide_or_ask(due)
+    outcomes = np.zeros((len(due.rules.rules), len(OUTCOMES)), np.int64) if due.closed else None
+    breaches, candidates = decide_or_ask(due, outcomes=outcomes)
     histories: Mapping[int, SignalHistory] = due.signal_history
     judged = Judged([], [])
     unknown: set[int] = set()
@@ -93,6 +102,8 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         ]
     elif candidates and due.closed:
         judged.undecided += [Undecided(each.trace, each.rule, _NO_SOURCE) for each in candidates]
+    if outcomes is not None and candidates:
+        _correct(outcomes, candidates, judged)
     judgements = {(each.trace, each.rule): judgement for each, judgement in judged.breaches}
     unsure = {(each.trace, each.rule) for each in judged.undecided}
     unsure |= {(k, number) for k in unknown for number in due.rules.read_back}
@@ -111,7 +122,21 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         due.received_ns,
         due.ticket,
         judged.undecided,
+        outcomes,
     )
+
+
+def _correct(outcomes: Rows, candidates: list[Breach], judged: Judged) -> None:
+    """Count candidates by what was found, and no longer as broken."""
+    for each in candidates:
+        outcomes[each.rule, O_BROKEN] -= 1
+        outcomes[each.rule, O_KEPT] += 1
+    for broken, _ in judged.breaches:
+        outcomes[broken.rule, O_KEPT] -= 1
+        outcomes[broken.rule, O_BROKEN] += 1
+    for unsure in judged.undecided:
+        outcomes[unsure.rule, O_KEPT] -= 1
+        outcomes[unsure.rule, O_UNDECIDED] += 1
 
 
 def raise_signal(

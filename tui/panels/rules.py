@@ -299,6 +299,8 @@ def _editable(rule: Json) -> bool:
 
 def _source(rule: Json) -> str:
     source = str(rule.get("source") or NONE)
+    if rule.get("all_tenants"):
+        return f"{FILE} {source}: for all tenants, only the operator can change it"
     return source if _editable(rule) else f"{FILE} {source}: written by hand, edit it there"
 
 

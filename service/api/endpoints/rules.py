@@ -98,6 +98,7 @@ def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
         "version": rule.version,
         "etag": etag(rule),
         "editable": editable,
+        "all_tenants": tools.sources.rules.for_all_tenants(rule.id),
         "source": source,
         "muted": _mute_json(tools.triage.current_mute(tenant, rule.id)),
     }
@@ -136,6 +137,7 @@ def _if_match(call: Call) -> str | None:
 async def list_rules(call: Call) -> Any:
     """Sorted by id. Each has `version` (a hash of its condition), `etag`, `source` (its file in the
     rule directory), `editable` (false for files written by hand, which only change on disk),
+    `all_tenants` (whether it is a rule of the operator's for all tenants, which is never editable),
     `muted` (null, or `since`, `until`, `reason` and `by`) and `active_signals` (the number of
     active signals; null while the store is unavailable)."""
     return {"rules": await call.blocking(_rules, call.tools, call.tenant)}
@@ -176,7 +178,8 @@ async def get_rule(call: Call) -> Any:
         201: "The rule was created",
         400: "The rule has errors, listed in `error.errors` as by `rules/validate`",
         404: "`If-Match` was sent, but there is no such rule",
-        409: "The rule belongs to a file written by hand, or there are too many rules",
+        409: "The rule belongs to a file written by hand or is one for all tenants, or there are "
+        "too many rules",
         412: "`If-Match` does not match the rule",
         428: "The rule exists, and `If-Match` was not sent",
     },
@@ -206,7 +209,7 @@ async def put_rule(call: Call) -> Any:
     answers={
         204: "The rule was deleted; its signals are kept",
         404: "There is no such rule",
-        409: "The rule belongs to a file written by hand",
+        409: "The rule belongs to a file written by hand, or is one for all tenants",
         412: "`If-Match` does not match the rule",
         428: "`If-Match` was not sent",
     },
@@ -234,9 +237,10 @@ async def delete_rule(call: Call) -> Any:
     answers={200: '`{"since", "until", "reason", "by"}`', 404: "There is no such rule"},
 )
 async def mute_rule(call: Call) -> Any:
-    """Signals of a muted rule are recorded and shown as muted, and are not sent to webhooks. `for`
-    is a duration of up to 366 days; a new mute replaces the current one. `by` is the name in
-    `X-Operator`, or the tenant. The audit log records who muted what."""
+    """Signals of a muted rule are recorded and shown as muted, start no alert, and are not sent to
+    webhooks; an alert that fires resolves at once. `for` is a duration of up to 366 days; a new
+    mute replaces the current one. `by` is the name in `X-Operator`, or the tenant. The audit log
+    records who muted what."""
     rule_id, given = call.params["id"], call.json({"for": str, "reason": str}, {})
     call.tools.sources.rules.rule(call.tenant, rule_id)
     try:
@@ -279,6 +283,7 @@ async def unmute_rule(call: Call) -> Any:
     "POST",
     "/api/v1/rules/validate",
     "Check a condition; nothing is saved",
+    reads=True,
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
@@ -309,6 +314,7 @@ def _validated(condition: str) -> dict[str, Any]:
     "POST",
     "/api/v1/rules/test",
     "Evaluate a condition on a trace; nothing is saved",
+    reads=True,
     body={
         "type": "object",
         "required": ["condition", "trace"],

@@ -22,6 +22,7 @@ from betrace.service.pipeline.dead_letters import Bury
 from betrace.service.pipeline.incomplete import IncompleteTraces
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
+from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.signals import Kind, Signal
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
@@ -36,6 +37,7 @@ EARLY_REMEMBERED = 100_000  # traces with early signals that have not closed yet
 SMALL = 6400  # (traces + matches) x rules: a batch this small costs less than a thread call
 REPORT_SECONDS = 60  # between log lines about undecided traces
 SHARE = 0.6  # of the time of a call, for reading traces back and judging them
+MOST_SERIES = 2000  # of outcomes by rule, as metrics.max_rule_series
 FEW_SIGNALS = 16  # in a small batch; more take time, and the next batch may have more
 
 
@@ -102,6 +104,9 @@ class EvaluateStage:
         self._unreported = 0  # undecided
         self._report_at = 0.0
         self.counts = EvaluateCounts()
+        self.evaluations = RuleEvaluations(MOST_SERIES)
+        """By rule; :mod:`betrace.service.pipeline.build` replaces it with one of the configured
+        size."""
 
     async def handle(self, batch: list[DueTraces]) -> None:
         """Decide a batch and pass on what must be stored."""
@@ -116,6 +121,7 @@ class EvaluateStage:
         onward = []
         for decided, traces in found:
             self.counts.traces += traces
+            self._count_outcomes(decided)
             if decided.undecided:
                 self._report(decided)
             for signal in decided.signals:
@@ -160,6 +166,12 @@ class EvaluateStage:
         for due, (decided, _) in zip(batch, found, strict=True):
             self._relational.note(due, decided.signals)
         return found
+
+    def _count_outcomes(self, decided: Decided) -> None:
+        if decided.closed is not None and decided.outcomes is not None:
+            closed = decided.closed
+            self.evaluations.add(closed.tenant, closed.rules, decided.outcomes, len(closed))
+        decided.outcomes = None  # what follows does not need it
 
     def _report(self, decided: Decided) -> None:
         """Count the traces that could not be judged, and log them at most once a minute."""
@@ -246,6 +258,8 @@ def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:
 def _joined(decided: Decided, own: Decided, first: int) -> Decided:
     """The results of two parts; ``first`` is the number of the second part's first trace."""
     decided.signals += own.signals
+    if decided.outcomes is not None and own.outcomes is not None:
+        decided.outcomes += own.outcomes
     decided.undecided += [replace(each, trace=each.trace + first) for each in own.undecided]
     return decided
 

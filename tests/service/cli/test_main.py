@@ -165,6 +165,7 @@ def test_a_missing_extra_is_named(
     [
         (PermissionError(13, "Permission denied", "/x"), "betrace: /x: Permission denied; check"),
         (httpx.ConnectError("refused"), "did not answer (refused); try again"),
+        (httpx.InvalidURL("no host"), "the URL of the service is invalid (no host); correct"),
         (ExceptionGroup("", [OSError("a"), ExceptionGroup("", [OSError("b")])]), "betrace: b"),
         (DeadLetterError("the dead letters are damaged"), "betrace: the dead letters are damaged"),
         (ZeroDivisionError("by zero"), "this is a bug: ZeroDivisionError: by zero; please report"),
