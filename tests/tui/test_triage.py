@@ -33,7 +33,9 @@ def handled(api):
     """The service lists the newest signal as acknowledged from now on."""
     found = {"at": "2023-11-14T22:13:21Z", "by": "ann", "note": "I look"}
     first, *others = records.signals()
-    api.routes["GET", "/api/v1/signals"] = {"signals": [{**first, "acknowledged": found}, *others]}
+    first["acknowledged"] = found
+    api.routes["GET", "/api/v1/signals"] = {"signals": [first, *others]}
+    api.routes["GET", f"/api/v1/signals/{first['id']}"] = first
 
 
 @piloted()
@@ -52,6 +54,18 @@ async def test_a_signal_is_acknowledged_with_a_note(pilot, api):
     await until(lambda: "acknowledged by ann at 2023-11-14 22:13:21: I look" in screen_text(app))
     await pilot.press("escape")
     await until(lambda: "✖✓ fraud-check" in screen_text(app))
+
+
+@piloted()
+async def test_a_retraction_of_an_open_signal_is_shown(pilot, api):
+    app = pilot.app
+    await opened(pilot, api)
+    retracted = records.signal(5, status="retracted")
+    api.routes["GET", f"/api/v1/signals/{retracted['id']}"] = retracted
+    again = records.signal(5, id="f" * 32, kind="retracted")
+    del again["status"]
+    api.raise_signal(again)
+    await until(lambda: app._show() or "○ retracted" in screen_text(app))
 
 
 @piloted()

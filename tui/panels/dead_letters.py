@@ -60,7 +60,11 @@ class DeadLettersPanel(ListPanel):
 
     async def read(self) -> None:
         answer = await self.betrace.client.get("/api/admin/dead-letters", limit=MOST)
+        before = self._letters
         self._letters = {str(each.get("id")): each for each in objects(answer.get("deadLetters"))}
+        for identity, letter in self._letters.items():
+            if before.get(identity) != letter:
+                self._texts.forget(identity)
         self._more = answer.get("next") is not None
         self._marked &= set(self._letters)
 

@@ -159,6 +159,7 @@ class SignalsPanel(TenantListPanel):
             if before is not None and "status" not in signal:
                 return  # the list has already given the complete signal
             self._signals[identity] = signal, signal_row(signal)
+            self._texts.forget(identity)
             self._ordered = None
 
     def _forget(self) -> None:
@@ -262,7 +263,6 @@ class SignalsPanel(TenantListPanel):
             acknowledge(self.betrace, signal, partial(self._acknowledged, signal))
 
     def _acknowledged(self, signal: Json, acknowledgement: Json) -> None:
-        self._texts.forget(str(signal.get("id")))
         self._keep({**signal, "acknowledged": acknowledgement})
 
     def action_change_mute(self) -> None:
