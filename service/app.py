@@ -297,7 +297,7 @@ class _ServiceBuilder:
             stores.registry.store.rules,
             self._pipeline.open_traces,
             stores.local.triage,
-            settings.ingest.max_body_bytes,
+            settings,
         )
         return Tools(
             sources,

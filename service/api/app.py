@@ -20,6 +20,7 @@ from betrace.service.api.asgi import App, Receive, Scope, Send
 from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
 from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
+from betrace.service.api.pages.routes import add_pages
 from betrace.service.api.params import near, read_param, read_params
 from betrace.service.config.base import MIB
 from betrace.service.tenancy.authentication import (
@@ -58,15 +59,17 @@ def create_api(
             methods=[endpoint.method],
             provide_automatic_options=False,
         )
+    show_error = add_pages(app, tools, authenticator, closed)
     paths = {endpoint.path for endpoint in listed}
 
     @app.errorhandler(HTTPException)
     async def unmatched(error: HTTPException) -> Response:
         status = error.code or 500
         if status == 404:
-            return _error(
-                ApiError(404, f"there is nothing at {request.path[:200]}", _nearby(paths))
-            )
+            nothing = f"there is nothing at {request.path[:200]}"
+            if "text/html" in request.headers.get("accept", ""):
+                return await show_error(ApiError(404, nothing))
+            return _error(ApiError(404, nothing, _nearby(paths)))
         if status == 405:
             allowed = sorted(getattr(error, "valid_methods", None) or [])
             return _error(

@@ -19,6 +19,8 @@ The tenant is the one of the bearer token; for an operator it is the one in the 
 tenant name matches `[a-z0-9][a-z0-9_-]{0,62}`. A deleted tenant gets 403. A read-only token may
 call what changes nothing: every GET, and checking and testing rules. Everything else answers 403.
 
+Pages for people begin at `/`.
+
 An error is `{"error": {"code", "message", "hint"}}`: what happened, and what to do about it.
 """
 INGESTION = """\

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from betrace.service.config.edge import Api
 from betrace.service.signals import MISSING_PARENTS, MODE, Signal
 from betrace.service.storage.duck.queries import StoredSignal, TraceRow
 from betrace.service.storage.triage import Acknowledgement, TriageStore
@@ -25,8 +26,16 @@ def signal_json(signal: Signal) -> Json:
     }
 
 
-def signals_json(triage: TriageStore, tenant: str, found: Sequence[StoredSignal]) -> list[Json]:
-    """A tenant's signals with their status, ``muted`` and ``acknowledged``. Blocks."""
+def linked(shown: Json, api: Api) -> Json:
+    """A signal with the address of its page as ``url``, if people can reach the pages."""
+    url = api.page_url(f"/signals/{shown['id']}", shown["tenant"])
+    return shown if url is None else {**shown, "url": url}
+
+
+def signals_json(
+    triage: TriageStore, tenant: str, found: Sequence[StoredSignal], api: Api
+) -> list[Json]:
+    """A tenant's signals with their status, ``muted``, ``acknowledged`` and ``url``. Blocks."""
     known = triage.acknowledgements(tenant, [stored.signal.id for stored in found])
     shown = []
     for stored in found:
@@ -36,7 +45,7 @@ def signals_json(triage: TriageStore, tenant: str, found: Sequence[StoredSignal]
             "muted": triage.muted(tenant, signal.rule_id, signal.detected_at),
             "acknowledged": acknowledged and acknowledgement_json(acknowledged),
         }
-        shown.append({**signal_json(signal), **extra})
+        shown.append(linked({**signal_json(signal), **extra}, api))
     return shown
 
 

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from betrace.service.api.rendering import signals_json, trace_row_json
 from betrace.service.api.trace_cache import MAX_SIGNALS, TraceMetadataCache
 from betrace.service.config.base import MIB
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.render import trace_as_json
@@ -57,7 +58,7 @@ _SPARE_RULES = 16
 class TraceReader:
     """Reads traces, open ones included. May be called from several threads at once.
 
-    ``rules`` returns a tenant's rules; ``max_body_bytes`` limits the size of a decompressed frame.
+    ``rules`` returns a tenant's rules.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TraceReader:
         rules: Callable[[str], tuple[Rule, ...]],
         open_traces: OpenTraces,
         triage: TriageStore,
-        max_body_bytes: int,
+        settings: Settings,
     ) -> None:
         self._store = store
         self._metadata = metadata
@@ -79,7 +80,8 @@ class TraceReader:
         self._spare: LRUCache[str, tuple[tuple[Rule, ...], CompiledRules]] = LRUCache(_SPARE_RULES)
         self._open_traces = open_traces
         self._triage = triage
-        self._max_body = max_body_bytes
+        self._max_body = settings.ingest.max_body_bytes
+        self._api = settings.api
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
         """The trace (32 lower-case hex digits); None if the tenant has no such trace.
@@ -128,7 +130,7 @@ class TraceReader:
             "omitted": frames.omitted,
             "omittedSpans": max(0, trial.spans - MAX_SPANS),
             "missing_parents": trial.missing_parents if whole else None,
-            "signals": signals_json(self._triage, tenant, stored),
+            "signals": signals_json(self._triage, tenant, stored, self._api),
             "verdicts": _verdicts(
                 rules,
                 found,

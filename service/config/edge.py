@@ -20,7 +20,7 @@ from betrace.service.config.base import (
 )
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
-_BASE_URL = re.compile(r"https?://[^/?#\s\"'<>]+(/[^?#\s\"'<>]*)?")
+_BASE_URL = re.compile(r"https?://[^/?#\s\"'<>]+/?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
 
 
@@ -33,8 +33,7 @@ def _http_or_empty(text: str) -> str:
 def _base_url(text: str) -> str:
     if text and not _BASE_URL.fullmatch(text):
         raise ValueError(
-            f"is {text!r}: write scheme, host and port, and a path if a proxy adds one, such as "
-            "https://betrace.example.org"
+            f"is {text!r}: write scheme, host and port only, such as https://betrace.example.org"
         )
     return text.rstrip("/")
 

@@ -49,7 +49,7 @@ T = TypeVar("T")
 # Stages wait for company when there is little to do (decision 21).
 INGEST_INTERVAL = 0.005  # seconds
 INGEST_ENOUGH = 500  # spans
-FOLD_INTERVAL = 0.05  # seconds; early signals are delayed by this at most
+FOLD_INTERVAL = 0.1  # seconds; early signals are delayed by this at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +258,7 @@ class _PipelineBuilder:
                 interval=INGEST_INTERVAL,
                 enough=INGEST_ENOUGH,
                 adapts=True,
+                direct=pipeline.ingest.handle_now,
             ),
             "trace-correlation": self._stage(
                 "trace-correlation",

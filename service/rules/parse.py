@@ -64,6 +64,11 @@ def parse(text: str, *, relational: bool = False) -> RuleSyntax:
     return Builder(text, related=True).rule(tree)
 
 
+def tokens(text: str) -> list[Token]:
+    """The tokens of a condition that :func:`parse` accepts, with their positions in ``text``."""
+    return list(_PARSER.lex(text))
+
+
 def _check_size(text: str) -> None:
     try:
         size = len(text.encode())

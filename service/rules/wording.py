@@ -59,14 +59,13 @@ def breach_text(
     """
     if rule.relational:
         return _relational_text(rule, clause, groups)
+    causes = breach_causes(rule, clause, counts)
     if clause == "always":
-        parts = [
-            _required(part, counts) for part in _causes(rule.always, And, holds=True, counts=counts)
-        ]
+        parts = [_required(part, counts) for part in causes]
     else:
         parts = [
             (MET, _phrase(part, counts)) if rule.bare else _forbidden(part, counts)
-            for part in _causes(rule.never, Or, holds=False, counts=counts)
+            for part in causes
         ]
     phrases: dict[str, list[str]] = {}
     for word, phrase in parts:
@@ -75,6 +74,13 @@ def breach_text(
         f"{word}: {(', ' if word == MISSING else '; ').join(found)}"
         for word, found in phrases.items()
     )
+
+
+def breach_causes(rule: RuleSyntax, clause: str, counts: Counts) -> list[Node]:
+    """The parts of the broken clause that the counts do not rule out as the cause."""
+    if clause == "always":
+        return _causes(rule.always, And, holds=True, counts=counts)
+    return _causes(rule.never, Or, holds=False, counts=counts)
 
 
 def _relational_text(rule: RuleSyntax, clause: str, groups: Mapping[str, Any] | None) -> str:

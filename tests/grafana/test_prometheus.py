@@ -131,7 +131,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             service.ingest,
         ]
         # First, every scenario once: counted from 0, it is visible as an increase.
-        subprocess.run([*command, "--once"], env=environment(), check=True, timeout=60)
+        subprocess.run([*command, "--once"], env=environment(), check=True, timeout=180)
         shop = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
         with ended(shop):
             wait_for(lambda: prometheus.values("betrace_duckdb_rows_total > 20"), 60)

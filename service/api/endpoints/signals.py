@@ -24,10 +24,12 @@ from betrace.service.api.params import (
 )
 from betrace.service.api.rendering import (
     acknowledgement_json,
+    linked,
     signal_json,
     signals_json,
     trace_row_json,
 )
+from betrace.service.config.edge import Api
 from betrace.service.rules.definition import ALERT, SEVERITIES, SHADOW
 from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.search import TraceFilter
@@ -55,6 +57,10 @@ MODE = Param(
 HEX_TRACE = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
 TRACE_ID = Param("trace_id", "The id of the trace, 32 hex digits.", read_hex(32), HEX_TRACE)
 SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HEX_TRACE)
+
+
+def _api(call: Call) -> Api:
+    return call.tools.sources.settings.api
 
 
 def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,12 +98,12 @@ async def list_signals(call: Call) -> Any:
     has `at`, `by` and `note`. `mode` is that of the rule at the time. `missing_parents` says how
     many parents that spans name had not come when the trace was closed (then `reason` says so,
     too); it is 0 if all were there, for signals raised before the end, and if there was no time to
-    look."""
+    look. With `api.public_url`, `url` is the address of the signal's page."""
     page, filters = _page_and_filters(call)
     signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
-    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found)
+    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found, _api(call))
     return {"signals": shown, "next": following}
 
 
@@ -127,7 +133,7 @@ async def stream_signals(call: Call) -> Answer:
                 if signal is None:
                     yield b": still here\n\n"
                 elif rule in (None, signal.rule_id) and severity in (None, signal.severity):
-                    yield event("signal", signal_json(signal), signal.id)
+                    yield event("signal", linked(signal_json(signal), _api(call)), signal.id)
         finally:
             subscription.close()
 
@@ -198,7 +204,9 @@ async def get_signal(call: Call) -> Any:
     found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
     if found is None:
         raise _no_signal(call.params["id"])
-    (shown,) = await call.blocking(signals_json, call.tools.triage, call.tenant, [found])
+    (shown,) = await call.blocking(
+        signals_json, call.tools.triage, call.tenant, [found], _api(call)
+    )
     return shown
 
 

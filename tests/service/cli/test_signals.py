@@ -15,7 +15,9 @@ from click.testing import CliRunner, Result
 from betrace.service.cli import signals as module
 from betrace.service.cli.main import cli
 from betrace.service.cli.traces import _summary as summary
-from betrace.service.cli.waterfall import MAX_SPANS, duration, in_tree_order, waterfall
+from betrace.service.cli.waterfall import MAX_SPANS, waterfall
+from betrace.service.otlp.span_tree import in_tree_order
+from betrace.service.times import short_duration
 from tests.support import tui_records as records
 
 Query = dict[str, str]
@@ -302,4 +304,4 @@ def test_a_waterfall_of_hostile_spans() -> None:
     ],
 )
 def test_durations(ns: int, text: str) -> None:
-    assert duration(ns) == text
+    assert short_duration(ns) == text
