@@ -56,7 +56,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Tools:
-    """What endpoints work with; filled by :mod:`betrace.service.app`."""
+    """What endpoints work with; filled by :mod:`betrace.service.app.builder`."""
 
     sources: Sources
     store: DuckStore

@@ -24,7 +24,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Filled by :mod:`betrace.service.app`. ``state`` returns starting, ready, draining or
+    """Filled by :mod:`betrace.service.app.builder`. ``state`` returns starting, ready, draining or
     stopped; ``wall_time`` converts a time of Trio's clock to seconds since 1970."""
 
     settings: Settings

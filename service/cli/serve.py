@@ -20,7 +20,7 @@ from betrace.service.cli.common import Failure, json_option, settings_options
 from betrace.service.cli.garbage import short_pauses
 
 if TYPE_CHECKING:
-    from betrace.service.app import Addresses, Service
+    from betrace.service.app.service import Addresses, Service
     from betrace.service.config.settings import Settings
 
 _log = logging.getLogger("service.running")
@@ -95,7 +95,7 @@ def run_service(
     :exc:`~betrace.service.storage.ledger.base.LedgerError`, :exc:`OSError`; perhaps in an
     exception group.
     """
-    from betrace.service.app import open_service  # takes a second, which --help should not
+    from betrace.service.app.builder import open_service  # takes a second, which --help should not
     from betrace.service.cli.rules import record_rules_directory
 
     with short_pauses(), ExitStack() as stack:

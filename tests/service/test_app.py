@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from betrace.service.api.components import components
-from betrace.service.app import open_service
+from betrace.service.app.builder import open_service
 from betrace.service.pipeline.request import Done
 from betrace.service.storage.spanlog.log import LogSyncError
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules

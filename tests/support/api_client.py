@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from betrace.service.api.app import create_api
-from betrace.service.app import Service
+from betrace.service.app.service import Service
 
 
 class ApiClient:

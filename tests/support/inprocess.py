@@ -10,7 +10,8 @@ from typing import Any
 
 import trio
 
-from betrace.service.app import Service, open_service
+from betrace.service.app.builder import open_service
+from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.signals import Signal

@@ -33,7 +33,7 @@ from betrace.service.config.load import load
 from betrace.service.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
-    from betrace.service.app import Addresses
+    from betrace.service.app.service import Addresses
 
 IDLE_SECONDS = 2.0  # longer than the shop's slowest span and its flush together
 ONCE_SECONDS = 30.0  # for all of --once except the start of the service

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from betrace.service.app import Addresses
+from betrace.service.app.service import Addresses
 from betrace.service.cli.demo import run as demo
 from betrace.service.cli.demo import shop as demo_shop
 from betrace.service.cli.main import cli

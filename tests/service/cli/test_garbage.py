@@ -73,7 +73,7 @@ def test_frozen_cycles_are_found_after_growth(
 
 
 def test_the_service_runs_with_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from betrace.service import app
+    from betrace.service.app import builder
     from betrace.service.cli import serve as running
 
     seen = []
@@ -84,7 +84,7 @@ def test_the_service_runs_with_short_pauses(monkeypatch: pytest.MonkeyPatch) -> 
         )
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(app, "open_service", stop_there)
+    monkeypatch.setattr(builder, "open_service", stop_there)
     with pytest.raises(RuntimeError, match="far enough"):
         running.run_service(None)  # type: ignore[arg-type]
     assert len(seen) == 1

@@ -8,7 +8,7 @@ import time
 import pytest
 import trio
 
-from betrace.service.app import Service
+from betrace.service.app.service import Service
 from betrace.service.pipeline.request import Done
 from tests.support.inprocess import (
     active_signals,

@@ -12,7 +12,7 @@ import trio
 
 from betrace.channels import BreakerState, TransientError
 from betrace.service.api.components import components
-from betrace.service.app import open_service
+from betrace.service.app.builder import open_service
 from betrace.service.config.load import load
 from betrace.service.pipeline.letter_book import SPANS_STAGE
 from betrace.service.pipeline.request import Done, Reply, Request

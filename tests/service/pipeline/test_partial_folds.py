@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from betrace.service.app import Service
+from betrace.service.app.service import Service
 from betrace.service.traces import folding
 from betrace.service.traces.table import TraceTable
 from tests.support.inprocess import active_signals, closed, running, send, settings, write_rules

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from betrace.service.app import Service
+from betrace.service.app.service import Service
 from betrace.service.signals import Kind
 from betrace.service.storage.duck.schema import StoreError
 from tests.support.inprocess import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from betrace.service.app import Service
+from betrace.service.app.service import Service
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.parse import parse
 from tests.support.api_client import ApiClient
