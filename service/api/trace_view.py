@@ -42,7 +42,7 @@ from betrace.service.traces.layout import (
     ROOT_SERVICE,
     SPANS,
 )
-from betrace.service.traces.trial import Trial, TrialError, Verdict
+from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError, Verdict
 
 Json = dict[str, Any]
 
@@ -52,6 +52,10 @@ MAX_BYTES = 128 * MIB
 MAX_SPANS = 20_000
 
 _SPARE_RULES = 16
+_TOO_EXPENSIVE = (
+    f"the verdicts were not computed within {TRIAL_SECONDS:g} s of processor time; "
+    "use fewer or cheaper patterns"
+)
 
 
 class TraceReader:
@@ -108,7 +112,7 @@ class TraceReader:
 
         frames = _Frames(self._log, tenant, sorted(positions), self._max_body)
         with self._compiled(tenant) as rules:
-            trial = Trial(rules, trace_id)
+            trial = Trial(rules, trace_id, TRIAL_SECONDS)
             with self._one_large if row.spans > MAX_SPANS else nullcontext():
                 shown = trace_as_json(frames.fold(trial), bytes.fromhex(trace_id), MAX_SPANS)
             # Spans can be missing when no frame is, because positions reach the index later.
@@ -116,7 +120,7 @@ class TraceReader:
             certain = whole and not is_open
             try:
                 found = {verdict.rule_id: verdict for verdict in trial.verdicts(complete=certain)}
-            except TrialError:  # none of its spans are left in the log
+            except TrialError:  # none of its spans are left in the log, or too_expensive
                 found, certain = {}, False
         return {
             **trace_row_json(row),
@@ -135,6 +139,7 @@ class TraceReader:
                     if s.status == "active"
                 },
                 "kept" if certain else "open" if is_open else "unknown",
+                _TOO_EXPENSIVE if trial.too_expensive else None,
             ),
         }
 
@@ -170,6 +175,7 @@ def _verdicts(
     found: dict[str, Verdict],
     active: dict[tuple[str, str], StoredSignal],
     otherwise: str,
+    not_computed: str | None,
 ) -> Json:
     """By rule id ``verdict``, ``clause``, ``signal`` (its id), ``counts`` and ``evidence``.
 
@@ -178,7 +184,8 @@ def _verdicts(
     certain: the readable spans show it, or an active signal of the same version of the rule does.
     Without a breach the verdict is ``otherwise``: ``kept``; ``open`` while later spans may still
     break the rule; ``unknown`` if spans of a closed trace could not be read, or if a rule could not
-    be judged (``undecided`` says why). ``groups`` are the broken ones of a rule with ``for each``.
+    be judged (``undecided`` says why; ``not_computed`` does for all rules). ``groups`` are the
+    broken ones of a rule with ``for each``.
     """
     verdicts = {}
     for rule in rules.rules:
@@ -192,6 +199,8 @@ def _verdicts(
             "counts": verdict.counts if verdict else {},
             "evidence": verdict.evidence if verdict else {},
         }
+        if not_computed is not None and signal is None:
+            shown |= {"verdict": "unknown", "undecided": not_computed}
         if verdict is not None and verdict.undecided is not None:
             shown |= {"verdict": "unknown", "undecided": verdict.undecided}
         if verdict is not None and verdict.groups is not None:

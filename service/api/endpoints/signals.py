@@ -273,7 +273,7 @@ async def get_trace(call: Call) -> Any:
     left out because the trace is too long, and `omittedSpans` the number of spans. `verdicts` are
     those of the current rules, by id: `verdict` is `breach` (with `clause`, and the id of the
     `signal` if there is one), `kept`, `open` (the trace is open) or `unknown` (spans are
-    missing)."""
+    missing; or `undecided` says why, such as that 3 s of processor time were not enough)."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:
