@@ -21,14 +21,14 @@ import httpx
 
 from perf.lib.attackers import ATTACKS, Attack
 from perf.lib.quiet_tenant import RULE, TENANT, QuietTenant
-from perf.lib.target import service
+from perf.lib.target import Service, service
 from perf.report import output
 
 GOAL = 2.0
 """The quiet tenant's p99 beside an attack ÷ alone."""
 SMALL = 0.05
 """Seconds; a p99 below this counts as this, because it is noise."""
-BEGIN_SECONDS = 120.0
+BEGIN_SECONDS, END_SECONDS = 120.0, 90.0
 FILES = {"tenant names": 1024}
 
 Json = dict[str, Any]
@@ -37,32 +37,43 @@ Json = dict[str, Any]
 def measure(name: str, seconds: float, size: float) -> Json:
     """The quiet tenant's figures alone and beside an attack."""
     with service(rules=10, files=FILES.get(name)) as target:
-        headers = {"x-scope-orgid": TENANT}
-        answer = httpx.put(
-            f"{target.api}/api/v1/rules/quick", json=RULE, headers=headers, trust_env=False
-        )
-        answer.raise_for_status()
+        save_rule(target)
         with QuietTenant(target.ingest, target.api) as quiet:
             quiet.measure(2)
             before = target.rss()
             alone = quiet.measure(seconds)
-            attack = Attack(target, size)
-            thread = threading.Thread(target=ATTACKS[name], args=(attack,), daemon=True)
-            thread.start()
-            if not attack.begun.wait(BEGIN_SECONDS):
-                raise RuntimeError(f"{name}: the attack did not begin")
-            beside = quiet.measure(seconds)
+            beside, answers = attacked(target, quiet, name, seconds, size)
             memory = target.rss() - before
-            attack.over.set()
-            thread.join(90)
     return {
         "alone": alone,
         "beside": beside,
         "request_ratio": ratio(alone["p99"], beside["p99"]),
         "signal_ratio": ratio(alone["signal_p99"], beside["signal_p99"]),
         "rss_growth_mb": round(memory / 1e6, 1),
-        "answers": {str(status): count for status, count in sorted(attack.answers.items())},
+        "answers": answers,
     }
+
+
+def save_rule(target: Service) -> None:
+    """Save the quiet tenant's rule."""
+    url, headers = f"{target.api}/api/v1/rules/quick", {"x-scope-orgid": TENANT}
+    httpx.put(url, json=RULE, headers=headers, trust_env=False).raise_for_status()
+
+
+def attacked(
+    target: Service, quiet: QuietTenant, name: str, seconds: float, size: float
+) -> tuple[Json, Json]:
+    """The quiet tenant's figures beside an attack, and the answers to the attack by status."""
+    attack = Attack(target, size)
+    thread = threading.Thread(target=ATTACKS[name], args=(attack,), daemon=True)
+    thread.start()
+    try:
+        if not attack.begun.wait(BEGIN_SECONDS):
+            raise RuntimeError(f"{name}: the attack did not begin")
+        return quiet.measure(seconds), {str(k): n for k, n in sorted(attack.answers.items())}
+    finally:
+        attack.over.set()
+        thread.join(END_SECONDS)
 
 
 def ratio(alone: float, beside: float) -> float:
