@@ -18,9 +18,18 @@ from betrace.service.api.body_shares import OPERATOR, UNKNOWN, BodyShares, calle
 from betrace.service.api.endpoints import rules as rule_endpoints
 from betrace.service.api.errors import ApiError
 from betrace.service.api.turns import TenantTurns
+from betrace.service.otlp.render import trace_as_json
 from tests.support.api_client import ApiClient
 from tests.support.api_records import otlp, span
-from tests.support.inprocess import opened, running, send, settings, write_rules
+from tests.support.inprocess import (
+    closed,
+    folded,
+    opened,
+    running,
+    send,
+    settings,
+    write_rules,
+)
 from tests.support.spans import TRACE, S
 
 EXPENSIVE = " or ".join(f'x matches "[ab]*a[ab]{{{250 - n}}}c"' for n in range(40))
@@ -70,6 +79,7 @@ async def test_a_trace_is_shown_without_verdicts_that_take_too_much_time(tmp_pat
         for tenant in ("noisy", "quiet"):
             await send(service, [S(1, x=text), S(2, x=text[1:])], tenant=tenant)
             await send(service, [S(3, x=text[2:])], tenant=tenant)
+        await folded(service)
         client = ApiClient(service)
         path = f"/api/v1/traces/{TRACE.hex()}"
         shown = await client.get(path, X_Scope_OrgID="noisy")
@@ -84,6 +94,44 @@ async def test_a_trace_is_shown_without_verdicts_that_take_too_much_time(tmp_pat
         quiet = await client.get(path, X_Scope_OrgID="quiet")
         assert quiet["verdicts"]["cheap"]["verdict"] in ("open", "kept")
         assert "undecided" not in quiet["verdicts"]["cheap"]
+
+
+async def test_eight_readers_of_a_long_trace_read_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(trace_view, "MAX_SPANS", 50)
+    reading = most = 0
+
+    def counted(*given):
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        time.sleep(0.02)
+        shown = trace_as_json(*given)
+        reading -= 1
+        return shown
+
+    monkeypatch.setattr(trace_view, "trace_as_json", counted)
+    async with running(settings(tmp_path)) as service:
+        for first in range(0, 200, 20):
+            await send(service, [S(first + n) for n in range(1, 21)], tenant="noisy")
+        await send(service, [S(1)], tenant="quiet")
+        await folded(service)
+        await closed(service)
+        client = ApiClient(service)
+        path = f"/api/v1/traces/{TRACE.hex()}"
+        found = []
+
+        async def read() -> None:
+            found.append(await client.get(path, X_Scope_OrgID="noisy"))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(read)
+            await client.get(path, X_Scope_OrgID="quiet")
+        assert len(found) == 8
+        for trace in found:
+            assert trace["omittedSpans"] == 150
+            assert len(str(trace["resourceSpans"])) < 100_000
+        assert most <= 2  # a long one, and the quiet tenant's
 
 
 async def test_an_abandoned_call_keeps_its_turn(autojump_clock):
