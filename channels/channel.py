@@ -136,9 +136,23 @@ class SendChannel(_End[T], trio.abc.SendChannel[T]):
         state = self._state
         self._check_open()
         weight = state.weight_of(item)
+        if state.pass_directly(item, weight):
+            return
         if state.senders or not state.fits(weight):
             raise trio.WouldBlock
         state.put(item, weight)
+
+    @enable_ki_protection
+    def send_over(self, item: T) -> None:
+        """Put an item into the channel, even if it then holds more than its capacity. The caller
+        bounds the excess: it looks at `fill` first.
+
+        Raises:
+          trio.BrokenResourceError: all receivers are closed.
+          trio.ClosedResourceError: this end is closed.
+        """
+        self._check_open()
+        self._state.put(item, self._state.weight_of(item))
 
     @enable_ki_protection
     async def send(self, value: T) -> None:
@@ -268,6 +282,12 @@ class ReceiveChannel(_End[T], trio.abc.ReceiveChannel[T]):
     def hold(self) -> bool:
         """Whether taken items use capacity until `done`."""
         return self._state.hold
+
+    def receive_directly(self, take: Callable[[T], bool]) -> None:
+        """Offer each item to ``take`` first, in the sender's call, while the channel is empty.
+        ``take`` returns whether it took the item; if not, the item goes into the channel. It must
+        not raise."""
+        self._state.direct = take
 
     @enable_ki_protection
     def receive_nowait(self) -> T:

@@ -41,6 +41,11 @@ class StageOptions(Generic[T]):
     interval. It is meant for senders that wait for the outcome of their items before they send
     more: once all of them have sent, waiting for the interval to end would be in vain."""
 
+    direct: Callable[[T], bool] | None = None
+    """Handles an item at once, in the sender's call, or returns False. A stage without other work
+    offers it each item first, up to a weight of ``enough`` in each interval, because passing a
+    small item on can cost more than handling it. It must not raise."""
+
     max_batch_wait: float = 0.0
     """Seconds that a batch may wait to grow; 0 takes what is queued."""
 

@@ -169,6 +169,7 @@ class ChannelState(Generic[T]):
         self.receivers: OrderedDict[Task, WaitingReceiver[T]] = OrderedDict()
         self.gatherers: OrderedDict[Task, GatheringReceiver] = OrderedDict()
         self.until_empty = trio.lowlevel.ParkingLot()
+        self.direct: Callable[[T], bool] | None = None
         self.open_senders = 0
         self.open_receivers = 0
         self.size = 0
@@ -195,6 +196,16 @@ class ChannelState(Generic[T]):
         """Return whether this weight may be admitted now."""
         size = self.size
         return size + weight <= self.capacity or size == 0
+
+    def pass_directly(self, item: T, weight: int) -> bool:
+        """Offer an item to the direct receiver, if nothing is in the channel; return whether it was
+        taken."""
+        if self.direct is None or self.size or not self.direct(item):
+            return False
+        self.peak = max(self.peak, weight)
+        self.total_in += weight
+        self.total_out += weight
+        return True
 
     def put(self, item: T, weight: int) -> None:
         """Admit an item that fits: to the first waiting receiver, or else into the queue."""

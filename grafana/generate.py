@@ -16,10 +16,11 @@ from grafana_foundation_sdk.models import common as c
 from grafana_foundation_sdk.models import dashboard as d
 
 from grafana import flow, parts, rules
-from grafana.panel import Panel
+from grafana.panel import Annotation, Panel
 
 FILE = Path(__file__).with_name("dashboard.json")
 UID = "betrace-overview"
+PAGES = "http://127.0.0.1:8090"
 SELECTORS = 'job=~"$job", instance=~"$instance"'
 HEIGHT, SMALL_HEIGHT = 8, 4
 
@@ -35,6 +36,10 @@ ROWS = (
     ("Process", parts.PROCESS),
 )
 
+ANNOTATIONS = (
+    Annotation("Alerts", 'ALERTS{$on, alertname=~"Betrace.+", alertstate="firing"}', "red"),
+    Annotation("Starts", "changes(betrace_start_time_seconds{$on}[1m]) > 0", "blue"),
+)
 _SOURCE = d.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 Builder = series.Panel | stat.Panel | statetimeline.Panel
@@ -59,12 +64,34 @@ def build() -> dashboard.Dashboard:
         .with_variable(_variable("job", "Job", "betrace_start_time_seconds"))
         .with_variable(_variable("instance", "Instance", 'betrace_start_time_seconds{job=~"$job"}'))
     )
+    board.with_variable(
+        dashboard.TextBoxVariable("pages")
+        .label("Pages of BeTrace")
+        .description("api.public_url, for links from rules to their signals")
+        .default_value(PAGES)
+        .current(d.VariableOption(selected=True, text=PAGES, value=PAGES))
+    )
+    board.link(
+        dashboard.DashboardLink("Signals")
+        .type(d.DashboardLinkType.LINK)
+        .url("${pages}/signals")
+        .tooltip("The signals, on the pages of BeTrace")
+        .target_blank(True)
+    )
+    for annotation in ANNOTATIONS:
+        board.annotation(_annotation(annotation))
     numbers = count(1)
     for title, panels in ROWS:
         board.with_row(dashboard.Row(title).id(next(numbers)))
         for panel in panels:
             board.with_panel(_panel(panel).id(next(numbers)))
     return board
+
+
+def _annotation(annotation: Annotation) -> dashboard.AnnotationQuery:
+    query = dashboard.AnnotationQuery().name(annotation.name).datasource(_SOURCE)
+    query.enable(True).icon_color(annotation.colour)
+    return query.expr(annotation.expr.replace("$on", SELECTORS))
 
 
 def _variable(label: str, title: str, metric: str) -> dashboard.QueryVariable:
@@ -115,6 +142,9 @@ def _series(panel: Panel) -> series.Panel:
     builder.tooltip(
         common.VizTooltipOptions().mode(c.TooltipDisplayMode.MULTI).sort(c.SortOrder.DESCENDING)
     )
+    if panel.link is not None:
+        title, url = panel.link
+        builder.data_links([dashboard.DashboardLink(title).url(url).target_blank(True)])
     if panel.stacked:
         builder.stacking(common.StackingConfig().mode(c.StackingMode.NORMAL).group("A"))
     if panel.thresholds:

@@ -38,6 +38,17 @@ class Panel:
     most: float | None = None
     states: tuple[tuple[str, str], ...] = ()
     """With the kind ``states``: the name and colour of the values 0, 1, …"""
+    link: tuple[str, str] | None = None
+    """For a series, such as to a page of the service: the title and the URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """Marks on all graphs, at the times at which a query has a value."""
+
+    name: str
+    expr: str
+    colour: str
 
 
 def quantiles(metric: str, by: str = "") -> tuple[Query, ...]:

@@ -6,6 +6,12 @@ from grafana.panel import RATE, Panel, Query
 
 _RAISED = 'betrace_rule_signals_total{$on, kind="raised", muted="false"}'
 _RETRACTED = 'betrace_rule_signals_total{$on, kind="retracted", muted="false"}'
+_NOT_APPLICABLE = 'betrace_rule_evaluations_total{$on, outcome="not_applicable"}'
+_APPLICABLE = 'betrace_rule_evaluations_total{$on, outcome!="not_applicable"}'
+_SIGNALS = (
+    "Signals of this rule",
+    "${pages}/signals?rule=${__field.labels.rule}&tenant=${__field.labels.tenant}",
+)
 _NAME = "{{tenant}} {{rule}}"
 
 RULES = (
@@ -29,6 +35,7 @@ RULES = (
         "cps",
         (Query(f"topk(10, sum by (tenant, rule) (rate({_RAISED}{RATE})))", _NAME),),
         width=10,
+        link=_SIGNALS,
     ),
     Panel(
         "Compared with the day before",
@@ -44,6 +51,53 @@ RULES = (
         ),
         ((3, "red"),),
         width=10,
+        link=_SIGNALS,
+    ),
+    Panel(
+        "Alerts firing",
+        "Rules that page somebody now, through [alerts].",
+        "short",
+        (Query("sum(betrace_alerts_firing{$on})", "alerts"),),
+        width=6,
+    ),
+    Panel(
+        "Alerts not delivered",
+        "For how long a destination has not been told of an alert that began or ended. "
+        "BetraceAlertsUndelivered fires above 2 min.",
+        "s",
+        (
+            Query(
+                "max by (destination) (betrace_alert_delivery_lag_seconds{$on})", "{{destination}}"
+            ),
+        ),
+        ((120, "red"),),
+        width=6,
+    ),
+    Panel(
+        "Rules that do not apply",
+        "Rules whose `when` held for none of the traces evaluated in the last hour. "
+        "BetraceRuleNotApplicable fires after six hours.",
+        "short",
+        (
+            Query(
+                f"count(sum by (tenant, rule) (increase({_NOT_APPLICABLE}[1h])) > 0 "
+                f"unless sum by (tenant, rule) (increase({_APPLICABLE}[1h])) > 0) or vector(0)",
+                "rules",
+            ),
+        ),
+        width=6,
+    ),
+    Panel(
+        "Verdicts, by outcome",
+        "Closed traces a second by what rules said of them.",
+        "cps",
+        (
+            Query(
+                f"sum by (outcome) (rate(betrace_rule_evaluations_total{{$on}}{RATE}))",
+                "{{outcome}}",
+            ),
+        ),
+        width=6,
     ),
     Panel(
         "Retracted signals, by rule",

@@ -163,7 +163,12 @@ def measure(options: argparse.Namespace, spans: int) -> tuple[Json, list[str]]:
     runs, over_http, wrong = [], [], []
     payload: Json = {}
     repeated = False
-    with service(rules=options.rules, tenants=options.tenants, settings=settings) as target:
+    with service(
+        rules=options.rules,
+        tenants=options.tenants,
+        settings=settings,
+        relational=options.relational,
+    ) as target:
         urls = {target.ingest: runs}
         if options.grpc:
             urls = {
@@ -297,6 +302,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--rules", type=int, default=100)
+    parser.add_argument("--relational", action="store_true", help="20 rules relate spans")
     parser.add_argument("--tenants", type=int, default=0, help="0: only the default tenant")
     parser.add_argument("--rate", type=float, default=0, help="spans/s; 0: maximum rate")
     parser.add_argument("--ack", choices=("written", "synced"), default="written")

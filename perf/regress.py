@@ -37,7 +37,7 @@ from betrace.service.rules.definition import make_rule
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from perf import bench
-from perf.lib import rows
+from perf.lib import everyday, rows
 from perf.lib.engine import TENANT, Engine, Feed, compiled, interleaved, one_after_another
 from perf.lib.workload import Shape, make_bodies, rule_definitions
 from perf.report import output
@@ -245,8 +245,11 @@ def main(given: list[str] | None = None) -> None:
     reference = Reference()
     reference()
     judged: list[Judged] = []
-    with tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d:
-        measures = figures(Path(d))
+    with (
+        tempfile.TemporaryDirectory(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")) as d,
+        everyday.figures() as of_service,
+    ):
+        measures = figures(Path(d)) | of_service
         for name in [*(options.only or []), *_slowdowns()]:
             if name not in measures:
                 sys.exit(f"unknown figure {name!r}; the figures are {', '.join(measures)}")

@@ -35,6 +35,7 @@ from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.config.base import OFF
 from betrace.service.config.settings import Settings
+from betrace.service.export.alerts.alerts import Alerts
 from betrace.service.export.archiver import archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
@@ -67,7 +68,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
-from betrace.service.tenancy.authentication import operator_token
+from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
@@ -90,8 +91,8 @@ def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     stores = _open_stores(data, settings, stack)
     directory = TenantDirectory(data / "tenants.sqlite")
     stack.callback(directory.close)
-    token = operator_token(settings.auth) if settings.auth.enabled else None
-    return lambda: build(settings, stores, directory, token)
+    tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
+    return lambda: build(settings, stores, directory, tokens)
 
 
 def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
@@ -108,16 +109,22 @@ def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
         rules.mkdir(exist_ok=True)  # so that the default directory can be found and is no problem
     caches = settings.caches
     registry = RuleRegistry(
-        RuleStore(rules), caches.rule_sets, caches.rule_sets_ttl_seconds, caches.rule_sets_bytes
+        RuleStore(rules, settings.rules.shared),
+        caches.rule_sets,
+        caches.rule_sets_ttl_seconds,
+        caches.rule_sets_bytes,
     )
     return Stores(log, registry, ledger, duckdb, local)
 
 
 def build(
-    settings: Settings, stores: Stores, directory: TenantDirectory, operator_token: str | None
+    settings: Settings,
+    stores: Stores,
+    directory: TenantDirectory,
+    tokens: OperatorTokens | None,
 ) -> Service:
-    """Build all parts, within Trio. ``operator_token`` is None if authentication is off."""
-    return _ServiceBuilder(settings, stores, directory, operator_token).service()
+    """Build all parts, within Trio. ``tokens`` is None if authentication is off."""
+    return _ServiceBuilder(settings, stores, directory, tokens).service()
 
 
 class _ServiceBuilder:
@@ -129,7 +136,7 @@ class _ServiceBuilder:
         settings: Settings,
         stores: Stores,
         directory: TenantDirectory,
-        operator_token: str | None,
+        tokens: OperatorTokens | None,
     ) -> None:
         self._settings, self._stores = settings, stores
         stores.log.on_skipped = report_skipped
@@ -137,7 +144,7 @@ class _ServiceBuilder:
         self._gate = Gate(
             settings,
             directory,
-            operator_token,
+            tokens,
             lambda name: self._tenants.exists(name),
             lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
         )
@@ -153,8 +160,17 @@ class _ServiceBuilder:
         self._latencies = Latencies(
             window_seconds=settings.metrics.window_seconds, ledger_kind=stores.ledger.kind
         )
-        breakers = Breakers(settings.breakers, settings.export.destinations)
+        destinations = [*settings.export.destinations, *settings.alerts.destinations]
+        breakers = Breakers(settings.breakers, destinations)
         self._exports = Exports(settings, self._visible, breakers, self._muted)
+        self._alerts = Alerts(
+            settings,
+            self._visible,
+            stores.local.alerts,
+            breakers,
+            self._muted,
+            lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
+        )
         self._subscriptions = Subscriptions()
         self._rule_signals = SignalsByRule(
             stores.registry.store.all_rules, settings.metrics.max_rule_series, self._muted
@@ -177,13 +193,14 @@ class _ServiceBuilder:
     def _muted(self, signal: Signal) -> bool:
         """Whether a signal pages nobody."""
         triage = self._stores.local.triage
-        return triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
+        return signal.shadow or triage.muted(signal.tenant, signal.rule_id, signal.detected_at)
 
     def _recorded(self, signals: list[Signal]) -> None:
         """Pass on signals that are new in the ledger."""
         self._rule_signals.add(signals)
         self._subscriptions.publish(signals)
         self._exports.notify(signals)
+        self._alerts.notify(signals)
 
     # Recovery and upkeep
 
@@ -205,6 +222,7 @@ class _ServiceBuilder:
         erase = (
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,
+            self._alerts.forget,
             self._erase_archive,
         )
         self._removal = Removal(
@@ -269,6 +287,7 @@ class _ServiceBuilder:
             admission=self._admission,
             recovery=self._recovery,
             exports=self._exports,
+            alerts=self._alerts,
             daily=self._daily,
             caches=self._caches,
             rule_signals=self._rule_signals,
@@ -285,7 +304,7 @@ class _ServiceBuilder:
             stores.registry.store.rules,
             self._pipeline.open_traces,
             stores.local.triage,
-            settings.ingest.max_body_bytes,
+            settings,
         )
         return Tools(
             sources,
@@ -314,6 +333,7 @@ class _ServiceBuilder:
             latencies=self._latencies,
             gate=self._gate,
             exports=self._exports,
+            alerts=self._alerts,
             subscriptions=self._subscriptions,
             pipeline=self._pipeline,
             admission=self._admission,
@@ -356,6 +376,7 @@ class Service:
     latencies: Latencies
     gate: Gate
     exports: Exports
+    alerts: Alerts
     subscriptions: Subscriptions
     pipeline: Pipeline
     admission: Admission
@@ -467,6 +488,7 @@ class Service:
         nursery.start_soon(self.recovery.every, self.settings.checkpoint.interval_seconds)
         nursery.start_soon(self.daily.every_day)
         nursery.start_soon(self.exports.run)
+        nursery.start_soon(self.alerts.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
         nursery.start_soon(self._repair)
@@ -554,7 +576,7 @@ class Service:
     def close(self) -> None:
         """End the worker threads; :func:`open_service` closes the stores."""
         self.pipeline.close_threads()
-        for part in (self.removal, self.gate, self.daily, self.exports):
+        for part in (self.removal, self.gate, self.daily, self.exports, self.alerts):
             part.close()
         for runner in (self.threads, self.cache_thread, self.rebuild_thread):
             runner.close()

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+MODE = "mode"  # keys of a signal's context that the API shows as fields
+MISSING_PARENTS = "missing_parents"
+
 
 class Kind(StrEnum):
     RAISED = "raised"
@@ -34,6 +37,12 @@ def signal_id(
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def incomplete_text(missing: int) -> str:
+    """Says that the parents of some spans are missing."""
+    parents = "1 parent" if missing == 1 else f"{missing} parents"
+    return f"the trace is incomplete: {parents} never came"
+
+
 @dataclass(frozen=True, slots=True)
 class Signal:
     """One entry of the ledger. Times are nanoseconds since 1970, ids lower-case hex.
@@ -44,6 +53,7 @@ class Signal:
     spans: ``window`` is its number, ``first`` and ``last`` are the numbers of its spans by arrival,
     and ``spans`` are their ids. Of a rule with ``for each``, its ``groups`` say how many were
     ``broken``, ``of`` how many, and give up to five ``examples`` (``key``, ``clause``, ``spans``).
+    ``context`` also has what :attr:`mode` and :attr:`missing_parents` return.
     ``episode`` counts how often the breach had been retracted before, from 0; a signal and its
     retraction have the same.
     """
@@ -66,6 +76,22 @@ class Signal:
     context: dict[str, Any] | None = None
     episode: int = 0
 
+    @property
+    def mode(self) -> str:
+        """``shadow`` if the rule was in shadow mode, else ``alert``."""
+        return str((self.context or {}).get(MODE, "alert"))
+
+    @property
+    def shadow(self) -> bool:
+        """Whether the signal is only recorded and shown."""
+        return self.mode == "shadow"
+
+    @property
+    def missing_parents(self) -> int:
+        """How many parents were missing when the trace was closed; 0 if none was, or if the signal
+        was raised before."""
+        return int((self.context or {}).get(MISSING_PARENTS, 0))
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, ``detected_at`` still in nanoseconds."""
         return {name: getattr(self, name) for name in self.__slots__}
@@ -75,3 +101,15 @@ class Signal:
         """The signal from the values of :meth:`to_json`. Raises LookupError, TypeError or
         ValueError for anything else."""
         return cls(**values | {"kind": Kind(values["kind"])})
+
+
+def raised_id(signal: Signal) -> str:
+    """The id of the raised signal that a retraction retracts; a raised signal's own id."""
+    return signal_id(
+        signal.tenant,
+        signal.rule_id,
+        signal.rule_version,
+        signal.trace_id,
+        Kind.RAISED,
+        signal.episode,
+    )

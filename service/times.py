@@ -80,3 +80,12 @@ def read_duration(text: str) -> int:
     if value > MAX_NS:
         raise ValueError("must be less than 292 years")
     return value
+
+
+def short_duration(ns: int) -> str:
+    """Nanoseconds with three digits in a unit that suits them, such as ``1.23 ms``."""
+    for unit, scale in (("s", SECOND), ("ms", 1_000_000), ("µs", 1_000)):
+        if ns >= scale:
+            value = ns / scale
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{ns} ns"

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from betrace.service.config.load import load
+from betrace.service.rules.parse import parse
+from betrace.service.rules.units import unit_warnings, warnings
 from betrace.service.rules.yaml_file import load_text
+from betrace.service.traces.example_runs import check_examples
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -42,7 +45,32 @@ def test_rules_that_are_shown_are_valid(page: str) -> None:
     files = [code for kind, code in FENCE.findall(text) if kind == "yaml" and "rules:" in code]
     assert files
     for code in files:
-        assert load_text(code, page)
+        rules = load_text(code, page)
+        assert rules
+        assert check_examples(rules, page) == unit_warnings(rules, page) == []
+
+
+def conditions(page: str) -> list[str]:
+    """The conditions in blocks of the kind ``rule``, one in a paragraph or one in each line, and in
+    the last column of tables whose last column is called rule."""
+    found: list[str] = []
+    for kind, code in FENCE.findall(page):
+        for paragraph in code.strip().split("\n\n") if kind == "rule" else ():
+            one = paragraph.count("\n") == 0 or paragraph.startswith("for each")
+            found += [paragraph] if one else paragraph.split("\n")
+    for table in re.findall(r"^\|[^\n]*\| rule \|\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE):
+        cells = [line.rstrip(" |").rpartition(" | ")[2] for line in table.splitlines()]
+        assert all(cell.startswith("`") and cell.endswith("`") for cell in cells)
+        found += [cell.strip("`") for cell in cells]
+    return found
+
+
+def test_conditions_that_are_shown_are_valid() -> None:
+    found = conditions((ROOT / "docs/rules.md").read_text())
+    assert len(found) > 45
+    for condition in found:
+        parse(condition)
+        assert warnings(condition) == []
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```toml" in p.read_text()], ids=name)

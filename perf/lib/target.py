@@ -131,17 +131,19 @@ def service(
     rules: int = 100,
     tenants: int = 0,
     settings: dict[str, str] | None = None,
+    relational: bool = False,
     files: int | None = None,
 ) -> Iterator[Service]:
     """Run ``python -m betrace.service serve`` on free loopback ports with its data in a temporary
     directory. ``settings`` are named like its environment variables without the prefix
-    (``log__ack``). ``files`` limits the files that it may open."""
+    (``log__ack``); with ``relational`` twenty of the rules relate spans; ``files`` limits the files
+    that it may open."""
     directory = Path(tempfile.mkdtemp(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")))
     process = log = None
     try:
         folder = directory / "rules"
         folder.mkdir()
-        write_rules(folder, [tenant_name(i) for i in range(tenants)], rules)
+        write_rules(folder, [tenant_name(i) for i in range(tenants)], rules, relational)
         arguments = [sys.executable, "-m", "betrace.service", "serve", "--json"]
         arguments += ["--data", str(directory / "data"), "--rules", str(folder)]
         for listener in ("ingest", "grpc", "api", "metrics"):

@@ -23,6 +23,8 @@ import yaml
 from isal import isal_zlib
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from perf.lib.relational_rules import COUNT, relational_definitions
+
 MARK = b"\xf1\xb7\xe3\x9c\xd5\xa8\xfb\xee"  # first half of every trace id before it is rewritten
 SPAN_MARK = b"\xf3\xa1\xc7\x9e"  # first half of every span id
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it maps counters to distinct ids
@@ -71,11 +73,12 @@ class Shape:
 # Rules
 
 
-def rule_definitions(count: int = 100) -> list[dict[str, Any]]:
-    """Return ``count`` rules. Each uses one ``step.sNNN``; their predicates alternate between
+def rule_definitions(count: int = 100, relational: bool = False) -> list[dict[str, Any]]:
+    """Return ``count`` rules, with ``relational`` the last twenty of them rules that relate spans.
+    Each uses one ``step.sNNN``; their predicates alternate between
     numbers, text, the resource and the span's own fields."""
     rules = []
-    for i in range(count):
+    for i in range(count - COUNT if relational else count):
         step = f"step.s{i:03d}"
         condition = (
             f"when {{ {step} }} never {{ {step}.where(order.total > 1000) }}",
@@ -91,12 +94,16 @@ def rule_definitions(count: int = 100) -> list[dict[str, Any]]:
                 "condition": condition,
             }
         )
-    return rules
+    return rules + (relational_definitions(len(rules)) if relational else [])
 
 
-def write_rules(directory: Path, tenants: Sequence[str], count: int) -> None:
+def write_rules(
+    directory: Path, tenants: Sequence[str], count: int, relational: bool = False
+) -> None:
     """Write rule files for the tenant ``default`` and ``tenants``."""
-    text = yaml.safe_dump({"rules": rule_definitions(count)}, sort_keys=False, width=1000)
+    text = yaml.safe_dump(
+        {"rules": rule_definitions(count, relational)}, sort_keys=False, width=1000
+    )
     for tenant in {"default", *tenants}:
         folder = directory if tenant == "default" else directory / tenant
         folder.mkdir(parents=True, exist_ok=True)

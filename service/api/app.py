@@ -21,6 +21,7 @@ from betrace.service.api.body_shares import BodyShares, bounded
 from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
 from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
+from betrace.service.api.pages.routes import add_pages
 from betrace.service.api.params import near, read_param, read_params
 from betrace.service.tenancy.authentication import (
     Authenticator,
@@ -56,15 +57,17 @@ def create_api(
             methods=[endpoint.method],
             provide_automatic_options=False,
         )
+    show_error = add_pages(app, tools, authenticator, closed)
     paths = {endpoint.path for endpoint in listed}
 
     @app.errorhandler(HTTPException)
     async def unmatched(error: HTTPException) -> Response:
         status = error.code or 500
         if status == 404:
-            return _error(
-                ApiError(404, f"there is nothing at {request.path[:200]}", _nearby(paths))
-            )
+            nothing = f"there is nothing at {request.path[:200]}"
+            if "text/html" in request.headers.get("accept", ""):
+                return await show_error(ApiError(404, nothing))
+            return _error(ApiError(404, nothing, _nearby(paths)))
         if status == 405:
             allowed = sorted(getattr(error, "valid_methods", None) or [])
             return _error(
@@ -147,15 +150,16 @@ async def _caller(
     caller: str | Denied | None = ""
     if endpoint.access == "tenant":
         if authenticator is not None:
-            caller = await authenticator.caller(authorization, scope)
+            caller = await authenticator.caller(authorization, scope, reads=endpoint.reads)
         else:
             caller = claimed_tenant(scope)
         if isinstance(caller, str) and caller in closed:
             caller = closed_tenant(caller)
     elif authenticator is not None:
-        scrapes = endpoint.access == "scrape"
-        check = authenticator.scraper if scrapes else authenticator.operator
-        caller = await check(authorization)
+        if endpoint.access == "scrape":
+            caller = await authenticator.scraper(authorization)
+        else:
+            caller = await authenticator.operator(authorization, reads=endpoint.reads)
     if isinstance(caller, Denied):
         headers = {"www-authenticate": "Bearer"} if caller.status == 401 else {}
         raise ApiError(caller.status, caller.message, "see /docs", headers)

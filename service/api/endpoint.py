@@ -236,6 +236,8 @@ class Endpoint:
     answers: dict[int, str] = field(default_factory=dict)
     media_type: str = JSON_TYPE
     access: Access = "tenant"
+    reads: bool = False
+    """Whether it changes nothing, so that read-only tokens may call it."""
 
 
 class Endpoints:
@@ -258,9 +260,11 @@ class Endpoints:
         answers: dict[int, str] | None = None,
         media_type: str = JSON_TYPE,
         access: Access | None = None,
+        reads: bool | None = None,
     ) -> Callable[[Handler], Handler]:
         """Declare the decorated function as the handler of ``method path``; its docstring is the
-        description. ``access`` defaults to that of the list."""
+        description. ``access`` defaults to that of the list; ``reads``, whether it changes nothing,
+        is true for GET."""
 
         def declare(handler: Handler) -> Handler:
             self.all.append(
@@ -277,6 +281,7 @@ class Endpoints:
                     answers or {},
                     media_type,
                     access or self.access,
+                    method == "GET" if reads is None else reads,
                 )
             )
             return handler

@@ -135,10 +135,5 @@ async def get_docs(call: Call) -> Any:
     return Answer(page(all_endpoints()).encode(), media_type=HTML_TYPE)
 
 
-@endpoints.add("GET", "/", "Redirects to /docs", answers={302: "`Location: /docs`"})
-async def get_root(call: Call) -> Any:
-    return Answer(b"", 302, headers={"location": "/docs"})
-
-
 if __name__ == "__main__":
     sys.stdout.write(markdown(all_endpoints()))

@@ -16,7 +16,10 @@ integer of nanoseconds since 1970, or a time ago such as `-15m`. An unknown para
 
 The tenant is the one of the bearer token; for an operator it is the one in the header
 `X-Scope-OrgID`. With authentication off it is the one in that header, or `default` without it. A
-tenant name matches `[a-z0-9][a-z0-9_-]{0,62}`. A deleted tenant gets 403.
+tenant name matches `[a-z0-9][a-z0-9_-]{0,62}`. A deleted tenant gets 403. A read-only token may
+call what changes nothing: every GET, and checking and testing rules. Everything else answers 403.
+
+Pages for people begin at `/`.
 
 An error is `{"error": {"code", "message", "hint"}}`: what happened, and what to do about it.
 """
@@ -65,13 +68,13 @@ _GENERAL = {
     "tenant": {
         400: "A parameter or the body is invalid",
         401: "With authentication on: the bearer token is missing or invalid",
-        403: "The token does not allow this",
+        403: "The token does not allow this; a read-only one allows no changes",
         503: "The query took too long, or too many streams are open",
     },
     "operator": {
         400: "A parameter or the body is invalid",
         401: "With authentication on: the operator token is missing",
-        403: "The token is not the operator token",
+        403: "The token is not the operator token, or it is read-only",
     },
     "scrape": {
         400: "A parameter is invalid",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from betrace.service.signals import Signal
+from betrace.service.config.edge import Api
+from betrace.service.signals import MISSING_PARENTS, MODE, Signal
 from betrace.service.storage.duck.queries import StoredSignal, TraceRow
 from betrace.service.storage.triage import Acknowledgement, TriageStore
 from betrace.service.times import write_time
@@ -14,12 +15,27 @@ Json = dict[str, Any]
 
 
 def signal_json(signal: Signal) -> Json:
-    """A signal."""
-    return {**signal.to_json(), "detected_at": write_time(signal.detected_at)}
+    """A signal. What its context says of rule and trace are fields."""
+    context = {k: v for k, v in (signal.context or {}).items() if k not in (MODE, MISSING_PARENTS)}
+    return {
+        **signal.to_json(),
+        "detected_at": write_time(signal.detected_at),
+        "context": context or None,
+        MODE: signal.mode,
+        MISSING_PARENTS: signal.missing_parents,
+    }
 
 
-def signals_json(triage: TriageStore, tenant: str, found: Sequence[StoredSignal]) -> list[Json]:
-    """A tenant's signals with their status, ``muted`` and ``acknowledged``. Blocks."""
+def linked(shown: Json, api: Api) -> Json:
+    """A signal with the address of its page as ``url``, if people can reach the pages."""
+    url = api.page_url(f"/signals/{shown['id']}", shown["tenant"])
+    return shown if url is None else {**shown, "url": url}
+
+
+def signals_json(
+    triage: TriageStore, tenant: str, found: Sequence[StoredSignal], api: Api
+) -> list[Json]:
+    """A tenant's signals with their status, ``muted``, ``acknowledged`` and ``url``. Blocks."""
     known = triage.acknowledgements(tenant, [stored.signal.id for stored in found])
     shown = []
     for stored in found:
@@ -29,7 +45,7 @@ def signals_json(triage: TriageStore, tenant: str, found: Sequence[StoredSignal]
             "muted": triage.muted(tenant, signal.rule_id, signal.detected_at),
             "acknowledged": acknowledged and acknowledgement_json(acknowledged),
         }
-        shown.append({**signal_json(signal), **extra})
+        shown.append(linked({**signal_json(signal), **extra}, api))
     return shown
 
 

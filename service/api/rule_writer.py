@@ -6,10 +6,13 @@ import threading
 from collections.abc import Container
 from typing import Any
 
-from betrace.service.rules.definition import Rule, etag, make_rule
+from betrace.service.rules.definition import Rule, RuleFileError, etag, make_rule
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleConflictError, RuleNotFoundError
 from betrace.service.tenancy.tenant_limit import TenantLimit
+from betrace.service.traces.example_runs import check_examples
+
+EXAMPLE_SECONDS = 3.0  # of processor time, for the examples of a rule
 
 
 class RuleExistsError(Exception):
@@ -51,8 +54,12 @@ class RuleWriter:
         """Check and save a rule, keeping its earlier versions; the rule, and whether it is new.
         ``if_match`` is the value of the header, None to create. Raises :exc:`RuleExistsError`,
         :exc:`TenantDeletedError`, :exc:`TooManyTenantsError`, and
-        :exc:`betrace.service.rules.definition.RuleFileError` for a wrong definition."""
+        :exc:`betrace.service.rules.definition.RuleFileError` for a wrong definition and for
+        examples that do not do what they say."""
         rule = make_rule({**definition, "id": rule_id})
+        problems = check_examples([rule], cpu_seconds=EXAMPLE_SECONDS)
+        if problems:
+            raise RuleFileError(problems)
         with self._changing:
             if tenant in self._closed:
                 raise TenantDeletedError(f"the tenant {tenant} is deleted")
@@ -82,6 +89,8 @@ class RuleWriter:
         self._registry.forget(tenant)
 
     def _must_be_new(self, tenant: str, rule_id: str) -> None:
+        if self._rules.for_all_tenants(rule_id):
+            return  # the store refuses it, and says why
         try:
             present = self._rules.rule(tenant, rule_id)
         except RuleNotFoundError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from betrace.service.api.cache_control import CacheControl
 from betrace.service.api.signals_by_rule import SignalsByRule
 from betrace.service.config.settings import Settings
+from betrace.service.export.alerts.alerts import Alerts
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.accounts import SpanAccount, span_account
@@ -38,6 +39,7 @@ class Sources:
     admission: Admission
     recovery: Recovery
     exports: Exports
+    alerts: Alerts
     daily: Daily
     caches: CacheControl
     rule_signals: SignalsByRule

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from betrace.service.api.rendering import signals_json, trace_row_json
 from betrace.service.api.trace_cache import MAX_SIGNALS, TraceMetadataCache
 from betrace.service.config.base import MIB
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.render import trace_as_json
@@ -61,7 +62,7 @@ _TOO_EXPENSIVE = (
 class TraceReader:
     """Reads traces, open ones included. May be called from several threads at once.
 
-    ``rules`` returns a tenant's rules; ``max_body_bytes`` limits the size of a decompressed frame.
+    ``rules`` returns a tenant's rules.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TraceReader:
         rules: Callable[[str], tuple[Rule, ...]],
         open_traces: OpenTraces,
         triage: TriageStore,
-        max_body_bytes: int,
+        settings: Settings,
     ) -> None:
         self._store = store
         self._metadata = metadata
@@ -83,7 +84,8 @@ class TraceReader:
         self._spare: LRUCache[str, tuple[tuple[Rule, ...], CompiledRules]] = LRUCache(_SPARE_RULES)
         self._open_traces = open_traces
         self._triage = triage
-        self._max_body = max_body_bytes
+        self._max_body = settings.ingest.max_body_bytes
+        self._api = settings.api
 
     def trace(self, tenant: str, trace_id: str) -> Json | None:
         """The trace (32 lower-case hex digits); None if the tenant has no such trace.
@@ -92,7 +94,9 @@ class TraceReader:
         ``resourceSpans`` are the spans as OTLP JSON; ``missing`` is the number of frames that
         could not be read (damaged, or past retention), ``omitted`` the number of frames and
         ``omittedSpans`` the number of spans left out of ``resourceSpans`` because of its length, of
-        the frames that were read; ``signals`` are its signals, newest first;
+        the frames that were read; ``missing_parents`` is the number of parents that spans name and
+        that never came, None if not all spans could be read; ``signals`` are its signals, newest
+        first;
         ``verdicts`` are those of the tenant's current rules, see :func:`_verdicts`.
         """
         # Memory first: a trace is in the index before it leaves memory.
@@ -129,7 +133,8 @@ class TraceReader:
             "missing": frames.missing,
             "omitted": frames.omitted,
             "omittedSpans": max(0, trial.spans - MAX_SPANS),
-            "signals": signals_json(self._triage, tenant, stored),
+            "missing_parents": trial.missing_parents if whole else None,
+            "signals": signals_json(self._triage, tenant, stored, self._api),
             "verdicts": _verdicts(
                 rules,
                 found,
@@ -185,7 +190,7 @@ def _verdicts(
     Without a breach the verdict is ``otherwise``: ``kept``; ``open`` while later spans may still
     break the rule; ``unknown`` if spans of a closed trace could not be read, or if a rule could not
     be judged (``undecided`` says why; ``not_computed`` does for all rules). ``groups`` are the
-    broken ones of a rule with ``for each``.
+    broken ones of a rule with ``for each``; ``skipped`` says why a rule did not judge the trace.
     """
     verdicts = {}
     for rule in rules.rules:
@@ -203,6 +208,8 @@ def _verdicts(
             shown |= {"verdict": "unknown", "undecided": not_computed}
         if verdict is not None and verdict.undecided is not None:
             shown |= {"verdict": "unknown", "undecided": verdict.undecided}
+        if verdict is not None and verdict.skipped is not None:
+            shown["skipped"] = verdict.skipped
         if verdict is not None and verdict.groups is not None:
             shown["groups"] = verdict.groups
         if verdict is not None and verdict.breach:

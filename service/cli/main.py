@@ -84,7 +84,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _explain(error: BaseException, command: str) -> str:
     """What went wrong and what to do, in one sentence."""
-    from httpx import HTTPError
+    from httpx import HTTPError, InvalidURL
 
     from betrace.service.config.load import ConfigError
     from betrace.service.receiver.sockets import ListenError
@@ -111,6 +111,8 @@ def _explain(error: BaseException, command: str) -> str:
             f"{where}{error.strerror or error}; check that the path is right, that it can be read "
             "and written, and that the disk is not full"
         )
+    if isinstance(error, InvalidURL):
+        return f"the URL of the service is invalid ({error}); correct --url or BETRACE_URL"
     if isinstance(error, HTTPError):
         return f"the service did not answer ({error or type(error).__name__}); try again"
     return (

@@ -188,7 +188,7 @@ class _Rules:
 def _rules(settings: Settings, path: Path | None) -> _Rules:
     """The rules in a file, or those that a service would read. Raises :exc:`Failure` if a rule
     file has errors, because deciding without it would miss signals."""
-    from betrace.service.cli.rules import rules_directory
+    from betrace.service.cli.rules import rules_directory, shared_rules_directory
     from betrace.service.rules.compile import compile_rules
     from betrace.service.rules.definition import RuleFileError
     from betrace.service.rules.registry import RuleRegistry, rules_version
@@ -204,7 +204,7 @@ def _rules(settings: Settings, path: Path | None) -> _Rules:
         return _Rules(path, lambda _: compiled if compiled.rules else None)
 
     directory = path or rules_directory(settings)
-    store = RuleStore(directory)
+    store = RuleStore(directory, shared_rules_directory(settings))
     if not directory.is_dir():
         raise Failure(
             f"there are no rules in {directory}, so nothing can be checked; "

@@ -27,8 +27,10 @@ from betrace.service.cli.common import (
     tenant_option,
     warn,
 )
+from betrace.service.cli.rule_library import library
 from betrace.service.rules.candidates import plan
-from betrace.service.rules.definition import Problem, Rule, RuleFileError
+from betrace.service.rules.definition import SKIP, Problem, Rule, RuleFileError
+from betrace.service.rules.units import unit_warnings
 from betrace.service.rules.yaml_file import load_file
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 # In the data directory: the path of the rule directory that the last service used. Other commands
 # on the data read it, because --rules of `serve` is not in their configuration.
 _RECORD = "rules-directory"
+_SHARED_RECORD = "rules-for-all-tenants"
 
 Json = dict[str, Any]
 
@@ -61,7 +64,7 @@ def rules() -> None:
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @json_option
 def rules_check(files: Sequence[str], as_json: bool) -> None:
-    """Check rule files. Exit code 1 if one has errors.
+    """Check rule files and run their examples. Exit code 1 if something is wrong.
 
     A directory stands for all rule files in it.
 
@@ -154,6 +157,9 @@ def rules_unmute(rule_id: str, tenant: str | None, server: Server, as_json: bool
     sys.exit(0 if ended else FOUND)
 
 
+rules.add_command(library)
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """The problems of rule files, and how many rules are valid."""
@@ -162,59 +168,95 @@ class Report:
     rules: int
     problems: tuple[Problem, ...]
     plans: tuple[tuple[str, str], ...] = ()
-    """How each rule that relates spans is decided: its id and a sentence."""
+    """How each rule is decided that counts alone do not decide: its id and a sentence."""
+    examples: int = 0
+    """Examples that were run."""
+    warnings: tuple[Problem, ...] = ()
 
     def lines(self) -> Iterator[str]:
-        """The problems, the plans, then a summary."""
+        """The problems, the warnings, the plans, then a summary."""
         for problem in self.problems:
             yield from str(problem).split("\n")
+        for warning in self.warnings:
+            first, *rest = str(warning).split("\n")
+            yield f"warning: {first}"
+            yield from rest
         for rule_id, how in self.plans:
             yield f"{rule_id}: {how}"
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         if not self.problems:
-            yield f"{files}, {self.rules} rule{'s' * (self.rules != 1)}: all good"
+            counts = [f"{self.rules} rule{'s' * (self.rules != 1)}"]
+            if self.examples:
+                counts.append(f"{self.examples} example{'s' * (self.examples != 1)}")
+            yield f"{files}, {', '.join(counts)}: all good"
         else:
             count = len(self.problems)
             yield f"{files}: {count} problem{'s' * (count > 1)}"
 
     def to_json(self) -> Json:
         """The report. Lines and columns count within the file, and are null if unknown. ``plans``
-        are there only if some rules relate spans."""
+        are there only if there is one."""
         plans = {"plans": dict(self.plans)} if self.plans else {}
         return {
             "valid": not self.problems,
             "files": [str(path) for path in self.files],
             "rules": self.rules,
-            "problems": [
-                {
-                    "file": problem.source,
-                    "line": problem.line,
-                    "column": problem.column,
-                    "rule": problem.rule_id,
-                    "message": problem.message,
-                    "hint": problem.hint,
-                }
-                for problem in self.problems
-            ],
+            "examples": self.examples,
+            "problems": [_problem_json(problem) for problem in self.problems],
+            "warnings": [_problem_json(warning) for warning in self.warnings],
             **plans,
         }
+
+
+def _problem_json(problem: Problem) -> Json:
+    return {
+        "file": problem.source,
+        "line": problem.line,
+        "column": problem.column,
+        "rule": problem.rule_id,
+        "message": problem.message,
+        "hint": problem.hint,
+    }
 
 
 def check_files(names: Sequence[Path]) -> Report:
     """Check rule files, and the rule files in directories and their subdirectories.
 
-    Raises :exc:`Failure` for a directory without rule files.
+    The examples in valid files are run. Raises :exc:`Failure` for a directory without rule files.
     """
     paths = [path for name in names for path in _rule_files(name)]
     rules: list[Rule] = []
     problems: list[Problem] = []
+    warnings: list[Problem] = []
     for path in paths:
         try:
-            rules += load_file(path)
+            found = load_file(path)
         except RuleFileError as error:
             problems += error.problems
-    plans = tuple((rule.id, plan(rule.syntax)) for rule in rules if rule.syntax.relational)
-    return Report(tuple(paths), len(rules), tuple(problems), plans)
+            continue
+        rules += found
+        problems += _run_examples(found, str(path))
+        warnings += unit_warnings(found, str(path))
+    plans = tuple((rule.id, how) for rule in rules if (how := _plan(rule)) is not None)
+    examples = sum(len(rule.examples) for rule in rules)
+    return Report(tuple(paths), len(rules), tuple(problems), plans, examples, tuple(warnings))
+
+
+def _plan(rule: Rule) -> str | None:
+    """How a rule is decided, if that takes more than its counts."""
+    if rule.syntax.relational:
+        return plan(rule.syntax)
+    if rule.incomplete == SKIP:
+        return "reads a trace back from the span log when it closes, if it seems to break the rule"
+    return None
+
+
+def _run_examples(rules: Sequence[Rule], source: str) -> list[Problem]:
+    if not any(rule.examples for rule in rules):
+        return []  # the engine takes a second to load
+    from betrace.service.traces.example_runs import check_examples
+
+    return check_examples(rules, source)
 
 
 def _rule_files(name: Path) -> list[Path]:
@@ -244,12 +286,16 @@ class RuleResult:
         outcome = "is broken" if verdict.breach else "is kept"
         if verdict.undecided is not None:
             outcome = "is undecided"
+        if verdict.skipped is not None:
+            outcome = "is skipped"
         disabled = ", not enabled" * (not rule.enabled)
         yield f"{rule.id} ({rule.severity}{disabled}) {outcome}: {rule.name}"
         if verdict.breach:
             yield f"  {verdict.message}"
         if verdict.undecided is not None:
             yield f"  because {verdict.undecided}"
+        if verdict.skipped is not None:
+            yield f"  because {verdict.skipped}"
         if verdict.groups is not None:
             yield f"  for {verdict.groups['broken']} of {verdict.groups['of']} groups, such as"
             for example in verdict.groups["examples"]:
@@ -337,10 +383,26 @@ def rules_directory(settings: Settings) -> Path:
         return data / "rules"
 
 
+def shared_rules_directory(settings: Settings) -> Path | None:
+    """The directory of the rules for all tenants, found like :func:`rules_directory`; None without
+    one."""
+    if settings.rules.shared is not None:
+        return settings.rules.shared
+    try:
+        return Path((settings.storage.path / _SHARED_RECORD).read_text("utf-8"))
+    except OSError:
+        return None
+
+
 def record_rules_directory(settings: Settings) -> None:
-    """Record the rule directory of a service that starts. A failure is ignored, because the record
-    only serves other commands."""
+    """Record the rule directories of a service that starts. A failure is ignored, because the
+    records only serve other commands."""
     data = settings.storage.path
     directory = Path(settings.rules.directory) if settings.rules.directory else data / "rules"
     with suppress(OSError):
         (data / _RECORD).write_text(str(directory.absolute()), "utf-8")
+        shared = settings.rules.shared
+        if shared is None:
+            (data / _SHARED_RECORD).unlink(missing_ok=True)
+        else:
+            (data / _SHARED_RECORD).write_text(str(shared.absolute()), "utf-8")

@@ -66,6 +66,7 @@ def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None
         else:
             click.echo(f"spans    {_url(addresses.ingest, '/v1/traces')}  (OTLP over HTTP)")
             click.echo(f"spans    {_url(addresses.grpc, '')}  (OTLP over gRPC)")
+            click.echo(f"pages    {_url(addresses.api, '/')}")
             click.echo(f"API      {_url(addresses.api, '/docs')}")
             click.echo(f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}")
         sys.stdout.flush()

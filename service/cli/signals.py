@@ -24,7 +24,7 @@ from betrace.service.cli.common import (
     tenant_option,
     warn,
 )
-from betrace.service.rules.definition import SEVERITIES
+from betrace.service.rules.definition import ALERT, SEVERITIES, SHADOW
 
 LATEST = 10
 """How many earlier signals ``--follow`` begins with."""
@@ -42,6 +42,11 @@ Json = dict[str, Any]
 @click.option("--severity", type=click.Choice(SEVERITIES), help="Only signals of this severity.")
 @click.option(
     "--status", type=click.Choice(("active", "retracted")), help="Only signals of this status."
+)
+@click.option(
+    "--mode",
+    type=click.Choice((ALERT, SHADOW)),
+    help="Only signals of rules in this mode; nobody is alerted of those of shadow rules.",
 )
 @click.option("--since", type=Moment(), help="Only signals since a time, such as 1h.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with new signals as they are raised.")
@@ -63,7 +68,8 @@ def signals(
 ) -> None:
     """List the signals that rules raised, newest first.
 
-    (muted) and ✓ mean that its rule was muted, and that someone acknowledged it.
+    (muted), (shadow) and ✓ mean that its rule was muted or in shadow mode, and that someone
+    acknowledged it.
     With --follow the oldest comes first, and new ones follow until Ctrl-C; with --json, each is
     then one line.
 
@@ -146,7 +152,9 @@ def _follow(api: ServiceApi, filters: Json, limit: int, as_json: bool) -> None:
                 connected, pause, limit = True, 0.0, PAGE
                 for signal in chain(reversed(earlier), events):
                     status = _status(signal)
-                    if signal["id"] in seen or filters.get("status", status) != status:
+                    mode = signal.get("mode", ALERT)
+                    wanted = filters.get("status", status) == status
+                    if signal["id"] in seen or not wanted or filters.get("mode", mode) != mode:
                         continue
                     show(signal)
                     seen[signal["id"]] = None
@@ -167,6 +175,15 @@ def _status(signal: Json) -> str:
     return str(signal.get("status") or {"raised": "active"}.get(signal["kind"], "retracted"))
 
 
+def _marked_status(signal: Json) -> str:
+    marks = {
+        " (muted)": signal.get("muted"),
+        " (shadow)": signal.get("mode") == SHADOW,
+        " ✓": _acknowledged(signal),
+    }
+    return _status(signal) + "".join(mark for mark, shown in marks.items() if shown)
+
+
 def _acknowledged(signal: Json) -> bool:
     return signal.get("acknowledged") is not None
 
@@ -175,7 +192,7 @@ def _row(signal: Json) -> tuple[str, ...]:
     return (
         signal["detected_at"][:19] + "Z",
         signal["severity"],
-        _status(signal) + " (muted)" * bool(signal.get("muted")) + " ✓" * _acknowledged(signal),
+        _marked_status(signal),
         signal["rule_id"],
         signal["trace_id"],
         signal["message"],

@@ -248,9 +248,19 @@ def set_quota(tenant: str, spans_per_second: str, server: Server, as_json: bool)
     show_default=True,
     help="How long the token is valid, such as 90s, 30m, 12h or 365d.",
 )
+@click.option(
+    "--read-only",
+    is_flag=True,
+    help="For dashboards and people who only look: it can send and change nothing.",
+)
 @server_options
 def make_token(
-    tenant: str, key_file: Path | None, lifetime: int, server: Server, as_json: bool
+    tenant: str,
+    key_file: Path | None,
+    lifetime: int,
+    read_only: bool,
+    server: Server,
+    as_json: bool,
 ) -> None:
     """Make a token with a tenant's private key, and print how exporters send it.
 
@@ -260,12 +270,13 @@ def make_token(
     \b
     Example:
       betrace tenants token acme --for 365d
+      betrace tenants token acme --read-only
     """
     from betrace.service.tenancy import tokens
 
     key = tokens.read_private_key(key_file or Path(f"{tenant}.pem"))
     now = time.time()
-    token = tokens.make_token(key, tenant, now, lifetime)
+    token = tokens.make_token(key, tenant, now, lifetime, read_only=read_only)
     until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(now + lifetime)))
     if _is_open(server):
         warn(
@@ -274,8 +285,17 @@ def make_token(
         )
     if as_json:
         authorization = f"Bearer {token}"
-        print_json(
-            {"tenant": tenant, "token": token, "expiresAt": until, "authorization": authorization}
+        shown = {"tenant": tenant, "token": token, "expiresAt": until}
+        print_json(shown | {"authorization": authorization, "readOnly": read_only})
+        return
+    if read_only:
+        print_lines(
+            [
+                f"# A read-only token of {tenant}, valid until {until}. Whoever has it can read as "
+                "this tenant.",
+                "# For betrace signals, traces, trace and tui:",
+                f"export BETRACE_TOKEN={token}",
+            ]
         )
         return
     print_lines(

@@ -21,7 +21,9 @@ from betrace.service.cli.common import (
     server_options,
     tenant_option,
 )
-from betrace.service.cli.waterfall import duration, waterfall
+from betrace.service.cli.waterfall import waterfall
+from betrace.service.signals import incomplete_text
+from betrace.service.times import short_duration
 
 _SEARCH_SECONDS = 10.0
 _WIDEST = 200
@@ -90,7 +92,7 @@ def _row(trace: Json) -> tuple[object, ...]:
     root = f"{trace['root_service'] or ''} {trace['root_name'] or ''}".strip()
     return (
         trace["start"][:19] + "Z",
-        duration(trace["duration_ns"]),
+        short_duration(trace["duration_ns"]),
         trace["spans"],
         trace["errors"],
         trace["trace_id"],
@@ -145,12 +147,14 @@ def _summary(found: Json) -> list[str]:
         found["state"],
         f"{spans} span{'s' * (spans != 1)}",
         f"{errors} error{'s' * (errors != 1)}",
-        duration(found["duration_ns"]),
+        short_duration(found["duration_ns"]),
         f"from {found['start'][:23]}Z",
     ]
     lines = [f"trace {found['trace_id']}  {', '.join(facts)}"]
     if found["missing"]:
         lines.append(f"✖ {found['missing']} requests are damaged or past retention")
+    if found.get("missing_parents"):
+        lines.append(f"✖ {incomplete_text(found['missing_parents'])}")
     if found["omitted"]:
         lines.append(f"✖ {found['omitted']} requests or spans were left out: the trace is too long")
     return lines

@@ -18,8 +18,9 @@ from betrace.service.config.base import (
     Size,
     Workers,
 )
-from betrace.service.tenants import TENANT_RULE, is_tenant_name
+from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
+_BASE_URL = re.compile(r"https?://[^/?#\s\"'<>]+/?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,A-Z]+")
 
 
@@ -27,6 +28,14 @@ def _http_or_empty(text: str) -> str:
     if text and not text.startswith(("http://", "https://")):
         raise ValueError("is not a URL: write http://host:port/v1/traces, or leave it empty")
     return text
+
+
+def _base_url(text: str) -> str:
+    if text and not _BASE_URL.fullmatch(text):
+        raise ValueError(
+            f"is {text!r}: write scheme, host and port only, such as https://betrace.example.org"
+        )
+    return text.rstrip("/")
 
 
 def _origins(origins: list[str]) -> list[str]:
@@ -103,6 +112,9 @@ class Api(SettingsSection):
 
     address: Listen = "127.0.0.1:8090"
     """The address to listen on, as host:port, or off."""
+    public_url: Annotated[str, AfterValidator(_base_url)] = ""
+    """The URL under which people reach this listener, such as https://betrace.example.org. Signals
+    in the API and alerts then link to their pages; empty for no links."""
     max_connections: Count = 512
     """Maximum open connections, at most an eighth of the files that the process may open. For
     more, idle connections are closed."""
@@ -116,6 +128,12 @@ class Api(SettingsSection):
     max_streams: Count = 100
     """Maximum open server-sent event streams. More get 503."""
 
+    def page_url(self, path: str, tenant: str) -> str | None:
+        """The address of a page, such as ``/signals/<id>``; None without ``public_url``."""
+        if not self.public_url:
+            return None
+        return self.public_url + path + ("" if tenant == DEFAULT_TENANT else f"?tenant={tenant}")
+
 
 class Metrics(SettingsSection):
     """Metrics, and the window of /api/performance."""
@@ -125,8 +143,8 @@ class Metrics(SettingsSection):
     window_seconds: Seconds = 60
     """Length of the window for rates and latency percentiles."""
     max_rule_series: Count = 2000
-    """Maximum series of betrace_rule_signals_total. Rules beyond it are counted together, with the
-    labels tenant and rule `(other)`."""
+    """Maximum series of betrace_rule_signals_total and of betrace_rule_evaluations_total. Rules
+    beyond it are counted together, with the labels tenant and rule `(other)`."""
 
 
 class QuotaSettings(SettingsSection):
@@ -161,6 +179,12 @@ class Auth(SettingsSection):
     or a file."""
     operator_token_file: str = ""
     """A file with only the operator token, used if operator_token is empty."""
+    read_only_token: SecretStr = SecretStr("")
+    """A token for people and dashboards that only look: it can read what the operator token can,
+    and change nothing. At least 20 characters; empty for none. Prefer the variable
+    BETRACE_AUTH__READ_ONLY_TOKEN or a file."""
+    read_only_token_file: str = ""
+    """A file with only this token, used if read_only_token is empty."""
     scrape_token: SecretStr = SecretStr("")
     """A token for Prometheus that can only read /metrics; empty for none. The operator token can
     read /metrics too."""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from betrace.service.config.alerts import AlertSettings
 from betrace.service.config.base import OFF, is_loopback, split_address
 from betrace.service.config.edge import (
     Api,
@@ -68,6 +69,7 @@ class Settings(BaseModel):
     caches: CacheSettings = CacheSettings()
     breakers: BreakersSettings = BreakersSettings()
     export: Export = Export()
+    alerts: AlertSettings = AlertSettings()
     redelivery: Redelivery = Redelivery()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     fallback: FallbackSettings = FallbackSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -109,8 +110,25 @@ class Rules(SettingsSection):
     directory: str = ""
     """Directory of rule files (*.yaml): those of the tenant `default` directly in it, those of
     other tenants in folders with their names. If empty, only rules saved with the API apply."""
+    all_tenants_directory: str = ""
+    """Directory of rule files (*.yaml) that apply to every tenant. Tenants see these rules and
+    cannot change them. An own rule with the same id is ignored. Empty for none."""
     poll_seconds: Seconds = 2
-    """How often the directory is checked for changes. SIGHUP checks it at once."""
+    """How often the directories are checked for changes. SIGHUP checks them at once."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.directory and self.directory == self.all_tenants_directory:
+            raise ValueError(
+                "rules.directory and rules.all_tenants_directory are the same; give the rules for "
+                "all tenants a directory of their own"
+            )
+        return self
+
+    @property
+    def shared(self) -> Path | None:
+        """The directory of rules for all tenants."""
+        return Path(self.all_tenants_directory) if self.all_tenants_directory else None
 
 
 class CacheSettings(SettingsSection):
@@ -280,7 +298,7 @@ class Webhook(SettingsSection):
     headers: str = ""
     """Request headers: name=value,name2=value2."""
     external_url: str = ""
-    """The API's public URL for links in alerts, such as https://betrace.example.org."""
+    """The API's public URL for links to signals as JSON, if api.public_url is empty."""
 
 
 EXPORT_OTLP, EXPORT_WEBHOOK = EXPORTS = ("export-otlp", "export-webhook")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import httpx
 
 from betrace.service.export.exporter import Deliver, Unacceptable, Unavailable
-from betrace.service.export.formats import alert_groups, alertmanager, otlp_logs
+from betrace.service.export.formats import PageUrl, alert_groups, alertmanager, otlp_logs
 from betrace.service.signals import Kind, Signal
 
 # Statuses that a retry cannot change. Others, such as 401, an operator can fix.
@@ -17,14 +17,18 @@ _SHOWN = 200  # characters of an answer in messages
 
 
 def otlp_delivery(
-    client: httpx.AsyncClient, endpoint: str, headers: Mapping[str, str], version: str
+    client: httpx.AsyncClient,
+    endpoint: str,
+    headers: Mapping[str, str],
+    version: str,
+    page_url: PageUrl,
 ) -> Deliver:
     """Return a function that posts log records to ``endpoint``, for example
     ``http://collector:4318/v1/logs``."""
 
     async def deliver(signals: list[Signal]) -> None:
         kind = {"Content-Type": "application/x-protobuf"}
-        await _post(client, endpoint, otlp_logs(signals, version), {**kind, **headers})
+        await post(client, endpoint, otlp_logs(signals, version, page_url), {**kind, **headers})
 
     return deliver
 
@@ -34,6 +38,7 @@ def webhook_delivery(
     url: str,
     headers: Mapping[str, str],
     external_url: str,
+    page_url: PageUrl,
     muted: Callable[[Signal], bool],
 ) -> Deliver:
     """Return a function that posts one request for each tenant and rule to ``url``, without raised
@@ -42,15 +47,16 @@ def webhook_delivery(
     async def deliver(signals: list[Signal]) -> None:
         heard = [each for each in signals if each.kind is not Kind.RAISED or not muted(each)]
         for group in alert_groups(heard):
-            body = alertmanager(group, external_url)
-            await _post(client, url, body, {"Content-Type": "application/json", **headers})
+            body = alertmanager(group, external_url, page_url)
+            await post(client, url, body, {"Content-Type": "application/json", **headers})
 
     return deliver
 
 
-async def _post(
+async def post(
     client: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]
 ) -> None:
+    """Post a body. Raises :exc:`Unavailable` or :exc:`Unacceptable`."""
     try:
         answer = await client.post(url, content=body, headers=dict(headers))
     except httpx.HTTPError as error:

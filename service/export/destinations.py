@@ -39,12 +39,14 @@ class Exports:
                 wanted.otlp.endpoint,
                 parse_env_headers(wanted.otlp.headers),
                 version("betrace"),
+                settings.api.page_url,
             ),
             EXPORT_WEBHOOK: webhook_delivery(
                 self._client,
                 wanted.webhook.url,
                 parse_env_headers(wanted.webhook.headers),
                 wanted.webhook.external_url,
+                settings.api.page_url,
                 muted,
             ),
         }

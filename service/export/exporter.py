@@ -49,7 +49,8 @@ class Unacceptable(PoisonError):  # noqa: N818
 
 
 class Exporter:
-    """Sends the ledger's signals to one destination. Call its methods on the Trio thread.
+    """Sends the ledger's signals to one destination, except those of shadow rules. Call its methods
+    on the Trio thread.
 
     Args:
       name: of the destination.
@@ -145,8 +146,10 @@ class Exporter:
             signals, upto, tenants = await self._threads.run(self._page, tenants)
             if not signals:
                 return
-            self.waiting_since = min(signal.detected_at for signal in signals) / 1e9
-            await self._send(signals)
+            heard = [signal for signal in signals if not signal.shadow]
+            if heard:
+                self.waiting_since = min(signal.detected_at for signal in heard) / 1e9
+                await self._send(heard)
             self._done |= upto
             await self._threads.run(self._save, dict(self._done))
             self.waiting_since = None

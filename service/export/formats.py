@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import orjson
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
 
-from betrace.service.signals import Kind, Signal, signal_id
+from betrace.service.signals import Kind, Signal, raised_id
 from betrace.service.times import write_time
 
 _SEVERITIES = {
@@ -19,10 +19,16 @@ _SEVERITIES = {
     "low": SeverityNumber.SEVERITY_NUMBER_INFO2,
     "info": SeverityNumber.SEVERITY_NUMBER_INFO,
 }
-_NEVER = "0001-01-01T00:00:00Z"  # Go's zero time, which means "not yet" in Alertmanager
+NEVER = "0001-01-01T00:00:00Z"  # Go's zero time, which means "not yet" in Alertmanager
 
 
-def otlp_logs(signals: Sequence[Signal], version: str) -> bytes:
+PageUrl = Callable[[str, str], str | None]
+"""Returns the address of a page of a tenant, None without a public URL."""
+
+
+def otlp_logs(
+    signals: Sequence[Signal], version: str, page_url: PageUrl = lambda *_: None
+) -> bytes:
     """Return an ``ExportLogsServiceRequest`` (opentelemetry-proto 1.x) with a log record for each
     signal and a resource for each tenant.
 
@@ -61,6 +67,7 @@ def otlp_logs(signals: Sequence[Signal], version: str) -> bytes:
             ("counts", orjson.dumps(signal.counts).decode()),
             ("evidence", orjson.dumps(signal.evidence).decode()),
             ("reason", signal.reason),
+            ("url", page_url(f"/signals/{raised_id(signal)}", signal.tenant)),
             *((f"label.{name}", value) for name, value in signal.labels.items()),
         ):
             if value is not None:
@@ -80,7 +87,9 @@ def alert_groups(signals: Iterable[Signal]) -> list[list[Signal]]:
     return list(groups.values())
 
 
-def alertmanager(group: Sequence[Signal], external_url: str) -> bytes:
+def alertmanager(
+    group: Sequence[Signal], external_url: str, page_url: PageUrl = lambda *_: None
+) -> bytes:
     """Return the body of an Alertmanager webhook (``version`` 4,
     prometheus.io/docs/alerting/configuration) for signals of one tenant and rule.
 
@@ -88,7 +97,7 @@ def alertmanager(group: Sequence[Signal], external_url: str) -> bytes:
     fingerprint.
     """
     first = group[0]
-    alerts = [_alert(signal, external_url) for signal in group]
+    alerts = [_alert(signal, external_url, page_url) for signal in group]
     shared = {"alertname": first.rule_id, "tenant": first.tenant}
     firing = any(alert["status"] == "firing" for alert in alerts)
     return orjson.dumps(
@@ -107,17 +116,11 @@ def alertmanager(group: Sequence[Signal], external_url: str) -> bytes:
     )
 
 
-def _alert(signal: Signal, external_url: str) -> dict[str, Any]:
+def _alert(signal: Signal, external_url: str, page_url: PageUrl) -> dict[str, Any]:
     raised = signal.kind == Kind.RAISED
     at = write_time(signal.detected_at)
-    of = signal_id(
-        signal.tenant,
-        signal.rule_id,
-        signal.rule_version,
-        signal.trace_id,
-        Kind.RAISED,
-        signal.episode,
-    )
+    of = raised_id(signal)
+    link = f"{external_url}/api/v1/signals/{of}" if external_url else ""
     annotations = {"summary": signal.message, "clause": signal.clause}
     if signal.reason is not None:
         annotations["reason"] = signal.reason
@@ -132,8 +135,8 @@ def _alert(signal: Signal, external_url: str) -> dict[str, Any]:
         },
         "annotations": annotations,
         "startsAt": at,
-        "endsAt": _NEVER if raised else at,
-        "generatorURL": f"{external_url}/api/v1/signals/{of}" if external_url else "",
+        "endsAt": NEVER if raised else at,
+        "generatorURL": page_url(f"/signals/{of}", signal.tenant) or link,
         "fingerprint": of[:16],
     }
 

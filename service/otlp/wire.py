@@ -9,6 +9,7 @@ values. The kernels are in :mod:`betrace.service.otlp.scanner`,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -103,8 +104,7 @@ def scan_bodies(tenant: str, bodies: Sequence[bytes | bytearray | memoryview]) -
     batch is in use.
     """
     buf = _as_array(bodies[0] if len(bodies) == 1 else b"".join(bodies))
-    starts = np.zeros(len(bodies) + 1, np.int64)
-    np.cumsum([len(body) for body in bodies], out=starts[1:])
+    starts = np.array([0, *accumulate(map(len, bodies))], np.int64)
     most = len(buf) // _SMALLEST_SPAN
     capacity = min(most, len(buf) // _USUAL_SPAN + 16)
     other_capacity = min(most, capacity // _USUAL_SPANS_PER_RESOURCE + 16)

@@ -22,6 +22,7 @@ from betrace.service.pipeline.pipeline import MeasuredChannel, Pipeline
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
+from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
 from betrace.service.pipeline.stages.ingest import IngestStage
@@ -48,7 +49,7 @@ T = TypeVar("T")
 # Stages wait for company when there is little to do (decision 21).
 INGEST_INTERVAL = 0.005  # seconds
 INGEST_ENOUGH = 500  # spans
-FOLD_INTERVAL = 0.05  # seconds; early signals are delayed by this at most
+FOLD_INTERVAL = 0.1  # seconds; early signals are delayed by this at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ class _PipelineBuilder:
         )
 
     def _evaluate(self) -> EvaluateStage:
-        return EvaluateStage(
+        stage = EvaluateStage(
             self._threads["evaluate"],
             self._decided.send,
             self._in_flight,
@@ -216,6 +217,8 @@ class _PipelineBuilder:
                 self._settings.traces.relational_spans_max,
             ),
         )
+        stage.evaluations = RuleEvaluations(self._settings.metrics.max_rule_series)
+        return stage
 
     def _open_traces(self, late: LateSpans) -> OpenTraces:
         return OpenTraces(
@@ -255,6 +258,7 @@ class _PipelineBuilder:
                 interval=INGEST_INTERVAL,
                 enough=INGEST_ENOUGH,
                 adapts=True,
+                direct=pipeline.ingest.handle_now,
             ),
             "trace-correlation": self._stage(
                 "trace-correlation",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -28,10 +29,12 @@ _MASK = 2**64 - 1
 MOST_TRACES = 5000
 MOST_SECONDS = 2.0  # no further round starts after this
 
-# Limits of one round.
 ROUND_TRACES = 256
-MAX_FRAMES = 1024
-MAX_SPANS = 50_000
+# Spans of one round that are read even if the time is over; more are read until then.
+LEAST_SPANS = 50_000
+# Spans that are in memory at the same time, and at least those of one frame.
+CHUNK_SPANS = 20_000
+CHUNK_FRAMES = 32
 
 
 class TraceHistory:
@@ -64,7 +67,7 @@ class TraceHistory:
         for at in range(0, min(len(ids), MOST_TRACES), ROUND_TRACES):
             if at and self._seconds() >= until:
                 break
-            yield self._round(tenant, ids[at : min(at + ROUND_TRACES, MOST_TRACES)])
+            yield self._round(tenant, ids[at : min(at + ROUND_TRACES, MOST_TRACES)], until)
         else:
             at = MOST_TRACES
         beyond = ids[at:]
@@ -77,8 +80,8 @@ class TraceHistory:
             )
             yield Recalled(ids[:0], [], None, beyond)
 
-    def _round(self, tenant: str, ids: Rows) -> Recalled:
-        """Read up to ``ROUND_TRACES`` traces.
+    def _round(self, tenant: str, ids: Rows, until: float) -> Recalled:
+        """Read up to ``ROUND_TRACES`` traces; if they are long, until that time.
 
         A trace is whole if all spans counted in its index row were read. Traces that are not in the
         index are new, unless the store is behind: then each may have earlier spans.
@@ -99,34 +102,72 @@ class TraceHistory:
             lost = ids[[k for k, name in enumerate(names) if name not in found]]
             self.partial += len(lost)
         rows = [found[names[k]] for k in known]
-        batch = self._read(tenant, rows)
-        if batch is None:
+        batches = self._batches(tenant, rows, until)
+        first = next(batches, None)
+        if first is None:
             self.partial += len(known)
             return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
         signals = [
             {(each[0], each[1]): rule_signals(*each[2:]) for each in raised.get(names[k], ())}
             for k in known
         ]
-        of = batch.spans[:, [TRACE_HI, TRACE_LO, SPAN_ID]]
-        read = [len(np.unique(of[(of[:, :2] == ids[k]).all(axis=1)], axis=0)) for k in known]
-        whole = [
-            not (behind or row.partial) and n >= row.spans
-            for n, row in zip(read, rows, strict=True)
-        ]
-        self.recalled += len(known)
-        self.partial += whole.count(False)
-        return Recalled(ids[known], whole, batch, lost, signals)
+        whole: list[bool] = []
 
-    def _read(self, tenant: str, rows: list[TraceRow]) -> SpanBatch | None:
-        """The spans of the frames that contain the traces, None if no frame could be read."""
-        wanted = list(dict.fromkeys(position for row in rows for position in row.positions))
-        wanted = wanted[:MAX_FRAMES]
+        def rest() -> Iterator[SpanBatch]:
+            read: list[list[Rows]] = [[] for _ in known]
+            for batch in chain([first], batches):
+                _note_spans(batch, ids[known], read)
+                if batch is not first:
+                    yield batch
+            counts = [_distinct(each) for each in read]
+            whole.extend(
+                not (behind or row.partial) and n >= row.spans
+                for n, row in zip(counts, rows, strict=True)
+            )
+            self.recalled += len(known)
+            self.partial += whole.count(False)
+
+        return Recalled(ids[known], whole, first, lost, signals, rest())
+
+    def _batches(self, tenant: str, rows: list[TraceRow], until: float) -> Iterator[SpanBatch]:
+        """The spans of the frames that contain the traces, in the order of their arrival; none if
+        no frame can be read."""
+        wanted = sorted({position for row in rows for position in row.positions})
         positions: list[int] = []
         frames: list[Frame] = []
-        spans = 0
-        for position, frame in zip(wanted, self._log.read_many(tenant, wanted), strict=True):
-            if isinstance(frame, Frame) and spans + frame.spans <= MAX_SPANS:
-                spans += frame.spans
-                frames.append(frame)
+        spans = total = 0
+        for at in range(0, len(wanted), CHUNK_FRAMES):
+            if total >= LEAST_SPANS and self._seconds() >= until:
+                _log.warning("late traces of %s are too long to be read in time", tenant)
+                break
+            some = wanted[at : at + CHUNK_FRAMES]
+            for position, frame in zip(some, self._log.read_many(tenant, some), strict=True):
+                if not isinstance(frame, Frame):
+                    continue
+                if frames and spans + frame.spans > CHUNK_SPANS:
+                    yield read_frames(tenant, positions, frames, self._max_body)
+                    positions, frames, spans = [], [], 0
                 positions.append(position)
-        return read_frames(tenant, positions, frames, self._max_body) if frames else None
+                frames.append(frame)
+                spans += frame.spans
+                total += frame.spans
+        if frames:
+            yield read_frames(tenant, positions, frames, self._max_body)
+
+
+def _note_spans(batch: SpanBatch, ids: Rows, read: list[list[Rows]]) -> None:
+    """Add the ids of the traces' spans in a batch to ``read``."""
+    rows = batch.spans[np.isin(batch.spans[:, TRACE_LO], ids[:, 1])]
+    of = rows[:, [TRACE_HI, TRACE_LO]]
+    for k, pair in enumerate(ids):
+        found = rows[(of == pair).all(axis=1), SPAN_ID]
+        if len(found):
+            read[k].append(found)
+
+
+def _distinct(parts: list[Rows]) -> int:
+    """How many different numbers there are. NumPy's ``unique`` takes a second for 200 000."""
+    if not parts:
+        return 0
+    numbers = np.sort(np.concatenate(parts))
+    return 1 + int(np.count_nonzero(numbers[1:] != numbers[:-1]))

@@ -45,12 +45,14 @@ class LogProgress:
             if state.closed:
                 raise TenantClosed(tenant)
             positions = write()
-            self.register(tenant, positions)
+            self._register(state, positions)
         return positions
 
     def register(self, tenant: str, positions: Iterable[int]) -> None:
         """Note frames as appended and not folded."""
-        state = self._tenant(tenant)
+        self._register(self._tenant(tenant), positions)
+
+    def _register(self, state: _Tenant, positions: Iterable[int]) -> None:
         with self._lock:
             for position in positions:
                 state.pending[position] = None
@@ -111,8 +113,11 @@ class LogProgress:
                 del self._tenants[tenant]
 
     def _tenant(self, tenant: str) -> _Tenant:
-        with self._lock:
-            return self._tenants.setdefault(tenant, _Tenant())
+        state = self._tenants.get(tenant)
+        if state is None:
+            with self._lock:
+                state = self._tenants.setdefault(tenant, _Tenant())
+        return state
 
 
 class InFlight:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 
 from cachetools import LRUCache
 
 from betrace.service.otlp.columns import Rows
+from betrace.service.otlp.subset import spans_of, wanted_traces
+from betrace.service.otlp.wire import scan_bodies
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.spanlog.decode import read_frames
+from betrace.service.storage.spanlog.decode import frame_bodies
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
@@ -35,7 +38,7 @@ _log = logging.getLogger("service.read_back")
 
 SPANS_MAX = 50_000
 ROUND_SPANS = 20_000  # of candidates that are in memory at the same time, and at least one trace
-ROUND_TRACES = 256
+ROUND_TRACES = 2000
 CHUNK_FRAMES = 32  # decoded at the same time
 SPILLS_REMEMBERED = 100_000  # traces
 
@@ -59,7 +62,7 @@ class ReadBack:
         self._max_body = max_body_bytes
         self._max_spans = max_spans
         self._lock = threading.Lock()
-        self._spilled: LRUCache[tuple[str, int, int], frozenset[int]] = LRUCache(SPILLS_REMEMBERED)
+        self._spilled: LRUCache[tuple[str, int, int], array[int]] = LRUCache(SPILLS_REMEMBERED)
         self.read = 0
         """Traces read."""
 
@@ -68,7 +71,9 @@ class ReadBack:
         for hi, lo, *positions in spilled.tolist() if spilled is not None else ():
             key = (tenant, hi, lo)
             with self._lock:
-                self._spilled[key] = self._spilled.get(key, frozenset()).union(positions)
+                known = self._spilled.setdefault(key, array("q"))
+                if len(known) <= self._max_spans:  # longer traces are not read back
+                    known.extend(positions)
 
     def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory] | None:
         """The stored signals of traces; None if the store cannot be asked."""
@@ -125,7 +130,7 @@ class ReadBack:
         if row[FLAGS] & SPILLED:
             key = (due.tenant, int(row[HI]), int(row[LO]))
             with self._lock:
-                positions |= self._spilled.get(key, frozenset())
+                positions.update(self._spilled.get(key, ()))
             if self._store is not None:
                 try:
                     positions.update(self._store.spilled(due.tenant, due.trace_id(k)))
@@ -137,19 +142,17 @@ class ReadBack:
         self, tenant: str, positions: list[int], wanted: Collection[TraceId]
     ) -> dict[TraceId, list[TraceSpan]]:
         found: dict[TraceId, list[TraceSpan]] = {}
+        chosen = wanted_traces(lo for _, lo in wanted)
         for at in range(0, len(positions), CHUNK_FRAMES):
             chunk = positions[at : at + CHUNK_FRAMES]
             frames = [
-                (position, frame)
-                for position, frame in zip(chunk, self._log.read_many(tenant, chunk), strict=True)
-                if isinstance(frame, Frame)
+                frame for frame in self._log.read_many(tenant, chunk) if isinstance(frame, Frame)
             ]
-            if frames:
-                batch = read_frames(
-                    tenant, [p for p, _ in frames], [f for _, f in frames], self._max_body
-                )
-                for trace, span in trace_spans(batch, wanted):
-                    found.setdefault(trace, []).append(span)
+            bodies = frame_bodies(tenant, frames, self._max_body)
+            parts = [spans_of(body, chosen) for body in bodies]
+            batch = scan_bodies(tenant, parts)
+            for trace, span in trace_spans(batch, wanted):
+                found.setdefault(trace, []).append(span)
         return found
 
 

@@ -35,7 +35,7 @@ class Reply:
     __slots__ = ("_event", "_outcome")
 
     def __init__(self) -> None:
-        self._event = trio.Event()
+        self._event: trio.Event | None = None  # of the receiver, if it waits
         self._outcome: Done | Refused | None = None
 
     def set(self, outcome: Done | Refused) -> None:
@@ -43,11 +43,14 @@ class Reply:
         if self._outcome is not None:
             raise RuntimeError("the outcome of this request is already set")
         self._outcome = outcome
-        self._event.set()
+        if self._event is not None:
+            self._event.set()
 
     async def wait(self) -> Done | Refused:
-        """Wait for the outcome."""
-        await self._event.wait()
+        """Wait for the outcome. Returns without a checkpoint if it is known."""
+        if self._outcome is None:
+            self._event = trio.Event()
+            await self._event.wait()
         assert self._outcome is not None
         return self._outcome
 

@@ -130,16 +130,26 @@ class Admission:
         case."""
         if self._authenticator is None:
             return self._check(method, path, headers, None)
-        authorization: str | None = None
-        for name, value in headers:
-            if name == b"authorization":
-                authorization = joined(authorization, value)
+        authorization = _authorization(headers)
         caller: str | Denied | None = None
         if authorization is not None:
             caller = self._authenticator.remembered(authorization)
         if caller is None:
             caller = await self._authenticator.tenant(authorization)
         return self._check(method, path, headers, caller)
+
+    def admit_again(self, head: Head, headers: Headers) -> Head | HttpResponse | None:
+        """:meth:`admit` for a request whose headers, apart from its length, are those of an
+        admitted one. None if all must be checked again, because the token must be."""
+        if self._authenticator is not None:
+            authorization = _authorization(headers)
+            if authorization is None:
+                return None
+            if self._authenticator.remembered(authorization) != head.tenant:
+                return None
+        if head.tenant in self._closed_tenants:
+            return self.refusals.wrong_tenant(head, closed_tenant(head.tenant))
+        return self._check_load(head)
 
     def _check(
         self, method: str, path: str, headers: Headers, caller: str | Denied | None
@@ -280,6 +290,14 @@ class Admission:
         if outcome.rejected:
             return _accepted(head.content_type, outcome)
         return self._complete[head.content_type]
+
+
+def _authorization(headers: Headers) -> str | None:
+    found: str | None = None
+    for name, value in headers:
+        if name == b"authorization":
+            found = joined(found, value)
+    return found
 
 
 def _accepted(kind: str, outcome: Done) -> HttpResponse:

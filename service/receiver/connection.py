@@ -33,6 +33,7 @@ from betrace.service.receiver.http1 import (
     render,
     too_large_head,
 )
+from betrace.service.receiver.known_heads import KnownHeads
 from betrace.service.receiver.limits import (
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -62,6 +63,7 @@ class Connection:
         "_closing",
         "_cors",
         "_errors",
+        "_heads",
         "_idle",
         "_limits",
         "_owed",
@@ -84,6 +86,7 @@ class Connection:
         limits: Limits,
         errors: ClientErrors,
         cors: Cors | None = None,
+        heads: KnownHeads | None = None,
     ) -> None:
         self.peer = transport.peer
         self.proven = False
@@ -93,6 +96,7 @@ class Connection:
         self._limits = limits
         self._errors = errors
         self._cors = cors
+        self._heads = KnownHeads() if heads is None else heads
         self._scope = trio.CancelScope()
         self._rest = b""  # received and not yet used
         self._unread: int | ChunkedBody = 0  # rest of the current body: bytes, or chunks
@@ -168,21 +172,33 @@ class Connection:
             if block == HTTP2_PREFACE:
                 await self._refuse_http2()
                 return
-            if not await self._answer(parse_head(block)):
+            if not await self._answer(block):
                 break
         if self._rest:
             await self._linger()
 
-    async def _answer(self, request: RequestHead) -> bool:
-        """Read the body of a request and answer it; returns whether the connection stays open."""
+    async def _answer(self, block: bytes) -> bool:
+        """Read the body of the request with this head and answer it; returns whether the connection
+        stays open."""
         admission = self._admission
         self.deadline = math.inf
-        self._unread = ChunkedBody() if request.length is None else request.length
-        if self._cors is not None and request.method == "OPTIONS":
-            preflight = self._cors.preflight(request.path, request.headers)
-            if preflight is not None:
-                return await self._refuse(request, preflight)
-        head = await admission.admit(request.method, request.path, request.headers)
+        head: Head | HttpResponse | None = None
+        known = self._heads.find(block)
+        if known is not None:
+            request, admitted = known
+            self._unread = request.length or 0
+            head = admission.admit_again(admitted, request.headers)
+        else:
+            request = parse_head(block)
+            self._unread = ChunkedBody() if request.length is None else request.length
+            if self._cors is not None and request.method == "OPTIONS":
+                preflight = self._cors.preflight(request.path, request.headers)
+                if preflight is not None:
+                    return await self._refuse(request, preflight)
+        if head is None:
+            head = await admission.admit(request.method, request.path, request.headers)
+            if isinstance(head, Head):
+                self._heads.keep(block, request, head)
         if isinstance(head, HttpResponse):
             return await self._refuse(request, head)
         with admission.body(head) as memory:
@@ -214,7 +230,9 @@ class Connection:
     async def _read_head(self) -> bytes | None:
         """The head of the next request, None at the end."""
         received = self._rest
-        if not received:
+        if received:
+            await trio.lowlevel.checkpoint()  # the last request may not have waited for anything
+        else:
             if self._closing:
                 return None
             self._idle = True

@@ -73,6 +73,14 @@ class RequestHead:
         self.persistent = True
         self.expects_continue = False
 
+    def with_length(self, length: int) -> RequestHead:
+        """A copy with another length of the body; it shares the headers."""
+        other = RequestHead()
+        other.method, other.target, other.path = self.method, self.target, self.path
+        other.headers, other.length = self.headers, length
+        other.persistent, other.expects_continue = self.persistent, self.expects_continue
+        return other
+
     def on_url(self, url: bytes) -> None:
         """Called by the parser."""
         self.target += url
@@ -205,14 +213,31 @@ class DateLine:
 _date = DateLine()
 
 
-def render(response: HttpResponse, *, close: bool, bodiless: bool = False) -> bytes:
-    """The response as bytes. ``close`` announces the end of the connection; ``bodiless`` omits the
-    body but not its length, as required for HEAD."""
-    parts = [_STATUS_LINES[response.status], _date.line()]
-    for name, value in response.headers:
-        if name != b"connection":
-            parts += (name, b": ", value, b"\r\n")
-    parts.append(b"connection: close\r\n\r\n" if close else b"\r\n")
-    if not bodiless:
-        parts.append(response.body)
-    return b"".join(parts)
+class Renderer:
+    """Renders responses. The last plain one is kept, because most requests get the same answer."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[HttpResponse | None, bytes, bytes] = (None, b"", b"")
+
+    def __call__(self, response: HttpResponse, *, close: bool, bodiless: bool = False) -> bytes:
+        """The response as bytes. ``close`` announces the end of the connection; ``bodiless`` omits
+        the body but not its length, as required for HEAD."""
+        date = _date.line()
+        plain = not close and not bodiless
+        kept, at, data = self._kept
+        if plain and kept is response and at is date:
+            return data
+        parts = [_STATUS_LINES[response.status], date]
+        for name, value in response.headers:
+            if name != b"connection":
+                parts += (name, b": ", value, b"\r\n")
+        parts.append(b"connection: close\r\n\r\n" if close else b"\r\n")
+        if not bodiless:
+            parts.append(response.body)
+        data = b"".join(parts)
+        if plain:
+            self._kept = response, date, data
+        return data
+
+
+render = Renderer()

@@ -26,6 +26,7 @@ from betrace.service.receiver.admission import Admission
 from betrace.service.receiver.client_errors import ClientErrors
 from betrace.service.receiver.connection import Connection
 from betrace.service.receiver.cors import Cors
+from betrace.service.receiver.known_heads import KnownHeads
 from betrace.service.receiver.limits import Limits
 from betrace.service.receiver.sockets import (
     EXHAUSTED,
@@ -105,7 +106,8 @@ class Protocol:
 
 def http(settings: Ingest) -> Protocol:
     """HTTP/1.1. Preflights of browsers are answered whatever ``ingest.cors_origins`` is."""
-    return Protocol("http/1.1", partial(Connection, cors=Cors(settings.cors_origins)))
+    cors = Cors(settings.cors_origins)
+    return Protocol("http/1.1", partial(Connection, cors=cors, heads=KnownHeads()))
 
 
 async def serve_ingest(

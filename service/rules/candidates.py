@@ -5,8 +5,8 @@ for every trace that breaks the rule. Only the traces for which it holds, the *c
 back and judged. The condition consists of the old nodes, which the fold counts.
 
 A condition is bounded from above (it holds whenever the original does) or from below (the original
-holds whenever it does); ``not`` swaps the two. Comparisons are kept only if the fold compares as
-:mod:`betrace.service.rules.exact` does: numbers and texts that look like numbers differ in details.
+holds whenever it does); ``not`` swaps the two. Comparisons with literals are kept, because the fold
+compares as :mod:`betrace.service.rules.exact` does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from betrace.service.rules.build import all_of, any_of
 from betrace.service.rules.exact import number
 from betrace.service.rules.format import format_condition
+from betrace.service.rules.least import least
 from betrace.service.rules.syntax import (
     FIELDS,
     Aggregate,
@@ -33,6 +33,7 @@ from betrace.service.rules.syntax import (
     Literal,
     Node,
     Not,
+    Number,
     Or,
     Predicate,
     Ref,
@@ -41,14 +42,16 @@ from betrace.service.rules.syntax import (
     Scope,
     SpanSet,
     Truthy,
+    all_of,
+    any_of,
+    span_sets,
 )
-from betrace.service.rules.values import Exact, read_number
+from betrace.service.rules.values import exact_text
 
 Bound = Node | bool
 """A condition, or its constant value."""
 
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def candidate(rule: RuleSyntax) -> Bound:
@@ -59,14 +62,23 @@ def candidate(rule: RuleSyntax) -> Bound:
         parts.append(bounds.condition(rule.when, above=True))
     if rule.for_each is not None:
         spans = bounds.spans(rule.for_each.spans, above=True)
-        parts.append(False if spans is None else Exists(spans))
+        parts.append(_at_least(spans, 1, above=True))
     broken: list[Bound] = []
     if rule.always is not None:
         broken.append(_negated(bounds.condition(rule.always, above=False)))
     if rule.never is not None:
         broken.append(bounds.condition(rule.never, above=True))
     parts.append(_any(broken))
-    return _all(parts)
+    return _cheaper(_all(parts))
+
+
+def _cheaper(bound: Bound) -> Bound:
+    """Without what is asked of all spans, if there are conditions for spans with a name as well:
+    fewer traces are candidates with it, but every span would be compared."""
+    if not isinstance(bound, And):
+        return bound
+    named = [item for item in bound.items if all(each.name != "*" for each in span_sets(item))]
+    return all_of(named) if named else bound
 
 
 def plan(rule: RuleSyntax) -> str:
@@ -76,11 +88,13 @@ def plan(rule: RuleSyntax) -> str:
     bound = candidate(rule)
     if bound is False:
         return "never broken"
-    if bound is True:
+    spans, duration = least(rule)
+    needs = [format_condition(bound)] if not isinstance(bound, bool) else []
+    needs += [f"at least {spans} spans"] if spans > 2 else []
+    needs += [f"a duration of at least {duration} ns"] if duration else []
+    if not needs:
         return "reads every trace back from the span log when it closes"
-    return "reads a trace back from the span log when it closes, if it has: " + format_condition(
-        bound
-    )
+    return "reads a trace back from the span log when it closes, if it has: " + ", ".join(needs)
 
 
 class _Bounds:
@@ -101,12 +115,13 @@ class _Bounds:
                 found = self.spans(spans, above)
                 if found is None:
                     return False
-                return _all([Exists(found), *self._needed(spans.where)]) if above else Exists(found)
+                exists = _at_least(found, 1, above)
+                return _all([exists, *self._needed(spans.where)]) if above else exists
             case Before(first, second):
                 if not above:
                     return False
                 both = [self.spans(each, above=True) for each in (first, second)]
-                return _all(False if each is None else Exists(each) for each in both)
+                return _all(_at_least(each, 1, above=True) for each in both)
             case Comparison():
                 return self._comparison(node, above)
             case _:
@@ -130,14 +145,14 @@ class _Bounds:
         if self._each is not None and left.scope == self._each.word and not self._each.by:
             own = Comparison(Ref("", left.attribute), op, node.right)
             spans = self.spans(self._with(own), above=True)
-            return False if spans is None else Exists(spans)
+            return _at_least(spans, 1, above=True)
         if left.scope == "root" and left.attribute == Attribute(Scope.FIELD, "name"):
-            names = [_plain(each) for each in node.right]
-            if op in ("==", "in") and None not in names:
-                return _any(Exists(SpanSet(name)) for name in names if name is not None)
+            names = [each.value if isinstance(each, Constant) else None for each in node.right]
+            if op in ("==", "in") and all(isinstance(name, str) and _plain(name) for name in names):
+                return _any(Exists(SpanSet(str(name))) for name in names)
         return above
 
-    def _aggregate(self, left: Aggregate, op: str, limit: Exact, above: bool) -> Bound:
+    def _aggregate(self, left: Aggregate, op: str, limit: Number, above: bool) -> Bound:
         value = math.floor(limit)
         whole = value == limit
         high, low = (self.spans(left.spans, above=each) for each in (True, False))
@@ -147,14 +162,19 @@ class _Bounds:
             match op:
                 case ">" | ">=":
                     least = value + 1 if op == ">" or not whole else value
-                    return _at_least(more, least)
+                    return _at_least(more, least, above)
                 case "<" | "<=":
                     most = value - 1 if op == "<" and whole else value
-                    return _negated(_at_least(fewer, most + 1))
+                    return _negated(_at_least(fewer, most + 1, not above))
                 case "==":
                     if not whole:
                         return False
-                    return _all([_at_least(more, value), _negated(_at_least(fewer, value + 1))])
+                    return _all(
+                        [
+                            _at_least(more, value, above),
+                            _negated(_at_least(fewer, value + 1, not above)),
+                        ]
+                    )
                 case _:
                     return above
         if not above:
@@ -162,7 +182,7 @@ class _Bounds:
         needs = (op in (">", ">=") and value >= 0 and not (op == ">=" and limit == 0)) or (
             left.kind in ("avg", "min", "max") and op != "!="
         )
-        return _at_least(high, 1) if needs else True
+        return _at_least(high, 1, above) if needs else True
 
     def _with(self, own: Predicate) -> SpanSet:
         assert self._each is not None
@@ -193,50 +213,50 @@ class _Bounds:
                 return _any(self._predicate(item, above) for item in items)
             case Not(item):
                 return _negated(self._predicate(item, not above))
-            case Given(Ref("", attribute), True):
-                # The fold takes NaN for true.
-                old = attribute.scope is not Scope.FIELD or attribute.name in FIELDS
-                return Truthy(attribute) if above and old else above
+            case Given(Ref("", attribute), True) if _folded(attribute):
+                return Truthy(attribute)
             case Comparison(Ref("", attribute), op, right):
                 return _own(attribute, op, right, above)
             case _:
                 return above
 
 
+def _folded(attribute: Attribute) -> bool:
+    """Whether the fold knows an attribute or field."""
+    return attribute.scope is not Scope.FIELD or attribute.name in FIELDS
+
+
 def _own(attribute: Attribute, op: str, right: tuple[Expression, ...], above: bool) -> Bound:
-    """A comparison of an own attribute with literals, if the fold compares in the same way."""
-    if attribute.scope is Scope.FIELD:
-        if attribute.name not in FIELDS:
-            return above
-        if attribute.name == "duration":
-            (limit, *_) = right
-            if op in _MIRRORED and isinstance(limit, Constant) and isinstance(limit.value, int):
-                return Compare(attribute, op, (Literal(str(limit.value), limit.value),))
-            return above
-    texts = [_plain(each) for each in right]
-    if None in texts or op not in ("==", "in", "contains", "!="):
+    """A comparison of an own attribute with literals, if the fold can make it."""
+    if not _folded(attribute) or op == "matches":
         return above
-    if op == "!=" and attribute.scope is not Scope.FIELD:
-        return above  # of an array
-    return Compare(attribute, op, tuple(Literal(text, None) for text in texts if text is not None))
+    literals = tuple(map(_literal, right))
+    if any(each is None for each in literals):
+        return above
+    return Compare(attribute, op, tuple(each for each in literals if each is not None))
 
 
-def _plain(node: Expression) -> str | None:
-    """The text of a literal that does not look like a number."""
-    if not isinstance(node, Constant) or not isinstance(node.value, str):
+def _literal(node: Expression) -> Literal | None:
+    if not isinstance(node, Constant):
         return None
-    text = node.value
-    if read_number(text) is not None or number(text) is not None or text in _NOT_FINITE:
-        return None
-    return text
+    if isinstance(node.value, str):
+        return Literal(node.value, None)
+    return Literal(exact_text(node.value), node.value)
 
 
-def _at_least(spans: SpanSet | None, least: int) -> Bound:
-    """Whether a set has so many spans."""
+def _plain(name: str) -> bool:
+    """Whether a span's name is found by this text alone, which is no pattern."""
+    return "*" not in name
+
+
+def _at_least(spans: SpanSet | None, least: int, above: bool) -> Bound:
+    """Whether a set has so many spans, bounded from above or below."""
     if least <= 0:
         return True
     if spans is None:
         return False
+    if spans == SpanSet("*"):  # to count all spans would cost more than it saves
+        return True if least == 1 else above
     return Exists(spans) if least == 1 else CountCompare(spans, ">=", least)
 
 

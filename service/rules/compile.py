@@ -20,8 +20,10 @@ import orjson
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.otlp.wire import hash_text
 from betrace.service.rules.candidates import Bound, candidate
-from betrace.service.rules.definition import Rule, make_rule
+from betrace.service.rules.definition import SKIP, Rule, make_rule
+from betrace.service.rules.early import early
 from betrace.service.rules.format import format_check
+from betrace.service.rules.least import Least, least
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.patterns import PatternSearch
 from betrace.service.rules.program import ProgramBuilder
@@ -34,6 +36,7 @@ from betrace.service.rules.syntax import (
     Not,
     Number,
     Or,
+    RuleSyntax,
     SpanSet,
     span_sets,
 )
@@ -64,7 +67,7 @@ class CompiledRules:
     decided at its end), and ``thresholds`` the counts at which such a rule can change its truth
     value. ``on_empty`` are the rules that a trace without any matching span breaks.
 
-    The program of a relational rule decides whether a closed trace is a candidate for it: see
+    The program of a relational rule decides whether a trace is a candidate for it: see
     :mod:`betrace.service.rules.candidates`.
     """
 
@@ -86,6 +89,17 @@ class CompiledRules:
     checks_of_rule: tuple[tuple[int, ...], ...]
     relational: frozenset[int]
     """The numbers of the rules that relate spans: their candidates are read back and judged."""
+    read_back: frozenset[int]
+    """The numbers of the rules whose breaches are certain only once the trace is read back: those
+    that relate spans, and those that skip incomplete traces."""
+    early_rules: dict[int, RuleSyntax]
+    """Of relational rules, by number, what can be decided while a trace is open."""
+    watched: Rows
+    """1 for each check that may show that such a rule is broken: then the trace is read again
+    whenever spans arrive."""
+    least: Rows
+    """Of each rule, the least number of spans and the least duration (nanoseconds) of its
+    candidates."""
     patterns: PatternSearch
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
@@ -134,6 +148,9 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         else:
             emitter.emit_rule(row, rule.syntax.when, rule.syntax.always, rule.syntax.never)
 
+    skipping = {k for k, rule in enumerate(enabled) if rule.incomplete == SKIP}
+    rule_rows[list(skipping), R_EARLY] = 0  # an open trace is always incomplete
+
     thresholds: list[set[int]] = [set() for _ in checks]
     for row, rule in zip(rule_rows, enabled, strict=True):
         if row[R_EARLY]:
@@ -143,8 +160,19 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
     for r, used in enumerate(checks_of_rule):
         for check in used:
             rules_of[check].append(r)
-    early = [row[R_EARLY] and not row[R_EARLY_ON_EMPTY] for row in rule_rows]
-    early_of = [[r for r in of if early[r]] for of in rules_of]
+    early_rules: dict[int, RuleSyntax] = {}
+    watched = np.zeros(len(checks) + 1, np.int64)
+    for number, bound in candidates.items():
+        before = early(enabled[number].syntax) if number not in skipping else None
+        if before is not None and checks_of_rule[number] and not isinstance(bound, bool):
+            early_rules[number] = before
+            _collect_thresholds(bound, checks, thresholds)
+            watched[list(checks_of_rule[number])] = 1
+    may_be_early = [
+        (row[R_EARLY] and not row[R_EARLY_ON_EMPTY]) or number in early_rules
+        for number, row in enumerate(rule_rows)
+    ]
+    early_of = [[r for r in of if may_be_early[r]] for of in rules_of]
 
     return CompiledRules(
         rules=enabled,
@@ -164,10 +192,18 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         on_empty=np.flatnonzero(rule_rows[:, R_ON_EMPTY]).astype(np.int64),
         checks_of_rule=tuple(checks_of_rule),
         relational=frozenset(candidates),
+        read_back=frozenset(candidates.keys() | skipping),
+        early_rules=early_rules,
+        watched=watched,
+        least=np.array([_least(rule) for rule in enabled], np.int64).reshape(-1, 2),
         patterns=PatternSearch(spans.where for spans in checks),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
-        folded=frozenset((rule.id, rule.version) for rule in enabled if not rule.syntax.relational),
-        definitions=orjson.dumps([rule.definition() for rule in enabled]),
+        folded=frozenset(
+            (rule.id, rule.version)
+            for rule in enabled
+            if not rule.syntax.relational and rule.incomplete != SKIP
+        ),
+        definitions=orjson.dumps([rule.definition(examples=False) for rule in enabled]),
     )
 
 
@@ -175,6 +211,10 @@ def compile_definitions(definitions: bytes, version: str) -> CompiledRules:
     """Compile rules again from :attr:`CompiledRules.definitions`. Raises
     :exc:`~betrace.service.rules.definition.RuleFileError` if one is no longer a valid rule."""
     return compile_rules([make_rule(each) for each in orjson.loads(definitions)], version)
+
+
+def _least(rule: Rule) -> Least:
+    return least(rule.syntax) if rule.syntax.relational else Least()
 
 
 def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Rows, Rows]:
@@ -315,7 +355,6 @@ def _normalise(node: CountCompare) -> bool | tuple[SpanSet, int, SpanSet | int]:
 
 def _natural(spans: SpanSet, op: int, number: Number) -> bool | tuple[SpanSet, int, int]:
     limit = 2**62  # no count reaches it
-    number = max(-1.0, min(number, float(limit))) if isinstance(number, float) else number
     if op in (EQ, NE):
         if number != math.floor(number) or number < 0:
             return op == NE

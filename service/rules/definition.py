@@ -13,19 +13,27 @@ from pydantic_core import ErrorDetails
 
 from betrace.service.config.suggest import close_match
 from betrace.service.rules.errors import RuleSyntaxError
+from betrace.service.rules.examples import Example, read_examples
 from betrace.service.rules.parse import parse
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.rules.values import value_text
 from betrace.service.signals import rule_version
 
 SEVERITIES = ("critical", "high", "medium", "low", "info")
+ALERT, SHADOW = "alert", "shadow"
+JUDGE, SKIP = "judge", "skip"
 RULE_ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 MAX_LABELS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A tenant's rule. ``version`` is a hash of ``condition``, ``syntax`` its syntax tree."""
+    """A tenant's rule. ``version`` is a hash of ``condition``, ``syntax`` its syntax tree.
+
+    ``mode`` is ``alert``, or ``shadow``: its signals are recorded and shown, but sent to nobody.
+    ``incomplete`` is ``judge``, or ``skip``: traces whose spans name a parent that never came do
+    not break the rule.
+    """
 
     id: str
     name: str
@@ -36,10 +44,14 @@ class Rule:
     condition: str
     version: str
     syntax: RuleSyntax
+    mode: str = ALERT
+    incomplete: str = JUDGE
+    examples: tuple[Example, ...] = ()
 
-    def definition(self) -> dict[str, Any]:
-        """The fields as in a rule file."""
-        return {
+    def definition(self, *, examples: bool = True) -> dict[str, Any]:
+        """The fields as in a rule file, without ``mode``, ``incomplete`` and ``examples`` where
+        they are the default."""
+        found: dict[str, Any] = {
             "id": self.id,
             "name": self.name,
             "description": self.description,
@@ -48,6 +60,13 @@ class Rule:
             "labels": dict(self.labels),
             "condition": self.condition,
         }
+        if self.mode != ALERT:
+            found["mode"] = self.mode
+        if self.incomplete != JUDGE:
+            found["incomplete"] = self.incomplete
+        if examples and self.examples:
+            found["examples"] = [example.definition() for example in self.examples]
+        return found
 
 
 def etag(rule: Rule) -> str:
@@ -62,7 +81,7 @@ class Problem:
 
     ``source`` is the name of the file, ``line`` and ``column`` (from 1) the place in it, if known.
     ``syntax`` is set if the condition does not parse; its own positions count from the beginning
-    of the condition.
+    of the condition. ``path`` leads to the value in the rule, as keys and numbers.
     """
 
     source: str
@@ -72,6 +91,7 @@ class Problem:
     column: int | None = None
     hint: str | None = None
     syntax: RuleSyntaxError | None = None
+    path: tuple[str | int, ...] = ()
 
     def __str__(self) -> str:
         """``file:line:column: rule id: message``; for a condition, also its line and a caret."""
@@ -112,7 +132,13 @@ class _Definition(BaseModel):
     labels: dict[Annotated[str, Field(min_length=1, max_length=128)], _Label] = Field(
         default_factory=dict, max_length=MAX_LABELS
     )
+    mode: Literal["alert", "shadow"] = "alert"
+    incomplete: Literal["judge", "skip"] = "judge"
     condition: str
+    examples: list[Any] = Field(default_factory=list)
+
+
+_CHOICES = {"mode": (ALERT, SHADOW), "incomplete": (JUDGE, SKIP)}
 
 
 def make_rule(definition: Mapping[str, Any], source: str = "rule") -> Rule:
@@ -137,11 +163,17 @@ def make_rule(definition: Mapping[str, Any], source: str = "rule") -> Rule:
             syntax = parse(condition)
         except RuleSyntaxError as error:
             problems.append(Problem(source, error.message, shown_id, hint=error.hint, syntax=error))
+    given = definition.get("examples")
+    examples, faults = read_examples(given if isinstance(given, list) else ())
+    problems += [
+        Problem(source, fault.message, shown_id, hint=fault.hint, path=("examples", *fault.path))
+        for fault in faults
+    ]
     if problems or model is None:
         raise RuleFileError(problems)
-    fields = model.model_dump()
+    fields = model.model_dump(exclude={"examples"})
     fields["name"] = fields["name"] or model.id
-    return Rule(**fields, version=rule_version(model.condition), syntax=syntax)
+    return Rule(**fields, examples=examples, version=rule_version(model.condition), syntax=syntax)
 
 
 def _problem(details: ErrorDetails, source: str, rule_id: str | None) -> Problem:
@@ -153,8 +185,8 @@ def _problem(details: ErrorDetails, source: str, rule_id: str | None) -> Problem
         case "extra_forbidden":
             message = f"unknown key '{key[:64]}'"
             meant = close_match(key, _Definition.model_fields)
-            known = ", ".join(_Definition.model_fields)
-            hint = f"did you mean '{meant}'?" if meant else f"the keys of a rule are: {known}"
+            keys = ", ".join(_Definition.model_fields)
+            hint = f"did you mean '{meant}'?" if meant else f"the keys of a rule are: {keys}"
         case "missing":
             message = f"the key '{key}' is missing"
         case "string_type" if key == "labels":
@@ -168,9 +200,12 @@ def _problem(details: ErrorDetails, source: str, rule_id: str | None) -> Problem
         case "dict_type":
             message = f"'{key}' is not a mapping"
             hint = "write it as {team: payments}"
+        case "list_type":
+            message = f"'{key}' is not a list"
         case "literal_error":
-            message = f"'{key}' must be one of {', '.join(SEVERITIES)}"
-            meant = close_match(str(details["input"]), SEVERITIES)
+            known = _CHOICES.get(key, SEVERITIES)
+            message = f"'{key}' must be one of {', '.join(known)}"
+            meant = close_match(str(details["input"]), known)
             hint = f"did you mean '{meant}'?" if meant else None
         case "string_pattern_mismatch":
             message = f"'{key}' is not a valid rule id"

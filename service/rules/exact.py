@@ -1,4 +1,4 @@
-"""Compares and calculates exactly, for relational rules.
+"""Compares and calculates exactly.
 
 A *value* is None (missing), a bool, an exact number (int or Fraction), text, a float that is NaN or
 infinite, or an array, map or bytes. A double is the shortest decimal that reads back as it.
@@ -7,14 +7,14 @@ infinite, or an array, map or bytes. A double is the shortest decimal that reads
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from betrace.service.rules.patterns import search
+from betrace.service.rules.syntax import Literal, Number
 from betrace.service.rules.values import (
     AttributeValue,
-    Exact,
     exact_float,
     exact_number,
     exact_text,
@@ -50,7 +50,7 @@ def is_number(value: Value) -> bool:
     return isinstance(value, int | Fraction) and not isinstance(value, bool)
 
 
-def number(value: Value) -> Exact | None:
+def number(value: Value) -> Number | None:
     """The number that a value is or that its text reads as, or None."""
     if isinstance(value, str):
         return exact_number(value)
@@ -91,6 +91,33 @@ def compare(left: Value, op: str, right: Value) -> bool:
     return isinstance(left, str) and isinstance(right, str) and _ORDERS[op](left, right)
 
 
+def compare_literals(value: AttributeValue, op: str, literals: Sequence[Literal]) -> bool:
+    """Whether ``value op literal`` holds; ``op`` as in
+    :class:`betrace.service.rules.syntax.Compare`, except ``matches``.
+
+    Only ``in`` uses more than the first literal. Never raises, whatever the value.
+    """
+    left = normal(value)
+    match op:
+        case "in":
+            return any(_compare_literal(left, "==", literal) for literal in literals)
+        case "contains":
+            if isinstance(left, list):
+                return any(_compare_literal(normal(item), "==", literals[0]) for item in left)
+            found = text(left)
+            return found is not None and literals[0].text in found
+        case _:
+            return _compare_literal(left, op, literals[0])
+
+
+def _compare_literal(left: Value, op: str, literal: Literal) -> bool:
+    if literal.number is None:
+        return compare(left, op, literal.text)
+    if isinstance(left, str) and op in ("==", "!=") and number(left) is None:
+        return _ORDERS[op](left, literal.text)  # a duration's text is what the rule says
+    return compare(left, op, literal.number)
+
+
 def contains(value: Value, part: Value) -> bool:
     """Whether a text contains the text of ``part``, or an array a member equal to it."""
     if isinstance(value, list):
@@ -118,7 +145,7 @@ def truthy(value: Value) -> bool:
     return isinstance(value, int | Fraction | float) and value == value and value != 0
 
 
-def calculate(left: Value, op: str, right: Value) -> Exact | None:
+def calculate(left: Value, op: str, right: Value) -> Number | None:
     """``left op right`` for ``+ - * /``; None if a part is not a number, or for division by 0."""
     one, other = number(left), number(right)
     if one is None or other is None:

@@ -40,7 +40,7 @@ from betrace.service.rules.syntax import (
     SpanSet,
     Truthy,
 )
-from betrace.service.rules.values import number_text, read_number
+from betrace.service.rules.values import exact_text
 
 _SPAN_NAME = re.compile(r"[A-Za-z_*][A-Za-z0-9_*-]*(\.[A-Za-z_*][A-Za-z0-9_*-]*)*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z_][A-Za-z0-9_-]*)*")
@@ -167,7 +167,7 @@ def _operand(node: Node, looser: type[Node] | object, word: str | None) -> str:
 
 
 def _count(side: SpanSet | Number) -> str:
-    return f"count({format_check(side)})" if isinstance(side, SpanSet) else number_text(side)
+    return f"count({format_check(side)})" if isinstance(side, SpanSet) else exact_text(side)
 
 
 def _attribute(attribute: Attribute) -> str:
@@ -183,12 +183,8 @@ def _attribute(attribute: Attribute) -> str:
 
 
 def _literal(literal: Literal) -> str:
-    if literal.number is None:
-        return literal.text if literal.text in ("true", "false") else _quote(literal.text)
-    number = read_number(literal.text)
-    if number is None:  # a duration
-        return literal.text
-    return literal.text if number_text(literal.number) == literal.text else _quote(literal.text)
+    bare = literal.number is not None or literal.text in ("true", "false")
+    return literal.text if bare else _quote(literal.text)
 
 
 def _quote(text: str) -> str:

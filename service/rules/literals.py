@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,10 +15,8 @@ from betrace.service.rules.syntax import Constant, Literal, Number
 from betrace.service.rules.values import (
     MAX_NUMBER_CHARS,
     compile_pattern,
-    exact_number,
     exact_text,
-    number_text,
-    read_number,
+    simple,
 )
 
 MAX_PATTERN = 20_000  # RE2 instructions of one pattern
@@ -95,17 +94,9 @@ class Literals:
 
     def constant(self, token: Token) -> Constant:
         """A number or duration of a relational rule."""
-        if token.type == "DURATION":
-            self._duration(token)  # checks its size
-            found = _DURATION.fullmatch(token)
-            assert found is not None
-            exact = exact_number(found["number"])
-            value = Fraction(0) if exact is None else Fraction(exact) * _UNITS[found["unit"]]
-            return Constant(value.numerator if value.denominator == 1 else value, str(token))
-        self.number(token)
-        number = exact_number(str(token))
-        number = 0 if number is None else number
-        return Constant(number, exact_text(number))
+        number = self.number(token)
+        text = str(token) if token.type == "DURATION" else exact_text(number)
+        return Constant(number, text)
 
     def literal(self, tokens: Sequence[Token | Tree[Token]]) -> Literal:
         """A literal of an old rule."""
@@ -113,37 +104,31 @@ class Literals:
         first = words[0]
         match first.type:
             case "STRING":
-                text = unquoted(first)
-                return Literal(text, read_number(text))
-            case "NUMBER":
-                number = self.number(first)
-                return Literal(number_text(number), number)
-            case "DURATION":
-                return Literal(str(first), self._duration(first))
+                return Literal(unquoted(first), None)
+            case "NUMBER" | "DURATION":
+                constant = self.constant(first)
+                assert not isinstance(constant.value, str)
+                return Literal(constant.text, constant.value)
         return Literal(self.plain(words, "a value"), None)
 
-    def number(self, token: Token, text: str = "") -> Number:
-        """A number, in the precision of old rules."""
-        number = read_number(text or str(token))
-        if number is None:
+    def number(self, token: Token) -> Number:
+        """The exact value of a number, or of a duration in nanoseconds."""
+        unit = 1
+        text = str(token)
+        if token.type == "DURATION":
+            found = _DURATION.fullmatch(token)
+            assert found is not None
+            text, unit = found["number"], _UNITS[found["unit"]]
+        whole = text.removeprefix("-").isdigit()
+        if len(text) > MAX_NUMBER_CHARS or (not whole and math.isinf(float(text))):
             raise self.error(
                 "this number is too large",
                 token,
-                f"the limit is 1.8e308 for floats and {MAX_NUMBER_CHARS} digits for integers",
+                f"the limit is 1.8e308 for decimals and {MAX_NUMBER_CHARS} digits for integers",
             )
-        return number
-
-    def _duration(self, token: Token) -> Number:
-        """A duration in nanoseconds, exact: an int unless it has a fraction of a nanosecond."""
-        found = _DURATION.fullmatch(token)
-        assert found is not None
-        number = self.number(token, found["number"])
-        unit = _UNITS[found["unit"]]
-        if isinstance(number, int):
-            return number * unit
-        # A float's exponent is small here, unless it is so negative that the value is 0.
-        exact = Fraction(found["number"]) * unit if number else Fraction(0)
-        return exact.numerator if exact.denominator == 1 else float(exact)
+        if not whole and not float(text):  # perhaps with an exponent that takes long to compute
+            return 0
+        return simple(Fraction(text) * unit)
 
 
 def unquoted(token: Token) -> str:

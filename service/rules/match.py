@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -57,6 +58,7 @@ from betrace.service.otlp.columns import (
     SpanBatch,
 )
 from betrace.service.otlp.primitives import same_bytes
+from betrace.service.rules.exact import compare_literals, truthy
 from betrace.service.rules.patterns import PatternSearch, Pay, search
 from betrace.service.rules.program import (
     ANY,
@@ -70,7 +72,6 @@ from betrace.service.rules.program import (
     IF_MISSING,
     IF_TRUE,
     INT_MAX,
-    INT_MIN,
     JUMP_FALSE,
     JUMP_TRUE,
     L_FLOAT_HI,
@@ -90,6 +91,7 @@ from betrace.service.rules.program import (
     LT,
     NE,
     NEGATE,
+    NUMBER,
     TRUTHY,
 )
 from betrace.service.rules.syntax import (
@@ -104,7 +106,7 @@ from betrace.service.rules.syntax import (
     Scope,
     Truthy,
 )
-from betrace.service.rules.values import AttributeValue, compare, truthy, value_text
+from betrace.service.rules.values import AttributeValue, value_text
 
 NO, YES, ASK = range(3)
 
@@ -148,6 +150,8 @@ def _read_int(buf: Bytes, off: int, length: int, out: Rows) -> int:
     if i >= length:
         return NO
     first = buf[off + i]
+    if first == 46:  # .5
+        return ASK
     if first < 48 or first > 57:
         return NO
     value = 0
@@ -199,13 +203,15 @@ def _string_leaf(buf: Bytes, off: int, length: int, leaf: Rows, text: Bytes, scr
         )
         return YES if is_true else NO
     if op <= GE:
-        if leaf[L_NUMERIC]:
+        if leaf[L_NUMERIC] == NUMBER:
             read = _read_int(buf, off, length, scratch)
             if read == ASK:
                 return ASK
             if read == YES:
                 inside = leaf[L_INT_LO] <= scratch[0] and scratch[0] <= leaf[L_INT_HI]
                 return YES if inside != (op == NE) else NO
+            if op > NE:  # a text is neither less nor more than a number
+                return NO
         if op <= NE and length != t_len:
             return YES if op == NE else NO
         return YES if _by_order(op, _order(buf, off, length, text, t_off, t_len)) else NO
@@ -220,12 +226,13 @@ def _number_leaf(kind: int, value: int, leaf: Rows) -> int:
     if op == TRUTHY:
         if kind == INT:
             return YES if value != 0 else NO
-        return YES if value != 0 and value != INT_MIN else NO  # 0.0 and -0.0
+        magnitude = value & INT_MAX
+        return YES if magnitude != 0 and magnitude <= _INFINITY_BITS else NO  # not 0.0, -0.0, NaN
     if op > GE:
         return ASK
     if kind == DOUBLE:
         magnitude = value & INT_MAX
-        if magnitude > _INFINITY_BITS:  # NaN is not equal to anything
+        if magnitude >= _INFINITY_BITS:  # NaN and infinities are not equal to anything
             return YES if op == NE else NO
         if value < 0:
             value = -magnitude
@@ -235,9 +242,7 @@ def _number_leaf(kind: int, value: int, leaf: Rows) -> int:
         else:
             inside = leaf[L_FLOAT_LO] <= value and value <= leaf[L_FLOAT_HI]
         return YES if inside != (op == NE) else NO
-    if op <= NE and (kind == INT or abs(value) != _INFINITY_BITS):
-        return YES if op == NE else NO  # the text of a number always reads as a number
-    return ASK
+    return YES if op == NE else NO  # the text of a number always reads as a number
 
 
 @lean_kernel
@@ -303,7 +308,7 @@ def _leaf(
         return YES if outcomes & IF_MISSING else NO
     if kind == ARRAY and leaf[L_OP] == CONTAINS:
         return ASK
-    return NO
+    return YES if leaf[L_OP] == NE else NO
 
 
 @lean_kernel
@@ -389,7 +394,7 @@ def evaluate(predicate: Node, values: SpanValues, row: int) -> bool | None:
         case Compare(attribute, "matches", literals):
             return values.search(attribute, literals[0].text, row)
         case Compare(attribute, op, literals):
-            return compare(values.read(attribute, row), op, literals)
+            return compare_literals(values.read(attribute, row), op, literals)
         case Truthy(attribute):
             return truthy(values.read(attribute, row))
         case _:
@@ -415,7 +420,7 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
     span = batch.spans[row]
     if attribute.scope is Scope.FIELD:
         return _read_field(attribute.name, batch, span)
-    key = np.frombuffer(attribute.name.encode("utf-8", "surrogatepass"), np.uint8)
+    key = _key(attribute.name)
     out = np.zeros(OUT_SIZE, np.int64)
     if attribute.scope is Scope.ANY:
         find_attribute(
@@ -426,7 +431,7 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
         find_resource_attribute(
             batch.buf, resource[RESOURCE_OFF], resource[RESOURCE_LEN], key, 0, len(key), out
         )
-    kind, value, length = int(out[TYPE]), int(out[VALUE]), int(out[LENGTH])
+    kind, value, length, _ = out.tolist()
     if kind == MISSING:
         return None
     if kind == STRING:
@@ -443,6 +448,11 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
     if kind == ARRAY:
         return [plain_value(item) for item in ArrayValue.FromString(data).values]
     return {}  # comparisons with a key-value list are false, whatever its contents
+
+
+@lru_cache(maxsize=4096)
+def _key(name: str) -> Bytes:
+    return np.frombuffer(name.encode("utf-8", "surrogatepass"), np.uint8)
 
 
 def plain_value(value: AnyValue) -> AttributeValue:

@@ -13,8 +13,9 @@ from typing import Any
 
 from lark import Lark, Token, UnexpectedCharacters, UnexpectedToken
 
-from betrace.service.rules.build import MAX_DEPTH, Builder, NotOldRuleError
+from betrace.service.rules.build import Builder
 from betrace.service.rules.errors import RuleSyntaxError, unexpected_character, unexpected_token
+from betrace.service.rules.refs import MAX_DEPTH, NotOldRuleError
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.rules.words import Words
 
@@ -61,6 +62,11 @@ def parse(text: str, *, relational: bool = False) -> RuleSyntax:
         except NotOldRuleError:
             pass
     return Builder(text, related=True).rule(tree)
+
+
+def tokens(text: str) -> list[Token]:
+    """The tokens of a condition that :func:`parse` accepts, with their positions in ``text``."""
+    return list(_PARSER.lex(text))
 
 
 def _check_size(text: str) -> None:

@@ -5,17 +5,20 @@ false, and ``JUMP_FALSE`` and ``JUMP_TRUE`` implement the short circuits of ``an
 leaf's literal is converted to a form that the kernel can compare without arithmetic: the range of
 64-bit integers and the range of doubles that satisfy it, its text, and its outcome for ``true``,
 ``false`` and a missing attribute. All of these are computed with the Python comparisons of
-:mod:`betrace.service.rules.values`, so that there is only one definition of their meaning.
+:mod:`betrace.service.rules.exact`, so that there is only one definition of their meaning.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from betrace.service.otlp.columns import Bytes, Rows
+from betrace.service.rules.exact import compare_literals, matches, truthy
+from betrace.service.rules.patterns import MATCH_BYTES
 from betrace.service.rules.syntax import (
     FIELDS,
     KINDS,
@@ -32,7 +35,7 @@ from betrace.service.rules.syntax import (
     Scope,
     Truthy,
 )
-from betrace.service.rules.values import compare, truthy
+from betrace.service.rules.values import exact_float, exact_number
 
 # Instructions: rows (op, argument).
 LEAF, NEGATE, JUMP_FALSE, JUMP_TRUE, END = range(5)
@@ -51,7 +54,7 @@ ANY, RESOURCE_ONLY, FIELD = range(3)
     L_KEY_OFF,  # key in the text arena
     L_KEY_LEN,
     L_OP,
-    L_NUMERIC,  # 1 if the literal reads as a number
+    L_NUMERIC,  # whether the literal is a number
     L_INT_LO,  # integers that satisfy the comparison (== for !=), an inclusive range
     L_INT_HI,
     L_FLOAT_LO,  # doubles that do, as ordered_bits, an inclusive range
@@ -64,7 +67,12 @@ LEAF_COLUMNS = 12
 
 IF_FALSE, IF_TRUE, IF_MISSING = 1, 2, 4
 
+# L_NUMERIC: the literal is text, a number, or text that reads as a number. Only numbers compare
+# with numeric text as numbers; two texts compare as texts.
+NOT_NUMERIC, NUMBER, NUMERIC_TEXT = range(3)
+
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1
+_LARGEST = sys.float_info.max
 EMPTY = (1, 0)
 
 
@@ -77,10 +85,6 @@ def ordered_bits(value: float) -> int:
 
 def int_range(op: int, number: Number) -> tuple[int, int]:
     """The inclusive range of int64 values x with ``x op number``."""
-    if isinstance(number, float) and math.isinf(number):
-        above = number > 0
-        everything = (op in (LT, LE)) if above else (op in (GT, GE))
-        return (INT_MIN, INT_MAX) if everything else EMPTY
     low, high = math.floor(number), math.ceil(number)
     lo, hi = {
         EQ: (high, low),
@@ -94,26 +98,37 @@ def int_range(op: int, number: Number) -> tuple[int, int]:
 
 
 def float_range(op: int, number: Number) -> tuple[int, int]:
-    """The inclusive range of doubles d with ``d op number``, as ``ordered_bits``."""
-    try:
-        nearest = float(number)
-    except OverflowError:
-        nearest = math.inf if number > 0 else -math.inf
+    """The inclusive range of finite doubles d with ``d op number``, as ``ordered_bits``. A double
+    is the shortest decimal that reads back as it, so doubles have the order of their decimals."""
+    nearest = _nearest(number)
+    exact = exact_float(nearest)
+    assert exact is not None
     if op == EQ:
-        exact = ordered_bits(nearest)
-        return (exact, exact) if nearest == number else EMPTY
-    lo, hi = -math.inf, math.inf
+        bits = ordered_bits(nearest)
+        return (bits, bits) if exact == number else EMPTY
+    lo, hi = -_LARGEST, _LARGEST
     if op in (LT, LE):
-        fits = nearest < number if op == LT else nearest <= number
-        hi = nearest if fits else math.nextafter(nearest, -math.inf)
-        if not fits and nearest == -math.inf:
+        if exact > number or (op == LT and exact == number):
+            if nearest == -_LARGEST:
+                return EMPTY
+            hi = math.nextafter(nearest, -math.inf)
+        else:
+            hi = nearest
+    elif exact < number or (op == GT and exact == number):
+        if nearest == _LARGEST:
             return EMPTY
+        lo = math.nextafter(nearest, math.inf)
     else:
-        fits = nearest > number if op == GT else nearest >= number
-        lo = nearest if fits else math.nextafter(nearest, math.inf)
-        if not fits and nearest == math.inf:
-            return EMPTY
+        lo = nearest
     return ordered_bits(lo), ordered_bits(hi)
+
+
+def _nearest(number: Number) -> float:
+    """The finite double that is closest to a number."""
+    try:
+        return max(-_LARGEST, min(float(number), _LARGEST))
+    except OverflowError:
+        return _LARGEST if number > 0 else -_LARGEST
 
 
 @dataclass(slots=True)
@@ -191,7 +206,11 @@ class ProgramBuilder:
             row[L_KEY_OFF], row[L_KEY_LEN] = self.intern(key), len(key)
 
         def outcome(value: str | bool | None) -> bool:
-            return truthy(value) if literal is None else compare(value, op, (literal,))
+            if literal is None:
+                return truthy(value)
+            if op == "matches":
+                return matches(value, literal.text, MATCH_BYTES)
+            return compare_literals(value, op, (literal,))
 
         if literal is None:
             row[L_OP] = TRUTHY
@@ -200,7 +219,7 @@ class ProgramBuilder:
             row[L_OP] = _OPS.get(op, MATCHES if op == "matches" else CONTAINS)
             text = literal.text.encode("utf-8", "surrogatepass")
             row[L_TEXT_OFF], row[L_TEXT_LEN] = self.intern(text), len(text)
-            numeric = literal.number
+            numeric = exact_number(literal.text) if literal.number is None else literal.number
         if row[L_SCOPE] == FIELD + FIELDS.index("kind"):
             row[L_OUTCOMES] = sum(outcome(kind) << n for n, kind in enumerate(KINDS))
             return row
@@ -210,9 +229,9 @@ class ProgramBuilder:
         row[L_OUTCOMES] = (
             IF_FALSE * outcome(False) | IF_TRUE * outcome(True) | IF_MISSING * outcome(None)
         )
-        if numeric is not None and row[L_OP] <= GE:
+        if literal is not None and numeric is not None and row[L_OP] <= GE:
             compared = EQ if row[L_OP] == NE else row[L_OP]
-            row[L_NUMERIC] = 1
+            row[L_NUMERIC] = NUMERIC_TEXT if literal.number is None else NUMBER
             row[L_INT_LO], row[L_INT_HI] = int_range(compared, numeric)
             row[L_FLOAT_LO], row[L_FLOAT_HI] = float_range(compared, numeric)
         return row

@@ -12,16 +12,24 @@ from weakref import WeakValueDictionary
 from betrace.service.caches import LoadingCache
 from betrace.service.config.base import MIB
 from betrace.service.rules.compile import CompiledRules, compile_rules
-from betrace.service.rules.definition import Rule
-from betrace.service.rules.store import RuleStore
+from betrace.service.rules.definition import ALERT, JUDGE, Rule
+from betrace.service.rules.store import ALL_TENANTS, RuleStore
 
 _RULE_BYTES = 4096
+_USUAL = (ALERT, JUDGE)
 
 
 def rules_version(rules: tuple[Rule, ...]) -> str:
     """A hash of the enabled rules: of their conditions, and of what their signals contain."""
     contents = [
-        [rule.id, rule.version, rule.severity, rule.name, sorted(rule.labels.items())]
+        [
+            rule.id,
+            rule.version,
+            rule.severity,
+            rule.name,
+            sorted(rule.labels.items()),
+            *([rule.mode, rule.incomplete] if (rule.mode, rule.incomplete) != _USUAL else []),
+        ]
         for rule in rules
         if rule.enabled
     ]
@@ -71,9 +79,12 @@ class RuleRegistry:
         return found
 
     def refresh(self) -> set[str]:
-        """Check the rule files. Returns the tenants whose rules changed; these rules are compiled
-        again at the next use. Open traces keep the rules they were opened under."""
+        """Check the rule files. Returns the tenants whose rules changed, or
+        :data:`~betrace.service.rules.store.ALL_TENANTS` among them; these rules are compiled again
+        at the next use. Open traces keep the rules they were opened under."""
         changed = self.store.poll()
+        if ALL_TENANTS in changed:
+            self.cache.invalidate_where(lambda _: True)
         for tenant in changed:
             self.forget(tenant)
         return changed
@@ -87,6 +98,7 @@ class RuleRegistry:
         return self.cache.statistics().to_json()
 
     def _compile(self, tenant: str) -> CompiledRules:
+        self.store.follow(tenant)
         rules = self.store.rules(tenant)
         version = rules_version(rules)
         found = self._in_use.get((tenant, version))

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from betrace.service.rules import exact
-from betrace.service.rules.evaluation import FOREVER, Evaluation, Group, TooMuchWorkError
+from betrace.service.rules.evaluation import Evaluation
 from betrace.service.rules.exact import UnknownError
 from betrace.service.rules.format import format_check, format_ref
 from betrace.service.rules.syntax import ForEach, RuleSyntax, SpanSet, span_sets
 from betrace.service.rules.trace_tree import TraceTree
+from betrace.service.rules.workspace import FOREVER, Group, TooMuchWorkError, Workspace
 
 MAX_MATCH_BYTES = 64 * 1024
 SHOWN = 5  # groups, and spans of each
@@ -39,10 +40,13 @@ def judge(
     *,
     until: float = FOREVER,
     max_match_bytes: int = MAX_MATCH_BYTES,
+    depends: dict[int, bool] | None = None,
 ) -> Judgement:
     """The verdict of a relational rule on a trace; undecided if it is not found by the time
-    ``until`` of :func:`time.monotonic`."""
-    judging = _Judging(rule, trace, until, max_match_bytes)
+    ``until`` of :func:`time.monotonic`. ``depends`` is scratch that may be kept with the rule."""
+    word = rule.for_each.word if rule.for_each else None
+    depends = {} if depends is None else depends
+    judging = _Judging(rule, Workspace(trace, word, until, max_match_bytes, depends))
     try:
         return judging.run()
     except TooMuchWorkError as error:
@@ -54,12 +58,11 @@ def judge(
 class _Judging:
     """One rule and one trace."""
 
-    def __init__(
-        self, rule: RuleSyntax, trace: TraceTree, until: float, max_match_bytes: int
-    ) -> None:
+    def __init__(self, rule: RuleSyntax, run: Workspace) -> None:
         self._rule = rule
-        self._word = rule.for_each.word if rule.for_each else None
-        self._evaluation = Evaluation(trace, self._word, until, max_match_bytes)
+        self._word = run.word
+        self._run = run
+        self._evaluation = Evaluation(self._run)
 
     def run(self) -> Judgement:
         rule = self._rule
@@ -72,7 +75,7 @@ class _Judging:
         broken: list[tuple[Group, str]] = []
         unknown: UnknownError | None = None
         for group in groups:
-            self._evaluation.enter(group)
+            self._run.enter(group)
             try:
                 clause = self._clause()
             except UnknownError as error:
@@ -118,7 +121,7 @@ class _Judging:
         counts: dict[str, int] = {}
         evidence: dict[str, list[str]] = {}
         for spans in sets:
-            if spans.bound or self._evaluation.is_dependent(spans):
+            if spans.bound or self._run.is_dependent(spans):
                 continue
             name = format_check(spans, self._word)
             try:

@@ -3,6 +3,9 @@
 ``DIR/*.yaml`` and ``DIR/default/*.yaml`` are the rules of the tenant ``default``,
 ``DIR/<tenant>/*.yaml`` those of other tenants. Files are written by hand or through the API, which
 stores each rule in its own file, ``DIR/<tenant>/<rule id>.yaml``.
+
+Files in a second directory, the operator's, are rules for all tenants. Tenants see them and cannot
+change them.
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ KEPT_DELETED = 100  # deleted rules of a tenant whose versions are kept
 MAX_PATTERNS = 500_000  # RE2 instructions of the patterns in a tenant's enabled rules
 _KNOWN_SIZES = 100_000
 _VERSIONS = ".versions"
+_MOST_FOLLOWED = 10_000  # tenants without files of their own
+
+ALL_TENANTS = "*"
+"""In place of a tenant: the rules for all tenants. No tenant can have this name."""
 
 Signature = tuple[int, int, int, int]
 
@@ -65,14 +72,20 @@ class _RuleFile:
 
 
 class RuleStore:
-    """The rules in ``directory``. Methods block; they may be called from any thread.
+    """The rules in ``directory``, and those for all tenants in ``shared``. Methods block; they may
+    be called from any thread.
 
     If a file cannot be read or is invalid, its last valid version stays in force, and ``problems``
     has the reason until the file is corrected.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, shared: Path | None = None) -> None:
         self._directory = directory
+        self._shared_directory = shared
+        within = shared is not None and shared.resolve().parent == directory.resolve()
+        self._not_a_tenant = shared.name if shared is not None and within else None
+        self._shared: tuple[Rule, ...] = ()
+        self._followed: dict[str, None] = {}
         self._lock = threading.Lock()
         self._files: dict[Path, _RuleFile] = {}
         self._paths: dict[str, Path] = {}  # the same files
@@ -96,11 +109,22 @@ class RuleStore:
 
     def poll(self) -> set[str]:
         """Read the files that changed. Returns the tenants whose rules changed since the last call,
-        including changes by :meth:`put` and :meth:`delete`."""
+        including changes by :meth:`put` and :meth:`delete`, and :data:`ALL_TENANTS` if rules for
+        all tenants changed."""
         with self._lock:
             self._scan()
             changed, self._changed = self._changed, set()
             return changed
+
+    def follow(self, tenant: str) -> None:
+        """Note that a tenant exists. If there are rules for all tenants, it is from now on one of
+        :meth:`tenants`, also without files of its own."""
+        if tenant in self._followed or len(self._followed) >= _MOST_FOLLOWED:
+            return
+        with self._lock:
+            self._followed[tenant] = None
+            if self._shared and tenant not in self._rules:
+                self._rules = self._rules | {tenant: self._shared}
 
     def tenants(self) -> tuple[str, ...]:
         """The tenants that have rules, sorted."""
@@ -111,8 +135,13 @@ class RuleStore:
         return self._rules
 
     def rules(self, tenant: str) -> tuple[Rule, ...]:
-        """The tenant's rules, including disabled ones, in the order of their files."""
-        return self._rules.get(tenant, ())
+        """The tenant's rules, including disabled ones: those for all tenants, then its own in the
+        order of their files."""
+        return self._rules.get(tenant, self._shared)
+
+    def for_all_tenants(self, rule_id: str) -> bool:
+        """Whether a rule is one for all tenants."""
+        return (ALL_TENANTS, rule_id) in self._origins
 
     def rule(self, tenant: str, rule_id: str) -> Rule:
         """One rule. Raises :exc:`RuleNotFoundError`."""
@@ -122,8 +151,11 @@ class RuleStore:
         raise RuleNotFoundError(f"there is no rule '{rule_id}'")
 
     def source(self, tenant: str, rule_id: str) -> tuple[str, bool]:
-        """The file of a rule, relative to the directory, and whether the API may change it. Raises
+        """The file of a rule, relative to its directory, and whether the API may change it. Raises
         :exc:`RuleNotFoundError`."""
+        shared = self._origins.get((ALL_TENANTS, rule_id))
+        if shared is not None:
+            return shared.name, False
         origin = self._origins.get((tenant, rule_id))
         if origin is None:
             raise RuleNotFoundError(f"there is no rule '{rule_id}'")
@@ -154,7 +186,7 @@ class RuleStore:
                     r"instructions in all; use fewer or smaller ones (large classes such as \p{L} "
                     "count most)"
                 )
-            if not exists and len(self.rules(tenant)) >= MAX_RULES:
+            if not exists and len(self.rules(tenant)) - len(self._shared) >= MAX_RULES:
                 raise RuleLimitError(
                     f"the tenant has {MAX_RULES} rules, the maximum; delete one first"
                 )
@@ -196,12 +228,19 @@ class RuleStore:
         with self._lock:
             with suppress(FileNotFoundError):
                 shutil.rmtree(self._directory / tenant)
+            self._followed.pop(tenant, None)
+            self._rules = {name: own for name, own in self._rules.items() if name != tenant}
             self._scan()
 
     # Changing
 
     def _path_to_change(self, tenant: str, rule_id: str) -> Path:
         """The file of a rule, if the API may write it."""
+        if self.for_all_tenants(rule_id):
+            raise RuleReadOnlyError(
+                f"the rule '{rule_id}' is one for all tenants, which only the operator can change; "
+                "choose another id"
+            )
         path = self._own_path(tenant, rule_id)
         origin = self._origins.get((tenant, rule_id), path)
         if not self._may_change(origin, tenant, rule_id):
@@ -270,15 +309,17 @@ class RuleStore:
         self._files = dict(files)
         self._combine(dict(self._unlisted))
 
-    def _order(self, path: Path) -> tuple[str, str]:
+    def _order(self, path: Path) -> tuple[bool, str, str]:
         """The place of a file in a listing."""
-        return "" if path.parent == self._directory else path.parent.name, path.name
+        folder = "" if path.parent == self._directory else path.parent.name
+        return path.parent != self._shared_directory, folder, path.name
 
     def _scan(self) -> None:
         """Update the rules from the files."""
         problems: dict[str, str] = {}
+        paths = self._list_shared(problems)
         try:
-            paths = self._list(problems)
+            paths |= self._list(problems)
         except OSError as error:  # keep all rules: the directory may become available again
             self._problems = {str(self._directory): f"cannot be read: {error.strerror or error}"}
             self._unlisted = None
@@ -291,6 +332,22 @@ class RuleStore:
         self._files, self._unlisted = files, dict(problems)
         self._paths = {str(path): path for path in files}
         self._combine(problems)
+
+    def _list_shared(self, problems: dict[str, str]) -> dict[Path, tuple[str, Signature | None]]:
+        """The files with rules for all tenants. They stay in force while they cannot be listed."""
+        directory = self._shared_directory
+        if directory is None:
+            return {}
+        try:
+            files = [entry for entry in _entries(directory) if _is_rule_file(entry)]
+        except OSError as error:
+            problems[str(directory)] = f"cannot be read: {error.strerror or error}"
+            return {
+                path: (ALL_TENANTS, file.signature)
+                for path, file in self._files.items()
+                if file.tenant == ALL_TENANTS
+            }
+        return {self._path(entry): (ALL_TENANTS, _signature(entry)) for entry in files}
 
     def _same(self, files: dict[Path, _RuleFile]) -> bool:
         """Whether the files are the known ones, in the same order. Paths and files that did not
@@ -308,6 +365,8 @@ class RuleStore:
         for entry in _entries(self._directory):
             if _is_rule_file(entry):
                 found[self._path(entry)] = DEFAULT_TENANT, _signature(entry)
+            elif entry.name == self._not_a_tenant:
+                continue
             elif entry.name[0] != "." and entry.is_dir():
                 if entry.is_symlink():
                     problems[entry.path] = "is a link to a folder: move the folder here instead"
@@ -354,17 +413,27 @@ class RuleStore:
         return size
 
     def _combine(self, problems: dict[str, str]) -> None:
+        """Combine the files, those for all tenants first."""
         sizes: dict[str, int] = {}
-        rules: dict[str, dict[str, Rule]] = {}
+        rules: dict[str, dict[str, Rule]] = {ALL_TENANTS: {}}
         origins: dict[tuple[str, str], Path] = {}
+        shared = rules[ALL_TENANTS]
         for path, file in self._files.items():
             own = rules.setdefault(file.tenant, {})
             faults = [file.problem] if file.problem else []
+            if file.tenant not in sizes:
+                sizes[file.tenant] = sizes.get(ALL_TENANTS, 0)
             for rule in file.rules:
                 first = origins.get((file.tenant, rule.id))
-                size = sizes.get(file.tenant, 0) + self._size(rule)
+                common = origins.get((ALL_TENANTS, rule.id))
+                size = sizes[file.tenant] + self._size(rule)
                 if first is not None:
                     faults.append(f"{path}: rule {rule.id}: ignored, its id is used in {first}")
+                elif common is not None:
+                    faults.append(
+                        f"{path}: rule {rule.id}: ignored, its id is that of a rule for all "
+                        f"tenants, in {common}; choose another id"
+                    )
                 elif size > MAX_PATTERNS:
                     faults.append(
                         f"{path}: rule {rule.id}: ignored, the patterns of the tenant's rules have "
@@ -379,11 +448,18 @@ class RuleStore:
                     origins[file.tenant, rule.id] = path
             if faults:
                 problems[str(path)] = "\n".join(faults)
-        combined = {tenant: tuple(own.values()) for tenant, own in rules.items() if own}
+        del rules[ALL_TENANTS]
+        common_rules = tuple(shared.values())
+        combined = {tenant: (*common_rules, *own.values()) for tenant, own in rules.items()}
+        combined |= {each: common_rules for each in self._followed if each not in combined}
+        combined = {tenant: found for tenant, found in combined.items() if found}
+        if common_rules != self._shared:
+            self._changed.add(ALL_TENANTS)
         for tenant in combined.keys() | self._rules.keys():
             if combined.get(tenant) != self._rules.get(tenant):
                 self._changed.add(tenant)
-        self._rules, self._origins, self._problems = combined, origins, problems
+        self._shared, self._rules = common_rules, combined
+        self._origins, self._problems = origins, problems
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:

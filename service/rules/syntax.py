@@ -3,11 +3,13 @@ and hashable, so that rules can share equal checks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-Number = int | float
+Number = int | Fraction
+"""An exact number."""
 
 
 class Scope(StrEnum):
@@ -39,9 +41,8 @@ class Literal:
     """A value in a rule.
 
     ``text`` is its text: the characters of a string, a number without trailing zeros (``1000``,
-    ``0.5``), a duration or word as written. ``number`` is its value if it reads as a number, else
-    None: an int if it has no fraction or exponent, else a float; a duration in nanoseconds. A
-    quoted ``"1500"`` reads as a number, too.
+    ``0.5``), a duration or word as written. ``number`` is the exact value of a number or duration
+    (in nanoseconds), None for text, such as a quoted ``"1500"``.
     """
 
     text: str
@@ -223,6 +224,18 @@ class RuleSyntax:
     bare: bool = False
     for_each: ForEach | None = None
     relational: bool = False
+
+
+def all_of(items: Sequence[Node]) -> Node:
+    """The conjunction of one or more nodes; nested conjunctions are merged into it."""
+    flat = [part for item in items for part in (item.items if isinstance(item, And) else (item,))]
+    return flat[0] if len(flat) == 1 else And(tuple(flat))
+
+
+def any_of(items: Sequence[Node]) -> Node:
+    """The disjunction of one or more nodes; nested disjunctions are merged into it."""
+    flat = [part for item in items for part in (item.items if isinstance(item, Or) else (item,))]
+    return flat[0] if len(flat) == 1 else Or(tuple(flat))
 
 
 def span_sets(node: Node | None) -> list[SpanSet]:

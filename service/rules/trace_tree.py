@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from operator import attrgetter
 
+from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from betrace.service.otlp.columns import MSG_LEN, MSG_OFF, SpanBatch
+from betrace.service.rules import exact
+from betrace.service.rules.exact import Value
+from betrace.service.rules.match import plain_value, read_attribute
 from betrace.service.rules.names import name_matches
+from betrace.service.rules.syntax import Attribute, Scope
 from betrace.service.rules.values import AttributeValue
 
 Attributes = Mapping[str, AttributeValue]
+
+_SERVICE = Attribute(Scope.FIELD, "service")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,43 +36,87 @@ class SpanPart:
     span_id: str = ""
 
 
-@dataclass(slots=True, eq=False)
 class TraceSpan:
-    """A span. Ids are lower-case hex, ``parent_id`` is empty without a parent; times are
-    nanoseconds. ``details`` reads attributes, events and links when they are first needed."""
+    """A span in a row of a batch, which it keeps in memory. Ids are lower-case hex, ``parent_id``
+    is empty without a parent; times are nanoseconds. Everything else is read when it is first
+    needed."""
 
-    id: str
-    parent_id: str
-    name: str
-    start: int
-    end: int
-    kind: str
-    status: str
-    status_message: str
-    service: str | None
-    scope: str
-    resource: Attributes
-    details: Callable[[], tuple[Attributes, Sequence[SpanPart], Sequence[SpanPart]]]
-    _read: tuple[Attributes, Sequence[SpanPart], Sequence[SpanPart]] | None = field(
-        default=None, init=False
-    )
+    __slots__ = ("_batch", "_parts", "_row", "_values", "end", "id", "name", "parent_id", "start")
 
-    def _details(self) -> tuple[Attributes, Sequence[SpanPart], Sequence[SpanPart]]:
-        if self._read is None:
-            self._read = self.details()
-        return self._read
+    def __init__(
+        self, batch: SpanBatch, row: int, id: str, parent_id: str, name: str, start: int, end: int
+    ) -> None:
+        self._batch = batch
+        self._row = row
+        self._values: dict[Attribute, Value] = {}
+        self._parts: tuple[Sequence[SpanPart], Sequence[SpanPart]] | None = None
+        self.id = id
+        self.parent_id = parent_id
+        self.name = name
+        self.start = start
+        self.end = end
+
+    def read(self, attribute: Attribute) -> Value:
+        """An attribute, or a field that spans have in rules of all kinds."""
+        try:
+            return self._values[attribute]
+        except KeyError:
+            value = exact.normal(read_attribute(attribute, self._batch, self._row))
+            self._values[attribute] = value
+            return value
 
     @property
-    def attributes(self) -> Attributes:
-        return self._details()[0]
+    def service(self) -> Value:
+        """The resource's ``service.name``, None without one."""
+        return self.read(_SERVICE)
 
     @property
     def events(self) -> Sequence[SpanPart]:
-        return self._details()[1]
+        """The events, in the order in which they were sent."""
+        return self._read_parts()[0]
 
     @property
     def links(self) -> Sequence[SpanPart]:
-        return self._details()[2]
+        """The links, in the order in which they were sent."""
+        return self._read_parts()[1]
+
+    def _message(self) -> Span:
+        return span_message(self._batch, self._row)
+
+    def _read_parts(self) -> tuple[Sequence[SpanPart], Sequence[SpanPart]]:
+        if self._parts is None:
+            span = self._message()
+            events = [
+                SpanPart(_attributes(e.attributes), e.name, int(e.time_unix_nano) - self.start)
+                for e in span.events
+            ]
+            links = [
+                SpanPart(
+                    _attributes(link.attributes),
+                    trace_id=link.trace_id.hex(),
+                    span_id=link.span_id.hex(),
+                )
+                for link in span.links
+            ]
+            self._parts = events, links
+        return self._parts
+
+
+def span_message(batch: SpanBatch, row: int) -> Span:
+    """The span in a row, as a message."""
+    offset, length = batch.spans[row, [MSG_OFF, MSG_LEN]].tolist()
+    return Span.FromString(batch.buf[offset : offset + length].tobytes())
+
+
+def _attributes(pairs: Sequence[KeyValue]) -> Attributes:
+    """The first value of each key, as the fold sees it."""
+    found: dict[str, AttributeValue] = {}
+    for pair in pairs:
+        if pair.key not in found:
+            value = plain_value(pair.value)
+            if value is not None:
+                found[pair.key] = value
+    return found
 
 
 class TraceTree:
@@ -71,7 +126,7 @@ class TraceTree:
         self.by_id: dict[str, TraceSpan] = {}
         for span in spans:
             self.by_id.setdefault(span.id, span)
-        self.spans = sorted(self.by_id.values(), key=lambda span: (span.start, span.id))
+        self.spans = sorted(self.by_id.values(), key=attrgetter("start", "id"))
         self._names: dict[str, list[TraceSpan]] = {}
         for span in self.spans:
             self._names.setdefault(span.name, []).append(span)
@@ -102,6 +157,11 @@ class TraceTree:
     def services(self) -> int:
         """The number of distinct services."""
         return len({span.service for span in self.spans if span.service is not None})
+
+    @cached_property
+    def missing_parents(self) -> int:
+        """The number of distinct parent ids of which the trace has no span."""
+        return len({span.parent_id for span in self.spans if span.parent_id} - self.by_id.keys())
 
     def parent(self, span: TraceSpan) -> TraceSpan | None:
         """The parent, unless it is not in the trace or the span itself."""

@@ -6,6 +6,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.rules.registry import RuleRegistry
+from betrace.service.rules.store import ALL_TENANTS
 from betrace.service.telemetry import events
 
 
@@ -18,7 +19,9 @@ class RuleWatch:
         self._poll_seconds = poll_seconds
 
     async def run(self) -> None:
-        """Reload every ``poll_seconds``, forever."""
+        """Report the problems found at the start, then reload every ``poll_seconds``, forever."""
+        for problem in self._registry.store.problems.values():
+            events.RULES_BROKEN(problem=problem)
         while True:
             await trio.sleep(self._poll_seconds)
             await self.reload()
@@ -29,7 +32,8 @@ class RuleWatch:
         before = store.problems
         changed = await self._threads.run(self._registry.refresh)
         if changed:
-            events.RULES_CHANGED(tenants=", ".join(sorted(changed)))
+            every = ALL_TENANTS in changed
+            events.RULES_CHANGED(tenants="all tenants" if every else ", ".join(sorted(changed)))
         problems = store.problems
         for path, problem in problems.items():
             if before.get(path) != problem:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from betrace.service.rules.format import format_check, format_condition
@@ -23,7 +24,7 @@ from betrace.service.rules.syntax import (
     SpanSet,
     span_sets,
 )
-from betrace.service.rules.values import number_text
+from betrace.service.rules.values import exact_text
 
 _OPERATORS = {
     "==": operator.eq,
@@ -58,14 +59,13 @@ def breach_text(
     """
     if rule.relational:
         return _relational_text(rule, clause, groups)
+    causes = breach_causes(rule, clause, counts)
     if clause == "always":
-        parts = [
-            _required(part, counts) for part in _causes(rule.always, And, holds=True, counts=counts)
-        ]
+        parts = [_required(part, counts) for part in causes]
     else:
         parts = [
             (MET, _phrase(part, counts)) if rule.bare else _forbidden(part, counts)
-            for part in _causes(rule.never, Or, holds=False, counts=counts)
+            for part in causes
         ]
     phrases: dict[str, list[str]] = {}
     for word, phrase in parts:
@@ -74,6 +74,13 @@ def breach_text(
         f"{word}: {(', ' if word == MISSING else '; ').join(found)}"
         for word, found in phrases.items()
     )
+
+
+def breach_causes(rule: RuleSyntax, clause: str, counts: Counts) -> list[Node]:
+    """The parts of the broken clause that the counts do not rule out as the cause."""
+    if clause == "always":
+        return _causes(rule.always, And, holds=True, counts=counts)
+    return _causes(rule.never, Or, holds=False, counts=counts)
 
 
 def _relational_text(rule: RuleSyntax, clause: str, groups: Mapping[str, Any] | None) -> str:
@@ -134,9 +141,9 @@ def _phrase(node: Node, counts: Counts) -> str:
     match node:
         case Exists(spans):
             return f"{format_check(spans)}, found {_count(spans, counts)}"
-        case CountCompare(SpanSet() as spans, op, int() | float() as number):
+        case CountCompare(SpanSet() as spans, op, int() | Fraction() as number):
             return _amount(spans, op, number, counts)
-        case CountCompare(int() | float() as number, op, SpanSet() as spans):
+        case CountCompare(int() | Fraction() as number, op, SpanSet() as spans):
             return _amount(spans, _MIRRORED.get(op, op), number, counts)
         case _:
             found = {format_check(spans): _count(spans, counts) for spans in span_sets(node)}
@@ -144,7 +151,7 @@ def _phrase(node: Node, counts: Counts) -> str:
 
 
 def _amount(spans: SpanSet, op: str, number: Number, counts: Counts) -> str:
-    amount = f"{_AMOUNTS[op]} {number_text(number)}"
+    amount = f"{_AMOUNTS[op]} {exact_text(number)}"
     return f"{amount} {format_check(spans)}, found {_count(spans, counts)}"
 
 

@@ -82,18 +82,22 @@ def check_file(path: Path) -> list[Problem]:
 
 def dump_rules(rules: list[Rule]) -> str:
     """The text of a rule file with these rules; the inverse of :func:`load_text`."""
-    definitions = [
-        {key: value for key, value in rule.definition().items() if value not in ("", {})}
-        | {"condition": rule.condition}
-        for rule in rules
-    ]
+    definitions = []
+    for rule in rules:
+        given = {key: value for key, value in rule.definition().items() if value not in ("", {})}
+        examples = given.pop("examples", None)  # last, because they are long
+        given["condition"] = given.pop("condition", rule.condition)
+        definitions.append(given | ({"examples": examples} if examples else {}))
     return yaml.dump(
         {"rules": definitions}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
     )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as a block scalar."""
+    """Writes text of several lines as a block scalar, and no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -211,14 +215,39 @@ def _load_rule(node: yaml.Node, text: str, source: str) -> Rule:
     except (ValueError, OverflowError) as error:  # such as an impossible date
         raise RuleFileError([Problem(source, f"is not valid YAML: {error}", line=line)]) from None
     try:
-        return make_rule({str(key): value for key, value in definition.items()}, source)
+        rule = make_rule({str(key): value for key, value in definition.items()}, source)
     except RuleFileError as error:
         places = {key: name.start_mark.line + 1 for key, (name, _) in keys.items()}
         condition = keys.get("condition")
         raise RuleFileError(
-            _placed(problem, line, places, condition[1] if condition else None, text)
+            _at(node, problem)
+            if problem.path
+            else _placed(problem, line, places, condition[1] if condition else None, text)
             for problem in error.problems
         ) from None
+    if not rule.examples or "examples" not in keys:
+        return rule
+    lines = [each.start_mark.line + 1 for each in keys["examples"][1].value]
+    placed = [replace(each, line=at) for each, at in zip(rule.examples, lines, strict=True)]
+    return replace(rule, examples=tuple(placed))
+
+
+def _at(node: yaml.Node, problem: Problem) -> Problem:
+    """The problem with the place of the value that its path leads to, or of the last part of the
+    path that exists."""
+    mark = node.start_mark
+    for step in problem.path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            node = node.value[step]
+            mark = node.start_mark
+        elif isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == step), None)
+            if found is None:
+                break
+            mark, node = found[0].start_mark, found[1]
+        else:
+            break
+    return replace(problem, line=mark.line + 1, column=mark.column + 1)
 
 
 def _placed(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from betrace.service.config.settings import Settings
+from betrace.service.storage.alert_store import AlertStore
 from betrace.service.storage.dead_letters import DeadLetterStore
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.triage import TriageStore
@@ -14,13 +15,14 @@ from betrace.service.storage.triage import TriageStore
 
 @dataclass(frozen=True, slots=True)
 class LocalStores:
-    """Dead letters, the fallback files of each store, and what people decided about rules and
-    signals."""
+    """Dead letters, the fallback files of each store, what people decided about rules and signals,
+    and alerts."""
 
     letters: DeadLetterStore
     ledger: FallbackFiles
     duckdb: FallbackFiles
     triage: TriageStore
+    alerts: AlertStore
 
 
 def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> LocalStores:
@@ -40,4 +42,6 @@ def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> Local
         files.append(opened)
     triage = TriageStore(data / "triage.sqlite")
     stack.callback(triage.close)
-    return LocalStores(letters, files[0], files[1], triage)
+    alerts = AlertStore(data / "alerts.sqlite")
+    stack.callback(alerts.close)
+    return LocalStores(letters, files[0], files[1], triage, alerts)

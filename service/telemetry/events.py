@@ -179,7 +179,8 @@ RULES_BROKEN = _event(
     "rules.broken",
     logging.WARNING,
     "rule file rejected; the last valid version stays in force: {problem}",
-    "Logged once per file and problem.",
+    "Logged once per file and problem, and at every start. Without a valid version, such as at the "
+    "start, the file has no effect.",
 )
 RULES_MENDED = _event(
     "rules.mended",
@@ -260,6 +261,46 @@ EXPORT_WORKS = _event(
     logging.INFO,
     "{destination} accepts signals again after {failures} failures",
     "First success after failures.",
+)
+ALERT_FIRING = _event(
+    "alert.firing",
+    logging.INFO,
+    "the rule {rule} of tenant {tenant} is broken",
+    "An alert begins, or continues before receivers were told that it was over. Not logged for "
+    "signals that page nobody, nor without a destination in [alerts].",
+)
+ALERT_RESOLVED = _event(
+    "alert.resolved",
+    logging.INFO,
+    "the rule {rule} of tenant {tenant} is no longer broken ({reason}); {count} traces broke it",
+    "An alert ended: quiet (no new signal for alerts.resolve_after_seconds), retracted (all of its "
+    "signals were), or muted.",
+)
+ALERTS_FULL = _event(
+    "alerts.full",
+    logging.ERROR,
+    "more than {most} rules are broken at once; the rule {rule} of tenant {tenant} pages nobody",
+    "Logged for the first such rule. Raise alerts.max_active, or mute rules.",
+)
+ALERTS_FAILING = _event(
+    "alerts.failing",
+    logging.WARNING,
+    "cannot send alerts to {destination}: {error}",
+    "First of several consecutive failures. Alerts are kept until sending works.",
+)
+ALERTS_WORK = _event(
+    "alerts.recovered",
+    logging.INFO,
+    "{destination} accepts alerts again after {failures} failures",
+    "First success after failures.",
+)
+ALERT_REJECTED = _event(
+    "alerts.rejected",
+    logging.ERROR,
+    "{destination} will never accept alerts such as that of the rule {rule} of tenant {tenant}: "
+    "{error}",
+    "The destination answered 400, 413, 415 or 422. It is not retried at once, but "
+    "sent again when that is due anyway.",
 )
 DEAD_LETTERS = _event(
     "dead_letters.kept",

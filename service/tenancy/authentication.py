@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import TLRUCache
+from pydantic import SecretStr
 
 from betrace.channels import ThreadRunner
 from betrace.service.config.edge import Auth
@@ -24,15 +25,26 @@ from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 
 LEAST_SECRET_CHARACTERS = 20
 
-VerifiedToken = tuple[str, str, float]
-"""The tenant, the key's id, and when the token expires (seconds since 1970)."""
+VerifiedToken = tuple[str, str, float, bool]
+"""The tenant, the key's id, when the token expires (seconds since 1970), and whether it is
+read-only."""
+
+READ_ONLY = "this token is read-only, so it can send and change nothing; use another token"
 
 LoadKey = Callable[[tuple[str, str]], Awaitable[PublicKey | None]]
 """Returns the key for (tenant, kid), None if the tenant has no such key."""
 
 
 class SecretError(Exception):
-    """The operator token cannot be used; the message says why and what to do."""
+    """An operator's token cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTokens:
+    """The operator token, and the one for those who only look, None without one."""
+
+    operator: str
+    read_only: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +76,24 @@ class Authenticator:
     """Checks Authorization headers. Call the methods on the Trio thread.
 
     ``tenant_exists`` says whether an operator may act for a tenant; ``clock`` is the wall clock in
-    seconds.
+    seconds. Read-only tokens are accepted only by calls with ``reads=True``, which is for requests
+    that change nothing.
     """
 
     def __init__(
         self,
         settings: Auth,
-        operator_token: str,
+        tokens: OperatorTokens,
         load_key: LoadKey,
         tenant_exists: Callable[[str], Awaitable[bool]],
         threads: ThreadRunner,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._skew = settings.clock_skew_seconds
-        self._operator = _digest(operator_token)
+        self._operator = _digest(tokens.operator)
+        self._reader = () if tokens.read_only is None else (_digest(tokens.read_only),)
         scrape = settings.scrape_token.get_secret_value()
-        self._scrape = _digest(scrape) if scrape else None
+        self._scrape = (_digest(scrape),) if scrape else ()
         self._load_key = load_key
         self._tenant_exists = tenant_exists
         self._threads = threads
@@ -90,22 +104,26 @@ class Authenticator:
         self._revision = 0  # grows when keys change
 
     def remembered(self, authorization: str) -> str | None:
-        """The tenant of a token that was verified before, None for other tokens. Never waits."""
-        known = self._known.get(hashlib.sha256(authorization.encode("latin-1")).digest())
-        return None if known is None else known[0]
+        """The tenant of a token that was verified before, None for other tokens and read-only
+        ones. Never waits."""
+        known = self._find(authorization)
+        return None if known is None or known[3] else known[0]
 
-    async def tenant(self, authorization: str | None) -> str | Denied:
+    def _find(self, authorization: str) -> VerifiedToken | None:
+        return self._known.get(hashlib.sha256(authorization.encode("latin-1")).digest())
+
+    async def tenant(self, authorization: str | None, *, reads: bool = False) -> str | Denied:
         """The tenant that the header proves."""
         if authorization is None:
             return Denied(
                 401, "no token was sent; add the header printed by `betrace tenants token`"
             )
         try:
-            found = self.remembered(authorization)
+            found = self._find(authorization)
         except UnicodeEncodeError:
             return _denied("the Authorization header is not valid text")
         if found is not None:
-            return found
+            return _allowed(found[0], found[3], reads)
         token = bearer(authorization)
         if token is None:
             return _denied("the Authorization header is not `Bearer` followed by a token")
@@ -117,7 +135,9 @@ class Authenticator:
                 key.expires_ns is not None and key.expires_ns <= self._clock() * 1e9
             ):
                 raise BadTokenError(NOT_SIGNED)
-            expires = await self._threads.run(verify, token, tenant, key.public, self._skew)
+            expires, read_only = await self._threads.run(
+                verify, token, tenant, key.public, self._skew
+            )
         except BadTokenError as error:
             return _denied(str(error))
         except DirectoryError:
@@ -127,14 +147,19 @@ class Authenticator:
             until = min(until, key.expires_ns / 1e9)
         if revision == self._revision:  # otherwise the key may have been revoked
             digest = hashlib.sha256(authorization.encode("latin-1")).digest()
-            self._known[digest] = (tenant, kid, until)
-        return tenant
+            self._known[digest] = (tenant, kid, until, read_only)
+        return _allowed(tenant, read_only, reads)
 
-    async def caller(self, authorization: str | None, scope: str | None) -> str | Denied:
+    async def caller(
+        self, authorization: str | None, scope: str | None, *, reads: bool = False
+    ) -> str | Denied:
         """The tenant that the header proves; for an operator, the tenant named by ``scope`` (the
         header X-Scope-OrgID)."""
-        if scope is None or await self.operator(authorization) is not None:
-            return await self.tenant(authorization)
+        if scope is None or await self.operator(authorization, reads=True) is not None:
+            return await self.tenant(authorization, reads=reads)
+        refused = await self.operator(authorization, reads=reads)
+        if refused is not None:
+            return refused
         try:
             if is_tenant_name(scope) and await self._tenant_exists(scope):
                 return scope
@@ -142,13 +167,17 @@ class Authenticator:
             return Denied(503, "the tenant directory cannot be read right now; try again later")
         return Denied(403, f"there is no tenant {scope[:80]!r}; see `betrace tenants list`")
 
-    async def operator(self, authorization: str | None) -> Denied | None:
+    async def operator(self, authorization: str | None, *, reads: bool = False) -> Denied | None:
         """None if the header proves an operator."""
-        return self._secret(authorization, (self._operator,), "operator")
+        refused = self._secret(authorization, (self._operator, *self._reader), "operator")
+        if refused is None and not reads:
+            wrong = self._secret(authorization, (self._operator,), "operator")
+            return None if wrong is None else Denied(403, READ_ONLY)
+        return refused
 
     async def scraper(self, authorization: str | None) -> Denied | None:
         """None if the header proves someone who may read metrics."""
-        secrets = (self._operator,) if self._scrape is None else (self._operator, self._scrape)
+        secrets = (self._operator, *self._reader, *self._scrape)
         return self._secret(authorization, secrets, "scrape or the operator")
 
     def _secret(
@@ -177,6 +206,10 @@ class Authenticator:
         return len(self._known)
 
 
+def _allowed(tenant: str, read_only: bool, reads: bool) -> str | Denied:
+    return Denied(403, READ_ONLY) if read_only and not reads else tenant
+
+
 def bearer(authorization: str) -> str | None:
     """The token in the value of an Authorization header (RFC 6750, 2.1), None without one."""
     scheme, _, token = authorization.partition(" ")
@@ -184,25 +217,40 @@ def bearer(authorization: str) -> str | None:
     return token if scheme.lower() == "bearer" and token else None
 
 
-def operator_token(settings: Auth) -> str:
-    """The operator token of the settings. Raises :exc:`SecretError`."""
-    token = settings.operator_token.get_secret_value()
-    origin = "auth.operator_token"
+def operator_tokens(settings: Auth) -> OperatorTokens:
+    """The operators' tokens of the settings. Raises :exc:`SecretError`."""
+    operator = _read_secret("operator", settings.operator_token, settings.operator_token_file)
+    if not (settings.read_only_token.get_secret_value() or settings.read_only_token_file):
+        return OperatorTokens(operator)
+    read_only = _read_secret("read_only", settings.read_only_token, settings.read_only_token_file)
+    if read_only == operator:
+        raise SecretError(
+            "the read-only token is the operator token, so it would not be read-only; make another "
+            "with `openssl rand -hex 32`"
+        )
+    return OperatorTokens(operator, read_only)
+
+
+def _read_secret(name: str, given: SecretStr, file: str) -> str:
+    """The secret ``name`` from its setting or its file."""
+    token = given.get_secret_value()
+    shown = name.replace("_", "-")
+    origin = f"auth.{name}_token"
     if not token:
-        path = Path(settings.operator_token_file)
-        origin = f"the file {path} (auth.operator_token_file)"
+        path = Path(file)
+        origin = f"the file {path} (auth.{name}_token_file)"
         try:
             token = path.read_text("utf-8").strip()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise SecretError(
-                f"the operator token cannot be read from {origin} ({reason}); "
+                f"the {shown} token cannot be read from {origin} ({reason}); "
                 "name a file that contains only the token, such as the output of "
                 "`openssl rand -hex 32`"
             ) from error
     if len(token) < LEAST_SECRET_CHARACTERS:
         raise SecretError(
-            f"the operator token in {origin} has fewer than {LEAST_SECRET_CHARACTERS} characters; "
+            f"the {shown} token in {origin} has fewer than {LEAST_SECRET_CHARACTERS} characters; "
             "use a random one, such as the output of `openssl rand -hex 32`"
         )
     return token

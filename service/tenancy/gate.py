@@ -8,7 +8,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
 from betrace.service.config.settings import Settings
 from betrace.service.storage.ledger.base import LedgerEntries
-from betrace.service.tenancy.authentication import Authenticator
+from betrace.service.tenancy.authentication import Authenticator, OperatorTokens
 from betrace.service.tenancy.directory import PublicKey, TenantDirectory, TenantState
 from betrace.service.tenancy.ledger_filter import CurrentEntries
 from betrace.service.tenancy.quotas import SpanQuotas
@@ -20,7 +20,7 @@ PublicKeys = LoadingCache[tuple[str, str], PublicKey]
 
 
 class Gate:
-    """Built from the settings and the directory. ``operator_token`` is None without authentication;
+    """Built from the settings and the directory. ``tokens`` is None without authentication;
     ``tenant_exists`` says whether an operator may act for a tenant; ``stored`` returns the tenants
     that have something on disk.
 
@@ -32,7 +32,7 @@ class Gate:
         self,
         settings: Settings,
         directory: TenantDirectory,
-        operator_token: str | None,
+        tokens: OperatorTokens | None,
         tenant_exists: Callable[[str], Awaitable[bool]],
         stored: Callable[[], Iterable[str]] = tuple,
     ) -> None:
@@ -51,10 +51,10 @@ class Gate:
         self.authenticator: Authenticator | None = None
         self.tenant_limit: TenantLimit | None = None
         """None with authentication: then only operators create tenants."""
-        if operator_token is not None:
+        if tokens is not None:
             self.authenticator = Authenticator(
                 settings.auth,
-                operator_token,
+                tokens,
                 self._public_key,
                 tenant_exists,
                 self._signatures,

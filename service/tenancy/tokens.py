@@ -22,6 +22,8 @@ from betrace.service.tenants import is_tenant_name
 ALGORITHM = "EdDSA"
 MAX_TOKEN_CHARACTERS = 4096
 KEY_BYTES = 32
+READ = "read"
+"""The claim ``access`` of a read-only token; other tokens have no such claim."""
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{43}")
 
@@ -104,9 +106,18 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
 # Tokens
 
 
-def make_token(key: Ed25519PrivateKey, tenant: str, now: float, lifetime_seconds: float) -> str:
-    """A token that proves ``tenant``, valid from ``now`` (seconds since 1970)."""
+def make_token(
+    key: Ed25519PrivateKey,
+    tenant: str,
+    now: float,
+    lifetime_seconds: float,
+    *,
+    read_only: bool = False,
+) -> str:
+    """A token that proves ``tenant``, valid from ``now`` (seconds since 1970). With a ``read_only``
+    one, nothing can be sent or changed."""
     claims = {"tenant": tenant, "iat": int(now), "exp": int(now + lifetime_seconds)}
+    claims |= {"access": READ} if read_only else {}
     kid = key_id(key.public_key().public_bytes_raw())
     return jwt.encode(claims, key, algorithm=ALGORITHM, headers={"kid": kid})
 
@@ -131,9 +142,9 @@ def claimed(token: str) -> tuple[str, str]:
     return tenant, kid
 
 
-def verify(token: str, tenant: str, public: bytes, clock_skew_seconds: float) -> float:
+def verify(token: str, tenant: str, public: bytes, clock_skew_seconds: float) -> tuple[float, bool]:
     """Verify a token against the public key that it names. Returns when it expires (seconds since
-    1970).
+    1970), and whether it is read-only.
 
     Raises :exc:`BadTokenError` if it is not signed with that key, not for ``tenant``, expired, or
     not valid yet, give or take ``clock_skew_seconds``.
@@ -157,7 +168,10 @@ def verify(token: str, tenant: str, public: bytes, clock_skew_seconds: float) ->
         raise BadTokenError(NOT_SIGNED) from None
     if claims.get("tenant") != tenant:
         raise BadTokenError(NOT_SIGNED)
-    return expires
+    access = claims.get("access")
+    if access not in (None, READ):
+        raise BadTokenError(f"the token's claim `access` is not `{READ}`")
+    return expires, access == READ
 
 
 NOT_SIGNED = "the token is not signed with a valid key of its tenant"

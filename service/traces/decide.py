@@ -39,10 +39,25 @@ from betrace.service.rules.compile import (
     CompiledRules,
 )
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.layout import E_CHECK, E_COUNT, E_EVIDENCE
+from betrace.service.traces.layout import (
+    E_CHECK,
+    E_COUNT,
+    E_EVIDENCE,
+    FLAGS,
+    MAX_END,
+    MIN_START,
+    PARTIAL,
+    SPANS,
+)
 
 ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # the clause that a breach breaks
 CLAUSES = {ALWAYS_BROKEN: "always", NEVER_BROKEN: "never"}
+
+NOT_APPLICABLE = -1  # `when` does not hold
+
+OUTCOMES = ("not_applicable", "kept", "broken", "undecided")
+"""What a rule says of a closed trace; columns of the numbers of traces by rule."""
+O_NOT_APPLICABLE, O_KEPT, O_BROKEN, O_UNDECIDED = range(4)
 
 STACK = 512  # more than any rule of 16 KiB with 32 levels can need
 
@@ -133,9 +148,10 @@ def _run(
 def _decide_rule(
     rule: Rows, programs: Rows, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
 ) -> int:
-    """The clause that is certainly broken, else 0: ``when and (not always or never)``."""
+    """The clause that is certainly broken: ``when and (not always or never)``. Without one 0, or
+    :data:`NOT_APPLICABLE` if ``when`` does not certainly hold."""
     if _run(programs, rule[R_WHEN], entries, entry_of, closed, stack) != TRUE:
-        return 0
+        return NOT_APPLICABLE
     if _run(programs, rule[R_ALWAYS], entries, entry_of, closed, stack) == FALSE:
         return ALWAYS_BROKEN
     if _run(programs, rule[R_NEVER], entries, entry_of, closed, stack) == TRUE:
@@ -159,10 +175,11 @@ def _decide(
     stamps: Rows,
     stack: Rows,
     out: Rows,
+    outcomes: Rows,
 ) -> tuple[int, int]:
     """Decide the traces from ``first`` on. Returns ``(next trace, breaches)``, with rows (trace,
-    rule, clause) in ``out``. Stops before a trace whose breaches might not fit; ``out`` must have a
-    row for each rule at least."""
+    rule, clause) in ``out``, and adds to ``outcomes`` for the rules that were looked at. Stops
+    before a trace whose breaches might not fit; ``out`` must have a row for each rule at least."""
     found = 0
     n_rules = len(rule_rows)
     for k in range(first, len(starts) - 1):
@@ -188,15 +205,16 @@ def _decide(
                 stamps[r] = k + 1
                 rule = rule_rows[r]
                 clause = _decide_rule(rule, programs, entries, entry_of, closed, stack)
+                outcomes[r, min(clause, 1) + 1] += 1
                 if (
-                    clause
+                    clause > 0
                     and skip_early
                     and rule[R_EARLY]
                     and not rule[R_EARLY_ON_EMPTY]
-                    and _decide_rule(rule, programs, entries, entry_of, False, stack)
+                    and _decide_rule(rule, programs, entries, entry_of, False, stack) > 0
                 ):
                     continue
-                if clause:
+                if clause > 0:
                     out[found, 0] = k
                     out[found, 1] = r
                     out[found, 2] = clause
@@ -225,23 +243,54 @@ def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
     return decide_or_ask(due, raised_early=raised_early)[0]
 
 
+def outcomes_when_empty(rules: CompiledRules) -> Rows:
+    """The outcome of each rule for a closed trace without any matching span."""
+    entries = np.zeros((0, E_EVIDENCE + 1), np.int64)
+    entry_of = np.full(len(rules.checks) + 1, -1, np.int64)
+    stack = np.zeros(STACK, np.int64)
+    return np.array(
+        [
+            min(_decide_rule(row, rules.programs, entries, entry_of, True, stack), 1) + 1
+            for row in rules.rule_rows
+        ],
+        np.int64,
+    )
+
+
 def decide_or_ask(
-    due: DueTraces, *, raised_early: bool = True
+    due: DueTraces, *, raised_early: bool = True, outcomes: Rows | None = None
 ) -> tuple[list[Breach], list[Breach]]:
-    """The breaches, as :func:`decide` returns them, and the candidates: closed traces that may
-    break a relational rule, which must be read back to tell."""
-    found = _certain(due, raised_early)
-    relational = due.rules.relational
-    if not relational:
+    """The breaches, as :func:`decide` returns them, and the candidates: traces that may break
+    a relational rule, or one that skips incomplete traces, and must be read back to tell. Adds the
+    number of traces by rule and outcome to ``outcomes``: candidates as broken, and only the rules
+    that a trace has spans for."""
+    found = _certain(due, raised_early, outcomes)
+    read_back = due.rules.read_back
+    if not read_back:
         return found, []
     breaches: list[Breach] = []
     candidates: list[Breach] = []
     for each in found:
-        (candidates if each.rule in relational else breaches).append(each)
+        if each.rule not in read_back:
+            breaches.append(each)
+        elif _is_large_enough(due, each):
+            candidates.append(each)
+        elif outcomes is not None:
+            outcomes[each.rule, O_BROKEN] -= 1
+            outcomes[each.rule, O_KEPT] += 1
     return breaches, candidates
 
 
-def _certain(due: DueTraces, raised_early: bool) -> list[Breach]:
+def _is_large_enough(due: DueTraces, candidate: Breach) -> bool:
+    """Whether a trace has the spans and the duration that breaking the rule takes."""
+    spans, duration = due.rules.least[candidate.rule]
+    row = due.rows[candidate.trace]
+    if row[FLAGS] & PARTIAL:  # some of its spans were not counted
+        return True
+    return bool(row[SPANS] >= spans and max(0, row[MAX_END] - row[MIN_START]) >= duration)
+
+
+def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[Breach]:
     rules: CompiledRules = due.rules
     n_rules = len(rules.rules)
     if not len(due) or not n_rules:
@@ -251,6 +300,8 @@ def _certain(due: DueTraces, raised_early: bool) -> list[Breach]:
     stamps = np.zeros(n_rules, np.int64)
     stack = np.zeros(STACK, np.int64)
     out = np.zeros((max(n_rules, 1024), 3), np.int64)
+    if outcomes is None:
+        outcomes = np.zeros((n_rules, len(OUTCOMES)), np.int64)
     breaches: list[Breach] = []
     at = 0
     while at < len(due):
@@ -269,6 +320,7 @@ def _certain(due: DueTraces, raised_early: bool) -> list[Breach]:
             stamps,
             stack,
             out,
+            outcomes,
         )
         breaches.extend(
             Breach(int(k), int(r), int(clause), not due.closed) for k, r, clause in out[:found]

@@ -94,6 +94,7 @@ from betrace.service.traces.layout import (
     SPILLS,
     STATE,
     STOPPED_SLOT,
+    WATCHED,
     BatchArrays,
     FoldOutputs,
     RuleArrays,
@@ -178,8 +179,11 @@ def crosses(rules: RuleArrays, check: int, count: int) -> bool:
 
 
 @lean_kernel
-def mark_dirty(traces: TraceArrays, slot: int, outputs: FoldOutputs) -> None:
-    """Mark a trace for an early decision, once in each batch."""
+def mark_dirty(traces: TraceArrays, slot: int, outputs: FoldOutputs, watched: int) -> None:
+    """Mark a trace for an early decision, once in each batch; with ``watched`` not 0 for one
+    whenever spans arrive."""
+    if watched:
+        traces.slots[slot, FLAGS] |= WATCHED
     if not traces.slots[slot, FLAGS] & DIRTY:
         traces.slots[slot, FLAGS] |= DIRTY | ONCE_DIRTY
         outputs.dirty[outputs.counts[DIRTIED]] = slot
@@ -354,6 +358,8 @@ def fold(
             counts[REPEATS] += 1
             continue
         _add_span(traces, slot, batch, span, now)
+        if row[FLAGS] & WATCHED:
+            mark_dirty(traces, slot, outputs, 0)
 
         if name == TOO_LONG:
             ask = outputs.ask[counts[ASKED]]
@@ -381,7 +387,7 @@ def fold(
                 counts[MATCHED] += 1
                 count = add_match(traces, slot, check, span[START], span[SPAN_ID])
                 if crosses(rules, check, count):
-                    mark_dirty(traces, slot, outputs)
+                    mark_dirty(traces, slot, outputs, rules.watched[check])
             elif verdict == ASK:
                 ask = outputs.ask[counts[ASKED]]
                 ask[0] = r
@@ -408,4 +414,4 @@ def add_asked(
         outputs.counts[MATCHED] += 1
         count = add_match(traces, slot, check, span[START], span[SPAN_ID])
         if crosses(rules, check, count):
-            mark_dirty(traces, slot, outputs)
+            mark_dirty(traces, slot, outputs, rules.watched[check])

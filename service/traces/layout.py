@@ -57,6 +57,7 @@ SPILLED = 8  # log positions were moved to FoldOutputs.spilled before
 REOPENED = 16  # spans arrived after it was closed
 PARTIAL = 32  # reopened without some of its earlier spans
 ONCE_DIRTY = 64  # a count crossed a threshold at some time: a signal may have been raised early
+WATCHED = 128  # that was a threshold of a relational rule: each further span makes it dirty
 
 SMALL_RING, MIDDLE_RING, LARGE_RING = 16, 128, 1000  # span ids; the last is the documented window
 CHAINS = 1024  # of a large ring: about one for each id
@@ -129,6 +130,7 @@ class RuleArrays(NamedTuple):
     text: Bytes
     thresholds: Rows
     threshold_starts: Rows
+    watched: Rows
 
 
 class BatchArrays(NamedTuple):

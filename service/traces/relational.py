@@ -10,21 +10,27 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from cachetools import LRUCache
 
-from betrace.service.rules.evaluation import FOREVER
+from betrace.service.rules.compile import CompiledRules
+from betrace.service.rules.definition import SKIP
 from betrace.service.rules.relations import Judgement, judge
 from betrace.service.rules.trace_tree import TraceTree
+from betrace.service.rules.workspace import FOREVER
 from betrace.service.signals import Kind, Signal
 from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.layout import FLAGS, REOPENED
+from betrace.service.traces.layout import FLAGS, HI, LO, REOPENED, SPANS
 from betrace.service.traces.signal_history import RuleSignals, SignalHistory, merged
 
-REMEMBERED = 100_000  # traces with signals of relational rules
+REMEMBERED = 100_000  # traces with signals of relational rules, and open traces that were read
+EARLY_SHARE = 0.03  # of a core, for reading open traces
+EARLY_BURST = 1.0  # seconds
+LONG = 1000  # spans
 
 ReadTraces = Callable[[DueTraces, Sequence[int]], Iterable[tuple[int, "TraceTree | str"]]]
 """Reads closed traces, by number; in place of one that cannot be read whole, the reason."""
@@ -46,8 +52,66 @@ class Undecided:
 class Judged:
     """The results for the candidates among some traces."""
 
-    breaches: list[tuple[Breach, Judgement]]
+    breaches: list[tuple[Breach, Judgement | None]]
+    """Those of rules without relations have no judgement."""
     undecided: list[Undecided]
+    skipped: dict[tuple[int, int], int] = field(default_factory=dict)
+    """For incomplete traces (trace, rule) of rules that skip them: how many parents are missing."""
+
+
+class Pace:
+    """Chooses which open traces are read, so that reading them takes a small share of a core.
+
+    A trace is read again when it has grown, a long one when it has grown by an eighth. A rule that
+    it broke before is not judged again. Times are CPU seconds.
+    """
+
+    def __init__(self, share: float = EARLY_SHARE, burst: float = EARLY_BURST) -> None:
+        self._share = share
+        self._burst = burst
+        self._left = burst
+        self._since = time.monotonic()
+        self._known: LRUCache[tuple[str, int, int], tuple[int, frozenset[int]]] = LRUCache(
+            REMEMBERED
+        )
+        self._lock = threading.Lock()
+
+    def chosen(self, due: DueTraces, wanted: dict[int, list[int]]) -> dict[int, list[int]]:
+        """The rules to be judged now, by trace."""
+        with self._lock:
+            now = time.monotonic()
+            self._left = min(self._burst, self._left + self._share * (now - self._since))
+            self._since = now
+            if self._left <= 0:
+                return {}
+            found: dict[int, list[int]] = {}
+            for k, numbers in wanted.items():
+                hi, lo, spans = due.rows[k, [HI, LO, SPANS]].tolist()
+                before, broken = self._known.get((due.tenant, hi, lo), (0, frozenset()))
+                rest = [number for number in numbers if number not in broken]
+                if rest and spans >= before + max(1, before // 8 if before > LONG else 1):
+                    found[k] = rest
+                    self._known[due.tenant, hi, lo] = spans, broken
+            return found
+
+    def pay(self, seconds: float) -> None:
+        """Note what reading and judging took."""
+        with self._lock:
+            self._left -= seconds
+
+    def note(self, due: DueTraces, breaches: Iterable[Breach]) -> None:
+        """Note the rules that traces broke."""
+        with self._lock:
+            for each in breaches:
+                key = (due.tenant, *due.rows[each.trace, [HI, LO]].tolist())
+                spans, broken = self._known.get(key, (0, frozenset()))
+                self._known[key] = spans, broken | {each.rule}
+
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant."""
+        with self._lock:
+            for key in [key for key in self._known if key[0] == tenant]:
+                self._known.pop(key, None)
 
 
 class RelationalRules:
@@ -64,36 +128,65 @@ class RelationalRules:
         self._signals_of = signals_of
         self._seconds = seconds
         self._lock = threading.Lock()  # a thread that takes too long is left behind
+        self._pace = Pace()
+        self._depends: WeakKeyDictionary[CompiledRules, dict[int, bool]] = WeakKeyDictionary()
         self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
 
     def judge(self, due: DueTraces, candidates: Sequence[Breach]) -> Judged:
-        """Read the candidates' traces, each once, and judge them."""
+        """Read the candidates' traces, each once, and judge them. Of traces that are still open,
+        judge what no later span can undo, if there is time for it."""
+        of = {(each.trace, each.rule): each for each in candidates}
         wanted: dict[int, list[int]] = {}
         for each in candidates:
             wanted.setdefault(each.trace, []).append(each.rule)
+        if not due.closed:
+            wanted = self._pace.chosen(due, wanted)
         judged = Judged([], [])
+        started = time.thread_time()
         until = time.monotonic() + self._seconds
         for k, found in self._read(due, list(wanted)) if wanted else ():
             for number in wanted.pop(k, ()):
-                self._add(judged, due, k, number, found, until)
+                self._add(judged, due, of[k, number], found, until)
         for k, numbers in wanted.items():
             for number in numbers:
-                self._add(judged, due, k, number, "the trace was not found", until)
+                self._add(judged, due, of[k, number], "the trace was not found", until)
+        if not due.closed:
+            self._pace.pay(time.thread_time() - started)
+            self._pace.note(due, [each for each, _ in judged.breaches])
+            judged.undecided.clear()  # decided when the trace closes
         return judged
 
-    @staticmethod
     def _add(
-        judged: Judged, due: DueTraces, k: int, number: int, found: TraceTree | str, until: float
+        self,
+        judged: Judged,
+        due: DueTraces,
+        candidate: Breach,
+        found: TraceTree | str,
+        until: float,
     ) -> None:
+        k, number = candidate.trace, candidate.rule
+        rules = due.rules
+        rule = rules.rules[number]
         if isinstance(found, str):
             judged.undecided.append(Undecided(k, number, found))
             return
-        judgement = judge(due.rules.rules[number].syntax, found, until=until)
+        if rule.incomplete == SKIP and found.missing_parents:
+            judged.skipped[k, number] = found.missing_parents
+            return
+        if not rule.syntax.relational:
+            judged.breaches.append((candidate, None))
+            return
+        judgement = judge(
+            rule.syntax if due.closed else rules.early_rules[number],
+            found,
+            until=until,
+            depends=self._depends.setdefault(rules, {}),
+        )
         if judgement.undecided is not None:
             judged.undecided.append(Undecided(k, number, judgement.undecided))
         elif judgement.clause is not None:
             clause = ALWAYS_BROKEN if judgement.clause == "always" else NEVER_BROKEN
-            judged.breaches.append((Breach(k, number, clause, early=False), judgement))
+            judged.breaches.append((Breach(k, number, clause, not due.closed), judgement))
 
     def histories(self, due: DueTraces) -> tuple[dict[int, SignalHistory], set[int]]:
         """The signals of the traces that were closed before: those that came with them, those
@@ -126,6 +219,7 @@ class RelationalRules:
 
     def forget(self, tenant: str) -> None:
         """Forget a tenant."""
+        self._pace.forget(tenant)
         with self._lock:
             for key in [key for key in self._emitted if key[0] == tenant]:
                 self._emitted.pop(key, None)

@@ -109,6 +109,7 @@ class TraceTable:
             self.rules.text,
             thresholds,
             threshold_starts,
+            self.rules.watched,
         )
         self.ask = np.zeros((64, 3), np.int64)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -47,13 +48,16 @@ class Recalled:
     ids: Rows
     """Rows (hi, lo)."""
     whole: list[bool]
-    """For each of the ids, whether all spans of the trace could be read."""
+    """For each of the ids, whether all spans of the trace could be read; known once all batches
+    are read."""
     batch: SpanBatch | None
     """The spans of the frames that contain the traces, and of other traces in those frames."""
     lost: Rows
     """Ids of traces that may exist, but could not be read."""
     signal_history: Sequence[SignalHistory] = ()
     """For each of the ids, the signals of the trace."""
+    more: Iterable[SpanBatch] = ()
+    """Further batches, if there are too many spans for one. They are read when they are needed."""
 
 
 History = Callable[[str, Rows], Iterable[Recalled]]
@@ -207,30 +211,41 @@ class TenantTraces:
             lost.append(recalled.lost)
             if recalled.batch is None:
                 continue
-            self._take_back(recalled.batch, recalled)
+            positions = self._take_back(chain([recalled.batch], recalled.more), recalled)
             if len(batch.positions):  # the history may include spans of this very batch
-                read = np.isin(batch.positions, recalled.batch.positions)[batch.spans[:, BODY]]
+                read = np.isin(batch.positions, positions)[batch.spans[:, BODY]]
                 taken = read & _of_traces(batch, recalled.ids)
                 skip[taken] = 1
                 asks[:] = [ask for ask in asks if not taken[ask[0]]]
         return np.concatenate(lost)
 
-    def _take_back(self, batch: SpanBatch, recalled: Recalled) -> None:
-        """Fold the spans read of closed traces; if that fails, none of them."""
+    def _take_back(self, batches: Iterable[SpanBatch], recalled: Recalled) -> Rows:
+        """Fold the spans read of closed traces; if that fails, none of them. Returns the positions
+        of their frames."""
         newest = self.tables[-1]
-        wanted = _of_traces(batch, recalled.ids)
-        skip = (~wanted).astype(np.uint8)
-        delivery = Delivery(batch, self._service_numbers(batch), batch.received_ns, skip, [])
+        positions: list[Rows] = []
+        folded: list[tuple[SpanBatch, npt.NDArray[np.bool_]]] = []
         try:
-            folded = FoldRun(newest, delivery).run()
-            if folded.error is not None:
-                raise folded.error
+            for batch in batches:
+                wanted = _of_traces(batch, recalled.ids)
+                skip = (~wanted).astype(np.uint8)
+                numbers = self._service_numbers(batch)
+                result = FoldRun(
+                    newest, Delivery(batch, numbers, batch.received_ns, skip, [])
+                ).run()
+                if result.error is not None:
+                    raise result.error
+                positions.append(batch.positions)
+                if len(self._partial_folds):
+                    folded.append((batch, wanted))
             newest.recall(recalled.ids, recalled.signal_history)
             newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
         except Exception:
             newest.drop(recalled.ids)
             raise
-        self._partial_folds.folded(batch, wanted)
+        for batch, wanted in folded:
+            self._partial_folds.folded(batch, wanted)
+        return np.concatenate(positions)
 
     def close_due(self, now: int, idle_ns: int, oldest_ns: int | None = None) -> list[DueTraces]:
         """Close traces that were idle for ``idle_ns`` and, if given, those that began ``oldest_ns``
@@ -309,8 +324,9 @@ def _add(done: list[Part], table: TraceTable, folded: Folded) -> None:
 
 def _of_traces(batch: SpanBatch, ids: Rows) -> npt.NDArray[np.bool_]:
     """Which rows of a batch belong to these traces."""
-    of = batch.spans[:, [TRACE_HI, TRACE_LO]]
     wanted = np.zeros(len(batch), bool)
+    rows = np.flatnonzero(np.isin(batch.spans[:, TRACE_LO], ids[:, 1]))
+    of = batch.spans[rows][:, [TRACE_HI, TRACE_LO]]
     for pair in ids:
-        wanted |= (of == pair).all(axis=1)
+        wanted[rows] |= (of == pair).all(axis=1)
     return wanted

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from betrace.service.otlp.columns import ERROR, ERROR_OFF, TRACE_HI, TRACE_LO, SpanBatch
+from betrace.service.otlp.columns import (
+    ERROR,
+    ERROR_OFF,
+    HAS_PARENT,
+    PARENT_ID,
+    SPAN_ID,
+    TRACE_HI,
+    TRACE_LO,
+    Rows,
+    SpanBatch,
+)
+from betrace.service.otlp.columns import FLAGS as SPAN_FLAGS
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
-from betrace.service.rules.evaluation import FOREVER
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.rules.wording import breach_text
+from betrace.service.rules.workspace import FOREVER
+from betrace.service.signals import incomplete_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.relational import RelationalRules
@@ -39,7 +51,8 @@ class Verdict:
     """The verdict of a rule on a trace. ``clause`` is the broken one (always | never), None without
     a breach; ``counts`` and ``evidence`` are by check, as in a signal; ``message`` says why the
     trace breaks the rule, None if it does not. Of a rule with ``for each`` that is broken,
-    ``groups`` says by which groups; ``undecided`` says why a rule could not be judged."""
+    ``groups`` says by which groups; ``undecided`` says why a rule could not be judged, and
+    ``skipped`` why it was not."""
 
     rule_id: str
     breach: bool
@@ -49,10 +62,11 @@ class Verdict:
     message: str | None
     groups: dict[str, Any] | None = None
     undecided: str | None = None
+    skipped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, without ``groups`` and ``undecided`` if there are none."""
-        optional = ("groups", "undecided")
+        """The fields, without ``groups``, ``undecided`` and ``skipped`` if there are none."""
+        optional = ("groups", "undecided", "skipped")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
@@ -73,8 +87,10 @@ class Trial:
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
-        self._relational = bool(rules.relational)
+        self._relational = bool(rules.read_back)
         self._kept: list[TraceSpan] = []
+        self._ids: list[Rows] = []
+        self._parents: list[Rows] = []
         self.spans = 0
         """Distinct spans added."""
 
@@ -96,6 +112,10 @@ class Trial:
             value = int(self._wanted or "0", 16)
             halves = np.array([value >> 64, value & _MASK], np.uint64).view(np.int64)
             batch.spans = batch.spans[(batch.spans[:, [TRACE_HI, TRACE_LO]] == halves).all(axis=1)]
+        if len(batch):
+            self._ids.append(np.unique(batch.spans[:, SPAN_ID]))
+            below = batch.spans[:, SPAN_FLAGS] & HAS_PARENT != 0
+            self._parents.append(np.unique(batch.spans[below, PARENT_ID]))
         if self.too_expensive:
             self.spans += len(batch)
             return len(batch)
@@ -119,6 +139,14 @@ class Trial:
         for _, folded in parts:
             self.spans += len(batch) - folded.repeated
 
+    @property
+    def missing_parents(self) -> int:
+        """The number of parents that spans name and that were not added."""
+        if not self._ids:
+            return 0
+        ids, parents = np.concatenate(self._ids), np.concatenate(self._parents)
+        return len(np.setdiff1d(parents, ids))
+
     def verdicts(self, *, complete: bool = True) -> list[Verdict]:
         """The verdict of each enabled rule; may be called once. If the trace is not ``complete``,
         only breaches that no further span can undo are reported. Raises :exc:`TrialError` if there
@@ -137,8 +165,12 @@ class Trial:
         broken = {each.rule: each for each in (*found, *(each for each, _ in judged.breaches))}
         judgements = {each.rule: judgement for each, judgement in judged.breaches}
         undecided = {each.rule: each.reason for each in judged.undecided}
+        skipped = {rule: incomplete_text(missing) for (_, rule), missing in judged.skipped.items()}
         return [
-            _verdict(due, k, broken.get(k), judgements.get(k), undecided.get(k))
+            replace(
+                _verdict(due, k, broken.get(k), judgements.get(k), undecided.get(k)),
+                skipped=skipped.get(k),
+            )
             for k in range(len(due.rules.rules))
         ]
 

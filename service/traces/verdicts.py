@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from betrace.service.otlp.columns import Rows
-from betrace.service.rules.definition import Rule
+from betrace.service.rules.definition import SHADOW, Rule
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.wording import breach_text, counts_text
-from betrace.service.signals import Kind, Signal, signal_id
+from betrace.service.signals import (
+    MISSING_PARENTS,
+    MODE,
+    Kind,
+    Signal,
+    incomplete_text,
+    signal_id,
+)
 from betrace.service.traces.decide import (
     ALWAYS_BROKEN,
     CLAUSES,
     NEVER_BROKEN,
+    O_BROKEN,
+    O_KEPT,
+    O_UNDECIDED,
+    OUTCOMES,
     Breach,
     decide,
     decide_or_ask,
@@ -57,6 +68,10 @@ class Decided:
     undecided: list[Undecided] = field(default_factory=list)
     """Closed traces that may break relational rules, but could not be judged."""
 
+    outcomes: Rows | None = None
+    """For closed traces, the number of traces by rule and outcome, see
+    :data:`betrace.service.traces.decide.OUTCOMES`."""
+
     @property
     def weight(self) -> int:
         """Rows to write, at least 1."""
@@ -70,11 +85,14 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
     ``relational`` decides the rules that the fold cannot; without it they are undecided. Once the
     signals are passed on, the caller notes them there.
     """
-    breaches, candidates = decide_or_ask(due)
+    outcomes = np.zeros((len(due.rules.rules), len(OUTCOMES)), np.int64) if due.closed else None
+    breaches, candidates = decide_or_ask(due, outcomes=outcomes)
     histories: Mapping[int, SignalHistory] = due.signal_history
     judged = Judged([], [])
     unknown: set[int] = set()
-    if due.closed and due.rules.relational and relational is not None:
+    if relational is not None and candidates and not due.closed:
+        judged = relational.judge(due, candidates)
+    elif due.closed and due.rules.read_back and relational is not None:
         histories, unknown = relational.histories(due)
         judged = relational.judge(due, [each for each in candidates if each.trace not in unknown])
         judged.undecided += [
@@ -82,11 +100,13 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
             for each in candidates
             if each.trace in unknown
         ]
-    elif candidates:
+    elif candidates and due.closed:
         judged.undecided += [Undecided(each.trace, each.rule, _NO_SOURCE) for each in candidates]
+    if outcomes is not None and candidates:
+        _correct(outcomes, candidates, judged)
     judgements = {(each.trace, each.rule): judgement for each, judgement in judged.breaches}
     unsure = {(each.trace, each.rule) for each in judged.undecided}
-    unsure |= {(k, number) for k in unknown for number in due.rules.relational}
+    unsure |= {(k, number) for k in unknown for number in due.rules.read_back}
     breaches += [each for each, _ in judged.breaches]
     found = _found(due, breaches, histories, judgements, unsure)
     signals = [
@@ -102,7 +122,21 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         due.received_ns,
         due.ticket,
         judged.undecided,
+        outcomes,
     )
+
+
+def _correct(outcomes: Rows, candidates: list[Breach], judged: Judged) -> None:
+    """Count candidates by what was found, and no longer as broken."""
+    for each in candidates:
+        outcomes[each.rule, O_BROKEN] -= 1
+        outcomes[each.rule, O_KEPT] += 1
+    for broken, _ in judged.breaches:
+        outcomes[broken.rule, O_KEPT] -= 1
+        outcomes[broken.rule, O_BROKEN] += 1
+    for unsure in judged.undecided:
+        outcomes[unsure.rule, O_KEPT] -= 1
+        outcomes[unsure.rule, O_UNDECIDED] += 1
 
 
 def raise_signal(
@@ -121,7 +155,8 @@ def _found(
 ) -> Iterator[tuple[Breach, Kind, int]]:
     """What to signal, each with its episode. A breach whose signal is active is signalled again:
     the id is the same, so it is recorded only if it was missing. ``judgements`` and ``unsure`` are
-    the pairs (trace, rule) of the relational rules that are broken, and that may be."""
+    the pairs (trace, rule) of the rules that were read back: those broken, and those that may
+    be."""
     rules = due.rules.rules
     broken: dict[int, set[RuleVersion]] = {}  # by trace that was closed before
     if due.closed:
@@ -197,7 +232,7 @@ def _signal(
         message=_message(rule, clause, counts, kind, judgement),
         labels=dict(rule.labels),
         reason=_CHANGED if kind is Kind.RETRACTED else _caveat(due, breach.trace),
-        context=_context(due, breach.trace, judgement),
+        context=_context(due, breach.trace, rule, judgement),
         episode=episode,
     )
 
@@ -218,11 +253,24 @@ def _caveat(due: DueTraces, k: int) -> str | None:
     return None
 
 
-def _context(due: DueTraces, k: int, judgement: Judgement | None) -> dict[str, Any] | None:
-    window = _window(due, k)
-    if judgement is None or judgement.groups is None:
-        return window
-    return {**(window or {}), "groups": judgement.groups}
+def marked_incomplete(signal: Signal, missing: int) -> Signal:
+    """The signal of a trace in which so many parents are missing."""
+    text = incomplete_text(missing)
+    reason = text if signal.reason is None else f"{signal.reason}; {text}"
+    return replace(
+        signal, reason=reason, context={**(signal.context or {}), MISSING_PARENTS: missing}
+    )
+
+
+def _context(
+    due: DueTraces, k: int, rule: Rule, judgement: Judgement | None
+) -> dict[str, Any] | None:
+    found = _window(due, k) or {}
+    if judgement is not None and judgement.groups is not None:
+        found["groups"] = judgement.groups
+    if rule.mode == SHADOW:
+        found[MODE] = SHADOW
+    return found or None
 
 
 def _window(due: DueTraces, k: int) -> dict[str, Any] | None:

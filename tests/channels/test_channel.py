@@ -693,3 +693,38 @@ async def test_a_single_receiver_sees_each_senders_order(autojump_clock: MockClo
         mine = [item for item in got if item.startswith(f"{number}:")]
         assert mine == sorted(mine)
         assert len(mine) == 50
+
+
+async def test_an_item_can_be_sent_beyond_the_capacity() -> None:
+    send, receive = strings(3)
+    send.send_nowait("aa")
+    with pytest.raises(trio.WouldBlock):
+        send.send_nowait("bb")
+    send.send_over("bb")
+    assert send.statistics().size == 4
+    assert [receive.receive_nowait(), receive.receive_nowait()] == ["aa", "bb"]
+    receive.close()
+    with pytest.raises(trio.BrokenResourceError):
+        send.send_over("c")
+
+
+async def test_a_direct_receiver_takes_items_only_while_the_channel_is_empty() -> None:
+    taken: list[str] = []
+
+    def take(item: str) -> bool:
+        taken.append(item)
+        return item != "no"
+
+    send, receive = strings(10)
+    receive.receive_directly(take)
+    await send.send("yes")
+    assert send.statistics().size == 0
+    assert send.statistics().total_out == send.statistics().peak == 3
+    send.send_nowait("no")
+    send.send_nowait("b")
+    assert taken == ["yes", "no"]
+    assert [receive.receive_nowait(), receive.receive_nowait()] == ["no", "b"]
+    send.close()
+    with pytest.raises(trio.ClosedResourceError):
+        send.send_nowait("c")
+    assert taken == ["yes", "no"]

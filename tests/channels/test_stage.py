@@ -530,3 +530,68 @@ def test_a_stage_needs_a_channel_with_hold() -> None:
     recorder = Recorder()
     with pytest.raises(ValueError, match="hold=True"):
         Stage("work", receive, recorder.handle, StageOptions(on_dead=recorder.bury))
+
+
+@dataclass
+class Direct:
+    """Handles items in the sender's call, as long as it is willing."""
+
+    willing: bool = True
+    taken: list[Item] = field(default_factory=list)
+
+    def __call__(self, item: Item) -> bool:
+        if self.willing:
+            self.taken.append(item)
+        return self.willing
+
+
+async def test_a_stage_without_other_work_handles_items_in_the_senders_call(
+    autojump_clock: MockClock,
+) -> None:
+    recorder, direct = Recorder(), Direct()
+    observed: list[tuple[float, int]] = []
+    send, stage = make(
+        recorder, direct=direct, interval=1.0, enough=4, on_done=lambda *call: observed.append(call)
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(stage.run)
+        send.send_nowait("aa")
+        assert direct.taken == ["aa"]
+        assert send.statistics().size == 0
+        direct.willing = False
+        send.send_nowait("b")
+        await wait_all_tasks_blocked()
+        assert recorder.done == ["b"]
+        direct.willing = True
+        for item in ("cc", "dd", "ee"):  # beyond a weight of 4 in an interval they are queued
+            await send.send(item)
+        await trio.sleep(2)
+        await send.send("ff")
+        send.close()
+    assert direct.taken == ["aa", "cc", "ff"]
+    assert recorder.done == ["b", "dd", "ee"]
+    found = stage.statistics()
+    assert (found.items_in, found.items_out, found.items_held) == (6, 6, 0)
+    assert (found.weight_in, found.weight_out) == (11, 11)
+    assert send.statistics().total_in == send.statistics().total_out == 11
+    assert (0.0, 2) in observed
+
+
+async def test_a_stage_that_is_paused_or_busy_handles_nothing_directly(
+    autojump_clock: MockClock,
+) -> None:
+    recorder, direct = Recorder(duration=1.0), Direct()
+    send, stage = make(recorder, direct=direct, interval=0.1, enough=100)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(stage.run)
+        stage.pause()
+        send.send_nowait("a")
+        await trio.sleep(1)
+        stage.resume()
+        await trio.sleep(0.5)
+        send.send_nowait("b")  # while the handler runs
+        await trio.sleep(10)
+        send.send_nowait("c")
+        send.close()
+    assert direct.taken == ["c"]
+    assert recorder.done == ["a", "b"]

@@ -39,7 +39,8 @@ def test_the_dashboard_itself():
 
 
 def test_variables_use_the_chosen_source_and_default_to_all():
-    source, *queried = dashboard()["templating"]["list"]
+    source, *queried, pages = dashboard()["templating"]["list"]
+    assert (pages["type"], pages["query"]) == ("textbox", "http://127.0.0.1:8090")
     assert (source["name"], source["type"], source["query"]) == (
         "datasource",
         "datasource",

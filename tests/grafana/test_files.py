@@ -56,7 +56,7 @@ def test_the_dashboard_can_be_imported_unchanged():
     assert board["uid"] == "betrace-overview"
     assert "id" not in board or board["id"] is None  # Grafana gives one
     variables = {each["name"]: each for each in board["templating"]["list"]}
-    assert list(variables) == ["datasource", "job", "instance"]
+    assert list(variables) == ["datasource", "job", "instance", "pages"]
     assert variables["datasource"]["type"] == "datasource"
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)

@@ -21,7 +21,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "service/api/pages"
 DEMO_RULES = ROOT / "service/cli/demo/rules"
+LIBRARY = ROOT / "service/cli/library"
 
 # Hides packages, as if they were not installed.
 BLOCKER = """\
@@ -157,8 +159,12 @@ def test_the_wheel_has_betrace_and_nothing_else(wheel: Path) -> None:
     inside = {name.split("/")[1] for name in names if name.startswith("betrace/")}
     assert inside == {"channels", "service", "tui"}
     assert [name for name in names if name.endswith(".pyc")] == []
+    for data in [*PAGES.glob("templates/*"), *PAGES.glob("assets/*")]:
+        assert f"betrace/service/api/pages/{data.parent.name}/{data.name}" in names
     for data in DEMO_RULES.glob("*.yaml"):
         assert f"betrace/service/cli/demo/rules/{data.name}" in names
+    for data in LIBRARY.glob("*.yaml"):
+        assert f"betrace/service/cli/library/{data.name}" in names
 
 
 def test_the_environment_is_what_the_tests_think(environment: Environment) -> None:

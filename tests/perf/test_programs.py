@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from perf import everything, fuzz_json, fuzz_wire, generator, grpc_attacks, memory, summary
+from perf import beside, everything, fuzz_json, fuzz_wire, generator, grpc_attacks, memory, summary
 from perf.generator import Generator, Load
-from perf.lib import bench_ledger, workload
+from perf.lib import bench_ledger, everyday, workload
 from perf.lib.target import GeneratorProcess, Service, service
 from perf.lib.workload import Shape, make_bodies
 from perf.report import floors, output
@@ -334,6 +334,15 @@ def test_the_generator_explains_why_it_cannot_start(
         generator.main()
     assert raised.value.code == 2
     assert why in capsys.readouterr().err
+
+
+def test_the_service_is_measured_at_everyday_rates(
+    target: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(everyday, "SECONDS", 0.5)
+    monkeypatch.setattr(beside, "WARM_UP", 0.1)
+    seconds = everyday.measure(target, beside.Row(20, 1_000))
+    assert 0.1 < seconds < 1000  # of CPU for 100 000 spans
 
 
 def test_attacks_are_cut_off(target: Service) -> None:

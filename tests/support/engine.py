@@ -22,9 +22,12 @@ from betrace.service.traces.tenant_traces import Recalled, TenantTraces
 from betrace.service.traces.verdicts import decide_due
 
 
-def compiled(rules: Sequence[RuleSyntax], version: str = "v1") -> CompiledRules:
+def compiled(
+    rules: Sequence[RuleSyntax], version: str = "v1", incomplete: str = "judge"
+) -> CompiledRules:
     definitions = [
-        make_rule({"id": f"r{i}", "condition": format_rule(rule)}) for i, rule in enumerate(rules)
+        make_rule({"id": f"r{i}", "condition": format_rule(rule), "incomplete": incomplete})
+        for i, rule in enumerate(rules)
     ]
     return compile_rules(definitions, version)
 
@@ -66,8 +69,13 @@ class Engine:
     counts of closed traces by (hi, lo).
     """
 
-    def __init__(self, rules: Sequence[RuleSyntax], tenant: str = "t") -> None:
-        self.traces = TenantTraces(tenant, compiled(rules))
+    def __init__(
+        self,
+        rules: Sequence[RuleSyntax],
+        tenant: str = "t",
+        incomplete: str = "judge",
+    ) -> None:
+        self.traces = TenantTraces(tenant, compiled(rules, incomplete=incomplete))
         self.now = 1000
         self.signals: list[Signal] = []
         self.log: list[bytes] = []

@@ -29,7 +29,7 @@ needs_promtool = pytest.mark.skipif(
 def promtool(*arguments: str, given: bytes = b"") -> str:
     """Return promtool's output; it must succeed."""
     ran = subprocess.run(
-        ["promtool", *arguments], input=given, capture_output=True, cwd=FOLDER, timeout=60
+        ["promtool", *arguments], input=given, capture_output=True, cwd=FOLDER, timeout=300
     )
     printed = (ran.stdout + ran.stderr).decode()
     assert ran.returncode == 0, printed

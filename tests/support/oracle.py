@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import re2
 
 from betrace.service.rules.format import format_check
@@ -31,6 +30,7 @@ from betrace.service.rules.syntax import (
     Truthy,
     span_sets,
 )
+from tests.support.comparison_oracle import as_number, as_text, exact, relates
 
 
 @dataclass(frozen=True)
@@ -165,34 +165,24 @@ def is_true(value: Any) -> bool:
         return value
     if isinstance(value, str):
         return value == "true"
-    return isinstance(value, int | float) and value != 0
+    return isinstance(value, int | float) and value == value and value != 0
 
 
 def compares(value: Any, op: str, literals: Sequence[Literal]) -> bool:
     """Whether ``value op literal``."""
-    literal = literals[0]
-    if value is None:
-        return op == "!="
-    if isinstance(value, list):
-        return op == "contains" and any(
-            compares(item, "==", [literal]) for item in value if item is not None
-        )
-    if not isinstance(value, str | bool | int | float):
-        return False
-    if op == "contains":
-        return as_text(value).find(literal.text) >= 0
-    if op == "matches":
-        return re2.search(literal.text, as_text(value)) is not None
+    left, literal = exact(value), literals[0]
     if op == "in":
         return any(compares(value, "==", [member]) for member in literals)
-    if isinstance(value, float) and np.isnan(value):
-        return op == "!="
-    number = as_number(value)
-    if literal.number is not None and number is not None:
-        if isinstance(number, float):  # infinite
-            return ORDER[op](number, 0.0)
-        return ORDER[op](number, Fraction(literal.number))
-    return ORDER[op]([ord(c) for c in as_text(value)], [ord(c) for c in literal.text])
+    if op == "matches":
+        text = as_text(left)
+        return text is not None and re2.search(literal.text, text) is not None
+    if op == "contains" and not isinstance(left, list):
+        text = as_text(left)
+        return text is not None and text.find(literal.text) >= 0
+    right = literal.text if literal.number is None else literal.number
+    if op in ("==", "!=") and isinstance(left, str) and as_number(left) is None:
+        right = literal.text  # of a duration
+    return relates(left, op, right)
 
 
 ORDER: dict[str, Callable[[Any, Any], bool]] = {
@@ -203,65 +193,3 @@ ORDER: dict[str, Callable[[Any, Any], bool]] = {
     ">": lambda a, b: b < a,
     ">=": lambda a, b: b < a or a == b,
 }
-
-
-def as_text(value: Any) -> str:
-    """The text of a string, bool or number."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return ["false", "true"][value]
-    if isinstance(value, float):
-        if np.isnan(value):
-            return "NaN"
-        if np.isinf(value):
-            return "Infinity" if value > 0 else "-Infinity"
-        if Fraction(value).denominator != 1:
-            return np.format_float_positional(value, unique=True, trim="-")
-        value = Fraction(value).numerator
-    return str(value)
-
-
-def as_number(value: Any) -> Fraction | float | None:
-    """The exact number that a value reads as (a float if it is infinite), or None."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float) and np.isinf(value):
-        return value
-    if isinstance(value, int | float):
-        return Fraction(value)
-    return text_as_number(value)
-
-
-def text_as_number(text: str) -> Fraction | None:
-    """The number that a text reads as; decimals are rounded to a double."""
-    sign, rest = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
-    whole, rest = _digits(rest)
-    fraction, exponent = None, None
-    if rest[:1] == ".":
-        fraction, rest = _digits(rest[1:])
-    if rest[:1] in ("e", "E"):
-        negative = rest[1:2] == "-"
-        exponent, rest = _digits(rest[2:] if rest[1:2] in ("+", "-") else rest[1:])
-    if whole == "" or fraction == "" or exponent == "" or rest != "":
-        return None
-    mantissa = sum(int(d) * 10**i for i, d in enumerate(reversed(whole + (fraction or ""))))
-    if fraction is None and exponent is None:
-        return Fraction(sign * mantissa)
-    power = -len(fraction or "")
-    if exponent is not None:
-        power += (-1 if negative else 1) * min(int(exponent), 100_000)
-    if mantissa == 0:
-        return Fraction(0)
-    exact = Fraction(mantissa) * Fraction(10) ** power
-    try:
-        return Fraction(sign * float(exact))
-    except OverflowError:
-        return None
-
-
-def _digits(text: str) -> tuple[str, str]:
-    end = 0
-    while end < len(text) and text[end] in "0123456789":
-        end += 1
-    return text[:end], text[end:]

@@ -17,8 +17,10 @@ from tests.support.engine import Engine, signal_history
 class RelationalEngine(Engine):
     """Each engine needs a tenant of its own in the log."""
 
-    def __init__(self, rules: Sequence[RuleSyntax], log: SpanLog, tenant: str) -> None:
-        super().__init__(rules, tenant)
+    def __init__(
+        self, rules: Sequence[RuleSyntax], log: SpanLog, tenant: str, incomplete: str = "judge"
+    ) -> None:
+        super().__init__(rules, tenant, incomplete)
         self._span_log = log
         self._bodies: dict[int, bytes] = {}
         self.read_back = ReadBack(log, 1 << 22)

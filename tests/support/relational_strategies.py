@@ -6,6 +6,7 @@ Rules are texts; spans have the format of the shared cases (:mod:`tests.support.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from hypothesis import strategies as st
@@ -14,7 +15,12 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from betrace.service.rules.syntax import KINDS, STATUSES
-from tests.support.trace_spans import nanoseconds
+
+
+def nanoseconds(milliseconds: Any) -> int:
+    """A time of the cases, rounded to the nanosecond."""
+    return round(Decimal(str(milliseconds)) * 1_000_000)
+
 
 NAMES = ("a", "b", "c")
 CMP = ("==", "!=", "<", "<=", ">", ">=")
@@ -205,7 +211,9 @@ def encode_cases(spans: Sequence[dict[str, Any]], trace_id: bytes) -> bytes:
         for key, value in span.get("resource", {}).items():
             _set(owner.resource.attributes.add(key=key).value, value)
         start = nanoseconds(span["start_ms"]) + 1_000_000_000
-        message = owner.scope_spans.add().spans.add(
+        scope = owner.scope_spans.add()
+        scope.scope.name = span.get("scope", "")
+        message = scope.spans.add(
             trace_id=trace_id,
             span_id=bytes.fromhex(span["span_id"]),
             parent_span_id=bytes.fromhex(span["parent_id"]),
@@ -215,10 +223,11 @@ def encode_cases(spans: Sequence[dict[str, Any]], trace_id: bytes) -> bytes:
             end_time_unix_nano=start + nanoseconds(span["duration_ms"]),
         )
         message.status.code = STATUSES.index(span["status"])  # type: ignore[assignment]
+        message.status.message = span.get("status_message", "")
         for key, value in span["attributes"].items():
             _set(message.attributes.add(key=key).value, value)
         for event in span["events"]:
-            at = start + nanoseconds(event["offset_ms"])
+            at = start + nanoseconds(event.get("offset_ms", 0))
             added = message.events.add(name=event["name"], time_unix_nano=at)
             for key, value in event["attributes"].items():
                 _set(added.attributes.add(key=key).value, value)
@@ -246,8 +255,10 @@ def _set(target: AnyValue, value: Any) -> None:
         case str():
             target.string_value = value
         case list():
+            target.array_value.SetInParent()
             for item in value:
                 _set(target.array_value.values.add(), item)
         case dict():
+            target.kvlist_value.SetInParent()
             for key, item in value.items():
                 _set(target.kvlist_value.values.add(key=key).value, item)

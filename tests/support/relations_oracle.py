@@ -11,8 +11,6 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import re2
-
 from betrace.service.rules.syntax import (
     Aggregate,
     And,
@@ -32,6 +30,7 @@ from betrace.service.rules.syntax import (
     Scope,
     SpanSet,
 )
+from tests.support.comparison_oracle import alike, as_number, as_text, exact, is_number, relates
 from tests.support.oracle import name_matches
 
 Span = dict[str, Any]
@@ -183,70 +182,6 @@ def is_relative(kind: str, other: Span, span: Span | None, trace: list[Span], wi
 
 
 # Values
-
-
-def is_number(found: Any) -> bool:
-    return isinstance(found, int | Fraction) and not isinstance(found, bool)
-
-
-def exact(found: Any) -> Any:
-    """An attribute as it is compared: doubles as the decimals they are written as."""
-    return Fraction(Decimal(repr(found))) if isinstance(found, float) else found
-
-
-def as_number(found: Any) -> Fraction | None:
-    if is_number(found):
-        return Fraction(found)
-    if isinstance(found, str) and re2.fullmatch(
-        r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", found
-    ):
-        return Fraction(Decimal(found))
-    return None
-
-
-def as_text(found: Any) -> str | None:
-    if isinstance(found, bool):
-        return str(found).lower()
-    if isinstance(found, str):
-        return found
-    if not is_number(found):
-        return None
-    whole = Fraction(found)
-    if whole.denominator == 1:
-        return str(whole.numerator)
-    return format((Decimal(whole.numerator) / Decimal(whole.denominator)).normalize(), "f")
-
-
-def alike(one: Any, other: Any) -> bool:
-    return as_text(one) is not None and as_text(one) == as_text(other)
-
-
-def relates(left: Any, op: str, right: Any) -> bool:
-    if op == "contains":
-        if isinstance(left, list):
-            return any(relates(exact(item), "==", right) for item in left)
-        texts = as_text(left), as_text(right)
-        return None not in texts and str(texts[0]).find(str(texts[1])) >= 0
-    if as_text(left) is None or as_text(right) is None:
-        return op == "!="
-    one, other = as_number(left), as_number(right)
-    if (is_number(left) or is_number(right)) and one is not None and other is not None:
-        order = (one > other) - (one < other)
-    elif op in ("==", "!="):
-        order = as_text(left) != as_text(right)
-    elif isinstance(left, str) and isinstance(right, str):
-        points = [[ord(c) for c in text] for text in (left, right)]
-        order = (points[0] > points[1]) - (points[0] < points[1])
-    else:
-        return False
-    return {
-        "==": order == 0,
-        "!=": order != 0,
-        "<": order < 0,
-        "<=": order <= 0,
-        ">": order > 0,
-        ">=": order >= 0,
-    }[op]
 
 
 def value(node: Any, here: Here) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from betrace.service.rules.build import all_of, any_of
 from betrace.service.rules.syntax import (
     FIELDS,
     KINDS,
@@ -32,8 +32,10 @@ from betrace.service.rules.syntax import (
     Scope,
     SpanSet,
     Truthy,
+    all_of,
+    any_of,
 )
-from betrace.service.rules.values import number_text, read_number
+from betrace.service.rules.values import exact_float, exact_text
 from tests.support.oracle import OracleSpan
 
 SPAN_NAMES = ("a", "b", "db.get", "db.put", "GET /cart", "when", "日本", "")
@@ -47,6 +49,7 @@ FLOATS = (0.0, -0.0, 0.5, 1.0, 1000.0, 1500.0, 2.0**53, -3.0, 1e-7, 1e300, 9.223
 ODD_FLOATS = (float("nan"), float("inf"), float("-inf"), 5e-324)
 PATTERNS = ("a", "^a", "b$", "^$", r"\d+", "(?i)usd", "本", "[^a]", ".", r"^-?0\.5$", r"\x00")
 DURATIONS = {"5ns": 5, "1us": 1000, "1.5ms": 1_500_000, "2s": 2 * 10**9, "1m": 60 * 10**9}
+DURATIONS["0.5ns"] = Fraction(1, 2)  # type: ignore[assignment]
 CMP = ("==", "!=", "<", "<=", ">", ">=")
 
 
@@ -90,7 +93,14 @@ def values() -> st.SearchStrategy[Any]:
 
 def literal_of_text(text: str) -> Literal:
     """The literal for ``text`` in quotes."""
-    return Literal(text, read_number(text))
+    return Literal(text, None)
+
+
+def literal_of_number(number: float) -> Literal:
+    """The literal for a number."""
+    exact = exact_float(number) if isinstance(number, float) else number
+    assert exact is not None
+    return Literal(exact_text(exact), exact)
 
 
 def literals() -> st.SearchStrategy[Literal]:
@@ -102,7 +112,7 @@ def literals() -> st.SearchStrategy[Literal]:
     )
     return st.one_of(
         texts().map(literal_of_text),
-        numbers.map(lambda n: Literal(number_text(n), n)),
+        numbers.map(literal_of_number),
         st.sampled_from(sorted(DURATIONS.items())).map(lambda item: Literal(*item)),
     )
 
@@ -155,7 +165,9 @@ def span_sets() -> st.SearchStrategy[SpanSet]:
 
 @st.composite
 def _counts(draw: st.DrawFn) -> CountCompare:
-    number = st.one_of(st.integers(-1, 4), st.sampled_from([0.5, 2.0, -1.5, 10**30]))
+    number = st.one_of(
+        st.integers(-1, 4), st.sampled_from([Fraction(1, 2), 2, Fraction(-3, 2), 10**30])
+    )
     left: Any = draw(span_sets())
     right: Any = draw(st.one_of(number, number, span_sets()))
     if draw(st.booleans()):

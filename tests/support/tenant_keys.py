@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from betrace.channels import ThreadRunner
 from betrace.service.config.edge import Auth
-from betrace.service.tenancy.authentication import Authenticator
+from betrace.service.tenancy.authentication import Authenticator, OperatorTokens
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token
 
 OPERATOR = "operator-token-of-the-tests"
+READER = "read-only-token-of-the-tests"
 SCRAPER = "scrape-token-of-the-tests"
 UNREADABLE = "unreadable"
 """A tenant whose keys cannot be read."""
@@ -81,6 +82,6 @@ def authenticating(keys: Mapping[str, Ed25519PrivateKey]) -> Iterator[Authentica
     settings = Auth(enabled=True, operator_token=OPERATOR, scrape_token=SCRAPER)
     threads = ThreadRunner("signatures", 1)
     try:
-        yield Authenticator(settings, OPERATOR, load, exists, threads)
+        yield Authenticator(settings, OperatorTokens(OPERATOR), load, exists, threads)
     finally:
         threads.close()

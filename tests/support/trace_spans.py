@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from collections.abc import Iterable
 from typing import Any
 
-from betrace.service.rules.trace_tree import SpanPart, TraceSpan
+import numpy as np
+
+from betrace.service.otlp.columns import TRACE_HI, TRACE_LO
+from betrace.service.otlp.wire import scan_bodies
+from betrace.service.rules.trace_tree import TraceSpan, TraceTree
+from betrace.service.traces.trace_spans import trace_spans
+from tests.support.relational_strategies import encode_cases
+
+TRACE = b"\1" * 16
 
 
-def nanoseconds(milliseconds: Any) -> int:
-    """A time of the cases, rounded to the nanosecond."""
-    return round(Decimal(str(milliseconds)) * 1_000_000)
+def case_trace(spans: Iterable[dict[str, Any]], first: int = 1) -> TraceTree:
+    """The trace of spans in the format of the shared cases. Spans without an id are numbered from
+    ``first``."""
+    full = [_full(number, span) for number, span in enumerate(spans, first)]
+    return TraceTree(_spans(encode_cases(full, TRACE)))
 
 
-def case_span(number: int, span: dict[str, Any]) -> TraceSpan:
-    """A span in the format of the shared cases."""
-    start = nanoseconds(span.get("start_ms", 0)) + 1_000_000_000
+def _spans(body: bytes) -> list[TraceSpan]:
+    batch = scan_bodies("cases", [body])
+    traces = {
+        tuple(ids) for ids in np.unique(batch.spans[:, [TRACE_HI, TRACE_LO]], axis=0).tolist()
+    }
+    return [span for _, span in trace_spans(batch, traces)]
+
+
+def _full(number: int, span: dict[str, Any]) -> dict[str, Any]:
+    """A span with everything that it leaves out."""
     resource = dict(span.get("resource", {}))
     if "service" in span:
         resource.setdefault("service.name", span["service"])
-    service = resource.get("service.name")
-    events = [
-        SpanPart(e["attributes"], e["name"], nanoseconds(e.get("offset_ms", 0)))
-        for e in span.get("events", ())
-    ]
-    links = [
-        SpanPart(e["attributes"], trace_id=e["trace_id"], span_id=e["span_id"])
-        for e in span.get("links", ())
-    ]
-    attributes = span["attributes"]
-    return TraceSpan(
-        id=span.get("span_id") or f"{number:016x}",
-        parent_id=span.get("parent_id") or "",
-        name=span["name"],
-        start=start,
-        end=start + nanoseconds(span.get("duration_ms", 1)),
-        kind=span.get("kind", "internal"),
-        status=span.get("status", "unset"),
-        status_message=span.get("status_message", ""),
-        service=service if isinstance(service, str) else None,
-        scope=span.get("scope", ""),
-        resource=resource,
-        details=lambda: (attributes, events, links),
-    )
+    defaults = {
+        "span_id": f"{number:016x}",
+        "parent_id": "",
+        "start_ms": 0,
+        "duration_ms": 1,
+        "kind": "internal",
+        "status": "unset",
+        "status_message": "",
+        "scope": "",
+        "events": [],
+        "links": [],
+    }
+    return {**defaults, **{k: v for k, v in span.items() if v is not None}, "resource": resource}

@@ -114,6 +114,45 @@ async def test_an_edited_rule_is_saved_with_its_entity_tag(pilot, api):
     await until(lambda: not isinstance(pilot.app.screen, RuleEditor))
 
 
+KEPT = {
+    "mode": "shadow",
+    "incomplete": "skip",
+    "examples": [{"name": "x", "expect": "kept", "spans": ["a"]}],
+}
+
+
+@piloted()
+async def test_what_the_editor_does_not_show_is_kept(pilot, api):
+    api.routes["GET", "/api/v1/rules/fraud-check"] = records.rule("fraud-check", **KEPT)
+    screen = await edited(pilot)
+    await until(lambda: "● the condition is valid" in screen_text(pilot.app))
+    screen.query_one("#rule-severity", Input).value = "high"
+    await pilot.press("ctrl+s")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.pause()
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    sent = api.sent("/api/v1/rules/fraud-check")
+    assert {name: sent[name] for name in KEPT} == KEPT
+
+
+@piloted()
+async def test_switching_a_rule_off_keeps_the_rest(pilot, api):
+    whole = records.rule("fraud-check", **KEPT)
+    api.routes["GET", "/api/v1/rules/fraud-check"] = whole
+    api.routes["GET", "/api/v1/rules"] = {"rules": [whole]}
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    await pilot.press("X")
+    await until(lambda: isinstance(pilot.app.screen, Confirm))
+    await pilot.pause()
+    await pilot.press("y")
+    await until(lambda: bool(toasts(pilot.app)))
+    sent = api.sent("/api/v1/rules/fraud-check")
+    assert {name: sent[name] for name in KEPT} == KEPT
+    assert sent["enabled"] is False
+
+
 @piloted()
 async def test_a_conflict_is_reported_and_keeps_the_edits(pilot, api):
     api.routes["PUT", "/api/v1/rules/fraud-check"] = refusal(

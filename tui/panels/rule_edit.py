@@ -177,6 +177,9 @@ class RuleEditor(ModalScreen[None]):
             "condition": self._condition,
             "enabled": enabled,
         }
+        for name in ("mode", "incomplete", "examples"):
+            if self._rule and name in self._rule:
+                found[name] = self._rule[name]
         if self._value("name"):
             found["name"] = self._value("name")
         return found

@@ -22,7 +22,16 @@ from betrace.tui.widgets.highlight import highlighted
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
 from betrace.tui.widgets.table_panel import Cell, Column, Row
 
-FIELDS = ("name", "description", "severity", "labels", "condition")
+FIELDS = (
+    "name",
+    "description",
+    "severity",
+    "labels",
+    "mode",
+    "incomplete",
+    "condition",
+    "examples",
+)
 """The fields that a rule is saved with, besides ``enabled``."""
 
 
@@ -243,6 +252,8 @@ def _editable(rule: Json) -> bool:
 
 def _source(rule: Json) -> str:
     source = str(rule.get("source") or NONE)
+    if rule.get("all_tenants"):
+        return f"{FILE} {source}: for all tenants, only the operator can change it"
     return source if _editable(rule) else f"{FILE} {source}: written by hand, edit it there"
 
 

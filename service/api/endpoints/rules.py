@@ -16,14 +16,20 @@ from betrace.service.otlp.json import OtlpJsonError, to_protobuf
 from betrace.service.rules.candidates import plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
+    ALERT,
+    JUDGE,
     SEVERITIES,
+    SHADOW,
+    SKIP,
     Rule,
     etag,
     make_rule,
 )
 from betrace.service.rules.errors import RuleSyntaxError
+from betrace.service.rules.examples import MAX_EXAMPLES
 from betrace.service.rules.parse import parse
 from betrace.service.rules.store import RuleNotFoundError
+from betrace.service.rules.units import warnings
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.triage import Mute
@@ -56,13 +62,19 @@ RULE_SCHEMA = {
         "severity": {"type": "string", "enum": list(SEVERITIES)},
         "enabled": {"type": "boolean", "default": True},
         "labels": {"type": "object", "additionalProperties": _TEXT},
+        "mode": {"type": "string", "enum": [ALERT, SHADOW], "default": ALERT},
+        "incomplete": {"type": "string", "enum": [JUDGE, SKIP], "default": JUDGE},
         "condition": _TEXT,
+        "examples": {"type": "array", "items": {"type": "object"}, "maxItems": MAX_EXAMPLES},
     },
     "additionalProperties": False,
 }
 _OPTIONAL = {"id": str, "name": str, "description": str, "severity": str} | {
     "enabled": bool,
     "labels": dict,
+    "mode": str,
+    "incomplete": str,
+    "examples": list,
 }
 
 
@@ -77,10 +89,14 @@ def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
     except RuleNotFoundError:  # it was deleted in the meantime
         source, editable = None, False
     return {
-        **rule.definition(),
+        **rule.definition(examples=False),
+        "mode": rule.mode,
+        "incomplete": rule.incomplete,
+        "examples": [example.definition() for example in rule.examples],
         "version": rule.version,
         "etag": etag(rule),
         "editable": editable,
+        "all_tenants": tools.sources.rules.for_all_tenants(rule.id),
         "source": source,
         "muted": _mute_json(tools.triage.current_mute(tenant, rule.id)),
     }
@@ -119,6 +135,7 @@ def _if_match(call: Call) -> str | None:
 async def list_rules(call: Call) -> Any:
     """Sorted by id. Each has `version` (a hash of its condition), `etag`, `source` (its file in the
     rule directory), `editable` (false for files written by hand, which only change on disk),
+    `all_tenants` (whether it is a rule of the operator's for all tenants, which is never editable),
     `muted` (null, or `since`, `until`, `reason` and `by`) and `active_signals` (the number of
     active signals; null while the store is unavailable)."""
     return {"rules": await call.blocking(_rules, call.tools, call.tenant)}
@@ -159,15 +176,17 @@ async def get_rule(call: Call) -> Any:
         201: "The rule was created",
         400: "The rule has errors, listed in `error.errors` as by `rules/validate`",
         404: "`If-Match` was sent, but there is no such rule",
-        409: "The rule belongs to a file written by hand, or there are too many rules",
+        409: "The rule belongs to a file written by hand or is one for all tenants, or there are "
+        "too many rules",
         412: "`If-Match` does not match the rule",
         428: "The rule exists, and `If-Match` was not sent",
     },
 )
 async def put_rule(call: Call) -> Any:
-    """The fields are those of a rule file. The rule is checked before it is saved, and its earlier
-    versions are kept. To replace a rule, send its `ETag` or `*` as `If-Match`; to create one, omit
-    the header. Open traces are evaluated by the rules in force when they were opened."""
+    """The fields are those of a rule file. The rule is checked before it is saved, and its
+    examples are run: one that does not do what it says is an error. Earlier versions are kept.
+    To replace a rule, send its `ETag` or `*` as `If-Match`; to create one, omit the header.
+    Open traces are evaluated by the rules in force when they were opened."""
     rule_id = call.params["id"]
     rule = call.json({"condition": str}, _OPTIONAL)
     if rule.pop("id", rule_id) != rule_id:
@@ -188,7 +207,7 @@ async def put_rule(call: Call) -> Any:
     answers={
         204: "The rule was deleted; its signals are kept",
         404: "There is no such rule",
-        409: "The rule belongs to a file written by hand",
+        409: "The rule belongs to a file written by hand, or is one for all tenants",
         412: "`If-Match` does not match the rule",
         428: "`If-Match` was not sent",
     },
@@ -216,9 +235,10 @@ async def delete_rule(call: Call) -> Any:
     answers={200: '`{"since", "until", "reason", "by"}`', 404: "There is no such rule"},
 )
 async def mute_rule(call: Call) -> Any:
-    """Signals of a muted rule are recorded and shown as muted, and are not sent to webhooks. `for`
-    is a duration of up to 366 days; a new mute replaces the current one. `by` is the name in
-    `X-Operator`, or the tenant. The audit log records who muted what."""
+    """Signals of a muted rule are recorded and shown as muted, start no alert, and are not sent to
+    webhooks; an alert that fires resolves at once. `for` is a duration of up to 366 days; a new
+    mute replaces the current one. `by` is the name in `X-Operator`, or the tenant. The audit log
+    records who muted what."""
     rule_id, given = call.params["id"], call.json({"for": str, "reason": str}, {})
     call.tools.sources.rules.rule(call.tenant, rule_id)
     try:
@@ -261,26 +281,38 @@ async def unmute_rule(call: Call) -> Any:
     "POST",
     "/api/v1/rules/validate",
     "Check a condition; nothing is saved",
+    reads=True,
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
-        "that relates spans also `plan`: how it is decided",
+        "that relates spans also `plan`: how it is decided; and `warnings`, like `errors`, if "
+        "there are any",
     },
 )
 async def validate_rule(call: Call) -> Any:
     """Lines and columns count from 1."""
     given = call.json({"condition": str}, {})
     try:
-        syntax = await call.blocking(parse, given["condition"])
+        return await call.blocking(_validated, given["condition"])
     except RuleSyntaxError as error:
         return {"valid": False, "errors": [error.to_json()]}
-    return {"valid": True, "errors": []} | ({"plan": plan(syntax)} if syntax.relational else {})
+
+
+def _validated(condition: str) -> dict[str, Any]:
+    syntax = parse(condition)
+    valid: dict[str, Any] = {"valid": True, "errors": []}
+    if syntax.relational:
+        valid["plan"] = plan(syntax)
+    if found := warnings(condition):
+        valid["warnings"] = [warning.to_json() for warning in found]
+    return valid
 
 
 @endpoints.add(
     "POST",
     "/api/v1/rules/test",
     "Evaluate a condition on a trace; nothing is saved",
+    reads=True,
     body={
         "type": "object",
         "required": ["condition", "trace"],

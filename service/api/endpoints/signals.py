@@ -24,11 +24,13 @@ from betrace.service.api.params import (
 )
 from betrace.service.api.rendering import (
     acknowledgement_json,
+    linked,
     signal_json,
     signals_json,
     trace_row_json,
 )
-from betrace.service.rules.definition import SEVERITIES
+from betrace.service.config.edge import Api
+from betrace.service.rules.definition import ALERT, SEVERITIES, SHADOW
 from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.search import TraceFilter
 from betrace.service.times import SECOND, read_duration, read_time, write_time
@@ -46,9 +48,19 @@ SEVERITY = Param(
     read_choice(*SEVERITIES),
     {"type": "string", "enum": list(SEVERITIES)},
 )
+MODE = Param(
+    "mode",
+    "Only signals of rules in this mode; those of `shadow` rules are sent to nobody.",
+    read_choice(ALERT, SHADOW),
+    {"type": "string", "enum": [ALERT, SHADOW]},
+)
 HEX_TRACE = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
 TRACE_ID = Param("trace_id", "The id of the trace, 32 hex digits.", read_hex(32), HEX_TRACE)
 SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HEX_TRACE)
+
+
+def _api(call: Call) -> Api:
+    return call.tools.sources.settings.api
 
 
 def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -72,6 +84,7 @@ def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             read_choice(*STATUSES),
             {"type": "string", "enum": list(STATUSES)},
         ),
+        MODE,
         SINCE,
         UNTIL,
         LIMIT,
@@ -82,12 +95,15 @@ def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
 async def list_signals(call: Call) -> Any:
     """For the next page, pass `next` as `cursor` with the same filters; it is null on the last.
     `muted` says whether the rule was muted when the signal was raised; `acknowledged` is null, or
-    has `at`, `by` and `note`."""
+    has `at`, `by` and `note`. `mode` is that of the rule at the time. `missing_parents` says how
+    many parents that spans name had not come when the trace was closed (then `reason` says so,
+    too); it is 0 if all were there, for signals raised before the end, and if there was no time to
+    look. With `api.public_url`, `url` is the address of the signal's page."""
     page, filters = _page_and_filters(call)
     signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
     call.tools.metadata.listed(call.tenant, found)
-    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found)
+    shown = await call.blocking(signals_json, call.tools.triage, call.tenant, found, _api(call))
     return {"signals": shown, "next": following}
 
 
@@ -117,7 +133,7 @@ async def stream_signals(call: Call) -> Answer:
                 if signal is None:
                     yield b": still here\n\n"
                 elif rule in (None, signal.rule_id) and severity in (None, signal.severity):
-                    yield event("signal", signal_json(signal), signal.id)
+                    yield event("signal", linked(signal_json(signal), _api(call)), signal.id)
         finally:
             subscription.close()
 
@@ -188,7 +204,9 @@ async def get_signal(call: Call) -> Any:
     found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
     if found is None:
         raise _no_signal(call.params["id"])
-    (shown,) = await call.blocking(signals_json, call.tools.triage, call.tenant, [found])
+    (shown,) = await call.blocking(
+        signals_json, call.tools.triage, call.tenant, [found], _api(call)
+    )
     return shown
 
 
@@ -263,17 +281,20 @@ async def list_traces(call: Call) -> Any:
     path_params=(TRACE_ID,),
     answers={
         200: "`resourceSpans` (OTLP JSON), `state`, `signals`, `verdicts`, `missing`, `omitted`, "
-        "`omittedSpans`",
+        "`omittedSpans`, `missing_parents`",
         404: "There is no such trace",
     },
 )
 async def get_trace(call: Call) -> Any:
     """`state` is `open` or `closed`. The spans are read from the span log: `missing` is the number
     of requests with spans of the trace that are damaged or past retention, `omitted` the number
-    left out because the trace is too long, and `omittedSpans` the number of spans. `verdicts` are
+    left out because the trace is too long, and `omittedSpans` the number of spans.
+    `missing_parents` is the number of parents that spans name and that never came (null if not all
+    spans could be read). `verdicts` are
     those of the current rules, by id: `verdict` is `breach` (with `clause`, and the id of the
     `signal` if there is one), `kept`, `open` (the trace is open) or `unknown` (spans are
-    missing; or `undecided` says why, such as that 3 s of processor time were not enough)."""
+    missing; or `undecided` says why, such as that 3 s of processor time were not enough).
+    `skipped` says why a rule with `incomplete: skip` did not judge the trace."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:

@@ -103,6 +103,15 @@ DECLARED = (
         exemplars=lambda s: s.rule_signals.exemplars(),
     ),
     Declared(
+        "betrace_rule_evaluations",
+        "counter",
+        "Closed traces by what a rule said of them: not_applicable (its `when` did not hold), "
+        "kept, broken, or undecided. Rules beyond metrics.max_rule_series are (other).",
+        ("tenant", "rule", "outcome"),
+        lambda s: s.pipeline.evaluate.evaluations.counts(s.rules.all_rules()),
+        blocks=True,
+    ),
+    Declared(
         "betrace_signals_early",
         "counter",
         "Signals raised before their trace was closed.",

@@ -253,6 +253,7 @@ class _Demo:
         api, metrics = self._addresses.api, self._addresses.metrics
         self.say("")
         self.say("where to look next:")
+        self.say(f"  pages     {api}/")
         self.say(f"  the TUI   betrace tui{'' if api == URL else f' --url {api}'}")
         self.say(f"  signals   curl -s '{api}/api/v1/signals?severity=critical&limit=5'")
         self.say(f"  a trace   curl -s {api}/api/v1/traces/<trace id>")

@@ -27,6 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 SERVICES = ("frontend", "checkout", "payment", "inventory", "notifications")
 SLOW_SECONDS = 1.1
+PRODUCTS = 12  # in the cart that is read with a query for each
 _FLUSH_MS = 200
 
 Headers = dict[str, str]
@@ -75,6 +76,8 @@ class Shop:
         alert: bool = True,
         log: str = "payment taken",
         pause: float = 0.0,
+        charges: int = 1,
+        settled_after: float = 0.0,
     ) -> str:
         """A customer checks out. Returns the trace id."""
         with self._serve("frontend", "POST /checkout", {}) as (root, headers):
@@ -83,13 +86,21 @@ class Shop:
                 span.set_attribute("order.total", amount)
                 if reserve_first:
                     self._reserve(headers)
-                self._pay(headers, amount, check_fraud, attempts, decline, log)
+                charged = [
+                    self._pay(headers, amount, check_fraud, attempts, decline, log)
+                    for _ in range(charges)
+                ]
+                if not settled_after and not decline:
+                    self._settle(charged)
                 if not reserve_first:
                     self._reserve(headers)
                 if decline and alert:
                     with self._serve("notifications", "alert.raise", headers):
                         pass
                 time.sleep(pause)
+        if settled_after:  # while nobody waits
+            time.sleep(settled_after)
+            self._settle(charged)
         return format_trace_id(root.get_span_context().trace_id)
 
     def _reserve(self, headers: Headers) -> None:
@@ -104,9 +115,10 @@ class Shop:
         attempts: int,
         decline: bool,
         log: str,
-    ) -> None:
+    ) -> Headers:
+        """A charge of the card; returns the headers for what follows it."""
         with self._serve("payment", "payment.charge_card", headers) as (charge, headers):
-            charge.set_attributes({"amount": amount, "currency": "EUR"})
+            charge.set_attributes({"amount": amount, "currency": "EUR", "order.id": "1001"})
             if check_fraud:
                 with self._serve("payment", "payment.fraud_check", headers):
                     pass
@@ -116,19 +128,54 @@ class Shop:
             if decline:
                 charge.set_status(StatusCode.ERROR, "declined by the bank")
             self._note("payment", headers, log)
+        return headers
 
-    def browse(self) -> str:
+    def _settle(self, charged: Sequence[Headers]) -> None:
+        for headers in charged:
+            with self._serve("payment", "payment.settle", headers):
+                pass
+
+    def browse(self, *, queries: int = 1) -> str:
         """A customer looks at the cart. Returns the trace id."""
         with self._serve("frontend", "GET /cart", {}) as (root, headers):
             root.set_attribute("http.request.method", "GET")
-            with self._serve("inventory", "inventory.look_up", headers):
-                pass
+            with self._serve("inventory", "inventory.look_up", headers) as (_, headers):
+                for _ in range(queries):
+                    self._query(headers, "SELECT name, price FROM products WHERE id = ?")
         return format_trace_id(root.get_span_context().trace_id)
+
+    def earlier_order(self, *, authorize: bool = True) -> str:
+        """A customer looks at an earlier order. Returns the trace id."""
+        with self._serve("frontend", "GET /orders", {}) as (root, headers):
+            root.set_attribute("http.request.method", "GET")
+            if authorize:
+                with self._serve("checkout", "auth.check", headers) as (_, onward):
+                    self._read_order(onward)
+            else:
+                self._read_order(headers)
+        return format_trace_id(root.get_span_context().trace_id)
+
+    def _read_order(self, headers: Headers) -> None:
+        with self._serve("checkout", "orders.read", headers) as (_, onward):
+            self._query(onward, "SELECT * FROM orders WHERE id = ?")
+
+    def _query(self, headers: Headers, text: str) -> None:
+        with self._serve("inventory", "db.query", headers) as (span, _):
+            span.set_attributes({"db.system.name": "postgresql", "db.query.text": text})
 
 
 # Every scenario, with the rules in rules/ that it breaks.
 SCENARIOS: dict[str, tuple[Callable[[Shop], str], frozenset[str]]] = {
     "looks at the cart": (Shop.browse, frozenset()),
+    "looks at the cart, with a query per product": (
+        lambda shop: shop.browse(queries=PRODUCTS),
+        frozenset({"n-plus-one"}),
+    ),
+    "looks at an earlier order": (Shop.earlier_order, frozenset()),
+    "looks at an order, and nobody asks who it is": (
+        lambda shop: shop.earlier_order(authorize=False),
+        frozenset({"read-without-authorization"}),
+    ),
     "buys a book": (lambda shop: shop.order(29.90, check_fraud=False), frozenset()),
     "buys a laptop": (lambda shop: shop.order(1899.0), frozenset()),
     "buys a laptop, and nobody checks for fraud": (
@@ -143,6 +190,14 @@ SCENARIOS: dict[str, tuple[Callable[[Shop], str], frozenset[str]]] = {
     "is charged before the stock is reserved": (
         lambda shop: shop.order(15.0, reserve_first=False),
         frozenset({"stock-reserved-before-charge"}),
+    ),
+    "is charged twice": (
+        lambda shop: shop.order(49.0, charges=2),
+        frozenset({"double-charge"}),
+    ),
+    "is charged, and the money comes late": (
+        lambda shop: shop.order(49.0, settled_after=SLOW_SECONDS),
+        frozenset({"slow-settlement"}),
     ),
     "waits for the checkout": (
         lambda shop: shop.order(15.0, pause=SLOW_SECONDS),

@@ -23,11 +23,12 @@ sends by default, they are in the OpenMetrics format and have exemplars: the tra
 signal of a rule, and of a latency from span to signal. Start Prometheus with
 `--enable-feature=exemplar-storage` to keep them.
 
-No label has unbounded values. Only `betrace_rule_signals_total` has labels for tenants and rules.
-It has at most `metrics.max_rule_series` series; signals of further rules are counted with the
-tenant and rule `(other)`. Its series exist at 0 from the first scrape after a rule is loaded, so
-that `increase()` sees the first signal; those of muted signals begin with the first. Use the HTTP
-API for other figures of one tenant. Counters start at 0 with the service. A histogram `x` is
+No label has unbounded values. Only `betrace_rule_signals_total` and
+`betrace_rule_evaluations_total` have labels for tenants and rules. Each has at most
+`metrics.max_rule_series` series; further rules are counted with the tenant and rule `(other)`.
+Series exist at 0 from the first scrape after a rule is loaded, so that `increase()` sees the first
+signal; those of muted signals begin with the first. Use the HTTP API for other figures of one
+tenant. Counters start at 0 with the service. A histogram `x` is
 exposed as `x_bucket`, `x_sum` and `x_count`.
 
 `grafana/` has a dashboard and alert rules that use these metrics. `docs/runbook.md` says what to do

@@ -26,7 +26,7 @@ from betrace.service.config.base import OFF, split_address
 from betrace.service.config.settings import Settings
 from betrace.service.receiver.sockets import PROMETHEUS_PORT
 from betrace.service.storage.spanlog.log import LOCK_FILE
-from betrace.service.tenancy.authentication import SecretError, operator_token
+from betrace.service.tenancy.authentication import SecretError, operator_tokens
 from betrace.service.traces.checkpoint import checkpoint_files
 
 _CHECK_BYTES = 1 << 20
@@ -45,7 +45,7 @@ def secrets(settings: Settings) -> Iterator[Finding]:
     """The operator token and the certificate."""
     if settings.auth.enabled:
         try:
-            operator_token(settings.auth)
+            operator_tokens(settings.auth)
         except SecretError as error:
             yield Finding("secrets", FAILED, *_halves(error))
         else:

@@ -15,7 +15,7 @@ import duckdb
 
 from betrace.service.cli.doctor.finding import FAILED, OK, WARNING, Finding, size
 from betrace.service.cli.doctor.machine import owner
-from betrace.service.cli.rules import rules_directory
+from betrace.service.cli.rules import rules_directory, shared_rules_directory
 from betrace.service.config.base import split_address
 from betrace.service.config.settings import Settings
 from betrace.service.rules.store import RuleStore
@@ -46,7 +46,7 @@ def rules(settings: Settings) -> Iterator[Finding]:
         else:
             yield Finding("rules", OK, "there are no rules yet")
         return
-    store = RuleStore(path)
+    store = RuleStore(path, shared_rules_directory(settings))
     store.load()
     for problem in store.problems.values():
         yield Finding("rules", WARNING, problem, f"betrace rules check {path}")
@@ -90,7 +90,9 @@ def span_log(settings: Settings) -> Iterator[Finding]:
         yield Finding("span log", WARNING, text, _DAMAGED)
     if not damaged:
         text = f"{looked} of {len(segments)} segments of {len(tenants)} tenants, {frames} requests "
-        yield Finding("span log", OK, f"{text}with {spans} spans, can be read")
+        text += f"with {spans} spans, can be read"
+        text += "; the service writes the newest ones" if running else ""
+        yield Finding("span log", OK, text)
 
 
 def checkpoint(settings: Settings) -> Iterator[Finding]:

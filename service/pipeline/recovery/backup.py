@@ -3,9 +3,9 @@ restoration.
 
 A copy is a state from which the service could restart after a crash. Files are therefore copied in
 an order: checkpoints and dead letters first, as a pair that no newer checkpoint separates; then the
-progress of exports, the fallback files, and the ledger to which they are written; the span log
-last. What is newer than the checkpoint is found again in the log, as after a crash, and signals
-that the ledger already has change nothing.
+progress of exports and alerts, the fallback files, and the ledger to which they are written; the
+span log last. What is newer than the checkpoint is found again in the log, as after a crash, and
+signals that the ledger already has change nothing.
 
 DuckDB locks its files, so they are left out while the service runs. The service rebuilds them from
 the ledger and the span log when it starts (:mod:`betrace.service.pipeline.recovery.rebuild`).
@@ -240,7 +240,8 @@ class _Copy:
         self._backup.files[name] = found
 
 
-_TURNS = ("export", "fallback", "ledger")  # their files in this order; then the rest, then the log
+# Their files in this order; then the rest, then the log.
+_TURNS = ("export", "alerts", "fallback", "ledger")
 _LOG_TURN = len(_TURNS) + 1
 
 

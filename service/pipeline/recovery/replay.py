@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO, Rows, SpanBatch
+from betrace.service.pipeline.incomplete import mark_now
 from betrace.service.pipeline.read_back import SPANS_MAX, ReadBack
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
@@ -101,9 +102,9 @@ class Replay:
         read_back = ReadBack(self.log, self.max_body_bytes, max_spans=self.relational_spans_max)
         relational = RelationalRules(read_back.traces)
         for due in self.due():
-            if self.rules.relational:
-                read_back.note(due.tenant, due.spilled)
+            read_back.note(due.tenant, due.spilled)
             decided = decide_due(due, now, relational)
+            mark_now(decided, read_back)
             relational.note(due, decided.signals)
             self.undecided += len(decided.undecided)
             if decided.signals:

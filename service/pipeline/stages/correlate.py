@@ -13,12 +13,13 @@ This file moves batches and due traces; the traces themselves are in
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
-from betrace.service.otlp.columns import SpanBatch
+from betrace.service.otlp.columns import SpanBatch, join
 from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.stages.backlog import Backlog
 from betrace.service.pipeline.stages.trace_clock import TraceClock
@@ -83,25 +84,29 @@ class CorrelateStage:
         traces = self.traces
         due: list[DueTraces] = []
         used: dict[str, float] = {}
+        spent = 0.0
         started = time.thread_time()
         with traces.lock:
             try:
                 traces.pass_on(due)
-                for batch in batches:
-                    if traces.has(batch):
+                for group in _by_tenant(batches):
+                    together = [batch for batch in group if not traces.has(batch)]
+                    if not together:
                         continue  # a redelivery
-                    if batch.tenant in self.backlog:
-                        self.backlog.add(batch)
+                    tenant = together[0].tenant
+                    if tenant in self.backlog:
+                        self._put_back(together)
                         continue
-                    left = min(FIRST_SLICE, ALL_SLICES + started - time.thread_time())
-                    before = used.get(batch.tenant, 0.0)
+                    before = used.get(tenant, 0.0)
+                    left = min(FIRST_SLICE, ALL_SLICES - spent)
                     cpu = CpuSlice(max(left, LEAST_SLICE) - before)
                     try:
-                        traces.fold(batch, cpu)
+                        traces.fold(join(together), cpu)
                     except SliceOver:
-                        self.backlog.add(batch)
-                        self.backlog.used(batch.tenant, cpu.used)
-                    used[batch.tenant] = before + cpu.used
+                        self._put_back(together)
+                        self.backlog.used(tenant, cpu.used)
+                    used[tenant] = before + cpu.used
+                    spent += used[tenant] - before
                     traces.pass_on(due)
                 if not self.caught_up.is_set():  # the timer does not run while the log is read
                     self.clock.enforce_limits(traces.time(), due)
@@ -113,6 +118,12 @@ class CorrelateStage:
                 self._handled += time.thread_time() - started
                 self._handled_tenants = len(used) or 1
             return traces.ticketed(due), None
+
+    def _put_back(self, batches: list[SpanBatch]) -> None:
+        """Let batches wait. Of those that were folded together, each is folded later by itself; the
+        traces know how far they came."""
+        for batch in batches:
+            self.backlog.add(batch)
 
     async def _send(self, due: list[DueTraces], error: Exception | None) -> None:
         if self.traces.rules_changed:
@@ -257,3 +268,18 @@ class CorrelateStage:
             self.backlog.forget(tenant)
             self.clock.forget(tenant)
             return self.traces.in_flight.mark()
+
+
+def _by_tenant(batches: list[SpanBatch]) -> Iterable[list[SpanBatch]]:
+    """The batches in lists that can be folded together: those of a tenant, except batches without
+    positions, those that are read from the log, and redeliveries."""
+    found: dict[object, list[SpanBatch]] = {}
+    seen: set[tuple[str, int]] = set()
+    for batch in batches:
+        frames = {(batch.tenant, position) for position in batch.positions.tolist()}
+        alone = (
+            batch.replayed or not batch.positions.all() or not frames or not seen.isdisjoint(frames)
+        )
+        seen |= frames
+        found.setdefault(id(batch) if alone else batch.tenant, []).append(batch)
+    return found.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,11 +19,14 @@ from betrace.channels import (
     ThreadTimeout,
 )
 from betrace.service.pipeline.dead_letters import Bury
+from betrace.service.pipeline.incomplete import IncompleteTraces
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
+from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.signals import Kind, Signal
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
+from betrace.service.traces.decide import decide_or_ask
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import FLAGS, HI, LO, ONCE_DIRTY, SPANS
 from betrace.service.traces.relational import RelationalRules
@@ -34,6 +37,7 @@ EARLY_REMEMBERED = 100_000  # traces with early signals that have not closed yet
 SMALL = 6400  # (traces + matches) x rules: a batch this small costs less than a thread call
 REPORT_SECONDS = 60  # between log lines about undecided traces
 SHARE = 0.6  # of the time of a call, for reading traces back and judging them
+MOST_SERIES = 2000  # of outcomes by rule, as metrics.max_rule_series
 FEW_SIGNALS = 16  # in a small batch; more take time, and the next batch may have more
 
 
@@ -93,22 +97,31 @@ class EvaluateStage:
         self._relational = RelationalRules(
             read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
         )
+        self._incomplete = IncompleteTraces(threads, read_back)
         self._early: LRUCache[tuple[str, int, int], int] = LRUCache(EARLY_REMEMBERED)
+        self._raised_early: LRUCache[str, None] = LRUCache(EARLY_REMEMBERED)  # by signal id
         self._many = False  # signals in the last batch
         self._unreported = 0  # undecided
         self._report_at = 0.0
         self.counts = EvaluateCounts()
+        self.evaluations = RuleEvaluations(MOST_SERIES)
+        """By rule; :mod:`betrace.service.pipeline.build` replaces it with one of the configured
+        size."""
 
     async def handle(self, batch: list[DueTraces]) -> None:
         """Decide a batch and pass on what must be stored."""
         try:
             found = await self._decide_all(batch)
+            for decided, _ in found:
+                decided.signals = self._new(decided.signals)
+            await self._incomplete.mark([decided for decided, _ in found])
         except (BreakerOpen, BreakerTimeout, ThreadTimeout) as error:
             await self._bury(STAGE, batch, error, 1)
             return
         onward = []
         for decided, traces in found:
             self.counts.traces += traces
+            self._count_outcomes(decided)
             if decided.undecided:
                 self._report(decided)
             for signal in decided.signals:
@@ -124,14 +137,24 @@ class EvaluateStage:
                 self._in_flight.leave(decided.ticket)
         await self._onward.send_each(onward)
 
+    def _new(self, signals: list[Signal]) -> list[Signal]:
+        """The signals without those that were raised early, and are found again."""
+        new = []
+        for signal in signals:
+            if signal.id not in self._raised_early:
+                new.append(signal)
+                if signal.early:
+                    self._raised_early[signal.id] = None
+        return new
+
     async def _decide_all(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         """Decide a batch. Traces that may have to be read back are decided in parts, because each
         call is bounded in time."""
-        if not any(due.rules.relational for due in batch):
+        if not any(due.rules.read_back for due in batch):
             return await self._breaker.call(self._timed, batch)
         found: list[tuple[Decided, int]] = []
         for due in batch:
-            parts = list(_parts(due))
+            parts = await self._threads.run(_parts, due) if _reads(due) else [(0, due)]
             decided: Decided | None = None
             for first, part in parts:
                 ((own, _),) = await self._breaker.call(self._timed, [part])
@@ -143,6 +166,12 @@ class EvaluateStage:
         for due, (decided, _) in zip(batch, found, strict=True):
             self._relational.note(due, decided.signals)
         return found
+
+    def _count_outcomes(self, decided: Decided) -> None:
+        if decided.closed is not None and decided.outcomes is not None:
+            closed = decided.closed
+            self.evaluations.add(closed.tenant, closed.rules, decided.outcomes, len(closed))
+        decided.outcomes = None  # what follows does not need it
 
     def _report(self, decided: Decided) -> None:
         """Count the traces that could not be judged, and log them at most once a minute."""
@@ -178,7 +207,7 @@ class EvaluateStage:
 
     async def _timed(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         started = time.perf_counter()
-        reads = any(due.closed and due.rules.relational for due in batch)
+        reads = any(map(_reads, batch))
         if not self._many and not reads and sum(map(_work, batch)) <= SMALL:
             found = self._decide(batch)  # a thread call would cost five times as much
         else:
@@ -190,36 +219,47 @@ class EvaluateStage:
     def _decide(self, batch: list[DueTraces]) -> list[tuple[Decided, int]]:
         now = self._clock_ns()
         for due in batch:
-            if due.rules.relational:
+            if due.spilled is not None:
                 self._read_back.note(due.tenant, due.spilled)
         return [(decide_due(due, now, self._relational), len(due)) for due in batch]
 
 
-def _parts(due: DueTraces) -> Iterator[tuple[int, DueTraces]]:
-    """Parts of traces that may have to be read back, each with the number of its first trace. A
-    part has what one round reads; the first one has what was spilled."""
-    if not due.closed or not due.rules.relational:
-        yield 0, due
-        return
-    ends = np.cumsum(due.rows[:, SPANS]) if len(due) else np.zeros(0, np.int64)
+def _reads(due: DueTraces) -> bool:
+    """Whether some of the traces may have to be read back."""
+    return bool(due.rules.read_back if due.closed else due.rules.early_rules)
+
+
+def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:
+    """Parts of closed traces, each with the number of its first trace. A part has the candidates
+    that one round reads; the first one has what was spilled."""
+    candidate = np.zeros(len(due), bool)
+    candidate[[each.trace for each in decide_or_ask(due)[1]]] = True
+    spans = np.cumsum(np.where(candidate, due.rows[:, SPANS], 0))
+    traces = np.cumsum(candidate)
+    if not due.closed or not len(due) or (spans[-1] <= ROUND_SPANS and traces[-1] <= ROUND_TRACES):
+        return [(0, due)]
+    parts = []
     first = 0
-    while first < len(due) or first == 0:
-        before = int(ends[first - 1]) if first else 0
-        last = int(np.searchsorted(ends, before + ROUND_SPANS, "right"))
-        last = min(max(last, first + 1), first + ROUND_TRACES, len(due))
-        if first == 0 and last == len(due):
-            yield 0, due
-            return
+    while first < len(due):
+        before = (int(spans[first - 1]), int(traces[first - 1])) if first else (0, 0)
+        last = min(
+            int(np.searchsorted(spans, before[0] + ROUND_SPANS, "right")),
+            int(np.searchsorted(traces, before[1] + ROUND_TRACES, "right")),
+        )
+        last = max(last, first + 1)
         part = due.part(first, last)
         if first == 0:
             part.spilled = due.spilled
-        yield first, part
+        parts.append((first, part))
         first = last
+    return parts
 
 
 def _joined(decided: Decided, own: Decided, first: int) -> Decided:
     """The results of two parts; ``first`` is the number of the second part's first trace."""
     decided.signals += own.signals
+    if decided.outcomes is not None and own.outcomes is not None:
+        decided.outcomes += own.outcomes
     decided.undecided += [replace(each, trace=each.trace + first) for each in own.undecided]
     return decided
 

@@ -7,8 +7,10 @@ Trio's thread, unless the disk is busy.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -37,9 +39,14 @@ from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
 
 Outcome = Done | Refused
 
-SMALL_BYTES = 64 * 1024  # uncompressed; decoded, scanned and written in about 0.1 ms
+FULL = 0.75  # fill of the next channel above which requests wait in this one
+SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and written in about 0.2 ms
 SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that the disk is busy
-THREAD_SECONDS = 10.0  # for so long after a slow write everything goes to the thread
+# For so long after a slow write everything goes to the thread; twice as long if the next one comes
+# within RELAPSE_SECONDS after that.
+THREAD_SECONDS = 0.5
+MOST_THREAD_SECONDS = 16.0
+RELAPSE_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -85,7 +92,8 @@ class IngestStage:
         self._max_body = max_body_bytes
         self._sync = sync
         self._durable = durable
-        self._inline_from = 0.0
+        self._inline_from = -math.inf
+        self._thread_seconds = THREAD_SECONDS
         self._audit = audit
         self.counts = IngestCounts()
 
@@ -105,6 +113,28 @@ class IngestStage:
                     if concerned and isinstance(outcome, Done) and outcome.spans:
                         outcomes[i] = Refused(503, str(error))
                         counts.unacknowledged += outcome.spans
+        self._answer(requests, outcomes)
+        await self._onward.send_each(batches)
+        for request in requests:
+            request.release()
+
+    def handle_now(self, request: Request) -> bool:
+        """Handle a small request on this thread, at once. Returns whether it was handled."""
+        if self._durable or self._onward.fill > FULL or not self._fits_inline([request]):
+            return False
+        try:
+            batches, outcomes = self._ingest_inline([request])
+        except Exception:  # the stage tries it again, and reports it
+            return False
+        self._answer([request], outcomes)
+        with suppress(trio.BrokenResourceError):  # stopped without draining: the log has them
+            for batch in batches:
+                self._onward.send_over(batch)
+        request.release()
+        return True
+
+    def _answer(self, requests: list[Request], outcomes: list[Outcome]) -> None:
+        counts = self.counts
         for request, outcome in zip(requests, outcomes, strict=True):
             request.reply.set(outcome)
             counts.requests += 1
@@ -116,9 +146,6 @@ class IngestStage:
                     self._audit.accepted(request, outcome)
             else:
                 counts.refused_requests += 1
-        await self._onward.send_each(batches)
-        for request in requests:
-            request.release()
 
     async def refuse(self, request: Request, error: Exception, attempts: int) -> None:
         """Refuse a request that the stage failed on; the client still has it and may retry."""
@@ -146,7 +173,15 @@ class IngestStage:
             return self._ingest(requests)
         finally:
             if time.perf_counter() - started > SLOW_SECONDS:
-                self._inline_from = trio.current_time() + THREAD_SECONDS
+                self._use_thread()
+
+    def _use_thread(self) -> None:
+        """Handle nothing on Trio's thread for a while, because the disk is busy."""
+        now = trio.current_time()
+        relapse = now - self._inline_from < RELAPSE_SECONDS
+        longer = min(2 * self._thread_seconds, MOST_THREAD_SECONDS)
+        self._thread_seconds = longer if relapse else THREAD_SECONDS
+        self._inline_from = now + self._thread_seconds
 
     def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
         """One batch per tenant, and each request's outcome; blocks on the disk."""
@@ -171,14 +206,15 @@ class IngestStage:
                 scanned.append((scan_bodies(tenant, bodies), decoded))
         batches = []
         for batch, decoded in scanned:
+            rows = batch.bodies.tolist()
             try:
-                self._append(batch, [requests[i] for i in decoded])
+                positions = self._append(batch, [requests[i] for i in decoded], rows)
             except TenantClosed:
                 for i in decoded:
                     outcomes[i] = Refused(403, f"the tenant {batch.tenant} is deleted")
                 continue
-            for i, row, position in zip(decoded, batch.bodies, batch.positions, strict=True):
-                outcomes[i] = _outcome(row, int(position))
+            for i, row, position in zip(decoded, rows, positions, strict=True):
+                outcomes[i] = _outcome(row, position)
             if len(batch) and batch.received_ns:
                 batches.append(batch)
         return batches, outcomes
@@ -194,40 +230,47 @@ class IngestStage:
         except BadBody as error:
             return Refused(400, str(error))
 
-    def _append(self, batch: SpanBatch, requests: Sequence[Request]) -> None:
-        """Append the bodies that have spans to the log. Sets the batch's positions and time; the
-        time stays 0 if the log could not be written."""
-        batch.positions = np.zeros(len(requests), np.int64)
-        logged = [k for k in range(len(requests)) if batch.bodies[k, SPAN_COUNT] > 0]
+    def _append(
+        self, batch: SpanBatch, requests: Sequence[Request], rows: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Append the bodies that have spans to the log; returns the position of each, 0 if it is
+        not in the log. ``rows`` are those of ``batch.bodies``. Sets the batch's positions and time;
+        the time stays 0 if the log could not be written."""
         frames = [
             Frame(
-                cast(ContentType, requests[k].content_type),
-                cast(Encoding, requests[k].encoding),
-                requests[k].received_ns,
-                requests[k].body,
-                int(batch.bodies[k, SPAN_COUNT]),
+                cast(ContentType, request.content_type),
+                cast(Encoding, request.encoding),
+                request.received_ns,
+                request.body,
+                row[SPAN_COUNT],
             )
-            for k in logged
+            for request, row in zip(requests, rows, strict=True)
+            if row[SPAN_COUNT]
         ]
-        if not frames:
-            return
-        try:
-            batch.positions[logged] = self._progress.append(
-                batch.tenant, lambda: self._log.append(batch.tenant, frames)
-            )
-        except LogWriteError:
-            return
-        batch.received_ns = max(frame.received_ns for frame in frames)
+        positions = [0] * len(rows)
+        if frames:
+            try:
+                written = iter(
+                    self._progress.append(
+                        batch.tenant, lambda: self._log.append(batch.tenant, frames)
+                    )
+                )
+                positions = [next(written) if row[SPAN_COUNT] else 0 for row in rows]
+                batch.received_ns = max(frame.received_ns for frame in frames)
+            except LogWriteError:
+                pass
+        batch.positions = np.array(positions, np.int64)
+        return positions
 
 
-def _outcome(row: np.ndarray, position: int) -> Outcome:
-    error = int(row[ERROR])
+def _outcome(row: Sequence[int], position: int) -> Outcome:
+    error = row[ERROR]
     if error:
-        return Refused(400, f"{ERRORS[error]} (seen at byte {int(row[ERROR_OFF])} of the body)")
-    spans = int(row[SPAN_COUNT])
+        return Refused(400, f"{ERRORS[error]} (seen at byte {row[ERROR_OFF]} of the body)")
+    spans = row[SPAN_COUNT]
     if spans and not position:
         return Refused(503, "the span log cannot be written; send the spans again later")
-    bad_trace, bad_span = int(row[REJECTED_TRACE_ID]), int(row[REJECTED_SPAN_ID])
+    bad_trace, bad_span = row[REJECTED_TRACE_ID], row[REJECTED_SPAN_ID]
     reasons = []
     if bad_trace:
         reasons.append(f"{bad_trace} spans have a trace id that is not 16 bytes, or all zeros")

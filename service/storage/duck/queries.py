@@ -171,13 +171,14 @@ def trace_row(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
 
 @dataclass(frozen=True, slots=True)
 class SignalFilter:
-    """Which signals are wanted: of a rule, severity, trace or status (``active`` or ``retracted``),
-    detected at ``since`` or later and before ``until``."""
+    """Which signals are wanted: of a rule, severity, trace, status (``active`` or ``retracted``) or
+    mode (``alert`` or ``shadow``), detected at ``since`` or later and before ``until``."""
 
     rule: str | None = None
     severity: str | None = None
     trace_id: str | None = None
     status: str | None = None
+    mode: str | None = None
     since: int | None = None
     until: int | None = None
 
@@ -191,6 +192,7 @@ def signals(
     where.add("rule_id = ?", wanted.rule)
     where.add("severity = ?", wanted.severity)
     where.add("status = ?", wanted.status)
+    where.add("coalesce(json_extract_string(context, '$.mode'), 'alert') = ?", wanted.mode)
     where.add("detected_at >= ?", wanted.since)
     where.add("detected_at < ?", wanted.until)
     if wanted.trace_id is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
 from betrace.service.otlp.body import BadBody, protobuf_body
 from betrace.service.otlp.columns import SpanBatch
-from betrace.service.otlp.encoding import BodyTooLarge
+from betrace.service.otlp.encoding import Body, BodyTooLarge
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.storage.spanlog.frames import Frame
 
@@ -23,10 +24,21 @@ def read_frames(
 ) -> SpanBatch:
     """The spans of frames, which lie at ``positions`` of the tenant's log.
 
-    The frames were accepted, perhaps under a larger limit than ``max_body_bytes``, so the limit
-    here is at least 1 GiB. A frame that cannot be decoded becomes a body with an error.
+    A frame that cannot be decoded becomes a body with an error.
     """
-    bodies = []
+    batch = scan_bodies(tenant, frame_bodies(tenant, frames, max_body_bytes))
+    batch.positions = np.array(positions, np.int64)
+    batch.received_ns = max(frame.received_ns for frame in frames)
+    return batch
+
+
+def frame_bodies(tenant: str, frames: Sequence[Frame], max_body_bytes: int) -> list[Body | bytes]:
+    """The bodies of frames as protobuf; invalid protobuf in place of one that cannot be decoded.
+
+    The frames were accepted, perhaps under a larger limit than ``max_body_bytes``, so the limit
+    here is at least 1 GiB.
+    """
+    bodies: list[Body | bytes] = []
     limit = max(max_body_bytes, _LARGEST_BODY)
     for frame in frames:
         try:
@@ -35,7 +47,4 @@ def read_frames(
         except (BadBody, BodyTooLarge) as error:
             _log.error("a frame in the log of %s cannot be decoded: %s", tenant, error)
             bodies.append(_UNREADABLE)
-    batch = scan_bodies(tenant, bodies)
-    batch.positions = np.array(positions, np.int64)
-    batch.received_ns = max(frame.received_ns for frame in frames)
-    return batch
+    return bodies

@@ -129,18 +129,21 @@ class SpanLog:
             self.on_skipped(skipped)
 
     def _tenant(self, tenant: str) -> TenantLog:
-        directory = tenant_directory(self._directory, tenant) / _LOG
-        with self._lock:
-            log = self._tenants.get(tenant)
-            if log is None:
-                log = self._tenants[tenant] = TenantLog(
+        log = self._tenants.get(tenant)
+        if log is None:
+            directory = tenant_directory(self._directory, tenant) / _LOG
+            with self._lock:
+                log = self._tenants.setdefault(
                     tenant,
-                    directory,
-                    self._files,
-                    self._disk,
-                    self._segment_bytes,
-                    self._floor,
-                    self._skip,
+                    TenantLog(
+                        tenant,
+                        directory,
+                        self._files,
+                        self._disk,
+                        self._segment_bytes,
+                        self._floor,
+                        self._skip,
+                    ),
                 )
         log.open(recover=not self._read_only)
         return log
@@ -190,8 +193,9 @@ class SpanLog:
                     raise
             with self._lock:
                 self._frames += len(frames)
-                self._bytes += sum(frame.stored_bytes for frame in frames)
-                self._spans += sum(frame.spans for frame in frames)
+                for frame in frames:
+                    self._bytes += frame.stored_bytes
+                    self._spans += frame.spans
             return positions
 
     def sync(self, tenants: Iterable[str] | None = None) -> int:

@@ -82,7 +82,7 @@ async def test_too_large_bodies_get_413(tmp_path):
 
 
 class Authenticator:
-    async def caller(self, authorization, scope):
+    async def caller(self, authorization, scope, *, reads):
         if authorization is None:
             return Denied(401, "send a bearer token")
         if authorization == "Bearer op":
@@ -92,7 +92,7 @@ class Authenticator:
     async def scraper(self, authorization):
         return None if authorization == "Bearer scrape" else Denied(403, "scrapers only")
 
-    async def operator(self, authorization):
+    async def operator(self, authorization, *, reads):
         return None if authorization == "Bearer op" else Denied(403, "operators only")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from betrace.service.api.app import create_api
 from betrace.service.api.openapi import all_endpoints, openapi
+from betrace.service.api.pages.routes import PREFIX
 from betrace.service.api.reference import markdown
 from betrace.service.config.stages import EXPORTS
 from betrace.service.pipeline import breakers
@@ -20,8 +21,6 @@ async def test_the_document_and_the_page_have_every_endpoint(client):
     assert "http://" not in page  # no external resources
     assert "https://" not in page
     assert "src=" not in page
-    assert await client.get("/", 302) == b""
-    assert client.headers["location"] == "/docs"
 
 
 async def test_every_route_is_in_the_openapi_document(service):
@@ -30,6 +29,7 @@ async def test_every_route_is_in_the_openapi_document(service):
     routes = {
         (rule.rule.replace("<", "{").replace(">", "}"), method.lower())
         for rule in app.url_map.iter_rules()
+        if not rule.endpoint.startswith(PREFIX)  # pages for people
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }
     assert routes == {(path, method) for path, item in paths.items() for method in item}

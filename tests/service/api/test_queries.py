@@ -18,7 +18,7 @@ from betrace.service.api.endpoint import Tools
 from betrace.service.api.rule_writer import RuleWriter
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
-from betrace.service.config.edge import Api
+from betrace.service.config.settings import Settings
 from betrace.service.otlp.json import to_protobuf
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.history import TraceHistory
@@ -63,10 +63,11 @@ def stores(tmp_path, warm):
     with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
         metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
-        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, 1 << 20)
+        config = Settings(ingest={"max_body_bytes": 1 << 20})
+        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, config)
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
-            SimpleNamespace(settings=SimpleNamespace(api=Api()), rules=s.rules),
+            SimpleNamespace(settings=config, rules=s.rules),
             s.duck,
             metadata,
             s.reader,

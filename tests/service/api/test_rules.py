@@ -193,3 +193,45 @@ async def test_testing_an_invalid_rule(client):
     body = {"condition": "never { a", "trace": otlp(span("a", 1))}
     error = await client.ask("POST", "/api/v1/rules/test", 400, body)
     assert error["errors"][0]["line"] == 1
+
+
+EXAMPLE = {"name": "bypassed", "expect": "broken", "spans": ["payment.bypass"]}
+
+
+async def test_a_rule_keeps_its_examples_mode_and_what_it_does_with_incomplete_traces(
+    client, service
+):
+    given = {**RULE, "mode": "shadow", "incomplete": "skip", "examples": [EXAMPLE]}
+    created = await client.ask("PUT", "/api/v1/rules/bypass", 201, given)
+    assert {key: created[key] for key in given} == given
+    assert await client.ask("GET", "/api/v1/rules/bypass") == created
+    service.registry.store.load()
+    (kept,) = service.registry.store.rules("default")
+    assert (kept.mode, kept.incomplete, kept.examples[0].name) == ("shadow", "skip", "bypassed")
+    tag = created["etag"]
+    plain = await client.ask("PUT", "/api/v1/rules/bypass", 200, RULE, If_Match=tag)
+    assert (plain["mode"], plain["incomplete"], plain["examples"]) == ("alert", "judge", [])
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        ({**EXAMPLE, "expect": "kept"}, "the example 'bypassed' is broken, but should be kept"),
+        ({**EXAMPLE, "spans": [{"nane": "a"}]}, "unknown key 'nane' of a span"),
+    ],
+)
+async def test_a_rule_with_a_wrong_example_is_not_saved(client, rules, example, says):
+    given = {**RULE, "examples": [example]}
+    error = await client.ask("PUT", "/api/v1/rules/bypass", 400, given)
+    assert [each["message"] for each in error["errors"]] == [says]
+    assert not list(rules.rglob("*.yaml"))
+
+
+async def test_warnings_for_a_condition(client):
+    condition = "a.where(span:duration > 500)"
+    path = "/api/v1/rules/validate"
+    answer = await client.ask("POST", path, 200, {"condition": condition})
+    assert answer["valid"] is True
+    (warning,) = answer["warnings"]
+    assert (warning["line"], warning["column"]) == (1, 25)
+    assert warning["message"] == "span:duration is in nanoseconds, so 500 means 500 ns"

@@ -91,3 +91,69 @@ async def test_signals_of_a_muted_rule_are_recorded_and_counted_as_muted(tmp_pat
     series = 'betrace_rule_signals_total{kind="raised",muted="%s",rule="%s",severity="medium",'
     for muted, rule, count in (("true", "bad", 1), ("false", "bad", 0), ("false", "worse", 1)):
         assert f'{series % (muted, rule)}tenant="default"}} {count}.0' in text
+
+
+async def test_signals_of_a_shadow_rule_are_recorded_and_shown(tmp_path):
+    folder = tmp_path / "rules" / "default"
+    folder.mkdir(parents=True)
+    (folder / "rules.yaml").write_text(
+        "rules:\n"
+        "- {id: quiet, mode: shadow, condition: 'never { a }'}\n"
+        "- {id: loud, condition: 'never { a }'}\n"
+    )
+    async with running_service(settings(tmp_path)) as service:
+        client = ApiClient(service)
+        await send(service, [S(1)])
+        await closed(service)
+        signals = (await client.get("/api/v1/signals"))["signals"]
+        only = {
+            mode: (await client.get(f"/api/v1/signals?mode={mode}"))["signals"]
+            for mode in ("alert", "shadow")
+        }
+        error = await client.ask("GET", "/api/v1/signals?mode=quiet", 400)
+        text = (await client.get("/metrics")).decode()
+        balances = service.ledger.balances("default")
+    assert {each["rule_id"]: each["mode"] for each in signals} == {
+        "quiet": "shadow",
+        "loud": "alert",
+    }
+    assert [each["rule_id"] for each in only["shadow"]] == ["quiet"]
+    assert [each["rule_id"] for each in only["alert"]] == ["loud"]
+    assert "shadow" in error["message"] + error["hint"]
+    assert all(each["context"] is None for each in signals)
+    assert balances == {"quiet": 1, "loud": 1}
+    series = 'betrace_rule_signals_total{kind="raised",muted="%s",rule="%s",severity="medium",'
+    for muted, rule, count in (("true", "quiet", 1), ("false", "quiet", 0), ("false", "loud", 1)):
+        assert f'{series % (muted, rule)}tenant="default"}} {count}.0' in text
+
+
+async def test_signals_of_incomplete_traces_say_so(tmp_path):
+    folder = tmp_path / "rules" / "default"
+    folder.mkdir(parents=True)
+    (folder / "rules.yaml").write_text(
+        "rules:\n"
+        "- {id: judges, condition: 'when { a } always { b }'}\n"
+        "- {id: early, condition: 'never { a }'}\n"
+        "- {id: skips, incomplete: skip, condition: 'never { a }'}\n"
+        "- {id: relates, condition: 'never { a.where(not ancestor(b)) }'}\n"
+    )
+    async with running_service(settings(tmp_path)) as service:
+        client = ApiClient(service)
+        await send(service, [S(2, parent=1), S(3, parent=1), S(5, "x", parent=4)])
+        await send(service, [S(9, trace=b"\2" * 16, parent=0)])
+        await closed(service)
+        signals = (await client.get("/api/v1/signals"))["signals"]
+        of = {each["rule_id"]: each for each in signals if each["trace_id"] == "01" * 16}
+        other = {each["rule_id"]: each for each in signals if each["trace_id"] == "02" * 16}
+        trace = await client.get(f"/api/v1/traces/{'01' * 16}")
+    says = "the trace is incomplete: 2 parents never came"
+    assert {rule: (each["missing_parents"], each["reason"]) for rule, each in of.items()} == {
+        "judges": (2, says),
+        "relates": (2, says),
+        "early": (0, None),  # raised before the trace was closed
+    }
+    assert other.keys() == {"judges", "relates", "early", "skips"}
+    assert {(each["missing_parents"], each["reason"]) for each in other.values()} == {(0, None)}
+    assert trace["missing_parents"] == 2
+    assert trace["verdicts"]["skips"]["skipped"] == says
+    assert trace["verdicts"]["skips"]["verdict"] == "kept"

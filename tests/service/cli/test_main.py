@@ -165,6 +165,7 @@ def test_a_missing_extra_is_named(
     [
         (PermissionError(13, "Permission denied", "/x"), "betrace: /x: Permission denied; check"),
         (httpx.ConnectError("refused"), "did not answer (refused); try again"),
+        (httpx.InvalidURL("no host"), "the URL of the service is invalid (no host); correct"),
         (ExceptionGroup("", [OSError("a"), ExceptionGroup("", [OSError("b")])]), "betrace: b"),
         (DeadLetterError("the dead letters are damaged"), "betrace: the dead letters are damaged"),
         (ZeroDivisionError("by zero"), "this is a bug: ZeroDivisionError: by zero; please report"),
@@ -211,10 +212,45 @@ def test_the_plan_of_rules_that_relate_spans_is_shown(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         "n-plus-one: reads a trace back from the span log when it closes, if it has: "
-        "db.query and count(db.query) >= 21",
+        "db.query and count(db.query) >= 21, at least 21 spans",
         "any: reads every trace back from the span log when it closes",
         "1 file, 2 rules: all good",
     ]
+
+
+def test_a_rule_that_skips_incomplete_traces_says_how_it_is_decided(rules: Path) -> None:
+    rules.write_text("rules: [{id: a, incomplete: skip, condition: 'never { a }'}]")
+    result = betrace("rules", "check", rules)
+    assert result.stdout.splitlines() == [
+        "a: reads a trace back from the span log when it closes, if it seems to break the rule",
+        "1 file, 1 rule: all good",
+    ]
+
+
+def test_examples_are_run_and_warnings_shown(rules: Path) -> None:
+    rules.write_text(
+        RULES.replace("count(loop) > 5", "loop.where(span:duration > 500)")
+        + "    examples:\n      - {expect: kept, spans: [loop]}\n"
+        + "      - {name: short, expect: broken, spans: [loop, {name: loop, duration_ms: 0}]}\n"
+    )
+    result = betrace("rules", "check", rules)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        f"{rules}:12: rule loops: the example 'example 1' is broken, but should be kept",
+        "  hint: condition met: loop.where(span:duration > 500), found 1",
+        f"warning: {rules}: rule loops: span:duration is in nanoseconds, so 500 means 500 ns",
+        "  loop.where(span:duration > 500)",
+        "                             ^",
+        "  hint: write the unit, such as 500ms",
+        "1 file: 1 problem",
+    ]
+    printed = json.loads(betrace("rules", "check", "--json", rules).stdout)
+    assert (printed["examples"], printed["problems"][0]["line"]) == (2, 12)
+    assert printed["warnings"][0]["rule"] == "loops"
+    rules.write_text(rules.read_text().replace("expect: kept", "expect: broken"))
+    result = betrace("rules", "check", rules)
+    assert result.exit_code == 0
+    assert result.stdout.endswith("1 file, 2 rules, 2 examples: all good\n")
 
 
 def test_invalid_rules_are_reported_with_their_location(rules: Path, tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from click.testing import CliRunner, Result
 
 from betrace.service.cli import signals as module
 from betrace.service.cli.main import cli
-from betrace.service.cli.waterfall import MAX_SPANS, duration, in_tree_order, waterfall
+from betrace.service.cli.traces import _summary as summary
+from betrace.service.cli.waterfall import MAX_SPANS, waterfall
+from betrace.service.otlp.span_tree import in_tree_order
+from betrace.service.times import short_duration
 from tests.support import tui_records as records
 
 Query = dict[str, str]
@@ -150,6 +153,16 @@ def test_muted_and_acknowledged_signals_are_marked(service: Service) -> None:
     assert "muted" not in second
 
 
+def test_signals_of_shadow_rules_are_marked_and_filtered(service: Service) -> None:
+    service.signals[0] |= {"mode": "shadow"}
+    service.signals[1] |= {"mode": "alert"}
+    _, first, second, *_ = run(service, "signals", "--mode", "shadow").stdout.splitlines()
+    assert service.asked[0][1]["mode"] == "shadow"
+    assert "  active (shadow)  fraud-check" in first
+    assert "shadow" not in second
+    run(service, "signals", "--mode", "loud", code=2)
+
+
 def test_a_rule_is_muted_and_unmuted(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "ann")
     result = run(service, "rules", "mute", "r/1", "--for", "2h", "--reason", "known")
@@ -251,6 +264,11 @@ def test_a_trace_is_a_waterfall_with_its_signals(service: Service) -> None:
     assert json.loads(run(service, "trace", records.TRACE, "--json").stdout)["spans"] == 4
 
 
+def test_an_incomplete_trace_says_so() -> None:
+    lines = summary({**records.trace(), **records.row(), "missing_parents": 2, "state": "closed"})
+    assert lines[1:] == ["✖ the trace is incomplete: 2 parents never came"]
+
+
 def test_a_trace_that_does_not_exist(service: Service) -> None:
     result = run(service, "trace", "f" * 32, code=3)
     assert "there is no trace ffff" in result.stderr
@@ -286,4 +304,4 @@ def test_a_waterfall_of_hostile_spans() -> None:
     ],
 )
 def test_durations(ns: int, text: str) -> None:
-    assert duration(ns) == text
+    assert short_duration(ns) == text

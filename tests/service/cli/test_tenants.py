@@ -104,6 +104,17 @@ def test_a_token_is_made_without_the_service(service, tmp_path):
         assert "is not a duration" in run("token", "acme", "--for", bad, code=2)
 
 
+def test_a_read_only_token_is_printed_for_reading(service, tmp_path):
+    service.answers["POST", ""] = (201, tenant("acme"))
+    run("create", "acme")
+    out = run("token", "acme", "--read-only")
+    (token,) = re.findall(r"export BETRACE_TOKEN=(\S+)", out)
+    public = read_private_key(tmp_path / "acme.pem").public_key().public_bytes_raw()
+    assert verify(token, "acme", public, 0)[1]
+    assert "OTEL_EXPORTER" not in out  # nothing can be sent with it
+    assert json.loads(run("token", "acme", "--read-only", "--json"))["readOnly"] is True
+
+
 def test_a_token_has_no_effect_without_authentication(service):
     service.answers["POST", ""] = (201, tenant("acme"))
     run("create", "acme")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -308,3 +309,28 @@ async def test_webhooks_do_not_get_muted_signals_but_the_retractions(
         await until(lambda: exporter.sent == 3)
     found = [(each["status"], each["labels"]["trace_id"]) for each in receiver.alerts()]
     assert found == [("firing", loud.trace_id), ("resolved", retracted.trace_id)]
+
+
+@pytest.mark.parametrize("kind", [OTLP, WEBHOOK])
+async def test_signals_of_shadow_rules_are_not_sent(
+    tmp_path: Path, receiver: Receiver, ledger: SqliteLedger, kind: str
+) -> None:
+    where = {
+        OTLP: {"otlp": {"endpoint": receiver.url}},
+        WEBHOOK: {"webhook": {"url": receiver.url}},
+    }
+    settings = configured(tmp_path, **where[kind])
+    shadow = {"mode": "shadow"}
+    quiet = replace(make(1), context=shadow)
+    retracted = replace(make(2, kind=Kind.RETRACTED), context=shadow)
+    async with exporting(settings, ledger) as exports:
+        await begun(tmp_path, kind)
+        ledger.record([quiet, retracted])
+        exports.notify([quiet])
+        (exporter,) = exports
+        await until(lambda: list(json.loads(cursor(tmp_path, kind).read_text()).values()) == [2])
+        assert (exporter.sent, exporter.lag_seconds()) == (0, 0.0)
+        ledger.record([make(3)])
+        exports.notify([make(3)])
+        await until(lambda: exporter.sent == 1)
+    assert len(receiver.taken()) == 1

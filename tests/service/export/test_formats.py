@@ -102,3 +102,17 @@ def test_groups_have_one_tenant_and_rule() -> None:
     both = json.loads(alertmanager([make(1), make(3)], ""))
     assert "trace_id" not in both["commonLabels"]
     assert both["commonLabels"]["severity"] == "high"
+
+
+def test_signals_link_to_their_pages() -> None:
+    def page_url(path: str, tenant: str) -> str:
+        return f"https://b.example{path}?tenant={tenant}"
+
+    raised, retracted = make(7), make(7, kind=Kind.RETRACTED)
+    page = f"https://b.example/signals/{raised.id}?tenant=shop"
+    sent = json.loads(alertmanager([raised, retracted], "https://old.example", page_url))
+    assert [each["generatorURL"] for each in sent["alerts"]] == [page, page]
+    request = ExportLogsServiceRequest.FromString(otlp_logs([retracted], "1", page_url))
+    (record,) = request.resource_logs[0].scope_logs[0].log_records
+    found = {each.key: each.value.string_value for each in record.attributes}
+    assert found["betrace.url"] == page

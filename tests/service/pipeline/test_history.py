@@ -13,7 +13,7 @@ import pytest
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline import history as tracehistory
-from betrace.service.pipeline.trace_rows import trace_table
+from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.parse import parse
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.frames import Frame
@@ -53,7 +53,9 @@ def send(w: Any, sent: list[S]) -> None:
     batch: SpanBatch = scan_bodies("t", [raw])
     batch.positions = np.array(positions)
     batch.received_ns = NOW
-    w.traces.fold(batch, NOW, w.closed, w.history.load)
+    for _, folded in w.traces.fold(batch, NOW, w.closed, w.history.load):
+        if len(folded.spilled):
+            w.store.write("t", frames=frame_columns(folded.spilled))
 
 
 def close(w: Any) -> Any:
@@ -83,3 +85,49 @@ def test_many_late_traces_are_read_in_rounds(world, monkeypatch, step, most, who
     assert set(due.rows[~partial, SPANS].tolist()) == {2}
     assert set(due.rows[partial, SPANS].tolist()) <= {1}
     assert world.history.partial == 60 - whole
+
+
+@pytest.mark.parametrize(
+    ("step", "whole"), [(0.0, True), (9.0, False)], ids=["in time", "too long for the time"]
+)
+def test_a_long_trace_is_read_in_parts(world, monkeypatch, step, whole):
+    """Of 30 requests, each with spans of three traces; one trace has a late span."""
+    monkeypatch.setattr(tracehistory, "CHUNK_SPANS", 20)
+    monkeypatch.setattr(tracehistory, "CHUNK_FRAMES", 4)
+    monkeypatch.setattr(tracehistory, "LEAST_SPANS", 40)
+    for number in range(1, 31):
+        send(world, spans(number, 3, "pay"))
+    close(world)
+    world.step = step
+    send(world, spans(99, 1, "check"))
+    due = close(world)
+    assert len(due) == 1
+    assert bool(due.rows[0, FLAGS] & PARTIAL == 0) is whole
+    assert bool(due.rows[0, SPANS] == 31) is whole
+    assert (world.history.recalled, world.history.partial) == (1, int(not whole))
+    (kept,) = world.store.find_traces("t", [f"{1:032x}"]).values()
+    assert len(kept.positions) == 31
+
+
+def test_what_fails_within_a_long_trace_leaves_nothing_of_it(world, monkeypatch):
+    monkeypatch.setattr(tracehistory, "CHUNK_SPANS", 20)
+    monkeypatch.setattr(tracehistory, "CHUNK_FRAMES", 4)
+    for number in range(1, 31):
+        send(world, spans(number, 3, "pay"))
+    close(world)
+    read_many, calls = world.log.read_many, [0]
+
+    def failing(*args):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise OSError("the disk")
+        return read_many(*args)
+
+    monkeypatch.setattr(world.log, "read_many", failing)
+    with pytest.raises(OSError, match="the disk"):
+        send(world, spans(99, 1, "check"))
+    assert world.traces.open_count == world.traces.closed_count == 0
+    calls[0] = 9
+    send(world, spans(99, 1, "check"))
+    due = close(world)
+    assert (due.rows[0, SPANS], due.rows[0, FLAGS] & PARTIAL) == (31, 0)

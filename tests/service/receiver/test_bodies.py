@@ -1,5 +1,6 @@
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from betrace.service.config.edge import Ingest
 from betrace.service.receiver.bodies import Bodies, Body
@@ -52,7 +53,7 @@ async def test_settled_waits_for_all_requests(bodies, autojump_clock):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(request, 1)
         nursery.start_soon(request, 3)
-        await trio.sleep(0)
+        await wait_all_tasks_blocked()
         started = trio.current_time()
         await bodies.settled()
         assert trio.current_time() - started == pytest.approx(3)

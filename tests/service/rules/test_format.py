@@ -34,7 +34,7 @@ def test_the_text_of_a_rule_parses_to_that_rule(rule: RuleSyntax) -> None:
         ('a.where("x y"==USD)', 'a.where("x y" == "USD")'),
         (
             'a.where("resource.x" in ["true",2s,"1500","1500.0"])',
-            'a.where("resource.x" in [true, 2s, 1500, "1500.0"])',
+            'a.where("resource.x" in [true, 2s, "1500", "1500.0"])',
         ),
         ('a.where(resource.x matches "1")', 'a.where(resource.x matches "1")'),
         (r'a.where(span:name matches "\d\\.\"x\\\"")', r'a.where(span:name matches "\d\.\"x\\\"")'),

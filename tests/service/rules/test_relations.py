@@ -11,16 +11,15 @@ from hypothesis import HealthCheck, given, settings
 
 from betrace.service.rules.parse import parse
 from betrace.service.rules.relations import Judgement, judge
-from betrace.service.rules.trace_tree import TraceTree
 from tests.support.relational_strategies import case_traces, relational_rules
 from tests.support.relations_oracle import breaks
-from tests.support.trace_spans import case_span
+from tests.support.trace_spans import case_trace
 
 CASES = Path(__file__).parents[3] / "../shared/cases"
 
 
 def verdict(rule: str, spans: list[dict[str, Any]], **limits: int) -> Judgement:
-    tree = TraceTree(case_span(0xF000 + number, span) for number, span in enumerate(spans))
+    tree = case_trace(spans, 0xF000)
     return judge(parse(rule, relational=True), tree, **limits)
 
 
@@ -116,7 +115,7 @@ def test_a_rule_that_compares_all_spans_with_each_other_is_undecided() -> None:
 
 
 def test_a_verdict_that_is_not_found_in_time_is_undecided() -> None:
-    tree = TraceTree(case_span(1, span) for span in spans(*["a"] * 3000))
+    tree = case_trace(spans(*["a"] * 3000))
     found = judge(parse("never { a.where(.number < 0) }"), tree, until=0.0)
     assert "too little time" in (found.undecided or "")
 

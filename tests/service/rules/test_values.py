@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from betrace.service.rules import exact
+from betrace.service.rules.exact import compare_literals, matches, truthy
 from betrace.service.rules.syntax import Literal
-from betrace.service.rules.values import MAX_NUMBER_CHARS, compare, number_text, read_number, truthy
-from tests.support import oracle, strategies
+from betrace.service.rules.values import MAX_NUMBER_CHARS, exact_number, number_text
+from tests.support import comparison_oracle, oracle, strategies
 
 NAN = float("nan")
 INF = float("inf")
 
 
-def literal(value: str | float) -> Literal:
+def literal(value: Any) -> Literal:
     if isinstance(value, str):
         return strategies.literal_of_text(value)
-    return Literal(number_text(value), value)
+    return strategies.literal_of_number(value)
+
+
+def compare(value: Any, op: str, literals: Sequence[Literal]) -> bool:
+    if op == "matches":
+        return matches(exact.normal(value), literals[0].text, 1 << 16)
+    return compare_literals(value, op, literals)
 
 
 @pytest.mark.parametrize(
@@ -31,58 +41,36 @@ def literal(value: str | float) -> Literal:
         ("+7", 7),
         ("007", 7),
         ("9007199254740993", 2**53 + 1),
-        ("1.0", 1.0),
-        ("-2.50", -2.5),
-        ("1e3", 1000.0),
-        ("1E+3", 1000.0),
-        ("1.5e-3", 0.0015),
-        ("1e-999", 0.0),
+        ("1.0", 1),
+        ("-2.50", Fraction(-5, 2)),
+        (".5", Fraction(1, 2)),
+        ("5.", 5),
+        ("1e3", 1000),
+        ("1E+3", 1000),
+        ("1.5e-3", Fraction(3, 2000)),
+        ("1e400", 10**400),
+        ("0.10000000000000000001", Fraction("0.10000000000000000001")),
         ("9" * MAX_NUMBER_CHARS, 10**MAX_NUMBER_CHARS - 1),
     ],
 )
 def test_numbers(text: str, number: float) -> None:
-    assert read_number(text) == number
-    assert type(read_number(text)) is type(number)
+    assert exact_number(text) == number
+    assert type(exact_number(text)) is type(number)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "-",
-        "+",
-        ".5",
-        "1.",
-        "1e",
-        "1e+",
-        "e3",
-        " 1",
-        "1 ",
-        "1\n",
-        "1_000",
-        "1,000",
-        "0x10",
-        "inf",
-        "-inf",
-        "nan",
-        "Infinity",
-        "١",
-        "1²",
-        "--1",
-        "1e999",
-        "-1e999",
-        "true",
-        "1s",
-        "9" * (MAX_NUMBER_CHARS + 1),
-    ],
-)
+NOT_NUMBERS = ["", "-", "+", ".", "1e", "1e+", "e3", " 1", "1 ", "1\n", "1_000", "1,000", "0x10"]
+NOT_NUMBERS += ["inf", "-inf", "nan", "Infinity", "١", "1²", "--1", "1e999", "-1e401", "1e-401"]
+NOT_NUMBERS += ["true", "1s", "9" * (MAX_NUMBER_CHARS + 1)]
+
+
+@pytest.mark.parametrize("text", NOT_NUMBERS, ids=lambda text: ascii(text[:20]))
 def test_texts_that_are_not_numbers(text: str) -> None:
-    assert read_number(text) is None
+    assert exact_number(text) is None
 
 
 @given(strategies.texts() | st.text("0123456789.eE+-", max_size=12))
 def test_reading_numbers_agrees_with_the_oracle(text: str) -> None:
-    assert read_number(text) == oracle.text_as_number(text)
+    assert exact_number(text) == comparison_oracle.as_number(text)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +97,10 @@ def test_text_of_numbers(number: float, text: str) -> None:
 @given(st.floats() | st.integers(-(2**63), 2**63))
 def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
     text = number_text(number)
-    assert text == oracle.as_text(number)
+    exact_one = comparison_oracle.exact(number)
+    assert text == comparison_oracle.as_text(exact_one)
     if math.isfinite(number):
-        assert read_number(text) == number
+        assert exact_number(text) == exact_one
 
 
 @pytest.mark.parametrize(
@@ -119,24 +108,31 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
     [
         # numbers, exactly
         ("1500", ">", 1000, True),
-        ("1500", "==", "1500.0", True),
+        ("1500", "==", "1500.0", False),  # two texts
+        ("1500.0", "==", 1500, True),
         (1500, "==", "1.5e3", True),
-        ("abc", ">", 1000, True),  # as text: "a" is greater than "1"
-        ("", "<", 1000, True),
+        ("abc", ">", 1000, False),  # a text is neither more nor less than a number
+        ("", "<", 1000, False),
         (2**53 + 1, "==", 2**53, False),
         (2**53 + 1, "==", 2.0**53, False),
         (2**53 + 1, ">", float(2**53), True),
         ("9007199254740993", ">", 2**53, True),
         (9, "<", 10, True),
-        ("9", "<", "10", True),
+        ("9", "<", "10", False),  # two texts
+        ("9", "<", 10, True),
+        (".5", "==", 0.5, True),
+        ("5.", "==", 5, True),
+        (0.1, "==", Fraction("0.1"), True),
+        (0.1, "<", Fraction("0.10000000000000000001"), True),
         (0.1, "==", "0.1", True),
         (-0.0, "==", 0, True),
-        (INF, ">", 10**300, True),
+        (INF, ">", 10**300, False),
+        (INF, "!=", 10**300, True),
         # text, by code point
         ("9", "<", "10a", False),
         ("b", ">", "abc", True),
         ("\uffff", "<", "\U00010000", True),
-        (INF, "==", "Infinity", True),
+        (INF, "==", "Infinity", False),
         (1000.0, "==", "1000x", False),
         (1000.0, "contains", "00", True),
         (1000.0, "matches", "^1000$", True),
@@ -144,8 +140,8 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         (True, "==", "true", True),
         (True, "!=", "true", False),
         (True, "==", 1, False),
-        (False, "<", "true", True),
-        (True, ">", 5, True),
+        (False, "<", "true", False),
+        (True, ">", 5, False),
         ("true", "==", "true", True),
         (True, "contains", "ru", True),
         (False, "matches", "^f", True),
@@ -166,12 +162,12 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         (NAN, "contains", "aN", True),
         # values that are neither numbers nor text
         (b"x", "==", "x", False),
-        (b"x", "!=", "x", False),
+        (b"x", "!=", "x", True),
         (b"x", "contains", "x", False),
-        ({"x": 1}, "!=", "x", False),
+        ({"x": 1}, "!=", "x", True),
         ({"x": 1}, "contains", "x", False),
         (["x"], "==", "x", False),
-        (["x"], "!=", "y", False),
+        (["x"], "!=", "y", True),
         (["x"], "matches", "x", False),
         (["x"], "in", "x", False),
         # membership
@@ -192,7 +188,7 @@ def test_text_of_numbers_agrees_with_the_oracle(number: float) -> None:
         ("abc", "contains", "", True),
     ],
 )
-def test_comparisons(value: Any, op: str, right: str | float, holds: bool) -> None:
+def test_comparisons(value: Any, op: str, right: Any, holds: bool) -> None:
     assert compare(value, op, (literal(right),)) is holds
 
 
@@ -203,11 +199,6 @@ def test_in_is_equality_with_any_member() -> None:
     assert compare(True, "in", members)
     assert not compare("usd", "in", members)
     assert not compare(["USD"], "in", members)
-
-
-def test_an_unknown_operator_raises() -> None:
-    with pytest.raises(ValueError, match="unknown comparison"):
-        compare("x", "~", (literal("x"),))
 
 
 OPS = st.sampled_from(["==", "!=", "<", "<=", ">", ">=", "contains", "in"])
@@ -224,13 +215,14 @@ def test_search_agrees_with_the_oracle(value: Any, pattern: str) -> None:
     assert compare(value, "matches", literals) is oracle.compares(value, "matches", literals)
 
 
-@pytest.mark.parametrize("value", [True, "true", 1, -0.5, NAN, INF, 2**70])
+@pytest.mark.parametrize("value", [True, "true", 1, -0.5, INF, 2**70])
 def test_values_that_hold(value: Any) -> None:
     assert truthy(value)
 
 
 @pytest.mark.parametrize(
-    "value", [False, "false", "TRUE", "1", "", 0, 0.0, -0.0, None, b"true", [True], {"true": 1}]
+    "value",
+    [False, "false", "TRUE", "1", "", NAN, 0, 0.0, -0.0, None, b"true", [True], {"true": 1}],
 )
 def test_values_that_do_not_hold(value: Any) -> None:
     assert not truthy(value)

@@ -7,14 +7,16 @@ from betrace.channels import ThreadRunner
 from betrace.service.config.edge import Auth
 from betrace.service.tenancy import authentication
 from betrace.service.tenancy.authentication import (
+    READ_ONLY,
     Authenticator,
     Denied,
+    OperatorTokens,
     SecretError,
-    operator_token,
+    operator_tokens,
 )
 from betrace.service.tenancy.directory import DirectoryError, PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token
-from tests.support.tenant_keys import OPERATOR, SCRAPER, new_key, raw, sign
+from tests.support.tenant_keys import OPERATOR, READER, SCRAPER, new_key, raw, sign
 
 KEY = new_key()
 KID = key_id(raw(KEY))
@@ -31,7 +33,12 @@ class World:
         self.threads = ThreadRunner("signatures", 1)
         given = {"enabled": True, "operator_token": OPERATOR, "scrape_token": SCRAPER} | settings
         self.gate = Authenticator(
-            Auth(**given), OPERATOR, self.load, self.exists, self.threads, lambda: self.now
+            Auth(**given),
+            OperatorTokens(OPERATOR, READER),
+            self.load,
+            self.exists,
+            self.threads,
+            lambda: self.now,
         )
 
     async def load(self, key):
@@ -100,7 +107,7 @@ async def test_a_key_revoked_while_a_token_is_verified_is_not_remembered(world, 
 
     def slow(*args):
         world.gate._revision += 1  # as forget() does, on another thread
-        return time.time() + 60
+        return time.time() + 60, False
 
     monkeypatch.setattr(authentication, "verify", slow)
     assert await world.gate.tenant(header) == "acme"
@@ -180,27 +187,58 @@ async def test_secrets_are_compared_in_constant_time(world, monkeypatch):
     monkeypatch.setattr(authentication.hmac, "compare_digest", compare)
     await world.gate.operator("Bearer x")
     await world.gate.scraper(f"Bearer {OPERATOR}")
-    assert len(compared) == 3  # the second secret too, though the first one matched
+    # All secrets, though the first one matched: operator and reader, then the scraper's too.
+    assert len(compared) == 2 + 3
     assert {len(side) for pair in compared for side in pair} == {32}  # of whatever was sent
 
 
 def test_sources_of_the_operator_token(tmp_path):
     path = tmp_path / "token"
     path.write_text(OPERATOR + "\n")
-    assert operator_token(Auth(enabled=True, operator_token_file=str(path))) == OPERATOR
-    assert operator_token(Auth(enabled=True, operator_token=OPERATOR)) == OPERATOR
+    assert operator_tokens(Auth(enabled=True, operator_token_file=str(path))).operator == OPERATOR
+    assert operator_tokens(Auth(enabled=True, operator_token=OPERATOR)) == OperatorTokens(OPERATOR)
     path.write_text("short")
     with pytest.raises(SecretError, match="fewer than 20"):
-        operator_token(Auth(enabled=True, operator_token_file=str(path)))
+        operator_tokens(Auth(enabled=True, operator_token_file=str(path)))
     with pytest.raises(SecretError, match="cannot be read"):
-        operator_token(Auth(enabled=True, operator_token_file=str(tmp_path / "none")))
+        operator_tokens(Auth(enabled=True, operator_token_file=str(tmp_path / "none")))
     path.write_bytes(b"\xff" * 40)
     with pytest.raises(SecretError, match="not text"):
-        operator_token(Auth(enabled=True, operator_token_file=str(path)))
+        operator_tokens(Auth(enabled=True, operator_token_file=str(path)))
+
+
+def test_sources_of_the_read_only_token(tmp_path):
+    path = tmp_path / "token"
+    path.write_text(READER + "\n")
+    given = {"enabled": True, "operator_token": OPERATOR}
+    expected = OperatorTokens(OPERATOR, READER)
+    assert operator_tokens(Auth(**given, read_only_token_file=str(path))) == expected
+    assert operator_tokens(Auth(**given, read_only_token=READER)) == expected
+    with pytest.raises(SecretError, match="would not be read-only"):
+        operator_tokens(Auth(**given, read_only_token=OPERATOR))
+    with pytest.raises(SecretError, match="read-only token in auth"):
+        operator_tokens(Auth(**given, read_only_token="short"))
+
+
+async def test_read_only_tokens_can_read_and_nothing_else():
+    world = World()
+    token = f"Bearer {make_token(KEY, 'acme', world.now, 600, read_only=True)}"
+    for _ in range(2):  # when it is verified, and when it is remembered
+        assert await world.gate.tenant(token, reads=True) == "acme"
+        assert await world.gate.tenant(token) == Denied(403, READ_ONLY)
+        assert world.gate.remembered(token) is None
+    assert await world.gate.caller(token, None, reads=True) == "acme"
+    reader = f"Bearer {READER}"
+    assert await world.gate.operator(reader, reads=True) is None
+    assert await world.gate.operator(reader) == Denied(403, READ_ONLY)
+    assert await world.gate.scraper(reader) is None
+    assert await world.gate.caller(reader, "acme", reads=True) == "acme"
+    assert await world.gate.caller(reader, "acme") == Denied(403, READ_ONLY)
 
 
 def test_secrets_are_not_shown():
-    auth = Auth(enabled=True, operator_token=OPERATOR, scrape_token=SCRAPER)
+    auth = Auth(enabled=True, operator_token=OPERATOR, scrape_token=SCRAPER, read_only_token=READER)
     shown = f"{auth!r} {auth} {auth.model_dump()} {auth.model_dump_json()}"
     assert OPERATOR not in shown
     assert SCRAPER not in shown
+    assert READER not in shown

@@ -15,7 +15,7 @@ from betrace.service.receiver.heads import Head
 from betrace.service.tenancy.tokens import key_id, make_token
 from tests.support.inprocess import closed, running, send, settings
 from tests.support.spans import S
-from tests.support.tenant_keys import hs256, new_key, raw, sign, unsigned
+from tests.support.tenant_keys import READER, hs256, new_key, raw, sign, unsigned
 
 OPERATOR = "operator-token-of-the-tests"
 SCRAPER = "scrape-token-of-the-tests"
@@ -25,7 +25,12 @@ ME = Operator("tester", "here")
 KEYS = {tenant: new_key() for tenant in ("acme", "beta")}
 TRACE = bytes(range(16))
 
-AUTH = {"enabled": True, "operator_token": OPERATOR, "scrape_token": SCRAPER}
+AUTH = {
+    "enabled": True,
+    "operator_token": OPERATOR,
+    "read_only_token": READER,
+    "scrape_token": SCRAPER,
+}
 
 
 class World:
@@ -89,6 +94,44 @@ def paths(service):
         for param in endpoint.path_params:
             path = path.replace("{" + param.name + "}", values[param.name])
         yield endpoint, path
+
+
+async def test_read_only_tokens_change_nothing(tmp_path):
+    async with world(tmp_path) as made:
+        service = made.service
+        key = KEYS["acme"]
+        reader = make_token(key, "acme", time.time(), 600, read_only=True)
+        changed = read = 0
+        for endpoint, path in list(paths(service)):
+            if "stream" in path or endpoint.access in ("none", "scrape"):
+                continue
+            token = reader if endpoint.access == "tenant" else READER
+            body = None if endpoint.body is None else BODIES.get(endpoint.path, BODY)
+            status, text = await made.ask(endpoint.method, path, token, body, If_Match="*")
+            where = f"{endpoint.method} {path}: {status} {text[:300]}"
+            if endpoint.method == "GET":
+                read += status == 200
+                assert "read-only" not in text, where
+            elif endpoint.path in ("/api/v1/rules/test", "/api/v1/rules/validate"):
+                assert "read-only" not in text, where
+            else:
+                changed += 1
+                assert status == 403, where
+                assert "this token is read-only" in text, where
+        assert changed > 12
+        assert read > 12
+        assert [rule.id for rule in service.sources.rules.rules("acme")] == [RULE]
+        assert await made.ask("GET", "/api/v1/rules", READER, X_Scope_OrgID="acme") == (
+            await made.ask("GET", "/api/v1/rules", reader)
+        )
+        status, text = await made.ask(
+            "DELETE", f"/api/v1/rules/{RULE}", READER, X_Scope_OrgID="acme"
+        )
+        assert (status, "this token is read-only" in text) == (403, True)
+        head = [(b"authorization", f"Bearer {reader}".encode())]
+        refused = await service.admission.admit("POST", "/v1/traces", head)
+        assert not isinstance(refused, Head)
+        assert refused.status == 403
 
 
 BODY = {"condition": "a", "trace": {}, "name": "x", "severity": "low"}
@@ -285,7 +328,7 @@ async def test_a_revoked_key_and_a_deleted_tenant_are_out_at_once(tmp_path):
         assert (await made.ask("GET", "/api/v1/signals", made.token("beta")))[0] == 200
 
 
-async def test_only_signals_by_rule_name_tenants_and_metrics_want_a_token(tmp_path):
+async def test_only_metrics_by_rule_name_tenants_and_metrics_want_a_token(tmp_path):
     async with world(tmp_path) as made:
         app = metrics_app(made.service.tools.exposition, made.service.gate.authenticator)
         for token, expected in ((None, 401), (made.token("acme"), 403), (SCRAPER, 200)):
@@ -301,4 +344,5 @@ async def test_only_signals_by_rule_name_tenants_and_metrics_want_a_token(tmp_pa
         assert SECRET.encode() not in sent[1]["body"]
         naming = [line for line in sent[1]["body"].splitlines() if b"acme" in line]
         assert naming
-        assert all(line.startswith(b"betrace_rule_signals_total{") for line in naming)
+        by_rule = (b"betrace_rule_signals_total{", b"betrace_rule_evaluations_total{")
+        assert all(line.startswith(by_rule) for line in naming)

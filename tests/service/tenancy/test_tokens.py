@@ -37,7 +37,20 @@ def test_a_token_proves_its_tenant():
     now = time.time()
     token = make_token(KEY, "acme", now, 60)
     assert claimed(token) == ("acme", key_id(raw(KEY)))
-    assert verify(token, "acme", raw(KEY), 0) == pytest.approx(now + 60, abs=1)
+    expires, read_only = verify(token, "acme", raw(KEY), 0)
+    assert expires == pytest.approx(now + 60, abs=1)
+    assert not read_only
+
+
+def test_a_read_only_token_says_so():
+    token = make_token(KEY, "acme", time.time(), 60, read_only=True)
+    assert verify(token, "acme", raw(KEY), 0)[1]
+
+
+def test_an_unknown_kind_of_access_is_refused():
+    token = sign(KEY, GOOD | {"access": "most"})
+    with pytest.raises(BadTokenError, match="claim `access` is not `read`"):
+        verify(token, "acme", raw(KEY), 0)
 
 
 def test_a_private_key_is_written_for_its_owner_alone(tmp_path):

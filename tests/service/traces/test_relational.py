@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from betrace.service.rules.parse import parse
 from betrace.service.rules.relations import judge
-from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.relational_engine import RelationalEngine
 from tests.support.relational_strategies import case_traces, encode_cases, relational_rules
-from tests.support.trace_spans import case_span
+from tests.support.trace_spans import case_trace
 
 pytestmark = pytest.mark.kernel
 
@@ -35,7 +34,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpanLog]:
 
 
 def breaks(rule: str, spans: list[dict[str, Any]]) -> bool:
-    tree = TraceTree(case_span(number, span) for number, span in enumerate(spans, 1))
+    tree = case_trace(spans)
     found = judge(parse(rule), tree)
     assert found.undecided is None
     return found.clause is not None

@@ -19,6 +19,7 @@ from betrace.service.rules.parse import parse
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.limits import LateSpans, TraceLimits
+from betrace.service.traces.slices import SliceOver
 from tests.support.engine import compiled
 from tests.support.spans import S, batch
 
@@ -197,7 +198,7 @@ async def test_a_redelivered_batch_is_skipped(rig, autojump_clock):
 
 
 async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, monkeypatch):
-    good, bad = rig.batch(S(1), S(2)), rig.batch(S(3))
+    good, bad = rig.batch(S(1), S(2)), rig.batch(S(3), tenant="u")
     fold = rig.traces.fold
 
     def fail(given: Any, cpu: Any) -> Any:
@@ -210,10 +211,44 @@ async def test_what_was_due_before_a_failure_is_passed_on(rig, autojump_clock, m
         with pytest.raises(RuntimeError, match="injected"):
             await rig.stage.handle([good, bad])
     assert len(rig.due()) == 1
-    assert rig.progress.snapshot() == {"t": (20, [20])}
+    assert rig.progress.snapshot() == {"t": (10, []), "u": (20, [20])}
     await rig.stage.handle([good])
     await rig.stage.handle([bad])
     assert rig.traces.counts.folded == 3
+    assert rig.progress.snapshot() == {"t": (10, []), "u": (20, [])}
+
+
+async def test_batches_of_a_tenant_are_folded_together(rig, autojump_clock, monkeypatch):
+    folded = []
+    fold = rig.traces.fold
+
+    def note(given: Any, cpu: Any) -> Any:
+        folded.append((given.tenant, given.positions.tolist()))
+        return fold(given, cpu)
+
+    monkeypatch.setattr(rig.traces, "fold", note)
+    batches = [rig.batch(S(1), S(2)), rig.batch(S(5), tenant="u"), rig.batch(S(3), S(4))]
+    assert await rig.stage.handle([*batches, batches[0]]) == [*batches, batches[0]]
+    assert folded == [("t", [10, 30]), ("u", [20])]
+    assert rig.traces.counts.folded == 5
+    assert rig.traces.counts.repeated == 0
+
+
+async def test_joined_batches_that_need_too_much_time_wait(rig, autojump_clock, monkeypatch):
+    fold = rig.traces.fold
+
+    def over(given: Any, cpu: Any) -> Any:
+        raise SliceOver
+
+    batches = [rig.batch(S(1), S(2)), rig.batch(S(3), S(4))]
+    with monkeypatch.context() as slow:
+        slow.setattr(rig.traces, "fold", over)
+        assert await rig.stage.handle(batches) == []
+    assert rig.stage.backlog.batches("t") == batches
+    assert rig.traces.fold == fold
+    for expected in batches:
+        assert await rig.stage.fold_waiting() == (expected, 0)
+    assert rig.traces.counts.folded == 4
     assert rig.progress.snapshot() == {"t": (20, [])}
 
 

@@ -129,7 +129,11 @@ def test_small_batches_are_decided_without_a_thread_until_they_give_many_signals
             await stage.handle(list(batch))
             return threads.statistics().calls - before
 
+        async def mark(found):  # would look for missing parents in a thread
+            pass
+
         monkeypatch.setattr(stage, "_decide", decide)
+        monkeypatch.setattr(stage._incomplete, "mark", mark)
         small = evaluate.SMALL // len(due().rules.rules)
         assert await calls(due(*range(small))) == 0
         assert await calls(due(*range(small)), due(1)) == 1  # together they are more

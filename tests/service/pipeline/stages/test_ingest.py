@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from betrace.channels import ThreadRunner, open_channel
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
-from betrace.service.pipeline.request import Done, Reply, Request
+from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.pipeline.stages import ingest
 from betrace.service.pipeline.stages.ingest import SMALL_BYTES, IngestStage
 from betrace.service.storage.spanlog.log import SpanLog
@@ -93,6 +93,56 @@ async def test_after_a_slow_write_requests_go_to_a_thread_for_a_while(
     assert await bench.handle()
     await trio.sleep(ingest.THREAD_SECONDS)
     assert not await bench.handle()
+
+
+async def test_slow_writes_soon_after_each_other_send_requests_to_the_thread_for_longer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    for expected in (1, 2, 4, 8, 16, 32, 32):
+        bench.stage._use_thread()
+        until = bench.stage._inline_from
+        assert until == pytest.approx(trio.current_time() + expected * ingest.THREAD_SECONDS)
+        await trio.sleep_until(until + 1)
+    await trio.sleep(ingest.RELAPSE_SECONDS)
+    bench.stage._use_thread()
+    assert bench.stage._inline_from == pytest.approx(trio.current_time() + ingest.THREAD_SECONDS)
+
+
+def request(payload: bytes) -> Request:
+    return Request("acme", "protobuf", "", payload, time.time_ns(), 1, Reply())
+
+
+async def test_a_small_request_is_answered_in_the_call(bench: Bench) -> None:
+    assert not bench.stage.handle_now(request(body(S(1, "a"))))  # there is no segment yet
+    await bench.handle()
+    asked = request(body(S(1, "a"), S(2, "b")))
+    freed: list[tuple[str, int]] = []
+    asked.on_release = lambda *call: freed.append(call)
+    assert bench.stage.handle_now(asked)
+    outcome = await asked.reply.wait()
+    assert isinstance(outcome, Done)
+    assert outcome.spans == len(bench.receive.receive_nowait()) == 2
+    assert freed == [("acme", 1)]
+    assert bench.stage.counts.accepted == 3
+    wrong = request(b"\xff")
+    assert bench.stage.handle_now(wrong)
+    assert isinstance(await wrong.reply.wait(), Refused)
+
+
+async def test_a_request_waits_if_the_next_channel_fills_up_or_it_fails(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.handle()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.stage, "_ingest", lambda requests: 1 / 0)
+        assert not bench.stage.handle_now(request(body(S(1, "a"))))
+    many = body(*(S(number, "a") for number in range(1, 8000)))
+    await bench.stage.handle([request(many)])
+    assert not bench.stage.handle_now(request(body(S(1, "a"))))
+    bench.receive.receive_nowait()
+    assert bench.stage.handle_now(request(body(S(1, "a"))))
+    bench.receive.close()  # what is in the log is read again after a restart
+    assert bench.stage.handle_now(request(body(S(1, "a"))))
 
 
 async def test_a_sync_says_that_it_is_running(
