@@ -223,6 +223,7 @@ class _ServiceBuilder:
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,
             self._alerts.forget,
+            stores.local.undecided.delete_tenant,
             self._erase_archive,
         )
         self._removal = Removal(
@@ -316,6 +317,7 @@ class _ServiceBuilder:
             self._tenants,
             self._audit,
             stores.local.triage,
+            stores.local.undecided,
             Performance(sources, self._latencies),
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 from textual.app import ComposeResult, SystemCommand
@@ -15,9 +16,9 @@ from textual.binding import Binding, BindingType
 from textual.events import Resize
 from textual.screen import Screen
 from textual.theme import Theme
-from textual.widgets import ContentSwitcher, Footer, Input
+from textual.widgets import ContentSwitcher, Input
 
-from betrace.tui.base import BaseApp
+from betrace.tui.base import BaseApp, MakeChange, ShowPanel, ViewTenant
 from betrace.tui.changes import PREFIX, OperatorChange
 from betrace.tui.client import ApiClient, ClientError
 from betrace.tui.connection import Link, ServiceConnection
@@ -28,6 +29,7 @@ from betrace.tui.state import parse
 from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.dialogs import Confirm
 from betrace.tui.widgets.help import Help, bindings_of
+from betrace.tui.widgets.key_bar import WIDE, KeyBar
 from betrace.tui.widgets.nav_bar import NavBar
 from betrace.tui.widgets.panel import Panel
 from betrace.tui.widgets.status_bar import StatusBar
@@ -35,8 +37,6 @@ from betrace.tui.widgets.too_small import TooSmall
 
 UNREACHABLE = 3
 MIN_WIDTH, MIN_HEIGHT = 80, 24
-WIDE = 100
-"""The footer is spaced out in windows of at least this width."""
 
 
 class BetraceApp(BaseApp):
@@ -78,6 +78,9 @@ class BetraceApp(BaseApp):
     ) -> None:
         super().__init__(client, read_only, clock)
         self.panel_numbers = {panel.__name__: n for n, panel in enumerate(PANELS, 1)}
+        self._panels: list[Panel] = []
+        """All panels. Each is mounted when it is first shown."""
+        self._number = 1
         self.connection = ServiceConnection(client, self._linked, self._received, clock)
         if first is not None:
             self.state.update(parse(first, clock()))
@@ -85,49 +88,59 @@ class BetraceApp(BaseApp):
     def compose(self) -> ComposeResult:
         yield StatusBar()
         yield NavBar([(panel.TITLE, panel.SHORT or panel.TITLE) for panel in PANELS])
-        with ContentSwitcher(initial=PANELS[0].__name__):
-            for panel in PANELS:
-                widget = panel()
-                widget.id = panel.__name__
-                yield widget
+        self._panels = [panel() for panel in PANELS]
+        for panel in self._panels:
+            panel.id = type(panel).__name__
+        with ContentSwitcher(initial=self._panels[0].id):
+            yield self._panels[0]
         yield Input(id="filter", placeholder="text to find; !text excludes")
-        yield Footer(show_command_palette=False)
+        yield KeyBar()
 
-    def on_mount(self) -> None:
+    async def on_mount(self) -> None:
         self.query_one("#filter").display = False
         self.theme_changed_signal.subscribe(self, self._restyle)
         self.set_interval(1.0, self._show_bars)
         self.start(self.connection.run, "connection")
-        self.action_panel(1)
+        await self.action_panel(1)
 
     # Panels
 
     @property
     def panel(self) -> Panel:
         """The visible panel."""
-        shown = self._main.query_one(ContentSwitcher).visible_content
-        assert isinstance(shown, Panel)
-        return shown
+        return self._panels[self._number - 1]
 
     @property
     def _main(self) -> Screen[object]:
         return self.screen_stack[0]
 
-    def action_panel(self, number: int) -> None:
+    async def action_panel(self, number: int) -> None:
         """Show the panel of a number key."""
         self._end_filter()
-        self._main.query_one(ContentSwitcher).current = PANELS[number - 1].__name__
-        panel = self.panel
+        panel = self._panels[number - 1]
+        switcher = self._main.query_one(ContentSwitcher)
+        if not panel.is_attached:
+            await switcher.add_content(panel)
+        switcher.current = panel.id
+        self._number = number
         self._main.query_one(NavBar).choose(number - 1)
         self._show_filter()
         panel.show(self.state)
         panel.focus_first()
         self.reload()
 
-    def show_panel(self, name: str) -> None:
-        self.action_panel(self.panel_numbers[name])
+    async def on_show_panel(self, message: ShowPanel) -> None:
+        while len(self.screen_stack) > 1:
+            await self.pop_screen()
+        await self.action_panel(self.panel_numbers[message.name])
+        if message.row is not None:
+            self.panel.choose(message.row)
+
+    def on_reload_panel(self) -> None:
+        self.reload()
 
     def reload(self) -> None:
+        """Make the visible panel read its own data again."""
         self.start(partial(self._load, self.panel), "load")
 
     async def _load(self, panel: Panel, by_itself: bool = False) -> None:
@@ -146,10 +159,14 @@ class BetraceApp(BaseApp):
         if panel.RELOAD and self.clock() - panel.loaded_at >= panel.RELOAD:
             self.start(partial(self._load, panel, by_itself=True), "load")
 
-    def view_tenant(self, tenant: str) -> None:
-        self.client.view(tenant)
+    def on_view_tenant(self, message: ViewTenant) -> None:
+        self.client.view(message.tenant)
         self._show_bars()
         self.reload()
+
+    async def action_signals_of(self, rule_id: str) -> None:
+        """Show the signals of a rule."""
+        self.post_message(ShowPanel("SignalsPanel", rule_id))
 
     # Events of the connection
 
@@ -264,7 +281,7 @@ class BetraceApp(BaseApp):
                 f"{binding.tooltip or 'Show the panel'}  ({self.get_key_display(binding)})",
                 lambda action=binding.action: self.run_action(action),
             )
-        for number, panel in enumerate(self._main.query(Panel), 1):
+        for number, panel in enumerate(self._panels, 1):
             for binding in bindings_of(panel):
                 if self.read_only and binding.action.startswith(PREFIX):
                     continue
@@ -276,19 +293,19 @@ class BetraceApp(BaseApp):
 
     async def _do_in(self, number: int, panel: Panel, action: str) -> None:
         if panel is not self.panel:
-            self.action_panel(number)
+            await self.action_panel(number)
         await self.run_action(action, panel)
 
     # Changes
 
-    def change(self, change: OperatorChange) -> None:
+    def on_make_change(self, message: MakeChange) -> None:
         if self.read_only:
             self.notify("This TUI was started with --read-only.", title="✖ not done")
             return
-        self.start(partial(self._change, change), "change")
+        self.start(partial(self._change, message.change, message.sure), "change")
 
-    async def _change(self, change: OperatorChange) -> None:
-        if not await self.push_screen_wait(Confirm(change)):
+    async def _change(self, change: OperatorChange, sure: bool) -> None:
+        if not sure and not await self.push_screen_wait(Confirm(change)):
             return
         try:
             result = await change.run()
@@ -306,19 +323,25 @@ class BetraceApp(BaseApp):
             self.push_screen(TooSmall(MIN_WIDTH, MIN_HEIGHT))
         elif not small and isinstance(self.screen, TooSmall):
             self.pop_screen()
-        self._main.query_one(Footer).compact = event.size.width < WIDE
 
 
 def run(
-    url: str, token: str | None = None, tenant: str | None = None, read_only: bool = False
+    url: str,
+    token: str | None = None,
+    tenant: str | None = None,
+    read_only: bool = False,
+    ca: Path | None = None,
 ) -> int:
-    """Run the TUI in this terminal and return the exit code."""
-    return asyncio.run(_run(url, token, tenant, read_only))
+    """Run the TUI in this terminal and return the exit code. ``ca`` is a PEM file of certificates
+    to trust."""
+    return asyncio.run(_run(url, token, tenant, read_only, ca))
 
 
-async def _run(url: str, token: str | None, tenant: str | None, read_only: bool) -> int:
+async def _run(
+    url: str, token: str | None, tenant: str | None, read_only: bool, ca: Path | None
+) -> int:
     try:
-        async with ApiClient(url, token, tenant) as client:
+        async with ApiClient(url, token, tenant, ca) as client:
             first = await client.snapshot()
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
                 raise ClientError("refused", "the TUI needs a terminal; in scripts use the API")
@@ -332,6 +355,8 @@ async def _run(url: str, token: str | None, tenant: str | None, read_only: bool)
 def _remedy(error: ClientError) -> str:
     if error.status in (401, 403):
         return "give the operator token with --token or BETRACE_TOKEN"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "if the certificate is yours, name it or its CA with --ca FILE"
     if error.kind in ("unreachable", "timed out"):
         return "start it with `betrace serve`, or give its API with --url"
     return "see `betrace tui --help`"

@@ -8,6 +8,7 @@ from typing import Any
 
 from textual.app import App
 from textual.color import Color, ColorParseError
+from textual.message import Message
 from textual.worker import Worker
 
 from betrace.tui.changes import OperatorChange
@@ -18,8 +19,40 @@ from betrace.tui.tones import Tone
 _COLOURS: dict[Tone, str] = {"good": "success", "busy": "warning", "bad": "error"}
 
 
+class ReloadPanel(Message):
+    """Makes the visible panel read its own data again."""
+
+
+class ShowPanel(Message):
+    """Shows the panel whose class has this name, with the cursor on this row, in place of all
+    details."""
+
+    def __init__(self, name: str, row: str | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.row = row
+
+
+class ViewTenant(Message):
+    """Shows this tenant's signals, traces and rules from now on."""
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__()
+        self.tenant = tenant
+
+
+class MakeChange(Message):
+    """Asks for confirmation (unless ``sure``), makes a change, and reports the result."""
+
+    def __init__(self, change: OperatorChange, sure: bool = False) -> None:
+        super().__init__()
+        self.change = change
+        self.sure = sure
+
+
 class BaseApp(App[int]):
-    """The application as its panels see it. :class:`betrace.tui.app.BetraceApp` composes it.
+    """The application as its panels see it. :class:`betrace.tui.app.BetraceApp` composes it, and
+    handles the messages above, which panels post to it.
 
     Args:
       client: sends the requests; its owner closes it.
@@ -44,23 +77,10 @@ class BaseApp(App[int]):
         """Run an async function as a task. It replaces a running task of the same group."""
         _: Worker[None] = self.run_worker(work, group=group, exclusive=True)
 
-    # Provided by the application
-
-    def reload(self) -> None:
-        """Make the visible panel read its own data again."""
-        raise NotImplementedError
-
-    def show_panel(self, name: str) -> None:
-        """Show the panel whose class has this name."""
-        raise NotImplementedError
-
-    def view_tenant(self, tenant: str) -> None:
-        """Show this tenant's signals, traces and rules from now on."""
-        raise NotImplementedError
-
-    def change(self, change: OperatorChange) -> None:
-        """Ask for confirmation, make a change, and report the result."""
-        raise NotImplementedError
+    def change(self, change: OperatorChange, sure: bool = False) -> None:
+        """Ask for confirmation, unless a dialog was answered before (``sure``); make a change, and
+        report the result."""
+        self.post_message(MakeChange(change, sure))
 
     # Errors
 

@@ -107,6 +107,18 @@ class ComponentStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingTenant:
+    """A tenant that used up its CPU time, so that its spans wait."""
+
+    name: str
+    spans: int
+    seconds: float
+    """How long the oldest has waited."""
+    cpu_seconds: float
+    """CPU time that the tenant had meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceSnapshot:
     """The service at one moment. ``raw`` is the complete snapshot."""
 
@@ -130,6 +142,7 @@ class ServiceSnapshot:
     ready: bool
     ingestion: str
     """open, paused or draining."""
+    waiting: tuple[WaitingTenant, ...]
     raw: Json
 
 
@@ -166,7 +179,19 @@ def parse(data: Json, at: float) -> ServiceSnapshot:
         open_traces=as_int(mapping(data.get("traceWindows")).get("activeWindows")),
         ready=bool(data.get("ready")),
         ingestion=as_text(pipeline.get("ingestion")) or "open",
+        waiting=tuple(
+            _waiting(name, mapping(each)) for name, each in mapping(pipeline.get("backlog")).items()
+        ),
         raw=data,
+    )
+
+
+def _waiting(name: str, line: Json) -> WaitingTenant:
+    return WaitingTenant(
+        name,
+        as_int(line.get("spans")),
+        as_float(line.get("seconds")) or 0.0,
+        as_float(line.get("cpuSeconds")) or 0.0,
     )
 
 

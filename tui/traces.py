@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from betrace.tui.json_values import Json, mapping, objects
@@ -21,6 +22,9 @@ class TreeSpan:
     start: int
     end: int
     failed: bool
+    raw: Json = field(default_factory=dict, compare=False)
+    """The span in OTLP JSON."""
+    resource: Json = field(default_factory=dict, compare=False)
 
 
 def spans_of(trace: Json) -> list[TreeSpan]:
@@ -29,7 +33,8 @@ def spans_of(trace: Json) -> list[TreeSpan]:
     for resource in objects(trace.get("resourceSpans")):
         service = _service(resource)
         for scope in objects(resource.get("scopeSpans")):
-            found += [_span(span, service) for span in objects(scope.get("spans"))]
+            of = mapping(resource.get("resource"))
+            found += [_span(span, service, of) for span in objects(scope.get("spans"))]
     return found
 
 
@@ -54,17 +59,19 @@ def in_tree_order(spans: Iterable[TreeSpan]) -> list[tuple[int, TreeSpan]]:
     return found
 
 
-def _span(span: Json, service: str) -> TreeSpan:
+def _span(span: Json, service: str, resource: Json) -> TreeSpan:
     status = span.get("status")
-    start = _nanoseconds(span.get("startTimeUnixNano"))
+    start = nanoseconds(span.get("startTimeUnixNano"))
     return TreeSpan(
         str(span.get("spanId", "")),
         str(span.get("parentSpanId") or ""),
         str(span.get("name", "")),
         service,
         start,
-        max(start, _nanoseconds(span.get("endTimeUnixNano"))),
+        max(start, nanoseconds(span.get("endTimeUnixNano"))),
         isinstance(status, dict) and status.get("code") in (2, "STATUS_CODE_ERROR"),
+        span,
+        resource,
     )
 
 
@@ -75,9 +82,29 @@ def _service(resource: Json) -> str:
     return ""
 
 
-def _nanoseconds(value: Any) -> int:
+def nanoseconds(value: Any) -> int:
     """A 64-bit integer, which OTLP JSON writes as a string."""
     try:
         return int(value)
     except (TypeError, ValueError):
         return 0
+
+
+def attribute_text(value: object) -> str:
+    """An attribute's value: a string as it is, others as in JSON."""
+    found = _plain(value)
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+
+def _plain(value: object) -> Any:
+    """The plain value of an ``AnyValue``; 64-bit integers are written as strings."""
+    for name, inner in mapping(value).items():
+        if name == "intValue":
+            return nanoseconds(inner)
+        if name == "arrayValue":
+            return [_plain(each) for each in objects(mapping(inner).get("values"))]
+        if name == "kvlistValue":
+            pairs = objects(mapping(inner).get("values"))
+            return {str(each.get("key")): _plain(each.get("value")) for each in pairs}
+        return inner
+    return None

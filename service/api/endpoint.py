@@ -26,6 +26,7 @@ from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.turns import TenantTurns
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.triage import TriageStore
+from betrace.service.storage.undecided import UndecidedStore
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -66,6 +67,7 @@ class Tools:
     tenants: TenantAdministration
     audit: AuditTrail
     triage: TriageStore
+    undecided: UndecidedStore
     performance: Performance
     exposition: Exposition
     threads: ThreadRunner

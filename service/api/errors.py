@@ -30,6 +30,7 @@ from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.queries import BadQuery
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.triage import TriageError
+from betrace.service.storage.undecided import UndecidedStoreError
 from betrace.service.tenancy.directory import DirectoryError, TenantError, UnknownTenantError
 from betrace.service.tenancy.tokens import BadKeyError
 
@@ -67,7 +68,13 @@ def translate(error: Exception) -> ApiError | None:
             return unavailable(
                 f"the store cannot answer: {text}", "try again; see its component at /readyz"
             )
-        case AuditError() | DeadLetterError() | DirectoryError() | TriageError():
+        case (
+            AuditError()
+            | DeadLetterError()
+            | DirectoryError()
+            | TriageError()
+            | UndecidedStoreError()
+        ):
             return ApiError(503, text, "nothing was done; free disk space and try again")
         case TenantDeletedError():
             return ApiError(403, text, "see /docs")

@@ -20,6 +20,7 @@ from betrace.service.api.endpoints import (
     rules,
     signals,
     tenants,
+    undecided,
 )
 from betrace.service.api.reference import INTRODUCTION, all_answers, markdown, page
 
@@ -46,7 +47,7 @@ ERROR_SCHEMA = {
 def all_endpoints() -> list[Endpoint]:
     """All endpoints of the API, in the order of the documentation."""
     operation = (performance, breakers, dead_letters, fallback, checkpoints, caches, pipeline)
-    modules = (signals, rules, *operation, tenants, health)
+    modules = (signals, undecided, rules, *operation, tenants, health)
     return [item for module in modules for item in module.endpoints.all] + endpoints.all
 
 

@@ -199,7 +199,7 @@ token_option = click.option(
     envvar=TOKEN_VARIABLES,
     help="The operator token, if authentication is on; also BETRACE_TOKEN.",
 )
-_ca_option = click.option(
+ca_option = click.option(
     "--ca",
     envvar="BETRACE_CA",
     metavar="FILE",
@@ -224,4 +224,4 @@ def server_options(command: Command) -> Command:
     def with_server(*, url: str, token: str | None, ca: Path | None, **given: Any) -> Any:
         return command(server=Server(url, token, ca), **given)
 
-    return url_option(token_option(_ca_option(json_option(with_server))))
+    return url_option(token_option(ca_option(json_option(with_server))))

@@ -35,6 +35,7 @@ _COMMANDS = {
     "trace": ("traces", "trace"),
     "traces": ("traces", "traces"),
     "tui": ("tui", "tui"),
+    "undecided": ("undecided", "undecided"),
 }
 
 # By top-level package: what it is called, and the extra that installs it.

@@ -216,6 +216,7 @@ class _PipelineBuilder:
                 self._stores.duckdb,
                 self._settings.traces.relational_spans_max,
             ),
+            self._stores.local.undecided,
         )
         stage.evaluations = RuleEvaluations(self._settings.metrics.max_rule_series)
         return stage

@@ -23,11 +23,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.channels import ThreadRunner
 from betrace.service import jit
 from betrace.service.otlp import json, wire
+from betrace.service.otlp.columns import TRACE_HI, TRACE_LO
+from betrace.service.otlp.subset import spans_of, wanted_traces
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
+from betrace.service.rules.syntax import Attribute, Scope
 from betrace.service.traces.decide import decide
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.tenant_traces import TenantTraces
+from betrace.service.traces.trace_spans import trace_spans
 
 _log = logging.getLogger("service.warmup")
 
@@ -64,6 +68,10 @@ def _warm_up_traces() -> None:
     for _, folded in traces.fold(batch, 1):
         if folded.early is not None:
             decide(folded.early)
+    ids = {(int(row[TRACE_HI]), int(row[TRACE_LO])) for row in batch.spans}
+    part = wire.scan_bodies("warm-up", [spans_of(_sample(), wanted_traces(lo for _, lo in ids))])
+    for _, span in trace_spans(part, ids):
+        span.read(Attribute(Scope.ANY, "a"))
     for due in traces.close_due(10, 1, 1):
         decide(due)
     closed = ClosedTraces(1 << 12)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from betrace.service.rules.early import early
 from betrace.service.rules.exact import number
 from betrace.service.rules.format import format_condition
 from betrace.service.rules.least import least
@@ -48,6 +49,8 @@ from betrace.service.rules.syntax import (
 )
 from betrace.service.rules.values import exact_text
 
+COST = "about 10 µs a span"  # measured by perf.relations
+
 Bound = Node | bool
 """A condition, or its constant value."""
 
@@ -81,10 +84,16 @@ def _cheaper(bound: Bound) -> Bound:
     return all_of(named) if named else bound
 
 
+def decided_by(rule: RuleSyntax) -> str:
+    """``fold``: by counts, while the spans arrive; ``read back``: by the whole trace."""
+    return "read back" if rule.relational else "fold"
+
+
 def plan(rule: RuleSyntax) -> str:
-    """How a rule is decided, in a sentence for people."""
+    """How a rule is decided and what that costs, in a sentence for people."""
     if not rule.relational:
         return "decided from counts while the spans arrive"
+    when = "when it closes" if early(rule) is None else "while it is open and when it closes"
     bound = candidate(rule)
     if bound is False:
         return "never broken"
@@ -93,8 +102,8 @@ def plan(rule: RuleSyntax) -> str:
     needs += [f"at least {spans} spans"] if spans > 2 else []
     needs += [f"a duration of at least {duration} ns"] if duration else []
     if not needs:
-        return "reads every trace back from the span log when it closes"
-    return "reads a trace back from the span log when it closes, if it has: " + ", ".join(needs)
+        return f"reads every trace back from the span log {when} ({COST})"
+    return f"reads a trace back from the span log {when} ({COST}), if it has: {', '.join(needs)}"
 
 
 class _Bounds:

@@ -11,18 +11,20 @@ from betrace.service.storage.alert_store import AlertStore
 from betrace.service.storage.dead_letters import DeadLetterStore
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.triage import TriageStore
+from betrace.service.storage.undecided import UndecidedStore
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStores:
     """Dead letters, the fallback files of each store, what people decided about rules and signals,
-    and alerts."""
+    alerts, and the traces that rules could not judge."""
 
     letters: DeadLetterStore
     ledger: FallbackFiles
     duckdb: FallbackFiles
     triage: TriageStore
     alerts: AlertStore
+    undecided: UndecidedStore
 
 
 def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> LocalStores:
@@ -44,4 +46,6 @@ def open_local_stores(data: Path, settings: Settings, stack: ExitStack) -> Local
     stack.callback(triage.close)
     alerts = AlertStore(data / "alerts.sqlite")
     stack.callback(alerts.close)
-    return LocalStores(letters, files[0], files[1], triage, alerts)
+    undecided = UndecidedStore(data / "undecided.sqlite")
+    stack.callback(undecided.close)
+    return LocalStores(letters, files[0], files[1], triage, alerts, undecided)

@@ -28,8 +28,8 @@ from betrace.service.traces.layout import FLAGS, HI, LO, REOPENED, SPANS
 from betrace.service.traces.signal_history import RuleSignals, SignalHistory, merged
 
 REMEMBERED = 100_000  # traces with signals of relational rules, and open traces that were read
-EARLY_SHARE = 0.03  # of a core, for reading open traces
-EARLY_BURST = 1.0  # seconds
+EARLY_SHARE = 0.02  # of a core, for reading open traces
+EARLY_BURST = 0.1  # seconds
 LONG = 1000  # spans
 
 ReadTraces = Callable[[DueTraces, Sequence[int]], Iterable[tuple[int, "TraceTree | str"]]]

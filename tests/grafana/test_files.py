@@ -135,6 +135,7 @@ def test_promtool_accepts_the_rules_and_the_configuration():
     promtool("check", "config", "prometheus.yml")
 
 
+@pytest.mark.slow
 @needs_promtool
 def test_alerts_fire_when_they_should_and_only_then():
     assert "SUCCESS" in promtool("test", "rules", "alerts_test.yaml")

@@ -101,6 +101,7 @@ def test_the_gate_passes_and_fails_on_an_injected_slowdown(
     assert "SLOWER" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_each_processor_has_its_own_baseline(
     baseline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,12 @@ def as_text(found: Any) -> str | None:
         return "NaN" if math.isnan(found) else "Infinity" if found > 0 else "-Infinity"
     if not is_number(found):
         return None
+    rest = Fraction(found).denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return str(Fraction(found))  # no decimal, such as 1/3
     whole, places = abs(Fraction(found)), 0
     while whole.denominator != 1:
         whole, places = whole * 10, places + 1

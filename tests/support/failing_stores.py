@@ -27,7 +27,7 @@ from betrace.service.traces.layout import (
     SPANS,
 )
 from betrace.service.traces.verdicts import Decided
-from tests.support.virtual import hanging
+from tests.support.virtual import Hang
 
 RULES = compile_rules([make_rule({"id": "no-loop", "condition": 'count("loop") < 2'})], "v1")
 
@@ -87,7 +87,7 @@ class Faulty:
         self.fault: str | None = None
         self.script: Iterator[str | None] = iter(())
         self.calls = 0
-        self._released = threading.Event()
+        self._hang = Hang()
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ class Faulty:
             yield
         finally:
             self.fault = None
-            self._released.set()
+            self._hang.release()
 
     def meet(self, error: Exception, work: Callable[[], None]) -> None:
         """Do the work, or fail."""
@@ -106,8 +106,7 @@ class Faulty:
         if fault == "error":
             raise error
         if fault == "hang":
-            with hanging():
-                self._released.wait(20)
+            self._hang.wait()
         work()
         if fault == "late error":
             raise error

@@ -134,6 +134,13 @@ def rules() -> list[dict[str, Any]]:
     ]
 
 
+MUTE = {
+    "since": "2023-11-14T22:13:20Z",
+    "until": "2023-11-15T00:13:20Z",
+    "reason": "the bank is migrating",
+    "by": "ann",
+}
+
 SUMMARY = {"total": 9, "retracted": 1, "by_rule": {"fraud-check": 7, "retries": 2}}
 
 
@@ -226,6 +233,10 @@ def _done(method: str, path: str, name: str) -> Any:
         given = signal(1)
         verdict = {"breach": True, "clause": "always", "message": "missing: fraud_check"}
         return verdict | {n: given[n] for n in ("counts", "evidence")}
+    if path.endswith("/acknowledge"):
+        return {"at": "2023-11-14T22:13:21Z", "by": "ann", "note": "I look"}
+    if path.endswith("/mute"):
+        return MUTE if method == "PUT" else {}
     if path.startswith("/api/v1/rules/"):
         return rule(name) if method == "PUT" else {}
     if path == "/api/admin/dead-letters/retry":

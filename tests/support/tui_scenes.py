@@ -21,6 +21,8 @@ class Scene:
     read_only: bool = False
     both: bool = False
     """Whether there is also a snapshot at 120×40."""
+    wide: bool = False
+    """Whether there is also a snapshot at 200×50."""
     shows: Mapping[str, str] = field(default_factory=dict)
     """Text that appears when the work started by a key is done, for keys that wait for the
     service."""
@@ -50,7 +52,7 @@ def paused(api: FakeApi) -> None:
 
 
 SCENES = {
-    "overview": Scene(("1",), both=True),
+    "overview": Scene(("1",), both=True, wide=True),
     "overview-overloaded": Scene(("1", "l"), overloaded, both=True),
     "pipeline": Scene(("2",), both=True),
     "pipeline-paused": Scene(("2", "s", "j"), paused),
@@ -60,9 +62,11 @@ SCENES = {
     "confirm": Scene(("3", "j", "R")),
     "caches": Scene(("4",), both=True),
     "cache": Scene(("4", "enter")),
-    "signals": Scene(("5",), both=True),
-    "signal": Scene(("5", "enter"), both=True),
-    "rules": Scene(("6",), both=True),
+    "signals": Scene(("5",), both=True, wide=True),
+    "signals-by-rule": Scene(("5", "b")),
+    "signal": Scene(("5", "enter", "j"), both=True, wide=True, shows={"enter": "POST /checkout"}),
+    "acknowledge": Scene(("5", "A")),
+    "rules": Scene(("6",), both=True, wide=True),
     "rule": Scene(("6", "j", "j", "enter")),
     "rule-edit": Scene(("6", "E"), both=True, shows={"E": "the condition is valid"}),
     "rule-new": Scene(("6", "A"), shows={"A": "write a condition"}),
@@ -83,6 +87,8 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
     """Bring the TUI to a scene."""
     app: Any = pilot.app
     app.animation_level = "none"
+    for kind in (TextArea, Input):
+        kind.cursor_blink._default = False  # from the start, so that the time does not matter
     await until(lambda: app.connection.link.status == "connected" and bool(api.streams))
     if scene.happens is not None:
         before = app.connection.link, app.state.now
@@ -93,8 +99,6 @@ async def prepare(pilot: Pilot[int], api: FakeApi, scene: Scene) -> None:
         await settled(pilot)
         text = scene.shows.get(key, "")
         await until(lambda text=text: text in screen_text(app))  # type: ignore[misc]
-    for writing in (*app.screen.query(TextArea), *app.screen.query(Input)):
-        writing.cursor_blink = False
     if scene.keys[0] == "5":
         await until(lambda: bool(api.tails))
         app._show()

@@ -1,14 +1,16 @@
 """Virtual time that stops while worker threads work.
 
 Trio's test clock jumps when all tasks wait, even for a thread. This one jumps only when no
-:class:`betrace.channels.ThreadRunner` has a running call, except calls in :func:`hanging`.
+:class:`betrace.channels.ThreadRunner` has a running call, except those that wait for a
+:class:`Hang`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from unittest import mock
 
 import trio
@@ -38,15 +40,30 @@ class _Time:
 _present: _Time | None = None
 
 
-@contextmanager
-def hanging() -> Iterator[None]:
-    """In a worker thread: time continues although the call does not return."""
-    time = _present
-    if time is not None:
-        time.add_soon(-1)
-    yield
-    if time is not None:
-        time.add_soon(1)
+class Hang:
+    """What worker threads wait for while time continues. Time stops again as soon as it is
+    released, because a busy machine may take long to wake a thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+        self._waiting = 0
+
+    def wait(self) -> None:
+        """Wait in a worker thread."""
+        with self._lock:
+            if _present is not None and not self._released.is_set():
+                self._waiting += 1
+                _present.add_soon(-1)
+        self._released.wait(600)
+
+    def release(self) -> None:
+        """Let all threads continue. Called by the test."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, 0
+            if _present is not None:
+                _present.add(waiting)
+            self._released.set()
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:

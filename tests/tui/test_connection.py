@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +18,7 @@ from betrace.tui import connection
 from betrace.tui.app import run
 from betrace.tui.client import ApiClient, ClientError
 from betrace.tui.connection import Link, ServiceConnection
+from tests.support.ingest_servers import write_certificate
 from tests.support.tui_fake import T0, URL, FakeApi, piloted, refusal, screen_text, toasts, until
 
 
@@ -132,7 +138,9 @@ class Answering:
     def __init__(self, api: FakeApi) -> None:
         self.api = api
 
-    def __call__(self, url: str, token: str | None, tenant: str | None) -> ApiClient:
+    def __call__(
+        self, url: str, token: str | None, tenant: str | None, ca: Path | None
+    ) -> ApiClient:
         return ApiClient(url, token, tenant, transport=httpx.MockTransport(self.api._handle))
 
 
@@ -174,3 +182,49 @@ def test_a_late_answer_is_a_timeout():
             return found.value
 
     assert asyncio.run(read()).kind == "timed out"
+
+
+# https
+
+
+@contextmanager
+def https(certificate):
+    """A server that answers every request with an empty object, in another thread."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"https://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_certificate_of_ones_own_is_trusted_if_named(tmp_path, capsys):
+    certificate = write_certificate(tmp_path)
+    with https(certificate) as url:
+
+        async def ask() -> object:
+            async with ApiClient(url, ca=Path(certificate.certificate)) as client:
+                return await client.get("/readyz")
+
+        assert asyncio.run(ask()) == {}
+        assert run(url) == 3
+        assert "name it or its CA with --ca FILE" in capsys.readouterr().err
+    assert run(url, ca=Path(certificate.key)) == 3
+    assert "has no certificates" in capsys.readouterr().err

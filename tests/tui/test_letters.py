@@ -9,6 +9,7 @@ from betrace.tui.panels.tenants import check_key, quota_text
 from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.dialogs import Ask, Confirm
 from betrace.tui.widgets.pick import Pick
+from tests.support import tui_records as records
 from tests.support.tui_fake import T0, piloted, refusal, screen_text, toasts, until
 
 PUBLIC = "-----BEGIN PUBLIC KEY-----\nMCow\n-----END PUBLIC KEY-----\n"
@@ -25,6 +26,22 @@ async def test_a_letter_opens_with_its_payload(pilot, api):
     await pilot.press("G")
     await until(lambda: '"fraud-check"' in screen_text(pilot.app))
     await pilot.press("escape")
+
+
+@piloted()
+async def test_a_description_follows_its_letter(pilot, api):
+    app = pilot.app
+    await pilot.press("7")
+    await until(lambda: "3 dead letters" in screen_text(app))
+    await pilot.press("enter")
+    await until(lambda: "attempts      1" in screen_text(app))
+    first, *others = records.letters()
+    first["attempts"] = 9
+    api.routes["GET", "/api/admin/dead-letters"] = {"deadLetters": [first, *others], "next": None}
+    api.routes["GET", "/api/admin/dead-letters/1"] = {**first, "payload": records.PAYLOAD}
+    await until(lambda: app.panel.loaded_at < 1e12)
+    api.publish(after=6.0)
+    await until(lambda: app._show() or "attempts      9" in screen_text(app))
 
 
 @piloted()

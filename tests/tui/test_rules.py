@@ -22,12 +22,36 @@ async def test_rules_are_listed_with_their_signals(pilot, api):
     assert "3 rules, 2 enabled, ▪ 1 in files  9 signals in the last hour" in text
     line = next(line for line in text.splitlines() if "fraud-check" in line)
     assert line.split()[:7] == ["●", "on", "fraud-check", "✖", "critical", "12", "7"]
-    assert "○ off   slow-checkout" in text
+    assert "○ off      slow-checkout" in text
     await pilot.press("enter")
     await pilot.pause()
     assert "when   { charge.where(amount > 1000) }" in screen_text(pilot.app)
     assert "team=payments" in screen_text(pilot.app)
     await pilot.press("escape")
+
+
+@piloted()
+async def test_how_a_rule_is_decided_is_shown(pilot, api):
+    plan = "reads a trace back when it closes, if it has: charge"
+    api.routes["POST", "/api/v1/rules/validate"] = {"valid": True, "errors": [], "plan": plan}
+    await pilot.press("6")
+    await until(lambda: "fraud-check" in screen_text(pilot.app))
+    await pilot.press("enter")
+    await until(lambda: f"decided           {plan}" in screen_text(pilot.app))
+    await pilot.press("escape", "E")
+    await until(lambda: isinstance(pilot.app.screen, RuleEditor))
+    await until(lambda: plan in screen_text(pilot.app))
+
+
+@piloted()
+async def test_a_rule_in_shadow_mode_says_so(pilot, api):
+    rule = records.rule("fraud-check", mode="shadow", incomplete="skip")
+    api.routes["GET", "/api/v1/rules"] = {"rules": [rule]}
+    await pilot.press("6")
+    await until(lambda: "● shadow   fraud-check" in screen_text(pilot.app))
+    await pilot.press("enter")
+    await until(lambda: "shadow: its signals are recorded" in screen_text(pilot.app))
+    assert "traces with a parent that never came are skipped" in screen_text(pilot.app)
 
 
 @piloted()

@@ -1,4 +1,4 @@
-"""The appearance of each screen at the smallest size and at a common one.
+"""The appearance of each screen at the smallest size, and of some at larger ones.
 
 After an intended change, run ``pytest tests/tui/test_snapshots.py --snapshot-update``, review the
 changes in ``__snapshots__``, and regenerate the pictures of the docs
@@ -13,9 +13,25 @@ from betrace.tui import connection
 from tests.support.tui_fake import FakeApi
 from tests.support.tui_scenes import SCENES, prepare
 
-SMALL, COMMON = (80, 24), (120, 40)
-SCREENS = [(name, SMALL) for name in SCENES]
-SCREENS += [(name, COMMON) for name, scene in SCENES.items() if scene.both]
+SMALL, COMMON, WIDE = (80, 24), (120, 40), (200, 50)
+RARE = ("breaker", "cache", "stage", "dead-letter", "tenant-delete", "read-only", "rule-new")
+RARE += ("rule-test", "pipeline-paused", "signals-by-rule", "acknowledge")
+"""Scenes that only ``make test`` compares. Other tests read their text."""
+
+SCREENS = [
+    pytest.param(name, SMALL, id=f"{name}-80x24", marks=[pytest.mark.slow] if name in RARE else [])
+    for name in SCENES
+]
+SCREENS += [
+    pytest.param(name, COMMON, id=f"{name}-120x40", marks=pytest.mark.slow)
+    for name, scene in SCENES.items()
+    if scene.both
+]
+SCREENS += [
+    pytest.param(name, WIDE, id=f"{name}-200x50", marks=pytest.mark.slow)
+    for name, scene in SCENES.items()
+    if scene.wide
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +40,7 @@ def _no_second_try(monkeypatch):
     monkeypatch.setattr(connection, "FIRST_PAUSE", 600.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), SCREENS, ids=[f"{name}-{width}x{height}" for name, (width, height) in SCREENS]
-)
+@pytest.mark.parametrize(("name", "size"), SCREENS)
 def test_a_screen_looks_as_before(name, size, snap_compare):
     scene = SCENES[name]
     api = FakeApi()

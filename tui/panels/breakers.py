@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.content import Content
 
 from betrace.tui.changes import OperatorChange
 from betrace.tui.format import NONE, clock, duration, number, percent, words
-from betrace.tui.panels.details import show_breaker, trial_text
+from betrace.tui.panels.details import breaker_text, trial_text
 from betrace.tui.state import BreakerStatus, ServiceState
 from betrace.tui.tones import SYMBOLS, status_tone
 from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
@@ -25,6 +26,7 @@ _NOTES = {
 
 class BreakersPanel(TablePanel):
     TITLE = "Breakers"
+    NOUN = "Breaker"
 
     COLUMNS = (
         Column("name", "breaker", 15),
@@ -53,8 +55,8 @@ class BreakersPanel(TablePanel):
             assert now is not None
             yield Row(breaker.name, _cells(breaker, now.at))
 
-    def drill(self, key: str) -> None:
-        show_breaker(self.betrace, key)
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        return breaker_text(state, key)
 
     def action_change_breaker(self, action: str) -> None:
         name, now = self.selected, self.betrace.state.now

@@ -12,7 +12,7 @@ from textual.content import Content
 from betrace.tui.changes import OperatorChange
 from betrace.tui.format import NONE, count, many, millis, number, percent
 from betrace.tui.json_values import Json
-from betrace.tui.panels.details import show_cache
+from betrace.tui.panels.details import cache_text
 from betrace.tui.panels.history_graph import history_graph
 from betrace.tui.state import CacheStatus, ServiceState
 from betrace.tui.widgets.dialogs import Ask
@@ -23,6 +23,7 @@ from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
 
 class CachesPanel(TablePanel):
     TITLE = "Caches"
+    NOUN = "Cache"
 
     COLUMNS = (
         Column("name", "cache", 15),
@@ -59,8 +60,8 @@ class CachesPanel(TablePanel):
         for cache in state.now.caches if state.now else ():
             yield Row(cache.name, _cells(cache, state.rate(f"{cache.name}.hit_rate")))
 
-    def drill(self, key: str) -> None:
-        show_cache(self.betrace, key)
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        return cache_text(state, key, width)
 
     def _cache(self) -> CacheStatus | None:
         now, name = self.betrace.state.now, self.selected

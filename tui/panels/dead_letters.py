@@ -10,12 +10,13 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 
 from betrace.tui.changes import OperatorChange
-from betrace.tui.client import ClientError
+from betrace.tui.client import ApiClient, ClientError, segment
 from betrace.tui.format import clock, count, date, duration, many, moment, number, size
 from betrace.tui.json_values import Json, objects
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import marked, toned
-from betrace.tui.widgets.detail import CachedText, Detail
+from betrace.tui.widgets.descriptions import Descriptions
+from betrace.tui.widgets.detail import CachedText
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.list_panel import MOST, ListPanel, Part
 from betrace.tui.widgets.table_panel import Cell, Column, Row
@@ -26,6 +27,7 @@ MARK = "✚"
 class DeadLettersPanel(ListPanel):
     TITLE = "Dead letters"
     SHORT = "Dead"
+    NOUN = "Dead letter"
     EMPTY = "No dead letters: no batch has failed for good."
 
     COLUMNS = (
@@ -54,10 +56,15 @@ class DeadLettersPanel(ListPanel):
         self._letters: dict[str, Json] = {}
         self._more = False
         self._marked: set[str] = set()
+        self._texts = Descriptions(self, self._described)
 
     async def read(self) -> None:
         answer = await self.betrace.client.get("/api/admin/dead-letters", limit=MOST)
+        before = self._letters
         self._letters = {str(each.get("id")): each for each in objects(answer.get("deadLetters"))}
+        for identity, letter in self._letters.items():
+            if before.get(identity) != letter:
+                self._texts.forget(identity)
         self._more = answer.get("next") is not None
         self._marked &= set(self._letters)
 
@@ -88,24 +95,15 @@ class DeadLettersPanel(ListPanel):
                 ),
             )
 
-    def drill(self, key: str) -> None:
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        if key not in self._letters:
+            return None
+        shown = self._texts.get(key)
+        return shown.draw(state, width) if shown is not None else None
+
+    def _described(self, key: str) -> DeadLetterText | None:
         letter = self._letters.get(key)
-        if letter is None:
-            return
-        shown = DeadLetterText(letter)
-        detail = Detail(f"Dead letter {key}", shown.draw)
-        self.betrace.push_screen(detail)
-
-        async def read() -> None:
-            try:
-                shown.letter = await self.betrace.client.get(f"/api/admin/dead-letters/{key}")
-            except ClientError as error:
-                shown.problem = str(error)
-            shown.changed()
-            if detail.is_attached:
-                detail.show(self.betrace.state)
-
-        self.betrace.start(read, "detail")
+        return DeadLetterText(letter) if letter is not None else None
 
     # Keys
 
@@ -203,7 +201,16 @@ class DeadLetterText(CachedText):
     def __init__(self, letter: Json) -> None:
         super().__init__()
         self.letter = letter
-        self.problem = ""
+        self._problem = ""
+
+    async def load(self, client: ApiClient) -> None:
+        """Read the letter with its payload."""
+        path = f"/api/admin/dead-letters/{segment(str(self.letter.get('id')))}"
+        try:
+            self.letter = await client.get(path)
+        except ClientError as error:
+            self._problem = str(error)
+        self.changed()
 
     def make(self, width: int) -> Content:
         letter = self.letter
@@ -231,7 +238,7 @@ class DeadLetterText(CachedText):
             if len(text) > _MOST_TEXT:
                 lines.append(Content(f"… and {many(len(text) - _MOST_TEXT, 'more character')}"))
         else:
-            status = marked(f"not loaded: {self.problem}", "bad") if self.problem else "loading …"
+            status = marked(f"not loaded: {self._problem}", "bad") if self._problem else "loading …"
             lines.append(Content.assemble(status))
         return Content("\n").join(lines)
 

@@ -31,14 +31,6 @@ def show_stage(app: BaseApp, name: str) -> None:
     app.push_screen(Detail(f"Stage {name}", lambda state, width: stage_text(state, name, width)))
 
 
-def show_breaker(app: BaseApp, name: str) -> None:
-    app.push_screen(Detail(f"Breaker {name}", lambda state, _: breaker_text(state, name)))
-
-
-def show_cache(app: BaseApp, name: str) -> None:
-    app.push_screen(Detail(f"Cache {name}", lambda state, width: cache_text(state, name, width)))
-
-
 def stage_text(state: ServiceState, name: str, width: int) -> Content | None:
     now = state.now
     stage = next((s for s in now.stages if s.name == name), None) if now else None

@@ -4,28 +4,58 @@ from __future__ import annotations
 
 from textual.content import Content
 
-from betrace.tui.base import BaseApp
-from betrace.tui.client import ClientError
-from betrace.tui.format import NONE, date, many, millis, moment
-from betrace.tui.json_values import Json, mapping
+from betrace.tui.client import ApiClient, ClientError
+from betrace.tui.format import NONE, count, date, many, millis, moment
+from betrace.tui.json_values import Json, mapping, objects
+from betrace.tui.panels.triage import acknowledged_text
+from betrace.tui.state import ServiceState
 from betrace.tui.tones import marked, severity, signal_tone, toned
-from betrace.tui.traces import TreeSpan, spans_of
-from betrace.tui.widgets.detail import CachedText, Detail
+from betrace.tui.traces import TreeSpan, in_tree_order, spans_of
+from betrace.tui.widgets.detail import CachedText
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.waterfall import MATCH, letters, marks, waterfall
 
 
-class SignalText(CachedText):
+class SignalText:
     """A signal, with its trace once that is loaded."""
 
     def __init__(self, signal: Json) -> None:
-        super().__init__()
         self.signal = signal
-        self.trace: Json | None = None
-        self.spans: list[TreeSpan] = []
-        self.problem = ""
+        self.lines: list[tuple[int, TreeSpan]] = []
+        """The spans of the trace with their depths, in the order shown."""
+        self._trace: Json | None = None
+        self._problem = ""
+        self._drawn: tuple[object, Content] | None = None
+        """The text of the trace, with what it was made for."""
 
-    def make(self, width: int) -> Content:
+    @property
+    def begun(self) -> int:
+        """The start of the trace in nanoseconds since 1970."""
+        return min((span.start for _, span in self.lines), default=0)
+
+    async def load(self, client: ApiClient) -> None:
+        """Read the signal and its trace."""
+        self._problem = ""
+        try:
+            self.signal = await client.signal(str(self.signal.get("id")))
+        except ClientError as error:
+            if error.status != 404:  # a signal from the stream may not be stored yet
+                self._problem = str(error)
+        try:
+            self._trace = await client.trace(str(self.signal.get("trace_id")))
+            self.lines = in_tree_order(spans_of(self._trace))
+        except ClientError as error:
+            self._problem = str(error)
+
+    def acknowledged(self, acknowledgement: Json) -> None:
+        """Someone acknowledged the signal just now."""
+        self.signal = {**self.signal, "acknowledged": acknowledgement}
+
+    def draw(self, _: ServiceState, width: int) -> Content:
+        return Content.assemble(self.facts(), "\n", self.trace_text(width))
+
+    def facts(self) -> Content:
+        """Everything but the trace."""
         signal = self.signal
         status = str(signal.get("status") or "active")
         labels = mapping(signal.get("labels"))
@@ -37,6 +67,8 @@ class SignalText(CachedText):
                     toned(*severity(str(signal.get("severity", "")))),
                     "  ",
                     marked(status, signal_tone(status)),
+                    "  muted" if signal.get("muted") else "",
+                    "  shadow" if signal.get("mode") == "shadow" else "",
                 ),
             ),
             ("message", str(signal.get("message", ""))),
@@ -44,6 +76,8 @@ class SignalText(CachedText):
         if signal.get("reason"):
             facts.append(("reason", str(signal["reason"])))
         facts.append(("detected", date(moment(signal.get("detected_at")))))
+        if acknowledged := acknowledged_text(signal):
+            facts.append(("handled", Content.assemble(marked(acknowledged, "good"))))
         if labels:
             facts.append(("labels", ", ".join(f"{k}={v}" for k, v in labels.items())))
         facts.append(("tenant", str(signal.get("tenant", ""))))
@@ -51,23 +85,24 @@ class SignalText(CachedText):
             fields(*facts),
             Content(""),
             counts_text(mapping(signal.get("counts")), mapping(signal.get("evidence"))),
+            *groups_text(mapping(mapping(signal.get("context")).get("groups"))),
             Content(""),
-            self._trace(width),
         ]
         return Content("\n").join(lines)
 
-    def _trace(self, width: int) -> Content:
+    def trace_text(self, width: int, selected: int = -1) -> Content:
+        """The trace as a title and a waterfall, with the span at ``selected`` highlighted."""
         named = f"trace {self.signal.get('trace_id')}"
-        if self.trace is None:
-            status = marked(f"not loaded: {self.problem}", "bad") if self.problem else "loading …"
+        if self._trace is None:
+            status = marked(f"not loaded: {self._problem}", "bad") if self._problem else "loading …"
             return Content.assemble((named, "bold"), "\n", status)
-        found = marks(mapping(self.signal.get("evidence")))
-        return Content("\n").join(
-            [
-                Content.assemble((named, "bold"), f"  {trace_text(self.trace)}"),
-                waterfall(self.spans, found, width),
-            ]
-        )
+        made_for = width, selected, id(self._trace)
+        if self._drawn is None or self._drawn[0] != made_for:
+            found = marks(mapping(self.signal.get("evidence")))
+            title = Content.assemble((named, "bold"), f"  {trace_text(self._trace)}")
+            tree = waterfall(self.lines, found, width, selected)
+            self._drawn = made_for, Content("\n").join([title, tree])
+        return self._drawn[1]
 
 
 class VerdictText(CachedText):
@@ -76,7 +111,7 @@ class VerdictText(CachedText):
     def __init__(self, trace: Json, verdict: Json) -> None:
         super().__init__()
         self._trace = trace
-        self._spans = spans_of(trace)
+        self._lines = in_tree_order(spans_of(trace))
         self._verdict = verdict
 
     def make(self, width: int) -> Content:
@@ -84,41 +119,20 @@ class VerdictText(CachedText):
         evidence = mapping(verdict.get("evidence"))
         breach = bool(verdict.get("breach"))
         result = marked("violated", "bad") if breach else marked("not violated", "good")
+        if verdict.get("undecided"):
+            result = marked(f"undecided: {verdict['undecided']}", "busy")
         lines = [
             fields(("verdict", result), ("reason", str(verdict.get("message") or NONE))),
             Content(""),
             counts_text(mapping(verdict.get("counts")), evidence),
+            *groups_text(mapping(verdict.get("groups"))),
             Content(""),
             Content.assemble(
                 (f"trace {self._trace.get('trace_id')}", "bold"), f"  {trace_text(self._trace)}"
             ),
-            waterfall(self._spans, marks(evidence), width),
+            waterfall(self._lines, marks(evidence), width),
         ]
         return Content("\n").join(lines)
-
-
-def show_signal(app: BaseApp, signal: Json) -> None:
-    """Open a signal, and load it and its trace."""
-    shown = SignalText(signal)
-    detail = Detail(f"Signal {signal.get('id')}", shown.draw)
-    app.push_screen(detail)
-
-    async def read() -> None:
-        try:
-            shown.signal = await app.client.signal(str(signal.get("id")))
-        except ClientError as error:
-            if error.status != 404:  # a signal from the stream may not be stored yet
-                shown.problem = str(error)
-        try:
-            shown.trace = await app.client.trace(str(signal.get("trace_id")))
-            shown.spans = spans_of(shown.trace)
-        except ClientError as error:
-            shown.problem = str(error)
-        shown.changed()
-        if detail.is_attached:
-            detail.show(app.state)
-
-    app.start(read, "detail")
 
 
 def counts_text(counts: Json, evidence: Json) -> Content:
@@ -127,11 +141,31 @@ def counts_text(counts: Json, evidence: Json) -> Content:
     if not counts:
         return Content("no counts")
     lines = [Content.assemble(("spans matched by", "$text-muted"))]
-    for selector, count in counts.items():
+    for selector, number in counts.items():
         sign = f"{MATCH}{named[selector]}" if selector in named else "  "
         style = "bold $warning" if selector in named else ""
-        lines.append(Content.assemble((f"{sign} {count!s:>5}  {selector}", style)))
+        lines.append(Content.assemble((f"{sign} {number!s:>5}  {selector}", style)))
     return Content("\n").join(lines)
+
+
+def groups_text(groups: Json) -> list[Content]:
+    """The groups that broke a rule with ``for each``, and the spans of each, after an empty line;
+    nothing for other rules."""
+    if not groups:
+        return []
+    title = f"broken by {count(groups.get('broken'))} of {many(groups.get('of'), 'group')}"
+    lines = [Content(""), Content.assemble((title, "bold"))]
+    for group in objects(groups.get("examples")):
+        key = ", ".join(f"{name} {value}" for name, value in mapping(group.get("key")).items())
+        spans = ", ".join(str(each) for each in group.get("spans") or ())
+        lines.append(
+            Content.assemble(
+                marked(key or "the whole trace", "bad"),
+                toned(f"  {group.get('clause')}", "quiet"),
+                f"  spans {spans}" if spans else "  no spans",
+            )
+        )
+    return lines
 
 
 def trace_text(trace: Json) -> str:

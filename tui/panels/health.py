@@ -8,6 +8,9 @@ from betrace.tui.format import clock, number, percent, words
 from betrace.tui.state import ComponentStatus, ServiceState, StageStatus
 from betrace.tui.tones import Tone, fill_tone
 
+_MOST_WAITING = 5
+"""Maximum number of waiting tenants listed."""
+
 _WORST: dict[Tone, int] = {"bad": 0, "busy": 1, "good": 2, "quiet": 3}
 
 
@@ -62,6 +65,10 @@ def problems(state: ServiceState) -> list[HealthProblem]:
             if stage.blocked:
                 text += f", {stage.blocked} blocked"
             found.append(HealthProblem(tone, text, "PipelinePanel"))
+    found += [
+        HealthProblem("busy", f"tenant {each.name} waits for CPU", "TenantsPanel")
+        for each in now.waiting[:_MOST_WAITING]
+    ]
     stages = {stage.name for stage in now.stages}
     found += [
         _of_component(each, stages) for each in now.components if each.status not in ("ok", "")

@@ -14,6 +14,7 @@ from betrace.tui.format import bar, cut, duration, millis, number, percent, plur
 from betrace.tui.panels.details import show_stage
 from betrace.tui.panels.health import HealthProblem, problems
 from betrace.tui.panels.pipeline_diagram import draw_pipeline
+from betrace.tui.panels.recent_signals import RecentSignals
 from betrace.tui.state import BreakerStatus, CacheStatus, ServiceState
 from betrace.tui.tones import STYLES, SYMBOLS, marked, status_tone, toned
 from betrace.tui.widgets.live_text import LiveText
@@ -26,16 +27,20 @@ NAME_WIDTH = 15
 
 class OverviewPanel(Panel, can_focus=True):
     TITLE = "Overview"
+    RELOAD = 5.0
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "move(-1)", "Stage before", show=False),
         Binding("right,l", "move(1)", "Next stage", show=False),
         Binding("enter", "open", "Open stage"),
+        Binding("i", "app.panel(5)", "Signals", tooltip="Show the signals"),
+        Binding("r", "app.panel(6)", "Rules", tooltip="Show the rules"),
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self._chosen = 0
+        self._recent = RecentSignals()
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="tiles"):
@@ -44,10 +49,30 @@ class OverviewPanel(Panel, can_focus=True):
             yield Tile("Latency p99", "end_to_end_p99", millis, id="tile-latency")
             yield Tile("Refusals", "refused", number, id="tile-refusals")
         yield LiveText(id="pipeline-drawing")
+        with Horizontal(id="recent"):
+            yield TitledBox("Breaking rules", id="recent-rules")
+            yield TitledBox("Latest signals", id="recent-signals")
+            yield TitledBox("State", id="glance-state")
         with Horizontal(id="glance"):
             yield TitledBox("Breakers", id="glance-breakers")
             yield TitledBox("Caches", id="glance-caches")
-            yield TitledBox("State", id="glance-state")
+
+    async def load(self) -> None:
+        try:
+            await self._recent.read(self.betrace.client)
+        finally:
+            if self.betrace.frozen_at is None:
+                self._show_recent()
+
+    def _show_recent(self) -> None:
+        recent = self._recent
+        tenant = self.betrace.client.tenant
+        of = f" of {tenant}" if tenant else ""
+        rules, signals = (self.query_one(f"#recent-{n}", TitledBox) for n in ("rules", "signals"))
+        rules.border_title = recent.title
+        signals.border_title = Content(f"Latest signals{of}")
+        rules.body.draw(recent.rules_text)
+        signals.body.draw(recent.latest_text)
 
     def focus_first(self) -> None:
         self.screen.set_focus(self)
@@ -58,6 +83,7 @@ class OverviewPanel(Panel, can_focus=True):
             return
         self._chosen = min(self._chosen, max(0, len(now.stages) - 1))
         self._show_tiles(state)
+        self._show_recent()
         self.query_one("#pipeline-drawing", LiveText).draw(
             lambda width: draw_pipeline(state, width, self._chosen)
         )

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.content import Content
 
 from betrace.tui.changes import OperatorChange
 from betrace.tui.format import age, millis, number, plot, plural
-from betrace.tui.panels.details import show_stage
+from betrace.tui.panels.details import stage_text
 from betrace.tui.panels.health import stage_condition
-from betrace.tui.state import ServiceState
+from betrace.tui.state import ServiceSnapshot, ServiceState
 from betrace.tui.tones import SYMBOLS, fill_tone, marked, status_tone
 from betrace.tui.widgets.live_text import LiveText
 from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
@@ -20,8 +21,16 @@ from betrace.tui.widgets.table_panel import Cell, Column, Row, TablePanel
 DRAIN_SECONDS = 10
 
 
+def _waiting(now: ServiceSnapshot) -> list[str | tuple[str, str]]:
+    """The tenants that wait for CPU, if any."""
+    names = ", ".join(each.name for each in now.waiting[:3])
+    more = "…" if len(now.waiting) > 3 else ""
+    return ["   ", marked(f"waiting for CPU: {names}{more}", "busy")] if names else []
+
+
 class PipelinePanel(TablePanel):
     TITLE = "Pipeline"
+    NOUN = "Stage"
 
     COLUMNS = (
         Column("stage", "stage", 19),
@@ -60,6 +69,7 @@ class PipelinePanel(TablePanel):
             self.query_one("#ingestion", LiveText).text(
                 "ingestion ",
                 marked(now.ingestion, tone),
+                *_waiting(now),
                 f"   {number(now.in_flight)} {plural(now.in_flight, 'span')} in flight, "
                 f"{number(now.open_traces)} open {plural(now.open_traces, 'trace')}",
             )
@@ -94,8 +104,8 @@ class PipelinePanel(TablePanel):
                 ),
             )
 
-    def drill(self, key: str) -> None:
-        show_stage(self.betrace, key)
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        return stage_text(state, key, width)
 
     @property
     def _ingestion(self) -> str:

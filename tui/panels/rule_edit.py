@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.css.query import NoMatches
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Input, Label, TextArea
+from textual.widgets import Input, Label, TextArea
 from textual.worker import Worker
 
 from betrace.tui.base import BaseApp
@@ -24,6 +24,7 @@ from betrace.tui.panels.rule_test import test_condition
 from betrace.tui.tones import SEVERITIES, marked, toned
 from betrace.tui.widgets.dialogs import Confirm
 from betrace.tui.widgets.highlight import TOKEN_STYLES, tokens
+from betrace.tui.widgets.key_bar import KeyBar
 from betrace.tui.widgets.live_text import LiveText
 
 PAUSE = 0.3
@@ -92,7 +93,7 @@ class RuleEditor(ModalScreen[None]):
                 str(rule.get("condition", "")), show_line_numbers=True, placeholder=_EXAMPLE
             )
             yield LiveText(id="errors")
-        yield Footer()
+        yield KeyBar()
 
     def on_mount(self) -> None:
         if self._rule is None:
@@ -127,7 +128,7 @@ class RuleEditor(ModalScreen[None]):
             shown.text(toned("write a condition", "quiet"))
             return
         try:
-            self._errors = await self._betrace.client.check_condition(condition)
+            self._errors, plan = await self._betrace.client.check_condition(condition)
         except ClientError as error:
             self._checked = None
             shown.text(marked(f"not checked: {error}", "busy"))
@@ -136,7 +137,8 @@ class RuleEditor(ModalScreen[None]):
         if self._errors:
             shown.text(marked("\n".join(error_text(each) for each in self._errors), "bad"))
         else:
-            shown.text(marked("the condition is valid", "good"))
+            decided = f"\n{plan}" if plan else ""
+            shown.text(marked("the condition is valid", "good"), toned(decided, "quiet"))
 
     # Keys
 

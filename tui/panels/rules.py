@@ -8,15 +8,17 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
+from betrace.tui.base import ReloadPanel, ShowPanel
 from betrace.tui.changes import OperatorChange
-from betrace.tui.client import ClientError
+from betrace.tui.client import ApiClient, ClientError
 from betrace.tui.format import NONE, count, many, number
 from betrace.tui.json_values import Json, mapping, objects
 from betrace.tui.panels.rule_edit import RuleEditor
 from betrace.tui.panels.rule_test import test_condition
+from betrace.tui.panels.triage import mute_or_unmute, muted_text
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import SEVERITIES, marked, severity, toned
-from betrace.tui.widgets.detail import Detail
+from betrace.tui.widgets.descriptions import Descriptions
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.highlight import highlighted
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
@@ -41,11 +43,12 @@ FILE = "▪"
 
 class RulesPanel(TenantListPanel):
     TITLE = "Rules"
+    NOUN = "Rule"
     EMPTY = "No rules yet. Press A to write one."
     RELOAD = 10.0
 
     COLUMNS = (
-        Column("enabled", "state", 7),
+        Column("enabled", "state", 10),
         Column("id", "rule", 28, narrow=20),
         Column("severity", "severity", 10),
         Column("active", "active", 6, right=True),
@@ -60,6 +63,8 @@ class RulesPanel(TenantListPanel):
         Binding("X", "change_toggle", "On/off", tooltip="Enable or disable the rule"),
         Binding("D", "change_delete", "Delete", tooltip="Delete the rule; its signals are kept"),
         Binding("T", "test", "Test", tooltip="Test the rule on a recent trace"),
+        Binding("M", "change_mute", "Mute", tooltip="Mute the rule, or end its mute"),
+        Binding("i", "signals", "Signals", tooltip="Show the signals of the rule"),
     ]
 
     def __init__(self) -> None:
@@ -68,6 +73,8 @@ class RulesPanel(TenantListPanel):
         self._raised: Json = {}
         self._total: tuple[int, int] = (0, 0)
         self._could_change = True
+        self._plans = Descriptions(self, self._rule_plan)
+        """How the rules that relate spans are decided, by version."""
 
     async def read(self) -> None:
         client = self.betrace.client
@@ -96,13 +103,15 @@ class RulesPanel(TenantListPanel):
             grade, tone = severity(word)
             rank = SEVERITIES.index(word) if word in SEVERITIES else len(SEVERITIES)
             active, raised = rule.get("active_signals"), self._raised.get(identity, 0)
-            on = bool(rule.get("enabled"))
+            on, muted = bool(rule.get("enabled")), bool(rule.get("muted"))
+            shadow = rule.get("mode") == "shadow"
+            word = _state(on, muted, shadow)
             yield Row(
                 identity,
                 (
                     Cell(
-                        f"{'● on ' if on else '○ off'}{'' if _editable(rule) else f' {FILE}'}",
-                        "good" if on else "quiet",
+                        f"{word:<8}{'' if _editable(rule) else f' {FILE}'}",
+                        ("busy" if muted or shadow else "good") if on else "quiet",
                     ),
                     Cell(identity),
                     Cell(grade, tone, rank),
@@ -117,10 +126,7 @@ class RulesPanel(TenantListPanel):
     def _rule(self) -> Json | None:
         return self._rules.get(self.selected or "")
 
-    def drill(self, key: str) -> None:
-        self.betrace.push_screen(Detail(f"Rule {key}", lambda _, __: self._rule_text(key)))
-
-    def _rule_text(self, key: str) -> Content | None:
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
         rule = self._rules.get(key)
         if rule is None:
             return None
@@ -136,6 +142,14 @@ class RulesPanel(TenantListPanel):
                     ("labels", ", ".join(f"{k}={v}" for k, v in labels.items()) or NONE),
                     ("version", str(rule.get("version", ""))),
                     ("file", _source(rule)),
+                    *(
+                        [("muted", Content.assemble(marked(muted_text(muted), "busy")))]
+                        if (muted := mapping(rule.get("muted")))
+                        else []
+                    ),
+                    *([("mode", _SHADOW)] if rule.get("mode") == "shadow" else []),
+                    *([("incomplete", _SKIPPED)] if rule.get("incomplete") == "skip" else []),
+                    *([("decided", plan)] if (plan := self._plan(rule)) else []),
                     ("active signals", count(rule.get("active_signals"))),
                     ("in the last hour", count(self._raised.get(key, 0))),
                 ),
@@ -143,6 +157,17 @@ class RulesPanel(TenantListPanel):
                 highlighted(str(rule.get("condition", ""))),
             ]
         )
+
+    def _plan(self, rule: Json) -> str:
+        """How a rule that relates spans is decided; empty for others, and until it is known."""
+        if rule.get("plan"):
+            return str(rule["plan"])
+        found = self._plans.get(str(rule.get("version")))
+        return found.text if found is not None else ""
+
+    def _rule_plan(self, version: str) -> RulePlan | None:
+        those = (each for each in self._rules.values() if each.get("version") == version)
+        return next((RulePlan(str(each.get("condition", ""))) for each in those), None)
 
     # Keys
 
@@ -169,6 +194,14 @@ class RulesPanel(TenantListPanel):
         if self._can_change != self._could_change:
             self._could_change = self._can_change
             self.refresh_bindings()
+
+    def action_change_mute(self) -> None:
+        if self._rule is not None:
+            mute_or_unmute(self.betrace, str(self._rule["id"]))
+
+    def action_signals(self) -> None:
+        if self._rule is not None:
+            self.betrace.post_message(ShowPanel("SignalsPanel", str(self._rule["id"])))
 
     def action_test(self) -> None:
         rule = self._rule
@@ -236,13 +269,27 @@ class RulesPanel(TenantListPanel):
             try:
                 rule = await self.betrace.client.rule(identity)
             except ClientError:
-                self.betrace.reload()
+                self.betrace.post_message(ReloadPanel())
                 raise
             if not _editable(rule):
                 raise ClientError("refused", f"{identity} is in the file {rule.get('source')}")
             await use(rule)
 
         self.betrace.start(self.betrace.reporting(read), "ask")
+
+
+class RulePlan:
+    """How a condition is decided, as the service says when it checks the condition."""
+
+    def __init__(self, condition: str) -> None:
+        self._condition = condition
+        self.text = ""
+
+    async def load(self, client: ApiClient) -> None:
+        try:
+            _, self.text = await client.check_condition(self._condition)
+        except ClientError as error:
+            self.text = f"not known: {error}"
 
 
 def _editable(rule: Json) -> bool:
@@ -257,5 +304,16 @@ def _source(rule: Json) -> str:
     return source if _editable(rule) else f"{FILE} {source}: written by hand, edit it there"
 
 
+def _state(on: bool, muted: bool, shadow: bool) -> str:
+    """The state of a rule in one word, with its symbol."""
+    if not on:
+        return "○ off"
+    if muted:
+        return "● muted"
+    return "● shadow" if shadow else "● on"
+
+
+_SHADOW = "shadow: its signals are recorded and shown, but sent to nobody"
+_SKIPPED = "traces with a parent that never came are skipped"
 _STATES = {True: "enabled", False: "disabled"}
 _CHANGES = ("change_edit", "change_toggle", "change_delete")

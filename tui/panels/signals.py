@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.events import Hide
 
-from betrace.tui.client import ClientError
-from betrace.tui.format import moment, short_date
+from betrace.tui.base import ReloadPanel
+from betrace.tui.client import ClientError, segment
 from betrace.tui.json_values import Json, objects
-from betrace.tui.panels.evidence import show_signal
+from betrace.tui.panels.evidence import SignalText
+from betrace.tui.panels.signal_rows import (
+    COLUMNS,
+    GROUP,
+    by_rule,
+    group_row,
+    group_text,
+    signal_row,
+)
+from betrace.tui.panels.signal_screen import SignalScreen
+from betrace.tui.panels.triage import acknowledge, mute_or_unmute
+from betrace.tui.panels.web import open_page
 from betrace.tui.state import ServiceState
-from betrace.tui.tones import SEVERITIES, SYMBOLS, marked, severity, signal_tone
+from betrace.tui.tones import SEVERITIES, marked
+from betrace.tui.widgets.descriptions import Descriptions
 from betrace.tui.widgets.list_panel import Part, TenantListPanel
 from betrace.tui.widgets.pick import Pick
-from betrace.tui.widgets.table_panel import Cell, Column, Row
+from betrace.tui.widgets.table_panel import Row
 
 PAGE = 200
 """Signals read at first, and kept while new ones arrive."""
@@ -32,26 +46,24 @@ _STATUSES = ("active", "retracted")
 
 class SignalsPanel(TenantListPanel):
     TITLE = "Signals"
+    NOUN = "Signal"
     EMPTY = "No signals yet. New signals appear here as they are raised."
     FOLLOWS_TOP = True
 
-    COLUMNS = (
-        Column("time", "time", 14),
-        Column("severity", "severity", 10),
-        Column("status", "status", 11, narrow=1),
-        Column("rule", "rule", 28, narrow=18),
-        Column("message", "message", 20, flex=True),
-        Column("trace", "trace", 32, shown_from=160),
-    )
+    COLUMNS = COLUMNS
 
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("A", "change_acknowledge", "Ack", tooltip="Say that you take care of the signal"),
+        Binding("M", "change_mute", "Mute", tooltip="Mute the rule of the signal, or unmute it"),
+        Binding("b", "group", "By rule", tooltip="Show one row for each rule, or for each signal"),
+        Binding("m", "older", "Older", tooltip="Load older signals too"),
         Binding("r", "pick('rule')", "Rule", tooltip="Show signals of one rule"),
         Binding("v", "pick('severity')", "Severity", tooltip="Show signals of one severity"),
         Binding(
             "a", "pick('status')", "Status", tooltip="Show only active or only retracted signals"
         ),
         Binding("c", "clear", "All", tooltip="Show all signals again"),
-        Binding("m", "older", "Older", tooltip="Load older signals too"),
+        Binding("w", "web", "Page", show=False, tooltip="Open the page of the signal"),
     ]
 
     RELOAD = 0.0
@@ -65,6 +77,8 @@ class SignalsPanel(TenantListPanel):
         self._next: str | None = None
         self._most = PAGE
         self._live = ""
+        self._grouped = False
+        self._texts = Descriptions(self, self._described)
 
     # Reading
 
@@ -144,7 +158,8 @@ class SignalsPanel(TenantListPanel):
         if before is None or before[0] != signal:
             if before is not None and "status" not in signal:
                 return  # the list has already given the complete signal
-            self._signals[identity] = signal, _row(signal)
+            self._signals[identity] = signal, signal_row(signal)
+            self._texts.forget(identity)
             self._ordered = None
 
     def _forget(self) -> None:
@@ -164,7 +179,12 @@ class SignalsPanel(TenantListPanel):
 
     def rows(self, state: ServiceState) -> Iterable[Row]:
         if self._ordered is None:
-            self._ordered = [row for _, row in self._newest()[: self._most]]
+            newest = self._newest()[: self._most]
+            if self._grouped:
+                groups = by_rule(signal for signal, _ in newest)
+                self._ordered = [group_row(rule, those) for rule, those in groups.items()]
+            else:
+                self._ordered = [row for _, row in newest]
         return self._ordered
 
     def head(self) -> Sequence[Part]:
@@ -173,7 +193,8 @@ class SignalsPanel(TenantListPanel):
             chosen = f"{name} {value or _ALL}"
             parts += ["  ", (chosen, "bold $warning") if value else chosen]
         shown = min(len(self._signals), self._most)
-        return [*parts, "  ", self._stream_status(), f"  {shown} newest"]
+        grouped = ("  by rule", "bold $warning") if self._grouped else ""
+        return [*parts, "  ", self._stream_status(), f"  {shown} newest", grouped]
 
     def _stream_status(self) -> Part:
         if self.betrace.frozen_at is not None:
@@ -184,10 +205,78 @@ class SignalsPanel(TenantListPanel):
             return marked("stream lost, reconnecting", "bad")
         return marked("connecting", "busy")
 
+    # One signal
+
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        if key.startswith(GROUP):
+            rule = key.removeprefix(GROUP)
+            return group_text(rule, self._of_rule(rule))
+        shown = self._texts.get(key)
+        return shown.draw(state, width) if shown is not None else None
+
+    def title_of(self, key: str) -> str:
+        return f"Rule {key.removeprefix(GROUP)}" if key.startswith(GROUP) else super().title_of(key)
+
     def drill(self, key: str) -> None:
+        if key.startswith(GROUP):
+            self._grouped = False
+            self.filter_by("rule", key.removeprefix(GROUP))
+        elif key in self._signals:
+            self.betrace.push_screen(SignalScreen(key, self._texts.get, self.neighbour))
+
+    def _described(self, key: str) -> SignalText | None:
         found = self._signals.get(key)
-        if found is not None:
-            show_signal(self.betrace, found[0])
+        return SignalText(found[0]) if found is not None else None
+
+    def neighbour(self, key: str, step: int) -> str | None:
+        """The signal in the row before (-1) or after (1) another; the cursor follows."""
+        keys = list(self.table.keys)
+        place = keys.index(key) + step if key in keys else -1
+        if not 0 <= place < len(keys):
+            return None
+        self.table.select(keys[place])
+        return keys[place]
+
+    def _of_rule(self, rule_id: str) -> list[Json]:
+        newest = self._newest()[: self._most]
+        return [signal for signal, _ in newest if signal.get("rule_id") == rule_id]
+
+    @property
+    def _chosen(self) -> Json | None:
+        """The signal under the cursor, or the newest of the rule under it."""
+        key = self.selected or ""
+        if key.startswith(GROUP):
+            return next(iter(self._of_rule(key.removeprefix(GROUP))), None)
+        found = self._signals.get(key)
+        return found[0] if found is not None else None
+
+    def choose(self, key: str) -> None:
+        """Show the signals of a rule."""
+        self._grouped = False
+        self.filter_by("rule", key)
+
+    def action_change_acknowledge(self) -> None:
+        signal = self._chosen
+        if (self.selected or "").startswith(GROUP):
+            self.betrace.notify("Open the rule first, and choose one of its signals.")
+        elif signal is not None:
+            acknowledge(self.betrace, signal, partial(self._acknowledged, signal))
+
+    def _acknowledged(self, signal: Json, acknowledgement: Json) -> None:
+        self._keep({**signal, "acknowledged": acknowledgement})
+
+    def action_change_mute(self) -> None:
+        if self._chosen is not None:
+            mute_or_unmute(self.betrace, str(self._chosen.get("rule_id")))
+
+    def action_group(self) -> None:
+        self._grouped, self._ordered = not self._grouped, None
+        self.from_top()
+        self.show(self.betrace.state)
+
+    def action_web(self) -> None:
+        if self._chosen is not None:
+            open_page(self.betrace, f"/signals/{segment(str(self._chosen.get('id')))}")
 
     # Filters
 
@@ -228,7 +317,7 @@ class SignalsPanel(TenantListPanel):
     def _again(self) -> None:
         self.betrace.workers.cancel_group(self.app, "tail")
         self._live = ""
-        self.betrace.reload()
+        self.betrace.post_message(ReloadPanel())
 
     def action_older(self) -> None:
         async def read() -> None:
@@ -249,26 +338,3 @@ def _any(text: str) -> str:
 
 def _age(signal: tuple[Json, Row]) -> tuple[str, str]:
     return str(signal[0].get("detected_at")), str(signal[0].get("id"))
-
-
-def _row(signal: Json) -> Row:
-    status = str(signal.get("status") or "active")
-    tone = signal_tone(status)
-    grade, toned = severity(str(signal.get("severity", "")))
-    at = str(signal.get("detected_at", ""))
-    return Row(
-        str(signal.get("id")),
-        (
-            Cell(short_date(moment(at)), order=at),
-            Cell(grade, toned, _rank(signal)),
-            Cell(f"{SYMBOLS[tone]} {status}", tone),
-            Cell(str(signal.get("rule_id", ""))),
-            Cell(" ".join(str(signal.get("message", "")).split())),
-            Cell(str(signal.get("trace_id", ""))),
-        ),
-    )
-
-
-def _rank(signal: Json) -> float:
-    word = signal.get("severity")
-    return float(SEVERITIES.index(word)) if word in SEVERITIES else len(SEVERITIES)

@@ -9,12 +9,12 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 
+from betrace.tui.base import ShowPanel, ViewTenant
 from betrace.tui.changes import OperatorChange
-from betrace.tui.format import NONE, count, date, many, moment, number
+from betrace.tui.format import NONE, count, date, duration, many, moment, number
 from betrace.tui.json_values import Json, objects
-from betrace.tui.state import ServiceState
+from betrace.tui.state import ServiceState, WaitingTenant
 from betrace.tui.tones import SYMBOLS, marked, status_tone
-from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.dialogs import Ask
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.list_panel import MOST, ListPanel, Part, check_tenant
@@ -26,6 +26,7 @@ MOST_KEY_BYTES = 10_000
 
 class TenantsPanel(ListPanel):
     TITLE = "Tenants"
+    NOUN = "Tenant"
     EMPTY = "No tenants yet. Press C to create one."
     RELOAD = 5.0
 
@@ -34,6 +35,7 @@ class TenantsPanel(ListPanel):
         Column("state", "state", 10),
         Column("quota", "spans/s", 11, right=True),
         Column("keys", "keys", 4, right=True),
+        Column("waits", "waiting", 8, right=True),
         Column("created", "created", 19),
     )
 
@@ -61,6 +63,8 @@ class TenantsPanel(ListPanel):
     def head(self) -> Sequence[Part]:
         now = self.betrace.state.now
         active = f"  {now.tenants} active now" if now else ""
+        if now and now.waiting:
+            active += f", {len(now.waiting)} waiting for CPU"
         more = "first " if self._more else ""
         return [f"{more}{many(len(self._tenants), 'tenant')}{active}"]
 
@@ -76,15 +80,13 @@ class TenantsPanel(ListPanel):
                     Cell(f"{SYMBOLS[tone]} {word}", tone),
                     Cell(quota_text(quota, short=True), order=_rank(quota)),
                     Cell(number(len(keys)), order=len(keys)),
+                    _waiting_cell(_waiting(state, name)),
                     Cell(date(created), order=created or 0.0),
                 ),
             )
 
-    def drill(self, key: str) -> None:
-        self.betrace.push_screen(Detail(f"Tenant {key}", lambda _, __: self._described(key)))
-
-    def _described(self, name: str) -> Content | None:
-        tenant = self._tenants.get(name)
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        tenant = self._tenants.get(key)
         if tenant is None:
             return None
         word = str(tenant.get("state", ""))
@@ -94,6 +96,7 @@ class TenantsPanel(ListPanel):
                 ("state", marked(word, status_tone(word))),
                 ("quota", quota_text(tenant.get("quota"))),
                 ("created", date(moment(tenant.get("createdAt")))),
+                ("CPU", _waiting_text(_waiting(state, key))),
                 ("keys", count(len(keys))),
             ),
             *(Content(f"  {key_text(key)}") for key in keys),
@@ -108,8 +111,8 @@ class TenantsPanel(ListPanel):
 
     def action_view(self) -> None:
         if self.selected is not None:
-            self.betrace.view_tenant(self.selected)
-            self.betrace.show_panel("SignalsPanel")
+            self.betrace.post_message(ViewTenant(self.selected))
+            self.betrace.post_message(ShowPanel("SignalsPanel"))
 
     def _asking(self, ask: Callable[[Json], Awaitable[None]]) -> None:
         """Ask for a change to the tenant under the cursor."""
@@ -274,6 +277,28 @@ class TenantsPanel(ListPanel):
                 "requests are refused. This cannot be undone.",
             )
         )
+
+
+def _waiting(state: ServiceState, name: str) -> WaitingTenant | None:
+    waiting = state.now.waiting if state.now else ()
+    return next((each for each in waiting if each.name == name), None)
+
+
+def _waiting_cell(waiting: WaitingTenant | None) -> Cell:
+    """Spans that wait because the tenant used up its CPU time."""
+    if waiting is None:
+        return Cell(NONE, order=0)
+    return Cell(f"▲ {number(waiting.spans)}", "busy", waiting.spans)
+
+
+def _waiting_text(waiting: WaitingTenant | None) -> Content:
+    if waiting is None:
+        return Content("does not wait")
+    text = (
+        f"{many(waiting.spans, 'span')} waiting for {duration(waiting.seconds)}, because it "
+        f"used up its CPU time; it had {waiting.cpu_seconds:.1f} s meanwhile"
+    )
+    return Content.assemble(marked(text, "busy"))
 
 
 def quota_text(quota: object, short: bool = False) -> str:

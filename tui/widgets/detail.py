@@ -11,10 +11,10 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Footer
 
 from betrace.tui.base import BaseApp
 from betrace.tui.state import ServiceState
+from betrace.tui.widgets.key_bar import KeyBar
 from betrace.tui.widgets.live_text import LiveText
 
 
@@ -42,17 +42,21 @@ class Detail(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="detail") as scroll:
             scroll.border_title = Content(self._title)
-            yield LiveText()
-        yield Footer()
+            yield LiveText(classes="detail-body")
+        yield KeyBar()
+
+    @property
+    def betrace(self) -> BaseApp:
+        return cast(BaseApp, self.app)
 
     def on_mount(self) -> None:
-        self.show(cast(BaseApp, self.app).state)
+        self.show(self.betrace.state)
 
     def show(self, state: ServiceState) -> None:
         """Draw the state. The application calls this with each state, even before the screen is
         mounted."""
         gone = Content("This no longer exists.")
-        for body in self.query(LiveText):
+        for body in self.query(".detail-body").results(LiveText):
             body.draw(lambda width: self._render_body(state, width) or gone)
 
     def action_scroll(self, where: str) -> None:

@@ -77,6 +77,7 @@ class Ask(ModalScreen[str | None]):
             yield Label(Content(self._label))
             yield Input(self._value)
             yield Static("", id="problem")
+            yield Static("Enter continues, Esc cancels.", classes="dialog-note")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         text = event.value.strip()

@@ -11,8 +11,9 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
+from betrace.tui.widgets.key_bar import KeyBar
 from betrace.tui.widgets.panel import Panel
 
 _GENERAL = (
@@ -53,7 +54,7 @@ class Help(ModalScreen[None]):
         with VerticalScroll(classes="detail") as scroll:
             scroll.border_title = "Keys"
             yield Static(self._text())
-        yield Footer()
+        yield KeyBar()
 
     def _text(self) -> Content:
         lines = [Content.assemble((f"{self._panel.TITLE}", "bold"))]

@@ -10,6 +10,7 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
+from betrace.tui.base import ViewTenant
 from betrace.tui.client import ClientError
 from betrace.tui.json_values import objects
 from betrace.tui.state import ServiceState
@@ -76,7 +77,7 @@ class TenantListPanel(ListPanel):
     """A list that belongs to one tenant, with a key to choose another."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "tenant", "Tenant", tooltip="Show another tenant"),
+        Binding("o", "tenant", "Tenant", show=False, tooltip="Show another tenant"),
     ]
 
     async def load(self) -> None:
@@ -105,7 +106,7 @@ class TenantListPanel(ListPanel):
                 Pick("Show signals and rules of which tenant?", options, check_tenant)
             )
             if chosen is not None:
-                self.betrace.view_tenant(chosen)
+                self.betrace.post_message(ViewTenant(chosen))
 
         self.betrace.start(ask, "ask")
 

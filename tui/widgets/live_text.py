@@ -42,6 +42,8 @@ class LiveText(Static):
             layout = before is None or _height(content, width) != _height(before, width)
             self._drawn = content
             self.update(content, layout=layout)
+            if before is None:  # Textual may lose a layout that is requested during the first one
+                self.call_after_refresh(self.refresh, layout=True)
 
 
 def _height(content: Content, width: int) -> int:

@@ -47,6 +47,9 @@ class Panel(Vertical, can_focus=False):
         """Read data that is not in the state. Called when the panel becomes visible, on `space`,
         and after a change or a reconnect. May raise :exc:`betrace.tui.client.ClientError`."""
 
+    def choose(self, key: str) -> None:
+        """Show one of the panel's rows."""
+
     def filter_changed(self) -> None:
         """``filter_text`` has changed."""
 

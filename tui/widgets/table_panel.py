@@ -1,21 +1,28 @@
-"""A panel with one table: filtered, sorted by any column, and updated cell by cell."""
+"""A panel with one table: filtered, sorted by any column, and updated cell by cell.
+
+In a wide window, the row under the cursor is described beside the table.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.events import Resize
 from textual.widgets import DataTable
 
 from betrace.tui.format import cut
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import Tone
+from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.grid import Grid
 from betrace.tui.widgets.live_text import LiveText
 from betrace.tui.widgets.panel import VI_KEYS, Panel
@@ -29,6 +36,10 @@ WIDE = 100
 
 _SCROLLBAR = 1
 """Columns for the vertical scrollbar."""
+
+SIDE_FROM = 150
+"""Windows of at least this width have a description beside the table, at least `_SIDE` wide."""
+_SIDE, _TABLE = 60, 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +91,12 @@ class Row:
 class TablePanel(Panel):
     """A panel with a table. A subclass declares ``COLUMNS`` and implements ``rows``.
 
-    `Enter` calls ``drill(key)``. ``above`` and ``below`` yield widgets around the table.
+    ``describe`` makes the text of a row, for `Enter` and for wide windows. ``above`` and ``below``
+    yield widgets around the table.
     """
 
+    NOUN: ClassVar[str] = ""
+    """What a row is, such as Breaker. Descriptions begin with it."""
     COLUMNS: ClassVar[tuple[Column, ...]] = ()
     EMPTY: ClassVar[str] = "Nothing to show."
     FILTERS: ClassVar[bool] = True
@@ -103,6 +117,8 @@ class TablePanel(Panel):
         self._from_top = False
         self._widths: dict[str, int | None] = {}
         """The widths of the visible columns by key, in order."""
+        self._wanted: str | None = None
+        """The row that gets the cursor once it is there."""
 
     @abstractmethod
     def rows(self, state: ServiceState) -> Iterable[Row]:
@@ -114,8 +130,27 @@ class TablePanel(Panel):
     def below(self) -> ComposeResult:
         yield from ()
 
+    def describe(self, key: str, state: ServiceState, width: int) -> Content | None:
+        """Everything about a row in lines of this width; None when it no longer exists."""
+        return None
+
+    def title_of(self, key: str) -> str:
+        """The title of a description."""
+        return f"{self.NOUN} {key}"
+
     def drill(self, key: str) -> None:
         """`Enter` on a row."""
+        self.betrace.push_screen(Detail(self.title_of(key), partial(self.describe, key)))
+
+    def choose(self, key: str) -> None:
+        """Move the cursor to a row, now or once it is there."""
+        self._wanted = key
+        self._select_wanted()
+
+    def _select_wanted(self) -> None:
+        if self._wanted is not None and self._wanted in self.table.keys:
+            self.table.select(self._wanted)
+            self._wanted = None
 
     def empty_text(self) -> str:
         """The text in place of an empty table."""
@@ -124,13 +159,20 @@ class TablePanel(Panel):
         return "No connection to the service." if self.betrace.state.stale else self.EMPTY
 
     def compose(self) -> ComposeResult:
-        yield from self.above()
+        window = self.app.size.width
         table = Grid()
-        self._widths = self._widths_in(self.app.size.width)
+        self._widths = self._widths_in(window - _side_width(window))
         self._add_columns(table)
-        yield table
-        yield LiveText(classes="empty")
-        yield from self.below()
+        with Horizontal():
+            with Vertical():
+                yield from self.above()
+                yield table
+                yield LiveText(classes="empty")
+                yield from self.below()
+            with VerticalScroll(classes="side titled-box") as side:
+                side.styles.width = _side_width(window)
+                side.display = bool(_side_width(window))
+                yield LiveText(classes="side-text")
 
     @property
     def table(self) -> Grid:
@@ -164,7 +206,11 @@ class TablePanel(Panel):
         return [column for column in self.COLUMNS if column.key in self._widths]
 
     def on_resize(self, event: Resize) -> None:
-        widths = self._widths_in(event.size.width)
+        side = _side_width(event.size.width)
+        if event.size.width:
+            box = self.query_one(".side", VerticalScroll)
+            box.styles.width, box.display = side, bool(side)
+        widths = self._widths_in(event.size.width - side)
         if event.size.width and widths != self._widths:
             self._widths = widths
             selected = self.selected
@@ -193,8 +239,25 @@ class TablePanel(Panel):
         if changed or list(wanted) != self.table.keys:
             self.table.show_rows(list(wanted), changed, self.FOLLOWS_TOP, self._from_top)
         self._from_top = False
+        self._select_wanted()
         self.set_class(not wanted, "-empty")
         self.query_one(".empty", LiveText).text(self.empty_text())
+        self.show_side(state)
+
+    def show_side(self, state: ServiceState) -> None:
+        """Describe the row under the cursor beside the table, if the window is wide."""
+        side = self.query_one(".side", VerticalScroll)
+        if not side.display:
+            return
+        key = self.selected
+        side.border_title = Content(self.title_of(key)) if key else ""
+        nothing = Content("")
+        self.query_one(".side-text", LiveText).draw(
+            lambda width: (self.describe(key, state, width) if key else None) or nothing
+        )
+
+    def on_data_table_row_highlighted(self) -> None:
+        self.show_side(self.betrace.state)
 
     def _changes(self, before: tuple[Cell, ...] | None, cells: tuple[Cell, ...]) -> dict[str, Text]:
         """The texts of the cells that changed, by column."""
@@ -267,6 +330,11 @@ class TablePanel(Panel):
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         if event.row_key.value is not None:
             self.drill(event.row_key.value)
+
+
+def _side_width(window: int) -> int:
+    """The width of the description in a window; 0 in narrow ones."""
+    return max(_SIDE, window - _TABLE) if window >= SIDE_FROM else 0
 
 
 def _aligned(text: str, column: Column, width: int | None) -> str:

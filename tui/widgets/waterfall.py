@@ -11,7 +11,7 @@ from textual.content import Content
 
 from betrace.tui.format import cut, many, millis
 from betrace.tui.tones import toned
-from betrace.tui.traces import TreeSpan, in_tree_order
+from betrace.tui.traces import TreeSpan
 
 MAX_SPANS = 1000
 """Maximum number of lines."""
@@ -49,13 +49,21 @@ def marks(evidence: Mapping[str, Any]) -> dict[str, str]:
     return dict(found)
 
 
-def waterfall(spans: Sequence[TreeSpan], matching: Mapping[str, str], width: int) -> Content:
-    """The lines. ``matching`` maps ids of matching spans to the letters after their mark."""
-    if not spans:
+def waterfall(
+    lines: Sequence[tuple[int, TreeSpan]],
+    matching: Mapping[str, str],
+    width: int,
+    selected: int = -1,
+) -> Content:
+    """The lines of spans :func:`betrace.tui.traces.in_tree_order`. ``matching`` maps ids of
+    matching spans to the letters after their mark; ``selected`` is the index of a span."""
+    if not lines:
         return Content("no spans")
-    lines = in_tree_order(spans)
     layout = _layout(lines, matching, width)
-    shown = [_line(depth, span, matching.get(span.id), layout) for depth, span in lines[:MAX_SPANS]]
+    shown = [
+        _line(depth, span, matching.get(span.id), layout, number == selected)
+        for number, (depth, span) in enumerate(lines[:MAX_SPANS])
+    ]
     if len(lines) > MAX_SPANS:
         shown.append(Content(f"… and {many(len(lines) - MAX_SPANS, 'more span')}"))
     return Content("\n").join(shown)
@@ -85,19 +93,23 @@ def _title(depth: int, span: TreeSpan) -> str:
     return "  " * min(depth, _DEEPEST) + ("✖ " if span.failed else "") + span.name
 
 
-def _line(depth: int, span: TreeSpan, match: str | None, layout: _Layout) -> Content:
+def _line(
+    depth: int, span: TreeSpan, match: str | None, layout: _Layout, selected: bool
+) -> Content:
     whole = max(1, layout.last - layout.first)
     at = min(layout.bar - 1, (span.start - layout.first) * layout.bar // whole)
     long = max(1, min(layout.bar - at, round((span.end - span.start) * layout.bar / whole)))
     style = "bold $warning" if match is not None else ""
     sign = f"{MATCH}{match}" if match is not None else ""
     name = cut(_title(depth, span), layout.name)
-    return Content.assemble(
+    text = Content.assemble(
         (
             f"{sign:<{layout.mark}}{name:<{layout.name}} ",
             "$error" if span.failed and not style else style,
         ),
         toned(f"{cut(span.service, layout.service):<{layout.service}} ", "quiet"),
-        f"{millis((span.end - span.start) / 1e6):>{_DURATION}} ",
-        (f"{' ' * at}{'█' * long}", style or "$primary"),
+        f"{millis((span.end - span.start) / 1e6):>{_DURATION}}",
     )
+    if selected:
+        text = text.stylize("bold reverse")
+    return Content.assemble(text, " ", (f"{' ' * at}{'█' * long}", style or "$primary"))

@@ -13,7 +13,7 @@ from betrace.service.api.endpoint import Answer, Call, Endpoints, Tools
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
-from betrace.service.rules.candidates import plan
+from betrace.service.rules.candidates import decided_by, plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
     ALERT,
@@ -98,6 +98,8 @@ def _rule_json(tools: Tools, tenant: str, rule: Rule) -> dict[str, Any]:
         "editable": editable,
         "all_tenants": tools.sources.rules.for_all_tenants(rule.id),
         "source": source,
+        "decided_by": decided_by(rule.syntax),
+        "plan": plan(rule.syntax),
         "muted": _mute_json(tools.triage.current_mute(tenant, rule.id)),
     }
 
@@ -285,8 +287,8 @@ async def unmute_rule(call: Call) -> Any:
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
-        "that relates spans also `plan`: how it is decided; and `warnings`, like `errors`, if "
-        "there are any",
+        "also `decided_by` (`fold` or `read back`) and `plan`: how it is decided, and the cost; "
+        "and `warnings`, like `errors`, if there are any",
     },
 )
 async def validate_rule(call: Call) -> Any:
@@ -300,9 +302,8 @@ async def validate_rule(call: Call) -> Any:
 
 def _validated(condition: str) -> dict[str, Any]:
     syntax = parse(condition)
-    valid: dict[str, Any] = {"valid": True, "errors": []}
-    if syntax.relational:
-        valid["plan"] = plan(syntax)
+    plans = {"decided_by": decided_by(syntax), "plan": plan(syntax)}
+    valid: dict[str, Any] = {"valid": True, "errors": [], **plans}
     if found := warnings(condition):
         valid["warnings"] = [warning.to_json() for warning in found]
     return valid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import time
 from collections.abc import Callable
@@ -24,13 +25,20 @@ from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.read_back import ROUND_SPANS, ROUND_TRACES, ReadBack
 from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.signals import Kind, Signal
+from betrace.service.storage.undecided import (
+    UndecidedStore,
+    UndecidedStoreError,
+    UndecidedTrace,
+)
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.decide import decide_or_ask
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import FLAGS, HI, LO, ONCE_DIRTY, SPANS
-from betrace.service.traces.relational import RelationalRules
+from betrace.service.traces.relational import RelationalRules, Undecided
 from betrace.service.traces.verdicts import Decided, decide_due
+
+_log = logging.getLogger("service.evaluate")
 
 STAGE = "rule-evaluation"
 EARLY_REMEMBERED = 100_000  # traces with early signals that have not closed yet
@@ -85,6 +93,7 @@ class EvaluateStage:
         bury: Bury,
         latencies: Latencies,
         read_back: ReadBack,
+        undecided: UndecidedStore,
     ) -> None:
         self._threads = threads
         self._onward = onward
@@ -94,6 +103,7 @@ class EvaluateStage:
         self._bury = bury
         self._latencies = latencies
         self._read_back = read_back
+        self._undecided = undecided
         self._relational = RelationalRules(
             read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
         )
@@ -221,7 +231,28 @@ class EvaluateStage:
         for due in batch:
             if due.spilled is not None:
                 self._read_back.note(due.tenant, due.spilled)
-        return [(decide_due(due, now, self._relational), len(due)) for due in batch]
+        found = [(decide_due(due, now, self._relational), len(due)) for due in batch]
+        for due, (decided, _) in zip(batch, found, strict=True):
+            if decided.undecided:
+                self._store_undecided(due, decided.undecided, now)
+        return found
+
+    def _store_undecided(self, due: DueTraces, undecided: list[Undecided], now: int) -> None:
+        rules = due.rules.rules
+        records = [
+            UndecidedTrace(
+                due.trace_id(each.trace),
+                rules[each.rule].id,
+                rules[each.rule].version,
+                each.reason,
+                now,
+            )
+            for each in undecided
+        ]
+        try:
+            self._undecided.add(due.tenant, records)
+        except UndecidedStoreError as error:
+            _log.warning("undecided traces of %s are not recorded: %s", due.tenant, error)
 
 
 def _reads(due: DueTraces) -> bool:

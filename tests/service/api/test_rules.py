@@ -28,7 +28,7 @@ async def test_an_invalid_if_match(client, header):
 async def test_validating_a_condition(client):
     path = "/api/v1/rules/validate"
     valid = await client.ask("POST", path, 200, {"condition": "never { a }"})
-    assert valid == {"valid": True, "errors": []}
+    assert (valid["valid"], valid["errors"], valid["decided_by"]) == (True, [], "fold")
     answer = await client.ask("POST", path, 200, {"condition": "never {\n  payment > 3 }"})
     assert answer["valid"] is False
     (error,) = answer["errors"]

@@ -35,6 +35,7 @@ from tests.support.spans import TRACE, S
 EXPENSIVE = " or ".join(f'x matches "[ab]*a[ab]{{{250 - n}}}c"' for n in range(40))
 
 
+@pytest.mark.slow
 @pytest.mark.kernel
 async def test_tests_of_expensive_rules_delay_only_their_own_tenant(tmp_path, monkeypatch):
     monkeypatch.setattr(rule_endpoints, "TRIAL_SECONDS", 0.05)

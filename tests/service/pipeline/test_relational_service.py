@@ -111,6 +111,7 @@ async def test_a_trace_that_is_too_large_is_undecided(tmp_path, caplog):
             (other, "below"),
         }
         assert service.pipeline.evaluate.counts.undecided == 2
+        assert len(service.pipeline.evaluate._undecided.page("default")[0]) > 0
         assert "the trace has 3 spans; at most 2 are read back" in caplog.text
 
 
@@ -139,3 +140,26 @@ async def test_without_earlier_signals_nothing_is_raised_or_retracted(tmp_path, 
         await closed(service)
         assert broken(service) == {"below"}
         assert service.pipeline.evaluate.counts.undecided == 2
+        assert len(service.pipeline.evaluate._undecided.page("default")[0]) > 0
+
+
+async def test_what_no_later_span_can_undo_is_signalled_at_once(tmp_path):
+    rules = {"n-plus-one": "for each query by x as q never { count(q) > 3 }"}
+    write_rules(tmp_path, rules)
+    config = settings(tmp_path, traces={"idle_seconds": 3600})
+    async with running(config) as service:
+        await send(service, [S(number, "query", x="1") for number in range(1, 4)])
+        await send(service, [S(4, "query", x="2")])
+        assert not ledger_signals(service)
+        await send(service, [S(5, "query", x="1")])
+        with trio.fail_after(20):
+            while not ledger_signals(service):
+                await trio.sleep(0.01)
+        (signal,) = ledger_signals(service)
+        assert signal.early
+        assert signal.context["groups"]["broken"] == 1
+        assert signal.context["groups"]["of"] == 2
+        await send(service, [S(6, "query", x="2", complete=True)])
+        await closed(service)
+        assert len(ledger_signals(service)) == 1
+        assert service.pipeline.evaluate.counts.raised == 1

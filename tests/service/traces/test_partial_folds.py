@@ -96,7 +96,15 @@ def requests(number: int) -> list[list[S]]:
     ]
 
 
-@pytest.mark.parametrize("then", ["again", "dead letter", "crash", "dead letter, saved and crash"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        "again",
+        "crash",
+        pytest.param("dead letter", marks=pytest.mark.slow),
+        pytest.param("dead letter, saved and crash", marks=pytest.mark.slow),
+    ],
+)
 def test_each_step_fails_once(tmp_path, then):
     failing, met = 0, True
     while met:

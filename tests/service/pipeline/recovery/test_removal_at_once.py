@@ -27,7 +27,7 @@ class Store:
     """A store whose ``remove`` hangs for some tenants and fails a few times for others."""
 
     def __init__(self) -> None:
-        self.stuck: dict[str, threading.Event] = {}
+        self.stuck: dict[str, virtual.Hang] = {}
         self.failures: dict[str, int] = {}
         self.tried: list[tuple[float, str]] = []
         self.at_once = self.most_at_once = 0
@@ -41,8 +41,7 @@ class Store:
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             if tenant in self.stuck:
-                with virtual.hanging():
-                    self.stuck[tenant].wait(20)
+                self.stuck[tenant].wait()
             if self.failures.get(tenant, 0):
                 self.failures[tenant] -= 1
                 raise OSError("the disk is away")
@@ -100,10 +99,12 @@ async def deleting(path: Path, *tenants: str):
             threads,
             (),
         )
-        yield removal, store, recovery, directory
-        for event in store.stuck.values():
-            event.set()
-        removal.close()
+        try:
+            yield removal, store, recovery, directory
+        finally:
+            for hang in store.stuck.values():
+                hang.release()
+            removal.close()
     directory.close()
 
 
@@ -115,7 +116,7 @@ def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
             deleting(tmp_path, *names) as (removal, store, recovery, directory),
             trio.open_nursery() as nursery,
         ):
-            store.stuck = {name: threading.Event() for name in names[:3]}
+            store.stuck = {name: virtual.Hang() for name in names[:3]}
             nursery.start_soon(removal.run)
             done = {name: await removal.begin(name) for name in names}
             with trio.fail_after(ATTEMPT_SECONDS / 2):
@@ -127,8 +128,8 @@ def test_hanging_deletions_do_not_delay_others(tmp_path: Path) -> None:
             # While the thread of an ended attempt hangs, no second one is started.
             await trio.sleep(10 * ATTEMPT_SECONDS)
             assert [len(store.times(name)) for name in names[:3]] == [1, 1, 1]
-            for event in store.stuck.values():
-                event.set()
+            for hang in store.stuck.values():
+                hang.release()
             store.stuck.clear()
             with trio.fail_after(1000):
                 for name in names[:3]:
@@ -165,7 +166,7 @@ def test_a_failing_deletion_is_retried_with_growing_pauses(tmp_path: Path) -> No
 def test_a_hanging_deletion_does_not_block_the_start(tmp_path: Path) -> None:
     async def main() -> None:
         async with deleting(tmp_path, "acme", "beta") as (removal, store, _, directory):
-            store.stuck["acme"] = threading.Event()
+            store.stuck["acme"] = virtual.Hang()
             directory.begin_deletion("acme")
             directory.begin_deletion("beta")
             began = trio.current_time()
@@ -175,7 +176,7 @@ def test_a_hanging_deletion_does_not_block_the_start(tmp_path: Path) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(removal.run)
                 await trio.sleep(1)
-                store.stuck.pop("acme").set()
+                store.stuck.pop("acme").release()
                 for done in list(removal._wanted.values()):
                     await done.wait()
                 nursery.cancel_scope.cancel()

@@ -40,6 +40,7 @@ class Evaluating:
             self._bury,
             self._latencies(),
             SimpleNamespace(traces=lambda due, numbers: [], signals_of=lambda tenant, ids: {}),
+            SimpleNamespace(add=lambda tenant, records: None),
         )
 
     def _latencies(self):
