@@ -57,6 +57,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
     "bench": ("bench", "", "--only evaluation fallback end_to_end --probes 2", 400),
     "beside": ("beside", "--seconds 4 --rounds 2", "--seconds 1 --rounds 1 --rows ^max", 1500),
     "overload": ("overload", "--secs 60", "--secs 3 --calibrate 2", 300),
+    "attacks": ("attacks", "", "--secs 1 --size 0.02", 1500),
     "memory": ("memory", "", "--cycles 20", 500),
     "cachehits": ("cachehits", "--secs 60", "--secs 8 --tenants 10 --users 5 --rules 5", 200),
     "queries": (

@@ -135,6 +135,7 @@ TEXTS = (
     ("beside", "Beside Rotel and bare HTTP", "beside"),
     ("soak", "Soak", "soak"),
     ("overload", "Overload", "overload"),
+    ("attacks", "Attacks on what tenants share", "attacks"),
     ("bench", "Benchmarks", "bench"),
     ("memory", "Memory", "memory"),
     ("cachehits", "Hit rates of the caches", "cachehits"),

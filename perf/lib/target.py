@@ -132,10 +132,12 @@ def service(
     tenants: int = 0,
     settings: dict[str, str] | None = None,
     relational: bool = False,
+    files: int | None = None,
 ) -> Iterator[Service]:
     """Run ``python -m betrace.service serve`` on free loopback ports with its data in a temporary
     directory. ``settings`` are named like its environment variables without the prefix
-    (``log__ack``); with ``relational`` twenty of the rules relate spans."""
+    (``log__ack``); with ``relational`` twenty of the rules relate spans; ``files`` limits the files
+    that it may open."""
     directory = Path(tempfile.mkdtemp(prefix="betrace-perf-", dir=os.environ.get("PERF_TMP")))
     process = log = None
     try:
@@ -146,6 +148,9 @@ def service(
         arguments += ["--data", str(directory / "data"), "--rules", str(folder)]
         for listener in ("ingest", "grpc", "api", "metrics"):
             arguments += [f"--{listener}", "127.0.0.1:0"]
+        if files is not None:
+            limit = f'ulimit -n {files} && exec "$@"'
+            arguments = ["sh", "-c", limit, "sh", *arguments]
         own = {k: v for k, v in os.environ.items() if not k.startswith(("BETRACE_", "OTEL_"))}
         own |= {f"BETRACE_{k.upper()}": v for k, v in (settings or {}).items()}
         log = (directory / "log").open("w+")

@@ -17,12 +17,12 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from betrace.service.api.asgi import App, Receive, Scope, Send
+from betrace.service.api.body_shares import BodyShares, bounded
 from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
 from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.api.pages.routes import add_pages
 from betrace.service.api.params import near, read_param, read_params
-from betrace.service.config.base import MIB
 from betrace.service.tenancy.authentication import (
     Authenticator,
     Denied,
@@ -33,8 +33,6 @@ from betrace.service.tenancy.authentication import (
 _log = logging.getLogger("service.http")
 
 _BODY_SECONDS = 30
-MOST_BUFFERED = 64 * MIB
-"""Bytes of the bodies of requests to the API that are in progress."""
 _HINTS = {
     413: "send less, or raise api.max_body_bytes",
     408: "send the body faster",
@@ -82,56 +80,10 @@ def create_api(
             )
         return _error(ApiError(status, str(error.description), _HINTS.get(status, "see /docs")))
 
-    app.asgi_app = _bounded(_finishing(app.asgi_app))  # type: ignore[assignment,method-assign]
-    return app
-
-
-def _bounded(app: App) -> App:
-    """Bound the memory for bodies of all requests that are being answered: beyond it, a request
-    gets 503 while its body arrives."""
-    buffered = 0
-
-    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal buffered
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        own = 0
-        refused = False
-
-        async def counted() -> dict[str, Any]:
-            nonlocal buffered, own, refused
-            message = await receive()
-            size = len(message.get("body", b""))
-            own += size
-            buffered += size
-            if size and buffered > MOST_BUFFERED and not refused:
-                refused = True
-                await _send_busy(send)
-            return {"type": "http.disconnect"} if refused else message
-
-        async def answer(message: dict[str, Any]) -> None:
-            if not refused:
-                await send(message)
-
-        try:
-            await app(scope, counted, answer)
-        finally:
-            buffered -= own
-
-    return bounded
-
-
-async def _send_busy(send: Send) -> None:
-    error = ApiError(
-        503,
-        "too many request bodies are arriving",
-        "send the request again later",
-        {"retry-after": "5", "connection": "close", "content-type": "application/json"},
+    app.asgi_app = bounded(  # type: ignore[assignment,method-assign]
+        _finishing(app.asgi_app), BodyShares(), authenticator, closed
     )
-    headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": error.body()})
+    return app
 
 
 def _finishing(app: Callable[..., Awaitable[None]]) -> App:

@@ -13,7 +13,11 @@ from typing import Any
 import orjson
 
 from betrace.service.api.audit import AuditError
-from betrace.service.api.rule_writer import RuleExistsError, TenantDeletedError
+from betrace.service.api.rule_writer import (
+    RuleExistsError,
+    TenantDeletedError,
+    TooManyTenantsError,
+)
 from betrace.service.rules.definition import Problem, RuleFileError
 from betrace.service.rules.store import (
     RuleConflictError,
@@ -74,6 +78,8 @@ def translate(error: Exception) -> ApiError | None:
             return ApiError(503, text, "nothing was done; free disk space and try again")
         case TenantDeletedError():
             return ApiError(403, text, "see /docs")
+        case TooManyTenantsError():
+            return ApiError(403, text, "use a tenant that exists")
         case UnknownTenantError():
             return ApiError(404, text, error.hint)
         case TenantError():

@@ -9,6 +9,7 @@ from typing import Any
 from betrace.service.rules.definition import Rule, RuleFileError, etag, make_rule
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleConflictError, RuleNotFoundError
+from betrace.service.tenancy.tenant_limit import TenantLimit
 from betrace.service.traces.example_runs import check_examples
 
 EXAMPLE_SECONDS = 3.0  # of processor time, for the examples of a rule
@@ -26,15 +27,22 @@ class TenantDeletedError(Exception):
     """The tenant is deleted, or is being deleted."""
 
 
+class TooManyTenantsError(Exception):
+    """The rule would belong to one tenant more than there may be; the message says what to do."""
+
+
 class RuleWriter:
     """Saves and deletes rules, one at a time: a rule that is new when it is checked is still new
     when it is saved. Methods block and may be called from any thread; they raise :exc:`OSError`
     and the errors of :class:`betrace.service.rules.store.RuleStore`.
 
-    ``closed`` are the deleted tenants.
+    ``closed`` are the deleted tenants; ``limit`` bounds the tenants that anyone may name.
     """
 
-    def __init__(self, registry: RuleRegistry, closed: Container[str]) -> None:
+    def __init__(
+        self, registry: RuleRegistry, closed: Container[str], limit: TenantLimit | None = None
+    ) -> None:
+        self._limit = limit
         self._registry = registry
         self._rules = registry.store
         self._closed = closed
@@ -45,8 +53,9 @@ class RuleWriter:
     ) -> tuple[Rule, bool]:
         """Check and save a rule, keeping its earlier versions; the rule, and whether it is new.
         ``if_match`` is the value of the header, None to create. Raises :exc:`RuleExistsError`,
-        :exc:`TenantDeletedError`, and :exc:`betrace.service.rules.definition.RuleFileError` for a
-        wrong definition and for examples that do not do what they say."""
+        :exc:`TenantDeletedError`, :exc:`TooManyTenantsError`, and
+        :exc:`betrace.service.rules.definition.RuleFileError` for a wrong definition and for
+        examples that do not do what they say."""
         rule = make_rule({**definition, "id": rule_id})
         problems = check_examples([rule], cpu_seconds=EXAMPLE_SECONDS)
         if problems:
@@ -54,6 +63,8 @@ class RuleWriter:
         with self._changing:
             if tenant in self._closed:
                 raise TenantDeletedError(f"the tenant {tenant} is deleted")
+            if self._limit is not None and (denied := self._limit.refusal(tenant)):
+                raise TooManyTenantsError(denied.message)
             if if_match is None:
                 self._must_be_new(tenant, rule_id)
             try:

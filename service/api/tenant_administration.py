@@ -95,6 +95,8 @@ class TenantAdministration:
             made = await self._threads.run(self._directory.create, name, quota, public)
             self._quotas.set(name, quota)
             await self._removal.reopen(name)
+            if self._gate.tenant_limit is not None:
+                self._gate.tenant_limit.create(name)
             self._gate.keys_changed(name)
         return _shown(made)
 
@@ -137,6 +139,8 @@ class TenantAdministration:
             await self._note(who, "tenants.delete", {"tenant": name})
             done = await self._removal.begin(name)
             self._quotas.set(name, None)
+            if self._gate.tenant_limit is not None:
+                self._gate.tenant_limit.delete(name)
             self._gate.keys_changed(name)
             self._subscriptions.end(name)
         with trio.move_on_after(wait_seconds):

@@ -43,7 +43,7 @@ from betrace.service.traces.layout import (
     ROOT_SERVICE,
     SPANS,
 )
-from betrace.service.traces.trial import Trial, TrialError, Verdict
+from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError, Verdict
 
 Json = dict[str, Any]
 
@@ -53,6 +53,10 @@ MAX_BYTES = 128 * MIB
 MAX_SPANS = 20_000
 
 _SPARE_RULES = 16
+_TOO_EXPENSIVE = (
+    f"the verdicts were not computed within {TRIAL_SECONDS:g} s of processor time; "
+    "use fewer or cheaper patterns"
+)
 
 
 class TraceReader:
@@ -112,7 +116,7 @@ class TraceReader:
 
         frames = _Frames(self._log, tenant, sorted(positions), self._max_body)
         with self._compiled(tenant) as rules:
-            trial = Trial(rules, trace_id)
+            trial = Trial(rules, trace_id, TRIAL_SECONDS)
             with self._one_large if row.spans > MAX_SPANS else nullcontext():
                 shown = trace_as_json(frames.fold(trial), bytes.fromhex(trace_id), MAX_SPANS)
             # Spans can be missing when no frame is, because positions reach the index later.
@@ -120,7 +124,7 @@ class TraceReader:
             certain = whole and not is_open
             try:
                 found = {verdict.rule_id: verdict for verdict in trial.verdicts(complete=certain)}
-            except TrialError:  # none of its spans are left in the log
+            except TrialError:  # none of its spans are left in the log, or too_expensive
                 found, certain = {}, False
         return {
             **trace_row_json(row),
@@ -140,6 +144,7 @@ class TraceReader:
                     if s.status == "active"
                 },
                 "kept" if certain else "open" if is_open else "unknown",
+                _TOO_EXPENSIVE if trial.too_expensive else None,
             ),
         }
 
@@ -175,6 +180,7 @@ def _verdicts(
     found: dict[str, Verdict],
     active: dict[tuple[str, str], StoredSignal],
     otherwise: str,
+    not_computed: str | None,
 ) -> Json:
     """By rule id ``verdict``, ``clause``, ``signal`` (its id), ``counts`` and ``evidence``.
 
@@ -183,8 +189,8 @@ def _verdicts(
     certain: the readable spans show it, or an active signal of the same version of the rule does.
     Without a breach the verdict is ``otherwise``: ``kept``; ``open`` while later spans may still
     break the rule; ``unknown`` if spans of a closed trace could not be read, or if a rule could not
-    be judged (``undecided`` says why). ``groups`` are the broken ones of a rule with ``for each``;
-    ``skipped`` says why a rule did not judge the trace.
+    be judged (``undecided`` says why; ``not_computed`` does for all rules). ``groups`` are the
+    broken ones of a rule with ``for each``; ``skipped`` says why a rule did not judge the trace.
     """
     verdicts = {}
     for rule in rules.rules:
@@ -198,6 +204,8 @@ def _verdicts(
             "counts": verdict.counts if verdict else {},
             "evidence": verdict.evidence if verdict else {},
         }
+        if not_computed is not None and signal is None:
+            shown |= {"verdict": "unknown", "undecided": not_computed}
         if verdict is not None and verdict.undecided is not None:
             shown |= {"verdict": "unknown", "undecided": verdict.undecided}
         if verdict is not None and verdict.skipped is not None:

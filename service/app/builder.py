@@ -125,7 +125,13 @@ class _ServiceBuilder:
         self._settings, self._stores = settings, stores
         stores.log.on_skipped = report_skipped
         self._threads, self._cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
-        self._gate = Gate(settings, directory, tokens, lambda name: self._tenants.exists(name))
+        self._gate = Gate(
+            settings,
+            directory,
+            tokens,
+            lambda name: self._tenants.exists(name),
+            lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
+        )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
         self._build_flow()
         self._build_upkeep()
@@ -162,6 +168,7 @@ class _ServiceBuilder:
             capacity=settings.pipeline.ingest_capacity_spans,
             closed=gate.closed,
             backlogged=self._pipeline.correlate.backlog.full,
+            limit=gate.tenant_limit,
         )
         self._data_directory = DataDirectory(
             settings.storage.path, self._admission.block, self._admission.unblock
@@ -195,7 +202,7 @@ class _ServiceBuilder:
             settings.ingest.max_body_bytes,
             gate.closed,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed)
+        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
         erase = (
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,

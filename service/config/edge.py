@@ -76,6 +76,10 @@ class Ingest(SettingsSection):
     accepted."""
     keep_alive_seconds: Seconds = 75
     """How long an idle connection stays open. Exporters send every 5 s to 60 s."""
+    max_tenants: Count = 1000
+    """Maximum tenants without authentication, when anyone may name a new one. Spans and rules of
+    another new tenant get 403; existing tenants, and those that operators create, are not
+    affected."""
     refuse_above: Fraction = 0.9
     """Requests get 503 while the span-ingestion channel is fuller than this fraction."""
     offer_timeout_ms: Count = 100

@@ -40,6 +40,7 @@ from betrace.service.tenancy.authentication import (
     closed_tenant,
 )
 from betrace.service.tenancy.quotas import SpanQuotas
+from betrace.service.tenancy.tenant_limit import TenantLimit
 from betrace.service.tenants import DEFAULT_TENANT
 
 # Limit of the spans that are queued or wait to be queued, as a multiple of the capacity. Waiting in
@@ -54,6 +55,7 @@ class Admission:
     ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants; ``backlogged``
     says whether a tenant must wait because too many of its spans wait to be folded. Under load,
     tenants share the queue and the memory for bodies (:mod:`betrace.service.receiver.shares`).
+    ``limit`` bounds the tenants that anyone may name.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Admission:
         capacity: int = 10_000,
         closed: Container[str] = frozenset(),
         backlogged: Callable[[str], bool] = lambda tenant: False,
+        limit: TenantLimit | None = None,
     ) -> None:
+        self._tenant_limit = limit
         self._closed_tenants = closed
         self._backlogged = backlogged
         self._spans = Shares(capacity, settings.refuse_above)
@@ -183,6 +187,8 @@ class Admission:
             return refusals.wrong_tenant(head, tenant)
         if tenant in self._closed_tenants:
             return refusals.wrong_tenant(head, closed_tenant(tenant))
+        if self._tenant_limit is not None and (one_more := self._tenant_limit.refusal(tenant)):
+            return refusals.wrong_tenant(head, one_more)
         return self._check_load(Head(tenant, kind, encoding, length))
 
     def _check_load(self, head: Head) -> Head | HttpResponse:

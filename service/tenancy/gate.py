@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from betrace.channels import ThreadRunner
 from betrace.service.caches import LoadingCache
@@ -12,6 +12,7 @@ from betrace.service.tenancy.authentication import Authenticator, OperatorTokens
 from betrace.service.tenancy.directory import PublicKey, TenantDirectory, TenantState
 from betrace.service.tenancy.ledger_filter import CurrentEntries
 from betrace.service.tenancy.quotas import SpanQuotas
+from betrace.service.tenancy.tenant_limit import TenantLimit
 
 PUBLIC_KEYS = "publicKeys"
 PublicKeys = LoadingCache[tuple[str, str], PublicKey]
@@ -20,7 +21,8 @@ PublicKeys = LoadingCache[tuple[str, str], PublicKey]
 
 class Gate:
     """Built from the settings and the directory. ``tokens`` is None without authentication;
-    ``tenant_exists`` says whether an operator may act for a tenant.
+    ``tenant_exists`` says whether an operator may act for a tenant; ``stored`` returns the tenants
+    that have something on disk.
 
     ``closed`` holds the tenants from which nothing is accepted; ``hidden`` says which ledger
     entries no longer belong to a tenant. Both are shared with their users, and change.
@@ -32,6 +34,7 @@ class Gate:
         directory: TenantDirectory,
         tokens: OperatorTokens | None,
         tenant_exists: Callable[[str], Awaitable[bool]],
+        stored: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self.directory = directory
         self.closed = directory.in_state(TenantState.DELETING, TenantState.DELETED)
@@ -46,6 +49,8 @@ class Gate:
             ttl_seconds=settings.caches.public_keys_ttl_seconds,
         )
         self.authenticator: Authenticator | None = None
+        self.tenant_limit: TenantLimit | None = None
+        """None with authentication: then only operators create tenants."""
         if tokens is not None:
             self.authenticator = Authenticator(
                 settings.auth,
@@ -54,6 +59,9 @@ class Gate:
                 tenant_exists,
                 self._signatures,
             )
+        else:
+            created = directory.in_state(TenantState.ACTIVE)
+            self.tenant_limit = TenantLimit(settings.ingest.max_tenants, stored, created)
         quotas = settings.quotas
         self.quotas = SpanQuotas(
             quotas.spans_per_second,

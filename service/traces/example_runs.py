@@ -15,6 +15,7 @@ from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Problem, Rule
 from betrace.service.rules.examples import Example, flat_spans, nanoseconds
 from betrace.service.rules.syntax import KINDS, STATUSES
+from betrace.service.rules.workspace import FOREVER
 from betrace.service.traces.slices import CpuSlice
 from betrace.service.traces.trial import Trial, TrialError, Verdict
 
@@ -24,7 +25,7 @@ _EPOCH_NS = 1_700_000_000 * 10**9  # of start_ms 0
 
 
 def check_examples(
-    rules: Iterable[Rule], source: str = "rule", cpu_seconds: float | None = None
+    rules: Iterable[Rule], source: str = "rule", cpu_seconds: float = FOREVER
 ) -> list[Problem]:
     """The examples that do not do what they say, in the order of the rules. Rules that are not
     enabled are checked, too; ``cpu_seconds`` bounds each rule."""
@@ -32,10 +33,10 @@ def check_examples(
     for rule in rules:
         if not rule.examples:
             continue
-        cpu = None if cpu_seconds is None else CpuSlice(cpu_seconds)
+        spent = CpuSlice(FOREVER)
         compiled = compile_rules([replace(rule, enabled=True)])
         for number, example in enumerate(rule.examples):
-            found = _fault(compiled, example, cpu)
+            found = _fault(compiled, example, max(0.0, cpu_seconds - spent.used))
             if found is not None:
                 path = ("examples", number)
                 message = f"the example '{example.name}' {found[0]}"
@@ -45,20 +46,18 @@ def check_examples(
     return problems
 
 
-def run_example(rules: CompiledRules, example: Example, cpu: CpuSlice | None = None) -> Verdict:
+def run_example(rules: CompiledRules, example: Example, seconds: float = FOREVER) -> Verdict:
     """The verdict of the only rule in ``rules``. Raises :exc:`TrialError`."""
-    trial = Trial(rules, cpu=cpu)
+    trial = Trial(rules, seconds=seconds)
     trial.add(example_body(example))
     (verdict,) = trial.verdicts()
     return verdict
 
 
-def _fault(
-    rules: CompiledRules, example: Example, cpu: CpuSlice | None
-) -> tuple[str, str | None] | None:
+def _fault(rules: CompiledRules, example: Example, seconds: float) -> tuple[str, str | None] | None:
     """What the example does wrong, with a hint; None if it does what it says."""
     try:
-        verdict = run_example(rules, example, cpu)
+        verdict = run_example(rules, example, seconds)
     except TrialError as error:
         return f"cannot be evaluated: {error}", None
     if verdict.undecided is not None:

@@ -17,6 +17,7 @@ from betrace.service.otlp.columns import (
     TRACE_HI,
     TRACE_LO,
     Rows,
+    SpanBatch,
 )
 from betrace.service.otlp.columns import FLAGS as SPAN_FLAGS
 from betrace.service.otlp.wire import ERRORS, scan_bodies
@@ -24,6 +25,7 @@ from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.rules.wording import breach_text
+from betrace.service.rules.workspace import FOREVER
 from betrace.service.signals import incomplete_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
@@ -34,6 +36,10 @@ from betrace.service.traces.trace_spans import trace_spans
 from betrace.service.traces.verdicts import raise_signal
 
 _MASK = 2**64 - 1
+
+
+TRIAL_SECONDS = 3.0
+"""CPU seconds that the API spends on evaluating one trace for a caller."""
 
 
 class TrialError(ValueError):
@@ -68,13 +74,16 @@ class Trial:
     """Collects the spans of one trace and evaluates compiled rules on it.
 
     With ``trace_id`` (32 hex digits) spans of other traces are ignored; without it all spans must
-    belong to one trace. If ``cpu`` is used up, :meth:`add` raises :exc:`TrialError`.
+    belong to one trace. Evaluating them takes at most ``seconds`` of CPU time: after that, spans
+    are only counted, and there are no verdicts.
     """
 
     def __init__(
-        self, rules: CompiledRules, trace_id: str | None = None, cpu: CpuSlice | None = None
+        self, rules: CompiledRules, trace_id: str | None = None, seconds: float = FOREVER
     ) -> None:
-        self._cpu = cpu
+        self._seconds = seconds
+        self.too_expensive = False
+        """Whether the time is used up."""
         self._traces = TenantTraces("trial", rules)
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
@@ -103,22 +112,32 @@ class Trial:
             value = int(self._wanted or "0", 16)
             halves = np.array([value >> 64, value & _MASK], np.uint64).view(np.int64)
             batch.spans = batch.spans[(batch.spans[:, [TRACE_HI, TRACE_LO]] == halves).all(axis=1)]
-        if self._relational and len(batch):
-            trace = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
-            self._kept += [span for _, span in trace_spans(batch, {trace})]
         if len(batch):
             self._ids.append(np.unique(batch.spans[:, SPAN_ID]))
             below = batch.spans[:, SPAN_FLAGS] & HAS_PARENT != 0
             self._parents.append(np.unique(batch.spans[below, PARENT_ID]))
-            try:
-                parts = self._traces.fold(batch, now=1, slice=self._cpu)
-            except SliceOver:
-                raise TrialError(
-                    "evaluating it takes too much processor time; use fewer or cheaper patterns"
-                ) from None
-            for _, folded in parts:
-                self.spans += len(batch) - folded.repeated
+        if self.too_expensive:
+            self.spans += len(batch)
+            return len(batch)
+        if len(batch):
+            self._fold(batch)
         return len(batch)
+
+    def _fold(self, batch: SpanBatch) -> None:
+        cpu = CpuSlice(self._seconds)
+        if self._relational:
+            trace = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
+            self._kept += [span for _, span in trace_spans(batch, {trace})]
+        try:
+            parts = self._traces.fold(batch, now=1, slice=cpu)
+        except SliceOver:
+            self.too_expensive = True
+            self._kept.clear()
+            self.spans += len(batch)
+            return
+        self._seconds -= cpu.used
+        for _, folded in parts:
+            self.spans += len(batch) - folded.repeated
 
     @property
     def missing_parents(self) -> int:
@@ -131,14 +150,18 @@ class Trial:
     def verdicts(self, *, complete: bool = True) -> list[Verdict]:
         """The verdict of each enabled rule; may be called once. If the trace is not ``complete``,
         only breaches that no further span can undo are reported. Raises :exc:`TrialError` if there
-        are no spans."""
+        are no spans, or if it takes too much CPU time."""
+        if self.too_expensive:
+            raise TrialError(
+                "evaluating it takes too much processor time; use fewer or cheaper patterns"
+            )
         closed = self._traces.close_due(now=2, idle_ns=0)
         if not closed:
             raise TrialError("it has no span with a valid trace id and span id")
         due = closed[0]
         due.closed = complete
         found, candidates = decide_or_ask(due, raised_early=False)
-        judged = RelationalRules(self._read).judge(due, candidates)
+        judged = RelationalRules(self._read, seconds=self._seconds).judge(due, candidates)
         broken = {each.rule: each for each in (*found, *(each for each, _ in judged.breaches))}
         judgements = {each.rule: judgement for each, judgement in judged.breaches}
         undecided = {each.rule: each.reason for each in judged.undecided}

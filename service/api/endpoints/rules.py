@@ -34,8 +34,7 @@ from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.triage import Mute
 from betrace.service.times import SECOND, read_duration, write_time
-from betrace.service.traces.slices import CpuSlice
-from betrace.service.traces.trial import Trial, TrialError
+from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError
 
 endpoints = Endpoints("Rules")
 
@@ -52,7 +51,6 @@ _TAGS = re.compile(r'"[^"]+"(\s*,\s*"[^"]+")*')
 _FOREVER = 2**63 - 1
 _LONGEST_MUTE = 366 * 86_400 * SECOND
 _LONGEST_REASON = 500
-TRIAL_SECONDS = 3.0  # of processor time
 _TEXT = {"type": "string"}
 RULE_SCHEMA = {
     "type": "object",
@@ -339,7 +337,7 @@ async def test_rule(call: Call) -> Any:
 
 def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
     rules = compile_rules([make_rule({"id": "trial", "condition": condition})])
-    trial = Trial(rules, cpu=CpuSlice(TRIAL_SECONDS))
+    trial = Trial(rules, seconds=TRIAL_SECONDS)
     try:
         trial.add(to_protobuf(trace))
         (verdict,) = trial.verdicts()

@@ -293,7 +293,8 @@ async def get_trace(call: Call) -> Any:
     spans could be read). `verdicts` are
     those of the current rules, by id: `verdict` is `breach` (with `clause`, and the id of the
     `signal` if there is one), `kept`, `open` (the trace is open) or `unknown` (spans are
-    missing). `skipped` says why a rule with `incomplete: skip` did not judge the trace."""
+    missing; or `undecided` says why, such as that 3 s of processor time were not enough).
+    `skipped` says why a rule with `incomplete: skip` did not judge the trace."""
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:
