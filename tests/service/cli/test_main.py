@@ -442,9 +442,10 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
         assert printed["metrics"] is None
         assert printed["api"] != printed["ingest"]
         return
-    spans, grpc, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
+    spans, grpc, pages, api, metrics = (line.split()[1] for line in result.stdout.splitlines())
     assert spans.endswith("/v1/traces")
     assert grpc.startswith("http://127.0.0.1:")
+    assert pages == api.replace("/docs", "/")
     assert metrics == api.replace("/docs", "/metrics")
 
 
