@@ -36,6 +36,11 @@ def undecided(
 
     Nothing was raised or retracted for them. A trace is undecided, for example, if it has too many
     spans to be read back from the log (traces.relational_spans_max).
+
+    \b
+    Examples:
+      betrace undecided
+      betrace undecided --rule n-plus-one --json
     """
     api = ServiceApi(server, "/api/v1/undecided", tenant=tenant)
     given: Json = {name: value for name, value in filters.items() if value is not None}
