@@ -227,13 +227,18 @@ def slow_senders(attack: Attack) -> None:
     other.join()
 
 
-def compressed_spans(attack: Attack) -> None:
-    """gzip requests of 43 kB with 600 000 spans."""
+def most_compressed_spans(attack: Attack) -> None:
+    """gzip requests of 7 kB with 100 000 spans, as many as are accepted."""
+    compressed_spans(attack, 100_000)
+
+
+def compressed_spans(attack: Attack, spans: int = 600_000) -> None:
+    """gzip requests of 43 kB with 600 000 spans, which are refused."""
     message = ExportTraceServiceRequest()
     scope = message.resource_spans.add().scope_spans.add()
     scope.spans.add(trace_id=b"\1" * 16, span_id=b"\2" * 8)
     one = scope.spans[0].SerializeToString()
-    scope_bytes = (b"\x12%c" % len(one) + one) * attack.scaled(600_000)
+    scope_bytes = (b"\x12%c" % len(one) + one) * attack.scaled(spans)
     resource = b"\x12" + _varint(len(scope_bytes)) + scope_bytes
     body = gzip.compress(b"\x0a" + _varint(len(resource)) + resource)
     attack.together(
@@ -285,6 +290,7 @@ ATTACKS: dict[str, Callable[[Attack], None]] = {
     "reads of a huge trace": huge_trace,
     "slow senders": slow_senders,
     "600 000 spans in 43 kB": compressed_spans,
+    "100 000 spans in 7 kB": most_compressed_spans,
     "unfinished PUTs of 4 MiB": unfinished_puts,
     "event streams": streams,
     "tenant names": tenant_names,

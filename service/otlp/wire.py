@@ -70,12 +70,17 @@ ERRORS: dict[int, str] = {
 }
 """For each value of the body column ``ERROR``: what is wrong and what to do."""
 
-# The smallest accepted span: a trace id of 2 + 16 bytes, a span id of 2 + 8, and the span's tag and
-# length. It bounds the spans in a body of a given size, and the resources and scopes too, because
+SMALLEST_SPAN = 30
+"""Bytes of the smallest accepted span: a trace id of 2 + 16, a span id of 2 + 8, and the span's tag
+and length."""
+# It bounds the spans in a body of a given size, and the resources and scopes too, because
 # those get a row only with their first accepted span.
-_SMALLEST_SPAN = 30
 _USUAL_SPAN = 120
 _USUAL_SPANS_PER_RESOURCE = 4
+
+
+class TooManySpans(ValueError):  # noqa: N818 - named for what it is, HTTP 413
+    """A body has more spans than allowed."""
 
 
 def hash_text(text: str) -> int:
@@ -92,7 +97,9 @@ def _as_array(data: bytes | bytearray | memoryview) -> Bytes:
     return array
 
 
-def scan_bodies(tenant: str, bodies: Sequence[bytes | bytearray | memoryview]) -> SpanBatch:
+def scan_bodies(
+    tenant: str, bodies: Sequence[bytes | bytearray | memoryview], most_spans: int | None = None
+) -> SpanBatch:
     """Scan the protobuf bodies of one tenant's requests in one kernel call.
 
     Row *i* of the batch's ``bodies`` describes ``bodies[i]``. A body with an error (``ERROR`` not
@@ -101,11 +108,14 @@ def scan_bodies(tenant: str, bodies: Sequence[bytes | bytearray | memoryview]) -
     if a span in it was accepted.
 
     A single body is not copied: the batch's ``buf`` is its memory, which must not change while the
-    batch is in use.
+    batch is in use. Raises :exc:`TooManySpans` if the bodies together have more than
+    ``most_spans``.
     """
     buf = _as_array(bodies[0] if len(bodies) == 1 else b"".join(bodies))
     starts = np.array([0, *accumulate(map(len, bodies))], np.int64)
-    most = len(buf) // _SMALLEST_SPAN
+    most = len(buf) // SMALLEST_SPAN
+    if most_spans is not None:
+        most = min(most, most_spans)
     capacity = min(most, len(buf) // _USUAL_SPAN + 16)
     other_capacity = min(most, capacity // _USUAL_SPANS_PER_RESOURCE + 16)
     body_rows = np.empty((len(bodies), BODY_COLUMNS), np.int64)
@@ -120,6 +130,8 @@ def scan_bodies(tenant: str, bodies: Sequence[bytes | bytearray | memoryview]) -
             full = scan(buf, starts, spans, resources, scopes, body_rows, stack, out, counts)
         if not full:
             break
+        if capacity == other_capacity == most:
+            raise TooManySpans
         capacity = other_capacity = most  # cannot be exceeded
     return SpanBatch(
         tenant=tenant,

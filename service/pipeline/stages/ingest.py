@@ -28,7 +28,7 @@ from betrace.service.otlp.columns import (
     SpanBatch,
 )
 from betrace.service.otlp.encoding import BodyTooLarge
-from betrace.service.otlp.wire import ERRORS, scan_bodies
+from betrace.service.otlp.wire import ERRORS, SMALLEST_SPAN, TooManySpans, scan_bodies
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress, TenantClosed
@@ -40,6 +40,8 @@ from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
 Outcome = Done | Refused
 
 FULL = 0.75  # fill of the next channel above which requests wait in this one
+MOST_SPANS = 100_000
+"""Spans in one request. Each takes 160 bytes and some CPU time even if it compresses to nothing."""
 SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and written in about 0.2 ms
 SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that the disk is busy
 # For so long after a slow write everything goes to the thread; twice as long if the next one comes
@@ -184,7 +186,8 @@ class IngestStage:
         self._inline_from = now + self._thread_seconds
 
     def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
-        """One batch per tenant, and each request's outcome; blocks on the disk."""
+        """One batch per tenant, and one for each of its requests that may have very many spans, and
+        each request's outcome; blocks on the disk."""
         outcomes: list[Outcome] = [Done(0)] * len(requests)
         by_tenant: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -199,6 +202,15 @@ class IngestStage:
                 body = self._decode(requests[i])
                 if isinstance(body, Refused):
                     outcomes[i] = body
+                elif len(body) > MOST_SPANS * SMALLEST_SPAN:
+                    try:
+                        scanned.append((scan_bodies(tenant, [body], MOST_SPANS), [i]))
+                    except TooManySpans:
+                        outcomes[i] = Refused(
+                            413,
+                            f"The request has more than {MOST_SPANS} spans. Send fewer spans in "
+                            "one request (a smaller batch).",
+                        )
                 elif body:
                     decoded.append(i)
                     bodies.append(body)

@@ -154,3 +154,22 @@ async def test_a_sync_says_that_it_is_running(
     await bench.sync.sync(["acme"])
     assert seen == [True]
     assert not bench.sync.running
+
+
+async def test_a_request_with_too_many_spans_is_refused_and_the_others_are_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "MOST_SPANS", 3)
+
+    def request(spans: int) -> Request:
+        payload = body(*(S(number + 1, "a") for number in range(spans)))
+        return Request("acme", "protobuf", "", payload, time.time_ns(), 1, Reply())
+
+    requests = [request(spans) for spans in (1, 4, 3, 2)]
+    await bench.stage.handle(requests)
+    outcomes = [await each.reply.wait() for each in requests]
+    refused = outcomes.pop(1)
+    assert isinstance(refused, Refused)
+    assert (refused.status, "more than 3 spans" in refused.message) == (413, True)
+    assert [each.spans for each in outcomes if isinstance(each, Done)] == [1, 3, 2]
+    assert sum(frame.spans for _, frame in bench.log.frames("acme")) == 6
