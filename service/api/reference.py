@@ -40,7 +40,7 @@ same type; every error is a `google.rpc.Status` whose message says what to do.
 | 400 | The body cannot be decoded, or `X-Scope-OrgID` is not a tenant name. Do not send it again |
 | 401, 403 | With authentication on: the token is missing, invalid, or not allowed to do this |
 | 404, 405 | Unknown path or method |
-| 413 | The body is larger than `ingest.max_body_bytes` before or after decompression, or has more than 100,000 spans |
+| 413 | The body is over `ingest.max_body_bytes` (also decompressed), or has over 100,000 spans |
 | 408, 431 | The headers are too slow (`ingest.head_timeout_seconds`), or over 100 or 32 KiB |
 | 415 | The content type or encoding is not one of the above |
 | 429 | The tenant is over its quota; send again after `Retry-After` |

@@ -110,8 +110,13 @@ def test_from_an_alert_to_the_span_and_the_line_in_two_clicks(
 
 
 def in_window(page: Any, element: Any) -> bool:
-    box = element.bounding_box()
-    return bool(0 <= box["y"] < page.viewport_size["height"])
+    """Whether the element comes into the window, once the page has stopped changing."""
+
+    def seen() -> bool:
+        box = element.bounding_box()  # None while the page replaces it
+        return box is not None and 0 <= box["y"] < page.viewport_size["height"]
+
+    return wait_for(seen)
 
 
 def paths(service: Running) -> list[str]:

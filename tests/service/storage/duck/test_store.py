@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from betrace.service.config.stores import DuckDb
 from betrace.service.signals import Kind, Signal, signal_id
-from betrace.service.storage.duck import files as duckfiles
+from betrace.service.storage.duck import instance as duckinstance
 from betrace.service.storage.duck import memory as duckmemory
 from betrace.service.storage.duck.arrow import (
     MOST_POSITIONS,
@@ -602,7 +602,7 @@ class TestFiles:
             monkeypatch.setattr(duckmemory, "_SAVED_BYTES", 1)
             monkeypatch.setattr(duckmemory, "_SAVED_SECONDS", (0.0, 0.0))
         else:
-            monkeypatch.setattr(duckfiles, "_CHECKPOINT_SIZE", "4MB")
+            monkeypatch.setattr(duckinstance, "_CHECKPOINT_SIZE", "4MB")
         clock = Clock()
         with DuckStore(tmp_path, limits(memory_bytes=64 << 20), clock=clock) as store:
 
