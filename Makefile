@@ -6,14 +6,14 @@ LINKS := .links/betrace
 STAMP := $(VENV)/.installed
 
 # Hypothesis examples per test: in make check, in make test, and while kernels run as ordinary Python.
-CHECK_EXAMPLES ?= 20
+CHECK_EXAMPLES ?= 10
 EXAMPLES ?= 100
 UNCOMPILED_EXAMPLES ?= 10
 
 # Processes that run tests. More than two do not pay on two cores.
 WORKERS ?= 2
 # More processes than cores, because many tests wait.
-CHECK_WORKERS ?= 4
+CHECK_WORKERS ?= 6
 
 # Write bytecode even if the environment forbids it. Otherwise every test process compiles and
 # rewrites all modules again, which takes about half of its start.

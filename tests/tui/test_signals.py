@@ -101,7 +101,7 @@ async def test_a_text_filters_the_rows_and_inverts(pilot, api):
 async def test_a_signal_opens_with_its_trace_and_marked_spans(pilot, api):
     await opened(pilot, api)
     await pilot.press("enter")
-    await until(lambda: "POST /checkout" in screen_text(pilot.app))
+    await until(lambda: sum("█" in line for line in screen_text(pilot.app).splitlines()) == 4)
     assert isinstance(pilot.app.screen, Detail)
     lines = screen_text(pilot.app).splitlines()
     text = "\n".join(lines)
@@ -109,7 +109,6 @@ async def test_a_signal_opens_with_its_trace_and_marked_spans(pilot, api):
     assert "◆a     1  charge.where(amount > 1000)" in text
     spans = [line for line in lines if "█" in line]
     marked = [line for line in spans if "◆" in line]
-    assert len(spans) == 4
     assert len(marked) == 1
     assert "◆a     charge" in marked[0]
     assert "✖ attempt" in text

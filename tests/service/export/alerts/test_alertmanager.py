@@ -154,6 +154,7 @@ async def test_an_alertmanager_that_was_restarted_gets_the_alert_again(
         await until(lambda: len(manager.alerts()) == 1)
 
 
+@pytest.mark.slow
 async def test_an_outage_of_alertmanager_does_not_hide_that_a_rule_was_broken(
     tmp_path: Path, ledger: SqliteLedger, manager: AlertmanagerProcess, hook: Receiver
 ) -> None:

@@ -176,6 +176,7 @@ async def test_with_more_signals_than_are_remembered_only_the_quiet_time_ends_th
         assert alerts.book.firing == 1
 
 
+@pytest.mark.slow
 async def test_a_rule_that_breaks_again_while_the_webhook_is_down_stays_one_alert(
     tmp_path: Path, ledger: SqliteLedger, hook: Receiver
 ) -> None:
