@@ -298,10 +298,10 @@ def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[
     values, value_starts = rules.rules_of if due.closed else rules.early_of
     entry_of = np.full(len(rules.checks) + 1, -1, np.int64)
     stamps = np.zeros(n_rules, np.int64)
-    stack = np.zeros(STACK, np.int64)
-    out = np.zeros((max(n_rules, 1024), 3), np.int64)
+    stack = np.empty(STACK, np.int64)
+    out = np.empty((max(n_rules, 1024), 3), np.int64)
     if outcomes is None:
-        outcomes = np.zeros((n_rules, len(OUTCOMES)), np.int64)
+        outcomes = np.empty((n_rules, len(OUTCOMES)), np.int64)  # not read
     breaches: list[Breach] = []
     at = 0
     while at < len(due):

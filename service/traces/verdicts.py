@@ -87,6 +87,9 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
     """
     outcomes = np.zeros((len(due.rules.rules), len(OUTCOMES)), np.int64) if due.closed else None
     breaches, candidates = decide_or_ask(due, outcomes=outcomes)
+    spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
+    if not (due.closed or breaches or candidates):  # most of the traces that are looked at early
+        return Decided(due.tenant, [], None, spilled, due.received_ns, due.ticket)
     histories: Mapping[int, SignalHistory] = due.signal_history
     judged = Judged([], [])
     unknown: set[int] = set()
@@ -113,7 +116,6 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         _signal(due, breach, now, kind, episode, judgements.get((breach.trace, breach.rule)))
         for breach, kind, episode in found
     ]
-    spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
     return Decided(
         due.tenant,
         signals,
