@@ -12,7 +12,7 @@ from betrace.tui.json_values import Json, mapping, objects
 
 
 @dataclass(frozen=True, slots=True)
-class TreeSpan:
+class ShownSpan:
     """One span. Times are nanoseconds since 1970."""
 
     id: str
@@ -27,7 +27,7 @@ class TreeSpan:
     resource: Json = field(default_factory=dict, compare=False)
 
 
-def spans_of(trace: Json) -> list[TreeSpan]:
+def spans_of(trace: Json) -> list[ShownSpan]:
     """The spans of a trace; malformed ones are left out."""
     found = []
     for resource in objects(trace.get("resourceSpans")):
@@ -38,15 +38,15 @@ def spans_of(trace: Json) -> list[TreeSpan]:
     return found
 
 
-def in_tree_order(spans: Iterable[TreeSpan]) -> list[tuple[int, TreeSpan]]:
+def in_tree_order(spans: Iterable[ShownSpan]) -> list[tuple[int, ShownSpan]]:
     """Each span below its parent, with its depth; siblings by start. A span without its parent is
     a root, and so is the earliest span of a cycle."""
     left = {span.id: span for span in sorted(spans, key=lambda span: (span.start, span.id))}
-    children: defaultdict[str, list[TreeSpan]] = defaultdict(list)
+    children: defaultdict[str, list[ShownSpan]] = defaultdict(list)
     for span in left.values():
         children[span.parent].append(span)
     roots = [span for span in left.values() if span.parent not in left]
-    found: list[tuple[int, TreeSpan]] = []
+    found: list[tuple[int, ShownSpan]] = []
     for root in [*roots, *left.values()]:  # the second part reaches the cycles
         stack = [(0, root)]
         while stack:
@@ -59,10 +59,10 @@ def in_tree_order(spans: Iterable[TreeSpan]) -> list[tuple[int, TreeSpan]]:
     return found
 
 
-def _span(span: Json, service: str, resource: Json) -> TreeSpan:
+def _span(span: Json, service: str, resource: Json) -> ShownSpan:
     status = span.get("status")
     start = nanoseconds(span.get("startTimeUnixNano"))
-    return TreeSpan(
+    return ShownSpan(
         str(span.get("spanId", "")),
         str(span.get("parentSpanId") or ""),
         str(span.get("name", "")),

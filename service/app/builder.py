@@ -40,7 +40,7 @@ from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.watch import Watch
-from betrace.service.receiver.admission import Admission
+from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
 from betrace.service.rules.watch import RuleWatch
@@ -166,9 +166,9 @@ class _ServiceBuilder:
             gate.quotas,
             gate.authenticator,
             capacity=settings.pipeline.ingest_capacity_spans,
-            closed=gate.closed,
-            backlogged=self._pipeline.correlate.backlog.full,
-            limit=gate.tenant_limit,
+            tenants=TenantStates(
+                gate.closed, self._pipeline.correlate.backlog.full, gate.tenant_limit
+            ),
         )
         self._data_directory = DataDirectory(
             settings.storage.path, self._admission.block, self._admission.unblock

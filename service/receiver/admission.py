@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -49,13 +50,23 @@ from betrace.service.tenants import DEFAULT_TENANT
 _MOST_WAITING = 1.1
 
 
+@dataclass(frozen=True, slots=True)
+class TenantStates:
+    """What is known of tenants before their spans are admitted."""
+
+    closed: Container[str] = frozenset()
+    """Deleted tenants."""
+    backlogged: Callable[[str], bool] = lambda tenant: False
+    """Whether a tenant must wait because too many of its spans wait to be folded."""
+    limit: TenantLimit | None = None
+    """Bounds the tenants that anyone may name."""
+
+
 class Admission:
     """Admits requests, queues them and answers them.
 
-    ``capacity`` is that of the queue, in spans; ``closed`` are the deleted tenants; ``backlogged``
-    says whether a tenant must wait because too many of its spans wait to be folded. Under load,
-    tenants share the queue and the memory for bodies (:mod:`betrace.service.receiver.shares`).
-    ``limit`` bounds the tenants that anyone may name.
+    ``capacity`` is that of the queue, in spans. Under load, tenants share the queue and the memory
+    for bodies (:mod:`betrace.service.receiver.shares`).
     """
 
     def __init__(
@@ -66,13 +77,12 @@ class Admission:
         authenticator: Authenticator | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         capacity: int = 10_000,
-        closed: Container[str] = frozenset(),
-        backlogged: Callable[[str], bool] = lambda tenant: False,
-        limit: TenantLimit | None = None,
+        tenants: TenantStates | None = None,
     ) -> None:
-        self._tenant_limit = limit
-        self._closed_tenants = closed
-        self._backlogged = backlogged
+        tenants = tenants or TenantStates()
+        self._tenant_limit = tenants.limit
+        self._closed_tenants = tenants.closed
+        self._backlogged = tenants.backlogged
         self._spans = Shares(capacity, settings.refuse_above)
         self._release_spans = self._spans.release
         self._queue = queue

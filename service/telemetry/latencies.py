@@ -54,16 +54,10 @@ class Latencies:
         self.recent = Recent(window_seconds)
         self.declared: list[DeclaredHistogram] = []
 
-        def histogram(
-            name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
-        ) -> Histogram:
-            self.declared.append(DeclaredHistogram(name, text, labels))
-            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
-
-        self._stage = histogram(
+        self._stage = self._histogram(
             "betrace_stage_latency_seconds", "Time a stage worked on a batch.", "stage"
         )
-        ledger = histogram(
+        ledger = self._histogram(
             "betrace_ledger_write_latency_seconds",
             "Time to record a batch of signals in the ledger.",
             "ledger",
@@ -71,12 +65,12 @@ class Latencies:
         self.ledger_family = ledger
         self.ledger = Latency(ledger.labels(ledger_kind), self.recent.latency("ledger").observe)
         self.duckdb = Latency(
-            histogram(
+            self._histogram(
                 "betrace_duckdb_insert_latency_seconds", "Time to write a batch of rows to DuckDB."
             ),
             self.recent.latency("duckdb").observe,
         )
-        self.fallback = histogram(
+        self.fallback = self._histogram(
             "betrace_fallback_write_latency_seconds",
             "Time to write what a store did not take to local files, the disk's sync included.",
             "store",
@@ -84,28 +78,34 @@ class Latencies:
         for store in ("ledger", "duckdb"):
             self.fallback.labels(store)
         self.end_to_end = Latency(
-            histogram(
+            self._histogram(
                 "betrace_end_to_end_latency_seconds",
                 "From the receipt of the last span that mattered, or the trace's close, to the "
                 "signal in the ledger.",
             ),
             self.recent.latency("end-to-end").observe,
         )
-        self.early_lead = histogram(
+        self.early_lead = self._histogram(
             "betrace_early_lead_seconds",
             "How long before its close a trace was signalled early.",
             buckets=_LEADS,
         )
-        self.timer_delay = histogram(
+        self.timer_delay = self._histogram(
             "betrace_timer_delay_seconds",
             "How late a timer of the Trio thread ran, tried ten times a second.",
         )
         self.evaluation = Latency(
-            histogram(
+            self._histogram(
                 "betrace_rule_evaluation_latency_seconds", "Time to decide the rules of a batch."
             ),
             self.recent.latency("evaluation").observe,
         )
+
+    def _histogram(
+        self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
+    ) -> Histogram:
+        self.declared.append(DeclaredHistogram(name, text, labels))
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     async def watch_timers(self) -> None:
         """Observe how late a timer runs, forever. That is how long the Trio thread was busy with

@@ -301,7 +301,7 @@ def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[
     stack = np.empty(STACK, np.int64)
     out = np.empty((max(n_rules, 1024), 3), np.int64)
     if outcomes is None:
-        outcomes = np.empty((n_rules, len(OUTCOMES)), np.int64)  # not read
+        outcomes = np.zeros((n_rules, len(OUTCOMES)), np.int64)  # not read
     breaches: list[Breach] = []
     at = 0
     while at < len(due):

@@ -59,7 +59,7 @@ class Judged:
     """For incomplete traces (trace, rule) of rules that skip them: how many parents are missing."""
 
 
-class Pace:
+class ReadingPace:
     """Chooses which open traces are read, so that reading them takes a small share of a core.
 
     A trace is read again when it has grown, a long one when it has grown by an eighth. A rule that
@@ -128,7 +128,7 @@ class RelationalRules:
         self._signals_of = signals_of
         self._seconds = seconds
         self._lock = threading.Lock()  # a thread that takes too long is left behind
-        self._pace = Pace()
+        self._pace = ReadingPace()
         self._depends: WeakKeyDictionary[CompiledRules, dict[int, bool]] = WeakKeyDictionary()
         self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from betrace.tui.base import ViewTenant
 from betrace.tui.panels import signals as signals_module
-from betrace.tui.traces import TreeSpan, in_tree_order, spans_of
+from betrace.tui.traces import ShownSpan, in_tree_order, spans_of
 from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.pick import Pick
 from betrace.tui.widgets.waterfall import MAX_SPANS, marks, waterfall
@@ -246,17 +246,17 @@ async def test_a_signal_fills_the_window(pilot, api):
 
 
 def test_a_waterfall_gives_bars_the_space_that_names_do_not_need():
-    spans = [span("a", start=0), TreeSpan("b", "a", "b", "s", 0, 500, False)]
+    spans = [span("a", start=0), ShownSpan("b", "a", "b", "s", 0, 500, False)]
     line = waterfall(in_tree_order(spans), {}, 200).plain.splitlines()[1]
     assert len(line) == 200
     assert line.count("█") > 150
     assert "0 µs" in line
-    long = [TreeSpan("c", "", "n" * 90, "s", 0, 5, False)]
+    long = [ShownSpan("c", "", "n" * 90, "s", 0, 5, False)]
     assert "n" * 90 in waterfall(in_tree_order(long), {}, 200).plain
 
 
-def span(identity: str, parent: str = "", start: int = 0) -> TreeSpan:
-    return TreeSpan(identity, parent, identity, "s", start, start + 1, False)
+def span(identity: str, parent: str = "", start: int = 0) -> ShownSpan:
+    return ShownSpan(identity, parent, identity, "s", start, start + 1, False)
 
 
 def test_spans_follow_their_parents_and_cycles_appear_once():

@@ -10,7 +10,7 @@ from betrace.tui.json_values import Json, mapping, objects
 from betrace.tui.panels.triage import acknowledged_text
 from betrace.tui.state import ServiceState
 from betrace.tui.tones import marked, severity, signal_tone, toned
-from betrace.tui.traces import TreeSpan, in_tree_order, spans_of
+from betrace.tui.traces import ShownSpan, in_tree_order, spans_of
 from betrace.tui.widgets.detail import CachedText
 from betrace.tui.widgets.fields import fields
 from betrace.tui.widgets.waterfall import MATCH, letters, marks, waterfall
@@ -21,7 +21,7 @@ class SignalText:
 
     def __init__(self, signal: Json) -> None:
         self.signal = signal
-        self.lines: list[tuple[int, TreeSpan]] = []
+        self.lines: list[tuple[int, ShownSpan]] = []
         """The spans of the trace with their depths, in the order shown."""
         self._trace: Json | None = None
         self._problem = ""

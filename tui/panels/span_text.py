@@ -9,13 +9,13 @@ from textual.content import Content
 from betrace.tui.format import NONE, many, millis
 from betrace.tui.json_values import Json, as_text, mapping, objects
 from betrace.tui.tones import marked
-from betrace.tui.traces import TreeSpan, attribute_text, nanoseconds
+from betrace.tui.traces import ShownSpan, attribute_text, nanoseconds
 from betrace.tui.widgets.fields import fields
 
 _KINDS = ("unspecified", "internal", "server", "client", "producer", "consumer")
 
 
-def span_text(span: TreeSpan, begun: int) -> Content:
+def span_text(span: ShownSpan, begun: int) -> Content:
     """The attributes, events and links of a span of a trace that began at ``begun``, in
     nanoseconds since 1970."""
     raw = span.raw
@@ -43,7 +43,7 @@ def span_text(span: TreeSpan, begun: int) -> Content:
     return Content("\n\n").join(parts)
 
 
-def span_title(span: TreeSpan, spans: Sequence[TreeSpan]) -> str:
+def span_title(span: ShownSpan, spans: Sequence[ShownSpan]) -> str:
     return f"Span {span.name} ({many(len(spans), 'span')} in the trace)"
 
 

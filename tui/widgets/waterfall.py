@@ -11,7 +11,7 @@ from textual.content import Content
 
 from betrace.tui.format import cut, many, millis
 from betrace.tui.tones import toned
-from betrace.tui.traces import TreeSpan
+from betrace.tui.traces import ShownSpan
 
 MAX_SPANS = 1000
 """Maximum number of lines."""
@@ -50,7 +50,7 @@ def marks(evidence: Mapping[str, Any]) -> dict[str, str]:
 
 
 def waterfall(
-    lines: Sequence[tuple[int, TreeSpan]],
+    lines: Sequence[tuple[int, ShownSpan]],
     matching: Mapping[str, str],
     width: int,
     selected: int = -1,
@@ -70,7 +70,7 @@ def waterfall(
 
 
 def _layout(
-    lines: Sequence[tuple[int, TreeSpan]], matching: Mapping[str, str], width: int
+    lines: Sequence[tuple[int, ShownSpan]], matching: Mapping[str, str], width: int
 ) -> _Layout:
     """Names and services get what they need; the bars get the rest, at least 30 % of the line."""
     spans = [span for _, span in lines]
@@ -89,12 +89,12 @@ def _layout(
     )
 
 
-def _title(depth: int, span: TreeSpan) -> str:
+def _title(depth: int, span: ShownSpan) -> str:
     return "  " * min(depth, _DEEPEST) + ("✖ " if span.failed else "") + span.name
 
 
 def _line(
-    depth: int, span: TreeSpan, match: str | None, layout: _Layout, selected: bool
+    depth: int, span: ShownSpan, match: str | None, layout: _Layout, selected: bool
 ) -> Content:
     whole = max(1, layout.last - layout.first)
     at = min(layout.bar - 1, (span.start - layout.first) * layout.bar // whole)

@@ -38,7 +38,7 @@ _WORD = re.compile(rf": ({'|'.join(map(re.escape, _MEANINGS))})(?:: | |$)(.*)", 
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ConditionLine:
     """A line of a rule's text, as pieces that are marked or not. ``hit`` says that it is broken."""
 
     number: int
@@ -60,7 +60,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class BrokenText:
     """What broke, in words: ``word`` such as ``missing``, ``text`` what is missing, and what that
     means."""
 
@@ -69,16 +69,16 @@ class Finding:
     meaning: str
 
 
-def finding(signal: Json) -> Finding:
+def finding(signal: Json) -> BrokenText:
     """What broke, from the signal's message, which begins with the name of the rule."""
     found = _WORD.search(signal["message"])
     if found is None:
-        return Finding("", signal["message"], "")
+        return BrokenText("", signal["message"], "")
     text = found[2].removeprefix("(").removesuffix(")") if found[2][:1] == "(" else found[2]
-    return Finding(found[1], text, _MEANINGS[found[1]])
+    return BrokenText(found[1], text, _MEANINGS[found[1]])
 
 
-def lines(condition: str, places: Sequence[Place]) -> list[Line]:
+def lines(condition: str, places: Sequence[Place]) -> list[ConditionLine]:
     """The lines of a condition, with the characters at ``places`` marked."""
     found = []
     start = 0
@@ -93,7 +93,7 @@ def lines(condition: str, places: Sequence[Place]) -> list[Line]:
                 at = last
         hit = at > start
         pieces.append((condition[at:end], False))
-        found.append(Line(number, [piece for piece in pieces if piece[0]], hit))
+        found.append(ConditionLine(number, [piece for piece in pieces if piece[0]], hit))
         start = end + 1
     return found
 
@@ -114,7 +114,7 @@ def rule_of(rules: RuleStore, tenant: str, rule_id: str, version: str) -> tuple[
     return current, "changed" if current else "deleted"
 
 
-def rule_lines(rule: Rule, signal: Json) -> list[Line]:
+def rule_lines(rule: Rule, signal: Json) -> list[ConditionLine]:
     """The text of a rule; if it is the one that raised ``signal``, with the broken part marked."""
     places: list[Place] = []
     if _is_breach(rule, signal):

@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SpanRow:
     """A line of the waterfall. ``left`` and ``width`` place its bar, in percent; ``marks`` are the
     numbers of the checks that it matches."""
 
@@ -46,7 +46,7 @@ class Waterfall:
     of the parts before and after it are those of ``previous`` and ``following`` rows. ``ticks`` are
     nanoseconds since ``start``."""
 
-    rows: list[Row]
+    rows: list[SpanRow]
     first: int
     total: int
     previous: int | None
@@ -99,11 +99,11 @@ class TraceSpans:
             {row.service: row.hue for row in rows},
         )
 
-    def _row(self, depth: int, span: TreeSpan, marks: tuple[int, ...]) -> Row:
+    def _row(self, depth: int, span: TreeSpan, marks: tuple[int, ...]) -> SpanRow:
         whole = max(1, self._whole)
         left = 100 * (span.start - self.start) / whole
         width = 100 * (span.end - span.start) / whole
-        return Row(
+        return SpanRow(
             span.id,
             cut(span.name, MOST_NAME) or "(no name)",
             cut(span.service, MOST_NAME),
@@ -141,7 +141,7 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SpanPart:
     """An event (``at`` is nanoseconds since the trace began) or a link."""
 
     name: str
@@ -169,8 +169,8 @@ class SpanDetail:
     scope: str
     attributes: Fields
     resource: Fields
-    events: list[Part]
-    links: list[Part]
+    events: list[SpanPart]
+    links: list[SpanPart]
     more_parts: int
     whole: bool
 
@@ -217,8 +217,8 @@ def span_json(span: TreeSpan) -> bytes:
     return orjson.dumps({"resource": span.resource, "scope": span.scope, "span": span.span})
 
 
-def _part(part: Json, start: int) -> Part:
-    return Part(
+def _part(part: Json, start: int) -> SpanPart:
+    return SpanPart(
         cut(part.get("name", ""), MOST_TEXT),
         int(part.get("timeUnixNano", 0)) - start,
         part.get("traceId", ""),

@@ -23,7 +23,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class AlertExample:
     """A trace that broke the rule, and its signal."""
 
     signal: str
@@ -60,7 +60,7 @@ class Alert:
     last_ns: int = 0
     seen_ns: int = 0
     count: int = 0
-    examples: list[Example] = field(default_factory=list)
+    examples: list[AlertExample] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     more: bool = False
     ended_ns: int = 0
@@ -85,7 +85,7 @@ class Alert:
         self.last_ns = max(self.last_ns, signal.detected_at)
         self.seen_ns = now
         self.examples = [each for each in self.examples if each.trace != signal.trace_id]
-        self.examples.append(Example(signal.id, signal.trace_id, signal.message))
+        self.examples.append(AlertExample(signal.id, signal.trace_id, signal.message))
         del self.examples[:-MOST_EXAMPLES]
         if len(self.active) < MOST_IDS:
             self.active.add(signal.id[:_ID_DIGITS])
@@ -155,7 +155,7 @@ class Alert:
     def load(cls, text: bytes) -> Alert:
         """The inverse of :meth:`dump`. Raises LookupError, TypeError or ValueError."""
         found: dict[str, Any] = orjson.loads(text)
-        found["examples"] = [Example(**each) for each in found["examples"]]
+        found["examples"] = [AlertExample(**each) for each in found["examples"]]
         found["active"] = set(found["active"])
         found["delivered"] = {
             name: Delivered(State(each["state"]), each["at_ns"])

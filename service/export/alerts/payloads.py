@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import orjson
 
-from betrace.service.export.alerts.alert import Alert, Example, State
+from betrace.service.export.alerts.alert import Alert, AlertExample, State
 from betrace.service.export.formats import NEVER
 from betrace.service.times import write_time
 
@@ -27,7 +27,7 @@ class Links:
     public_url: str = ""
     runbook_url: str = ""
 
-    def example(self, alert: Alert, example: Example) -> str | None:
+    def example(self, alert: Alert, example: AlertExample) -> str | None:
         """The page of an example's signal."""
         return self.page(f"/signals/{example.signal}", alert.tenant)
 
@@ -78,7 +78,7 @@ def _traces(count: int) -> str:
     return "1 trace" if count == 1 else f"{count} traces"
 
 
-def _example(alert: Alert, example: Example, links: Links) -> str:
+def _example(alert: Alert, example: AlertExample, links: Links) -> str:
     link = links.example(alert, example)
     return f"trace {example.trace}: {link}" if link else f"trace {example.trace}"
 

@@ -6,7 +6,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from betrace.service.config.edge import Ingest
 from betrace.service.pipeline.request import Done, Refused, Reply
-from betrace.service.receiver.admission import Admission
+from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.receiver.heads import Head
 from betrace.service.receiver.refusals import REASONS
 from betrace.service.tenancy.quotas import SpanQuotas
@@ -240,7 +240,7 @@ async def test_a_share_used_up_while_the_body_arrives_is_a_refusal(nursery):
 
 
 async def test_a_deleted_tenant_is_refused():
-    admission = Admission(Ingest(), ScriptedQueue(), SpanQuotas(), closed={"gone"})
+    admission = Admission(Ingest(), ScriptedQueue(), SpanQuotas(), tenants=TenantStates({"gone"}))
     response = await admit(admission, PROTOBUF, (b"x-scope-orgid", b"gone"))
     assert (response.status, status(response).code) == (403, 7)
     assert admission.refusals.requests["tenant"] == 1
