@@ -58,6 +58,7 @@ NOT_APPLICABLE = -1  # `when` does not hold
 OUTCOMES = ("not_applicable", "kept", "broken", "undecided")
 """What a rule says of a closed trace; columns of the numbers of traces by rule."""
 O_NOT_APPLICABLE, O_KEPT, O_BROKEN, O_UNDECIDED = range(4)
+_NOT_COUNTED = np.zeros((0, len(OUTCOMES)), np.int64)  # for calls that count no outcomes
 
 STACK = 512  # more than any rule of 16 KiB with 32 levels can need
 
@@ -178,10 +179,12 @@ def _decide(
     outcomes: Rows,
 ) -> tuple[int, int]:
     """Decide the traces from ``first`` on. Returns ``(next trace, breaches)``, with rows (trace,
-    rule, clause) in ``out``, and adds to ``outcomes`` for the rules that were looked at. Stops
-    before a trace whose breaches might not fit; ``out`` must have a row for each rule at least."""
+    rule, clause) in ``out``, and adds to ``outcomes``, unless it is empty, for the rules that were
+    looked at. Stops before a trace whose breaches might not fit; ``out`` must have a row for each
+    rule at least."""
     found = 0
     n_rules = len(rule_rows)
+    counting = len(outcomes) > 0
     for k in range(first, len(starts) - 1):
         if found + n_rules > len(out):
             return k, found
@@ -205,7 +208,8 @@ def _decide(
                 stamps[r] = k + 1
                 rule = rule_rows[r]
                 clause = _decide_rule(rule, programs, entries, entry_of, closed, stack)
-                outcomes[r, min(clause, 1) + 1] += 1
+                if counting:
+                    outcomes[r, min(clause, 1) + 1] += 1
                 if (
                     clause > 0
                     and skip_early
@@ -301,7 +305,7 @@ def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[
     stack = np.empty(STACK, np.int64)
     out = np.empty((max(n_rules, 1024), 3), np.int64)
     if outcomes is None:
-        outcomes = np.zeros((n_rules, len(OUTCOMES)), np.int64)  # not read
+        outcomes = _NOT_COUNTED
     breaches: list[Breach] = []
     at = 0
     while at < len(due):
