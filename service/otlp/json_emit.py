@@ -342,7 +342,7 @@ def _is_decimal(text: Bytes, pos: int, end: int) -> bool:
 
 @general_kernel
 def _put_double_text(text: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
-    """Write a double given as text; -1 if it is none."""
+    """Write a double given as text; -1 if the text is not a double."""
     length = end - start
     if length == 3 and text[start] == 0x4E and text[start + 1] == 0x61 and text[start + 2] == 0x4E:
         return _put_double(out, at, math.nan)

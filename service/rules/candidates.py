@@ -12,12 +12,13 @@ compares as :mod:`betrace.service.rules.exact` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from betrace.service.rules.early import early
 from betrace.service.rules.exact import number
 from betrace.service.rules.format import format_condition
 from betrace.service.rules.least import least
+from betrace.service.rules.logic import MIRRORED, conjunction, disjunction, negation
 from betrace.service.rules.syntax import (
     FIELDS,
     Aggregate,
@@ -44,7 +45,6 @@ from betrace.service.rules.syntax import (
     SpanSet,
     Truthy,
     all_of,
-    any_of,
     span_sets,
 )
 from betrace.service.rules.values import exact_text
@@ -53,8 +53,6 @@ COST = "about 10 µs a span"  # measured by perf.relations
 
 Bound = Node | bool
 """A condition, or its constant value."""
-
-_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 
 
 def candidate(rule: RuleSyntax) -> Bound:
@@ -68,11 +66,11 @@ def candidate(rule: RuleSyntax) -> Bound:
         parts.append(_at_least(spans, 1, above=True))
     broken: list[Bound] = []
     if rule.always is not None:
-        broken.append(_negated(bounds.condition(rule.always, above=False)))
+        broken.append(negation(bounds.condition(rule.always, above=False)))
     if rule.never is not None:
         broken.append(bounds.condition(rule.never, above=True))
-    parts.append(_any(broken))
-    return _cheaper(_all(parts))
+    parts.append(disjunction(broken))
+    return _cheaper(conjunction(parts))
 
 
 def _cheaper(bound: Bound) -> Bound:
@@ -113,11 +111,11 @@ class _Bounds:
     def condition(self, node: Node, above: bool) -> Bound:
         match node:
             case And(items):
-                return _all(self.condition(item, above) for item in items)
+                return conjunction(self.condition(item, above) for item in items)
             case Or(items):
-                return _any(self.condition(item, above) for item in items)
+                return disjunction(self.condition(item, above) for item in items)
             case Not(item):
-                return _negated(self.condition(item, not above))
+                return negation(self.condition(item, not above))
             case Exists(spans):
                 if spans.bound and spans.where is None:
                     return True  # a group has a span
@@ -125,12 +123,12 @@ class _Bounds:
                 if found is None:
                     return False
                 exists = _at_least(found, 1, above)
-                return _all([exists, *self._needed(spans.where)]) if above else exists
+                return conjunction([exists, *self._needed(spans.where)]) if above else exists
             case Before(first, second):
                 if not above:
                     return False
                 both = [self.spans(each, above=True) for each in (first, second)]
-                return _all(_at_least(each, 1, above=True) for each in both)
+                return conjunction(_at_least(each, 1, above=True) for each in both)
             case Comparison():
                 return self._comparison(node, above)
             case _:
@@ -145,7 +143,7 @@ class _Bounds:
     def _comparison(self, node: Comparison, above: bool) -> Bound:
         left, op, right = node.left, node.op, node.right[0]
         if isinstance(left, Constant):
-            left, op, right = right, _MIRRORED.get(op, op), left
+            left, op, right = right, MIRRORED.get(op, op), left
         if isinstance(left, Aggregate) and isinstance(right, Constant):
             limit = number(right.value)
             return above if limit is None else self._aggregate(left, op, limit, above)
@@ -158,7 +156,7 @@ class _Bounds:
         if left.scope == "root" and left.attribute == Attribute(Scope.FIELD, "name"):
             names = [each.value if isinstance(each, Constant) else None for each in node.right]
             if op in ("==", "in") and all(isinstance(name, str) and _plain(name) for name in names):
-                return _any(Exists(SpanSet(str(name))) for name in names)
+                return disjunction(Exists(SpanSet(str(name))) for name in names)
         return above
 
     def _aggregate(self, left: Aggregate, op: str, limit: Number, above: bool) -> Bound:
@@ -174,14 +172,14 @@ class _Bounds:
                     return _at_least(more, least, above)
                 case "<" | "<=":
                     most = value - 1 if op == "<" and whole else value
-                    return _negated(_at_least(fewer, most + 1, not above))
+                    return negation(_at_least(fewer, most + 1, not above))
                 case "==":
                     if not whole:
                         return False
-                    return _all(
+                    return conjunction(
                         [
                             _at_least(more, value, above),
-                            _negated(_at_least(fewer, value + 1, not above)),
+                            negation(_at_least(fewer, value + 1, not above)),
                         ]
                     )
                 case _:
@@ -217,11 +215,11 @@ class _Bounds:
     def _predicate(self, node: Node, above: bool) -> Bound:
         match node:
             case And(items):
-                return _all(self._predicate(item, above) for item in items)
+                return conjunction(self._predicate(item, above) for item in items)
             case Or(items):
-                return _any(self._predicate(item, above) for item in items)
+                return disjunction(self._predicate(item, above) for item in items)
             case Not(item):
-                return _negated(self._predicate(item, not above))
+                return negation(self._predicate(item, not above))
             case Given(Ref("", attribute), True) if _folded(attribute):
                 return Truthy(attribute)
             case Comparison(Ref("", attribute), op, right):
@@ -267,27 +265,3 @@ def _at_least(spans: SpanSet | None, least: int, above: bool) -> Bound:
     if spans == SpanSet("*"):  # to count all spans would cost more than it saves
         return True if least == 1 else above
     return Exists(spans) if least == 1 else CountCompare(spans, ">=", least)
-
-
-def _negated(bound: Bound) -> Bound:
-    return not bound if isinstance(bound, bool) else Not(bound)
-
-
-def _all(bounds: Iterable[Bound]) -> Bound:
-    parts: list[Node] = []
-    for bound in bounds:
-        if bound is False:
-            return False
-        if bound is not True:
-            parts.append(bound)
-    return all_of(parts) if parts else True
-
-
-def _any(bounds: Iterable[Bound]) -> Bound:
-    parts: list[Node] = []
-    for bound in bounds:
-        if bound is True:
-            return True
-        if bound is not False:
-            parts.append(bound)
-    return any_of(parts) if parts else False

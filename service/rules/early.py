@@ -14,6 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from betrace.service.rules.logic import (
+    MIRRORED,
+    OPPOSITE,
+    conjunction,
+    disjunction,
+    negation,
+)
 from betrace.service.rules.syntax import (
     Aggregate,
     And,
@@ -34,15 +41,10 @@ from betrace.service.rules.syntax import (
     Relative,
     RuleSyntax,
     SpanSet,
-    all_of,
-    any_of,
 )
 
 Growing = Node | bool
 """A condition that stays true once it is true, or its constant value."""
-
-_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
-_OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 
 
 def early(rule: RuleSyntax) -> RuleSyntax | None:
@@ -56,7 +58,7 @@ def early(rule: RuleSyntax) -> RuleSyntax | None:
             return None
         each = ForEach(spans, each.by, each.word)
     # Broken if it is not so that the clause holds.
-    always = _not(growth.fails(rule.always)) if rule.always is not None else True
+    always = negation(growth.fails(rule.always)) if rule.always is not None else True
     never = growth.holds(rule.never) if rule.never is not None else False
     if when is False or always is False or never is True or (always is True and never is False):
         return None
@@ -80,9 +82,9 @@ class _Growth:
         """Implies that a condition or predicate holds, now and later."""
         match node:
             case And(items):
-                return _all(map(self.holds, items))
+                return conjunction(map(self.holds, items))
             case Or(items):
-                return _any(map(self.holds, items))
+                return disjunction(map(self.holds, items))
             case Not(item):
                 return self.fails(item)
             case Exists(spans):
@@ -105,15 +107,15 @@ class _Growth:
         """Implies that a condition or predicate does not hold, now and later."""
         match node:
             case And(items):
-                return _any(map(self.fails, items))
+                return disjunction(map(self.fails, items))
             case Or(items):
-                return _all(map(self.fails, items))
+                return conjunction(map(self.fails, items))
             case Not(item):
                 return self.holds(item)
-            case Comparison(left, op, right) if op in _OPPOSITE:
+            case Comparison(left, op, right) if op in OPPOSITE:
                 if self._stays_all((left, *right)):
                     return Not(node)
-                return self._comparison(left, _OPPOSITE[op], right)
+                return self._comparison(left, OPPOSITE[op], right)
             case Comparison(left, _, right):
                 return Not(node) if self._stays_all((left, *right)) else False
             case Given(ref):
@@ -145,11 +147,11 @@ class _Growth:
             return Comparison(left, op, right)
         if op in ("==", "in") and self._bound_or_stays((left, *right)):
             return Comparison(left, op, right)  # equal texts are equal numbers, too
-        if op not in _MIRRORED:
+        if op not in MIRRORED:
             return False
         other = right[0]
         if isinstance(left, Constant):
-            left, op, other = other, _MIRRORED[op], left
+            left, op, other = other, MIRRORED[op], left
         if not isinstance(other, Constant) or isinstance(other.value, str):
             return False
         if op == "!=" and _counts(left):
@@ -227,27 +229,3 @@ def _counts(node: Expression) -> bool:
             return True
         case _:
             return False
-
-
-def _not(growing: Growing) -> Growing:
-    return not growing if isinstance(growing, bool) else Not(growing)
-
-
-def _all(items: Iterable[Growing]) -> Growing:
-    parts: list[Node] = []
-    for item in items:
-        if item is False:
-            return False
-        if item is not True:
-            parts.append(item)
-    return all_of(parts) if parts else True
-
-
-def _any(items: Iterable[Growing]) -> Growing:
-    parts: list[Node] = []
-    for item in items:
-        if item is True:
-            return True
-        if item is not False:
-            parts.append(item)
-    return any_of(parts) if parts else False

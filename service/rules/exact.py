@@ -6,11 +6,10 @@ infinite, or an array, map or bytes. A double is the shortest decimal that reads
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
+from betrace.service.rules.logic import OPERATORS
 from betrace.service.rules.patterns import search
 from betrace.service.rules.syntax import Literal, Number
 from betrace.service.rules.values import (
@@ -22,15 +21,6 @@ from betrace.service.rules.values import (
 )
 
 Value = AttributeValue | Fraction
-
-_ORDERS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 
 
 class UnknownError(Exception):
@@ -85,10 +75,10 @@ def compare(left: Value, op: str, right: Value) -> bool:
     if is_number(left) or is_number(right):
         one, other = number(left), number(right)
         if one is not None and other is not None:
-            return _ORDERS[op](one, other)
+            return OPERATORS[op](one, other)
     if op in ("==", "!="):
-        return _ORDERS[op](text(left), text(right))
-    return isinstance(left, str) and isinstance(right, str) and _ORDERS[op](left, right)
+        return OPERATORS[op](text(left), text(right))
+    return isinstance(left, str) and isinstance(right, str) and OPERATORS[op](left, right)
 
 
 def compare_literals(value: AttributeValue, op: str, literals: Sequence[Literal]) -> bool:
@@ -114,7 +104,7 @@ def _compare_literal(left: Value, op: str, literal: Literal) -> bool:
     if literal.number is None:
         return compare(left, op, literal.text)
     if isinstance(left, str) and op in ("==", "!=") and number(left) is None:
-        return _ORDERS[op](left, literal.text)  # a duration's text is what the rule says
+        return OPERATORS[op](left, literal.text)  # a duration's text is what the rule says
     return compare(left, op, literal.number)
 
 

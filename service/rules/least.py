@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from betrace.service.rules.logic import MIRRORED, OPPOSITE
 from betrace.service.rules.syntax import (
     Aggregate,
     And,
@@ -29,8 +30,6 @@ from betrace.service.rules.syntax import (
     SpanSet,
 )
 
-_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _MOST = 2**62
 
 
@@ -78,11 +77,11 @@ def _least(node: Node, holds: bool) -> Least:
             return _of_span(spans)
         case Relative(_, spans) if holds:
             return _all([Least(2), _of_span(spans)])
-        case Comparison(left, op, (right, *_)) if op in _OPPOSITE:
+        case Comparison(left, op, (right, *_)) if op in OPPOSITE:
             if isinstance(left, Constant):
-                left, op, right = right, _MIRRORED.get(op, op), left
+                left, op, right = right, MIRRORED.get(op, op), left
             if isinstance(right, Constant) and not isinstance(right.value, str):
-                return _compared(left, op if holds else _OPPOSITE[op], right)
+                return _compared(left, op if holds else OPPOSITE[op], right)
             return Least()
         case _:
             return Least()

@@ -5,12 +5,12 @@ The text is for reading. Programs use a signal's ``clause``, ``counts`` and ``ev
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from betrace.service.rules.format import format_check, format_condition
+from betrace.service.rules.logic import MIRRORED, OPERATORS
 from betrace.service.rules.syntax import (
     And,
     Before,
@@ -26,15 +26,6 @@ from betrace.service.rules.syntax import (
 )
 from betrace.service.rules.values import exact_text
 
-_OPERATORS = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _AMOUNTS = {
     "==": "exactly",
     "!=": "other than",
@@ -144,7 +135,7 @@ def _phrase(node: Node, counts: Counts) -> str:
         case CountCompare(SpanSet() as spans, op, int() | Fraction() as number):
             return _amount(spans, op, number, counts)
         case CountCompare(int() | Fraction() as number, op, SpanSet() as spans):
-            return _amount(spans, _MIRRORED.get(op, op), number, counts)
+            return _amount(spans, MIRRORED.get(op, op), number, counts)
         case _:
             found = {format_check(spans): _count(spans, counts) for spans in span_sets(node)}
             return f"{format_condition(node)} ({counts_text(found)})"
@@ -169,7 +160,7 @@ def _truth(node: Node, counts: Counts) -> bool | None:
         case Exists(spans):
             return _count(spans, counts) > 0
         case CountCompare(left, op, right):
-            return bool(_OPERATORS[op](_side(left, counts), _side(right, counts)))
+            return bool(OPERATORS[op](_side(left, counts), _side(right, counts)))
         case Before(first, second):
             return None if _count(first, counts) and _count(second, counts) else False
         case Not(item):

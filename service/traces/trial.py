@@ -65,7 +65,7 @@ class Verdict:
     skipped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, without ``groups``, ``undecided`` and ``skipped`` if there are none."""
+        """The fields; ``groups``, ``undecided`` and ``skipped`` are left out if they are empty."""
         optional = ("groups", "undecided", "skipped")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 

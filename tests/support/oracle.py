@@ -61,7 +61,7 @@ class Verdict:
 
 
 def breach(rule: RuleSyntax, spans: Sequence[OracleSpan]) -> Verdict | None:
-    """The breach of ``rule`` by the trace with these spans; None if there is none."""
+    """The breach of ``rule`` by the trace with these spans; None if it does not break it."""
     distinct = {(span.trace_id, span.span_id): span for span in reversed(spans)}
     trace = list(distinct.values())
     if rule.when is not None and not holds(rule.when, trace):

@@ -54,7 +54,8 @@ class Gaps:
         )
 
     def end(self, received_ns: int | None) -> None:
-        """The next frame was received then; None if there is none."""
+        """Report the open gaps. ``received_ns`` is when the next frame was received; None if the
+        log ends here."""
         if self._open:
             for each in self._open:
                 known = each.whole or received_ns is None

@@ -35,13 +35,6 @@ def receiver() -> Iterator[Receiver]:
         yield opened
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[SqliteLedger]:
-    opened = SqliteLedger(tmp_path / "ledger.sqlite")
-    yield opened
-    opened.close()
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter_module, "FIRST_PAUSE", 0.01)

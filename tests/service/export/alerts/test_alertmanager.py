@@ -17,7 +17,7 @@ from betrace.service.signals import Kind
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.alerting import alerting, record, settings, signal, until
 from tests.support.alertmanager import PROGRAM, WHY_NOT, AlertmanagerProcess, alertmanager
-from tests.support.http_receiver import Receiver, receiving
+from tests.support.http_receiver import Receiver
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=WHY_NOT)
 
@@ -39,22 +39,9 @@ inhibit_rules:
 
 
 @pytest.fixture
-def hook() -> Iterator[Receiver]:
-    with receiving() as opened:
-        yield opened
-
-
-@pytest.fixture
 def manager(tmp_path: Path, hook: Receiver) -> Iterator[AlertmanagerProcess]:
     with alertmanager(tmp_path / "am", CONFIG.format(url=hook.url)) as running:
         yield running
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[SqliteLedger]:
-    opened = SqliteLedger(tmp_path / "ledger.sqlite")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,7 @@ from betrace.service.storage.alert_store import AlertStore, AlertStoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.support.alerting import alerting, record, settings, signal, until
-from tests.support.http_receiver import Receiver, receiving
-
-
-@pytest.fixture
-def hook() -> Iterator[Receiver]:
-    with receiving() as opened:
-        yield opened
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[SqliteLedger]:
-    opened = SqliteLedger(tmp_path / "ledger.sqlite")
-    yield opened
-    opened.close()
+from tests.support.http_receiver import Receiver
 
 
 @pytest.fixture(autouse=True)

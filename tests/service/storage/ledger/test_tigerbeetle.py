@@ -298,7 +298,7 @@ class TestSettling:
 
     @pytest.fixture
     def settle(self, monkeypatch) -> Iterator[list[threading.Event]]:
-        """Each settling waits for the next of these, or goes on where there is none."""
+        """Each settling waits for the next of these events, while there are any."""
         waits: list[threading.Event] = []
         real = SqliteLedger.settle
 
