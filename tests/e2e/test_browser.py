@@ -152,6 +152,7 @@ def test_every_page_is_accessible_and_fits(
 def test_what_attacks_stays_text(browser: Any, shop: Running) -> None:
     trace = bytes(range(1, 17))
     found = wait_for(lambda: shop.signals(trace.hex()))
+    wait_for(lambda: shop.trace(trace.hex()))  # a trace is stored a little later than its signals
     for width in WIDTHS:
         with visiting(browser, width) as page:
             for path in ("/", "/signals", "/traces", f"/signals/{found[0]['id']}"):

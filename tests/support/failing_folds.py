@@ -15,6 +15,7 @@ from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.open_traces import NotNow, OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
+from betrace.service.pipeline.stages import correlate
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.rules import names
 from betrace.service.rules.names import NameTable
@@ -121,6 +122,9 @@ class Fault:
             for owner, name in STEPS:
                 patch.setattr(owner, name, failing(name, getattr(owner, name)))
             patch.setattr(TraceTable, "drop", undo)
+            # Slices measure CPU time, and a kernel may be compiled within one.
+            patch.setattr(correlate, "FIRST_SLICE", 3600.0)
+            patch.setattr(correlate, "ALL_SLICES", 3600.0)
             patch.setattr(table, "empty_arrays", _tiny)
             patch.setattr(names, "_LEARNED_SLOTS", 8)
             patch.setattr(names, "_LEARNED_CHECKS", 12)
