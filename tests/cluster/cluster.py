@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tests.cluster.links import Link
@@ -13,8 +12,6 @@ from tests.crash.victim import START_SECONDS
 from tests.crash.workload import write_rules
 from tests.support.nats_servers import NatsServers
 from tests.support.process import environment
-
-PARTITIONS = 8
 
 
 class Cluster:
@@ -82,10 +79,5 @@ class Cluster:
         return done.stdout
 
     def _node(self, name: str, roles: str) -> Node:
-        links = [Link(server.address) for server in self.servers.servers]
+        links = [Link((server.host, server.port)) for server in self.servers.servers]
         return Node(self.directory, name, roles, links)
-
-
-def wait(seconds: float) -> None:
-    """Sleep; a name for pauses that a test needs."""
-    time.sleep(seconds)

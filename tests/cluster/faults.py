@@ -148,11 +148,11 @@ class Faults:
         server = self._rng.choice(self._cluster.servers.servers)
         server.freeze()
 
-        def thaw() -> None:
+        def unfreeze() -> None:
             time.sleep(self._rng.uniform(1, 8))
-            server.thaw()
+            server.unfreeze()
 
-        return thaw
+        return unfreeze
 
     def _quorum_lost(self) -> Callable[[], None]:
         servers = self._rng.sample(self._cluster.servers.servers, 2)
@@ -181,11 +181,11 @@ class Faults:
     def _freeze(self, node: Node, seconds: float) -> Callable[[], None]:
         node.freeze()
 
-        def thaw() -> None:
+        def unfreeze() -> None:
             time.sleep(seconds)
-            node.thaw()
+            node.unfreeze()
 
-        return thaw
+        return unfreeze
 
     def _cut(self, node: Node, seconds: float) -> Callable[[], None]:
         node.cut()

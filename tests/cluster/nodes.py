@@ -11,6 +11,7 @@ from tests.cluster.links import Link
 from tests.crash.victim import ServiceProcess
 
 LEASE_SECONDS = 2.0
+PARTITIONS = 8
 
 
 class Node(ServiceProcess):
@@ -25,8 +26,11 @@ class Node(ServiceProcess):
         self.frozen = False
         self.config = self.directory / "config.toml"
         self.directory.mkdir(parents=True, exist_ok=True)
-        servers = ", ".join(f'"nats://127.0.0.1:{link.port}"' for link in links)
-        self.config.write_text(f'[cluster]\nservers = [{servers}]\nnode = "{name}"\n')
+        servers = ",".join(f"nats://127.0.0.1:{link.port}" for link in links)
+        self.config.write_text(
+            f'[cluster]\nservers = "{servers}"\nnode = "{name}"\npartitions = {PARTITIONS}\n'
+            f"replicas = {min(3, len(links))}\nlease_seconds = {LEASE_SECONDS}\n"
+        )
 
     def arguments(self) -> list[str]:
         found = [*super().arguments(), "--config", str(self.config), "--role", self.roles]
@@ -40,7 +44,7 @@ class Node(ServiceProcess):
         self.process.send_signal(signal.SIGSTOP)
         self.frozen = True
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         """Let a frozen process continue."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
