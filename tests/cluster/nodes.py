@@ -20,7 +20,8 @@ class Node(ServiceProcess):
     def __init__(
         self, directory: Path, name: str, roles: str, links: Sequence[Link], **settings: str
     ) -> None:
-        super().__init__(directory / name, **settings)
+        super().__init__(directory / name)
+        self.settings |= settings
         self.name, self.roles = name, roles
         self.links = links
         self.frozen = False
