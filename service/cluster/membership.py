@@ -75,7 +75,6 @@ class Membership:
         self._drains: set[str] = set()
         self._alive: dict[str, Member] = {}
         self._seen_at = -1.0  # when the own heartbeat arrived last
-        self._written = 0  # own heartbeats since one arrived
         self._impostor = ""
         self._interval = self.lease_seconds / BEATS_PER_LEASE
 
@@ -96,8 +95,7 @@ class Membership:
         value = {"roles": self.roles, "draining": self.draining, "boot": self._boot}
         try:
             with trio.move_on_after(self.lease_seconds):
-                await self.bucket.put(_BEAT + self.name, orjson.dumps(value), None)
-                self._written += 1
+                await self.bucket.put(_BEAT + self.name, orjson.dumps(value))
         except TransientError as error:
             _log.debug("the heartbeat could not be written: %s", error)
 
@@ -110,24 +108,8 @@ class Membership:
                 _log.debug("the heartbeat could not be removed: %s", error)
 
     async def _watch(self) -> None:
-        while True:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._restart_when_deaf, nursery.cancel_scope)
-                try:
-                    async for entry in self.bucket.watch(""):
-                        self.note(entry)
-                except TransientError as error:
-                    _log.debug("the members cannot be watched: %s", error)
-                nursery.cancel_scope.cancel()
-            await trio.sleep(self._interval)
-
-    async def _restart_when_deaf(self, scope: trio.CancelScope) -> None:
-        """End a watch that no longer delivers what this node writes itself."""
-        self._written = 0
-        while self._written <= 2 * BEATS_PER_LEASE:
-            await trio.sleep(self._interval)
-        _log.warning("the watch of the members is silent; starting it again")
-        scope.cancel()
+        async for entry in self.bucket.watch(""):
+            self.note(entry)
 
     def note(self, entry: Entry) -> None:
         """Take an entry of the bucket into account."""
@@ -163,7 +145,6 @@ class Membership:
                 if name != self.name:
                     beat.age += step
         self._seen_at = now
-        self._written = 0
 
     def _update(self) -> None:
         alive = {

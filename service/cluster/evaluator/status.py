@@ -40,7 +40,7 @@ class PartitionStatus:
     applied: int = 0
     """The sequence of the last message of the log that was applied."""
 
-    acknowledged: int = 0
+    stored: int = 0
     """The sequence up to which results are stored in the output."""
 
     log_time_ns: int = 0
@@ -67,8 +67,8 @@ class PartitionStatus:
     gaps: int = 0
     """Places of the log where messages are missing."""
 
-    replay_differences: int = 0
-    """Signals that a replay found and the former owner had not stored; not 0 is a bug."""
+    waiting: str | None = None
+    """Why nothing is applied now, such as that no query node answers; None if work goes on."""
 
     failures: int = 0
     """How often the partition was dropped because of an error."""
