@@ -101,24 +101,29 @@ class PartitionOwner:
 
     async def run(self) -> None:
         """Own the partition until it is handed over, lost or fenced. Raises what went wrong."""
-        status = self.status
         try:
             lease = await self._acquire()
-            if lease is None:
-                return
-            status.owner = self._parts.node
-            try:
-                await self._own(lease)
-            except* Fenced:
-                status.fenced += 1
-                events.PARTITION_FENCED(partition=self.partition, epoch=status.epoch)
-                return
-            except* Exception:
-                await self._release(lease)
-                raise
-            await self._release(lease)
+            if lease is not None:
+                self.status.owner = self._parts.node
+                await self._own_with(lease)
         finally:
-            status.phase = Phase.WAITING
+            self.status.phase = Phase.WAITING
+
+    async def _own_with(self, lease: Lease) -> None:
+        fenced = False
+        try:
+            await self._own(lease)
+        except* Fenced:
+            fenced = True
+            self.status.fenced += 1
+            events.PARTITION_FENCED(partition=self.partition, epoch=self.status.epoch)
+        except* Exception:
+            await self._release(lease)
+            raise
+        if not fenced:
+            await self._release(lease)
+        if self._finishing.is_set():
+            events.PARTITION_HANDED_OVER(partition=self.partition, applied=self.status.applied)
 
     async def _acquire(self) -> Lease | None:
         """Wait for the lease; None if the partition need not be owned any more."""
@@ -205,7 +210,7 @@ class PartitionOwner:
         after = self._state.received
         while True:
             wait = self._parts.settings.tick_seconds
-            if self._group_is_open(after):
+            if self._state.applied < after and self._state.waiting is None:
                 wait = min(wait, RESULT_SECONDS)
             try:
                 messages = await self._parts.spans.read(self.partition, after, READ_BYTES, wait)
@@ -221,13 +226,8 @@ class PartitionOwner:
             if messages:
                 after = messages[-1].sequence
                 await send.send(messages)
-            elif self._state.received == after:
+            elif self._state.received == after:  # no longer busy with what was read
                 self._quiet.set()
-
-    def _group_is_open(self, read: int) -> bool:
-        """Whether only a tick is missing for results: all that was read was given to the state, and
-        the last group has not ended."""
-        return self._state.applied < self._state.received == read
 
     async def _apply(self, messages: Sequence[LogMessage]) -> None:
         """Apply messages. While the state waits for the index or the log, try again."""
