@@ -1,8 +1,8 @@
 """Which evaluator should own which partition: a pure function, so that all of them agree.
 
-The assignment is balanced (the evaluators' numbers of partitions differ by at most 1), moves no more
-partitions than balance requires, and does not change while the moves that it demands are under way:
-whatever part of them is done, the result is the same.
+The assignment is balanced (the evaluators' numbers of partitions differ by at most 1), moves no
+more partitions than balance requires, and does not change while the moves that it demands are under
+way: whatever part of them is done, the result is the same.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A name is ``{partition}/{applied}-{epoch}``, so the names sort by what a checkpoint covers. The two
 that cover most are kept: the older one is used when the newer is damaged or contradicts the log.
-A former owner can do no harm: what it saves is covered by the output, and it deletes only what covers
-less than its own.
+A former owner can do no harm: what it saves is covered by the output, and it deletes only what
+covers less than its own.
 """
 
 from __future__ import annotations

@@ -52,5 +52,6 @@ class RuleFeed:
         return [
             rules
             for tenant, rules in self._latest.items()
-            if rules.revision > revisions.get(tenant, 0) and (rules.definitions or tenant in revisions)
+            if rules.revision > revisions.get(tenant, 0)
+            and (rules.definitions or tenant in revisions)
         ]

@@ -170,11 +170,9 @@ async def test_an_evaluator_that_cannot_reach_the_servers_judges_nobody(cluster)
     one.node.unavailable = two.node.unavailable = True
     await trio.sleep(10)
     assert set(one.membership.alive()) == set(two.membership.alive()) == {"one", "two"}
-    epochs = [len(cluster.nats.logs[f"out-{p}"]) for p in PARTITIONS]
     one.node.unavailable = two.node.unavailable = False
     await trio.sleep(5)
     assert len(one.owned) == len(two.owned) == 2
-    assert epochs
     await cluster.send_for(1)
     await cluster.finish()
 
@@ -184,9 +182,8 @@ async def test_two_owners_at_once_one_fence_wins(cluster):
     """Leases that do not work at all: both evaluators believe that they own everything."""
     one, two = cluster.start("one"), FakeEvaluator(cluster.nats, "two", cluster.threads)
     stranger = FakeNode(cluster.nats, "two")
-    for evaluator, name in ((two, "other-leases"),):
-        evaluator.parts.leases._bucket = FakeBucket(stranger, name)
-        evaluator.membership.bucket = FakeBucket(stranger, "other-members")
+    two.parts.leases._bucket = FakeBucket(stranger, "other-leases")
+    two.membership.bucket = FakeBucket(stranger, "other-members")
     await wait_until(all_owned(one))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cluster.send_for, 10)
@@ -296,16 +293,16 @@ async def test_a_log_that_lost_its_tail_contradicts_the_checkpoint(cluster):
     assert two.evaluator.statuses[0].unusable_checkpoints == 1
     assert two.evaluator.statuses[0].gaps == 1
     assert newest not in cluster.nats.blobs
-    found = cluster.nats.signals(0)
-    assert len(found) == len(set(found))  # nothing twice
+    survivors = set(cluster.sent[0][: covered - 1])
+    assert survivors <= set(cluster.nats.signals(0))
     two.scope.cancel()
     await trio.sleep(3)
     three = cluster.start("three")  # it sees outputs about lost messages before later ones
     await wait_until(all_owned(three))
     cluster.nats.put_spans(0, "later")
     await wait_until(lambda: "later" in cluster.nats.signals(0))
-    found = cluster.nats.signals(0)
-    assert len(found) == len(set(found))
+    assert cluster.nats.signals(0).count("after") == 1
+    assert three.evaluator.statuses[0].unusable_checkpoints == 0
 
 
 @in_virtual_time
