@@ -1,9 +1,10 @@
 """Who is in the cluster: every node writes a heartbeat into a bucket, and watches those of all.
 
 A node is alive while the revision of its heartbeat moves. No clock of another machine is read, and
-an observer that knows nothing judges nobody: the age of a heartbeat counts only while the observer's
-own heartbeats arrive through the same watch, and each of its steps counts for at most two
-intervals. A node that was frozen or cut off therefore does not believe that all others are gone.
+an observer that knows nothing judges nobody: the age of a heartbeat counts only while the
+observer's own heartbeats arrive through the same watch, and each of its steps counts for at most
+two intervals. A node that was frozen or cut off therefore does not believe that all others are
+gone.
 """
 
 from __future__ import annotations

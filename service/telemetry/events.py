@@ -391,8 +391,8 @@ PARTITION_WAITS = _event(
     "cluster.partition_waits",
     logging.WARNING,
     "partition {partition} waits: {reason}",
-    "A verdict needs earlier spans or signals that cannot be read now, for example because no query "
-    "node answers. The partition continues when they can be read.",
+    "A verdict needs earlier spans or signals that cannot be read now, for example because no "
+    "query node answers. The partition continues when they can be read.",
 )
 CHECKPOINT_UNUSABLE = _event(
     "cluster.checkpoint_unusable",

@@ -347,7 +347,6 @@ class FakeState:
         self.stored_step = step
 
     def snapshot(self, out_sequence: int) -> bytes:
-        assert self.stored_step >= self.step - 1 or self.step <= self.noted or True
         values = [self.applied, self.step, self.log_time_ns, self.rules_revisions, self.digest]
         anchor = [self.anchor.sequence, self.anchor.time_ns, self.anchor.digest]
         return json.dumps([values, anchor, out_sequence]).encode()

@@ -145,10 +145,13 @@ class Evaluator:
         nursery.start_soon(self._own, status, running)
 
     async def _own(self, status: PartitionStatus, running: _Running) -> None:
-        began = trio.current_time()
+        began, fenced = trio.current_time(), status.fenced
         try:
             with running.scope:
                 await running.owner.run()
+            if status.fenced > fenced:  # do not quarrel with an evaluator that sees no leases
+                until = trio.current_time() + self._parts.settings.lease_seconds
+                self._backoff[status.partition] = 0.0, until
         except* Exception as errors:
             status.failures += 1
             before, _ = self._backoff.get(status.partition, (0.0, 0.0))

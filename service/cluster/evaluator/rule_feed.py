@@ -53,5 +53,4 @@ class RuleFeed:
             rules
             for tenant, rules in self._latest.items()
             if rules.revision > revisions.get(tenant, 0)
-            and (rules.definitions or tenant in revisions)
         ]

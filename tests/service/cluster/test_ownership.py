@@ -186,10 +186,10 @@ async def test_two_owners_at_once_one_fence_wins(cluster):
     two.membership.bucket = FakeBucket(stranger, "other-members")
     await wait_until(all_owned(one))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(cluster.send_for, 10)
-        await trio.sleep(3)
+        nursery.start_soon(cluster.send_for, 8, 0.2)
+        await trio.sleep(1)
         cluster.nursery.start_soon(two.run)
-        await trio.sleep(3)
+        await trio.sleep(5)
         # Each takes the partitions back again, and all appends are those of the last epoch.
         assert sum(status.fenced for status in one.evaluator.statuses) >= 4
         two.scope.cancel()
