@@ -100,9 +100,9 @@ class OpenTraces:
 
     # Steps of the stage. The caller holds the lock.
 
-    def fold(self, batch: SpanBatch, cpu: CpuSlice) -> None:
-        """Fold a batch. Even if it fails, or ``cpu`` is used up, its results so far are kept for
-        :meth:`pass_on`."""
+    def fold(self, batch: SpanBatch, cpu: CpuSlice | None) -> None:
+        """Fold a batch. Even if it fails, or ``cpu`` (None: unlimited) is used up, its results so
+        far are kept for :meth:`pass_on`."""
         traces = self._of(batch.tenant)
         self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self.time()
