@@ -102,9 +102,7 @@ class Decisions:
     def _mark(self, decided: Decided, log_ns: int) -> None:
         """Mark the signals of incomplete traces, unless too many frames were read for that."""
         wanted = {
-            each.trace_id
-            for each in decided.signals
-            if each.kind is Kind.RAISED and not each.early
+            each.trace_id for each in decided.signals if each.kind is Kind.RAISED and not each.early
         }
         closed = decided.closed
         if closed is None or not wanted:

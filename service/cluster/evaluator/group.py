@@ -45,10 +45,13 @@ class Group:
     dead: list[DeadMessage] = field(default_factory=list)
     spans: int = 0
     bytes: int = 0
+    content: Envelope | str = ""
+    """Of the last message."""
 
     def add(self, message: LogMessage, content: Envelope | str) -> None:
         """Add the next message."""
         self.messages.append(message)
+        self.content = content
         if isinstance(content, str):
             _log.error("message %d cannot be read: %s", message.sequence, content)
             self.dead.append(DeadMessage(message.sequence, "", content))
@@ -60,12 +63,17 @@ class Group:
 
     @property
     def full(self) -> bool:
+        """Whether the group ends because it is large."""
         return self.spans >= FULL_SPANS or self.bytes >= FULL_BYTES
 
     @property
     def last(self) -> LogMessage:
         """The last message."""
         return self.messages[-1]
+
+    def frames_of(self, tenant: str) -> list[tuple[LogMessage, TenantFrame]]:
+        """A tenant's frames, with their messages."""
+        return [each for each in self.frames if each[1].tenant == tenant]
 
     def batches(self, partition: int) -> list[SpanBatch]:
         """The spans of each tenant, in the order of the messages."""
@@ -75,9 +83,7 @@ class Group:
         return [scanned(partition, tenant, frames) for tenant, frames in tenants.items()]
 
 
-def scanned(
-    partition: int, tenant: str, frames: list[tuple[LogMessage, TenantFrame]]
-) -> SpanBatch:
+def scanned(partition: int, tenant: str, frames: list[tuple[LogMessage, TenantFrame]]) -> SpanBatch:
     """The spans of a tenant's frames. A body that cannot be decoded has an error and no spans."""
     batch = scan_bodies(tenant, [frame.body for _, frame in frames])
     batch.positions = np.array(

@@ -68,10 +68,11 @@ class KnownOutput:
             self._unstored.append((step, ids))
         return found
 
-    def left_over(self, step: int) -> list[Signal]:
-        """After the last step that ``OUT_p`` has: the signals that were not made again."""
+    def left_over(self, step: int) -> list[Signal] | None:
+        """After the last step of which ``OUT_p`` has any result: the signals that were not made
+        again. None after other steps."""
         if not self._until or step < self._until:
-            return []
+            return None
         left = list(self._signals.values())
         self._signals.clear()
         self._in_snapshot.clear()
