@@ -25,9 +25,8 @@ from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
@@ -69,7 +68,7 @@ class TraceReader:
         self,
         store: DuckStore,
         metadata: TraceMetadataCache,
-        log: SpanLog,
+        log: PartitionLog,
         rules: Callable[[str], tuple[Rule, ...]],
         open_traces: OpenTraces,
         triage: TriageStore,
@@ -249,7 +248,7 @@ def _row(trace: DueTraces) -> TraceRow:
 class _Frames:
     """The frames of a trace, read one at a time."""
 
-    def __init__(self, log: SpanLog, tenant: str, positions: list[int], max_body: int) -> None:
+    def __init__(self, log: PartitionLog, tenant: str, positions: list[int], max_body: int) -> None:
         self._log = log
         self._tenant = tenant
         self._positions = positions
@@ -280,9 +279,11 @@ class _Frames:
                 self.omitted += 1
 
     def _body(self, position: int) -> bytes | None:
+        frame = self._log.read_many(self._tenant, [position])[0]
+        if not isinstance(frame, Frame):
+            return None
         try:
-            frame: Frame = self._log.read(self._tenant, position)
             payload = bytes(frame.payload)
             return protobuf_body(payload, frame.content_type, frame.encoding, self._max_body)
-        except (FrameMissing, FrameCorrupt, BadBody, BodyTooLarge):
+        except (BadBody, BodyTooLarge):
             return None
