@@ -40,6 +40,7 @@ _COMMANDS = {
 
 # By top-level package: what it is called, and the extra that installs it.
 _EXTRAS = {
+    "nats": ("the NATS client", "cluster"),
     "opentelemetry": ("the OpenTelemetry SDK", "tracing"),
     "plotext": ("Textual", "tui"),
     "textual": ("Textual", "tui"),
