@@ -98,17 +98,17 @@ class _Group:
     since: float
     frames: dict[str, _Frame] = field(default_factory=dict)
     waiting: list[Written] = field(default_factory=list)
-    bytes: int = 0
+    size: int = 0  # in bytes
 
     def add(self, tenant: str, received_ns: int, part: Part, written: Written) -> None:
         frame = self.frames.get(tenant)
         if frame is None:
             frame = self.frames[tenant] = _Frame()
-            self.bytes += _FRAME_BYTES
+            self.size += _FRAME_BYTES
         frame.received_ns = max(frame.received_ns, received_ns)
         frame.spans += part.spans
         frame.bodies.append(part.body)
-        self.bytes += len(part.body)
+        self.size += len(part.body)
         self.waiting.append(written)
 
     def pack(self) -> bytes:
@@ -223,16 +223,16 @@ class GroupCommit:
         """Take a part; ``written`` is called when it is stored, or may not be."""
         partition = self._partitions[part.partition]
         group = partition.filling
-        if group is not None and group.bytes + len(part.body) + _FRAME_BYTES > self._most_group:
+        if group is not None and group.size + len(part.body) + _FRAME_BYTES > self._most_group:
             partition.full.append(group)
             group = None
         if group is None:
             group = partition.filling = _Group(trio.current_time())
-        before = group.bytes
+        before = group.size
         group.add(tenant, received_ns, part, written)
         if not self.buffered_bytes:
             self._empty = trio.Event()
-        self.buffered_bytes += group.bytes - before
+        self.buffered_bytes += group.size - before
         partition.changed.set()
 
     async def drained(self) -> None:
@@ -270,7 +270,7 @@ class GroupCommit:
         if group is None:
             return None
         now = trio.current_time()
-        if group.bytes < SEND_BYTES and now < group.since + LINGER_SECONDS:
+        if group.size < SEND_BYTES and now < group.since + LINGER_SECONDS:
             if partition.in_flight or not self._eager.admits(now):
                 return None
             self.counts.eager += 1
@@ -289,14 +289,14 @@ class GroupCommit:
             _log.exception("spans cannot be appended to partition %d", partition.number)
         finally:
             del partition.in_flight[group]
-            self.buffered_bytes -= group.bytes
+            self.buffered_bytes -= group.size
             group.finish(refused)
             partition.changed.set()
             if not self.buffered_bytes:
                 self._empty.set()
 
     async def _append(self, partition: int, group: _Group) -> Refused | None:
-        if group.bytes <= INLINE_BYTES:
+        if group.size <= INLINE_BYTES:
             data = group.pack()
         else:
             data = await self._threads.run(group.pack)
