@@ -46,6 +46,7 @@ from betrace.service.traces.layout import (
 from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError, Verdict
 
 if TYPE_CHECKING:
+    from betrace.service.cluster.query.open_traces import RemoteOpenTraces
     from betrace.service.storage.jetstream.spans import SpanStreams
 
 Json = dict[str, Any]
@@ -75,7 +76,7 @@ class TraceReader:
         metadata: TraceMetadataCache,
         log: SpanLog | SpanStreams,
         rules: Callable[[str], tuple[Rule, ...]],
-        open_traces: OpenTraces,
+        open_traces: OpenTraces | RemoteOpenTraces,
         triage: TriageStore,
         settings: Settings,
     ) -> None:

@@ -323,7 +323,7 @@ class _ServiceBuilder:
             self._trace_metadata,
             stores.log if self._cluster is None else self._cluster.spans,
             stores.registry.store.rules,
-            self._pipeline.open_traces,
+            self._pipeline.open_traces if self._cluster is None else self._cluster.open_traces,
             stores.local.triage,
             settings,
         )

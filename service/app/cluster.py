@@ -25,6 +25,11 @@ from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection
+from betrace.service.cluster.query.open_traces import (
+    ANSWER_SECONDS,
+    RemoteOpenTraces,
+    open_trace_subject,
+)
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -34,6 +39,7 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.setup import check
 from betrace.service.storage.jetstream.spans import SpanStreams
 
@@ -170,6 +176,12 @@ class ClusterProcess:
             keys = {f"partition.{partition}": partition for partition in partitions}
             return {keys[key]: owner for key, owner in found.items() if key in keys}
 
+        def ask_owner(partition: int, data: bytes) -> bytes:
+            subject = open_trace_subject(layout.prefix, partition)
+            return client.call_blocking(
+                lambda nats: _request(nats, subject, data, ANSWER_SECONDS), 2 * ANSWER_SECONDS
+            )
+
         return ClusterConnection(
             name=self.node,
             roles=self.roles,
@@ -180,6 +192,7 @@ class ClusterProcess:
             owners=owners,
             config=ConfigBucket(client, layout.config_bucket),
             index_subject=index_subject(layout.prefix),
+            open_traces=RemoteOpenTraces(ask_owner, self._cluster.partitions),
         )
 
     # Health and metrics
@@ -224,3 +237,8 @@ class ClusterProcess:
 
     def _metrics(self) -> Iterable[Metric]:
         return ()
+
+
+async def _request(nats: Nats, subject: str, data: bytes, seconds: float) -> bytes:
+    """The answer of whoever listens on a subject."""
+    return bytes((await nats.request(subject, data, seconds=seconds)).data)

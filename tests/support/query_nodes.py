@@ -12,10 +12,16 @@ from betrace.service.app.builder import open_query_service
 from betrace.service.app.service import Service
 from betrace.service.cluster import output
 from betrace.service.cluster.query.node import ClusterConnection
+from betrace.service.cluster.query.open_traces import (
+    RemoteOpenTraces,
+    pack_open_answer,
+    unpack_open_request,
+)
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
+from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
 
 
@@ -94,6 +100,9 @@ class FedNode:
     def __init__(self) -> None:
         self.outs = {0: ListedOut(), 1: ListedOut()}
         self.bucket = EmptyBucket()
+        self.open: dict[tuple[int, str, str], DueTraces] = {}
+        """What the owners have in memory, by partition, tenant and trace."""
+        self.owner_is_away = False
 
     def connection(self) -> ClusterConnection:
         async def owners() -> dict[int, str]:
@@ -109,7 +118,14 @@ class FedNode:
             owners=owners,
             config=self.bucket,  # type: ignore[arg-type]
             index_subject="betrace.index",
+            open_traces=RemoteOpenTraces(self._owner, 2),
         )
+
+    def _owner(self, partition: int, data: bytes) -> bytes:
+        if self.owner_is_away:
+            raise NatsUnavailable("no owner")
+        request = unpack_open_request(data)
+        return pack_open_answer(self.open.get((partition, request.tenant, request.trace_id)))
 
     @asynccontextmanager
     async def running(self, config: Settings, *, die: bool = False) -> AsyncIterator[Service]:

@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster.output import Counts
 from betrace.service.cluster.query import rules as published
 from betrace.service.cluster.query.applied import (
     FILE,
@@ -22,6 +23,7 @@ from betrace.service.cluster.query.applied import (
 )
 from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog
 from betrace.service.cluster.query.index import TraceIndexServer
+from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.rules import RulePublisher
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.rules.store import RuleStore
@@ -57,7 +59,7 @@ class ClusterConnection:
 
     ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
     ``last`` returns the last sequence of one; ``owners`` returns the owner by partition;
-    ``index_subject`` is where evaluators ask.
+    ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners.
     """
 
     name: str
@@ -71,6 +73,7 @@ class ClusterConnection:
     owners: Callable[[], Any]
     config: ConfigBucket
     index_subject: str
+    open_traces: RemoteOpenTraces
 
 
 @dataclass(eq=False)
@@ -159,7 +162,7 @@ class QueryNode:
                     "last": last,
                     "lag": None if last is None else max(0, last - applied),
                     "logTimeNs": state.log_time_ns if state is not None else 0,
-                    "counts": None if not state or not state.counts else asdict(state.counts),
+                    "counts": None if state is None else _counts(state.counts),
                     "problem": state.problem if state is not None else None,
                 }
             )
@@ -218,3 +221,15 @@ class QueryNode:
             except NatsUnavailable as error:
                 _log.debug("the state of the cluster cannot be read: %s", error)
             await trio.sleep(STATUS_SECONDS)
+
+
+def _counts(counts: Counts | None) -> dict[str, int] | None:
+    if counts is None:
+        return None
+    return {
+        "evaluated": counts.evaluated,
+        "deadLettered": counts.dead_lettered,
+        "frames": counts.frames,
+        "deadFrames": counts.dead_frames,
+        "spans": counts.spans,
+    }

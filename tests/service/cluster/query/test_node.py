@@ -12,6 +12,7 @@ import trio
 from betrace.service.api.components import components
 from betrace.service.cluster import output
 from betrace.service.cluster.query.applied import read_cursors
+from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Kind, signal_id
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.paths import tenant_directory
@@ -218,3 +219,29 @@ async def test_rules_are_published(config):
             while "rules.acme" not in node.bucket.values:
                 await trio.sleep(0.01)
     assert [each["id"] for each in orjson.loads(node.bucket.values["rules.acme"])] == ["many"]
+
+
+async def test_an_open_trace_is_shown_by_its_owner(config):
+    node = FedNode()
+    trace_id = signal(1).trace_id
+    partition = partition_of("acme", bytes.fromhex(trace_id), 2)
+    node.open[partition, "acme", trace_id] = due(1, closed=False)
+    async with node.running(config) as service:
+        reader = service.tools.reader
+        found = await trio.to_thread.run_sync(reader.trace, "acme", trace_id)
+        assert (found["state"], found["spans"], found["missing"]) == ("open", 1, 1)
+        assert await trio.to_thread.run_sync(reader.trace, "shop", trace_id) is None
+        node.owner_is_away = True
+        assert await trio.to_thread.run_sync(reader.trace, "acme", trace_id) is None
+
+
+async def test_a_closed_trace_is_shown_from_its_row(config):
+    node = FedNode()
+    node.outs[0].add(decided(1, signals=[1]))
+    async with node.running(config) as service:
+        await node.applied(service)
+        found = await trio.to_thread.run_sync(
+            service.tools.reader.trace, "acme", signal(1).trace_id
+        )
+        assert (found["state"], found["missing"]) == ("closed", 1)  # its message was deleted
+        assert [each["id"] for each in found["signals"]] == [signal(1).id]
