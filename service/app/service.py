@@ -34,8 +34,8 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission
-from betrace.service.receiver.grpc_server import serve_grpc
-from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
+from betrace.service.receiver.listeners import listen_for_spans
+from betrace.service.receiver.server import ARRIVAL_SHARE
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.watch import RuleWatch
 from betrace.service.storage.duck.store import DuckStore
@@ -118,8 +118,11 @@ class Service:
             async with trio.open_nursery() as inner:
                 await self._recover(inner)
                 self._start_upkeep(inner)
-                ingest = await self._serve_ingest(inner, stop_ingest)
-                grpc = await self._serve_grpc(inner, stop_ingest)
+                ingest = grpc = None
+                if self.node is None:  # spans come to the edges
+                    ingest, grpc = await listen_for_spans(
+                        inner, self.admission, self.settings, stop_ingest
+                    )
                 self.state = "ready"
                 events.READY(
                     seconds=time.time() - self.sources.started_at,
@@ -240,30 +243,6 @@ class Service:
             await trio.sleep(_REPAIR_SECONDS)
             if self.rebuild.due:
                 await self.rebuild_thread.run(self.rebuild.repair, abandon_on_cancel=True)
-
-    async def _serve_ingest(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
-        settings = self.settings.ingest
-        if settings.address == OFF or self.node is not None:
-            return None
-        listener = partial(
-            serve_ingest,
-            tls=self.settings.tls,
-            grace_seconds=self.settings.shutdown.grace_seconds,
-        )
-        url: str = await nursery.start(listener, self.admission, settings, settings.address, stop)
-        return url
-
-    async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
-        settings = self.settings.ingest
-        if OFF in (settings.address, settings.grpc_address) or self.node is not None:
-            return None
-        listener = partial(
-            serve_grpc,
-            tls=self.settings.tls,
-            grace_seconds=self.settings.shutdown.grace_seconds,
-        )
-        url: str = await nursery.start(listener, self.admission, settings, stop)
-        return url
 
     async def _listen(
         self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event
