@@ -10,6 +10,7 @@ owner that wants results soon appends one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,3 +86,8 @@ class PartitionState:
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of a trace in memory, for people."""
         raise NotImplementedError
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of a message in an :class:`Anchor`."""
+    return hashlib.sha256(data).hexdigest()[:32]
