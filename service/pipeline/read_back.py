@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from cachetools import LRUCache
 
@@ -74,6 +75,17 @@ class ReadBack:
                 known = self._spilled.setdefault(key, array("q"))
                 if len(known) <= self._max_spans:  # longer traces are not read back
                     known.extend(positions)
+
+    def saved(self) -> list[list[Any]]:
+        """What was noted, as JSON, for a snapshot: rows (tenant, hi, lo, positions)."""
+        with self._lock:
+            return [[*at, list(positions)] for at, positions in self._spilled.items()]
+
+    def restore(self, saved: Iterable[Sequence[Any]]) -> None:
+        """Add what :meth:`saved` returned."""
+        with self._lock:
+            for tenant, hi, lo, positions in saved:
+                self._spilled[tenant, hi, lo] = array("q", positions)
 
     def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory] | None:
         """The stored signals of traces; None if the store cannot be asked."""
