@@ -64,12 +64,7 @@ class TraceIndexServer:
         try:
             rows = self._store.find_traces(tenant, request.traces)
             raised = self._store.raised_of(tenant, request.traces)
-            spilled = {
-                trace_id: positions
-                for trace_id in request.traces
-                if trace_id not in rows and (positions := self._store.spilled(tenant, trace_id))
-            }
         except (StoreError, PoolTimeout, BadQuery, ValueError) as error:
             _log.warning("the index cannot answer an evaluator: %s", error)
             return IndexAnswer(applied, problem=str(error))
-        return IndexAnswer(applied, len(request.traces), rows, dict(raised), spilled)
+        return IndexAnswer(applied, len(request.traces), rows, dict(raised))

@@ -47,8 +47,6 @@ class IndexAnswer:
     answered: int = 0
     rows: dict[str, TraceRow] = field(default_factory=dict)
     raised: dict[str, list[Raised]] = field(default_factory=dict)
-    spilled: dict[str, list[int]] = field(default_factory=dict)
-    """Spilled positions of traces that have no row."""
     problem: str | None = None
     """Why the index cannot answer now."""
 
@@ -81,7 +79,7 @@ def pack_answer(answer: IndexAnswer, traces: list[str]) -> bytes:
             return data
         if answer.answered == 1:
             rows = {k: replace(row, positions=[], partial=True) for k, row in answer.rows.items()}
-            return _pack(asdict(replace(answer, rows=rows, spilled={})))
+            return _pack(asdict(replace(answer, rows=rows)))
         number = answer.answered // 2
         kept = set(traces[:number])
         answer = replace(
@@ -89,7 +87,6 @@ def pack_answer(answer: IndexAnswer, traces: list[str]) -> bytes:
             answered=number,
             rows={k: row for k, row in answer.rows.items() if k in kept},
             raised={k: found for k, found in answer.raised.items() if k in kept},
-            spilled={k: found for k, found in answer.spilled.items() if k in kept},
         )
 
 
@@ -102,7 +99,6 @@ def unpack_answer(data: bytes) -> IndexAnswer:
             value["answered"],
             {trace_id: TraceRow(**row) for trace_id, row in value["rows"].items()},
             {k: [tuple(each) for each in found] for k, found in value["raised"].items()},
-            value["spilled"],
             value["problem"],
         )
     except (LookupError, TypeError, AttributeError) as error:

@@ -1,8 +1,8 @@
 """The index of stored traces as an evaluator sees it: requests to a query node.
 
-An answer counts only if the query node has applied everything that this partition had decided.
-Otherwise :exc:`HistoryUnavailable` is raised, and the partition waits: late spans are never judged
-as if their trace had no earlier ones.
+An answer counts only if the query node has applied enough of what this partition had decided.
+Otherwise :exc:`~betrace.service.pipeline.history.HistoryUnavailable` is raised, and the partition
+waits: late spans are never judged as if their trace had no earlier ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from betrace.service.cluster.query.index_messages import (
     pack_request,
     unpack_answer,
 )
+from betrace.service.pipeline.history import HistoryUnavailable
 from betrace.service.storage.duck.queries import TraceRow
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 
@@ -27,22 +28,17 @@ Ask = Callable[[bytes], bytes]
 :exc:`betrace.service.storage.jetstream.errors.NatsUnavailable`."""
 
 
-class HistoryUnavailable(Exception):  # noqa: N818
-    """No query node can say now what is stored of a trace; try again."""
-
-
 class RemoteTraceIndex:
-    """What :class:`betrace.service.pipeline.history.TraceHistory` and
-    :class:`betrace.service.pipeline.read_back.ReadBack` read from DuckDB, for one partition.
+    """Implements :class:`betrace.service.pipeline.history.TraceIndex` for one partition.
 
-    ``decided`` returns the last ``OUT`` sequence of the partition. Methods block and raise
-    :exc:`HistoryUnavailable`.
+    ``needed`` returns the ``OUT`` sequence that must be applied at the query node. Methods block
+    and raise :exc:`~betrace.service.pipeline.history.HistoryUnavailable`.
     """
 
-    def __init__(self, partition: int, ask: Ask, decided: Callable[[], int]) -> None:
+    def __init__(self, partition: int, ask: Ask, needed: Callable[[], int]) -> None:
         self._partition = partition
         self._ask = ask
-        self._decided = decided
+        self._needed = needed
         self._lock = threading.Lock()
         self._last: tuple[int, str, frozenset[str], IndexAnswer] | None = None
 
@@ -55,30 +51,23 @@ class RemoteTraceIndex:
         raised = self._find(tenant, trace_ids).raised
         return {trace_id: raised[trace_id] for trace_id in trace_ids if trace_id in raised}
 
-    def spilled(self, tenant: str, trace_id: str) -> list[int]:
-        """The positions of a trace that were stored before it was closed."""
-        found = self._find(tenant, [trace_id])
-        row = found.rows.get(trace_id)
-        return list(row.positions) if row is not None else found.spilled.get(trace_id, [])
-
     def _find(self, tenant: str, trace_ids: Sequence[str]) -> IndexAnswer:
-        """What is stored about traces. The last answer is used again while nothing was decided in
-        between, because a caller asks for rows and then for signals."""
-        decided = self._decided()
+        """What is stored about traces. The last answer is used again while no more is needed,
+        because a caller asks for rows and then for signals."""
+        needed = self._needed()
         with self._lock:
             last = self._last
-        if last is not None and last[:2] == (decided, tenant) and last[2].issuperset(trace_ids):
+        if last is not None and last[:2] == (needed, tenant) and last[2].issuperset(trace_ids):
             return last[3]
-        found = IndexAnswer(decided)
+        found = IndexAnswer(needed)
         left = list(trace_ids)
         while left:
-            answer = self._request(IndexRequest(self._partition, decided, tenant, left))
+            answer = self._request(IndexRequest(self._partition, needed, tenant, left))
             left = left[answer.answered :]
             found.rows.update(answer.rows)
             found.raised.update(answer.raised)
-            found.spilled.update(answer.spilled)
         with self._lock:
-            self._last = decided, tenant, frozenset(trace_ids), found
+            self._last = needed, tenant, frozenset(trace_ids), found
         return found
 
     def _request(self, request: IndexRequest) -> IndexAnswer:

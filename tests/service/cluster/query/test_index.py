@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from betrace.service.cluster.query import index_messages, remote_index
@@ -16,7 +17,8 @@ from betrace.service.cluster.query.index_messages import (
     unpack_answer,
     unpack_request,
 )
-from betrace.service.cluster.query.remote_index import HistoryUnavailable, RemoteTraceIndex
+from betrace.service.cluster.query.remote_index import RemoteTraceIndex
+from betrace.service.pipeline.history import HistoryUnavailable
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.storage.duck.queries import TraceRow
 from betrace.service.storage.duck.store import DuckStore
@@ -49,27 +51,20 @@ class Index:
         return self.server.answer(data)
 
 
-def test_rows_signals_and_spilled_positions_are_those_of_the_store(store):
-    import numpy as np
-
+def test_rows_and_signals_are_those_of_the_store(store):
     traces = due(1, 2, 3)
     store.write(
         "acme",
         traces=trace_table(traces),
         signals=[signal(2)],
-        frames=frame_columns(np.array([[0, 10, 7, 8, 9]])),
+        frames=frame_columns(np.array([[0, 2, 700, 800, 900]])),
     )
     index = Index(store)
     names = [name(1), name(2), name(8)]
     assert index.remote.find_traces("acme", names) == store.find_traces("acme", names)
     assert index.remote.raised_of("acme", names) == store.raised_of("acme", names)
     assert len(index.asked) == 1  # the rows and the signals came with one answer
-    spilled = store.spilled("acme", f"{10:032x}")
-    assert spilled
-    assert index.remote.spilled("acme", f"{10:032x}") == spilled
-    assert (
-        index.remote.spilled("acme", name(1)) == store.find_traces("acme", names)[name(1)].positions
-    )
+    assert index.remote.find_traces("acme", names)[name(1)].positions == [2, 700, 800, 900]
 
 
 def test_an_answer_that_is_not_applied_far_enough_does_not_count(store):
