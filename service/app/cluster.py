@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -20,9 +20,13 @@ from prometheus_client.core import Metric
 from betrace.channels import ThreadRunner
 from betrace.service.api.asgi import serve
 from betrace.service.app.builder import open_query_service
+from betrace.service.app.edge import Edge, EdgeAddresses
+from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
 from betrace.service.app.roles import Role, kernels_of
 from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
+from betrace.service.cluster.evaluator.evaluator import Evaluator
+from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
@@ -42,6 +46,9 @@ from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.setup import check
 from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.tenancy.authentication import operator_tokens
+from betrace.service.tenancy.directory import TenantDirectory, TenantState
+from betrace.service.tenancy.gate import Gate
 
 _log = logging.getLogger("service.cluster")
 
@@ -65,7 +72,23 @@ def open_cluster(
     closes them. Returns a function that makes the process within Trio."""
     settings.storage.path.mkdir(parents=True, exist_ok=True)
     make_query = open_query_service(settings, stack) if Role.QUERY in roles else None
-    return lambda: ClusterProcess(settings, roles, make_query)
+    make_gate = None
+    if Role.EDGE in roles and make_query is None:
+        make_gate = open_gate(settings, stack)
+    return lambda: ClusterProcess(settings, roles, make_query, make_gate and make_gate())
+
+
+def open_gate(settings: Settings, stack: ExitStack) -> Callable[[], Gate]:
+    """Open the tenant directory of an edge without a query role; returns what makes its gate."""
+    directory = TenantDirectory(settings.storage.path / "tenants.sqlite")
+    stack.callback(directory.close)
+    tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
+
+    async def exists(name: str) -> bool:
+        found = await trio.to_thread.run_sync(directory.get, name)
+        return found is not None and found.state == TenantState.ACTIVE
+
+    return lambda: Gate(settings, directory, tokens, exists)
 
 
 def node_name(settings: ClusterSettings) -> str:
@@ -76,7 +99,7 @@ def node_name(settings: ClusterSettings) -> str:
 class ClusterProcess:
     """The roles of one process: connects to NATS, then starts and stops them in order.
 
-    ``make_query`` builds the service of the query role.
+    ``make_query`` builds the service of the query role; ``gate`` is for an edge without that role.
     """
 
     def __init__(
@@ -84,6 +107,7 @@ class ClusterProcess:
         settings: Settings,
         roles: Sequence[Role],
         make_query: Callable[[ClusterConnection], Service] | None,
+        gate: Gate | None,
     ) -> None:
         assert settings.cluster is not None
         self._settings, self._cluster = settings, settings.cluster
@@ -94,9 +118,13 @@ class ClusterProcess:
         """``starting``, ``ready``, ``draining`` or ``stopped``."""
         self.compilation = Compilation(kernels_of(roles))
         self._make_query = make_query
+        self._gate = gate
         self._query: Service | None = None
+        self.edge: Edge | None = None
+        self.evaluator: Evaluator | None = None
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
+        self._evaluating = ThreadRunner("evaluate", max(2, len(os.sched_getaffinity(0))))
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
@@ -137,19 +165,37 @@ class ClusterProcess:
         """End the worker threads; whoever opened the stores closes them."""
         if self._query is not None:
             self._query.close()
+        if self.edge is not None:
+            self.edge.close()
+        if self._gate is not None:
+            self._gate.close()
+        self._evaluating.close()
         self._threads.close()
 
     async def _start(self, nursery: trio.Nursery, client: NatsClient) -> Addresses:
         """Start the roles: last the one that accepts spans."""
+        gate = self._gate
+        membership = self._membership(client)
+        nursery.start_soon(membership.run)
         if self._make_query is None:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            self._query = self._make_query(self._connection(client))
-            self._query.compilation = self.compilation
-            found: Addresses = await self._start_part(nursery, Role.QUERY, self._query)
+            query = self._query = self._make_query(self._connection(client))
+            query.compilation, gate = self.compilation, query.gate
+            found: Addresses = await self._start_part(nursery, Role.QUERY, query)
             api, metrics = found.api, found.metrics
-        return Addresses(None, None, api, metrics)
+        if Role.EVALUATOR in self.roles:
+            node = EvaluatorNode(self.node, client, self._layout, membership, self._evaluating)
+            self.evaluator = open_evaluator(self._settings, node)
+            await self._start_part(nursery, Role.EVALUATOR, self.evaluator)
+        ingest = grpc = None
+        if Role.EDGE in self.roles:
+            assert gate is not None
+            self.edge = Edge(self._settings, client, self._layout, gate)
+            spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
+            ingest, grpc = spans.ingest, spans.grpc
+        return Addresses(ingest, grpc, api, metrics)
 
     async def _start_part(self, nursery: trio.Nursery, role: Role, part: RolePart) -> Any:
         """Run a part; returns what it starts with."""
@@ -164,6 +210,10 @@ class ClusterProcess:
         return found
 
     # Parts
+
+    def _membership(self, client: NatsClient) -> Membership:
+        bucket = ConfigBucket(client, self._layout.members_bucket)
+        return Membership(bucket, self.node, tuple(self.roles), self._cluster.lease_seconds)
 
     def _connection(self, client: NatsClient) -> ClusterConnection:
         """The query node's connection."""
@@ -207,7 +257,7 @@ class ClusterProcess:
                 self.roles,
                 lambda: self.state,
                 partial(self._components, client),
-                self._metrics,
+                self.role_metrics,
             )
         )
         urls: list[str | None] = []
@@ -232,11 +282,26 @@ class ClusterProcess:
                 "detail": f"{'connected' if connected else 'not connected'}; "
                 f"{client.reconnects} reconnects",
             },
-            **{role: {"status": "ok", "detail": "running"} for role in self._running},
+            **self.role_components(),
         }
 
-    def _metrics(self) -> Iterable[Metric]:
-        return ()
+    def role_components(self) -> dict[str, Json]:
+        """The status of the edge and of the evaluator."""
+        found: dict[str, Json] = {}
+        if self.edge is not None:
+            found["edge"] = self.edge.component()
+        if self.evaluator is not None:
+            found["evaluator"] = {
+                "status": "ok",
+                "detail": f"owns {len(self.evaluator.owned)} of {self._cluster.partitions} "
+                "partitions",
+            }
+        return found
+
+    def role_metrics(self) -> Iterator[Metric]:
+        """The metrics of the edge and of the evaluator."""
+        if self.edge is not None:
+            yield from self.edge.metrics()
 
 
 async def _request(nats: Nats, subject: str, data: bytes, seconds: float) -> bytes:

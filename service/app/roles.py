@@ -22,11 +22,12 @@ class RoleError(Exception):
 
 
 KERNELS: dict[Role, tuple[str, ...]] = {
-    Role.EDGE: ("json", "traces"),
+    Role.EDGE: (),
     Role.EVALUATOR: ("traces",),
     Role.QUERY: ("traces",),
 }
-"""The parts of :data:`betrace.service.pipeline.warmup.PARTS` that each role compiles."""
+"""The parts of :data:`betrace.service.pipeline.warmup.PARTS` that each role needs. An edge compiles
+its own kernels."""
 
 
 def read_roles(text: str | None, clustered: bool) -> tuple[Role, ...]:
