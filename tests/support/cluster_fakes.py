@@ -18,7 +18,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.cluster.evaluator.evaluator import ROLE, Evaluator
 from betrace.service.cluster.evaluator.owner import OwnerParts
 from betrace.service.cluster.evaluator.rule_feed import RuleFeed
-from betrace.service.cluster.evaluator.state import Anchor, digest_of
+from betrace.service.cluster.evaluator.state import Anchor
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.output import Counts, Output
 from betrace.service.cluster.output import unpack as unpack_output
@@ -291,14 +291,14 @@ class FakeState:
     def apply(self, messages) -> Output | None:
         found: Output | None = None
         for message in messages:
-            assert message.sequence > self.received
+            assert message.sequence == self.received + 1 or not self.received
             self.received = message.sequence
             envelope = unpack(message.data)
             self.group.append(message)
             if isinstance(envelope, Tick) or len(self.group) == self.GROUP:
                 output = self._end_group()
                 if self.step <= self.noted:
-                    continue
+                    output.decided = []
                 if found is None:
                     found = output
                 else:
@@ -320,7 +320,7 @@ class FakeState:
         self.group = []
         self.step += 1
         self.applied, self.log_time_ns = last.sequence, last.time_ns
-        self.anchor = Anchor(last.sequence, last.time_ns, digest_of(last.data))
+        self.anchor = Anchor.of(last)
         decided = [Decided(TENANT, signals, None)] if signals else []
         return Output(self.applied, self.step, last.time_ns, last.time_ns, Counts(), decided)
 
@@ -339,11 +339,11 @@ class FakeState:
             message="",
         )
 
-    def note(self, output: Output) -> None:
+    def note(self, output: Output, sequence: int) -> None:
         assert self.received == self.applied
         self.noted = output.step
 
-    def stored(self, step: int) -> None:
+    def stored(self, step: int, sequence: int) -> None:
         self.stored_step = step
 
     def snapshot(self, out_sequence: int) -> bytes:
@@ -400,7 +400,7 @@ class FakeEvaluator:
         )
         self.evaluator = Evaluator(self.parts, self.membership, grace_seconds=20)
 
-    def new_state(self, partition: int, out_sequence) -> FakeState:
+    def new_state(self, partition: int) -> FakeState:
         self.states[partition] = FakeState(partition)
         return self.states[partition]
 

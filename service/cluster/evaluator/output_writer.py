@@ -41,6 +41,9 @@ class OutputWriter:
         self._wake = trio.Event()
         self._stored = trio.Event()
         self._appended_at = trio.current_time()
+        self.first_step = 0
+        """What is older than this step is stored, so its replay adds nothing; whatever else a
+        replay finds waits until then, so that the steps in the output do not go backwards."""
         self.sequence = sequence
         """The sequence of the last message in the output."""
         self.upto = 0
@@ -56,30 +59,41 @@ class OutputWriter:
         else:
             self._waiting.add(found)
         waiting = self._waiting
+        if waiting.step < self.first_step:
+            return
         late = trio.current_time() >= self._appended_at + HEARTBEAT_SECONDS
         if late or waiting.decided or waiting.dead or waiting.undecided:
             self._wake.set()
 
     async def room(self) -> None:
         """Wait until few enough results wait."""
-        while self._waiting is not None and self._waiting.rows > MOST_WAITING_ROWS:
+        while self._has_new and self._waiting and self._waiting.rows > MOST_WAITING_ROWS:
             await self._stored.wait()
 
     async def settled(self) -> None:
         """Append everything that waits, and wait until it is stored."""
-        while self._waiting is not None or self._in_flight:
-            if self._waiting is not None:
-                self._wake.set()
+        while self._in_flight or self._has_new:
+            self._wake.set()
             await self._stored.wait()
+
+    async def wait_stored(self, step: int) -> None:
+        """Wait until the results of a step, which were added, are stored."""
+        while self.step < step and (self._in_flight or self._has_new):
+            self._wake.set()
+            await self._stored.wait()
+
+    @property
+    def _has_new(self) -> bool:
+        return self._waiting is not None and self._waiting.step >= self.first_step
 
     async def run(self) -> None:
         """Append until cancelled. Raises :exc:`Fenced` when another owner has taken over."""
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
-            found, self._waiting = self._waiting, None
-            if found is None:
+            if self._waiting is None or not self._has_new:
                 continue
+            found, self._waiting = self._waiting, None
             self._in_flight = True
             for message in await self._threads.run(output.pack, found):
                 await self._append(message)

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -67,9 +68,8 @@ class OwnerParts:
     blobs: Blobs
     rules: RuleFeed
     threads: ThreadRunner
-    new_state: Callable[[int, Callable[[], int]], PartitionState]
-    """Makes the state of a partition, from its number and a function that returns the last sequence
-    of its output; the function may be called in worker threads."""
+    new_state: Callable[[int], PartitionState]
+    """Makes an empty state of a partition."""
     checkpoint_seconds: float
     takeovers: trio.CapacityLimiter
     """How many partitions are taken over at a time."""
@@ -92,6 +92,7 @@ class PartitionOwner:
         self._writer: OutputWriter
         self._end = 0  # of the log at the takeover
         self._sent_rules: dict[str, int] = {}
+        self._skipped = -1  # the last message of a gap
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0
 
@@ -153,6 +154,7 @@ class PartitionOwner:
             async with self._parts.takeovers:
                 taken = await self._take_over()
             self._state, self._end = taken.state, taken.end
+            self._writer.first_step = taken.noted_step
             self.status.phase = Phase.REPLAYING
             self._note_progress()
             nursery.start_soon(self._writer.run)
@@ -173,11 +175,8 @@ class PartitionOwner:
         epoch = await log.open(parts.node)
         status.epoch = epoch.number
         status.takeovers += 1
-        writer = self._writer = OutputWriter(log, parts.threads, epoch.sequence)
-
-        def new_state() -> PartitionState:
-            return parts.new_state(self.partition, lambda: writer.sequence)
-
+        self._writer = OutputWriter(log, parts.threads, epoch.sequence)
+        new_state = partial(parts.new_state, self.partition)
         takeover = Takeover(status, parts.spans, parts.blobs, parts.threads, new_state)
         return await takeover.run(log, epoch)
 
@@ -221,7 +220,7 @@ class PartitionOwner:
             except LogGap as gap:
                 self.status.gaps += 1
                 events.LOG_DAMAGED(partition=self.partition, what=str(gap))
-                after = gap.found - 1
+                after = self._skipped = gap.found - 1
                 continue
             if messages:
                 after = messages[-1].sequence
@@ -247,7 +246,10 @@ class PartitionOwner:
             await trio.sleep(_RETRY_SECONDS)
 
     def _apply_now(self, messages: Sequence[LogMessage]) -> Output | None:
-        self._state.stored(self._writer.step)
+        if self._writer.step:
+            self._state.stored(self._writer.step, self._writer.sequence)
+        if messages and self._skipped == messages[0].sequence - 1:
+            self._state.received = self._skipped
         return self._state.apply(messages)
 
     def _note_progress(self) -> None:
@@ -341,15 +343,15 @@ class PartitionOwner:
     async def _save(self) -> None:
         """Save a checkpoint, if there is something new. It covers only what the output has."""
         async with self._state_lock:
-            await self._writer.settled()
-            applied = self._state.applied
-            if applied == self.status.checkpoint_sequence:
+            applied, step = self._state.applied, self._state.step
+            if applied == self.status.checkpoint_sequence or step < self._writer.first_step:
                 return
             try:
                 data = await self._parts.threads.run(self._state.snapshot, self._writer.sequence)
             except NotNow as error:
                 _log.debug("partition %d: no checkpoint now: %s", self.partition, error)
                 return
+        await self._writer.wait_stored(step)
         blobs, status = self._parts.blobs, self.status
         try:
             await checkpoints.save(blobs, self.partition, applied, status.epoch, data)

@@ -19,7 +19,7 @@ import trio
 from betrace.channels import ThreadRunner, TransientError
 from betrace.service.cluster import output
 from betrace.service.cluster.evaluator import checkpoints
-from betrace.service.cluster.evaluator.state import PartitionState, digest_of
+from betrace.service.cluster.evaluator.state import Anchor, PartitionState
 from betrace.service.cluster.evaluator.status import PartitionStatus
 from betrace.service.cluster.output import Output, OutputCorrupt
 from betrace.service.storage.jetstream.blobs import BlobCorrupt, BlobMissing, Blobs
@@ -43,6 +43,9 @@ class TakenOver:
     """A partition that is ready for the messages after ``state.received``."""
 
     state: PartitionState
+    noted_step: int
+    """The last step of which the output has results."""
+
     end: int
     """The last message of the log at that time. The partition is current once it is applied."""
 
@@ -64,9 +67,9 @@ class Takeover:
         """The partition as ``epoch`` begins."""
         partition = self.status.partition
         state, after = await self._load()
-        await self._note_outputs(state, log, after, epoch.sequence)
+        step = await self._note_outputs(state, log, after, epoch.sequence)
         end = await _persist(lambda: self.spans.last(partition))
-        return TakenOver(state, end)
+        return TakenOver(state, step, end)
 
     async def _load(self) -> tuple[PartitionState, int]:
         """The state of the best checkpoint, and the output's sequence that it needs."""
@@ -80,7 +83,7 @@ class Takeover:
             except (BlobMissing, BlobCorrupt, ValueError) as error:
                 self._unusable(name, str(error))
                 continue
-            if await self._has(anchor.sequence, anchor.time_ns, anchor.digest):
+            if await self._has(anchor.sequence, anchor.time_ns, anchor):
                 self.status.checkpoint_at = trio.current_time()
                 self.status.checkpoint_sequence = anchor.sequence
                 self.status.checkpoint_bytes = len(data)
@@ -93,7 +96,7 @@ class Takeover:
         self.status.unusable_checkpoints += 1
         events.CHECKPOINT_UNUSABLE(name=name, reason=reason)
 
-    async def _has(self, sequence: int, time_ns: int, digest: str | None = None) -> bool:
+    async def _has(self, sequence: int, time_ns: int, anchor: Anchor | None = None) -> bool:
         """Whether the log has this message, or had it before it was deleted because of its age."""
         partition = self.status.partition
         if sequence == 0:
@@ -101,16 +104,15 @@ class Takeover:
         found = await _persist(lambda: self.spans.get(partition, sequence))
         if found is None:
             return sequence < await _persist(lambda: self.spans.first(partition))
-        if found.time_ns != time_ns:
-            return False
-        return digest is None or digest_of(found.data) == digest
+        return found.time_ns == time_ns and (anchor is None or Anchor.of(found) == anchor)
 
     async def _note_outputs(
         self, state: PartitionState, log: FencedLog, after: int, upto: int
-    ) -> None:
+    ) -> int:
         """Note the outputs after a sequence and up to another, except those about messages that the
-        log has lost."""
-        doubted: deque[Output] = deque()
+        log has lost; returns the last step of the others."""
+        step = 0
+        doubted: deque[tuple[Output, int]] = deque()
         while after < upto:
             try:
                 messages = await _persist(
@@ -129,19 +131,23 @@ class Takeover:
                 except OutputCorrupt as error:
                     self._gap(f"output {message.sequence}: {error}")
                     continue
-                while doubted and _contradict(doubted[-1], found):
+                while doubted and _contradict(doubted[-1][0], found):
                     doubted.pop()
-                doubted.append(found)
+                doubted.append((found, message.sequence))
             while len(doubted) > _DOUBTED:
-                await self.threads.run(state.note, doubted.popleft())
+                found, sequence = doubted.popleft()
+                step = found.step
+                await self.threads.run(state.note, found, sequence)
         lost = 0
-        while doubted and not await self._has(doubted[-1].upto, doubted[-1].time_ns):
+        while doubted and not await self._has(doubted[-1][0].upto, doubted[-1][0].time_ns):
             lost += 1
             doubted.pop()
         if lost:
             self._gap(f"{lost} outputs are about messages that the log has lost")
-        for each in doubted:
-            await self.threads.run(state.note, each)
+        for found, sequence in doubted:
+            step = found.step
+            await self.threads.run(state.note, found, sequence)
+        return step
 
     def _gap(self, what: str) -> None:
         self.status.gaps += 1

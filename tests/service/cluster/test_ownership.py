@@ -350,8 +350,8 @@ async def test_rules_reach_every_partition_once(cluster):
 async def test_a_partition_that_fails_does_not_disturb_the_others(cluster):
     one = FakeEvaluator(cluster.nats, "one", cluster.threads)
 
-    def new_state(partition, out_sequence):
-        state = FakeEvaluator.new_state(one, partition, out_sequence)
+    def new_state(partition):
+        state = FakeEvaluator.new_state(one, partition)
         if partition == 3 and one.evaluator.statuses[3].failures < 3:
             state.apply = None  # raises TypeError
         return state
@@ -369,8 +369,8 @@ async def test_a_state_that_waits_is_asked_again(cluster):
     one = FakeEvaluator(cluster.nats, "one", cluster.threads)
     answers = trio.Event()
 
-    def new_state(partition, out_sequence):
-        state = FakeEvaluator.new_state(one, partition, out_sequence)
+    def new_state(partition):
+        state = FakeEvaluator.new_state(one, partition)
         apply = state.apply
 
         def waiting(messages):
