@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
@@ -26,6 +26,7 @@ from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.partition_log import PartitionLog
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
@@ -44,6 +45,9 @@ from betrace.service.traces.layout import (
 )
 from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError, Verdict
 
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.open_traces import RemoteOpenTraces
+
 Json = dict[str, Any]
 
 # Limits of what is read and shown of one trace.
@@ -52,6 +56,7 @@ MAX_BYTES = 128 * MIB
 MAX_SPANS = 20_000
 
 _SPARE_RULES = 16
+_FRAMES_AT_ONCE = 8  # of which a cluster fetches several in the time of one
 _TOO_EXPENSIVE = (
     f"the verdicts were not computed within {TRIAL_SECONDS:g} s of processor time; "
     "use fewer or cheaper patterns"
@@ -70,7 +75,7 @@ class TraceReader:
         metadata: TraceMetadataCache,
         log: PartitionLog,
         rules: Callable[[str], tuple[Rule, ...]],
-        open_traces: OpenTraces,
+        open_traces: OpenTraces | RemoteOpenTraces,
         triage: TriageStore,
         settings: Settings,
     ) -> None:
@@ -246,7 +251,7 @@ def _row(trace: DueTraces) -> TraceRow:
 
 
 class _Frames:
-    """The frames of a trace, read one at a time."""
+    """The frames of a trace, read a few at a time."""
 
     def __init__(self, log: PartitionLog, tenant: str, positions: list[int], max_body: int) -> None:
         self._log = log
@@ -258,12 +263,16 @@ class _Frames:
     def fold(self, trial: Trial) -> Iterator[bytes]:
         """Add the frames to a trial, and yield those to show as protobuf."""
         left = MAX_BYTES
+        found: dict[int, Frame | FrameMissing | FrameCorrupt] = {}
         for number, position in enumerate(self._positions):
             if number == MAX_FRAMES or left <= 0:
                 self.unread = len(self._positions) - number
                 self.omitted += self.unread
                 return
-            body = self._body(position)
+            if number % _FRAMES_AT_ONCE == 0:
+                some = self._positions[number : number + _FRAMES_AT_ONCE]
+                found = dict(zip(some, self._log.read_many(self._tenant, some), strict=True))
+            body = self._body(found.pop(position))
             shown = trial.spans < MAX_SPANS
             try:
                 added = trial.add(body) if body is not None else 0
@@ -278,8 +287,7 @@ class _Frames:
             elif added:
                 self.omitted += 1
 
-    def _body(self, position: int) -> bytes | None:
-        frame = self._log.read_many(self._tenant, [position])[0]
+    def _body(self, frame: Frame | FrameMissing | FrameCorrupt) -> bytes | None:
         if not isinstance(frame, Frame):
             return None
         try:
