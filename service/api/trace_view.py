@@ -25,9 +25,8 @@ from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
@@ -47,7 +46,6 @@ from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError, Verdi
 
 if TYPE_CHECKING:
     from betrace.service.cluster.query.open_traces import RemoteOpenTraces
-    from betrace.service.storage.jetstream.spans import SpanStreams
 
 Json = dict[str, Any]
 
@@ -74,7 +72,7 @@ class TraceReader:
         self,
         store: DuckStore,
         metadata: TraceMetadataCache,
-        log: SpanLog | SpanStreams,
+        log: PartitionLog,
         rules: Callable[[str], tuple[Rule, ...]],
         open_traces: OpenTraces | RemoteOpenTraces,
         triage: TriageStore,
@@ -254,9 +252,7 @@ def _row(trace: DueTraces) -> TraceRow:
 class _Frames:
     """The frames of a trace, read a few at a time."""
 
-    def __init__(
-        self, log: SpanLog | SpanStreams, tenant: str, positions: list[int], max_body: int
-    ) -> None:
+    def __init__(self, log: PartitionLog, tenant: str, positions: list[int], max_body: int) -> None:
         self._log = log
         self._tenant = tenant
         self._positions = positions
