@@ -26,6 +26,7 @@ from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.partition_log import PartitionLog
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
