@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -44,6 +44,9 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.gate import Gate
+
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.node import QueryNode
 
 _log = logging.getLogger("service")
 
@@ -93,8 +96,10 @@ class Service:
     threads: ThreadRunner
     cache_thread: ThreadRunner
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
+    node: QueryNode | None = None
+    """What feeds the stores of a query node, in place of received spans."""
 
-    compilation: Compilation = field(default_factory=Compilation, init=False)
+    compilation: Compilation = field(default_factory=Compilation)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)
@@ -113,9 +118,11 @@ class Service:
             async with trio.open_nursery() as inner:
                 await self._recover(inner)
                 self._start_upkeep(inner)
-                ingest, grpc = await listen_for_spans(
-                    inner, self.admission, self.settings, stop_ingest
-                )
+                ingest = grpc = None
+                if self.node is None:  # spans come to the edges
+                    ingest, grpc = await listen_for_spans(
+                        inner, self.admission, self.settings, stop_ingest
+                    )
                 self.state = "ready"
                 events.READY(
                     seconds=time.time() - self.sources.started_at,
@@ -177,6 +184,8 @@ class Service:
         await self.threads.run(self.rebuild.compare)
         await self.pipeline.stages["trace-correlation"].drained()
         await self.recovery.caught_up()
+        if self.node is not None:
+            nursery.start_soon(self.node.run)
 
     def _start_upkeep(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self.removal.run)
@@ -203,8 +212,12 @@ class Service:
         nursery.start_soon(self._report_drain)
         with trio.move_on_after(ARRIVAL_SHARE * grace):
             await self.admission.settled()
+        if self.node is not None:
+            await self.node.stop()
         self.pipeline.close()
         await self.pipeline.finished.wait()
+        if self.node is not None:
+            await self.node.save()
         await self.recovery.save()
 
     async def _report_drain(self) -> None:

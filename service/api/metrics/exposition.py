@@ -24,11 +24,11 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.exposition import generate_latest as generate_open_metrics
 
 from betrace.channels import ThreadRunner
-from betrace.service.api.metrics import alerts, flow, stages, stores
+from betrace.service.api.metrics import alerts, cluster, flow, stages, stores
 from betrace.service.api.sources import Sources
 from betrace.service.telemetry.latencies import Latencies
 
-DECLARED = (*flow.DECLARED, *alerts.DECLARED, *stages.DECLARED, *stores.DECLARED)
+DECLARED = (*flow.DECLARED, *alerts.DECLARED, *stages.DECLARED, *stores.DECLARED, *cluster.DECLARED)
 SCRAPE_SECONDS = 5.0
 """Timeout of a scrape. Prometheus itself gives up after 10 s."""
 
