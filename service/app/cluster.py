@@ -40,6 +40,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
@@ -54,6 +55,7 @@ _log = logging.getLogger("service.cluster")
 
 Json = dict[str, Any]
 
+RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
 
 class RolePart(Protocol):
     """What does the work of a role: the edge, the evaluator, or the service of a query node."""
@@ -134,7 +136,7 @@ class ClusterProcess:
         """Run the roles until :meth:`stop`. Starts when all are ready, with the addresses."""
         client = await NatsClient.connect(self._cluster, f"betrace {self.node}")
         try:
-            await check(client, self._cluster)
+            await self._check(client)
             async with trio.open_nursery() as nursery:
                 addresses = await self._start(nursery, client)
                 self.state = "ready"
@@ -151,6 +153,17 @@ class ClusterProcess:
         finally:
             await client.close()
         self.state = "stopped"
+
+    async def _check(self, client: NatsClient) -> None:
+        """Check the streams, and wait while there is no quorum. Raises what
+        :func:`~betrace.service.storage.jetstream.setup.check` raises."""
+        while True:
+            try:
+                await check(client, self._cluster)
+                return
+            except NatsUnavailable as error:
+                _log.warning("waiting for the NATS servers: %s", error)
+                await trio.sleep(RETRY_SECONDS)
 
     def stop(self) -> None:
         """Start to shut down."""
