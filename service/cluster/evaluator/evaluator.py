@@ -14,6 +14,7 @@ import trio
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator.assignment import assign
 from betrace.service.cluster.evaluator.owner import OwnerParts, PartitionOwner, lease_key
+from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.evaluator.status import PartitionStatus
 from betrace.service.cluster.membership import Membership
 from betrace.service.telemetry import events
@@ -81,6 +82,11 @@ class Evaluator:
     def owned(self) -> list[int]:
         """The partitions whose leases this node has."""
         return [status.partition for status in self.statuses if status.owned]
+
+    def state_of(self, partition: int) -> PartitionState | None:
+        """The state of a partition that this node owns, for :meth:`PartitionState.look_up`."""
+        running = self._running.get(partition)
+        return None if running is None else running.owner.state
 
     async def _hand_over_all(self) -> None:
         await self._membership.beat()
