@@ -33,7 +33,9 @@ from betrace.service.cluster.query.open_traces import (
     ANSWER_SECONDS,
     RemoteOpenTraces,
     open_trace_subject,
+    open_traces_answer,
 )
+from betrace.service.cluster.requests import serve_requests
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -189,6 +191,9 @@ class ClusterProcess:
             node = EvaluatorNode(self.node, client, self._layout, membership, self._evaluating)
             self.evaluator = open_evaluator(self._settings, node)
             await self._start_part(nursery, Role.EVALUATOR, self.evaluator)
+            subject = open_trace_subject(self._layout.prefix, "*")
+            answer = open_traces_answer(self.evaluator.look_up)
+            nursery.start_soon(serve_requests, client, subject, "", answer)
         ingest = grpc = None
         if Role.EDGE in self.roles:
             assert gate is not None
@@ -243,6 +248,7 @@ class ClusterProcess:
             config=ConfigBucket(client, layout.config_bucket),
             index_subject=index_subject(layout.prefix),
             open_traces=RemoteOpenTraces(ask_owner, self._cluster.partitions),
+            others=self,
         )
 
     # Health and metrics

@@ -96,6 +96,11 @@ class PartitionOwner:
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0
 
+    @property
+    def state(self) -> PartitionState | None:
+        """The state of the partition, None until it is taken over."""
+        return self.__dict__.get("_state")
+
     def finish(self) -> None:
         """Hand the partition over: finish what is in work, save a checkpoint, release the lease."""
         self._finishing.set()
