@@ -39,6 +39,9 @@ class ClusterSettings(SettingsSection):
     """Bytes that are read from a partition at once."""
     connect_seconds: Seconds = 30
     """How long the start waits for a NATS server."""
+    monitoring_port: Annotated[int, Field(ge=0, le=65535)] = 8222
+    """HTTP monitoring port of the NATS servers, which `betrace doctor` asks whether they sync every
+    write; 0 if they have none."""
     user: str = ""
     """User name at the NATS servers, if they require one."""
     password: SecretStr = SecretStr("")

@@ -15,7 +15,8 @@ from betrace.service.cluster import output
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
-    open_traces_answer,
+    pack_open_answer,
+    unpack_open_request,
 )
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -131,9 +132,8 @@ class FedNode:
     def _owner(self, partition: int, data: bytes) -> bytes:
         if self.owner_is_away:
             raise NatsUnavailable("no owner")
-        answer = open_traces_answer(lambda *key: self.open.get(key))(f"x.trace.{partition}", data)
-        assert answer is not None
-        return answer
+        request = unpack_open_request(data)
+        return pack_open_answer(self.open.get((partition, request.tenant, request.trace_id)))
 
     @asynccontextmanager
     async def running(self, config: Settings, *, die: bool = False) -> AsyncIterator[Service]:

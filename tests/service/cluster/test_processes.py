@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -115,17 +116,20 @@ def test_an_open_trace_is_shown_by_its_evaluator(whole):
 
 def test_late_spans_of_a_trace_that_left_memory(whole):
     node, _ = whole
-    trace = (7).to_bytes(8, "big") * 2
-    node.send(body(*(S(k, "loop", trace=trace) for k in (1, 2))))
-    node.trace(trace.hex())
-    for number in range(100, 110):  # others, which push it out of memory
-        send(node, number)
-    for number in range(100, 110):
-        node.trace(number.to_bytes(8, "big").hex() * 2)
-    node.send(body(*(S(k, "loop", trace=trace) for k in (3, 4))))
-    [signal] = signals(node, trace.hex())  # 4 spans, 2 of which were read back
-    assert signal["counts"] == {"loop": 4}
-    assert node.get("/api/cluster").json()["index"]["requests"] > 0
+    numbers = itertools.count(100)
+
+    def read_back():
+        """Send a trace in two parts; whether the first one was read back from the log."""
+        trace = next(numbers).to_bytes(8, "big") * 2
+        node.send(body(*(S(k, "loop", trace=trace) for k in (1, 2))))
+        node.trace(trace.hex())  # is closed
+        time.sleep(2)  # more than it stays in memory, if it is closed at once
+        node.send(body(*(S(k, "loop", trace=trace) for k in (3, 4))))
+        [signal] = signals(node, trace.hex())
+        assert signal["counts"] == {"loop": 4}
+        return node.get("/api/cluster").json()["index"]["requests"]
+
+    wait_for(read_back, WAIT)
 
 
 def test_rules_that_change_apply_to_new_traces(whole):
