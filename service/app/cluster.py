@@ -22,7 +22,7 @@ from betrace.service.api.asgi import serve
 from betrace.service.app import evaluator_metrics
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.edge import Edge, EdgeAddresses
-from betrace.service.app.evaluator import EvaluatorNode, open_evaluator, serve_open_traces
+from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
 from betrace.service.app.roles import Role, kernels_of
 from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
@@ -34,7 +34,9 @@ from betrace.service.cluster.query.open_traces import (
     ANSWER_SECONDS,
     RemoteOpenTraces,
     open_trace_subject,
+    open_traces_answer,
 )
+from betrace.service.cluster.requests import serve_requests
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -192,8 +194,10 @@ class ClusterProcess:
         if Role.EVALUATOR in self.roles:
             node = EvaluatorNode(self.node, client, self._layout, membership, self._evaluating)
             self.evaluator = open_evaluator(self._settings, node)
-            nursery.start_soon(serve_open_traces, node, self.evaluator)
             await self._start_part(nursery, Role.EVALUATOR, self.evaluator)
+            subject = open_trace_subject(self._layout.prefix, "*")
+            answer = open_traces_answer(self.evaluator.look_up)
+            nursery.start_soon(serve_requests, client, subject, "", answer)
         ingest = grpc = None
         if Role.EDGE in self.roles:
             assert gate is not None

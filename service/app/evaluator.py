@@ -13,11 +13,6 @@ from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.query.index import index_subject
-from betrace.service.cluster.query.open_traces import (
-    open_trace_subject,
-    pack_open_answer,
-    unpack_open_request,
-)
 from betrace.service.cluster.query.remote_index import RemoteTraceIndex
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.blobs import Blobs
@@ -27,7 +22,6 @@ from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.nats import Nats
-from betrace.service.storage.jetstream.responder import respond
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 INDEX_SECONDS = 10.0
@@ -78,17 +72,3 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         handovers=trio.CapacityLimiter(HANDOVERS),
     )
     return Evaluator(parts, node.membership, settings.shutdown.grace_seconds)
-
-
-async def serve_open_traces(node: EvaluatorNode, evaluator: Evaluator) -> None:
-    """Answer query nodes that ask for open traces, until cancelled."""
-
-    def answer(subject: str, data: bytes) -> bytes | None:
-        state = evaluator.state_of(int(subject.rpartition(".")[2]))
-        if state is None:  # its owner answers
-            return None
-        request = unpack_open_request(data)
-        return pack_open_answer(state.look_up(request.tenant, request.trace_id))
-
-    every = open_trace_subject(node.layout.prefix, 0).rpartition(".")[0] + ".*"
-    await respond(node.client, every, answer)

@@ -15,8 +15,7 @@ from betrace.service.cluster import output
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
-    pack_open_answer,
-    unpack_open_request,
+    open_traces_answer,
 )
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -132,8 +131,9 @@ class FedNode:
     def _owner(self, partition: int, data: bytes) -> bytes:
         if self.owner_is_away:
             raise NatsUnavailable("no owner")
-        request = unpack_open_request(data)
-        return pack_open_answer(self.open.get((partition, request.tenant, request.trace_id)))
+        answer = open_traces_answer(lambda *key: self.open.get(key))(f"x.trace.{partition}", data)
+        assert answer is not None
+        return answer
 
     @asynccontextmanager
     async def running(self, config: Settings, *, die: bool = False) -> AsyncIterator[Service]:

@@ -14,10 +14,11 @@ import trio
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator.assignment import assign
 from betrace.service.cluster.evaluator.owner import OwnerParts, PartitionOwner, lease_key
-from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.evaluator.status import PartitionStatus
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.query.open_traces import NOT_OWNED, NotOwned
 from betrace.service.telemetry import events
+from betrace.service.traces.due import DueTraces
 
 _log = logging.getLogger("service.cluster.evaluator")
 
@@ -83,10 +84,11 @@ class Evaluator:
         """The partitions whose leases this node has."""
         return [status.partition for status in self.statuses if status.owned]
 
-    def state_of(self, partition: int) -> PartitionState | None:
-        """The state of a partition that this node owns, for :meth:`PartitionState.look_up`."""
+    def look_up(self, partition: int, tenant: str, trace_id: str) -> DueTraces | NotOwned | None:
+        """A copy of a trace in memory, for people. May be called from any thread."""
         running = self._running.get(partition)
-        return None if running is None else running.owner.state
+        state = None if running is None else running.owner.state
+        return NOT_OWNED if state is None else state.look_up(tenant, trace_id)
 
     async def _hand_over_all(self) -> None:
         await self._membership.beat()

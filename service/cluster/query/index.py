@@ -44,7 +44,7 @@ class TraceIndexServer:
         """Requests that could not be answered, because not enough was applied."""
 
     def answer(self, subject: str, data: bytes) -> bytes:
-        """The answer to a request (:data:`betrace.service.storage.jetstream.responder.Answer`)."""
+        """The answer to a request (:data:`betrace.service.cluster.requests.Answer`)."""
         self.requests += 1
         try:
             request = unpack_request(data)

@@ -24,13 +24,13 @@ from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.requests import serve_requests
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
-from betrace.service.storage.jetstream.responder import respond
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.undecided import UndecidedStore
 from betrace.service.traces.verdicts import Decided
@@ -138,11 +138,11 @@ class QueryNode:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.feed.run)
             nursery.start_soon(
-                respond,
+                serve_requests,
                 self.cluster.client,
                 self.cluster.index_subject,
-                self.index.answer,
                 self.cluster.index_subject,  # query nodes share the requests
+                self.index.answer,
             )
             nursery.start_soon(self.publisher.run)
             nursery.start_soon(self._look_often)
