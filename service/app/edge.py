@@ -6,6 +6,7 @@ that it acknowledged.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from betrace.channels import (
 from betrace.service.app import edge_metrics
 from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
+from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import json, split, wire
 from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL
@@ -94,6 +96,8 @@ class Edge:
             capacity=capacity,
             tenants=TenantStates(gate.closed, limit=gate.tenant_limit),
         )
+        shares = DemandShares(gate.quotas, uuid.uuid4().hex)
+        self._quotas = QuotaExchange(shares, client, layout.quotas_subject)
         self._stop = trio.Event()
 
     async def run(
@@ -105,6 +109,7 @@ class Edge:
         stop_listeners = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(self.commit.run)
+            await nursery.start(self._quotas.run)
             async with trio.open_nursery() as stages:
                 await stages.start(self.stage.run)
                 addresses = await listen_for_spans(

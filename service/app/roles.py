@@ -22,12 +22,12 @@ class RoleError(Exception):
 
 
 KERNELS: dict[Role, tuple[str, ...]] = {
-    Role.EDGE: (),
+    Role.EDGE: ("json",),
     Role.EVALUATOR: ("traces",),
     Role.QUERY: ("traces",),
 }
 """The parts of :data:`betrace.service.pipeline.warmup.PARTS` that each role needs. An edge compiles
-its own kernels."""
+the others that it needs itself."""
 
 
 def read_roles(text: str | None, clustered: bool) -> tuple[Role, ...]:

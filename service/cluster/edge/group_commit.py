@@ -42,7 +42,7 @@ INLINE_BYTES = 128 * 1024  # packed on Trio's thread, in about 0.15 ms
 
 # Messages that are sent before their group is full or old, because nothing is in flight. A message
 # costs about as much CPU time as ten spans.
-_EAGER_PER_SECOND = 500
+_EAGER_PER_SECOND = 200
 _EAGER_BURST = 200
 
 REFUSE_SECONDS = 1.0

@@ -41,7 +41,7 @@ from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.storage.jetstream.envelope import RulesMarker, Spans
 from betrace.service.storage.jetstream.layout import pack_log_position
 from betrace.service.storage.jetstream.stream_log import LogMessage
-from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.traces.due import DueTraces
 
 PAUSE_NS = 100_000_000
@@ -78,7 +78,12 @@ class PartitionState:
     """
 
     def __init__(
-        self, partition: int, partitions: int, settings: Settings, log: SpanLog, index: TraceIndex
+        self,
+        partition: int,
+        partitions: int,
+        settings: Settings,
+        log: PartitionLog,
+        index: TraceIndex,
     ) -> None:
         self.partition = partition
         self.applied = 0
@@ -114,6 +119,7 @@ class PartitionState:
         self._last: LogMessage | None = None  # applied since the start
         self._known = KnownOutput()
         self._steps = StoredSteps(INDEX_LAG_NS)
+        self._out_sequence = 0  # of the snapshot that was restored
         self._output: Output | None = None
         self._broken: Exception | None = None
 
@@ -214,20 +220,23 @@ class PartitionState:
         self._steps.taken(self.step, moment.log_ns)
         for decided in found.decided:
             self._index.made(decided.signals)
-        output = Output(
-            self.applied,
-            self.step,
-            moment.log_ns,
-            moment.time_ns,
-            replace(self.counts),
-            self._known.new(self.step, found.decided),
-            found.dead,
-            found.undecided,
-        )
-        if self._output is None:
-            self._output = output
-        else:
-            self._output.add(output)
+        known = self._known
+        new = known.new(self.step, found.decided)
+        if self.step > known.step or new:
+            output = Output(
+                max(self.applied, known.upto),
+                max(self.step, known.step),
+                moment.log_ns,
+                moment.time_ns,
+                replace(self.counts),
+                new,
+                found.dead,
+                found.undecided,
+            )
+            if self._output is None:
+                self._output = output
+            else:
+                self._output.add(output)
         left = self._known.left_over(self.step)
         if left is not None:
             self._index.clear()
@@ -262,6 +271,8 @@ class PartitionState:
         """
         if self._work is not None or self._broken is not None:
             raise NotNow(self.waiting or "an error left the state incomplete")
+        if self._known.is_ahead(self.step):  # what was noted must be noted again
+            out_sequence = self._out_sequence
         anchor = self._anchor if self._last is None else Anchor.of(self._last)
         engine = self.engine
         traces, filters, rest = engine.traces.saved()
@@ -303,6 +314,7 @@ class PartitionState:
         self._applied_time = header["time"]
         self._boundary = header["boundary"]
         engine.traces.recalled = engine.counts.recalled
+        self._out_sequence = header["out_sequence"]
         self._known.restore(header["unstored"], self.step)
         self._steps.begin(self.step, header["out_sequence"])
         return self._anchor, header["out_sequence"]
