@@ -26,7 +26,7 @@ from betrace.service.storage.jetstream.layout import Layout
 from perf.lib import stacks, threads
 from perf.lib.target import GeneratorProcess, cpu_seconds
 from perf.report import output
-from tests.support.edges import EdgeProcess, edge_process, edge_settings
+from tests.support.cluster_processes import Cluster, Node
 from tests.support.nats_servers import NatsServers
 
 RATE_FLOOR = 100_000  # spans/s per core
@@ -56,7 +56,7 @@ async def _log_size(cluster: ClusterSettings) -> tuple[int, int]:
     return size, messages
 
 
-def _profile(edge: EdgeProcess, form: str, path: Path) -> None:
+def _profile(edge: Node, form: str, path: Path) -> None:
     sampler = [str(Path(sys.executable).with_name("py-spy")), "record", "--threads"]
     sampler += ["--pid", str(edge.process.pid), "--duration", str(PROFILE_SECONDS)]
     sampler += ["--rate", "200", "--format", form, "--output", str(path)]
@@ -84,7 +84,7 @@ def measure_edge(options: argparse.Namespace, servers: int) -> Json:
         with NatsServers(directory / "nats", servers) as nats:
             cluster = nats.settings(partitions=options.partitions)
             trio.run(_prepare, cluster)
-            with edge_process(edge_settings(cluster, directory / "edge")) as edge:
+            with Cluster(directory, cluster).running("edge", "edge") as edge:
                 found = _measure(options, edge, [each.pid for each in nats.servers])
                 size, messages = trio.run(_log_size, cluster)
                 found["log_bytes_per_span"] = round(size / found.pop("all_spans"), 1)
@@ -94,8 +94,8 @@ def measure_edge(options: argparse.Namespace, servers: int) -> Json:
     return found
 
 
-def _measure(options: argparse.Namespace, edge: EdgeProcess, servers: list[int]) -> Json:
-    generator = _load(edge.url, options, options.secs)
+def _measure(options: argparse.Namespace, edge: Node, servers: list[int]) -> Json:
+    generator = _load(f"{edge.ingest}/v1/traces", options, options.secs)
     try:
         generator.start()
         generator.wait_begin()
@@ -126,9 +126,9 @@ def _measure(options: argparse.Namespace, edge: EdgeProcess, servers: list[int])
     }
 
 
-def _functions(options: argparse.Namespace, edge: EdgeProcess, directory: Path) -> Json:
+def _functions(options: argparse.Namespace, edge: Node, directory: Path) -> Json:
     """The edge's functions by CPU, while it is sampled."""
-    generator = _load(edge.url, options, 600)
+    generator = _load(f"{edge.ingest}/v1/traces", options, 600)
     try:
         generator.start()
         generator.wait_begin()

@@ -12,6 +12,7 @@ import click
 from betrace.service.cli.common import (
     FOUND,
     HELP,
+    Duration,
     Failure,
     json_option,
     print_json,
@@ -36,6 +37,7 @@ def cluster() -> None:
     Examples:
       betrace cluster init --config config.toml
       betrace cluster status --config config.toml
+      betrace cluster drain evaluator-2 --config config.toml
     """
 
 
@@ -116,6 +118,48 @@ def status(config: Path | None, overrides: dict[str, Any], as_json: bool) -> Non
     )
     print_lines(["", *(state.problems or ["all is well"])])
     sys.exit(FOUND if state.problems else 0)
+
+
+@cluster.command("drain")
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="Let NODE have partitions again.")
+@click.option(
+    "--wait",
+    "seconds",
+    type=Duration(),
+    default="2m",
+    show_default=True,
+    help="How long to wait until NODE has no partitions.",
+)
+@settings_options()
+def drain(
+    node: str, undo: bool, seconds: int, config: Path | None, overrides: dict[str, Any]
+) -> None:
+    """Move the partitions of NODE to the other evaluators.
+
+    Each partition pauses for a moment while it moves. NODE gets no partitions until it is stopped
+    and started again, or until --undo. Exit code 1 if NODE still has partitions after --wait: there
+    is no other evaluator, or NODE does not answer.
+
+    \b
+    Example:
+      betrace cluster drain evaluator-2 --config config.toml
+    """
+    from betrace.service.cli.cluster_drain import drain_node, let_back
+
+    settings = _settings(config, overrides)
+    if undo:
+        _with_client(settings, lambda client: let_back(client, settings, node))
+        print_lines([f"{node} may have partitions again"])
+        return
+
+    def report(number: int) -> None:
+        print_lines([f"{node} has {number} partitions"])
+
+    left = _with_client(settings, lambda c: drain_node(c, settings, node, seconds, report))
+    if left:
+        print_lines([f"{node} still has the partitions {', '.join(map(str, left))}"])
+        sys.exit(FOUND)
 
 
 def _settings(config: Path | None, overrides: dict[str, Any]) -> ClusterSettings:

@@ -1,19 +1,11 @@
-"""Edges of a cluster on real NATS servers, in this process or in one of their own.
-
-``python -m tests.support.edges SETTINGS`` runs an edge with settings given as JSON, prints its
-addresses, and stops at SIGTERM.
-"""
+"""Edges of a cluster on real NATS servers, in this process."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,48 +67,6 @@ async def running_edge(
         directory.close()
 
 
-class EdgeProcess:
-    """An edge in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        assert process.stdout is not None
-        addresses = json.loads(process.stdout.readline())
-        self.url = f"{addresses['ingest']}/v1/traces"
-        self.grpc = addresses["grpc"]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@contextmanager
-def edge_process(settings: Settings) -> Iterator[EdgeProcess]:
-    """Start an edge; kill it at the end, if it still runs."""
-    given = settings.model_dump(mode="json", exclude_defaults=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(given)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        yield EdgeProcess(process)
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-async def _run(settings: Settings) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with running_edge(settings) as (_, http, grpc):
-            print(json.dumps({"ingest": http.removesuffix("/v1/traces"), "grpc": grpc}), flush=True)
-            async for _ in signals:
-                return
-
-
 async def stored_spans(client: NatsClient, settings: ClusterSettings) -> Counter[tuple[str, int]]:
     """How often each span is in the partitions' logs, by tenant and span id."""
     streams = SpanStreams(client, Layout.of(settings))
@@ -144,14 +94,15 @@ async def _last(streams: SpanStreams, partition: int) -> int:
 
 
 async def post(
-    client: httpx.AsyncClient, url: str, payload: bytes, tenant: str = "default", **headers: str
+    client: httpx.Client, url: str, payload: bytes, tenant: str = "default", **headers: str
 ) -> httpx.Response:
-    """Send a request."""
+    """Send a request, in a thread: httpx leaves generators behind when it fails within Trio."""
     given = {"content-type": "application/x-protobuf", "x-scope-orgid": tenant} | headers
-    return await client.post(url, content=payload, headers=given, timeout=60)
+    send = partial(client.post, url, content=payload, headers=given, timeout=60)
+    return await trio.to_thread.run_sync(send, abandon_on_cancel=True)
 
 
-async def post_until_accepted(client: httpx.AsyncClient, urls: list[str], payload: bytes) -> int:
+async def post_until_accepted(client: httpx.Client, urls: list[str], payload: bytes) -> int:
     """Send a request, to one edge after the other, until one accepts it; returns the number of
     attempts."""
     attempts = 0
@@ -168,7 +119,3 @@ async def post_until_accepted(client: httpx.AsyncClient, urls: list[str], payloa
             assert response.status_code == 503, response.text
             assert int(response.headers["retry-after"]) >= 1
             await trio.sleep(0.2)
-
-
-if __name__ == "__main__":
-    trio.run(_run, Settings(**json.loads(sys.argv[1])))

@@ -100,6 +100,12 @@ class PartitionOwner:
         """Hand the partition over: finish what is in work, save a checkpoint, release the lease."""
         self._finishing.set()
 
+    @property
+    def state(self) -> PartitionState | None:
+        """The partition's state, None before it is loaded."""
+        loaded = self.status.phase not in (Phase.WAITING, Phase.TAKING_OVER)
+        return self._state if loaded else None
+
     async def run(self) -> None:
         """Own the partition until it is handed over, lost or fenced. Raises what went wrong."""
         try:

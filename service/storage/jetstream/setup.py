@@ -148,8 +148,12 @@ async def _ensure(nats: Nats, wanted: dict[str, Any]) -> list[str]:
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return [
-        f"{wanted['name']} has {key} = {found.get(key)} instead of {wanted[key]}; change it with "
-        "the nats program, or use another cluster.prefix"
+        f"{wanted['name']} has {key} = {found.get(key)} instead of {wanted[key]}; "
+        + (
+            "run: betrace cluster init"
+            if key in _CHANGEABLE
+            else "change it with the nats program, or use another cluster.prefix"
+        )
         for key in _CHECKED
         if found.get(key) != wanted[key]
     ]

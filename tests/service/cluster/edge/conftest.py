@@ -43,6 +43,6 @@ async def client(cluster: ClusterSettings) -> AsyncIterator[NatsClient]:
 
 
 @pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False) as found:
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(trust_env=False) as found:
         yield found

@@ -13,8 +13,8 @@ from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
+from tests.support.cluster_processes import Cluster
 from tests.support.edges import (
-    edge_process,
     edge_settings,
     post_until_accepted,
     running_edge,
@@ -43,7 +43,7 @@ class Clients:
         self._next = 0
 
     async def send(self, until: trio.Event) -> None:
-        async with httpx.AsyncClient(trust_env=False) as http:
+        with httpx.Client(trust_env=False) as http:
             while not until.is_set():
                 number, self._next = self._next, self._next + 1
                 first = number % len(self.urls)
@@ -83,11 +83,9 @@ async def three(tmp_path) -> AsyncIterator[tuple[NatsServers, NatsClient, Cluste
 
 
 async def test_an_edge_is_killed(cluster, client, tmp_path):
-    with (
-        edge_process(edge_settings(cluster, tmp_path / "a")) as first,
-        edge_process(edge_settings(cluster, tmp_path / "b")) as second,
-    ):
-        clients = Clients([first.url, second.url])
+    processes = Cluster(tmp_path, cluster)
+    with processes.running("edge", "a") as first, processes.running("edge", "b") as second:
+        clients = Clients([f"{each.ingest}/v1/traces" for each in (first, second)])
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             for _ in range(6):

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 
-import orjson
 import pytest
 import trio
 
@@ -16,28 +14,14 @@ from betrace.channels import ThreadRunner
 from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
 from betrace.service.cluster.evaluator.evaluator import ROLE
 from betrace.service.cluster.membership import Membership
-from betrace.service.cluster.output import Output, unpack
 from betrace.service.config.settings import Settings
 from betrace.service.config.stages import Checkpoint, Traces
-from betrace.service.otlp.partition import partition_of
-from betrace.service.signals import Kind
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.envelope import Spans, TenantFrame, pack
-from betrace.service.storage.jetstream.fenced import FencedLog
-from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.spans import SpanStreams
+from tests.support.cluster_load import WAIT, Load
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
-from tests.support.spans import S, body
 
-TENANT = "acme"
 PARTITIONS = range(4)
-RULES = [
-    {"id": "needs-b", "condition": "when { a } always { b }"},
-    {"id": "no-boom", "condition": "when { a } never { boom }"},
-]
-WAIT = 300
 
 _prefixes = itertools.count()
 
@@ -60,7 +44,7 @@ class Node:
         self.ended = trio.Event()
 
     async def run(self, task_status=trio.TASK_STATUS_IGNORED) -> None:
-        cluster, settings = self.cluster, self.cluster.settings
+        cluster, settings = self.cluster, self.cluster.all_settings
         client = self.client = await NatsClient.connect(settings.cluster, self.name)
         try:
             with self.scope, ThreadRunner(self.name, len(PARTITIONS)) as threads:
@@ -92,9 +76,10 @@ class Node:
         self.client._loop.call_soon_threadsafe(self.thaw.wait)
 
 
-class Cluster:
+class Cluster(Load):
+    """A load, and the evaluators of this process."""
+
     def __init__(self, server: NatsServers, nursery: trio.Nursery) -> None:
-        self.nursery = nursery
         cluster = server.settings(
             prefix=f"owners{next(_prefixes)}",
             partitions=len(PARTITIONS),
@@ -102,97 +87,18 @@ class Cluster:
             heartbeat_seconds=0.25,
             tick_seconds=0.25,
         )
-        self.settings = Settings(
+        super().__init__(cluster)
+        self.nursery = nursery
+        self.all_settings = Settings(
             cluster=cluster,
             traces=Traces(idle_seconds=1),
             checkpoint=Checkpoint(interval_seconds=1),
         )
-        self.layout = Layout.of(cluster)
-        self.expected: Counter[tuple[str, str]] = Counter()  # by rule and trace
-        self.traces: set[str] = set()
-        self.sent = 0
-
-    async def open(self) -> None:
-        client = self.client = await NatsClient.connect(self.settings.cluster, "test")
-        await setup.set_up(client, self.settings.cluster)
-        self.spans = SpanStreams(client, self.layout)
-        await self.put_rules(RULES)
-
-    async def put_rules(self, rules) -> int:
-        bucket = ConfigBucket(self.client, self.layout.config_bucket)
-        return await bucket.put(f"rules.{TENANT}", orjson.dumps(rules))
 
     async def start(self, name: str) -> Node:
         node = Node(self, name)
         await self.nursery.start(node.run)
         return node
-
-    async def send_traces(self, number: int) -> None:
-        """Send traces, each in two or three messages."""
-        first = []
-        later = []
-        for _ in range(number):
-            self.sent += 1
-            trace = self.sent.to_bytes(16, "big")
-            self.traces.add(trace.hex())
-            first.append(S(1, "a", trace))
-            if self.sent % 2:
-                later.append(S(2, "b", trace))
-            else:
-                self.expected["needs-b", trace.hex()] += 1
-            if self.sent % 3 == 0:
-                later.append(S(3, "boom", trace))
-                self.expected["no-boom", trace.hex()] += 1
-        await self._append(first)
-        await self._append(later)
-
-    async def _append(self, spans: list[S]) -> None:
-        by_partition: dict[int, list[S]] = {}
-        for span in spans:
-            partition = partition_of(TENANT, span.trace, len(PARTITIONS))
-            by_partition.setdefault(partition, []).append(span)
-        for partition, some in by_partition.items():
-            frame = TenantFrame(TENANT, 0, len(some), body(*some))
-            message_id = f"{partition}-{self.sent}-{some[0].name}-{some[0].trace.hex()}"
-            await self.spans.append(partition, pack(Spans([frame])), message_id)
-
-    async def send_until(self, done: trio.Event) -> None:
-        while not done.is_set():
-            await self.send_traces(20)
-            await trio.sleep(0.05)
-
-    async def outputs(self) -> list[Output]:
-        found = []
-        for partition in PARTITIONS:
-            log, after = FencedLog(self.client, self.layout, partition), 0
-            while messages := await log.read(after, None, 4 << 20, 0):
-                after = messages[-1].sequence
-                found += [unpack(message.data) for message in messages if message.data]
-        return found
-
-    async def check(self) -> None:
-        """Wait until every trace was closed; then each signal must be there exactly once."""
-        with trio.fail_after(WAIT):
-            while True:
-                outputs = await self.outputs()
-                decided = [each for found in outputs for each in found.decided]
-                closed = [
-                    each.closed.trace_id(k)
-                    for each in decided
-                    if each.closed is not None
-                    for k in range(len(each.closed))
-                ]
-                signals = [signal for each in decided for signal in each.signals]
-                active: Counter[tuple[str, str]] = Counter()
-                for signal in signals:
-                    step = 1 if signal.kind is Kind.RAISED else -1
-                    active[signal.rule_id, signal.trace_id] += step
-                if set(closed) == self.traces and +active == self.expected:
-                    break
-                await trio.sleep(0.25)
-        ids = Counter(signal.id for signal in signals)
-        assert not [each for each, times in ids.items() if times > 1]
-        assert not any(found.dead or found.undecided for found in outputs)
 
 
 def on_a_server(test):
