@@ -199,6 +199,22 @@ async def test_a_full_stream_refuses_its_parts_alone():
 
 
 @in_virtual_time
+async def test_what_waits_for_a_partition_without_quorum_is_refused_with_it():
+    async with running() as bench:
+        bench.log.before = slow(3600)
+        start = trio.current_time()
+        for _ in range(6):
+            bench.add(part(0, SEND_BYTES))
+            await trio.sleep(0.01)
+        bench.add(part(0))
+        assert len(bench.commit._partitions[0].in_flight) == 2
+        await bench.commit.drained()
+        assert trio.current_time() < start + APPEND_SECONDS + 0.1
+        assert len(bench.outcomes) == 7
+        assert {each.status for each in bench.outcomes} == {503}
+
+
+@in_virtual_time
 async def test_a_bug_refuses_the_group_and_the_next_is_sent():
     async with running() as bench:
 
