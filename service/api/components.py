@@ -58,6 +58,7 @@ def components(sources: Sources) -> dict[str, Json]:
     }
     if sources.node is not None:
         found["cluster"] = _cluster(sources.node, whole)
+        found |= sources.node.cluster.others.role_components()
     problems = sources.rules.problems
     found["rules"] = {
         "status": "degraded" if problems else "ok",

@@ -19,6 +19,7 @@ from prometheus_client.core import Metric
 
 from betrace.channels import ThreadRunner
 from betrace.service.api.asgi import serve
+from betrace.service.app import evaluator_metrics
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.edge import Edge, EdgeAddresses
 from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
@@ -33,7 +34,9 @@ from betrace.service.cluster.query.open_traces import (
     ANSWER_SECONDS,
     RemoteOpenTraces,
     open_trace_subject,
+    open_traces_answer,
 )
+from betrace.service.cluster.requests import serve_requests
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -122,9 +125,11 @@ class ClusterProcess:
         self._query: Service | None = None
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
+        self._membership: Membership
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
-        self._evaluating = ThreadRunner("evaluate", max(2, len(os.sched_getaffinity(0))))
+        # A partition that waits for a query node keeps its thread for seconds.
+        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions)
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
@@ -146,6 +151,7 @@ class ClusterProcess:
                         part, ended = self._running[role]
                         part.stop()
                         await ended.wait()
+                await self._membership.leave()
                 self._ended.set()
                 nursery.cancel_scope.cancel()
         finally:
@@ -175,7 +181,7 @@ class ClusterProcess:
     async def _start(self, nursery: trio.Nursery, client: NatsClient) -> Addresses:
         """Start the roles: last the one that accepts spans."""
         gate = self._gate
-        membership = self._membership(client)
+        membership = self._membership = self._make_membership(client)
         nursery.start_soon(membership.run)
         if self._make_query is None:
             api, metrics = await self._serve_status(nursery, client)
@@ -189,6 +195,9 @@ class ClusterProcess:
             node = EvaluatorNode(self.node, client, self._layout, membership, self._evaluating)
             self.evaluator = open_evaluator(self._settings, node)
             await self._start_part(nursery, Role.EVALUATOR, self.evaluator)
+            subject = open_trace_subject(self._layout.prefix, "*")
+            answer = open_traces_answer(self.evaluator.look_up)
+            nursery.start_soon(serve_requests, client, subject, "", answer)
         ingest = grpc = None
         if Role.EDGE in self.roles:
             assert gate is not None
@@ -211,7 +220,7 @@ class ClusterProcess:
 
     # Parts
 
-    def _membership(self, client: NatsClient) -> Membership:
+    def _make_membership(self, client: NatsClient) -> Membership:
         bucket = ConfigBucket(client, self._layout.members_bucket)
         return Membership(bucket, self.node, tuple(self.roles), self._cluster.lease_seconds)
 
@@ -243,6 +252,7 @@ class ClusterProcess:
             config=ConfigBucket(client, layout.config_bucket),
             index_subject=index_subject(layout.prefix),
             open_traces=RemoteOpenTraces(ask_owner, self._cluster.partitions),
+            others=self,
         )
 
     # Health and metrics
@@ -302,6 +312,8 @@ class ClusterProcess:
         """The metrics of the edge and of the evaluator."""
         if self.edge is not None:
             yield from self.edge.metrics()
+        if self.evaluator is not None:
+            yield from evaluator_metrics.read(self.evaluator.statuses)
 
 
 async def _request(nats: Nats, subject: str, data: bytes, seconds: float) -> bytes:

@@ -26,6 +26,11 @@ BEATS_PER_LEASE = 4
 _BEAT, _DRAIN = "beat.", "drain."
 
 
+def beat_key(node: str) -> str:
+    """The key of a node's heartbeat."""
+    return _BEAT + node
+
+
 def drain_key(node: str) -> str:
     """The key whose presence tells a node to hand over its partitions."""
     return _DRAIN + node
@@ -78,6 +83,7 @@ class Membership:
         self._seen_at = -1.0  # when the own heartbeat arrived last
         self._impostor = ""
         self._interval = self.lease_seconds / BEATS_PER_LEASE
+        self._left = False
 
     def alive(self, role: str | None = None) -> dict[str, Member]:
         """The nodes that are alive, by name: all, or those with a role."""
@@ -93,6 +99,8 @@ class Membership:
 
     async def beat(self) -> None:
         """Write this node's heartbeat now."""
+        if self._left:
+            return
         value = {"roles": self.roles, "draining": self.draining, "boot": self._boot}
         try:
             with trio.move_on_after(self.lease_seconds):
@@ -101,10 +109,14 @@ class Membership:
             _log.debug("the heartbeat could not be written: %s", error)
 
     async def leave(self) -> None:
-        """Remove the heartbeat, so that nobody waits for this node."""
+        """Remove the heartbeat, so that nobody waits for this node, and the request to drain it, so
+        that it gets partitions when it is started again."""
+        self._left = True
         with trio.move_on_after(self.lease_seconds):
             try:
                 await self.bucket.delete(_BEAT + self.name)
+                if self.name in self._drains:
+                    await self.bucket.delete(_DRAIN + self.name)
             except TransientError as error:
                 _log.debug("the heartbeat could not be removed: %s", error)
 

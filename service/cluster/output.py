@@ -147,13 +147,20 @@ def unpack(data: bytes) -> Output:
 
 
 def _merged(decided: Sequence[Decided]) -> list[Decided]:
-    """The same with one item for each tenant and version of its rules, if they share services."""
-    groups: dict[tuple[str, str, int], list[Decided]] = {}
+    """The same with fewer items: one for each tenant, and more only where its rules or services
+    change. The order of a tenant's signals stays."""
+    groups: list[list[Decided]] = []
+    latest: dict[str, tuple[list[Decided], tuple[str, int] | None]] = {}
     for each in decided:
         closed = each.closed
-        key = ("", 0) if closed is None else (closed.rules.version, id(closed.services))
-        groups.setdefault((each.tenant, *key), []).append(each)
-    return [_joined(group) for group in groups.values()]
+        own = None if closed is None else (closed.rules.version, id(closed.services))
+        group, key = latest.get(each.tenant, (None, None))
+        if group is None or (own is not None and key is not None and own != key):
+            group, key = [], None
+            groups.append(group)
+        group.append(each)
+        latest[each.tenant] = group, own or key
+    return [_joined(group) for group in groups]
 
 
 def _joined(group: list[Decided]) -> Decided:
@@ -197,8 +204,8 @@ def _halves(decided: Decided) -> tuple[Decided, Decided]:
     closed, signals = decided.closed, decided.signals
     traces = 0 if closed is None else len(closed)
     n, k = len(signals) // 2, traces // 2
-    if len(signals) > traces or closed is None:
-        n, k = max(n, 1), 0 if closed is None else k
+    if not n and not k:
+        n = len(signals)
     return (
         replace(
             decided,

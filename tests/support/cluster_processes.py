@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import trio
 
 from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.setup import set_up
 from tests.support.process import RULES, START_SECONDS, Running, command, environment
 
 
@@ -61,19 +64,17 @@ class Cluster:
         """The node's data directory."""
         return self.directory / name / "data"
 
-    def init(self) -> str:
-        """Create the streams with `betrace cluster init`; returns what it printed."""
-        config = str(self.config("init"))
-        done = subprocess.run(
-            command("cluster", "init", "--config", config),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=START_SECONDS,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def init(self) -> None:
+        """Create the streams."""
+
+        async def create() -> None:
+            client = await NatsClient.connect(self.settings, "init")
+            try:
+                await set_up(client, self.settings)
+            finally:
+                await client.close()
+
+        trio.run(create)
 
     @contextmanager
     def running(self, roles: str, name: str, *options: str, **settings: str) -> Iterator[Node]:
@@ -88,7 +89,7 @@ class Cluster:
             arguments += [f"--{listener}", "127.0.0.1:0"]
         process = subprocess.Popen(
             command(*arguments, *options),
-            env=environment(traces__idle_seconds="1", **settings),
+            env=environment(**{"traces__idle_seconds": "1"} | settings),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

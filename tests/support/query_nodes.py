@@ -7,6 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import trio
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.service import Service
@@ -14,8 +15,7 @@ from betrace.service.cluster import output
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
-    pack_open_answer,
-    unpack_open_request,
+    open_traces_answer,
 )
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -119,13 +119,21 @@ class FedNode:
             config=self.bucket,  # type: ignore[arg-type]
             index_subject="betrace.index",
             open_traces=RemoteOpenTraces(self._owner, 2),
+            others=self,
         )
+
+    def role_components(self) -> dict[str, Any]:
+        return {"edge": {"status": "ok", "detail": "open"}}
+
+    def role_metrics(self) -> list[Metric]:
+        return [CounterMetricFamily("betrace_span_ingestion", "Spans.", 77)]
 
     def _owner(self, partition: int, data: bytes) -> bytes:
         if self.owner_is_away:
             raise NatsUnavailable("no owner")
-        request = unpack_open_request(data)
-        return pack_open_answer(self.open.get((partition, request.tenant, request.trace_id)))
+        answer = open_traces_answer(lambda *key: self.open.get(key))(f"x.trace.{partition}", data)
+        assert answer is not None
+        return answer
 
     @asynccontextmanager
     async def running(self, config: Settings, *, die: bool = False) -> AsyncIterator[Service]:

@@ -80,7 +80,7 @@ class Decisions:
         if due.rules.read_back and due.spilled is not None:
             self._read_back.note(due.tenant, due.spilled)
         decided = decide_due(due, moment.time_ns, self._relational)
-        decided.signals = self._new(decided.signals)
+        decided.signals = self._new(due, decided.signals)
         self._mark(decided, moment.log_ns)
         if due.rules.read_back:
             self._relational.note(due, decided.signals)
@@ -91,13 +91,23 @@ class Decisions:
             del self._early[next(iter(self._early))]
         return decided
 
-    def _new(self, signals: list[Signal]) -> list[Signal]:
-        """The signals without those that were raised early, and are found again."""
-        found: dict[str, Signal] = {}
-        for signal in signals:
-            if signal.id not in self._early:
-                found.setdefault(signal.id, signal)
-        return list(found.values())
+    def _new(self, due: DueTraces, signals: list[Signal]) -> list[Signal]:
+        """The signals without those that were raised before, early or when the trace was closed,
+        and are found again."""
+        active: set[tuple[str, str, str]] = set()
+        histories = self._relational.histories(due)[0] if signals else {}
+        for k, history in histories.items():
+            trace_id = due.trace_id(k)
+            active |= {(trace_id, *rule) for rule, known in history.items() if known.active}
+        return [
+            each
+            for each in signals
+            if each.id not in self._early
+            and (
+                each.kind is Kind.RETRACTED
+                or (each.trace_id, each.rule_id, each.rule_version) not in active
+            )
+        ]
 
     def _mark(self, decided: Decided, log_ns: int) -> None:
         """Mark the signals of incomplete traces, unless too many frames were read for that."""

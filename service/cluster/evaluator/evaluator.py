@@ -16,7 +16,9 @@ from betrace.service.cluster.evaluator.assignment import assign
 from betrace.service.cluster.evaluator.owner import OwnerParts, PartitionOwner, lease_key
 from betrace.service.cluster.evaluator.status import PartitionStatus
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.query.open_traces import NOT_OWNED, NotOwned
 from betrace.service.telemetry import events
+from betrace.service.traces.due import DueTraces
 
 _log = logging.getLogger("service.cluster.evaluator")
 
@@ -81,6 +83,12 @@ class Evaluator:
     def owned(self) -> list[int]:
         """The partitions whose leases this node has."""
         return [status.partition for status in self.statuses if status.owned]
+
+    def look_up(self, partition: int, tenant: str, trace_id: str) -> DueTraces | NotOwned | None:
+        """A copy of a trace in memory, for people. May be called from any thread."""
+        running = self._running.get(partition)
+        state = None if running is None else running.owner.state
+        return NOT_OWNED if state is None else state.look_up(tenant, trace_id)
 
     async def _hand_over_all(self) -> None:
         await self._membership.beat()

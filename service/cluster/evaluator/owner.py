@@ -100,6 +100,12 @@ class PartitionOwner:
         """Hand the partition over: finish what is in work, save a checkpoint, release the lease."""
         self._finishing.set()
 
+    @property
+    def state(self) -> PartitionState | None:
+        """The partition's state, None before it is loaded."""
+        loaded = self.status.phase not in (Phase.WAITING, Phase.TAKING_OVER)
+        return self._state if loaded else None
+
     async def run(self) -> None:
         """Own the partition until it is handed over, lost or fenced. Raises what went wrong."""
         try:
@@ -260,6 +266,7 @@ class PartitionOwner:
         status.applied = state.applied
         status.stored = max(status.stored, self._writer.upto)
         status.log_time_ns = state.log_time_ns
+        status.rules_revision = max(state.rules_revisions.values(), default=0)
         if state.received >= self._end:
             self._current.set()
 

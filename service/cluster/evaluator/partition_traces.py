@@ -30,7 +30,7 @@ from betrace.service.traces.tenant_traces import History, Recalled
 INDEX_LAG_NS = 5_000_000_000
 """Closed traces stay in memory at least for this log time. By then query nodes should have them, so
 that late spans need not wait."""
-LEAST_FILTER_BYTES = 1 << 20
+LEAST_FILTER_BYTES = 1 << 16
 
 
 def partition_limits(settings: Settings, partitions: int) -> TraceLimits:

@@ -23,10 +23,12 @@ class KnownOutput:
     def __init__(self) -> None:
         self.step = 0
         """The last step whose results ``OUT_p`` has completely."""
+        self.upto = 0
+        """The sequence of ``SPANS_p`` that was applied by then, when the owner took over."""
         self._until = 0  # the last step of which it has any result
         self._signals: dict[str, Signal] = {}  # not made again yet, by id
         self._unstored: deque[tuple[int, list[str]]] = deque()
-        self._in_snapshot: set[str] = set()
+        self._made: set[str] = set()  # before, and in ``OUT_p`` beyond the last snapshot's sequence
 
     def note(self, output: Output, step: int) -> list[Signal]:
         """Note an output; ``step`` is the last one of the state. Returns the signals that are still
@@ -34,16 +36,20 @@ class KnownOutput:
         if output.step <= step:
             return []
         self._until = max(self._until, output.step)
-        if output.complete:
-            self.step = max(self.step, output.step)
+        if output.complete and output.step >= self.step:
+            self.step, self.upto = output.step, output.upto
         found = [
             signal
             for decided in output.decided
             for signal in decided.signals
-            if signal.id not in self._in_snapshot
+            if signal.id not in self._made
         ]
         self._signals.update((signal.id, signal) for signal in found)
         return found
+
+    def is_ahead(self, step: int) -> bool:
+        """Whether ``OUT_p`` has results of steps after this one."""
+        return self._until > step
 
     def stored(self, step: int) -> None:
         """Note that the outputs up to a step are stored."""
@@ -56,7 +62,7 @@ class KnownOutput:
         known = step <= self.step
         found = []
         for each in decided:
-            signals = [signal for signal in each.signals if not self._signals.pop(signal.id, None)]
+            signals = [signal for signal in each.signals if not self._is_known(signal)]
             if known:
                 each = replace(each, signals=signals, closed=None, spilled=None)
             elif len(signals) < len(each.signals):
@@ -68,6 +74,12 @@ class KnownOutput:
             self._unstored.append((step, ids))
         return found
 
+    def _is_known(self, signal: Signal) -> bool:
+        known = self._signals.pop(signal.id, None) is not None
+        if known:
+            self._made.add(signal.id)
+        return known
+
     def left_over(self, step: int) -> list[Signal] | None:
         """After the last step of which ``OUT_p`` has any result: the signals that were not made
         again. None after other steps."""
@@ -75,15 +87,15 @@ class KnownOutput:
             return None
         left = list(self._signals.values())
         self._signals.clear()
-        self._in_snapshot.clear()
+        self._made.clear()
         self._until = 0
         return left
 
     def saved(self) -> list[str]:
-        """The ids of signals that may not be stored yet, for a snapshot."""
-        return [each for _, ids in self._unstored for each in ids]
+        """The ids of signals that were made and may be among those noted after a snapshot."""
+        return [*self._made, *(each for _, ids in self._unstored for each in ids)]
 
     def restore(self, saved: list[str], step: int) -> None:
         """Continue from what :meth:`saved` returned in a snapshot at ``step``."""
         self.step = step
-        self._in_snapshot = set(saved)
+        self._made = set(saved)

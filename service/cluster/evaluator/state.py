@@ -119,6 +119,7 @@ class PartitionState:
         self._last: LogMessage | None = None  # applied since the start
         self._known = KnownOutput()
         self._steps = StoredSteps(INDEX_LAG_NS)
+        self._out_sequence = 0  # of the snapshot that was restored
         self._output: Output | None = None
         self._broken: Exception | None = None
 
@@ -219,20 +220,23 @@ class PartitionState:
         self._steps.taken(self.step, moment.log_ns)
         for decided in found.decided:
             self._index.made(decided.signals)
-        output = Output(
-            self.applied,
-            self.step,
-            moment.log_ns,
-            moment.time_ns,
-            replace(self.counts),
-            self._known.new(self.step, found.decided),
-            found.dead,
-            found.undecided,
-        )
-        if self._output is None:
-            self._output = output
-        else:
-            self._output.add(output)
+        known = self._known
+        new = known.new(self.step, found.decided)
+        if self.step > known.step or new:
+            output = Output(
+                max(self.applied, known.upto),
+                max(self.step, known.step),
+                moment.log_ns,
+                moment.time_ns,
+                replace(self.counts),
+                new,
+                found.dead,
+                found.undecided,
+            )
+            if self._output is None:
+                self._output = output
+            else:
+                self._output.add(output)
         left = self._known.left_over(self.step)
         if left is not None:
             self._index.clear()
@@ -267,6 +271,8 @@ class PartitionState:
         """
         if self._work is not None or self._broken is not None:
             raise NotNow(self.waiting or "an error left the state incomplete")
+        if self._known.is_ahead(self.step):  # what was noted must be noted again
+            out_sequence = self._out_sequence
         anchor = self._anchor if self._last is None else Anchor.of(self._last)
         engine = self.engine
         traces, filters, rest = engine.traces.saved()
@@ -308,6 +314,7 @@ class PartitionState:
         self._applied_time = header["time"]
         self._boundary = header["boundary"]
         engine.traces.recalled = engine.counts.recalled
+        self._out_sequence = header["out_sequence"]
         self._known.restore(header["unstored"], self.step)
         self._steps.begin(self.step, header["out_sequence"])
         return self._anchor, header["out_sequence"]

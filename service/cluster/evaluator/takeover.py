@@ -131,15 +131,15 @@ class Takeover:
                 except OutputCorrupt as error:
                     self._gap(f"output {message.sequence}: {error}")
                     continue
-                while doubted and _contradict(doubted[-1][0], found):
-                    doubted.pop()
+                while doubted and doubted[-1][0].upto > found.upto:
+                    doubted.pop()  # its owner had more of the log than the later one
                 doubted.append((found, message.sequence))
             while len(doubted) > _DOUBTED:
                 found, sequence = doubted.popleft()
                 step = found.step
                 await self.threads.run(state.note, found, sequence)
         lost = 0
-        while doubted and not await self._has(doubted[-1][0].upto, doubted[-1][0].time_ns):
+        while doubted and not await self._agrees(doubted[-1][0]):
             lost += 1
             doubted.pop()
         if lost:
@@ -149,16 +149,16 @@ class Takeover:
             await self.threads.run(state.note, found, sequence)
         return step
 
+    async def _agrees(self, found: Output) -> bool:
+        """Whether the log has the messages of an output. Its time is that of its last message, or
+        of the next one if that made traces close."""
+        if await self._has(found.upto, found.time_ns):
+            return True
+        return await self._has(found.upto + 1, found.time_ns)
+
     def _gap(self, what: str) -> None:
         self.status.gaps += 1
         events.LOG_DAMAGED(partition=self.status.partition, what=what)
-
-
-def _contradict(earlier: Output, later: Output) -> bool:
-    """Whether two outputs are about different logs: the later owner had lost messages."""
-    if earlier.upto == later.upto:
-        return earlier.time_ns != later.time_ns
-    return earlier.upto > later.upto
 
 
 async def _persist(call: Callable[[], Awaitable[T]]) -> T:

@@ -43,8 +43,8 @@ class TraceIndexServer:
         self.behind = 0
         """Requests that could not be answered, because not enough was applied."""
 
-    def answer(self, data: bytes) -> bytes:
-        """The answer to a request."""
+    def answer(self, subject: str, data: bytes) -> bytes:
+        """The answer to a request (:data:`betrace.service.cluster.requests.Answer`)."""
         self.requests += 1
         try:
             request = unpack_request(data)

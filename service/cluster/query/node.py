@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
+from prometheus_client.core import Metric
 
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.cluster.output import Counts
@@ -25,6 +24,7 @@ from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.requests import serve_requests
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
@@ -53,13 +53,24 @@ class QueryStores:
     threads: ThreadRunner
 
 
+class OtherRoles(Protocol):
+    """The edge and the evaluator of the same process."""
+
+    def role_components(self) -> dict[str, dict[str, Any]]:
+        """Their status by name, as ``/readyz`` shows it."""
+
+    def role_metrics(self) -> Iterable[Metric]:
+        """Their metrics."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterConnection:
     """A query node's view of the cluster.
 
     ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
     ``last`` returns the last sequence of one; ``owners`` returns the owner by partition;
-    ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners.
+    ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
+    ``others`` are the process's other roles.
     """
 
     name: str
@@ -74,6 +85,7 @@ class ClusterConnection:
     config: ConfigBucket
     index_subject: str
     open_traces: RemoteOpenTraces
+    others: OtherRoles
 
 
 @dataclass(eq=False)
@@ -125,7 +137,13 @@ class QueryNode:
         assert self.feed is not None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.feed.run)
-            nursery.start_soon(self._serve_index)
+            nursery.start_soon(
+                serve_requests,
+                self.cluster.client,
+                self.cluster.index_subject,
+                self.cluster.index_subject,  # query nodes share the requests
+                self.index.answer,
+            )
             nursery.start_soon(self.publisher.run)
             nursery.start_soon(self._look_often)
 
@@ -178,39 +196,6 @@ class QueryNode:
             "index": {"requests": self.index.requests, "behind": self.index.behind},
         }
 
-    async def _serve_index(self) -> None:
-        """Answer evaluators until cancelled. All query nodes share the requests."""
-        pool = ThreadPoolExecutor(1, "index")
-        subject, answer = self.cluster.index_subject, self.index.answer
-
-        async def subscribe(nats: Any) -> Any:
-            loop = asyncio.get_running_loop()
-
-            async def reply(message: Any) -> None:
-                found = await loop.run_in_executor(pool, answer, message.data)
-                await message.respond(found)
-
-            return await nats.nc.subscribe(subject, queue=subject, cb=reply)
-
-        async def unsubscribe(nats: Any) -> None:
-            await subscription.unsubscribe()
-
-        while True:
-            try:
-                subscription = await self.cluster.client.call(subscribe)
-                break
-            except NatsUnavailable:
-                await trio.sleep(1)
-        try:
-            await trio.sleep_forever()
-        finally:
-            with trio.move_on_after(1, shield=True):
-                try:
-                    await self.cluster.client.call(unsubscribe)
-                except NatsUnavailable:
-                    _log.debug("the index could not unsubscribe")
-            pool.shutdown(wait=False)
-
     async def _look_often(self) -> None:
         """Ask how long the streams are and who owns the partitions, for people who look."""
         while True:
@@ -232,4 +217,6 @@ def _counts(counts: Counts | None) -> dict[str, int] | None:
         "frames": counts.frames,
         "deadFrames": counts.dead_frames,
         "spans": counts.spans,
+        "markers": counts.markers,
+        "ticks": counts.ticks,
     }

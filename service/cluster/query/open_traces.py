@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import orjson
 
@@ -22,9 +23,34 @@ _log = logging.getLogger("service.query")
 ANSWER_SECONDS = 2.0
 
 
-def open_trace_subject(prefix: str, partition: int) -> str:
-    """Where the owner of a partition answers."""
+def open_traces_answer(
+    look_up: Callable[[int, str, str], DueTraces | NotOwned | None],
+) -> Callable[[str, bytes], bytes | None]:
+    """What answers requests at an evaluator (:data:`betrace.service.cluster.requests.Answer`).
+    ``look_up(partition, tenant, trace id)`` returns a trace in memory, or :data:`NOT_OWNED` if
+    another evaluator has the partition, who then answers."""
+
+    def answer(subject: str, data: bytes) -> bytes | None:
+        request = unpack_open_request(data)
+        partition = int(subject.rpartition(".")[2])
+        found = look_up(partition, request.tenant, request.trace_id)
+        return None if isinstance(found, NotOwned) else pack_open_answer(found)
+
+    return answer
+
+
+def open_trace_subject(prefix: str, partition: int | str) -> str:
+    """Where the owner of a partition answers; of ``*``, all of them."""
     return f"{prefix}.trace.{partition}"
+
+
+class NotOwned(Enum):
+    """The partition has another owner."""
+
+    NOT_OWNED = "not owned"
+
+
+NOT_OWNED = NotOwned.NOT_OWNED
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class Index:
 
     def ask(self, data):
         self.asked.append(unpack_request(data))
-        return self.server.answer(data)
+        return self.server.answer("", data)
 
 
 def test_rows_and_signals_are_those_of_the_store(store):
@@ -153,5 +153,5 @@ def test_other_bytes_are_refused(data):
         unpack_request(data)
     with pytest.raises(IndexMessageError):
         unpack_answer(data)
-    found = unpack_answer(TraceIndexServer(None, AppliedPositions()).answer(data))
+    found = unpack_answer(TraceIndexServer(None, AppliedPositions()).answer("", data))
     assert found.problem is not None

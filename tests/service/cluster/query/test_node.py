@@ -79,6 +79,9 @@ async def test_it_says_how_far_each_partition_is(config):
         assert 'betrace_cluster_applied_sequence{partition="0"} 1.0' in metrics
         assert 'betrace_cluster_node_info{node="query-1",roles="query"} 1.0' in metrics
         assert 'betrace_cluster_applied_items_total{partition="0"} 1.0' in metrics
+        values = [line for line in metrics.splitlines() if line.startswith("betrace_span_inges")]
+        assert values == ["betrace_span_ingestion_total 77.0"]
+        assert components(service.sources)["edge"]["status"] == "ok"
 
 
 async def test_a_restart_continues_where_it_stopped(config):
