@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -25,7 +25,7 @@ class ClusterSettings(SettingsSection):
     """This process's name, unique in the cluster; if empty, host name and process id."""
     partitions: Annotated[int, Field(ge=1, le=1024)] = 16
     """Number of partitions that spans are divided into. Fixed when the cluster is created."""
-    replicas: Literal[1, 3, 5] = 3
+    replicas: Annotated[int, Field(ge=1, le=5)] = 3
     """Servers that keep each message. A message is acknowledged once most of them have it."""
     partition_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 0
     """Size at which a partition's stream is full and refuses spans; 0 means the servers' limit."""
@@ -39,6 +39,9 @@ class ClusterSettings(SettingsSection):
     """Bytes that are read from a partition at once."""
     connect_seconds: Seconds = 30
     """How long the start waits for a NATS server."""
+    monitoring_port: Annotated[int, Field(ge=0, le=65535)] = 8222
+    """HTTP monitoring port of the NATS servers, which `betrace doctor` asks whether they sync every
+    write; 0 if they have none."""
     user: str = ""
     """User name at the NATS servers, if they require one."""
     password: SecretStr = SecretStr("")

@@ -208,8 +208,8 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         return f"did you mean {'.'.join([*sections, near])}?"
     elsewhere = [
         f"{section}.{name}"
-        for section, field in Settings.model_fields.items()
-        if name in type(field.default or optional_section(Settings, section)).model_fields
+        for section in Settings.model_fields
+        if name in type(_lookup((section,))[1]).model_fields
     ]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"

@@ -16,9 +16,9 @@ from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, Span
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.queries import TraceRow
 from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.signal_history import rule_signals
 from betrace.service.traces.tenant_traces import Recalled
 
@@ -63,7 +63,7 @@ class TraceHistory:
     def __init__(
         self,
         store: TraceIndex,
-        log: SpanLog,
+        log: PartitionLog,
         max_body_bytes: int,
         behind: Callable[[str], bool] = lambda tenant: False,
         seconds: Callable[[], float] = time.monotonic,

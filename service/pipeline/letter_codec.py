@@ -14,9 +14,9 @@ import orjson
 
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.signals import Signal
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.serialize import SerialError, from_bytes, to_bytes
 from betrace.service.traces.verdicts import Decided
@@ -62,7 +62,7 @@ def decided_to_bytes(item: Decided) -> bytes:
     )
 
 
-def decode(tenant: str, kind: str, payload: bytes, log: SpanLog, max_body_bytes: int) -> Item:
+def decode(tenant: str, kind: str, payload: bytes, log: PartitionLog, max_body_bytes: int) -> Item:
     """The item. Raises :exc:`LetterError`."""
     try:
         if kind == FRAMES:
@@ -110,7 +110,9 @@ def _shown(due: DueTraces) -> dict[str, Any]:
     }
 
 
-def _read_batch(tenant: str, positions: list[int], log: SpanLog, max_body_bytes: int) -> SpanBatch:
+def _read_batch(
+    tenant: str, positions: list[int], log: PartitionLog, max_body_bytes: int
+) -> SpanBatch:
     found = log.read_many(tenant, positions)
     frames = [frame for frame in found if isinstance(frame, Frame)]
     if len(frames) < len(positions):

@@ -17,9 +17,9 @@ from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import frame_bodies
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
     FLAGS,
@@ -53,7 +53,7 @@ class ReadBack:
 
     def __init__(
         self,
-        log: SpanLog,
+        log: PartitionLog,
         max_body_bytes: int,
         store: DuckStore | None = None,
         max_spans: int = SPANS_MAX,

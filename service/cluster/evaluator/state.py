@@ -41,7 +41,7 @@ from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.storage.jetstream.envelope import RulesMarker, Spans
 from betrace.service.storage.jetstream.layout import pack_log_position
 from betrace.service.storage.jetstream.stream_log import LogMessage
-from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.traces.due import DueTraces
 
 PAUSE_NS = 100_000_000
@@ -78,7 +78,12 @@ class PartitionState:
     """
 
     def __init__(
-        self, partition: int, partitions: int, settings: Settings, log: SpanLog, index: TraceIndex
+        self,
+        partition: int,
+        partitions: int,
+        settings: Settings,
+        log: PartitionLog,
+        index: TraceIndex,
     ) -> None:
         self.partition = partition
         self.applied = 0

@@ -188,8 +188,9 @@ class NatsClient:
         nats_: Nats | None = None
 
         async def lost() -> None:
-            if nats_ is not None:
-                nats_.connection_lost()
+            if nats_ is None:
+                return
+            nats_.connection_lost()
             if not self._closed:
                 _log.warning("the connection to the NATS server was lost; trying the others")
 
@@ -227,8 +228,7 @@ class NatsClient:
                 await client.close()
             cause = client.last_error or error
             raise NatsUnavailable(
-                f"no NATS server answers at {settings.servers} ({cause or type(cause).__name__}): "
-                "check that the servers run and that cluster.servers is right"
+                f"no NATS server answers at {settings.servers} ({cause or type(cause).__name__})"
             ) from error
         nats_ = Nats(client, client.jetstream())
         await nats_.start()

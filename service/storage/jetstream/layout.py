@@ -64,6 +64,11 @@ class Layout:
         return f"{self.prefix}.new.out.{partition}"
 
     @property
+    def quotas_subject(self) -> str:
+        """Where edges tell each other the demand of tenants with quotas."""
+        return f"{self.prefix}.quotas"
+
+    @property
     def config_bucket(self) -> str:
         """Rules, tenants, and the number of partitions."""
         return f"{self.prefix}-config"

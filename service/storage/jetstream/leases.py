@@ -43,7 +43,8 @@ class Leases:
 
     async def acquire(self, key: str, owner: str) -> Lease | None:
         """Take the lease if it is free or has expired; None if another process has it, or took it
-        at the same time. To notice that a lease expires, call this repeatedly."""
+        at the same time. To notice that a lease expires, call this or
+        :meth:`owners` repeatedly."""
         now = self._clock()  # before reading: the revision is at least this old
         entry = await self._bucket.get(key)
         revision = 0
@@ -87,12 +88,16 @@ class Leases:
             return
 
     async def owners(self) -> dict[str, str]:
-        """The owner of each lease, expired ones included."""
-        return {
-            entry.key: entry.value.decode().partition("\n")[0]
-            for entry in await self._bucket.entries()
-            if entry.value is not None
-        }
+        """The owner of each lease, expired ones included. A lease's age begins with the call that
+        first returns its revision, so :meth:`acquire` need not watch it for as long again."""
+        now = self._clock()
+        found: dict[str, str] = {}
+        for entry in await self._bucket.entries():
+            if entry.value is not None:
+                found[entry.key] = entry.value.decode().partition("\n")[0]
+                if self._seen.get(entry.key, (0, now))[0] < entry.revision:  # else it is stale
+                    self._seen[entry.key] = entry.revision, now
+        return found
 
     def _value(self, owner: str) -> bytes:
         return f"{owner}\n{self._process}".encode()

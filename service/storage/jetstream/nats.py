@@ -269,10 +269,12 @@ def _raise_for_status(message: Msg, stream: str) -> None:
         return
     assert message.headers is not None
     status = message.headers["Status"]
+    if status == "503":
+        raise NatsUnavailable(f"{stream}: no server answers; it does not exist, or is not up yet")
     text = f"{stream}: {message.headers.get('Description', status)}"
     if status == "404":
         raise NotInStream(text)
-    if status in ("503", "408"):
+    if status == "408":
         raise NatsUnavailable(text)
     if status != "204":
         raise JetStreamError(text)

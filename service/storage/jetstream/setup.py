@@ -111,21 +111,20 @@ async def stream_info(nats: Nats, name: str) -> dict[str, Any] | None:
 async def _ensure_all(nats: Nats, streams: list[dict[str, Any]]) -> list[str]:
     slots = asyncio.Semaphore(_AT_ONCE)
     problems: list[str] = []
-    done: list[str] = []
 
-    async def one(wanted: dict[str, Any]) -> None:
+    async def one(wanted: dict[str, Any]) -> list[str]:
         async with slots:
             try:
-                done.extend(await _ensure(nats, wanted))
+                return await _ensure(nats, wanted)
             except SetupError as error:
                 problems.extend(error.problems)
+                return []
 
     async with asyncio.TaskGroup() as tasks:
-        for wanted in streams:
-            tasks.create_task(one(wanted))
+        done = [tasks.create_task(one(wanted)) for wanted in streams]
     if problems:
         raise SetupError(problems)
-    return done
+    return [line for task in done for line in task.result()]
 
 
 async def _ensure(nats: Nats, wanted: dict[str, Any]) -> list[str]:
@@ -149,8 +148,12 @@ async def _ensure(nats: Nats, wanted: dict[str, Any]) -> list[str]:
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return [
-        f"{wanted['name']} has {key} = {found.get(key)} instead of {wanted[key]}; change it with "
-        "the nats program, or use another cluster.prefix"
+        f"{wanted['name']} has {key} = {found.get(key)} instead of {wanted[key]}; "
+        + (
+            "run: betrace cluster init"
+            if key in _CHANGEABLE
+            else "change it with the nats program, or use another cluster.prefix"
+        )
         for key in _CHECKED
         if found.get(key) != wanted[key]
     ]

@@ -140,14 +140,6 @@ class SpanStreams:
         found = self._client.call_blocking(work, READ_SECONDS)
         return [found[position] for position in positions]
 
-    def read_frame(self, tenant: str, position: int) -> Frame:
-        """The frame at ``position``. Raises :exc:`FrameMissing`, :exc:`FrameCorrupt` and
-        :exc:`NatsUnavailable`."""
-        found = self.read_many(tenant, [position])[0]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
     async def _frame(
         self, nats: Nats, tenant: str, position: int
     ) -> Frame | FrameMissing | FrameCorrupt:

@@ -1,0 +1,258 @@
+"""Three real servers with real faults: nothing acknowledged is lost, nothing is stored twice."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import trio
+
+from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream import setup
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.fenced import Fenced, FencedLog
+from betrace.service.storage.jetstream.layout import Layout
+from betrace.service.storage.jetstream.spans import SpanStreams
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+
+MB = 1 << 20
+WAIT = 120.0  # a test fails after this; a busy machine is slow
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServers]:
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    with NatsServers(tmp_path_factory.mktemp("nats"), 3) as servers:
+        yield servers
+
+
+@pytest.fixture
+def servers(cluster: NatsServers) -> Iterator[NatsServers]:
+    """All servers run before and after a test."""
+    yield cluster
+    for server in cluster.servers:
+        server.start()
+        server.unfreeze()
+    cluster.wait_healthy()
+
+
+@pytest.fixture
+def settings(servers: NatsServers) -> ClusterSettings:
+    return servers.settings(prefix=f"fault{next(_numbers)}")
+
+
+@pytest.fixture
+async def client(settings: ClusterSettings) -> AsyncIterator[NatsClient]:
+    client = await NatsClient.connect(settings, "test")
+    try:
+        await setup.set_up(client, settings)
+        yield client
+    finally:
+        await client.close()
+
+
+class Writers:
+    """Append messages with several in flight, as edges do."""
+
+    def __init__(self, log: SpanStreams, partition: int) -> None:
+        self._log = log
+        self._partition = partition
+        self._ids = itertools.count()
+        self.acknowledged: dict[str, int] = {}
+
+    async def append(self) -> None:
+        message_id = f"w{next(self._ids)}"
+        sequence = await self._log.append(self._partition, message_id.encode(), message_id)
+        self.acknowledged[message_id] = sequence
+
+    async def run(self) -> None:
+        while True:
+            await self.append()
+
+    async def until(self, number: int) -> None:
+        """Wait until that many more are acknowledged."""
+        target = len(self.acknowledged) + number
+        with trio.fail_after(WAIT):
+            while len(self.acknowledged) < target:
+                await trio.sleep(0.01)
+
+
+async def read_all(log: SpanStreams, partition: int) -> dict[int, str]:
+    """All messages, by sequence."""
+    found: dict[int, str] = {}
+    last = await patiently(log, partition)
+    while len(found) < last:
+        for each in await log.read(partition, len(found), MB, 5):
+            found[each.sequence] = each.data.decode()
+    return found
+
+
+async def patiently(log: SpanStreams, partition: int) -> int:
+    with trio.fail_after(WAIT):
+        while True:
+            try:
+                return await log.last(partition)
+            except NatsUnavailable:
+                await trio.sleep(0.1)
+
+
+async def until_unavailable(log: SpanStreams) -> None:
+    """Wait until the remaining servers notice that the others are gone."""
+    with trio.fail_after(WAIT):
+        while True:
+            try:
+                await log.last(0)
+            except NatsUnavailable:
+                return
+
+
+async def check(log: SpanStreams, writers: Writers, partition: int) -> None:
+    """What was acknowledged is stored where it was said to be, and everything once."""
+    stored = await read_all(log, partition)
+    for message_id, sequence in writers.acknowledged.items():
+        assert stored.get(sequence) == message_id
+    assert max(Counter(stored.values()).values()) == 1
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_the_leader_fails_while_writers_append(
+    servers: NatsServers, client: NatsClient, settings: ClusterSettings, fault: str
+) -> None:
+    layout = Layout.of(settings)
+    log = SpanStreams(client, layout)
+    writers = Writers(log, 0)
+    leader = servers.leader(layout.spans_stream(0))
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(writers.run)
+        await writers.until(50)
+        if fault == "kill":
+            leader.kill()
+        else:
+            leader.freeze()
+        await writers.until(50)
+        if fault == "kill":
+            leader.start()
+        else:
+            leader.unfreeze()
+        await writers.until(50)
+        nursery.cancel_scope.cancel()
+    await check(log, writers, 0)
+
+
+async def test_owners_take_over_while_leaders_are_killed(
+    servers: NatsServers, client: NatsClient, settings: ClusterSettings
+) -> None:
+    layout = Layout.of(settings)
+    log = FencedLog(client, layout, 0)
+    acknowledged: dict[int, bytes] = {}
+    epochs: dict[int, bytes] = {}
+
+    async def own(name: str) -> None:
+        output = FencedLog(client, layout, 0)
+        epoch = await output.open(name)
+        epochs[epoch.sequence] = name.encode()
+        try:
+            for number in itertools.count():
+                data = f"{name} {number}".encode()
+                acknowledged[await output.append(data)] = data
+        except Fenced:
+            return
+
+    async def until(number: int) -> None:
+        target = len(acknowledged) + number
+        with trio.fail_after(WAIT):
+            while len(acknowledged) < target:
+                await trio.sleep(0.01)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(own, "owner0")
+        await until(20)
+        leader = servers.leader(layout.out_stream(0))
+        leader.kill()
+        nursery.start_soon(own, "owner1")
+        nursery.start_soon(own, "owner2")
+        await until(20)
+        leader.start()
+        nursery.start_soon(own, "owner3")
+        with trio.fail_after(WAIT):
+            while len(epochs) < 4:
+                await trio.sleep(0.05)
+        await until(20)
+        nursery.cancel_scope.cancel()
+
+    stored: list[tuple[int, int, bytes]] = []
+    with trio.fail_after(WAIT):
+        last = await log.last()
+        while len(stored) < last:
+            stored += [
+                (each.sequence, each.epoch, each.data)
+                for each in await log.read(len(stored), None, MB, 5)
+            ]
+    assert [number for _, number, _ in stored if number] == [1, 2, 3, 4]
+    owner = b""
+    for sequence, number, data in stored:
+        if number:
+            owner = epochs[sequence]
+        else:
+            assert data.startswith(owner + b" ")
+    assert {s: d for s, _, d in stored if d and s in acknowledged} == acknowledged
+    data = [each for _, _, each in stored if each]
+    assert len(set(data)) == len(data)
+
+
+async def test_without_a_quorum_calls_fail_in_time_and_recover(
+    servers: NatsServers, client: NatsClient, settings: ClusterSettings
+) -> None:
+    layout = Layout.of(settings)
+    log = SpanStreams(client, layout)
+    writers = Writers(log, 0)
+    for _ in range(10):
+        await writers.append()
+    lost = servers.servers[1:]
+    for server in lost:
+        server.kill()
+    await until_unavailable(log)
+    with trio.move_on_after(0.5) as scope:
+        await log.append(0, b"unknown", "unknown")
+    assert scope.cancelled_caught
+    with trio.fail_after(WAIT):  # what is stored can still be read
+        while True:
+            try:
+                found = await log.read(0, 0, MB, 0)
+                break
+            except NatsUnavailable:
+                await trio.sleep(0.1)
+    assert len(found) == 10
+    for server in reversed(lost):
+        server.start()
+    with trio.fail_after(WAIT):
+        await log.append(0, b"unknown", "unknown")
+        await writers.append()
+    await check(log, writers, 0)
+    assert list((await read_all(log, 0)).values()).count("unknown") == 1
+
+
+async def test_all_servers_restart_in_another_order(
+    servers: NatsServers, client: NatsClient, settings: ClusterSettings
+) -> None:
+    log = SpanStreams(client, Layout.of(settings))
+    writers = Writers(log, 0)
+    for _ in range(20):
+        await writers.append()
+    for server in servers.servers:
+        server.kill()
+    with pytest.raises(NatsUnavailable):
+        await log.last(0)
+    for server in reversed(servers.servers):
+        server.start()
+    with trio.fail_after(WAIT):
+        assert await log.append(0, b"w3", "w3") == writers.acknowledged["w3"]
+        await writers.append()
+    await check(log, writers, 0)
