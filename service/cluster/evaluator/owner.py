@@ -300,14 +300,27 @@ class PartitionOwner:
             except TransientError:
                 last = received
             if last < received:
-                raise LostTail(
-                    f"the log of partition {self.partition} ends at {last}, but {received} was read"
-                )
+                await self._check_end(received)
+                continue
             status.lag_messages = max(0, last - self._state.received)
             status.lag_seconds = 0.0
             if status.lag_messages and self._read_ns:
                 status.lag_seconds = max(0.0, (time.time_ns() - self._read_ns) / 1e9)
             await trio.sleep(_LAG_SECONDS)
+
+    async def _check_end(self, received: int) -> None:
+        """Find out whether the log has lost its tail, by an append: a server that is cut off from
+        the others may say that the log is shorter than it is. Raises :exc:`LostTail`."""
+        name = f"{self.partition}-end-{self.status.epoch}-{received}"
+        try:
+            end = await self._parts.spans.append(self.partition, pack(Tick()), name)
+        except TransientError:
+            await trio.sleep(_LAG_SECONDS)
+            return
+        if end <= received:
+            raise LostTail(
+                f"the log of partition {self.partition} ends at {end}, but {received} was read"
+            )
 
     # Messages of the owner
 
