@@ -66,10 +66,9 @@ class NatsServer:
         ports: Sequence[int],
         routes: Sequence[str] = (),
         store_bytes: int = 0,
-        host: str = "127.0.0.1",
     ) -> None:
         self.name = name
-        self.host = host
+        self.host = self.route_host = "127.0.0.1"
         self.port, self.monitor, self.route_port = ports
         self.directory = directory / name
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ class NatsServer:
 
     @property
     def route(self) -> str:
-        return f"nats://{self.host}:{self.route_port}"
+        return f"nats://{self.route_host}:{self.route_port}"
 
     @property
     def pid(self) -> int:
@@ -99,7 +98,7 @@ class NatsServer:
             f"""
 cluster {{
   name: test
-  listen: "{self.host}:{self.route_port}"
+  listen: "{self.route_host}:{self.route_port}"
   routes: {orjson.dumps(self.routes).decode()}
   no_advertise: true
 }}"""
@@ -180,9 +179,6 @@ class NatsServers:
             NatsServer(directory, f"n{k}", ports[3 * k : 3 * k + 3], store_bytes=store_bytes)
             for k in range(number)
         ]
-        if number > 1:
-            for server in self.servers:
-                server.routes = [each.route for each in self.servers]
 
     @property
     def urls(self) -> str:
@@ -191,6 +187,8 @@ class NatsServers:
     def start(self) -> NatsServers:
         """Start all servers; returns when the cluster has a leader."""
         for server in self.servers:
+            if len(self.servers) > 1:
+                server.routes = [each.route for each in self.servers]
             server.start()
         self.wait_healthy()
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -16,11 +15,12 @@ from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Fenced, FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.spans import SpanStreams
+from tests.support.log_writers import WAIT, Writers, check, read_all, until_unavailable
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 
 MB = 1 << 20
-WAIT = 120.0  # a test fails after this; a busy machine is slow
 
+pytestmark = pytest.mark.slow
 _numbers = itertools.count()
 
 
@@ -57,72 +57,8 @@ async def client(settings: ClusterSettings) -> AsyncIterator[NatsClient]:
         await client.close()
 
 
-class Writers:
-    """Append messages with several in flight, as edges do."""
-
-    def __init__(self, log: SpanStreams, partition: int) -> None:
-        self._log = log
-        self._partition = partition
-        self._ids = itertools.count()
-        self.acknowledged: dict[str, int] = {}
-
-    async def append(self) -> None:
-        message_id = f"w{next(self._ids)}"
-        sequence = await self._log.append(self._partition, message_id.encode(), message_id)
-        self.acknowledged[message_id] = sequence
-
-    async def run(self) -> None:
-        while True:
-            await self.append()
-
-    async def until(self, number: int) -> None:
-        """Wait until that many more are acknowledged."""
-        target = len(self.acknowledged) + number
-        with trio.fail_after(WAIT):
-            while len(self.acknowledged) < target:
-                await trio.sleep(0.01)
-
-
-async def read_all(log: SpanStreams, partition: int) -> dict[int, str]:
-    """All messages, by sequence."""
-    found: dict[int, str] = {}
-    last = await patiently(log, partition)
-    while len(found) < last:
-        for each in await log.read(partition, len(found), MB, 5):
-            found[each.sequence] = each.data.decode()
-    return found
-
-
-async def patiently(log: SpanStreams, partition: int) -> int:
-    with trio.fail_after(WAIT):
-        while True:
-            try:
-                return await log.last(partition)
-            except NatsUnavailable:
-                await trio.sleep(0.1)
-
-
-async def until_unavailable(log: SpanStreams) -> None:
-    """Wait until the remaining servers notice that the others are gone."""
-    with trio.fail_after(WAIT):
-        while True:
-            try:
-                await log.last(0)
-            except NatsUnavailable:
-                return
-
-
-async def check(log: SpanStreams, writers: Writers, partition: int) -> None:
-    """What was acknowledged is stored where it was said to be, and everything once."""
-    stored = await read_all(log, partition)
-    for message_id, sequence in writers.acknowledged.items():
-        assert stored.get(sequence) == message_id
-    assert max(Counter(stored.values()).values()) == 1
-
-
-@pytest.mark.parametrize("fault", ["kill", "freeze"])
-async def test_the_leader_fails_while_writers_append(
-    servers: NatsServers, client: NatsClient, settings: ClusterSettings, fault: str
+async def test_the_leader_is_killed_while_writers_append(
+    servers: NatsServers, client: NatsClient, settings: ClusterSettings
 ) -> None:
     layout = Layout.of(settings)
     log = SpanStreams(client, layout)
@@ -132,15 +68,9 @@ async def test_the_leader_fails_while_writers_append(
         for _ in range(4):
             nursery.start_soon(writers.run)
         await writers.until(50)
-        if fault == "kill":
-            leader.kill()
-        else:
-            leader.freeze()
+        leader.kill()
         await writers.until(50)
-        if fault == "kill":
-            leader.start()
-        else:
-            leader.unfreeze()
+        leader.start()
         await writers.until(50)
         nursery.cancel_scope.cancel()
     await check(log, writers, 0)
@@ -237,22 +167,3 @@ async def test_without_a_quorum_calls_fail_in_time_and_recover(
         await writers.append()
     await check(log, writers, 0)
     assert list((await read_all(log, 0)).values()).count("unknown") == 1
-
-
-async def test_all_servers_restart_in_another_order(
-    servers: NatsServers, client: NatsClient, settings: ClusterSettings
-) -> None:
-    log = SpanStreams(client, Layout.of(settings))
-    writers = Writers(log, 0)
-    for _ in range(20):
-        await writers.append()
-    for server in servers.servers:
-        server.kill()
-    with pytest.raises(NatsUnavailable):
-        await log.last(0)
-    for server in reversed(servers.servers):
-        server.start()
-    with trio.fail_after(WAIT):
-        assert await log.append(0, b"w3", "w3") == writers.acknowledged["w3"]
-        await writers.append()
-    await check(log, writers, 0)
