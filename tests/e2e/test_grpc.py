@@ -177,7 +177,7 @@ def test_logs_over_grpc_end_at_once(service: Running) -> None:
     with grpc.insecure_channel(service.grpc.removeprefix("http://")) as channel:
         call = channel.unary_unary("/opentelemetry.proto.collector.logs.v1.LogsService/Export")
         with pytest.raises(grpc.RpcError) as caught:
-            call(b"", timeout=10)
+            call(b"", timeout=60)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
     wait_for(lambda: any("OTEL_LOGS_EXPORTER=none" in line for line in service.log))
     samples = service.samples(service.metrics)

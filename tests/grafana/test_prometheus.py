@@ -42,7 +42,7 @@ class Prometheus:
     """The HTTP API of Prometheus."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, trust_env=False, timeout=20)
+        self._client = httpx.Client(base_url=url, trust_env=False, timeout=60)
 
     def ask(self, path: str, **parameters: str) -> Any:
         """Return the answer's ``data``, or None."""
@@ -81,7 +81,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

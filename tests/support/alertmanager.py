@@ -44,7 +44,8 @@ class AlertmanagerProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_for(lambda: self.ask("status") is not None, 60)
+        process = self.process
+        wait_for(lambda: process.poll() is not None or self.ask("status") is not None)
 
     def stop(self) -> None:
         assert self.process is not None
@@ -55,7 +56,7 @@ class AlertmanagerProcess:
         """The answer of its API; None while it does not answer."""
         try:
             answer = httpx.get(
-                f"{self.url}/api/v2/{path}", params=parameters, trust_env=False, timeout=20
+                f"{self.url}/api/v2/{path}", params=parameters, trust_env=False, timeout=60
             )
         except httpx.TransportError:
             return None
@@ -82,11 +83,14 @@ def alertmanager(directory: Path, config: str) -> Iterator[AlertmanagerProcess]:
     """Run an Alertmanager with this configuration."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "alertmanager.yml").write_text(config)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    server = AlertmanagerProcess(directory, port)
-    server.start()
+    for _ in range(5):  # another program may take the port
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port: int = listener.getsockname()[1]
+        server = AlertmanagerProcess(directory, port)
+        server.start()
+        if server.ask("status") is not None:
+            break
     try:
         yield server
     finally:

@@ -106,7 +106,7 @@ def active_signals(service: Service, tenant: str = "default") -> set[tuple[str, 
 
 async def folded(service: Service) -> None:
     """Return when all accepted spans are in their traces."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while service.sources.account().in_flight:
             await trio.sleep(0.01)
 
@@ -114,7 +114,7 @@ async def folded(service: Service) -> None:
 async def closed(service: Service) -> None:
     """Return when no trace is open and everything is stored."""
     still = 0
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while still < 3:  # a thread may be between two of these in a single check
             await trio.sleep(0.02)
             # With the lock, no trace is between being open and being in flight, even if its thread

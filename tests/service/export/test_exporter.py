@@ -68,7 +68,7 @@ async def exporting(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(15):
+    with trio.fail_after(60):
         while not condition():
             await trio.sleep(0.01)
 
