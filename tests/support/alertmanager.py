@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from tests.support.ports import free_port
 from tests.support.process import wait_for
 
 PROGRAM = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
@@ -44,8 +44,7 @@ class AlertmanagerProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        process = self.process
-        wait_for(lambda: process.poll() is not None or self.ask("status") is not None)
+        wait_for(lambda: self.ask("status") is not None, 60)
 
     def stop(self) -> None:
         assert self.process is not None
@@ -83,14 +82,8 @@ def alertmanager(directory: Path, config: str) -> Iterator[AlertmanagerProcess]:
     """Run an Alertmanager with this configuration."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "alertmanager.yml").write_text(config)
-    for _ in range(5):  # another program may take the port
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port: int = listener.getsockname()[1]
-        server = AlertmanagerProcess(directory, port)
-        server.start()
-        if server.ask("status") is not None:
-            break
+    server = AlertmanagerProcess(directory, free_port())
+    server.start()
     try:
         yield server
     finally:
