@@ -32,7 +32,9 @@ def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
         "traces": {"idle_seconds": 0.2},
         "checkpoint": {"interval_seconds": 3600},
         "duckdb": {"flush_ms": 20},
-        "shutdown": {"delay_seconds": 0, "grace_seconds": 20},
+        "shutdown": {"delay_seconds": 0, "grace_seconds": 60},
+        # The machine may be busy.
+        "breakers": {name: {"timeout_seconds": 60} for name in ("evaluation", "storage")},
     }
     for name, values in sections.items():
         given[name] = given.get(name, {}) | values
