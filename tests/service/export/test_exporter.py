@@ -47,7 +47,7 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
         {
             "storage": {"path": tmp_path},
             "export": export,
-            "breakers": {"export": {"open_seconds": 0.1, "timeout_seconds": 2}},
+            "breakers": {"export": {"open_seconds": 0.1, "timeout_seconds": 60}},
         }
     )
 
