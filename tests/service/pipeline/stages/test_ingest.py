@@ -152,8 +152,9 @@ async def test_a_sync_says_that_it_is_running(
 ) -> None:
     await bench.handle()
     seen: list[bool] = []
-    monkeypatch.setattr(bench.log, "sync", lambda _: seen.append(bench.sync.running))
-    await bench.sync.sync(["acme"])
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.log, "sync", lambda _: seen.append(bench.sync.running))
+        await bench.sync.sync(["acme"])
     assert seen == [True]
     assert not bench.sync.running
 

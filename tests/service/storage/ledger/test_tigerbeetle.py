@@ -36,13 +36,13 @@ def cluster() -> Cluster:
 def open_ledger(cluster: Cluster, tmp_path: Path) -> Iterator[OpenLedger]:
     opened = []
 
-    def open_it(batch: int = 8189) -> TigerBeetleLedger:
+    def open_it(batch: int = 8189, close_seconds: float = 0.2) -> TigerBeetleLedger:
         ledger = TigerBeetleLedger(
             "127.0.0.1:3000",
             0,
             SqliteLedger(tmp_path / "ledger.sqlite"),
             batch,
-            close_seconds=0.2,
+            close_seconds=close_seconds,
             connect=cluster.connect,
         )
         ledger._clients.pause = 0
@@ -390,7 +390,7 @@ class TestSettling:
     def test_is_over_when_the_ledger_is_closed(self, open_ledger, settle) -> None:
         gate = threading.Event()
         settle.append(gate)
-        first = open_ledger()
+        first = open_ledger(close_seconds=60)
         first.record([make(1)])
         threading.Timer(0.05, gate.set).start()
         first.close()
