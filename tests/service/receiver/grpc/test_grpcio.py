@@ -82,9 +82,11 @@ async def test_deadlines_and_cancellation():
 
     def send(port):
         with channel(port) as opened:
-            late = code(lambda: export(opened, timeout=0.3))
+            grpc.channel_ready_future(opened).result(60)
+            late = code(lambda: export(opened, timeout=2))
             future = opened.unary_unary(EXPORT).future(b"cancelled", timeout=60)
-            time.sleep(0.3)
+            while len(queue.taken) < 2:
+                time.sleep(0.01)
             future.cancel()
             queue.outcome = Done(1)
             export(opened, b"next")
@@ -102,7 +104,7 @@ async def test_deadlines_and_cancellation():
 async def test_keep_alive_pings():
     options = [
         ("grpc.keepalive_time_ms", 1000),
-        ("grpc.keepalive_timeout_ms", 1000),
+        ("grpc.keepalive_timeout_ms", 4000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]
@@ -111,7 +113,7 @@ async def test_keep_alive_pings():
     def send(port):
         with channel(port, *options) as opened:
             future = opened.unary_unary(EXPORT).future(b"spans", timeout=60)
-            time.sleep(3.5)
+            time.sleep(6.5)
             trio.from_thread.run_sync(queue.taken[0].reply.set, Done(1))
             return future.result()
 
