@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from tests.support.ports import free_port
 from tests.support.process import environment
 
 START_SECONDS = 180  # kernels may have to be compiled
@@ -33,13 +33,6 @@ SETTINGS = {
     "breakers__storage__open_seconds": "2",
     "breakers__storage__slow_call_seconds": "2",
 }
-
-
-def free_port() -> int:
-    """Return an unused loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ServiceProcess:

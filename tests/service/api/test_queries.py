@@ -24,6 +24,7 @@ from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
+from betrace.service.pipeline.stages import correlate
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.registry import RuleRegistry
@@ -43,7 +44,9 @@ TIMES = {"now": NOW, "later": NOW + 1, "end": NOW + 2}  # not in the tests' ids
 
 
 @pytest.fixture
-def stores(tmp_path, warm):
+def stores(tmp_path, warm, monkeypatch):
+    monkeypatch.setattr(correlate, "FIRST_SLICE", 3600.0)  # nothing folds a backlog here
+    monkeypatch.setattr(correlate, "ALL_SLICES", 3600.0)
     (tmp_path / "rules").mkdir()
     s = SimpleNamespace(directory=tmp_path / "rules", rules=RuleStore(tmp_path / "rules"))
     s.rules.load()
