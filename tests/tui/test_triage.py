@@ -248,11 +248,11 @@ async def test_signals_are_grouped_by_rule(pilot, api):
     await until(lambda: "by rule" in screen_text(app).splitlines()[2])
     text = screen_text(app)
     assert len(app.panel._shown) == 3
-    assert "2 signals; Tried [bold]" in text
+    assert "2 signals; Tried" in text
     await pilot.press("G", "A")  # a group is not one signal
     assert toasts(app)[0][1] == "Open the rule first, and choose one of its signals."
     api.raise_signal(records.signal(30, rule_id="retries"))
-    await until(lambda: app._show() or "3 signals; Payments" in screen_text(app))
+    await until(lambda: app._show() or "3 signals; Pay" in screen_text(app))
     assert app.panel.selected == "rule retries"
     await pilot.press("enter")
     await until(lambda: "rule retries" in screen_text(app))

@@ -42,7 +42,8 @@ async def signal_list(visit: Visit) -> Page:
     """All signals, newest first."""
     trace = Param("trace_id", "", api.TRACE_ID.read)
     status = Param("status", "", read_choice(*api.STATUSES))
-    given = visit.params((api.RULE, api.SEVERITY, trace, status, SINCE, UNTIL, CURSOR))
+    known = (api.RULE, api.SEVERITY, trace, status, api.SERVICE, SINCE, UNTIL, CURSOR)
+    given = visit.params(known)
     cursor = given.pop("cursor")
     tools, tenant = visit.tools, visit.viewer.tenant
 

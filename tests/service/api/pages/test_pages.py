@@ -69,6 +69,9 @@ async def test_signals_are_filtered_and_paged(browser):
     assert len(re.findall('class="active ', page)) == 2
     page = await browser.get("/signals?rule=fraud-check&severity=&status=active&since=-1h")
     assert len(re.findall('class="active ', page)) == 1
+    assert '<bdi class="service">shop</bdi>' in page
+    assert len(re.findall('class="active ', await browser.get("/signals?service=shop"))) == 2
+    assert "No signal matches" in await browser.get("/signals?service=bank")
     assert "No signal matches" in await browser.get("/signals?severity=high")
     assert "status is" in await browser.get("/signals?status=odd", 400)
     many = [S(k + 10, "bypass", bytes([9] * 15 + [k])) for k in range(60)]
