@@ -205,7 +205,7 @@ async def summarise_signals(call: Call) -> Any:
     answers={200: "The signal", 404: "There is no such signal"},
 )
 async def get_signal(call: Call) -> Any:
-    found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
+    found = await call.blocking(call.tools.signal, call.tenant, call.params["id"])
     if found is None:
         raise _no_signal(call.params["id"])
     (shown,) = await call.blocking(
@@ -229,7 +229,7 @@ async def acknowledge_signal(call: Call) -> Any:
     note = call.json({}, {"note": str}).get("note", "").strip()
     if len(note) > MAX_NOTE:
         raise ApiError(400, f"note has more than {MAX_NOTE} characters", "shorten it")
-    if await call.blocking(call.tools.store.signal, call.tenant, signal_id) is None:
+    if await call.blocking(call.tools.signal, call.tenant, signal_id) is None:
         raise _no_signal(signal_id)
     who = call.person()
     target = {"tenant": call.tenant, "signal": signal_id, "note": note}

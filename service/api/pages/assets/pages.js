@@ -86,6 +86,16 @@ if (isFirst && document.querySelector("[data-live]")) {
   setTimeout(again, LIVE_MS);
 }
 
+// Pages of something that is being stored
+
+const WAIT_MS = 1000;
+
+if (document.querySelector("[data-wait]")) {
+  setInterval(() => {
+    if (!document.hidden && !document.activeElement.closest("form")) location.reload();
+  }, WAIT_MS);
+}
+
 // Rules
 
 const editor = document.querySelector("form[data-check]");

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
+import trio
 
+from betrace.service.api.pages import signals
 from betrace.service.api.pages.renderer import ASSETS, shown, took, utc
 from betrace.service.api.pages.routes import HEADERS
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.times import SECOND
 from tests.service.api.pages.conftest import RULES, TRACE, broken, browsing, signal_id
-from tests.support.inprocess import closed, send
+from tests.support.api_records import NOW, make_signal
+from tests.support.inprocess import closed, ledger_signals, send
 from tests.support.spans import S
 
 
@@ -207,9 +212,8 @@ rules:
 
 
 async def test_a_signal_whose_trace_is_gone(tmp_path, browser):
-    from tests.support.api_records import make_signal
-
-    browser.service.store.write_signals("default", [make_signal()])
+    old = replace(make_signal(), detected_at=NOW - 3600 * SECOND)
+    browser.service.store.write_signals("default", [old])
     page = await browser.get(f"/signals/{make_signal().id}")
     assert "no longer in the span log" in page
     assert "deleted" in page
@@ -285,3 +289,44 @@ def test_invisible_characters_are_shown():
         "99,420 d",
     ]
     assert utc(0) == "1970-01-01 00:00:00.000"
+
+
+LATE = {"flush_ms": 600_000, "flush_most_seconds": 600}
+"""Settings of DuckDB with which nothing is stored before the service ends."""
+
+
+async def test_a_signal_that_is_not_stored_yet_has_its_page(tmp_path):
+    async with browsing(tmp_path, duckdb=LATE) as browser:
+        await send(browser.service, [S(1, "bypass", TRACE, service="shop")])
+        with trio.fail_after(60):
+            while not ledger_signals(browser.service):
+                await trio.sleep(0.01)
+            (signal,) = ledger_signals(browser.service)
+            while browser.service.tools.unstored.find("default", signal.id) is None:
+                await trio.sleep(0.01)
+        assert browser.service.store.signal("default", signal.id) is None
+        words = text_of(await browser.get(f"/signals/{signal.id}"))
+        assert "active" in words
+        assert "bypass" in words
+        fields = {"note": "looking", "by": "ann"}
+        await browser.post(f"/signals/{signal.id}/acknowledge", fields)
+        assert "by ann" in text_of(await browser.get(f"/signals/{signal.id}"))
+        await browser.get(f"/traces/{TRACE.hex()}")
+
+
+async def test_a_trace_that_is_being_stored_is_waited_for(browser, monkeypatch):
+    signal = signal_id(browser)
+    monkeypatch.setattr(type(browser.service.tools.reader), "trace", lambda *_: None)
+    monkeypatch.setattr(signals, "STORED_WITHIN", 3600 * SECOND)
+    trace = f"/traces/{TRACE.hex()}"
+    for path in (trace, f"{trace}/spans/{2:016x}"):
+        page = await browser.get(path, 202)
+        assert "The trace is being stored" in text_of(page)
+        assert '<noscript><meta http-equiv="refresh"' in page
+    page = await browser.get(f"/signals/{signal}")
+    assert "The trace is being stored" in text_of(page)
+    assert "past retention" not in page
+    await browser.get(f"/traces/{bytes(16).hex()}", 404)
+    monkeypatch.setattr(signals, "STORED_WITHIN", 0)
+    await browser.get(trace, 404)
+    assert "past retention" in await browser.get(f"/signals/{signal}")
