@@ -17,6 +17,7 @@ from betrace.service.api.pages import forms, rules, signals, traces
 from betrace.service.api.pages.overview import overview
 from betrace.service.api.pages.renderer import ASSETS, Templates
 from betrace.service.api.pages.sessions import SESSION_SECONDS, Sessions
+from betrace.service.api.pages.undecided import undecided_list
 from betrace.service.api.pages.visit import Page, Viewer, Visit
 from betrace.service.tenancy.authentication import (
     Authenticator,
@@ -54,6 +55,7 @@ _PAGES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/traces", traces.trace_list),
     ("GET", "/traces/<trace_id>", traces.trace_page),
     ("GET", "/traces/<trace_id>/spans/<span_id>", traces.span_page),
+    ("GET", "/undecided", undecided_list),
     ("GET", "/rules", rules.rule_list),
     ("GET", "/rules/<rule_id>", rules.rule_page),
     ("POST", "/rules/<rule_id>/mute", forms.mute),

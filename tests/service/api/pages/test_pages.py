@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from betrace.service.api.pages.renderer import ASSETS, shown, took, utc
 from betrace.service.api.pages.routes import HEADERS
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.times import SECOND
 from tests.service.api.pages.conftest import RULES, TRACE, broken, browsing, signal_id
 from tests.support.api_records import NOW, make_signal
@@ -330,3 +332,22 @@ async def test_a_trace_that_is_being_stored_is_waited_for(browser, monkeypatch):
     monkeypatch.setattr(signals, "STORED_WITHIN", 0)
     await browser.get(trace, 404)
     assert "past retention" in await browser.get(f"/signals/{signal}")
+
+
+async def test_undecided_traces_are_listed_with_their_reasons(browser):
+    assert "undecided" not in (await browser.get("/rules/no-bypass")).lower()
+    assert "every trace was judged" in await browser.get("/undecided")
+    records = [
+        UndecidedTrace(f"{n:032x}", "no-bypass", "v", f"<b>too long</b> {n}", time.time_ns())
+        for n in range(60)
+    ]
+    browser.service.tools.undecided.add("default", records)
+    assert "/undecided" in (await browser.get("/") and browser.links("/undecided"))
+    await browser.get("/rules/no-bypass")
+    (link,) = browser.links("/undecided?rule=no-bypass")
+    page = await browser.get(link)
+    assert "&lt;b&gt;too long&lt;/b&gt; 59" in page
+    assert f"/traces/{59:032x}?rule=no-bypass" in browser.links("/traces/")
+    (older,) = [each for each in browser.links("/undecided?") if "cursor=" in each]
+    assert "too long&lt;/b&gt; 9<" in await browser.get(older)
+    assert "every trace was judged" in await browser.get("/undecided?rule=fraud-check")
