@@ -49,6 +49,7 @@ Handler = Callable[..., Awaitable[Page]]
 
 _PAGES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/", overview),
+    ("GET", "/live", signals.live),
     ("GET", "/signals", signals.signal_list),
     ("GET", "/signals/<signal_id>", signals.signal_page),
     ("POST", "/signals/<signal_id>/acknowledge", forms.acknowledge),
@@ -81,6 +82,7 @@ def add_pages(
     _route(app, "POST", "/sign-in", pages.sign_in)
     _route(app, "POST", "/sign-out", pages.sign_out)
     _route(app, "GET", "/assets/<version>/<name>", _asset)
+    _route(app, "GET", "/favicon.ico", _icon)
     return pages.show_error
 
 
@@ -324,4 +326,12 @@ async def _asset(version: str, name: str) -> Response:
         return Response(b"", 404, content_type="text/plain")
     response = Response(data, content_type=media_type)
     response.headers.update(HEADERS | {"cache-control": "public, max-age=31536000, immutable"})
+    return response
+
+
+async def _icon() -> Response:
+    """The icon, where browsers look for it if a page is not HTML, as that of a span."""
+    data, media_type = ASSETS.files["icon.svg"]
+    response = Response(data, content_type=media_type)
+    response.headers.update(HEADERS | {"cache-control": "public, max-age=86400"})
     return response

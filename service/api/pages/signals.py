@@ -69,6 +69,13 @@ async def signal_list(visit: Visit) -> Page:
     return await visit.show("signals.html", build)
 
 
+async def live(visit: Visit) -> Page:
+    """Signals as they are raised, as server-sent events; lists reload when one comes."""
+    visit.params(())
+    answer = await api.stream_signals(visit.call({"rule": None, "severity": None}))
+    return Page(answer.body, media_type=answer.media_type, headers=answer.headers)
+
+
 async def signal_page(visit: Visit, signal_id: str) -> Page:
     """One signal."""
     signal_id = read_param(api.SIGNAL_ID, signal_id)

@@ -351,3 +351,8 @@ async def test_undecided_traces_are_listed_with_their_reasons(browser):
     (older,) = [each for each in browser.links("/undecided?") if "cursor=" in each]
     assert "too long&lt;/b&gt; 9<" in await browser.get(older)
     assert "every trace was judged" in await browser.get("/undecided?rule=fraud-check")
+
+
+async def test_browsers_find_an_icon_for_pages_that_are_not_html(browser):
+    assert "<svg" in await browser.get("/favicon.ico")
+    assert browser.headers["content-type"].startswith("image/svg+xml")
