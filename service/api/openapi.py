@@ -9,6 +9,7 @@ from typing import Any
 
 from betrace.service.api.endpoint import HTML_TYPE, JSON_TYPE, Answer, Call, Endpoint, Endpoints
 from betrace.service.api.endpoints import (
+    alerts,
     breakers,
     caches,
     checkpoints,
@@ -57,7 +58,7 @@ def all_endpoints() -> list[Endpoint]:
         pipeline,
         cluster,
     )
-    modules = (signals, undecided, rules, *operation, tenants, health)
+    modules = (signals, alerts, undecided, rules, *operation, tenants, health)
     return [item for module in modules for item in module.endpoints.all] + endpoints.all
 
 

@@ -25,6 +25,7 @@ from betrace.service.api.subscriptions import Subscriptions
 from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
+from betrace.service.api.unstored_signals import UnstoredSignals
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
@@ -172,6 +173,7 @@ class _ServiceBuilder:
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
         )
         self._subscriptions = Subscriptions()
+        self._unstored = UnstoredSignals()
         self._rule_signals = SignalsByRule(
             stores.registry.store.all_rules, settings.metrics.max_rule_series, self._muted
         )
@@ -198,6 +200,7 @@ class _ServiceBuilder:
     def _recorded(self, signals: list[Signal]) -> None:
         """Pass on signals that are new in the ledger."""
         self._rule_signals.add(signals)
+        self._unstored.add(signals)
         self._subscriptions.publish(signals)
         self._exports.notify(signals)
         self._alerts.notify(signals)
@@ -242,6 +245,7 @@ class _ServiceBuilder:
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,
             self._alerts.forget,
+            self._unstored.forget,
             stores.local.undecided.delete_tenant,
             self._erase_archive,
         )
@@ -341,6 +345,7 @@ class _ServiceBuilder:
             Performance(sources, self._latencies),
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
+            self._unstored,
         )
 
     def service(self) -> Service:

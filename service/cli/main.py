@@ -20,6 +20,7 @@ from betrace.service.cli.common import COULD_NOT_RUN, HELP, Failure, json_option
 # By command: the module below betrace.service.cli, and the name of the command in it.
 _COMMANDS = {
     "acknowledge": ("signals", "acknowledge"),
+    "alerts": ("alerts", "alerts"),
     "archive": ("archive", "archive"),
     "backup": ("backup", "backup"),
     "cluster": ("cluster", "cluster"),

@@ -15,6 +15,7 @@ from betrace.service.rules.wording import breach_text, counts_text
 from betrace.service.signals import (
     MISSING_PARENTS,
     MODE,
+    SERVICE,
     Kind,
     Signal,
     incomplete_text,
@@ -272,6 +273,8 @@ def _context(
         found["groups"] = judgement.groups
     if rule.mode == SHADOW:
         found[MODE] = SHADOW
+    if service := due.service(k):
+        found[SERVICE] = service
     return found or None
 
 

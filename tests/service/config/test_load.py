@@ -209,6 +209,19 @@ def test_errors_name_the_setting_and_a_valid_value(tmp_path, text, words):
             '[export.otlp]\nendpoint = "http://localhost:4318/v1/logs"',
             ["export.otlp.endpoint is http://localhost:4318", "ingest.address of this service"],
         ),
+        (
+            '[alerts.webhook]\nurl = "http://127.0.0.1:8090/hook"',
+            ["alerts.webhook.url is http://127.0.0.1:8090/hook", "api.address of this service"],
+        ),
+        (
+            '[alerts.alertmanager]\nurls = ["http://a.example", "http://localhost:9090"]',
+            ["alerts.alertmanager.urls is http://localhost:9090", "metrics.address of this"],
+        ),
+        (
+            '[auth]\ninsecure = true\n[api]\naddress = "0.0.0.0:8090"\n[alerts.webhook]\n'
+            'url = "http://localhost:8090"',
+            ["alerts.webhook.url is http://localhost:8090", "api.address of this service"],
+        ),
         ('[export.webhook]\nurl = "http://127.0.0.1:8090/"', ["api.address of this service"]),
         ('[auth]\nscrape_token = "short"', ["auth.scrape_token", "less than 20"]),
     ],
