@@ -31,11 +31,12 @@ from betrace.service.otlp.encoding import BodyTooLarge
 from betrace.service.otlp.wire import ERRORS, SMALLEST_SPAN, TooManySpans, scan_bodies
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
-from betrace.service.pipeline.progress import LogProgress, TenantClosed
+from betrace.service.pipeline.progress import TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
+from betrace.service.pipeline.rules_in_force import LogWriter
 from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
-from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.storage.spanlog.log import LogSyncError
 
 Outcome = Done | Refused
 
@@ -78,19 +79,17 @@ class IngestStage:
 
     def __init__(
         self,
-        log: SpanLog,
+        writer: LogWriter,
         threads: ThreadRunner,
         onward: SendChannel[SpanBatch],
-        progress: LogProgress,
         max_body_bytes: int,
         sync: GroupSync,
         durable: bool = False,
         audit: BatchAudit | None = None,
     ) -> None:
-        self._log = log
+        self._writer = writer
         self._threads = threads
         self._onward = onward
-        self._progress = progress
         self._max_body = max_body_bytes
         self._sync = sync
         self._durable = durable
@@ -167,7 +166,7 @@ class IngestStage:
             left -= len(request.body)
             if left < 0 or request.encoding:
                 return False
-        return all(self._log.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
+        return all(self._writer.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
 
     def _ingest_inline(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
         started = time.perf_counter()
@@ -217,6 +216,8 @@ class IngestStage:
             if bodies:
                 scanned.append((scan_bodies(tenant, bodies), decoded))
         batches = []
+        for batch, _ in scanned:
+            self._writer.choose_rules(batch)
         for batch, decoded in scanned:
             rows = batch.bodies.tolist()
             try:
@@ -262,11 +263,7 @@ class IngestStage:
         positions = [0] * len(rows)
         if frames:
             try:
-                written = iter(
-                    self._progress.append(
-                        batch.tenant, lambda: self._log.append(batch.tenant, frames)
-                    )
-                )
+                written = iter(self._writer.append(batch, frames))
                 positions = [next(written) if row[SPAN_COUNT] else 0 for row in rows]
                 batch.received_ns = max(frame.received_ns for frame in frames)
             except LogWriteError:
