@@ -17,6 +17,7 @@ from betrace.service.rules.definition import ALERT, JUDGE, Rule
 from betrace.service.rules.store import ALL_TENANTS, RuleStore
 
 _RULE_BYTES = 4096
+_LATEST_SECONDS = 1.0
 _USUAL = (ALERT, JUDGE)
 
 
@@ -72,17 +73,24 @@ class RuleRegistry:
             clock=clock,
         )
         self._in_use: WeakValueDictionary[tuple[str, str], CompiledRules] = WeakValueDictionary()
-        # The latest rules, for a look-up that costs less than the cache.
+        # The latest rules of tenants that were looked up in the cache since ``_since``: a request
+        # must not cost 2 µs for its rules.
         self._latest: WeakValueDictionary[str, CompiledRules] = WeakValueDictionary()
+        self._since = clock()
+        self._clock = clock
         self._changes = 0
         self._lock = threading.Lock()
 
     def ready(self, tenant: str) -> bool:
         """Whether :meth:`compiled` does not block now."""
-        return tenant in self._latest
+        return tenant in self._latest or tenant in self.cache
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's enabled rules, compiled now if they are not in the cache."""
+        now = self._clock()
+        if now - self._since >= _LATEST_SECONDS:
+            self._since = now
+            self._latest = WeakValueDictionary()
         found = self._latest.get(tenant)
         if found is not None:
             self.cache.count_hit()
