@@ -86,6 +86,7 @@ class TenantLog:
         self.placement = Placement(tenant, directory, segment_bytes, floor)
         self.rules = RuleMarkers(tenant, directory / NAME, disk)
         """The rules that the frames were appended under."""
+        self._marked: str | None = None  # the version of the last marker, which is on the disk
 
     # Files
 
@@ -195,7 +196,7 @@ class TenantLog:
         parts, positions = self.placement.plan(frames)
         begun: list[SegmentWrite] = []
         try:
-            if rules is not None:
+            if rules is not None and rules.version != self._marked:
                 self._mark(rules)
             for part in parts:
                 begun.append(part)
@@ -223,6 +224,7 @@ class TenantLog:
         if self.rules.mark(self.written, rules):
             self._dirty[_MARKERS] = self.rules.path
             self._dirty_directories[self._directory] = None
+        self._marked = rules.version
 
     def _write(self, part: SegmentWrite) -> None:
         flags = 0
@@ -280,6 +282,7 @@ class TenantLog:
             with self.lock:
                 self.placement.current = None
                 self.rules.doubt()
+                self._marked = None
                 self._dirty_directories |= dict.fromkeys(dirty.directories)
             raise
         return self.settle(dirty)
