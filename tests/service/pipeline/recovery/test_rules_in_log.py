@@ -15,6 +15,7 @@ import trio
 
 from betrace.channels import TransientError
 from betrace.service.pipeline.request import Done
+from betrace.service.rules.definition import RuleFileError
 from betrace.service.rules.parse import parse
 from betrace.service.signals import Kind
 from betrace.service.storage.spanlog.rule_markers import NAME
@@ -124,13 +125,11 @@ async def test_former_rules_that_no_longer_compile_are_reported(tmp_path, monkey
         assert await send(service, [a(1)]) == Done(1)
     marker = tmp_path / "data/default/log" / NAME
     write_rules(tmp_path, NO_C)
-    from betrace.service.rules import registry
-    from betrace.service.rules.definition import RuleFileError
 
     def refuse(*_: Any) -> None:
         raise RuleFileError("unknown field")
 
-    monkeypatch.setattr(registry, "compile_definitions", refuse)
+    monkeypatch.setattr("betrace.service.rules.registry.compile_definitions", refuse)
     async with running(settings(tmp_path)) as service:
         await closed(service)
         assert active_signals(service) == {signal(1, "no-c")}
@@ -161,6 +160,26 @@ async def test_spans_that_were_dead_letters_keep_their_rules(tmp_path, monkeypat
         assert active_signals(service) == {signal(1, "no-b")}
 
 
+async def test_spans_are_accepted_if_rules_cannot_be_loaded(tmp_path, monkeypatch, caplog):
+    """Folding them fails until the rules can be loaded."""
+    redelivery = {"attempts": 100, "delay_seconds": 0.05}
+    async with running(settings(tmp_path, redelivery=redelivery)) as service:
+        write_rules(tmp_path, NO_B)
+        await service.reload_rules()
+        with monkeypatch.context() as patch:
+
+            def fail(*_: Any) -> None:
+                raise OSError("no such disk")
+
+            patch.setattr(service.registry.store, "rules", fail)
+            assert await send(service, [a(1)]) == Done(1)
+        with trio.fail_after(60):
+            while not active_signals(service):
+                await trio.sleep(0.02)
+        assert active_signals(service) == {signal(1, "no-b")}
+    assert "cannot be loaded" in caplog.text
+
+
 async def forgotten(service: Any) -> None:
     """Return when no trace is in memory."""
     with trio.fail_after(60):
@@ -181,14 +200,12 @@ async def test_late_spans_reopen_a_trace_under_its_own_rules(tmp_path, no_lag):
     write_rules(tmp_path, NO_B | {"two": "count(x) > 1"})
     config = settings(tmp_path, caches=FORGOTTEN_SOON)
     async with running(config) as service:
-        assert await send(service, [a(1), a(2)]) == Done(2)
-        assert await send(service, [a(1, "x", span=5), a(4)]) == Done(2)
+        assert await send(service, [a(1), a(2), a(1, "x", span=5), a(4)]) == Done(4)
         await closed(service)
         await forgotten(service)
         write_rules(tmp_path, NO_C)
         await service.reload_rules()
         assert await send(service, [a(3), a(1, "x", span=6), a(2, "b", span=7)]) == Done(3)
-        assert service.pipeline.history.recalled == 0 or service.pipeline.history.recalled == 2
         await closed(service)
         assert service.pipeline.history.recalled == 2
         await forgotten(service)
@@ -257,7 +274,8 @@ class Model:
         assert not changes, "signals of rules that were never the trace's"
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("BETRACE_CRASHES", "3"))))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("BETRACE_CRASHES", "2"))))
 async def test_any_interleaving_of_rule_changes_closings_and_crashes(
     tmp_path: Path, no_lag: None, seed: int
 ) -> None:
