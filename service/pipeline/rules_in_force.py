@@ -65,6 +65,12 @@ class RulesOfFrames:
                 self._former[tenant, version] = found
         return found
 
+    def forget(self, tenant: str) -> None:
+        """Drop what is kept for a deleted tenant."""
+        with self._lock:
+            for key in [key for key in self._former if key[0] == tenant]:
+                del self._former[key]
+
 
 class LogWriter:
     """Appends frames to the span log under the rules in force, and registers them in ``progress``.

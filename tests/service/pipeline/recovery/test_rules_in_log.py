@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import os
 import random
+import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import trio
 
 from betrace.channels import TransientError
 from betrace.service.pipeline.request import Done
+from betrace.service.pipeline.rules_in_force import RulesOfFrames
 from betrace.service.rules.definition import RuleFileError
 from betrace.service.rules.parse import parse
+from betrace.service.rules.registry import RuleRegistry
+from betrace.service.rules.store import RuleStore
 from betrace.service.signals import Kind
-from betrace.service.storage.spanlog.rule_markers import NAME
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+from betrace.service.storage.spanlog.rule_markers import NAME, LoggedRules
 from tests.support.inprocess import (
     active_signals,
     closed,
@@ -105,6 +112,24 @@ async def test_rules_that_change_while_the_service_is_down_apply_to_new_spans(tm
     async with running(config) as service:
         await closed(service)
         assert active_signals(service) == {signal(1, "no-b"), signal(2, "no-c")}
+
+
+def test_a_deleted_tenant_is_forgotten(tmp_path):
+    with SpanLog(tmp_path / "log") as log:
+        registry = RuleRegistry(RuleStore(tmp_path / "rules"), 10)
+        rules = RulesOfFrames(log, registry)
+        definitions = orjson.dumps([{"id": "r", "condition": "count(a) > 1"}])
+        frame = Frame("protobuf", "", 1, b"x", 1)
+        (position,) = log.append("shop", [frame], LoggedRules("v", definitions))
+        found = rules.at("shop", position)
+        assert found is not None
+        assert found is rules.at("shop", position)
+        rules.forget("other")
+        gone = weakref.ref(found)
+        del found
+        assert gone() is not None
+        rules.forget("shop")
+        assert gone() is None
 
 
 async def test_frames_without_a_marker_are_read_under_the_present_rules(tmp_path):
