@@ -60,6 +60,7 @@ Json = dict[str, Any]
 
 RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
 
+
 class RolePart(Protocol):
     """What does the work of a role: the edge, the evaluator, or the service of a query node."""
 

@@ -65,7 +65,8 @@ class TraceCounts:
 class OpenTraces:
     """The traces of all tenants.
 
-    ``rules_of(tenant)`` returns a tenant's compiled rules and is called in worker threads;
+    ``rules_of(tenant)`` returns the rules for batches that do not say theirs, and is called in
+    worker threads;
     ``clock_ns`` is the wall clock in nanoseconds.
     """
 
@@ -92,8 +93,6 @@ class OpenTraces:
         self.totals = TraceTotals()
         """Of all tenants."""
         self.counts = TraceCounts()
-        self.rules_changed = False
-        """Whether traces were opened under new rules since this was last set to False."""
         self._ledger_history = LedgerHistory()
         self._partial_folds = PartialFolds()
         self._owing: dict[str, TenantTraces] = {}  # tenants with results that are not passed on
@@ -103,7 +102,7 @@ class OpenTraces:
     def fold(self, batch: SpanBatch, cpu: CpuSlice | None) -> None:
         """Fold a batch. Even if it fails, or ``cpu`` (None: unlimited) is used up, its results so
         far are kept for :meth:`pass_on`."""
-        traces = self._of(batch.tenant)
+        traces = self._of(batch)
         self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self.time()
         # A fold can stop only between frames and rows that the log knows.
@@ -231,9 +230,11 @@ class OpenTraces:
         with self.lock:
             self._ledger_history.note(signals)
 
-    def _of(self, tenant: str) -> TenantTraces:
-        """A tenant's traces, under its current rules."""
-        rules = self._rules_of(tenant)
+    def _of(self, batch: SpanBatch) -> TenantTraces:
+        """The traces of a batch's tenant, under the batch's rules."""
+        tenant, rules = batch.tenant, batch.rules
+        if not isinstance(rules, CompiledRules):
+            rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
             before = self._ledger_history.of(tenant)
@@ -241,7 +242,6 @@ class OpenTraces:
             traces = TenantTraces(tenant, rules, self.limits.windows, before, self.totals, partial)
             self.tenants[tenant] = traces
         elif traces.rules is not rules:
-            self.rules_changed |= traces.rules.version != rules.version
             traces.rules = rules
         return traces
 

@@ -20,8 +20,9 @@ from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.otlp.columns import SPAN_COUNT, SpanBatch
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
-from betrace.service.pipeline.progress import LogProgress, TenantClosed
+from betrace.service.pipeline.progress import TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
+from betrace.service.pipeline.rules_in_force import LogWriter
 from betrace.service.pipeline.scanning import (
     IngestCounts,
     Outcome,
@@ -30,7 +31,7 @@ from betrace.service.pipeline.scanning import (
 )
 from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
-from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
+from betrace.service.storage.spanlog.log import LogSyncError
 
 FULL = 0.75  # fill of the next channel above which requests wait in this one
 SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and written in about 0.2 ms
@@ -51,19 +52,17 @@ class IngestStage:
 
     def __init__(
         self,
-        log: SpanLog,
+        writer: LogWriter,
         threads: ThreadRunner,
         onward: SendChannel[SpanBatch],
-        progress: LogProgress,
         max_body_bytes: int,
         sync: GroupSync,
         durable: bool = False,
         audit: BatchAudit | None = None,
     ) -> None:
-        self._log = log
+        self._writer = writer
         self._threads = threads
         self._onward = onward
-        self._progress = progress
         self._max_body = max_body_bytes
         self._sync = sync
         self._durable = durable
@@ -129,7 +128,7 @@ class IngestStage:
             left -= len(request.body)
             if left < 0 or request.encoding:
                 return False
-        return all(self._log.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
+        return all(self._writer.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
 
     def _ingest_inline(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
         started = time.perf_counter()
@@ -154,6 +153,8 @@ class IngestStage:
         # and all can be handled again.
         scanned, outcomes = scan_requests(requests, self._max_body)
         batches = []
+        for each in scanned:
+            self._writer.choose_rules(each.batch)
         for each in scanned:
             batch, numbers = each.batch, each.numbers
             rows = batch.bodies.tolist()
@@ -189,11 +190,7 @@ class IngestStage:
         positions = [0] * len(rows)
         if frames:
             try:
-                written = iter(
-                    self._progress.append(
-                        batch.tenant, lambda: self._log.append(batch.tenant, frames)
-                    )
-                )
+                written = iter(self._writer.append(batch, frames))
                 positions = [next(written) if row[SPAN_COUNT] else 0 for row in rows]
                 batch.received_ns = max(frame.received_ns for frame in frames)
             except LogWriteError:
