@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+from betrace.service.config.settings import Settings
+
 
 class Role(StrEnum):
     """What a process of a cluster does."""
@@ -49,6 +51,17 @@ def read_roles(text: str | None, clustered: bool) -> tuple[Role, ...]:
         if name not in set(Role):
             raise RoleError(f"{name!r} is no role; roles are {valid}")
     return tuple(role for role in Role if role in names)
+
+
+def refuse_unsupported(settings: Settings) -> None:
+    """Raise :exc:`RoleError` for settings that do not work on a cluster yet."""
+    if settings.archive.enabled:
+        raise RoleError("archive.enabled does not work with [cluster] yet; set it to false")
+    if settings.retention.log_days:
+        raise RoleError(
+            "retention.log_days does not work with [cluster] yet, because the spans are in "
+            "JetStream; remove it, and limit the streams with cluster.partition_bytes"
+        )
 
 
 def kernels_of(roles: Sequence[Role]) -> tuple[str, ...]:

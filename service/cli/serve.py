@@ -60,13 +60,15 @@ def serve(role: str | None, config: Path | None, overrides: dict[str, Any], as_j
       betrace serve --data ./data --rules ./rules
       betrace serve --config config.toml --role edge,evaluator
     """
-    from betrace.service.app.roles import RoleError, read_roles
+    from betrace.service.app.roles import RoleError, read_roles, refuse_unsupported
     from betrace.service.config.load import load
     from betrace.service.telemetry.logs import set_up_logging
 
     settings = load(config, overrides)
     try:
         roles = read_roles(role, settings.cluster is not None)
+        if roles:
+            refuse_unsupported(settings)
     except RoleError as error:
         raise Failure(str(error)) from None
     if settings.rules.directory and not Path(settings.rules.directory).is_dir():

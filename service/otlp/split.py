@@ -45,6 +45,8 @@ _PART_COLUMNS = 4
 
 _START, _END = range(2)  # columns of a head row: where its bytes are in heads
 
+USUAL_BYTES = 1 << 20
+"""Size of a part, unless a single span needs more."""
 _MOST_COPIED = 64 << 20
 """Bytes of all parts. A resource is copied into each partition that has a span of it."""
 
@@ -65,8 +67,9 @@ class Part:
 
 
 def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[Part], set[int]]:
-    """Split the spans of a batch into parts of at most ``most_bytes`` each, and return with them
-    the rows of bodies that are in no part because one of their spans cannot fit in any.
+    """Split the spans of a batch into parts of at most ``most_bytes`` each, and of 1 MiB if they
+    have several spans. Returns with them the rows of bodies that are in no part because one of
+    their spans cannot fit in any.
 
     Raises:
       TooMuchCopied: the parts together would have more than 64 MiB.
@@ -87,7 +90,15 @@ def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[Part
     with np.errstate(over="ignore"):  # the hash wraps around, which warns with the JIT off
         _order(batch.spans, tenant_seed(batch.tenant), starts, order)
 
-    given = (batch.buf, batch.spans, *all_heads, too_large, starts, order, most_bytes)
+    given = (
+        batch.buf,
+        batch.spans,
+        *all_heads,
+        too_large,
+        starts,
+        order,
+        min(most_bytes, USUAL_BYTES),
+    )
     no_rows = np.empty((0, _PART_COLUMNS), np.int64)
     number, size = _write_parts(
         *given, False, np.empty(0, np.uint8), no_rows, np.empty((0, 0), np.uint8)
@@ -216,7 +227,7 @@ def _write_parts(
     too_large: Bytes,
     starts: Rows,
     order: Rows,
-    most_bytes: int,
+    usual_bytes: int,
     writes: bool,
     out: Bytes,
     parts: Rows,
@@ -246,7 +257,7 @@ def _write_parts(
                 need += HEAD + scope_end - scope_start
             if new_resource != resource:
                 need += HEAD + head_end - head_start
-            full = count > 0 and at - first + need > most_bytes
+            full = count > 0 and at - first + need > usual_bytes
             if writes and scope >= 0 and (full or new_scope != scope):
                 put_head(out, scope_at, SCOPE_SPANS, at)
             if writes and resource >= 0 and (full or new_resource != resource):

@@ -277,6 +277,7 @@ class FakeState:
     digest of everything before, so a state that missed or repeated a message is noticed."""
 
     GROUP = 3
+    rests = False
 
     def __init__(self, partition: int) -> None:
         self.partition = partition
@@ -338,6 +339,10 @@ class FakeState:
             evidence={},
             message="",
         )
+
+    @property
+    def at_rest(self) -> bool:
+        return self.rests and not self.group
 
     def note(self, output: Output, sequence: int) -> None:
         assert self.received == self.applied

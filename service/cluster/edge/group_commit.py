@@ -16,17 +16,16 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.otlp.split import Part
+from betrace.service.cluster.edge.groups import FRAME_BYTES, Group, Written
+from betrace.service.otlp.split import USUAL_BYTES, Part
 from betrace.service.pipeline.request import Refused
-from betrace.service.storage.jetstream import envelope
-from betrace.service.storage.jetstream.envelope import TenantFrame
 from betrace.service.storage.jetstream.errors import StreamFull
 from betrace.service.storage.jetstream.spans import SpanStreams
 
@@ -49,8 +48,6 @@ REFUSE_SECONDS = 1.0
 """After a refused append, a partition gets no spans for so long: a request that would be refused
 by one partition should not be stored by the others."""
 
-_FRAME_BYTES = 100  # of a frame besides its body, at most
-
 NO_QUORUM = (
     "the cluster's log does not acknowledge spans now (no quorum, or no connection); some of this "
     "request's spans may have been stored: send all of them again later, they count once"
@@ -61,9 +58,6 @@ FULL = (
 )
 FAILED = "the spans could not be appended to the cluster's log; send them again later"
 BUSY = "too many spans wait for the cluster's log; send them again later"
-
-Written = Callable[[Refused | None], None]
-"""Called once with None when a part is stored, or with the reason why it may not be."""
 
 
 @dataclass(slots=True)
@@ -84,51 +78,6 @@ class CommitCounts:
     """Messages sent at once, because nothing of the partition was in flight."""
 
 
-@dataclass(slots=True)
-class _Frame:
-    received_ns: int = 0
-    spans: int = 0
-    bodies: list[memoryview] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Parts that become one message."""
-
-    since: float
-    frames: dict[str, _Frame] = field(default_factory=dict)
-    waiting: list[Written] = field(default_factory=list)
-    size: int = 0  # in bytes
-
-    def add(self, tenant: str, received_ns: int, part: Part, written: Written) -> None:
-        frame = self.frames.get(tenant)
-        if frame is None:
-            frame = self.frames[tenant] = _Frame()
-            self.size += _FRAME_BYTES
-        frame.received_ns = max(frame.received_ns, received_ns)
-        frame.spans += part.spans
-        frame.bodies.append(part.body)
-        self.size += len(part.body)
-        self.waiting.append(written)
-
-    def pack(self) -> bytes:
-        # Requests that are concatenated are one request: protobuf appends repeated fields.
-        frames = [
-            TenantFrame(
-                tenant,
-                frame.received_ns,
-                frame.spans,
-                frame.bodies[0] if len(frame.bodies) == 1 else b"".join(frame.bodies),
-            )
-            for tenant, frame in self.frames.items()
-        ]
-        return envelope.pack(envelope.Spans(frames))
-
-    def finish(self, refused: Refused | None) -> None:
-        for written in self.waiting:
-            written(refused)
-
-
 class _Partition:
     """The groups of one partition."""
 
@@ -136,9 +85,9 @@ class _Partition:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.filling: _Group | None = None
-        self.full: deque[_Group] = deque()
-        self.in_flight: dict[_Group, float] = {}  # since when
+        self.filling: Group | None = None
+        self.full: deque[Group] = deque()
+        self.in_flight: dict[Group, float] = {}  # since when
         self.changed = trio.Event()
         self.refused: Refused | None = None  # of the last append
         self.refused_until = -math.inf
@@ -170,8 +119,8 @@ class _Eagerness:
 class GroupCommit:
     """Appends parts to the partitions' logs.
 
-    A group has at most ``most_group_bytes``, or a single part; at most ``most_bytes`` are buffered
-    in all partitions together. Everything belongs to Trio's thread.
+    A group has at most ``most_group_bytes``, and 1 MiB if it has several parts; at most
+    ``most_bytes`` are buffered in all partitions together. Everything belongs to Trio's thread.
     """
 
     def __init__(
@@ -185,6 +134,7 @@ class GroupCommit:
         self._streams = streams
         self._threads = threads
         self._most_group: Final = most_group_bytes
+        self._join_bytes: Final = min(most_group_bytes, USUAL_BYTES)
         self._most_bytes: Final = most_bytes
         self._partitions = [_Partition(number) for number in range(partitions)]
         self._eager = _Eagerness()
@@ -204,7 +154,7 @@ class GroupCommit:
     @property
     def most_part_bytes(self) -> int:
         """The largest part that fits into a group."""
-        return self._most_group - _FRAME_BYTES
+        return self._most_group - FRAME_BYTES
 
     def unavailable(self) -> list[int]:
         """The partitions that take no spans now."""
@@ -223,11 +173,11 @@ class GroupCommit:
         """Take a part; ``written`` is called when it is stored, or may not be."""
         partition = self._partitions[part.partition]
         group = partition.filling
-        if group is not None and group.size + len(part.body) + _FRAME_BYTES > self._most_group:
+        if group is not None and group.size + len(part.body) + FRAME_BYTES > self._join_bytes:
             partition.full.append(group)
             group = None
         if group is None:
-            group = partition.filling = _Group(trio.current_time())
+            group = partition.filling = Group(trio.current_time())
         before = group.size
         group.add(tenant, received_ns, part, written)
         if not self.buffered_bytes:
@@ -260,7 +210,7 @@ class GroupCommit:
             with trio.move_on_at(deadline):
                 await partition.changed.wait()
 
-    def _next(self, partition: _Partition) -> _Group | None:
+    def _next(self, partition: _Partition) -> Group | None:
         """The group that is to be sent now."""
         if len(partition.in_flight) >= MOST_IN_FLIGHT:
             return None
@@ -277,25 +227,39 @@ class GroupCommit:
         partition.filling = None
         return group
 
-    async def _send(self, partition: _Partition, group: _Group) -> None:
+    async def _send(self, partition: _Partition, group: Group) -> None:
         refused: Refused | None = Refused(503, FAILED)
         try:
             refused = await self._append(partition.number, group)
             if refused is not None:
-                partition.refused = refused
-                partition.refused_until = trio.current_time() + REFUSE_SECONDS
+                self._refuse_waiting(partition, refused)
         except Exception:
             self.counts.failed += 1
             _log.exception("spans cannot be appended to partition %d", partition.number)
         finally:
             del partition.in_flight[group]
-            self.buffered_bytes -= group.size
-            group.finish(refused)
+            self._finish(group, refused)
             partition.changed.set()
-            if not self.buffered_bytes:
-                self._empty.set()
 
-    async def _append(self, partition: int, group: _Group) -> Refused | None:
+    def _finish(self, group: Group, refused: Refused | None) -> None:
+        self.buffered_bytes -= group.size
+        group.finish(refused)
+        if not self.buffered_bytes:
+            self._empty.set()
+
+    def _refuse_waiting(self, partition: _Partition, refused: Refused) -> None:
+        """Refuse what waits for a partition that does not take it, and what comes in the next
+        moment."""
+        partition.refused = refused
+        partition.refused_until = trio.current_time() + REFUSE_SECONDS
+        waiting, partition.full = [*partition.full], deque()
+        if partition.filling is not None:
+            waiting.append(partition.filling)
+            partition.filling = None
+        for group in waiting:
+            self._finish(group, refused)
+
+    async def _append(self, partition: int, group: Group) -> Refused | None:
         if group.size <= INLINE_BYTES:
             data = group.pack()
         else:
@@ -312,5 +276,5 @@ class GroupCommit:
             return Refused(503, NO_QUORUM)
         self.counts.messages += 1
         self.counts.bytes += len(data)
-        self.counts.spans += sum(frame.spans for frame in group.frames.values())
+        self.counts.spans += group.spans
         return None

@@ -40,7 +40,6 @@ class OutputWriter:
         self._in_flight = False
         self._wake = trio.Event()
         self._stored = trio.Event()
-        self._appended_at = trio.current_time()
         self.first_step = 0
         """What is older than this step is stored, so its replay adds nothing; whatever else a
         replay finds waits until then, so that the steps in the output do not go backwards."""
@@ -52,17 +51,14 @@ class OutputWriter:
         """The last step whose results are stored."""
 
     def add(self, found: Output) -> None:
-        """Append an output as soon as possible. One without results is appended once a second,
+        """Append an output as soon as possible. One without results is appended within a second,
         because it tells readers how far the partition is."""
         if self._waiting is None:
             self._waiting = found
         else:
             self._waiting.add(found)
         waiting = self._waiting
-        if waiting.step < self.first_step:
-            return
-        late = trio.current_time() >= self._appended_at + HEARTBEAT_SECONDS
-        if late or waiting.decided or waiting.dead or waiting.undecided:
+        if waiting.decided or waiting.dead or waiting.undecided:
             self._wake.set()
 
     async def room(self) -> None:
@@ -89,7 +85,8 @@ class OutputWriter:
     async def run(self) -> None:
         """Append until cancelled. Raises :exc:`Fenced` when another owner has taken over."""
         while True:
-            await self._wake.wait()
+            with trio.move_on_after(HEARTBEAT_SECONDS):
+                await self._wake.wait()
             self._wake = trio.Event()
             if self._waiting is None or not self._has_new:
                 continue
@@ -98,7 +95,6 @@ class OutputWriter:
             for message in await self._threads.run(output.pack, found):
                 await self._append(message)
             self.upto, self.step = found.upto, found.step
-            self._appended_at = trio.current_time()
             self._in_flight = False
             self._stored.set()
             self._stored = trio.Event()

@@ -212,7 +212,7 @@ class PartitionOwner:
                     await self._apply(messages)
 
     async def _read(self, send: trio.MemorySendChannel[list[LogMessage]]) -> None:
-        after = self._state.received
+        after, quiet_since = self._state.received, trio.current_time()
         while True:
             wait = self._parts.settings.tick_seconds
             if self._state.applied < after and self._state.waiting is None:
@@ -229,10 +229,18 @@ class PartitionOwner:
                 after = self._skipped = gap.found - 1
                 continue
             if messages:
-                after = messages[-1].sequence
+                after, quiet_since = messages[-1].sequence, trio.current_time()
                 await send.send(messages)
-            elif self._state.received == after:  # no longer busy with what was read
+            elif self._needs_tick(after, quiet_since):
                 self._quiet.set()
+
+    def _needs_tick(self, read: int, quiet_since: float) -> bool:
+        """Whether a tick would change something: it ends a group, or lets time pass."""
+        state = self._state
+        if state.received < read or state.at_rest:  # busy, or nothing to do
+            return False
+        quiet = trio.current_time() - quiet_since
+        return state.applied < read or quiet >= self._parts.settings.tick_seconds
 
     async def _apply(self, messages: Sequence[LogMessage]) -> None:
         """Apply messages. While the state waits for the index or the log, try again."""
@@ -292,14 +300,27 @@ class PartitionOwner:
             except TransientError:
                 last = received
             if last < received:
-                raise LostTail(
-                    f"the log of partition {self.partition} ends at {last}, but {received} was read"
-                )
+                await self._check_end(received)
+                continue
             status.lag_messages = max(0, last - self._state.received)
             status.lag_seconds = 0.0
             if status.lag_messages and self._read_ns:
                 status.lag_seconds = max(0.0, (time.time_ns() - self._read_ns) / 1e9)
             await trio.sleep(_LAG_SECONDS)
+
+    async def _check_end(self, received: int) -> None:
+        """Find out whether the log has lost its tail, by an append: a server that is cut off from
+        the others may say that the log is shorter than it is. Raises :exc:`LostTail`."""
+        name = f"{self.partition}-end-{self.status.epoch}-{received}"
+        try:
+            end = await self._parts.spans.append(self.partition, pack(Tick()), name)
+        except TransientError:
+            await trio.sleep(_LAG_SECONDS)
+            return
+        if end <= received:
+            raise LostTail(
+                f"the log of partition {self.partition} ends at {end}, but {received} was read"
+            )
 
     # Messages of the owner
 

@@ -111,6 +111,11 @@ class PartitionTraces:
                         table.reopen(slot, self.now_ns)
                         table.count()
 
+    @property
+    def open_count(self) -> int:
+        """The number of open traces."""
+        return sum(table.open_count for table in self._traces.tables())
+
     def rules_in_use(self) -> list[CompiledRules]:
         """The rules that traces were opened under."""
         return [table.rules for table in self._traces.tables()]

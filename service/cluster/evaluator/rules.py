@@ -7,6 +7,7 @@ revisions come from former owners, or were sent twice, and are ignored.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -84,9 +85,18 @@ class RulesInForce:
         """Continue from what :meth:`saved` returned."""
         self.revisions = {tenant: revision for tenant, (revision, _) in saved.items()}
         self._rules = {
-            tenant: tuple(map(make_rule, definitions)) for tenant, (_, definitions) in saved.items()
+            tenant: tuple(_checked(orjson.dumps(each)) for each in definitions)
+            for tenant, (_, definitions) in saved.items()
         }
         self._compiled.clear()
+
+
+@lru_cache(maxsize=100_000)
+def _checked(definition: bytes) -> Rule:
+    """A rule that compiles. It is read once for all partitions of this process."""
+    rule = make_rule(orjson.loads(definition))
+    compile_rules((rule,))
+    return rule
 
 
 def _read(definitions: bytes, before: dict[str, Rule]) -> tuple[tuple[Rule, ...], list[str]]:
@@ -101,9 +111,7 @@ def _read(definitions: bytes, before: dict[str, Rule]) -> tuple[tuple[Rule, ...]
     problems = []
     for each in listed:
         try:
-            rule = make_rule(each)
-            if before.get(rule.id) != rule:
-                compile_rules((rule,))
+            rule = _checked(orjson.dumps(each))
         except Exception as error:  # whatever it is, the log has the marker forever
             problems.append(str(error) or repr(error))
             former = before.get(each.get("id", "")) if isinstance(each, dict) else None

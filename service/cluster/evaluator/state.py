@@ -129,6 +129,12 @@ class PartitionState:
         return self._time.now_ns
 
     @property
+    def at_rest(self) -> bool:
+        """Whether a tick would change nothing: no trace is open, and no message waits."""
+        waits = self._work is not None or self._queue or self._group.messages
+        return not waits and not self.engine.traces.open_count
+
+    @property
     def counts(self) -> Counts:
         """What became of the messages applied."""
         return self.engine.counts

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import trio
@@ -23,7 +23,8 @@ from betrace.service.cluster.evaluator.state import Anchor, PartitionState
 from betrace.service.cluster.evaluator.status import PartitionStatus
 from betrace.service.cluster.output import Output, OutputCorrupt
 from betrace.service.storage.jetstream.blobs import BlobCorrupt, BlobMissing, Blobs
-from betrace.service.storage.jetstream.errors import LogGap
+from betrace.service.storage.jetstream.envelope import Tick, pack
+from betrace.service.storage.jetstream.errors import LogGap, StreamFull
 from betrace.service.storage.jetstream.fenced import Epoch, FencedLog
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.telemetry import events
@@ -62,6 +63,7 @@ class Takeover:
     blobs: Blobs
     threads: ThreadRunner
     new_state: Callable[[], PartitionState]
+    _confirmed: bool = field(default=False, init=False)
 
     async def run(self, log: FencedLog, epoch: Epoch) -> TakenOver:
         """The partition as ``epoch`` begins."""
@@ -98,9 +100,27 @@ class Takeover:
 
     async def _has(self, sequence: int, time_ns: int, anchor: Anchor | None = None) -> bool:
         """Whether the log has this message, or had it before it was deleted because of its age."""
-        partition = self.status.partition
-        if sequence == 0:
+        if sequence == 0 or await self._look(sequence, time_ns, anchor):
             return True
+        if not self._confirmed:
+            await self._confirm()
+        return await self._look(sequence, time_ns, anchor)
+
+    async def _confirm(self) -> None:
+        """Append a tick, and wait until it can be read. A server that is cut off from the others
+        may answer with an earlier state of the log, but it cannot append."""
+        partition = self.status.partition
+        try:
+            message_id = f"{partition}-confirm-{self.status.epoch}"
+            end = await self.spans.append(partition, pack(Tick()), message_id)
+        except StreamFull:
+            return
+        while await _persist(lambda: self.spans.last(partition)) < end:  # noqa: ASYNC110
+            await trio.sleep(_RETRY_SECONDS)
+        self._confirmed = True
+
+    async def _look(self, sequence: int, time_ns: int, anchor: Anchor | None) -> bool:
+        partition = self.status.partition
         found = await _persist(lambda: self.spans.get(partition, sequence))
         if found is None:
             return sequence < await _persist(lambda: self.spans.first(partition))
@@ -152,9 +172,11 @@ class Takeover:
     async def _agrees(self, found: Output) -> bool:
         """Whether the log has the messages of an output. Its time is that of its last message, or
         of the next one if that made traces close."""
-        if await self._has(found.upto, found.time_ns):
+        if await self._look(found.upto, found.time_ns, None):
             return True
-        return await self._has(found.upto + 1, found.time_ns)
+        return await self._has(found.upto + 1, found.time_ns) or await self._look(
+            found.upto, found.time_ns, None
+        )
 
     def _gap(self, what: str) -> None:
         self.status.gaps += 1

@@ -4,8 +4,6 @@ at the query node."""
 from __future__ import annotations
 
 import itertools
-import shutil
-import subprocess
 import time
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from betrace.service.storage.paths import tenant_directory
 from tests.support.cluster_processes import Cluster
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
-from tests.support.process import RULES, command, environment, wait_for
+from tests.support.process import RULES, wait_for
 from tests.support.spans import S, body
 
 pytestmark = pytest.mark.slow
@@ -181,36 +179,5 @@ def test_a_process_for_each_role(cluster):
             signals(again, second)
             assert again.trace(first)["spans"] == 5
             assert again.stop() == 0
-
-        # A query node that is new has everything, too.
-        shutil.rmtree(data)
-        with cluster.running("query", "query-1") as anew:
-            assert signals(anew, first)[0]["id"] == signal["id"]
-            assert anew.trace(second)["spans"] == 5
         assert edge.stop() == 0
         assert evaluator.stop() == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["serve"], "say what this process does with --role"),
-        (["serve", "--role", "edge,boss"], "'boss' is no role"),
-        (["replay"], "replay does not work with [cluster] yet"),
-        (["archive"], "archive does not work with [cluster] yet"),
-        (["backup", "somewhere"], "backup does not work with [cluster] yet"),
-    ],
-)
-def test_what_does_not_work_says_so(tmp_path, arguments, message):
-    cluster = Cluster(tmp_path, NatsServers(tmp_path).settings())
-    done = subprocess.run(
-        command(*arguments, "--config", str(cluster.config("node"))),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        timeout=WAIT,
-    )
-    assert done.returncode == 3
-    assert message in done.stderr

@@ -129,6 +129,11 @@ def test_a_large_part_becomes_several() -> None:
     assert sum(part.spans for part in parts) == 50
 
 
+def test_parts_of_several_spans_have_a_mebibyte_at_most() -> None:
+    parts = check([request((7, 10), (7, 3 << 20), *[(7, 300_000)] * 5)], 4, 8 << 20)
+    assert [part.spans for part in parts] == [1, 1, 3, 2]
+
+
 def test_a_request_with_a_span_too_large_for_a_part_is_left_out_alone() -> None:
     bodies = [request((1, 10), (2, 10)), request((1, 10), (3, 2000)), request((4, 10))]
     batch = scan_bodies("t", bodies)

@@ -114,6 +114,23 @@ async def test_results_of_few_spans_come_at_once(cluster):
 
 
 @in_virtual_time
+async def test_a_quiet_partition_gets_ticks_until_nothing_is_left_to_close(cluster):
+    one = cluster.start("one")
+    await wait_until(all_owned(one))
+    before = len(cluster.nats.logs["spans-0"])
+    await trio.sleep(10)
+    ticks = len(cluster.nats.logs["spans-0"]) - before
+    assert 15 < ticks <= 20
+    one.states[0].rests = True
+    await trio.sleep(2)
+    lengths = {name: len(log) for name, log in cluster.nats.logs.items() if name.endswith("-0")}
+    await trio.sleep(10)
+    for name, length in lengths.items():
+        assert len(cluster.nats.logs[name]) == length
+    assert cluster.nats.outputs(0)[-1].upto == lengths["spans-0"]
+
+
+@in_virtual_time
 async def test_a_newcomer_gets_its_share_and_only_moved_partitions_pause(cluster):
     one = cluster.start("one")
     await wait_until(all_owned(one))
