@@ -171,6 +171,7 @@ class NatsClient:
             nats.connection_lost()
             with suppress(Exception):
                 self._loop.run_until_complete(asyncio.wait_for(nats.nc.close(), _ATTEMPT_SECONDS))
+            nats.nc.abort()
         finally:
             with self._lock:
                 self._accepting = False
@@ -178,11 +179,14 @@ class NatsClient:
             for task in left:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            for _ in range(2):  # aborted connections are closed in the next round of the loop
+                self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
     async def _open(self) -> Nats:
         from nats import errors
-        from nats.aio.client import Client
+
+        from betrace.service.storage.jetstream.connection import NatsConnection
 
         settings = self._settings
         nats_: Nats | None = None
@@ -201,6 +205,8 @@ class NatsClient:
 
         async def failed(error: Exception) -> None:
             _log.debug("NATS: %s", error)
+            if nats_ is None and "authorization" in str(error).lower():
+                connecting.cancel()  # trying again would not help
 
         options: dict[str, Any] = {
             "servers": settings.servers.split(","),
@@ -220,12 +226,14 @@ class NatsClient:
             "reconnected_cb": reconnected,
             "error_cb": failed,
         }
-        client = Client()
+        client = NatsConnection()
+        connecting = self._loop.create_task(client.connect(**options))
         try:
-            await asyncio.wait_for(client.connect(**options), settings.connect_seconds)
-        except (TimeoutError, errors.Error, OSError) as error:
+            await asyncio.wait_for(connecting, settings.connect_seconds)
+        except (TimeoutError, errors.Error, OSError, asyncio.CancelledError) as error:
             with suppress(Exception):
                 await client.close()
+            client.abort()
             cause = client.last_error or error
             raise NatsUnavailable(
                 f"no NATS server answers at {settings.servers} ({cause or type(cause).__name__})"
