@@ -171,6 +171,7 @@ class NatsClient:
             nats.connection_lost()
             with suppress(Exception):
                 self._loop.run_until_complete(asyncio.wait_for(nats.nc.close(), _ATTEMPT_SECONDS))
+            nats.nc.abort()
         finally:
             with self._lock:
                 self._accepting = False
@@ -182,7 +183,8 @@ class NatsClient:
 
     async def _open(self) -> Nats:
         from nats import errors
-        from nats.aio.client import Client
+
+        from betrace.service.storage.jetstream.connection import NatsConnection
 
         settings = self._settings
         nats_: Nats | None = None
@@ -220,7 +222,7 @@ class NatsClient:
             "reconnected_cb": reconnected,
             "error_cb": failed,
         }
-        client = Client()
+        client = NatsConnection()
         try:
             await asyncio.wait_for(client.connect(**options), settings.connect_seconds)
         except (TimeoutError, errors.Error, OSError) as error:

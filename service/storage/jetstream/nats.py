@@ -27,9 +27,10 @@ from betrace.service.storage.jetstream.errors import (
 from betrace.service.storage.jetstream.wakeups import Sink, Wakeups
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.js import JetStreamContext
+
+    from betrace.service.storage.jetstream.connection import NatsConnection
 
 API = "$JS.API"
 MESSAGE_ID = "Nats-Msg-Id"
@@ -53,7 +54,7 @@ class StoredMessage:
 class Nats:
     """A connection. All methods belong to the thread of its event loop."""
 
-    def __init__(self, nc: Client, js: JetStreamContext) -> None:
+    def __init__(self, nc: NatsConnection, js: JetStreamContext) -> None:
         self.nc = nc
         self.js = js
         self._loop = asyncio.get_running_loop()

@@ -24,6 +24,8 @@ _ANSWER_SECONDS = 3.0
 _MOST_BYTES = 1 << 20  # of what a server says about itself
 _AT_ONCE = 8
 _SURVEY_SECONDS = 120.0
+_TRIES = 4
+_RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +117,21 @@ async def _ask(url: str) -> ServerState:
 
 
 async def survey_streams(client: NatsClient, layout: Layout) -> list[StreamState]:
-    """Ask the leaders of all streams."""
+    """Ask the leaders of all streams; again for a moment if a follower is behind, because under
+    load one often is."""
 
     async def work(nats: Nats) -> list[StreamState]:
         slots = asyncio.Semaphore(_AT_ONCE)
 
         async def one(name: str) -> StreamState:
             async with slots:
-                return await _stream_state(nats, name)
+                state = await _stream_state(nats, name)
+                for _ in range(_TRIES):
+                    if state.replicas == state.config.get("num_replicas", state.replicas):
+                        break
+                    await asyncio.sleep(_RETRY_SECONDS)
+                    state = await _stream_state(nats, name)
+                return state
 
         return await asyncio.gather(*(one(each["name"]) for each in layout.streams()))
 

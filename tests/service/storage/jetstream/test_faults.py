@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -14,6 +16,7 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Fenced, FencedLog
 from betrace.service.storage.jetstream.layout import Layout
+from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
 from tests.support.log_writers import WAIT, Writers, check, read_all, until_unavailable
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
@@ -167,3 +170,31 @@ async def test_without_a_quorum_calls_fail_in_time_and_recover(
         await writers.append()
     await check(log, writers, 0)
     assert list((await read_all(log, 0)).values()).count("unknown") == 1
+
+
+async def test_a_frozen_server_is_left_although_data_to_it_is_not_sent(tmp_path: Path) -> None:
+    first = NatsServers(tmp_path / "first")
+    second = NatsServers(tmp_path / "second")
+    with first, second:
+        settings = ClusterSettings(servers=f"{first.urls},{second.urls}")
+        client = await NatsClient.connect(settings, "test")
+        try:
+            url = await client.call(lambda nats: asyncio.sleep(0, nats.nc.connected_url))
+            assert url is not None
+            frozen, other = (first, second) if url.netloc in first.urls else (second, first)
+            frozen.servers[0].freeze()
+
+            async def send(nats: Nats) -> None:
+                for _ in range(8):
+                    await nats.nc.publish("nobody.listens", bytes(8 << 20))
+
+            await client.call(send)
+            with trio.fail_after(WAIT):
+                while not client.reconnects:
+                    await trio.sleep(0.1)
+            url = await client.call(lambda nats: asyncio.sleep(0, nats.nc.connected_url))
+            assert url is not None
+            assert url.netloc in other.urls
+            assert await client.call(lambda nats: nats.api("INFO"))
+        finally:
+            await client.close()
