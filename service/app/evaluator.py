@@ -68,6 +68,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         threads=node.threads,
         new_state=new_state,
         checkpoint_seconds=settings.checkpoint.interval_seconds,
+        log_days=settings.retention.log_days,
         takeovers=trio.CapacityLimiter(TAKEOVERS),
         handovers=trio.CapacityLimiter(HANDOVERS),
     )

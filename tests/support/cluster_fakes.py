@@ -160,6 +160,12 @@ class FakeSpans:
         await self.node.gate()
         return len(self.node.nats.logs[f"spans-{partition}"])
 
+    async def forget_before(self, partition: int, sequence: int) -> None:
+        await self.node.gate()
+        log = self.node.nats.logs[f"spans-{partition}"]
+        for number in range(sequence - 1):
+            log[number] = LogMessage(log[number].sequence, 0, b"", -1)
+
     async def first(self, partition: int) -> int:
         await self.node.gate()
         log = self.node.nats.logs[f"spans-{partition}"]
@@ -397,6 +403,7 @@ class FakeEvaluator:
             threads=self.threads,
             new_state=self.new_state,
             checkpoint_seconds=self.checkpoint_seconds,
+            log_days=0,
             takeovers=trio.CapacityLimiter(4),
             handovers=trio.CapacityLimiter(4),
         )

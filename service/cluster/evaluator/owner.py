@@ -22,6 +22,7 @@ import trio
 
 from betrace.channels import ThreadRunner, TransientError
 from betrace.service.cluster.evaluator import checkpoints
+from betrace.service.cluster.evaluator.log_retention import forget_old
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import PartitionState
@@ -50,6 +51,7 @@ _ACQUIRE_SECONDS = 0.05
 _RETRY_SECONDS = 0.5
 _LAG_SECONDS = 1.0
 _MOST_TICK_SECONDS = 5.0
+_FORGET_SECONDS = 3600.0
 
 
 class LostTail(Exception):  # noqa: N818
@@ -71,6 +73,8 @@ class OwnerParts:
     new_state: Callable[[int], PartitionState]
     """Makes an empty state of a partition."""
     checkpoint_seconds: float
+    log_days: int
+    """Days to keep the messages of the log; 0 keeps all."""
     takeovers: trio.CapacityLimiter
     """How many partitions are taken over at a time."""
     handovers: trio.CapacityLimiter
@@ -169,6 +173,7 @@ class PartitionOwner:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._mark_rules)
             nursery.start_soon(self._save_often)
+            nursery.start_soon(self._forget_often)
             nursery.start_soon(self._finish_when_asked)
             await self._work()
             await self._writer.settled()
@@ -390,6 +395,17 @@ class PartitionOwner:
         status.checkpoint_at = trio.current_time()
         status.checkpoint_sequence = applied
         status.checkpoint_bytes = len(data)
+
+    async def _forget_often(self) -> None:
+        """Delete old messages once an hour."""
+        parts, day_ns = self._parts, 86_400 * 1_000_000_000
+        while parts.log_days:
+            await trio.sleep(_FORGET_SECONDS)
+            before = self._read_ns - parts.log_days * day_ns
+            try:
+                await forget_old(parts.spans, parts.blobs, self.partition, before)
+            except TransientError as error:
+                _log.debug("partition %d: nothing is deleted now: %s", self.partition, error)
 
     async def _finish_when_asked(self) -> None:
         await self._finishing.wait()

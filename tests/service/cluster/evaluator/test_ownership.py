@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import trio
 
 from betrace.channels import ThreadRunner
+from betrace.service.cluster.evaluator import owner
 from betrace.service.cluster.membership import drain_key
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
@@ -344,6 +346,28 @@ async def test_deleted_messages_are_a_gap(cluster):
     await wait_until(all_owned(one))
     await wait_until(lambda: cluster.nats.signals(2) == cluster.sent[2][4:])
     assert one.evaluator.statuses[2].gaps == 1
+
+
+@in_virtual_time
+async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
+    with mock.patch.object(owner, "_FORGET_SECONDS", 5.0):
+        one = FakeEvaluator(cluster.nats, "one", cluster.threads)
+        one.with_parts(log_days=20 / 86_400)
+        cluster.nursery.start_soon(one.run)
+        await wait_until(all_owned(one))
+        await cluster.send_for(60, interval=1)
+        await cluster.finish()
+    spans = one.parts.spans
+    first = await spans.get(0, await spans.first(0))
+    assert first is not None
+    assert 15 < trio.current_time() - first.time_ns / 1e9 < 40
+    one.scope.cancel()
+    two = cluster.start("two")
+    await wait_until(all_owned(two))
+    cluster.send_all(3)
+    await cluster.finish()
+    assert two.evaluator.statuses[0].unusable_checkpoints == 0
+    assert two.evaluator.statuses[0].gaps == 0
 
 
 @in_virtual_time
