@@ -124,7 +124,7 @@ class PartitionWork:
                 continue
             except LogGap as gap:
                 self.status.gaps += 1
-                events.LOG_DAMAGED(partition=self.partition, what=str(gap))
+                events.PARTITION_LOG_DAMAGED(partition=self.partition, what=str(gap))
                 after = self._skipped = gap.found - 1
                 continue
             if messages:
