@@ -51,7 +51,8 @@ class _Heartbeat:
     member: Member
     revision: int
     boot: str
-    age: float = 0.0
+    age: float | None = None
+    """Seconds from the first own heartbeat after this one; None before that."""
 
 
 @dataclass(eq=False)
@@ -156,14 +157,14 @@ class Membership:
             step = min(now - self._seen_at, 2 * self._interval)
             for name, beat in self._beats.items():
                 if name != self.name:
-                    beat.age += step
+                    beat.age = 0.0 if beat.age is None else beat.age + step
         self._seen_at = now
 
     def _update(self) -> None:
         alive = {
             name: Member(name, beat.member.roles, beat.member.draining or name in self._drains)
             for name, beat in sorted(self._beats.items())
-            if beat.age <= self.lease_seconds
+            if beat.age is None or beat.age <= self.lease_seconds
         }
         if alive == self._alive:
             return

@@ -16,7 +16,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.evaluator.evaluator import ROLE, Evaluator
-from betrace.service.cluster.evaluator.owner import OwnerParts
+from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import Anchor
 from betrace.service.cluster.membership import Membership

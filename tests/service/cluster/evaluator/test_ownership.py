@@ -8,7 +8,7 @@ from unittest import mock
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.evaluator import owner
+from betrace.service.cluster.evaluator import work
 from betrace.service.cluster.membership import drain_key
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
@@ -350,7 +350,7 @@ async def test_deleted_messages_are_a_gap(cluster):
 
 @in_virtual_time
 async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
-    with mock.patch.object(owner, "_FORGET_SECONDS", 5.0):
+    with mock.patch.object(work, "_FORGET_SECONDS", 5.0):
         one = FakeEvaluator(cluster.nats, "one", cluster.threads)
         one.with_parts(log_days=20 / 86_400)
         cluster.nursery.start_soon(one.run)
