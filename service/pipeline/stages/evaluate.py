@@ -291,6 +291,7 @@ def _joined(decided: Decided, own: Decided, first: int) -> Decided:
     decided.signals += own.signals
     if decided.outcomes is not None and own.outcomes is not None:
         decided.outcomes += own.outcomes
+    decided.missing |= {k + first: number for k, number in own.missing.items()}
     decided.undecided += [replace(each, trace=each.trace + first) for each in own.undecided]
     return decided
 
