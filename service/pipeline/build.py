@@ -25,7 +25,7 @@ from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.rule_evaluations import RuleEvaluations
 from betrace.service.pipeline.rules_in_force import LogWriter, RulesOfFrames
 from betrace.service.pipeline.stages.correlate import CorrelateStage
-from betrace.service.pipeline.stages.evaluate import EvaluateStage
+from betrace.service.pipeline.stages.evaluate import EvaluateStage, JudgingStores
 from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.pipeline.stages.pacing import CommitPace
 from betrace.service.pipeline.stages.project import ProjectStage
@@ -214,13 +214,15 @@ class _PipelineBuilder:
             self._breakers.evaluation,
             self._letters.bury_all,
             self._latencies,
-            ReadBack(
-                self._stores.log,
-                self._settings.ingest.max_body_bytes,
-                self._stores.duckdb,
-                self._settings.traces.relational_spans_max,
+            JudgingStores(
+                ReadBack(
+                    self._stores.log,
+                    self._settings.ingest.max_body_bytes,
+                    self._stores.duckdb,
+                    self._settings.traces.relational_spans_max,
+                ),
+                self._stores.local.undecided,
             ),
-            self._stores.local.undecided,
         )
         stage.evaluations = RuleEvaluations(self._settings.metrics.max_rule_series)
         return stage

@@ -64,6 +64,8 @@ class Judged:
     undecided: list[Undecided]
     skipped: dict[tuple[int, int], int] = field(default_factory=dict)
     """For incomplete traces (trace, rule) of rules that skip them: how many parents are missing."""
+    missing: dict[int, int] = field(default_factory=dict)
+    """How many parents are missing in each closed trace with a breach, perhaps 0."""
 
 
 class ReadingPace:
@@ -183,6 +185,7 @@ class RelationalRules:
             return
         if not rule.syntax.relational:
             judged.breaches.append((candidate, None))
+            judged.missing[k] = found.missing_parents
             return
         judgement = judge(
             rule.syntax if due.closed else rules.early_rules[number],
@@ -195,6 +198,8 @@ class RelationalRules:
         elif judgement.clause is not None:
             clause = ALWAYS_BROKEN if judgement.clause == "always" else NEVER_BROKEN
             judged.breaches.append((Breach(k, number, clause, not due.closed), judgement))
+            if due.closed:
+                judged.missing[k] = found.missing_parents
 
     def histories(self, due: DueTraces) -> tuple[dict[int, SignalHistory], set[int]]:
         """The signals of the traces that were closed before: those that came with them, those

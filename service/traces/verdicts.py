@@ -69,6 +69,9 @@ class Decided:
     undecided: list[Undecided] = field(default_factory=list)
     """Closed traces that may break relational rules, but could not be judged."""
 
+    missing: dict[int, int] = field(default_factory=dict)
+    """How many parents are missing, for closed traces of which judging found it out, by number."""
+
     outcomes: Rows | None = None
     """For closed traces, the number of traces by rule and outcome, see
     :data:`betrace.service.traces.decide.OUTCOMES`."""
@@ -125,6 +128,7 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         due.received_ns,
         due.ticket,
         judged.undecided,
+        judged.missing,
         outcomes,
     )
 
