@@ -21,6 +21,7 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
     printable,
+    refuse_on_cluster,
     settings_options,
     warn,
 )
@@ -132,6 +133,7 @@ def replay(
     from betrace.service.config.load import load
 
     settings = load(config, overrides)
+    refuse_on_cluster(settings, "replay", "the spans are in JetStream, not in the data directory")
     if not settings.storage.path.is_dir():
         raise Failure(
             f"there is no data in {settings.storage.path}; name the data directory with --data"

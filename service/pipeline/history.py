@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 
+from betrace.channels import TransientError
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.queries import TraceRow
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.signal_history import rule_signals
 from betrace.service.traces.tenant_traces import Recalled
 
@@ -38,8 +39,27 @@ CHUNK_SPANS = 20_000
 CHUNK_FRAMES = 32
 
 
+class HistoryUnavailable(TransientError):  # noqa: N818
+    """The trace index cannot answer now. Unlike a failure of the local store, this is not a reason
+    to evaluate late spans without the earlier ones: whoever folds them waits."""
+
+
+class TraceIndex(Protocol):
+    """The index of stored traces: the local DuckDB, or a query node."""
+
+    def find_traces(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
+        """The traces that exist, by id, with the positions of all their frames."""
+
+    def raised_of(
+        self, tenant: str, trace_ids: Sequence[str]
+    ) -> dict[str, list[tuple[str, str, int, int, str]]]:
+        """For each trace that has signals, by rule: the rule's id and version, how many signals
+        were raised and retracted, and the clause of the last one."""
+
+
 class TraceHistory:
-    """Reads closed traces back. Called in the folding thread, which it blocks, so it is bounded.
+    """Reads closed traces back. Called in the folding thread, which it blocks, so it is bounded by
+    ``most_traces`` and, by the clock ``seconds``, in time.
 
     ``rules_at`` returns the rules of a frame. A trace keeps those of its first frame, so that its
     signals do not depend on whether it was still in memory, or is read again after a crash.
@@ -47,15 +67,17 @@ class TraceHistory:
 
     def __init__(
         self,
-        store: DuckStore,
-        log: SpanLog,
+        store: TraceIndex,
+        log: PartitionLog,
         max_body_bytes: int,
         behind: Callable[[str], bool] = lambda tenant: False,
         rules_at: Callable[[str, int], CompiledRules | None] = lambda tenant, position: None,
         seconds: Callable[[], float] = time.monotonic,
+        most_traces: int = MOST_TRACES,
     ) -> None:
         self._rules_at = rules_at
         self._store = store
+        self._most_traces = most_traces
         self._behind = behind
         self._seconds = seconds
         self._log = log
@@ -71,12 +93,13 @@ class TraceHistory:
         """Read traces (rows of hi, lo) in lazy rounds, so that only the spans of one round are in
         memory. Traces above the limits are returned as lost."""
         until = self._seconds() + MOST_SECONDS
-        for at in range(0, min(len(ids), MOST_TRACES), ROUND_TRACES):
+        most = self._most_traces
+        for at in range(0, min(len(ids), most), ROUND_TRACES):
             if at and self._seconds() >= until:
                 break
-            yield from self._round(tenant, ids[at : min(at + ROUND_TRACES, MOST_TRACES)], until)
+            yield from self._round(tenant, ids[at : min(at + ROUND_TRACES, most)], until)
         else:
-            at = MOST_TRACES
+            at = most
         beyond = ids[at:]
         if len(beyond):
             self.partial += len(beyond)

@@ -16,9 +16,9 @@ import orjson
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.serialize import SerialError, from_bytes, to_bytes
 from betrace.service.traces.verdicts import Decided
@@ -70,7 +70,7 @@ def decode(
     tenant: str,
     kind: str,
     payload: bytes,
-    log: SpanLog,
+    log: PartitionLog,
     max_body_bytes: int,
     rules_at: RulesAt = lambda tenant, position: None,
 ) -> Item:
@@ -124,7 +124,9 @@ def _shown(due: DueTraces) -> dict[str, Any]:
     }
 
 
-def _read_batch(tenant: str, positions: list[int], log: SpanLog, max_body_bytes: int) -> SpanBatch:
+def _read_batch(
+    tenant: str, positions: list[int], log: PartitionLog, max_body_bytes: int
+) -> SpanBatch:
     found = log.read_many(tenant, positions)
     frames = [frame for frame in found if isinstance(frame, Frame)]
     if len(frames) < len(positions):

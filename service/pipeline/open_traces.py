@@ -99,9 +99,9 @@ class OpenTraces:
 
     # Steps of the stage. The caller holds the lock.
 
-    def fold(self, batch: SpanBatch, cpu: CpuSlice) -> None:
-        """Fold a batch. Even if it fails, or ``cpu`` is used up, its results so far are kept for
-        :meth:`pass_on`."""
+    def fold(self, batch: SpanBatch, cpu: CpuSlice | None) -> None:
+        """Fold a batch. Even if it fails, or ``cpu`` (None: unlimited) is used up, its results so
+        far are kept for :meth:`pass_on`."""
         traces = self._of(batch)
         self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self.time()
@@ -178,7 +178,7 @@ class OpenTraces:
         """A copy of one trace (32 hex digits) in memory, or None. ``closed`` says whether it was
         closed and is kept for late spans. Waits while a batch is folded."""
         with self.lock:
-            found = self._find(tenant, trace_id)
+            found = self.find(tenant, trace_id)
             if found is None:
                 return None
             table, slot = found
@@ -268,8 +268,8 @@ class OpenTraces:
         counts.reopened += folded.reopened
         counts.unknown += folded.unknown
 
-    def _find(self, tenant: str, trace_id: str) -> tuple[TraceTable, int] | None:
-        """The table and slot of a trace."""
+    def find(self, tenant: str, trace_id: str) -> tuple[TraceTable, int] | None:
+        """The table and slot of a trace in memory. The caller holds the lock."""
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
         traces = self.tenants.get(tenant)
         for table in traces.tables if traces is not None else ():
@@ -279,4 +279,4 @@ class OpenTraces:
         return None
 
     def _is_here(self, tenant: str, trace_id: str) -> bool:
-        return self._find(tenant, trace_id) is not None
+        return self.find(tenant, trace_id) is not None

@@ -13,6 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from betrace.channels import ThreadRunner, open_channel
+from betrace.service.pipeline import scanning
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
@@ -164,7 +165,7 @@ async def test_a_sync_says_that_it_is_running(
 async def test_a_request_with_too_many_spans_is_refused_and_the_others_are_not(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "MOST_SPANS", 3)
+    monkeypatch.setattr(scanning, "MOST_SPANS", 3)
 
     def request(spans: int) -> Request:
         payload = body(*(S(number + 1, "a") for number in range(spans)))

@@ -1,0 +1,77 @@
+"""Writers of a cluster's span log, and the check that nothing is lost or stored twice."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import trio
+
+from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.spans import SpanStreams
+
+WAIT = 120.0  # a test fails after this; a busy machine is slow
+_READ_BYTES = 1 << 20
+
+
+class Writers:
+    """Append messages with several in flight, as edges do."""
+
+    def __init__(self, log: SpanStreams, partition: int) -> None:
+        self._log = log
+        self._partition = partition
+        self._ids = itertools.count()
+        self.acknowledged: dict[str, int] = {}
+
+    async def append(self) -> None:
+        message_id = f"w{next(self._ids)}"
+        sequence = await self._log.append(self._partition, message_id.encode(), message_id)
+        self.acknowledged[message_id] = sequence
+
+    async def run(self) -> None:
+        while True:
+            await self.append()
+
+    async def until(self, number: int) -> None:
+        """Wait until that many more are acknowledged."""
+        target = len(self.acknowledged) + number
+        with trio.fail_after(WAIT):
+            while len(self.acknowledged) < target:
+                await trio.sleep(0.01)
+
+
+async def read_all(log: SpanStreams, partition: int) -> dict[int, str]:
+    """All messages, by sequence."""
+    found: dict[int, str] = {}
+    last = await patiently(log, partition)
+    while len(found) < last:
+        for each in await log.read(partition, len(found), _READ_BYTES, 5):
+            found[each.sequence] = each.data.decode()
+    return found
+
+
+async def patiently(log: SpanStreams, partition: int) -> int:
+    with trio.fail_after(WAIT):
+        while True:
+            try:
+                return await log.last(partition)
+            except NatsUnavailable:
+                await trio.sleep(0.1)
+
+
+async def until_unavailable(log: SpanStreams) -> None:
+    """Wait until the remaining servers notice that the others are gone."""
+    with trio.fail_after(WAIT):
+        while True:
+            try:
+                await log.last(0)
+            except NatsUnavailable:
+                return
+
+
+async def check(log: SpanStreams, writers: Writers, partition: int) -> None:
+    """What was acknowledged is stored where it was said to be, and everything once."""
+    stored = await read_all(log, partition)
+    for message_id, sequence in writers.acknowledged.items():
+        assert stored.get(sequence) == message_id
+    assert max(Counter(stored.values()).values()) == 1
