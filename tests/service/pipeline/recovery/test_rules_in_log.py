@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from betrace.service.signals import Kind
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.rule_markers import NAME, LoggedRules
+from betrace.service.traces.limits import TraceLimits
 from tests.support.inprocess import (
     active_signals,
     closed,
@@ -218,7 +219,12 @@ async def forgotten(service: Any) -> None:
 @pytest.fixture
 def no_lag(monkeypatch):
     """Closed traces are forgotten as soon as they are in the index."""
-    monkeypatch.setattr("betrace.service.pipeline.stages.trace_clock.INDEX_LAG_NS", 10**6)
+    limits = TraceLimits.of
+
+    def impatient(given: Any) -> TraceLimits:
+        return replace(limits(given), index_lag_ns=10**6)
+
+    monkeypatch.setattr(TraceLimits, "of", impatient)
 
 
 async def test_late_spans_reopen_a_trace_under_its_own_rules(tmp_path, no_lag):
