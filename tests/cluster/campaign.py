@@ -122,6 +122,7 @@ class Campaign:
         for partition in self.partitions():
             counts = partition["counts"]
             assert not counts["deadLettered"], partition
+            assert counts["evaluated"] == partition["evaluatedTo"], partition
 
 
 def _without_changing(found: Active) -> Active:

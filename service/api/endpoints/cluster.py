@@ -16,7 +16,7 @@ endpoints = Endpoints("Administration", access="operator")
     "How far each partition of the cluster has been applied at this query node",
     answers={
         200: '`{"node", "roles", "partitions": [{"partition", "owner", "applied", "last", "lag", '
-        '"logTimeNs", "counts", "problem"}], "rulesProblem", "index": {"requests", "behind"}}`',
+        '"evaluatedTo", "logTimeNs", "counts", "problem"}], "rulesProblem", "index": {"requests", "behind"}}`',
         404: "The service is not part of a cluster",
     },
 )
@@ -24,7 +24,8 @@ async def get_cluster(call: Call) -> Any:
     """`applied` is the number of the last message of the partition's `OUT` stream that is stored
     here; answers to queries contain what was decided up to it. `last` is the number of its last
     message as of a moment ago, null if it is not known, and `lag` the difference. `owner` is the
-    evaluator that has the partition. `counts` says what became of the messages and spans of the
+    evaluator that has the partition. `evaluatedTo` is the number of the last message of the
+    partition's log that was evaluated. `counts` says what became of the messages and spans of the
     partition, since its first one. `problem` says why the stream cannot be read now."""
     node = call.tools.sources.node
     if node is None:

@@ -54,6 +54,8 @@ class PartitionFeed:
 
     read: int = 0
     """The sequence of the last message sent to the stores."""
+    evaluated_to: int = 0
+    """The sequence of the last message of ``SPANS_p`` that was evaluated, as that message says."""
     log_time_ns: int = 0
     """The log time of that message."""
     items: int = 0
@@ -186,7 +188,7 @@ class OutFeed:
             found = await self.threads.run(self._unpack, message.data)
             items = [each for each in found.decided if each.tenant not in self.target.closed]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
-            state.counts = found.counts
+            state.counts, state.evaluated_to = found.counts, found.upto
         for item in items:
             item.ticket = self.target.in_flight.enter()
         tickets = [item.ticket for item in items]

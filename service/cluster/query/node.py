@@ -179,6 +179,7 @@ class QueryNode:
                     "applied": applied,
                     "last": last,
                     "lag": None if last is None else max(0, last - applied),
+                    "evaluatedTo": state.evaluated_to if state is not None else 0,
                     "logTimeNs": state.log_time_ns if state is not None else 0,
                     "counts": None if state is None else _counts(state.counts),
                     "problem": state.problem if state is not None else None,
