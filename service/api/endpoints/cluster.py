@@ -16,7 +16,8 @@ endpoints = Endpoints("Administration", access="operator")
     "How far each partition of the cluster has been applied at this query node",
     answers={
         200: '`{"node", "roles", "partitions": [{"partition", "owner", "applied", "last", "lag", '
-        '"evaluatedTo", "logTimeNs", "counts", "problem"}], "rulesProblem", "index": {"requests", "behind"}}`',
+        '"evaluatedTo", "logTimeNs", "counts", "problem"}], "rulesProblem", '
+        '"index": {"requests", "behind"}}`',
         404: "The service is not part of a cluster",
     },
 )
