@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import trio
 
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.spans import SpanStreams
+
+T = TypeVar("T")
 
 WAIT = 120.0  # a test fails after this; a busy machine is slow
 _READ_BYTES = 1 << 20
@@ -43,20 +47,22 @@ class Writers:
 async def read_all(log: SpanStreams, partition: int) -> dict[int, str]:
     """All messages, by sequence."""
     found: dict[int, str] = {}
-    last = await patiently(log, partition)
+    last = await patiently(log.last, partition)
     while len(found) < last:
-        for each in await log.read(partition, len(found), _READ_BYTES, 5):
+        for each in await patiently(log.read, partition, len(found), _READ_BYTES, 5):
             found[each.sequence] = each.data.decode()
     return found
 
 
-async def patiently(log: SpanStreams, partition: int) -> int:
+async def patiently(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """The result of a call, once the servers are available."""
     with trio.fail_after(WAIT):
         while True:
             try:
-                return await log.last(partition)
+                return await call(*arguments)
             except NatsUnavailable:
                 await trio.sleep(0.1)
+    raise AssertionError
 
 
 async def until_unavailable(log: SpanStreams) -> None:

@@ -75,6 +75,7 @@ class NatsServer:
         self.log = self.directory / "server.log"
         self.routes = list(routes)
         self.store_bytes = store_bytes
+        self.more_configuration = ""
         self.command: list[str] = []
         """Prefix of the command, such as ``ip netns exec x``."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -112,6 +113,7 @@ http: "{self.host}:{self.monitor}"
 max_payload: 8MB
 jetstream {{ store_dir: "{self.directory}", sync_interval: always, {limit} }}
 {cluster}
+{self.more_configuration}
 """
 
     def start(self) -> NatsServer:

@@ -179,6 +179,8 @@ class NatsClient:
             for task in left:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            for _ in range(2):  # aborted connections are closed in the next round of the loop
+                self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
     async def _open(self) -> Nats:
@@ -203,6 +205,8 @@ class NatsClient:
 
         async def failed(error: Exception) -> None:
             _log.debug("NATS: %s", error)
+            if nats_ is None and "authorization" in str(error).lower():
+                connecting.cancel()  # trying again would not help
 
         options: dict[str, Any] = {
             "servers": settings.servers.split(","),
@@ -223,11 +227,13 @@ class NatsClient:
             "error_cb": failed,
         }
         client = NatsConnection()
+        connecting = self._loop.create_task(client.connect(**options))
         try:
-            await asyncio.wait_for(client.connect(**options), settings.connect_seconds)
-        except (TimeoutError, errors.Error, OSError) as error:
+            await asyncio.wait_for(connecting, settings.connect_seconds)
+        except (TimeoutError, errors.Error, OSError, asyncio.CancelledError) as error:
             with suppress(Exception):
                 await client.close()
+            client.abort()
             cause = client.last_error or error
             raise NatsUnavailable(
                 f"no NATS server answers at {settings.servers} ({cause or type(cause).__name__})"

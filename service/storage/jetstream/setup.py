@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import orjson
+import trio
 
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Conflict
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import (
     JetStreamError,
+    NatsUnavailable,
     NotInStream,
 )
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.nats import Nats
 
+T = TypeVar("T")
+
 SETUP_SECONDS = 300.0
 
+PATIENCE_SECONDS = 30.0
+"""How long servers that have just started may take to answer."""
+
+_CHANGE_SECONDS = 30.0
+_RETRY_SECONDS = 0.25
 _AT_ONCE = 4
 _PARTITIONS_KEY = "cluster.partitions"
 _CHANGEABLE = ("num_replicas", "max_bytes")
@@ -56,12 +65,24 @@ async def set_up(client: NatsClient, settings: ClusterSettings) -> list[str]:
     wanted = {stream["name"]: stream for stream in layout.streams()}
     first = wanted.pop(f"KV_{layout.config_bucket}")
     done += await client.call(lambda nats: _ensure_all(nats, [first]), SETUP_SECONDS)
-    try:
-        await config.put(_PARTITIONS_KEY, orjson.dumps(layout.partitions), 0)
-    except Conflict:
-        await _check_partitions(config, layout)
+    await _fix_partitions(config, layout)
     done += await client.call(lambda nats: _ensure_all(nats, list(wanted.values())), SETUP_SECONDS)
     return done
+
+
+async def _fix_partitions(config: ConfigBucket, layout: Layout) -> None:
+    end = trio.current_time() + PATIENCE_SECONDS
+    while True:
+        try:
+            await config.put(_PARTITIONS_KEY, orjson.dumps(layout.partitions), 0)
+            return
+        except Conflict:
+            await _check_partitions(config, layout)
+            return
+        except NatsUnavailable:
+            if trio.current_time() > end:
+                raise
+            await trio.sleep(_RETRY_SECONDS)
 
 
 async def check(client: NatsClient, settings: ClusterSettings) -> None:
@@ -73,7 +94,7 @@ async def check(client: NatsClient, settings: ClusterSettings) -> None:
 
         async def one(wanted: Mapping[str, Any]) -> list[str]:
             async with slots:
-                found = await stream_info(nats, wanted["name"])
+                found = await _patiently(lambda: stream_info(nats, wanted["name"]))
             if found is None:
                 return [f"{wanted['name']} does not exist; run: betrace cluster init"]
             return _differences(found["config"], wanted)
@@ -101,11 +122,25 @@ async def _check_partitions(config: ConfigBucket, layout: Layout) -> None:
 
 
 async def stream_info(nats: Nats, name: str) -> dict[str, Any] | None:
-    """The server's description of a stream; None if it does not exist."""
+    """The leader's description of a stream; None if it does not exist. Raises
+    :exc:`NatsUnavailable`."""
     try:
         return await nats.api(f"STREAM.INFO.{name}")
     except NotInStream:
         return None
+
+
+async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """The result; tried again for a while if the servers are not ready."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await work()
+        except NatsUnavailable:
+            if loop.time() > end:
+                raise
+            await asyncio.sleep(_RETRY_SECONDS)
 
 
 async def _ensure_all(nats: Nats, streams: list[dict[str, Any]]) -> list[str]:
@@ -129,21 +164,28 @@ async def _ensure_all(nats: Nats, streams: list[dict[str, Any]]) -> list[str]:
 
 async def _ensure(nats: Nats, wanted: dict[str, Any]) -> list[str]:
     name = wanted["name"]
-    try:
+    done: list[str] = []
+
+    async def attempt() -> dict[str, Any]:
         found = await stream_info(nats, name)
         if found is None:
-            await nats.api(f"STREAM.CREATE.{name}", wanted, 30)
-            return [f"created {name}"]
-        config = found["config"]
+            done[:] = [f"created {name}"]  # even if the reply is lost
+            await nats.api(f"STREAM.CREATE.{name}", wanted, _CHANGE_SECONDS)
+            return wanted
+        config: dict[str, Any] = found["config"]
         changes = {key: wanted[key] for key in _CHANGEABLE if config.get(key) != wanted[key]}
         if changes:
-            await nats.api(f"STREAM.UPDATE.{name}", config | changes, 30)
-            config = config | changes
+            done[:] = [f"changed {name}: {key} = {value}" for key, value in changes.items()]
+            await nats.api(f"STREAM.UPDATE.{name}", config | changes, _CHANGE_SECONDS)
+        return config | changes
+
+    try:
+        config = await _patiently(attempt)
     except JetStreamError as error:
         raise SetupError([f"{name} cannot be created or changed: {error}"]) from error
     if problems := _differences(config, wanted):
         raise SetupError(problems)
-    return [f"changed {name}: {key} = {value}" for key, value in changes.items()]
+    return done
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -7,10 +7,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from pydantic import SecretStr
 
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import setup
@@ -245,6 +252,73 @@ async def test_a_full_server_refuses(tmp_path: Path) -> None:
             assert len(await log.read(0, 0, 8 << 20, 0)) == await log.last(0) > 0
         finally:
             await client.close()
+
+
+@pytest.mark.parametrize(
+    ("configuration", "right"),
+    [
+        ("user: ann, password: secret", {"user": "ann", "password": SecretStr("secret")}),
+        ("token: secret", {"token": SecretStr("secret")}),
+    ],
+)
+async def test_servers_that_require_authentication(
+    tmp_path: Path, configuration: str, right: dict[str, object]
+) -> None:
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    servers = NatsServers(tmp_path)
+    servers.servers[0].more_configuration = f"authorization {{ {configuration} }}"
+    with servers:
+        client = await NatsClient.connect(servers.settings(**right), "test")
+        assert await client.call(lambda nats: nats.api("INFO"))
+        await client.close()
+        for wrong in ({}, {"token": SecretStr("wrong")}):
+            settings = servers.settings(connect_seconds=600, **wrong)
+            with pytest.raises(NatsUnavailable, match=r"(?i)authorization"):
+                await NatsClient.connect(settings, "test")
+
+
+async def test_a_server_with_tls(tmp_path: Path) -> None:
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    _write_certificate(certificate, key)
+    servers = NatsServers(tmp_path)
+    servers.servers[
+        0
+    ].more_configuration = f'tls {{ cert_file: "{certificate}", key_file: "{key}" }}'
+    with servers:
+        client = await NatsClient.connect(servers.settings(tls_ca=str(certificate)), "test")
+        assert await client.call(lambda nats: nats.api("INFO"))
+        await client.close()
+
+
+def _write_certificate(certificate: Path, key: Path) -> None:
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), False
+        )
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .sign(private, hashes.SHA256())
+    )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
 
 
 # Setup

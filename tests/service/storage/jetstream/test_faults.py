@@ -13,12 +13,18 @@ import trio
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Fenced, FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
-from tests.support.log_writers import WAIT, Writers, check, read_all, until_unavailable
+from tests.support.log_writers import (
+    WAIT,
+    Writers,
+    check,
+    patiently,
+    read_all,
+    until_unavailable,
+)
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 
 MB = 1 << 20
@@ -122,11 +128,11 @@ async def test_owners_take_over_while_leaders_are_killed(
 
     stored: list[tuple[int, int, bytes]] = []
     with trio.fail_after(WAIT):
-        last = await log.last()
+        last = await patiently(log.last)
         while len(stored) < last:
             stored += [
                 (each.sequence, each.epoch, each.data)
-                for each in await log.read(len(stored), None, MB, 5)
+                for each in await patiently(log.read, len(stored), None, MB, 5)
             ]
     assert [number for _, number, _ in stored if number] == [1, 2, 3, 4]
     owner = b""
@@ -155,13 +161,7 @@ async def test_without_a_quorum_calls_fail_in_time_and_recover(
     with trio.move_on_after(0.5) as scope:
         await log.append(0, b"unknown", "unknown")
     assert scope.cancelled_caught
-    with trio.fail_after(WAIT):  # what is stored can still be read
-        while True:
-            try:
-                found = await log.read(0, 0, MB, 0)
-                break
-            except NatsUnavailable:
-                await trio.sleep(0.1)
+    found = await patiently(log.read, 0, 0, MB, 0)  # what is stored can still be read
     assert len(found) == 10
     for server in reversed(lost):
         server.start()

@@ -9,9 +9,11 @@ import trio
 
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.errors import LogGap, MessageTooLarge
+from betrace.service.storage.jetstream.errors import LogGap, MessageTooLarge, NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
+from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.jetstream.stream_log import Retries
 
 MB = 1 << 20
 
@@ -95,3 +97,67 @@ async def test_a_message_that_is_too_large_is_refused(log: SpanStreams, client: 
     with pytest.raises(MessageTooLarge, match="max_payload"):
         await log.append(0, bytes(client.max_payload + 1), "a")
     assert await log.append(0, b"x", "b") == 1
+
+
+@pytest.mark.parametrize("others", [0, 3])
+async def test_an_id_that_servers_have_forgotten_is_searched_for(
+    log: SpanStreams, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """As after an outage that lasted longer than servers remember ids."""
+    for k in range(5):
+        await log.append(0, b"x", f"a{k}")
+    publish, sent = Nats.publish, []
+
+    async def lossy(
+        nats: Nats, subject: str, data: bytes, headers: dict[str, str], seconds: float
+    ) -> int:
+        sent.append(headers["Nats-Msg-Id"])
+        for k in range(others):  # of other edges
+            await publish(nats, subject, b"y", {"Nats-Msg-Id": f"other{k}"}, seconds)
+        await publish(nats, subject, data, headers, seconds)
+        raise NatsUnavailable("the reply was lost")
+
+    monkeypatch.setattr(Nats, "publish", lossy)
+    monkeypatch.setattr(Retries, "ids_forgotten", True)
+    assert await log.append(0, b"lost", "lost") == 6 + others
+    assert sent == ["lost"]
+
+
+async def test_an_id_that_is_not_found_is_sent_again(
+    log: SpanStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, sent = Nats.publish, []
+
+    async def lossy(
+        nats: Nats, subject: str, data: bytes, headers: dict[str, str], seconds: float
+    ) -> int:
+        sent.append(headers["Nats-Msg-Id"])
+        if len(sent) == 1:
+            raise NatsUnavailable("lost on its way")
+        return await publish(nats, subject, data, headers, seconds)
+
+    monkeypatch.setattr(Nats, "publish", lossy)
+    monkeypatch.setattr(Retries, "ids_forgotten", True)
+    assert await log.append(0, b"x", "a") == 1
+    assert sent == ["a", "a"]
+
+
+async def test_wakeups_that_nobody_waits_for_end(
+    log: SpanStreams, client: NatsClient, settings: ClusterSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Layout.of(settings).spans_wakeup(0)
+
+    async def subscriptions(nats: Nats) -> int:
+        return sum(each.subject == subject for each in nats.nc._subs.values())
+
+    assert await log.read(0, 0, MB, 0.01) == []
+    assert await client.call(subscriptions) == 1
+    monkeypatch.setattr("betrace.service.storage.jetstream.wakeups._UNUSED_SECONDS", 0.0)
+    await log.append(0, b"x", "a")
+    with trio.fail_after(60):
+        while await client.call(subscriptions):
+            await trio.sleep(0.01)
+    monkeypatch.undo()
+    assert [each.sequence for each in await log.read(0, 0, MB, 1)] == [1]
+    assert await log.read(0, 1, MB, 0.01) == []
+    assert await client.call(subscriptions) == 1
