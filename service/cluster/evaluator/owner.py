@@ -230,7 +230,7 @@ class PartitionOwner:
                 continue
             except LogGap as gap:
                 self.status.gaps += 1
-                events.LOG_DAMAGED(partition=self.partition, what=str(gap))
+                events.PARTITION_LOG_DAMAGED(partition=self.partition, what=str(gap))
                 after = self._skipped = gap.found - 1
                 continue
             if messages:
