@@ -426,6 +426,7 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
 
     def run_briefly(settings: Any, companion: Any, roles: Any) -> None:
         assert roles == ()
+
         async def brief(addresses: Any) -> None:
             with trio.move_on_after(0.1):
                 await companion(addresses)
