@@ -416,7 +416,11 @@ class FakeEvaluator:
             handovers=trio.CapacityLimiter(4),
         )
         self.membership = Membership(
-            FakeBucket(node, "members"), self.name, (ROLE,), self.settings.lease_seconds
+            FakeBucket(node, "members"),
+            self.name,
+            (ROLE,),
+            self.settings.lease_seconds,
+            self.settings.heartbeat_seconds,
         )
         self.evaluator = Evaluator(self.parts, self.membership, grace_seconds=20)
 
