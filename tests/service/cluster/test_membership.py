@@ -33,7 +33,7 @@ class Nodes:
 
     def start(self, name: str, *roles: str) -> tuple[FakeNode, Membership]:
         node = FakeNode(self.nats, name)
-        membership = Membership(FakeBucket(node, "members"), name, roles or ("evaluator",), 2)
+        membership = Membership(FakeBucket(node, "members"), name, roles or ("evaluator",), 2, 0.5)
 
         async def run() -> None:
             with trio.CancelScope() as self.scopes[name]:

@@ -49,8 +49,8 @@ class Node:
         try:
             with self.scope, ThreadRunner(self.name, len(PARTITIONS)) as threads:
                 bucket = ConfigBucket(client, cluster.layout.members_bucket)
-                lease_seconds = settings.cluster.lease_seconds
-                membership = Membership(bucket, self.name, (ROLE,), lease_seconds)
+                seconds = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+                membership = Membership(bucket, self.name, (ROLE,), *seconds)
                 node = EvaluatorNode(self.name, client, cluster.layout, membership, threads)
                 self.evaluator = open_evaluator(settings, node)
                 async with trio.open_nursery() as nursery:

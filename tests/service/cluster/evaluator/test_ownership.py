@@ -10,6 +10,7 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.evaluator import work
 from betrace.service.cluster.membership import drain_key
+from betrace.service.storage.jetstream.errors import StreamFull
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
 
@@ -437,3 +438,58 @@ async def test_a_state_that_waits_is_asked_again(cluster):
     answers.set()
     await cluster.finish()
     assert one.evaluator.statuses[0].waiting is None
+
+
+@in_virtual_time
+async def test_a_takeover_waits_while_the_servers_are_unavailable(cluster):
+    one = cluster.start("one", checkpoint_seconds=1.0)
+    await wait_until(all_owned(one))
+    await cluster.send_for(3)
+    one.scope.cancel()
+    two = FakeEvaluator(cluster.nats, "two", cluster.threads)
+
+    def new_state(partition):
+        two.node.unavailable = True  # after the fence, before the output is read
+        return FakeEvaluator.new_state(two, partition)
+
+    two.with_parts(new_state=new_state)
+    cluster.nursery.start_soon(two.run)
+    await wait_until(lambda: two.node.unavailable)
+    await trio.sleep(5)
+    assert all(status.takeovers <= 1 for status in two.evaluator.statuses)
+    while not all_owned(two)():
+        two.node.unavailable = False
+        await trio.sleep(0.01)
+    await cluster.send_for(1)
+    await cluster.finish()
+    assert not any(status.failures for status in two.evaluator.statuses)
+
+
+@in_virtual_time
+async def test_a_drained_evaluator_has_nothing_and_goes_on(cluster):
+    one, two = cluster.start("one"), cluster.start("two")
+    await wait_until(all_owned(one, two))
+    await cluster.send_for(1)
+    with trio.fail_after(5):
+        await one.evaluator.drain()
+    assert one.owned == []
+    await wait_until(all_owned(two))
+    await trio.sleep(5)
+    assert one.owned == []
+    await cluster.finish()
+
+
+@in_virtual_time
+async def test_checkpoints_that_cannot_be_saved_are_counted(cluster):
+    one = FakeEvaluator(cluster.nats, "one", cluster.threads, checkpoint_seconds=1.0)
+
+    async def put(name, data):
+        raise StreamFull("no space left")
+
+    one.parts.blobs.put = put
+    cluster.nursery.start_soon(one.run)
+    await wait_until(all_owned(one))
+    await cluster.send_for(3)
+    await cluster.finish()
+    assert all(status.checkpoint_failures > 1 for status in one.evaluator.statuses)
+    assert all(status.checkpoint_at is None for status in one.evaluator.statuses)
