@@ -59,7 +59,7 @@ class TraceIndex(Protocol):
 
 class TraceHistory:
     """Reads closed traces back. Called in the folding thread, which it blocks, so it is bounded by
-    ``most_traces`` and, by the clock ``seconds``, in time.
+    ``most_traces`` (by default ``MOST_TRACES``) and, by the clock ``seconds``, in time.
 
     ``rules_at`` returns the rules of a frame. A trace keeps those of its first frame, so that its
     signals do not depend on whether it was still in memory, or is read again after a crash.
@@ -73,7 +73,7 @@ class TraceHistory:
         behind: Callable[[str], bool] = lambda tenant: False,
         rules_at: Callable[[str, int], CompiledRules | None] = lambda tenant, position: None,
         seconds: Callable[[], float] = time.monotonic,
-        most_traces: int = MOST_TRACES,
+        most_traces: int | None = None,
     ) -> None:
         self._rules_at = rules_at
         self._store = store
@@ -93,7 +93,7 @@ class TraceHistory:
         """Read traces (rows of hi, lo) in lazy rounds, so that only the spans of one round are in
         memory. Traces above the limits are returned as lost."""
         until = self._seconds() + MOST_SECONDS
-        most = self._most_traces
+        most = MOST_TRACES if self._most_traces is None else self._most_traces
         for at in range(0, min(len(ids), most), ROUND_TRACES):
             if at and self._seconds() >= until:
                 break
