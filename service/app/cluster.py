@@ -23,16 +23,14 @@ from betrace.service.app import evaluator_metrics
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.edge import Edge, EdgeAddresses
 from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
+from betrace.service.app.query import connect_query
 from betrace.service.app.roles import Role, kernels_of
 from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.membership import Membership
-from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
-    ANSWER_SECONDS,
-    RemoteOpenTraces,
     open_trace_subject,
     open_traces_answer,
 )
@@ -43,12 +41,8 @@ from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import Leases
-from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.setup import check
-from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.tenancy.authentication import operator_tokens
 from betrace.service.tenancy.directory import TenantDirectory, TenantState
 from betrace.service.tenancy.gate import Gate
@@ -187,7 +181,9 @@ class ClusterProcess:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            query = self._query = self._make_query(self._connection(client))
+            query = self._query = self._make_query(
+                connect_query(self._cluster, self.node, self.roles, client, self)
+            )
             query.compilation, gate = self.compilation, query.gate
             found: Addresses = await self._start_part(nursery, Role.QUERY, query)
             api, metrics = found.api, found.metrics
@@ -222,38 +218,8 @@ class ClusterProcess:
 
     def _make_membership(self, client: NatsClient) -> Membership:
         bucket = ConfigBucket(client, self._layout.members_bucket)
-        return Membership(bucket, self.node, tuple(self.roles), self._cluster.lease_seconds)
-
-    def _connection(self, client: NatsClient) -> ClusterConnection:
-        """The query node's connection."""
-        layout, partitions = self._layout, range(self._cluster.partitions)
-        logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
-        leases = Leases(ConfigBucket(client, layout.leases_bucket), self._cluster.lease_seconds)
-
-        async def owners() -> dict[int, str]:
-            found = await leases.owners()
-            keys = {f"partition.{partition}": partition for partition in partitions}
-            return {keys[key]: owner for key, owner in found.items() if key in keys}
-
-        def ask_owner(partition: int, data: bytes) -> bytes:
-            subject = open_trace_subject(layout.prefix, partition)
-            return client.call_blocking(
-                lambda nats: _request(nats, subject, data, ANSWER_SECONDS), 2 * ANSWER_SECONDS
-            )
-
-        return ClusterConnection(
-            name=self.node,
-            roles=self.roles,
-            client=client,
-            spans=SpanStreams(client, layout),
-            outs=dict(logs),
-            last=lambda partition: logs[partition].last(),
-            owners=owners,
-            config=ConfigBucket(client, layout.config_bucket),
-            index_subject=index_subject(layout.prefix),
-            open_traces=RemoteOpenTraces(ask_owner, self._cluster.partitions),
-            others=self,
-        )
+        seconds = self._cluster.lease_seconds, self._cluster.heartbeat_seconds
+        return Membership(bucket, self.node, tuple(self.roles), *seconds)
 
     # Health and metrics
 
@@ -314,8 +280,3 @@ class ClusterProcess:
             yield from self.edge.metrics()
         if self.evaluator is not None:
             yield from evaluator_metrics.read(self.evaluator.statuses)
-
-
-async def _request(nats: Nats, subject: str, data: bytes, seconds: float) -> bytes:
-    """The answer of whoever listens on a subject."""
-    return bytes((await nats.request(subject, data, seconds=seconds)).data)

@@ -28,7 +28,7 @@ from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import json, split, wire
-from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL
+from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL, open_batch_audit
 from betrace.service.pipeline.request import Request
 from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.receiver.listeners import listen_for_spans
@@ -67,7 +67,10 @@ class Edge:
             group_bytes(client.max_payload),
             settings.ingest.max_buffered_bytes,
         )
-        self.ingest = EdgeIngest(self.commit, self._threads, layout.partitions, max_body)
+        self._audit = open_batch_audit(settings)
+        self.ingest = EdgeIngest(
+            self.commit, self._threads, layout.partitions, max_body, self._audit
+        )
         capacity = _IN_FLIGHT * pipeline.ingest_capacity_spans
         channel: tuple[SendChannel[Request], ReceiveChannel[Request]] = open_channel(
             "span-ingestion", capacity, lambda request: request.weight, hold=True
@@ -106,6 +109,14 @@ class Edge:
         """Take spans until :meth:`stop`, then drain: refuse new requests and answer those that
         arrived. Starts with the addresses, when it is ready."""
         await self._threads.run(warm_up, abandon_on_cancel=True)
+        async with trio.open_nursery() as recording:
+            if self._audit is not None:
+                recording.start_soon(self._audit.run)
+            await self._serve(task_status)
+            if self._audit is not None:
+                self._audit.close()  # it ends when everything is written
+
+    async def _serve(self, task_status: trio.TaskStatus[EdgeAddresses]) -> None:
         stop_listeners = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(self.commit.run)
@@ -137,6 +148,8 @@ class Edge:
     def close(self) -> None:
         """End the worker threads, after :meth:`run`."""
         self._threads.close()
+        if self._audit is not None:
+            self._audit.close_threads()
 
     def component(self) -> dict[str, Any]:
         """The status for health checks: ok, degraded or failed, and why."""

@@ -8,7 +8,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.evaluator.evaluator import Evaluator
-from betrace.service.cluster.evaluator.owner import OwnerParts
+from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.membership import Membership
@@ -68,6 +68,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         threads=node.threads,
         new_state=new_state,
         checkpoint_seconds=settings.checkpoint.interval_seconds,
+        log_days=settings.retention.log_days,
         takeovers=trio.CapacityLimiter(TAKEOVERS),
         handovers=trio.CapacityLimiter(HANDOVERS),
     )

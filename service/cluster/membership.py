@@ -22,7 +22,6 @@ from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.cluster.membership")
 
-BEATS_PER_LEASE = 4
 _BEAT, _DRAIN = "beat.", "drain."
 
 
@@ -51,7 +50,8 @@ class _Heartbeat:
     member: Member
     revision: int
     boot: str
-    age: float = 0.0
+    age: float | None = None
+    """Seconds from the first own heartbeat after this one; None before that."""
 
 
 @dataclass(eq=False)
@@ -63,12 +63,14 @@ class Membership:
       name: of this node.
       roles: of this node.
       lease_seconds: after which a node whose heartbeat does not move is gone.
+      heartbeat_seconds: between heartbeats.
     """
 
     bucket: ConfigBucket
     name: str
     roles: tuple[str, ...]
     lease_seconds: float
+    heartbeat_seconds: float
     draining: bool = field(default=False, init=False)
     changed: trio.Event = field(default_factory=trio.Event, init=False)
     """Set, and replaced by a new one, when the members change."""
@@ -82,7 +84,6 @@ class Membership:
         self._alive: dict[str, Member] = {}
         self._seen_at = -1.0  # when the own heartbeat arrived last
         self._impostor = ""
-        self._interval = self.lease_seconds / BEATS_PER_LEASE
         self._left = False
 
     def alive(self, role: str | None = None) -> dict[str, Member]:
@@ -95,7 +96,7 @@ class Membership:
             nursery.start_soon(self._watch)
             while True:
                 await self.beat()
-                await trio.sleep(self._interval)
+                await trio.sleep(self.heartbeat_seconds)
 
     async def beat(self) -> None:
         """Write this node's heartbeat now."""
@@ -153,17 +154,17 @@ class Membership:
     def _count_age(self) -> None:
         now = trio.current_time()
         if self._seen_at >= 0:
-            step = min(now - self._seen_at, 2 * self._interval)
+            step = min(now - self._seen_at, 2 * self.heartbeat_seconds)
             for name, beat in self._beats.items():
                 if name != self.name:
-                    beat.age += step
+                    beat.age = 0.0 if beat.age is None else beat.age + step
         self._seen_at = now
 
     def _update(self) -> None:
         alive = {
             name: Member(name, beat.member.roles, beat.member.draining or name in self._drains)
             for name, beat in sorted(self._beats.items())
-            if beat.age <= self.lease_seconds
+            if beat.age is None or beat.age <= self.lease_seconds
         }
         if alive == self._alive:
             return

@@ -144,7 +144,7 @@ class _PipelineBuilder:
             lambda tenant: behind() or tenant in stores.duckdb.incomplete,
         )
         open_traces = self._open_traces(LateSpans(self._closed, history.load, behind))
-        sync, audit = GroupSync(stores.log, self._threads["sync"]), self._batch_audit()
+        sync, audit = GroupSync(stores.log, self._threads["sync"]), open_batch_audit(settings)
         return Pipeline(
             queues=self._channels,
             requests=self._requests.send,
@@ -343,12 +343,13 @@ class _PipelineBuilder:
         self._in_flight.left = letters.book.left
         return letters
 
-    def _batch_audit(self) -> BatchAudit | None:
-        audit = self._settings.audit
-        if not audit.batches:
-            return None
-        path = self._settings.storage.path / "batches.jsonl"
-        return BatchAudit(path, audit.max_bytes, audit.files)
+
+def open_batch_audit(settings: Settings) -> BatchAudit | None:
+    """The record of accepted requests; None if it is off."""
+    audit = settings.audit
+    if not audit.batches:
+        return None
+    return BatchAudit(settings.storage.path / "batches.jsonl", audit.max_bytes, audit.files)
 
 
 def _bury_in(letters: DeadLetters, stage: str) -> Callable[[Any, Exception, int], Awaitable[None]]:

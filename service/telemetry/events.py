@@ -400,7 +400,7 @@ CHECKPOINT_UNUSABLE = _event(
     "the checkpoint {name} cannot be used, so an older one is loaded: {reason}",
     "The replay takes longer. If the log has lost messages, see `cluster.log_damaged`.",
 )
-LOG_DAMAGED = _event(
+PARTITION_LOG_DAMAGED = _event(
     "cluster.log_damaged",
     logging.ERROR,
     "messages of partition {partition} are missing: {what}",

@@ -16,7 +16,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.evaluator.evaluator import ROLE, Evaluator
-from betrace.service.cluster.evaluator.owner import OwnerParts
+from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import Anchor
 from betrace.service.cluster.membership import Membership
@@ -114,6 +114,14 @@ class FakeNode:
             await trio.sleep(0.1)
             raise NatsUnavailable("the servers do not answer")
 
+    async def patience(self) -> None:
+        """Like :meth:`gate` for calls that wait while the servers are unavailable."""
+        while True:
+            try:
+                return await self.gate()
+            except NatsUnavailable:
+                continue
+
 
 async def read_log(
     node: FakeNode, log: str, after: int, most_bytes: int, wait_seconds: float
@@ -142,7 +150,7 @@ class FakeSpans:
         self.node = node
 
     async def append(self, partition: int, data: bytes, message_id: str) -> int:
-        await self.node.gate()
+        await self.node.patience()
         nats = self.node.nats
         if message_id not in nats.ids:
             nats.ids[message_id] = nats.append(f"spans-{partition}", data)
@@ -159,6 +167,12 @@ class FakeSpans:
     async def last(self, partition: int) -> int:
         await self.node.gate()
         return len(self.node.nats.logs[f"spans-{partition}"])
+
+    async def forget_before(self, partition: int, sequence: int) -> None:
+        await self.node.gate()
+        log = self.node.nats.logs[f"spans-{partition}"]
+        for number in range(sequence - 1):
+            log[number] = LogMessage(log[number].sequence, 0, b"", -1)
 
     async def first(self, partition: int) -> int:
         await self.node.gate()
@@ -179,7 +193,7 @@ class FakeFencedLog:
         self.appending = False
 
     async def open(self, owner: str) -> Epoch:
-        await self.node.gate()
+        await self.node.patience()
         messages = self.node.nats.logs[self.log]
         number = max((m.epoch for m in messages), default=0) + 1
         self.last = self.node.nats.append(self.log, b"", number)
@@ -188,7 +202,7 @@ class FakeFencedLog:
     async def append(self, data: bytes) -> int:
         assert not self.appending, "one append at a time"
         self.appending = True
-        await self.node.gate()
+        await self.node.patience()
         await trio.sleep(self.latency)
         await self.node.thawed.wait()
         self.appending = False
@@ -397,11 +411,16 @@ class FakeEvaluator:
             threads=self.threads,
             new_state=self.new_state,
             checkpoint_seconds=self.checkpoint_seconds,
+            log_days=0,
             takeovers=trio.CapacityLimiter(4),
             handovers=trio.CapacityLimiter(4),
         )
         self.membership = Membership(
-            FakeBucket(node, "members"), self.name, (ROLE,), self.settings.lease_seconds
+            FakeBucket(node, "members"),
+            self.name,
+            (ROLE,),
+            self.settings.lease_seconds,
+            self.settings.heartbeat_seconds,
         )
         self.evaluator = Evaluator(self.parts, self.membership, grace_seconds=20)
 

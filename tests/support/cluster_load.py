@@ -84,15 +84,28 @@ class Load:
             await self.send_traces(number)
             await trio.sleep(interval)
 
+    async def outputs_of(self, partition: int) -> list[Output]:
+        """Everything that is stored of a partition."""
+        found: list[Output] = []
+        log, after = FencedLog(self.client, self.layout, partition), 0
+        while messages := await log.read(after, None, 4 << 20, 0):
+            after = messages[-1].sequence
+            found += [unpack(message.data) for message in messages if message.data]
+        return found
+
     async def outputs(self) -> list[Output]:
         """Everything that is stored."""
-        found = []
-        for partition in self.partitions:
-            log, after = FencedLog(self.client, self.layout, partition), 0
-            while messages := await log.read(after, None, 4 << 20, 0):
-                after = messages[-1].sequence
-                found += [unpack(message.data) for message in messages if message.data]
-        return found
+        return [each for partition in self.partitions for each in await self.outputs_of(partition)]
+
+    async def rules_are_known(self) -> None:
+        """Wait until every partition has read a marker of rules."""
+        with trio.fail_after(WAIT):
+            for partition in self.partitions:
+                while True:
+                    found = await self.outputs_of(partition)
+                    if found and found[-1].counts.markers:
+                        break
+                    await trio.sleep(0.1)
 
     async def check(self) -> None:
         """Wait until every trace was closed and each signal is there; none may be there twice."""

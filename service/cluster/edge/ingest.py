@@ -18,6 +18,7 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.edge.group_commit import BUSY, GroupCommit
 from betrace.service.otlp.split import Part, TooMuchCopied, split
+from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.request import Done, Refused, Request
 from betrace.service.pipeline.scanning import (
     IngestCounts,
@@ -63,7 +64,7 @@ class _Split:
 
 class EdgeIngest:
     """The handler of the span-ingestion stage of an edge. Each call waits for the log, so the stage
-    needs many workers."""
+    needs many workers. ``audit`` records each accepted request."""
 
     def __init__(
         self,
@@ -71,12 +72,14 @@ class EdgeIngest:
         threads: ThreadRunner,
         partitions: int,
         max_body_bytes: int,
+        audit: BatchAudit | None = None,
     ) -> None:
         self._commit = commit
         self._threads = threads
         self._partitions: Final = partitions
         self._max_body: Final = max_body_bytes
         self._most_span: Final = commit.most_part_bytes
+        self._audit = audit
         self.counts = IngestCounts()
 
     async def handle(self, requests: list[Request]) -> None:
@@ -136,7 +139,10 @@ class EdgeIngest:
                 yield part, others
 
     def _answer(self, waiting: _Waiting) -> None:
-        self.counts.answer(waiting.request, waiting.refused or waiting.outcome)
+        outcome = waiting.refused or waiting.outcome
+        self.counts.answer(waiting.request, outcome)
+        if self._audit is not None and isinstance(outcome, Done):
+            self._audit.accepted(waiting.request, outcome)
         waiting.request.release()
 
     async def refuse(self, request: Request, error: Exception, attempts: int) -> None:

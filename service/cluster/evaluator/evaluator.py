@@ -13,7 +13,8 @@ import trio
 
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator.assignment import assign
-from betrace.service.cluster.evaluator.owner import OwnerParts, PartitionOwner, lease_key
+from betrace.service.cluster.evaluator.owner import PartitionOwner, lease_key
+from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.status import PartitionStatus
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.query.open_traces import NOT_OWNED, NotOwned

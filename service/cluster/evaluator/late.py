@@ -20,8 +20,8 @@ RaisedRow = tuple[str, str, int, int, str]
 class IndexAtMessage:
     """Implements :class:`betrace.service.pipeline.history.TraceIndex`.
 
-    ``upto`` returns the log position of the last message that is being folded. ``missing`` returns
-    why the index cannot be complete yet, if it cannot.
+    ``upto`` returns the log position of the last message before those that are being folded.
+    ``missing`` returns why the index cannot be complete yet, if it cannot.
     """
 
     def __init__(

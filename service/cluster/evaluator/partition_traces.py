@@ -23,7 +23,7 @@ from betrace.service.signals import Signal
 from betrace.service.traces.checkpoint import Snapshot
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.layout import CLOSED, STATE
+from betrace.service.traces.layout import CLOSED, FIRST_SEEN, LAST_SEEN, STATE
 from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.tenant_traces import History, Recalled
 
@@ -94,8 +94,12 @@ class PartitionTraces:
             self._clock.close_due(due)
 
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
-        """A copy of a trace. May be called from any thread; waits while a batch is folded."""
-        return self._traces.look_up(tenant, trace_id)
+        """A copy of a trace, with the server's times. May be called from any thread; waits while a
+        batch is folded."""
+        found = self._traces.look_up(tenant, trace_id)
+        if found is not None:
+            found.rows[:, [FIRST_SEEN, LAST_SEEN]] += self.ahead_ns
+        return found
 
     def reconsider(self, signals: Iterable[Signal]) -> None:
         """Give stored signals to their traces, and open those again that are closed and in memory:

@@ -52,9 +52,9 @@ def decode(data: bytes) -> PartitionSnapshot:
         at = _LENGTHS.size + header_length
         header = orjson.loads(raw[_LENGTHS.size : at])
         if header["format"] != _FORMAT:
-            raise ValueError(f"it has format {header['format']}, expected {_FORMAT}")
+            raise LookupError(f"it has format {header['format']}, expected {_FORMAT}")
         traces = checkpoint.decode(memoryview(raw)[at : at + traces_length])
         filters = np.frombuffer(raw, np.int64, offset=at + traces_length).reshape(2, -1)
-    except (zstandard.ZstdError, struct.error, LookupError, TypeError) as error:
+    except (zstandard.ZstdError, struct.error, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the snapshot is damaged: {error}") from error
     return PartitionSnapshot(header, traces, filters)

@@ -114,7 +114,6 @@ class PartitionState:
         self._group = Group()
         self._queue: deque[LogMessage] = deque()
         self._work: Generator[str, None, None] | None = None  # of a message
-        self._upto = 0  # the last sequence of the group that is being folded
         self._anchor = Anchor(0, 0, "")
         self._last: LogMessage | None = None  # applied since the start
         self._known = KnownOutput()
@@ -213,7 +212,6 @@ class PartitionState:
 
     def _end_group(self) -> Generator[str, None, None]:
         group, self._group = self._group, Group()
-        self._upto = group.last.sequence
         moment = Moment(self._time.now_ns, group.last.time_ns)
         found = yield from self.engine.fold(group, moment)
         self.applied, self._last = group.last.sequence, group.last
@@ -249,7 +247,7 @@ class PartitionState:
             self.engine.traces.reconsider(left)
 
     def _position(self) -> int:
-        return pack_log_position(self.partition, self._upto)
+        return pack_log_position(self.partition, self.applied)
 
     def _missing(self) -> str | None:
         return self._steps.missing()

@@ -180,7 +180,7 @@ class Takeover:
 
     def _gap(self, what: str) -> None:
         self.status.gaps += 1
-        events.LOG_DAMAGED(partition=self.status.partition, what=what)
+        events.PARTITION_LOG_DAMAGED(partition=self.status.partition, what=what)
 
 
 async def _persist(call: Callable[[], Awaitable[T]]) -> T:

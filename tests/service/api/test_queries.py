@@ -69,7 +69,7 @@ def stores(tmp_path, warm):
         s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, config)
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
-            SimpleNamespace(settings=config, rules=s.rules),
+            SimpleNamespace(settings=config, rules=s.rules, node=None),
             s.duck,
             metadata,
             s.reader,

@@ -55,7 +55,7 @@ class Node:
         bucket = ConfigBucket(client, layout.leases_bucket)
         leases = Leases(bucket, self.settings.lease_seconds)
         members = ConfigBucket(client, layout.members_bucket)
-        membership = Membership(members, "one", ("evaluator",), 2)
+        membership = Membership(members, "one", ("evaluator",), 2, 0.5)
         held: list[Lease] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(membership.run)

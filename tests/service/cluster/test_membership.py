@@ -33,7 +33,7 @@ class Nodes:
 
     def start(self, name: str, *roles: str) -> tuple[FakeNode, Membership]:
         node = FakeNode(self.nats, name)
-        membership = Membership(FakeBucket(node, "members"), name, roles or ("evaluator",), 2)
+        membership = Membership(FakeBucket(node, "members"), name, roles or ("evaluator",), 2, 0.5)
 
         async def run() -> None:
             with trio.CancelScope() as self.scopes[name]:
@@ -60,9 +60,9 @@ async def test_a_killed_node_is_gone_after_the_lease(nodes):
     await trio.sleep(3.1)
     changed = one.changed
     nodes.scopes["two"].cancel()
-    await trio.sleep(1.5)
+    await trio.sleep(1.9)
     assert set(one.alive()) == {"one", "two"}
-    with trio.fail_after(1.5):
+    with trio.fail_after(1.2):
         await changed.wait()
     assert set(one.alive()) == {"one"}
 
@@ -119,7 +119,7 @@ async def test_entries_of_nodes_that_ended_long_ago_count_for_one_lease(nodes):
     _, one = nodes.start("one")
     await one.ready.wait()
     assert set(one.alive()) == {"one", "stale"}
-    await trio.sleep(3)
+    await trio.sleep(3.5)
     assert set(one.alive()) == {"one"}
 
 

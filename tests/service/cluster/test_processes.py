@@ -121,7 +121,10 @@ def test_late_spans_of_a_trace_that_left_memory(whole):
         trace = next(numbers).to_bytes(8, "big") * 2
         node.send(body(*(S(k, "loop", trace=trace) for k in (1, 2))))
         node.trace(trace.hex())  # is closed
-        time.sleep(8)  # so long it stays in memory, unless the process is slow
+        for _ in range(16):  # so long it stays in memory; others make the log's time advance
+            others = [next(numbers).to_bytes(8, "big") * 2 for _ in range(8)]
+            node.send(body(*(S(1, "other", trace=each) for each in others)))
+            time.sleep(0.5)
         node.send(body(*(S(k, "loop", trace=trace) for k in (3, 4))))
         [signal] = signals(node, trace.hex())
         assert signal["counts"] == {"loop": 4}

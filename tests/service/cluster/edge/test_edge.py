@@ -74,6 +74,16 @@ async def test_bodies_of_all_kinds_reach_the_log_once(cluster, client, http, tmp
     assert await stored_spans(client, cluster) == expected
 
 
+async def test_accepted_requests_are_recorded(cluster, client, http, tmp_path):
+    settings = edge_settings(cluster, tmp_path, audit={"batches": True})
+    async with running_edge(settings) as (_, url, _):
+        assert (await post(http, url, spans(1, 10), "acme")).status_code == 200
+        assert (await post(http, url, b"\x07")).status_code == 400
+    (line,) = (tmp_path / "batches.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["tenant"], record["spans"], record["offset"]) == ("acme", 10, None)
+
+
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 async def test_an_opentelemetry_client_sends_through_an_edge(cluster, client, tmp_path, protocol):
     async with running_edge(edge_settings(cluster, tmp_path)) as (_, url, grpc):

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betrace.service.cluster.evaluator import snapshot as snapshots
@@ -14,6 +14,7 @@ from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.rules.parse import parse
 from betrace.service.traces import checkpoint
 from tests.support.engine import active
+from tests.support.examples import examples
 from tests.support.oracle import OracleSpan, breach
 from tests.support.partition_world import Owner, PartitionWorld
 from tests.support.spans import S
@@ -120,6 +121,7 @@ def one_by_one(script: list[tuple[Any, ...]]) -> tuple[PartitionWorld, Owner]:
     return world, owner
 
 
+@settings(max_examples=examples(25), deadline=None)
 @given(events(), st.integers(0, 2**32))
 def test_any_grouping_takeover_and_crash_gives_the_same(script, seed):
     random = Random(seed)
@@ -161,6 +163,7 @@ def test_any_grouping_takeover_and_crash_gives_the_same(script, seed):
     assert counts.dead_lettered == sum(event[0] == "corrupt" for event in script)
 
 
+@settings(max_examples=examples(25), deadline=None)
 @given(events())
 def test_signals_are_those_of_the_oracle(script):
     world, _ = one_by_one([event for event in script if event[0] not in ("rules", "corrupt")])

@@ -49,8 +49,8 @@ class Node:
         try:
             with self.scope, ThreadRunner(self.name, len(PARTITIONS)) as threads:
                 bucket = ConfigBucket(client, cluster.layout.members_bucket)
-                lease_seconds = settings.cluster.lease_seconds
-                membership = Membership(bucket, self.name, (ROLE,), lease_seconds)
+                seconds = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+                membership = Membership(bucket, self.name, (ROLE,), *seconds)
                 node = EvaluatorNode(self.name, client, cluster.layout, membership, threads)
                 self.evaluator = open_evaluator(settings, node)
                 async with trio.open_nursery() as nursery:
@@ -88,6 +88,7 @@ class Cluster(Load):
             tick_seconds=0.25,
         )
         super().__init__(cluster)
+        self.servers = server
         self.nursery = nursery
         self.all_settings = Settings(
             cluster=cluster,
@@ -132,17 +133,11 @@ def current(*nodes: Node) -> Callable[[], bool]:
     return check
 
 
-def has_rules(*nodes: Node) -> Callable[[], bool]:
-    return lambda: all(
-        node.evaluator.statuses[p].rules_revision > 0 for node in nodes for p in node.owned
-    )
-
-
 @on_a_server
 async def test_a_restarted_evaluator_continues_where_the_killed_one_was(cluster):
     one = await cluster.start("one")
     await wait_until(current(one))
-    await wait_until(has_rules(one))
+    await cluster.rules_are_known()
     await cluster.send_traces(50)
     await trio.sleep(1)
     one.kill()
@@ -159,7 +154,7 @@ async def test_a_restarted_evaluator_continues_where_the_killed_one_was(cluster)
 async def test_nothing_is_lost_or_doubled_while_evaluators_come_and_go(cluster):
     one = await cluster.start("one")
     await wait_until(current(one))
-    await wait_until(has_rules(one))
+    await cluster.rules_are_known()
     sent = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cluster.send_until, sent)
@@ -183,3 +178,30 @@ async def test_nothing_is_lost_or_doubled_while_evaluators_come_and_go(cluster):
         sent.set()
     await cluster.check()
     assert sum(status.fenced for status in two.evaluator.statuses) > 0
+
+
+@pytest.mark.slow
+async def test_nothing_is_lost_or_doubled_when_leaders_are_killed(tmp_path):
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    with NatsServers(tmp_path, 3) as servers:
+        await on_a_server(_kill_leaders)(servers)
+
+
+async def _kill_leaders(cluster: Cluster) -> None:
+    one = await cluster.start("one")
+    two = await cluster.start("two")
+    await wait_until(current(one, two))
+    await cluster.rules_are_known()
+    sent = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cluster.send_until, sent)
+        await trio.sleep(1)
+        for stream in (cluster.layout.spans_stream(0), cluster.layout.out_stream(1)):
+            leader = await trio.to_thread.run_sync(cluster.servers.leader, stream)
+            await trio.to_thread.run_sync(leader.restart)
+            await trio.to_thread.run_sync(cluster.servers.wait_healthy)
+            await trio.sleep(1)
+        sent.set()
+    await cluster.check()
+    assert {"one", "two"} == set(one.evaluator._membership.alive())

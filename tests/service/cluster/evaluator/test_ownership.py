@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import trio
 
 from betrace.channels import ThreadRunner
+from betrace.service.cluster.evaluator import work
 from betrace.service.cluster.membership import drain_key
+from betrace.service.storage.jetstream.errors import StreamFull
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
 
@@ -347,6 +350,28 @@ async def test_deleted_messages_are_a_gap(cluster):
 
 
 @in_virtual_time
+async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
+    with mock.patch.object(work, "_FORGET_SECONDS", 5.0):
+        one = FakeEvaluator(cluster.nats, "one", cluster.threads)
+        one.with_parts(log_days=20 / 86_400)
+        cluster.nursery.start_soon(one.run)
+        await wait_until(all_owned(one))
+        await cluster.send_for(60, interval=1)
+        await cluster.finish()
+    spans = one.parts.spans
+    first = await spans.get(0, await spans.first(0))
+    assert first is not None
+    assert 15 < trio.current_time() - first.time_ns / 1e9 < 40
+    one.scope.cancel()
+    two = cluster.start("two")
+    await wait_until(all_owned(two))
+    cluster.send_all(3)
+    await cluster.finish()
+    assert two.evaluator.statuses[0].unusable_checkpoints == 0
+    assert two.evaluator.statuses[0].gaps == 0
+
+
+@in_virtual_time
 async def test_rules_reach_every_partition_once(cluster):
     first = cluster.nats.put_rules("acme", b"[1]")
     one = cluster.start("one")
@@ -413,3 +438,58 @@ async def test_a_state_that_waits_is_asked_again(cluster):
     answers.set()
     await cluster.finish()
     assert one.evaluator.statuses[0].waiting is None
+
+
+@in_virtual_time
+async def test_a_takeover_waits_while_the_servers_are_unavailable(cluster):
+    one = cluster.start("one", checkpoint_seconds=1.0)
+    await wait_until(all_owned(one))
+    await cluster.send_for(3)
+    one.scope.cancel()
+    two = FakeEvaluator(cluster.nats, "two", cluster.threads)
+
+    def new_state(partition):
+        two.node.unavailable = True  # after the fence, before the output is read
+        return FakeEvaluator.new_state(two, partition)
+
+    two.with_parts(new_state=new_state)
+    cluster.nursery.start_soon(two.run)
+    await wait_until(lambda: two.node.unavailable)
+    await trio.sleep(5)
+    assert all(status.takeovers <= 1 for status in two.evaluator.statuses)
+    while not all_owned(two)():
+        two.node.unavailable = False
+        await trio.sleep(0.01)
+    await cluster.send_for(1)
+    await cluster.finish()
+    assert not any(status.failures for status in two.evaluator.statuses)
+
+
+@in_virtual_time
+async def test_a_drained_evaluator_has_nothing_and_goes_on(cluster):
+    one, two = cluster.start("one"), cluster.start("two")
+    await wait_until(all_owned(one, two))
+    await cluster.send_for(1)
+    with trio.fail_after(5):
+        await one.evaluator.drain()
+    assert one.owned == []
+    await wait_until(all_owned(two))
+    await trio.sleep(5)
+    assert one.owned == []
+    await cluster.finish()
+
+
+@in_virtual_time
+async def test_checkpoints_that_cannot_be_saved_are_counted(cluster):
+    one = FakeEvaluator(cluster.nats, "one", cluster.threads, checkpoint_seconds=1.0)
+
+    async def put(name, data):
+        raise StreamFull("no space left")
+
+    one.parts.blobs.put = put
+    cluster.nursery.start_soon(one.run)
+    await wait_until(all_owned(one))
+    await cluster.send_for(3)
+    await cluster.finish()
+    assert all(status.checkpoint_failures > 1 for status in one.evaluator.statuses)
+    assert all(status.checkpoint_at is None for status in one.evaluator.statuses)

@@ -43,10 +43,15 @@ class Evaluators(Load):
         self.nodes: dict[str, Node] = {}
 
     async def start(self, *names: str) -> None:
-        """Start evaluators, one after the other."""
-        for name in names:
+        """Start evaluators at the same time."""
+
+        async def start(name: str) -> None:
             running = self.processes.running("evaluator", name, checkpoint__interval_seconds="2")
             self.nodes[name] = await trio.to_thread.run_sync(self.stack.enter_context, running)
+
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(start, name)
 
     def metrics(self, name: str, metric: str) -> dict[int, float]:
         """A metric of a node, by partition."""
@@ -87,49 +92,33 @@ class Evaluators(Load):
         )
 
 
-async def test_evaluators_are_killed_frozen_drained_and_stopped(server, tmp_path):
+async def test_evaluators_are_killed_frozen_and_drained(server, tmp_path):
     with ExitStack() as stack:
         cluster = Evaluators(server, tmp_path, stack)
         await cluster.open()
         stack.callback(cluster.client.stop)
-        await cluster.start("one")
-        await cluster.current("one")
-        await trio.sleep(2)  # the rules arrive
-        times = {}
+        await cluster.start("one", "two", "three")
+        await cluster.current("one", "two", "three")
+        await cluster.rules_are_known()
         sent = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cluster.send_until, sent)
-            await cluster.start("two", "three")
-            await cluster.current("one", "two", "three")
-            began = trio.current_time()
+            await trio.sleep(2)
             cluster.nodes["one"].kill()
             await cluster.current("two", "three")
-            times["killed"] = trio.current_time() - began
 
             cluster.signal("two", signal.SIGSTOP)
-            began = trio.current_time()
             await cluster.current("three")
-            times["frozen"] = trio.current_time() - began
-            await trio.sleep(4)
+            await trio.sleep(2)
             cluster.signal("two", signal.SIGCONT)
             await cluster.current("two", "three")
             fenced = cluster.metrics("two", "betrace_partition_fenced_total")
             assert sum(fenced.values()) > 0
 
-            began = trio.current_time()
             done = await cluster.drain("three")
             assert done.returncode == 0, done.stdout + done.stderr
+            assert done.stdout.endswith("three has 0 partitions\n")
             await cluster.current("two")
-            times["drained"] = trio.current_time() - began
-            moved = cluster.metrics("two", "betrace_partition_takeover_seconds")
-            await cluster.start("four")
-            await cluster.current("two", "four")
-
-            cluster.signal("two", signal.SIGTERM)
-            began = trio.current_time()
-            await cluster.current("four")
-            times["stopped"] = trio.current_time() - began
             await trio.sleep(1)
             sent.set()
         await cluster.check()
-        print({name: round(seconds, 2) for name, seconds in times.items()}, moved)

@@ -9,6 +9,7 @@ import orjson
 import pytest
 import trio
 
+from betrace.service.api.app import create_api
 from betrace.service.api.components import components
 from betrace.service.cluster import output
 from betrace.service.cluster.query.applied import read_cursors
@@ -19,7 +20,7 @@ from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.traces.verdicts import Decided
 from tests.support.failing_stores import due, signal
-from tests.support.inprocess import ledger_signals, settings, write_rules
+from tests.support.inprocess import ledger_signals, running, settings, write_rules
 from tests.support.query_nodes import FedNode
 
 
@@ -248,3 +249,31 @@ async def test_a_closed_trace_is_shown_from_its_row(config):
         )
         assert (found["state"], found["missing"]) == ("closed", 1)  # its message was deleted
         assert [each["id"] for each in found["signals"]] == [signal(1).id]
+
+
+async def test_the_api_of_a_query_node(config):
+    node = FedNode()
+    node.outs[0].add(decided(1, signals=[1]))
+    async with node.running(config) as service:
+        await node.applied(service)
+        client = create_api(service.tools, None, frozenset()).test_client()
+        found = await (await client.get("/api/cluster")).get_json()
+        assert [each["applied"] for each in found["partitions"]] == [1, 0]
+        for method, path in (
+            ("DELETE", "/api/admin/tenants/acme"),
+            ("POST", "/api/admin/pipeline/pause"),
+            ("POST", "/api/admin/pipeline/resume"),
+            ("POST", "/api/admin/pipeline/drain"),
+        ):
+            answer = await client.open(path, method=method)
+            assert answer.status_code == 501, path
+            assert "on a cluster yet" in (await answer.get_json())["error"]["message"]
+        missing = await client.get(f"/api/v1/traces/{'ab' * 16}")
+        assert missing.status_code == 404
+        assert "query-1" in (await missing.get_json())["error"]["hint"]
+
+
+async def test_a_service_without_a_cluster_has_no_partitions(config):
+    async with running(config) as service:
+        client = create_api(service.tools, None, frozenset()).test_client()
+        assert (await client.get("/api/cluster")).status_code == 404
