@@ -65,16 +65,6 @@ async def patiently(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     raise AssertionError
 
 
-async def until_unavailable(log: SpanStreams) -> None:
-    """Wait until the remaining servers notice that the others are gone."""
-    with trio.fail_after(WAIT):
-        while True:
-            try:
-                await log.last(0)
-            except NatsUnavailable:
-                return
-
-
 async def check(log: SpanStreams, writers: Writers, partition: int) -> None:
     """What was acknowledged is stored where it was said to be, and everything once."""
     stored = await read_all(log, partition)

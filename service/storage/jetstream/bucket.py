@@ -13,11 +13,10 @@ from betrace.service.storage.jetstream.errors import (
     NotInStream,
     WrongLastSequence,
 )
-from betrace.service.storage.jetstream.nats import Nats, StoredMessage
+from betrace.service.storage.jetstream.nats import EXPECTED_SUBJECT_LAST, Nats, StoredMessage
 from betrace.service.storage.jetstream.stream_log import poll
 
 _OPERATION = "KV-Operation"
-_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _WAIT_SECONDS = 60.0
 _RETRY_SECONDS = 0.25
 _READ_BYTES = 4 << 20
@@ -75,7 +74,7 @@ class ConfigBucket:
             wanted = expected
             if wanted == 0:
                 wanted = await self._deleted_revision(nats, key)
-            more = {} if wanted is None else {_EXPECTED: str(wanted)}
+            more = {} if wanted is None else {EXPECTED_SUBJECT_LAST: str(wanted)}
             try:
                 return await nats.publish(self._prefix + key, value, headers | more)
             except WrongLastSequence as error:

@@ -21,7 +21,12 @@ from betrace.service.storage.jetstream.errors import (
     WrongLastSequence,
 )
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.nats import EXPECTED_LAST, MESSAGE_ID, Nats
+from betrace.service.storage.jetstream.nats import (
+    EXPECTED_LAST,
+    EXPECTED_SUBJECT_LAST,
+    MESSAGE_ID,
+    Nats,
+)
 from betrace.service.storage.jetstream.stream_log import (
     ATTEMPT_SECONDS,
     EPOCH,
@@ -72,12 +77,17 @@ class FencedLog:
                     before = await self._epoch(nats)
                     number = 1 + (before.number if before else 0)
                     last = await nats.last_sequence(self._stream)
-                    headers = {EPOCH: str(number), _OWNER: owner}
+                    headers = {
+                        EPOCH: str(number),
+                        _OWNER: owner,
+                        # A server that was the leader may not know the latest epoch.
+                        EXPECTED_SUBJECT_LAST: str(before.sequence if before else 0),
+                    }
                     sequence = await self._publish(nats, self._epoch_subject, b"", headers, last)
                 except NatsUnavailable as error:
                     await retries.pause(self._stream, error)
-                except WrongLastSequence:
-                    continue
+                except WrongLastSequence as error:
+                    await retries.pause(self._stream, error)
                 else:
                     await announce(nats, self._wakeup)
                     return Epoch(number, sequence, owner)
@@ -165,9 +175,9 @@ class FencedLog:
                 except NatsUnavailable as unavailable:
                     await retries.pause(self._stream, unavailable)
                     continue
-                if found is None:  # it is being stored
+                if found is None and EPOCH not in headers:  # it is being stored
                     await retries.pause(self._stream, error)
-                elif found.headers.get(MESSAGE_ID) == message_id:
+                elif found is not None and found.headers.get(MESSAGE_ID) == message_id:
                     return last + 1
                 else:
                     raise

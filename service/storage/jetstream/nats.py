@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 API = "$JS.API"
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED_LAST = "Nats-Expected-Last-Sequence"
+EXPECTED_SUBJECT_LAST = "Nats-Expected-Last-Subject-Sequence"
 REQUEST_SECONDS = 5.0
 
 _MOST_MESSAGES = 1000  # the servers' limit for one request

@@ -99,7 +99,8 @@ class SpanStreams:
         return await self._client.call(work)
 
     async def last(self, partition: int) -> int:
-        """The sequence of the last message, 0 without any. Raises :exc:`NatsUnavailable`."""
+        """The sequence of the last message, 0 without any. A leader that has lost its quorum may
+        answer with an earlier one. Raises :exc:`NatsUnavailable`."""
         stream = self._layout.spans_stream(partition)
         return await self._client.call(lambda nats: nats.last_sequence(stream))
 

@@ -12,7 +12,9 @@ import trio
 
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import setup
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Fenced, FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.nats import Nats
@@ -23,7 +25,6 @@ from tests.support.log_writers import (
     check,
     patiently,
     read_all,
-    until_unavailable,
 )
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 
@@ -157,7 +158,9 @@ async def test_without_a_quorum_calls_fail_in_time_and_recover(
     lost = servers.servers[1:]
     for server in lost:
         server.kill()
-    await until_unavailable(log)
+    bucket = ConfigBucket(client, layout.config_bucket)
+    with trio.fail_after(WAIT), pytest.raises(NatsUnavailable):
+        await bucket.put("key", b"value")
     with trio.move_on_after(0.5) as scope:
         await log.append(0, b"unknown", "unknown")
     assert scope.cancelled_caught

@@ -167,3 +167,20 @@ async def test_an_append_that_a_successor_overtook_is_fenced_even_if_its_reply_w
     assert [each[1] for each in await contents(logs[1])].count(2) == 1
     with pytest.raises(Fenced):
         await logs[0].append(b"later")
+
+
+async def test_epochs_have_different_numbers_even_if_the_answer_of_a_former_leader_is_old(
+    logs: list[FencedLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await logs[0].open("ann")
+    old = await logs[0].epoch()
+    await logs[1].open("bob")
+    read, answers = FencedLog._epoch, []
+
+    async def stale(log: FencedLog, nats: Nats) -> Epoch | None:
+        answers.append(old if len(answers) < 3 else await read(log, nats))
+        return answers[-1]
+
+    monkeypatch.setattr(FencedLog, "_epoch", stale)
+    assert await logs[2].open("eve") == Epoch(3, 3, "eve")
+    assert len(answers) == 4
