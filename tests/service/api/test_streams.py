@@ -44,7 +44,7 @@ class EventClient:
         await trio.aclose_forcefully(self.raw.stream)
 
     async def _until(self, mark):
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while mark not in self.raw.buffer:
                 await self.raw._more()
         found, _, self.raw.buffer = self.raw.buffer.partition(mark)
@@ -53,7 +53,7 @@ class EventClient:
 
 async def subscribed(service, number=1):
     """Return when so many listeners are there."""
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while len(service.subscriptions._open) != number:
             await trio.sleep(0.01)
 
@@ -139,7 +139,7 @@ async def test_streams_are_limited(tmp_path):
             assert b"api.max_streams" in await second.rest()
             await first.close()
             status = 503
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 while status != 200:  # until the server notices that the first is closed
                     client = await EventClient.open(server, STREAM)
                     status = client.status
