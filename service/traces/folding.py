@@ -204,7 +204,7 @@ class FoldRun:
             outputs.dirty[: counts[DIRTIED] if early is None else 0],
             opened=counts[OPENED],
             repeated=counts[REPEATS],
-            matched=counts[MATCHED],
+            matched=counts[MATCHED] - self._unknown,
             reopened=self._reopened,
             unknown=self._unknown,
             received_ns=self._batch.received_ns,
@@ -340,7 +340,8 @@ class FoldRun:
             raise error
 
     def _matches(self, row: int, check: int) -> list[int]:
-        """The checks that a row satisfies, among those that were asked for."""
+        """The numbers under which a row is counted, of the checks that were asked for: those that
+        it satisfies, and ``unknown_of`` of those of which nobody can tell."""
         rules = self._table.rules
         wanted: Sequence[int] = (check,)
         if check < 0:
@@ -353,6 +354,7 @@ class FoldRun:
             if verdict:
                 found.append(c)
             elif verdict is None:
+                found.append(int(rules.unknown_of[c]))
                 unknown += 1
         self._unknown += unknown
         return found
