@@ -214,7 +214,7 @@ class FoldRun:
 
     def _pieces(self) -> Iterator[int]:
         """The rows after the last of each call of the kernel. All rows are one piece unless there
-        are many of them, or many checks."""
+        are many of them, or many checks. Rows that are skipped belong to no piece."""
         n, rules = len(self._batch), self._table.rules
         checks = max(len(rules.checks), 1) * (8 if len(rules.names.arrays.globs) else 1)
         rows = max(1, min(_CELLS // checks, _PATTERN_CELLS // max(rules.patterns.count, 1)))
@@ -222,14 +222,19 @@ class FoldRun:
         sizes = None
         if len(self._batch.buf) > most:
             sizes = np.cumsum(self._batch.spans[:, MSG_LEN])
-        end = 0
-        while end < n:
-            start, end = end, min(n, end + rows)
+        left = np.flatnonzero(self._arrays.skip == 0)
+        end = at = 0
+        while at < len(left):
+            start = int(left[at])
+            end = min(n, start + rows)
             if sizes is not None:
                 before = int(sizes[start - 1]) if start else 0
                 full = int(np.searchsorted(sizes, before + most, "right"))
                 end = min(end, max(start + 1, full))
             yield end
+            at = int(np.searchsorted(left, end))
+        if end < n:
+            yield n
 
     def _take_rows(self, end: int) -> None:
         """Fold the rows up to ``end``."""
