@@ -43,6 +43,7 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission, TenantStates
+from betrace.service.rules.patterns import set_match_bytes
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
 from betrace.service.rules.watch import RuleWatch
@@ -85,6 +86,7 @@ def open_query_service(
     data = settings.storage.path
     data.mkdir(parents=True, exist_ok=True)
     raise_limit()
+    set_match_bytes(settings.rules.match_max_bytes)
     stores = _open_stores(data, settings, stack)
     directory = TenantDirectory(data / "tenants.sqlite")
     stack.callback(directory.close)

@@ -99,7 +99,7 @@ async def operate(operator: Operator, service: Running) -> None:
     await operator.until(lambda: bool(app.panel._shown))
     await operator.change("3", "R")
     await press("7", "x")
-    assert "1 queued for retry" in await operator.change("R")
+    assert "queued for retry" in await operator.change("R")  # it may have been retried by itself
     if app.panel._shown:
         assert "queued for retry" in await operator.change("A")
     await operator.until(lambda: not app.panel._shown)
