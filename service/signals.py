@@ -9,6 +9,7 @@ from typing import Any
 
 MODE = "mode"  # keys of a signal's context that the API shows as fields
 MISSING_PARENTS = "missing_parents"
+SERVICE = "service"
 
 
 class Kind(StrEnum):
@@ -53,7 +54,7 @@ class Signal:
     spans: ``window`` is its number, ``first`` and ``last`` are the numbers of its spans by arrival,
     and ``spans`` are their ids. Of a rule with ``for each``, its ``groups`` say how many were
     ``broken``, ``of`` how many, and give up to five ``examples`` (``key``, ``clause``, ``spans``).
-    ``context`` also has what :attr:`mode` and :attr:`missing_parents` return.
+    ``context`` also has what :attr:`mode`, :attr:`missing_parents` and :attr:`service` return.
     ``episode`` counts how often the breach had been retracted before, from 0; a signal and its
     retraction have the same.
     """
@@ -91,6 +92,12 @@ class Signal:
         """How many parents were missing when the trace was closed; 0 if none was, or if the signal
         was raised before."""
         return int((self.context or {}).get(MISSING_PARENTS, 0))
+
+    @property
+    def service(self) -> str | None:
+        """The service of the trace's root span or, if that had not arrived, of its first span;
+        None if they name no service, and for signals of version 0.2.0 and older."""
+        return (self.context or {}).get(SERVICE)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, ``detected_at`` still in nanoseconds."""

@@ -24,6 +24,8 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.turns import TenantTurns
+from betrace.service.api.unstored_signals import UnstoredSignals
+from betrace.service.storage.duck.queries import StoredSignal
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.triage import TriageStore
 from betrace.service.storage.undecided import UndecidedStore
@@ -72,6 +74,7 @@ class Tools:
     exposition: Exposition
     threads: ThreadRunner
     """For calls that block."""
+    unstored: UnstoredSignals = field(default_factory=UnstoredSignals)
     turns: TenantTurns = field(init=False)
     """How tenants share the threads."""
     streams: Counter[str] = field(default_factory=Counter)
@@ -79,6 +82,14 @@ class Tools:
 
     def __post_init__(self) -> None:
         self.turns = TenantTurns(self.threads.statistics().threads)
+
+    def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
+        """A signal, also if it is not stored yet. Blocks."""
+        stored = self.store.signal(tenant, signal_id)
+        if stored is not None:
+            return stored
+        found = self.unstored.find(tenant, signal_id)
+        return found and StoredSignal(found[0], "active" if found[1] else "retracted", 0)
 
 
 @dataclass(slots=True)

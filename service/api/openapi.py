@@ -9,9 +9,11 @@ from typing import Any
 
 from betrace.service.api.endpoint import HTML_TYPE, JSON_TYPE, Answer, Call, Endpoint, Endpoints
 from betrace.service.api.endpoints import (
+    alerts,
     breakers,
     caches,
     checkpoints,
+    cluster,
     dead_letters,
     fallback,
     health,
@@ -46,8 +48,17 @@ ERROR_SCHEMA = {
 
 def all_endpoints() -> list[Endpoint]:
     """All endpoints of the API, in the order of the documentation."""
-    operation = (performance, breakers, dead_letters, fallback, checkpoints, caches, pipeline)
-    modules = (signals, undecided, rules, *operation, tenants, health)
+    operation = (
+        performance,
+        breakers,
+        dead_letters,
+        fallback,
+        checkpoints,
+        caches,
+        pipeline,
+        cluster,
+    )
+    modules = (signals, alerts, undecided, rules, *operation, tenants, health)
     return [item for module in modules for item in module.endpoints.all] + endpoints.all
 
 

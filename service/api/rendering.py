@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from betrace.service.config.edge import Api
-from betrace.service.signals import MISSING_PARENTS, MODE, Signal
+from betrace.service.signals import MISSING_PARENTS, MODE, SERVICE, Signal
 from betrace.service.storage.duck.queries import StoredSignal, TraceRow
 from betrace.service.storage.triage import Acknowledgement, TriageStore
 from betrace.service.times import write_time
 
 Json = dict[str, Any]
 
+_FIELDS = (MODE, MISSING_PARENTS, SERVICE)
+
 
 def signal_json(signal: Signal) -> Json:
     """A signal. What its context says of rule and trace are fields."""
-    context = {k: v for k, v in (signal.context or {}).items() if k not in (MODE, MISSING_PARENTS)}
+    context = {k: v for k, v in (signal.context or {}).items() if k not in _FIELDS}
     return {
         **signal.to_json(),
         "detected_at": write_time(signal.detected_at),
         "context": context or None,
         MODE: signal.mode,
         MISSING_PARENTS: signal.missing_parents,
+        SERVICE: signal.service,
     }
 
 

@@ -21,6 +21,7 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
     printable,
+    refuse_on_cluster,
     settings_options,
     warn,
 )
@@ -133,6 +134,7 @@ def replay(
     from betrace.service.rules.patterns import set_match_bytes
 
     settings = load(config, overrides)
+    refuse_on_cluster(settings, "replay", "the spans are in JetStream, not in the data directory")
     set_match_bytes(settings.rules.match_max_bytes)
     if not settings.storage.path.is_dir():
         raise Failure(

@@ -29,8 +29,8 @@ from betrace.service.rules.definition import ALERT, SEVERITIES, SHADOW
 LATEST = 10
 """How many earlier signals ``--follow`` begins with."""
 
-_HEAD = ("DETECTED", "SEVERITY", "STATUS", "RULE", "TRACE", "WHAT")
-_WIDTHS = (20, 8, 9, 28, 32, 0)  # while following, when the rows to come are unknown
+_HEAD = ("DETECTED", "SEVERITY", "STATUS", "SERVICE", "RULE", "TRACE", "WHAT")
+_WIDTHS = (20, 8, 9, 16, 28, 32, 0)  # while following, when the rows to come are unknown
 _REMEMBERED = 10_000
 _LONGEST_PAUSE = 30.0
 
@@ -48,6 +48,7 @@ Json = dict[str, Any]
     type=click.Choice((ALERT, SHADOW)),
     help="Only signals of rules in this mode; nobody is alerted of those of shadow rules.",
 )
+@click.option("--service", metavar="NAME", help="Only signals of traces of this service.")
 @click.option("--since", type=Moment(), help="Only signals since a time, such as 1h.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with new signals as they are raised.")
 @click.option(
@@ -151,10 +152,7 @@ def _follow(api: ServiceApi, filters: Json, limit: int, as_json: bool) -> None:
                 earlier, _ = _list(api, filters, limit)
                 connected, pause, limit = True, 0.0, PAGE
                 for signal in chain(reversed(earlier), events):
-                    status = _status(signal)
-                    mode = signal.get("mode", ALERT)
-                    wanted = filters.get("status", status) == status
-                    if signal["id"] in seen or not wanted or filters.get("mode", mode) != mode:
+                    if signal["id"] in seen or not _wanted(signal, filters):
                         continue
                     show(signal)
                     seen[signal["id"]] = None
@@ -168,6 +166,16 @@ def _follow(api: ServiceApi, filters: Json, limit: int, as_json: bool) -> None:
             failure.show()
         pause = min(_LONGEST_PAUSE, 2 * pause or 1.0)
         time.sleep(pause)
+
+
+def _wanted(signal: Json, filters: Json) -> bool:
+    """Whether a streamed signal satisfies the filters that streams do not have."""
+    found = {
+        "status": _status(signal),
+        "mode": signal.get("mode", ALERT),
+        "service": signal.get("service"),
+    }
+    return all(filters.get(name, value) == value for name, value in found.items())
 
 
 def _status(signal: Json) -> str:
@@ -193,6 +201,7 @@ def _row(signal: Json) -> tuple[str, ...]:
         signal["detected_at"][:19] + "Z",
         signal["severity"],
         _marked_status(signal),
+        signal.get("service") or "-",
         signal["rule_id"],
         signal["trace_id"],
         signal["message"],

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from betrace.service.config.alerts import AlertSettings
 from betrace.service.config.base import OFF, is_loopback, split_address
+from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.edge import (
     Api,
     Auth,
@@ -47,6 +48,14 @@ from betrace.service.config.stores import (
     Retention,
     Storage,
 )
+
+_ANY_HOST = ("0.0.0.0", "::")
+
+
+def _same_host(host: str, listening: str) -> bool:
+    """Whether requests to ``host`` reach a listener on the address ``listening``."""
+    one, other = ("127.0.0.1" if each == "localhost" else each for each in (host, listening))
+    return one == other or (other in _ANY_HOST and is_loopback(one))
 
 
 class Settings(BaseModel):
@@ -81,6 +90,7 @@ class Settings(BaseModel):
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
     tracing: Tracing = Tracing()
+    cluster: ClusterSettings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -114,18 +124,28 @@ class Settings(BaseModel):
         return self
 
     def _exports_elsewhere(self, addresses: dict[str, str]) -> None:
-        """Refuse to export signals to a listener of this service."""
-        listening = {split_address(each): name for name, each in addresses.items() if each != OFF}
-        exports = {
-            "export.otlp.endpoint": self.export.otlp.endpoint,
-            "export.webhook.url": self.export.webhook.url,
+        """Refuse to send signals or alerts to a listener of this service."""
+        listening = {
+            (host, port): name
+            for name, address in addresses.items()
+            if address != OFF
+            for host, port in [split_address(address)]
         }
-        for setting, url in exports.items():
+        exports = [
+            ("export.otlp.endpoint", self.export.otlp.endpoint),
+            ("export.webhook.url", self.export.webhook.url),
+            ("alerts.webhook.url", self.alerts.webhook.url),
+            *(("alerts.alertmanager.urls", url) for url in self.alerts.alertmanager.urls),
+        ]
+        for setting, url in exports:
             parts = urlsplit(url)
-            host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            if name := listening.get((host, port)):
-                raise ValueError(
-                    f"{setting} is {url}, but {name} of this service listens there; name the "
-                    "Collector or the receiver that signals are for"
-                )
+            host, port = (
+                parts.hostname or "",
+                parts.port or (443 if parts.scheme == "https" else 80),
+            )
+            for (own, own_port), name in listening.items():
+                if port == own_port and _same_host(host, own):
+                    raise ValueError(
+                        f"{setting} is {url}, but {name} of this service listens there; name the "
+                        "Collector or the receiver that signals are for"
+                    )

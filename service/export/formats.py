@@ -67,6 +67,7 @@ def otlp_logs(
             ("counts", orjson.dumps(signal.counts).decode()),
             ("evidence", orjson.dumps(signal.evidence).decode()),
             ("reason", signal.reason),
+            ("service", signal.service),
             ("url", page_url(f"/signals/{raised_id(signal)}", signal.tenant)),
             *((f"label.{name}", value) for name, value in signal.labels.items()),
         ):

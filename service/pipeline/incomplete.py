@@ -1,8 +1,9 @@
 """Marks the signals of incomplete traces: those whose spans name a parent that never came.
 
-Only traces with new signals are looked at, because that means reading them back from the log.
-Reading takes a limited share of time; beyond it, signals are passed on without the mark. Rules that
-skip incomplete traces do not depend on this: :mod:`betrace.service.traces.relational` decides them.
+Traces that were read to judge them are known. Of the others, only those with new signals are looked
+at, because that means reading them back from the log. Reading takes a limited share of time; beyond
+it, signals are passed on without the mark. Rules that skip incomplete traces do not depend on this:
+:mod:`betrace.service.traces.relational` decides them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class IncompleteTraces:
     async def mark(self, found: Sequence[Decided]) -> None:
         """Mark the raised signals of closed traces, in place."""
         for decided in found:
-            numbers = _numbers(decided)
+            numbers = _mark_known(decided)
             if not numbers:
                 continue
             if not self._time_left():
@@ -79,8 +80,19 @@ class IncompleteTraces:
 
 def mark_now(decided: Decided, read_back: ReadBack) -> None:
     """Mark the raised signals of closed traces, in place. Blocks, for as long as it takes."""
-    if numbers := _numbers(decided):
+    if numbers := _mark_known(decided):
         _mark(decided, _missing(decided, numbers, read_back))
+
+
+def _mark_known(decided: Decided) -> list[int]:
+    """Mark the signals of traces that were read to judge them. Returns the numbers of the others
+    that have new signals."""
+    numbers, closed = _numbers(decided), decided.closed
+    if closed is None or not decided.missing:
+        return numbers
+    known = [k for k in numbers if k in decided.missing]
+    _mark(decided, {closed.trace_id(k): n for k in known if (n := decided.missing[k])})
+    return [k for k in numbers if k not in decided.missing]
 
 
 def _numbers(decided: Decided) -> list[int]:

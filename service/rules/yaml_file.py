@@ -71,15 +71,6 @@ def load_file(path: Path) -> list[Rule]:
     return load_text(text, source)
 
 
-def check_file(path: Path) -> list[Problem]:
-    """The problems in a rule file; empty if it is valid."""
-    try:
-        load_file(path)
-    except RuleFileError as error:
-        return list(error.problems)
-    return []
-
-
 def dump_rules(rules: list[Rule]) -> str:
     """The text of a rule file with these rules; the inverse of :func:`load_text`."""
     definitions = []

@@ -10,8 +10,18 @@ import numpy as np
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.traces.layout import FLAGS as SLOT_FLAGS
-from betrace.service.traces.layout import HI, LO, ROOT_NAME_LEN, ROOTED, SERVICES_1, SERVICES_2
+from betrace.service.traces.layout import (
+    HI,
+    LO,
+    ROOT_NAME_LEN,
+    ROOT_SERVICE,
+    ROOTED,
+    SERVICES_1,
+    SERVICES_2,
+)
 from betrace.service.traces.signal_history import SignalHistory
+
+MOST_SERVICE = 200  # characters of a service's name in a signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,13 @@ class DueTraces:
             return None
         raw = self.names[k, : self.rows[k, ROOT_NAME_LEN]].tobytes()
         return raw.decode(errors="ignore")
+
+    def service(self, k: int) -> str:
+        """The service of the root span of trace ``k`` or, if no root span was seen, of its first
+        span (cut at 200 characters); empty without one."""
+        row = self.rows[k]
+        number = int(row[ROOT_SERVICE] if row[SLOT_FLAGS] & ROOTED else row[SERVICES_1] & 0xFFFF)
+        return self.services[number][:MOST_SERVICE] if number else ""
 
     def service_names(self, k: int) -> list[str]:
         """The services of trace ``k``, up to eight, in order of appearance."""

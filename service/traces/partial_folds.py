@@ -91,7 +91,9 @@ class TenantPartialFolds:
 
     def saved(self) -> list[list[Any]]:
         """All frames as JSON: rows (position, rows, asks)."""
-        return [[at, left.rows.tolist(), left.asks] for at, left in self._frames.items()]
+        return [
+            [position, left.rows.tolist(), left.asks] for position, left in self._frames.items()
+        ]
 
     def restore(self, saved: list[list[Any]]) -> None:
         """Add what :meth:`saved` returned."""

@@ -16,6 +16,7 @@ from betrace.service.rules.wording import breach_text, counts_text
 from betrace.service.signals import (
     MISSING_PARENTS,
     MODE,
+    SERVICE,
     Kind,
     Signal,
     incomplete_text,
@@ -68,6 +69,9 @@ class Decided:
 
     undecided: list[Undecided] = field(default_factory=list)
     """Closed traces that may break rules, but could not be judged."""
+
+    missing: dict[int, int] = field(default_factory=dict)
+    """How many parents are missing, for closed traces of which judging found it out, by number."""
 
     outcomes: Rows | None = None
     """For closed traces, the number of traces by rule and outcome, see
@@ -126,6 +130,7 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         due.received_ns,
         due.ticket,
         judged.undecided,
+        judged.missing,
         outcomes,
     )
 
@@ -274,6 +279,8 @@ def _context(
         found["groups"] = judgement.groups
     if rule.mode == SHADOW:
         found[MODE] = SHADOW
+    if service := due.service(k):
+        found[SERVICE] = service
     return found or None
 
 

@@ -3,6 +3,7 @@ keyboard, without JavaScript, signed in, attacked, and under load."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -129,6 +130,7 @@ def paths(service: Running) -> list[str]:
         f"/traces/{signal['trace_id']}?span={3:016x}",
         "/rules",
         "/rules/fraud-check",
+        "/undecided",
         "/rule-editor",
         "/sign-in",
         "/signals/" + "0" * 32,
@@ -147,6 +149,18 @@ def test_every_page_is_accessible_and_fits(
             for summary in page.locator(".action > summary").all():
                 summary.click()
             assert accessibility(page) == [], path
+
+
+def test_lists_follow_the_signals(browser: Any, shop: Running) -> None:
+    with visiting(browser) as page:
+        for path in ("/", "/signals"):
+            with page.expect_response(lambda answer: answer.url.endswith("/live")) as stream:
+                page.goto(shop.api + path)
+            assert stream.value.status == 200
+            trace = os.urandom(16)
+            assert shop.send(payment(trace)).status_code == 200
+            (signal,) = wait_for(lambda trace=trace: shop.signals(trace.hex()), 60)
+            page.locator(f'.signals a[href*="/signals/{signal["id"]}"]').wait_for()
 
 
 def test_what_attacks_stays_text(browser: Any, shop: Running) -> None:

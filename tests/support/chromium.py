@@ -52,7 +52,9 @@ def visiting(
     page.on(
         "console",
         lambda message: (
-            faults.append(f"console: {message.text}") if message.type == "error" else None
+            faults.append(f"console: {message.text} {message.location}")
+            if message.type == "error"
+            else None
         ),
     )
     try:

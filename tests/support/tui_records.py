@@ -29,6 +29,7 @@ def signal(number: int, **more: Any) -> dict[str, Any]:
         "context": None,
         "episode": 0,
         "status": "active",
+        "service": "frontend",
         **more,
     }
 

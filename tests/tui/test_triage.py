@@ -11,6 +11,7 @@ from betrace.tui.panels.span_text import span_text
 from betrace.tui.traces import attribute_text, spans_of
 from betrace.tui.widgets.detail import Detail
 from betrace.tui.widgets.dialogs import Ask, Confirm
+from betrace.tui.widgets.pick import Pick
 from tests.support import tui_records as records
 from tests.support.tui_fake import piloted, refusal, screen_text, snapshot_at, toasts, until
 
@@ -248,11 +249,11 @@ async def test_signals_are_grouped_by_rule(pilot, api):
     await until(lambda: "by rule" in screen_text(app).splitlines()[2])
     text = screen_text(app)
     assert len(app.panel._shown) == 3
-    assert "2 signals; Tried [bold]" in text
+    assert "2 signals; Tried" in text
     await pilot.press("G", "A")  # a group is not one signal
     assert toasts(app)[0][1] == "Open the rule first, and choose one of its signals."
     api.raise_signal(records.signal(30, rule_id="retries"))
-    await until(lambda: app._show() or "3 signals; Payments" in screen_text(app))
+    await until(lambda: app._show() or "3 signals; Pay" in screen_text(app))
     assert app.panel.selected == "rule retries"
     await pilot.press("enter")
     await until(lambda: "rule retries" in screen_text(app))
@@ -432,3 +433,84 @@ def test_a_span_in_full():
 )
 def test_values_of_attributes(value, text):
     assert attribute_text(value) == text
+
+
+# Alerts and undecided traces
+
+ALERT = {
+    "rule_id": "fraud-check",
+    "severity": "critical",
+    "started": "2023-11-14T22:13:20.000000000Z",
+    "last": "2023-11-14T22:13:25.000000000Z",
+    "count": 7,
+    "delivered": {},
+    "examples": [{"trace_id": records.TRACE, "message": "Payments: missing: [bold]fraud"}],
+}
+
+
+@pytest.mark.parametrize("number", ["1", "5"])
+def test_the_alerts_that_fire_are_listed(number):
+    @piloted(size=WIDE)
+    async def run(pilot, api):
+        app = pilot.app
+        await pilot.press(number)
+        for answer, says in (
+            ({"alerts": [], "total": 0, "destinations": []}, "Nobody is alerted"),
+            ({"alerts": [], "total": 0, "destinations": ["alerts-webhook"]}, "no alert fires"),
+            (
+                {"alerts": [ALERT], "total": 3, "destinations": ["alerts-webhook"]},
+                "known to nobody yet",
+            ),
+        ):
+            api.routes["GET", "/api/v1/alerts"] = answer
+            await pilot.press("f")
+            await until(lambda: isinstance(app.screen, Detail))
+            await until(lambda says=says: says in screen_text(app))
+            text = screen_text(app)
+            await pilot.press("escape")
+            await until(lambda: not isinstance(app.screen, Detail))
+        assert "7 traces" in text
+        assert f"{records.TRACE}  Payments: missing: [bold]fraud" in text
+        assert "and 2 more" in text
+
+    run()
+
+
+@piloted(size=WIDE)
+async def test_undecided_traces_are_listed_of_all_rules_or_of_one(pilot, api):
+    app = pilot.app
+    record = {
+        "trace_id": records.TRACE,
+        "rule_id": "fraud-check",
+        "reason": "it has more than 50000 spans",
+        "at": "2023-11-14T22:13:25.000000000Z",
+    }
+    api.routes["GET", "/api/v1/undecided"] = {"undecided": [record], "next": "5"}
+    await pilot.press("u")
+    await until(lambda: "it has more than 50000 spans" in screen_text(app))
+    assert "There are more" in screen_text(app)
+    await pilot.press("escape", "6")
+    await until(lambda: app.panel.selected == "fraud-check")
+    api.routes["GET", "/api/v1/undecided"] = {"undecided": [], "next": None}
+    await pilot.press("u")
+    await until(lambda: "every trace was judged" in screen_text(app))
+    assert "Undecided traces of fraud-check" in screen_text(app)
+    queries = [str(r.url) for r in api.requests if r.url.path == "/api/v1/undecided"]
+    assert ["rule=" in each for each in queries] == [False, True]
+
+
+@piloted()
+async def test_signals_are_filtered_by_service(pilot, api):
+    app = pilot.app
+    await listed(pilot, api)
+    await pilot.press("e")
+    await until(lambda: isinstance(app.screen, Pick))
+    await pilot.press(*"front", "enter")
+    shown = lambda: app._show() or screen_text(app).splitlines()[2]  # noqa: E731
+    await until(lambda: "service frontend" in shown() and "● live" in shown())
+    asked = [str(r.url) for r in api.requests if r.url.path == "/api/v1/signals"]
+    assert "service=frontend" in asked[-1]
+    api.raise_signal(records.signal(30, service="bank"))
+    api.raise_signal(records.signal(31))
+    await until(lambda: app._show() or "22:13:51" in screen_text(app))
+    assert "22:13:50" not in screen_text(app)

@@ -75,6 +75,8 @@ class SignalText:
         ]
         if signal.get("reason"):
             facts.append(("reason", str(signal["reason"])))
+        if signal.get("service"):
+            facts.append(("service", str(signal["service"])))
         facts.append(("detected", date(moment(signal.get("detected_at")))))
         if acknowledged := acknowledged_text(signal):
             facts.append(("handled", Content.assemble(marked(acknowledged, "good"))))

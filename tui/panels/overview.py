@@ -13,6 +13,7 @@ from textual.content import Content
 from betrace.tui.format import bar, cut, duration, millis, number, percent, plural, words
 from betrace.tui.panels.details import show_stage
 from betrace.tui.panels.health import HealthProblem, problems
+from betrace.tui.panels.lists import show_alerts, show_undecided
 from betrace.tui.panels.pipeline_diagram import draw_pipeline
 from betrace.tui.panels.recent_signals import RecentSignals
 from betrace.tui.state import BreakerStatus, CacheStatus, ServiceState
@@ -35,6 +36,8 @@ class OverviewPanel(Panel, can_focus=True):
         Binding("enter", "open", "Open stage"),
         Binding("i", "app.panel(5)", "Signals", tooltip="Show the signals"),
         Binding("r", "app.panel(6)", "Rules", tooltip="Show the rules"),
+        Binding("f", "alerts", "Firing", tooltip="Show the alerts that fire now"),
+        Binding("u", "undecided", "Undecided", tooltip="Show traces that rules could not judge"),
     ]
 
     def __init__(self) -> None:
@@ -134,6 +137,12 @@ class OverviewPanel(Panel, can_focus=True):
         if now is not None and now.stages:
             self._chosen = (self._chosen + by) % len(now.stages)
             self.show(self.betrace.state)
+
+    def action_alerts(self) -> None:
+        show_alerts(self.betrace)
+
+    def action_undecided(self) -> None:
+        show_undecided(self.betrace)
 
     def action_open(self) -> None:
         now = self.betrace.state.now

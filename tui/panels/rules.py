@@ -13,6 +13,7 @@ from betrace.tui.changes import OperatorChange
 from betrace.tui.client import ApiClient, ClientError
 from betrace.tui.format import NONE, count, many, number
 from betrace.tui.json_values import Json, mapping, objects
+from betrace.tui.panels.lists import show_undecided
 from betrace.tui.panels.rule_edit import RuleEditor
 from betrace.tui.panels.rule_test import test_condition
 from betrace.tui.panels.triage import mute_or_unmute, muted_text
@@ -65,6 +66,9 @@ class RulesPanel(TenantListPanel):
         Binding("T", "test", "Test", tooltip="Test the rule on a recent trace"),
         Binding("M", "change_mute", "Mute", tooltip="Mute the rule, or end its mute"),
         Binding("i", "signals", "Signals", tooltip="Show the signals of the rule"),
+        Binding(
+            "u", "undecided", "Undecided", show=False, tooltip="Show traces it could not judge"
+        ),
     ]
 
     def __init__(self) -> None:
@@ -202,6 +206,10 @@ class RulesPanel(TenantListPanel):
     def action_signals(self) -> None:
         if self._rule is not None:
             self.betrace.post_message(ShowPanel("SignalsPanel", str(self._rule["id"])))
+
+    def action_undecided(self) -> None:
+        if self._rule is not None:
+            show_undecided(self.betrace, str(self._rule["id"]))
 
     def action_test(self) -> None:
         rule = self._rule

@@ -17,6 +17,7 @@ COLUMNS = (
     Column("mark", " ", 2),
     Column("status", "status", 9, narrow=0),
     Column("rule", "rule", 28, narrow=18),
+    Column("service", "service", 16, narrow=9),
     Column("message", "message", 20, flex=True),
     Column("trace", "trace", 32, shown_from=160),
 )
@@ -44,6 +45,7 @@ def signal_row(signal: Json) -> Row:
             Cell(f"{SYMBOLS[signal_tone(status)]}{mark}", tone),
             Cell(status, tone),
             Cell(str(signal.get("rule_id", ""))),
+            Cell(str(signal.get("service") or "")),
             Cell(" ".join(str(signal.get("message", "")).split())),
             Cell(str(signal.get("trace_id", ""))),
         ),
@@ -74,10 +76,16 @@ def group_row(rule_id: str, signals: Sequence[Json]) -> Row:
             Cell(SYMBOLS[tone], tone),
             Cell(f"{active} active", tone, active),
             Cell(rule_id),
+            Cell(_services(signals)),
             Cell(f"{many(len(signals), 'signal')}; {latest}", order=len(signals)),
             Cell(""),
         ),
     )
+
+
+def _services(signals: Sequence[Json]) -> str:
+    """The services of signals, in alphabetical order."""
+    return ", ".join(sorted({str(each["service"]) for each in signals if each.get("service")}))
 
 
 def group_text(rule_id: str, signals: Sequence[Json]) -> Content:

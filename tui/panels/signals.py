@@ -15,6 +15,7 @@ from betrace.tui.base import ReloadPanel
 from betrace.tui.client import ClientError, segment
 from betrace.tui.json_values import Json, objects
 from betrace.tui.panels.evidence import SignalText
+from betrace.tui.panels.lists import show_alerts
 from betrace.tui.panels.signal_rows import (
     COLUMNS,
     GROUP,
@@ -41,6 +42,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 """Seconds before a lost stream is opened again; they double up to the maximum."""
 
 _ALL = "all"
+_FILTERS = ("rule", "severity", "status", "service")
 _STATUSES = ("active", "retracted")
 
 
@@ -62,7 +64,11 @@ class SignalsPanel(TenantListPanel):
         Binding(
             "a", "pick('status')", "Status", tooltip="Show only active or only retracted signals"
         ),
+        Binding(
+            "e", "pick('service')", "Service", show=False, tooltip="Show signals of one service"
+        ),
         Binding("c", "clear", "All", tooltip="Show all signals again"),
+        Binding("f", "alerts", "Firing", show=False, tooltip="Show the alerts that fire now"),
         Binding("w", "web", "Page", show=False, tooltip="Open the page of the signal"),
     ]
 
@@ -70,7 +76,7 @@ class SignalsPanel(TenantListPanel):
 
     def __init__(self) -> None:
         super().__init__()
-        self._of: dict[str, str | None] = {"rule": None, "severity": None, "status": None}
+        self._of: dict[str, str | None] = dict.fromkeys(_FILTERS)
         self._read_as: object = None
         self._signals: dict[str, tuple[Json, Row]] = {}
         self._ordered: list[Row] | None = None
@@ -148,7 +154,8 @@ class SignalsPanel(TenantListPanel):
                 if all(known.get(name) == signal.get(name) for name in _IDENTITY):
                     self._keep({**known, "status": "retracted"})
             signal = {**signal, "status": "retracted"}
-        if self._of["status"] in (None, signal.get("status") or "active"):
+        status, service = signal.get("status") or "active", signal.get("service")
+        if self._of["status"] in (None, status) and self._of["service"] in (None, service):
             self._keep(signal)
             self._forget()
 
@@ -190,6 +197,8 @@ class SignalsPanel(TenantListPanel):
     def head(self) -> Sequence[Part]:
         parts: list[Part] = [self.tenant_label]
         for name, value in self._of.items():
+            if value is None and name == "service":
+                continue  # the line is full
             chosen = f"{name} {value or _ALL}"
             parts += ["  ", (chosen, "bold $warning") if value else chosen]
         shown = min(len(self._signals), self._most)
@@ -274,6 +283,9 @@ class SignalsPanel(TenantListPanel):
         self.from_top()
         self.show(self.betrace.state)
 
+    def action_alerts(self) -> None:
+        show_alerts(self.betrace)
+
     def action_web(self) -> None:
         if self._chosen is not None:
             open_page(self.betrace, f"/signals/{segment(str(self._chosen.get('id')))}")
@@ -284,10 +296,12 @@ class SignalsPanel(TenantListPanel):
         async def ask() -> None:
             if name == "rule":
                 values = await self._rules()
+            elif name == "service":
+                values = sorted({str(s["service"]) for s, _ in self._newest() if s.get("service")})
             else:
                 values = list(SEVERITIES if name == "severity" else _STATUSES)
             options = [(_ALL, _ALL), *((value, value) for value in values)]
-            check = _any if name == "rule" else None
+            check = _any if name in ("rule", "service") else None
             chosen = await self.betrace.push_screen_wait(
                 Pick(f"Show signals of which {name}?", options, check)
             )
@@ -306,7 +320,7 @@ class SignalsPanel(TenantListPanel):
         return sorted(seen | {str(rule.get("id")) for rule in objects(answer.get("rules"))})
 
     def filter_by(self, name: str, value: str | None) -> None:
-        """Show only signals of this rule, severity or status; None for all."""
+        """Show only signals of this rule, severity, status or service; None for all."""
         self._of[name] = value
         self._again()
 
@@ -333,7 +347,7 @@ _IDENTITY = ("rule_id", "rule_version", "trace_id", "episode")
 
 
 def _any(text: str) -> str:
-    return "" if text else "type the id of a rule"
+    return "" if text else "type a name"
 
 
 def _age(signal: tuple[Json, Row]) -> tuple[str, str]:

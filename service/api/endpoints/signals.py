@@ -54,6 +54,7 @@ MODE = Param(
     read_choice(ALERT, SHADOW),
     {"type": "string", "enum": [ALERT, SHADOW]},
 )
+SERVICE = Param("service", "Only signals of traces whose `service` this is.", read_text)
 HEX_TRACE = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
 TRACE_ID = Param("trace_id", "The id of the trace, 32 hex digits.", read_hex(32), HEX_TRACE)
 SIGNAL_ID = Param("id", "The id of the signal, 32 hex digits.", read_hex(32), HEX_TRACE)
@@ -85,6 +86,7 @@ def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             {"type": "string", "enum": list(STATUSES)},
         ),
         MODE,
+        SERVICE,
         SINCE,
         UNTIL,
         LIMIT,
@@ -95,10 +97,12 @@ def _page_and_filters(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
 async def list_signals(call: Call) -> Any:
     """For the next page, pass `next` as `cursor` with the same filters; it is null on the last.
     `muted` says whether the rule was muted when the signal was raised; `acknowledged` is null, or
-    has `at`, `by` and `note`. `mode` is that of the rule at the time. `missing_parents` says how
-    many parents that spans name had not come when the trace was closed (then `reason` says so,
-    too); it is 0 if all were there, for signals raised before the end, and if there was no time to
-    look. With `api.public_url`, `url` is the address of the signal's page."""
+    has `at`, `by` and `note`. `mode` is that of the rule at the time. `service` is that of the
+    trace's root span or, if that had not arrived, of its first span; null if it is not known.
+    `missing_parents` says how many parents that spans name had not come when the trace was closed
+    (then `reason` says so, too); it is 0 if all were there, for signals raised before the end, and
+    if there was no time to look. With `api.public_url`, `url` is the address of the signal's
+    page."""
     page, filters = _page_and_filters(call)
     signals = partial(call.tools.store.signals, call.tenant, SignalFilter(**filters), **page)
     found, following = await call.blocking(signals)
@@ -201,7 +205,7 @@ async def summarise_signals(call: Call) -> Any:
     answers={200: "The signal", 404: "There is no such signal"},
 )
 async def get_signal(call: Call) -> Any:
-    found = await call.blocking(call.tools.store.signal, call.tenant, call.params["id"])
+    found = await call.blocking(call.tools.signal, call.tenant, call.params["id"])
     if found is None:
         raise _no_signal(call.params["id"])
     (shown,) = await call.blocking(
@@ -225,7 +229,7 @@ async def acknowledge_signal(call: Call) -> Any:
     note = call.json({}, {"note": str}).get("note", "").strip()
     if len(note) > MAX_NOTE:
         raise ApiError(400, f"note has more than {MAX_NOTE} characters", "shorten it")
-    if await call.blocking(call.tools.store.signal, call.tenant, signal_id) is None:
+    if await call.blocking(call.tools.signal, call.tenant, signal_id) is None:
         raise _no_signal(signal_id)
     who = call.person()
     target = {"tenant": call.tenant, "signal": signal_id, "note": note}
@@ -298,9 +302,13 @@ async def get_trace(call: Call) -> Any:
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:
+        node = call.tools.sources.node
         raise ApiError(
             404,
             f"there is no trace {trace_id}",
-            "a trace appears shortly after its first span is accepted",
+            "a trace appears shortly after its first span is accepted"
+            if node is None
+            else f"a trace appears once it is closed and applied at {node.name}, and before that "
+            "while its evaluator answers; see /api/cluster",
         )
     return trace

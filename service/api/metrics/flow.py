@@ -45,6 +45,13 @@ DECLARED = (
         lambda s: [((reason,), n) for reason, n in s.admission.refusals.requests.items()],
     ),
     Declared(
+        "betrace_request_bodies_bytes",
+        "gauge",
+        "Bytes of request bodies in memory; at ingest.max_buffered_bytes requests are refused.",
+        (),
+        lambda s: one(s.admission.buffered_bytes),
+    ),
+    Declared(
         "betrace_spans_evaluated",
         "counter",
         "Spans folded into their traces, including repeated and replayed ones.",

@@ -75,6 +75,9 @@ def _overview(visit: Visit, chosen: str) -> Json:
         found.bars[row.bucket_ns // bucket - first] += row.raised
     for found in counts.values():
         found.muted = tools.triage.current_mute(tenant, found.rule_id) is not None
+    alerts = tools.sources.alerts
+    firing = alerts.firing(tenant) if alerts.destinations else []
+    undecided, _ = tools.undecided.page(tenant, limit=1)
     latest, _ = tools.store.signals(tenant, limit=LATEST)
     top = sorted(counts.values(), key=lambda each: (-each.raised, each.rule_id))
     severities: Counter[str] = Counter()
@@ -93,6 +96,10 @@ def _overview(visit: Visit, chosen: str) -> Json:
         "top": top[:TOP],
         "more_rules": max(0, len(top) - TOP),
         "rules": len(rules),
+        "alerting": bool(alerts.destinations),
+        "alerts": firing[:TOP],
+        "more_alerts": max(0, len(firing) - TOP),
+        "undecided": any(each.at_ns >= first * bucket for each in undecided),
         "latest": visit.signals(latest),
         "names": {rule.id: rule.name for rule in rules.values()},
     }

@@ -17,6 +17,7 @@ from betrace.service.api.pages import forms, rules, signals, traces
 from betrace.service.api.pages.overview import overview
 from betrace.service.api.pages.renderer import ASSETS, Templates
 from betrace.service.api.pages.sessions import SESSION_SECONDS, Sessions
+from betrace.service.api.pages.undecided import undecided_list
 from betrace.service.api.pages.visit import Page, Viewer, Visit
 from betrace.service.tenancy.authentication import (
     Authenticator,
@@ -48,12 +49,14 @@ Handler = Callable[..., Awaitable[Page]]
 
 _PAGES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/", overview),
+    ("GET", "/live", signals.live),
     ("GET", "/signals", signals.signal_list),
     ("GET", "/signals/<signal_id>", signals.signal_page),
     ("POST", "/signals/<signal_id>/acknowledge", forms.acknowledge),
     ("GET", "/traces", traces.trace_list),
     ("GET", "/traces/<trace_id>", traces.trace_page),
     ("GET", "/traces/<trace_id>/spans/<span_id>", traces.span_page),
+    ("GET", "/undecided", undecided_list),
     ("GET", "/rules", rules.rule_list),
     ("GET", "/rules/<rule_id>", rules.rule_page),
     ("POST", "/rules/<rule_id>/mute", forms.mute),
@@ -79,6 +82,7 @@ def add_pages(
     _route(app, "POST", "/sign-in", pages.sign_in)
     _route(app, "POST", "/sign-out", pages.sign_out)
     _route(app, "GET", "/assets/<version>/<name>", _asset)
+    _route(app, "GET", "/favicon.ico", _icon)
     return pages.show_error
 
 
@@ -322,4 +326,12 @@ async def _asset(version: str, name: str) -> Response:
         return Response(b"", 404, content_type="text/plain")
     response = Response(data, content_type=media_type)
     response.headers.update(HEADERS | {"cache-control": "public, max-age=31536000, immutable"})
+    return response
+
+
+async def _icon() -> Response:
+    """The icon, where browsers look for it if a page is not HTML, as that of a span."""
+    data, media_type = ASSETS.files["icon.svg"]
+    response = Response(data, content_type=media_type)
+    response.headers.update(HEADERS | {"cache-control": "public, max-age=86400"})
     return response

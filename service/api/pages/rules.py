@@ -54,8 +54,10 @@ def _rule(visit: Visit, shown: Json) -> Json:
     rule = tools.sources.rules.rule(tenant, shown["id"])
     wanted = SignalFilter(rule=rule.id)
     found, following = tools.store.signals(tenant, wanted, limit=LATEST)
+    undecided, _ = tools.undecided.page(tenant, rule=rule.id, limit=1)
     return {
         "rule": shown,
+        "undecided": bool(undecided),
         "mute": tools.triage.current_mute(tenant, rule.id),
         "lines": lines(rule.condition, []),
         "plan": plan(rule.syntax) if rule.syntax.relational else None,

@@ -25,13 +25,17 @@ from betrace.service.api.params import (
     read_param,
 )
 from betrace.service.rules.definition import SEVERITIES
+from betrace.service.signals import Signal
 from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.times import SECOND, read_time
 
 Json = dict[str, Any]
 
 ROWS = 50
 """Rows of a list on one page."""
 MOST_OTHERS = 20
+STORED_WITHIN = 60 * SECOND
+"""A signal may be stored this much earlier than its trace."""
 SPAN = Param("span", "The selected span.", lambda text: text[:16])
 FROM = Param("from", "The first row of the waterfall.", read_integer(0, 10**9))
 _RECENT = (("15m", "15 minutes"), ("1h", "hour"), ("24h", "24 hours"), ("7d", "7 days"))
@@ -42,7 +46,8 @@ async def signal_list(visit: Visit) -> Page:
     """All signals, newest first."""
     trace = Param("trace_id", "", api.TRACE_ID.read)
     status = Param("status", "", read_choice(*api.STATUSES))
-    given = visit.params((api.RULE, api.SEVERITY, trace, status, SINCE, UNTIL, CURSOR))
+    known = (api.RULE, api.SEVERITY, trace, status, api.SERVICE, SINCE, UNTIL, CURSOR)
+    given = visit.params(known)
     cursor = given.pop("cursor")
     tools, tenant = visit.tools, visit.viewer.tenant
 
@@ -64,6 +69,13 @@ async def signal_list(visit: Visit) -> Page:
     return await visit.show("signals.html", build)
 
 
+async def live(visit: Visit) -> Page:
+    """Signals as they are raised, as server-sent events; lists reload when one comes."""
+    visit.params(())
+    answer = await api.stream_signals(visit.call({"rule": None, "severity": None}))
+    return Page(answer.body, media_type=answer.media_type, headers=answer.headers)
+
+
 async def signal_page(visit: Visit, signal_id: str) -> Page:
     """One signal."""
     signal_id = read_param(api.SIGNAL_ID, signal_id)
@@ -73,12 +85,13 @@ async def signal_page(visit: Visit, signal_id: str) -> Page:
 
 def _signal(visit: Visit, signal_id: str, given: Json) -> Json:
     tools, tenant = visit.tools, visit.viewer.tenant
-    stored = tools.store.signal(tenant, signal_id)
+    stored = tools.signal(tenant, signal_id)
     if stored is None:
         raise not_found(f"signal {signal_id}")
     (signal,) = visit.signals([stored])
     rule, origin = rule_of(tools.sources.rules, tenant, signal["rule_id"], signal["rule_version"])
     trace = tools.reader.trace(tenant, signal["trace_id"])
+    waiting = trace is None and is_fresh(stored.signal)
     spans = None if trace is None else TraceSpans(trace)
     found = checks(rule, signal, spans)
     selected = given["span"] or first_span(found)
@@ -93,6 +106,7 @@ def _signal(visit: Visit, signal_id: str, given: Json) -> Json:
         "groups": (signal["context"] or {}).get("groups"),
         "mute": tools.triage.current_mute(tenant, signal["rule_id"]),
         "trace": trace,
+        "waiting": waiting,
         "others": _others(trace, signal_id),
         "most_others": MOST_OTHERS,
         "names": rule_names(visit),
@@ -117,6 +131,11 @@ def waterfall(
         "selected": selected,
         "marks": marks,
     }
+
+
+def is_fresh(signal: Signal) -> bool:
+    """Whether a signal is so new that its trace may not be stored yet."""
+    return read_time("now") - signal.detected_at < STORED_WITHIN
 
 
 def _others(trace: Json | None, signal_id: str) -> list[Json]:

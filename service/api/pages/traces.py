@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from betrace.service.api.endpoint import HTML_TYPE
 from betrace.service.api.endpoints import signals as api
 from betrace.service.api.pages.evidence import finding
-from betrace.service.api.pages.signals import AGO, FROM, ROWS, SPAN, rule_names, waterfall
+from betrace.service.api.pages.signals import (
+    AGO,
+    FROM,
+    ROWS,
+    SPAN,
+    is_fresh,
+    rule_names,
+    waterfall,
+)
 from betrace.service.api.pages.spans import TraceSpans, marked, span_json
 from betrace.service.api.pages.visit import Page, Visit, not_found
 from betrace.service.api.params import (
@@ -19,6 +29,7 @@ from betrace.service.api.params import (
     read_text,
 )
 from betrace.service.api.rendering import trace_row_json
+from betrace.service.storage.duck.queries import SignalFilter
 from betrace.service.storage.duck.search import TraceFilter
 from betrace.service.times import read_duration, write_time
 
@@ -59,7 +70,9 @@ async def trace_page(visit: Visit, trace_id: str) -> Page:
     """One trace. The parameter ``rule`` marks the spans that the checks of a rule match."""
     trace_id = read_param(api.TRACE_ID, trace_id)
     given = visit.params((SPAN, FROM, _SHOWN_RULE))
-    return await visit.show("trace.html", lambda: _trace(visit, trace_id, given))
+    return await _when_stored(
+        visit, trace_id, lambda: visit.render("trace.html", _trace(visit, trace_id, given))
+    )
 
 
 def _trace(visit: Visit, trace_id: str, given: Json) -> Json:
@@ -93,11 +106,31 @@ async def span_page(visit: Visit, trace_id: str, span_id: str) -> Page:
             raise not_found(f"span {span_id} in this trace")
         return span_json(span)
 
-    return Page(await visit.call({}).blocking(build), media_type="application/json")
+    return await _when_stored(visit, trace_id, build, "application/json")
+
+
+class _Waiting(Exception):  # noqa: N818
+    """The trace is being stored."""
+
+
+async def _when_stored(
+    visit: Visit, trace_id: str, build: Callable[[], bytes], media_type: str = HTML_TYPE
+) -> Page:
+    """What ``build`` returns; if the trace broke a rule a moment ago and is not stored yet, a page
+    that reloads itself. Raises :exc:`ApiError` if there is no such trace."""
+    try:
+        return Page(await visit.call({}).blocking(build), media_type=media_type)
+    except _Waiting:
+        return Page(visit.render("waiting.html", {"trace_id": trace_id, "waiting": True}), 202)
 
 
 def _read(visit: Visit, trace_id: str) -> Json:
-    trace = visit.tools.reader.trace(visit.viewer.tenant, trace_id)
+    tools, tenant = visit.tools, visit.viewer.tenant
+    trace = tools.reader.trace(tenant, trace_id)
     if trace is None:
+        stored, _ = tools.store.signals(tenant, SignalFilter(trace_id=trace_id), limit=1)
+        signals = [*(each.signal for each in stored), *tools.unstored.of_trace(tenant, trace_id)]
+        if any(map(is_fresh, signals)):
+            raise _Waiting
         raise not_found(f"trace {trace_id}")
     return trace

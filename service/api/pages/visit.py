@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -35,7 +35,7 @@ class Viewer:
 class Page:
     """An answer. ``location`` makes it a redirect."""
 
-    body: bytes = b""
+    body: bytes | AsyncIterator[bytes] = b""
     status: int = 200
     location: str | None = None
     media_type: str = "text/html; charset=utf-8"

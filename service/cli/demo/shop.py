@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 
 from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -31,6 +32,23 @@ PRODUCTS = 12  # in the cart that is read with a query for each
 _FLUSH_MS = 200
 
 Headers = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a customer buys, and what happens meanwhile. Times are seconds."""
+
+    amount: float
+    _: KW_ONLY
+    check_fraud: bool = True
+    reserve_first: bool = True
+    attempts: int = 1
+    decline: bool = False
+    alert: bool = True
+    log: str = "payment taken"
+    pause: float = 0.0
+    charges: int = 1
+    settled_after: float = 0.0
 
 
 class Shop:
@@ -65,41 +83,25 @@ class Shop:
         with self._serve(service, "log.write", headers) as (span, _):
             span.set_attribute("message", message)
 
-    def order(
-        self,
-        amount: float,
-        *,
-        check_fraud: bool = True,
-        reserve_first: bool = True,
-        attempts: int = 1,
-        decline: bool = False,
-        alert: bool = True,
-        log: str = "payment taken",
-        pause: float = 0.0,
-        charges: int = 1,
-        settled_after: float = 0.0,
-    ) -> str:
+    def order(self, order: Order) -> str:
         """A customer checks out. Returns the trace id."""
         with self._serve("frontend", "POST /checkout", {}) as (root, headers):
             root.set_attribute("http.request.method", "POST")
             with self._serve("checkout", "checkout.place_order", headers) as (span, headers):
-                span.set_attribute("order.total", amount)
-                if reserve_first:
+                span.set_attribute("order.total", order.amount)
+                if order.reserve_first:
                     self._reserve(headers)
-                charged = [
-                    self._pay(headers, amount, check_fraud, attempts, decline, log)
-                    for _ in range(charges)
-                ]
-                if not settled_after and not decline:
+                charged = [self._pay(headers, order) for _ in range(order.charges)]
+                if not order.settled_after and not order.decline:
                     self._settle(charged)
-                if not reserve_first:
+                if not order.reserve_first:
                     self._reserve(headers)
-                if decline and alert:
+                if order.decline and order.alert:
                     with self._serve("notifications", "alert.raise", headers):
                         pass
-                time.sleep(pause)
-        if settled_after:  # while nobody waits
-            time.sleep(settled_after)
+                time.sleep(order.pause)
+        if order.settled_after:  # while nobody waits
+            time.sleep(order.settled_after)
             self._settle(charged)
         return format_trace_id(root.get_span_context().trace_id)
 
@@ -107,27 +109,19 @@ class Shop:
         with self._serve("inventory", "inventory.reserve", headers) as (span, _):
             span.set_attributes({"sku": "A-113", "quantity": 1})
 
-    def _pay(
-        self,
-        headers: Headers,
-        amount: float,
-        check_fraud: bool,
-        attempts: int,
-        decline: bool,
-        log: str,
-    ) -> Headers:
+    def _pay(self, headers: Headers, order: Order) -> Headers:
         """A charge of the card; returns the headers for what follows it."""
         with self._serve("payment", "payment.charge_card", headers) as (charge, headers):
-            charge.set_attributes({"amount": amount, "currency": "EUR", "order.id": "1001"})
-            if check_fraud:
+            charge.set_attributes({"amount": order.amount, "currency": "EUR", "order.id": "1001"})
+            if order.check_fraud:
                 with self._serve("payment", "payment.fraud_check", headers):
                     pass
-            for attempt in range(1, attempts + 1):
+            for attempt in range(1, order.attempts + 1):
                 with self._serve("payment", "payment.attempt", headers) as (span, _):
                     span.set_attribute("attempt", attempt)
-            if decline:
+            if order.decline:
                 charge.set_status(StatusCode.ERROR, "declined by the bank")
-            self._note("payment", headers, log)
+            self._note("payment", headers, order.log)
         return headers
 
     def _settle(self, charged: Sequence[Headers]) -> None:
@@ -176,54 +170,56 @@ SCENARIOS: dict[str, tuple[Callable[[Shop], str], frozenset[str]]] = {
         lambda shop: shop.earlier_order(authorize=False),
         frozenset({"read-without-authorization"}),
     ),
-    "buys a book": (lambda shop: shop.order(29.90, check_fraud=False), frozenset()),
-    "buys a laptop": (lambda shop: shop.order(1899.0), frozenset()),
+    "buys a book": (lambda shop: shop.order(Order(29.90, check_fraud=False)), frozenset()),
+    "buys a laptop": (lambda shop: shop.order(Order(1899.0)), frozenset()),
     "buys a laptop, and nobody checks for fraud": (
-        lambda shop: shop.order(1899.0, check_fraud=False),
+        lambda shop: shop.order(Order(1899.0, check_fraud=False)),
         frozenset({"payment-fraud-check"}),
     ),
-    "pays at the third attempt": (lambda shop: shop.order(49.0, attempts=3), frozenset()),
+    "pays at the third attempt": (lambda shop: shop.order(Order(49.0, attempts=3)), frozenset()),
     "pays at the sixth attempt": (
-        lambda shop: shop.order(49.0, attempts=6),
+        lambda shop: shop.order(Order(49.0, attempts=6)),
         frozenset({"payment-retries"}),
     ),
     "is charged before the stock is reserved": (
-        lambda shop: shop.order(15.0, reserve_first=False),
+        lambda shop: shop.order(Order(15.0, reserve_first=False)),
         frozenset({"stock-reserved-before-charge"}),
     ),
     "is charged twice": (
-        lambda shop: shop.order(49.0, charges=2),
+        lambda shop: shop.order(Order(49.0, charges=2)),
         frozenset({"double-charge"}),
     ),
     "is charged, and the money comes late": (
-        lambda shop: shop.order(49.0, settled_after=SLOW_SECONDS),
+        lambda shop: shop.order(Order(49.0, settled_after=SLOW_SECONDS)),
         frozenset({"slow-settlement"}),
     ),
     "waits for the checkout": (
-        lambda shop: shop.order(15.0, pause=SLOW_SECONDS),
+        lambda shop: shop.order(Order(15.0, pause=SLOW_SECONDS)),
         frozenset({"slow-checkout"}),
     ),
     "finds the card number in a log": (
-        lambda shop: shop.order(15.0, log="charged card 4111 1111 1111 1111"),
+        lambda shop: shop.order(Order(15.0, log="charged card 4111 1111 1111 1111")),
         frozenset({"no-card-number-in-logs"}),
     ),
     "has a card declined, and an alert is raised": (
-        lambda shop: shop.order(15.0, decline=True),
+        lambda shop: shop.order(Order(15.0, decline=True)),
         frozenset(),
     ),
     "has a card declined, and no alert is sent": (
-        lambda shop: shop.order(15.0, decline=True, alert=False),
+        lambda shop: shop.order(Order(15.0, decline=True, alert=False)),
         frozenset({"error-without-alert"}),
     ),
     "has a very bad day": (
         lambda shop: shop.order(
-            5000.0,
-            check_fraud=False,
-            reserve_first=False,
-            attempts=9,
-            decline=True,
-            alert=False,
-            log="card 4111-1111-1111-1111 declined",
+            Order(
+                5000.0,
+                check_fraud=False,
+                reserve_first=False,
+                attempts=9,
+                decline=True,
+                alert=False,
+                log="card 4111-1111-1111-1111 declined",
+            )
         ),
         frozenset(
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -146,6 +146,15 @@ class Alert:
             if had is not None and had.state is not State.RESOLVED:
                 return False
         return True
+
+    def copy(self) -> Alert:
+        """A copy that stays as it is."""
+        return replace(
+            self,
+            examples=list(self.examples),
+            active=set(self.active),
+            delivered=dict(self.delivered),
+        )
 
     def dump(self) -> bytes:
         """The alert as JSON."""

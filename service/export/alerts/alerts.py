@@ -58,7 +58,7 @@ class _Destination:
 
 class Alerts:
     """The alerts and their destinations. Call the methods on the Trio thread, except
-    :meth:`forget`. Without destinations it does nothing.
+    :meth:`forget` and :meth:`firing`. Without destinations it does nothing.
 
     ``pages_nobody`` says whether a raised signal starts no alert, because its rule is muted or only
     tried out; ``muted_now`` whether a tenant's rule is muted at this moment.
@@ -120,6 +120,19 @@ class Alerts:
         with self._lock:
             self.book.forget(tenant)
             self._save()
+
+    @property
+    def destinations(self) -> list[str]:
+        """The names of the destinations that are on."""
+        return list(self._destinations)
+
+    def firing(self, tenant: str) -> list[Alert]:
+        """Copies of a tenant's alerts that fire now, the latest breach first. Blocks; call it from
+        any thread."""
+        with self._lock:
+            found = [each.copy() for each in self.book if each.tenant == tenant]
+        firing = [each for each in found if not each.ended_ns]
+        return sorted(firing, key=lambda each: (-each.last_ns, each.rule))
 
     def lag_seconds(self, name: str) -> float:
         """For how long a destination has not been told of an alert that began or ended."""

@@ -75,6 +75,14 @@ class EvaluateCounts:
         self.by_severity[key] = self.by_severity.get(key, 0) + 1
 
 
+@dataclass(frozen=True, slots=True)
+class JudgingStores:
+    """What judging whole traces reads from and writes to."""
+
+    read_back: ReadBack
+    undecided: UndecidedStore
+
+
 class EvaluateStage:
     """The handler of the rule-evaluation stage; ``clock_ns`` is the wall clock.
 
@@ -92,8 +100,7 @@ class EvaluateStage:
         breaker: Breaker,
         bury: Bury,
         latencies: Latencies,
-        read_back: ReadBack,
-        undecided: UndecidedStore,
+        stores: JudgingStores,
     ) -> None:
         self._threads = threads
         self._onward = onward
@@ -102,8 +109,8 @@ class EvaluateStage:
         self._breaker = breaker
         self._bury = bury
         self._latencies = latencies
-        self._read_back = read_back
-        self._undecided = undecided
+        self._read_back = read_back = stores.read_back
+        self._undecided = stores.undecided
         self._relational = RelationalRules(
             read_back.traces, read_back.signals_of, breaker.settings.timeout * SHARE
         )
@@ -297,6 +304,7 @@ def _joined(decided: Decided, own: Decided, first: int) -> Decided:
     decided.signals += own.signals
     if decided.outcomes is not None and own.outcomes is not None:
         decided.outcomes += own.outcomes
+    decided.missing |= {k + first: number for k, number in own.missing.items()}
     decided.undecided += [replace(each, trace=each.trace + first) for each in own.undecided]
     return decided
 

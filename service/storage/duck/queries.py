@@ -171,14 +171,16 @@ def trace_row(row: tuple[Any, ...], positions: list[int]) -> TraceRow:
 
 @dataclass(frozen=True, slots=True)
 class SignalFilter:
-    """Which signals are wanted: of a rule, severity, trace, status (``active`` or ``retracted``) or
-    mode (``alert`` or ``shadow``), detected at ``since`` or later and before ``until``."""
+    """Which signals are wanted: of a rule, severity, trace, status (``active`` or ``retracted``),
+    mode (``alert`` or ``shadow``) or service, detected at ``since`` or later and before
+    ``until``."""
 
     rule: str | None = None
     severity: str | None = None
     trace_id: str | None = None
     status: str | None = None
     mode: str | None = None
+    service: str | None = None
     since: int | None = None
     until: int | None = None
 
@@ -193,6 +195,7 @@ def signals(
     where.add("severity = ?", wanted.severity)
     where.add("status = ?", wanted.status)
     where.add("coalesce(json_extract_string(context, '$.mode'), 'alert') = ?", wanted.mode)
+    where.add("json_extract_string(context, '$.service') = ?", wanted.service)
     where.add("detected_at >= ?", wanted.since)
     where.add("detected_at < ?", wanted.until)
     if wanted.trace_id is not None:

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,7 +73,7 @@ def stores(tmp_path, warm, monkeypatch):
         s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, config)
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
-            SimpleNamespace(settings=config, rules=s.rules),
+            SimpleNamespace(settings=config, rules=s.rules, node=None),
             s.duck,
             metadata,
             s.reader,
@@ -434,11 +435,18 @@ async def test_the_summary(stores):
         ("since={later}", [1, 2]),
         ("until={later}", [0]),
         ("rule=rule-1&since={now}&until={end}&limit=1", [1]),
+        ("service=bank", [2]),
+        ("service=ban", []),
     ],
 )
 async def test_filters_of_signals(stores, filters, found):
-    stores.duck.write_signals("default", [make_signal(n, f"rule-{n}") for n in range(3)])
+    signals = [make_signal(n, f"rule-{n}") for n in range(3)]
+    signals[2] = replace(signals[2], context={"service": "bank"})
+    stores.duck.write_signals("default", signals)
     page = await ask(stores, "GET", f"/api/v1/signals?{filters.format(**TIMES)}")
+    assert all(s["context"] is None for s in page["signals"])
+    services = [s["service"] for s in page["signals"]]
+    assert services == ["bank" if s["rule_id"] == "rule-2" else None for s in page["signals"]]
     assert sorted(s["rule_id"] for s in page["signals"]) == [f"rule-{n}" for n in found]
 
 

@@ -98,6 +98,19 @@ async def test_signals_are_streamed_as_they_are_stored(app, service):
         assert await client.rest() == b""
 
 
+async def test_pages_have_a_stream_of_their_own(app, service):
+    async with serving(app) as server:
+        client = await EventClient.open(server, "/live?tenant=acme")
+        assert b"content-type: text/event-stream" in client.head
+        assert await client.next() == "connected"
+        await subscribed(service)
+        service.subscriptions.publish([signal(2)])
+        name, data, _ = await client.next()
+        assert (name, data["rule_id"]) == ("signal", "payment")
+        await client.close()
+        await subscribed(service, 0)
+
+
 async def test_a_client_that_leaves_is_unsubscribed(app, service):
     async with serving(app) as server:
         client = await EventClient.open(server, STREAM)

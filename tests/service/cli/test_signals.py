@@ -106,12 +106,21 @@ def run(service: Service, *arguments: str, code: int = 0) -> Result:
 
 def test_signals_are_a_table(service: Service) -> None:
     lines = run(service, "signals").stdout.splitlines()
-    assert lines[0].split() == ["DETECTED", "SEVERITY", "STATUS", "RULE", "TRACE", "WHAT"]
+    assert lines[0].split() == [
+        "DETECTED",
+        "SEVERITY",
+        "STATUS",
+        "SERVICE",
+        "RULE",
+        "TRACE",
+        "WHAT",
+    ]
     assert len(lines) == 6
-    assert lines[1].split()[:5] == [
+    assert lines[1].split()[:6] == [
         "2023-11-14T22:13:25Z",
         "critical",
         "active",
+        "frontend",
         "fraud-check",
         records.TRACE,
     ]
@@ -148,7 +157,7 @@ def test_muted_and_acknowledged_signals_are_marked(service: Service) -> None:
     service.signals[0] |= {"muted": True, "acknowledged": {"by": "ann"}}
     service.signals[1] |= {"muted": False, "acknowledged": None}
     _, first, second, *_ = run(service, "signals").stdout.splitlines()
-    assert "  active (muted) ✓  fraud-check" in first
+    assert "  active (muted) ✓  frontend  fraud-check" in first
     assert "✓" not in second
     assert "muted" not in second
 
@@ -158,9 +167,16 @@ def test_signals_of_shadow_rules_are_marked_and_filtered(service: Service) -> No
     service.signals[1] |= {"mode": "alert"}
     _, first, second, *_ = run(service, "signals", "--mode", "shadow").stdout.splitlines()
     assert service.asked[0][1]["mode"] == "shadow"
-    assert "  active (shadow)  fraud-check" in first
+    assert "  active (shadow)  frontend  fraud-check" in first
     assert "shadow" not in second
     run(service, "signals", "--mode", "loud", code=2)
+
+
+def test_signals_are_filtered_by_the_service_of_their_trace(service: Service) -> None:
+    del service.signals[0]["service"]  # of an older version
+    _, first, *_ = run(service, "signals", "--service", "bank").stdout.splitlines()
+    assert service.asked[0][1]["service"] == "bank"
+    assert "  active  -         fraud-check" in first
 
 
 def test_a_rule_is_muted_and_unmuted(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
@@ -39,6 +40,14 @@ def test_a_log_record_describes_the_signal() -> None:
         "evidence": json.dumps(signal.evidence, separators=(",", ":")),
         "label.team": "checkout",
     }
+
+
+def test_a_log_record_has_the_service_of_the_trace() -> None:
+    signal = replace(make(7), context={"service": "bank"})
+    request = ExportLogsServiceRequest.FromString(otlp_logs([signal], "1.2"))
+    (record,) = request.resource_logs[0].scope_logs[0].log_records
+    said = {a.key: a.value.string_value for a in record.attributes}
+    assert said["betrace.service"] == "bank"
 
 
 def test_tenants_are_resources_and_a_signal_without_evidence_has_no_span() -> None:

@@ -128,3 +128,13 @@ def test_an_error_leaves_signals_unmarked() -> None:
         threads.close()
 
     trio.run(main)
+
+
+def test_traces_that_were_read_to_judge_them_are_not_read_again() -> None:
+    found, reads = decided(), FakeReadBack(t01=[ORPHAN, ORPHAN], t02=[ROOT])
+    assert found.closed is not None
+    number = {found.closed.trace_id(k): k for k in range(3)}
+    found.missing = {number[IDS[0].hex()]: 1, number[IDS[1].hex()]: 0}
+    mark_now(found, reads)  # type: ignore[arg-type]
+    assert marks(found) == MARKED
+    assert reads.asked == [IDS[2].hex()]

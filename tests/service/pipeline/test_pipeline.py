@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trio
 
+from betrace.service.pipeline import scanning
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.log import LogSyncError
@@ -226,15 +227,14 @@ def tables(service: Any) -> list[Any]:
 
 async def test_only_the_request_that_makes_the_stage_fail_is_refused(config, monkeypatch):
     async with running(config) as service:
-        ingest = service.pipeline.ingest
-        decode = ingest._decode
+        decode = scanning.decode
 
-        def fail(asked: Any) -> Any:
+        def fail(asked: Any, most: int) -> Any:
             if asked.body == b"poison":
                 raise RuntimeError("injected")
-            return decode(asked)
+            return decode(asked, most)
 
-        monkeypatch.setattr(ingest, "_decode", fail)
+        monkeypatch.setattr(scanning, "decode", fail)
         asked = [request(body(S(1))), request(b"poison", "bad"), request(body(S(2)), "other")]
         for each in asked:
             await service.pipeline.requests.send(each)

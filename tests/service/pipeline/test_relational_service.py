@@ -166,3 +166,14 @@ async def test_what_no_later_span_can_undo_is_signalled_at_once(tmp_path):
         await closed(service)
         assert len(ledger_signals(service)) == 1
         assert service.pipeline.evaluate.counts.raised == 1
+
+
+async def test_an_incomplete_trace_is_read_once_to_judge_and_to_mark_it(tmp_path):
+    write_rules(tmp_path, {"checked": RULES["checked"]})
+    async with running(settings(tmp_path)) as service:
+        await send(service, [S(1, "pay", x="1", parent=9), S(2, "pay", x="2", parent=1)])
+        await closed(service)
+        (signal,) = ledger_signals(service)
+        assert signal.missing_parents == 1
+        assert signal.reason == "the trace is incomplete: 1 parent never came"
+        assert service.pipeline.evaluate._read_back.read == 1

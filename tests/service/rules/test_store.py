@@ -22,7 +22,6 @@ from betrace.service.rules.store import (
 )
 from betrace.service.rules.yaml_file import (
     MAX_RULES,
-    check_file,
     dump_rules,
     load_file,
     load_text,
@@ -214,17 +213,25 @@ def test_at_most_a_hundred_problems_are_reported() -> None:
     assert len(problems("rules:\n" + "- {}\n" * 900)) == 100
 
 
+def file_problems(path: Path) -> list[Problem]:
+    try:
+        load_file(path)
+    except RuleFileError as error:
+        return list(error.problems)
+    return []
+
+
 def test_files_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "rules.yaml"
-    assert "cannot be read" in check_file(path)[0].message
+    assert "cannot be read" in file_problems(path)[0].message
     path.write_bytes(b"\xef\xbb\xbf" + EXAMPLE.encode())
     assert len(load_file(path)) == 2
-    assert check_file(path) == []
+    assert file_problems(path) == []
     path.write_bytes(b"rules: []\n# \xff\n")
-    assert (check_file(path)[0].message, check_file(path)[0].line) == ("is not UTF-8 text", 2)
+    assert (file_problems(path)[0].message, file_problems(path)[0].line) == ("is not UTF-8 text", 2)
     path.write_bytes(b"#" * (4 * 1024 * 1024) + "ä".encode())
-    assert "larger than" in check_file(path)[0].message
-    assert check_file(path)[0].source == str(path)
+    assert "larger than" in file_problems(path)[0].message
+    assert file_problems(path)[0].source == str(path)
 
 
 # Text of a definition: conditions in unusual layouts, names that YAML could misread.

@@ -488,6 +488,18 @@ def test_up_to_eight_services_in_order_of_appearance():
     assert due.service_names(0) == names[:8]
 
 
+def test_the_service_of_a_trace_is_that_of_its_root_or_first_span():
+    traces, other = tenant(), b"\2" * 16
+    traces.fold(batch(S(2, service="bank"), S(3, service="shop")), NOW)
+    traces.fold(batch(S(1, trace=other, parent=0)), NOW)
+    due = traces.close_due(NOW + 2, 1)
+    found = {each.trace_id(k): each.service(k) for each in due for k in range(len(each))}
+    assert found == {TRACE.hex(): "bank", other.hex(): ""}
+    traces.fold(batch(S(1, parent=0, service="s" * 300)), NOW + 3)
+    (late,) = traces.close_due(NOW + 5, 1)
+    assert late.service(0) == "s" * 200
+
+
 def test_services_beyond_the_limit_share_a_name():
     traces = tenant()
     for first in range(0, MOST_SERVICES + 200, 500):

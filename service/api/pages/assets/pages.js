@@ -2,6 +2,7 @@
 // the arrow keys, keeps lists current, and checks a rule while it is typed.
 
 const LIVE_MS = 5000;
+const SOON_MS = 500; // a signal is stored a little after it is raised
 const TYPING_MS = 300;
 
 async function load(url, options = {}) {
@@ -78,12 +79,43 @@ async function refresh() {
   }
 }
 
-if (isFirst && document.querySelector("[data-live]")) {
+const listed = isFirst && document.querySelector("[data-live]");
+if (listed) {
   const again = async () => {
     await refresh();
     setTimeout(again, LIVE_MS);
   };
   setTimeout(again, LIVE_MS);
+
+  // A signal reloads the list at once. Without the stream, the list is a few seconds late.
+  let source;
+  let soon;
+  const listen = () => {
+    if (document.hidden) {
+      source?.close();
+      source = undefined;
+    } else if (!source) {
+      source = new EventSource(listed.dataset.live);
+      source.addEventListener("signal", () => {
+        soon ??= setTimeout(() => {
+          soon = undefined;
+          refresh();
+        }, SOON_MS);
+      });
+    }
+  };
+  document.addEventListener("visibilitychange", listen);
+  listen();
+}
+
+// Pages of something that is being stored
+
+const WAIT_MS = 1000;
+
+if (document.querySelector("[data-wait]")) {
+  setInterval(() => {
+    if (!document.hidden && !document.activeElement.closest("form")) location.reload();
+  }, WAIT_MS);
 }
 
 // Rules

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+import time
+from dataclasses import replace
 
 import pytest
+import trio
 
+from betrace.service.api.pages import signals
 from betrace.service.api.pages.renderer import ASSETS, shown, took, utc
 from betrace.service.api.pages.routes import HEADERS
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.queries import SignalFilter
+from betrace.service.storage.undecided import UndecidedTrace
+from betrace.service.times import SECOND
 from tests.service.api.pages.conftest import RULES, TRACE, broken, browsing, signal_id
-from tests.support.inprocess import closed, send
+from tests.support.api_records import NOW, make_signal
+from tests.support.inprocess import closed, ledger_signals, send
 from tests.support.spans import S
 
 
@@ -69,6 +76,9 @@ async def test_signals_are_filtered_and_paged(browser):
     assert len(re.findall('class="active ', page)) == 2
     page = await browser.get("/signals?rule=fraud-check&severity=&status=active&since=-1h")
     assert len(re.findall('class="active ', page)) == 1
+    assert '<bdi class="service">shop</bdi>' in page
+    assert len(re.findall('class="active ', await browser.get("/signals?service=shop"))) == 2
+    assert "No signal matches" in await browser.get("/signals?service=bank")
     assert "No signal matches" in await browser.get("/signals?severity=high")
     assert "status is" in await browser.get("/signals?status=odd", 400)
     many = [S(k + 10, "bypass", bytes([9] * 15 + [k])) for k in range(60)]
@@ -204,9 +214,8 @@ rules:
 
 
 async def test_a_signal_whose_trace_is_gone(tmp_path, browser):
-    from tests.support.api_records import make_signal
-
-    browser.service.store.write_signals("default", [make_signal()])
+    old = replace(make_signal(), detected_at=NOW - 3600 * SECOND)
+    browser.service.store.write_signals("default", [old])
     page = await browser.get(f"/signals/{make_signal().id}")
     assert "no longer in the span log" in page
     assert "deleted" in page
@@ -282,3 +291,68 @@ def test_invisible_characters_are_shown():
         "99,420 d",
     ]
     assert utc(0) == "1970-01-01 00:00:00.000"
+
+
+LATE = {"flush_ms": 600_000, "flush_most_seconds": 600}
+"""Settings of DuckDB with which nothing is stored before the service ends."""
+
+
+async def test_a_signal_that_is_not_stored_yet_has_its_page(tmp_path):
+    async with browsing(tmp_path, duckdb=LATE) as browser:
+        await send(browser.service, [S(1, "bypass", TRACE, service="shop")])
+        with trio.fail_after(60):
+            while not ledger_signals(browser.service):
+                await trio.sleep(0.01)
+            (signal,) = ledger_signals(browser.service)
+            while browser.service.tools.unstored.find("default", signal.id) is None:
+                await trio.sleep(0.01)
+        assert browser.service.store.signal("default", signal.id) is None
+        words = text_of(await browser.get(f"/signals/{signal.id}"))
+        assert "active" in words
+        assert "bypass" in words
+        fields = {"note": "looking", "by": "ann"}
+        await browser.post(f"/signals/{signal.id}/acknowledge", fields)
+        assert "by ann" in text_of(await browser.get(f"/signals/{signal.id}"))
+        await browser.get(f"/traces/{TRACE.hex()}")
+
+
+async def test_a_trace_that_is_being_stored_is_waited_for(browser, monkeypatch):
+    signal = signal_id(browser)
+    monkeypatch.setattr(type(browser.service.tools.reader), "trace", lambda *_: None)
+    monkeypatch.setattr(signals, "STORED_WITHIN", 3600 * SECOND)
+    trace = f"/traces/{TRACE.hex()}"
+    for path in (trace, f"{trace}/spans/{2:016x}"):
+        page = await browser.get(path, 202)
+        assert "The trace is being stored" in text_of(page)
+        assert '<noscript><meta http-equiv="refresh"' in page
+    page = await browser.get(f"/signals/{signal}")
+    assert "The trace is being stored" in text_of(page)
+    assert "past retention" not in page
+    await browser.get(f"/traces/{bytes(16).hex()}", 404)
+    monkeypatch.setattr(signals, "STORED_WITHIN", 0)
+    await browser.get(trace, 404)
+    assert "past retention" in await browser.get(f"/signals/{signal}")
+
+
+async def test_undecided_traces_are_listed_with_their_reasons(browser):
+    assert "undecided" not in (await browser.get("/rules/no-bypass")).lower()
+    assert "every trace was judged" in await browser.get("/undecided")
+    records = [
+        UndecidedTrace(f"{n:032x}", "no-bypass", "v", f"<b>too long</b> {n}", time.time_ns())
+        for n in range(60)
+    ]
+    browser.service.tools.undecided.add("default", records)
+    assert "/undecided" in (await browser.get("/") and browser.links("/undecided"))
+    await browser.get("/rules/no-bypass")
+    (link,) = browser.links("/undecided?rule=no-bypass")
+    page = await browser.get(link)
+    assert "&lt;b&gt;too long&lt;/b&gt; 59" in page
+    assert f"/traces/{59:032x}?rule=no-bypass" in browser.links("/traces/")
+    (older,) = [each for each in browser.links("/undecided?") if "cursor=" in each]
+    assert "too long&lt;/b&gt; 9<" in await browser.get(older)
+    assert "every trace was judged" in await browser.get("/undecided?rule=fraud-check")
+
+
+async def test_browsers_find_an_icon_for_pages_that_are_not_html(browser):
+    assert "<svg" in await browser.get("/favicon.ico")
+    assert browser.headers["content-type"].startswith("image/svg+xml")

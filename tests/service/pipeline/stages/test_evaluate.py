@@ -14,7 +14,7 @@ from betrace.channels import (
 )
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.pipeline.stages import evaluate
-from betrace.service.pipeline.stages.evaluate import FEW_SIGNALS, EvaluateStage
+from betrace.service.pipeline.stages.evaluate import FEW_SIGNALS, EvaluateStage, JudgingStores
 from betrace.service.telemetry.latencies import Latencies
 from tests.support.failing_stores import Faulty, decided, due
 from tests.support.virtual import run
@@ -38,8 +38,10 @@ class Evaluating:
             self.breaker,
             self._bury,
             self._latencies(),
-            SimpleNamespace(traces=lambda due, numbers: [], signals_of=lambda tenant, ids: {}),
-            SimpleNamespace(add=lambda tenant, records: None),
+            JudgingStores(
+                SimpleNamespace(traces=lambda due, numbers: [], signals_of=lambda tenant, ids: {}),
+                SimpleNamespace(add=lambda tenant, records: None),
+            ),
         )
 
     def _latencies(self):
