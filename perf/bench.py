@@ -33,8 +33,11 @@ from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Reply, Request
+from betrace.service.pipeline.rules_in_force import LogWriter
 from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.pipeline.trace_rows import trace_table
+from betrace.service.rules.registry import RuleRegistry
+from betrace.service.rules.store import RuleStore
 from betrace.service.signals import Kind, rule_version, signal_id
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.fallback_files import FallbackFiles
@@ -95,11 +98,17 @@ def _channel() -> tuple[SendChannel[SpanBatch], ReceiveChannel[SpanBatch]]:
     return open_channel("bench", 1 << 20, len)
 
 
+def _writer(log: SpanLog, directory: Path) -> LogWriter:
+    return LogWriter(log, LogProgress(), RuleRegistry(RuleStore(directory / "rules"), 10))
+
+
 async def _stage(directory: Path, spans: int, bodies: Sequence[bytes]) -> Json:
     with SpanLog(directory) as log:
         send, receive = _channel()
         threads = ThreadRunner("bench", 1)
-        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24, GroupSync(log, threads))
+        stage = IngestStage(
+            _writer(log, directory), threads, send, 1 << 24, GroupSync(log, threads)
+        )
         turn = cycle(bodies)
 
         async def drain() -> None:
@@ -127,7 +136,9 @@ async def ingest_many(directory: Path, bodies: Sequence[bytes], calls: int) -> f
     with SpanLog(directory) as log:
         send, receive = _channel()
         threads = ThreadRunner("bench", 1)
-        stage = IngestStage(log, threads, send, LogProgress(), 1 << 24, GroupSync(log, threads))
+        stage = IngestStage(
+            _writer(log, directory), threads, send, 1 << 24, GroupSync(log, threads)
+        )
         began = time.process_time()
         for _ in range(calls):
             requests = [

@@ -155,6 +155,15 @@ class LoadingCache(Generic[K, V]):
             self._count(entry)
             return entry.value if entry else None
 
+    def __contains__(self, key: K) -> bool:
+        """Whether the value is in the cache; does not count as a look-up."""
+        with self._lock:
+            return key in self._entries
+
+    def count_hit(self) -> None:
+        """Count a look-up that the caller answered with a value that it keeps."""
+        self._hits += 1  # without the lock: a lost count does not matter
+
     def get(self, key: K) -> V | None:
         """The value, loaded if it is missing. Raises what the loader raises. Blocks."""
         return self._get(key, counted=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from betrace.service.api.sources import Sources
 from betrace.service.pipeline import breakers
+
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.node import QueryNode
 
 Json = dict[str, Any]
 
@@ -53,12 +56,25 @@ def components(sources: Sources) -> dict[str, Json]:
         "status": whole or ("degraded" if letters else "ok"),
         "detail": f"{letters} letters" if letters else "none",
     }
+    if sources.node is not None:
+        found["cluster"] = _cluster(sources.node, whole)
+        found |= sources.node.cluster.others.role_components()
     problems = sources.rules.problems
     found["rules"] = {
         "status": "degraded" if problems else "ok",
         "detail": f"{len(problems)} files rejected" if problems else "all files loaded",
     }
     return found
+
+
+def _cluster(node: QueryNode, whole: str | None) -> Json:
+    failing = [each for each in node.partitions() if each["problem"] is not None]
+    lag = sum(each["lag"] or 0 for each in node.partitions())
+    detail = f"node {node.name}, roles {', '.join(node.roles)}; {lag} messages to apply"
+    if failing:
+        first = failing[0]
+        detail += f"; {len(failing)} partitions cannot be read: {first['problem']}"
+    return {"status": whole or ("degraded" if failing else "ok"), "detail": detail}
 
 
 def _span_log(sources: Sources) -> Json:

@@ -29,6 +29,7 @@ from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.queries import BadQuery
 from betrace.service.storage.duck.schema import StoreError
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.triage import TriageError
 from betrace.service.storage.undecided import UndecidedStoreError
 from betrace.service.tenancy.directory import DirectoryError, TenantError, UnknownTenantError
@@ -68,6 +69,8 @@ def translate(error: Exception) -> ApiError | None:
             return unavailable(
                 f"the store cannot answer: {text}", "try again; see its component at /readyz"
             )
+        case NatsUnavailable():
+            return unavailable(f"the cluster cannot be read: {text}", "try again")
         case (
             AuditError()
             | DeadLetterError()

@@ -13,6 +13,7 @@ from betrace.service.api.endpoints import (
     breakers,
     caches,
     checkpoints,
+    cluster,
     dead_letters,
     fallback,
     health,
@@ -47,7 +48,16 @@ ERROR_SCHEMA = {
 
 def all_endpoints() -> list[Endpoint]:
     """All endpoints of the API, in the order of the documentation."""
-    operation = (performance, breakers, dead_letters, fallback, checkpoints, caches, pipeline)
+    operation = (
+        performance,
+        breakers,
+        dead_letters,
+        fallback,
+        checkpoints,
+        caches,
+        pipeline,
+        cluster,
+    )
     modules = (signals, alerts, undecided, rules, *operation, tenants, health)
     return [item for module in modules for item in module.endpoints.all] + endpoints.all
 

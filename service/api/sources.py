@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from betrace.service.api.cache_control import CacheControl
 from betrace.service.api.signals_by_rule import SignalsByRule
@@ -20,6 +21,9 @@ from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.base import Ledger
 from betrace.service.storage.spanlog.log import SpanLog
+
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.node import QueryNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Sources:
     caches: CacheControl
     rule_signals: SignalsByRule
     data_directory: DataDirectory
+    node: QueryNode | None = None
+    """None unless the service is a query node of a cluster."""
 
     @property
     def ready(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
@@ -25,9 +25,9 @@ from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule
 from betrace.service.storage.duck.queries import SignalFilter, StoredSignal, TraceRow
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.triage import TriageStore
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
@@ -45,6 +45,9 @@ from betrace.service.traces.layout import (
 )
 from betrace.service.traces.trial import TRIAL_SECONDS, Trial, TrialError, Verdict
 
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.open_traces import RemoteOpenTraces
+
 Json = dict[str, Any]
 
 # Limits of what is read and shown of one trace.
@@ -53,6 +56,7 @@ MAX_BYTES = 128 * MIB
 MAX_SPANS = 20_000
 
 _SPARE_RULES = 16
+_FRAMES_AT_ONCE = 8  # of which a cluster fetches several in the time of one
 _TOO_EXPENSIVE = (
     f"the verdicts were not computed within {TRIAL_SECONDS:g} s of processor time; "
     "use fewer or cheaper patterns"
@@ -69,9 +73,9 @@ class TraceReader:
         self,
         store: DuckStore,
         metadata: TraceMetadataCache,
-        log: SpanLog,
+        log: PartitionLog,
         rules: Callable[[str], tuple[Rule, ...]],
-        open_traces: OpenTraces,
+        open_traces: OpenTraces | RemoteOpenTraces,
         triage: TriageStore,
         settings: Settings,
     ) -> None:
@@ -247,9 +251,9 @@ def _row(trace: DueTraces) -> TraceRow:
 
 
 class _Frames:
-    """The frames of a trace, read one at a time."""
+    """The frames of a trace, read a few at a time."""
 
-    def __init__(self, log: SpanLog, tenant: str, positions: list[int], max_body: int) -> None:
+    def __init__(self, log: PartitionLog, tenant: str, positions: list[int], max_body: int) -> None:
         self._log = log
         self._tenant = tenant
         self._positions = positions
@@ -259,12 +263,16 @@ class _Frames:
     def fold(self, trial: Trial) -> Iterator[bytes]:
         """Add the frames to a trial, and yield those to show as protobuf."""
         left = MAX_BYTES
+        found: dict[int, Frame | FrameMissing | FrameCorrupt] = {}
         for number, position in enumerate(self._positions):
             if number == MAX_FRAMES or left <= 0:
                 self.unread = len(self._positions) - number
                 self.omitted += self.unread
                 return
-            body = self._body(position)
+            if number % _FRAMES_AT_ONCE == 0:
+                some = self._positions[number : number + _FRAMES_AT_ONCE]
+                found = dict(zip(some, self._log.read_many(self._tenant, some), strict=True))
+            body = self._body(found.pop(position))
             shown = trial.spans < MAX_SPANS
             try:
                 added = trial.add(body) if body is not None else 0
@@ -279,10 +287,11 @@ class _Frames:
             elif added:
                 self.omitted += 1
 
-    def _body(self, position: int) -> bytes | None:
+    def _body(self, frame: Frame | FrameMissing | FrameCorrupt) -> bytes | None:
+        if not isinstance(frame, Frame):
+            return None
         try:
-            frame: Frame = self._log.read(self._tenant, position)
             payload = bytes(frame.payload)
             return protobuf_body(payload, frame.content_type, frame.encoding, self._max_body)
-        except (FrameMissing, FrameCorrupt, BadBody, BodyTooLarge):
+        except (BadBody, BodyTooLarge):
             return None

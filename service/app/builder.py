@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -40,8 +40,10 @@ from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
+from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission, TenantStates
+from betrace.service.rules.patterns import set_match_bytes
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
 from betrace.service.rules.watch import RuleWatch
@@ -59,6 +61,9 @@ from betrace.service.tenancy.authentication import OperatorTokens, operator_toke
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.node import ClusterConnection, QueryNode
+
 _log = logging.getLogger("service")
 
 Json = dict[str, Any]
@@ -70,14 +75,23 @@ Json = dict[str, Any]
 def open_service(settings: Settings, stack: ExitStack) -> Callable[[], Service]:
     """Open the stores, which blocks, so call it before Trio runs. ``stack`` closes them. Returns a
     function that builds the service within Trio."""
+    make = open_query_service(settings, stack)
+    return lambda: make(None)
+
+
+def open_query_service(
+    settings: Settings, stack: ExitStack
+) -> Callable[[ClusterConnection | None], Service]:
+    """As :func:`open_service`, but the service is a query node of the given cluster."""
     data = settings.storage.path
     data.mkdir(parents=True, exist_ok=True)
     raise_limit()
+    set_match_bytes(settings.rules.match_max_bytes)
     stores = _open_stores(data, settings, stack)
     directory = TenantDirectory(data / "tenants.sqlite")
     stack.callback(directory.close)
     tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
-    return lambda: build(settings, stores, directory, tokens)
+    return lambda cluster: build(settings, stores, directory, tokens, cluster)
 
 
 def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
@@ -107,9 +121,11 @@ def build(
     stores: Stores,
     directory: TenantDirectory,
     tokens: OperatorTokens | None,
+    cluster: ClusterConnection | None = None,
 ) -> Service:
-    """Build all parts, within Trio. ``tokens`` is None if authentication is off."""
-    return _ServiceBuilder(settings, stores, directory, tokens).service()
+    """Build all parts, within Trio. ``tokens`` is None if authentication is off; ``cluster`` is for
+    a query node."""
+    return _ServiceBuilder(settings, stores, directory, tokens, cluster).service()
 
 
 class _ServiceBuilder:
@@ -122,8 +138,9 @@ class _ServiceBuilder:
         stores: Stores,
         directory: TenantDirectory,
         tokens: OperatorTokens | None,
+        cluster: ClusterConnection | None,
     ) -> None:
-        self._settings, self._stores = settings, stores
+        self._settings, self._stores, self._cluster = settings, stores, cluster
         stores.log.on_skipped = report_skipped
         self._threads, self._cache_thread = ThreadRunner("service", 2), ThreadRunner("caches", 1)
         self._gate = Gate(
@@ -135,6 +152,7 @@ class _ServiceBuilder:
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
         self._build_flow()
+        self._node = self._query_node()
         self._build_upkeep()
         self._build_administration()
 
@@ -189,6 +207,24 @@ class _ServiceBuilder:
         self._exports.notify(signals)
         self._alerts.notify(signals)
 
+    def _query_node(self) -> QueryNode | None:
+        """What feeds storage-write on a cluster."""
+        if self._cluster is None:
+            return None
+        from betrace.service.cluster.query.node import QueryNode, QueryStores
+
+        stores = QueryStores(
+            self._settings.storage.path,
+            self._stores.duckdb,
+            self._stores.local.undecided,
+            self._stores.registry.store,
+            self._gate.closed,
+            self._threads,
+        )
+        node = QueryNode(self._cluster, stores)
+        node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
+        return node
+
     # Recovery and upkeep
 
     def _build_upkeep(self) -> None:
@@ -204,6 +240,7 @@ class _ServiceBuilder:
             stores.registry.compiled,
             settings.ingest.max_body_bytes,
             gate.closed,
+            None if self._node is None else self._node.reread,
         )
         self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
         erase = (
@@ -281,6 +318,7 @@ class _ServiceBuilder:
             caches=self._caches,
             rule_signals=self._rule_signals,
             data_directory=self._data_directory,
+            node=self._node,
         )
 
     def _tools(self, sources: Sources) -> Tools:
@@ -289,9 +327,9 @@ class _ServiceBuilder:
         reader = TraceReader(
             stores.duckdb,
             self._trace_metadata,
-            stores.log,
+            stores.log if self._cluster is None else self._cluster.spans,
             stores.registry.store.rules,
-            self._pipeline.open_traces,
+            self._pipeline.open_traces if self._cluster is None else self._cluster.open_traces,
             stores.local.triage,
             settings,
         )
@@ -341,5 +379,7 @@ class _ServiceBuilder:
             tools=self._tools(sources),
             threads=self._threads,
             cache_thread=self._cache_thread,
+            node=self._node,
+            compilation=Compilation() if self._node is None else Compilation(["traces"]),
         )
         return service

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -34,8 +34,8 @@ from betrace.service.pipeline.recovery.removal import Removal
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission
-from betrace.service.receiver.grpc_server import serve_grpc
-from betrace.service.receiver.server import ARRIVAL_SHARE, serve_ingest
+from betrace.service.receiver.listeners import listen_for_spans
+from betrace.service.receiver.server import ARRIVAL_SHARE
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.watch import RuleWatch
 from betrace.service.storage.duck.store import DuckStore
@@ -44,6 +44,9 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.gate import Gate
+
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.node import QueryNode
 
 _log = logging.getLogger("service")
 
@@ -93,8 +96,10 @@ class Service:
     threads: ThreadRunner
     cache_thread: ThreadRunner
     rebuild_thread: ThreadRunner = field(default_factory=lambda: ThreadRunner("rebuild", 1))
+    node: QueryNode | None = None
+    """What feeds the stores of a query node, in place of received spans."""
 
-    compilation: Compilation = field(default_factory=Compilation, init=False)
+    compilation: Compilation = field(default_factory=Compilation)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)
@@ -113,8 +118,11 @@ class Service:
             async with trio.open_nursery() as inner:
                 await self._recover(inner)
                 self._start_upkeep(inner)
-                ingest = await self._serve_ingest(inner, stop_ingest)
-                grpc = await self._serve_grpc(inner, stop_ingest)
+                ingest = grpc = None
+                if self.node is None:  # spans come to the edges
+                    ingest, grpc = await listen_for_spans(
+                        inner, self.admission, self.settings, stop_ingest
+                    )
                 self.state = "ready"
                 events.READY(
                     seconds=time.time() - self.sources.started_at,
@@ -176,6 +184,8 @@ class Service:
         await self.threads.run(self.rebuild.compare)
         await self.pipeline.stages["trace-correlation"].drained()
         await self.recovery.caught_up()
+        if self.node is not None:
+            nursery.start_soon(self.node.run)
 
     def _start_upkeep(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self.removal.run)
@@ -202,8 +212,12 @@ class Service:
         nursery.start_soon(self._report_drain)
         with trio.move_on_after(ARRIVAL_SHARE * grace):
             await self.admission.settled()
+        if self.node is not None:
+            await self.node.stop()
         self.pipeline.close()
         await self.pipeline.finished.wait()
+        if self.node is not None:
+            await self.node.save()
         await self.recovery.save()
 
     async def _report_drain(self) -> None:
@@ -229,30 +243,6 @@ class Service:
             await trio.sleep(_REPAIR_SECONDS)
             if self.rebuild.due:
                 await self.rebuild_thread.run(self.rebuild.repair, abandon_on_cancel=True)
-
-    async def _serve_ingest(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
-        settings = self.settings.ingest
-        if settings.address == OFF:
-            return None
-        listener = partial(
-            serve_ingest,
-            tls=self.settings.tls,
-            grace_seconds=self.settings.shutdown.grace_seconds,
-        )
-        url: str = await nursery.start(listener, self.admission, settings, settings.address, stop)
-        return url
-
-    async def _serve_grpc(self, nursery: trio.Nursery, stop: trio.Event) -> str | None:
-        settings = self.settings.ingest
-        if OFF in (settings.address, settings.grpc_address):
-            return None
-        listener = partial(
-            serve_grpc,
-            tls=self.settings.tls,
-            grace_seconds=self.settings.shutdown.grace_seconds,
-        )
-        url: str = await nursery.start(listener, self.admission, settings, stop)
-        return url
 
     async def _listen(
         self, nursery: trio.Nursery, app: Any, address: str, stop: trio.Event

@@ -17,6 +17,7 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
     printable,
+    refuse_on_cluster,
     settings_options,
     warn,
 )
@@ -58,6 +59,7 @@ def archive(
     from betrace.service.storage.spanlog.log import SpanLog
 
     settings = load(config, overrides)
+    refuse_on_cluster(settings, "archive", "the spans are in JetStream, not in the data directory")
     path = settings.storage.path
     if not path.is_dir():
         raise Failure(f"there is no data in {path}; name the data directory with --data")

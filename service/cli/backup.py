@@ -11,9 +11,19 @@ from typing import Any
 
 import click
 
-from betrace.service.cli.common import Failure, json_option, print_json, settings_options, warn
+from betrace.service.cli.common import (
+    Failure,
+    json_option,
+    print_json,
+    refuse_on_cluster,
+    settings_options,
+    warn,
+)
 
 _REPORT_SECONDS = 5.0
+_BACKUP = (
+    "back the streams up with `nats stream backup`, and copy the ledger of a stopped query node"
+)
 
 
 @click.command()
@@ -42,7 +52,9 @@ def backup(
     from betrace.service.config.load import load
     from betrace.service.pipeline.recovery.backup import BackupError, back_up
 
-    data = load(config, overrides).storage.path
+    settings = load(config, overrides)
+    refuse_on_cluster(settings, "backup", _BACKUP)
+    data = settings.storage.path
     try:
         made = back_up(
             data, directory, version("betrace"), _report("copied"), archive=not without_archive
@@ -82,7 +94,9 @@ def restore(directory: Path, config: Path | None, overrides: dict[str, Any], as_
     from betrace.service.pipeline.recovery.backup import BackupError
     from betrace.service.pipeline.recovery.backup import restore as copy_back
 
-    data = load(config, overrides).storage.path
+    settings = load(config, overrides)
+    refuse_on_cluster(settings, "restore", _BACKUP)
+    data = settings.storage.path
     try:
         found = copy_back(directory, data, _report("restored"))
     except BackupError as error:

@@ -12,9 +12,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from betrace.service.config.settings import Settings
 
 FOUND = 1
 COULD_NOT_RUN = 3
@@ -124,6 +127,12 @@ class Moment(click.ParamType[int]):
                 param,
                 ctx,
             )
+
+
+def refuse_on_cluster(settings: Settings, command: str, instead: str) -> None:
+    """Refuse a command that works with a local span log; ``instead`` says what to do."""
+    if settings.cluster is not None:
+        raise Failure(f"betrace {command} does not work with [cluster] yet; {instead}")
 
 
 # Options

@@ -23,6 +23,7 @@ _COMMANDS = {
     "alerts": ("alerts", "alerts"),
     "archive": ("archive", "archive"),
     "backup": ("backup", "backup"),
+    "cluster": ("cluster", "cluster"),
     "dead-letters": ("dead_letters", "dead_letters"),
     "demo": ("demo.run", "demo"),
     "doctor": ("doctor.command", "doctor"),
@@ -41,6 +42,7 @@ _COMMANDS = {
 
 # By top-level package: what it is called, and the extra that installs it.
 _EXTRAS = {
+    "nats": ("the NATS client", "cluster"),
     "opentelemetry": ("the OpenTelemetry SDK", "tracing"),
     "plotext": ("Textual", "tui"),
     "textual": ("Textual", "tui"),
@@ -93,6 +95,12 @@ def _explain(error: BaseException, command: str) -> str:
     from betrace.service.rules.store import RuleStoreError
     from betrace.service.storage.dead_letters import DeadLetterError
     from betrace.service.storage.duck.schema import StoreError
+    from betrace.service.storage.jetstream.errors import (
+        JetStreamError,
+        NatsUnavailable,
+        StreamFull,
+    )
+    from betrace.service.storage.jetstream.setup import SetupError
     from betrace.service.storage.ledger.base import LedgerError
     from betrace.service.storage.lockfile import LockedError
     from betrace.service.storage.triage import TriageError
@@ -107,6 +115,14 @@ def _explain(error: BaseException, command: str) -> str:
         error, (*start, BadKeyError, DirectoryError, RuleStoreError, SecretError, TriageError)
     ):
         return str(error)
+    if isinstance(error, SetupError):
+        return str(error)
+    if isinstance(error, NatsUnavailable):
+        return f"{error}; check that the NATS servers run and that cluster.servers is right"
+    if isinstance(error, StreamFull):
+        return f"JetStream has no space left ({error}); give the servers more, or raise its limits"
+    if isinstance(error, JetStreamError):
+        return f"JetStream refused ({error}); check the user's permissions and limits"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return (

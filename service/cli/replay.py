@@ -21,6 +21,7 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
     printable,
+    refuse_on_cluster,
     settings_options,
     warn,
 )
@@ -130,8 +131,11 @@ def replay(
       betrace replay --from 2025-01-31 --to 2025-02-01 --tenant acme
     """
     from betrace.service.config.load import load
+    from betrace.service.rules.patterns import set_match_bytes
 
     settings = load(config, overrides)
+    refuse_on_cluster(settings, "replay", "the spans are in JetStream, not in the data directory")
+    set_match_bytes(settings.rules.match_max_bytes)
     if not settings.storage.path.is_dir():
         raise Failure(
             f"there is no data in {settings.storage.path}; name the data directory with --data"

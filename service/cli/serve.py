@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,12 @@ from betrace.service.cli.common import Failure, json_option, settings_options
 from betrace.service.cli.garbage import short_pauses
 
 if TYPE_CHECKING:
+    from betrace.service.app.cluster import ClusterProcess
+    from betrace.service.app.roles import Role
     from betrace.service.app.service import Addresses, Service
     from betrace.service.config.settings import Settings
+
+    Running = Service | ClusterProcess
 
 _log = logging.getLogger("service.running")
 
@@ -34,9 +38,15 @@ Companion = Callable[["Addresses"], Awaitable[None]]
 
 
 @click.command()
+@click.option(
+    "--role",
+    metavar="ROLES",
+    help="What this process does in a cluster: edge, evaluator, query, or several of them, "
+    "separated by commas. Needs a section [cluster] in config.toml.",
+)
 @settings_options("data", "rules", "ingest", "grpc", "api", "metrics", "insecure")
 @json_option
-def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
+def serve(role: str | None, config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     """Run the service.
 
     config.toml has every setting. Environment variables such as BETRACE_STORAGE__PATH override
@@ -46,13 +56,21 @@ def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None
     ready.
 
     \b
-    Example:
+    Examples:
       betrace serve --data ./data --rules ./rules
+      betrace serve --config config.toml --role edge,evaluator
     """
+    from betrace.service.app.roles import RoleError, read_roles, refuse_unsupported
     from betrace.service.config.load import load
     from betrace.service.telemetry.logs import set_up_logging
 
     settings = load(config, overrides)
+    try:
+        roles = read_roles(role, settings.cluster is not None)
+        if roles:
+            refuse_unsupported(settings)
+    except RoleError as error:
+        raise Failure(str(error)) from None
     if settings.rules.directory and not Path(settings.rules.directory).is_dir():
         raise Failure(
             f"the rule directory {settings.rules.directory} does not exist; "
@@ -64,15 +82,25 @@ def serve(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(addresses)))
         else:
-            click.echo(f"spans    {_url(addresses.ingest, '/v1/traces')}  (OTLP over HTTP)")
-            click.echo(f"spans    {_url(addresses.grpc, '')}  (OTLP over gRPC)")
-            click.echo(f"pages    {_url(addresses.api, '/')}")
-            click.echo(f"API      {_url(addresses.api, '/docs')}")
-            click.echo(f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}")
+            for line in _address_lines(addresses, roles):
+                click.echo(line)
         sys.stdout.flush()
         await trio.sleep_forever()
 
-    run_service(settings, print_addresses)
+    run_service(settings, print_addresses, roles=roles)
+
+
+def _address_lines(addresses: Addresses, roles: Sequence[str]) -> Iterator[str]:
+    """What is served where; on a cluster, by the roles of the process."""
+    if not roles or "edge" in roles:
+        yield f"spans    {_url(addresses.ingest, '/v1/traces')}  (OTLP over HTTP)"
+        yield f"spans    {_url(addresses.grpc, '')}  (OTLP over gRPC)"
+    if not roles or "query" in roles:
+        yield f"pages    {_url(addresses.api, '/')}"
+        yield f"API      {_url(addresses.api, '/docs')}"
+    else:
+        yield f"health   {_url(addresses.api, '/readyz')}"
+    yield f"metrics  {_url(addresses.metrics or addresses.api, '/metrics')}"
 
 
 def _url(base: str | None, path: str) -> str:
@@ -83,9 +111,11 @@ def run_service(
     settings: Settings,
     companion: Companion | None = None,
     notice: Callable[[str], None] = _log.info,
+    roles: Sequence[Role] = (),
 ) -> None:
-    """Run the service until SIGTERM or SIGINT, then drain; a second signal ends the process at
-    once. SIGHUP reloads the rule files. The service also stops when ``companion`` returns.
+    """Run the service, or the roles of a process of a cluster, until SIGTERM or SIGINT, then drain;
+    a second signal ends the process at once. SIGHUP reloads the rule files. The service also stops
+    when ``companion`` returns.
     ``notice`` gets a text if the start takes long.
 
     Raises what keeps the service from starting:
@@ -99,13 +129,19 @@ def run_service(
     from betrace.service.cli.rules import record_rules_directory
 
     with short_pauses(), ExitStack() as stack:
-        make = open_service(settings, stack)
+        make: Callable[[], Running]
+        if roles:
+            from betrace.service.app.cluster import open_cluster
+
+            make = open_cluster(settings, roles, stack)
+        else:
+            make = open_service(settings, stack)
         record_rules_directory(settings)
         trio.run(_main, make, companion, notice)
 
 
 async def _main(
-    make: Callable[[], Service], companion: Companion | None, notice: Callable[[str], None]
+    make: Callable[[], Running], companion: Companion | None, notice: Callable[[str], None]
 ) -> None:
     service = make()
     try:
@@ -123,7 +159,7 @@ async def _main(
 
 
 class _Running:
-    def __init__(self, service: Service, nursery: trio.Nursery) -> None:
+    def __init__(self, service: Running, nursery: trio.Nursery) -> None:
         self.ready = False
         self.compilation = service.compilation
         self._service = service

@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -181,10 +181,20 @@ def _lookup(loc: tuple[int | str, ...]) -> tuple[bool, Any]:
     value: Any = Settings()
     for part in loc:
         if isinstance(value, BaseModel) and str(part) in type(value).model_fields:
-            value = getattr(value, str(part))
+            owner, value = value, getattr(value, str(part))
+            if value is None:
+                value = optional_section(type(owner), str(part))
         elif not isinstance(value, list | dict):
             return False, None
     return bool(loc), value
+
+
+def optional_section(owner: type[BaseModel], name: str) -> BaseModel | None:
+    """The defaults of a section that is absent by default; None if ``name`` is not one."""
+    for kind in get_args(owner.model_fields[name].annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind()
+    return None
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:
@@ -198,8 +208,8 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         return f"did you mean {'.'.join([*sections, near])}?"
     elsewhere = [
         f"{section}.{name}"
-        for section, field in Settings.model_fields.items()
-        if name in type(field.get_default(call_default_factory=True)).model_fields
+        for section in Settings.model_fields
+        if name in type(_lookup((section,))[1]).model_fields
     ]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from betrace.service.config.alerts import AlertSettings
 from betrace.service.config.base import OFF, is_loopback, split_address
+from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.edge import (
     Api,
     Auth,
@@ -89,6 +90,7 @@ class Settings(BaseModel):
     shutdown: Shutdown = Shutdown()
     logging: Logging = Logging()
     tracing: Tracing = Tracing()
+    cluster: ClusterSettings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -115,6 +115,10 @@ class Rules(SettingsSection):
     cannot change them. An own rule with the same id is ignored. Empty for none."""
     poll_seconds: Seconds = 2
     """How often the directories are checked for changes. SIGHUP checks them at once."""
+    match_max_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 64 * 1024
+    """Longest text that `matches` searches. A rule whose verdict depends on a longer one is
+    undecided. The most expensive search of 64 KiB takes a second, of a longer text proportionally
+    more, and no other tenant's spans are processed meanwhile."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -77,7 +77,9 @@ class SpanBatch:
     ``buf`` contains the decoded (decompressed, protobuf) bodies end to end; all offsets refer to
     it. ``positions`` are the span-log positions of the bodies' frames, by body row;
     ``received_ns`` is when the newest of them was received (wall clock, nanoseconds);
-    ``replayed`` is set if they were read from the log after a restart.
+    ``replayed`` is set if they were read from the log after a restart. ``rules`` are the
+    :class:`~betrace.service.rules.compile.CompiledRules` that they were appended to the log under;
+    without, they are folded under those in force by then.
     """
 
     tenant: str
@@ -89,6 +91,7 @@ class SpanBatch:
     positions: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
     received_ns: int = 0
     replayed: bool = False
+    rules: object = None
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -104,7 +107,8 @@ class SpanBatch:
 
 
 def join(batches: Sequence[SpanBatch]) -> SpanBatch:
-    """One batch of the spans of several, in their order; all are of one tenant and have positions.
+    """One batch of the spans of several, in their order; all are of one tenant, have positions and
+    belong to the same rules.
     Folding few spans costs about as much as folding hundreds."""
     if len(batches) == 1:
         return batches[0]
@@ -134,6 +138,7 @@ def join(batches: Sequence[SpanBatch]) -> SpanBatch:
         bodies,
         np.concatenate([batch.positions for batch in batches]),
         max(batch.received_ns for batch in batches),
+        rules=batches[0].rules,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import config, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 from betrace.service.jit import general_kernel
@@ -89,6 +89,44 @@ def load64_big(buf: Bytes, index: int) -> int:
         raise IndexError("word outside the buffer")
     word: int = _big_word(buf, index)
     return word
+
+
+def _memory_copier() -> Any:
+    """Copies bytes from one array to another, without bounds check; for :func:`copy_bytes`."""
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+
+        def copy(buf: Bytes, start: int, out: Bytes, at: int, length: int) -> None:
+            out[at : at + length] = buf[start : start + length]
+
+        return copy
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8)
+        source = context.make_array(signature.args[0])(context, builder, args[0])
+        target = context.make_array(signature.args[2])(context, builder, args[2])
+        source_at = builder.gep(source.data, [args[1]], source_etype=byte)
+        target_at = builder.gep(target.data, [args[3]], source_etype=byte)
+        cgutils.raw_memcpy(builder, target_at, source_at, args[4], 1)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    def typing(typing_context: Any, buf: Any, start: Any, out: Any, at: Any, length: Any) -> Any:
+        return types.none(buf, types.int64, out, types.int64, types.int64), codegen
+
+    return intrinsic(typing)
+
+
+_copy_memory = _memory_copier()
+
+
+@general_kernel
+def copy_bytes(buf: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
+    """Copy the bytes ``start`` .. ``end`` of ``buf`` to ``at`` in ``out``, another array; returns
+    the position after them. :exc:`IndexError` outside either."""
+    length = end - start
+    if start < 0 or length < 0 or end > buf.shape[0] or at < 0 or at > out.shape[0] - length:
+        raise IndexError("bytes outside the buffer")
+    _copy_memory(buf, start, out, at, length)
+    return at + length
 
 
 @general_kernel

@@ -15,14 +15,20 @@ from betrace.service.jit import lean_kernel
 from betrace.service.otlp.attributes import skip
 from betrace.service.otlp.columns import Bytes
 from betrace.service.otlp.encoding import Body
-from betrace.service.otlp.primitives import BYTES_TYPE, load64_big, read_length, read_tag
+from betrace.service.otlp.primitives import (
+    BYTES_TYPE,
+    copy_bytes,
+    load64_big,
+    read_length,
+    read_tag,
+)
 
-_RESOURCE_SPANS = 1 << 3 | BYTES_TYPE  # of the request
-_SCOPE_SPANS = 2 << 3 | BYTES_TYPE  # of ResourceSpans
-_SPAN = 2 << 3 | BYTES_TYPE  # of ScopeSpans
+RESOURCE_SPANS = 1 << 3 | BYTES_TYPE  # of the request
+SCOPE_SPANS = 2 << 3 | BYTES_TYPE  # of ResourceSpans
+SPAN = 2 << 3 | BYTES_TYPE  # of ScopeSpans
 _TRACE_ID = 1 << 3 | BYTES_TYPE  # of Span
 
-_HEAD = 6  # bytes of a tag and a length of five bytes
+HEAD = 6  # bytes of a tag and a length of five bytes
 _BITS = 1 << 14
 
 
@@ -38,26 +44,20 @@ def spans_of(body: Body | bytes, wanted: Bytes) -> bytes:
     """The part of a request that has the spans of the wanted traces, and perhaps of a few others;
     empty without one."""
     buf = np.frombuffer(body, np.uint8)
-    out = np.empty(3 * len(buf) + 2 * _HEAD, np.uint8)
+    out = np.empty(3 * len(buf) + 2 * HEAD, np.uint8)
     return out[: _copy_request(buf, wanted, out)].tobytes()
 
 
 @lean_kernel
-def _copy(buf: Bytes, start: int, end: int, out: Bytes, at: int) -> int:
-    for i in range(start, end):
-        out[at + i - start] = buf[i]
-    return at + end - start
-
-
-@lean_kernel
-def _head(out: Bytes, at: int, tag: int, end: int) -> None:
-    """Write the tag and length of the message whose content is from ``at + _HEAD`` to ``end``."""
-    length = end - at - _HEAD
+def put_head(out: Bytes, at: int, tag: int, end: int) -> None:
+    """Write the tag and length of a message at ``at``; its content is from ``at + HEAD`` to
+    ``end``."""
+    length = end - at - HEAD
     out[at] = tag
-    for i in range(1, _HEAD - 1):
+    for i in range(1, HEAD - 1):
         out[at + i] = (length & 0x7F) | 0x80
         length >>= 7
-    out[at + _HEAD - 1] = length
+    out[at + HEAD - 1] = length
 
 
 @lean_kernel
@@ -86,29 +86,29 @@ def _is_wanted(buf: Bytes, start: int, end: int, wanted: Bytes) -> bool:
 def _copy_scope(buf: Bytes, start: int, end: int, wanted: Bytes, out: Bytes, at: int) -> int:
     """Copy a ScopeSpans message behind ``at``; returns its end, or ``at`` without a span."""
     spans = 0
-    to = at + _HEAD
+    to = at + HEAD
     pos = start
     while pos < end:
         field = pos
         tag, pos = read_tag(buf, pos, end)
         if pos < 0:
             return at
-        if tag == _SPAN:
+        if tag == SPAN:
             length, pos = read_length(buf, pos, end)
             if pos < 0:
                 return at
             if _is_wanted(buf, pos, pos + length, wanted):
-                to = _copy(buf, field, pos + length, out, to)
+                to = copy_bytes(buf, field, pos + length, out, to)
                 spans += 1
             pos += length
             continue
         pos = skip(buf, pos, end, tag)
         if pos < 0:
             return at
-        to = _copy(buf, field, pos, out, to)
+        to = copy_bytes(buf, field, pos, out, to)
     if spans == 0:
         return at
-    _head(out, at, _SCOPE_SPANS, to)
+    put_head(out, at, SCOPE_SPANS, to)
     return to
 
 
@@ -116,14 +116,14 @@ def _copy_scope(buf: Bytes, start: int, end: int, wanted: Bytes, out: Bytes, at:
 def _copy_resource(buf: Bytes, start: int, end: int, wanted: Bytes, out: Bytes, at: int) -> int:
     """Copy a ResourceSpans message behind ``at``; returns its end, or ``at`` without a span."""
     scopes = 0
-    to = at + _HEAD
+    to = at + HEAD
     pos = start
     while pos < end:
         field = pos
         tag, pos = read_tag(buf, pos, end)
         if pos < 0:
             return at
-        if tag == _SCOPE_SPANS:
+        if tag == SCOPE_SPANS:
             length, pos = read_length(buf, pos, end)
             if pos < 0:
                 return at
@@ -135,10 +135,10 @@ def _copy_resource(buf: Bytes, start: int, end: int, wanted: Bytes, out: Bytes, 
         pos = skip(buf, pos, end, tag)
         if pos < 0:
             return at
-        to = _copy(buf, field, pos, out, to)
+        to = copy_bytes(buf, field, pos, out, to)
     if scopes == 0:
         return at
-    _head(out, at, _RESOURCE_SPANS, to)
+    put_head(out, at, RESOURCE_SPANS, to)
     return to
 
 
@@ -152,7 +152,7 @@ def _copy_request(buf: Bytes, wanted: Bytes, out: Bytes) -> int:
         tag, pos = read_tag(buf, pos, end)
         if pos < 0:
             return at
-        if tag != _RESOURCE_SPANS:
+        if tag != RESOURCE_SPANS:
             pos = skip(buf, pos, end, tag)
             if pos < 0:
                 return at

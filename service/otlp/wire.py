@@ -148,7 +148,7 @@ def _field(number: int, payload: bytes) -> bytes:
     return bytes([number << 3 | BYTES_TYPE, len(payload)]) + payload
 
 
-def _sample() -> bytes:
+def sample() -> bytes:
     """A request with one span; the resource and the span have the attribute k = ["v"]."""
     attribute = _field(1, b"k") + _field(2, _field(5, _field(1, _field(1, b"v"))))
     span = _field(1, b"\1" * 16) + _field(2, b"\1" * 8) + _field(5, b"a") + _field(9, attribute)
@@ -160,7 +160,7 @@ def warm_up() -> None:
 
     Takes seconds without a cache: call it from a worker thread at start.
     """
-    batch = scan_bodies("warm-up", [_sample()])
+    batch = scan_bodies("warm-up", [sample()])
     key = _as_array(b"k")
     out = np.zeros(OUT_SIZE, np.int64)
     span, resource = batch.spans[0], batch.resources[0]

@@ -27,7 +27,7 @@ class BatchAudit:
 
     def accepted(self, request: Request, outcome: Done) -> None:
         """Record a request. ``segment`` and ``offset`` are its place in the tenant's log, null for
-        a request without spans, of which nothing is written."""
+        a request without spans, of which nothing is written, and on an edge of a cluster."""
         segment, offset = unpack_position(outcome.position) if outcome.position else (None, None)
         self.tap.offer(
             {

@@ -23,6 +23,7 @@ from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.pipeline.request import Request
 from betrace.service.pipeline.rule_evaluations import RuleEvaluations
+from betrace.service.pipeline.rules_in_force import LogWriter, RulesOfFrames
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage, JudgingStores
 from betrace.service.pipeline.stages.ingest import IngestStage
@@ -95,6 +96,7 @@ class _PipelineBuilder:
         self._clock_ns = clock_ns
         self._slow_batches = _slow_batches(settings.tracing)
         self._progress, self._in_flight = LogProgress(), InFlight()
+        self._rules = RulesOfFrames(stores.log, stores.registry)
         self._letters = self._dead_letters()
         self._closed = ClosedTraces(settings.traces.late_filter_bytes)
         self._stage_traces: dict[str, StageTraces] = {}
@@ -142,9 +144,10 @@ class _PipelineBuilder:
             stores.log,
             max_body,
             lambda tenant: behind() or tenant in stores.duckdb.incomplete,
+            self._rules.at,
         )
         open_traces = self._open_traces(LateSpans(self._closed, history.load, behind))
-        sync, audit = GroupSync(stores.log, self._threads["sync"]), self._batch_audit()
+        sync, audit = GroupSync(stores.log, self._threads["sync"]), open_batch_audit(settings)
         return Pipeline(
             queues=self._channels,
             requests=self._requests.send,
@@ -162,6 +165,7 @@ class _PipelineBuilder:
             letters=self._letters,
             closed=self._closed,
             history=history,
+            rules=self._rules,
             sync=sync,
             flush_seconds=settings.log.flush_seconds,
             attempts=settings.redelivery.attempts + 1,
@@ -235,10 +239,9 @@ class _PipelineBuilder:
 
     def _ingest(self, sync: GroupSync, audit: BatchAudit | None) -> IngestStage:
         return IngestStage(
-            self._stores.log,
+            LogWriter(self._stores.log, self._progress, self._stores.registry),
             self._threads["ingest"],
             self._batches.send,
-            self._progress,
             self._settings.ingest.max_body_bytes,
             sync,
             self._settings.log.ack == "synced",
@@ -341,16 +344,18 @@ class _PipelineBuilder:
             self._settings.ingest.max_body_bytes,
             self._settings.redelivery.transient_retry_seconds,
             self._clock_ns,
+            self._rules.at,
         )
         self._in_flight.left = letters.book.left
         return letters
 
-    def _batch_audit(self) -> BatchAudit | None:
-        audit = self._settings.audit
-        if not audit.batches:
-            return None
-        path = self._settings.storage.path / "batches.jsonl"
-        return BatchAudit(path, audit.max_bytes, audit.files)
+
+def open_batch_audit(settings: Settings) -> BatchAudit | None:
+    """The record of accepted requests; None if it is off."""
+    audit = settings.audit
+    if not audit.batches:
+        return None
+    return BatchAudit(settings.storage.path / "batches.jsonl", audit.max_bytes, audit.files)
 
 
 def _bury_in(letters: DeadLetters, stage: str) -> Callable[[Any, Exception, int], Awaitable[None]]:

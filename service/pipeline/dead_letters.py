@@ -24,7 +24,7 @@ import trio
 from betrace.channels import ThreadRunner, TransientError, is_expected
 from betrace.service.pipeline import letter_codec
 from betrace.service.pipeline.letter_book import SPANS_STAGE, LetterBook, any_unfolded
-from betrace.service.pipeline.letter_codec import Item
+from betrace.service.pipeline.letter_codec import Item, RulesAt
 from betrace.service.pipeline.letter_retries import LetterRetries, leave
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.storage.dead_letters import MAX_LIMIT, DeadLetterStore, Letter, NewLetter
@@ -49,6 +49,7 @@ class DeadLetters:
       max_body_bytes: limit of a decoded frame.
       retry_seconds: letters of transient errors are retried after this.
       clock_ns: the wall clock.
+      rules_at: the rules of a frame of the log.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class DeadLetters:
         max_body_bytes: int,
         retry_seconds: float,
         clock_ns: Callable[[], int] = time.time_ns,
+        rules_at: RulesAt = lambda tenant, position: None,
     ) -> None:
         self._store = store
         self._progress = progress
@@ -68,8 +70,11 @@ class DeadLetters:
         self._clock_ns = clock_ns
         self._threads = ThreadRunner("dead-letters", 2)
         self.book = LetterBook(store.counts())
+        decode = partial(
+            letter_codec.decode, log=log, max_body_bytes=max_body_bytes, rules_at=rules_at
+        )
         self.retries = LetterRetries(
-            store, self.book, self._threads, log, max_body_bytes, progress, in_flight, clock_ns
+            store, self.book, self._threads, decode, progress, in_flight, clock_ns
         )
         # By stage: letters not logged yet, and the time of the last log line.
         self._unlogged: dict[str, tuple[int, float]] = {}

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 
+from betrace.channels import TransientError
 from betrace.service.otlp.columns import SPAN_ID, TRACE_HI, TRACE_LO, Rows, SpanBatch
+from betrace.service.rules.compile import CompiledRules
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.queries import TraceRow
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.signal_history import rule_signals
 from betrace.service.traces.tenant_traces import Recalled
 
@@ -37,18 +39,45 @@ CHUNK_SPANS = 20_000
 CHUNK_FRAMES = 32
 
 
+class HistoryUnavailable(TransientError):  # noqa: N818
+    """The trace index cannot answer now. Unlike a failure of the local store, this is not a reason
+    to evaluate late spans without the earlier ones: whoever folds them waits."""
+
+
+class TraceIndex(Protocol):
+    """The index of stored traces: the local DuckDB, or a query node."""
+
+    def find_traces(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
+        """The traces that exist, by id, with the positions of all their frames."""
+
+    def raised_of(
+        self, tenant: str, trace_ids: Sequence[str]
+    ) -> dict[str, list[tuple[str, str, int, int, str]]]:
+        """For each trace that has signals, by rule: the rule's id and version, how many signals
+        were raised and retracted, and the clause of the last one."""
+
+
 class TraceHistory:
-    """Reads closed traces back. Called in the folding thread, which it blocks, so it is bounded."""
+    """Reads closed traces back. Called in the folding thread, which it blocks, so it is bounded by
+    ``most_traces`` (by default ``MOST_TRACES``) and, by the clock ``seconds``, in time.
+
+    ``rules_at`` returns the rules of a frame. A trace keeps those of its first frame, so that its
+    signals do not depend on whether it was still in memory, or is read again after a crash.
+    """
 
     def __init__(
         self,
-        store: DuckStore,
-        log: SpanLog,
+        store: TraceIndex,
+        log: PartitionLog,
         max_body_bytes: int,
         behind: Callable[[str], bool] = lambda tenant: False,
+        rules_at: Callable[[str, int], CompiledRules | None] = lambda tenant, position: None,
         seconds: Callable[[], float] = time.monotonic,
+        most_traces: int | None = None,
     ) -> None:
+        self._rules_at = rules_at
         self._store = store
+        self._most_traces = most_traces
         self._behind = behind
         self._seconds = seconds
         self._log = log
@@ -64,12 +93,13 @@ class TraceHistory:
         """Read traces (rows of hi, lo) in lazy rounds, so that only the spans of one round are in
         memory. Traces above the limits are returned as lost."""
         until = self._seconds() + MOST_SECONDS
-        for at in range(0, min(len(ids), MOST_TRACES), ROUND_TRACES):
+        most = MOST_TRACES if self._most_traces is None else self._most_traces
+        for at in range(0, min(len(ids), most), ROUND_TRACES):
             if at and self._seconds() >= until:
                 break
-            yield self._round(tenant, ids[at : min(at + ROUND_TRACES, MOST_TRACES)], until)
+            yield from self._round(tenant, ids[at : min(at + ROUND_TRACES, most)], until)
         else:
-            at = MOST_TRACES
+            at = most
         beyond = ids[at:]
         if len(beyond):
             self.partial += len(beyond)
@@ -80,11 +110,11 @@ class TraceHistory:
             )
             yield Recalled(ids[:0], [], None, beyond)
 
-    def _round(self, tenant: str, ids: Rows, until: float) -> Recalled:
+    def _round(self, tenant: str, ids: Rows, until: float) -> Iterator[Recalled]:
         """Read up to ``ROUND_TRACES`` traces; if they are long, until that time.
 
-        A trace is whole if all spans counted in its index row were read. Traces that are not in the
-        index are new, unless the store is behind: then each may have earlier spans.
+        Traces that are not in the index are new, unless the store is behind: then each may have
+        earlier spans.
         """
         names = [f"{hi & _MASK:016x}{lo & _MASK:016x}" for hi, lo in ids.tolist()]
         try:
@@ -94,40 +124,59 @@ class TraceHistory:
         except (StoreError, PoolTimeout) as error:
             _log.warning("late spans of %s are evaluated without earlier spans: %s", tenant, error)
             self.partial += len(ids)
-            return Recalled(ids[:0], [], None, ids)
+            yield Recalled(ids[:0], [], None, ids)
+            return
         known = [k for k, name in enumerate(names) if name in found]
         self.unknown += len(ids) - len(known)
-        lost = ids[:0]
         if behind:
             lost = ids[[k for k, name in enumerate(names) if name not in found]]
             self.partial += len(lost)
-        rows = [found[names[k]] for k in known]
-        batches = self._batches(tenant, rows, until)
-        first = next(batches, None)
-        if first is None:
-            self.partial += len(known)
-            return Recalled(ids[:0], [], None, np.concatenate([ids[known], lost]))
-        signals = [
-            {(each[0], each[1]): rule_signals(*each[2:]) for each in raised.get(names[k], ())}
-            for k in known
-        ]
-        whole: list[bool] = []
+            yield Recalled(ids[:0], [], None, lost)
+        signals = {
+            name: {(each[0], each[1]): rule_signals(*each[2:]) for each in its}
+            for name, its in raised.items()
+        }
+        by_rules: dict[CompiledRules | None, list[int]] = {}
+        for k in known:
+            positions = found[names[k]].positions
+            rules = self._rules_at(tenant, positions[0]) if positions else None
+            by_rules.setdefault(rules, []).append(k)
+        for rules, some in by_rules.items():
+            rows = [found[names[k]] for k in some]
+            batches = self._batches(tenant, rows, until)
+            first = next(batches, None)
+            if first is None:
+                self.partial += len(some)
+                yield Recalled(ids[:0], [], None, ids[some])
+                continue
+            whole: list[bool] = []
+            rest = self._rest(ids[some], rows, behind, first, batches, whole)
+            history = [signals.get(names[k], {}) for k in some]
+            yield Recalled(ids[some], whole, first, ids[:0], history, rest, rules)
 
-        def rest() -> Iterator[SpanBatch]:
-            read: list[list[Rows]] = [[] for _ in known]
-            for batch in chain([first], batches):
-                _note_spans(batch, ids[known], read)
-                if batch is not first:
-                    yield batch
-            counts = [_distinct(each) for each in read]
-            whole.extend(
-                not (behind or row.partial) and n >= row.spans
-                for n, row in zip(counts, rows, strict=True)
-            )
-            self.recalled += len(known)
-            self.partial += whole.count(False)
-
-        return Recalled(ids[known], whole, first, lost, signals, rest())
+    def _rest(
+        self,
+        ids: Rows,
+        rows: list[TraceRow],
+        behind: bool,
+        first: SpanBatch,
+        batches: Iterator[SpanBatch],
+        whole: list[bool],
+    ) -> Iterator[SpanBatch]:
+        """The batches after the first. After the last, sets which traces are ``whole``: all spans
+        counted in their index rows were read."""
+        read: list[list[Rows]] = [[] for _ in rows]
+        for batch in chain([first], batches):
+            _note_spans(batch, ids, read)
+            if batch is not first:
+                yield batch
+        counts = [_distinct(each) for each in read]
+        whole.extend(
+            not (behind or row.partial) and n >= row.spans
+            for n, row in zip(counts, rows, strict=True)
+        )
+        self.recalled += len(rows)
+        self.partial += whole.count(False)
 
     def _batches(self, tenant: str, rows: list[TraceRow], until: float) -> Iterator[SpanBatch]:
         """The spans of the frames that contain the traces, in the order of their arrival; none if

@@ -7,16 +7,18 @@ whole. All functions block, so they run in worker threads.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import orjson
 
 from betrace.service.otlp.columns import SpanBatch
+from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import read_frames
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.serialize import SerialError, from_bytes, to_bytes
 from betrace.service.traces.verdicts import Decided
@@ -24,6 +26,8 @@ from betrace.service.traces.verdicts import Decided
 FRAMES, DUE, DECIDED = "frames", "due", "decided"
 
 Item = SpanBatch | DueTraces | Decided
+RulesAt = Callable[[str, int], CompiledRules | None]
+"""The rules of the frame of a tenant at a position of the span log."""
 
 
 class LetterError(Exception):
@@ -62,11 +66,21 @@ def decided_to_bytes(item: Decided) -> bytes:
     )
 
 
-def decode(tenant: str, kind: str, payload: bytes, log: SpanLog, max_body_bytes: int) -> Item:
+def decode(
+    tenant: str,
+    kind: str,
+    payload: bytes,
+    log: PartitionLog,
+    max_body_bytes: int,
+    rules_at: RulesAt = lambda tenant, position: None,
+) -> Item:
     """The item. Raises :exc:`LetterError`."""
     try:
         if kind == FRAMES:
-            return _read_batch(tenant, positions_in(payload), log, max_body_bytes)
+            positions = positions_in(payload)
+            batch = _read_batch(tenant, positions, log, max_body_bytes)
+            batch.rules = rules_at(tenant, positions[0])
+            return batch
         if kind == DUE:
             return from_bytes(payload)
         if kind == DECIDED:
@@ -110,7 +124,9 @@ def _shown(due: DueTraces) -> dict[str, Any]:
     }
 
 
-def _read_batch(tenant: str, positions: list[int], log: SpanLog, max_body_bytes: int) -> SpanBatch:
+def _read_batch(
+    tenant: str, positions: list[int], log: PartitionLog, max_body_bytes: int
+) -> SpanBatch:
     found = log.read_many(tenant, positions)
     frames = [frame for frame in found if isinstance(frame, Frame)]
     if len(frames) < len(positions):

@@ -13,10 +13,9 @@ import trio
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.pipeline.letter_book import LetterBook
-from betrace.service.pipeline.letter_codec import Item, LetterError, decode, frame_positions
+from betrace.service.pipeline.letter_codec import Item, LetterError, frame_positions
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.storage.dead_letters import DeadLetterError, DeadLetterStore
-from betrace.service.storage.spanlog.log import SpanLog
 
 _log = logging.getLogger("service.deadletters")
 
@@ -32,8 +31,7 @@ class LetterRetries:
       store: where letters are kept.
       book: which of them are retried or done.
       threads: run what blocks.
-      log: the span log, from which batches of spans are read again, up to ``max_body_bytes`` for a
-        decoded frame.
+      decode: restores an item from a letter's tenant, kind and payload; blocks.
       progress, in_flight: what is sent is registered there.
       clock_ns: the wall clock.
     """
@@ -43,8 +41,7 @@ class LetterRetries:
         store: DeadLetterStore,
         book: LetterBook,
         threads: ThreadRunner,
-        log: SpanLog,
-        max_body_bytes: int,
+        decode: Callable[[str, str, bytes], Item],
         progress: LogProgress,
         in_flight: InFlight,
         clock_ns: Callable[[], int],
@@ -52,8 +49,7 @@ class LetterRetries:
         self._store = store
         self._book = book
         self._threads = threads
-        self._log = log
-        self._max_body = max_body_bytes
+        self._decode = decode
         self._progress = progress
         self._in_flight = in_flight
         self._clock_ns = clock_ns
@@ -112,9 +108,7 @@ class LetterRetries:
             return
         letter, payload = found
         try:
-            item = await self._threads.run(
-                decode, letter.tenant, letter.kind, payload, self._log, self._max_body
-            )
+            item = await self._threads.run(self._decode, letter.tenant, letter.kind, payload)
         except LetterError as error:
             fail = partial(
                 self._store.failed_again, transient=False, attempts=0, next_retry_ns=None

@@ -65,7 +65,8 @@ class TraceCounts:
 class OpenTraces:
     """The traces of all tenants.
 
-    ``rules_of(tenant)`` returns a tenant's compiled rules and is called in worker threads;
+    ``rules_of(tenant)`` returns the rules for batches that do not say theirs, and is called in
+    worker threads;
     ``clock_ns`` is the wall clock in nanoseconds.
     """
 
@@ -92,18 +93,16 @@ class OpenTraces:
         self.totals = TraceTotals()
         """Of all tenants."""
         self.counts = TraceCounts()
-        self.rules_changed = False
-        """Whether traces were opened under new rules since this was last set to False."""
         self._ledger_history = LedgerHistory()
         self._partial_folds = PartialFolds()
         self._owing: dict[str, TenantTraces] = {}  # tenants with results that are not passed on
 
     # Steps of the stage. The caller holds the lock.
 
-    def fold(self, batch: SpanBatch, cpu: CpuSlice) -> None:
-        """Fold a batch. Even if it fails, or ``cpu`` is used up, its results so far are kept for
-        :meth:`pass_on`."""
-        traces = self._of(batch.tenant)
+    def fold(self, batch: SpanBatch, cpu: CpuSlice | None) -> None:
+        """Fold a batch. Even if it fails, or ``cpu`` (None: unlimited) is used up, its results so
+        far are kept for :meth:`pass_on`."""
+        traces = self._of(batch)
         self._owing[batch.tenant] = traces
         now = batch.received_ns if batch.replayed else self.time()
         # A fold can stop only between frames and rows that the log knows.
@@ -179,7 +178,7 @@ class OpenTraces:
         """A copy of one trace (32 hex digits) in memory, or None. ``closed`` says whether it was
         closed and is kept for late spans. Waits while a batch is folded."""
         with self.lock:
-            found = self._find(tenant, trace_id)
+            found = self.find(tenant, trace_id)
             if found is None:
                 return None
             table, slot = found
@@ -231,9 +230,11 @@ class OpenTraces:
         with self.lock:
             self._ledger_history.note(signals)
 
-    def _of(self, tenant: str) -> TenantTraces:
-        """A tenant's traces, under its current rules."""
-        rules = self._rules_of(tenant)
+    def _of(self, batch: SpanBatch) -> TenantTraces:
+        """The traces of a batch's tenant, under the batch's rules."""
+        tenant, rules = batch.tenant, batch.rules
+        if not isinstance(rules, CompiledRules):
+            rules = self._rules_of(tenant)
         traces = self.tenants.get(tenant)
         if traces is None:
             before = self._ledger_history.of(tenant)
@@ -241,7 +242,6 @@ class OpenTraces:
             traces = TenantTraces(tenant, rules, self.limits.windows, before, self.totals, partial)
             self.tenants[tenant] = traces
         elif traces.rules is not rules:
-            self.rules_changed |= traces.rules.version != rules.version
             traces.rules = rules
         return traces
 
@@ -268,8 +268,8 @@ class OpenTraces:
         counts.reopened += folded.reopened
         counts.unknown += folded.unknown
 
-    def _find(self, tenant: str, trace_id: str) -> tuple[TraceTable, int] | None:
-        """The table and slot of a trace."""
+    def find(self, tenant: str, trace_id: str) -> tuple[TraceTable, int] | None:
+        """The table and slot of a trace in memory. The caller holds the lock."""
         hi, lo = (int(half) for half in np.frombuffer(bytes.fromhex(trace_id), ">i8"))
         traces = self.tenants.get(tenant)
         for table in traces.tables if traces is not None else ():
@@ -279,4 +279,4 @@ class OpenTraces:
         return None
 
     def _is_here(self, tenant: str, trace_id: str) -> bool:
-        return self._find(tenant, trace_id) is not None
+        return self.find(tenant, trace_id) is not None

@@ -30,6 +30,7 @@ from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.pipeline.request import Request
+from betrace.service.pipeline.rules_in_force import RulesOfFrames
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.evaluate import EvaluateStage
 from betrace.service.pipeline.stages.ingest import IngestStage
@@ -80,6 +81,7 @@ class Pipeline:
     letters: DeadLetters
     closed: ClosedTraces
     history: TraceHistory
+    rules: RulesOfFrames
     sync: GroupSync
     flush_seconds: float
     """Interval of syncing the log."""

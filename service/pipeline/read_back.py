@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from cachetools import LRUCache
 
@@ -16,9 +17,9 @@ from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.decode import frame_bodies
 from betrace.service.storage.spanlog.frames import Frame
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import (
     FLAGS,
@@ -52,7 +53,7 @@ class ReadBack:
 
     def __init__(
         self,
-        log: SpanLog,
+        log: PartitionLog,
         max_body_bytes: int,
         store: DuckStore | None = None,
         max_spans: int = SPANS_MAX,
@@ -74,6 +75,17 @@ class ReadBack:
                 known = self._spilled.setdefault(key, array("q"))
                 if len(known) <= self._max_spans:  # longer traces are not read back
                     known.extend(positions)
+
+    def saved(self) -> list[list[Any]]:
+        """What was noted, as JSON, for a snapshot: rows (tenant, hi, lo, positions)."""
+        with self._lock:
+            return [[*at, list(positions)] for at, positions in self._spilled.items()]
+
+    def restore(self, saved: Iterable[Sequence[Any]]) -> None:
+        """Add what :meth:`saved` returned."""
+        with self._lock:
+            for tenant, hi, lo, positions in saved:
+                self._spilled[tenant, hi, lo] = array("q", positions)
 
     def signals_of(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory] | None:
         """The stored signals of traces; None if the store cannot be asked."""

@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -52,10 +52,11 @@ def _sample() -> bytes:
     return request.SerializeToString()
 
 
-def warm_up() -> None:
-    """Compile every kernel that a request needs, or load it from the cache on disk."""
-    for compile_part in PARTS.values():
-        compile_part()
+def warm_up(parts: Iterable[str] | None = None) -> None:
+    """Compile every kernel that a request needs, or those of some parts, or load them from the
+    cache on disk."""
+    for part in PARTS if parts is None else parts:
+        PARTS[part]()
 
 
 def _warm_up_traces() -> None:
@@ -82,12 +83,14 @@ def _warm_up_traces() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {"json": json.warm_up, "traces": _warm_up_traces}
+"""``json``: what only requests with JSON need; ``traces``: everything else."""
 
 
 class Compilation:
-    """The compilation of all kernels, and how far it is."""
+    """The compilation of the kernels of some parts, by default all, and how far it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Collection[str] = tuple(PARTS)) -> None:
+        self._parts = [part for part in PARTS if part in parts]
         self._compiled: set[str] = set()
         self.running = False
 
@@ -100,12 +103,13 @@ class Compilation:
         """Compile every kernel, or load it from the cache on disk."""
         complete = jit.cache_directory() / _COMPLETE
         several = len(os.sched_getaffinity(0)) > 1 and jit.is_enabled()
+        several = several and len(self._parts) == len(PARTS)
         if several and not await threads.run(complete.exists):
             self.running = True
             async with trio.open_nursery() as nursery:
                 for part in PARTS:
                     nursery.start_soon(self._compile_elsewhere, part)
-        await threads.run(warm_up, abandon_on_cancel=True)
+        await threads.run(warm_up, self._parts, abandon_on_cancel=True)
         self.running = False
         if several:
             with suppress(OSError):  # the next start compiles again, or finds it compiled

@@ -25,7 +25,7 @@ from betrace.service.rules.early import early
 from betrace.service.rules.format import format_check
 from betrace.service.rules.least import Least, least
 from betrace.service.rules.names import NameTable
-from betrace.service.rules.patterns import PatternSearch
+from betrace.service.rules.patterns import PatternSearch, has_pattern
 from betrace.service.rules.program import ProgramBuilder
 from betrace.service.rules.syntax import (
     And,
@@ -94,6 +94,9 @@ class CompiledRules:
     that relate spans, and those that skip incomplete traces."""
     early_rules: dict[int, RuleSyntax]
     """Of relational rules, by number, what can be decided while a trace is open."""
+    unknown_of: Rows
+    """For each check with a pattern the number, after those of the checks, under which spans are
+    counted whose text is too long for it; -1 for other checks."""
     watched: Rows
     """1 for each check that may show that such a rule is broken: then the trace is read again
     whenever spans arrive."""
@@ -108,6 +111,11 @@ class CompiledRules:
     definitions: bytes
     """The rules as in a rule file, a JSON array: serialized once, because every checkpoint contains
     it."""
+
+    @property
+    def counters(self) -> int:
+        """How many checks and other numbers are counted."""
+        return len(self.watched) - 1
 
 
 def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
@@ -151,7 +159,12 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
     skipping = {k for k, rule in enumerate(enabled) if rule.incomplete == SKIP}
     rule_rows[list(skipping), R_EARLY] = 0  # an open trace is always incomplete
 
-    thresholds: list[set[int]] = [set() for _ in checks]
+    searching = [check for spans, check in checks.items() if has_pattern(spans.where)]
+    counters = len(checks) + len(searching)
+    unknown_of = np.full(len(checks) + 1, -1, np.int64)
+    unknown_of[searching] = np.arange(len(checks), counters)
+
+    thresholds: list[set[int]] = [set() for _ in range(counters)]
     for row, rule in zip(rule_rows, enabled, strict=True):
         if row[R_EARLY]:
             for clause in (rule.syntax.when, rule.syntax.always, rule.syntax.never):
@@ -160,8 +173,9 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
     for r, used in enumerate(checks_of_rule):
         for check in used:
             rules_of[check].append(r)
+    rules_of += [rules_of[check] for check in searching]
     early_rules: dict[int, RuleSyntax] = {}
-    watched = np.zeros(len(checks) + 1, np.int64)
+    watched = np.zeros(counters + 1, np.int64)
     for number, bound in candidates.items():
         before = early(enabled[number].syntax) if number not in skipping else None
         if before is not None and checks_of_rule[number] and not isinstance(bound, bool):
@@ -172,7 +186,8 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         (row[R_EARLY] and not row[R_EARLY_ON_EMPTY]) or number in early_rules
         for number, row in enumerate(rule_rows)
     ]
-    early_of = [[r for r in of if may_be_early[r]] for of in rules_of]
+    early_of = [[r for r in of if may_be_early[r]] for of in rules_of[: len(checks)]]
+    early_of += [[] for _ in searching]
 
     return CompiledRules(
         rules=enabled,
@@ -194,6 +209,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         relational=frozenset(candidates),
         read_back=frozenset(candidates.keys() | skipping),
         early_rules=early_rules,
+        unknown_of=unknown_of,
         watched=watched,
         least=np.array([_least(rule) for rule in enabled], np.int64).reshape(-1, 2),
         patterns=PatternSearch(spans.where for spans in checks),

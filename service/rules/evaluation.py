@@ -124,7 +124,7 @@ class Evaluation:
             return any(exact.compare(left, "==", self.value(each, span, part)) for each in right)
         value = self.value(right[0], span, part)
         if op == "matches":
-            return exact.matches(left, str(value), self._run.longest)
+            return exact.matches(left, str(value))
         if op == "contains":
             return exact.contains(left, value)
         return exact.compare(left, op, value)

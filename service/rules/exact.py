@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from betrace.service.rules.logic import OPERATORS
-from betrace.service.rules.patterns import search
+from betrace.service.rules.patterns import TOO_LONG, search
 from betrace.service.rules.syntax import Literal, Number
 from betrace.service.rules.values import (
     AttributeValue,
@@ -116,15 +116,15 @@ def contains(value: Value, part: Value) -> bool:
     return found is not None and wanted is not None and wanted in found
 
 
-def matches(value: Value, pattern: str, longest: int) -> bool:
-    """Whether RE2 finds ``pattern`` in the value's text. Raises :exc:`UnknownError` if the text has
-    more than ``longest`` bytes."""
+def matches(value: Value, pattern: str) -> bool:
+    """Whether RE2 finds ``pattern`` in the value's text. Raises :exc:`UnknownError` if the text is
+    too long."""
     found = text(value)
     if found is None:
         return False
-    verdict = search(pattern, found) if len(found) <= longest else None
+    verdict = search(pattern, found)
     if verdict is None:
-        raise UnknownError("a text is too long to be searched")
+        raise UnknownError(TOO_LONG)
     return verdict
 
 

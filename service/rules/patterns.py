@@ -19,10 +19,12 @@ from betrace.service.rules.syntax import And, Attribute, Compare, Node, Not, Or
 from betrace.service.rules.values import compile_pattern
 
 MATCH_BYTES: Final = 64 * 1024
-"""A match of a longer text is unknown."""
+"""The default of :func:`match_bytes`."""
 FULL_TEXT_PROGRAM: Final = 1500
-"""Instructions of the largest program that searches ``MATCH_BYTES``; a larger one searches
-proportionally less, so that the most expensive search takes about a second."""
+"""Instructions of the largest program that searches so long a text; a larger one searches
+proportionally less, so that the most expensive search of ``MATCH_BYTES`` takes about a second."""
+TOO_LONG: Final = "a text is too long to be searched"
+"""Why a rule is undecided that depends on an unknown match."""
 SECONDS_PER_STEP: Final = 1e-8
 """Of a search that has to follow all states of the program, per byte and instruction."""
 
@@ -36,6 +38,19 @@ _REMEMBERED_TEXT = 1024
 
 Pay = Callable[[float], object]
 """Called with the most CPU seconds that a search may take, before it; may raise."""
+
+_longest = MATCH_BYTES
+
+
+def match_bytes() -> int:
+    """The length of the longest text that is searched; a match of a longer one is unknown."""
+    return _longest
+
+
+def set_match_bytes(longest: int) -> None:
+    """Set :func:`match_bytes` for this process, because a verdict must not depend on who asks."""
+    global _longest
+    _longest = longest
 
 
 class PatternSearch:
@@ -110,12 +125,13 @@ class PatternSearch:
 
 def search(pattern: str, text: str, pay: Pay | None = None) -> bool | None:
     """Whether ``pattern`` is found in ``text``; None if the text is too long for it."""
-    if len(text) > MATCH_BYTES:
+    longest = _longest
+    if len(text) > longest:
         return None
     program = compile_pattern(pattern)
     data = text.encode("utf-8", "surrogatepass")
     size = program.programsize
-    if len(data) * max(size, FULL_TEXT_PROGRAM) > MATCH_BYTES * FULL_TEXT_PROGRAM:
+    if len(data) * max(size, FULL_TEXT_PROGRAM) > longest * FULL_TEXT_PROGRAM:
         return None
     if pay is not None:
         pay(size * len(data) * SECONDS_PER_STEP)
@@ -173,6 +189,11 @@ def pattern_size(pattern: str) -> int:
 def patterns_size(predicates: Iterable[Node | None]) -> int:
     """Instructions of the programs of all patterns in these predicates."""
     return sum(pattern_size(text) for each in predicates for _, text in _patterns(each))
+
+
+def has_pattern(predicate: Node | None) -> bool:
+    """Whether a predicate searches a text."""
+    return bool(_patterns(predicate))
 
 
 def _patterns(node: Node | None) -> list[tuple[Attribute, str]]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from betrace.service.otlp.columns import Bytes, Rows
 from betrace.service.rules.exact import compare_literals, matches, truthy
-from betrace.service.rules.patterns import MATCH_BYTES
 from betrace.service.rules.syntax import (
     FIELDS,
     KINDS,
@@ -209,7 +208,7 @@ class ProgramBuilder:
             if literal is None:
                 return truthy(value)
             if op == "matches":
-                return matches(value, literal.text, MATCH_BYTES)
+                return matches(value, literal.text)
             return compare_literals(value, op, (literal,))
 
         if literal is None:

@@ -17,7 +17,6 @@ from betrace.service.rules.syntax import ForEach, RuleSyntax, SpanSet, span_sets
 from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.rules.workspace import FOREVER, Group, TooMuchWorkError, Workspace
 
-MAX_MATCH_BYTES = 64 * 1024
 SHOWN = 5  # groups, and spans of each
 
 
@@ -39,14 +38,13 @@ def judge(
     trace: TraceTree,
     *,
     until: float = FOREVER,
-    max_match_bytes: int = MAX_MATCH_BYTES,
     depends: dict[int, bool] | None = None,
 ) -> Judgement:
     """The verdict of a relational rule on a trace; undecided if it is not found by the time
     ``until`` of :func:`time.monotonic`. ``depends`` is scratch that may be kept with the rule."""
     word = rule.for_each.word if rule.for_each else None
     depends = {} if depends is None else depends
-    judging = _Judging(rule, Workspace(trace, word, until, max_match_bytes, depends))
+    judging = _Judging(rule, Workspace(trace, word, until, depends))
     try:
         return judging.run()
     except TooMuchWorkError as error:

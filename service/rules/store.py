@@ -139,6 +139,10 @@ class RuleStore:
         order of their files."""
         return self._rules.get(tenant, self._shared)
 
+    def shared(self) -> tuple[Rule, ...]:
+        """The rules for all tenants."""
+        return self._shared
+
     def for_all_tenants(self, rule_id: str) -> bool:
         """Whether a rule is one for all tenants."""
         return (ALL_TENANTS, rule_id) in self._origins

@@ -53,12 +53,10 @@ class Workspace:
         trace: TraceTree,
         word: str | None,
         until: float,
-        max_match_bytes: int,
         depends: dict[int, bool],
     ) -> None:
         self.trace = trace
         self.word = word
-        self.longest = max_match_bytes
         self.group: Group | None = None
         self.memo: dict[tuple[str, int], Any] = {}
         """The same for all groups."""

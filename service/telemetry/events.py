@@ -333,3 +333,77 @@ DUCKDB_REBUILT = _event(
     "rebuilt DuckDB of {tenant}: {signals} signals and {traces} traces{missing}",
     "A lost or damaged file was rebuilt. `missing` says which traces could not be.",
 )
+NODE_JOINED = _event(
+    "cluster.node_joined",
+    logging.INFO,
+    "the node {node} joined the cluster ({roles})",
+    "A node's heartbeat appeared, or moves again.",
+)
+NODE_GONE = _event(
+    "cluster.node_gone",
+    logging.WARNING,
+    "the node {node} is no longer in the cluster",
+    "A node left, or its heartbeat has not moved for `cluster.lease_seconds`. Its partitions go to "
+    "other evaluators.",
+)
+NODE_NAME_TAKEN = _event(
+    "cluster.node_name_taken",
+    logging.ERROR,
+    "another process has the name of this node, {node}; set cluster.node to a different name",
+    "Two running processes have the same name, so each takes the partitions of the other.",
+)
+PARTITION_TAKEN_OVER = _event(
+    "cluster.partition_taken_over",
+    logging.INFO,
+    "partition {partition} is current after {seconds:.1f} s: replayed {messages} messages",
+    "This node owns the partition and has applied everything that was in its log.",
+    "epoch",
+)
+PARTITION_HANDED_OVER = _event(
+    "cluster.partition_handed_over",
+    logging.INFO,
+    "partition {partition} was handed over after message {applied}",
+    "This node released the partition in an orderly way, because another should own it or because "
+    "it stops.",
+)
+PARTITION_FENCED = _event(
+    "cluster.partition_fenced",
+    logging.WARNING,
+    "partition {partition} was taken over by another evaluator, so this one drops it",
+    "This node was too slow to renew its lease: it was frozen, cut off or overloaded. Nothing is "
+    "lost or doubled.",
+    "epoch",
+)
+LEASE_LOST = _event(
+    "cluster.lease_lost",
+    logging.WARNING,
+    "another evaluator has the lease of partition {partition}; this one stops working on it",
+    "As `cluster.partition_fenced`, but noticed earlier.",
+)
+PARTITION_FAILED = _event(
+    "cluster.partition_failed",
+    logging.ERROR,
+    "partition {partition} was dropped because of an error and is taken over again in "
+    "{seconds:.1f} s: {error}",
+    "Nothing is lost, but the partition's signals wait.",
+)
+PARTITION_WAITS = _event(
+    "cluster.partition_waits",
+    logging.WARNING,
+    "partition {partition} waits: {reason}",
+    "A verdict needs earlier spans or signals that cannot be read now, for example because no "
+    "query node answers. The partition continues when they can be read.",
+)
+CHECKPOINT_UNUSABLE = _event(
+    "cluster.checkpoint_unusable",
+    logging.WARNING,
+    "the checkpoint {name} cannot be used, so an older one is loaded: {reason}",
+    "The replay takes longer. If the log has lost messages, see `cluster.log_damaged`.",
+)
+PARTITION_LOG_DAMAGED = _event(
+    "cluster.log_damaged",
+    logging.ERROR,
+    "messages of partition {partition} are missing: {what}",
+    "The servers deleted or lost messages that they had acknowledged. Check `sync_interval`, the "
+    "streams' limits, and the servers' disks.",
+)

@@ -80,6 +80,21 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
     Raises OSError when the disk fails; existing files stay as they are.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    parts = encode(snapshot)
+    # The newest has the largest number, even if the wall clock was set back.
+    newest = max((int(path.stem) for path in checkpoint_files(directory)), default=0)
+    path = directory / f"{max(snapshot.taken_ns, newest + 1):020d}.checkpoint"
+    with replacing(path, directory / "checkpoint.tmp") as file:
+        for part in parts:
+            file.write(part)
+        size = file.tell()
+    for old in checkpoint_files(directory)[KEPT:]:
+        old.unlink()
+    return size
+
+
+def encode(snapshot: Snapshot) -> list[bytes | memoryview]:
+    """A snapshot as bytes, in parts, because its arrays are not copied."""
     arrays: list[Array] = []
 
     def place(array: Array) -> dict[str, Any]:
@@ -114,19 +129,10 @@ def write_checkpoint(directory: Path, snapshot: Snapshot) -> int:
     text = orjson.dumps(header)
     parts: list[bytes | memoryview] = [_HEAD.pack(_MAGIC, len(text)), text]
     parts += [array.data.cast("B") for array in arrays if array.nbytes]
-    # The newest has the largest number, even if the wall clock was set back.
-    newest = max((int(path.stem) for path in checkpoint_files(directory)), default=0)
-    path = directory / f"{max(snapshot.taken_ns, newest + 1):020d}.checkpoint"
     crc = 0
-    with replacing(path, directory / "checkpoint.tmp") as file:
-        for part in parts:
-            crc = isal_zlib.crc32(part, crc)
-            file.write(part)
-        file.write(struct.pack("<I", crc))
-        size = file.tell()
-    for old in checkpoint_files(directory)[KEPT:]:
-        old.unlink()
-    return size
+    for part in parts:
+        crc = isal_zlib.crc32(part, crc)
+    return [*parts, struct.pack("<I", crc)]
 
 
 def read_latest(directory: Path) -> Snapshot | None:
@@ -141,7 +147,11 @@ def read_latest(directory: Path) -> Snapshot | None:
 
 def read_checkpoint(path: Path) -> Snapshot:
     """The snapshot in a file. Raises ValueError if it is damaged."""
-    data = path.read_bytes()
+    return decode(path.read_bytes())
+
+
+def decode(data: bytes | memoryview) -> Snapshot:
+    """The inverse of :func:`encode`. Raises ValueError if the bytes are damaged."""
     if len(data) < _HEAD.size + 4:
         raise ValueError("it is too short")
     magic, length = _HEAD.unpack_from(data)
@@ -149,7 +159,7 @@ def read_checkpoint(path: Path) -> Snapshot:
         raise ValueError("it has another format")
     if isal_zlib.crc32(memoryview(data)[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ValueError("its checksum does not match")
-    header = json.loads(data[_HEAD.size : _HEAD.size + length])
+    header = json.loads(bytes(data[_HEAD.size : _HEAD.size + length]))
     offset = _HEAD.size + length
 
     def take(place: dict[str, Any]) -> Array:

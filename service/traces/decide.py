@@ -2,7 +2,8 @@
 
 While a trace is open its counts can only grow, so an expression is true, false or unknown (Kleene's
 three-valued logic): with n spans so far, ``count(x) > k`` is true once n > k and unknown before. An
-expression that is true or false stays so. On a closed trace everything is known.
+expression that is true or false stays so. On a closed trace everything is known, except whether a
+pattern is found in a text that is too long: then a count is between two numbers.
 
 Only the rules that a trace touches are evaluated, and those that a trace without any match breaks.
 """
@@ -24,6 +25,7 @@ from betrace.service.rules.compile import (
     EQ,
     EXISTS,
     FALSE,
+    GE,
     GT,
     LE,
     LT,
@@ -51,6 +53,7 @@ from betrace.service.traces.layout import (
 )
 
 ALWAYS_BROKEN, NEVER_BROKEN = 1, 2  # the clause that a breach breaks
+UNSURE = 3  # in place of a clause: whether one is broken depends on texts that are too long
 CLAUSES = {ALWAYS_BROKEN: "always", NEVER_BROKEN: "never"}
 
 NOT_APPLICABLE = -1  # `when` does not hold
@@ -69,13 +72,22 @@ def _truth(holds: bool) -> int:
 
 
 @lean_kernel
-def _count_number(count: int, op: int, number: int, closed: bool) -> int:
-    if closed:
-        if op == EQ:
-            return _truth(count == number)
-        if op == NE:
-            return _truth(count != number)
-        return _truth(count < number if op == LT else count > number)
+def _between(least: int, most: int, op: int, number: int) -> int:
+    """The truth value of ``count op number`` for a count from ``least`` to ``most``."""
+    if op == EQ or op == NE:
+        if least <= number <= most:
+            if least < most:
+                return UNKNOWN
+            return _truth(op == EQ)
+        return _truth(op == NE)
+    if op == LT:
+        return TRUE if most < number else FALSE if least >= number else UNKNOWN
+    return TRUE if least > number else FALSE if most <= number else UNKNOWN
+
+
+@lean_kernel
+def _count_number(count: int, op: int, number: int) -> int:
+    """The truth value of ``count op number`` while the count can grow."""
     if op == GT:
         return TRUE if count > number else UNKNOWN
     if op == LT:
@@ -86,23 +98,28 @@ def _count_number(count: int, op: int, number: int, closed: bool) -> int:
 
 
 @lean_kernel
-def _count_count(left: int, op: int, right: int) -> int:
-    if op == EQ:
-        return _truth(left == right)
-    if op == NE:
-        return _truth(left != right)
-    if op == LT:
-        return _truth(left < right)
-    if op == LE:
-        return _truth(left <= right)
-    if op == GT:
-        return _truth(left > right)
-    return _truth(left >= right)
+def _count_count(least: int, most: int, op: int) -> int:
+    """The truth value of ``left op right`` if their difference is from ``least`` to ``most``."""
+    if op == LE or op == GE:
+        opposite = _between(least, most, GT if op == LE else LT, 0)
+        return TRUE - opposite
+    return _between(least, most, op, 0)
+
+
+@lean_kernel
+def _count(entries: Rows, entry_of: Rows, number: int) -> int:
+    return entries[entry_of[number], E_COUNT] if number >= 0 and entry_of[number] >= 0 else 0
 
 
 @lean_kernel
 def _run(
-    programs: Rows, start: int, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
+    programs: Rows,
+    start: int,
+    entries: Rows,
+    entry_of: Rows,
+    unknown_of: Rows,
+    closed: bool,
+    stack: Rows,
 ) -> int:
     """The truth value of a program. ``entry_of[check]`` is the row of the check's entry, or -1."""
     pc = start
@@ -121,24 +138,43 @@ def _run(
             if op == CONSTANT:
                 stack[top] = a
             elif op == EXISTS:
-                stack[top] = TRUE if entry_of[a] >= 0 else FALSE if closed else UNKNOWN
+                if entry_of[a] >= 0:
+                    stack[top] = TRUE
+                elif closed and _count(entries, entry_of, unknown_of[a]) == 0:
+                    stack[top] = FALSE
+                else:
+                    stack[top] = UNKNOWN
             elif op == COUNT_NUMBER:
-                count = entries[entry_of[a], E_COUNT] if entry_of[a] >= 0 else 0
-                stack[top] = _count_number(count, programs[pc, 2], programs[pc, 3], closed)
+                count = _count(entries, entry_of, a)
+                if closed:
+                    most = count + _count(entries, entry_of, unknown_of[a])
+                    stack[top] = _between(count, most, programs[pc, 2], programs[pc, 3])
+                else:
+                    stack[top] = _count_number(count, programs[pc, 2], programs[pc, 3])
             elif not closed:
                 stack[top] = UNKNOWN
             elif op == COUNT_COUNT:
                 b = programs[pc, 3]
-                left = entries[entry_of[a], E_COUNT] if entry_of[a] >= 0 else 0
-                right = entries[entry_of[b], E_COUNT] if entry_of[b] >= 0 else 0
-                stack[top] = _count_count(left, programs[pc, 2], right)
+                difference = _count(entries, entry_of, a) - _count(entries, entry_of, b)
+                stack[top] = _count_count(
+                    difference - _count(entries, entry_of, unknown_of[b]),
+                    difference + _count(entries, entry_of, unknown_of[a]),
+                    programs[pc, 2],
+                )
             else:  # BEFORE
                 b = programs[pc, 2]
-                stack[top] = _truth(
-                    entry_of[a] >= 0
-                    and entry_of[b] >= 0
-                    and entries[entry_of[a], E_EVIDENCE] < entries[entry_of[b], E_EVIDENCE]
-                )
+                if (
+                    _count(entries, entry_of, unknown_of[a])
+                    + _count(entries, entry_of, unknown_of[b])
+                    > 0
+                ):
+                    stack[top] = UNKNOWN
+                else:
+                    stack[top] = _truth(
+                        entry_of[a] >= 0
+                        and entry_of[b] >= 0
+                        and entries[entry_of[a], E_EVIDENCE] < entries[entry_of[b], E_EVIDENCE]
+                    )
         else:  # NOT
             stack[top] = TRUE - stack[top]
         pc += 1
@@ -147,16 +183,28 @@ def _run(
 
 @lean_kernel
 def _decide_rule(
-    rule: Rows, programs: Rows, entries: Rows, entry_of: Rows, closed: bool, stack: Rows
+    rule: Rows,
+    programs: Rows,
+    entries: Rows,
+    entry_of: Rows,
+    unknown_of: Rows,
+    closed: bool,
+    stack: Rows,
 ) -> int:
-    """The clause that is certainly broken: ``when and (not always or never)``. Without one 0, or
-    :data:`NOT_APPLICABLE` if ``when`` does not certainly hold."""
-    if _run(programs, rule[R_WHEN], entries, entry_of, closed, stack) != TRUE:
+    """The clause that is certainly broken: ``when and (not always or never)``. Without one
+    :data:`UNSURE` if the trace is closed and one may be broken, 0 if none is, or
+    :data:`NOT_APPLICABLE` if ``when`` does not hold, or not certainly in an open trace."""
+    when = _run(programs, rule[R_WHEN], entries, entry_of, unknown_of, closed, stack)
+    if when == FALSE or (when == UNKNOWN and not closed):
         return NOT_APPLICABLE
-    if _run(programs, rule[R_ALWAYS], entries, entry_of, closed, stack) == FALSE:
+    always = _run(programs, rule[R_ALWAYS], entries, entry_of, unknown_of, closed, stack)
+    if when == TRUE and always == FALSE:
         return ALWAYS_BROKEN
-    if _run(programs, rule[R_NEVER], entries, entry_of, closed, stack) == TRUE:
+    never = _run(programs, rule[R_NEVER], entries, entry_of, unknown_of, closed, stack)
+    if when == TRUE and never == TRUE:
         return NEVER_BROKEN
+    if closed and (always != TRUE or never != FALSE):
+        return UNSURE
     return 0
 
 
@@ -173,6 +221,7 @@ def _decide(
     rules_of_starts: Rows,
     on_empty: Rows,
     entry_of: Rows,
+    unknown_of: Rows,
     stamps: Rows,
     stack: Rows,
     out: Rows,
@@ -207,15 +256,16 @@ def _decide(
                     continue
                 stamps[r] = k + 1
                 rule = rule_rows[r]
-                clause = _decide_rule(rule, programs, entries, entry_of, closed, stack)
+                clause = _decide_rule(rule, programs, entries, entry_of, unknown_of, closed, stack)
                 if counting:
-                    outcomes[r, min(clause, 1) + 1] += 1
+                    outcomes[r, O_UNDECIDED if clause == UNSURE else min(clause, 1) + 1] += 1
                 if (
                     clause > 0
                     and skip_early
                     and rule[R_EARLY]
                     and not rule[R_EARLY_ON_EMPTY]
-                    and _decide_rule(rule, programs, entries, entry_of, False, stack) > 0
+                    and _decide_rule(rule, programs, entries, entry_of, unknown_of, False, stack)
+                    > 0
                 ):
                     continue
                 if clause > 0:
@@ -234,7 +284,7 @@ class Breach:
 
     trace: int
     rule: int
-    clause: int  # ALWAYS_BROKEN or NEVER_BROKEN
+    clause: int  # ALWAYS_BROKEN or NEVER_BROKEN; UNSURE where it is said
     early: bool
 
 
@@ -250,28 +300,31 @@ def decide(due: DueTraces, *, raised_early: bool = True) -> list[Breach]:
 def outcomes_when_empty(rules: CompiledRules) -> Rows:
     """The outcome of each rule for a closed trace without any matching span."""
     entries = np.zeros((0, E_EVIDENCE + 1), np.int64)
-    entry_of = np.full(len(rules.checks) + 1, -1, np.int64)
+    entry_of = np.full(rules.counters + 1, -1, np.int64)
     stack = np.zeros(STACK, np.int64)
-    return np.array(
-        [
-            min(_decide_rule(row, rules.programs, entries, entry_of, True, stack), 1) + 1
-            for row in rules.rule_rows
-        ],
-        np.int64,
-    )
+    programs, unknown_of = rules.programs, rules.unknown_of
+    clauses = [
+        _decide_rule(row, programs, entries, entry_of, unknown_of, True, stack)
+        for row in rules.rule_rows
+    ]
+    return np.array([min(clause, 1) + 1 for clause in clauses], np.int64)
 
 
 def decide_or_ask(
     due: DueTraces, *, raised_early: bool = True, outcomes: Rows | None = None
-) -> tuple[list[Breach], list[Breach]]:
-    """The breaches, as :func:`decide` returns them, and the candidates: traces that may break
-    a relational rule, or one that skips incomplete traces, and must be read back to tell. Adds the
-    number of traces by rule and outcome to ``outcomes``: candidates as broken, and only the rules
-    that a trace has spans for."""
+) -> tuple[list[Breach], list[Breach], list[Breach]]:
+    """The breaches, as :func:`decide` returns them; the candidates, which are traces that may break
+    a relational rule, or one that skips incomplete traces, and must be read back to tell; and those
+    of which nobody can tell (:data:`UNSURE`), because a text is too long. Adds the number of traces
+    by rule and outcome to ``outcomes``: candidates as broken, and only the rules that a trace has
+    spans for."""
     found = _certain(due, raised_early, outcomes)
     read_back = due.rules.read_back
+    unsure = [each for each in found if each.clause == UNSURE]
+    if unsure:
+        found = [each for each in found if each.clause != UNSURE]
     if not read_back:
-        return found, []
+        return found, [], unsure
     breaches: list[Breach] = []
     candidates: list[Breach] = []
     for each in found:
@@ -282,7 +335,7 @@ def decide_or_ask(
         elif outcomes is not None:
             outcomes[each.rule, O_BROKEN] -= 1
             outcomes[each.rule, O_KEPT] += 1
-    return breaches, candidates
+    return breaches, candidates, unsure
 
 
 def _is_large_enough(due: DueTraces, candidate: Breach) -> bool:
@@ -300,7 +353,7 @@ def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[
     if not len(due) or not n_rules:
         return []
     values, value_starts = rules.rules_of if due.closed else rules.early_of
-    entry_of = np.full(len(rules.checks) + 1, -1, np.int64)
+    entry_of = np.full(rules.counters + 1, -1, np.int64)
     stamps = np.zeros(n_rules, np.int64)
     stack = np.empty(STACK, np.int64)
     out = np.empty((max(n_rules, 1024), 3), np.int64)
@@ -321,6 +374,7 @@ def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[
             value_starts,
             rules.on_empty,
             entry_of,
+            rules.unknown_of,
             stamps,
             stack,
             out,
@@ -332,10 +386,16 @@ def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[
     return breaches
 
 
-def broken(due: DueTraces) -> list[dict[tuple[str, str], str]]:
-    """For each trace, the rules (id, version) that it breaks and the broken clause."""
+def broken(due: DueTraces) -> tuple[list[dict[tuple[str, str], str]], list[set[tuple[str, str]]]]:
+    """For each trace, the rules (id, version) that it breaks with the broken clause, and the rules
+    of which nobody can tell."""
     found: list[dict[tuple[str, str], str]] = [{} for _ in range(len(due))]
-    for breach in decide(due, raised_early=False):
+    unknown: list[set[tuple[str, str]]] = [set() for _ in range(len(due))]
+    breaches, _, unsure = decide_or_ask(due, raised_early=False)
+    for breach in breaches:
         rule = due.rules.rules[breach.rule]
         found[breach.trace][rule.id, rule.version] = CLAUSES[breach.clause]
-    return found
+    for each in unsure:
+        rule = due.rules.rules[each.rule]
+        unknown[each.trace].add((rule.id, rule.version))
+    return found, unknown

@@ -16,12 +16,17 @@ from betrace.service.traces.table import TraceTable
 
 def idle_longest(tables: Sequence[TraceTable], count: int) -> list[tuple[TraceTable, Rows]]:
     """The ``count`` open slots of all tables that have been idle longest, or all there are; at most
-    ``SWEEP_BATCH`` in each piece."""
+    ``SWEEP_BATCH`` in each piece. Of slots that have been idle equally long the first are taken, on
+    every machine (``argpartition`` takes any)."""
     used = [table.arrays.activity[: table.arrays.fill[SLOTS_USED]] for table in tables]
     count = min(count, sum(table.open_count for table in tables))
     if not count:
         return []
-    chosen = np.sort(np.argpartition(np.concatenate(used), count - 1)[:count])
+    activity = np.concatenate(used)
+    last = np.partition(activity, count - 1)[count - 1]
+    before = np.flatnonzero(activity < last)
+    same = np.flatnonzero(activity == last)[: count - len(before)]
+    chosen = np.sort(np.concatenate([before, same]))
     found = []
     for table, slots in zip(tables, used, strict=True):
         own = chosen[(chosen >= 0) & (chosen < len(slots))]

@@ -204,7 +204,7 @@ class FoldRun:
             outputs.dirty[: counts[DIRTIED] if early is None else 0],
             opened=counts[OPENED],
             repeated=counts[REPEATS],
-            matched=counts[MATCHED],
+            matched=counts[MATCHED] - self._unknown,
             reopened=self._reopened,
             unknown=self._unknown,
             received_ns=self._batch.received_ns,
@@ -214,7 +214,7 @@ class FoldRun:
 
     def _pieces(self) -> Iterator[int]:
         """The rows after the last of each call of the kernel. All rows are one piece unless there
-        are many of them, or many checks."""
+        are many of them, or many checks. Rows that are skipped belong to no piece."""
         n, rules = len(self._batch), self._table.rules
         checks = max(len(rules.checks), 1) * (8 if len(rules.names.arrays.globs) else 1)
         rows = max(1, min(_CELLS // checks, _PATTERN_CELLS // max(rules.patterns.count, 1)))
@@ -222,14 +222,19 @@ class FoldRun:
         sizes = None
         if len(self._batch.buf) > most:
             sizes = np.cumsum(self._batch.spans[:, MSG_LEN])
-        end = 0
-        while end < n:
-            start, end = end, min(n, end + rows)
+        left = np.flatnonzero(self._arrays.skip == 0)
+        end = at = 0
+        while at < len(left):
+            start = int(left[at])
+            end = min(n, start + rows)
             if sizes is not None:
                 before = int(sizes[start - 1]) if start else 0
                 full = int(np.searchsorted(sizes, before + most, "right"))
                 end = min(end, max(start + 1, full))
             yield end
+            at = int(np.searchsorted(left, end))
+        if end < n:
+            yield n
 
     def _take_rows(self, end: int) -> None:
         """Fold the rows up to ``end``."""
@@ -340,7 +345,8 @@ class FoldRun:
             raise error
 
     def _matches(self, row: int, check: int) -> list[int]:
-        """The checks that a row satisfies, among those that were asked for."""
+        """The numbers under which a row is counted, of the checks that were asked for: those that
+        it satisfies, and ``unknown_of`` of those of which nobody can tell."""
         rules = self._table.rules
         wanted: Sequence[int] = (check,)
         if check < 0:
@@ -353,6 +359,7 @@ class FoldRun:
             if verdict:
                 found.append(c)
             elif verdict is None:
+                found.append(int(rules.unknown_of[c]))
                 unknown += 1
         self._unknown += unknown
         return found

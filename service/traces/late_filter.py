@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from typing import Any
 
 import numpy as np
 
@@ -78,12 +79,12 @@ class ClosedTraces:
     """The filter for all tenants, of ``size`` bytes (rounded down to a power of two). Not
     thread-safe: use one thread at a time.
 
-    The bits of a trace depend on a secret made at startup, so that no tenant can choose ids that
-    fill the filter or collide with another tenant's. The filter is not saved; after a restart it is
-    filled from the trace index."""
+    The bits of a trace depend on a ``secret`` (by default a random one), so that no tenant can
+    choose ids that fill the filter or collide with another tenant's. In one process the filter is
+    not saved; after a restart it is filled from the trace index."""
 
-    def __init__(self, size: int) -> None:
-        self._secret = secrets.token_bytes(16)
+    def __init__(self, size: int, secret: bytes | None = None) -> None:
+        self._secret = secrets.token_bytes(16) if secret is None else secret
         words = _LINE
         while 2 * words * 2 * 8 <= size:
             words *= 2
@@ -106,6 +107,17 @@ class ClosedTraces:
             self._count = 0
         self._count += traces
         return self._young
+
+    def saved(self) -> dict[str, Any]:
+        """The filter without its bits (:attr:`filters`), as JSON."""
+        return {"secret": self._secret.hex(), "young": self._young, "count": self._count}
+
+    def restore(self, saved: dict[str, Any], filters: Rows) -> None:
+        """Continue from what :meth:`saved` returned, and from the bits."""
+        self._secret = bytes.fromhex(saved["secret"])
+        self._young, self._count = saved["young"], saved["count"]
+        self.filters = filters.copy()
+        self.capacity = filters.shape[1] * 64 // _BITS_PER_TRACE
 
     def add(self, tenant: str, ids: Rows) -> None:
         """Add traces, rows of (hi, lo)."""

@@ -8,7 +8,7 @@ from typing import Self
 
 from betrace.service.config.settings import Settings
 from betrace.service.traces.late_filter import ClosedTraces
-from betrace.service.traces.tenant_traces import History
+from betrace.service.traces.tenant_traces import INDEX_LAG_NS, History
 from betrace.service.traces.window import Windows
 
 _SECOND = 1_000_000_000
@@ -27,6 +27,8 @@ class TraceLimits:
     keep: int
     most_open: int
     windows: Windows = field(default_factory=Windows)
+    index_lag_ns: int = INDEX_LAG_NS
+    """How long closed traces are kept at least, because the index may not have them yet."""
 
     @classmethod
     def of(cls, settings: Settings) -> Self:

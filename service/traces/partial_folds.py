@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from betrace.service.otlp.columns import BODY, Bytes, SpanBatch
+from betrace.service.otlp.columns import BODY, Bytes, Rows, SpanBatch
 
 MOST_FRAMES = 100_000
 """Of a tenant; beyond them the oldest are forgotten. Frames whose remainder was discarded with its
@@ -27,10 +27,11 @@ pattern."""
 
 
 class Remainder(NamedTuple):
-    """What is left of one frame, by row of the frame."""
+    """What is left of one frame, by row of the frame. It is noted after each slice of a fold, so
+    the rows of a large frame are an array."""
 
-    rows: list[int]
-    """Spans that are in no trace."""
+    rows: Rows
+    """Spans that are in no trace, ascending."""
     asks: list[Ask]
     """Comparisons that are missing for spans that are in a trace."""
 
@@ -53,7 +54,7 @@ class TenantPartialFolds:
             left = self._frames.get(position)
             if left is not None:
                 skip[first:end] = 1
-                skip[np.array(left.rows, np.int64) + first] = 0
+                skip[left.rows + first] = 0
                 asks += [(first + row, check) for row, check in left.asks]
         return skip, asks
 
@@ -64,7 +65,7 @@ class TenantPartialFolds:
         for row, check in asks:
             bodies.setdefault(int(batch.spans[row, BODY]), []).append((row, check))
         for position, first, end in _frames(batch):
-            rows = np.flatnonzero(skip[first:end] == 0).tolist()
+            rows = np.flatnonzero(skip[first:end] == 0)
             of_frame = bodies.get(int(batch.spans[first, BODY]), []) if first < end else []
             own = [(row - first, check) for row, check in of_frame]
             if len(rows) < end - first or own:
@@ -79,7 +80,7 @@ class TenantPartialFolds:
         for position, first, _ in _frames(batch) if self._frames else ():
             left = self._frames.get(position)
             if left is not None:
-                rows = [row for row in left.rows if not taken[first + row]]
+                rows = left.rows[~taken[left.rows + first]]
                 asks = [ask for ask in left.asks if not taken[first + ask[0]]]
                 self._frames[position] = Remainder(rows, asks)
 
@@ -90,12 +91,15 @@ class TenantPartialFolds:
 
     def saved(self) -> list[list[Any]]:
         """All frames as JSON: rows (position, rows, asks)."""
-        return [[position, *left] for position, left in self._frames.items()]
+        return [
+            [position, left.rows.tolist(), left.asks] for position, left in self._frames.items()
+        ]
 
     def restore(self, saved: list[list[Any]]) -> None:
         """Add what :meth:`saved` returned."""
         for position, rows, asks in saved:
-            self._frames[position] = Remainder(list(rows), [(row, check) for row, check in asks])
+            left = [(row, check) for row, check in asks]
+            self._frames[position] = Remainder(np.array(rows, np.int64), left)
 
 
 class PartialFolds:

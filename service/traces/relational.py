@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,7 +26,13 @@ from betrace.service.signals import Kind, Signal
 from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import FLAGS, HI, LO, REOPENED, SPANS
-from betrace.service.traces.signal_history import RuleSignals, SignalHistory, merged
+from betrace.service.traces.signal_history import (
+    RuleSignals,
+    SignalHistory,
+    history_from_json,
+    history_to_json,
+    merged,
+)
 
 REMEMBERED = 100_000  # traces with signals of relational rules, and open traces that were read
 EARLY_SHARE = 0.02  # of a core, for reading open traces
@@ -118,19 +125,20 @@ class ReadingPace:
 
 class RelationalRules:
     """Judges candidates, and remembers the signals of relational rules. What is not judged within
-    ``seconds`` of one call is undecided."""
+    ``seconds`` of one call is undecided. ``pace`` bounds the reading of open traces."""
 
     def __init__(
         self,
         read: ReadTraces,
         signals_of: SignalsOf = lambda tenant, trace_ids: {},
         seconds: float = FOREVER,
+        pace: ReadingPace | None = None,
     ) -> None:
         self._read = read
         self._signals_of = signals_of
         self._seconds = seconds
         self._lock = threading.Lock()  # a thread that takes too long is left behind
-        self._pace = ReadingPace()
+        self._pace = pace or ReadingPace()
         self._depends: WeakKeyDictionary[CompiledRules, dict[int, bool]] = WeakKeyDictionary()
         self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
 
@@ -228,3 +236,14 @@ class RelationalRules:
         with self._lock:
             for key in [key for key in self._emitted if key[0] == tenant]:
                 self._emitted.pop(key, None)
+
+    def saved(self) -> list[list[Any]]:
+        """The remembered signals as JSON, for a snapshot: rows (tenant, trace, history)."""
+        with self._lock:
+            return [[*at, history_to_json(each)] for at, each in self._emitted.items()]
+
+    def restore(self, saved: Iterable[Sequence[Any]]) -> None:
+        """Add what :meth:`saved` returned."""
+        with self._lock:
+            for tenant, trace_id, history in saved:
+                self._emitted[tenant, trace_id] = history_from_json(history)

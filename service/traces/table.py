@@ -344,7 +344,8 @@ class TraceTable:
         at_close = self.copy(slots, closed=True, now=now)
         before = at_close.signal_history.get(0, {})
         # What a relational rule signalled is known to the evaluation, not to the fold.
-        history = merged(before, next_signals(before, broken(at_close)[0], self.rules.folded))
+        (found,), (unknown,) = broken(at_close)
+        history = merged(before, next_signals(before, found, self.rules.folded - unknown))
         sweep_kernels.reopen(self.arrays, slot, now, REOPENED)
         if history:
             self.signal_history[slot] = history

@@ -58,6 +58,8 @@ class Recalled:
     """For each of the ids, the signals of the trace."""
     more: Iterable[SpanBatch] = ()
     """Further batches, if there are too many spans for one. They are read when they are needed."""
+    rules: CompiledRules | None = None
+    """The rules the traces were opened under; None for those of new traces."""
 
 
 History = Callable[[str, Rows], Iterable[Recalled]]
@@ -187,7 +189,9 @@ class TenantTraces:
             first = FoldRun(newest, delivery, closed=closed).run()
             _add(done, newest, first)
             if len(first.late) or asks:
-                lost = self._recall(batch, skip, asks, history)
+                lost, former = self._recall(batch, skip, asks, history)
+                for table in former:
+                    _add(done, table, FoldRun(table, delivery, known_only=True).run())
                 second = FoldRun(newest, delivery).run()
                 newest.mark_partial(lost)
                 _add(done, newest, second)
@@ -201,28 +205,45 @@ class TenantTraces:
 
     def _recall(
         self, batch: SpanBatch, skip: Bytes, asks: list[Ask], history: History | None
-    ) -> Rows:
-        """Fold the closed traces of the remaining rows again from the log, into the newest table.
-        Returns the ids of traces that could not be read."""
+    ) -> tuple[Rows, list[TraceTable]]:
+        """Fold the closed traces of the remaining rows again from the log, each into the table of
+        its rules. Returns the ids of traces that could not be read, and the tables of former rules
+        that were used."""
         rows = np.flatnonzero(skip == 0).tolist() + [row for row, _ in asks]
         ids = np.unique(batch.spans[rows][:, [TRACE_HI, TRACE_LO]], axis=0)
         lost = [ids[:0]]
+        former: list[TraceTable] = []
         for recalled in history(self.tenant, ids) if history is not None else ():
             lost.append(recalled.lost)
             if recalled.batch is None:
                 continue
-            positions = self._take_back(chain([recalled.batch], recalled.more), recalled)
+            table = self._table_of(recalled.rules)
+            if table is not self.tables[-1] and table not in former:
+                former.append(table)
+            positions = self._take_back(table, chain([recalled.batch], recalled.more), recalled)
             if len(batch.positions):  # the history may include spans of this very batch
                 read = np.isin(batch.positions, positions)[batch.spans[:, BODY]]
                 taken = read & _of_traces(batch, recalled.ids)
                 skip[taken] = 1
                 asks[:] = [ask for ask in asks if not taken[ask[0]]]
-        return np.concatenate(lost)
+        return np.concatenate(lost), former
 
-    def _take_back(self, batches: Iterable[SpanBatch], recalled: Recalled) -> Rows:
+    def _table_of(self, rules: CompiledRules | None) -> TraceTable:
+        """The table of traces that were opened under these rules; None stands for the newest."""
+        for table in self.tables:
+            if rules is not None and table.rules.version == rules.version:
+                return table
+        if rules is None:
+            return self.tables[-1]
+        table = self._table(rules)
+        self.tables.insert(0, table)
+        return table
+
+    def _take_back(
+        self, table: TraceTable, batches: Iterable[SpanBatch], recalled: Recalled
+    ) -> Rows:
         """Fold the spans read of closed traces; if that fails, none of them. Returns the positions
         of their frames."""
-        newest = self.tables[-1]
         positions: list[Rows] = []
         folded: list[tuple[SpanBatch, npt.NDArray[np.bool_]]] = []
         try:
@@ -230,18 +251,16 @@ class TenantTraces:
                 wanted = _of_traces(batch, recalled.ids)
                 skip = (~wanted).astype(np.uint8)
                 numbers = self._service_numbers(batch)
-                result = FoldRun(
-                    newest, Delivery(batch, numbers, batch.received_ns, skip, [])
-                ).run()
+                result = FoldRun(table, Delivery(batch, numbers, batch.received_ns, skip, [])).run()
                 if result.error is not None:
                     raise result.error
                 positions.append(batch.positions)
                 if len(self._partial_folds):
                     folded.append((batch, wanted))
-            newest.recall(recalled.ids, recalled.signal_history)
-            newest.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
+            table.recall(recalled.ids, recalled.signal_history)
+            table.mark_partial(recalled.ids[~np.array(recalled.whole, bool)])
         except Exception:
-            newest.drop(recalled.ids)
+            table.drop(recalled.ids)
             raise
         for batch, wanted in folded:
             self._partial_folds.folded(batch, wanted)

@@ -22,6 +22,7 @@ from betrace.service.otlp.columns import (
 from betrace.service.otlp.columns import FLAGS as SPAN_FLAGS
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
+from betrace.service.rules.patterns import TOO_LONG
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.rules.wording import breach_text
@@ -160,11 +161,12 @@ class Trial:
             raise TrialError("it has no span with a valid trace id and span id")
         due = closed[0]
         due.closed = complete
-        found, candidates = decide_or_ask(due, raised_early=False)
+        found, candidates, unsure = decide_or_ask(due, raised_early=False)
         judged = RelationalRules(self._read, seconds=self._seconds).judge(due, candidates)
         broken = {each.rule: each for each in (*found, *(each for each, _ in judged.breaches))}
         judgements = {each.rule: judgement for each, judgement in judged.breaches}
         undecided = {each.rule: each.reason for each in judged.undecided}
+        undecided |= {each.rule: TOO_LONG for each in unsure}
         skipped = {rule: incomplete_text(missing) for (_, rule), missing in judged.skipped.items()}
         return [
             replace(

@@ -10,6 +10,7 @@ import numpy as np
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.rules.definition import SHADOW, Rule
+from betrace.service.rules.patterns import TOO_LONG
 from betrace.service.rules.relations import Judgement
 from betrace.service.rules.wording import breach_text, counts_text
 from betrace.service.signals import (
@@ -67,7 +68,7 @@ class Decided:
     """The ticket of this work in the pipeline, 0 for none."""
 
     undecided: list[Undecided] = field(default_factory=list)
-    """Closed traces that may break relational rules, but could not be judged."""
+    """Closed traces that may break rules, but could not be judged."""
 
     missing: dict[int, int] = field(default_factory=dict)
     """How many parents are missing, for closed traces of which judging found it out, by number."""
@@ -90,7 +91,7 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
     signals are passed on, the caller notes them there.
     """
     outcomes = np.zeros((len(due.rules.rules), len(OUTCOMES)), np.int64) if due.closed else None
-    breaches, candidates = decide_or_ask(due, outcomes=outcomes)
+    breaches, candidates, unsearched = decide_or_ask(due, outcomes=outcomes)
     spilled = due.spilled if due.spilled is not None and len(due.spilled) else None
     if not (due.closed or breaches or candidates):  # most of the traces that are looked at early
         return Decided(due.tenant, [], None, spilled, due.received_ns, due.ticket)
@@ -111,6 +112,7 @@ def decide_due(due: DueTraces, now: int, relational: RelationalRules | None = No
         judged.undecided += [Undecided(each.trace, each.rule, _NO_SOURCE) for each in candidates]
     if outcomes is not None and candidates:
         _correct(outcomes, candidates, judged)
+    judged.undecided += [Undecided(each.trace, each.rule, TOO_LONG) for each in unsearched]
     judgements = {(each.trace, each.rule): judgement for each, judgement in judged.breaches}
     unsure = {(each.trace, each.rule) for each in judged.undecided}
     unsure |= {(k, number) for k in unknown for number in due.rules.read_back}

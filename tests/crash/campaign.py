@@ -16,7 +16,7 @@ from betrace.service.signals import Kind, Signal
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from tests.crash.clients import Clients
-from tests.crash.victim import Victim
+from tests.crash.victim import ServiceProcess, Victim
 from tests.crash.workload import TENANTS, Active, Traces, write_rules
 
 SETTLE_SECONDS = 60
@@ -40,7 +40,7 @@ class Campaign:
         self.victim = Victim(directory, entry, **settings)
         idle = float(self.victim.settings["traces__idle_seconds"])
         self.traces = Traces(random.Random(seed + 1), idle)
-        self.clients = Clients(self.victim.address, self.traces, rate)
+        self.clients = Clients([self.victim.address], self.traces, rate)
         self.accounts = Accounts(self.victim)
         self.kills: Counter[str] = Counter()
 
@@ -123,17 +123,22 @@ class Campaign:
 
     def shown(self) -> Active:
         """Return the active signals of all pages of the API."""
-        found = []
-        for tenant in TENANTS:
-            cursor = ""
-            while True:
-                page = self.victim.get(f"/api/v1/signals?limit=1000&status=active{cursor}", tenant)
-                found += [(tenant, s["trace_id"], s["rule_id"]) for s in page["signals"]]
-                if page["next"] is None:
-                    break
-                cursor = f"&cursor={page['next']}"
-        assert len(found) == len(set(found)), "a page repeats a signal"
-        return frozenset(found)
+        return shown(self.victim, TENANTS)
+
+
+def shown(service: ServiceProcess, tenants: Iterable[str]) -> Active:
+    """Return the active signals of all pages of a service's API."""
+    found = []
+    for tenant in tenants:
+        cursor = ""
+        while True:
+            page = service.get(f"/api/v1/signals?limit=1000&status=active{cursor}", tenant)
+            found += [(tenant, s["trace_id"], s["rule_id"]) for s in page["signals"]]
+            if page["next"] is None:
+                break
+            cursor = f"&cursor={page['next']}"
+    assert len(found) == len(set(found)), "a page repeats a signal"
+    return frozenset(found)
 
 
 class Accounts:

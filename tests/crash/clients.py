@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.crash.workload import Part, Traces
@@ -32,14 +33,15 @@ class Sent:
 
 
 class Clients:
-    """Sends the parts of new traces, about ``rate`` traces a second, over several connections.
+    """Sends the parts of new traces, about ``rate`` traces a second, over several connections to
+    ``addresses``. A connection that gets no answer goes on at the next address.
 
     Unanswered requests are sent again, although the service may have accepted them. So are some
     answered ones, as if the client had not received the answer.
     """
 
-    def __init__(self, address: str, traces: Traces, rate: float) -> None:
-        self._address = address
+    def __init__(self, addresses: Sequence[str], traces: Traces, rate: float) -> None:
+        self._addresses = addresses
         self._traces = traces
         self._rng = random.Random(traces.rng.random())
         self._rate = rate
@@ -54,7 +56,8 @@ class Clients:
         self.failure: str | None = None
         self._producer = threading.Thread(target=self._produce, daemon=True)
         self._senders = [
-            threading.Thread(target=self._send_all, daemon=True) for _ in range(CONNECTIONS)
+            threading.Thread(target=self._send_all, args=(number,), daemon=True)
+            for number in range(CONNECTIONS)
         ]
 
     def start(self) -> None:
@@ -125,8 +128,12 @@ class Clients:
                 continue
             return
 
-    def _send_all(self) -> None:
-        connection = http.client.HTTPConnection(self._address, timeout=ANSWER_SECONDS)
+    def _send_all(self, number: int) -> None:
+        addresses = itertools.cycle(
+            [http.client.HTTPConnection(each, timeout=ANSWER_SECONDS) for each in self._addresses]
+        )
+        for _ in range(number % len(self._addresses) + 1):
+            connection = next(addresses)
         rng = random.Random(self._rng.random())
         while not self._stop.is_set():
             try:
@@ -141,6 +148,7 @@ class Clients:
                         if self._making and rng.random() < 0.05:
                             self._again.append(sent)
                     break
+                connection = next(addresses)
                 if status not in ("unanswered", "503", "429"):
                     self.failure = f"a good request was answered with {status}"
                     self._stop.set()

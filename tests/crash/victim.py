@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from tests.support.ports import free_port
 from tests.support.process import environment
 
 START_SECONDS = 180  # kernels may have to be compiled
@@ -35,16 +35,9 @@ SETTINGS = {
 }
 
 
-def free_port() -> int:
-    """Return an unused loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Victim:
-    """The service on fixed ports, with ``data`` and ``rules`` below ``directory``. Its log is in
-    ``service.log`` there. ``entry`` is the Python command that runs it."""
+class ServiceProcess:
+    """The service on fixed ports, started and stopped in any way. Its log is in ``service.log``
+    below ``directory``. ``entry`` is the Python command that runs it."""
 
     def __init__(
         self, directory: Path, entry: tuple[str, ...] = ("-m", "betrace.service"), **settings: str
@@ -59,17 +52,20 @@ class Victim:
         self.process: subprocess.Popen[str] | None = None
         self.ready = threading.Event()
 
+    def arguments(self) -> list[str]:
+        """What follows ``serve --json``."""
+        found = ["--data", str(self.data), "--metrics", "off"]
+        return [*found, "--ingest", self.address, "--grpc", "off", "--api", self.api]
+
     def start(self) -> None:
         """Start the process; ``ready`` is set when it prints its addresses."""
         self.ready.clear()
-        arguments = ["serve", "--json", "--data", str(self.data)]
-        arguments += ["--rules", str(self.directory / "rules"), "--metrics", "off"]
-        arguments += ["--ingest", self.address, "--grpc", "off", "--api", self.api]
+        self.directory.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("a") as log:
             log.write("---- start\n")
             log.flush()
             self.process = subprocess.Popen(
-                [sys.executable, *self.entry, *arguments],
+                [sys.executable, *self.entry, "serve", "--json", *self.arguments()],
                 env=environment(**self.settings),
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -134,3 +130,11 @@ class Victim:
         response = httpx.get(url, headers=headers, timeout=20, trust_env=False)
         assert response.status_code == 200, response.text
         return json.loads(response.text)
+
+
+class Victim(ServiceProcess):
+    """The service with all of its roles in one process, with ``data`` and ``rules`` below
+    ``directory``."""
+
+    def arguments(self) -> list[str]:
+        return [*super().arguments(), "--rules", str(self.directory / "rules")]

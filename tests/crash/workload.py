@@ -9,10 +9,13 @@ single request.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from betrace.service.rules.definition import make_rule
+from betrace.service.rules.syntax import RuleSyntax
 from tests.support.oracle import OracleSpan, breach
 
 TENANTS = ("default", "acme", "globex")
@@ -67,12 +70,13 @@ class Traces:
 
     rng: random.Random
     idle: float = 1.0
+    tenants: tuple[str, ...] = TENANTS
     made: dict[tuple[str, str], list[OracleSpan]] = field(default_factory=dict)
 
     def new(self) -> list[Part]:
         """Return the parts of a new trace."""
         rng = self.rng
-        tenant = rng.choice(TENANTS)
+        tenant = rng.choice(self.tenants)
         trace_id = rng.randbytes(16)
         whole = rng.random() < 0.3
         spans = self._spans(trace_id, whole)
@@ -123,14 +127,21 @@ class Traces:
         return spans
 
     def active(self) -> Active:
-        """Return the signals that must be active when every span has arrived."""
-        rules = {
-            each: make_rule({"id": each, "condition": condition}).syntax
-            for each, condition in CONDITIONS.items()
-        }
+        """Return the signals that must be active when every span has arrived. Tenants without
+        rules here are left out."""
         return frozenset(
             (tenant, trace_id, rule)
             for (tenant, trace_id), spans in self.made.items()
-            for rule in RULES_OF[tenant]
-            if breach(rules[rule], spans) is not None
+            for rule in broken(RULES_OF.get(tenant, ()), spans)
         )
+
+
+@cache
+def syntax(rule: str) -> RuleSyntax:
+    """The parsed condition of a rule."""
+    return make_rule({"id": rule, "condition": CONDITIONS[rule]}).syntax
+
+
+def broken(rules: Iterable[str], spans: Sequence[OracleSpan]) -> list[str]:
+    """The rules that a trace breaks."""
+    return [rule for rule in rules if breach(syntax(rule), spans) is not None]

@@ -28,23 +28,23 @@ def test_the_tui_shows_and_changes_a_running_service(service: Running):
         async with ApiClient(service.api) as client:
             app = BetraceApp(client)
             async with asyncio.timeout(60), app.run_test(size=(80, 24)) as pilot:
-                await until(lambda: app.connection.link.status == "connected", 20)
+                await until(lambda: app.connection.link.status == "connected", 60)
                 before = app.state.now.accepted
                 await asyncio.to_thread(pay, service, 2000.0)
-                await until(lambda: app.state.now.accepted >= before + 2, 20)
+                await until(lambda: app.state.now.accepted >= before + 2, 60)
                 assert not app.connection.link.polling
                 assert len(app.state.now.stages) == 5
                 assert len(app.state.now.caches) == 3
                 for key, name, state in (("X", "Disable", "disabled"), ("R", "Reset", "closed")):
                     await pilot.press("3", key)
-                    await until(lambda: name in screen_text(app), 20)  # noqa: B023
+                    await until(lambda: name in screen_text(app), 60)  # noqa: B023
                     await pilot.press("y")
-                    await until(lambda: app.state.now.breakers[0].state == state, 20)  # noqa: B023
+                    await until(lambda: app.state.now.breakers[0].state == state, 60)  # noqa: B023
                 for key, state in (("P", "paused"), ("R", "open")):
                     await pilot.press("2", key)
-                    await until(lambda: len(app.screen_stack) == 2, 20)
+                    await until(lambda: len(app.screen_stack) == 2, 60)
                     await pilot.press("y")
-                    await until(lambda: app.state.now.ingestion == state, 20)  # noqa: B023
+                    await until(lambda: app.state.now.ingestion == state, 60)  # noqa: B023
 
     asyncio.run(drive())
     breakers = service.get("/api/admin/breakers").json()["breakers"]
@@ -74,7 +74,7 @@ def test_the_tui_runs_in_a_terminal_until_q(service: Running):
             if not left and b"connected since" in shown:
                 os.write(ours, b"q")
                 left = True
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert b"READ-ONLY" in shown
         assert b"Traceback" not in shown
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import httpx
 import pytest
 
 from tests.support.grafana_files import FOLDER, alerts, queries
+from tests.support.ports import free_port
 from tests.support.process import Running, environment, running, wait_for
 
 pytestmark = [
@@ -42,7 +42,7 @@ class Prometheus:
     """The HTTP API of Prometheus."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, trust_env=False, timeout=20)
+        self._client = httpx.Client(base_url=url, trust_env=False, timeout=60)
 
     def ask(self, path: str, **parameters: str) -> Any:
         """Return the answer's ``data``, or None."""
@@ -66,13 +66,6 @@ class Prometheus:
         self._client.close()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Run a process until the end of the block."""
@@ -81,7 +74,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -110,7 +103,7 @@ def scraping(directory: Path, service: Running) -> Iterator[Prometheus]:
     with ended(process):
         prometheus = Prometheus(f"http://127.0.0.1:{port}")
         try:
-            wait_for(lambda: prometheus.values("up == 1"), 60)
+            wait_for(lambda: prometheus.values("up == 1"), 180)
             yield prometheus
         finally:
             prometheus.close()
@@ -134,8 +127,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         subprocess.run([*command, "--once"], env=environment(), check=True, timeout=180)
         shop = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
         with ended(shop):
-            wait_for(lambda: prometheus.values("betrace_duckdb_rows_total > 20"), 60)
-            wait_for(lambda: prometheus.values("count_over_time(up[1m]) > 15"), 60)
+            wait_for(lambda: prometheus.values("betrace_duckdb_rows_total > 20"), 180)
+            wait_for(lambda: prometheus.values("count_over_time(up[1m]) > 15"), 180)
             yield prometheus
         assert service.stop() == 0
 

@@ -97,7 +97,9 @@ class Environment:
     ) -> dict[str, object]:
         """Arguments for subprocess."""
         kept = {
-            k: v for k, v in os.environ.items() if not k.startswith(("BETRACE_", "OTEL_", "PYTHON"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("BETRACE_", "NUMBA_", "OTEL_", "PYTHON"))
         }
         environment = kept | {
             "XDG_CACHE_HOME": str(self.cache),

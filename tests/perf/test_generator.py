@@ -49,7 +49,7 @@ def server(answer: Answer) -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
         listener.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(60)
     assert not thread.is_alive()
 
 

@@ -310,7 +310,7 @@ def test_the_generator_counts_as_the_service_does(
     assert result.failures == 0
     assert result.all_spans == after["spansAccepted"] - before["spansAccepted"] > 0
     assert result.all_breaches == after["signalsRaised"] - before["signalsRaised"]
-    assert result.spans == pytest.approx(0.4 * 4000, rel=0.5)
+    assert 0 < result.spans < 1.5 * 0.4 * 4000  # less on a busy machine
     assert 0 < asdict(result)["latency_ms"]["p50"] <= result.latency_ms["max"]
 
 

@@ -153,13 +153,13 @@ class Loader:
         self.calls.append(key)
         number = len(self.calls)
         self.began.release()
-        assert self.go.acquire(timeout=20)
+        assert self.go.acquire(timeout=60)
         if self.error is not None:
             raise self.error
         return f"{key}{number}"
 
     async def has_begun(self):
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not self.began.acquire(blocking=False):
                 await trio.sleep(0.001)
 
@@ -193,7 +193,7 @@ async def test_concurrent_misses_load_once(cache, loader):
         for _ in range(21):
             nursery.start_soon(get, "k")
         await loader.has_begun()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while cache.statistics().misses < 21:  # until all threads have looked
                 await trio.sleep(0.001)
         loader.go.release()
@@ -212,7 +212,7 @@ async def test_a_failed_load_reaches_all_and_is_not_kept(cache, loader):
         for _ in range(3):
             nursery.start_soon(get, "k")
         await loader.has_begun()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while cache.statistics().misses < 3:
                 await trio.sleep(0.001)
         loader.go.release()
@@ -304,5 +304,5 @@ def test_concurrent_look_ups_and_invalidations():
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(20)
+        worker.join(60)
     assert all(cache.get(key) == current[key] + 1 for key in current)

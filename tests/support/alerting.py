@@ -28,7 +28,7 @@ def settings(tmp_path: Path, **alerts: Any) -> Settings:
             "storage": {"path": tmp_path},
             "api": {"public_url": "https://b.example"},
             "alerts": alerts,
-            "breakers": {"export": {"open_seconds": 0.1, "timeout_seconds": 5}},
+            "breakers": {"export": {"open_seconds": 0.1, "timeout_seconds": 60}},
         }
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from tests.support.ports import free_port
 from tests.support.process import wait_for
 
 PROGRAM = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
@@ -55,7 +55,7 @@ class AlertmanagerProcess:
         """The answer of its API; None while it does not answer."""
         try:
             answer = httpx.get(
-                f"{self.url}/api/v2/{path}", params=parameters, trust_env=False, timeout=20
+                f"{self.url}/api/v2/{path}", params=parameters, trust_env=False, timeout=60
             )
         except httpx.TransportError:
             return None
@@ -82,10 +82,7 @@ def alertmanager(directory: Path, config: str) -> Iterator[AlertmanagerProcess]:
     """Run an Alertmanager with this configuration."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "alertmanager.yml").write_text(config)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    server = AlertmanagerProcess(directory, port)
+    server = AlertmanagerProcess(directory, free_port())
     server.start()
     try:
         yield server

@@ -32,7 +32,9 @@ def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
         "traces": {"idle_seconds": 0.2},
         "checkpoint": {"interval_seconds": 3600},
         "duckdb": {"flush_ms": 20},
-        "shutdown": {"delay_seconds": 0, "grace_seconds": 20},
+        "shutdown": {"delay_seconds": 0, "grace_seconds": 60},
+        # The machine may be busy.
+        "breakers": {name: {"timeout_seconds": 60} for name in ("evaluation", "storage")},
     }
     for name, values in sections.items():
         given[name] = given.get(name, {}) | values
@@ -106,7 +108,7 @@ def active_signals(service: Service, tenant: str = "default") -> set[tuple[str, 
 
 async def folded(service: Service) -> None:
     """Return when all accepted spans are in their traces."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while service.sources.account().in_flight:
             await trio.sleep(0.01)
 
@@ -114,7 +116,7 @@ async def folded(service: Service) -> None:
 async def closed(service: Service) -> None:
     """Return when no trace is open and everything is stored."""
     still = 0
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while still < 3:  # a thread may be between two of these in a single check
             await trio.sleep(0.02)
             # With the lock, no trace is between being open and being in flight, even if its thread

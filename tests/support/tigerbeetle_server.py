@@ -10,6 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.support.ports import free_port
+
 CLUSTER = 7
 BATCH = 253
 """The most transfers in one request with ``--development``."""
@@ -23,9 +25,7 @@ class Server:
     def __init__(self, directory: Path) -> None:
         assert PROGRAM is not None
         self._file = directory / "cluster.tigerbeetle"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         self._log = (directory / "tigerbeetle.log").open("ab")
         self._process: subprocess.Popen[bytes] | None = None
         cluster = (f"--cluster={CLUSTER}", "--replica=0", "--replica-count=1")
@@ -46,7 +46,7 @@ class Server:
             [PROGRAM, "start", *options, self._file], stdout=self._log, stderr=self._log
         )
         host, port = self.address.split(":")
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while True:
             try:
                 socket.create_connection((host, int(port)), 1).close()

@@ -32,7 +32,7 @@ T0 = 1_700_000_000.0
 
 URL = "http://betrace.test:8090"
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds that a test may wait on a busy machine."""
 
 STAGES = (

@@ -7,10 +7,13 @@ from typing import Any
 import trio
 
 from betrace.service.api.endpoint import Answer, Call, Endpoints
+from betrace.service.api.endpoints.cluster import refuse_on_cluster
 from betrace.service.api.params import WAIT
 from betrace.service.api.sources import Sources
 
 endpoints = Endpoints("Administration", access="operator")
+
+_AT_EDGES = ("ingestion cannot be paused or resumed", "edges receive the spans: stop them instead")
 
 
 def pipeline_state(sources: Sources) -> dict[str, Any]:
@@ -60,6 +63,7 @@ async def get_pipeline(call: Call) -> Any:
 )
 async def pause_pipeline(call: Call) -> Any:
     """Requests get 503 until `resume`. Accepted spans are still processed."""
+    refuse_on_cluster(call, *_AT_EDGES)
     await call.note("pipeline.pause")
     call.tools.sources.admission.pause()
     return pipeline_state(call.tools.sources)
@@ -72,6 +76,7 @@ async def pause_pipeline(call: Call) -> Any:
     answers={200: "The pipeline"},
 )
 async def resume_pipeline(call: Call) -> Any:
+    refuse_on_cluster(call, *_AT_EDGES)
     await call.note("pipeline.resume")
     call.tools.sources.admission.resume()
     return pipeline_state(call.tools.sources)
@@ -86,6 +91,7 @@ async def resume_pipeline(call: Call) -> Any:
 )
 async def drain_pipeline(call: Call) -> Any:
     """Ingestion stays paused until `resume`."""
+    refuse_on_cluster(call, *_AT_EDGES)
     sources = call.tools.sources
     await call.note("pipeline.drain")
     sources.admission.pause()

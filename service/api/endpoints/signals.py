@@ -306,9 +306,13 @@ async def get_trace(call: Call) -> Any:
     trace_id = call.params["trace_id"]
     trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
     if trace is None:
+        node = call.tools.sources.node
         raise ApiError(
             404,
             f"there is no trace {trace_id}",
-            "a trace appears shortly after its first span is accepted",
+            "a trace appears shortly after its first span is accepted"
+            if node is None
+            else f"a trace appears once it is closed and applied at {node.name}, and before that "
+            "while its evaluator answers; see /api/cluster",
         )
     return trace

@@ -24,11 +24,11 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.exposition import generate_latest as generate_open_metrics
 
 from betrace.channels import ThreadRunner
-from betrace.service.api.metrics import alerts, flow, stages, stores
+from betrace.service.api.metrics import alerts, cluster, flow, stages, stores
 from betrace.service.api.sources import Sources
 from betrace.service.telemetry.latencies import Latencies
 
-DECLARED = (*flow.DECLARED, *alerts.DECLARED, *stages.DECLARED, *stores.DECLARED)
+DECLARED = (*flow.DECLARED, *alerts.DECLARED, *stages.DECLARED, *stores.DECLARED, *cluster.DECLARED)
 SCRAPE_SECONDS = 5.0
 """Timeout of a scrape. Prometheus itself gives up after 10 s."""
 
@@ -57,6 +57,10 @@ class Exposition:
         """All metrics in the given format. Call it on the Trio thread. Raises
         :exc:`betrace.channels.ThreadTimeout` when the disk does not answer."""
         families = [each.family(self._sources) for each in DECLARED if not each.blocks]
+        if self._sources.node is not None:
+            others = list(self._sources.node.cluster.others.role_metrics())
+            names = {family.name for family in others}  # the edge counts what comes in
+            families = [family for family in families if family.name not in names] + others
         return await self._threads.run(self._render, families, media_type, timeout=SCRAPE_SECONDS)
 
     def close(self) -> None:

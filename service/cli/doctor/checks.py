@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from betrace.service.cli.doctor import machine, stores
+from betrace.service.cli.doctor import cluster, machine, stores
 from betrace.service.cli.doctor.finding import FAILED, NOTE, OK, WARNING, Finding
 from betrace.service.config.load import ConfigError, load
 from betrace.service.config.settings import Settings
@@ -30,6 +30,7 @@ _CHECKS: tuple[tuple[str, Callable[[Settings], Iterator[Finding]]], ...] = (
     ("ledger", stores.ledger),
     ("DuckDB", stores.duckdb_files),
     ("waiting", stores.waiting),
+    ("cluster", cluster.cluster),
 )
 
 

@@ -54,8 +54,11 @@ class Rebuild:
         rules_of: Callable[[str], CompiledRules],
         max_body_bytes: int,
         closed: Container[str] = frozenset(),
+        reread: Callable[[], None] | None = None,
     ) -> None:
         self._closed = closed  # tenants that are deleted
+        # Of a query node: has the traces read again from elsewhere than the span log.
+        self._reread = reread
         self.working: str | None = None
         """The tenant whose file is being rebuilt."""
         self._data = data
@@ -170,7 +173,9 @@ class Rebuild:
                 mark = self._mark(tenant)
                 signals = self._signals(tenant)
                 traces = 0
-                if mark.exists():
+                if mark.exists() and self._reread is not None:
+                    self._reread()
+                elif mark.exists():
                     traces = self._traces(tenant, int(orjson.loads(mark.read_bytes())["stop"]))
                 if self._over(tenant):
                     continue
@@ -196,6 +201,8 @@ class Rebuild:
 
     def _gone(self, tenant: str) -> str:
         """What the log no longer has for the index."""
+        if self._reread is not None:
+            return "; its traces are applied again from OUT"
         segments = self._log.segments(tenant)
         if not segments:
             return "; there is no span log, so no traces"

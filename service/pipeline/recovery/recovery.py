@@ -23,6 +23,7 @@ from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import ERROR, SpanBatch
 from betrace.service.pipeline.open_traces import NotNow
+from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
 from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.storage.duck.pool import PoolTimeout
@@ -93,6 +94,7 @@ class Recovery:
         self._in_flight = pipeline.in_flight
         self._closed = pipeline.closed
         self._letters = pipeline.letters
+        self._rules = pipeline.rules
         self._record = record
         self._threads = threads
         self._deleted = deleted
@@ -254,8 +256,8 @@ class Recovery:
         self._correlate.caught_up.set()
 
     def _batches(self) -> Iterator[SpanBatch]:
-        """The frames that the traces do not contain, in batches of one tenant. Each frame becomes
-        pending before it is returned."""
+        """The frames that the traces do not contain, in batches of one tenant and one version of
+        its rules. Each frame becomes pending before it is returned."""
         progress = self._progress.snapshot()
         for tenant in sorted({*self._log.tenants(), *progress}):
             if tenant in self._deleted:
@@ -264,15 +266,18 @@ class Recovery:
             positions: list[int] = []
             frames: list[Frame] = []
             spans = 0
+            rules: CompiledRules | None = None
             for position, frame in self._frames(tenant, last, pending):
+                its_rules = self._rules.at(tenant, position)
+                if frames and (spans >= _BATCH_SPANS or its_rules is not rules):
+                    yield self._batch(tenant, positions, frames, rules)
+                    positions, frames, spans = [], [], 0
+                rules = its_rules
                 positions.append(position)
                 frames.append(frame)
                 spans += frame.spans
-                if spans >= _BATCH_SPANS:
-                    yield self._batch(tenant, positions, frames)
-                    positions, frames, spans = [], [], 0
             if frames:
-                yield self._batch(tenant, positions, frames)
+                yield self._batch(tenant, positions, frames, rules)
 
     def _frames(self, tenant: str, last: int, pending: list[int]) -> Iterator[tuple[int, Frame]]:
         found = self._log.read_many(tenant, pending)
@@ -293,9 +298,16 @@ class Recovery:
                 self._progress.register(tenant, [position])
                 yield position, frame
 
-    def _batch(self, tenant: str, positions: list[int], frames: list[Frame]) -> SpanBatch:
+    def _batch(
+        self,
+        tenant: str,
+        positions: list[int],
+        frames: list[Frame],
+        rules: CompiledRules | None,
+    ) -> SpanBatch:
         batch = read_frames(tenant, positions, frames, self._max_body)
         batch.replayed = True
+        batch.rules = rules
         self.replayed.frames += len(frames)
         self.replayed.spans += len(batch)
         self.replayed.damaged += int(np.count_nonzero(batch.bodies[:, ERROR]))
@@ -303,17 +315,12 @@ class Recovery:
 
     async def every(self, seconds: float) -> None:
         """Save a checkpoint every ``seconds``, less often if saving takes long (without the wait
-        for the stores), and soon after rules changed, because spans read from the log after a crash
-        open their traces under the new rules."""
+        for the stores)."""
         while True:
             started = trio.current_time()
-            self._correlate.rules_changed = trio.Event()
             await self.save()
             took = trio.current_time() - started - self._waited
-            least = max(took, 0.1)
-            await trio.sleep(least)
-            with trio.move_on_after(max(seconds - took - least, 9 * took - least, 0)):
-                await self._correlate.rules_changed.wait()
+            await trio.sleep(max(seconds - took, 9 * took, 0.1))
 
     async def save(self) -> bool:
         """Save a checkpoint; returns whether that worked. Waits first until everything that left

@@ -225,6 +225,7 @@ class Removal:
         await _until(lambda: self._rebuild.working != tenant)
         self._rebuild.forget(tenant)
         pipeline.evaluate.forget(tenant)
+        pipeline.rules.forget(tenant)
         await pipeline.letters.forget_tenant(tenant)
         for fallback in pipeline.fallbacks.values():
             await fallback.drop(tenant)

@@ -13,7 +13,6 @@ This file moves batches and due traces; the traces themselves are in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 
 import trio
@@ -59,8 +58,6 @@ class CorrelateStage:
         self._slice_seconds = 0.0  # CPU seconds of the last slice of the backlog
         self.caught_up = trio.Event()
         """Set when the log is replayed after a restart."""
-        self.rules_changed = trio.Event()
-        """Set when new traces of a tenant are opened under new rules."""
 
     # Batches from the channel.
 
@@ -126,9 +123,6 @@ class CorrelateStage:
             self.backlog.add(batch)
 
     async def _send(self, due: list[DueTraces], error: Exception | None) -> None:
-        if self.traces.rules_changed:
-            self.traces.rules_changed = False
-            self.rules_changed.set()
         await self._onward.send_each(due)
         if error is not None:
             raise error
@@ -270,10 +264,12 @@ class CorrelateStage:
             return self.traces.in_flight.mark()
 
 
-def _by_tenant(batches: list[SpanBatch]) -> Iterable[list[SpanBatch]]:
-    """The batches in lists that can be folded together: those of a tenant, except batches without
-    positions, those that are read from the log, and redeliveries."""
-    found: dict[object, list[SpanBatch]] = {}
+def _by_tenant(batches: list[SpanBatch]) -> list[list[SpanBatch]]:
+    """The batches in lists that can be folded together: those of a tenant between two changes of
+    its rules, except batches without positions, those that are read from the log, and
+    redeliveries."""
+    found: list[list[SpanBatch]] = []
+    latest: dict[str, list[SpanBatch]] = {}
     seen: set[tuple[str, int]] = set()
     for batch in batches:
         frames = {(batch.tenant, position) for position in batch.positions.tolist()}
@@ -281,5 +277,11 @@ def _by_tenant(batches: list[SpanBatch]) -> Iterable[list[SpanBatch]]:
             batch.replayed or not batch.positions.all() or not frames or not seen.isdisjoint(frames)
         )
         seen |= frames
-        found.setdefault(id(batch) if alone else batch.tenant, []).append(batch)
-    return found.values()
+        together = None if alone else latest.get(batch.tenant)
+        if together is not None and together[0].rules is batch.rules:
+            together.append(batch)
+            continue
+        found.append([batch])
+        if not alone:
+            latest[batch.tenant] = found[-1]
+    return found

@@ -34,7 +34,7 @@ from betrace.service.telemetry import events
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.traces.decide import decide_or_ask
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.layout import FLAGS, HI, LO, ONCE_DIRTY, SPANS
+from betrace.service.traces.layout import E_CHECK, FLAGS, HI, LO, ONCE_DIRTY, SPANS
 from betrace.service.traces.relational import RelationalRules, Undecided
 from betrace.service.traces.verdicts import Decided, decide_due
 
@@ -263,8 +263,14 @@ class EvaluateStage:
 
 
 def _reads(due: DueTraces) -> bool:
-    """Whether some of the traces may have to be read back."""
-    return bool(due.rules.read_back if due.closed else due.rules.early_rules)
+    """Whether files may have to be read or written: some of the traces read back, or recorded as
+    undecided."""
+    rules = due.rules
+    if not due.closed:
+        return bool(rules.early_rules)
+    checks = len(rules.checks)
+    undecided = checks < rules.counters and bool((due.entries[:, E_CHECK] >= checks).any())
+    return undecided or bool(rules.read_back)
 
 
 def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:

@@ -11,37 +11,29 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import trio
 
 from betrace.channels import SendChannel, ThreadRunner
-from betrace.service.otlp.body import BadBody, protobuf_body
-from betrace.service.otlp.columns import (
-    ERROR,
-    ERROR_OFF,
-    REJECTED_SPAN_ID,
-    REJECTED_TRACE_ID,
-    SPAN_COUNT,
-    SpanBatch,
-)
-from betrace.service.otlp.encoding import BodyTooLarge
-from betrace.service.otlp.wire import ERRORS, SMALLEST_SPAN, TooManySpans, scan_bodies
+from betrace.service.otlp.columns import SPAN_COUNT, SpanBatch
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.log_sync import GroupSync
-from betrace.service.pipeline.progress import LogProgress, TenantClosed
+from betrace.service.pipeline.progress import TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
+from betrace.service.pipeline.rules_in_force import LogWriter
+from betrace.service.pipeline.scanning import (
+    IngestCounts,
+    Outcome,
+    scan_requests,
+    scanned_outcome,
+)
 from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
-from betrace.service.storage.spanlog.log import LogSyncError, SpanLog
-
-Outcome = Done | Refused
+from betrace.service.storage.spanlog.log import LogSyncError
 
 FULL = 0.75  # fill of the next channel above which requests wait in this one
-MOST_SPANS = 100_000
-"""Spans in one request. Each takes 160 bytes and some CPU time even if it compresses to nothing."""
 SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and written in about 0.2 ms
 SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that the disk is busy
 # For so long after a slow write everything goes to the thread; twice as long if the next one comes
@@ -49,24 +41,6 @@ SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that t
 THREAD_SECONDS = 0.5
 MOST_THREAD_SECONDS = 16.0
 RELAPSE_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class IngestCounts:
-    """What the stage has done, in spans unless stated otherwise."""
-
-    requests: int = 0
-    """Answered requests."""
-    accepted: int = 0
-    rejected: int = 0
-    """Spans with invalid ids, dropped from accepted requests."""
-    unacknowledged: int = 0
-    """In the log and passed on, but refused because the disk did not sync. The client sends them
-    again, and their ids identify them as repeated."""
-    refused_requests: int = 0
-    """Requests that could not be decoded, written or synced."""
-    bytes: int = 0
-    """Size of accepted bodies as received."""
 
 
 class IngestStage:
@@ -78,19 +52,17 @@ class IngestStage:
 
     def __init__(
         self,
-        log: SpanLog,
+        writer: LogWriter,
         threads: ThreadRunner,
         onward: SendChannel[SpanBatch],
-        progress: LogProgress,
         max_body_bytes: int,
         sync: GroupSync,
         durable: bool = False,
         audit: BatchAudit | None = None,
     ) -> None:
-        self._log = log
+        self._writer = writer
         self._threads = threads
         self._onward = onward
-        self._progress = progress
         self._max_body = max_body_bytes
         self._sync = sync
         self._durable = durable
@@ -136,25 +108,14 @@ class IngestStage:
         return True
 
     def _answer(self, requests: list[Request], outcomes: list[Outcome]) -> None:
-        counts = self.counts
         for request, outcome in zip(requests, outcomes, strict=True):
-            request.reply.set(outcome)
-            counts.requests += 1
-            if isinstance(outcome, Done):
-                counts.accepted += outcome.spans
-                counts.rejected += outcome.rejected
-                counts.bytes += len(request.body)
-                if self._audit is not None:
-                    self._audit.accepted(request, outcome)
-            else:
-                counts.refused_requests += 1
+            self.counts.answer(request, outcome)
+            if self._audit is not None and isinstance(outcome, Done):
+                self._audit.accepted(request, outcome)
 
     async def refuse(self, request: Request, error: Exception, attempts: int) -> None:
         """Refuse a request that the stage failed on; the client still has it and may retry."""
-        message = f"the request could not be processed ({type(error).__name__}); send it again"
-        request.reply.set(Refused(503, message))
-        self.counts.refused_requests += 1
-        request.release()
+        self.counts.failed(request, error)
         await trio.lowlevel.checkpoint()
 
     def _fits_inline(self, requests: list[Request]) -> bool:
@@ -167,7 +128,7 @@ class IngestStage:
             left -= len(request.body)
             if left < 0 or request.encoding:
                 return False
-        return all(self._log.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
+        return all(self._writer.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
 
     def _ingest_inline(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
         started = time.perf_counter()
@@ -188,59 +149,26 @@ class IngestStage:
     def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
         """One batch per tenant, and one for each of its requests that may have very many spans, and
         each request's outcome; blocks on the disk."""
-        outcomes: list[Outcome] = [Done(0)] * len(requests)
-        by_tenant: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_tenant.setdefault(request.tenant, []).append(i)
         # All are scanned before the first is appended, so that if one raises, none is in the log
         # and all can be handled again.
-        scanned: list[tuple[SpanBatch, list[int]]] = []
-        for tenant, numbers in by_tenant.items():
-            decoded: list[int] = []
-            bodies: list[bytes | memoryview] = []
-            for i in numbers:
-                body = self._decode(requests[i])
-                if isinstance(body, Refused):
-                    outcomes[i] = body
-                elif len(body) > MOST_SPANS * SMALLEST_SPAN:
-                    try:
-                        scanned.append((scan_bodies(tenant, [body], MOST_SPANS), [i]))
-                    except TooManySpans:
-                        outcomes[i] = Refused(
-                            413,
-                            f"The request has more than {MOST_SPANS} spans. Send fewer spans in "
-                            "one request (a smaller batch).",
-                        )
-                elif body:
-                    decoded.append(i)
-                    bodies.append(body)
-            if bodies:
-                scanned.append((scan_bodies(tenant, bodies), decoded))
+        scanned, outcomes = scan_requests(requests, self._max_body)
         batches = []
-        for batch, decoded in scanned:
+        for each in scanned:
+            self._writer.choose_rules(each.batch)
+        for each in scanned:
+            batch, numbers = each.batch, each.numbers
             rows = batch.bodies.tolist()
             try:
-                positions = self._append(batch, [requests[i] for i in decoded], rows)
+                positions = self._append(batch, [requests[i] for i in numbers], rows)
             except TenantClosed:
-                for i in decoded:
+                for i in numbers:
                     outcomes[i] = Refused(403, f"the tenant {batch.tenant} is deleted")
                 continue
-            for i, row, position in zip(decoded, rows, positions, strict=True):
+            for i, row, position in zip(numbers, rows, positions, strict=True):
                 outcomes[i] = _outcome(row, position)
             if len(batch) and batch.received_ns:
                 batches.append(batch)
         return batches, outcomes
-
-    def _decode(self, request: Request) -> bytes | memoryview | Refused:
-        """The body as protobuf."""
-        try:
-            return protobuf_body(
-                request.body, request.content_type, request.encoding, self._max_body
-            )
-        except BodyTooLarge as error:
-            return Refused(413, str(error))
-        except BadBody as error:
-            return Refused(400, str(error))
 
     def _append(
         self, batch: SpanBatch, requests: Sequence[Request], rows: Sequence[Sequence[int]]
@@ -262,11 +190,7 @@ class IngestStage:
         positions = [0] * len(rows)
         if frames:
             try:
-                written = iter(
-                    self._progress.append(
-                        batch.tenant, lambda: self._log.append(batch.tenant, frames)
-                    )
-                )
+                written = iter(self._writer.append(batch, frames))
                 positions = [next(written) if row[SPAN_COUNT] else 0 for row in rows]
                 batch.received_ns = max(frame.received_ns for frame in frames)
             except LogWriteError:
@@ -276,16 +200,6 @@ class IngestStage:
 
 
 def _outcome(row: Sequence[int], position: int) -> Outcome:
-    error = row[ERROR]
-    if error:
-        return Refused(400, f"{ERRORS[error]} (seen at byte {row[ERROR_OFF]} of the body)")
-    spans = row[SPAN_COUNT]
-    if spans and not position:
+    if row[SPAN_COUNT] and not position:
         return Refused(503, "the span log cannot be written; send the spans again later")
-    bad_trace, bad_span = row[REJECTED_TRACE_ID], row[REJECTED_SPAN_ID]
-    reasons = []
-    if bad_trace:
-        reasons.append(f"{bad_trace} spans have a trace id that is not 16 bytes, or all zeros")
-    if bad_span:
-        reasons.append(f"{bad_span} spans have a span id that is not 8 bytes, or all zeros")
-    return Done(spans, bad_trace + bad_span, "; ".join(reasons), position)
+    return scanned_outcome(row, position)

@@ -13,7 +13,6 @@ from betrace.service.traces.due import DueTraces
 from betrace.service.traces.eviction import forget_closed, idle_longest
 from betrace.service.traces.survey import MemorySurvey, survey_tables
 from betrace.service.traces.table import TraceTable
-from betrace.service.traces.tenant_traces import INDEX_LAG_NS
 
 SURVEY_NS = 1_000_000_000
 MOST_KEPT = 10  # multiple of the configured closed traces that is kept while stores are behind
@@ -49,6 +48,14 @@ class TraceClock:
     def forget(self, tenant: str) -> None:
         """Drop what is known of a tenant."""
         self._rested_ns.pop(tenant, None)
+
+    def saved(self) -> list[int]:
+        """The places where the searches continue, for a snapshot."""
+        return [self._last_sweep_ns, self._next_table]
+
+    def restore(self, saved: list[int]) -> None:
+        """Continue from what :meth:`saved` returned."""
+        self._last_sweep_ns, self._next_table = saved
 
     def close_due(self, found: list[DueTraces]) -> None:
         """Close traces that are idle or, at times, too old, and enforce the limits. What is due is
@@ -86,7 +93,7 @@ class TraceClock:
             traces.counts.closed_for_room += len(slots)
             traces.counts.closed += len(slots)
         excess = totals.closed - limits.keep
-        lag_ns = INDEX_LAG_NS
+        lag_ns = limits.index_lag_ns
         # Above MOST_KEPT even closed traces that are not in the index yet may be forgotten.
         if totals.closed <= MOST_KEPT * limits.keep:
             lag_ns += traces.in_flight.oldest_ns()

@@ -1,9 +1,10 @@
 """The span log: every accepted request body as it was received. It is the source of truth.
 
 Layout: ``<data>/<tenant>/log/<YYYY-MM-DD>/<segment>.seg``; the format of a segment is described in
-:mod:`betrace.service.storage.spanlog.frames`. ``<data>/log.floor`` holds the highest segment number
-that a deleted tenant used, as text. All methods block and may be called from any thread; appends to
-one tenant exclude each other.
+:mod:`betrace.service.storage.spanlog.frames`. The file ``<data>/<tenant>/log/rules`` says which
+rules the frames were appended under (:mod:`betrace.service.storage.spanlog.rule_markers`).
+``<data>/log.floor`` holds the highest segment number that a deleted tenant used, as text. All
+methods block and may be called from any thread; appends to one tenant exclude each other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from betrace.service.storage.spanlog.damage import Damage, Skipped
 from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing, LogWriteError
 from betrace.service.storage.spanlog.frames import Frame, unpack_position
 from betrace.service.storage.spanlog.open_files import OpenFiles
+from betrace.service.storage.spanlog.rule_markers import LoggedRules
 from betrace.service.storage.spanlog.segments import Segment
 from betrace.service.storage.spanlog.sync import LogSyncer
 from betrace.service.storage.spanlog.tenant_log import TenantLog
@@ -170,9 +172,12 @@ class SpanLog:
         log = self._tenants.get(tenant)
         return log is not None and log.placement.has_capacity(size)
 
-    def append(self, tenant: str, frames: Sequence[Frame]) -> list[int]:
+    def append(
+        self, tenant: str, frames: Sequence[Frame], rules: LoggedRules | None = None
+    ) -> list[int]:
         """Write frames and return their positions, in order. Written frames survive a process
-        crash; after :meth:`sync` they survive a machine crash.
+        crash; after :meth:`sync` they survive a machine crash. The log remembers that they were
+        appended under ``rules``; without, under those of the frames before.
 
         All or nothing: if the disk is full or fails, removes what it wrote and raises
         :exc:`LogWriteError`. Raises :exc:`ValueError` for a bad tenant name or a frame over 1 GiB.
@@ -186,7 +191,7 @@ class SpanLog:
                 if log.gone:
                     continue
                 try:
-                    positions = log.append(frames)
+                    positions = log.append(frames, rules)
                 except LogWriteError:
                     with self._lock:
                         self._write_failures += 1
@@ -305,6 +310,17 @@ class SpanLog:
         if stop is None and not self._read_only:
             stop = log.written
         return log.frames(start or 0, stop, since_ns, until_ns, skipped)
+
+    def rules_at(self, tenant: str, position: int) -> LoggedRules | None:
+        """The rules that the frame at ``position`` was appended under; None if the log does not
+        know them, as before version 0.3."""
+        log = self._existing(tenant)
+        return log.rules.at(position) if log else None
+
+    def rules_version_at(self, tenant: str, position: int) -> str | None:
+        """The version of :meth:`rules_at`; costs much less."""
+        log = self._existing(tenant)
+        return log.rules.version_at(position) if log else None
 
     def tenants(self) -> list[str]:
         """The tenants that have a log, sorted."""

@@ -28,12 +28,14 @@ from betrace.service.storage.spanlog.frames import (
 from betrace.service.storage.spanlog.gaps import Gaps
 from betrace.service.storage.spanlog.open_files import OpenFiles
 from betrace.service.storage.spanlog.placement import Placement, SegmentWrite
+from betrace.service.storage.spanlog.rule_markers import NAME, LoggedRules, RuleMarkers
 from betrace.service.storage.spanlog.segments import Segment, covers, day_ns, find_segments
 
 _READ_FIRST = 1 << 16
 # After a process crash, its last writes may not be on the disk yet. The kernel writes back what is
 # older than 30 s; segments that changed within this time are synced again.
 _UNCERTAIN_SECONDS = 600
+_MARKERS = 0  # in place of a segment number, among what must be synced
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,9 @@ class TenantLog:
         self._dirty: dict[int, Path] = {}
         self._dirty_directories: dict[Path, None] = {}
         self.placement = Placement(tenant, directory, segment_bytes, floor)
+        self.rules = RuleMarkers(tenant, directory / NAME, disk)
+        """The rules that the frames were appended under."""
+        self._marked: str | None = None  # the version of the last marker, which is on the disk
 
     # Files
 
@@ -161,10 +166,11 @@ class TenantLog:
         size = path.stat().st_size
         self.written = pack_position(number, size)
         now = time.time()
-        for each, file in self._paths.items():
-            if now - file.stat().st_mtime < _UNCERTAIN_SECONDS:
-                self._dirty[each] = file
-                self._dirty_directories[file.parent] = None
+        for each, file in {_MARKERS: self.rules.path, **self._paths}.items():
+            with suppress(FileNotFoundError):  # a log of an earlier version has no markers
+                if now - file.stat().st_mtime < _UNCERTAIN_SECONDS:
+                    self._dirty[each] = file
+                    self._dirty_directories[file.parent] = None
         self.recovered = bool(self._dirty)
         if not self._dirty:
             self.synced = self.written
@@ -185,11 +191,13 @@ class TenantLog:
 
     # Writing
 
-    def append(self, frames: Sequence[Frame]) -> list[int]:
+    def append(self, frames: Sequence[Frame], rules: LoggedRules | None = None) -> list[int]:
         """Write the frames; the caller holds ``lock``. See :meth:`SpanLog.append`."""
         parts, positions = self.placement.plan(frames)
         begun: list[SegmentWrite] = []
         try:
+            if rules is not None and rules.version != self._marked:
+                self._mark(rules)
             for part in parts:
                 begun.append(part)
                 self._write(part)
@@ -208,6 +216,15 @@ class TenantLog:
         self.placement.continue_at(last.number, last.day, last.path, last.salt, last.end)
         self.written = pack_position(last.number, last.end)
         return positions
+
+    def _mark(self, rules: LoggedRules) -> None:
+        """Note that the next frames belong to these rules."""
+        if self.placement.current is None:
+            self._make(self._directory)
+        if self.rules.mark(self.written, rules):
+            self._dirty[_MARKERS] = self.rules.path
+            self._dirty_directories[self._directory] = None
+        self._marked = rules.version
 
     def _write(self, part: SegmentWrite) -> None:
         flags = 0
@@ -264,6 +281,8 @@ class TenantLog:
         except OSError:
             with self.lock:
                 self.placement.current = None
+                self.rules.doubt()
+                self._marked = None
                 self._dirty_directories |= dict.fromkeys(dirty.directories)
             raise
         return self.settle(dirty)
@@ -393,6 +412,8 @@ class TenantLog:
                 path.unlink()
                 with suppress(OSError):  # other segments are still in it
                     path.parent.rmdir()
+            if freed:
+                self.rules.forget_before(pack_position(min(self._paths), 0))
         return freed
 
     def end(self) -> int:

@@ -2,9 +2,18 @@
 
 import pytest
 
+from betrace.service.api import trace_view
+from betrace.service.api.endpoints import rules as rule_endpoints
 from betrace.service.pipeline.warmup import warm_up
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import opened, settings
+
+
+@pytest.fixture(autouse=True)
+def _unlimited_cpu(monkeypatch):
+    """A kernel may be compiled or loaded in the middle of a trial."""
+    for module in (trace_view, rule_endpoints):
+        monkeypatch.setattr(module, "TRIAL_SECONDS", 3600)
 
 
 @pytest.fixture(scope="session")

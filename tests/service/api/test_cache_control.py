@@ -38,7 +38,7 @@ def stats(service, name="traceMetadata"):
 async def test_caches_are_warm_soon_after_the_start(config, caplog):
     caplog.set_level("INFO", "service")
     async with running(config) as service:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while "caches are warm" not in caplog.text:
                 await trio.sleep(0.02)
         assert stats(service, "ruleContainers")["size"] == 2
@@ -97,7 +97,7 @@ async def test_traces_of_new_signals_are_loaded_ahead_for_tenants_with_viewers(c
         await send(service, [S(1), S(2)])
         await send(service, [S(1), S(2)], "acme")
         await closed(service)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not stats(service)["size"]:
                 await trio.sleep(0.02)
         assert await look(service)
@@ -109,7 +109,7 @@ async def test_a_trace_viewed_while_open_is_loaded_when_it_closes(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])
         seen = None
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while seen is None:  # the trace is open, its early signal may not be stored yet
                 trace = S(1).trace.hex()
                 seen = await trio.to_thread.run_sync(service.tools.reader.trace, "default", trace)
@@ -131,7 +131,7 @@ async def test_late_spans_are_visible_and_verdicts_are_as_without_a_cache(config
         assert before["spans"] == 1
         assert before["verdicts"]["no-b"]["verdict"] == "breach"
         await send(service, [S(9, name="x", trace=b"\2" * 16)], "acme")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while service.pipeline.open_traces.tenants["default"].closed_count:
                 await trio.sleep(0.1)
         (before,) = (await look(service)).values()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from betrace.service.api.metrics.exposition import DECLARED
@@ -21,6 +22,9 @@ async def families(tmp_path, *, busy: bool):
         if busy:
             await send(service, [S(1), S(2), S(2), S(0)])
             await closed(service)
+            with trio.fail_after(60):
+                while not service.pipeline.correlate.clock.survey.closed:  # once a second
+                    await trio.sleep(0.02)
         text = (await service.tools.exposition.scrape()).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 

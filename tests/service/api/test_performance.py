@@ -85,11 +85,11 @@ async def test_simultaneous_requests_share_quantiles_but_not_totals(tmp_path, mo
 
 
 async def test_the_window_moves_in_a_running_service(tmp_path):
-    config = settings(tmp_path, metrics={"address": "off", "window_seconds": 0.3})
+    config = settings(tmp_path, metrics={"address": "off", "window_seconds": 1})
     async with running(config) as service:
         service.latencies.ledger.observe(1)
         assert service.tools.performance.metrics()["tigerBeetleWriteLatency"] > 900
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while service.tools.performance.metrics()["tigerBeetleWriteLatency"] is not None:
                 await trio.sleep(0.05)
 

@@ -25,6 +25,7 @@ from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline.history import TraceHistory
 from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
+from betrace.service.pipeline.stages import correlate
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.rules.registry import RuleRegistry
@@ -44,7 +45,9 @@ TIMES = {"now": NOW, "later": NOW + 1, "end": NOW + 2}  # not in the tests' ids
 
 
 @pytest.fixture
-def stores(tmp_path, warm):
+def stores(tmp_path, warm, monkeypatch):
+    monkeypatch.setattr(correlate, "FIRST_SLICE", 3600.0)  # nothing folds a backlog here
+    monkeypatch.setattr(correlate, "ALL_SLICES", 3600.0)
     (tmp_path / "rules").mkdir()
     s = SimpleNamespace(directory=tmp_path / "rules", rules=RuleStore(tmp_path / "rules"))
     s.rules.load()
@@ -70,7 +73,7 @@ def stores(tmp_path, warm):
         s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, config)
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
-            SimpleNamespace(settings=config, rules=s.rules),
+            SimpleNamespace(settings=config, rules=s.rules, node=None),
             s.duck,
             metadata,
             s.reader,

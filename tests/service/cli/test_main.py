@@ -424,7 +424,9 @@ def test_serve_prints_its_addresses_and_runs_until_sigterm(
 ) -> None:
     real = running.run_service
 
-    def run_briefly(settings: Any, companion: Any) -> None:
+    def run_briefly(settings: Any, companion: Any, roles: Any) -> None:
+        assert roles == ()
+
         async def brief(addresses: Any) -> None:
             with trio.move_on_after(0.1):
                 await companion(addresses)

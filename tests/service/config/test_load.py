@@ -7,6 +7,7 @@ import pytest
 
 from betrace.service.cli.docs import configuration as config_docs
 from betrace.service.config.base import is_loopback, split_address
+from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.load import ConfigError, load
 from betrace.service.config.settings import Settings
 
@@ -36,12 +37,39 @@ def plain(model):
     return model.model_dump()
 
 
+def uncommented(text):
+    """The file with its optional sections."""
+    setting = r"\[\w+\]|\w+ = (?:\"[^\"]*\"|[\d._]+|true|false)"
+    return re.sub(rf"^# ({setting})$", r"\1", text, flags=re.MULTILINE)
+
+
 def test_the_shipped_file_is_exactly_the_defaults():
     assert plain(load(ROOT / "config.toml")) == plain(Settings())
 
 
+def test_the_optional_sections_of_the_shipped_file_are_their_defaults(tmp_path):
+    text = uncommented((ROOT / "config.toml").read_text("utf-8"))
+    assert load(write(tmp_path, text)).cluster == ClusterSettings()
+
+
+def test_the_cluster_section(tmp_path, monkeypatch):
+    assert Settings().cluster is None
+    assert load(write(tmp_path, "[cluster]")).cluster == ClusterSettings()
+    text = refused(tmp_path, '[cluster]\nserverss = "nats://a:1"')
+    assert "did you mean cluster.servers?" in text
+    assert "nats://host:port" in refused(tmp_path, '[cluster]\nservers = "http://a:1"')
+    assert "name at least one server" in refused(tmp_path, '[cluster]\nservers = " , "')
+    assert "half of cluster.lease_seconds" in refused(tmp_path, "[cluster]\nlease_seconds = 0.9")
+    assert "cluster.tls_key is not" in refused(tmp_path, '[cluster]\ntls_certificate = "x"')
+    assert "exclude each other" in refused(tmp_path, '[cluster]\nuser = "u"\ntoken = "t"')
+    monkeypatch.setenv("BETRACE_CLUSTER__SERVERS", "nats://a:1,nats://b:2")
+    found = load(None).cluster
+    assert found is not None
+    assert (found.servers, found.partitions) == ("nats://a:1,nats://b:2", 16)
+
+
 def test_every_setting_is_in_the_shipped_file_with_a_comment():
-    text = (ROOT / "config.toml").read_text("utf-8")
+    text = uncommented((ROOT / "config.toml").read_text("utf-8"))
     file = tomllib.loads(text)
     for title, section in config_docs.sections():
         table = file

@@ -82,7 +82,7 @@ async def test_it_runs_soon_after_the_start_of_the_service(
     for path in (config.storage.path / "checkpoints").iterdir():
         path.unlink()
     async with running(config) as service:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while service.daily.succeeded_at is None:
                 await trio.sleep(0.05)
         assert service.daily.spans == 9
@@ -120,7 +120,7 @@ async def test_it_ends_if_nothing_is_configured(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
         task = Daily(config, log, store)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await task.every_day()
         task.close()
 

@@ -47,7 +47,7 @@ def configured(tmp_path: Path, **export: dict[str, str]) -> Settings:
         {
             "storage": {"path": tmp_path},
             "export": export,
-            "breakers": {"export": {"open_seconds": 0.1, "timeout_seconds": 2}},
+            "breakers": {"export": {"open_seconds": 0.1, "timeout_seconds": 60}},
         }
     )
 
@@ -68,7 +68,7 @@ async def exporting(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(15):
+    with trio.fail_after(60):
         while not condition():
             await trio.sleep(0.01)
 

@@ -423,6 +423,17 @@ def test_words_outside_the_buffer_are_not_read() -> None:
                 load(data, index)
 
 
+def test_bytes_outside_an_array_are_not_copied() -> None:
+    data, out = np.arange(9, dtype=np.uint8), np.zeros(5, np.uint8)
+    assert primitives.copy_bytes(data, 2, 6, out, 1) == 5
+    assert out.tolist() == [0, 2, 3, 4, 5]
+    assert primitives.copy_bytes(data, 9, 9, out, 5) == 5
+    for start, end, at in ((-1, 2, 0), (3, 2, 0), (8, 10, 0), (0, 3, -1), (0, 3, 3), (0, 6, 0)):
+        with pytest.raises(IndexError):
+            primitives.copy_bytes(data, start, end, out, at)
+    assert out.tolist() == [0, 2, 3, 4, 5]
+
+
 def test_big_request_survives() -> None:
     """Many kinds of values in one request written by the library."""
     r = ExportTraceServiceRequest()

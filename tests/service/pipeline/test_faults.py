@@ -63,7 +63,9 @@ class Harness:
                 "redelivery.delay_seconds": 0.02,
                 "redelivery.transient_retry_seconds": 0.3,
                 "breakers.storage.open_seconds": 0.3,
+                "breakers.storage.timeout_seconds": 60,
                 "breakers.evaluation.open_seconds": 0.3,
+                "breakers.evaluation.timeout_seconds": 60,
                 "checkpoint.interval_seconds": 0.3,
                 "duckdb.flush_ms": 20,
                 "traces.idle_seconds": 0.5,
@@ -110,7 +112,7 @@ class Harness:
             len(numbers),
             Reply(),
         )
-        assert await self.pipeline.requests.offer(request, 5)
+        assert await self.pipeline.requests.offer(request, 60)
         outcome = await request.reply.wait()
         assert isinstance(outcome, Done), outcome
         self.accepted.update((tenant, number) for number in numbers)
@@ -126,8 +128,8 @@ class Harness:
         found, _ = self.service.store.signals(tenant, limit=1000)
         return [int(each.signal.trace_id, 16) for each in found]
 
-    async def until(self, condition, seconds=10):
-        with trio.fail_after(seconds):
+    async def until(self, condition):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.02)
 
@@ -278,7 +280,7 @@ async def test_operator_actions_are_in_the_audit_log(tmp_path):
     harness = Harness(tmp_path)
     async with harness.running() as service:
         post = partial(ApiClient(service).post, x_operator="tests")
-        found = await post("/api/admin/pipeline/drain?wait=5")
+        found = await post("/api/admin/pipeline/drain?wait=60")
         assert (found["ingestion"], found["drained"]) == ("paused", True)
         assert (await post("/api/admin/pipeline/resume"))["ingestion"] == "open"
         assert (await post("/api/admin/pipeline/pause"))["ingestion"] == "paused"

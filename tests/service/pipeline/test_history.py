@@ -73,7 +73,7 @@ def close(w: Any) -> Any:
 )
 def test_many_late_traces_are_read_in_rounds(world, monkeypatch, step, most, whole):
     monkeypatch.setattr(tracehistory, "ROUND_TRACES", 10)
-    monkeypatch.setattr(tracehistory, "MOST_TRACES", most)
+    monkeypatch.setattr(world.history, "_most_traces", most)
     send(world, spans(1, 60, "pay"))
     close(world)
     world.step = step

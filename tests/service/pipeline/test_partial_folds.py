@@ -67,7 +67,7 @@ async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoint
     fault += [0] * 100_000
     async with running(config, die=True) as service:
         await send(service, spans())
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while service.pipeline.letters.book.spans < 1500:
                 await trio.sleep(0.01)
         assert await service.recovery.save()
@@ -78,7 +78,7 @@ async def test_the_rest_of_a_failed_batch_stays_a_dead_letter_through_checkpoint
         await closed(service)
         assert broken(service) == {"all"}  # the comparisons are left
         await service.pipeline.letters.retry()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while service.pipeline.letters.book.spans:
                 await trio.sleep(0.01)
         await closed(service)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trio
 
+from betrace.service.pipeline import scanning
 from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.log import LogSyncError
@@ -75,7 +76,7 @@ async def test_closing_drains_what_was_accepted(config):
             await service.pipeline.requests.send(asked)
         await send(service, [S(1)])
         service.pipeline.close()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await service.pipeline.finished.wait()
         assert len(service.pipeline.in_flight) == 0
         raised = {s.trace_id for s in ledger_signals(service) if s.rule_id == "many"}
@@ -226,15 +227,14 @@ def tables(service: Any) -> list[Any]:
 
 async def test_only_the_request_that_makes_the_stage_fail_is_refused(config, monkeypatch):
     async with running(config) as service:
-        ingest = service.pipeline.ingest
-        decode = ingest._decode
+        decode = scanning.decode
 
-        def fail(asked: Any) -> Any:
+        def fail(asked: Any, most: int) -> Any:
             if asked.body == b"poison":
                 raise RuntimeError("injected")
-            return decode(asked)
+            return decode(asked, most)
 
-        monkeypatch.setattr(ingest, "_decode", fail)
+        monkeypatch.setattr(scanning, "decode", fail)
         asked = [request(body(S(1))), request(b"poison", "bad"), request(body(S(2)), "other")]
         for each in asked:
             await service.pipeline.requests.send(each)
@@ -261,7 +261,7 @@ async def test_the_service_stops_in_time_even_if_a_stage_hangs(tmp_path, monkeyp
     async def hang(*_: Any, **__: Any) -> None:
         await release.wait()
 
-    with trio.fail_after(15):
+    with trio.fail_after(60):
         async with running(config) as service:
             monkeypatch.setattr(service.pipeline.evaluate._threads, "run", hang)
             for number in range(1, 30):
@@ -301,7 +301,7 @@ async def test_a_trace_can_be_looked_up_while_it_is_open_and_after(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])
         look_up = service.pipeline.open_traces.look_up
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while (found := await trio.to_thread.run_sync(look_up, "default", TRACE_ID)) is None:
                 await trio.sleep(0.01)
         assert not found.closed

@@ -8,6 +8,7 @@ import trio
 from betrace.service.app.service import Service
 from betrace.service.signals import Kind
 from betrace.service.storage.duck.schema import StoreError
+from betrace.service.traces.relational import ReadingPace
 from tests.support.inprocess import (
     active_signals,
     closed,
@@ -32,7 +33,7 @@ def broken(service: Service) -> set[str]:
 
 
 async def reopened(service: Service, times: int) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while service.pipeline.open_traces.counts.reopened < times:
             await trio.sleep(0.01)
 
@@ -82,7 +83,8 @@ async def test_a_signal_from_before_a_crash_is_retracted(tmp_path, saved):
 
 async def test_long_traces_are_read_from_all_their_frames(tmp_path):
     write_rules(tmp_path, {"twice": "for each pay by x as p never { count(p) > 1 }"})
-    async with running(settings(tmp_path)) as service:
+    config = settings(tmp_path, traces={"idle_seconds": 2})  # longer than between two requests
+    async with running(config) as service:
         for number in range(1, 31):
             await send(service, [S(number, "pay", x=str(number % 29))])
         await closed(service)
@@ -148,11 +150,12 @@ async def test_what_no_later_span_can_undo_is_signalled_at_once(tmp_path):
     write_rules(tmp_path, rules)
     config = settings(tmp_path, traces={"idle_seconds": 3600})
     async with running(config) as service:
+        service.pipeline.evaluate._relational._pace = ReadingPace(burst=3600.0)
         await send(service, [S(number, "query", x="1") for number in range(1, 4)])
         await send(service, [S(4, "query", x="2")])
         assert not ledger_signals(service)
         await send(service, [S(5, "query", x="1")])
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not ledger_signals(service):
                 await trio.sleep(0.01)
         (signal,) = ledger_signals(service)

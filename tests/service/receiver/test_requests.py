@@ -64,7 +64,7 @@ async def test_bodies_of_all_sizes_in_all_pieces(size):
 
 
 async def test_a_body_of_20_mib_is_accepted_and_one_byte_more_is_refused():
-    async with listening() as server, httpx.AsyncClient(timeout=20) as client:
+    async with listening() as server, httpx.AsyncClient(timeout=60) as client:
         url = server.url + "/v1/traces"
         answer = await client.post(url, content=bytes(20 * MIB), headers=PROTOBUF)
         assert answer.status_code == 200
@@ -93,7 +93,7 @@ async def test_a_chunked_body_that_never_ends_is_cut_off():
         client = await server.connect()
         await client.send(post(b"", "transfer-encoding: chunked"))
         megabyte = chunk(bytes(MIB))
-        with trio.fail_after(20), pytest.raises(trio.BrokenResourceError):
+        with trio.fail_after(60), pytest.raises(trio.BrokenResourceError):
             await client.send(megabyte * 100)
     assert server.bodies == []
     assert server.admission.refusals.requests["too_large"] == 1
@@ -268,7 +268,7 @@ async def test_an_idle_connection_is_closed():
         client = await server.connect()
         await client.send(post(b"abc"))
         assert (await client.response())[0] == 200
-        assert await client.closed(2)
+        assert await client.closed()
 
 
 async def test_a_request_in_progress_is_answered_at_shutdown():
@@ -281,8 +281,8 @@ async def test_a_request_in_progress_is_answered_at_shutdown():
         await trio.sleep(0.05)
         server.queue.taken[0].reply.set(Done(1))
         assert (await client.response())[0] == 200
-        assert await client.closed(2)
-        assert await idle.closed(2)
+        assert await client.closed()
+        assert await idle.closed()
         with pytest.raises(OSError, match="connect"):
             await server.connect()
 
@@ -330,5 +330,5 @@ async def test_tls(tmp_path):
             assert (await client.post(url, content=big, headers=PROTOBUF)).status_code == 503
         plain = await server.connect()
         await plain.send(post(b"x"))
-        assert await plain.closed(5)
+        assert await plain.closed()
     assert server.bodies == [b"a", big]

@@ -62,7 +62,7 @@ async def talk(server, pieces: list[bytes]) -> bytes:
         except trio.BrokenResourceError:
             pass  # reset: the server did not read the rest
 
-    with trio.fail_after(3):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             try:

@@ -91,7 +91,7 @@ def literal(value: Any) -> Literal:
 
 def compare(value: Any, op: str, literals: tuple[Literal, ...]) -> bool:
     if op == "matches":
-        return matches(value, literals[0].text, 1 << 16)
+        return matches(value, literals[0].text)
     return compare_literals(value, op, literals)
 
 

@@ -100,6 +100,58 @@ def test_a_saved_rule_is_in_force_after_its_tenant_is_forgotten(registry):
     assert [each.id for each in registry.compiled("one").rules] == ["r", "s"]
 
 
+def test_a_former_version_is_compiled_from_its_definitions_while_nothing_else_has_it(
+    registry, tmp_path
+):
+    asked = []
+
+    def definitions() -> bytes:
+        asked.append(1)
+        return text
+
+    first = registry.compiled("one")
+    version, text = first.version, first.definitions
+    assert registry.version("one", version, definitions) is first
+    write(tmp_path, "one", "count(a) > 22")
+    assert registry.refresh() == {"one"}
+    registry.compiled("one")
+    assert registry.version("one", version, definitions) is first
+    assert not asked
+    del first
+    again = registry.version("one", version, definitions)
+    assert registry.version("one", version, definitions) is again
+    assert (again.version, again.definitions, len(asked)) == (version, text, 1)
+    assert registry.version("one", "unknown", lambda: None) is None
+
+
+def test_rules_are_ready_once_they_are_compiled(registry, tmp_path):
+    assert not registry.ready("one")
+    kept = registry.compiled("one")
+    assert registry.ready("one")
+    write(tmp_path, "one", "count(a) > 22")
+    registry.refresh()
+    assert not registry.ready("one")
+    assert registry.compiled("one") is not kept
+
+
+def test_a_look_up_during_a_change_is_not_remembered(registry, tmp_path, monkeypatch):
+    """The change is noted while another thread compiles the old rules."""
+    rules = registry.store.rules
+
+    def slow(tenant):
+        found = rules(tenant)
+        write(tmp_path, "one", "count(a) > 22")
+        monkeypatch.setattr(registry.store, "rules", rules)
+        assert registry.refresh() == {"one"}
+        return found
+
+    monkeypatch.setattr(registry.store, "rules", slow)
+    registry.store.follow("one")
+    old = registry.compiled("one")
+    assert not registry.ready("one")
+    assert registry.compiled("one").version != old.version
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -78,13 +78,13 @@ def test_a_fold_in_slices(seed, monkeypatch):
 
 def test_a_slice_ends_with_its_time_and_a_certain_one_allows_one_step_more():
     with pytest.raises(SliceOver):
-        CpuSlice(0.01).pay(1.0)
-    CpuSlice(0.01).pay(0.0)
-    certain = CpuSlice(0.01, certain=True)
+        CpuSlice(60).pay(100.0)
+    CpuSlice(60).pay(0.0)
+    certain = CpuSlice(60, certain=True)
     certain.pay()
-    certain.pay(1.0)
+    certain.pay(100.0)
     with pytest.raises(SliceOver):
-        certain.pay(1.0)
+        certain.pay(100.0)
     short = CpuSlice(0.005)
     until = time.thread_time() + 0.01
     while time.thread_time() < until:

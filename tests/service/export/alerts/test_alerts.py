@@ -174,8 +174,12 @@ async def test_a_rule_that_breaks_again_while_the_webhook_is_down_stays_one_aler
         await until(lambda: alerts.book.resolved["quiet"] == 1)
         record(ledger, alerts, signal(2))
         await until(lambda: alerts.book.started == 2)
+        (sender,) = alerts
+        failures = sender.failures
+        await until(lambda: sender.failures >= failures + 2)  # no request is older than that
         hook.answers = []
         await until(lambda: len(hook.alerts()) >= 2)
+        await until(lambda: hook.alerts()[-1]["status"] == "resolved")
     last = hook.alerts()[-1]
     assert (last["status"], last["annotations"]["count"]) == ("resolved", "2")
     assert last["startsAt"] == hook.alerts()[0]["startsAt"]

@@ -45,7 +45,7 @@ def fold_fault(monkeypatch):
 
 async def dead(service, spans):
     """Return when ``spans`` spans are in dead letters and none in progress."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while service.pipeline.letters.book.spans < spans or service.sources.account().in_flight:
             await trio.sleep(0.01)
 
@@ -72,7 +72,7 @@ async def test_a_breach_undone_by_spans_that_were_dead_letters_before_and_after_
         await dead(service, 2)
         fold_fault.on = False
         await service.pipeline.letters.retry()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while service.pipeline.letters.book.spans:
                 await trio.sleep(0.01)
         await closed(service)
@@ -166,12 +166,12 @@ async def test_any_interleaving_of_faults_dead_letters_and_crashes(
             fold_fault.on = rng.random() < 0.5
     fold_fault.on = ledger_fault.on = False
     async with running(config) as service:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while service.pipeline.letters.book.total:
                 await service.pipeline.letters.retry()
                 await trio.sleep(0.05)
         await closed(service)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while service.pipeline.record.fallback.pending:
                 await trio.sleep(0.05)
         assert active_signals(service) == expected(sent)

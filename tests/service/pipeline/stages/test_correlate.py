@@ -383,3 +383,24 @@ async def test_thousands_of_tenants_are_searched_in_turn(nursery, autojump_clock
     await rig.send(S(1000), tenant="t7")
     await trio.sleep(5 + 4 * 0.25)
     assert [due.tenant for due in rig.due() if due.closed] == ["t7"]
+
+
+async def test_batches_of_different_rules_are_folded_apart_and_in_order(rig, monkeypatch):
+    old, new = compiled([parse("count(a) > 1")], "old"), compiled([parse("always { b }")], "new")
+    folds: list[list[int]] = []
+    fold = rig.traces.fold
+
+    def watched(batch: Any, cpu: Any) -> None:
+        folds.append(batch.positions.tolist())
+        fold(batch, cpu)
+
+    monkeypatch.setattr(rig.traces, "fold", watched)
+    batches = []
+    for number, rules in enumerate([old, old, new, old], 1):
+        made = rig.batch(S(number, trace=bytes([number]) * 16))
+        made.rules = rules
+        batches += [made, rig.batch(S(1), tenant="other")] if number == 1 else [made]
+    await rig.stage.handle(batches)
+    assert folds == [[10, 30], [20], [40], [50]]
+    versions = {table.rules.version: table.open_count for table in rig.traces.tenants["t"].tables}
+    assert versions == {"old": 3, "new": 1}

@@ -13,11 +13,15 @@ import trio
 from trio.testing import MockClock
 
 from betrace.channels import ThreadRunner, open_channel
+from betrace.service.pipeline import scanning
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
+from betrace.service.pipeline.rules_in_force import LogWriter
 from betrace.service.pipeline.stages import ingest
 from betrace.service.pipeline.stages.ingest import SMALL_BYTES, IngestStage
+from betrace.service.rules.registry import RuleRegistry
+from betrace.service.rules.store import RuleStore
 from betrace.service.storage.spanlog.log import SpanLog
 from tests.support.spans import S, body
 
@@ -32,7 +36,9 @@ class Bench:
         self.threads = ThreadRunner("ingest", 1)
         self.sync = GroupSync(self.log, self.threads)
         send, self.receive = open_channel("batches", 10_000, len)
-        self.stage = IngestStage(self.log, self.threads, send, LogProgress(), 1 << 20, self.sync)
+        self.rules = RuleRegistry(RuleStore(directory / "rules"), 10)
+        writer = LogWriter(self.log, LogProgress(), self.rules)
+        self.stage = IngestStage(writer, self.threads, send, 1 << 20, self.sync)
 
     async def handle(self, payload: bytes = body(S(1, "a")), encoding: str = "") -> bool:
         """Handle a request, check its outcome, and return whether a thread was used."""
@@ -46,7 +52,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr(ingest, "SLOW_SECONDS", 3600)  # no write is slow by chance
     bench = Bench(tmp_path)
     yield bench
     bench.threads.close()
@@ -84,10 +91,11 @@ async def test_after_a_slow_write_requests_go_to_a_thread_for_a_while(
     append = bench.log.append
 
     def slow(*arguments: Any) -> Any:
-        time.sleep(2 * ingest.SLOW_SECONDS)
+        time.sleep(0.02)
         return append(*arguments)
 
     with monkeypatch.context() as patch:
+        patch.setattr(ingest, "SLOW_SECONDS", 0.01)
         patch.setattr(bench.log, "append", slow)
         assert not await bench.handle()
     assert await bench.handle()
@@ -150,8 +158,9 @@ async def test_a_sync_says_that_it_is_running(
 ) -> None:
     await bench.handle()
     seen: list[bool] = []
-    monkeypatch.setattr(bench.log, "sync", lambda _: seen.append(bench.sync.running))
-    await bench.sync.sync(["acme"])
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.log, "sync", lambda _: seen.append(bench.sync.running))
+        await bench.sync.sync(["acme"])
     assert seen == [True]
     assert not bench.sync.running
 
@@ -159,7 +168,7 @@ async def test_a_sync_says_that_it_is_running(
 async def test_a_request_with_too_many_spans_is_refused_and_the_others_are_not(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "MOST_SPANS", 3)
+    monkeypatch.setattr(scanning, "MOST_SPANS", 3)
 
     def request(spans: int) -> Request:
         payload = body(*(S(number + 1, "a") for number in range(spans)))

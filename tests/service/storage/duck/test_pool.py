@@ -56,7 +56,7 @@ def test_when_all_are_in_use_the_caller_waits_then_gets_an_error() -> None:
 
 def test_a_waiting_caller_gets_what_another_gives_back() -> None:
     for idle in (0, 1):
-        things = Things(limit=1, idle=idle, timeout=5)
+        things = Things(limit=1, idle=idle, timeout=60)
         got = threading.Event()
 
         def work(things: Things = things, got: threading.Event = got) -> None:
@@ -67,7 +67,7 @@ def test_a_waiting_caller_gets_what_another_gives_back() -> None:
             thread = threading.Thread(target=work)
             thread.start()
             assert not got.wait(0.02)
-        assert got.wait(5)
+        assert got.wait(60)
         thread.join()
 
 
@@ -101,7 +101,7 @@ def test_closing_closes_those_in_use_when_they_come_back() -> None:
 
 
 def test_never_more_than_the_limit() -> None:
-    things = Things(limit=3, timeout=5)
+    things = Things(limit=3, timeout=60)
     most = 0
 
     def work() -> None:

@@ -506,14 +506,14 @@ class TestFiles:
 
     def test_closing_interrupts_what_does_not_end(self, tmp_path: Path) -> None:
         """A thread that was left behind does not keep the store from closing."""
-        begun, errors = threading.Event(), []
-        store = DuckStore(tmp_path, limits(pool_timeout_seconds=0.05))
+        begun, errors = threading.Semaphore(0), []
+        store = DuckStore(tmp_path, limits(pool_timeout_seconds=0.5))
         store.write_signals("a", [make(1)])
 
         def work(write: bool) -> None:
             def ask() -> None:
                 with store._files.use("a", write=write) as db:
-                    begun.set()
+                    begun.release()
                     db.execute("SELECT count(*) FROM range(10_000_000_000) WHERE hash(range) = 1")
 
             with pytest.raises(StoreError, match="Interrupted") as caught:
@@ -523,11 +523,11 @@ class TestFiles:
         threads = [threading.Thread(target=work, args=(write,)) for write in (False, True)]
         for thread in threads:
             thread.start()
-        begun.wait(5)
-        time.sleep(0.05)
+        for _ in threads:
+            assert begun.acquire(timeout=60)
         store.close()
         for thread in threads:
-            thread.join(5)
+            thread.join(60)
         assert errors == [True, True]
         with pytest.raises(StoreError, match="closed"):
             store.counts("a")
@@ -535,7 +535,7 @@ class TestFiles:
             assert store.counts("a").signals == 1
 
     def test_closing_waits_for_what_ends(self, tmp_path: Path) -> None:
-        store = DuckStore(tmp_path, limits(pool_timeout_seconds=5))
+        store = DuckStore(tmp_path, limits(pool_timeout_seconds=60))
         begun = threading.Event()
 
         def work() -> None:
@@ -546,9 +546,9 @@ class TestFiles:
 
         thread = threading.Thread(target=work)
         thread.start()
-        begun.wait(5)
+        begun.wait(60)
         store.close()
-        thread.join(5)
+        thread.join(60)
         with duckdb.connect(str(tmp_path / "a/betrace.duckdb")) as db:
             assert db.execute("SELECT count(*) FROM meta").fetchall() == [(2,)]
 
@@ -720,8 +720,10 @@ class TestFiles:
     ) -> None:
         store.write_signals("a", [make(1)])
         told: list[object] = []
+        begun = threading.Event()
 
         def late() -> None:
+            begun.set()
             try:
                 told.append(store.write_signals("a", [make(2)]))
             except StoreError as error:
@@ -730,7 +732,8 @@ class TestFiles:
         with store._files._reserved("a") as file:  # as the deletion does
             thread = threading.Thread(target=late)
             thread.start()
-            time.sleep(0.05)
+            assert begun.wait(60)
+            time.sleep(0.2)  # until it waits for the file
             file.deleted = True
             file.path.unlink()
         store.reopen("a")

@@ -40,17 +40,17 @@ class Made:
         def call() -> None:
             with self.clients.use():
                 inside.set()
-                self._released.wait(10)
+                self._released.wait(60)
 
         thread = threading.Thread(target=call)
         thread.start()
         self._threads.append(thread)
-        assert inside.wait(5)
+        assert inside.wait(60)
 
     def release(self) -> None:
         self._released.set()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(60)
 
     def use(self) -> Client:
         with self.clients.use() as client:
@@ -151,20 +151,20 @@ def test_close_waits_for_a_call_for_a_limited_time() -> None:
     made.hang()
     started = time.monotonic()
     assert not made.clients.close(0.1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
     assert made.all[0].closed == 0
     made.release()
     assert made.all[0].closed == 1
     slow = Made()
     slow.hang()
     threading.Timer(0.1, slow.release).start()
-    assert slow.clients.close(5)
+    assert slow.clients.close(60)
     assert slow.all[0].closed == 1
 
 
 def test_a_close_that_hangs_is_given_up() -> None:
     stuck = threading.Event()
-    made = Clients(Client, lambda client: stuck.wait(10) and None)
+    made = Clients(Client, lambda client: stuck.wait(60) and None)
     with made.use():
         pass
     assert not made.close(0.1)

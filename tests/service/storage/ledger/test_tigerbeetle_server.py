@@ -223,7 +223,7 @@ def test_a_new_process_sends_outgoing_signals_of_the_old_one(server, open_ledger
     second._clients.pause = 0
     second.start(0.2)  # it does not answer
     server.resume()
-    thread.join(10)
+    thread.join(60)
     assert second.record([make(3)]) == [True]
     assert second.balance("shop", "r1") == second.count("shop") == 3
 
@@ -244,7 +244,7 @@ def test_sessions_run_out_only_after_many_clients(server, open_ledger) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     with pytest.raises(LedgerError, match="evicted") as caught:
         oldest.record([make(1)])
     assert caught.value.transient

@@ -1,0 +1,40 @@
+"""The endpoint that shows how far a query node of a cluster is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from betrace.service.api.endpoint import Call, Endpoints
+from betrace.service.api.errors import ApiError
+
+endpoints = Endpoints("Administration", access="operator")
+
+
+@endpoints.add(
+    "GET",
+    "/api/cluster",
+    "How far each partition of the cluster has been applied at this query node",
+    answers={
+        200: '`{"node", "roles", "partitions": [{"partition", "owner", "applied", "last", "lag", '
+        '"evaluatedTo", "logTimeNs", "counts", "problem"}], "rulesProblem", '
+        '"index": {"requests", "behind"}}`',
+        404: "The service is not part of a cluster",
+    },
+)
+async def get_cluster(call: Call) -> Any:
+    """`applied` is the number of the last message of the partition's `OUT` stream that is stored
+    here; answers to queries contain what was decided up to it. `last` is the number of its last
+    message as of a moment ago, null if it is not known, and `lag` the difference. `owner` is the
+    evaluator that has the partition. `evaluatedTo` is the number of the last message of the
+    partition's log that was evaluated. `counts` says what became of the messages and spans of the
+    partition, since its first one. `problem` says why the stream cannot be read now."""
+    node = call.tools.sources.node
+    if node is None:
+        raise ApiError(404, "this service is not part of a cluster", "see [cluster] in config.toml")
+    return node.shown()
+
+
+def refuse_on_cluster(call: Call, what: str, instead: str) -> None:
+    """Refuse what does not work on a cluster yet; ``instead`` says what to do."""
+    if call.tools.sources.node is not None:
+        raise ApiError(501, f"{what} on a cluster yet", instead)

@@ -1,0 +1,63 @@
+"""Builds a query node's view of its cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.query.index import index_subject
+from betrace.service.cluster.query.node import ClusterConnection, OtherRoles
+from betrace.service.cluster.query.open_traces import (
+    ANSWER_SECONDS,
+    RemoteOpenTraces,
+    open_trace_subject,
+)
+from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream.bucket import ConfigBucket
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.fenced import FencedLog
+from betrace.service.storage.jetstream.layout import Layout
+from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.nats import Nats
+from betrace.service.storage.jetstream.spans import SpanStreams
+
+
+def connect_query(
+    settings: ClusterSettings,
+    node: str,
+    roles: Sequence[str],
+    client: NatsClient,
+    others: OtherRoles,
+) -> ClusterConnection:
+    """The connection of the query node with the name ``node``. ``others`` are the process's other
+    roles."""
+    layout, partitions = Layout.of(settings), range(settings.partitions)
+    logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
+    leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
+    by_lease = {lease_key(partition): partition for partition in partitions}
+
+    async def owners() -> dict[int, str]:
+        found = await leases.owners()
+        return {by_lease[key]: owner for key, owner in found.items() if key in by_lease}
+
+    def ask_owner(partition: int, data: bytes) -> bytes:
+        subject = open_trace_subject(layout.prefix, partition)
+
+        async def request(nats: Nats) -> bytes:
+            return bytes((await nats.request(subject, data, seconds=ANSWER_SECONDS)).data)
+
+        return client.call_blocking(request, 2 * ANSWER_SECONDS)
+
+    return ClusterConnection(
+        name=node,
+        roles=tuple(roles),
+        client=client,
+        spans=SpanStreams(client, layout),
+        outs=dict(logs),
+        last=lambda partition: logs[partition].last(),
+        owners=owners,
+        config=ConfigBucket(client, layout.config_bucket),
+        index_subject=index_subject(layout.prefix),
+        open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
+        others=others,
+    )

@@ -1,0 +1,69 @@
+"""The roles of a process of a cluster, and the parts that each role needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+from betrace.service.config.settings import Settings
+
+
+class Role(StrEnum):
+    """What a process of a cluster does."""
+
+    EDGE = "edge"
+    """Receives spans and appends them to the partitions' logs."""
+    EVALUATOR = "evaluator"
+    """Evaluates the partitions that it owns."""
+    QUERY = "query"
+    """Stores what was decided, and answers queries."""
+
+
+class RoleError(Exception):
+    """The roles and the configuration contradict each other; the message says what to do."""
+
+
+KERNELS: dict[Role, tuple[str, ...]] = {
+    Role.EDGE: ("json",),
+    Role.EVALUATOR: ("traces",),
+    Role.QUERY: ("traces",),
+}
+"""The parts of :data:`betrace.service.pipeline.warmup.PARTS` that each role needs. An edge compiles
+the others that it needs itself."""
+
+
+def read_roles(text: str | None, clustered: bool) -> tuple[Role, ...]:
+    """The roles in the text of ``--role``; none without a cluster. Raises :exc:`RoleError` if only
+    one of the two is given, and for unknown roles."""
+    names = [each.strip() for each in (text or "").split(",") if each.strip()]
+    valid = ", ".join(Role)
+    if clustered and not names:
+        raise RoleError(
+            "config.toml has a section [cluster], so say what this process does with --role: one "
+            f"or several of {valid}, separated by commas"
+        )
+    if names and not clustered:
+        raise RoleError(
+            "--role is for a cluster, but there is no section [cluster] in config.toml; add one, "
+            "or leave --role out"
+        )
+    for name in names:
+        if name not in set(Role):
+            raise RoleError(f"{name!r} is no role; roles are {valid}")
+    return tuple(role for role in Role if role in names)
+
+
+def refuse_unsupported(settings: Settings) -> None:
+    """Raise :exc:`RoleError` for settings that do not work on a cluster yet."""
+    if settings.archive.enabled:
+        raise RoleError("archive.enabled does not work with [cluster] yet; set it to false")
+    if settings.retention.log_days:
+        raise RoleError(
+            "retention.log_days does not work with [cluster] yet, because the spans are in "
+            "JetStream; remove it, and limit the streams with cluster.partition_bytes"
+        )
+
+
+def kernels_of(roles: Sequence[Role]) -> tuple[str, ...]:
+    """The parts that must be compiled."""
+    return tuple(dict.fromkeys(part for role in roles for part in KERNELS[role]))

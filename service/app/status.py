@@ -1,0 +1,100 @@
+"""Health and metrics of a process that is not a query node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import orjson
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from betrace.service.api.asgi import Receive, Scope, Send, lifespan
+from betrace.service.api.metrics.exposition import TEXT_TYPE, register_process
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """What is shown: the node, its roles, its state, the status of its parts by name, and their
+    metrics. The functions are called on the Trio thread."""
+
+    node: str
+    roles: tuple[str, ...]
+    state: Callable[[], str]
+    components: Callable[[], dict[str, Json]]
+    metrics: Callable[[], Iterable[Metric]]
+
+
+class StatusApp:
+    """An ASGI application with ``/livez``, ``/healthz``, ``/readyz`` and ``/metrics``."""
+
+    def __init__(self, status: NodeStatus) -> None:
+        self._status = status
+        self._process = CollectorRegistry()
+        register_process(self._process)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        status, content_type, body = self._answer(scope["method"], scope["path"])
+        headers = [
+            (b"content-type", content_type.encode()),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _answer(self, method: str, path: str) -> tuple[int, str, bytes]:
+        if method not in ("GET", "HEAD"):
+            return 405, "text/plain", b"use GET\n"
+        match path:
+            case "/livez" | "/healthz":
+                return 200, "application/json", b'{"status":"ok"}'
+            case "/readyz":
+                return self._ready()
+            case "/metrics":
+                return 200, TEXT_TYPE, self._metrics()
+        text = (
+            f"this process has the roles {', '.join(self._status.roles)}: it serves only /livez, "
+            "/readyz and /metrics; ask a query node\n"
+        )
+        return 404, "text/plain", text.encode()
+
+    def _ready(self) -> tuple[int, str, bytes]:
+        status = self._status
+        ready = status.state() == "ready"
+        shown = {
+            "status": "ready" if ready else "not ready",
+            "node": status.node,
+            "roles": status.roles,
+            "components": status.components(),
+        }
+        return 200 if ready else 503, "application/json", orjson.dumps(shown)
+
+    def _metrics(self) -> bytes:
+        info = GaugeMetricFamily(
+            "betrace_cluster_node_info",
+            "1; the labels are the node's name in the cluster and its roles.",
+            labels=("node", "roles"),
+        )
+        info.add_metric([self._status.node, ",".join(self._status.roles)], 1)
+        every = _Families(chain([info], self._status.metrics(), self._process.collect()))
+        return generate_latest(every)  # type: ignore[arg-type]
+
+
+class _Families:
+    """A collector of metrics that exist."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families

@@ -1,0 +1,191 @@
+"""What `betrace cluster status` shows: servers, nodes and partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+import trio
+
+from betrace.service.cluster import output
+from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream import survey
+from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
+from betrace.service.storage.jetstream.fenced import FencedLog
+from betrace.service.storage.jetstream.layout import Layout
+from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.nats import Nats, StoredMessage
+from betrace.service.storage.jetstream.setup import SetupError
+from betrace.service.storage.jetstream.survey import ServerState, StreamState
+
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """A process of the cluster. ``alive`` is whether its heartbeat moved during the survey."""
+
+    name: str
+    roles: tuple[str, ...]
+    alive: bool
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionOverview:
+    """A partition. ``lag`` are the messages that its owner has not applied. ``epoch`` and ``lag``
+    are None if the output cannot be read."""
+
+    partition: int
+    owner: str
+    epoch: int | None
+    messages: int
+    lag: int | None
+    leader: str
+    output_leader: str
+    replicas: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """All of it. ``problems`` has a sentence for each thing that needs attention."""
+
+    servers: list[ServerState]
+    nodes: list[NodeState]
+    partitions: list[PartitionOverview]
+    problems: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+async def survey_cluster(client: NatsClient, settings: ClusterSettings) -> ClusterState:
+    """Look at everything; takes ``cluster.lease_seconds``, to see heartbeats move."""
+    layout = Layout.of(settings)
+    streams = {each.name: each for each in await survey.survey_streams(client, layout)}
+    if not any(each.exists for each in streams.values()):
+        raise SetupError([f"there is no cluster {layout.prefix}; run: betrace cluster init"])
+    members = ConfigBucket(client, layout.members_bucket)
+    before = await members.entries()
+    start = trio.current_time()
+    servers = await survey.survey_servers(settings)
+    leases = ConfigBucket(client, layout.leases_bucket)
+    owners = await Leases(leases, settings.lease_seconds).owners()
+    partitions = await _partitions(client, layout, streams, owners)
+    await trio.sleep(max(0.0, start + settings.lease_seconds - trio.current_time()))
+    nodes = _nodes(before, await members.entries())
+    problems = [*_server_problems(servers), *_stream_problems(streams.values())]
+    problems += _owner_problems(nodes, partitions)
+    return ClusterState(servers, nodes, partitions, problems)
+
+
+async def _partitions(
+    client: NatsClient, layout: Layout, streams: dict[str, StreamState], owners: dict[str, str]
+) -> list[PartitionOverview]:
+    found: dict[int, PartitionOverview] = {}
+    limit = trio.CapacityLimiter(_AT_ONCE)
+
+    async def one(partition: int) -> None:
+        spans = streams[layout.spans_stream(partition)]
+        out = streams[layout.out_stream(partition)]
+        epoch = number = lag = None
+        async with limit:
+            try:
+                found_epoch = await FencedLog(client, layout, partition).epoch()
+                epoch = found_epoch.number if found_epoch else 0
+                number = await _applied(client, layout, partition)
+            except NatsUnavailable:
+                pass  # reported as a stream without leader
+        if number is not None and spans.leader:
+            lag = max(0, spans.last - number)
+        found[partition] = PartitionOverview(
+            partition,
+            owners.get(lease_key(partition), ""),
+            epoch,
+            spans.messages,
+            lag,
+            spans.leader,
+            out.leader,
+            min(spans.replicas, out.replicas),
+            spans.bytes + out.bytes,
+        )
+
+    async with trio.open_nursery() as nursery:
+        for partition in range(layout.partitions):
+            nursery.start_soon(one, partition)
+    return [found[partition] for partition in sorted(found)]
+
+
+async def _applied(client: NatsClient, layout: Layout, partition: int) -> int | None:
+    """The sequence up to which the partition's output covers its spans."""
+
+    async def work(nats: Nats) -> StoredMessage | None:
+        body = {"last_by_subj": layout.out_subject(partition)}
+        try:
+            return await nats.leader_get(layout.out_stream(partition), body)
+        except NotInStream:
+            return None
+
+    message = await client.call(work)
+    if message is None:
+        return 0
+    try:
+        return output.unpack(message.data).upto
+    except output.OutputCorrupt:
+        return None
+
+
+def _nodes(before: list[Entry], after: list[Entry]) -> list[NodeState]:
+    revisions = {entry.key: entry.revision for entry in before}
+    drains = {e.key.partition(".")[2] for e in after if e.key.startswith("drain.")}
+    nodes = []
+    for entry in after:
+        kind, _, name = entry.key.partition(".")
+        if kind != "beat" or entry.value is None:
+            continue
+        value = orjson.loads(entry.value)
+        moved = revisions.get(entry.key) != entry.revision
+        draining = bool(value.get("draining")) or name in drains
+        nodes.append(NodeState(name, tuple(value.get("roles", ())), moved, draining))
+    return sorted(nodes, key=lambda node: node.name)
+
+
+def _server_problems(servers: list[ServerState]) -> list[str]:
+    return [f"NATS server {each.address}: {each.error}" for each in servers if each.error]
+
+
+def _stream_problems(streams: Iterable[StreamState]) -> list[str]:
+    problems = []
+    for each in streams:
+        if not each.exists:
+            problems.append(f"{each.name} does not exist; run: betrace cluster init")
+        elif not each.leader:
+            problems.append(f"{each.name} has no leader; start the NATS servers that are down")
+        elif each.replicas < each.config["num_replicas"]:
+            problems.append(
+                f"{each.name} is complete on {each.replicas} of {each.config['num_replicas']} "
+                "servers; the others are down or catching up"
+            )
+    return problems
+
+
+def _owner_problems(nodes: list[NodeState], partitions: list[PartitionOverview]) -> list[str]:
+    problems = [
+        f"node {node.name} shows no heartbeat; if it does not come back, its partitions move"
+        for node in nodes
+        if not node.alive
+    ]
+    without = [str(each.partition) for each in partitions if not each.owner]
+    if without:
+        problems.append(
+            f"partitions without owner: {', '.join(without)}; start `betrace serve --role "
+            "evaluator`"
+        )
+    return problems

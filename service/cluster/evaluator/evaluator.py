@@ -1,0 +1,190 @@
+"""The evaluator role: owns its share of the partitions.
+
+Every evaluator computes the same assignment from the members and the present owners of leases. It
+waits for the leases of what it should own, and hands over what another should own.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import trio
+
+from betrace.channels import TransientError
+from betrace.service.cluster.evaluator.assignment import assign
+from betrace.service.cluster.evaluator.owner import PartitionOwner, lease_key
+from betrace.service.cluster.evaluator.parts import OwnerParts
+from betrace.service.cluster.evaluator.status import PartitionStatus
+from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.query.open_traces import NOT_OWNED, NotOwned
+from betrace.service.telemetry import events
+from betrace.service.traces.due import DueTraces
+
+_log = logging.getLogger("service.cluster.evaluator")
+
+ROLE = "evaluator"
+_FIRST_BACKOFF, _MOST_BACKOFF = 0.5, 30.0
+_STEADY_SECONDS = 60.0  # after which a failure counts as the first
+
+
+@dataclass(slots=True)
+class _Running:
+    owner: PartitionOwner
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class Evaluator:
+    """Runs the owners of partitions. Close what it was given yourself, after :meth:`run`.
+
+    Args:
+      parts: what the partitions use.
+      membership: this node's heartbeats; the caller runs it.
+      grace_seconds: how long :meth:`stop` may take.
+    """
+
+    def __init__(self, parts: OwnerParts, membership: Membership, grace_seconds: float) -> None:
+        self._parts = parts
+        self._membership = membership
+        self._grace = grace_seconds
+        self._running: dict[int, _Running] = {}
+        self._backoff: dict[int, tuple[float, float]] = {}  # seconds, and until when
+        self._stopping = trio.Event()
+        self._changed = trio.Event()  # an owner ended
+        partitions = parts.settings.partitions
+        self.statuses = [PartitionStatus(partition) for partition in range(partitions)]
+        """The state of each partition at this node, for metrics."""
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own partitions until :meth:`stop`. Starts once the members are known. A task that is
+        cancelled drops everything, like a process that is killed."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._parts.rules.run)
+            await self._membership.ready.wait()
+            task_status.started()
+            nursery.start_soon(self._assign_often, nursery)
+            await self._stopping.wait()
+            with trio.move_on_after(self._grace):
+                await self._hand_over_all()
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Hand over all partitions, then end :meth:`run`."""
+        self._membership.draining = True
+        self._stopping.set()
+
+    async def drain(self) -> None:
+        """Hand over all partitions to the other evaluators; returns when this node has none."""
+        self._membership.draining = True
+        await self._membership.beat()
+        while any(status.owned for status in self.statuses):
+            await self._next_change()
+
+    @property
+    def owned(self) -> list[int]:
+        """The partitions whose leases this node has."""
+        return [status.partition for status in self.statuses if status.owned]
+
+    def look_up(self, partition: int, tenant: str, trace_id: str) -> DueTraces | NotOwned | None:
+        """A copy of a trace in memory, for people. May be called from any thread."""
+        running = self._running.get(partition)
+        state = None if running is None else running.owner.state
+        return NOT_OWNED if state is None else state.look_up(tenant, trace_id)
+
+    async def _hand_over_all(self) -> None:
+        await self._membership.beat()
+        while self._running:
+            for running in self._running.values():
+                running.owner.finish()
+            await self._next_change()
+
+    async def _next_change(self) -> None:
+        with trio.move_on_after(self._parts.settings.heartbeat_seconds):
+            await self._changed.wait()
+
+    async def _assign_often(self, nursery: trio.Nursery) -> None:
+        """Follow the assignment. Draining nodes get nothing, so a stop starts no owner either."""
+        while True:
+            changed = self._membership.changed
+            try:
+                owners = await self._owners()
+            except TransientError as error:
+                _log.debug("the leases cannot be read: %s", error)
+            else:
+                self._follow(owners, nursery)
+            async with trio.open_nursery() as waiting:
+                waiting.cancel_scope.deadline = (
+                    trio.current_time() + self._parts.settings.heartbeat_seconds
+                )
+                for event in (changed, self._changed):
+                    waiting.start_soon(_cancel_when, event, waiting.cancel_scope)
+
+    async def _owners(self) -> dict[int, str]:
+        """The owners of the partitions' leases."""
+        by_key = await self._parts.leases.owners()
+        keys = {lease_key(each.partition): each.partition for each in self.statuses}
+        return {keys[key]: owner for key, owner in by_key.items() if key in keys}
+
+    def _follow(self, owners: dict[int, str], nursery: trio.Nursery) -> None:
+        """Start and end owners as the assignment demands."""
+        members = self._membership.alive(ROLE)
+        able = [name for name, member in members.items() if not member.draining]
+        if self._membership.draining:  # known here before the heartbeat is
+            able = [name for name in able if name != self._parts.node]
+        assigned = assign(len(self.statuses), able, owners)
+        for status in self.statuses:
+            partition = status.partition
+            status.owner = owners.get(partition, "")
+            running = self._running.get(partition)
+            if assigned.get(partition) == self._parts.node:
+                if running is None and self._may_start(partition):
+                    self._start(status, nursery)
+            elif running is not None and partition in assigned:
+                running.owner.finish()
+            elif running is not None and not status.owned:
+                running.scope.cancel()
+
+    def _may_start(self, partition: int) -> bool:
+        _, until = self._backoff.get(partition, (0.0, 0.0))
+        return trio.current_time() >= until
+
+    def _start(self, status: PartitionStatus, nursery: trio.Nursery) -> None:
+        running = _Running(PartitionOwner(status.partition, self._parts, status))
+        self._running[status.partition] = running
+        nursery.start_soon(self._own, status, running)
+
+    async def _own(self, status: PartitionStatus, running: _Running) -> None:
+        began, fenced = trio.current_time(), status.fenced
+        try:
+            with running.scope:
+                await running.owner.run()
+            if status.fenced > fenced:  # do not quarrel with an evaluator that sees no leases
+                until = trio.current_time() + self._parts.settings.lease_seconds
+                self._backoff[status.partition] = 0.0, until
+        except* Exception as errors:
+            status.failures += 1
+            before, _ = self._backoff.get(status.partition, (0.0, 0.0))
+            if trio.current_time() - began > _STEADY_SECONDS:
+                before = 0.0
+            seconds = min(max(2 * before, _FIRST_BACKOFF), _MOST_BACKOFF)
+            self._backoff[status.partition] = seconds, trio.current_time() + seconds
+            events.PARTITION_FAILED(
+                partition=status.partition, error=_first(errors), seconds=seconds
+            )
+            _log.debug("partition %d failed", status.partition, exc_info=errors)
+        finally:
+            del self._running[status.partition]
+            self._changed.set()
+            self._changed = trio.Event()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> str:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

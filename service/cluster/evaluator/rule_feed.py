@@ -1,0 +1,56 @@
+"""The rules of all tenants as the bucket has them, for the owners of partitions.
+
+One watch serves all partitions of an evaluator. An owner appends a marker for each tenant whose
+revision its partition does not have yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from betrace.service.storage.jetstream.bucket import ConfigBucket
+
+RULES_PREFIX = "rules."
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRules:
+    """The rules of a tenant; without ``definitions`` they were removed."""
+
+    tenant: str
+    revision: int
+    definitions: bytes
+
+
+class RuleFeed:
+    """Follows the rules in the bucket."""
+
+    def __init__(self, bucket: ConfigBucket) -> None:
+        self._bucket = bucket
+        self._latest: dict[str, TenantRules] = {}
+        self.changed = trio.Event()
+        """Set, and replaced by a new one, when rules change."""
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async for entry in self._bucket.watch(RULES_PREFIX):
+            self.note(entry.key, entry.revision, entry.value)
+
+    def note(self, key: str, revision: int, value: bytes | None) -> None:
+        """Take an entry of the bucket into account."""
+        tenant = key.removeprefix(RULES_PREFIX)
+        known = self._latest.get(tenant)
+        if known is None or known.revision < revision:
+            self._latest[tenant] = TenantRules(tenant, revision, value or b"")
+            self.changed.set()
+            self.changed = trio.Event()
+
+    def newer_than(self, revisions: dict[str, int]) -> list[TenantRules]:
+        """The rules with a higher revision than a partition has."""
+        return [
+            rules
+            for tenant, rules in self._latest.items()
+            if rules.revision > revisions.get(tenant, 0)
+        ]

@@ -1,0 +1,122 @@
+"""The rules in force in a partition, which markers in its log change.
+
+A marker carries the revision of the tenant's entry in the configuration bucket. Markers with lower
+revisions come from former owners, or were sent twice, and are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+import orjson
+
+from betrace.service.rules.compile import CompiledRules, compile_rules
+from betrace.service.rules.definition import Rule, make_rule
+from betrace.service.rules.registry import rules_version
+from betrace.service.rules.store import ALL_TENANTS
+
+SHARED = frozenset({ALL_TENANTS, "=all"})
+"""Names that markers use in place of a tenant for the rules of all tenants."""
+
+
+class RulesInForce:
+    """Compiled rules by tenant. Not thread-safe, and not shared by partitions, because compiled
+    rules learn names while they are used. A version of rules is one object, for all tenants."""
+
+    def __init__(self) -> None:
+        self.revisions: dict[str, int] = {}
+        """By tenant, as named in the markers."""
+        self._rules: dict[str, tuple[Rule, ...]] = {}
+        self._compiled: dict[str, CompiledRules] = {}
+        self._in_use: WeakValueDictionary[str, CompiledRules] = WeakValueDictionary()
+
+    def change(self, tenant: str, revision: int, definitions: bytes) -> list[str]:
+        """Take a marker into account. Returns what is wrong with rules that cannot be compiled:
+        their former definitions stay in force."""
+        if revision <= self.revisions.get(tenant, 0):
+            return []
+        self.revisions[tenant] = revision
+        before = {rule.id: rule for rule in self._rules.get(tenant, ())}
+        rules, problems = _read(definitions, before)
+        self._rules[tenant] = rules
+        if tenant in SHARED:
+            self._compiled.clear()
+        else:
+            self._compiled.pop(tenant, None)
+        return problems
+
+    def compiled(self, tenant: str) -> CompiledRules:
+        """The tenant's rules: those for all tenants, then its own."""
+        known = tenant if tenant in self._rules else ""  # the others have the same
+        found = self._compiled.get(known)
+        if found is None:
+            found = self._compiled[known] = self._compile(tenant)
+        return found
+
+    def _compile(self, tenant: str) -> CompiledRules:
+        shared = {rule.id: rule for name in sorted(SHARED) for rule in self._rules.get(name, ())}
+        own = self._rules.get(tenant, ())
+        rules = (*shared.values(), *(rule for rule in own if rule.id not in shared))
+        version = rules_version(rules)
+        found = self._in_use.get(version)
+        if found is None:
+            found = self._in_use[version] = compile_rules(rules, version)
+        return found
+
+    def adopt(self, rules: Iterable[CompiledRules]) -> None:
+        """Use these objects, which traces have, instead of compiling the same rules again."""
+        for each in rules:
+            self._in_use.setdefault(each.version, each)
+
+    def saved(self) -> dict[str, Any]:
+        """Rules and revisions as JSON, for a snapshot."""
+        return {
+            tenant: [
+                revision,
+                [rule.definition(examples=False) for rule in self._rules.get(tenant, ())],
+            ]
+            for tenant, revision in self.revisions.items()
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what :meth:`saved` returned."""
+        self.revisions = {tenant: revision for tenant, (revision, _) in saved.items()}
+        self._rules = {
+            tenant: tuple(_checked(orjson.dumps(each)) for each in definitions)
+            for tenant, (_, definitions) in saved.items()
+        }
+        self._compiled.clear()
+
+
+@lru_cache(maxsize=100_000)
+def _checked(definition: bytes) -> Rule:
+    """A rule that compiles. It is read once for all partitions of this process."""
+    rule = make_rule(orjson.loads(definition))
+    compile_rules((rule,))
+    return rule
+
+
+def _read(definitions: bytes, before: dict[str, Rule]) -> tuple[tuple[Rule, ...], list[str]]:
+    """The rules that compile, or else those of the same ids from before; and what is wrong."""
+    try:
+        listed = orjson.loads(definitions) if definitions else []
+        if not isinstance(listed, list):
+            raise TypeError("the definitions are not a list")
+    except (TypeError, ValueError) as error:
+        return tuple(before.values()), [f"the rules cannot be read: {error}"]
+    rules: dict[str, Rule] = {}
+    problems = []
+    for each in listed:
+        try:
+            rule = _checked(orjson.dumps(each))
+        except Exception as error:  # whatever it is, the log has the marker forever
+            problems.append(str(error) or repr(error))
+            former = before.get(each.get("id", "")) if isinstance(each, dict) else None
+            if former is not None:
+                rules[former.id] = former
+        else:
+            rules[rule.id] = rule
+    return tuple(rules.values()), problems

@@ -1,0 +1,232 @@
+"""Reads every partition's ``OUT`` stream in order and sends what was decided to storage-write.
+
+From there on everything is as in one process: the signals go to the ledger, signals and traces to
+DuckDB.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Container
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster import output
+from betrace.service.cluster.query.applied import (
+    AppliedPositions,
+    Cursors,
+    remove_cursors,
+    write_cursors,
+)
+from betrace.service.pipeline.progress import InFlight
+from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
+from betrace.service.storage.jetstream.stream_log import LogMessage
+from betrace.service.storage.undecided import UndecidedStore, UndecidedTrace
+from betrace.service.traces.verdicts import Decided
+
+_log = logging.getLogger("service.query")
+
+READ_BYTES = 4 << 20
+WAIT_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+SAVE_SECONDS = 1.0
+
+
+class OutLog(Protocol):
+    """What is read: :class:`betrace.service.storage.jetstream.fenced.FencedLog`, or a list in
+    tests."""
+
+    async def read(
+        self, after: int, upto: int | None, most_bytes: int, wait_seconds: float
+    ) -> list[LogMessage]:
+        """The messages after a sequence, in order; none if nothing came in time."""
+
+
+@dataclass(slots=True)
+class PartitionFeed:
+    """How far the feed of one partition is."""
+
+    read: int = 0
+    """The sequence of the last message sent to the stores."""
+    evaluated_to: int = 0
+    """The sequence of the last message of ``SPANS_p`` that was evaluated, as that message says."""
+    log_time_ns: int = 0
+    """The log time of that message."""
+    items: int = 0
+    """Items sent to the stores since the start."""
+    counts: output.Counts | None = None
+    """What became of the partition's messages, as of the last one that was read."""
+    problem: str | None = None
+    """Why nothing is read now."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedTarget:
+    """Where the feed sends what it reads: the channel of storage-write, the tickets of work in
+    progress, and the store of what could not be judged. What belongs to the deleted tenants,
+    ``closed``, is dropped."""
+
+    channel: SendChannel[Decided]
+    in_flight: InFlight
+    undecided: UndecidedStore
+    closed: Container[str]
+
+
+@dataclass(eq=False)
+class OutFeed:
+    """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
+    returns the tenants that have a DuckDB file."""
+
+    logs: dict[int, OutLog]
+    positions: AppliedPositions
+    target: FeedTarget
+    threads: ThreadRunner
+    file: Path
+    tenants: Callable[[], list[str]]
+    partitions: dict[int, PartitionFeed] = field(init=False)
+    _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
+    _stopped: trio.Event = field(default_factory=trio.Event, init=False)
+    _saved: tuple[int, Cursors] | None = field(default=None, init=False)
+    _file_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        self.partitions = {partition: PartitionFeed() for partition in self.logs}
+        before = self.target.in_flight.left
+
+        def left(ticket: int) -> None:
+            before(ticket)
+            self.positions.stored(ticket)
+
+        self.target.in_flight.left = left
+
+    async def run(self) -> None:
+        """Read until :meth:`stop`."""
+        try:
+            with self._reading, self.target.channel.clone() as channel:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._save_often)
+                    for partition in self.logs:
+                        nursery.start_soon(self._follow, partition, channel)
+        finally:
+            self._stopped.set()
+
+    async def stop(self) -> None:
+        """Read no more. What was read is on its way to the stores when this returns."""
+        self._reading.cancel()
+        await self._stopped.wait()
+
+    def rewind(self) -> None:
+        """Apply everything again from the first message, because rows were lost. The saved cursors
+        are gone when this returns. Blocks; call it in any thread."""
+        with self._file_lock:
+            self.positions.rewind()
+            remove_cursors(self.file)
+
+    async def save(self) -> None:
+        """Save the cursors, if they changed."""
+        generation = self.positions.generation
+        cursors = Cursors(self.positions.all(), frozenset(self.tenants()))
+        if (generation, cursors) == self._saved:
+            return
+
+        def write() -> None:
+            with self._file_lock:
+                if generation == self.positions.generation:
+                    write_cursors(self.file, cursors)
+
+        try:
+            await self.threads.run(write)
+        except OSError as error:
+            _log.warning("the cursors cannot be saved, so a restart applies more again: %s", error)
+        else:
+            self._saved = generation, cursors
+
+    async def _save_often(self) -> None:
+        while True:
+            await trio.sleep(SAVE_SECONDS)
+            await self.save()
+
+    async def _follow(self, partition: int, channel: SendChannel[Decided]) -> None:
+        """Send the messages of a partition to the stores, in order, forever. What cannot be read is
+        tried again: skipping it would lose signals."""
+        log, state = self.logs[partition], self.partitions[partition]
+        while True:
+            generation = self.positions.generation
+            state.read = self.positions.get(partition)
+            with suppress(_Rewound):
+                while True:
+                    try:
+                        messages = await log.read(state.read, None, READ_BYTES, WAIT_SECONDS)
+                        for message in messages:
+                            await self._send(partition, message, channel, generation)
+                    except (NatsUnavailable, LogGap, output.OutputCorrupt) as error:
+                        if state.problem is None:
+                            _log.warning("OUT of partition %d cannot be read: %s", partition, error)
+                        state.problem = str(error)
+                        await trio.sleep(RETRY_SECONDS)
+                    else:
+                        state.problem = None
+                    if generation != self.positions.generation:
+                        break
+
+    async def _send(
+        self,
+        partition: int,
+        message: LogMessage,
+        channel: SendChannel[Decided],
+        generation: int,
+    ) -> None:
+        state = self.partitions[partition]
+        items: list[Decided] = []
+        if message.data:  # records of epochs have none
+            found = await self.threads.run(self._unpack, message.data)
+            items = [each for each in found.decided if each.tenant not in self.target.closed]
+            state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
+            state.counts, state.evaluated_to = found.counts, found.upto
+        for item in items:
+            item.ticket = self.target.in_flight.enter()
+        tickets = [item.ticket for item in items]
+        if not self.positions.enter(partition, message.sequence, tickets, generation):
+            for ticket in tickets:
+                self.target.in_flight.leave(ticket)
+            raise _Rewound
+        try:
+            await channel.send_each(items)
+        except trio.Cancelled:  # some of it was not sent, so this message is never applied
+            self.positions.abandon(tickets)
+            for ticket in tickets:
+                self.target.in_flight.leave(ticket)
+            raise
+        state.read = message.sequence
+        state.items += len(items)
+
+    def _unpack(self, data: bytes) -> output.Output:
+        """Decode a message, and store what could not be judged. Blocks."""
+        found = output.unpack(data)
+        by_tenant: dict[str, list[UndecidedTrace]] = {}
+        for each in found.undecided:
+            if each.tenant not in self.target.closed:
+                by_tenant.setdefault(each.tenant, []).append(each.trace)
+        for tenant, traces in by_tenant.items():
+            try:
+                self.target.undecided.add(tenant, traces)
+            except OSError as error:
+                _log.warning("traces that could not be judged are not stored: %s", error)
+        for dead in found.dead:
+            _log.error(
+                "message %d could not be evaluated (tenant %s): %s",
+                dead.sequence,
+                dead.tenant or "all",
+                dead.reason,
+            )
+        return found
+
+
+class _Rewound(Exception):  # noqa: N818
+    """The positions were rewound while a message was read."""

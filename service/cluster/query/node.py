@@ -1,0 +1,223 @@
+"""A query node: stores what the evaluators decided, answers them, and publishes the rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+from prometheus_client.core import Metric
+
+from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster.output import Counts
+from betrace.service.cluster.query import rules as published
+from betrace.service.cluster.query.applied import (
+    FILE,
+    AppliedPositions,
+    read_cursors,
+    remove_cursors,
+)
+from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog
+from betrace.service.cluster.query.index import TraceIndexServer
+from betrace.service.cluster.query.open_traces import RemoteOpenTraces
+from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.requests import serve_requests
+from betrace.service.pipeline.progress import InFlight
+from betrace.service.rules.store import RuleStore
+from betrace.service.storage.duck.store import DuckStore
+from betrace.service.storage.jetstream.bucket import ConfigBucket
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.undecided import UndecidedStore
+from betrace.service.traces.verdicts import Decided
+
+_log = logging.getLogger("service.query")
+
+STATUS_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueryStores:
+    """What a query node stores into and reads from, of the process that it is part of."""
+
+    data: Path
+    duckdb: DuckStore
+    undecided: UndecidedStore
+    rules: RuleStore
+    closed: Collection[str]
+    """The deleted tenants."""
+    threads: ThreadRunner
+
+
+class OtherRoles(Protocol):
+    """The edge and the evaluator of the same process."""
+
+    def role_components(self) -> dict[str, dict[str, Any]]:
+        """Their status by name, as ``/readyz`` shows it."""
+
+    def role_metrics(self) -> Iterable[Metric]:
+        """Their metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConnection:
+    """A query node's view of the cluster.
+
+    ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
+    ``last`` returns the last sequence of one; ``owners`` returns the owner by partition;
+    ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
+    ``others`` are the process's other roles.
+    """
+
+    name: str
+    """Of this node."""
+    roles: tuple[str, ...]
+    """Of this process."""
+    client: NatsClient
+    spans: SpanStreams
+    outs: dict[int, OutLog]
+    last: Callable[[int], Any]
+    owners: Callable[[], Any]
+    config: ConfigBucket
+    index_subject: str
+    open_traces: RemoteOpenTraces
+    others: OtherRoles
+
+
+@dataclass(eq=False)
+class QueryNode:
+    """The parts of a query node, and what runs them."""
+
+    cluster: ClusterConnection
+    stores: QueryStores
+    name: str = field(init=False)
+    roles: tuple[str, ...] = field(init=False)
+    positions: AppliedPositions = field(init=False)
+    feed: OutFeed | None = field(default=None, init=False)
+    index: TraceIndexServer = field(init=False)
+    publisher: RulePublisher = field(init=False)
+    _last: dict[int, int] = field(default_factory=dict, init=False)
+    _owners: dict[int, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.name, self.roles = self.cluster.name, self.cluster.roles
+        stores, file = self.stores, self.stores.data / FILE
+        saved = read_cursors(file)
+        lost = saved.tenants - set(stores.duckdb.tenants()) - set(stores.closed)
+        if lost:
+            _log.warning(
+                "DuckDB files of %d tenants are missing, so everything is applied again: %s",
+                len(lost),
+                ", ".join(sorted(lost)[:10]),
+            )
+            remove_cursors(file)  # before new files are made, which would hide the loss
+        self.positions = AppliedPositions(() if lost else saved.applied.items())
+        self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed)
+        self.publisher = RulePublisher(
+            self.cluster.config, stores.rules, stores.data / published.FILE
+        )
+
+    def connect(self, channel: SendChannel[Decided], in_flight: InFlight) -> None:
+        """Say where the decided traces go: the channel of storage-write."""
+        self.feed = OutFeed(
+            self.cluster.outs,
+            self.positions,
+            FeedTarget(channel, in_flight, self.stores.undecided, self.stores.closed),
+            self.stores.threads,
+            self.stores.data / FILE,
+            self.stores.duckdb.tenants,
+        )
+
+    async def run(self) -> None:
+        """Feed the stores, answer evaluators and publish rules, until cancelled."""
+        assert self.feed is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.feed.run)
+            nursery.start_soon(
+                serve_requests,
+                self.cluster.client,
+                self.cluster.index_subject,
+                self.cluster.index_subject,  # query nodes share the requests
+                self.index.answer,
+            )
+            nursery.start_soon(self.publisher.run)
+            nursery.start_soon(self._look_often)
+
+    async def stop(self) -> None:
+        """Read no more; what was read is on its way to the stores."""
+        if self.feed is not None:
+            await self.feed.stop()
+
+    async def save(self) -> None:
+        """Save how far the stores are."""
+        if self.feed is not None:
+            await self.feed.save()
+
+    def reread(self) -> None:
+        """Apply everything again, because a DuckDB file was lost. Blocks; call it in any thread."""
+        if self.feed is not None:
+            self.feed.rewind()
+
+    def items(self) -> dict[int, int]:
+        """Items sent to the stores since the start, by partition."""
+        return {} if self.feed is None else {p: s.items for p, s in self.feed.partitions.items()}
+
+    def partitions(self) -> list[dict[str, Any]]:
+        """How far each partition is, as JSON."""
+        found = []
+        for partition in sorted(self.cluster.outs):
+            applied, last = self.positions.get(partition), self._last.get(partition)
+            state = self.feed.partitions[partition] if self.feed is not None else None
+            found.append(
+                {
+                    "partition": partition,
+                    "owner": self._owners.get(partition),
+                    "applied": applied,
+                    "last": last,
+                    "lag": None if last is None else max(0, last - applied),
+                    "evaluatedTo": state.evaluated_to if state is not None else 0,
+                    "logTimeNs": state.log_time_ns if state is not None else 0,
+                    "counts": None if state is None else _counts(state.counts),
+                    "problem": state.problem if state is not None else None,
+                }
+            )
+        return found
+
+    def shown(self) -> dict[str, Any]:
+        """The state of the node, as JSON."""
+        return {
+            "node": self.name,
+            "roles": list(self.roles),
+            "partitions": self.partitions(),
+            "rulesProblem": self.publisher.problem,
+            "index": {"requests": self.index.requests, "behind": self.index.behind},
+        }
+
+    async def _look_often(self) -> None:
+        """Ask how long the streams are and who owns the partitions, for people who look."""
+        while True:
+            try:
+                self._owners = await self.cluster.owners()
+                for partition in self.cluster.outs:
+                    self._last[partition] = await self.cluster.last(partition)
+            except NatsUnavailable as error:
+                _log.debug("the state of the cluster cannot be read: %s", error)
+            await trio.sleep(STATUS_SECONDS)
+
+
+def _counts(counts: Counts | None) -> dict[str, int] | None:
+    if counts is None:
+        return None
+    return {
+        "evaluated": counts.evaluated,
+        "deadLettered": counts.dead_lettered,
+        "frames": counts.frames,
+        "deadFrames": counts.dead_frames,
+        "spans": counts.spans,
+        "markers": counts.markers,
+        "ticks": counts.ticks,
+    }

@@ -1,0 +1,186 @@
+"""The replicated span log: streams ``SPANS_0`` to ``SPANS_{P-1}`` of envelopes
+(:mod:`betrace.service.storage.jetstream.envelope`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.envelope import EnvelopeCorrupt, Spans, unpack
+from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
+from betrace.service.storage.jetstream.layout import Layout, unpack_log_position
+from betrace.service.storage.jetstream.nats import Nats, StoredMessage
+from betrace.service.storage.jetstream.stream_log import (
+    LogMessage,
+    announce,
+    append_once,
+    leader_message,
+    log_message,
+    read_log,
+)
+from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
+from betrace.service.storage.spanlog.frames import Frame
+
+T = TypeVar("T")
+
+READ_SECONDS = 20.0
+"""How long :meth:`SpanStreams.read_many` tries to reach the servers."""
+
+_GETS = 8  # in flight at the same time
+_RETRY_SECONDS = 0.1
+
+
+class SpanStreams:
+    """The span log of a cluster. Positions are those of
+    :func:`betrace.service.storage.jetstream.layout.pack_log_position`."""
+
+    def __init__(self, client: NatsClient, layout: Layout) -> None:
+        self._client = client
+        self._layout = layout
+        self._known: dict[int, int] = {}
+
+    # For Trio
+
+    async def append(self, partition: int, data: bytes, message_id: str) -> int:
+        """Append a message and return its sequence, once a quorum has it. While the outcome is
+        unknown, sends the same id again, until cancelled. Raises :exc:`StreamFull` and
+        :exc:`MessageTooLarge`."""
+
+        async def work(nats: Nats) -> int:
+            known = self._known.get(partition)
+            if known is None:
+                known = await self._first_known(nats, partition)
+            layout = self._layout
+            sequence = await append_once(
+                nats,
+                layout.spans_stream(partition),
+                layout.spans_subject(partition),
+                data,
+                message_id,
+                known,
+            )
+            self._known[partition] = max(sequence, self._known.get(partition, 0))
+            await announce(nats, layout.spans_wakeup(partition))
+            return sequence
+
+        return await self._client.call(work, None)
+
+    async def _first_known(self, nats: Nats, partition: int) -> int:
+        while True:
+            try:
+                last = await nats.last_sequence(self._layout.spans_stream(partition))
+            except NatsUnavailable:
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return self._known.setdefault(partition, last)
+
+    async def read(
+        self, partition: int, after: int, most_bytes: int, wait_seconds: float
+    ) -> list[LogMessage]:
+        """The messages after sequence ``after``, in order and without gaps, until they have
+        ``most_bytes`` or more; empty if none came within ``wait_seconds``. Raises :exc:`LogGap` and
+        :exc:`NatsUnavailable`."""
+        stream = self._layout.spans_stream(partition)
+        wakeup = self._layout.spans_wakeup(partition)
+        return await self._client.call(
+            lambda nats: read_log(nats, stream, wakeup, after, most_bytes, wait_seconds), None
+        )
+
+    async def get(self, partition: int, sequence: int) -> LogMessage | None:
+        """The message at ``sequence``, None if the log does not have it. Raises
+        :exc:`NatsUnavailable`."""
+
+        async def work(nats: Nats) -> LogMessage | None:
+            message = await self._message(nats, partition, sequence)
+            return None if message is None else log_message(message)
+
+        return await self._client.call(work)
+
+    async def last(self, partition: int) -> int:
+        """The sequence of the last message, 0 without any. A leader that has lost its quorum may
+        answer with an earlier one. Raises :exc:`NatsUnavailable`."""
+        stream = self._layout.spans_stream(partition)
+        return await self._client.call(lambda nats: nats.last_sequence(stream))
+
+    async def first(self, partition: int) -> int:
+        """The sequence of the first message that was not deleted. Raises
+        :exc:`NatsUnavailable`."""
+        stream = self._layout.spans_stream(partition)
+        info = await self._client.call(lambda nats: nats.api(f"STREAM.INFO.{stream}"))
+        return int(info["state"]["first_seq"])
+
+    async def forget_before(self, partition: int, sequence: int) -> None:
+        """Delete the messages before ``sequence``; the log never grows backwards. Raises
+        :exc:`NatsUnavailable`."""
+        if sequence > 1:
+            stream = self._layout.spans_stream(partition)
+            body = {"seq": sequence}
+            await self._client.call(lambda nats: nats.api(f"STREAM.PURGE.{stream}", body))
+
+    # For worker threads
+
+    def read_many(
+        self, tenant: str, positions: Sequence[int]
+    ) -> list[Frame | FrameMissing | FrameCorrupt]:
+        """The frames of ``tenant`` at ``positions``, in the same order; in place of a frame that
+        cannot be read, the error. Blocks. Raises :exc:`NatsUnavailable` after
+        :data:`READ_SECONDS`."""
+
+        async def work(nats: Nats) -> dict[int, Frame | FrameMissing | FrameCorrupt]:
+            slots = asyncio.Semaphore(_GETS)
+            wanted = sorted(set(positions))
+
+            async def one(position: int) -> Frame | FrameMissing | FrameCorrupt:
+                async with slots:
+                    return await self._frame(nats, tenant, position)
+
+            return dict(zip(wanted, await _all(map(one, wanted)), strict=True))
+
+        found = self._client.call_blocking(work, READ_SECONDS)
+        return [found[position] for position in positions]
+
+    async def _frame(
+        self, nats: Nats, tenant: str, position: int
+    ) -> Frame | FrameMissing | FrameCorrupt:
+        partition, sequence = unpack_log_position(position)
+        if not 0 <= partition < self._layout.partitions:
+            return FrameMissing(f"position {position}: there is no partition {partition}")
+        while True:
+            try:
+                message = await self._message(nats, partition, sequence)
+                break
+            except NatsUnavailable:
+                await asyncio.sleep(_RETRY_SECONDS)
+        where = f"{self._layout.spans_stream(partition)}, sequence {sequence}"
+        if message is None:
+            return FrameMissing(f"{where}: the message was deleted, or never existed")
+        try:
+            envelope = unpack(message.data)
+        except EnvelopeCorrupt as error:
+            return FrameCorrupt(f"{where}: {error}")
+        for frame in envelope.frames if isinstance(envelope, Spans) else ():
+            if frame.tenant == tenant:
+                return Frame("protobuf", "", frame.received_ns, bytes(frame.body), frame.spans)
+        return FrameMissing(f"{where}: the message has no frame of tenant {tenant}")
+
+    async def _message(self, nats: Nats, partition: int, sequence: int) -> StoredMessage | None:
+        if sequence < 1:
+            return None
+        stream = self._layout.spans_stream(partition)
+        try:
+            return await nats.get(stream, sequence)
+        except NotInStream:  # this replica may be behind
+            return await leader_message(nats, stream, sequence)
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results, in order; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return [await task for task in tasks]
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
