@@ -14,7 +14,7 @@ from tests.support.nats_servers import NatsServers
 from tests.support.process import environment
 
 
-class ServersAway(Exception):  # noqa: N818
+class ServersAway(Exception):
     """A command could not run, because the NATS servers did not answer."""
 
 
