@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import Cluster, ServersAway
 from tests.cluster.nodes import LEASE_SECONDS, Node
 from tests.cluster.rule_changes import RuleChanges
 
@@ -108,9 +108,12 @@ class Faults:
 
         return leave
 
-    def _evaluator_drained(self) -> Callable[[], None]:
+    def _evaluator_drained(self) -> Callable[[], None] | None:
         node = self._evaluator()
-        self._cluster.command("drain", node.name)
+        try:
+            self._cluster.command("drain", node.name)
+        except ServersAway:
+            return None
 
         def restart() -> None:
             time.sleep(self._rng.uniform(0, 2))
