@@ -62,8 +62,9 @@ class WholeCluster:
         found: list[Json] = self.query.get("/api/cluster").json()["partitions"]
         return found
 
-    def settle(self) -> None:
-        """Wait until everything is evaluated, closed and stored: nothing changes any more.
+    def settle(self, spans: int) -> None:
+        """Wait until so many spans are evaluated, their traces are closed, and everything is
+        stored: nothing changes any more.
 
         Raises:
           TimeoutError: it took too long.
@@ -72,10 +73,11 @@ class WholeCluster:
         while time.monotonic() < end:
             found = self.partitions()
             done = [(each["evaluatedTo"], each["applied"], each["lag"]) for each in found]
-            if done == before and not any(lag for _, _, lag in done):
+            evaluated = sum(int(each["counts"]["spans"]) for each in found)
+            if done == before and evaluated >= spans and not any(lag for _, _, lag in done):
                 return
             before = done
-            time.sleep(2)  # each request costs the query node CPU, which is counted
+            time.sleep(1)  # each request costs the query node CPU, which is counted
         raise TimeoutError("the cluster did not finish its work")
 
 

@@ -3,11 +3,16 @@ partitions and nodes.
 
 CPU counts from the first span until everything is evaluated, closed and stored. The NATS servers'
 is reported apart: they are not a role.
+
+*At once*, all roles share the cores, as on one machine: on few cores the rate is low, so messages
+are small. *In turns*, the evaluator is suspended while the edge takes the spans, so that each has
+the cores, as on machines of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from typing import Any
@@ -47,19 +52,26 @@ def _embedded(target: Service, options: argparse.Namespace) -> Json:
     before = target.cpu_seconds()
     spans, _, payload = _load([target.ingest], options)
     target.settle(IDLE_SECONDS)
-    return {"us": 1e6 * (target.cpu_seconds() - before) / spans, "payload": payload}
+    return {"all": 1e6 * (target.cpu_seconds() - before) / spans, "payload": payload}
 
 
-def _clustered(cluster: WholeCluster, options: argparse.Namespace) -> Json:
+def _clustered(cluster: WholeCluster, options: argparse.Namespace, *, turns: bool = False) -> Json:
     """Microseconds a span by role, of all roles, and of the servers."""
     before, stored = cluster.cpu(), _evaluated(cluster)
-    spans, _, _ = _load([edge.ingest for edge in cluster.edges], options)
-    cluster.settle()
+    processes = [node.process for node in cluster.evaluators] if turns else []
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        spans, _, _ = _load([edge.ingest for edge in cluster.edges], options)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+    cluster.settle(stored + spans)
     after = cluster.cpu()
     found: Json = {role: 1e6 * (after[role] - before[role]) / spans for role in after}
     found["all"] = sum(found[role] for role in ROLES)
     found["spans"] = spans
-    found["evaluated"] = _evaluated(cluster) - stored
+    found["lost"] = spans - (_evaluated(cluster) - stored)
     return found
 
 
@@ -72,34 +84,44 @@ def _median(rounds: list[Json]) -> Json:
 
 
 def measure_roles(options: argparse.Namespace) -> Json:
-    """The roles at R1 and the embedded service, in turns."""
+    """The roles at R1, at once and in turns, and the embedded service, one after the other."""
     settings = {"traces__idle_seconds": f"{IDLE_SECONDS:g}"}
-    alone: list[Json] = []
-    together: list[Json] = []
+    rounds: dict[str, list[Json]] = {"embedded": [], "at_once": [], "in_turns": []}
     with whole_cluster(1, options.partitions) as cluster, service(settings=settings) as target:
         for number in range(options.repeats + 1):
-            one, all_roles = _embedded(target, options), _clustered(cluster, options)
-            print(f"  embedded {one['us']:.2f}, roles {all_roles['all']:.2f} µs", file=sys.stderr)
+            each = {
+                "embedded": _embedded(target, options),
+                "at_once": _clustered(cluster, options),
+                "in_turns": _clustered(cluster, options, turns=True),
+            }
+            said = ", ".join(f"{name} {row['all']:.2f}" for name, row in each.items())
+            print(f"  µs a span: {said}", file=sys.stderr)
             if number:  # the first round warms up
-                alone.append(one)
-                together.append(all_roles)
-    ratios = [r["all"] / e["us"] for r, e in zip(together, alone, strict=True)]
-    return {
-        "embedded": round(statistics.median(each["us"] for each in alone), 3),
-        "roles": _median(together),
-        "ratio": output.spread(ratios),
-        "payload": alone[0]["payload"],
-    }
+                for name, row in each.items():
+                    rounds[name].append(row)
+    embedded = rounds["embedded"]
+    payload = embedded[0]["payload"]
+    for each in embedded:
+        del each["payload"]
+    found: Json = {name: _median(some) for name, some in rounds.items()}
+    for name in ("at_once", "in_turns"):
+        pairs = zip(rounds[name], embedded, strict=True)
+        found[name]["ratio"] = output.spread([r["all"] / e["all"] for r, e in pairs])
+    return found | {"payload": payload}
 
 
 def measure_scale(options: argparse.Namespace) -> Json:
     """The roles with different numbers of partitions and nodes."""
     found = {}
     for partitions, nodes in SHAPES:
+        name = f"P {partitions}, {nodes} × edge and evaluator"
         with whole_cluster(1, partitions, nodes, nodes) as cluster:
-            rounds = [_clustered(cluster, options) for _ in range(options.repeats + 1)][1:]
-        found[f"P {partitions}, {nodes} × edge and evaluator"] = row = _median(rounds)
-        print(f"  P {partitions}, nodes {nodes}: {row['all']:.2f} µs", file=sys.stderr)
+            for turns in (False, True)[: 2 if nodes == 1 else 1]:
+                some = [
+                    _clustered(cluster, options, turns=turns) for _ in range(options.repeats + 1)
+                ]
+                row = found[f"{name}, {'in turns' if turns else 'at once'}"] = _median(some[1:])
+                print(f"  {name}: {row['all']:.2f} µs", file=sys.stderr)
     return found
 
 
@@ -111,13 +133,17 @@ HEAD = ["CPU, µs a span", *ROLES, "all roles", "NATS servers"]
 
 
 def show_roles(found: Json) -> str:
-    """The ratio as text."""
-    rows = [_row("cluster, R1", found["roles"])]
-    rows.append(["embedded", "", "", "", f"{found['embedded']:.2f}", ""])
+    """The ratios as text."""
+    once, turns = found["at_once"], found["in_turns"]
+    rows = [_row("cluster, R1, at once", once), _row("cluster, R1, in turns", turns)]
+    rows.append(["embedded", "", "", "", f"{found['embedded']['all']:.2f}", ""])
     return "\n\n".join(
         [
             output.table(HEAD, rows),
-            f"All roles ÷ embedded: {output.shown(found['ratio'])}. "
+            f"All roles ÷ embedded: at once {output.shown(once['ratio'])}, in turns "
+            f"{output.shown(turns['ratio'])}. "
+            f"Evaluator: {1e6 / turns['evaluator']:,.0f} spans per second of its CPU in turns, "
+            f"{1e6 / once['evaluator']:,.0f} at once. "
             f"Payload: {output.describe_payload(found['payload'])}.",
         ]
     )

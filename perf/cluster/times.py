@@ -142,7 +142,8 @@ async def _move(cluster: WholeCluster, found: Watched, number: int) -> tuple[lis
     leaver.process.terminate()
     await trio.to_thread.run_sync(leaver.process.wait)
     await trio.sleep(2)
-    pauses, usual = [], []
+    pauses: list[float] = []
+    usual: list[float] = []
     for partition, stored in found.stored.items():
         for (one, epoch), (two, later) in pairwise(stored[max(0, before[partition] - 20) :]):
             (pauses if epoch != later else usual).append((two - one) / 1e9)

@@ -41,8 +41,8 @@ INLINE_BYTES = 128 * 1024  # packed on Trio's thread, in about 0.15 ms
 
 # Messages that are sent before their group is full or old, because nothing is in flight. A message
 # costs about as much CPU time as ten spans.
-_EAGER_PER_SECOND = 200
-_EAGER_BURST = 200
+_EAGER_PER_SECOND = 100
+_EAGER_BURST = 100
 
 REFUSE_SECONDS = 1.0
 """After a refused append, a partition gets no spans for so long: a request that would be refused
