@@ -74,7 +74,7 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
     ),
     "soak": ("soak", "", "--secs 5 --warm-up 1 --rate 10000", 600),
     "cluster": (
-        "cluster",
+        "cluster.__main__",
         "edge roles scale times",
         "edge roles times --secs 1 --warm-up 1 --repeats 1 --probes 2 --faults 1 --partitions 2 "
         "--only signal",
