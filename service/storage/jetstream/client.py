@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
+from betrace.channels.threads import set_system_name
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.nats import Nats
@@ -165,6 +166,7 @@ class NatsClient:
             self._thread.join()
 
     def _run(self) -> None:
+        set_system_name("nats")
         asyncio.set_event_loop(self._loop)
         try:
             try:
