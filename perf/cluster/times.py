@@ -18,6 +18,7 @@ import trio
 
 from betrace.service.cluster import output as messages
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from perf.bench import probe
@@ -46,7 +47,12 @@ async def _follow(log: FencedLog, partition: int, found: Watched) -> None:
     after, epoch = await log.last(), 0
     stored = found.stored.setdefault(partition, [])
     while True:
-        for message in await log.read(after, None, 1 << 20, 5.0):
+        try:
+            some = await log.read(after, None, 1 << 20, 5.0)
+        except NatsUnavailable:  # the leader was killed
+            await trio.sleep(0.1)
+            continue
+        for message in some:
             now, after = time.monotonic(), message.sequence
             if message.epoch:
                 epoch = message.epoch
