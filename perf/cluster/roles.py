@@ -15,6 +15,7 @@ import argparse
 import signal
 import statistics
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from perf.cluster.nodes import IDLE_SECONDS, WholeCluster, whole_cluster
@@ -22,7 +23,7 @@ from perf.lib.target import GeneratorProcess, Service, service
 from perf.report import output
 
 ROLES = ("edge", "evaluator", "query")
-SHAPES = ((4, 1), (16, 1), (64, 1), (16, 4))  # partitions, nodes of a role
+PAIRS = (((4, 1), (64, 1)), ((16, 1), (16, 4)))  # partitions, nodes of a role
 
 Json = dict[str, Any]
 
@@ -111,17 +112,29 @@ def measure_roles(options: argparse.Namespace) -> Json:
 
 
 def measure_scale(options: argparse.Namespace) -> Json:
-    """The roles with different numbers of partitions and nodes."""
-    found = {}
-    for partitions, nodes in SHAPES:
-        name = f"P {partitions}, {nodes} × edge and evaluator"
-        with whole_cluster(1, partitions, nodes, nodes) as cluster:
-            for turns in (False, True)[: 2 if nodes == 1 else 1]:
-                some = [
-                    _clustered(cluster, options, turns=turns) for _ in range(options.repeats + 1)
-                ]
-                row = found[f"{name}, {'in turns' if turns else 'at once'}"] = _median(some[1:])
-                print(f"  {name}: {row['all']:.2f} µs", file=sys.stderr)
+    """Pairs of clusters with different numbers of partitions and nodes, in turns."""
+    found: Json = {}
+    for pair in PAIRS:
+        rounds: dict[str, list[Json]] = {}
+        with ExitStack() as stack:
+            clusters = {
+                f"P {partitions}, {nodes} × edge and evaluator": stack.enter_context(
+                    whole_cluster(1, partitions, nodes, nodes)
+                )
+                for partitions, nodes in pair
+            }
+            for number in range(options.repeats + 1):
+                for name, cluster in clusters.items():
+                    once = {f"{name}, at once": _clustered(cluster, options)}
+                    if len(cluster.edges) == 1:
+                        turns = _clustered(cluster, options, turns=True)
+                        once[f"{name}, in turns"] = turns
+                    said = ", ".join(f"{each} {row['all']:.2f}" for each, row in once.items())
+                    print(f"  µs a span: {said}", file=sys.stderr)
+                    for each, row in once.items():
+                        if number:  # the first round warms up
+                            rounds.setdefault(each, []).append(row)
+        found |= {name: _median(some) for name, some in rounds.items()}
     return found
 
 
