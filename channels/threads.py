@@ -240,7 +240,7 @@ class ThreadRunner:
 
     def _serve(self, token: TrioToken) -> None:
         """Run jobs until the runner is closed or Trio has ended; the threads' main function."""
-        _set_system_name(self.name)
+        set_system_name(self.name)
         while (job := self._jobs.get()) is not None:
             try:
                 job.result = job.fn()
@@ -253,7 +253,7 @@ class ThreadRunner:
             del job
 
 
-def _set_system_name(name: str) -> None:
+def set_system_name(name: str) -> None:
     """Set this thread's name in the system, so that ``top -H`` shows what uses the CPU. Linux keeps
     15 bytes of it. Does nothing on other systems, or if /proc cannot be written."""
     with contextlib.suppress(OSError):

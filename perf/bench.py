@@ -252,7 +252,8 @@ def fallback(directory: Path) -> dict[str, Json]:
 # End to end
 
 
-def _probe(trace: bytes) -> bytes:
+def probe(trace: bytes) -> bytes:
+    """A request with one span that breaks the first rule of the load test."""
     request = ExportTraceServiceRequest()
     group = request.resource_spans.add()
     group.resource.attributes.add(key="service.name").value.string_value = "probe"
@@ -305,7 +306,7 @@ def _send_probe(target: Service, number: int) -> tuple[float, float, float]:
     with httpx.Client(trust_env=False) as client:
         answer = client.post(
             f"{target.ingest}/v1/traces",
-            content=_probe(trace),
+            content=probe(trace),
             headers={"Content-Type": "application/x-protobuf"},
         )
     answer.raise_for_status()

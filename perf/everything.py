@@ -73,6 +73,13 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
         900,
     ),
     "soak": ("soak", "", "--secs 5 --warm-up 1 --rate 10000", 600),
+    "cluster": (
+        "cluster.__main__",
+        "edge roles scale times",
+        "edge roles times --secs 1 --warm-up 1 --repeats 1 --probes 2 --faults 1 --partitions 2 "
+        "--only signal",
+        1800,
+    ),
     "regress": ("regress", "", "--only decode", 300),
     "flamegraph": ("flamegraph", "", "--secs 2", 120),
     "flamegraph-500": (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perf.report import floors, hints, output
+from perf.report import cluster_floors, floors, hints, output
 from perf.report.output import shown, table
 
 REPORT = (
@@ -42,6 +42,22 @@ def _floors(runs: floors.Runs) -> Iterator[str]:
         yield ""
         yield from (f"- {topic}, {what}: {where}." for topic, what, where in missed)
         yield ""
+
+
+def _cluster(runs: floors.Runs) -> Iterator[str]:
+    yield "## Cluster"
+    yield ""
+    yield (
+        "NATS servers, all nodes and the load generator share the machine. CPU is that of each "
+        "process; times depend on how busy the machine is."
+    )
+    yield ""
+    yield table(cluster_floors.HEAD, cluster_floors.rows(runs))
+    yield ""
+    for name in cluster_floors.RUNS:
+        text = output.OUT / f"{name}.md"
+        if name in runs and text.exists():
+            yield text.read_text()
 
 
 def _curve(name: str, curve: Json) -> Iterator[str]:
@@ -149,6 +165,7 @@ TEXTS = (
 def main(given: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(given)
     names = [name for name, _ in LOADS] + [name for name, _, _ in TEXTS] + ["curves"]
+    names += cluster_floors.RUNS
     runs = {name: values for name in names if (values := output.saved(name))}
     lines = [
         "# Performance",
@@ -184,6 +201,7 @@ def main(given: list[str] | None = None) -> None:
             lines += [f"![Soak: {each}]({PICTURES}/soak-{each}.svg)" for each in pictures] + [""]
         if runs.get(name, {}).get("problems"):
             lines += [f"Checks failed: {'; '.join(runs[name]['problems'])}.", ""]
+    lines += _cluster(runs)
     REPORT.write_text("\n".join(lines).rstrip() + "\n")
     print(os.path.relpath(REPORT, output.ROOT))
 

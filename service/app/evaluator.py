@@ -25,7 +25,7 @@ from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 INDEX_SECONDS = 10.0
-TAKEOVERS = 4  # partitions at the same time
+TAKEOVERS = 8  # partitions at the same time
 HANDOVERS = 2
 
 

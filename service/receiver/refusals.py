@@ -181,7 +181,8 @@ class Refusals:
     def failed(self, head: Head, outcome: Refused, spans: int) -> HttpResponse:
         """The answer to a request that the pipeline refused."""
         reason = _OUTCOMES.get(outcome.status, "unavailable")
-        retry = [_retry_after(self._retry_max)] if outcome.status == 503 else []
+        seconds = self._retry_min if outcome.brief else self._retry_max
+        retry = [_retry_after(seconds)] if outcome.status == 503 else []
         return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=spans)
 
     def _refuse(

@@ -41,8 +41,8 @@ INLINE_BYTES = 128 * 1024  # packed on Trio's thread, in about 0.15 ms
 
 # Messages that are sent before their group is full or old, because nothing is in flight. A message
 # costs about as much CPU time as ten spans.
-_EAGER_PER_SECOND = 200
-_EAGER_BURST = 200
+_EAGER_PER_SECOND = 100
+_EAGER_BURST = 100
 
 REFUSE_SECONDS = 1.0
 """After a refused append, a partition gets no spans for so long: a request that would be refused
@@ -97,7 +97,7 @@ class _Partition:
         if now < self.refused_until:
             return self.refused
         oldest = next(iter(self.in_flight.values()), math.inf)
-        return Refused(503, NO_QUORUM) if now - oldest >= STALL_SECONDS else None
+        return Refused(503, NO_QUORUM, brief=True) if now - oldest >= STALL_SECONDS else None
 
 
 class _Eagerness:
@@ -273,7 +273,7 @@ class GroupCommit:
             return Refused(503, FULL)
         if scope.cancelled_caught:
             self.counts.no_quorum += 1
-            return Refused(503, NO_QUORUM)
+            return Refused(503, NO_QUORUM, brief=True)
         self.counts.messages += 1
         self.counts.bytes += len(data)
         self.counts.spans += group.spans

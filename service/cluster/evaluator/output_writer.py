@@ -20,6 +20,8 @@ from betrace.service.storage.jetstream.fenced import FencedLog
 _log = logging.getLogger("service.cluster.output")
 
 MOST_WAITING_ROWS = 20_000
+SOON_ROWS = 2_000
+"""So many rows are appended as soon as possible even if no signal is among them."""
 HEARTBEAT_SECONDS = 1.0
 _RETRY_SECONDS = 1.0
 
@@ -51,14 +53,16 @@ class OutputWriter:
         """The last step whose results are stored."""
 
     def add(self, found: Output) -> None:
-        """Append an output as soon as possible. One without results is appended within a second,
-        because it tells readers how far the partition is."""
+        """Append an output: one with signals as soon as possible, any other within a second. What
+        has only closed traces waits for more of them, and what has nothing tells readers how far
+        the partition is."""
         if self._waiting is None:
             self._waiting = found
         else:
             self._waiting.add(found)
         waiting = self._waiting
-        if waiting.decided or waiting.dead or waiting.undecided:
+        signals = any(each.signals for each in waiting.decided)
+        if signals or waiting.dead or waiting.undecided or waiting.rows >= SOON_ROWS:
             self._wake.set()
 
     async def room(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import outcome
 import trio
 
+from betrace.channels.threads import set_system_name
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.nats import Nats
@@ -50,6 +51,7 @@ class NatsClient:
         self._closed = False
         self._lock = threading.Lock()
         self._accepting = True
+        self._due: list[Callable[[], object]] = []  # to be called in the client's thread
         self.reconnects = 0
         self._thread = threading.Thread(target=self._run, name=f"nats {name}", daemon=True)
 
@@ -129,10 +131,20 @@ class NatsClient:
         return result.result()
 
     def _soon(self, function: Callable[[], object]) -> bool:
+        """Call a function in the client's thread. Its loop is woken once for all that wait, because
+        a wakeup is a system call."""
         with self._lock:
             if self._accepting:
-                self._loop.call_soon_threadsafe(function)
+                self._due.append(function)
+                if len(self._due) == 1:
+                    self._loop.call_soon_threadsafe(self._call_due)
             return self._accepting
+
+    def _call_due(self) -> None:
+        with self._lock:
+            due, self._due = self._due, []
+        for function in due:
+            self._loop.call_soon(function)
 
     # Lifetime
 
@@ -154,6 +166,7 @@ class NatsClient:
             self._thread.join()
 
     def _run(self) -> None:
+        set_system_name("nats")
         asyncio.set_event_loop(self._loop)
         try:
             try:

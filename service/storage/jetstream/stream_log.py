@@ -20,7 +20,7 @@ EPOCH = "BeTrace-Epoch"
 
 ATTEMPT_SECONDS = 2.0  # an append whose outcome is unknown for this long is sent again
 _PAUSES = (0.02, 0.05, 0.1, 0.25)  # between attempts that failed at once, in seconds
-POLL_SECONDS = 0.25  # a reader looks this often even if no wakeup comes
+POLL_SECONDS = 1.0  # a reader looks this often even if no wakeup comes
 _SOON_SECONDS = 0.004  # and this soon after a wakeup that came before the message
 _SCAN_BYTES = 8 << 20
 
@@ -70,6 +70,8 @@ async def poll(
             return found
         if await bell.wait(count, min(pause, left)):
             pause = _SOON_SECONDS
+        elif pause >= left:
+            return []  # the next call reads first
         else:
             pause = min(2 * pause, POLL_SECONDS)
 

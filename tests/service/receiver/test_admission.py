@@ -333,6 +333,14 @@ async def test_a_tenant_over_its_quota_gets_429():
     assert len(queue.taken) == 1
 
 
+@pytest.mark.parametrize(("brief", "seconds"), [(False, 5), (True, 1)])
+async def test_a_refusal_whose_cause_is_brief_asks_to_come_back_soon(brief, seconds):
+    admission, queue = make()
+    queue.outcome = Refused(503, "no quorum", brief=brief)
+    response = await admission.handle(Head("a", "protobuf", "", None), b"x")
+    assert (response.status, retry_after(response)) == (503, seconds)
+
+
 async def test_requests_refused_for_load_use_no_quota():
     admission, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
     queue.outcome = Refused(503, "disk")

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.evaluator.output_writer import OutputWriter
+from betrace.service.cluster.evaluator.output_writer import SOON_ROWS, OutputWriter
 from betrace.service.cluster.output import Counts, Output, unpack
 from betrace.service.storage.jetstream.errors import StreamFull
 from betrace.service.storage.jetstream.fenced import Fenced
@@ -66,6 +66,24 @@ async def test_progress_alone_is_written_once_a_second(log, writer):
             await trio.sleep(0.1)
         nursery.cancel_scope.cancel()
     assert 3 <= len(written(log)) <= 4
+
+
+@in_virtual_time
+async def test_closed_traces_without_signals_wait_for_more_of_them(log, writer):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        for step in range(1, 41):
+            found = out(step)
+            found.decided = [Decided("acme", [], None)]
+            writer.add(found)
+            await trio.sleep(0.1)
+        assert 3 <= len(written(log)) <= 4
+        many = out(41)
+        many.decided = [Decided("acme", [], None)] * SOON_ROWS
+        writer.add(many)
+        await trio.sleep(0.01)
+        assert writer.step == 41
+        nursery.cancel_scope.cancel()
 
 
 @in_virtual_time

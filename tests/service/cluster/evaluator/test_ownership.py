@@ -166,6 +166,7 @@ async def test_the_partitions_of_a_killed_evaluator_move(cluster):
     await cluster.finish()
 
 
+@mock.patch.object(work, "GATHER_SECONDS", 0)  # it has results to append when it wakes up
 @in_virtual_time
 async def test_a_frozen_evaluator_wakes_up_fenced_and_joins_again(cluster):
     one, two = cluster.start("one"), cluster.start("two")

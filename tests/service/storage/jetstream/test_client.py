@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -415,3 +417,34 @@ def test_positions_fit_into_64_bits() -> None:
 def test_times_of_servers(text: str) -> None:
     fraction = 300643385 if "." in text else 0
     assert server_time_ns(text) == 1795980996 * 10**9 + fraction
+
+
+async def test_many_calls_wake_the_client_once(
+    connection: NatsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wakeups = 0
+    held = threading.Event()
+    wake = connection._loop.call_soon_threadsafe
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal wakeups
+        wakeups += 1
+        return wake(*arguments)
+
+    async def one(nats: Nats) -> int:
+        return 1
+
+    answers: list[int] = []
+
+    async def call() -> None:
+        answers.append(await connection.call(one))
+
+    wake(held.wait)  # its thread does nothing meanwhile
+    monkeypatch.setattr(connection._loop, "call_soon_threadsafe", counted)
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked()
+        assert wakeups == 1
+        held.set()
+    assert answers == [1] * 20

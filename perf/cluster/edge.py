@@ -1,9 +1,8 @@
-"""The roles of a cluster on NATS servers of this machine: rates and CPU a span.
+"""An edge alone: spans that it acknowledges per second of its own CPU time, bytes of log a span,
+and its functions by CPU.
 
-``python -m perf.cluster edge`` measures an edge with the load generator: spans that it acknowledges
-per second of its own CPU time, bytes of log a span, and its functions by CPU. The NATS servers and
-the generator share the machine's cores, so that the rate by the wall clock says little; the CPU of
-each process is reported apart.
+The NATS servers and the generator share the machine's cores, so the rate by the wall clock says
+little; the CPU of each process is reported apart.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ def _functions(options: argparse.Namespace, edge: Node, directory: Path) -> Json
     return stacks.functions((directory / "raw").read_text(), shares)
 
 
-def show(facts: Json, rows: dict[str, Json]) -> str:
+def show(rows: dict[str, Json]) -> str:
     """The report as text."""
     head = ["replicas", "spans per CPU second of the edge", "µs a span: edge", "servers"]
     head += ["spans/s", "log, bytes a span", "bytes a message", "p50 ms", "p99 ms"]
@@ -162,7 +161,7 @@ def show(facts: Json, rows: dict[str, Json]) -> str:
         ]
         for replicas, row in rows.items()
     ]
-    parts = [f"Edge. {output.describe(facts)}.", output.table(head, table)]
+    parts = [output.table(head, table)]
     for replicas, row in rows.items():
         parts.append(f"Replicas {replicas}.\n\n{threads.table(row['threads'])}")
         if "functions" in row:
@@ -171,23 +170,6 @@ def show(facts: Json, rows: dict[str, Json]) -> str:
     return "\n\n".join([*parts, f"Payload: {payload}."])
 
 
-def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["edge"])
-    parser.add_argument("--spans", type=int, default=512, help="spans a request")
-    parser.add_argument("--secs", type=float, default=10)
-    parser.add_argument("--warm-up", type=float, default=3)
-    parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--partitions", type=int, default=16)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 3], choices=[1, 3])
-    parser.add_argument("--profile", action="store_true", help="also show functions by CPU")
-    options = parser.parse_args(given)
-    facts = output.machine()
-    rows = {str(number): measure_edge(options, number) for number in options.replicas}
-    text = show(facts, rows)
-    print(text)
-    output.say_saved("cluster-edge", {"machine": facts, "options": vars(options), **rows}, text)
-
-
-if __name__ == "__main__":
-    main()
+def measure(options: argparse.Namespace) -> dict[str, Json]:
+    """Measure an edge at each number of replicas."""
+    return {str(number): measure_edge(options, number) for number in (1, 3)}
