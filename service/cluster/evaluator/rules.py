@@ -13,12 +13,13 @@ from weakref import WeakValueDictionary
 
 import orjson
 
+from betrace.service.cluster.rule_keys import SHARED
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.registry import rules_version
 from betrace.service.rules.store import ALL_TENANTS
 
-SHARED = frozenset({ALL_TENANTS, "=all"})
+EVERYBODY = frozenset({ALL_TENANTS, SHARED})
 """Names that markers use in place of a tenant for the rules of all tenants."""
 
 
@@ -42,11 +43,19 @@ class RulesInForce:
         before = {rule.id: rule for rule in self._rules.get(tenant, ())}
         rules, problems = _read(definitions, before)
         self._rules[tenant] = rules
-        if tenant in SHARED:
+        if tenant in EVERYBODY:
             self._compiled.clear()
         else:
             self._compiled.pop(tenant, None)
         return problems
+
+    def begin(self, tenant: str, revision: int, definitions: bytes) -> None:
+        """Use these rules before their marker, which is still to come and reports what is wrong
+        with them."""
+        before = {rule.id: rule for rule in self._rules.get(tenant, ())}
+        self._rules[tenant], _ = _read(definitions, before)
+        self.revisions[tenant] = revision - 1
+        self._compiled.clear()
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's rules: those for all tenants, then its own."""
@@ -57,7 +66,7 @@ class RulesInForce:
         return found
 
     def _compile(self, tenant: str) -> CompiledRules:
-        shared = {rule.id: rule for name in sorted(SHARED) for rule in self._rules.get(name, ())}
+        shared = {rule.id: rule for name in sorted(EVERYBODY) for rule in self._rules.get(name, ())}
         own = self._rules.get(tenant, ())
         rules = (*shared.values(), *(rule for rule in own if rule.id not in shared))
         version = rules_version(rules)

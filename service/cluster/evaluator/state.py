@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from betrace.service.cluster.evaluator import snapshot as snapshots
@@ -67,8 +67,9 @@ class PartitionState:
     """Not thread-safe: one call at a time, in a worker thread.
 
     Order of calls: :meth:`restore` if there is a snapshot; :meth:`note` for each message of
-    ``OUT_p`` after the snapshot's ``out_sequence``; then :meth:`apply` with the messages after
-    :attr:`received`, as they come; :meth:`stored` whenever an output is stored in ``OUT_p``.
+    ``OUT_p`` after the snapshot's ``out_sequence``; :meth:`begin` if there was no snapshot; then
+    :meth:`apply` with the messages after :attr:`received`, as they come; :meth:`stored` whenever an
+    output is stored in ``OUT_p``.
 
     Args:
       partitions: how many there are; the limits in the settings are shared between them.
@@ -151,6 +152,12 @@ class PartitionState:
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of a trace in memory, for people. May be called from any thread."""
         return self.engine.traces.look_up(tenant, trace_id)
+
+    def begin(self, rules: Iterable[RulesMarker]) -> None:
+        """Begin with these rules, whose markers are still to be applied. For an empty state, before
+        anything is applied."""
+        for marker in rules:
+            self.engine.rules.begin(marker.tenant, marker.revision, marker.definitions)
 
     def apply(self, messages: Sequence[LogMessage]) -> Output | None:
         """Apply the next messages. Returns what was decided, None if no step was completed.

@@ -11,6 +11,7 @@ import trio
 
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator import checkpoints
+from betrace.service.cluster.evaluator.first_rules import NOT_PUBLISHED, FirstRules
 from betrace.service.cluster.evaluator.log_retention import forget_old
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
@@ -105,10 +106,36 @@ class PartitionWork:
         """Read and apply until reading is stopped."""
         send, receive = trio.open_memory_channel[list[LogMessage]](1)
         with self._scope:
+            if not self.state.received:
+                await self._begin()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, send)
                 async for messages in receive:
                     await self._apply(messages)
+
+    async def _begin(self) -> None:
+        """Give an empty state the rules that its log begins with; wait until there are some."""
+        parts, status = self._parts, self.status
+        first = FirstRules(parts.spans, parts.threads, self.partition)
+        while True:
+            changed = parts.rules.changed
+            try:
+                if await first.are_complete():
+                    break
+            except TransientError as error:
+                _log.debug("partition %d cannot be read: %s", self.partition, error)
+                await trio.sleep(_RETRY_SECONDS)
+                continue
+            if parts.rules.published:
+                if not await self._send_rules():
+                    await trio.sleep(_RETRY_SECONDS)
+                continue
+            if status.waiting is None:
+                status.waiting = NOT_PUBLISHED
+                events.PARTITION_WAITS(partition=self.partition, reason=NOT_PUBLISHED)
+            await changed.wait()
+        self.state.begin(first.markers)
+        self._note_progress()
 
     async def _read(self, send: trio.MemorySendChannel[list[LogMessage]]) -> None:
         after, quiet_since = self.state.received, trio.current_time()
@@ -238,18 +265,21 @@ class PartitionWork:
         await self._current.wait()
         while True:
             changed = self._parts.rules.changed
-            known = self.state.rules_revisions | self._sent_rules
-            done = True
-            for rules in self._parts.rules.newer_than(known):
-                marker = RulesMarker(rules.tenant, rules.revision, rules.definitions)
-                if await self._append(pack(marker), f"rules-{rules.tenant}-{rules.revision}"):
-                    self._sent_rules[rules.tenant] = rules.revision
-                else:
-                    done = False
-            if done:
+            if await self._send_rules():
                 await changed.wait()
             else:
                 await trio.sleep(_RETRY_SECONDS)
+
+    async def _send_rules(self) -> bool:
+        """Append markers for the rules that the partition does not have; whether all were
+        appended."""
+        known = self.state.rules_revisions | self._sent_rules
+        for rules in self._parts.rules.newer_than(known):
+            marker = RulesMarker(rules.tenant, rules.revision, rules.definitions)
+            if not await self._append(pack(marker), f"rules-{rules.tenant}-{rules.revision}"):
+                return False
+            self._sent_rules[rules.tenant] = rules.revision
+        return True
 
     async def _append(self, data: bytes, message_id: str) -> bool:
         name = f"{self.partition}-{message_id}"

@@ -12,12 +12,12 @@ from betrace.service.cluster.evaluator.partition_traces import PartitionTraces
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.signals import Kind
-from betrace.service.storage.jetstream.envelope import Spans, TenantFrame, pack
+from betrace.service.storage.jetstream.envelope import RulesMarker, Spans, TenantFrame, pack
 from betrace.service.traces import verdicts
 from betrace.service.traces.layout import FIRST_SEEN, FLAGS, PARTIAL
 from betrace.service.traces.tenant_traces import TenantTraces
 from tests.support.engine import active
-from tests.support.partition_world import SECOND, SETTINGS, Owner, PartitionWorld
+from tests.support.partition_world import SECOND, SETTINGS, Owner, PartitionWorld, definitions
 from tests.support.spans import S
 
 pytestmark = pytest.mark.kernel
@@ -163,6 +163,26 @@ def test_a_rule_that_does_not_compile_is_reported_and_its_former_definition_stay
     dead = [each for found in world.outputs for each in found.dead]
     assert [(each.sequence, each.tenant) for each in dead] == [(2, "t"), (3, "")]
     assert "r0" in dead[0].reason
+
+
+def test_spans_before_the_first_marker_are_evaluated_with_its_rules():
+    world = PartitionWorld()
+    world.spans({"t": [S(1)]})
+    marker = RulesMarker("t", 1, definitions("count(a) ==", "count(a) != 5"))
+    world.append(pack(marker))
+    world.spans({"t": [S(1, trace=TRACES[2])]})
+    world.quiet(4)
+    owner = Owner(world)
+    owner.state.begin([marker])
+    owner.apply(1)
+    between = owner.state.snapshot(len(world.out))
+    owner.apply()
+    assert active(world.signals) == {(trace.hex(), "r1") for trace in TRACES[1:3]}
+    assert owner.state.counts.bad_rules == 1  # reported by the marker, not twice
+    successor = Owner(world, between)
+    successor.apply()
+    assert successor.state.counts == owner.state.counts
+    assert len(active(world.signals)) == len(world.signals) == 2
 
 
 # Failures
