@@ -16,6 +16,17 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.nodes import LEASE_SECONDS, Node
 from tests.cluster.rule_changes import RuleChanges
 
+KINDS = {
+    "evaluator": (
+        "evaluator killed", "evaluator frozen", "evaluator cut off",
+        "evaluator joins", "evaluator leaves", "evaluator drained",
+    ),
+    "edge": ("edge killed", "edge frozen", "edge cut off"),
+    "server": ("server killed", "server killed", "server frozen", "quorum lost"),
+    "query": ("query node killed", "rules changed", "rules changed"),
+}  # fmt: skip
+"""The faults of each part, those that are more likely more than once."""
+
 LEAST_EVALUATORS, MOST_EVALUATORS = 2, 4
 
 
@@ -31,29 +42,24 @@ class Faults:
         self.counts: Counter[str] = Counter()
 
     def inject(self) -> str:
-        """Inject the next fault; returns what it is. Its repair runs in the background."""
-        kinds = {
-            "evaluator": (
-                "evaluator killed", "evaluator frozen", "evaluator cut off",
-                "evaluator joins", "evaluator leaves", "evaluator drained",
-            ),
-            "edge": ("edge killed", "edge frozen", "edge cut off"),
-            "server": ("server killed", "server killed", "server frozen", "quorum lost"),
-            "query": ("query node killed", "rules changed", "rules changed"),
-        }  # fmt: skip
+        """Inject a random fault; returns what it is. Its repair runs in the background."""
         while True:
             part = self._rng.choice(("evaluator", "evaluator", "edge", "server", "query"))
             thread = self._down.get(part)
             if thread is None or not thread.is_alive():
                 break
             time.sleep(0.05)
-        fault = self._rng.choice(kinds[part])
+        fault = self._rng.choice(KINDS[part])
+        self.inject_this(part, fault)
+        return fault
+
+    def inject_this(self, part: str, fault: str) -> None:
+        """Inject one of ``KINDS``; nothing of the same part may be down."""
         repair = getattr(self, "_" + fault.replace(" ", "_"))()
         if repair is not None:
             self._down[part] = threading.Thread(target=self._run, args=(repair,), daemon=True)
             self._down[part].start()
         self.counts[fault] += 1
-        return fault
 
     def repaired(self, seconds: float) -> None:
         """Return when everything is repaired."""
