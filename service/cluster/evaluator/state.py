@@ -39,7 +39,7 @@ from betrace.service.pipeline.history import TraceHistory, TraceIndex
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.storage.jetstream.envelope import RulesMarker, Spans
-from betrace.service.storage.jetstream.layout import pack_log_position
+from betrace.service.storage.jetstream.layout import pack_log_position, unpack_log_position
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.traces.due import DueTraces
@@ -99,8 +99,15 @@ class PartitionState:
         snapshot."""
         max_body = settings.ingest.max_body_bytes
         self._index = IndexAtMessage(index, self._position, self._missing)
-        history = TraceHistory(self._index, log, max_body, seconds=lambda: 0.0, most_traces=1 << 62)
         rules = RulesInForce()
+        history = TraceHistory(
+            self._index,
+            log,
+            max_body,
+            rules_at=lambda tenant, at: rules.at(tenant, unpack_log_position(at)[1]),
+            seconds=lambda: 0.0,
+            most_traces=1 << 62,
+        )
         traces = PartitionTraces(
             partition_limits(settings, partitions),
             settings.traces.late_filter_bytes // partitions,
