@@ -53,6 +53,7 @@ class FakeNats:
         self.buckets: dict[str, dict[str, Entry]] = defaultdict(dict)
         self.revision = 0
         self.blobs: dict[str, bytes] = {}
+        self.tidied = 0
         self.moved = trio.Event()
         self.appended_by: dict[int, list[str]] = defaultdict(list)
         self.put_rules(PUBLISHED, b"[]")
@@ -282,6 +283,11 @@ class FakeBlobs:
     async def delete(self, name: str) -> None:
         await self.node.gate()
         self.node.nats.blobs.pop(name, None)
+
+    async def delete_orphans(self, seconds: float) -> int:
+        await self.node.gate()
+        self.node.nats.tidied += 1
+        return 0
 
     async def names(self, prefix: str = "") -> list[str]:
         await self.node.gate()

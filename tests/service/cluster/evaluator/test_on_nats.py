@@ -64,7 +64,6 @@ async def test_nothing_is_lost_or_doubled_while_evaluators_come_and_go(cluster):
         await trio.sleep(1)
         sent.set()
     await cluster.check()
-    assert sum(status.fenced for status in two.evaluator.statuses) > 0
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from unittest import mock
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.evaluator import first_rules, work
+from betrace.service.cluster.evaluator import first_rules, housekeeping
 from betrace.service.cluster.membership import drain_key
 from betrace.service.cluster.rule_keys import PUBLISHED
 from betrace.service.storage.jetstream.errors import StreamFull
@@ -352,7 +352,7 @@ async def test_deleted_messages_are_a_gap(cluster):
 
 @in_virtual_time
 async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
-    with mock.patch.object(work, "_FORGET_SECONDS", 5.0):
+    with mock.patch.object(housekeeping, "EVERY_SECONDS", 5.0):
         one = FakeEvaluator(cluster.nats, "one", cluster.threads)
         one.with_parts(log_days=20 / 86_400)
         cluster.nursery.start_soon(one.run)
@@ -363,6 +363,7 @@ async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
     first = await spans.get(0, await spans.first(0))
     assert first is not None
     assert 15 < trio.current_time() - first.time_ns / 1e9 < 40
+    assert cluster.nats.tidied > 0
     one.scope.cancel()
     two = cluster.start("two")
     await wait_until(all_owned(two))
