@@ -37,36 +37,6 @@ async def test_a_restarted_evaluator_continues_where_the_killed_one_was(cluster)
 
 
 @pytest.mark.slow
-@on_a_server
-async def test_nothing_is_lost_or_doubled_while_evaluators_come_and_go(cluster):
-    one = await cluster.start("one")
-    await wait_until(current(one))
-    await cluster.rules_are_known()
-    sent = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(cluster.send_until, sent)
-        two, three = await cluster.start("two"), await cluster.start("three")
-        await wait_until(lambda: two.owned != [] and three.owned != [])
-        await trio.sleep(1)
-        one.kill()
-        await wait_until(current(two, three))
-        four = await cluster.start("four")
-        await wait_until(lambda: four.owned != [])
-        lost = two.owned
-        two.freeze()
-        await wait_until(lambda: set(lost) <= {*three.owned, *four.owned})
-        await trio.sleep(1)
-        two.thaw.set()
-        await wait_until(lambda: two.owned != [])
-        four.evaluator.stop()
-        await four.ended.wait()
-        await wait_until(current(two, three))
-        await trio.sleep(1)
-        sent.set()
-    await cluster.check()
-
-
-@pytest.mark.slow
 async def test_nothing_is_lost_or_doubled_without_leaders_and_without_a_quorum(tmp_path):
     if PROGRAM is None:
         pytest.skip(MISSING)

@@ -160,10 +160,16 @@ async def test_the_partitions_of_a_killed_evaluator_move(cluster):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cluster.send_for, 12)
         await trio.sleep(7)
+        kept = {p: two.evaluator.statuses[p].epoch for p in two.owned}
+        before = {p: len(cluster.nats.signals(p)) for p in kept}
         one.scope.cancel()
         killed = trio.current_time()
+        await trio.sleep(1)  # the others continue
+        assert two.owned == list(kept)
+        assert all(len(cluster.nats.signals(p)) > before[p] + 10 for p in kept)
         await wait_until(all_owned(two))
         assert trio.current_time() - killed < 4
+        assert {p: two.evaluator.statuses[p].epoch for p in kept} == kept
     await cluster.finish()
 
 
