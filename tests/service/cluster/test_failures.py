@@ -149,8 +149,8 @@ async def test_two_owners_at_once(cluster):
     two = await cluster.start("two", change=alone)
     sent = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(cluster.send_until, sent, 5)
-        await wait_until(lambda: min(total(one, "fenced"), total(two, "fenced")) > 1)
+        nursery.start_soon(cluster.send_until, sent, 5, 0.25)
+        await wait_until(lambda: min(total(one, "fenced"), total(two, "fenced")) > 0)
         one.kill()
         sent.set()
     await cluster.check()
