@@ -48,11 +48,12 @@ class Faults:
         self.errors: list[BaseException] = []
         self.counts: Counter[str] = Counter()
 
-    def inject(self) -> str:
-        """Inject the next fault; returns what it is. Its repair runs in the background. Of two
+    def inject(self, fault: str | None = None) -> str:
+        """Inject a fault; returns what it is. Its repair runs in the background. By default, of two
         random faults it takes the rarer one, so that all are about equally frequent. Waits while
         an earlier fault of the same part is not repaired."""
-        fault = min(self._rng.sample(sorted(KINDS), 2), key=self.counts.__getitem__)
+        if fault is None:
+            fault = min(self._rng.sample(sorted(KINDS), 2), key=self.counts.__getitem__)
         part = KINDS[fault]
         if part in self._down:
             self._down[part].join()

@@ -97,7 +97,7 @@ class _Partition:
         if now < self.refused_until:
             return self.refused
         oldest = next(iter(self.in_flight.values()), math.inf)
-        return Refused(503, NO_QUORUM, brief=True) if now - oldest >= STALL_SECONDS else None
+        return Refused(503, NO_QUORUM) if now - oldest >= STALL_SECONDS else None
 
 
 class _Eagerness:
@@ -273,7 +273,7 @@ class GroupCommit:
             return Refused(503, FULL)
         if scope.cancelled_caught:
             self.counts.no_quorum += 1
-            return Refused(503, NO_QUORUM, brief=True)
+            return Refused(503, NO_QUORUM)
         self.counts.messages += 1
         self.counts.bytes += len(data)
         self.counts.spans += group.spans
