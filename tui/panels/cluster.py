@@ -96,7 +96,7 @@ class ClusterPanel(ListPanel):
         if partition is None:
             return None
         tone, word = self._condition(partition)
-        counts = mapping(partition.get("counts"))
+        counts, lag = mapping(partition.get("counts")), partition.get("lag")
         lines = [
             fields(
                 ("state", marked(word, tone)),
@@ -104,7 +104,7 @@ class ClusterPanel(ListPanel):
                 ("epoch", _text(partition.get("epoch"))),
                 ("evaluated", f"up to message {_text(partition.get('evaluatedTo'))} of its log"),
                 ("applied", f"up to message {_text(partition.get('applied'))} of its output"),
-                ("lag", f"{_text(partition.get('lag'))} messages"),
+                ("lag", "?" if lag is None else many(as_int(lag), "message")),
                 ("log time", date(_log_time(partition))),
                 ("spans", _text(counts.get("spans"))),
                 ("dead", many(as_int(counts.get("deadLettered")), "message")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
@@ -46,7 +47,9 @@ class Outages:
         owned = defaultdict(list)
         for partition, owner in (await self._owners()).items():
             owned[owner].append(partition)
-        victim = max(self._cluster.evaluators, key=lambda node: len(owned[node.name]))
+        victim = max(
+            self._cluster.evaluators, key=lambda node: (len(owned[node.name]), random.random())
+        )
         lost = owned[victim.name]
         self._kill_said(victim.name, f"it evaluates the partitions {_names(lost)}")
         began = trio.current_time()
@@ -65,8 +68,7 @@ class Outages:
 
     async def edge(self) -> None:
         """Kill an edge; wait until the other has taken requests in its place."""
-        number = len(self.done) % len(self._cluster.edges)
-        victim = self._cluster.edges[number]
+        victim = random.choice(self._cluster.edges)
         before = self._collector.repeated
         self._kill_said(victim.name, "the client sends what it did not acknowledge to the other")
         await victim.kill()
@@ -85,7 +87,7 @@ class Outages:
 
     async def leader(self) -> None:
         """Kill the NATS server that leads a partition's stream; wait for a new leader."""
-        stream = self._layout.spans_stream(len(self.done) % self._layout.partitions)
+        stream = self._layout.spans_stream(random.randrange(self._layout.partitions))
         names = {server.name: server for server in self._cluster.servers}
         leader = ""
 
