@@ -55,7 +55,8 @@ check: lint
 		$(BIN)/pytest -q -m "not slow" -n $(CHECK_WORKERS) --dist worksteal
 
 # Everything. First the kernels are compiled, so that this takes no test's time. Then they run as
-# ordinary Python, for their coverage; then all tests run with compiled kernels. One of the processes runs the slow tests one after another (tests/conftest.py).
+# ordinary Python, for their coverage; then all tests run with compiled kernels. One of the processes
+# runs the slow tests one after another (tests/conftest.py).
 test: lint
 	$(BIN)/coverage erase
 	for part in json traces; do $(BIN)/python -m betrace.service.pipeline.warmup $$part; done >/dev/null

@@ -219,6 +219,7 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
+            lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
         node = QueryNode(self._cluster, stores)

@@ -68,7 +68,7 @@ class _Total:
         if self.partial:
             text += f"; {self.partial} are of traces that cross the edge of the interval"
         if self.undecided:
-            text += f"; {self.undecided} traces could not be judged by rules that relate spans"
+            text += f"; {self.undecided} traces could not be judged by rules"
         if self.skipped:
             text += f"; skipped {self.skipped} damaged places of the log"
         return text + (f"; {self.new} are new in the ledger" if recorded else "")

@@ -31,6 +31,7 @@ LATEST = 10
 
 _HEAD = ("DETECTED", "SEVERITY", "STATUS", "SERVICE", "RULE", "TRACE", "WHAT")
 _WIDTHS = (20, 8, 9, 16, 28, 32, 0)  # while following, when the rows to come are unknown
+_STREAMED = ("rule", "severity", "service")  # the filters of the stream
 _REMEMBERED = 10_000
 _LONGEST_PAUSE = 30.0
 
@@ -142,7 +143,7 @@ def _follow(api: ServiceApi, filters: Json, limit: int, as_json: bool) -> None:
     show: Callable[[Json], None] = print_json if as_json else _print_row
     if not as_json:
         _print_cells(_HEAD)
-    streamed: Json = {name: filters[name] for name in ("rule", "severity") if name in filters}
+    streamed: Json = {name: filters[name] for name in _STREAMED if name in filters}
     seen: dict[str, None] = {}
     connected, pause = False, 0.0
     while True:
@@ -170,11 +171,7 @@ def _follow(api: ServiceApi, filters: Json, limit: int, as_json: bool) -> None:
 
 def _wanted(signal: Json, filters: Json) -> bool:
     """Whether a streamed signal satisfies the filters that streams do not have."""
-    found = {
-        "status": _status(signal),
-        "mode": signal.get("mode", ALERT),
-        "service": signal.get("service"),
-    }
+    found = {"status": _status(signal), "mode": signal.get("mode", ALERT)}
     return all(filters.get(name, value) == value for name, value in found.items())
 
 

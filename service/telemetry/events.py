@@ -191,7 +191,7 @@ RULES_MENDED = _event(
 RULES_UNDECIDED = _event(
     "rules.undecided",
     logging.WARNING,
-    "{count} traces could not be judged by a rule that relates spans; for example {trace} of "
+    "{count} traces could not be judged by a rule; for example {trace} of "
     "{tenant} by {rule}: {reason}",
     "Logged at most once a minute. The traces were neither found to break the rules nor to keep "
     "them. See BetraceRulesUndecided in the runbook.",

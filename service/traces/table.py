@@ -262,6 +262,8 @@ class TraceTable:
             self._closed[0][0] < closed_before or (freed < most and self._closed[0][0] < fresh_from)
         ):
             when, slots = self._closed.popleft()
+            rows = self.arrays.slots  # some may have been reopened, and have another place here
+            slots = slots[(rows[slots, STATE] == CLOSED) & (rows[slots, CLOSED_AT] == when)]
             if when >= closed_before and most - freed < len(slots):
                 self._closed.appendleft((when, slots[most - freed :]))
                 slots = slots[: most - freed]

@@ -18,6 +18,24 @@ from tests.cluster.rule_changes import RuleChanges
 
 LEAST_EVALUATORS, MOST_EVALUATORS = 2, 4
 
+KINDS = {
+    "evaluator killed": "evaluator",
+    "evaluator frozen": "evaluator",
+    "evaluator cut off": "evaluator",
+    "evaluator joins": "evaluator",
+    "evaluator leaves": "evaluator",
+    "evaluator drained": "evaluator",
+    "edge killed": "edge",
+    "edge frozen": "edge",
+    "edge cut off": "edge",
+    "server killed": "server",
+    "server frozen": "server",
+    "quorum lost": "server",
+    "query node killed": "query",
+    "rules changed": "rules",
+}
+"""Each fault, and the part of the cluster that is not whole until it is repaired."""
+
 
 class Faults:
     """Injects faults into a running cluster."""
@@ -31,23 +49,13 @@ class Faults:
         self.counts: Counter[str] = Counter()
 
     def inject(self) -> str:
-        """Inject the next fault; returns what it is. Its repair runs in the background."""
-        kinds = {
-            "evaluator": (
-                "evaluator killed", "evaluator frozen", "evaluator cut off",
-                "evaluator joins", "evaluator leaves", "evaluator drained",
-            ),
-            "edge": ("edge killed", "edge frozen", "edge cut off"),
-            "server": ("server killed", "server killed", "server frozen", "quorum lost"),
-            "query": ("query node killed", "rules changed", "rules changed"),
-        }  # fmt: skip
-        while True:
-            part = self._rng.choice(("evaluator", "evaluator", "edge", "server", "query"))
-            thread = self._down.get(part)
-            if thread is None or not thread.is_alive():
-                break
-            time.sleep(0.05)
-        fault = self._rng.choice(kinds[part])
+        """Inject the next fault; returns what it is. Its repair runs in the background. Of two
+        random faults it takes the rarer one, so that all are about equally frequent. Waits while
+        an earlier fault of the same part is not repaired."""
+        fault = min(self._rng.sample(sorted(KINDS), 2), key=self.counts.__getitem__)
+        part = KINDS[fault]
+        if part in self._down:
+            self._down[part].join()
         repair = getattr(self, "_" + fault.replace(" ", "_"))()
         if repair is not None:
             self._down[part] = threading.Thread(target=self._run, args=(repair,), daemon=True)

@@ -16,7 +16,7 @@ import httpx
 from tests.support.ports import free_port
 from tests.support.process import environment
 
-START_SECONDS = 180  # kernels may have to be compiled
+START_SECONDS = 600  # kernels may have to be compiled, on a busy machine
 STOP_SECONDS = 60
 
 SETTINGS = {

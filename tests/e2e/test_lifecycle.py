@@ -146,7 +146,7 @@ def test_a_directory_or_port_in_use_is_reported_in_one_sentence(tmp_path: Path) 
                 env=environment(),
                 capture_output=True,
                 text=True,
-                timeout=180,
+                timeout=600,
             )
             assert other.returncode == 3
             assert said in other.stderr

@@ -50,6 +50,14 @@ SETTINGS = Settings.model_validate(
     }
 )
 
+TIGHT = Settings.model_validate(
+    {
+        "traces": {"idle_seconds": 2, "max_age_seconds": 3, "sweep_seconds": 1, "max_open": 40},
+        "caches": {"trace_metadata": 1, "trace_metadata_ttl_seconds": 1},
+    }
+)
+"""At most three open traces in a partition."""
+
 
 def definitions(*conditions: str) -> bytes:
     """Rules r0, r1, ... as in a marker."""

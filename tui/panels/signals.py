@@ -42,7 +42,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 """Seconds before a lost stream is opened again; they double up to the maximum."""
 
 _ALL = "all"
-_FILTERS = ("rule", "severity", "status", "service")
+_STREAMED = ("rule", "severity", "service")  # filters that the stream has, too
+_FILTERS = (*_STREAMED, "status")
 _STATUSES = ("active", "retracted")
 
 
@@ -123,7 +124,7 @@ class SignalsPanel(TenantListPanel):
                 self._live = "connecting"
                 try:
                     stream = client.signals(
-                        self._opened, rule=self._of["rule"], severity=self._of["severity"]
+                        self._opened, **{name: self._of[name] for name in _STREAMED}
                     )
                     async for name, signal in stream:
                         pause = FIRST_PAUSE
@@ -154,8 +155,7 @@ class SignalsPanel(TenantListPanel):
                 if all(known.get(name) == signal.get(name) for name in _IDENTITY):
                     self._keep({**known, "status": "retracted"})
             signal = {**signal, "status": "retracted"}
-        status, service = signal.get("status") or "active", signal.get("service")
-        if self._of["status"] in (None, status) and self._of["service"] in (None, service):
+        if self._of["status"] in (None, signal.get("status") or "active"):
             self._keep(signal)
             self._forget()
 

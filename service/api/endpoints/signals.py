@@ -115,14 +115,14 @@ async def list_signals(call: Call) -> Any:
     "GET",
     "/api/v1/signals/stream",
     "Signals as they are stored, as server-sent events",
-    params=(RULE, SEVERITY),
+    params=(RULE, SEVERITY, SERVICE),
     answers={200: "Events named `signal`, whose data is a signal and whose id is its id"},
     media_type=EVENTS_TYPE,
 )
 async def stream_signals(call: Call) -> Answer:
     """Starts now; read the list for earlier signals. After 15 s of silence a comment is sent. A
     client that is too slow misses signals."""
-    rule, severity = call.params["rule"], call.params["severity"]
+    wanted = call.params
 
     async def events() -> AsyncIterator[bytes]:
         subscription = call.tools.subscriptions.open(call.tenant)
@@ -136,7 +136,11 @@ async def stream_signals(call: Call) -> Answer:
                         return
                 if signal is None:
                     yield b": still here\n\n"
-                elif rule in (None, signal.rule_id) and severity in (None, signal.severity):
+                elif (
+                    wanted["rule"] in (None, signal.rule_id)
+                    and wanted["severity"] in (None, signal.severity)
+                    and wanted["service"] in (None, signal.service)
+                ):
                     yield event("signal", linked(signal_json(signal), _api(call)), signal.id)
         finally:
             subscription.close()

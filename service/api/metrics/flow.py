@@ -128,8 +128,8 @@ DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_traces_undecided",
         "counter",
-        "Traces that a rule which relates spans could not judge, once for each rule: too large to "
-        "be read back, or no longer in the span log.",
+        "Traces that a rule could not judge, once for each rule: too large to be read back, no "
+        "longer in the span log, or with a text that is too long to be searched.",
         (),
         lambda s: one(s.pipeline.evaluate.counts.undecided),
     ),

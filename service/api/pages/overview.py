@@ -16,6 +16,7 @@ Json = dict[str, Any]
 
 LATEST = 10
 TOP = 12
+TOP_ALERTS, ALL_ALERTS = 4, 100  # shown at once, and after a click
 BARS = 60
 RANGES = {
     "1h": (3600, "the last hour"),
@@ -97,8 +98,9 @@ def _overview(visit: Visit, chosen: str) -> Json:
         "more_rules": max(0, len(top) - TOP),
         "rules": len(rules),
         "alerting": bool(alerts.destinations),
-        "alerts": firing[:TOP],
-        "more_alerts": max(0, len(firing) - TOP),
+        "alerts": firing[:ALL_ALERTS],
+        "most_alerts": TOP_ALERTS,
+        "more_alerts": max(0, len(firing) - ALL_ALERTS),
         "undecided": any(each.at_ns >= first * bucket for each in undecided),
         "latest": visit.signals(latest),
         "names": {rule.id: rule.name for rule in rules.values()},

@@ -72,7 +72,8 @@ async def signal_list(visit: Visit) -> Page:
 async def live(visit: Visit) -> Page:
     """Signals as they are raised, as server-sent events; lists reload when one comes."""
     visit.params(())
-    answer = await api.stream_signals(visit.call({"rule": None, "severity": None}))
+    everything = {"rule": None, "severity": None, "service": None}
+    answer = await api.stream_signals(visit.call(everything))
     return Page(answer.body, media_type=answer.media_type, headers=answer.headers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from betrace.service.cluster.query.applied import AppliedPositions
 from betrace.service.cluster.query.index_messages import (
@@ -29,15 +29,21 @@ def index_subject(prefix: str) -> str:
 class TraceIndexServer:
     """Answers requests from DuckDB. Blocks; may be called from any thread.
 
-    ``closed`` are the deleted tenants.
+    ``closed`` are the deleted tenants. ``waiting`` says whether rows that count as applied are
+    still in fallback files.
     """
 
     def __init__(
-        self, store: DuckStore, positions: AppliedPositions, closed: Container[str] = frozenset()
+        self,
+        store: DuckStore,
+        positions: AppliedPositions,
+        closed: Container[str] = frozenset(),
+        waiting: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._positions = positions
         self._closed = closed
+        self._waiting = waiting
         self.requests = 0
         """Requests answered, also with a problem."""
         self.behind = 0
@@ -55,10 +61,9 @@ class TraceIndexServer:
 
     def _find(self, request: IndexRequest) -> IndexAnswer:
         tenant, applied = request.tenant, self._positions.get(request.partition)
-        if applied < request.upto or tenant in self._store.incomplete:
+        if problem := self._problem(tenant, applied, request.upto):
             self.behind += 1
-            rebuilt = "" if applied < request.upto else f"the DuckDB file of {tenant} is rebuilt"
-            return IndexAnswer(applied, problem=rebuilt or "OUT is not applied far enough")
+            return IndexAnswer(applied, problem=problem)
         if tenant in self._closed:
             return IndexAnswer(applied, len(request.traces))
         try:
@@ -68,3 +73,13 @@ class TraceIndexServer:
             _log.warning("the index cannot answer an evaluator: %s", error)
             return IndexAnswer(applied, problem=str(error))
         return IndexAnswer(applied, len(request.traces), rows, dict(raised))
+
+    def _problem(self, tenant: str, applied: int, upto: int) -> str:
+        """Why the index does not have everything up to a position of ``OUT``."""
+        if applied < upto:
+            return "OUT is not applied far enough"
+        if tenant in self._store.incomplete:
+            return f"the DuckDB file of {tenant} is rebuilt"
+        if self._waiting():
+            return "DuckDB did not answer, and rows wait in fallback files"
+        return ""

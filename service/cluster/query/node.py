@@ -51,6 +51,8 @@ class QueryStores:
     rules: RuleStore
     closed: Collection[str]
     """The deleted tenants."""
+    waiting: Callable[[], bool]
+    """Whether rows wait in fallback files for DuckDB."""
     threads: ThreadRunner
 
 
@@ -122,7 +124,7 @@ class QueryNode:
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
         self.positions = AppliedPositions(() if lost else saved.applied.items())
-        self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed)
+        self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed, stores.waiting)
         self.publisher = RulePublisher(
             self.cluster.config, stores.rules, stores.data / published.FILE
         )

@@ -1,6 +1,7 @@
 """Event streams over a real connection, and how connections end."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import trio
@@ -86,11 +87,13 @@ STREAM = "/api/v1/signals/stream"
 
 async def test_signals_are_streamed_as_they_are_stored(app, service):
     async with serving(app) as server:
-        client = await EventClient.open(server, STREAM + "?severity=high", "x-scope-orgid: acme")
+        query = "?severity=high&service=bank"
+        client = await EventClient.open(server, STREAM + query, "x-scope-orgid: acme")
         assert b"content-type: text/event-stream" in client.head
         assert await client.next() == "connected"
         await subscribed(service)
-        service.subscriptions.publish([signal(1, severity="low"), signal(2)])
+        wanted = replace(signal(2), context={"service": "bank"})
+        service.subscriptions.publish([signal(1, severity="low"), signal(3), wanted])
         name, data, identity = await client.next()
         assert (name, data["id"], identity) == ("signal", f"{2:032x}", f"{2:032x}")
         assert data["detected_at"] == "2023-11-14T22:13:20.123456789Z"

@@ -76,6 +76,45 @@ def test_a_fold_in_slices(seed, monkeypatch):
     assert found(traces.fold(given, 1)) == (0, 0, len(given))  # nothing is left, all is known
 
 
+class Steps(CpuSlice):
+    """Allows so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(0)
+        self._steps = steps
+
+    def pay(self, seconds: float = 0.0) -> None:
+        self._steps -= 1
+        if self._steps < 0:
+            raise SliceOver
+
+
+def test_a_slice_passes_over_what_is_folded_in_one_step(monkeypatch):
+    calls = []
+    take_rows = folding.FoldRun._take_rows
+
+    def counted(run, end):
+        calls.append(end)
+        take_rows(run, end)
+
+    monkeypatch.setattr(folding.FoldRun, "_take_rows", counted)
+    monkeypatch.setattr(folding, "_PATTERN_CELLS", 9)  # three rows
+    traces = TenantTraces("t", compiled([parse(rule) for rule in RULES]))
+    made = scan_bodies("t", [body(*(S(n, "other") for n in range(1, 301)))])
+    made.positions = np.array([10])
+    slices = 0
+    while True:
+        slices += 1
+        try:
+            traces.fold(made, 1, slice=Steps(10))
+            break
+        except SliceOver:
+            traces.owed = []
+    pieces = -(-300 // (9 // traces.tables[-1].rules.patterns.count))
+    assert slices >= pieces / 10
+    assert len(calls) == len(set(calls)) == pieces
+
+
 def test_a_slice_ends_with_its_time_and_a_certain_one_allows_one_step_more():
     with pytest.raises(SliceOver):
         CpuSlice(60).pay(100.0)

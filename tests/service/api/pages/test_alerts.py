@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from betrace.service.cli import alerts as module
 from betrace.service.cli.api_client import ServiceApi
 from betrace.service.cli.main import cli
+from betrace.service.export.alerts.alert import Alert
 from tests.service.api.pages.conftest import browsing
 from tests.service.api.pages.test_pages import text_of
 from tests.support.http_receiver import receiving
@@ -102,3 +103,19 @@ class FakeApi(ServiceApi):
 
     def ask(self, *_, **__):
         return self.shown
+
+
+async def test_the_overview_shows_few_alerts_and_the_rest_on_demand(browser, monkeypatch):
+    now = 1_700_000_000 * 10**9
+    found = [Alert("default", f"r{n}", "high", {}, now - n, now - n) for n in range(120)]
+    alerts = type(browser.service.tools.sources.alerts)
+    monkeypatch.setattr(alerts, "firing", lambda *_: found)
+    monkeypatch.setattr(alerts, "destinations", ["alerts-webhook"])
+    page = await browser.get("/")
+    shown, rest = page.split("<details>")[:2]
+    assert "r3<" in shown
+    assert "r4<" not in shown
+    assert "96 more alerts" in rest
+    assert "r99<" in rest
+    assert "and 20 more alerts" in text_of(page)
+    assert "nobody knows yet" in shown

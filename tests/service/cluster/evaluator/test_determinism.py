@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from betrace.service.cluster.evaluator import snapshot as snapshots
 from betrace.service.cluster.evaluator.state import PartitionState
+from betrace.service.config.settings import Settings
 from betrace.service.rules.parse import parse
 from betrace.service.traces import checkpoint
 from tests.support.engine import active
 from tests.support.examples import examples
 from tests.support.oracle import OracleSpan, breach
-from tests.support.partition_world import Owner, PartitionWorld
+from tests.support.partition_world import SETTINGS, TIGHT, Owner, PartitionWorld
 from tests.support.spans import S
 
 pytestmark = pytest.mark.kernel
@@ -78,9 +79,9 @@ def events() -> st.SearchStrategy[list[tuple[Any, ...]]]:
     )
 
 
-def written(script: list[tuple[Any, ...]]) -> PartitionWorld:
+def written(script: list[tuple[Any, ...]], options: Settings) -> PartitionWorld:
     """A world whose log has these events, and long enough time after them."""
-    world = PartitionWorld()
+    world = PartitionWorld(options)
     for tenant in TENANTS:
         world.rules(tenant, *FOLDED, *RELATED)
     for event in script:
@@ -109,8 +110,10 @@ def contents(state: PartitionState) -> tuple[dict[str, Any], bytes, bytes]:
     return header, traces, found.filters.tobytes()
 
 
-def one_by_one(script: list[tuple[Any, ...]]) -> tuple[PartitionWorld, Owner]:
-    world = written(script)
+def one_by_one(
+    script: list[tuple[Any, ...]], options: Settings = SETTINGS
+) -> tuple[PartitionWorld, Owner]:
+    world = written(script, options)
     owner = Owner(world)
     for _ in world.log:
         owner.apply(1)
@@ -125,8 +128,9 @@ def one_by_one(script: list[tuple[Any, ...]]) -> tuple[PartitionWorld, Owner]:
 @given(events(), st.integers(0, 2**32))
 def test_any_grouping_takeover_and_crash_gives_the_same(script, seed):
     random = Random(seed)
-    expected, first = one_by_one(script)
-    world = written(script)
+    options = TIGHT if seed % 3 == 0 else SETTINGS
+    expected, first = one_by_one(script, options)
+    world = written(script, options)
     assert world.log == expected.log
     owner = Owner(world)
     checkpoint_of: list[tuple[int, bytes]] = []  # usable once the step is stored

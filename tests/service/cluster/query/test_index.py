@@ -41,7 +41,8 @@ class Index:
 
     def __init__(self, store, applied=5, decided=5):
         self.positions = AppliedPositions([(2, applied)])
-        self.server = TraceIndexServer(store, self.positions, {"gone"})
+        self.waiting = False
+        self.server = TraceIndexServer(store, self.positions, {"gone"}, lambda: self.waiting)
         self.decided = decided
         self.asked = []
         self.remote = RemoteTraceIndex(2, self.ask, lambda: self.decided)
@@ -107,6 +108,17 @@ def test_an_answer_is_asked_again_after_a_decision(store):
     index.positions.enter(2, 6, [], 0)
     index.decided = 6
     assert set(index.remote.find_traces("acme", [name(1)])) == {name(1)}
+
+
+def test_rows_in_fallback_files_are_waited_for(store):
+    """They count as applied, although DuckDB does not have them yet."""
+    index = Index(store)
+    index.waiting = True
+    with pytest.raises(HistoryUnavailable, match="rows wait in fallback files"):
+        index.remote.find_traces("acme", [name(1)])
+    store.write("acme", traces=trace_table(due(1)))
+    index.waiting = False
+    assert index.remote.find_traces("acme", [name(1)])[name(1)].spans
 
 
 def test_many_traces_take_several_requests(store, monkeypatch):
