@@ -81,7 +81,16 @@ class CommitCounts:
 class _Partition:
     """The groups of one partition."""
 
-    __slots__ = ("changed", "filling", "full", "in_flight", "number", "refused", "refused_until")
+    __slots__ = (
+        "changed",
+        "filling",
+        "full",
+        "in_flight",
+        "number",
+        "refused",
+        "refused_until",
+        "spans",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -91,6 +100,7 @@ class _Partition:
         self.changed = trio.Event()
         self.refused: Refused | None = None  # of the last append
         self.refused_until = -math.inf
+        self.spans = 0  # acknowledged
 
     def refusal(self, now: float) -> Refused | None:
         """Why no more parts are taken now."""
@@ -150,6 +160,11 @@ class GroupCommit:
     def in_flight(self) -> int:
         """Messages in flight."""
         return sum(len(partition.in_flight) for partition in self._partitions)
+
+    @property
+    def partition_spans(self) -> list[int]:
+        """Spans acknowledged by each partition."""
+        return [partition.spans for partition in self._partitions]
 
     @property
     def most_part_bytes(self) -> int:
@@ -277,4 +292,5 @@ class GroupCommit:
         self.counts.messages += 1
         self.counts.bytes += len(data)
         self.counts.spans += group.spans
+        self._partitions[partition].spans += group.spans
         return None
