@@ -18,7 +18,7 @@ from perf.lib.workload import write_rules
 from tests.support.cluster_processes import Cluster, Node
 from tests.support.nats_servers import NatsServers
 
-READY_SECONDS = 120.0
+READY_SECONDS = 600.0
 SETTLE_SECONDS = 300.0
 IDLE_SECONDS = 2.0
 
