@@ -345,7 +345,6 @@ async def test_a_tenant_over_its_quota_gets_429():
     assert len(queue.taken) == 1
 
 
-
 async def test_requests_refused_for_load_use_no_quota():
     admission, queue = make(quotas=SpanQuotas(10, 1, clock=lambda: 0.0))
     queue.outcome = Refused(503, "disk")

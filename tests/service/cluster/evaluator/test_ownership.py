@@ -8,7 +8,7 @@ from unittest import mock
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.evaluator import first_rules, housekeeping
+from betrace.service.cluster.evaluator import first_rules, housekeeping, work
 from betrace.service.cluster.membership import drain_key
 from betrace.service.cluster.rule_keys import PUBLISHED
 from betrace.service.storage.jetstream.errors import StreamFull
