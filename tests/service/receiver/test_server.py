@@ -87,7 +87,7 @@ async def test_an_answer_that_keeps_the_connection_to_the_byte(date):
         status = Status(code=14, message="later").SerializeToString()
         expected = (
             b"HTTP/1.1 503 Service Unavailable\r\ndate: %s\r\n"
-            b"content-type: application/x-protobuf\r\ncontent-length: %d\r\nretry-after: 5\r\n"
+            b"content-type: application/x-protobuf\r\ncontent-length: %d\r\nretry-after: 1\r\n"
             b"\r\n%s"
         ) % (DATE, len(status), status)
         server.shutdown.set()
