@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as c
 from grafana_foundation_sdk.models import dashboard as d
 
-from grafana import flow, parts, rules
+from grafana import cluster, flow, parts, rules
 from grafana.panel import Annotation, Panel
 
 FILE = Path(__file__).with_name("dashboard.json")
@@ -33,6 +33,7 @@ ROWS = (
     ("Breakers", parts.BREAKERS),
     ("Caches", parts.CACHES),
     ("Tenants", parts.TENANTS),
+    ("Cluster", cluster.CLUSTER),
     ("Process", parts.PROCESS),
 )
 
@@ -51,7 +52,8 @@ def build() -> dashboard.Dashboard:
         dashboard.Dashboard("BeTrace")
         .uid(UID)
         .description(
-            "BeTrace: rules, ingestion, pipeline, storage, breakers, caches, tenants, process."
+            "BeTrace: rules, ingestion, pipeline, storage, breakers, caches, tenants, "
+            "cluster, process."
         )
         .tags(["betrace", "tracing"])
         .timezone("browser")

@@ -1,4 +1,4 @@
-"""``docs/reliability.md`` names tests that exist."""
+"""``docs/reliability.md`` and ``docs/cluster.md`` name tests that exist."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/reliability.md").read_text())
 
 
-def test_it_names_tests() -> None:
-    assert len(NAMED) > 30
+def named(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text())
+
+
+RELIABILITY, CLUSTER = named("docs/reliability.md"), named("docs/cluster.md")
+NAMED = list(dict.fromkeys(RELIABILITY + CLUSTER))
+
+
+def test_they_name_tests() -> None:
+    assert len(RELIABILITY) > 30
+    assert len(CLUSTER) > 10
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED)

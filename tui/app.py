@@ -23,7 +23,7 @@ from betrace.tui.changes import PREFIX, OperatorChange
 from betrace.tui.client import ApiClient, ClientError
 from betrace.tui.connection import Link, ServiceConnection
 from betrace.tui.json_values import Json
-from betrace.tui.panels import PANELS
+from betrace.tui.panels import OF_CLUSTERS, PANELS
 from betrace.tui.panels.health import badges
 from betrace.tui.state import parse
 from betrace.tui.widgets.detail import Detail
@@ -47,6 +47,7 @@ class BetraceApp(BaseApp):
       read_only: disables changes.
       first: a snapshot to begin with.
       clock: returns seconds since 1970.
+      cluster: whether the service is part of a cluster, which has panels of its own.
     """
 
     CSS_PATH = "betrace.tcss"
@@ -75,9 +76,14 @@ class BetraceApp(BaseApp):
         read_only: bool = False,
         first: Json | None = None,
         clock: Callable[[], float] = time.time,
+        cluster: bool = False,
     ) -> None:
         super().__init__(client, read_only, clock)
-        self.panel_numbers = {panel.__name__: n for n, panel in enumerate(PANELS, 1)}
+        self._kinds = (*PANELS, *OF_CLUSTERS) if cluster else PANELS
+        self.panel_numbers = {panel.__name__: n for n, panel in enumerate(self._kinds, 1)}
+        if cluster:
+            for number, panel in enumerate(OF_CLUSTERS, len(PANELS) + 1):
+                self.bind(str(number % 10), f"panel({number})", description=panel.TITLE, show=False)
         self._panels: list[Panel] = []
         """All panels. Each is mounted when it is first shown."""
         self._number = 1
@@ -87,8 +93,8 @@ class BetraceApp(BaseApp):
 
     def compose(self) -> ComposeResult:
         yield StatusBar()
-        yield NavBar([(panel.TITLE, panel.SHORT or panel.TITLE) for panel in PANELS])
-        self._panels = [panel() for panel in PANELS]
+        yield NavBar([(panel.TITLE, panel.SHORT or panel.TITLE) for panel in self._kinds])
+        self._panels = [panel() for panel in self._kinds]
         for panel in self._panels:
             panel.id = type(panel).__name__
         with ContentSwitcher(initial=self._panels[0].id):
@@ -345,7 +351,8 @@ async def _run(
             first = await client.snapshot()
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
                 raise ClientError("refused", "the TUI needs a terminal; in scripts use the API")
-            await BetraceApp(client, read_only, first).run_async()
+            cluster = await client.in_cluster()
+            await BetraceApp(client, read_only, first, cluster=cluster).run_async()
             return 0
     except ClientError as error:
         print(f"betrace: {error}; {_remedy(error)}", file=sys.stderr)

@@ -138,6 +138,11 @@ class ApiClient:
     ) -> Json:
         return await self.request("POST", path, params, body, timeout=timeout)
 
+    async def in_cluster(self) -> bool:
+        """Whether the service is a query node of a cluster. Also false if the token may not ask."""
+        found = await self.request("GET", "/api/cluster", accept=(401, 403, 404))
+        return "partitions" in found
+
     async def events(
         self,
         path: str,

@@ -46,7 +46,8 @@ same type; every error is a `google.rpc.Status` whose message says what to do.
 | 429 | The tenant is over its quota; send again after `Retry-After` |
 | 503 | Overloaded, paused, draining, or the log cannot be written; send again after `Retry-After` |
 
-`Retry-After` is a whole number of seconds, from 1 to 5, and grows with the overload. A request
+`Retry-After` is a whole number of seconds, from 1 to 5, and grows with the overload, or while the
+log cannot be written. A request
 whose answer was lost may have been accepted; sending it again is safe, because a span sent twice
 counts once. A body that takes longer than `ingest.body_timeout_seconds` gets 503.
 

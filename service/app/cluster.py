@@ -288,6 +288,13 @@ class ClusterProcess:
             }
         return found
 
+    def members(self) -> list[Json]:
+        """The nodes of the cluster that are alive, as JSON."""
+        return [
+            {"name": each.name, "roles": list(each.roles), "draining": each.draining}
+            for each in self._membership.alive().values()
+        ]
+
     def role_metrics(self) -> Iterator[Metric]:
         """The metrics of the edge and of the evaluator."""
         if self.edge is not None:

@@ -165,7 +165,8 @@ class Edge:
 
     def metrics(self) -> Iterator[Metric]:
         """The metrics of the edge, without those of the process."""
-        return edge_metrics.read(self.ingest.counts, self.admission, self.commit)
+        state = edge_metrics.EdgeState(self.ingest.counts, self.admission, self.commit)
+        return edge_metrics.read(state)
 
 
 def warm_up() -> None:

@@ -3,63 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
-from betrace.service.api.metrics.flow import DECLARED
+from betrace.service.api.metrics import flow
+from betrace.service.api.metrics.declared import Declared, Samples, one
 from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.pipeline.scanning import IngestCounts
 from betrace.service.receiver.admission import Admission
 
-_SHARED = {each.name: each for each in DECLARED}
+_SHARED = {each.name: each for each in flow.DECLARED}
 
 
-def read(counts: IngestCounts, admission: Admission, commit: GroupCommit) -> Iterator[Metric]:
-    """All of them, with their current values."""
-    yield _counter("betrace_span_ingestion", "", counts.accepted)
-    yield _counter("betrace_spans_rejected", "", counts.rejected)
-    for name, refused in (
-        ("betrace_spans_refused", admission.refusals.spans),
-        ("betrace_requests_refused", admission.refusals.requests),
-    ):
-        family = CounterMetricFamily(name, _SHARED[name].text, labels=_SHARED[name].labels)
-        for reason, number in refused.items():
-            family.add_metric([reason], number)
-        yield family
-    sent = commit.counts
-    yield _counter(
-        "betrace_edge_messages", "Messages that the partitions' logs acknowledged.", sent.messages
-    )
-    yield _counter(
-        "betrace_edge_log_bytes", "Compressed size of acknowledged messages.", sent.bytes
-    )
-    yield _counter("betrace_edge_log_spans", "Spans in acknowledged messages.", sent.spans)
-    failures = CounterMetricFamily(
+@dataclass(frozen=True, slots=True)
+class EdgeState:
+    """What is read."""
+
+    counts: IngestCounts
+    admission: Admission
+    commit: GroupCommit
+
+
+def _failures(edge: EdgeState) -> Samples:
+    sent = edge.commit.counts
+    yield ("no_quorum",), sent.no_quorum
+    yield ("full",), sent.full
+    yield ("error",), sent.failed
+
+
+def _unavailable(edge: EdgeState) -> Samples:
+    unavailable = set(edge.commit.unavailable())
+    for partition in range(len(edge.commit.partition_spans)):
+        yield (str(partition),), partition in unavailable
+
+
+SHARED: tuple[Declared[EdgeState], ...] = (
+    Declared(
+        "betrace_span_ingestion",
+        "counter",
+        _SHARED["betrace_span_ingestion"].text,
+        (),
+        lambda edge: one(edge.counts.accepted),
+    ),
+    Declared(
+        "betrace_spans_rejected",
+        "counter",
+        _SHARED["betrace_spans_rejected"].text,
+        (),
+        lambda edge: one(edge.counts.rejected),
+    ),
+    Declared(
+        "betrace_spans_refused",
+        "counter",
+        _SHARED["betrace_spans_refused"].text,
+        _SHARED["betrace_spans_refused"].labels,
+        lambda edge: (((name,), value) for name, value in edge.admission.refusals.spans.items()),
+    ),
+    Declared(
+        "betrace_requests_refused",
+        "counter",
+        _SHARED["betrace_requests_refused"].text,
+        _SHARED["betrace_requests_refused"].labels,
+        lambda edge: (((name,), value) for name, value in edge.admission.refusals.requests.items()),
+    ),
+)
+"""Documented for a process without a cluster."""
+
+DECLARED: tuple[Declared[EdgeState], ...] = (
+    Declared(
+        "betrace_edge_messages",
+        "counter",
+        "Messages that the partitions' logs acknowledged.",
+        (),
+        lambda edge: one(edge.commit.counts.messages),
+    ),
+    Declared(
+        "betrace_edge_log_bytes",
+        "counter",
+        "Compressed size of acknowledged messages.",
+        (),
+        lambda edge: one(edge.commit.counts.bytes),
+    ),
+    Declared(
+        "betrace_edge_log_spans",
+        "counter",
+        "Spans in acknowledged messages.",
+        (),
+        lambda edge: one(edge.commit.counts.spans),
+    ),
+    Declared(
         "betrace_edge_failed_messages",
+        "counter",
         "Messages that were not acknowledged: no_quorum (not in time), full (the stream is full), "
         "or error.",
-        labels=("reason",),
-    )
-    failures.add_metric(["no_quorum"], sent.no_quorum)
-    failures.add_metric(["full"], sent.full)
-    failures.add_metric(["error"], sent.failed)
-    yield failures
-    yield GaugeMetricFamily(
+        ("reason",),
+        _failures,
+    ),
+    Declared(
         "betrace_edge_buffered_bytes",
+        "gauge",
         "Uncompressed bytes that wait for an acknowledgement.",
-        commit.buffered_bytes,
-    )
-    yield GaugeMetricFamily(
+        (),
+        lambda edge: one(edge.commit.buffered_bytes),
+    ),
+    Declared(
         "betrace_edge_messages_in_flight",
+        "gauge",
         "Messages that are sent and not acknowledged.",
-        commit.in_flight,
-    )
-    yield GaugeMetricFamily(
+        (),
+        lambda edge: one(edge.commit.in_flight),
+    ),
+    Declared(
         "betrace_edge_unavailable_partitions",
+        "gauge",
         "Partitions that take no spans now.",
-        len(commit.unavailable()),
-    )
+        (),
+        lambda edge: one(len(edge.commit.unavailable())),
+    ),
+    Declared(
+        "betrace_edge_partition_unavailable",
+        "gauge",
+        "1 if the partition takes no spans now, else 0.",
+        ("partition",),
+        _unavailable,
+    ),
+    Declared(
+        "betrace_edge_partition_spans",
+        "counter",
+        "Spans in messages that the partition's log acknowledged.",
+        ("partition",),
+        lambda edge: (
+            ((str(partition),), spans)
+            for partition, spans in enumerate(edge.commit.partition_spans)
+        ),
+    ),
+)
 
 
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(name, text or _SHARED[name].text, value)
+def read(edge: EdgeState) -> Iterator[Metric]:
+    """All of them, with their current values. Call it on Trio's thread."""
+    for each in (*SHARED, *DECLARED):
+        yield each.family(edge)

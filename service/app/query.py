@@ -55,6 +55,7 @@ def connect_query(
         spans=SpanStreams(client, layout),
         outs=dict(logs),
         last=lambda partition: logs[partition].last(),
+        epoch=lambda partition: logs[partition].epoch(),
         owners=owners,
         config=ConfigBucket(client, layout.config_bucket),
         index_subject=index_subject(layout.prefix),

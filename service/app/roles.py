@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from betrace.service.config.settings import Settings
 
+DAY_SECONDS = 86_400
+
 
 class Role(StrEnum):
     """What a process of a cluster does."""
@@ -54,13 +56,14 @@ def read_roles(text: str | None, clustered: bool) -> tuple[Role, ...]:
 
 
 def refuse_unsupported(settings: Settings) -> None:
-    """Raise :exc:`RoleError` for settings that do not work on a cluster yet."""
+    """Raise :exc:`RoleError` for settings that do not work on a cluster."""
     if settings.archive.enabled:
         raise RoleError("archive.enabled does not work with [cluster] yet; set it to false")
-    if settings.retention.log_days:
+    days, max_age = settings.retention.log_days, settings.traces.max_age_seconds
+    if days and max_age > days * DAY_SECONDS / 2:
         raise RoleError(
-            "retention.log_days does not work with [cluster] yet, because the spans are in "
-            "JetStream; remove it, and limit the streams with cluster.partition_bytes"
+            f"retention.log_days ({days}) is less than twice traces.max_age_seconds ({max_age:g}), "
+            "so spans of open traces could be deleted; raise the first or lower the second"
         )
 
 

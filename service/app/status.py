@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -34,6 +35,7 @@ class StatusApp:
 
     def __init__(self, status: NodeStatus) -> None:
         self._status = status
+        self._started_at = time.time()
         self._process = CollectorRegistry()
         register_process(self._process)
 
@@ -86,7 +88,10 @@ class StatusApp:
             labels=("node", "roles"),
         )
         info.add_metric([self._status.node, ",".join(self._status.roles)], 1)
-        every = _Families(chain([info], self._status.metrics(), self._process.collect()))
+        start = GaugeMetricFamily(
+            "betrace_start_time_seconds", "When the service started.", self._started_at
+        )
+        every = _Families(chain([info, start], self._status.metrics(), self._process.collect()))
         return generate_latest(every)  # type: ignore[arg-type]
 
 

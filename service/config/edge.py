@@ -88,7 +88,8 @@ class Ingest(SettingsSection):
     """Smallest Retry-After of a 503 or 429. Python and JavaScript exporters drop a batch if it
     exceeds their total of 10 s."""
     retry_after_max_seconds: Annotated[int, Field(ge=1, le=3600)] = 5
-    """Largest Retry-After, sent when the service is fullest."""
+    """Largest Retry-After, sent when the service is fullest, or when spans cannot be stored for
+    longer than this."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -140,6 +140,6 @@ class Retention(SettingsSection):
 
     log_days: Annotated[int, Field(ge=0, le=36_500)] = 0
     """Days of the span log to keep; 0 keeps all. With archive.enabled, a day is deleted only once
-    it is archived."""
+    it is archived. On a cluster, it is the setting of the evaluators."""
     trace_days: Annotated[int, Field(ge=0, le=36_500)] = 0
     """Days to keep a trace in the index after its last span; 0 keeps all."""

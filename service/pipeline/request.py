@@ -23,11 +23,10 @@ class Done:
 class Refused:
     """The request was not accepted. ``status`` is 400 (cannot be decoded), 403 (tenant deleted),
     413 (too large after decompression) or 503 (cannot be written now); ``message`` says what to
-    do. ``brief``: the cause may end at any moment, so the client should try again soon."""
+    do."""
 
     status: int
     message: str
-    brief: bool = False
 
 
 class Reply:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import trio
+
 from betrace.service.config.edge import Ingest
 from betrace.service.pipeline.request import Refused
 from betrace.service.receiver.heads import OTHER_SIGNALS, UNKNOWN_HEAD, Head
@@ -35,6 +37,9 @@ REASONS = (
 FADING = 0.98
 """Weight of the past in :attr:`Refusals.overload`: about the last 50 requests count."""
 
+OUTAGES_APART_SECONDS = 10.0
+"""After so long without a failure to store spans, the next one begins another outage."""
+
 _OUTCOMES = {400: "undecodable", 403: "tenant", 413: "too_large"}
 
 
@@ -56,6 +61,7 @@ class Refusals:
         """The reason and message of refusing every request; None while requests are admitted."""
         self.overload = 0.0
         """Recent fraction of requests that were refused for load."""
+        self._outage_since = self._last_failure = -math.inf
 
     # Requests that are wrong.
 
@@ -181,9 +187,17 @@ class Refusals:
     def failed(self, head: Head, outcome: Refused, spans: int) -> HttpResponse:
         """The answer to a request that the pipeline refused."""
         reason = _OUTCOMES.get(outcome.status, "unavailable")
-        seconds = self._retry_min if outcome.brief else self._retry_max
-        retry = [_retry_after(seconds)] if outcome.status == 503 else []
+        retry = [_retry_after(self._outage_seconds())] if outcome.status == 503 else []
         return self._refuse(head, outcome.status, reason, outcome.message, *retry, spans=spans)
+
+    def _outage_seconds(self) -> int:
+        """How long clients should wait while spans cannot be stored: about as long as that has
+        lasted, because most outages are short."""
+        now = trio.current_time()
+        if now - self._last_failure > OUTAGES_APART_SECONDS:
+            self._outage_since = now
+        self._last_failure = now
+        return min(max(round(now - self._outage_since), self._retry_min), self._retry_max)
 
     def _refuse(
         self,

@@ -392,7 +392,8 @@ PARTITION_WAITS = _event(
     logging.WARNING,
     "partition {partition} waits: {reason}",
     "A verdict needs earlier spans or signals that cannot be read now, for example because no "
-    "query node answers. The partition continues when they can be read.",
+    "query node answers; or the cluster is new and has no rules. The partition continues when they "
+    "can be read, and when rules are published.",
 )
 CHECKPOINT_UNUSABLE = _event(
     "cluster.checkpoint_unusable",

@@ -18,15 +18,15 @@ from tests.crash.campaign import same, shown
 from tests.crash.clients import Clients
 from tests.crash.workload import TENANTS, Active, Traces
 
-SETTLE_SECONDS = 120
+SETTLE_SECONDS = 300
 ALL_TENANTS = (*TENANTS, TENANT)
 
 
 class Campaign:
     """A cluster under load. Use it as a context manager."""
 
-    def __init__(self, directory: Path, seed: int, rate: float = 40.0) -> None:
-        self.cluster = Cluster(directory)
+    def __init__(self, directory: Path, seed: int, rate: float = 40.0, evaluators: int = 3) -> None:
+        self.cluster = Cluster(directory, evaluators=evaluators)
         self.rng = random.Random(seed)
         self._seed, self._rate = seed, rate
 
@@ -55,19 +55,22 @@ class Campaign:
         self.cluster.__exit__()
 
     def wait_for_rules(self) -> None:
-        """Return when each partition has the rules of all tenants, which the load relies on."""
+        """Return when each partition has the rules of all tenants, which the load relies on: a
+        marker for each tenant, and one that says that rules are published."""
         end = time.monotonic() + SETTLE_SECONDS
-        while any(not partition["owner"] for partition in self.partitions()):
-            assert time.monotonic() < end, "some partitions have no owner"
+        while any(
+            (partition["counts"] or {}).get("markers", 0) <= len(ALL_TENANTS)
+            for partition in self.partitions()
+        ):
+            assert time.monotonic() < end, "some partitions have no rules"
             time.sleep(0.2)
-        time.sleep(5)
 
     def partitions(self) -> list[dict[str, Any]]:
         """What the query node says of each partition."""
         return list(self.cluster.query.get("/api/cluster")["partitions"])
 
     def run(self, faults: int, report: Callable[[str], None]) -> None:
-        """Inject faults, with random pauses."""
+        """Inject random faults, with random pauses."""
         for number in range(1, faults + 1):
             time.sleep(self.rng.choice((0.0, self.rng.uniform(0, 2))))
             report(f"fault {number} of {faults}: {self.faults.inject()}")

@@ -14,6 +14,10 @@ from tests.support.nats_servers import NatsServers
 from tests.support.process import environment
 
 
+class ServersAway(Exception):
+    """A command could not run, because the NATS servers did not answer."""
+
+
 class Cluster:
     """Use it as a context manager: it starts everything, and ends all of its processes."""
 
@@ -63,7 +67,8 @@ class Cluster:
         return node
 
     def command(self, *arguments: str) -> str:
-        """Run ``betrace cluster`` on the query node's configuration; returns what it prints."""
+        """Run ``betrace cluster`` on the query node's configuration; returns what it prints. Raises
+        :exc:`ServersAway` if no NATS server answers it."""
         done = subprocess.run(
             [
                 sys.executable, "-m", "betrace.service", "cluster",
@@ -75,6 +80,8 @@ class Cluster:
             timeout=START_SECONDS,
             check=False,
         )  # fmt: skip
+        if done.returncode != 0 and "NATS" in done.stderr:
+            raise ServersAway(done.stderr)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

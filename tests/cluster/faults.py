@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import Cluster, ServersAway
 from tests.cluster.nodes import LEASE_SECONDS, Node
 from tests.cluster.rule_changes import RuleChanges
 
@@ -48,11 +48,12 @@ class Faults:
         self.errors: list[BaseException] = []
         self.counts: Counter[str] = Counter()
 
-    def inject(self) -> str:
-        """Inject the next fault; returns what it is. Its repair runs in the background. Of two
+    def inject(self, fault: str | None = None) -> str:
+        """Inject a fault; returns what it is. Its repair runs in the background. By default, of two
         random faults it takes the rarer one, so that all are about equally frequent. Waits while
         an earlier fault of the same part is not repaired."""
-        fault = min(self._rng.sample(sorted(KINDS), 2), key=self.counts.__getitem__)
+        if fault is None:
+            fault = min(self._rng.sample(sorted(KINDS), 2), key=self.counts.__getitem__)
         part = KINDS[fault]
         if part in self._down:
             self._down[part].join()
@@ -108,9 +109,12 @@ class Faults:
 
         return leave
 
-    def _evaluator_drained(self) -> Callable[[], None]:
+    def _evaluator_drained(self) -> Callable[[], None] | None:
         node = self._evaluator()
-        self._cluster.command("drain", node.name)
+        try:
+            self._cluster.command("drain", node.name)
+        except ServersAway:
+            return None
 
         def restart() -> None:
             time.sleep(self._rng.uniform(0, 2))

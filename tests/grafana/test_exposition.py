@@ -4,13 +4,19 @@ import re
 import statistics
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from betrace.channels import ThreadTimeout
+from betrace.service.api.metrics import cluster
+from betrace.service.app import edge_metrics, evaluator_metrics
 from betrace.service.cli.docs import metrics as metrics_docs
+from betrace.service.cluster.edge.group_commit import GroupCommit
+from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
+from betrace.service.pipeline.scanning import IngestCounts
 from tests.support import inprocess
 from tests.support.grafana_files import (
     FOLDER,
@@ -45,8 +51,7 @@ def families(exposition):
     return list(text_string_to_metric_families(exposition))
 
 
-@pytest.fixture(scope="module")
-def samples(families):
+def values_of(families):
     """Values by (name, labels)."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -56,8 +61,43 @@ def samples(families):
 
 
 @pytest.fixture(scope="module")
-def names(samples):
-    return {name for name, _ in samples}
+def samples(families):
+    return values_of(families)
+
+
+@pytest.fixture(scope="module")
+def of_cluster():
+    """The samples of an edge, an evaluator that owns a partition, and a query node."""
+
+    async def main():
+        commit = GroupCommit(None, 2, None, 1 << 20, 1 << 20)
+        refusals = SimpleNamespace(spans={"quota": 0}, requests={"unavailable": 0})
+        admission = SimpleNamespace(refusals=refusals)
+        edge = edge_metrics.read(edge_metrics.EdgeState(IngestCounts(), admission, commit))
+        evaluator = evaluator_metrics.read([PartitionStatus(0, Phase.CURRENT)])
+        state = {"partition": 0, "applied": 5, "lag": 1}
+        node = SimpleNamespace(
+            name="query-1",
+            roles=("query",),
+            partitions=lambda: [state],
+            items=lambda: {0: 3},
+            index=SimpleNamespace(requests=2, behind=1),
+        )
+        query = [each.family(SimpleNamespace(node=node)) for each in cluster.DECLARED]
+        return list(edge), list(evaluator), query
+
+    return trio.run(main)
+
+
+@pytest.fixture(scope="module")
+def every_sample(samples, of_cluster):
+    """The samples of the service and of a cluster."""
+    return samples | values_of(family for families in of_cluster for family in families)
+
+
+@pytest.fixture(scope="module")
+def names(every_sample):
+    return {name for name, _ in every_sample}
 
 
 def test_metrics_of_panels_exist(names):
@@ -73,7 +113,7 @@ def test_metrics_of_alerts_exist(names, alert):
     assert found or alert["alert"] == "BetraceDown"  # uses Prometheus' own metric up
 
 
-def test_label_values_in_panels_and_alerts_exist(samples):
+def test_label_values_in_panels_and_alerts_exist(every_sample):
     """A typo in a value would silence an alert for ever."""
     asked = {
         (metric, label, value)
@@ -83,7 +123,7 @@ def test_label_values_in_panels_and_alerts_exist(samples):
         for value in wanted.split("|")
         if label not in ("job", "instance")
     }
-    exposed = {(name, label, value) for name, labels in samples for label, value in labels}
+    exposed = {(name, label, value) for name, labels in every_sample for label, value in labels}
     assert ("betrace_circuit_breaker_state", "state", "half_open") in asked
     assert asked <= exposed, asked - exposed
 
@@ -94,15 +134,10 @@ def test_metrics_in_the_tests_of_alerts_exist(names):
     assert set(series) - {"up"} <= names
 
 
-# These have samples in processes of a cluster only.
-OF_CLUSTERS = ("betrace_cluster_", "betrace_edge_", "betrace_partition_")
-
-
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_metrics_in_pages_exist(names, page):
     text = (ROOT / page).read_text("utf-8")
     named = set(re.findall(r"`((?:betrace|process|python)_[a-z_]+)[`{]", text))
-    named = {name for name in named if not name.startswith(OF_CLUSTERS)}
     assert named <= names | {name.removesuffix("_bucket") for name in names}
 
 
@@ -120,6 +155,24 @@ def test_exposed_and_documented_metrics_are_the_same(families):
         if not family.name.endswith("_created")
     }
     assert exposed == documented
+
+
+def test_metrics_of_edges_and_evaluators_are_documented(of_cluster):
+    edge, evaluator, _ = of_cluster
+    shared = {each.name for each in edge_metrics.SHARED}
+    for families, documented in (
+        (
+            [family for family in edge if family.name not in shared],
+            metrics_docs.edge_only_metrics(),
+        ),
+        (evaluator, metrics_docs.evaluator_only_metrics()),
+    ):
+        assert {each.name: (each.kind, each.text) for each in documented} == {
+            f"{f.name}_total" if f.type == "counter" else f.name: (f.type, f.documentation)
+            for f in families
+        }
+    known = {metric.name for metric in metrics_docs.service_metrics()}
+    assert {each.exposed_name for each in edge_metrics.SHARED} <= known
 
 
 def test_labels_are_as_documented(families):

@@ -61,8 +61,8 @@ def test_the_dashboard_can_be_imported_unchanged():
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
     titles = [panel["title"] for panel in board["panels"] if panel["type"] == "row"]
-    wanted = ["Ingestion", "Pipeline", "Storage", "Breakers", "Caches", "Tenants", "Process"]
-    assert titles == ["At a glance", "Rules", *wanted]
+    wanted = ["Ingestion", "Pipeline", "Storage", "Breakers", "Caches", "Tenants", "Cluster"]
+    assert titles == ["At a glance", "Rules", *wanted, "Process"]
 
 
 def test_panels_do_not_overlap():

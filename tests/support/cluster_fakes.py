@@ -22,6 +22,7 @@ from betrace.service.cluster.evaluator.state import Anchor
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.output import Counts, Output
 from betrace.service.cluster.output import unpack as unpack_output
+from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.signals import Kind, Signal
 from betrace.service.storage.jetstream.blobs import BlobCorrupt, BlobMissing
@@ -52,8 +53,10 @@ class FakeNats:
         self.buckets: dict[str, dict[str, Entry]] = defaultdict(dict)
         self.revision = 0
         self.blobs: dict[str, bytes] = {}
+        self.tidied = 0
         self.moved = trio.Event()
         self.appended_by: dict[int, list[str]] = defaultdict(list)
+        self.put_rules(PUBLISHED, b"[]")
 
     def wake(self) -> None:
         self.moved.set()
@@ -74,7 +77,7 @@ class FakeNats:
 
     def put_rules(self, tenant: str, definitions: bytes) -> int:
         self.revision += 1
-        key = f"rules.{tenant}"
+        key = RULES_PREFIX + tenant
         self.buckets["config"][key] = Entry(key, definitions, self.revision)
         self.wake()
         return self.revision
@@ -281,6 +284,11 @@ class FakeBlobs:
         await self.node.gate()
         self.node.nats.blobs.pop(name, None)
 
+    async def delete_orphans(self, seconds: float) -> int:
+        await self.node.gate()
+        self.node.nats.tidied += 1
+        return 0
+
     async def names(self, prefix: str = "") -> list[str]:
         await self.node.gate()
         return sorted(name for name in self.node.nats.blobs if name.startswith(prefix))
@@ -302,6 +310,11 @@ class FakeState:
         self.digest = ""
         self.group: list[LogMessage] = []
         self.anchor = Anchor(0, 0, "")
+        self.first_rules: list[bytes] = []
+
+    def begin(self, rules: list[RulesMarker]) -> None:
+        assert not self.received
+        self.first_rules = [marker.definitions for marker in rules]
 
     def apply(self, messages) -> Output | None:
         found: Output | None = None
@@ -324,7 +337,7 @@ class FakeState:
         signals: list[Signal] = []
         for message in self.group:
             envelope = unpack(message.data)
-            if isinstance(envelope, RulesMarker):
+            if isinstance(envelope, RulesMarker) and envelope.tenant != PUBLISHED:
                 before = self.rules_revisions.get(envelope.tenant, 0)
                 self.rules_revisions[envelope.tenant] = max(before, envelope.revision)
             for frame in envelope.frames if isinstance(envelope, Spans) else ():

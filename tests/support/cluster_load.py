@@ -8,6 +8,7 @@ import orjson
 import trio
 
 from betrace.service.cluster.output import Output, unpack
+from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX, rules_key
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Kind, Signal
@@ -48,7 +49,9 @@ class Load:
 
     async def put_rules(self, rules: list[dict[str, str]]) -> int:
         bucket = ConfigBucket(self.client, self.layout.config_bucket)
-        return await bucket.put(f"rules.{TENANT}", orjson.dumps(rules))
+        revision = await bucket.put(rules_key(TENANT), orjson.dumps(rules))
+        await bucket.put(RULES_PREFIX + PUBLISHED, b"[]")
+        return revision
 
     async def send_traces(self, number: int) -> None:
         """Send traces, each in two messages or one."""

@@ -46,6 +46,16 @@ def panels() -> Iterator[Json]:
     yield from (panel for panel in dashboard()["panels"] if panel["type"] != "row")
 
 
+def titles_in(row: str) -> Iterator[str]:
+    """Yield the titles of a row's panels."""
+    current = ""
+    for panel in dashboard()["panels"]:
+        if panel["type"] == "row":
+            current = panel["title"]
+        elif current == row:
+            yield panel["title"]
+
+
 def queries() -> Iterator[tuple[str, str]]:
     """Yield each query with its panel's title, for all jobs and instances."""
     for panel in panels():

@@ -19,6 +19,7 @@ from betrace.service.cluster.query.open_traces import (
 )
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.fenced import Epoch
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
 from betrace.service.traces.due import DueTraces
@@ -108,6 +109,9 @@ class FedNode:
         async def owners() -> dict[int, str]:
             return {0: "evaluator-1"}
 
+        async def epoch(partition: int) -> Epoch:
+            return Epoch(partition, 1, "evaluator-1")
+
         return ClusterConnection(
             name="query-1",
             roles=("query",),
@@ -115,6 +119,7 @@ class FedNode:
             spans=NoSpans(),  # type: ignore[arg-type]
             outs=dict(self.outs),
             last=lambda partition: self.outs[partition].last(),
+            epoch=epoch,
             owners=owners,
             config=self.bucket,  # type: ignore[arg-type]
             index_subject="betrace.index",
@@ -124,6 +129,9 @@ class FedNode:
 
     def role_components(self) -> dict[str, Any]:
         return {"edge": {"status": "ok", "detail": "open"}}
+
+    def members(self) -> list[dict[str, Any]]:
+        return [{"name": "query-1", "roles": ["query"], "draining": False}]
 
     def role_metrics(self) -> list[Metric]:
         return [CounterMetricFamily("betrace_span_ingestion", "Spans.", 77)]

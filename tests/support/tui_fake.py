@@ -255,10 +255,12 @@ class FakeApi:
         last = [each for each in self.requests if each.url.path == path and each.content][-1]
         return dict(json.loads(last.content))
 
-    def app(self, read_only: bool = False, history: int = 30) -> BetraceApp:
+    def app(self, read_only: bool = False, history: int = 30, cluster: bool = False) -> BetraceApp:
         """The application with a history of this many seconds."""
+        if cluster:
+            self.routes["GET", "/api/cluster"] = records.cluster()
         client = ApiClient(URL, transport=httpx.MockTransport(self._handle))
-        app = BetraceApp(client, read_only, clock=self.clock)
+        app = BetraceApp(client, read_only, clock=self.clock, cluster=cluster)
         for second in range(history, 0, -1):
             data = snapshot_at(60 - second)
             data["metrics"]["spansAccepted"] += 700 * (second % 7)
@@ -350,7 +352,10 @@ PilotTest = Callable[[Pilot[int], FakeApi], Awaitable[None]]
 
 
 def piloted(
-    size: tuple[int, int] = (80, 24), read_only: bool = False, **api: Any
+    size: tuple[int, int] = (80, 24),
+    read_only: bool = False,
+    cluster: bool = False,
+    **api: Any,
 ) -> Callable[[PilotTest], Callable[[], None]]:
     """Run a test with a pilot of the TUI; ``api`` are attributes of the `FakeApi`."""
 
@@ -359,7 +364,7 @@ def piloted(
             fake = FakeApi()
             for name, value in api.items():
                 setattr(fake, name, value)
-            app = fake.app(read_only)
+            app = fake.app(read_only, cluster=cluster)
             notify = app.notify  # toasts stay, however long the machine takes
             app.notify = lambda *args, **more: notify(*args, **more | {"timeout": 600})
             async with (

@@ -255,3 +255,43 @@ def _done(method: str, path: str, name: str) -> Any:
             return {"tenant": name, "state": "deleted"}
         return tenants()[0] | {"quota": 700}
     return None
+
+
+def cluster() -> dict[str, Any]:
+    """What a query node says of a cluster: all is well in the first partitions only."""
+
+    def partition(number: int, **more: Any) -> dict[str, Any]:
+        return {
+            "partition": number,
+            "owner": f"evaluator-{1 + number % 2}",
+            "epoch": 3 + number,
+            "applied": 10_200 + number,
+            "last": 10_201 + number,
+            "lag": 1,
+            "evaluatedTo": 51_000 + number,
+            "logTimeNs": BEGUN,
+            "counts": {"spans": 4_000_000 + number, "deadLettered": 0},
+            "problem": None,
+            **more,
+        }
+
+    return {
+        "node": "query-1",
+        "roles": ["query"],
+        "nodes": [
+            {"name": "edge-1", "roles": ["edge"], "draining": False},
+            {"name": "evaluator-1", "roles": ["evaluator"], "draining": False},
+            {"name": "evaluator-2", "roles": ["evaluator"], "draining": True},
+            {"name": "query-1", "roles": ["query"], "draining": False},
+        ],
+        "partitions": [
+            partition(0),
+            partition(1),
+            partition(2, lag=25_000, last=35_202),
+            partition(3, owner=None, epoch=None, last=None, lag=None),
+            partition(4, owner="evaluator-9"),
+            partition(5, problem="OUT_5 has no leader"),
+        ],
+        "rulesProblem": None,
+        "index": {"requests": 2, "behind": 0},
+    }

@@ -19,6 +19,8 @@ class Scene:
     keys: Sequence[str]
     happens: Callable[[FakeApi], None] | None = None
     read_only: bool = False
+    cluster: bool = False
+    """Whether the service is part of a cluster."""
     both: bool = False
     """Whether there is also a snapshot at 120×40."""
     wide: bool = False
@@ -78,6 +80,7 @@ SCENES = {
     "tenants": Scene(("8",), both=True),
     "tenant-delete": Scene(("8", "D")),
     "system": Scene(("9",), both=True),
+    "cluster": Scene(("0",), cluster=True, both=True, shows={"0": "no owner"}),
     "lost": Scene(("1",), FakeApi.go_away),
     "read-only": Scene(("3", "question_mark"), read_only=True),
 }

@@ -16,7 +16,7 @@ SIZE = (100, 30)
 
 SHOWN = (
     *("overview-overloaded", "pipeline", "breakers", "breaker", "confirm", "caches"),
-    *("signals", "signal", "rules", "rule-edit", "dead-letters", "tenants", "system"),
+    *("signals", "signal", "rules", "rule-edit", "dead-letters", "tenants", "system", "cluster"),
 )
 
 _FONT = re.compile(r",?\s*url\([^)]*\)(?: format\([^)]*\))?")
@@ -26,7 +26,7 @@ _FONT = re.compile(r",?\s*url\([^)]*\)(?: format\([^)]*\))?")
 async def picture(name: str) -> str:
     """A scene as SVG."""
     scene, api = SCENES[name], FakeApi()
-    app = api.app(scene.read_only)
+    app = api.app(scene.read_only, cluster=scene.cluster)
     async with app.run_test(size=SIZE) as pilot:
         await prepare(pilot, api, scene)
         found = app.export_screenshot(title="betrace tui")

@@ -44,7 +44,7 @@ def _no_second_try(monkeypatch):
 def test_a_screen_looks_as_before(name, size, snap_compare):
     scene = SCENES[name]
     api = FakeApi()
-    app = api.app(scene.read_only)
+    app = api.app(scene.read_only, cluster=scene.cluster)
     assert snap_compare(
         app, terminal_size=size, run_before=lambda pilot: prepare(pilot, api, scene)
     )

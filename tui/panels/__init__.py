@@ -1,9 +1,10 @@
-"""The panels, in the order of their number keys."""
+"""The panels, in the order of their number keys; the tenth has the key 0."""
 
 from __future__ import annotations
 
 from betrace.tui.panels.breakers import BreakersPanel
 from betrace.tui.panels.caches import CachesPanel
+from betrace.tui.panels.cluster import ClusterPanel
 from betrace.tui.panels.dead_letters import DeadLettersPanel
 from betrace.tui.panels.overview import OverviewPanel
 from betrace.tui.panels.pipeline import PipelinePanel
@@ -24,3 +25,6 @@ PANELS: tuple[type[Panel], ...] = (
     TenantsPanel,
     SystemPanel,
 )
+
+OF_CLUSTERS: tuple[type[Panel], ...] = (ClusterPanel,)
+"""Panels after these, if the service is part of a cluster."""

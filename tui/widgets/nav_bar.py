@@ -71,7 +71,7 @@ class NavBar(LiveText):
         for index, title in enumerate(titles):
             style = "bold reverse" if index == self._chosen else ""
             link = f"@click=app.panel({index + 1})"
-            text = f"{index + 1}{between}{title}"
+            text = f"{(index + 1) % 10}{between}{title}"
             opening = f"[{style} {link}]" if style else f"[{link}]"
             parts.append(Content.from_markup(f"{opening}{text}[/]"))
             if index in self._badges:

@@ -15,9 +15,9 @@ endpoints = Endpoints("Administration", access="operator")
     "/api/cluster",
     "How far each partition of the cluster has been applied at this query node",
     answers={
-        200: '`{"node", "roles", "partitions": [{"partition", "owner", "applied", "last", "lag", '
-        '"evaluatedTo", "logTimeNs", "counts", "problem"}], "rulesProblem", '
-        '"index": {"requests", "behind"}}`',
+        200: '`{"node", "roles", "nodes": [{"name", "roles", "draining"}], "partitions": '
+        '[{"partition", "owner", "epoch", "applied", "last", "lag", "evaluatedTo", "logTimeNs", '
+        '"counts", "problem"}], "rulesProblem", "index": {"requests", "behind"}}`',
         404: "The service is not part of a cluster",
     },
 )
@@ -25,7 +25,9 @@ async def get_cluster(call: Call) -> Any:
     """`applied` is the number of the last message of the partition's `OUT` stream that is stored
     here; answers to queries contain what was decided up to it. `last` is the number of its last
     message as of a moment ago, null if it is not known, and `lag` the difference. `owner` is the
-    evaluator that has the partition. `evaluatedTo` is the number of the last message of the
+    evaluator that has the partition, and `epoch` the number of its epoch, which grows when the
+    partition moves; null if it is not known yet. `nodes` are the processes that are alive.
+    `evaluatedTo` is the number of the last message of the
     partition's log that was evaluated. `counts` says what became of the messages and spans of the
     partition, since its first one. `problem` says why the stream cannot be read now."""
     node = call.tools.sources.node

@@ -30,7 +30,7 @@ def _sent(sources: Sources) -> Samples:
             yield (name, outcome), number
 
 
-DECLARED = (
+DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_alerts_firing",
         "gauge",

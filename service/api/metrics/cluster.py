@@ -37,7 +37,7 @@ def _index(sources: Sources) -> Samples:
         yield ("behind",), index.behind
 
 
-DECLARED = (
+DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_cluster_node_info",
         "gauge",

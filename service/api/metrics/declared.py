@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, Metric
 
-from betrace.service.api.sources import Sources
+S = TypeVar("S")
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
 """Values of the labels, in the declared order, and the number."""
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
-    """A metric that is read when it is scraped."""
+class Declared(Generic[S]):
+    """A metric that is read from ``S`` when it is scraped."""
 
     name: str
     kind: Literal["counter", "gauge"]
     text: str
     labels: tuple[str, ...]
-    read: Callable[[Sources], Samples]
+    read: Callable[[S], Samples]
     blocks: bool = False
     """Whether reading may block on the operating system. It then happens in a thread and must not
     touch anything that belongs to the Trio thread."""
 
-    exemplars: Callable[[Sources], Mapping[tuple[str, ...], Exemplar]] | None = None
+    exemplars: Callable[[S], Mapping[tuple[str, ...], Exemplar]] | None = None
     """For counters: the exemplars by the values of the labels."""
 
-    def family(self, sources: Sources) -> Metric:
+    @property
+    def exposed_name(self) -> str:
+        """The name as Prometheus sees it."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def family(self, sources: S) -> Metric:
         """The metric with its current values."""
         if self.kind == "gauge":
             gauge = GaugeMetricFamily(self.name, self.text, labels=self.labels)

@@ -25,10 +25,17 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 
 from betrace.channels import ThreadRunner
 from betrace.service.api.metrics import alerts, cluster, flow, stages, stores
+from betrace.service.api.metrics.declared import Declared
 from betrace.service.api.sources import Sources
 from betrace.service.telemetry.latencies import Latencies
 
-DECLARED = (*flow.DECLARED, *alerts.DECLARED, *stages.DECLARED, *stores.DECLARED, *cluster.DECLARED)
+DECLARED: tuple[Declared[Sources], ...] = (
+    *flow.DECLARED,
+    *alerts.DECLARED,
+    *stages.DECLARED,
+    *stores.DECLARED,
+    *cluster.DECLARED,
+)
 SCRAPE_SECONDS = 5.0
 """Timeout of a scrape. Prometheus itself gives up after 10 s."""
 

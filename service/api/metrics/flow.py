@@ -15,7 +15,7 @@ def _signals(sources: Sources) -> Samples:
             yield (severity, kind), seen.get((severity, kind), 0)
 
 
-DECLARED = (
+DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_span_ingestion",
         "counter",

@@ -69,7 +69,7 @@ def _of_caches(key: str) -> Callable[[Sources], Samples]:
     return lambda s: [((name,), found[key]) for name, found in s.caches.statistics().items()]
 
 
-DECLARED = (
+DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_seda_queue_size",
         "gauge",

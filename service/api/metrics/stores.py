@@ -63,7 +63,7 @@ def _audit_dropped(sources: Sources) -> Samples:
     return one(audit.dropped() if audit is not None else 0)
 
 
-DECLARED = (
+DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_export_signals",
         "counter",

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,51 +20,38 @@ from betrace.service.cli.common import (
     print_json,
     printable,
 )
+from betrace.service.cli.demo.shop_process import (
+    ANY_PORT,
+    IDLE_SECONDS,
+    Customer,
+    copy_rules,
+    free_address,
+    run_shop,
+)
 from betrace.service.cli.serve import run_service
-from betrace.service.config.base import split_address
+from betrace.service.config.base import OFF
 from betrace.service.config.load import load
 from betrace.service.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
     from betrace.service.app.service import Addresses
 
-IDLE_SECONDS = 2.0  # longer than the shop's slowest span and its flush together
 ONCE_SECONDS = 30.0  # for all of --once except the start of the service
 _POLL_SECONDS = 0.2
 _SETTLE_SECONDS = 0.5  # time for an unexpected signal to arrive
-_ANY_PORT = "127.0.0.1:0"
 _COLOURS = {"critical": "red", "high": "yellow", "medium": "cyan"}
 
 Json = dict[str, Any]
 
 
-@dataclass(slots=True)
-class Customer:
-    """A trace that the shop sent, with the ids of the rules expected to break and found broken."""
-
-    trace_id: str
-    scenario: str
-    expected: frozenset[str]
-    found: set[str] = field(default_factory=set)
-
-    @property
-    def ok(self) -> bool:
-        """Whether exactly the expected rules raised a signal."""
-        return self.found == self.expected
-
-    def to_json(self) -> Json:
-        """The fields, ``ok`` included."""
-        return {
-            "trace_id": self.trace_id,
-            "scenario": self.scenario,
-            "expected": sorted(self.expected),
-            "found": sorted(self.found),
-            "ok": self.ok,
-        }
-
-
 @click.command()
 @click.option("--once", is_flag=True, help="Send every kind of trace once, check, and exit.")
+@click.option(
+    "--cluster",
+    is_flag=True,
+    help="A whole cluster on this machine, whose processes are killed while the shop sends. Needs "
+    "nats-server.",
+)
 @click.option(
     "--ingest",
     metavar="HOST:PORT",
@@ -89,7 +69,14 @@ class Customer:
     help="A listener for metrics alone; by default, only the API serves them.",
 )
 @json_option
-def demo(once: bool, ingest: str | None, api: str | None, metrics: str, as_json: bool) -> None:
+def demo(
+    once: bool,
+    cluster: bool,
+    ingest: str | None,
+    api: str | None,
+    metrics: str,
+    as_json: bool,
+) -> None:
     """See it work: the service on a temporary directory, and a sample shop that sends to it.
 
     The shop is instrumented with the OpenTelemetry SDK, and some of what it does breaks the
@@ -97,17 +84,31 @@ def demo(once: bool, ingest: str | None, api: str | None, metrics: str, as_json:
     once, on any free ports, and the signals are compared with the expected ones: exit code 1 if
     one is missing or unexpected.
 
+    With --cluster, three NATS servers, two edges, three evaluators and a query node run on this
+    machine. An evaluator, an edge and the leader of a stream are killed and started again, and at
+    the end a table shows which signals were due and found. Without --once this repeats until
+    Ctrl-C.
+
     \b
     Examples:
       betrace demo
       betrace demo --once --json
+      betrace demo --cluster --once
     """
     import betrace.service.cli.demo.shop  # noqa: F401  # fails here without the extra `demo`
 
+    if cluster:
+        from betrace.service.cli.demo.cluster import run_cluster_demo
+
+        given = {"--ingest": ingest, "--metrics": None if metrics == OFF else metrics}
+        for option, value in given.items():
+            if value is not None:
+                raise Failure(f"{option} does not work with --cluster; leave it out")
+        sys.exit(run_cluster_demo(api, once=once, as_json=as_json))
     addresses = {
-        "ingest.address": ingest or (_ANY_PORT if once else _free("127.0.0.1:4318")),
-        "ingest.grpc_address": _ANY_PORT if once else _free("127.0.0.1:4317"),
-        "api.address": api or (_ANY_PORT if once else _free(URL.removeprefix("http://"))),
+        "ingest.address": ingest or (ANY_PORT if once else free_address("127.0.0.1:4318")),
+        "ingest.grpc_address": ANY_PORT if once else free_address("127.0.0.1:4317"),
+        "api.address": api or (ANY_PORT if once else free_address(URL.removeprefix("http://"))),
         "metrics.address": metrics,
     }
     with tempfile.TemporaryDirectory(prefix="betrace-demo-") as directory:
@@ -116,7 +117,7 @@ def demo(once: bool, ingest: str | None, api: str | None, metrics: str, as_json:
             addresses
             | {
                 "storage.path": f"{directory}/data",
-                "rules.directory": str(_copy_rules(Path(directory, "rules"))),
+                "rules.directory": str(copy_rules(Path(directory, "rules"))),
                 "traces.idle_seconds": IDLE_SECONDS,
                 "logging.level": "warning",
                 "tls.certificate": "",
@@ -128,25 +129,6 @@ def demo(once: bool, ingest: str | None, api: str | None, metrics: str, as_json:
         shown.say("starting the service on a temporary directory")
         run_service(settings, shown.run, shown.say)
     sys.exit(shown.code())
-
-
-def _free(address: str) -> str:
-    """``address``, or any port if that one is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(split_address(address))
-        except OSError:
-            return _ANY_PORT
-    return address
-
-
-def _copy_rules(directory: Path) -> Path:
-    directory.mkdir()
-    for source in resources.files("betrace.service.cli.demo").joinpath("rules").iterdir():
-        if source.name.endswith(".yaml"):
-            (directory / source.name).write_bytes(source.read_bytes())
-    return directory
 
 
 class _Demo:
@@ -195,34 +177,11 @@ class _Demo:
         from betrace.service.cli.demo.shop import SCENARIOS
 
         assert self._addresses.ingest is not None
-        command = [sys.executable, "-m", "betrace.service.cli.demo.shop"]
-        command += ["--endpoint", self._addresses.ingest, *options]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
-        environment["NO_PROXY"] = "*"
-        async with trio.open_nursery() as nursery:
-            # In a session of its own, so that Ctrl-C reaches only the demo.
-            process: trio.Process = await nursery.start(
-                partial(
-                    trio.run_process,
-                    command,
-                    stdout=subprocess.PIPE,
-                    check=False,
-                    env=environment,
-                    start_new_session=True,
-                )
-            )
-            assert process.stdout is not None
-            async for line in _lines(process.stdout):
-                sent = json.loads(line)
-                scenario = sent["scenario"]
-                self._customers[sent["trace_id"]] = Customer(
-                    sent["trace_id"], scenario, SCENARIOS[scenario][1]
-                )
-        if process.returncode:
-            raise Failure(
-                f"the sample shop failed with exit code {process.returncode}; "
-                "its output above says why"
-            )
+
+        def record(trace_id: str, scenario: str) -> None:
+            self._customers[trace_id] = Customer(trace_id, scenario, SCENARIOS[scenario][1])
+
+        await run_shop(self._addresses.ingest, record, *options)
 
     # Signals
 
@@ -355,11 +314,3 @@ async def _get(client: httpx.AsyncClient, path: str) -> Json:
         )
     body: Json = response.json()
     return body
-
-
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
-    rest = b""
-    async for chunk in stream:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line

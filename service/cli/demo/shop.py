@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -248,19 +249,38 @@ def _run(shop: Shop, scenario: str) -> None:
     print(json.dumps(line), flush=True)
 
 
+def _run_busily(shop: Shop) -> None:
+    """Send all scenarios in random order, again and again. SIGTERM ends it, but each is sent at
+    least once."""
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    sent, names = 0, list(SCENARIOS)
+    while sent < len(names) or not stopping:
+        if sent % len(names) == 0:
+            random.shuffle(names)
+        _run(shop, names[sent % len(names)])
+        sent += 1
+        time.sleep(random.uniform(0, 0.2))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Send traces to ``--endpoint``: every scenario once with ``--once``, otherwise random ones
-    until the reader of the output goes away."""
+    """Send traces to ``--endpoint``: every scenario once with ``--once``; all scenarios repeatedly
+    with ``--busy``, until SIGTERM; otherwise random ones until the reader of the output goes
+    away."""
     parser = argparse.ArgumentParser(
         prog="python -m betrace.service.cli.demo.shop", description=__doc__
     )
     parser.add_argument("--endpoint", required=True, help="such as http://127.0.0.1:4318")
     parser.add_argument("--once", action="store_true", help="send every scenario once, then exit")
+    parser.add_argument("--busy", action="store_true", help="send all scenarios until SIGTERM")
     options = parser.parse_args(argv)
     with Shop(options.endpoint) as shop:
         if options.once:
             for scenario in SCENARIOS:
                 _run(shop, scenario)
+            return
+        if options.busy:
+            _run_busily(shop)
             return
         customers = random.Random()
         good = [name for name, (_, broken) in SCENARIOS.items() if not broken]

@@ -81,7 +81,16 @@ class CommitCounts:
 class _Partition:
     """The groups of one partition."""
 
-    __slots__ = ("changed", "filling", "full", "in_flight", "number", "refused", "refused_until")
+    __slots__ = (
+        "changed",
+        "filling",
+        "full",
+        "in_flight",
+        "number",
+        "refused",
+        "refused_until",
+        "spans",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -91,13 +100,14 @@ class _Partition:
         self.changed = trio.Event()
         self.refused: Refused | None = None  # of the last append
         self.refused_until = -math.inf
+        self.spans = 0  # acknowledged
 
     def refusal(self, now: float) -> Refused | None:
         """Why no more parts are taken now."""
         if now < self.refused_until:
             return self.refused
         oldest = next(iter(self.in_flight.values()), math.inf)
-        return Refused(503, NO_QUORUM, brief=True) if now - oldest >= STALL_SECONDS else None
+        return Refused(503, NO_QUORUM) if now - oldest >= STALL_SECONDS else None
 
 
 class _Eagerness:
@@ -150,6 +160,11 @@ class GroupCommit:
     def in_flight(self) -> int:
         """Messages in flight."""
         return sum(len(partition.in_flight) for partition in self._partitions)
+
+    @property
+    def partition_spans(self) -> list[int]:
+        """Spans acknowledged by each partition."""
+        return [partition.spans for partition in self._partitions]
 
     @property
     def most_part_bytes(self) -> int:
@@ -273,8 +288,9 @@ class GroupCommit:
             return Refused(503, FULL)
         if scope.cancelled_caught:
             self.counts.no_quorum += 1
-            return Refused(503, NO_QUORUM, brief=True)
+            return Refused(503, NO_QUORUM)
         self.counts.messages += 1
         self.counts.bytes += len(data)
         self.counts.spans += group.spans
+        self._partitions[partition].spans += group.spans
         return None

@@ -126,7 +126,7 @@ class EdgeIngest:
         if not self._commit.has_room([part for part, _ in parts]):
             for _, concerned in parts:
                 for each in concerned:
-                    each.refused = Refused(503, BUSY, brief=True)
+                    each.refused = Refused(503, BUSY)
             return
         for part, concerned in parts:
             refused = self._commit.refusal(part.partition)

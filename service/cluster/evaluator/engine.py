@@ -89,11 +89,12 @@ class PartitionEngine:
         counts.recalled = self.traces.recalled
 
     def _change_rules(self, group: Group, marker: RulesMarker, found: Results) -> None:
-        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions)
+        sequence = group.last.sequence
+        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, sequence)
         self.counts.bad_rules += len(problems)
         for problem in problems:
             _log.error("a rule of %s cannot be used: %s", marker.tenant, problem)
-            found.dead.append(DeadMessage(group.last.sequence, marker.tenant, problem))
+            found.dead.append(DeadMessage(sequence, marker.tenant, problem))
 
     def _fold_tenant(
         self, batch: SpanBatch, group: Group, found: Results

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import trio
 
+from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX
 from betrace.service.storage.jetstream.bucket import ConfigBucket
-
-RULES_PREFIX = "rules."
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,17 @@ class RuleFeed:
             self.changed.set()
             self.changed = trio.Event()
 
+    @property
+    def published(self) -> bool:
+        """Whether a query node has published all of its rules once."""
+        return PUBLISHED in self._latest
+
     def newer_than(self, revisions: dict[str, int]) -> list[TenantRules]:
-        """The rules with a higher revision than a partition has."""
-        return [
+        """The rules with a higher revision than a partition has. The last one says that all are
+        published, if the partition does not know it yet."""
+        found = [
             rules
             for tenant, rules in self._latest.items()
             if rules.revision > revisions.get(tenant, 0)
         ]
+        return sorted(found, key=lambda rules: rules.tenant == PUBLISHED)

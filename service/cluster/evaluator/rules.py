@@ -2,6 +2,9 @@
 
 A marker carries the revision of the tenant's entry in the configuration bucket. Markers with lower
 revisions come from former owners, or were sent twice, and are ignored.
+
+A trace is decided by the rules in force at its first span, also if it left memory and is read again
+because of late spans. So the last versions are kept, with the sequence of their markers.
 """
 
 from __future__ import annotations
@@ -13,13 +16,21 @@ from weakref import WeakValueDictionary
 
 import orjson
 
+from betrace.service.cluster.rule_keys import SHARED
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.registry import rules_version
 from betrace.service.rules.store import ALL_TENANTS
 
-SHARED = frozenset({ALL_TENANTS, "=all"})
+EVERYBODY = frozenset({ALL_TENANTS, SHARED})
 """Names that markers use in place of a tenant for the rules of all tenants."""
+
+
+KEPT_VERSIONS = 16
+"""Of a tenant's rules. Traces from before the oldest one are read again with that one."""
+
+_Versions = list[tuple[int, tuple[Rule, ...]]]
+"""Rules with the sequence from which they are in force, oldest first."""
 
 
 class RulesInForce:
@@ -29,36 +40,68 @@ class RulesInForce:
     def __init__(self) -> None:
         self.revisions: dict[str, int] = {}
         """By tenant, as named in the markers."""
-        self._rules: dict[str, tuple[Rule, ...]] = {}
+        self._versions: dict[str, _Versions] = {}
         self._compiled: dict[str, CompiledRules] = {}
         self._in_use: WeakValueDictionary[str, CompiledRules] = WeakValueDictionary()
 
-    def change(self, tenant: str, revision: int, definitions: bytes) -> list[str]:
-        """Take a marker into account. Returns what is wrong with rules that cannot be compiled:
-        their former definitions stay in force."""
+    def change(self, tenant: str, revision: int, definitions: bytes, sequence: int) -> list[str]:
+        """Take the marker at ``sequence`` into account. Returns what is wrong with rules that
+        cannot be compiled: their former definitions stay in force."""
         if revision <= self.revisions.get(tenant, 0):
             return []
         self.revisions[tenant] = revision
-        before = {rule.id: rule for rule in self._rules.get(tenant, ())}
-        rules, problems = _read(definitions, before)
-        self._rules[tenant] = rules
-        if tenant in SHARED:
+        problems = self._add(tenant, definitions, sequence)
+        if tenant in EVERYBODY:
             self._compiled.clear()
         else:
             self._compiled.pop(tenant, None)
         return problems
 
+    def begin(self, tenant: str, revision: int, definitions: bytes) -> None:
+        """Use these rules before their marker, which is still to come and reports what is wrong
+        with them."""
+        self._add(tenant, definitions, 0)
+        self.revisions[tenant] = revision - 1
+        self._compiled.clear()
+
+    def _add(self, tenant: str, definitions: bytes, sequence: int) -> list[str]:
+        before = {rule.id: rule for rule in self._rules(tenant)}
+        rules, problems = _read(definitions, before)
+        versions = self._versions.setdefault(tenant, [])
+        if not versions or versions[-1][1] != rules:
+            versions.append((sequence, rules))
+            if len(versions) > KEPT_VERSIONS:
+                versions[:2] = [(0, versions[1][1])]
+        return problems
+
+    def _rules(self, tenant: str, sequence: int | None = None) -> tuple[Rule, ...]:
+        """The rules for this name, now or at a sequence."""
+        found: tuple[Rule, ...] = ()
+        for since, rules in self._versions.get(tenant, ()):
+            if sequence is not None and since > sequence:
+                break
+            found = rules
+        return found
+
+    def at(self, tenant: str, sequence: int) -> CompiledRules:
+        """The tenant's rules for traces that begin at a sequence of the log."""
+        names = (tenant, *EVERYBODY)
+        if any(self._rules(name) is not self._rules(name, sequence) for name in names):
+            return self._compile(tenant, sequence)
+        return self.compiled(tenant)
+
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's rules: those for all tenants, then its own."""
-        known = tenant if tenant in self._rules else ""  # the others have the same
+        known = tenant if tenant in self._versions else ""  # the others have the same
         found = self._compiled.get(known)
         if found is None:
             found = self._compiled[known] = self._compile(tenant)
         return found
 
-    def _compile(self, tenant: str) -> CompiledRules:
-        shared = {rule.id: rule for name in sorted(SHARED) for rule in self._rules.get(name, ())}
-        own = self._rules.get(tenant, ())
+    def _compile(self, tenant: str, sequence: int | None = None) -> CompiledRules:
+        names = sorted(EVERYBODY)
+        shared = {rule.id: rule for name in names for rule in self._rules(name, sequence)}
+        own = self._rules(tenant, sequence)
         rules = (*shared.values(), *(rule for rule in own if rule.id not in shared))
         version = rules_version(rules)
         found = self._in_use.get(version)
@@ -76,7 +119,10 @@ class RulesInForce:
         return {
             tenant: [
                 revision,
-                [rule.definition(examples=False) for rule in self._rules.get(tenant, ())],
+                [
+                    [since, [rule.definition(examples=False) for rule in rules]]
+                    for since, rules in self._versions.get(tenant, ())
+                ],
             ]
             for tenant, revision in self.revisions.items()
         }
@@ -84,9 +130,12 @@ class RulesInForce:
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from what :meth:`saved` returned."""
         self.revisions = {tenant: revision for tenant, (revision, _) in saved.items()}
-        self._rules = {
-            tenant: tuple(_checked(orjson.dumps(each)) for each in definitions)
-            for tenant, (_, definitions) in saved.items()
+        self._versions = {
+            tenant: [
+                (since, tuple(_checked(orjson.dumps(each)) for each in definitions))
+                for since, definitions in versions
+            ]
+            for tenant, (_, versions) in saved.items()
         }
         self._compiled.clear()
 

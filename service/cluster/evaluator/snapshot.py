@@ -19,7 +19,7 @@ from betrace.service.otlp.columns import Rows
 from betrace.service.traces import checkpoint
 from betrace.service.traces.checkpoint import Snapshot
 
-_FORMAT = 1
+_FORMAT = 2
 _LENGTHS = struct.Struct("<QQ")
 _LEVEL = 1
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from betrace.service.cluster.evaluator import snapshot as snapshots
@@ -39,7 +39,7 @@ from betrace.service.pipeline.history import TraceHistory, TraceIndex
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.storage.jetstream.envelope import RulesMarker, Spans
-from betrace.service.storage.jetstream.layout import pack_log_position
+from betrace.service.storage.jetstream.layout import pack_log_position, unpack_log_position
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.traces.due import DueTraces
@@ -67,8 +67,9 @@ class PartitionState:
     """Not thread-safe: one call at a time, in a worker thread.
 
     Order of calls: :meth:`restore` if there is a snapshot; :meth:`note` for each message of
-    ``OUT_p`` after the snapshot's ``out_sequence``; then :meth:`apply` with the messages after
-    :attr:`received`, as they come; :meth:`stored` whenever an output is stored in ``OUT_p``.
+    ``OUT_p`` after the snapshot's ``out_sequence``; :meth:`begin` if there was no snapshot; then
+    :meth:`apply` with the messages after :attr:`received`, as they come; :meth:`stored` whenever an
+    output is stored in ``OUT_p``.
 
     Args:
       partitions: how many there are; the limits in the settings are shared between them.
@@ -98,8 +99,15 @@ class PartitionState:
         snapshot."""
         max_body = settings.ingest.max_body_bytes
         self._index = IndexAtMessage(index, self._position, self._missing)
-        history = TraceHistory(self._index, log, max_body, seconds=lambda: 0.0, most_traces=1 << 62)
         rules = RulesInForce()
+        history = TraceHistory(
+            self._index,
+            log,
+            max_body,
+            rules_at=lambda tenant, at: rules.at(tenant, unpack_log_position(at)[1]),
+            seconds=lambda: 0.0,
+            most_traces=1 << 62,
+        )
         traces = PartitionTraces(
             partition_limits(settings, partitions),
             settings.traces.late_filter_bytes // partitions,
@@ -151,6 +159,12 @@ class PartitionState:
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of a trace in memory, for people. May be called from any thread."""
         return self.engine.traces.look_up(tenant, trace_id)
+
+    def begin(self, rules: Iterable[RulesMarker]) -> None:
+        """Begin with these rules, whose markers are still to be applied. For an empty state, before
+        anything is applied."""
+        for marker in rules:
+            self.engine.rules.begin(marker.tenant, marker.revision, marker.definitions)
 
     def apply(self, messages: Sequence[LogMessage]) -> Output | None:
         """Apply the next messages. Returns what was decided, None if no step was completed.

@@ -12,14 +12,15 @@ import trio
 
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator import checkpoints
-from betrace.service.cluster.evaluator.log_retention import forget_old
+from betrace.service.cluster.evaluator.housekeeping import keep_house
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
+from betrace.service.cluster.evaluator.rule_markers import RuleMarkers
 from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
 from betrace.service.cluster.evaluator.takeover import TakenOver
 from betrace.service.cluster.output import Output
 from betrace.service.pipeline.open_traces import NotNow
-from betrace.service.storage.jetstream.envelope import RulesMarker, Tick, pack
+from betrace.service.storage.jetstream.envelope import Tick, pack
 from betrace.service.storage.jetstream.errors import JetStreamError, LogGap
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.telemetry import events
@@ -38,7 +39,6 @@ message costs about as much as several."""
 _RETRY_SECONDS = 0.5
 _LAG_SECONDS = 2.0
 _MOST_TICK_SECONDS = 5.0
-_FORGET_SECONDS = 3600.0
 _MOST_SAVING = 0.1  # of the time
 
 
@@ -78,7 +78,7 @@ class PartitionWork:
         self._state_lock = trio.Lock()  # the state is applied to or copied
         self._quiet = trio.Event()
         self._current = trio.Event()
-        self._sent_rules: dict[str, int] = {}
+        self._markers = RuleMarkers(parts, status, taken.state, self._append)
         self._skipped = -1  # the last message of a gap
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0
@@ -95,7 +95,7 @@ class PartitionWork:
                 self._tick,
                 self._mark_rules,
                 self._save_often,
-                self._forget_often,
+                self._keep_house,
             ):
                 nursery.start_soon(task)
             await self._follow()
@@ -110,6 +110,9 @@ class PartitionWork:
         """Read and apply until reading is stopped."""
         send, receive = trio.open_memory_channel[list[LogMessage]](1)
         with self._scope:
+            if not self.state.received:
+                self.state.begin(await self._markers.first())
+                self._note_progress()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, send)
                 async for messages in receive:
@@ -245,20 +248,7 @@ class PartitionWork:
     async def _mark_rules(self) -> None:
         """Append a marker for rules that the partition does not have yet."""
         await self._current.wait()
-        while True:
-            changed = self._parts.rules.changed
-            known = self.state.rules_revisions | self._sent_rules
-            done = True
-            for rules in self._parts.rules.newer_than(known):
-                marker = RulesMarker(rules.tenant, rules.revision, rules.definitions)
-                if await self._append(pack(marker), f"rules-{rules.tenant}-{rules.revision}"):
-                    self._sent_rules[rules.tenant] = rules.revision
-                else:
-                    done = False
-            if done:
-                await changed.wait()
-            else:
-                await trio.sleep(_RETRY_SECONDS)
+        await self._markers.run()
 
     async def _append(self, data: bytes, message_id: str) -> bool:
         name = f"{self.partition}-{message_id}"
@@ -304,16 +294,8 @@ class PartitionWork:
         status.checkpoint_sequence = applied
         status.checkpoint_bytes = len(data)
 
-    async def _forget_often(self) -> None:
-        """Delete old messages once an hour."""
-        parts, day_ns = self._parts, 86_400 * 1_000_000_000
-        while parts.log_days:
-            await trio.sleep(_FORGET_SECONDS)
-            before = self._read_ns - parts.log_days * day_ns
-            try:
-                await forget_old(parts.spans, parts.blobs, self.partition, before)
-            except TransientError as error:
-                _log.debug("partition %d: nothing is deleted now: %s", self.partition, error)
+    async def _keep_house(self) -> None:
+        await keep_house(self._parts, self.partition, lambda: self._read_ns)
 
 
 def _few(messages: Sequence[LogMessage]) -> bool:

@@ -64,6 +64,8 @@ class PartitionFeed:
     """What became of the partition's messages, as of the last one that was read."""
     problem: str | None = None
     """Why nothing is read now."""
+    epoch: int | None = None
+    """The number of the owner's epoch; None until it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,8 @@ class OutFeed:
             items = [each for each in found.decided if each.tenant not in self.target.closed]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
             state.counts, state.evaluated_to = found.counts, found.upto
+        else:
+            state.epoch = max(state.epoch or 0, message.epoch)
         for item in items:
             item.ticket = self.target.in_flight.enter()
         tickets = [item.ticket for item in items]

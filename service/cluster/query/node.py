@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.fenced import Epoch
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.undecided import UndecidedStore
 from betrace.service.traces.verdicts import Decided
@@ -64,13 +65,17 @@ class OtherRoles(Protocol):
     def role_metrics(self) -> Iterable[Metric]:
         """Their metrics."""
 
+    def members(self) -> list[dict[str, Any]]:
+        """The nodes of the cluster that are alive, as JSON."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterConnection:
     """A query node's view of the cluster.
 
     ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
-    ``last`` returns the last sequence of one; ``owners`` returns the owner by partition;
+    ``last`` returns the last sequence of one, and ``epoch`` its epoch; ``owners`` returns the
+    owner by partition;
     ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
     ``others`` are the process's other roles.
     """
@@ -83,6 +88,7 @@ class ClusterConnection:
     spans: SpanStreams
     outs: dict[int, OutLog]
     last: Callable[[int], Any]
+    epoch: Callable[[int], Awaitable[Epoch | None]]
     owners: Callable[[], Any]
     config: ConfigBucket
     index_subject: str
@@ -178,6 +184,7 @@ class QueryNode:
                 {
                     "partition": partition,
                     "owner": self._owners.get(partition),
+                    "epoch": state.epoch if state is not None else None,
                     "applied": applied,
                     "last": last,
                     "lag": None if last is None else max(0, last - applied),
@@ -194,6 +201,7 @@ class QueryNode:
         return {
             "node": self.name,
             "roles": list(self.roles),
+            "nodes": self.cluster.others.members(),
             "partitions": self.partitions(),
             "rulesProblem": self.publisher.problem,
             "index": {"requests": self.index.requests, "behind": self.index.behind},
@@ -206,9 +214,16 @@ class QueryNode:
                 self._owners = await self.cluster.owners()
                 for partition in self.cluster.outs:
                     self._last[partition] = await self.cluster.last(partition)
+                    await self._look_at_epoch(partition)
             except NatsUnavailable as error:
                 _log.debug("the state of the cluster cannot be read: %s", error)
             await trio.sleep(STATUS_SECONDS)
+
+    async def _look_at_epoch(self, partition: int) -> None:
+        state = self.feed.partitions[partition] if self.feed is not None else None
+        if state is not None and state.epoch is None:
+            found = await self.cluster.epoch(partition)
+            state.epoch = max(state.epoch or 0, found.number if found is not None else 0)
 
 
 def _counts(counts: Counts | None) -> dict[str, int] | None:

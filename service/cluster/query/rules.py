@@ -3,17 +3,22 @@
 The rules are written here, as files or through the API, and the owners of partitions follow the
 bucket. A tenant's entry is replaced by compare-and-set, and only when it differs. An entry is never
 deleted: a tenant without rules has an empty list, so that its revisions keep growing.
+
+After the first complete publication another entry says so. The evaluators of a new cluster wait for
+it, so that its first spans are not evaluated without rules.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
 import trio
 
+from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX, rules_key
 from betrace.service.durable import write_atomically
 from betrace.service.rules.definition import Rule
 from betrace.service.rules.store import ALL_TENANTS, RuleStore
@@ -26,14 +31,9 @@ FILE = "published-rules.json"
 POLL_SECONDS = 0.2
 RETRY_SECONDS = 1.0
 EMPTY = b"[]"
-
-SHARED_KEY = "rules.=all"
-"""The key of the rules for all tenants; no tenant can have this name."""
-
-
-def rules_key(tenant: str) -> str:
-    """The key of a tenant's rules, or of those for all tenants."""
-    return SHARED_KEY if tenant == ALL_TENANTS else f"rules.{tenant}"
+ALONE_SECONDS = 10.0
+"""A node without rules waits for so long before it says that the rules are published: another node
+may have some."""
 
 
 def definitions_of(rules: tuple[Rule, ...]) -> bytes:
@@ -56,6 +56,8 @@ class RulePublisher:
         self._published: dict[str, bytes] = {}  # by tenant, since the start
         self._known: set[str] | None = None  # tenants in the file
         self._seen: Mapping[str, tuple[Rule, ...]] | None = None
+        self._since = time.monotonic()
+        self._announced = False
         self.problem: str | None = None
         """Why the bucket cannot be written now."""
 
@@ -68,10 +70,11 @@ class RulePublisher:
     async def publish(self) -> None:
         """Publish what changed. What cannot be published now is tried again at the next call."""
         rules = self._store.all_rules()
-        if rules is self._seen and self.problem is None:  # a change makes a new mapping
-            return
         try:
-            await self._publish_all(rules)
+            if rules is not self._seen:  # a change makes a new mapping
+                await self._publish_all(rules)
+            if not self._announced:
+                await self._announce()
         except (NatsUnavailable, OSError) as error:
             if self.problem is None:
                 _log.warning("rules cannot be published to the cluster now: %s", error)
@@ -97,6 +100,13 @@ class RulePublisher:
             if self._published.get(tenant) != definitions:
                 await self._put(rules_key(tenant), definitions)
                 self._published[tenant] = definitions
+
+    async def _announce(self) -> None:
+        """Say that the rules are published."""
+        alone = time.monotonic() - self._since >= ALONE_SECONDS
+        if self._published or alone:
+            await self._put(RULES_PREFIX + PUBLISHED, EMPTY)
+            self._announced = True
 
     async def _put(self, key: str, definitions: bytes) -> None:
         while True:

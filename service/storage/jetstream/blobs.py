@@ -14,7 +14,7 @@ import orjson
 
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
-from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats
+from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats, server_time_ns
 from betrace.service.storage.jetstream.stream_log import ATTEMPT_SECONDS, Retries
 
 _CHUNK_BYTES = 256 << 10
@@ -115,6 +115,42 @@ class Blobs:
 
         return sorted(name for name in await self._client.call(work) if name.startswith(prefix))
 
+    async def delete_orphans(self, seconds: float) -> int:
+        """Delete chunks that belong to no blob, because their :meth:`put` was interrupted at least
+        so long ago; returns of how many blobs."""
+
+        async def work(nats: Nats) -> int:
+            body = {"subjects_filter": f"{self._chunks}>"}
+            info = await nats.api(f"STREAM.INFO.{self._stream}", body)
+            found = set(info["state"].get("subjects") or {})
+            before_ns = server_time_ns(info["ts"]) - int(seconds * 1e9)
+            orphans = found - await self._chunks_in_use(nats)
+            deleted = 0
+            for subject in sorted(orphans):
+                try:
+                    last = await nats.leader_get(self._stream, {"last_by_subj": subject})
+                except NotInStream:
+                    continue
+                if last.time_ns < before_ns:
+                    await nats.api(f"STREAM.PURGE.{self._stream}", {"filter": subject})
+                    deleted += 1
+            return deleted
+
+        return await self._client.call(work, _SECONDS)
+
+    async def _chunks_in_use(self, nats: Nats) -> set[str]:
+        """The subjects of all blobs' chunks, as the leader knows them: a replica may be behind."""
+        body = {"subjects_filter": f"{self._descriptions}>"}
+        info = await nats.api(f"STREAM.INFO.{self._stream}", body)
+        found: set[str] = set()
+        for subject in info["state"].get("subjects") or {}:
+            try:
+                last = await nats.leader_get(self._stream, {"last_by_subj": subject})
+            except NotInStream:
+                continue
+            found.add(self._chunks + str(orjson.loads(last.data)["nuid"]))
+        return found
+
     def _subject(self, name: str) -> str:
         return self._descriptions + base64.urlsafe_b64encode(name.encode()).decode()
 
@@ -135,9 +171,12 @@ class Blobs:
             async with slots:
                 await self._write(nats, subject, chunk, {_NUMBER: str(number)})
 
-        async with asyncio.TaskGroup() as tasks:
-            for number, chunk in enumerate(chunks):
-                tasks.create_task(put(number, chunk))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for number, chunk in enumerate(chunks):
+                    tasks.create_task(put(number, chunk))
+        except ExceptionGroup as group:  # callers catch what this class documents
+            raise group.exceptions[0] from group
 
     async def _get_chunks(self, nats: Nats, subject: str) -> list[bytes]:
         chunks: dict[int, bytes] = {}

@@ -20,9 +20,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.service.app.service import Addresses
 from betrace.service.cli.demo import run as demo
 from betrace.service.cli.demo import shop as demo_shop
+from betrace.service.cli.demo.shop_process import free_address
 from betrace.service.cli.main import cli
+from betrace.service.cli.rules import check_files
 from betrace.service.otlp.encoding import decode_body
-from betrace.service.rules.yaml_file import check_file, load_file
+from betrace.service.rules.yaml_file import load_file
 from tests.support.loggers import restored
 
 RULES = Path(demo.__file__).parent / "rules"
@@ -102,7 +104,7 @@ def test_every_rule_is_broken_by_a_scenario_and_kept_by_another() -> None:
     rules = {rule.id for path in RULES.glob("*.yaml") for rule in load_file(path)}
     broken = [expected for _, expected in demo_shop.SCENARIOS.values()]
     assert rules == frozenset().union(*broken)
-    assert not any(check_file(path) for path in RULES.glob("*.yaml"))
+    assert not check_files([RULES]).problems
     assert broken.count(frozenset()) >= 3
 
 
@@ -171,8 +173,8 @@ def test_it_prints_signals_until_ctrl_c(monkeypatch: Any) -> None:
 def test_default_ports_are_used_if_they_are_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert demo._free(address) == "127.0.0.1:0"
-    assert demo._free(address) == address
+        assert free_address(address) == "127.0.0.1:0"
+    assert free_address(address) == address
 
 
 @pytest.mark.parametrize(

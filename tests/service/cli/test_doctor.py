@@ -355,7 +355,7 @@ def test_rules(tmp_path):
 
 
 def test_a_damaged_span_log(data):
-    (segment,) = (path for path in (data / "acme/log").rglob("*") if path.is_file())
+    (segment,) = (data / "acme/log").rglob("*.seg")
     content = bytearray(segment.read_bytes())
     content[-3] ^= 0xFF
     segment.write_bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -152,14 +153,12 @@ def test_a_drained_process_exits_cleanly(whole):
 
 
 def test_a_process_for_each_role(cluster):
-    with (
-        cluster.running("query", "query-1") as query,
-        cluster.running("evaluator", "evaluator-1") as evaluator,
-        cluster.running("edge", "edge-1") as edge,
-    ):
+    with ExitStack() as stack:
+        evaluator = stack.enter_context(cluster.running("evaluator", "evaluator-1"))
+        edge = stack.enter_context(cluster.running("edge", "edge-1"))
+        first = send(edge, 1)  # before any rules are published
+        query = stack.enter_context(cluster.running("query", "query-1"))
         assert query.ingest == evaluator.ingest == "None"
-        rules_are_known(query)
-        first = send(edge, 1)
         [signal] = signals(query, first)
         for node, role in ((evaluator, "evaluator"), (edge, "edge")):
             ready = node.ready(node.api)

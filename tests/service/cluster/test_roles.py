@@ -58,9 +58,9 @@ def test_all_roles_together_need_all_kernels():
             "archive.enabled does not work with [cluster] yet",
         ),
         (
-            f"{CLUSTER}[retention]\nlog_days = 7\n",
-            ["serve", "--role", "query"],
-            "retention.log_days does not work with [cluster] yet",
+            f"{CLUSTER}[retention]\nlog_days = 1\n[traces]\nmax_age_seconds = 50_000\n",
+            ["serve", "--role", "evaluator"],
+            "retention.log_days (1) is less than twice traces.max_age_seconds (50000)",
         ),
     ],
 )

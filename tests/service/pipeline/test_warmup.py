@@ -66,8 +66,8 @@ async def test_a_part_that_cannot_be_started_is_compiled_here(
     monkeypatch.setattr(jit, "is_enabled", lambda: True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     compiled = []
-    monkeypatch.setattr(warmup, "warm_up", lambda: compiled.append(True))
+    monkeypatch.setattr(warmup, "warm_up", compiled.append)
     await Compilation().run(ThreadRunner("threads", 2))
-    assert compiled == [True]
+    assert compiled == [list(warmup.PARTS)]
     assert "kernels cannot be compiled in a second process" in caplog.text
     assert (tmp_path / "complete").exists()

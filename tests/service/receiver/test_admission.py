@@ -291,6 +291,18 @@ async def test_retry_after_grows_with_the_overload_and_falls_again():
     assert retry_after(await admit(admission)) == 1
 
 
+async def test_retry_after_grows_while_spans_cannot_be_stored(autojump_clock):
+    admission, _ = make(ScriptedQueue(outcome=Refused(503, "because")))
+
+    async def refused_after(pause):
+        await trio.sleep(pause)
+        response = await admission.handle(Head("a", "protobuf", "", None), b"x")
+        return retry_after(response)
+
+    assert [await refused_after(1) for _ in range(8)] == [1, 1, 2, 3, 4, 5, 5, 5]
+    assert await refused_after(60) == 1  # another outage
+
+
 async def test_a_missing_outcome_is_a_503(autojump_clock):
     admission, _ = make(ScriptedQueue(outcome=None), answer_timeout_seconds=7)
     start = trio.current_time()
@@ -331,14 +343,6 @@ async def test_a_tenant_over_its_quota_gets_429():
     now[0] = 3.0
     assert isinstance(await admit(admission), Head)
     assert len(queue.taken) == 1
-
-
-@pytest.mark.parametrize(("brief", "seconds"), [(False, 5), (True, 1)])
-async def test_a_refusal_whose_cause_is_brief_asks_to_come_back_soon(brief, seconds):
-    admission, queue = make()
-    queue.outcome = Refused(503, "no quorum", brief=brief)
-    response = await admission.handle(Head("a", "protobuf", "", None), b"x")
-    assert (response.status, retry_after(response)) == (503, seconds)
 
 
 async def test_requests_refused_for_load_use_no_quota():

@@ -29,7 +29,7 @@ def literal(value: Any) -> Literal:
 
 def compare(value: Any, op: str, literals: Sequence[Literal]) -> bool:
     if op == "matches":
-        return matches(exact.normal(value), literals[0].text, 1 << 16)
+        return matches(exact.normal(value), literals[0].text)
     return compare_literals(value, op, literals)
 
 

@@ -8,8 +8,9 @@ from unittest import mock
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.evaluator import work
+from betrace.service.cluster.evaluator import first_rules, housekeeping, work
 from betrace.service.cluster.membership import drain_key
+from betrace.service.cluster.rule_keys import PUBLISHED
 from betrace.service.storage.jetstream.errors import StreamFull
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
@@ -159,10 +160,16 @@ async def test_the_partitions_of_a_killed_evaluator_move(cluster):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cluster.send_for, 12)
         await trio.sleep(7)
+        kept = {p: two.evaluator.statuses[p].epoch for p in two.owned}
+        before = {p: len(cluster.nats.signals(p)) for p in kept}
         one.scope.cancel()
         killed = trio.current_time()
+        await trio.sleep(1)  # the others continue
+        assert two.owned == list(kept)
+        assert all(len(cluster.nats.signals(p)) > before[p] + 10 for p in kept)
         await wait_until(all_owned(two))
         assert trio.current_time() - killed < 4
+        assert {p: two.evaluator.statuses[p].epoch for p in kept} == kept
     await cluster.finish()
 
 
@@ -352,7 +359,7 @@ async def test_deleted_messages_are_a_gap(cluster):
 
 @in_virtual_time
 async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
-    with mock.patch.object(work, "_FORGET_SECONDS", 5.0):
+    with mock.patch.object(housekeeping, "EVERY_SECONDS", 5.0):
         one = FakeEvaluator(cluster.nats, "one", cluster.threads)
         one.with_parts(log_days=20 / 86_400)
         cluster.nursery.start_soon(one.run)
@@ -363,6 +370,7 @@ async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
     first = await spans.get(0, await spans.first(0))
     assert first is not None
     assert 15 < trio.current_time() - first.time_ns / 1e9 < 40
+    assert cluster.nats.tidied > 0
     one.scope.cancel()
     two = cluster.start("two")
     await wait_until(all_owned(two))
@@ -386,7 +394,47 @@ async def test_rules_reach_every_partition_once(cluster):
     await trio.sleep(3)
     assert all(s.rules_revisions == {"acme": second} for s in states(two))
     markers = [m for m in cluster.nats.logs["spans-0"] if b"BTE1\x03" in m.data]
-    assert len(markers) == 2
+    assert len(markers) == 3  # one of them says that rules are published
+
+
+@in_virtual_time
+async def test_a_new_cluster_waits_for_its_first_rules_and_begins_with_them(cluster):
+    cluster.nats.buckets["config"].clear()
+    one = cluster.start("one")
+    await wait_until(all_owned(one))
+    cluster.send_all(5)
+    await trio.sleep(20)
+    assert not any(cluster.nats.signals(p) for p in PARTITIONS)
+    statuses = one.evaluator.statuses
+    assert all(status.waiting == first_rules.NOT_PUBLISHED for status in statuses)
+    cluster.nats.put_rules("acme", b"[1]")
+    await trio.sleep(20)
+    assert not any(state.first_rules for state in one.states.values())
+    cluster.nats.put_rules(PUBLISHED, b"[]")
+    await cluster.finish()
+    assert all(state.first_rules == [b"[1]"] for state in one.states.values())
+    assert all(status.waiting is None for status in statuses)
+    cluster.nats.put_rules("acme", b"[2]")
+    await trio.sleep(5)
+    cluster.nats.blobs.clear()
+    one.scope.cancel()
+    two = cluster.start("two")
+    await wait_until(all_owned(two))
+    await cluster.finish()
+    assert all(state.first_rules == [b"[1]"] for state in two.states.values())
+
+
+@in_virtual_time
+async def test_a_partition_that_waits_for_rules_is_handed_over(cluster):
+    cluster.nats.buckets["config"].clear()
+    one = cluster.start("one")
+    await wait_until(all_owned(one))
+    cluster.send_all(5)
+    one.evaluator.stop()
+    two = cluster.start("two")
+    await wait_until(lambda: two.owned == list(PARTITIONS))
+    cluster.nats.put_rules(PUBLISHED, b"[]")
+    await cluster.finish()
 
 
 @in_virtual_time

