@@ -45,9 +45,12 @@ def server(tmp_path_factory) -> Iterator[NatsServers]:
 
 
 async def loaded(cluster: OwnersOnNats, seconds: float = 1.0) -> None:
-    """Send traces for a while."""
-    with trio.move_on_after(seconds):
-        await cluster.send_until(trio.Event())
+    """Send traces for a while, all of them whole."""
+    sent = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cluster.send_until, sent)
+        await trio.sleep(seconds)
+        sent.set()
 
 
 def total(node: EvaluatorInProcess, counter: str) -> int:
