@@ -56,7 +56,7 @@ class TooMuchCopied(ValueError):  # noqa: N818 - named for what it is, HTTP 413
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class BodyPart:
     """What a batch has for one partition: a request of ``spans`` spans, which are from the bodies
     with the rows ``bodies`` of the batch."""
 
@@ -66,7 +66,7 @@ class Part:
     bodies: list[int]
 
 
-def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[Part], set[int]]:
+def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[BodyPart], set[int]]:
     """Split the spans of a batch into parts of at most ``most_bytes`` each, and of 1 MiB if they
     have several spans. Returns with them the rows of bodies that are in no part because one of
     their spans cannot fit in any.
@@ -111,7 +111,9 @@ def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[Part
     _write_parts(*given, True, out, rows, touched)
     written = memoryview(out.data)
     parts = [
-        Part(row[PARTITION], written[row[OFFSET] : row[OFFSET] + row[LENGTH]], row[SPANS], bodies)
+        BodyPart(
+            row[PARTITION], written[row[OFFSET] : row[OFFSET] + row[LENGTH]], row[SPANS], bodies
+        )
         for row, bodies in zip(rows.tolist(), _numbers(touched), strict=True)
     ]
     return parts, set(np.flatnonzero(too_large).tolist())

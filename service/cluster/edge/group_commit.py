@@ -23,8 +23,8 @@ from typing import Final
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.edge.groups import FRAME_BYTES, Group, Written
-from betrace.service.otlp.split import USUAL_BYTES, Part
+from betrace.service.cluster.edge.groups import FRAME_BYTES, AppendGroup, Written
+from betrace.service.otlp.split import USUAL_BYTES, BodyPart
 from betrace.service.pipeline.request import Refused
 from betrace.service.storage.jetstream.errors import StreamFull
 from betrace.service.storage.jetstream.spans import SpanStreams
@@ -94,9 +94,9 @@ class _Partition:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.filling: Group | None = None
-        self.full: deque[Group] = deque()
-        self.in_flight: dict[Group, float] = {}  # since when
+        self.filling: AppendGroup | None = None
+        self.full: deque[AppendGroup] = deque()
+        self.in_flight: dict[AppendGroup, float] = {}  # since when
         self.changed = trio.Event()
         self.refused: Refused | None = None  # of the last append
         self.refused_until = -math.inf
@@ -176,7 +176,7 @@ class GroupCommit:
         now = trio.current_time()
         return [each.number for each in self._partitions if each.refusal(now) is not None]
 
-    def has_room(self, parts: Sequence[Part]) -> bool:
+    def has_room(self, parts: Sequence[BodyPart]) -> bool:
         """Whether these parts can be buffered."""
         return self.buffered_bytes + sum(len(part.body) for part in parts) <= self._most_bytes
 
@@ -184,7 +184,7 @@ class GroupCommit:
         """Why a partition takes no spans now."""
         return self._partitions[partition].refusal(trio.current_time())
 
-    def add(self, tenant: str, received_ns: int, part: Part, written: Written) -> None:
+    def add(self, tenant: str, received_ns: int, part: BodyPart, written: Written) -> None:
         """Take a part; ``written`` is called when it is stored, or may not be."""
         partition = self._partitions[part.partition]
         group = partition.filling
@@ -192,7 +192,7 @@ class GroupCommit:
             partition.full.append(group)
             group = None
         if group is None:
-            group = partition.filling = Group(trio.current_time())
+            group = partition.filling = AppendGroup(trio.current_time())
         before = group.size
         group.add(tenant, received_ns, part, written)
         if not self.buffered_bytes:
@@ -225,7 +225,7 @@ class GroupCommit:
             with trio.move_on_at(deadline):
                 await partition.changed.wait()
 
-    def _next(self, partition: _Partition) -> Group | None:
+    def _next(self, partition: _Partition) -> AppendGroup | None:
         """The group that is to be sent now."""
         if len(partition.in_flight) >= MOST_IN_FLIGHT:
             return None
@@ -242,7 +242,7 @@ class GroupCommit:
         partition.filling = None
         return group
 
-    async def _send(self, partition: _Partition, group: Group) -> None:
+    async def _send(self, partition: _Partition, group: AppendGroup) -> None:
         refused: Refused | None = Refused(503, FAILED)
         try:
             refused = await self._append(partition.number, group)
@@ -256,7 +256,7 @@ class GroupCommit:
             self._finish(group, refused)
             partition.changed.set()
 
-    def _finish(self, group: Group, refused: Refused | None) -> None:
+    def _finish(self, group: AppendGroup, refused: Refused | None) -> None:
         self.buffered_bytes -= group.size
         group.finish(refused)
         if not self.buffered_bytes:
@@ -274,7 +274,7 @@ class GroupCommit:
         for group in waiting:
             self._finish(group, refused)
 
-    async def _append(self, partition: int, group: Group) -> Refused | None:
+    async def _append(self, partition: int, group: AppendGroup) -> Refused | None:
         if group.size <= INLINE_BYTES:
             data = group.pack()
         else:

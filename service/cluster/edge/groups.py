@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from betrace.service.otlp.split import Part
+from betrace.service.otlp.split import BodyPart
 from betrace.service.pipeline.request import Refused
 from betrace.service.storage.jetstream import envelope
 from betrace.service.storage.jetstream.envelope import TenantFrame
@@ -25,7 +25,7 @@ class _Frame:
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class AppendGroup:
     """Parts that become one message."""
 
     since: float
@@ -33,7 +33,7 @@ class Group:
     waiting: list[Written] = field(default_factory=list)
     size: int = 0  # in bytes
 
-    def add(self, tenant: str, received_ns: int, part: Part, written: Written) -> None:
+    def add(self, tenant: str, received_ns: int, part: BodyPart, written: Written) -> None:
         """Add a part."""
         frame = self.frames.get(tenant)
         if frame is None:

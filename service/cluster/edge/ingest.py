@@ -17,7 +17,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.edge.group_commit import BUSY, GroupCommit
-from betrace.service.otlp.split import Part, TooMuchCopied, split
+from betrace.service.otlp.split import BodyPart, TooMuchCopied, split
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.request import Done, Refused, Request
 from betrace.service.pipeline.scanning import (
@@ -43,7 +43,7 @@ def group_bytes(max_payload: int) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
+class _Unanswered:
     """A request, and how many of its parts are being written."""
 
     request: Request
@@ -59,7 +59,7 @@ class _Split:
 
     tenant: str
     received_ns: int
-    parts: list[tuple[Part, list[int]]]
+    parts: list[tuple[BodyPart, list[int]]]
 
 
 class EdgeIngest:
@@ -89,11 +89,11 @@ class EdgeIngest:
             splits, outcomes = self._split(requests)
         else:
             splits, outcomes = await self._threads.run(self._split, requests)
-        waiting = list(map(_Waiting, requests, outcomes))
+        waiting = list(map(_Unanswered, requests, outcomes))
         unanswered = len(requests)
         all_answered = trio.Event()
 
-        def written(concerned: list[_Waiting], refused: Refused | None) -> None:
+        def written(concerned: list[_Unanswered], refused: Refused | None) -> None:
             nonlocal unanswered
             for each in concerned:
                 each.left -= 1
@@ -117,8 +117,8 @@ class EdgeIngest:
             await all_answered.wait()
 
     def _taken(
-        self, found: _Split, waiting: list[_Waiting]
-    ) -> Iterator[tuple[Part, list[_Waiting]]]:
+        self, found: _Split, waiting: list[_Unanswered]
+    ) -> Iterator[tuple[BodyPart, list[_Unanswered]]]:
         """The parts that are to be written, with their requests. A request that one of its
         partitions would refuse is refused as a whole; its spans are written only where they share a
         part with others."""
@@ -138,7 +138,7 @@ class EdgeIngest:
             if others:
                 yield part, others
 
-    def _answer(self, waiting: _Waiting) -> None:
+    def _answer(self, waiting: _Unanswered) -> None:
         outcome = waiting.refused or waiting.outcome
         self.counts.answer(waiting.request, outcome)
         if self._audit is not None and isinstance(outcome, Done):

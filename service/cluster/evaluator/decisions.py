@@ -32,7 +32,7 @@ MARK_BURST_NS = 4_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class LogMoment:
     """When something is decided: in log time, and at the server."""
 
     log_ns: int
@@ -52,7 +52,7 @@ class Decisions:
         self.unmarked = 0
         """Items with signals for which there were too many frames to look for missing parents."""
 
-    def decide(self, due: DueTraces, moment: Moment) -> tuple[Decided, list[NotJudged]]:
+    def decide(self, due: DueTraces, moment: LogMoment) -> tuple[Decided, list[NotJudged]]:
         """The signals of due traces, with times as people know them. Raises
         :exc:`~betrace.channels.TransientError` if the log cannot be read now; call it again
         then."""
@@ -76,7 +76,7 @@ class Decisions:
         decided.due_ns = due.received_ns
         return decided, undecided
 
-    def _decide(self, due: DueTraces, moment: Moment) -> Decided:
+    def _decide(self, due: DueTraces, moment: LogMoment) -> Decided:
         if due.rules.read_back and due.spilled is not None:
             self._read_back.note(due.tenant, due.spilled)
         decided = decide_due(due, moment.time_ns, self._relational)
@@ -127,7 +127,7 @@ class Decisions:
         mark_now(decided, self._read_back)
         self._paid_ns = paid_ns
 
-    def _one_by_one(self, due: DueTraces, moment: Moment) -> tuple[Decided, list[NotJudged]]:
+    def _one_by_one(self, due: DueTraces, moment: LogMoment) -> tuple[Decided, list[NotJudged]]:
         """Decide each trace by itself, because the rules of one of them fail."""
         whole = Decided(due.tenant, [], due if due.closed else None, due.spilled)
         undecided: list[NotJudged] = []
@@ -161,7 +161,7 @@ class Decisions:
         self._paid_ns = saved["paid_ns"]
 
 
-def _records(due: DueTraces, decided: Decided, moment: Moment) -> list[NotJudged]:
+def _records(due: DueTraces, decided: Decided, moment: LogMoment) -> list[NotJudged]:
     rules = due.rules.rules
     return [
         NotJudged(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from betrace.channels import TransientError
-from betrace.service.cluster.evaluator.decisions import Decisions, Moment
-from betrace.service.cluster.evaluator.group import Group, bad_frames, scanned
+from betrace.service.cluster.evaluator.decisions import Decisions, LogMoment
+from betrace.service.cluster.evaluator.group import MessageGroup, bad_frames, scanned
 from betrace.service.cluster.evaluator.partition_traces import PartitionTraces
 from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.output import Counts, DeadMessage, NotJudged
@@ -51,7 +51,7 @@ class PartitionEngine:
         self.decisions = decisions
         self.counts = Counts()
 
-    def close(self, boundary_ns: int, moment: Moment) -> Steps:
+    def close(self, boundary_ns: int, moment: LogMoment) -> Steps:
         """Close what is due at a boundary of log time."""
         self.traces.now_ns = boundary_ns
         due: list[DueTraces] = []
@@ -60,7 +60,7 @@ class PartitionEngine:
         yield from self._decide(due, moment, found)
         return found
 
-    def fold(self, group: Group, moment: Moment) -> Steps:
+    def fold(self, group: MessageGroup, moment: LogMoment) -> Steps:
         """Apply the messages of a group."""
         self.traces.now_ns = moment.log_ns
         self.traces.ahead_ns = moment.time_ns - moment.log_ns
@@ -77,7 +77,7 @@ class PartitionEngine:
         self._count(group, spans, found)
         return found
 
-    def _count(self, group: Group, spans: int, found: Results) -> None:
+    def _count(self, group: MessageGroup, spans: int, found: Results) -> None:
         counts = self.counts
         failed = len({each.sequence for each in found.dead})
         counts.dead_lettered += failed
@@ -88,7 +88,7 @@ class PartitionEngine:
         counts.markers += isinstance(group.content, RulesMarker)
         counts.recalled = self.traces.recalled
 
-    def _change_rules(self, group: Group, marker: RulesMarker, found: Results) -> None:
+    def _change_rules(self, group: MessageGroup, marker: RulesMarker, found: Results) -> None:
         sequence = group.last.sequence
         problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, sequence)
         self.counts.bad_rules += len(problems)
@@ -97,7 +97,7 @@ class PartitionEngine:
             found.dead.append(DeadMessage(sequence, marker.tenant, problem))
 
     def _fold_tenant(
-        self, batch: SpanBatch, group: Group, found: Results
+        self, batch: SpanBatch, group: MessageGroup, found: Results
     ) -> Generator[str, None, None]:
         """Fold the spans of a tenant; if that fails for good, without the frames that fail."""
         for number in bad_frames(batch):
@@ -129,7 +129,7 @@ class PartitionEngine:
                     return error
 
     def _decide(
-        self, due: list[DueTraces], moment: Moment, found: Results
+        self, due: list[DueTraces], moment: LogMoment, found: Results
     ) -> Generator[str, None, None]:
         for each in due:
             while True:

@@ -29,7 +29,7 @@ _STEADY_SECONDS = 60.0  # after which a failure counts as the first
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningOwner:
     owner: PartitionOwner
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -47,7 +47,7 @@ class Evaluator:
         self._parts = parts
         self._membership = membership
         self._grace = grace_seconds
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, _RunningOwner] = {}
         self._backoff: dict[int, tuple[float, float]] = {}  # seconds, and until when
         self._stopping = trio.Event()
         self._changed = trio.Event()  # an owner ended
@@ -149,11 +149,11 @@ class Evaluator:
         return trio.current_time() >= until
 
     def _start(self, status: PartitionStatus, nursery: trio.Nursery) -> None:
-        running = _Running(PartitionOwner(status.partition, self._parts, status))
+        running = _RunningOwner(PartitionOwner(status.partition, self._parts, status))
         self._running[status.partition] = running
         nursery.start_soon(self._own, status, running)
 
-    async def _own(self, status: PartitionStatus, running: _Running) -> None:
+    async def _own(self, status: PartitionStatus, running: _RunningOwner) -> None:
         began, fenced = trio.current_time(), status.fenced
         try:
             with running.scope:

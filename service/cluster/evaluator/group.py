@@ -37,7 +37,7 @@ def opened(message: LogMessage) -> Envelope | str:
 
 
 @dataclass(slots=True)
-class Group:
+class MessageGroup:
     """Messages that are received, but not applied yet."""
 
     messages: list[LogMessage] = field(default_factory=list)

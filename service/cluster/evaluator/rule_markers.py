@@ -20,7 +20,7 @@ _log = logging.getLogger("service.cluster.owner")
 _RETRY_SECONDS = 0.5
 
 
-class RuleMarkers:
+class MarkerAppends:
     """The markers that an owner appends in one epoch.
 
     Args:

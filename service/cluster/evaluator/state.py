@@ -19,9 +19,9 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from betrace.service.cluster.evaluator import snapshot as snapshots
-from betrace.service.cluster.evaluator.decisions import Decisions, Moment
+from betrace.service.cluster.evaluator.decisions import Decisions, LogMoment
 from betrace.service.cluster.evaluator.engine import PartitionEngine, Results
-from betrace.service.cluster.evaluator.group import Group, opened
+from betrace.service.cluster.evaluator.group import MessageGroup, opened
 from betrace.service.cluster.evaluator.late import IndexAtMessage
 from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, LogTime
 from betrace.service.cluster.evaluator.partition_traces import (
@@ -119,7 +119,7 @@ class PartitionState:
         self._time = LogTime()
         self._applied_time = self._time.saved()
         self._boundary = 0  # number of the last one at which traces were closed
-        self._group = Group()
+        self._group = MessageGroup()
         self._queue: deque[LogMessage] = deque()
         self._work: Generator[str, None, None] | None = None  # of a message
         self._anchor = Anchor(0, 0, "")
@@ -209,7 +209,7 @@ class PartitionState:
         if self._group.messages and (crosses or isinstance(content, RulesMarker)):
             yield from self._end_group()
         if crosses:
-            moment = Moment(now_ns, message.time_ns)
+            moment = LogMoment(now_ns, message.time_ns)
             self._boundary = now_ns // BOUNDARY_NS
             found = yield from self.engine.close(self._boundary * BOUNDARY_NS, moment)
             self._finish(found, moment)
@@ -225,14 +225,14 @@ class PartitionState:
         self._boundary = message.time_ns // BOUNDARY_NS
 
     def _end_group(self) -> Generator[str, None, None]:
-        group, self._group = self._group, Group()
-        moment = Moment(self._time.now_ns, group.last.time_ns)
+        group, self._group = self._group, MessageGroup()
+        moment = LogMoment(self._time.now_ns, group.last.time_ns)
         found = yield from self.engine.fold(group, moment)
         self.applied, self._last = group.last.sequence, group.last
         self._applied_time = self._time.saved()
         self._finish(found, moment)
 
-    def _finish(self, found: Results, moment: Moment) -> None:
+    def _finish(self, found: Results, moment: LogMoment) -> None:
         """Complete a step."""
         self.step += 1
         self._steps.taken(self.step, moment.log_ns)

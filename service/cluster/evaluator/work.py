@@ -15,7 +15,7 @@ from betrace.service.cluster.evaluator import checkpoints
 from betrace.service.cluster.evaluator.housekeeping import keep_house
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
-from betrace.service.cluster.evaluator.rule_markers import RuleMarkers
+from betrace.service.cluster.evaluator.rule_markers import MarkerAppends
 from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
 from betrace.service.cluster.evaluator.takeover import TakenOver
 from betrace.service.cluster.output import Output
@@ -78,7 +78,7 @@ class PartitionWork:
         self._state_lock = trio.Lock()  # the state is applied to or copied
         self._quiet = trio.Event()
         self._current = trio.Event()
-        self._markers = RuleMarkers(parts, status, taken.state, self._append)
+        self._markers = MarkerAppends(parts, status, taken.state, self._append)
         self._skipped = -1  # the last message of a gap
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0

@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from betrace.service.otlp import split as split_module
 from betrace.service.otlp.columns import BODY, ERROR, MSG_LEN, MSG_OFF, SpanBatch
 from betrace.service.otlp.partition import partition_of
-from betrace.service.otlp.split import Part, TooMuchCopied, split
+from betrace.service.otlp.split import BodyPart, TooMuchCopied, split
 from betrace.service.otlp.wire import scan_bodies
 from tests.support.otlp_generator import Generator, case
 
@@ -51,7 +51,7 @@ def raw_spans(batch: SpanBatch) -> list[bytes]:
 
 def check(
     bodies: Sequence[bytes], partitions: int, most_bytes: int, tenant: str = "t"
-) -> list[Part]:
+) -> list[BodyPart]:
     """Split and compare with the library; returns the parts."""
     batch = scan_bodies(tenant, bodies)
     parts, too_large = split(batch, partitions, most_bytes)

@@ -21,7 +21,7 @@ from betrace.service.cluster.edge.group_commit import (
     STALL_SECONDS,
     GroupCommit,
 )
-from betrace.service.otlp.split import Part
+from betrace.service.otlp.split import BodyPart
 from betrace.service.storage.jetstream.errors import StreamFull
 from tests.support import virtual
 from tests.support.fake_span_log import FakeSpanLog
@@ -31,8 +31,8 @@ KIB = 1024
 MIB = 1024 * KIB
 
 
-def part(partition: int, size: int = 100, spans: int = 1) -> Part:
-    return Part(partition, memoryview(b"x" * size), spans, [0])
+def part(partition: int, size: int = 100, spans: int = 1) -> BodyPart:
+    return BodyPart(partition, memoryview(b"x" * size), spans, [0])
 
 
 class Bench:
@@ -44,7 +44,7 @@ class Bench:
         self.commit = GroupCommit(log, 4, self.threads, **given)
         self.outcomes: list[Any] = []
 
-    def add(self, added: Part, tenant: str = "t", received_ns: int = 1) -> None:
+    def add(self, added: BodyPart, tenant: str = "t", received_ns: int = 1) -> None:
         self.commit.add(tenant, received_ns, added, self.outcomes.append)
 
 
@@ -262,7 +262,7 @@ def test_every_part_is_stored_once_or_refused(seed: int) -> None:
             for number in range(rng.choice([30, 200])):
                 size = rng.randrange(rng.choice([100, 1500]))
                 content = memoryview(body(S(number + 1, "n" * size)))
-                added = Part(rng.randrange(4), content, 1, [0])
+                added = BodyPart(rng.randrange(4), content, 1, [0])
 
                 def written(refused: Any, number: int = number + 1) -> None:
                     assert number not in outcomes
