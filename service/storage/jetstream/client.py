@@ -182,7 +182,8 @@ class NatsClient:
             if not self._closed:
                 self._loop.run_forever()
             nats.connection_lost()
-            with suppress(Exception):
+            # A server that closes the connection meanwhile cancels what close() waits for.
+            with suppress(Exception, asyncio.CancelledError):
                 self._loop.run_until_complete(asyncio.wait_for(nats.nc.close(), _ATTEMPT_SECONDS))
             nats.nc.abort()
         finally:
