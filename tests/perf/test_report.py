@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from perf import everything, soak, summary
-from perf.report import floors, output
+from perf.report import cluster_floors, floors, output
 
 
 def test_a_table_is_aligned_markdown() -> None:
@@ -59,7 +59,8 @@ def test_a_report_without_runs_lists_what_was_not_run(
     monkeypatch.setattr(summary, "REPORT", tmp_path / "REPORT.md")
     summary.main([])
     written = (tmp_path / "REPORT.md").read_text()
-    assert written.count(f"| {floors.NOT_RUN} ") == len(floors.FLOORS)
+    not_run = len(floors.FLOORS) + len(cluster_floors.ROWS)
+    assert written.count(f"| {floors.NOT_RUN} ") == not_run
     for command in ("curves", "soak", "overload", "bench", "memory", "cachehits", "queries"):
         assert f"Not run: `make {command}`." in written
 
