@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +11,8 @@ import httpx
 import trio
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.setup import set_up
-from tests.support.process import RULES, START_SECONDS, Running, command, environment
+from tests.support.nats_servers import connected
+from tests.support.process import RULES, Running, started
 
 
 class Node(Running):
@@ -68,51 +64,21 @@ class Cluster:
         """Create the streams."""
 
         async def create() -> None:
-            client = await NatsClient.connect(self.settings, "init")
-            try:
-                await set_up(client, self.settings)
-            finally:
-                await client.close()
+            async with connected(self.settings):
+                pass
 
         trio.run(create)
 
     @contextmanager
     def running(self, roles: str, name: str, *options: str, **settings: str) -> Iterator[Node]:
         """Run a process with some roles until the block ends; then kill it, if it still runs."""
-        arguments = ["serve", "--json", "--role", roles, "--config", str(self.config(name))]
+        arguments = ["--role", roles, "--config", str(self.config(name))]
         arguments += ["--data", str(self.data(name))]
         if "query" in roles:
             if not (self.directory / name / "rules").exists():
                 self.rules(name)
             arguments += ["--rules", str(self.directory / name / "rules")]
-        for listener in ("ingest", "grpc", "api", "metrics"):
-            arguments += [f"--{listener}", "127.0.0.1:0"]
-        process = subprocess.Popen(
-            command(*arguments, *options),
-            env=environment(**{"traces__idle_seconds": "1"} | settings),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        log: list[str] = []
-        assert process.stdout is not None
-        assert process.stderr is not None
-        reader = threading.Thread(target=log.extend, args=(process.stderr,))
-        watchdog = threading.Timer(START_SECONDS, process.kill)
-        reader.start()
-        watchdog.start()
-        try:
-            first = process.stdout.readline()
-            watchdog.cancel()
-            assert first, f"{name} did not start:\n" + "".join(log)
-            node = Node(process, json.loads(first))
+        with started([*arguments, *options], settings) as (process, urls, log):
+            node = Node(process, urls)
             node.log = log
             yield node
-        finally:
-            watchdog.cancel()
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            reader.join()
-            process.stdout.close()
-            process.stderr.close()

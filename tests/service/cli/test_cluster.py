@@ -28,7 +28,8 @@ from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.survey import ReplicaState, ServerState, StreamState
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, free_ports
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.ports import free_port
 
 LEASE = "0.5"
 
@@ -73,7 +74,7 @@ def test_a_command_without_a_cluster_says_what_to_do() -> None:
 
 
 def test_servers_that_are_away_are_named() -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     environment = {
         "BETRACE_CLUSTER__SERVERS": f"nats://127.0.0.1:{port}",
         "BETRACE_CLUSTER__CONNECT_SECONDS": "0.2",
@@ -210,7 +211,7 @@ def test_doctor_warns_of_servers_that_do_not_sync(
 
 
 def test_doctor_without_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     environment = {
         "BETRACE_CLUSTER__SERVERS": f"nats://127.0.0.1:{port}",
         "BETRACE_CLUSTER__CONNECT_SECONDS": "0.2",

@@ -14,12 +14,11 @@ from betrace.service.cli.main import cli
 from betrace.service.cluster.evaluator.owner import lease_key
 from betrace.service.cluster.membership import Membership, drain_key
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Lease, Leases
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSettin
         settings = servers.settings(prefix="drain", partitions=3)
 
         async def prepare() -> None:
-            client = await NatsClient.connect(settings, "test")
-            await setup.set_up(client, settings)
-            await client.close()
+            async with connected(settings):
+                pass
 
         trio.run(prepare)
         yield settings

@@ -9,9 +9,8 @@ import httpx
 import pytest
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 
 _numbers = itertools.count()
 
@@ -34,12 +33,8 @@ def cluster(one_server: NatsServers) -> ClusterSettings:
 @pytest.fixture
 async def client(cluster: ClusterSettings) -> AsyncIterator[NatsClient]:
     """A client; the streams exist."""
-    client = await NatsClient.connect(cluster, "test")
-    try:
-        await setup.set_up(client, cluster)
+    async with connected(cluster) as client:
         yield client
-    finally:
-        await client.close()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import trio
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
 from tests.support.cluster_processes import Cluster
@@ -20,7 +19,7 @@ from tests.support.edges import (
     running_edge,
     stored_spans,
 )
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 from tests.support.spans import S, body
 
 pytestmark = pytest.mark.slow
@@ -76,10 +75,8 @@ async def three(tmp_path) -> AsyncIterator[tuple[NatsServers, NatsClient, Cluste
         pytest.skip(MISSING)
     with NatsServers(tmp_path / "nats", 3) as servers:
         cluster = servers.settings(partitions=4)
-        client = await NatsClient.connect(cluster, "test")
-        await setup.set_up(client, cluster)
-        yield servers, client, cluster
-        await client.close()
+        async with connected(cluster) as client:
+            yield servers, client, cluster
 
 
 async def test_an_edge_is_killed(cluster, client, tmp_path):

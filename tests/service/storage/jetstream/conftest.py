@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 
 _numbers = itertools.count()
 
@@ -33,9 +32,5 @@ def settings(one_server: NatsServers) -> ClusterSettings:
 @pytest.fixture
 async def client(settings: ClusterSettings) -> AsyncIterator[NatsClient]:
     """A client; the streams exist."""
-    client = await NatsClient.connect(settings, "test")
-    try:
-        await setup.set_up(client, settings)
+    async with connected(settings) as client:
         yield client
-    finally:
-        await client.close()

@@ -41,7 +41,8 @@ from betrace.service.storage.jetstream.layout import (
 from betrace.service.storage.jetstream.nats import Nats, server_time_ns
 from betrace.service.storage.jetstream.setup import SetupError
 from betrace.service.storage.jetstream.spans import SpanStreams
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, free_ports
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
+from tests.support.ports import free_port
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ async def test_a_request_that_nobody_answers(connection: NatsClient) -> None:
 
 
 async def test_without_servers_the_start_gives_up(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     settings = ClusterSettings(servers=f"nats://127.0.0.1:{port}", connect_seconds=0.3)
     with pytest.raises(NatsUnavailable, match=f"no NATS server answers at .*{port}"):
         await NatsClient.connect(settings, "test")
@@ -197,9 +198,7 @@ async def test_calls_fail_while_the_server_is_away_and_succeed_afterwards(
         pytest.skip(MISSING)
     with NatsServers(tmp_path) as servers:
         settings = servers.settings(partitions=1)
-        client = await NatsClient.connect(settings, "test")
-        try:
-            await setup.set_up(client, settings)
+        async with connected(settings) as client:
             log = SpanStreams(client, Layout.of(settings))
             await log.append(0, b"x", "first")
             (server,) = servers.servers
@@ -219,8 +218,6 @@ async def test_calls_fail_while_the_server_is_away_and_succeed_afterwards(
             with trio.fail_after(60):
                 assert await log.append(0, b"y", "second") == 2
             assert client.reconnects >= 1
-        finally:
-            await client.close()
 
 
 async def test_a_full_stream_refuses_until_something_is_deleted(
@@ -245,15 +242,11 @@ async def test_a_full_server_refuses(tmp_path: Path) -> None:
         pytest.skip(MISSING)
     with NatsServers(tmp_path, store_bytes=1 << 20) as servers:
         settings = servers.settings(partitions=1)
-        client = await NatsClient.connect(settings, "test")
-        try:
-            await setup.set_up(client, settings)
+        async with connected(settings) as client:
             log = SpanStreams(client, Layout.of(settings))
             with pytest.raises(StreamFull):
                 await append_many(log, 20, 100_000)
             assert len(await log.read(0, 0, 8 << 20, 0)) == await log.last(0) > 0
-        finally:
-            await client.close()
 
 
 @pytest.mark.parametrize(

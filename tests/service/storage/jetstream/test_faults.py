@@ -11,7 +11,6 @@ import pytest
 import trio
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -23,10 +22,11 @@ from tests.support.log_writers import (
     WAIT,
     Writers,
     check,
+    check_through,
     patiently,
     read_all,
 )
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 
 MB = 1 << 20
 
@@ -59,12 +59,8 @@ def settings(servers: NatsServers) -> ClusterSettings:
 
 @pytest.fixture
 async def client(settings: ClusterSettings) -> AsyncIterator[NatsClient]:
-    client = await NatsClient.connect(settings, "test")
-    try:
-        await setup.set_up(client, settings)
+    async with connected(settings) as client:
         yield client
-    finally:
-        await client.close()
 
 
 async def test_the_leader_is_killed_while_writers_append(
@@ -72,18 +68,8 @@ async def test_the_leader_is_killed_while_writers_append(
 ) -> None:
     layout = Layout.of(settings)
     log = SpanStreams(client, layout)
-    writers = Writers(log, 0)
     leader = servers.leader(layout.spans_stream(0))
-    async with trio.open_nursery() as nursery:
-        for _ in range(4):
-            nursery.start_soon(writers.run)
-        await writers.until(50)
-        leader.kill()
-        await writers.until(50)
-        leader.start()
-        await writers.until(50)
-        nursery.cancel_scope.cancel()
-    await check(log, writers, 0)
+    await check_through(log, 50, leader.kill, leader.start)
 
 
 async def test_owners_take_over_while_leaders_are_killed(

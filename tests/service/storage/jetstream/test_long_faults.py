@@ -15,13 +15,12 @@ import pytest
 import trio
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.spans import SpanStreams
-from tests.support.log_writers import WAIT, Writers, check
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
+from tests.support.log_writers import WAIT, Writers, check, check_through
+from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 
 FAULTS = int(os.environ.get("BETRACE_CLUSTER_FAULTS", "0"))
 
@@ -115,12 +114,8 @@ def settings(servers: NatsServers) -> ClusterSettings:
 
 @pytest.fixture
 async def client(settings: ClusterSettings) -> AsyncIterator[NatsClient]:
-    client = await NatsClient.connect(settings, "test")
-    try:
-        await setup.set_up(client, settings)
+    async with connected(settings) as client:
         yield client
-    finally:
-        await client.close()
 
 
 async def connect_to_first(client: NatsClient, servers: NatsServers) -> None:
@@ -167,18 +162,8 @@ async def test_the_leader_is_frozen_while_writers_append(
 ) -> None:
     layout = Layout.of(settings)
     log = SpanStreams(client, layout)
-    writers = Writers(log, 0)
     leader = servers.leader(layout.spans_stream(0))
-    async with trio.open_nursery() as nursery:
-        for _ in range(4):
-            nursery.start_soon(writers.run)
-        await writers.until(50)
-        leader.freeze()
-        await writers.until(50)
-        leader.unfreeze()
-        await writers.until(50)
-        nursery.cancel_scope.cancel()
-    await check(log, writers, 0)
+    await check_through(log, 50, leader.freeze, leader.unfreeze)
 
 
 async def test_random_faults(
