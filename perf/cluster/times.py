@@ -22,7 +22,7 @@ from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from perf.bench import probe
-from perf.cluster.nodes import WholeCluster, by_partition, samples, wait_owned, whole_cluster
+from perf.cluster.nodes import WholeCluster, by_partition, samples, whole_cluster
 from perf.lib.target import GeneratorProcess
 from perf.report import output
 
@@ -242,10 +242,8 @@ def _quantiles(seconds: list[float]) -> Json:
 
 def measure(options: argparse.Namespace) -> Json:
     """The kinds of ``options.only``."""
-    with whole_cluster(3, options.partitions, 1, 2) as cluster:
-        wait_owned(cluster)
-        with _load(cluster):
-            return trio.run(_measure, options, cluster)
+    with whole_cluster(3, options.partitions, 1, 2) as cluster, _load(cluster):
+        return trio.run(_measure, options, cluster)
 
 
 TITLES = {

@@ -68,8 +68,9 @@ def components(sources: Sources) -> dict[str, Json]:
 
 
 def _cluster(node: QueryNode, whole: str | None) -> Json:
-    failing = [each for each in node.partitions() if each["problem"] is not None]
-    lag = sum(each["lag"] or 0 for each in node.partitions())
+    partitions = node.partitions()
+    failing = [each for each in partitions if each["problem"] is not None]
+    lag = sum(each["lag"] or 0 for each in partitions)
     detail = f"node {node.name}, roles {', '.join(node.roles)}; {lag} messages to apply"
     if failing:
         first = failing[0]

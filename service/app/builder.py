@@ -40,7 +40,6 @@ from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
-from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.rules.patterns import set_match_bytes
@@ -88,10 +87,17 @@ def open_query_service(
     raise_limit()
     set_match_bytes(settings.rules.match_max_bytes)
     stores = _open_stores(data, settings, stack)
-    directory = TenantDirectory(data / "tenants.sqlite")
-    stack.callback(directory.close)
-    tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
+    directory, tokens = open_tenants(settings, stack)
     return lambda cluster: build(settings, stores, directory, tokens, cluster)
+
+
+def open_tenants(
+    settings: Settings, stack: ExitStack
+) -> tuple[TenantDirectory, OperatorTokens | None]:
+    """The tenant directory, and the operators' tokens; None if authentication is off."""
+    directory = TenantDirectory(settings.storage.path / "tenants.sqlite")
+    stack.callback(directory.close)
+    return directory, operator_tokens(settings.auth) if settings.auth.enabled else None
 
 
 def _open_stores(data: Path, settings: Settings, stack: ExitStack) -> Stores:
@@ -381,6 +387,5 @@ class _ServiceBuilder:
             threads=self._threads,
             cache_thread=self._cache_thread,
             node=self._node,
-            compilation=Compilation() if self._node is None else Compilation(["traces"]),
         )
         return service

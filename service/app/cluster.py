@@ -20,7 +20,7 @@ from prometheus_client.core import Metric
 from betrace.channels import ThreadRunner
 from betrace.service.api.asgi import serve
 from betrace.service.app import evaluator_metrics
-from betrace.service.app.builder import open_query_service
+from betrace.service.app.builder import open_query_service, open_tenants
 from betrace.service.app.edge import Edge, EdgeAddresses
 from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
 from betrace.service.app.query import connect_query
@@ -44,8 +44,7 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.setup import check
-from betrace.service.tenancy.authentication import operator_tokens
-from betrace.service.tenancy.directory import TenantDirectory, TenantState
+from betrace.service.tenancy.directory import TenantState
 from betrace.service.tenancy.gate import Gate
 
 _log = logging.getLogger("service.cluster")
@@ -80,13 +79,11 @@ def open_cluster(
 
 def open_gate(settings: Settings, stack: ExitStack) -> Callable[[], Gate]:
     """Open the tenant directory of an edge without a query role; returns what makes its gate."""
-    directory = TenantDirectory(settings.storage.path / "tenants.sqlite")
-    stack.callback(directory.close)
-    tokens = operator_tokens(settings.auth) if settings.auth.enabled else None
+    directory, tokens = open_tenants(settings, stack)
 
     async def exists(name: str) -> bool:
         found = await trio.to_thread.run_sync(directory.get, name)
-        return found is not None and found.state == TenantState.ACTIVE
+        return found is not None and found.state is TenantState.ACTIVE
 
     return lambda: Gate(settings, directory, tokens, exists)
 

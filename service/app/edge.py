@@ -27,7 +27,7 @@ from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
 from betrace.service.config.settings import Settings
-from betrace.service.otlp import json, split, wire
+from betrace.service.otlp import split, wire
 from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL, open_batch_audit
 from betrace.service.pipeline.request import Request
 from betrace.service.receiver.admission import Admission, TenantStates
@@ -170,7 +170,7 @@ class Edge:
 
 
 def warm_up() -> None:
-    """Compile the kernels of an edge, or load them from the cache on disk."""
-    json.warm_up()
+    """Compile the kernels of an edge, or load them from the cache on disk, apart from those of
+    JSON, which its process compiles before."""
     wire.warm_up()
     split.warm_up()

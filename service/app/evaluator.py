@@ -21,7 +21,6 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
-from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 INDEX_SECONDS = 10.0
@@ -47,10 +46,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
     spans, subject = SpanStreams(client, layout), index_subject(layout.prefix)
 
     def ask(data: bytes) -> bytes:
-        async def request(nats: Nats) -> bytes:
-            return bytes((await nats.request(subject, data, seconds=INDEX_SECONDS)).data)
-
-        return client.call_blocking(request, 2 * INDEX_SECONDS)
+        return client.ask_blocking(subject, data, INDEX_SECONDS)
 
     def new_state(partition: int) -> PartitionState:
         index = RemoteTraceIndex(partition, ask, lambda: state.index_sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.lease_keys import owners_by_partition
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection, OtherRoles
 from betrace.service.cluster.query.open_traces import (
@@ -18,7 +18,6 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
-from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 
@@ -34,19 +33,13 @@ def connect_query(
     layout, partitions = Layout.of(settings), range(settings.partitions)
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
     leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
-    by_lease = {lease_key(partition): partition for partition in partitions}
 
     async def owners() -> dict[int, str]:
-        found = await leases.owners()
-        return {by_lease[key]: owner for key, owner in found.items() if key in by_lease}
+        return owners_by_partition(await leases.owners(), settings.partitions)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)
-
-        async def request(nats: Nats) -> bytes:
-            return bytes((await nats.request(subject, data, seconds=ANSWER_SECONDS)).data)
-
-        return client.call_blocking(request, 2 * ANSWER_SECONDS)
+        return client.ask_blocking(subject, data, ANSWER_SECONDS)
 
     return ClusterConnection(
         name=node,

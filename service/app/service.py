@@ -99,7 +99,7 @@ class Service:
     node: QueryNode | None = None
     """What feeds the stores of a query node, in place of received spans."""
 
-    compilation: Compilation = field(default_factory=Compilation)
+    compilation: Compilation = field(default_factory=Compilation, init=False)
     state: str = field(default="starting", init=False)
     """``starting``, ``ready``, ``draining`` or ``stopped``."""
     _stop: trio.Event = field(default_factory=trio.Event, init=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from betrace.service.api.asgi import Receive, Scope, Send, lifespan
-from betrace.service.api.metrics.exposition import TEXT_TYPE, register_process
+from betrace.service.api.metrics.exposition import TEXT_TYPE, Collected, register_process
 
 Json = dict[str, Any]
 
@@ -91,15 +91,5 @@ class StatusApp:
         start = GaugeMetricFamily(
             "betrace_start_time_seconds", "When the service started.", self._started_at
         )
-        every = _Families(chain([info, start], self._status.metrics(), self._process.collect()))
+        every = Collected(chain([info, start], self._status.metrics(), self._process.collect()))
         return generate_latest(every)  # type: ignore[arg-type]
-
-
-class _Families:
-    """A collector of metrics that exist."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import trio
 
 from betrace.service.cli.common import Failure
-from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.lease_keys import owners_by_partition
 from betrace.service.cluster.membership import beat_key, drain_key
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
@@ -44,12 +44,11 @@ async def drain_node(
             else "no node of the cluster is running"
         )
     await members.put(drain_key(node), b"")
-    keys = {lease_key(partition): partition for partition in range(settings.partitions)}
     left: list[int] | None = None
     with trio.move_on_after(seconds):
         while left != []:
-            owners = await leases.owners()
-            now = sorted(keys[k] for k, owner in owners.items() if owner == node and k in keys)
+            owners = owners_by_partition(await leases.owners(), settings.partitions)
+            now = [partition for partition, owner in owners.items() if owner == node]
             if left is None or len(now) != len(left):
                 report(len(now))
             left = now

@@ -10,16 +10,15 @@ import orjson
 import trio
 
 from betrace.service.cluster import output
-from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.lease_keys import lease_key
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import survey
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
 from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
-from betrace.service.storage.jetstream.nats import Nats, StoredMessage
 from betrace.service.storage.jetstream.setup import SetupError
 from betrace.service.storage.jetstream.survey import ServerState, StreamState
 
@@ -125,15 +124,8 @@ async def _partitions(
 
 async def _applied(client: NatsClient, layout: Layout, partition: int) -> int | None:
     """The sequence up to which the partition's output covers its spans."""
-
-    async def work(nats: Nats) -> StoredMessage | None:
-        body = {"last_by_subj": layout.out_subject(partition)}
-        try:
-            return await nats.leader_get(layout.out_stream(partition), body)
-        except NotInStream:
-            return None
-
-    message = await client.call(work)
+    stream, body = layout.out_stream(partition), {"last_by_subj": layout.out_subject(partition)}
+    message = await client.call(lambda nats: nats.leader_get(stream, body))
     if message is None:
         return 0
     try:

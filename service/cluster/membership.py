@@ -105,7 +105,7 @@ class Membership:
         value = {"roles": self.roles, "draining": self.draining, "boot": self._boot}
         try:
             with trio.move_on_after(self.lease_seconds):
-                await self.bucket.put(_BEAT + self.name, orjson.dumps(value))
+                await self.bucket.put(beat_key(self.name), orjson.dumps(value))
         except TransientError as error:
             _log.debug("the heartbeat could not be written: %s", error)
 
@@ -115,9 +115,9 @@ class Membership:
         self._left = True
         with trio.move_on_after(self.lease_seconds):
             try:
-                await self.bucket.delete(_BEAT + self.name)
+                await self.bucket.delete(beat_key(self.name))
                 if self.name in self._drains:
-                    await self.bucket.delete(_DRAIN + self.name)
+                    await self.bucket.delete(drain_key(self.name))
             except TransientError as error:
                 _log.debug("the heartbeat could not be removed: %s", error)
 

@@ -59,7 +59,6 @@ _KEPT = np.array(
     ]
 )
 _SHIFTS = np.array([0, 16, 32, 48])
-_SHIFTS = np.array([0, 16, 32, 48])
 
 BYTES_OF_TRACE = len(_KEPT) * 8 + 32
 """About those of a closed trace, before compression."""

@@ -79,7 +79,7 @@ def _least(node: Node, holds: bool) -> Least:
             return _all([Least(2), _of_span(spans)])
         case Comparison(left, op, (right, *_)) if op in OPPOSITE:
             if isinstance(left, Constant):
-                left, op, right = right, MIRRORED.get(op, op), left
+                left, op, right = right, MIRRORED[op], left
             if isinstance(right, Constant) and not isinstance(right.value, str):
                 return _compared(left, op if holds else OPPOSITE[op], right)
             return Least()

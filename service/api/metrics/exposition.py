@@ -77,12 +77,12 @@ class Exposition:
     def _render(self, families: list[Metric], media_type: str) -> bytes:
         blocking = [each.family(self._sources) for each in DECLARED if each.blocks]
         observed, process = self._observed.collect(), self._process.collect()
-        every = _Collected(chain(observed, families, blocking, process))
+        every = Collected(chain(observed, families, blocking, process))
         generate = generate_open_metrics if media_type == OPEN_METRICS_TYPE else generate_latest
         return generate(every)  # type: ignore[operator, no-any-return]
 
 
-class _Collected:
+class Collected:
     """A collector of metrics that were read before."""
 
     def __init__(self, families: Iterable[Metric]) -> None:

@@ -11,7 +11,7 @@ import trio
 from betrace.service.cli.common import Failure
 from betrace.service.cli.demo.collector import Collector
 from betrace.service.cli.demo.local_cluster import LocalCluster
-from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.lease_keys import owners_by_partition
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
@@ -125,8 +125,7 @@ class Outages:
         """The owner of each lease, by partition."""
         bucket = ConfigBucket(self._cluster.client, self._layout.leases_bucket)
         found = await Leases(bucket, self._cluster.settings.lease_seconds).owners()
-        keys = {lease_key(each): each for each in range(self._layout.partitions)}
-        return {keys[key]: owner for key, owner in found.items() if key in keys}
+        return owners_by_partition(found, self._layout.partitions)
 
     async def _leader(self, stream: str) -> str:
         async def ask(nats: Nats) -> str:

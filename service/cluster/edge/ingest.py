@@ -24,11 +24,10 @@ from betrace.service.pipeline.scanning import (
     IngestCounts,
     Outcome,
     Scanned,
+    are_small,
     scan_requests,
     scanned_outcome,
 )
-
-SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and split in about 0.2 ms
 
 _COPIES = (
     "The resource attributes of the request are too large to be copied to all partitions that it "
@@ -85,7 +84,7 @@ class EdgeIngest:
     async def handle(self, requests: list[Request]) -> None:
         """Append the spans of requests to the log, and answer each request when its own are
         stored."""
-        if _are_small(requests):
+        if are_small(requests):
             splits, outcomes = self._split(requests)
         else:
             splits, outcomes = await self._threads.run(self._split, requests)
@@ -193,13 +192,3 @@ class EdgeIngest:
                 (alone,), _ = scan_requests([requests[number]], self._max_body)
                 found += self._split_batch(Scanned(alone.batch, [number]), requests, outcomes)
         return found
-
-
-def _are_small(requests: list[Request]) -> bool:
-    """Whether handling the requests takes less time than a call in a thread."""
-    left = SMALL_BYTES
-    for request in requests:
-        left -= len(request.body)
-        if left < 0 or request.encoding:
-            return False
-    return True

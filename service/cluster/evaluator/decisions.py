@@ -38,6 +38,11 @@ class LogMoment:
     log_ns: int
     time_ns: int
 
+    @property
+    def ahead_ns(self) -> int:
+        """How far the server's time is ahead of log time."""
+        return self.time_ns - self.log_ns
+
 
 class Decisions:
     """Decides due traces, and knows what was signalled before. Not thread-safe."""
@@ -70,9 +75,7 @@ class Decisions:
         undecided = _records(due, decided, moment)
         decided.undecided, decided.outcomes = [], None
         if due.closed:
-            shift = moment.time_ns - moment.log_ns
-            due.rows[:, [FIRST_SEEN, LAST_SEEN]] += shift
-            due.received_ns += shift
+            _show_times(due, moment)
         decided.due_ns = due.received_ns
         return decided, undecided
 
@@ -138,9 +141,7 @@ class Decisions:
             whole.signals += decided.signals
             undecided += more
         if due.closed:
-            shift = moment.time_ns - moment.log_ns
-            due.rows[:, [FIRST_SEEN, LAST_SEEN]] += shift
-            due.received_ns += shift
+            _show_times(due, moment)
         whole.due_ns = due.received_ns
         return whole, undecided
 
@@ -159,6 +160,12 @@ class Decisions:
         self._relational.restore(saved["relational"])
         self._read_back.restore(saved["spilled"])
         self._paid_ns = saved["paid_ns"]
+
+
+def _show_times(due: DueTraces, moment: LogMoment) -> None:
+    """Turn the log times of closed traces into times as people know them."""
+    due.rows[:, [FIRST_SEEN, LAST_SEEN]] += moment.ahead_ns
+    due.received_ns += moment.ahead_ns
 
 
 def _records(due: DueTraces, decided: Decided, moment: LogMoment) -> list[NotJudged]:

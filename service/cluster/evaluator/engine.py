@@ -63,7 +63,7 @@ class PartitionEngine:
     def fold(self, group: MessageGroup, moment: LogMoment) -> Steps:
         """Apply the messages of a group."""
         self.traces.now_ns = moment.log_ns
-        self.traces.ahead_ns = moment.time_ns - moment.log_ns
+        self.traces.ahead_ns = moment.ahead_ns
         found = Results(dead=group.dead)
         if isinstance(group.content, RulesMarker):
             self._change_rules(group, group.content, found)

@@ -13,9 +13,10 @@ import trio
 
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator.assignment import assign
-from betrace.service.cluster.evaluator.owner import PartitionOwner, lease_key
+from betrace.service.cluster.evaluator.owner import PartitionOwner
 from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.status import PartitionStatus
+from betrace.service.cluster.lease_keys import owners_by_partition
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.query.open_traces import NOT_OWNED, NotOwned
 from betrace.service.telemetry import events
@@ -121,9 +122,7 @@ class Evaluator:
 
     async def _owners(self) -> dict[int, str]:
         """The owners of the partitions' leases."""
-        by_key = await self._parts.leases.owners()
-        keys = {lease_key(each.partition): each.partition for each in self.statuses}
-        return {keys[key]: owner for key, owner in by_key.items() if key in keys}
+        return owners_by_partition(await self._parts.leases.owners(), len(self.statuses))
 
     def _follow(self, owners: dict[int, str], nursery: trio.Nursery) -> None:
         """Start and end owners as the assignment demands."""
@@ -158,7 +157,7 @@ class Evaluator:
         try:
             with running.scope:
                 await running.owner.run()
-            if status.fenced > fenced:  # do not quarrel with an evaluator that sees no leases
+            if status.fenced > fenced:  # another one may not see the leases
                 until = trio.current_time() + self._parts.settings.lease_seconds
                 self._backoff[status.partition] = 0.0, until
         except* Exception as errors:

@@ -24,6 +24,7 @@ from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
 from betrace.service.cluster.evaluator.takeover import TakenOver, Takeover
 from betrace.service.cluster.evaluator.work import PartitionWork
+from betrace.service.cluster.lease_keys import lease_key
 from betrace.service.storage.jetstream.fenced import Fenced
 from betrace.service.storage.jetstream.leases import Lease
 from betrace.service.telemetry import events
@@ -151,8 +152,3 @@ class PartitionOwner:
             with trio.move_on_after(self._parts.settings.lease_seconds * 2):
                 await work.save()
             work.stop()
-
-
-def lease_key(partition: int) -> str:
-    """The key of a partition's lease."""
-    return f"partition.{partition}"

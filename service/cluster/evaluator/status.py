@@ -44,9 +44,6 @@ class PartitionStatus:
     """The sequence up to which results are stored in the output."""
 
     log_time_ns: int = 0
-    rules_revision: int = 0
-    """The highest revision of rules in force."""
-
     lag_messages: int = 0
     lag_seconds: float = 0.0
     """How old the oldest message is that was not applied; 0 if all are."""

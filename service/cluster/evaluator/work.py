@@ -185,7 +185,6 @@ class PartitionWork:
         status.applied = state.applied
         status.stored = max(status.stored, self._writer.upto)
         status.log_time_ns = state.log_time_ns
-        status.rules_revision = max(state.rules_revisions.values(), default=0)
         if state.received >= self._end:
             self._current.set()
 

@@ -20,7 +20,7 @@ from betrace.service.cluster.query.applied import (
     read_cursors,
     remove_cursors,
 )
-from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog
+from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog, PartitionFeed
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.rules import RulePublisher
@@ -179,19 +179,19 @@ class QueryNode:
         found = []
         for partition in sorted(self.cluster.outs):
             applied, last = self.positions.get(partition), self._last.get(partition)
-            state = self.feed.partitions[partition] if self.feed is not None else None
+            state = self.feed.partitions[partition] if self.feed is not None else PartitionFeed()
             found.append(
                 {
                     "partition": partition,
                     "owner": self._owners.get(partition),
-                    "epoch": state.epoch if state is not None else None,
+                    "epoch": state.epoch,
                     "applied": applied,
                     "last": last,
                     "lag": None if last is None else max(0, last - applied),
-                    "evaluatedTo": state.evaluated_to if state is not None else 0,
-                    "logTimeNs": state.log_time_ns if state is not None else 0,
-                    "counts": None if state is None else _counts(state.counts),
-                    "problem": state.problem if state is not None else None,
+                    "evaluatedTo": state.evaluated_to,
+                    "logTimeNs": state.log_time_ns,
+                    "counts": _counts(state.counts),
+                    "problem": state.problem,
                 }
             )
         return found

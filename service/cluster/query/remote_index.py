@@ -62,7 +62,8 @@ class RemoteTraceIndex:
         found = IndexAnswer(needed)
         left = list(trace_ids)
         while left:
-            answer = self._request(IndexRequest(self._partition, needed, tenant, left))
+            some = left[:MOST_TRACES]
+            answer = self._request(IndexRequest(self._partition, needed, tenant, some))
             left = left[answer.answered :]
             found.rows.update(answer.rows)
             found.raised.update(answer.raised)
@@ -71,11 +72,8 @@ class RemoteTraceIndex:
         return found
 
     def _request(self, request: IndexRequest) -> IndexAnswer:
-        part = IndexRequest(
-            request.partition, request.upto, request.tenant, request.traces[:MOST_TRACES]
-        )
         try:
-            answer = unpack_answer(self._ask(pack_request(part)))
+            answer = unpack_answer(self._ask(pack_request(request)))
         except NatsUnavailable as error:
             raise HistoryUnavailable(f"no query node answers: {error}") from error
         except IndexMessageError as error:

@@ -24,8 +24,10 @@ from betrace.service.pipeline.progress import TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
 from betrace.service.pipeline.rules_in_force import LogWriter
 from betrace.service.pipeline.scanning import (
+    SMALL_BYTES,
     IngestCounts,
     Outcome,
+    are_small,
     scan_requests,
     scanned_outcome,
 )
@@ -34,7 +36,6 @@ from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
 from betrace.service.storage.spanlog.log import LogSyncError
 
 FULL = 0.75  # fill of the next channel above which requests wait in this one
-SMALL_BYTES = 128 * 1024  # uncompressed; decoded, scanned and written in about 0.2 ms
 SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that the disk is busy
 # For so long after a slow write everything goes to the thread; twice as long if the next one comes
 # within RELAPSE_SECONDS after that.
@@ -123,12 +124,9 @@ class IngestStage:
         for the disk."""
         if self._sync.running or trio.current_time() < self._inline_from:
             return False
-        left = SMALL_BYTES
-        for request in requests:
-            left -= len(request.body)
-            if left < 0 or request.encoding:
-                return False
-        return all(self._writer.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests)
+        return are_small(requests) and all(
+            self._writer.is_ready(request.tenant, 2 * SMALL_BYTES) for request in requests
+        )
 
     def _ingest_inline(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from betrace.service.storage.jetstream.client import NatsClient
-from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats, server_time_ns
 from betrace.service.storage.jetstream.stream_log import ATTEMPT_SECONDS, Retries
 
@@ -63,7 +63,7 @@ class Blobs:
             }
             await self._write(nats, self._subject(name), orjson.dumps(description), _ROLLUP)
             if before is not None:
-                await self._purge(nats, before)
+                await self._purge(nats, self._chunks + before["nuid"])
 
         await self._client.call(work, _SECONDS)
 
@@ -95,9 +95,8 @@ class Blobs:
         async def work(nats: Nats) -> None:
             found = await self._find(nats, name)
             if found is not None:
-                body = {"filter": self._subject(name)}
-                await nats.api(f"STREAM.PURGE.{self._stream}", body)
-                await self._purge(nats, found)
+                await self._purge(nats, self._subject(name))
+                await self._purge(nats, self._chunks + found["nuid"])
 
         await self._client.call(work, _SECONDS)
 
@@ -105,9 +104,7 @@ class Blobs:
         """The names of the blobs that begin with ``prefix``, sorted."""
 
         async def work(nats: Nats) -> list[str]:
-            body = {"subjects_filter": f"{self._descriptions}>"}
-            info = await nats.api(f"STREAM.INFO.{self._stream}", body)
-            subjects: dict[str, int] = info["state"].get("subjects") or {}
+            subjects, _ = await self._subjects(nats, self._descriptions)
             return [
                 base64.urlsafe_b64decode(each.removeprefix(self._descriptions)).decode()
                 for each in subjects
@@ -117,22 +114,17 @@ class Blobs:
 
     async def delete_orphans(self, seconds: float) -> int:
         """Delete chunks that belong to no blob, because their :meth:`put` was interrupted at least
-        so long ago; returns of how many blobs."""
+        ``seconds`` ago; returns how many blobs they belonged to."""
 
         async def work(nats: Nats) -> int:
-            body = {"subjects_filter": f"{self._chunks}>"}
-            info = await nats.api(f"STREAM.INFO.{self._stream}", body)
-            found = set(info["state"].get("subjects") or {})
-            before_ns = server_time_ns(info["ts"]) - int(seconds * 1e9)
+            found, now_ns = await self._subjects(nats, self._chunks)
+            before_ns = now_ns - int(seconds * 1e9)
             orphans = found - await self._chunks_in_use(nats)
             deleted = 0
             for subject in sorted(orphans):
-                try:
-                    last = await nats.leader_get(self._stream, {"last_by_subj": subject})
-                except NotInStream:
-                    continue
-                if last.time_ns < before_ns:
-                    await nats.api(f"STREAM.PURGE.{self._stream}", {"filter": subject})
+                last = await nats.leader_get(self._stream, {"last_by_subj": subject})
+                if last is not None and last.time_ns < before_ns:
+                    await self._purge(nats, subject)
                     deleted += 1
             return deleted
 
@@ -140,26 +132,27 @@ class Blobs:
 
     async def _chunks_in_use(self, nats: Nats) -> set[str]:
         """The subjects of all blobs' chunks, as the leader knows them: a replica may be behind."""
-        body = {"subjects_filter": f"{self._descriptions}>"}
-        info = await nats.api(f"STREAM.INFO.{self._stream}", body)
         found: set[str] = set()
-        for subject in info["state"].get("subjects") or {}:
-            try:
-                last = await nats.leader_get(self._stream, {"last_by_subj": subject})
-            except NotInStream:
-                continue
-            found.add(self._chunks + str(orjson.loads(last.data)["nuid"]))
+        for subject in (await self._subjects(nats, self._descriptions))[0]:
+            last = await nats.leader_get(self._stream, {"last_by_subj": subject})
+            if last is not None:
+                found.add(self._chunks + str(orjson.loads(last.data)["nuid"]))
         return found
+
+    async def _subjects(self, nats: Nats, prefix: str) -> tuple[set[str], int]:
+        """The subjects below ``prefix`` that have messages, and the server's time."""
+        info = await nats.api(f"STREAM.INFO.{self._stream}", {"subjects_filter": f"{prefix}>"})
+        return set(info["state"].get("subjects") or {}), server_time_ns(info["ts"])
 
     def _subject(self, name: str) -> str:
         return self._descriptions + base64.urlsafe_b64encode(name.encode()).decode()
 
     async def _find(self, nats: Nats, name: str) -> dict[str, Any] | None:
-        try:
-            found = await nats.leader_get(self._stream, {"last_by_subj": self._subject(name)})
-            description: dict[str, Any] = orjson.loads(found.data)
-        except NotInStream:
+        found = await nats.leader_get(self._stream, {"last_by_subj": self._subject(name)})
+        if found is None:
             return None
+        try:
+            description: dict[str, Any] = orjson.loads(found.data)
         except orjson.JSONDecodeError as error:
             raise BlobCorrupt(f"the description of the blob {name} is damaged") from error
         return None if description.get("deleted") else description
@@ -201,9 +194,8 @@ class Blobs:
             else:
                 return
 
-    async def _purge(self, nats: Nats, description: dict[str, Any]) -> None:
-        body = {"filter": self._chunks + description["nuid"]}
-        await nats.api(f"STREAM.PURGE.{self._stream}", body)
+    async def _purge(self, nats: Nats, subject: str) -> None:
+        await nats.api(f"STREAM.PURGE.{self._stream}", {"filter": subject})
 
 
 def _digest(data: bytes) -> str:

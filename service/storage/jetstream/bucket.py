@@ -10,7 +10,6 @@ import trio
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import (
     NatsUnavailable,
-    NotInStream,
     WrongLastSequence,
 )
 from betrace.service.storage.jetstream.nats import EXPECTED_SUBJECT_LAST, Nats, StoredMessage
@@ -49,12 +48,8 @@ class ConfigBucket:
         """The key's latest value, as the leader has it; None if the key does not exist."""
 
         async def work(nats: Nats) -> Entry | None:
-            try:
-                body = {"last_by_subj": self._prefix + key}
-                entry = self._entry(await nats.leader_get(self._stream, body))
-            except NotInStream:
-                return None
-            return None if entry.value is None else entry
+            entry = await self._latest(nats, key)
+            return None if entry is None or entry.value is None else entry
 
         return await self._client.call(work)
 
@@ -84,14 +79,17 @@ class ConfigBucket:
 
     async def _deleted_revision(self, nats: Nats, key: str) -> int:
         """The revision of the deletion of a key, 0 if it never existed."""
-        try:
-            body = {"last_by_subj": self._prefix + key}
-            entry = self._entry(await nats.leader_get(self._stream, body))
-        except NotInStream:
+        entry = await self._latest(nats, key)
+        if entry is None:
             return 0
         if entry.value is not None:
             raise Conflict(f"{key} exists")
         return entry.revision
+
+    async def _latest(self, nats: Nats, key: str) -> Entry | None:
+        """The latest value or deletion of a key, as the leader has it."""
+        found = await nats.leader_get(self._stream, {"last_by_subj": self._prefix + key})
+        return None if found is None else self._entry(found)
 
     async def entries(self, prefix: str = "") -> list[Entry]:
         """The latest values of the keys that exist and begin with ``prefix``, ordered by revision.

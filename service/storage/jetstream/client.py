@@ -130,6 +130,15 @@ class NatsClient:
             raise NatsUnavailable("the NATS client is closed")
         return result.result()
 
+    def ask_blocking(self, subject: str, data: bytes, seconds: float) -> bytes:
+        """The answer of whoever listens on ``subject``; call it in a worker thread. Raises
+        :exc:`NatsUnavailable` without one within ``seconds``."""
+
+        async def request(nats: Nats) -> bytes:
+            return bytes((await nats.request(subject, data, seconds=seconds)).data)
+
+        return self.call_blocking(request, 2 * seconds)
+
     def _soon(self, function: Callable[[], object]) -> bool:
         """Call a function in the client's thread. Its loop is woken once for all that wait, because
         a wakeup is a system call."""
@@ -252,7 +261,7 @@ class NatsClient:
             raise NatsUnavailable(
                 f"no NATS server answers at {settings.servers} ({cause or type(cause).__name__})"
             ) from error
-        nats_ = Nats(client, client.jetstream())
+        nats_ = Nats(client)
         await nats_.start()
         return nats_
 

@@ -27,11 +27,6 @@ class StreamFull(TransientError):  # noqa: N818
 class JetStreamError(Exception):
     """JetStream refused a request, and repeating it would not help."""
 
-    def __init__(self, message: str, code: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-        """The server's error code, such as 10058; 0 if there is none."""
-
 
 class NotInStream(JetStreamError):  # noqa: N818
     """There is no such stream, or no such message in it."""
@@ -65,11 +60,11 @@ def reply_error(error: Mapping[str, Any], what: str) -> Exception:
     if code in _FULL and "no space left" not in text:
         return StreamFull(text)
     if code in _WRONG_SEQUENCE:
-        return WrongLastSequence(text, code)
+        return WrongLastSequence(text)
     if code == _TOO_LARGE:
-        return MessageTooLarge(text, code)
+        return MessageTooLarge(text)
     if status >= 500 or code == _IN_PROCESS:
         return NatsUnavailable(text)
     if status == _NOT_FOUND:
-        return NotInStream(text, code)
-    return JetStreamError(f"{text} (error {code})", code)
+        return NotInStream(text)
+    return JetStreamError(f"{text} (error {code})")

@@ -16,7 +16,6 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import (
     MessageTooLarge,
     NatsUnavailable,
-    NotInStream,
     StreamFull,
     WrongLastSequence,
 )
@@ -33,7 +32,6 @@ from betrace.service.storage.jetstream.stream_log import (
     LogMessage,
     Retries,
     announce,
-    leader_message,
     read_log,
 )
 
@@ -150,9 +148,8 @@ class FencedLog:
         return await self._client.call(lambda nats: nats.last_sequence(self._stream))
 
     async def _epoch(self, nats: Nats) -> Epoch | None:
-        try:
-            found = await nats.leader_get(self._stream, {"last_by_subj": self._epoch_subject})
-        except NotInStream:
+        found = await nats.leader_get(self._stream, {"last_by_subj": self._epoch_subject})
+        if found is None:
             return None
         return Epoch(int(found.headers[EPOCH]), found.sequence, found.headers.get(_OWNER, ""))
 
@@ -171,7 +168,7 @@ class FencedLog:
             except WrongLastSequence as error:
                 # The servers may have forgotten the id of an attempt that succeeded.
                 try:
-                    found = await leader_message(nats, self._stream, last + 1)
+                    found = await nats.leader_get(self._stream, {"seq": last + 1})
                 except NatsUnavailable as unavailable:
                     await retries.pause(self._stream, unavailable)
                     continue

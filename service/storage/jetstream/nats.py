@@ -8,6 +8,7 @@ waits for them: no queue, so none can be dropped as a slow consumer's, and half 
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from betrace.service.storage.jetstream.wakeups import Sink, Wakeups
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
-    from nats.js import JetStreamContext
 
     from betrace.service.storage.jetstream.connection import NatsConnection
 
@@ -55,9 +55,8 @@ class StoredMessage:
 class Nats:
     """A connection. All methods belong to the thread of its event loop."""
 
-    def __init__(self, nc: NatsConnection, js: JetStreamContext) -> None:
+    def __init__(self, nc: NatsConnection) -> None:
         self.nc = nc
-        self.js = js
         self._loop = asyncio.get_running_loop()
         self._inbox = nc.new_inbox() + "."
         self._tokens = itertools.count()
@@ -171,12 +170,13 @@ class Nats:
         info = await self.api(f"STREAM.INFO.{stream}")
         return int(info["state"]["last_seq"])
 
-    async def leader_get(self, stream: str, body: Mapping[str, Any]) -> StoredMessage:
-        """The message that the leader has: ``{"seq": n}`` or ``{"last_by_subj": subject}``. Unlike
-        :meth:`get`, never stale. Raises :exc:`NotInStream`."""
-        import base64
-
-        found = (await self.api(f"STREAM.MSG.GET.{stream}", body))["message"]
+    async def leader_get(self, stream: str, body: Mapping[str, Any]) -> StoredMessage | None:
+        """The message that the leader has: ``{"seq": n}`` or ``{"last_by_subj": subject}``; None if
+        it has none. Unlike :meth:`get`, never stale."""
+        try:
+            found = (await self.api(f"STREAM.MSG.GET.{stream}", body))["message"]
+        except NotInStream:
+            return None
         return StoredMessage(
             found["subject"],
             int(found["seq"]),
@@ -197,14 +197,12 @@ class Nats:
         stream: str,
         body: Mapping[str, Any],
         most_bytes: int,
-        seconds: float = REQUEST_SECONDS,
     ) -> list[StoredMessage]:
         """Messages of any replica in order, until they have ``most_bytes`` or more; empty if it
-        has none. ``body`` says where to begin (``seq``) and what to filter (``next_by_subj``), or
-        which subjects' last messages are asked for (``multi_last``)."""
+        has none. ``body`` says where to begin (``seq``) and what to filter (``next_by_subj``)."""
         wanted = {"batch": _MOST_MESSAGES, "max_bytes": most_bytes} | dict(body)
         replies = await self._ask(
-            f"{API}.DIRECT.GET.{stream}", orjson.dumps(wanted), None, seconds, _is_end
+            f"{API}.DIRECT.GET.{stream}", orjson.dumps(wanted), None, REQUEST_SECONDS, _is_end
         )
         end = replies.pop()
         if not replies:

@@ -16,7 +16,6 @@ from betrace.service.storage.jetstream.stream_log import (
     LogMessage,
     announce,
     append_once,
-    leader_message,
     log_message,
     read_log,
 )
@@ -172,7 +171,7 @@ class SpanStreams:
         try:
             return await nats.get(stream, sequence)
         except NotInStream:  # this replica may be behind
-            return await leader_message(nats, stream, sequence)
+            return await nats.leader_get(stream, {"seq": sequence})
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
+from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import DEDUPLICATION_SECONDS
 from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats, StoredMessage
 
@@ -126,7 +126,7 @@ async def append_once(
 
 
 async def _find(nats: Nats, stream: str, message_id: str, after: int) -> int:
-    """The sequence of the message with this id after ``after``, 0 if there is none."""
+    """The sequence of the message with this id after ``after``; 0 if there is no such message."""
     last = await nats.last_sequence(stream)
     while after < last:
         messages = await nats.get_many(stream, {"seq": after + 1}, _SCAN_BYTES)
@@ -137,11 +137,3 @@ async def _find(nats: Nats, stream: str, message_id: str, after: int) -> int:
             raise NatsUnavailable(f"{stream}: a replica is behind")
         after = messages[-1].sequence
     return 0
-
-
-async def leader_message(nats: Nats, stream: str, sequence: int) -> StoredMessage | None:
-    """The message at ``sequence`` as the leader has it."""
-    try:
-        return await nats.leader_get(stream, {"seq": sequence})
-    except NotInStream:
-        return None

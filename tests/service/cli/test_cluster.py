@@ -18,7 +18,7 @@ from betrace.service.cli.doctor.checks import diagnose
 from betrace.service.cli.doctor.cluster import server_finding, stream_findings
 from betrace.service.cli.doctor.finding import FAILED, NOTE, OK, WARNING
 from betrace.service.cli.main import cli
-from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.lease_keys import lease_key
 from betrace.service.cluster.output import Counts, Output, pack
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket

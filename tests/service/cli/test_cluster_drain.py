@@ -11,7 +11,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from betrace.service.cli.main import cli
-from betrace.service.cluster.evaluator.owner import lease_key
+from betrace.service.cluster.lease_keys import lease_key
 from betrace.service.cluster.membership import Membership, drain_key
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket

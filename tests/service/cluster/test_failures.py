@@ -166,7 +166,7 @@ async def tear(cluster: OwnersOnNats, name: str) -> None:
     async def work(nats: Nats) -> None:
         description = await blobs._find(nats, name)
         assert description is not None
-        await blobs._purge(nats, description)
+        await blobs._purge(nats, blobs._chunks + description["nuid"])
 
     await cluster.client.call(work)
 

@@ -18,8 +18,9 @@ from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.pipeline.rules_in_force import LogWriter
+from betrace.service.pipeline.scanning import SMALL_BYTES
 from betrace.service.pipeline.stages import ingest
-from betrace.service.pipeline.stages.ingest import SMALL_BYTES, IngestStage
+from betrace.service.pipeline.stages.ingest import IngestStage
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.spanlog.log import SpanLog
