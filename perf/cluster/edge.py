@@ -19,7 +19,6 @@ import psutil
 import trio
 
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
 from perf.lib import stacks, threads
@@ -33,12 +32,6 @@ LOG_FLOOR = 90  # bytes a span
 PROFILE_SECONDS = 8
 
 Json = dict[str, Any]
-
-
-async def _prepare(cluster: ClusterSettings) -> None:
-    client = await NatsClient.connect(cluster, "perf")
-    await setup.set_up(client, cluster)
-    await client.close()
 
 
 async def _log_size(cluster: ClusterSettings) -> tuple[int, int]:
@@ -77,13 +70,14 @@ def _load(url: str, options: argparse.Namespace, seconds: float) -> GeneratorPro
 
 
 def measure_edge(options: argparse.Namespace, servers: int) -> Json:
-    """Measure an edge in front of so many servers, which all keep each message."""
+    """Measure an edge in front of ``servers`` NATS servers, which all keep each message."""
     with tempfile.TemporaryDirectory(prefix="betrace-perf-") as folder:
         directory = Path(folder)
         with NatsServers(directory / "nats", servers) as nats:
             cluster = nats.settings(partitions=options.partitions)
-            trio.run(_prepare, cluster)
-            with Cluster(directory, cluster).running("edge", "edge") as edge:
+            processes = Cluster(directory, cluster)
+            processes.init()
+            with processes.running("edge", "edge") as edge:
                 found = _measure(options, edge, [each.pid for each in nats.servers])
                 size, messages = trio.run(_log_size, cluster)
                 found["log_bytes_per_span"] = round(size / found.pop("all_spans"), 1)

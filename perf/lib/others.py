@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from betrace.service.cli.demo.ports import free_ports
 from perf.lib.target import cpu_seconds
 from perf.report.output import ROOT
 
@@ -45,7 +46,7 @@ def rotel() -> Iterator[Other]:
     if found is None or found.origin is None:
         raise RuntimeError("Rotel is not installed: run make setup")
     agent = Path(found.origin).with_name("rotel-agent")
-    port, unused = _free_ports(2)
+    port, unused = free_ports(2)
     command = [str(agent), "start", "--exporter", "blackhole"]
     command += ["--otlp-http-endpoint", f"127.0.0.1:{port}"]
     command += ["--otlp-grpc-endpoint", f"127.0.0.1:{unused}"]
@@ -58,20 +59,9 @@ def bare_http() -> Iterator[Other]:
     """:mod:`perf.lib.bare_http` on a free port."""
     if importlib.util.find_spec("uvicorn") is None:
         raise RuntimeError("uvicorn is not installed: run make setup")
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     with _server([sys.executable, "-m", "perf.lib.bare_http", str(port)], port) as running:
         yield running
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from cachetools import LRUCache
+from cachetools import FIFOCache
 
 from betrace.service.signals import Kind, Signal, raised_id
 
@@ -22,8 +22,8 @@ class UnstoredSignals:
 
     def __init__(self, most: int = MOST) -> None:
         self._lock = threading.Lock()
-        self._signals: LRUCache[tuple[str, str], Signal] = LRUCache(most)
-        self._retracted: LRUCache[tuple[str, str], None] = LRUCache(most)
+        self._signals: FIFOCache[tuple[str, str], Signal] = FIFOCache(most)
+        self._retracted: FIFOCache[tuple[str, str], None] = FIFOCache(most)
 
     def add(self, signals: Iterable[Signal]) -> None:
         """Remember signals that are new in the ledger."""

@@ -1,7 +1,7 @@
 """A process of a cluster: runs some of the roles edge, evaluator and query.
 
 A query node is the service of one process, which is fed from the partitions' ``OUT`` streams in
-place of received spans. A process without this role serves health and metrics alone.
+place of received spans. A process without this role serves only health and metrics.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def cluster() -> None:
 def init(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     """Create and check the streams, buckets and the object store.
 
-    May be repeated: what is there stays, and replicas and sizes are adapted to the configuration.
+    May be repeated: existing streams are kept, and their replicas and sizes are adjusted to the
+    configuration.
     The number of partitions is fixed when the cluster is created.
 
     \b

@@ -31,8 +31,8 @@ async def drain_node(
     seconds: float,
     report: Callable[[int], None],
 ) -> list[int]:
-    """Move the partitions of a node, and wait for that up to ``seconds``. ``report`` gets the
-    number that it still has whenever it changes. Returns the partitions that it still has."""
+    """Move a node's partitions, and wait up to ``seconds`` for them to move. ``report`` is called
+    with the number left whenever it changes. Returns the partitions that the node still has."""
     layout = Layout.of(settings)
     members = ConfigBucket(client, layout.members_bucket)
     leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)

@@ -37,8 +37,8 @@ class NodeState:
 
 @dataclass(frozen=True, slots=True)
 class PartitionOverview:
-    """A partition. ``lag`` are the messages that its owner has not applied. ``epoch`` and ``lag``
-    are None if the output cannot be read."""
+    """A partition. ``lag`` is the number of messages that its owner has not applied. ``epoch``
+    and ``lag`` are None if the output cannot be read."""
 
     partition: int
     owner: str

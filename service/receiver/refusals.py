@@ -38,7 +38,7 @@ FADING = 0.98
 """Weight of the past in :attr:`Refusals.overload`: about the last 50 requests count."""
 
 OUTAGES_APART_SECONDS = 10.0
-"""After so long without a failure to store spans, the next one begins another outage."""
+"""A failure to store spans counts as a new outage after this long without one."""
 
 _OUTCOMES = {400: "undecodable", 403: "tenant", 413: "too_large"}
 

@@ -106,8 +106,9 @@ class RuleRegistry:
     def version(
         self, tenant: str, version: str, definitions: Callable[[], bytes | None]
     ) -> CompiledRules | None:
-        """A version of the tenant's rules, which may be a former one: then it is compiled from its
-        ``definitions``, which are asked for only if they are needed. None if there are none. Raises
+        """A version of the tenant's rules, which may be a former one: then it is compiled from
+        its ``definitions``, which are asked for only if they are needed. None if the
+        definitions are not known. Raises
         :exc:`~betrace.service.rules.definition.RuleFileError`."""
         latest = self.compiled(tenant)
         if latest.version == version:

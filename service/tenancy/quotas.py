@@ -65,7 +65,7 @@ class SpanQuotas:
     def divide(self, parts: Mapping[str, float], others: float) -> None:
         """Admit these fractions of the tenants' quotas, and ``others`` for all other tenants. When
         a fraction falls, what the bucket has saved falls too, because another process now has it.
-        From the first call on, demand is measured."""
+        Demand is measured from the first call on."""
         now = self._clock()
         for tenant in parts.keys() | self._parts.keys():
             if tenant in self._levels:

@@ -71,7 +71,7 @@ class Decided:
     """Closed traces that may break rules, but could not be judged."""
 
     missing: dict[int, int] = field(default_factory=dict)
-    """How many parents are missing, for closed traces of which judging found it out, by number."""
+    """How many parents are missing, by number of the closed trace, where judging found it out."""
 
     outcomes: Rows | None = None
     """For closed traces, the number of traces by rule and outcome, see

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.ports import free_port
+from betrace.service.cli.demo.ports import free_port
 from tests.support.process import environment
 
 START_SECONDS = 600  # kernels may have to be compiled, on a busy machine

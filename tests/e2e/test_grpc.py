@@ -20,12 +20,12 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import (
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 
+from betrace.service.cli.demo.ports import free_port
 from betrace.service.pipeline.request import Refused
 from betrace.service.tenancy.authentication import Denied
 from tests.e2e.test_python_sdk import pay
 from tests.support.http_requests import ScriptedQueue
 from tests.support.ingest_servers import listening, write_certificate
-from tests.support.ports import free_port
 from tests.support.process import Running, wait_for
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,12 @@ import httpx
 import pytest
 from textual.widgets import TextArea
 
+from betrace.service.cli.demo.ports import free_port
 from betrace.tui.app import BetraceApp
 from betrace.tui.client import ApiClient
 from betrace.tui.panels.rule_edit import RuleEditor
 from betrace.tui.widgets.dialogs import Ask, Confirm
 from tests.e2e.test_python_sdk import pay
-from tests.support.ports import free_port
 from tests.support.process import Running, running
 from tests.support.tui_fake import screen_text, toasts, until
 

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from betrace.service.cli.demo.ports import free_port
 from tests.support.grafana_files import FOLDER, alerts, queries, titles_in
-from tests.support.ports import free_port
 from tests.support.process import Running, environment, running, wait_for
 
 pytestmark = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.ports import free_port
+from betrace.service.cli.demo.ports import free_port
 from tests.support.process import wait_for
 
 PROGRAM = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")

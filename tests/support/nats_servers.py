@@ -19,11 +19,11 @@ from typing import Any
 import orjson
 
 from betrace.service.cli.common import Failure
+from betrace.service.cli.demo.ports import free_ports
 from betrace.service.cli.demo.processes import nats_program
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.setup import set_up
-from tests.support.ports import free_ports
 
 
 def _program() -> str | None:

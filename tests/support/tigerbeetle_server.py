@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.support.ports import free_port
+from betrace.service.cli.demo.ports import free_port
 
 CLUSTER = 7
 BATCH = 253

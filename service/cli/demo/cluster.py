@@ -102,8 +102,8 @@ class ClusterDemo:
             self._report(self._account)
 
     async def _obey(self, scope: trio.CancelScope) -> None:
-        """Ctrl-C ends the present round early, or everything if there is none or it is the second
-        time."""
+        """Ctrl-C ends the current round early. Without a round, or if pressed twice, it ends
+        everything."""
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
                 if self._once or self._ending.is_set() or not self._customers:

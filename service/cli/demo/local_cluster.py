@@ -11,12 +11,8 @@ import httpx
 import trio
 
 from betrace.service.cli.common import Failure
-from betrace.service.cli.demo.processes import (
-    START_SECONDS,
-    NatsServer,
-    Node,
-    free_ports,
-)
+from betrace.service.cli.demo.ports import free_ports
+from betrace.service.cli.demo.processes import START_SECONDS, NatsServer, Node
 from betrace.service.cli.demo.shop_process import ANY_PORT, IDLE_SECONDS, copy_rules
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.client import NatsClient

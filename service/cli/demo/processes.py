@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -162,19 +161,7 @@ class Node(DemoProcess):
                 if not some:
                     raise self.failed("did not start")
                 line += some
-        if not line:
+        if not line.endswith(b"\n"):
             raise self.failed("did not become ready")
         addresses: dict[str, Any] = json.loads(line)
         self.addresses = addresses
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

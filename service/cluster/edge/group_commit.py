@@ -45,7 +45,7 @@ _EAGER_PER_SECOND = 100
 _EAGER_BURST = 100
 
 REFUSE_SECONDS = 1.0
-"""After a refused append, a partition gets no spans for so long: a request that would be refused
+"""After a refused append, a partition gets no spans for this long: a request that would be refused
 by one partition should not be stored by the others."""
 
 NO_QUORUM = (

@@ -36,7 +36,7 @@ class _RunningOwner:
 
 
 class Evaluator:
-    """Runs the owners of partitions. Close what it was given yourself, after :meth:`run`.
+    """Runs the owners of partitions. The caller closes what it passed in, after :meth:`run`.
 
     Args:
       parts: what the partitions use.

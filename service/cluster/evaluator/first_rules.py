@@ -1,9 +1,9 @@
 """The rules that a partition's log begins with.
 
-Spans may reach the log of a new cluster before rules are published. They are evaluated nevertheless
-with the first rules: an owner that begins with an empty state waits until rules are published, lets
-their markers be appended, and reads the log up to the marker that ends them. Only then it applies
-the log, from its beginning. The first such marker counts, so every owner begins alike.
+Spans may reach the log of a new cluster before rules are published. They are still evaluated with
+the first rules: an owner that begins with an empty state waits until rules are published, lets
+their markers be appended, and reads the log up to the marker that ends them. Only then does it
+apply the log, from its beginning. The first such marker counts, so every owner begins alike.
 """
 
 from __future__ import annotations

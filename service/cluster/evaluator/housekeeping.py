@@ -22,7 +22,7 @@ _DAY_NS = 86_400 * 1_000_000_000
 
 async def keep_house(parts: OwnerParts, partition: int, read_ns: Callable[[], int]) -> None:
     """Delete messages past retention; the owner of partition 0 also deletes what interrupted
-    checkpoints have left. ``read_ns`` returns when the last message was appended that was read."""
+    checkpoints have left. ``read_ns`` returns when the last message read was appended."""
     while True:
         await trio.sleep(EVERY_SECONDS)
         try:

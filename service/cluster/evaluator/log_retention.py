@@ -29,7 +29,7 @@ async def _first_since(
     spans: SpanStreams, partition: int, first: int, last: int, time_ns: int
 ) -> int:
     """The first sequence from ``first`` to ``last`` that was stored at ``time_ns`` or later;
-    ``last`` if there is none. Timestamps grow, apart from jumps of servers' clocks."""
+    ``last`` if no message is that new. Timestamps grow, apart from jumps of servers' clocks."""
     while first < last:
         middle = (first + last) // 2
         found = await spans.get(partition, middle)

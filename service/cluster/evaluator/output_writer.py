@@ -66,7 +66,7 @@ class OutputWriter:
             self._wake.set()
 
     async def room(self) -> None:
-        """Wait until few enough results wait."""
+        """Wait until the backlog of results is small enough."""
         while self._has_new and self._waiting and self._waiting.rows > MOST_WAITING_ROWS:
             await self._stored.wait()
 

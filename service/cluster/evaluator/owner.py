@@ -1,8 +1,8 @@
 """One partition's life at an evaluator: lease, fence, takeover, work, and hand-over.
 
 The lease only keeps evaluators out of each other's way. Safety comes from the fence: once the
-successor has appended its epoch to the output, every append of the former owner fails, and that
-one drops the partition (docs/decisions/0036-leases-and-fences.md).
+successor has appended its epoch to the output, every append by the former owner fails, and it drops
+the partition (docs/decisions/0036-leases-and-fences.md).
 
 A planned move pauses the partition briefly: a checkpoint is saved while work goes on, then reading
 stops, what was decided is stored, and the lease is released. The successor replays what was

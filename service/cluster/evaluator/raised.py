@@ -1,7 +1,7 @@
 """What ``OUT_p`` has beyond a snapshot, while a successor applies the log again.
 
 The steps that ``OUT_p`` has are decided once more, with the same results, and these are not passed
-on again. Should the results differ nevertheless (another version of the program, frames that are no
+on again. If the results differ anyway (another version of the program, frames that are no
 longer in the log), then signals that ``OUT_p`` does not have are passed on, and those that were not
 made again are given to the traces, which retract them unless they hold.
 """

@@ -46,7 +46,7 @@ class PartitionStatus:
     log_time_ns: int = 0
     lag_messages: int = 0
     lag_seconds: float = 0.0
-    """How old the oldest message is that was not applied; 0 if all are."""
+    """Age of the last message that was read, while later ones are unread; otherwise 0."""
 
     checkpoint_at: float | None = None
     """`trio.current_time` of the last checkpoint that was saved or loaded."""

@@ -3,7 +3,7 @@ with the log, and learns what the output has beyond it.
 
 A checkpoint contradicts the log if its anchor, the last message that it covers, is missing or
 another message: the log has lost its tail. So do outputs about messages that the log lost;
-the successor forgets these, because other messages have their sequences now.
+the successor forgets these, because their sequences now belong to other messages.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class BlobCorrupt(ValueError):  # noqa: N818
 
 class Blobs:
     """The blobs of an object store. All methods raise :exc:`NatsUnavailable`, :meth:`put` also
-    :exc:`StreamFull`; a blob whose :meth:`put` failed is not visible, or whole."""
+    :exc:`StreamFull`; a blob whose :meth:`put` failed is either invisible or complete."""
 
     def __init__(self, client: NatsClient, store: str) -> None:
         self._client = client

@@ -63,7 +63,7 @@ class Nats:
         self._waiting: dict[str, _Replies] = {}
         self.wakeups = Wakeups(nc)
         self.failing_since: float | None = None
-        """Since when leaders have not answered, on the loop's clock."""
+        """When leaders stopped answering, on the loop's clock; None while they answer."""
 
     async def start(self) -> None:
         """Subscribe to the inbox."""

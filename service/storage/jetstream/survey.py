@@ -30,7 +30,7 @@ _RETRY_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """What a server says to anyone who connects; ``error`` if it says nothing."""
+    """What a server says to anyone who connects; ``error`` says why it did not answer."""
 
     address: str
     name: str = ""
@@ -70,7 +70,7 @@ class StreamState:
 
     @property
     def replicas(self) -> int:
-        """Servers that have all of the stream."""
+        """Servers that hold the whole stream."""
         return bool(self.leader) + sum(each.current for each in self.followers)
 
 

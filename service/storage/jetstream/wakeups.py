@@ -70,8 +70,8 @@ class Wakeups:
         self._bells: dict[str, Bell] = {}
 
     async def bell(self, subject: str) -> Bell:
-        """The bell that rings for messages on ``subject``, until it has not been asked for during
-        30 seconds."""
+        """The bell that rings for messages on ``subject``, until nobody has asked for it for 30
+        seconds."""
         bell = self._bells.get(subject)
         if bell is None:
             bell = self._bells[subject] = Bell()

@@ -14,6 +14,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from betrace.service.cli.demo.ports import free_port
 from betrace.service.cli.doctor.checks import diagnose
 from betrace.service.cli.doctor.cluster import server_finding, stream_findings
 from betrace.service.cli.doctor.finding import FAILED, NOTE, OK, WARNING
@@ -29,7 +30,6 @@ from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.survey import ReplicaState, ServerState, StreamState
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
-from tests.support.ports import free_port
 
 LEASE = "0.5"
 

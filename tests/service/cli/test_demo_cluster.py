@@ -21,13 +21,13 @@ from betrace.service.cli.demo import cluster as demo
 from betrace.service.cli.demo import processes
 from betrace.service.cli.demo.account import compare
 from betrace.service.cli.demo.collector import Collector
+from betrace.service.cli.demo.ports import free_port
 from betrace.service.cli.demo.processes import NatsServer, Node, nats_program
 from betrace.service.cli.demo.shop_process import Customer
 from betrace.service.cli.main import cli
 from betrace.service.config.cluster import ClusterSettings
 from tests.support.loggers import restored
 from tests.support.nats_servers import MISSING, PROGRAM
-from tests.support.ports import free_port
 
 WAIT = 60
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 
+from betrace.service.cli.demo.ports import free_port
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import setup
 from betrace.service.storage.jetstream.client import NatsClient
@@ -42,7 +43,6 @@ from betrace.service.storage.jetstream.nats import Nats, server_time_ns
 from betrace.service.storage.jetstream.setup import SetupError
 from betrace.service.storage.jetstream.spans import SpanStreams
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
-from tests.support.ports import free_port
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ _FIRST, _LAST = 15_000, 32_000
 
 def free_port() -> int:
     """An unused port of loopback."""
-    choose = random.Random()  # tests seed the global one
+    choose = random.Random()  # the global one may be seeded
     for _ in range(1000):
         port = choose.randint(_FIRST, _LAST)
         with socket.socket() as probe:
