@@ -10,9 +10,10 @@ import asyncio
 import logging
 import ssl
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import outcome
@@ -52,6 +53,8 @@ class NatsClient:
         self._lock = threading.Lock()
         self._accepting = True
         self._due: list[Callable[[], object]] = []  # to be called in the client's thread
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._results: list[Callable[[], None]] = []  # to be called in Trio's thread
         self.reconnects = 0
         self._thread = threading.Thread(target=self._run, name=f"nats {name}", daemon=True)
 
@@ -90,29 +93,57 @@ class NatsClient:
         """Run ``make(nats)`` in the client's thread and return its result. When the caller is
         cancelled, the coroutine is cancelled too, and what it sent may have arrived. Raises
         :exc:`NatsUnavailable` after ``seconds``, if given."""
+        found: list[outcome.Outcome[T]] = []
+        await self.call_each([make], lambda _, result: found.append(result), seconds)
+        return found[0].unwrap()
+
+    async def call_each(
+        self,
+        makes: Sequence[Callable[[Nats], Coroutine[Any, Any, T]]],
+        done: Callable[[int, outcome.Outcome[T]], None],
+        seconds: float | None = CALL_SECONDS,
+    ) -> None:
+        """Like :meth:`call` for several coroutines, which cost less together. ``done`` is called
+        with the number and the result of each one when it ends, and not after a cancellation. What
+        it raises is only logged. Returns when all have ended."""
+        if not makes:
+            return
         task = trio.lowlevel.current_task()
-        token = trio.lowlevel.current_trio_token()
-        waiting = True
+        self._deliver_to(trio.lowlevel.current_trio_token())
+        left = len(makes)
 
-        def finish(result: outcome.Outcome[T]) -> None:
-            if waiting:
-                trio.lowlevel.reschedule(task, result)
+        def ended(number: int, result: outcome.Outcome[T]) -> None:
+            nonlocal left
+            if left > 0:
+                try:
+                    done(number, result)
+                finally:
+                    left -= 1
+                    if not left:
+                        trio.lowlevel.reschedule(task)
 
-        def finished(result: outcome.Outcome[T]) -> None:
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(finish, result)
+        def finished(number: int) -> Callable[[outcome.Outcome[T]], None]:
+            return lambda result: self._later(partial(ended, number, result))
 
-        call = _Call(self, make, seconds, finished)
+        calls = [_Call(self, make, seconds, finished(number)) for number, make in enumerate(makes)]
+
+        def start() -> None:
+            for call in calls:
+                call.start()
+
+        def cancel() -> None:
+            for call in calls:
+                call.cancel()
 
         def abort(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
-            nonlocal waiting
-            waiting = False
-            self._soon(call.cancel)
+            nonlocal left
+            left = 0
+            self._soon(cancel)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        if not self._soon(call.start):
+        if not self._soon(start):
             raise NatsUnavailable("the NATS client is closed")
-        return await trio.lowlevel.wait_task_rescheduled(abort)  # type: ignore[no-any-return]
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
     def call_blocking(
         self, make: Callable[[Nats], Coroutine[Any, Any, T]], seconds: float | None = CALL_SECONDS
@@ -154,6 +185,31 @@ class NatsClient:
             due, self._due = self._due, []
         for function in due:
             self._loop.call_soon(function)
+
+    def _deliver_to(self, token: trio.lowlevel.TrioToken) -> None:
+        """Deliver results to this run of Trio. Those for an earlier run are dropped."""
+        if token is not self._token:
+            with self._lock:
+                self._token, self._results = token, []
+
+    def _later(self, function: Callable[[], None]) -> None:
+        """Call a function in Trio's thread, which is woken once for all that wait."""
+        assert self._token is not None
+        with self._lock:
+            self._results.append(function)
+            first = len(self._results) == 1
+        if first:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            results, self._results = self._results, []
+        for function in results:
+            try:
+                function()
+            except Exception:  # it would end the run of Trio
+                _log.exception("a result cannot be taken")
 
     # Lifetime
 

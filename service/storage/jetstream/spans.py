@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
+
+from outcome import Outcome
 
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.envelope import EnvelopeCorrupt, Spans, unpack
@@ -31,6 +35,16 @@ _GETS = 8  # in flight at the same time
 _RETRY_SECONDS = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class Append:
+    """A message for a partition. Its id is unique, because messages with the same id are stored
+    once."""
+
+    partition: int
+    data: bytes
+    message_id: str
+
+
 class SpanStreams:
     """The span log of a cluster. Positions are those of
     :func:`betrace.service.storage.jetstream.layout.pack_log_position`."""
@@ -46,25 +60,32 @@ class SpanStreams:
         """Append a message and return its sequence, once a quorum has it. While the outcome is
         unknown, sends the same id again, until cancelled. Raises :exc:`StreamFull` and
         :exc:`MessageTooLarge`."""
+        append = Append(partition, data, message_id)
+        return await self._client.call(partial(self._append, append), None)
 
-        async def work(nats: Nats) -> int:
-            known = self._known.get(partition)
-            if known is None:
-                known = await self._first_known(nats, partition)
-            layout = self._layout
-            sequence = await append_once(
-                nats,
-                layout.spans_stream(partition),
-                layout.spans_subject(partition),
-                data,
-                message_id,
-                known,
-            )
-            self._known[partition] = max(sequence, self._known.get(partition, 0))
-            await announce(nats, layout.spans_wakeup(partition))
-            return sequence
+    async def append_each(
+        self, appends: Sequence[Append], done: Callable[[int, Outcome[int]], None]
+    ) -> None:
+        """Append messages to different partitions. ``done`` is called with the number and the
+        outcome of each one when it ends. Otherwise like :meth:`append`."""
+        await self._client.call_each([partial(self._append, each) for each in appends], done, None)
 
-        return await self._client.call(work, None)
+    async def _append(self, append: Append, nats: Nats) -> int:
+        partition, layout = append.partition, self._layout
+        known = self._known.get(partition)
+        if known is None:
+            known = await self._first_known(nats, partition)
+        sequence = await append_once(
+            nats,
+            layout.spans_stream(partition),
+            layout.spans_subject(partition),
+            append.data,
+            append.message_id,
+            known,
+        )
+        self._known[partition] = max(sequence, self._known.get(partition, 0))
+        await announce(nats, layout.spans_wakeup(partition))
+        return sequence
 
     async def _first_known(self, nats: Nats, partition: int) -> int:
         while True:
