@@ -233,16 +233,18 @@ class FakeBucket:
     async def put(self, key: str, value: bytes | None, expected_revision: int | None = None) -> int:
         await self.node.gate()
         entry = self.entries_by_key.get(key)
-        present = entry.revision if entry is not None and entry.value is not None else 0
-        if expected_revision is not None and expected_revision != present:
+        possible = {entry.revision if entry is not None else 0}
+        if entry is None or entry.value is None:
+            possible.add(0)
+        if expected_revision is not None and expected_revision not in possible:
             raise Conflict(key)
         self.node.nats.revision += 1
         self.entries_by_key[key] = Entry(key, value, self.node.nats.revision)
         self.node.nats.wake()
         return self.node.nats.revision
 
-    async def delete(self, key: str, expected_revision: int | None = None) -> None:
-        await self.put(key, None, expected_revision)
+    async def delete(self, key: str, expected_revision: int | None = None) -> int:
+        return await self.put(key, None, expected_revision)
 
     async def entries(self, prefix: str = "") -> list[Entry]:
         await self.node.gate()

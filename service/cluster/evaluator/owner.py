@@ -31,7 +31,7 @@ from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.cluster.owner")
 
-_ACQUIRE_SECONDS = 0.05
+_ACQUIRE_SECONDS = 0.02  # between looks at the leases that are known, which are no requests
 
 
 class PartitionOwner:
@@ -60,7 +60,10 @@ class PartitionOwner:
             lease = await self._acquire()
             if lease is not None:
                 self.status.owner = self._parts.node
-                await self._own_with(lease)
+                try:
+                    await self._own_with(lease)
+                finally:
+                    self._parts.leases.drop(lease)
         finally:
             self._work = None
             self.status.phase = Phase.WAITING
@@ -76,10 +79,8 @@ class PartitionOwner:
         except* Exception:
             await self._release(lease)
             raise
-        if fenced:
-            return
         await self._release(lease)
-        if self._finishing.is_set():
+        if self._finishing.is_set() and not fenced:
             events.PARTITION_HANDED_OVER(partition=self.partition, applied=self.status.applied)
 
     async def _acquire(self) -> Lease | None:
@@ -101,12 +102,12 @@ class PartitionOwner:
             try:
                 await self._parts.leases.release(lease)
             except TransientError as error:
-                _log.debug("partition %d: the lease will expire: %s", self.partition, error)
+                _log.debug("partition %d: the lease is released later: %s", self.partition, error)
 
     async def _own(self, lease: Lease) -> None:
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._renew, lease)
+            nursery.start_soon(self._stop_when_lost, lease)
             async with self._parts.takeovers:
                 taken, writer = await self._take_over()
             self.status.phase = Phase.REPLAYING
@@ -129,21 +130,13 @@ class PartitionOwner:
         takeover = Takeover(status, parts.spans, parts.blobs, parts.threads, new_state)
         return await takeover.run(log, epoch), writer
 
-    async def _renew(self, lease: Lease) -> None:
-        """Keep the lease. Once another has it, stop; the fence decides who may still append."""
-        while True:
-            await trio.sleep(self._parts.settings.heartbeat_seconds)
-            try:
-                kept = await self._parts.leases.renew(lease)
-            except TransientError as error:
-                _log.debug("partition %d: lease not renewed: %s", self.partition, error)
-                continue
-            if not kept:
-                events.LEASE_LOST(partition=self.partition)
-                self._lost = True
-                if self._work is not None:
-                    self._work.stop()
-                return
+    async def _stop_when_lost(self, lease: Lease) -> None:
+        """Stop once another process has the lease; the fence decides who may still append."""
+        await lease.lost.wait()
+        events.LEASE_LOST(partition=self.partition)
+        self._lost = True
+        if self._work is not None:
+            self._work.stop()
 
     async def _finish_when_asked(self, work: PartitionWork) -> None:
         await self._finishing.wait()

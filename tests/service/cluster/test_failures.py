@@ -16,6 +16,7 @@ from betrace.service.cluster.evaluator import checkpoints
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.output import Output
 from betrace.service.storage.jetstream.blobs import Blobs
+from betrace.service.storage.jetstream.leases import Lease, Leases
 from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -121,20 +122,24 @@ async def test_an_evaluator_is_cut_off(cluster):
         link.close()
 
 
-class NoLeases:
+class NoLeases(Leases):
     """Whoever asks gets the lease."""
 
-    async def acquire(self, key: str, owner: str) -> str:
-        return key
+    def __init__(self) -> None:
+        super().__init__(None, 2)
+        self.ready.set()
 
-    async def renew(self, lease: str) -> bool:
-        return True
-
-    async def release(self, lease: str) -> None:
+    async def run(self) -> None:
         pass
 
-    async def owners(self) -> dict[str, str]:
-        return {}
+    async def acquire(self, key: str, owner: str) -> Lease:
+        return Lease(key, owner, 1)
+
+    async def renew(self) -> None:
+        pass
+
+    async def release(self, lease: Lease) -> None:
+        pass
 
 
 def alone(evaluator: Evaluator) -> None:
