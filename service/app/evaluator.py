@@ -20,7 +20,7 @@ from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.process_leases import ProcessLeases
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 INDEX_SECONDS = 10.0
@@ -58,7 +58,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         node=node.name,
         spans=spans,
         outputs=lambda partition: FencedLog(client, layout, partition),
-        leases=Leases(ConfigBucket(client, layout.leases_bucket), cluster.lease_seconds),
+        leases=ProcessLeases(ConfigBucket(client, layout.leases_bucket), cluster.lease_seconds),
         blobs=Blobs(client, layout.checkpoints_store),
         rules=RuleFeed(ConfigBucket(client, layout.config_bucket)),
         threads=node.threads,

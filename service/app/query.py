@@ -17,7 +17,7 @@ from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import lease_owners
+from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 
@@ -32,10 +32,10 @@ def connect_query(
     roles."""
     layout, partitions = Layout.of(settings), range(settings.partitions)
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
-    leases = ConfigBucket(client, layout.leases_bucket)
+    leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
 
     async def owners() -> dict[int, str]:
-        return owners_by_partition(await lease_owners(leases), settings.partitions)
+        return owners_by_partition(await leases.owners(), settings.partitions)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)

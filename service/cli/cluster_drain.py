@@ -13,7 +13,7 @@ from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import lease_owners
+from betrace.service.storage.jetstream.leases import Leases
 
 _LOOK_SECONDS = 0.2
 
@@ -35,7 +35,7 @@ async def drain_node(
     with the number left whenever it changes. Returns the partitions that the node still has."""
     layout = Layout.of(settings)
     members = ConfigBucket(client, layout.members_bucket)
-    leases = ConfigBucket(client, layout.leases_bucket)
+    leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
     if await members.get(beat_key(node)) is None:
         names = [e.key.removeprefix(beat_key("")) for e in await members.entries(beat_key(""))]
         raise Failure(
@@ -47,7 +47,7 @@ async def drain_node(
     left: list[int] | None = None
     with trio.move_on_after(seconds):
         while left != []:
-            owners = owners_by_partition(await lease_owners(leases), settings.partitions)
+            owners = owners_by_partition(await leases.owners(), settings.partitions)
             now = [partition for partition, owner in owners.items() if owner == node]
             if left is None or len(now) != len(left):
                 report(len(now))

@@ -18,7 +18,7 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import lease_owners
+from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.setup import SetupError
 from betrace.service.storage.jetstream.survey import ServerState, StreamState
 
@@ -76,7 +76,7 @@ async def survey_cluster(client: NatsClient, settings: ClusterSettings) -> Clust
     start = trio.current_time()
     servers = await survey.survey_servers(settings)
     leases = ConfigBucket(client, layout.leases_bucket)
-    owners = await lease_owners(leases)
+    owners = await Leases(leases, settings.lease_seconds).owners()
     partitions = await _partitions(client, layout, streams, owners)
     await trio.sleep(max(0.0, start + settings.lease_seconds - trio.current_time()))
     nodes = _nodes(before, await members.entries())

@@ -37,7 +37,7 @@ from betrace.service.storage.jetstream.envelope import (
 )
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch, Fenced
-from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.process_leases import ProcessLeases
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.traces.verdicts import Decided
 
@@ -412,7 +412,7 @@ class FakeEvaluator:
 
     def __post_init__(self) -> None:
         node = self.node = FakeNode(self.nats, self.name)
-        leases = Leases(
+        leases = ProcessLeases(
             FakeBucket(node, "leases"), self.settings.lease_seconds, clock=trio.current_time
         )
         self.parts = OwnerParts(

@@ -15,7 +15,7 @@ from betrace.service.cluster.lease_keys import owners_by_partition
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import lease_owners
+from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.nats import Nats
 from betrace.service.storage.jetstream.setup import stream_info
 
@@ -124,7 +124,8 @@ class Outages:
     async def _owners(self) -> dict[int, str]:
         """The owner of each lease, by partition."""
         bucket = ConfigBucket(self._cluster.client, self._layout.leases_bucket)
-        return owners_by_partition(await lease_owners(bucket), self._layout.partitions)
+        found = await Leases(bucket, self._cluster.settings.lease_seconds).owners()
+        return owners_by_partition(found, self._layout.partitions)
 
     async def _leader(self, stream: str) -> str:
         async def ask(nats: Nats) -> str:

@@ -26,7 +26,7 @@ from betrace.service.cluster.evaluator.takeover import PREPARE_SECONDS, TakenOve
 from betrace.service.cluster.evaluator.work import PartitionWork
 from betrace.service.cluster.lease_keys import lease_key
 from betrace.service.storage.jetstream.fenced import Fenced
-from betrace.service.storage.jetstream.leases import Lease
+from betrace.service.storage.jetstream.process_leases import HeldLease
 from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.cluster.owner")
@@ -63,7 +63,7 @@ class PartitionOwner:
         parts = self._parts
         new_state = partial(parts.new_state, self.partition)
         takeover = Takeover(self.status, parts.spans, parts.blobs, parts.threads, new_state)
-        lease: Lease | None = None
+        lease: HeldLease | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(takeover.prepare, parts.takeovers)
@@ -78,7 +78,7 @@ class PartitionOwner:
             self._work = None
             self.status.phase = Phase.WAITING
 
-    async def _own_with(self, lease: Lease, takeover: Takeover) -> None:
+    async def _own_with(self, lease: HeldLease, takeover: Takeover) -> None:
         fenced = False
         try:
             await self._own(lease, takeover)
@@ -93,7 +93,7 @@ class PartitionOwner:
         if self._finishing.is_set() and not fenced:
             events.PARTITION_HANDED_OVER(partition=self.partition, applied=self.status.applied)
 
-    async def _acquire(self) -> Lease | None:
+    async def _acquire(self) -> HeldLease | None:
         """Wait for the lease; None if the partition need not be owned any more."""
         key = lease_key(self.partition)
         while not self._finishing.is_set():
@@ -107,14 +107,14 @@ class PartitionOwner:
                 await self._finishing.wait()
         return None
 
-    async def _release(self, lease: Lease) -> None:
+    async def _release(self, lease: HeldLease) -> None:
         with trio.move_on_after(self._parts.settings.lease_seconds):
             try:
                 await self._parts.leases.release(lease)
             except TransientError as error:
                 _log.debug("partition %d: the lease is released later: %s", self.partition, error)
 
-    async def _own(self, lease: Lease, takeover: Takeover) -> None:
+    async def _own(self, lease: HeldLease, takeover: Takeover) -> None:
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_when_lost, lease)
@@ -134,7 +134,7 @@ class PartitionOwner:
         epoch, taken = await takeover.run(log, self._parts.node)
         return taken, OutputWriter(log, self._parts.threads, epoch.sequence)
 
-    async def _stop_when_lost(self, lease: Lease) -> None:
+    async def _stop_when_lost(self, lease: HeldLease) -> None:
         """Stop once another process has the lease; the fence decides who may still append."""
         await lease.lost.wait()
         events.LEASE_LOST(partition=self.partition)

@@ -16,8 +16,8 @@ from betrace.service.cluster.evaluator import checkpoints
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.output import Output
 from betrace.service.storage.jetstream.blobs import Blobs
-from betrace.service.storage.jetstream.leases import Lease, Leases
 from betrace.service.storage.jetstream.nats import Nats
+from betrace.service.storage.jetstream.process_leases import HeldLease, ProcessLeases
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from tests.cluster.links import Link
@@ -122,7 +122,7 @@ async def test_an_evaluator_is_cut_off(cluster):
         link.close()
 
 
-class NoLeases(Leases):
+class NoLeases(ProcessLeases):
     """Whoever asks gets the lease."""
 
     def __init__(self) -> None:
@@ -132,13 +132,13 @@ class NoLeases(Leases):
     async def run(self) -> None:
         pass
 
-    async def acquire(self, key: str, owner: str) -> Lease:
-        return Lease(key, owner, 1)
+    async def acquire(self, key: str, owner: str) -> HeldLease:
+        return HeldLease(key, owner, 1)
 
     async def renew(self) -> None:
         pass
 
-    async def release(self, lease: Lease) -> None:
+    async def release(self, lease: HeldLease) -> None:
         pass
 
 

@@ -15,7 +15,7 @@ from betrace.service.storage.jetstream.bucket import ConfigBucket, Conflict, Ent
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.leases import Leases, lease_owners
+from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.nats import Nats
 
 
@@ -83,31 +83,24 @@ class _Clock:
         return self.now
 
 
-async def test_a_lease_is_taken_over_once_its_holder_is_silent(bucket: ConfigBucket) -> None:
+async def test_a_lease_is_taken_over_once_it_was_not_renewed(bucket: ConfigBucket) -> None:
     clock = _Clock()
     ann, bob = Leases(bucket, 2, clock), Leases(bucket, 2, clock)
     lease = await ann.acquire("p0", "ann")
     assert lease is not None
-    await bob.look()
     assert await bob.acquire("p0", "bob") is None  # sees it for the first time
     clock.now += 1.9
-    await ann.renew()
-    await bob.look()
+    assert await ann.renew(lease)
     assert await bob.acquire("p0", "bob") is None
     clock.now += 1.9
-    await ann.renew()  # which bob does not see in time
+    assert await bob.acquire("p0", "bob") is None  # renewed in between
     clock.now += 0.2
-    assert await bob.acquire("p0", "bob") is None
-    clock.now += 2.1
     taken = await bob.acquire("p0", "bob")
     assert taken is not None
-    await ann.look()
-    assert lease.lost.is_set()
-    assert ann.owners() == bob.owners() == await lease_owners(bucket) == {"p0": "bob"}
+    assert not await ann.renew(lease)
+    assert await bob.owners() == {"p0": "bob"}
     await ann.release(lease)
-    await ann.renew()
-    assert await lease_owners(bucket) == {"p0": "bob"}
-    assert not taken.lost.is_set()
+    assert await bob.renew(taken)
 
 
 async def test_a_released_lease_is_free(bucket: ConfigBucket) -> None:
@@ -116,15 +109,8 @@ async def test_a_released_lease_is_free(bucket: ConfigBucket) -> None:
     assert lease is not None
     assert await bob.acquire("p0", "same name") is None
     await ann.release(lease)
-    assert await lease_owners(bucket) == ann.owners() == {}
-    await bob.look()
-    again = await ann.acquire("p0", "same name")
-    assert again is not None
-    assert not again.lost.is_set()
-    assert await bob.acquire("p0", "same name") is None
-    await ann.release(again)
-    await ann.leave()
-    assert await bucket.entries() == []
+    assert await ann.owners() == {}
+    assert await bob.acquire("p0", "same name") is not None
 
 
 async def test_one_of_several_successors_gets_a_lease(bucket: ConfigBucket) -> None:
@@ -132,7 +118,6 @@ async def test_one_of_several_successors_gets_a_lease(bucket: ConfigBucket) -> N
     processes = [Leases(bucket, 2, clock) for _ in range(4)]
     assert await processes[0].acquire("p0", "n0") is not None
     for each in processes[1:]:
-        await each.look()
         assert await each.acquire("p0", "x") is None
     clock.now += 2
     winners: list[int] = []
@@ -147,11 +132,12 @@ async def test_one_of_several_successors_gets_a_lease(bucket: ConfigBucket) -> N
     assert len(winners) == 1
 
 
-async def test_a_lease_that_nobody_uses_is_released_with_the_next_renewal(
+async def test_a_renewal_whose_reply_was_lost_keeps_the_lease(
     bucket: ConfigBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leases = Leases(bucket, 2)
-    await leases.renew()
+    lease = await leases.acquire("p0", "ann")
+    assert lease is not None
     publish = Nats.publish
 
     async def lossy(nats: Nats, subject: str, data: bytes, headers: dict[str, str]) -> int:
@@ -159,33 +145,11 @@ async def test_a_lease_that_nobody_uses_is_released_with_the_next_renewal(
         raise NatsUnavailable("the reply was lost")
 
     monkeypatch.setattr(Nats, "publish", lossy)
-    for key in ("p0", "p1"):
-        with pytest.raises(NatsUnavailable):
-            await leases.acquire(key, "ann")
+    with pytest.raises(NatsUnavailable):
+        await leases.renew(lease)
     monkeypatch.undo()
-    await leases.look()
-    kept = await leases.acquire("p0", "ann")
-    assert kept is not None
-    await leases.renew()
-    assert await lease_owners(bucket) == {"p0": "ann"}
-    assert not kept.lost.is_set()
-    leases.drop(kept)
-    await leases.renew()
-    assert await lease_owners(bucket) == {}
-
-
-async def test_the_pulse_of_a_dead_process_is_removed_in_the_end(bucket: ConfigBucket) -> None:
-    clock = _Clock()
-    ann, bob = Leases(bucket, 2, clock), Leases(bucket, 2, clock)
-    await ann.renew()
-    await bob.look()
-    clock.now += 500
-    await bob.renew()
-    assert len(await bucket.entries()) == 2
-    clock.now += 200
-    await bob.look()
-    await bob.renew()
-    assert len(await bucket.entries()) == 1
+    assert await leases.renew(lease)
+    assert await leases.acquire("p0", "ann") is not None
 
 
 # Blobs
