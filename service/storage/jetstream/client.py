@@ -10,7 +10,7 @@ import asyncio
 import logging
 import ssl
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -93,57 +93,25 @@ class NatsClient:
         """Run ``make(nats)`` in the client's thread and return its result. When the caller is
         cancelled, the coroutine is cancelled too, and what it sent may have arrived. Raises
         :exc:`NatsUnavailable` after ``seconds``, if given."""
-        found: list[outcome.Outcome[T]] = []
-        await self.call_each([make], lambda _, result: found.append(result), seconds)
-        return found[0].unwrap()
-
-    async def call_each(
-        self,
-        makes: Sequence[Callable[[Nats], Coroutine[Any, Any, T]]],
-        done: Callable[[int, outcome.Outcome[T]], None],
-        seconds: float | None = CALL_SECONDS,
-    ) -> None:
-        """Like :meth:`call` for several coroutines, which cost less together. ``done`` is called
-        with the number and the result of each one when it ends, and not after a cancellation. What
-        it raises is only logged. Returns when all have ended."""
-        if not makes:
-            return
         task = trio.lowlevel.current_task()
         self._deliver_to(trio.lowlevel.current_trio_token())
-        left = len(makes)
+        waiting = True
 
-        def ended(number: int, result: outcome.Outcome[T]) -> None:
-            nonlocal left
-            if left > 0:
-                try:
-                    done(number, result)
-                finally:
-                    left -= 1
-                    if not left:
-                        trio.lowlevel.reschedule(task)
+        def finish(result: outcome.Outcome[T]) -> None:
+            if waiting:
+                trio.lowlevel.reschedule(task, result)
 
-        def finished(number: int) -> Callable[[outcome.Outcome[T]], None]:
-            return lambda result: self._later(partial(ended, number, result))
-
-        calls = [_Call(self, make, seconds, finished(number)) for number, make in enumerate(makes)]
-
-        def start() -> None:
-            for call in calls:
-                call.start()
-
-        def cancel() -> None:
-            for call in calls:
-                call.cancel()
+        call = _Call(self, make, seconds, lambda result: self.deliver(partial(finish, result)))
 
         def abort(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
-            nonlocal left
-            left = 0
-            self._soon(cancel)
+            nonlocal waiting
+            waiting = False
+            self._soon(call.cancel)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        if not self._soon(start):
+        if not self._soon(call.start):
             raise NatsUnavailable("the NATS client is closed")
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        return await trio.lowlevel.wait_task_rescheduled(abort)  # type: ignore[no-any-return]
 
     def call_blocking(
         self, make: Callable[[Nats], Coroutine[Any, Any, T]], seconds: float | None = CALL_SECONDS
@@ -192,17 +160,18 @@ class NatsClient:
             with self._lock:
                 self._token, self._results = token, []
 
-    def _later(self, function: Callable[[], None]) -> None:
-        """Call a function in Trio's thread, which is woken once for all that wait."""
+    def deliver(self, function: Callable[[], None]) -> None:
+        """Call a function in Trio's thread, during a :meth:`call`; for its coroutine. Trio is woken
+        once for all that wait. What the function raises is only logged."""
         assert self._token is not None
         with self._lock:
             self._results.append(function)
             first = len(self._results) == 1
         if first:
             with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._deliver)
+                self._token.run_sync_soon(self._deliver_all)
 
-    def _deliver(self) -> None:
+    def _deliver_all(self) -> None:
         with self._lock:
             results, self._results = self._results, []
         for function in results:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from outcome import Outcome
+from outcome import Error, Outcome, Value
 
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.envelope import EnvelopeCorrupt, Spans, unpack
 from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
 from betrace.service.storage.jetstream.layout import Layout, unpack_log_position
-from betrace.service.storage.jetstream.nats import Nats, StoredMessage
+from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats, NewMessage, StoredMessage
 from betrace.service.storage.jetstream.stream_log import (
+    ATTEMPT_SECONDS,
     LogMessage,
     announce,
     append_once,
@@ -61,18 +62,39 @@ class SpanStreams:
         unknown, sends the same id again, until cancelled. Raises :exc:`StreamFull` and
         :exc:`MessageTooLarge`."""
         append = Append(partition, data, message_id)
-        return await self._client.call(partial(self._append, append), None)
+        return await self._client.call(lambda nats: self._append(nats, append), None)
 
     async def append_each(
         self, appends: Sequence[Append], done: Callable[[int, Outcome[int]], None]
     ) -> None:
-        """Append messages to different partitions. ``done`` is called with the number and the
-        outcome of each one when it ends. Otherwise like :meth:`append`."""
-        await self._client.call_each([partial(self._append, each) for each in appends], done, None)
+        """Append messages to different partitions, which costs less than :meth:`append` for each.
+        ``done`` is called with the number and the outcome of each one when it ends, unless this
+        call was cancelled before."""
+        waiting = True
 
-    async def _append(self, append: Append, nats: Nats) -> int:
+        def report(number: int, result: Outcome[int]) -> None:
+            if waiting:
+                done(number, result)
+
+        def deliver(number: int, result: Outcome[int]) -> None:
+            self._client.deliver(partial(report, number, result))
+
+        async def work(nats: Nats) -> None:
+            await _AppendsTogether(self, nats, appends, deliver).run()
+
+        try:
+            await self._client.call(work, None)
+        finally:
+            waiting = False
+
+    def _note(self, partition: int, sequence: int) -> None:
+        self._known[partition] = max(sequence, self._known.get(partition, 0))
+
+    async def _append(self, nats: Nats, append: Append, known: int | None = None) -> int:
+        """Append a message. ``known`` is a sequence that existed before its first attempt."""
         partition, layout = append.partition, self._layout
-        known = self._known.get(partition)
+        if known is None:
+            known = self._known.get(partition)
         if known is None:
             known = await self._first_known(nats, partition)
         sequence = await append_once(
@@ -83,7 +105,7 @@ class SpanStreams:
             append.message_id,
             known,
         )
-        self._known[partition] = max(sequence, self._known.get(partition, 0))
+        self._note(partition, sequence)
         await announce(nats, layout.spans_wakeup(partition))
         return sequence
 
@@ -193,6 +215,66 @@ class SpanStreams:
             return await nats.get(stream, sequence)
         except NotInStream:  # this replica may be behind
             return await nats.leader_get(stream, {"seq": sequence})
+
+
+class _AppendsTogether:
+    """Publishes messages together, and those that are not acknowledged once more, one by one."""
+
+    def __init__(
+        self,
+        streams: SpanStreams,
+        nats: Nats,
+        appends: Sequence[Append],
+        deliver: Callable[[int, Outcome[int]], None],
+    ) -> None:
+        self._streams = streams
+        self._nats = nats
+        self._appends = appends
+        self._deliver = deliver
+        self._before = dict(streams._known)
+        self._together = [n for n, each in enumerate(appends) if each.partition in self._before]
+        self._unannounced: list[int] = []  # partitions
+
+    async def run(self) -> None:
+        layout = self._streams._layout
+        async with asyncio.TaskGroup() as self._tasks:
+            for number in {*range(len(self._appends))}.difference(self._together):
+                self._tasks.create_task(self._alone(number))
+            together = [self._appends[number] for number in self._together]
+            messages = [
+                NewMessage(
+                    layout.spans_subject(each.partition), each.data, {MESSAGE_ID: each.message_id}
+                )
+                for each in together
+            ]
+            await self._nats.publish_each(messages, self._ended, ATTEMPT_SECONDS)
+
+    def _ended(self, at: int, sequence: int | None) -> None:
+        number = self._together[at]
+        if sequence is None:
+            self._tasks.create_task(self._alone(number))
+            return
+        partition = self._appends[number].partition
+        self._streams._note(partition, sequence)
+        if not self._unannounced:
+            self._tasks.create_task(self._announce())
+        self._unannounced.append(partition)
+        self._deliver(number, Value(sequence))
+
+    async def _alone(self, number: int) -> None:
+        append = self._appends[number]
+        try:
+            known = self._before.get(append.partition)
+            result = Value(await self._streams._append(self._nats, append, known))
+        except Exception as error:
+            self._deliver(number, Error(error))
+        else:
+            self._deliver(number, result)
+
+    async def _announce(self) -> None:
+        partitions, self._unannounced = self._unannounced, []
+        for partition in partitions:
+            await announce(self._nats, self._streams._layout.spans_wakeup(partition))
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
