@@ -51,6 +51,7 @@ _log = logging.getLogger("service.cluster")
 
 Json = dict[str, Any]
 
+EVALUATING = 2  # partitions at the same time; more would wait for one another's interpreter lock
 RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
 
 
@@ -124,7 +125,7 @@ class ClusterProcess:
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
         # A partition that waits for a query node keeps its thread for seconds.
-        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions)
+        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions, busy=EVALUATING)
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
