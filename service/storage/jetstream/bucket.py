@@ -14,6 +14,7 @@ from betrace.service.storage.jetstream.errors import (
 )
 from betrace.service.storage.jetstream.nats import EXPECTED_SUBJECT_LAST, Nats, StoredMessage
 from betrace.service.storage.jetstream.stream_log import poll
+from betrace.service.storage.jetstream.wakeups import Wakeup
 
 _OPERATION = "KV-Operation"
 _WAIT_SECONDS = 60.0
@@ -133,7 +134,7 @@ class ConfigBucket:
                     for each in await nats.get_many(self._stream, body, _READ_BYTES)
                 ]
 
-            return await poll(nats, keys, wait_seconds, read)
+            return await poll(nats, Wakeup(keys), wait_seconds, read)
 
         return await self._client.call(work, None)
 

@@ -208,7 +208,7 @@ async def test_an_id_that_is_not_found_is_sent_again(
 async def test_wakeups_that_nobody_waits_for_end(
     log: SpanStreams, client: NatsClient, settings: ClusterSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = Layout.of(settings).spans_wakeup(0)
+    subject = Layout.of(settings).spans_wakeup
 
     async def subscriptions(nats: Nats) -> int:
         return sum(each.subject == subject for each in nats.nc._subs.values())
