@@ -184,7 +184,7 @@ class SqliteLedger:
             # The text as stored first; the transfer is the same for every version of the signal.
             found = sqlite_rows.existing_rows(db, "outgoing", ids, "id, signal")
             sqlite_rows.insert(db, ((key, signals[key], text) for key, text in found.items()))
-            sqlite_rows.delete_outgoing(db, list(found))
+            sqlite_rows.delete_found_outgoing(db, list(found))
             if refused:
                 deleted = sqlite_rows.delete_outgoing(db, sqlite_rows.transfer_ids(refused))
                 sqlite_rows.skip_numbers(db, deleted)

@@ -143,10 +143,17 @@ def _account_ids(tenant: str, rule_id: str) -> tuple[bytes, bytes]:
 
 def delete_outgoing(db: sqlite3.Connection, ids: list[bytes]) -> int:
     """Delete outgoing signals; returns how many of them were there."""
+    deleted = db.executemany("DELETE FROM outgoing WHERE id = ?", [(key,) for key in ids])
+    return deleted.rowcount
+
+
+def delete_found_outgoing(db: sqlite3.Connection, ids: list[bytes]) -> None:
+    """Delete outgoing signals that are there; usually they are all."""
     (count,) = db.execute("SELECT count(*) FROM outgoing").fetchone()
-    if count == len(ids) == len(existing_rows(db, "outgoing", ids)):
-        return db.execute("DELETE FROM outgoing").rowcount  # without looking at each row
-    return db.executemany("DELETE FROM outgoing WHERE id = ?", [(key,) for key in ids]).rowcount
+    if count == len(ids):
+        db.execute("DELETE FROM outgoing")  # without looking at each row
+    else:
+        delete_outgoing(db, ids)
 
 
 def skip_numbers(db: sqlite3.Connection, count: int) -> None:

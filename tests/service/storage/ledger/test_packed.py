@@ -103,3 +103,8 @@ def test_another_release_of_the_client_gets_objects(submitted, monkeypatch) -> N
     assert packed.create_transfers(client, [make(1)]) == [tb.CreateTransferStatus.CREATED]
     assert sent == [packed.event(make(1))]
     client.close()
+
+
+def test_a_status_of_a_newer_server_is_a_number() -> None:
+    assert packed.status_name(tb.CreateTransferStatus.EXISTS) == "EXISTS"
+    assert packed.status_name(123456) == "123456"
