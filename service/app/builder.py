@@ -193,7 +193,10 @@ class _ServiceBuilder:
             gate.authenticator,
             capacity=settings.pipeline.ingest_capacity_spans,
             tenants=TenantStates(
-                gate.closed, self._pipeline.correlate.backlog.full, gate.tenant_limit
+                gate.closed,
+                self._pipeline.must_wait,
+                gate.tenant_limit,
+                self._pipeline.ingest.set_aside,
             ),
         )
         self._data_directory = DataDirectory(
