@@ -18,6 +18,9 @@ from betrace.service.traces.arrays import (
     grown,
     restored_arrays,
     saved_arrays,
+    set_size,
+    with_set,
+    without_free_sets,
 )
 from betrace.service.traces.checkpoint import TableSnapshot
 from betrace.service.traces.decide import broken
@@ -41,6 +44,7 @@ from betrace.service.traces.layout import (
     REOPENED,
     RING,
     RING_CLASS,
+    SET_SIZE,
     SLOT_COLUMNS,
     SLOTS_USED,
     SPANS,
@@ -59,6 +63,10 @@ from betrace.service.traces.signal_history import (
 )
 from betrace.service.traces.window import Windows
 
+MOST_SET = 1 << 21
+"""Capacity of the largest set of span ids: a million spans. In longer traces, and beyond
+``MOST_IDS`` of all sets of a table, a repeated span is known among the last 1000 only."""
+MOST_IDS = 1 << 22
 _MASK = 2**64 - 1
 
 
@@ -277,6 +285,7 @@ class TraceTable:
                 for slot in slots[self.arrays.slots[slots, STATE] == FREE].tolist():
                     self.signal_history.pop(slot, None)
         if freed:
+            self.arrays = without_free_sets(self.arrays)
             self.count()
         return freed
 
@@ -390,6 +399,21 @@ class TraceTable:
     def spare_entries(self) -> int:
         """Entries that are available without growing the pool."""
         return len(self.arrays.entries) - int(self.arrays.fill[ENTRIES_USED])
+
+    def grow_set(self, slot: int) -> None:
+        """Give a long trace a larger set of its span ids, or none if the sets take too much
+        memory."""
+        ring, spans = self.arrays.slots[slot, [RING, SPANS]].tolist()
+        sizes = self.arrays.sets[:, SET_SIZE]
+        size = set_size(spans + 1)
+        others = int(sizes[sizes > 0].sum()) - max(0, int(sizes[ring]))
+        with np.errstate(over="ignore"):
+            if size <= MOST_SET and others + size <= MOST_IDS:
+                self.arrays = with_set(self.arrays, ring, spans, size)
+                return
+            pools.release_set(self.arrays, ring)
+            sizes[ring] = -1
+            pools.link_all(self.arrays, ring, spans)
 
     def grow(self, reason: int) -> None:
         """Double the pool that a kernel found full (``reason``)."""
