@@ -34,6 +34,7 @@ from betrace.service.traces.layout import (
     NEVER,
     RING,
     RING_CLASS,
+    SET_AT,
     SET_CLASSES,
     SET_COLUMNS,
     SET_SIZE,
@@ -142,7 +143,7 @@ def restored_arrays(saved: Mapping[str, Array]) -> TraceArrays:
 def set_size(count: int) -> int:
     """The capacity of the set of a trace with so many spans."""
     size = LEAST_SET
-    while 2 * (count - 1) >= size:
+    while 4 * (count - 1) >= 3 * size:
         size *= 2
     return size
 
@@ -151,11 +152,30 @@ def with_set(arrays: TraceArrays, ring: int, count: int, size: int) -> TraceArra
     """The arrays, in which a large ring has a set of ``size`` with the ids added to it so far."""
     used = int(arrays.free_ids[IDS_USED])
     if not arrays.free_ids[size.bit_length() - 1] and used + size > len(arrays.ids):
-        ids = np.zeros(max(2 * len(arrays.ids), used + size), np.int64)
-        ids[:used] = arrays.ids[:used]
-        arrays = arrays._replace(ids=ids)
+        arrays = _compacted(arrays, size)
     pools.build_set(arrays, ring, count, size)
     return arrays
+
+
+def ids_in_use(arrays: TraceArrays) -> int:
+    """The capacity of all sets."""
+    return int(np.maximum(arrays.sets[:, SET_SIZE], 0).sum()) if len(arrays.ids) else 0
+
+
+def _compacted(arrays: TraceArrays, more: int) -> TraceArrays:
+    """The arrays without free pieces between the sets, and with room for ``more`` ids and a quarter
+    of all."""
+    used = ids_in_use(arrays)
+    ids = np.zeros((used + more) * 5 // 4, np.int64)
+    at = 0
+    for ring, (first, size) in enumerate(arrays.sets.tolist()):
+        if size > 0:
+            ids[at : at + size] = arrays.ids[first : first + size]
+            arrays.sets[ring, SET_AT] = at
+            at += size
+    arrays.free_ids[:] = 0
+    arrays.free_ids[IDS_USED] = at
+    return arrays._replace(ids=ids)
 
 
 def without_free_sets(arrays: TraceArrays) -> TraceArrays:

@@ -320,7 +320,7 @@ def fold(
                 return r, NEED_LARGE
             if n >= LARGE_RING and row[RING_CLASS] == 2:
                 size = traces.sets[row[RING], SET_SIZE]
-                if size >= 0 and 2 * n >= size:
+                if size >= 0 and 4 * n >= 3 * size:
                     counts[STOPPED_SLOT] = slot
                     return r, NEED_SET
             if row[POSITION_COUNT] == POSITIONS and counts[SPILLS] == len(outputs.spilled):
