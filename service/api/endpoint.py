@@ -39,6 +39,8 @@ JSON_TYPE = "application/json"
 HTML_TYPE = "text/html; charset=utf-8"
 EVENTS_TYPE = "text/event-stream"
 OPERATOR_HEADER = "x-operator"
+COMPUTING = 2
+"""Calls that compute for seconds, of all tenants."""
 KEEP_ALIVE = 15.0
 """Seconds between comments on a silent stream, so that proxies and clients keep it open."""
 
@@ -77,6 +79,9 @@ class Tools:
     unstored: UnstoredSignals = field(default_factory=UnstoredSignals)
     turns: TenantTurns = field(init=False)
     """How tenants share the threads."""
+    computing: ThreadRunner = field(default_factory=lambda: ThreadRunner("compute", COMPUTING))
+    """For calls that may compute for seconds; one tenant may have one at a time."""
+    computing_turns: TenantTurns = field(default_factory=lambda: TenantTurns(COMPUTING))
     streams: Counter[str] = field(default_factory=Counter)
     """Open event streams, by tenant; operators' are under an empty name."""
 
@@ -107,9 +112,17 @@ class Call:
     async def blocking(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
         """Call a blocking function in a thread. Raises :exc:`ApiError` 503 after
         ``api.query_timeout_seconds``; the call may then still be running."""
+        return await self._call(self.tools.threads, self.tools.turns, function, *args)
+
+    async def compute(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
+        """:meth:`blocking` for what may compute for seconds."""
+        return await self._call(self.tools.computing, self.tools.computing_turns, function, *args)
+
+    async def _call(
+        self, threads: ThreadRunner, turns: TenantTurns, function: Callable[[*Ts], R], *args: *Ts
+    ) -> R:
         timeout = self.tools.sources.settings.api.query_timeout_seconds
         deadline = trio.current_time() + timeout
-        turns = self.tools.turns
         try:
             release = await turns.take(self.tenant, timeout)
         except trio.TooSlowError:
@@ -130,7 +143,7 @@ class Call:
 
         try:
             left = max(0.001, deadline - trio.current_time())
-            return await self.tools.threads.run(run, timeout=left)
+            return await threads.run(run, timeout=left)
         except ThreadTimeout:
             raise unavailable(
                 f"the query took longer than {timeout:g} s",

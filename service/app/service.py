@@ -31,6 +31,7 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
+from betrace.service.pipeline.recovery.scrub import Scrub
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission
@@ -84,6 +85,7 @@ class Service:
     rebuild: Rebuild
     removal: Removal
     daily: Daily
+    scrub: Scrub
     rule_watch: RuleWatch
     watch: Watch
 
@@ -198,6 +200,7 @@ class Service:
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
         nursery.start_soon(self._repair)
+        nursery.start_soon(self.scrub.run)
 
     async def _drain(self, nursery: trio.Nursery, stop_ingest: trio.Event) -> None:
         """Refuse new requests, process everything accepted, and save a checkpoint."""
@@ -262,9 +265,10 @@ class Service:
     def close(self) -> None:
         """End the worker threads; :func:`open_service` closes the stores."""
         self.pipeline.close_threads()
-        for part in (self.removal, self.gate, self.daily, self.exports, self.alerts):
+        for part in (self.removal, self.gate, self.daily, self.scrub, self.exports, self.alerts):
             part.close()
         for runner in (self.threads, self.cache_thread, self.rebuild_thread):
             runner.close()
         self.tools.exposition.close()
         self.tools.threads.close()
+        self.tools.computing.close()

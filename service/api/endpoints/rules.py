@@ -332,7 +332,7 @@ def _validated(condition: str) -> dict[str, Any]:
 async def test_rule(call: Call) -> Any:
     """The spans are evaluated as one complete trace."""
     given = call.json({"condition": str, "trace": dict}, {})
-    return await call.blocking(_evaluate, given["condition"], orjson.dumps(given["trace"]))
+    return await call.compute(_evaluate, given["condition"], orjson.dumps(given["trace"]))
 
 
 def _evaluate(condition: str, trace: bytes) -> dict[str, Any]:
