@@ -90,7 +90,7 @@ def _nothing() -> TraceColumns:
     """No traces."""
     none, rows = np.zeros(0, np.int64), np.zeros((0, 32), np.int64)
     batch = SpanBatch("", np.zeros(0, np.uint8), rows, rows, rows, rows)
-    spans = Spans(none, none, none, none, none, none, none, none.astype(bool), none, none)
+    spans = Spans(none, none, none, none, none, none, none, none.astype(bool), none)
     return TraceColumns(batch, Names(), spans, 0)
 
 

@@ -72,7 +72,6 @@ class Spans(NamedTuple):
     parent_id: Rows
     below: Flags  # it has a parent id
     parent: Rows  # number of its parent, -1 if there is none in the trace
-    siblings: Rows  # the same number for spans of a trace with the same parent id, -1 without one
 
 
 class TraceColumns:
@@ -124,7 +123,7 @@ class TraceColumns:
         found = []
         columns = (part[of].tolist() for part in self.spans)
         rows = zip(*columns, strict=True)
-        for k, (_, row, name, start, end, _, parent_id, below, _, _) in enumerate(rows):
+        for k, (_, row, name, start, end, _, parent_id, below, _) in enumerate(rows):
             parent = ""
             if below:
                 parent = parents[16 * k : 16 * k + 16]
@@ -175,6 +174,13 @@ class TraceColumns:
         return order[:filled]
 
     @cached_property
+    def _siblings(self) -> Rows:
+        """The same number for spans of a trace with the same parent id, -1 without one."""
+        ids, number = np.unique(self.spans.parent_id, return_inverse=True)
+        _, groups = np.unique(self.spans.of * len(ids) + number, return_inverse=True)
+        return np.where(self.spans.below, groups, -1)
+
+    @cached_property
     def cyclic(self) -> Flags:
         """The traces in which some span is its own ancestor."""
         left = np.ones(len(self), bool)
@@ -196,7 +202,7 @@ class TraceColumns:
                 above = parents[chosen]
                 out = np.bincount(above[above >= 0], minlength=len(self))
             case "sibling":
-                own = self.spans.siblings
+                own = self._siblings
                 groups = int(own.max(initial=-1)) + 1
                 counts = np.bincount(own[chosen & (own >= 0)], minlength=groups)
                 within_group = np.flatnonzero(own >= 0)

@@ -9,7 +9,7 @@ from betrace.service.rules.column_rules import ColumnRule
 from betrace.service.rules.column_values import UnsupportedError
 from betrace.service.rules.early import early
 from betrace.service.rules.format import format_condition
-from betrace.service.rules.least import least
+from betrace.service.rules.least import Least, least
 from betrace.service.rules.syntax import RuleSyntax
 
 FOLD, SKELETON, BY_KEY, READ_BACK = "fold", "skeleton", "values by key", "read back"
@@ -36,6 +36,13 @@ def decided_by(rule: RuleSyntax) -> str:
         return READ_BACK
 
 
+def _size(needed: Least) -> str:
+    """What a trace must have; empty for nothing worth saying."""
+    parts = [f"at least {needed.spans} spans"] if needed.spans > 2 else []
+    parts += [f"a duration of at least {needed.duration} ns"] if needed.duration else []
+    return " and ".join(parts)
+
+
 def plan(rule: RuleSyntax) -> str:
     """The same in a sentence for people."""
     if not rule.relational:
@@ -44,10 +51,9 @@ def plan(rule: RuleSyntax) -> str:
     bound = candidate(rule)
     if bound is False:
         return "never broken"
-    spans, duration = least(rule)
     needs = [format_condition(bound)] if not isinstance(bound, bool) else []
-    needs += [f"at least {spans} spans"] if spans > 2 else []
-    needs += [f"a duration of at least {duration} ns"] if duration else []
+    sizes = [_size(each) for each in least(rule)]
+    needs += [" or ".join(sizes)] if all(sizes) else []
     judged = _JUDGED[decided_by(rule)]
     if not needs:
         return f"reads every trace back from the span log {when} and {judged}"

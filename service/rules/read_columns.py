@@ -49,7 +49,6 @@ def columns_of(batch: SpanBatch, wanted: Sequence[TraceId]) -> TraceColumns:
         parent = np.where(with_parent & (own[at] == above), place[at], -1)
     else:
         parent = np.zeros(0, np.int64)
-    _, groups = np.unique(above, return_inverse=True)
     names = Names()
     return TraceColumns(
         batch,
@@ -64,7 +63,6 @@ def columns_of(batch: SpanBatch, wanted: Sequence[TraceId]) -> TraceColumns:
             rows[:, PARENT_ID],
             below,
             parent,
-            np.where(below, groups, -1),
         ),
         len(wanted),
     )
