@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,73 +11,57 @@ from betrace.service.otlp.columns import (
     END,
     FLAGS,
     HAS_PARENT,
-    NAME_LEN,
-    NAME_OFF,
     PARENT_ID,
     SPAN_ID,
     START,
-    TRACE_HI,
-    TRACE_LO,
     Rows,
     SpanBatch,
 )
 from betrace.service.rules.columns import Names, Spans, TraceColumns, TraceId
+from betrace.service.rules.read_kernels import find_parents, number_names, number_traces
+
+_SECRET = np.array([secrets.randbits(63) | 1 for _ in range(2)], np.int64)
 
 
 def columns_of(batch: SpanBatch, wanted: Sequence[TraceId]) -> TraceColumns:
     """The traces with these ids, numbered in this order. The spans of the batch are in order of
     arrival."""
-    traces = {each: number for number, each in enumerate(wanted)}
-    pairs = batch.spans[:, [TRACE_HI, TRACE_LO]].tolist()
-    of = np.array([traces.get((hi, lo), -1) for hi, lo in pairs], np.int64)
-    row = np.flatnonzero(of >= 0)
-    of, rows = of[row], batch.spans[row]
-    ids, inverse = np.unique(
-        np.concatenate((rows[:, SPAN_ID], rows[:, PARENT_ID])), return_inverse=True
-    )
-    own, above = (of * len(ids) + each for each in np.split(inverse, 2))
-    own, first = np.unique(own, return_index=True)  # of copies the first
-    order = np.lexsort((rows[first, SPAN_ID].view(np.uint64), rows[first, START], of[first]))
-    chosen = first[order]
-    row, of, rows, above = row[chosen], of[chosen], rows[chosen], above[chosen]
-    place = np.empty(len(own), np.int64)
-    place[order] = np.arange(len(own))
-    at = np.searchsorted(own, above)
-    at[at == len(own)] = 0
-    below = rows[:, FLAGS] & HAS_PARENT != 0
-    with_parent = below & (rows[:, PARENT_ID] != 0) & (rows[:, PARENT_ID] != rows[:, SPAN_ID])
-    if len(own):
-        parent = np.where(with_parent & (own[at] == above), place[at], -1)
-    else:
-        parent = np.zeros(0, np.int64)
+    count = len(batch)
+    numbers, rows, parents = (np.empty(count, np.int64) for _ in range(3))
     names = Names()
-    return TraceColumns(
-        batch,
-        names,
-        Spans(
-            of,
-            row,
-            _number_names(batch, rows, names),
-            rows[:, START],
-            rows[:, END],
-            rows[:, SPAN_ID],
-            rows[:, PARENT_ID],
-            below,
-            parent,
-        ),
-        len(wanted),
+    with np.errstate(over="ignore"):  # hashes wrap around, which warns with the JIT off
+        ids = np.array(wanted, np.int64).reshape(-1, 2)
+        number_traces(batch.spans, ids, _SECRET, _table(len(wanted)), numbers)
+        filled = find_parents(batch.spans, numbers, _SECRET, _table(count), rows, parents)
+        rows = rows[:filled]
+        chosen = batch.spans[rows]
+        order = np.lexsort((chosen[:, SPAN_ID].view(np.uint64), chosen[:, START], numbers[rows]))
+        rows, chosen = rows[order], chosen[order]
+        name = _number_names(batch, rows, names)
+    place = np.full(count + 1, -1)  # of each row; the last item is that of row -1
+    place[rows] = np.arange(filled)
+    spans = Spans(
+        of=numbers[rows],
+        row=rows,
+        name=name,
+        start=chosen[:, START],
+        end=chosen[:, END],
+        id=chosen[:, SPAN_ID],
+        parent_id=chosen[:, PARENT_ID],
+        below=chosen[:, FLAGS] & HAS_PARENT != 0,
+        parent=place[parents[rows]],
     )
+    return TraceColumns(batch, names, spans, len(wanted))
 
 
 def _number_names(batch: SpanBatch, rows: Rows, names: Names) -> Rows:
-    data = batch.buf.tobytes()
-    known: dict[bytes, int] = {}
-    numbers = []
-    for at, length in rows[:, [NAME_OFF, NAME_LEN]].tolist():
-        encoded = data[at : at + length]
-        number = known.get(encoded)
-        if number is None:
-            number = known[encoded] = len(known)
-            names.texts.append(encoded.decode())
-        numbers.append(number)
-    return np.array(numbers, np.int64)
+    out, firsts = (np.empty(len(rows), np.int64) for _ in range(2))
+    table = _table(len(rows))
+    found = number_names(batch.buf, batch.spans, rows, _SECRET, table, firsts, out)
+    names.texts += [batch.name(row) for row in firsts[:found].tolist()]
+    return out
+
+
+def _table(entries: int) -> Rows:
+    """An empty hash table."""
+    return np.zeros(1 << max(1, 2 * entries).bit_length(), np.int64)
