@@ -88,10 +88,9 @@ class ColumnRule:
 
 def _nothing() -> TraceColumns:
     """No traces."""
-    none, rows = np.zeros(0, np.int64), np.zeros((0, 32), np.int64)
+    rows = np.zeros((0, 32), np.int64)
     batch = SpanBatch("", np.zeros(0, np.uint8), rows, rows, rows, rows)
-    spans = Spans(none, none, none, none, none, none, none, none.astype(bool), none)
-    return TraceColumns(batch, Names(), spans, 0)
+    return TraceColumns(batch, Names(), np.zeros((len(Spans._fields), 0), np.int64), 0)
 
 
 class _Run:

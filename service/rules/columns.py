@@ -61,7 +61,7 @@ class Names:
 
 
 class Spans(NamedTuple):
-    """Arrays with an item for each span, in order of trace, start and id."""
+    """Rows of one array, with an item for each span in order of trace, start and id."""
 
     of: Rows  # number of its trace
     row: Rows  # in the batch
@@ -70,19 +70,20 @@ class Spans(NamedTuple):
     end: Rows
     id: Rows
     parent_id: Rows
-    below: Flags  # it has a parent id
+    below: Rows  # 1 if it has a parent id
     parent: Rows  # number of its parent, -1 if there is none in the trace
 
 
 class TraceColumns:
     """Several traces of a tenant, each span once: of copies the first counts."""
 
-    def __init__(self, batch: SpanBatch, names: Names, spans: Spans, traces: int) -> None:
+    def __init__(self, batch: SpanBatch, names: Names, spans: Rows, traces: int) -> None:
         self.batch = batch
-        self.spans = spans
+        self.spans = Spans(*spans)
         self.traces = traces
+        self._all = spans
         self._names = names
-        self._first = np.searchsorted(spans.of, np.arange(traces + 1))
+        self._first = np.searchsorted(self.spans.of, np.arange(traces + 1))
 
     def __len__(self) -> int:
         return len(self.spans.of)
@@ -94,13 +95,10 @@ class TraceColumns:
         begins = np.cumsum(sizes) - sizes
         shift = np.repeat(first - begins, sizes)
         chosen = shift + np.arange(len(shift))
-        parts = self.spans
-        parent = parts.parent[chosen]
-        taken = Spans._make(each[chosen] for each in parts)
-        taken = taken._replace(
-            of=np.repeat(np.arange(len(numbers)), sizes),
-            parent=np.where(parent >= 0, parent - shift, -1),
-        )
+        taken = np.take(self._all, chosen, axis=1)
+        of, *_, parent = taken
+        of[:] = np.repeat(np.arange(len(numbers)), sizes)
+        np.copyto(parent, parent - shift, where=parent >= 0)
         return TraceColumns(self.batch, self._names, taken, len(numbers))
 
     def size(self, number: int) -> int:
@@ -144,13 +142,13 @@ class TraceColumns:
         """The traces with a parent id that is not 8 bytes long: who their siblings are is not known
         here."""
         found = np.zeros(self.traces, bool)
-        found[self.spans.of[self.spans.below & (self.spans.parent_id == 0)]] = True
+        found[self.spans.of[(self.spans.below != 0) & (self.spans.parent_id == 0)]] = True
         return found
 
     @cached_property
     def roots(self) -> Rows:
         """Each trace's earliest span without a parent id, -1 without one."""
-        return self.firsts(np.flatnonzero(~self.spans.below), self.spans.of, self.traces)
+        return self.firsts(np.flatnonzero(self.spans.below == 0), self.spans.of, self.traces)
 
     @staticmethod
     def firsts(spans: Rows, of: Rows, groups: int) -> Rows:
@@ -178,7 +176,7 @@ class TraceColumns:
         """The same number for spans of a trace with the same parent id, -1 without one."""
         ids, number = np.unique(self.spans.parent_id, return_inverse=True)
         _, groups = np.unique(self.spans.of * len(ids) + number, return_inverse=True)
-        return np.where(self.spans.below, groups, -1)
+        return np.where(self.spans.below != 0, groups, -1)
 
     @cached_property
     def cyclic(self) -> Flags:
@@ -259,7 +257,7 @@ class TraceColumns:
                 below = own.below[spans].tolist()
                 return [f"{id:016x}" if has else None for id, has in zip(ids, below, strict=True)]
             case "root":
-                return cast(list[Value], (~own.below[spans]).tolist())
+                return cast(list[Value], (own.below[spans] == 0).tolist())
         rows = own.row[spans]
         if name in _NAMED_FIELDS:
             column, texts = _NAMED_FIELDS[name]

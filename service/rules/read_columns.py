@@ -48,10 +48,10 @@ def columns_of(batch: SpanBatch, wanted: Sequence[TraceId]) -> TraceColumns:
         end=chosen[:, END],
         id=chosen[:, SPAN_ID],
         parent_id=chosen[:, PARENT_ID],
-        below=chosen[:, FLAGS] & HAS_PARENT != 0,
+        below=(chosen[:, FLAGS] & HAS_PARENT) // HAS_PARENT,
         parent=place[parents[rows]],
     )
-    return TraceColumns(batch, names, spans, len(wanted))
+    return TraceColumns(batch, names, np.array(spans), len(wanted))
 
 
 def _number_names(batch: SpanBatch, rows: Rows, names: Names) -> Rows:
