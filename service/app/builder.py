@@ -158,11 +158,10 @@ class _ServiceBuilder:
             lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
-        alerts = stores.local.alerts
-        self._sending = (
-            sharing.alone(self._visible, alerts)
+        self._sharing = (
+            sharing.alone(self._visible, stores.local)
             if cluster is None
-            else sharing.shared(cluster, settings, alerts, self._gate.closed)
+            else sharing.shared(cluster, settings, stores.local, self._threads, self._gate.closed)
         )
         self._build_flow()
         self._node = self._query_node()
@@ -178,16 +177,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        sending = self._sending
-        self._exports = Exports(settings, sending.queues, breakers, self._muted, sending.turns)
+        shared = self._sharing
+        self._exports = Exports(settings, shared.queues, breakers, self._muted, shared.turns)
         self._alerts = Alerts(
             settings,
-            sending.queues,
-            sending.alerts,
+            shared.queues,
+            shared.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
-            sending.turns,
+            shared.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -237,7 +236,7 @@ class _ServiceBuilder:
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        node = QueryNode(self._cluster, stores, self._sending.followers)
+        node = QueryNode(self._cluster, stores, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -364,6 +363,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
+            self._sharing.triage,
         )
 
     def service(self) -> Service:
