@@ -257,7 +257,12 @@ class _ServiceBuilder:
             gate.closed,
             None if self._node is None else self._node.reread,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
+        self._rule_writer = RuleWriter(
+            stores.registry,
+            gate.closed,
+            gate.tenant_limit,
+            None if self._node is None else self._node.rules.exchange_now,
+        )
         erase = (
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,
