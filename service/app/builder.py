@@ -26,6 +26,7 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.unstored_signals import UnstoredSignals
+from betrace.service.app import sharing
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
@@ -158,6 +159,11 @@ class _ServiceBuilder:
             lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
+        self._sharing = (
+            sharing.alone(self._visible, stores.local)
+            if cluster is None
+            else sharing.shared(cluster, settings, stores.local, self._threads, self._gate.closed)
+        )
         self._build_flow()
         self._node = self._query_node()
         self._build_upkeep()
@@ -172,14 +178,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        self._exports = Exports(settings, self._visible, breakers, self._muted)
+        shared = self._sharing
+        self._exports = Exports(settings, shared.queues, breakers, self._muted, shared.turns)
         self._alerts = Alerts(
             settings,
-            self._visible,
-            stores.local.alerts,
+            shared.queues,
+            shared.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
+            shared.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -232,7 +240,7 @@ class _ServiceBuilder:
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        node = QueryNode(self._cluster, stores)
+        node = QueryNode(self._cluster, stores, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -260,7 +268,12 @@ class _ServiceBuilder:
             self._rebuild.suspect,
             gate.closed,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
+        self._rule_writer = RuleWriter(
+            stores.registry,
+            gate.closed,
+            gate.tenant_limit,
+            None if self._node is None else self._node.rules.exchange_now,
+        )
         erase = (
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,
@@ -367,6 +380,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
+            self._sharing.triage,
         )
 
     def service(self) -> Service:

@@ -24,6 +24,7 @@ from betrace.service.cluster.query.applied import (
     remove_cursors,
     write_cursors,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
@@ -90,7 +91,8 @@ class FeedTarget:
 @dataclass(eq=False)
 class OutFeed:
     """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
-    returns the tenants that have a DuckDB file."""
+    returns the tenants that have a DuckDB file; ``recent`` gets the signals for exports and
+    alerts."""
 
     logs: dict[int, OutLog]
     positions: AppliedPositions
@@ -98,6 +100,7 @@ class OutFeed:
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
+    recent: RecentSignals
     partitions: dict[int, PartitionFeed] = field(init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
@@ -209,6 +212,8 @@ class OutFeed:
             for ticket in tickets:
                 self.target.in_flight.leave(ticket)
             raise _Rewound
+        signals = [signal for item in items for signal in item.signals]
+        self.recent.add(partition, message.sequence, signals)
         try:
             await channel.send_each(items)
         except trio.Cancelled:  # some of it was not sent, so this message is never applied
