@@ -36,6 +36,7 @@ from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
+from betrace.service.pipeline.recovery.local_tenants import LocalTenants
 from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -57,6 +58,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
+from betrace.service.tenancy.changes import TenantChanges
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
@@ -154,7 +156,7 @@ class _ServiceBuilder:
             directory,
             tokens,
             lambda name: self._tenants.exists(name),
-            lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
+            lambda: [*self._stored_tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
         self._build_flow()
@@ -225,6 +227,7 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
+            self._gate.generations,
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
@@ -297,8 +300,37 @@ class _ServiceBuilder:
         )
         self._audit = AuditTrail(audit_log, self._threads)
         self._tenants = TenantAdministration(
-            self._gate, self._removal, stores.log, self._subscriptions, self._threads, self._audit
+            self._gate,
+            self._tenant_changes(),
+            self._stored_tenants,
+            self._subscriptions,
+            self._threads,
+            self._audit,
         )
+
+    def _tenant_changes(self) -> TenantChanges:
+        """What changes tenants."""
+        if self._node is None or self._cluster is None:
+            return LocalTenants(self._gate, self._removal, self._threads)
+        from betrace.service.cluster.query.tenants import ClusterTenants
+
+        self._node.tenants = ClusterTenants(
+            self._cluster.tenants,
+            self._gate,
+            self._removal,
+            self._threads,
+            lambda: {*self._stored_tenants(), *self._stores.ledger.tenants()},
+            self._subscriptions.end,
+        )
+        return self._node.tenants
+
+    def _stored_tenants(self) -> list[str]:
+        """The tenants that have something on disk, and those of the cluster that have sent
+        spans."""
+        stores = self._stores
+        if self._cluster is None:
+            return stores.log.tenants()
+        return [*stores.duckdb.tenants(), *self._gate.implicit]
 
     def _active_tenants(self) -> Iterator[str]:
         yield from list(self._pipeline.open_traces.tenants)
@@ -334,7 +366,7 @@ class _ServiceBuilder:
         reader = TraceReader(
             stores.duckdb,
             self._trace_metadata,
-            stores.log if self._cluster is None else self._cluster.spans,
+            stores.log if self._node is None else self._node.spans,
             stores.registry.store.rules,
             self._pipeline.open_traces if self._cluster is None else self._cluster.open_traces,
             stores.local.triage,

@@ -12,6 +12,7 @@ from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_trace_subject,
 )
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
@@ -26,10 +27,11 @@ def connect_query(
     node: str,
     roles: Sequence[str],
     client: NatsClient,
+    tenants: TenantFeed,
     others: OtherRoles,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles."""
+    roles, and ``tenants`` serves them all."""
     layout, partitions = Layout.of(settings), range(settings.partitions)
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
     leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
@@ -50,8 +52,9 @@ def connect_query(
         last=lambda partition: logs[partition].last(),
         epoch=lambda partition: logs[partition].epoch(),
         owners=owners,
-        config=ConfigBucket(client, layout.config_bucket),
+        config=tenants.bucket,
         index_subject=index_subject(layout.prefix),
         open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
         others=others,
+        tenants=tenants,
     )
