@@ -99,6 +99,12 @@ class Gate:
         """The tenant's name in the log of a cluster."""
         return log_name(tenant, self.generations.get(tenant, 0))
 
+    def note_implicit(self, tenant: str) -> None:
+        """Note a tenant of the cluster that was never created but has sent spans."""
+        self.implicit.add(tenant)
+        if self.tenant_limit is not None:
+            self.tenant_limit.note(tenant)
+
     def close_tenant(self, tenant: str, generation: int = 0) -> None:
         """Accept nothing of a tenant any more, because it is deleted. On a cluster, ``generation``
         is the one after the deletion."""

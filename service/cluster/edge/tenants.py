@@ -57,7 +57,7 @@ class TenantCopy:
     def _note(self, tenant: Tenant) -> None:
         gate, name = self._gate, tenant.name
         if tenant.state is TenantState.IMPLICIT:
-            gate.implicit.add(name)
+            gate.note_implicit(name)
         elif tenant.revision <= gate.revisions.get(name, 0):
             return
         if tenant.state is TenantState.DELETED or tenant.generation > gate.generations.get(name, 0):

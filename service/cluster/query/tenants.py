@@ -111,7 +111,7 @@ class ClusterTenants:
     def _note(self, tenant: Tenant) -> None:
         gate, name = self._gate, tenant.name
         if tenant.state is TenantState.IMPLICIT:
-            gate.implicit.add(name)
+            gate.note_implicit(name)
             return
         if tenant.revision <= gate.revisions.get(name, 0):
             return
