@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 
 import trio
 
 from betrace.channels import ThreadRunner
+from betrace.service.cluster.query.rules import EMPTY
+from betrace.service.cluster.rule_keys import rules_key
 from betrace.service.cluster.tenant_entries import (
     TenantEntryError,
     pack_tenant,
@@ -168,6 +171,8 @@ class ClusterTenants:
             entry = await bucket.get(key)
             found = _tenant(entry)
             made = change(name, found, time.time_ns())
+            if found is not None and found.state is TenantState.DELETED:
+                await self._drop_rules(name)
             if self._is_deleting(name):
                 raise TenantConflictError(
                     f"the tenant {name} is being deleted", "wait until the deletion is done"
@@ -197,7 +202,18 @@ class ClusterTenants:
                 entry = Entry(key, value, revision)
             self._feed.note(entry)
             break
+        await self._drop_rules(name)
         return self._removed(name)
+
+    async def _drop_rules(self, name: str) -> None:
+        """Remove the rules of a deleted tenant from the bucket, if the node that has their files is
+        away."""
+        bucket, key = self._feed.bucket, rules_key(name)
+        entry = await bucket.get(key)
+        while entry is not None and entry.value != EMPTY:
+            with suppress(Conflict):
+                await bucket.put(key, EMPTY, entry.revision)
+            entry = await bucket.get(key)
 
     def _is_deleting(self, name: str) -> bool:
         """Whether this node's data from before a deletion are not deleted yet."""

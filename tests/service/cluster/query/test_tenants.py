@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from betrace.service.api.audit import Operator
+from betrace.service.cluster import output
 from betrace.service.cluster.tenant_entries import (
     INGESTION_KEY,
     pack_tenant,
@@ -13,6 +14,7 @@ from betrace.service.cluster.tenant_entries import (
     unpack_tenant,
 )
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.tenancy import changes
 from betrace.service.tenancy.changes import TenantConflictError, UnknownTenantError
 from betrace.service.tenancy.directory import TenantDirectory
@@ -42,6 +44,10 @@ async def until(condition):
 def decided(name, *numbers):
     """A signal and a trace for each number, as the evaluators name the tenant."""
     return Decided(name, [signal(n, name) for n in numbers], due(*numbers, tenant=name))
+
+
+def undecided(number):
+    return UndecidedTrace(f"{number:032x}", "r", "v", "it is too large", 1)
 
 
 def entry(node, name):
@@ -133,11 +139,14 @@ async def test_a_tenant_that_is_created_again_sees_nothing_from_before(node, tmp
         assert again != "acme"
         await one.tools.tenants.create(WHO, "acme", None, None)
         assert entry(node, "acme").generation == one.gate.generations["acme"]
-        node.outs[0].add(decided("acme", 2), decided(again, 3))
+        judged = [output.NotJudged(each, undecided(n)) for n, each in enumerate(("acme", again))]
+        node.outs[0].add(decided("acme", 2), decided(again, 3), undecided=judged)
         await node.applied(one)
         signals, _ = one.store.signals("acme")
         assert [each.signal.id for each in signals] == [signal(3, "acme").id]
         assert one.store.counts("acme").traces == 1
+        found, _ = one.tools.undecided.page("acme")
+        assert [each.trace_id for each in found] == [undecided(1).trace_id]
     async with node.running(settings(tmp_path / "2")) as two:  # reads everything from OUT
         await node.applied(two)
         assert two.store.counts("acme").traces == 1
