@@ -24,7 +24,7 @@ from betrace.service.traces.verdicts import Decided
 from tests.support.api_client import ApiClient
 from tests.support.failing_stores import due, signal
 from tests.support.inprocess import settings
-from tests.support.query_nodes import FedNode
+from tests.support.query_nodes import LAST_SPANS, FedNode
 from tests.support.tenant_keys import new_key, raw
 
 WHO = Operator("test", "")
@@ -190,3 +190,27 @@ async def test_ingestion_is_paused_and_resumed_at_all_edges(node, tmp_path):
         assert node.bucket.values[INGESTION_KEY] == b'{"paused":true}'
         assert (await api.post("/api/admin/pipeline/resume"))["ingestion"] == "open"
         assert node.bucket.values[INGESTION_KEY] == b'{"paused":false}'
+
+
+async def test_a_drain_waits_for_edges_and_evaluators(node, tmp_path):
+    async with node.running(settings(tmp_path)) as service:
+        api = ApiClient(service)
+        assert not (await api.post("/api/admin/pipeline/drain?wait=0", 202))["drained"]
+        assert node.spans.appended == []  # an edge still has spans
+        node.paused_edges = node.bucket.revision + 1
+        found = []
+
+        async def drain():
+            found.append(await api.post("/api/admin/pipeline/drain?wait=60"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            await until(lambda: node.spans.appended == [0])
+            node.outs[0].add(decided("acme", 1), upto=LAST_SPANS - 1)
+            node.outs[0].add(upto=LAST_SPANS)
+            await until(lambda: node.spans.appended == [0, 1])
+            assert not found
+            node.outs[1].add(upto=LAST_SPANS)
+        assert found[0]["drained"]
+        assert found[0]["ingestion"] == "paused"
+        assert service.store.counts("acme").traces == 1
