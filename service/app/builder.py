@@ -319,7 +319,11 @@ class _ServiceBuilder:
             self._gate,
             self._removal,
             self._threads,
-            lambda: {*self._stored_tenants(), *self._stores.ledger.tenants()},
+            lambda: {
+                *self._stored_tenants(),
+                *self._stores.ledger.tenants(),
+                *self._stores.registry.store.tenants(),
+            },
             self._subscriptions.end,
         )
         return self._node.tenants

@@ -290,4 +290,5 @@ def _counts(counts: Counts | None) -> dict[str, int] | None:
         "spans": counts.spans,
         "markers": counts.markers,
         "ticks": counts.ticks,
+        "deletedSpans": counts.deleted_spans,
     }

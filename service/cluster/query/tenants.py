@@ -171,12 +171,12 @@ class ClusterTenants:
             entry = await bucket.get(key)
             found = _tenant(entry)
             made = change(name, found, time.time_ns())
-            if found is not None and found.state is TenantState.DELETED:
-                await self._drop_rules(name)
             if self._is_deleting(name):
                 raise TenantConflictError(
                     f"the tenant {name} is being deleted", "wait until the deletion is done"
                 )
+            if found is not None and found.state is TenantState.DELETED:
+                await self._drop_rules(name)
             try:
                 value = pack_tenant(made)
                 revision = await bucket.put(key, value, 0 if entry is None else entry.revision)
