@@ -26,6 +26,7 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.unstored_signals import UnstoredSignals
+from betrace.service.app import sharing
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
@@ -64,6 +65,7 @@ from betrace.service.tenancy.gate import Gate
 
 if TYPE_CHECKING:
     from betrace.service.cluster.query.node import ClusterConnection, QueryNode
+    from betrace.service.cluster.query.tenant_names import TenantNames
 
 _log = logging.getLogger("service")
 
@@ -159,6 +161,13 @@ class _ServiceBuilder:
             lambda: [*self._stored_tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
+        self._sharing = (
+            sharing.alone(self._visible, stores.local)
+            if cluster is None
+            else sharing.shared(
+                cluster, settings, stores.local, self._threads, self._tenant_names()
+            )
+        )
         self._build_flow()
         self._node = self._query_node()
         self._build_upkeep()
@@ -173,14 +182,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        self._exports = Exports(settings, self._visible, breakers, self._muted)
+        shared = self._sharing
+        self._exports = Exports(settings, shared.queues, breakers, self._muted, shared.turns)
         self._alerts = Alerts(
             settings,
-            self._visible,
-            stores.local.alerts,
+            shared.queues,
+            shared.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
+            shared.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -227,11 +238,11 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
-            self._gate.generations,
+            self._tenant_names(),
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        node = QueryNode(self._cluster, stores)
+        node = QueryNode(self._cluster, stores, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -252,9 +263,14 @@ class _ServiceBuilder:
             gate.closed,
             None if self._node is None else self._node.reread,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
+        self._rule_writer = RuleWriter(
+            stores.registry,
+            gate.closed,
+            gate.tenant_limit,
+            None if self._node is None else self._node.rules.exchange_now,
+        )
         erase = (
-            self._rule_writer.delete_all,
+            self._erase_rules,
             stores.local.triage.delete_tenant,
             self._alerts.forget,
             self._unstored.forget,
@@ -273,6 +289,14 @@ class _ServiceBuilder:
             self._admission.refusals.spans,
             settings.pipeline.stall_seconds,
         )
+
+    def _erase_rules(self, tenant: str) -> None:
+        if self._node is None:
+            self._rule_writer.delete_all(tenant)
+        else:
+            self._rule_writer.settle()
+            self._node.rules.erase(tenant)
+            self._stores.registry.forget(tenant)
 
     def _erase_archive(self, tenant: str) -> None:
         with suppress(FileNotFoundError):
@@ -324,9 +348,16 @@ class _ServiceBuilder:
                 *self._stores.ledger.tenants(),
                 *self._stores.registry.store.tenants(),
             },
+            self._node.rules.drop,
             self._subscriptions.end,
         )
         return self._node.tenants
+
+    def _tenant_names(self) -> TenantNames:
+        """The names of tenants in the logs of a cluster."""
+        from betrace.service.cluster.query.tenant_names import TenantNames
+
+        return TenantNames(self._gate.generations, self._gate.closed)
 
     def _stored_tenants(self) -> list[str]:
         """The tenants that have something on disk, and those of the cluster that have sent
@@ -391,6 +422,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
+            self._sharing.triage,
         )
 
     def service(self) -> Service:

@@ -24,8 +24,10 @@ from betrace.service.cluster.query.applied import (
     remove_cursors,
     write_cursors,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.pipeline.progress import InFlight
+from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.undecided import UndecidedStore, UndecidedTrace
@@ -85,7 +87,8 @@ class FeedTarget:
 @dataclass(eq=False)
 class OutFeed:
     """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
-    returns the tenants that have a DuckDB file."""
+    returns the tenants that have a DuckDB file; ``recent`` gets the signals for exports and
+    alerts."""
 
     logs: dict[int, OutLog]
     positions: AppliedPositions
@@ -93,6 +96,7 @@ class OutFeed:
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
+    recent: RecentSignals
     partitions: dict[int, PartitionFeed] = field(init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
@@ -188,12 +192,14 @@ class OutFeed:
     ) -> None:
         state = self.partitions[partition]
         items: list[Decided] = []
+        signals: list[Signal] = []
         if message.data:  # records of epochs have none
             found = await self.threads.run(_unpack, message.data)
             await self._wait_for_tenants(found, generation)
             if found.undecided:
                 await self.threads.run(self._store_undecided, found.undecided)
             items = self.target.names.current(found.decided)
+            signals = [signal for item in found.decided for signal in item.signals]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
             state.counts, state.evaluated_to = found.counts, found.upto
         else:
@@ -205,6 +211,7 @@ class OutFeed:
             for ticket in tickets:
                 self.target.in_flight.leave(ticket)
             raise _Rewound
+        self.recent.add(partition, message.sequence, signals)
         try:
             await channel.send_each(items)
         except trio.Cancelled:  # some of it was not sent, so this message is never applied

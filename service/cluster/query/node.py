@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,10 @@ import trio
 from prometheus_client.core import Metric
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster.duty import Duties
+from betrace.service.cluster.lease_keys import owners_by_duty, owners_by_partition
 from betrace.service.cluster.output import Counts
-from betrace.service.cluster.query import rules as published
+from betrace.service.cluster.query import rules as rule_sharing
 from betrace.service.cluster.query.applied import (
     FILE,
     AppliedPositions,
@@ -23,7 +25,8 @@ from betrace.service.cluster.query.applied import (
 from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog, PartitionFeed
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
-from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.rules import RuleSharing
 from betrace.service.cluster.query.tenant_names import CurrentSpans, TenantNames
 from betrace.service.cluster.query.tenants import ClusterTenants
 from betrace.service.cluster.requests import serve_requests
@@ -58,8 +61,7 @@ class QueryStores:
     rules: RuleStore
     closed: Collection[str]
     """The deleted tenants."""
-    generations: Mapping[str, int]
-    """By tenant, see :class:`betrace.service.tenancy.gate.Gate`."""
+    names: TenantNames
     waiting: Callable[[], bool]
     """Whether rows wait in fallback files for DuckDB."""
     threads: ThreadRunner
@@ -88,7 +90,7 @@ class ClusterConnection:
 
     ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
     ``last`` returns the last sequence of one, and ``epoch`` its epoch; ``owners`` returns the
-    owner by partition;
+    owners of leases by key;
     ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
     ``others`` are the process's other roles.
     """
@@ -100,10 +102,15 @@ class ClusterConnection:
     client: NatsClient
     spans: SpanStreams
     outs: dict[int, OutLog]
-    last: Callable[[int], Any]
+    last: Callable[[int], Awaitable[int]]
     epoch: Callable[[int], Awaitable[Epoch | None]]
-    owners: Callable[[], Any]
+    owners: Callable[[], Awaitable[Mapping[str, str]]]
     config: ConfigBucket
+    shared: ConfigBucket
+    """What query nodes share."""
+    duties: Duties
+    """What one query node at a time does."""
+    recent: RecentSignals
     index_subject: str
     open_traces: RemoteOpenTraces
     others: OtherRoles
@@ -113,10 +120,12 @@ class ClusterConnection:
 
 @dataclass(eq=False)
 class QueryNode:
-    """The parts of a query node, and what runs them."""
+    """The parts of a query node, and what runs them. ``followers`` follow what other query nodes
+    share, forever."""
 
     cluster: ClusterConnection
     stores: QueryStores
+    followers: Sequence[Callable[[], Awaitable[None]]] = ()
     name: str = field(init=False)
     roles: tuple[str, ...] = field(init=False)
     positions: AppliedPositions = field(init=False)
@@ -125,9 +134,10 @@ class QueryNode:
     """What changes and follows tenants; set before :meth:`run`."""
     feed: OutFeed | None = field(default=None, init=False)
     index: TraceIndexServer = field(init=False)
-    publisher: RulePublisher = field(init=False)
+    rules: RuleSharing = field(init=False)
     _last: dict[int, int] = field(default_factory=dict, init=False)
     _owners: dict[int, str] = field(default_factory=dict, init=False)
+    _duties: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.name, self.roles = self.cluster.name, self.cluster.roles
@@ -142,11 +152,15 @@ class QueryNode:
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
         self.positions = AppliedPositions(() if lost else saved.applied.items())
-        self.names = TenantNames(stores.generations, stores.closed)
+        self.names = stores.names
         self.cluster.open_traces.log_name = self.names.log_name
         self.index = TraceIndexServer(stores.duckdb, self.positions, self.names, stores.waiting)
-        self.publisher = RulePublisher(
-            self.cluster.config, stores.rules, stores.data / published.FILE
+        self.rules = RuleSharing(
+            self.cluster.config,
+            self.cluster.shared,
+            stores.rules,
+            stores.data / rule_sharing.FILE,
+            stores.threads,
         )
 
     def connect(self, channel: SendChannel[Decided], in_flight: InFlight) -> None:
@@ -158,6 +172,7 @@ class QueryNode:
             self.stores.threads,
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
+            self.cluster.recent,
         )
 
     async def run(self) -> None:
@@ -175,11 +190,15 @@ class QueryNode:
                 self.cluster.index_subject,  # query nodes share the requests
                 self.index.answer,
             )
-            nursery.start_soon(self.publisher.run)
+            nursery.start_soon(self.rules.run)
+            nursery.start_soon(self.cluster.duties.run)
+            for follow in self.followers:
+                nursery.start_soon(follow)
             nursery.start_soon(self._look_often)
 
     async def stop(self) -> None:
-        """Read no more; what was read is on its way to the stores."""
+        """Read no more; what was read is on its way to the stores. Give up the duties."""
+        await self.cluster.duties.stop()
         if self.feed is not None:
             await self.feed.stop()
 
@@ -256,7 +275,8 @@ class QueryNode:
             "roles": list(self.roles),
             "nodes": self.cluster.others.members(),
             "partitions": self.partitions(),
-            "rulesProblem": self.publisher.problem,
+            "duties": self._duties,
+            "rulesProblem": self.rules.problem,
             "index": {"requests": self.index.requests, "behind": self.index.behind},
         }
 
@@ -264,7 +284,9 @@ class QueryNode:
         """Ask how long the streams are and who owns the partitions, for people who look."""
         while True:
             try:
-                self._owners = await self.cluster.owners()
+                owners = await self.cluster.owners()
+                self._owners = owners_by_partition(owners, len(self.cluster.outs))
+                self._duties = owners_by_duty(owners)
                 for partition in self.cluster.outs:
                     self._last[partition] = await self.cluster.last(partition)
                     await self._look_at_epoch(partition)

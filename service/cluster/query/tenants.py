@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.query.rules import EMPTY
-from betrace.service.cluster.rule_keys import rules_key
 from betrace.service.cluster.tenant_entries import (
     TenantEntryError,
     pack_tenant,
@@ -47,8 +44,9 @@ class ClusterTenants:
     """Implements :class:`betrace.service.tenancy.changes.TenantChanges`. Everything belongs to
     Trio's thread.
 
-    ``stored`` returns the tenants of which there is something on disk, and blocks; ``end_streams``
-    ends a tenant's signal streams, because a key was revoked or it was deleted.
+    ``stored`` returns the tenants of which there is something on disk, and blocks; ``drop_rules``
+    removes what the buckets still have of a deleted tenant's rules; ``end_streams`` ends a tenant's
+    signal streams, because a key was revoked or it was deleted.
     """
 
     def __init__(
@@ -58,6 +56,7 @@ class ClusterTenants:
         removal: Removal,
         threads: ThreadRunner,
         stored: Callable[[], Collection[str]],
+        drop_rules: Callable[[str], Awaitable[None]],
         end_streams: Callable[[str], object],
     ) -> None:
         self._feed = feed
@@ -65,6 +64,7 @@ class ClusterTenants:
         self._removal = removal
         self._threads = threads
         self._stored = stored
+        self._drop_rules = drop_rules
         self._end_streams = end_streams
         self._latest: dict[str, Tenant] = {}  # not followed yet
         self._busy: set[str] = set()
@@ -202,18 +202,7 @@ class ClusterTenants:
                 entry = Entry(key, value, revision)
             self._feed.note(entry)
             break
-        await self._drop_rules(name)
         return self._removed(name)
-
-    async def _drop_rules(self, name: str) -> None:
-        """Remove the rules of a deleted tenant from the bucket, if the node that has their files is
-        away."""
-        bucket, key = self._feed.bucket, rules_key(name)
-        entry = await bucket.get(key)
-        while entry is not None and entry.value != EMPTY:
-            with suppress(Conflict):
-                await bucket.put(key, EMPTY, entry.revision)
-            entry = await bucket.get(key)
 
     def _is_deleting(self, name: str) -> bool:
         """Whether this node's data from before a deletion are not deleted yet."""
