@@ -7,6 +7,7 @@ import trio
 
 from betrace.service.api.audit import Operator
 from betrace.service.cluster import output
+from betrace.service.cluster.rule_keys import rules_key
 from betrace.service.cluster.tenant_entries import (
     INGESTION_KEY,
     pack_tenant,
@@ -23,7 +24,7 @@ from betrace.service.tenants import log_name
 from betrace.service.traces.verdicts import Decided
 from tests.support.api_client import ApiClient
 from tests.support.failing_stores import due, signal
-from tests.support.inprocess import settings
+from tests.support.inprocess import settings, write_rules
 from tests.support.query_nodes import LAST_SPANS, FedNode
 from tests.support.tenant_keys import new_key, raw
 
@@ -214,3 +215,57 @@ async def test_a_drain_waits_for_edges_and_evaluators(node, tmp_path):
         assert found[0]["drained"]
         assert found[0]["ingestion"] == "paused"
         assert service.store.counts("acme").traces == 1
+
+
+def rule_ids(service):
+    return [rule.id for rule in service.registry.store.rules("acme")]
+
+
+async def test_mutes_of_a_deleted_tenant_do_not_come_back(node, tmp_path):
+    def muted(service):
+        return service.tools.triage.current_mute("acme", "many") is not None
+
+    async def mute(service):
+        write = service.tools.triage_writer.mute
+        await trio.to_thread.run_sync(write, "acme", "many", 10**12, "a test", "me")
+
+    async with node.running(settings(tmp_path / "1")) as one:
+        async with node.running(settings(tmp_path / "2"), name="query-2") as two:
+            await one.node.tenants.change("acme", changes.create(None, None))
+            await until(lambda: two.gate.revisions)
+            await mute(two)
+            await until(lambda: muted(one))
+            assert await one.tools.tenants.delete(WHO, "acme", 60)
+            await until(lambda: two.gate.revisions == one.gate.revisions)
+            await one.node.tenants.change("acme", changes.create(None, None))
+            await until(lambda: two.gate.revisions == one.gate.revisions)
+            assert not muted(one)
+            assert not muted(two)
+        async with node.running(settings(tmp_path / "3"), name="query-3") as three:
+            await mute(one)
+            await until(lambda: muted(three))
+            mutes = three.tools.triage._mutes["acme", "many"]
+            assert len(mutes) == 1  # not the one of the deleted tenant
+
+
+async def test_rules_of_a_tenant_that_is_created_again_stay(node, tmp_path):
+    write_rules(tmp_path / "1", {"many": "count(a) > 1"}, "acme")
+    async with node.running(settings(tmp_path / "1")) as one:
+        async with node.running(settings(tmp_path / "2"), name="query-2") as two:
+            await one.node.tenants.change("acme", changes.create(None, None))
+            await until(lambda: rule_ids(two) == ["many"] and two.gate.revisions)
+            await two.node.rules.exchange()
+        assert await one.tools.tenants.delete(WHO, "acme", 60)
+        assert rule_ids(one) == []
+        await until(lambda: node.bucket.values[rules_key("acme")] == b"[]")
+        await one.node.tenants.change("acme", changes.create(None, None))
+        write_rules(tmp_path / "1", {"many": "count(a) > 1"}, "acme")  # the same
+        await until(lambda: rule_ids(one) == ["many"])
+        await until(lambda: node.bucket.values[rules_key("acme")] != b"[]")
+        async with node.running(settings(tmp_path / "2"), name="query-2") as two:
+            await until(lambda: two.gate.revisions == one.gate.revisions)  # its own are deleted
+            await until(lambda: rule_ids(two) == ["many"])
+            for service in (two, one, two):
+                await service.node.rules.exchange()
+            assert rule_ids(one) == rule_ids(two) == ["many"]
+            assert node.bucket.values[rules_key("acme")] != b"[]"
