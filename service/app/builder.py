@@ -434,7 +434,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
-            self._sharing.triage,
+            shared_triage=self._sharing.triage,
         )
 
     def service(self) -> Service:

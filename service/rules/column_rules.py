@@ -167,9 +167,11 @@ class _Run:
     def _condition(self, node: Node) -> Flags:
         match node:
             case And(items):
-                return np.all([self._condition(item) for item in items], axis=0)
+                every: Flags = np.all([self._condition(item) for item in items], axis=0)
+                return every
             case Or(items):
-                return np.any([self._condition(item) for item in items], axis=0)
+                some: Flags = np.any([self._condition(item) for item in items], axis=0)
+                return some
             case Not(item):
                 return ~self._condition(item)
             case Exists(spans):

@@ -137,7 +137,7 @@ async def test_an_edge_that_stops_takes_spans_until_the_delay_is_over(
 ):
     shutdown = {"delay_seconds": 0.5, "grace_seconds": 30}
     settings = edge_settings(cluster, tmp_path / "edge", shutdown=shutdown)
-    async with running_edge(settings) as (edge, url, _):
+    async with running_edge(settings) as (edge, _, _):
         began = trio.current_time()
         edge.stop()
         with trio.fail_after(60):
