@@ -63,4 +63,4 @@ def _is_right(data: bytes) -> bool:
     words = np.frombuffer(data, np.uint64)
     with np.errstate(over="ignore"):
         found = int(np.bitwise_xor.reduce(words[1:] * _FACTOR)) ^ _SEED
-    return found == _CHECKSUM.unpack_from(data)[0]
+    return bool(found == _CHECKSUM.unpack_from(data)[0])
