@@ -44,7 +44,11 @@ def write_filter(path: Path, saved: SavedFilter) -> None:
     Raises :exc:`OSError`."""
     about = {**saved.about, "taken_ns": saved.taken_ns, "words": saved.bits.shape[1]}
     header = orjson.dumps(about)
-    parts: list[bytes | memoryview] = [_HEAD.pack(_MAGIC, len(header)), header, saved.bits.data.cast("B")]
+    parts: list[bytes | memoryview] = [
+        _HEAD.pack(_MAGIC, len(header)),
+        header,
+        saved.bits.data.cast("B"),
+    ]
     crc = 0
     with replacing(path) as file:
         path.with_name(path.name + ".new").chmod(0o600)
