@@ -221,7 +221,7 @@ class Service:
         await self.pipeline.finished.wait()
         if self.node is not None:
             await self.node.save()
-        await self.recovery.save()
+        await self.recovery.save(last=True)
 
     async def _report_drain(self) -> None:
         while True:
