@@ -27,21 +27,28 @@ from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.rules import RuleSharing
+from betrace.service.cluster.query.tenant_names import CurrentSpans, TenantNames
+from betrace.service.cluster.query.tenants import ClusterTenants
 from betrace.service.cluster.requests import serve_requests
+from betrace.service.cluster.tenant_entries import INGESTION_KEY, pack_ingestion
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.jetstream.bucket import ConfigBucket
+from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.envelope import Tick, pack
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
 from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.undecided import UndecidedStore
 from betrace.service.traces.verdicts import Decided
 
 _log = logging.getLogger("service.query")
 
 STATUS_SECONDS = 2.0
+DRAIN_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,7 @@ class QueryStores:
     rules: RuleStore
     closed: Collection[str]
     """The deleted tenants."""
+    names: TenantNames
     waiting: Callable[[], bool]
     """Whether rows wait in fallback files for DuckDB."""
     threads: ThreadRunner
@@ -70,6 +78,10 @@ class OtherRoles(Protocol):
 
     def members(self) -> list[dict[str, Any]]:
         """The nodes of the cluster that are alive, as JSON."""
+
+    def edges_are_paused(self, revision: int) -> bool:
+        """Whether all edges have stored what they received before ingestion was paused by the entry
+        with this revision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,8 @@ class ClusterConnection:
     index_subject: str
     open_traces: RemoteOpenTraces
     others: OtherRoles
+    tenants: TenantFeed
+    """The tenants as the bucket has them."""
 
 
 @dataclass(eq=False)
@@ -115,6 +129,9 @@ class QueryNode:
     name: str = field(init=False)
     roles: tuple[str, ...] = field(init=False)
     positions: AppliedPositions = field(init=False)
+    names: TenantNames = field(init=False)
+    tenants: ClusterTenants | None = field(default=None, init=False)
+    """What changes and follows tenants; set before :meth:`run`."""
     feed: OutFeed | None = field(default=None, init=False)
     index: TraceIndexServer = field(init=False)
     rules: RuleSharing = field(init=False)
@@ -135,7 +152,9 @@ class QueryNode:
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
         self.positions = AppliedPositions(() if lost else saved.applied.items())
-        self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed, stores.waiting)
+        self.names = stores.names
+        self.cluster.open_traces.log_name = self.names.log_name
+        self.index = TraceIndexServer(stores.duckdb, self.positions, self.names, stores.waiting)
         self.rules = RuleSharing(
             self.cluster.config,
             self.cluster.shared,
@@ -149,7 +168,7 @@ class QueryNode:
         self.feed = OutFeed(
             self.cluster.outs,
             self.positions,
-            FeedTarget(channel, in_flight, self.stores.undecided, self.stores.closed),
+            FeedTarget(channel, in_flight, self.stores.undecided, self.names),
             self.stores.threads,
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
@@ -157,9 +176,12 @@ class QueryNode:
         )
 
     async def run(self) -> None:
-        """Feed the stores, answer evaluators and publish rules, until cancelled."""
+        """Follow the tenants, feed the stores, answer evaluators and publish rules, until
+        cancelled."""
         assert self.feed is not None
         async with trio.open_nursery() as nursery:
+            if self.tenants is not None:  # first, so that nothing of a deleted tenant comes back
+                await nursery.start(self.tenants.run)
             nursery.start_soon(self.feed.run)
             nursery.start_soon(
                 serve_requests,
@@ -193,6 +215,36 @@ class QueryNode:
     def applied(self) -> str:
         """The applied sequences of all partitions, in order, separated by commas."""
         return ",".join(str(self.positions.get(p)) for p in sorted(self.cluster.outs))
+
+    @property
+    def spans(self) -> PartitionLog:
+        """The logs of the partitions, for reading the spans of tenants."""
+        return CurrentSpans(self.cluster.spans, self.names)
+
+    @property
+    def ingestion_paused(self) -> bool:
+        """Whether an operator has paused ingestion at all edges."""
+        return self.cluster.tenants.paused
+
+    async def pause_ingestion(self, paused: bool) -> None:
+        """Pause or resume ingestion at all edges. Raises :exc:`NatsUnavailable`."""
+        value = pack_ingestion(paused)
+        revision = await self.cluster.config.put(INGESTION_KEY, value)
+        self.cluster.tenants.note(Entry(INGESTION_KEY, value, revision))
+
+    async def drained(self) -> None:
+        """Return when everything that the edges received before ingestion was paused is evaluated,
+        and on its way to this node's stores. Raises :exc:`NatsUnavailable`."""
+        assert self.feed is not None
+        tenants, others = self.cluster.tenants, self.cluster.others
+        while not others.edges_are_paused(tenants.ingestion_revision):  # noqa: ASYNC110
+            await trio.sleep(DRAIN_SECONDS)
+        number = tenants.ingestion_revision
+        for partition, state in self.feed.partitions.items():
+            tick = f"{partition}-drain-{self.name}-{number}"
+            end = await self.cluster.spans.append(partition, pack(Tick()), tick)
+            while state.evaluated_to < end:  # noqa: ASYNC110
+                await trio.sleep(DRAIN_SECONDS)
 
     def items(self) -> dict[int, int]:
         """Items sent to the stores since the start, by partition."""
@@ -264,4 +316,5 @@ def _counts(counts: Counts | None) -> dict[str, int] | None:
         "spans": counts.spans,
         "markers": counts.markers,
         "ticks": counts.ticks,
+        "deletedSpans": counts.deleted_spans,
     }

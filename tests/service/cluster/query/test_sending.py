@@ -16,6 +16,7 @@ from betrace.service.cluster.query.out_queues import OutQueues
 from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.sending import SharedProgress, SharedTurns, read_sequences
 from betrace.service.cluster.query.shared_alerts import PROGRESS, SharedAlerts
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.export import exporter as exporter_module
 from betrace.service.export.alerts import alerts as alerts_module
 from betrace.service.export.alerts import sender as sender_module
@@ -202,7 +203,8 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
     async def last(partition):
         return len(out.messages)
 
-    queues = OutQueues({0: out}, last, recent, {"gone"})
+    names = TenantNames({"again": 7}, {"gone"})
+    queues = OutQueues({0: out}, last, recent, names)
     threads = ThreadRunner("test", 1)
 
     async def read(after):
@@ -223,6 +225,12 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
     assert await read(1) == ([], 1, False)
     assert await read(4) == ([5], 6, True)
     assert await threads.run(queues.end, "0") == 6
+    out.add(*(Decided(each, [signal(1, each)], None) for each in ("again", "again=7")))
+    page = await threads.run(queues.read, "0", 6, 3)
+    assert [found for _, found in page.signals] == [signal(1, "again")]
+    out.add(Decided("again=8", [signal(1, "again=8")], None))
+    with pytest.raises(SignalsUnavailable, match="not known here yet"):
+        await threads.run(queues.read, "0", 7, 3)
     assert queues.names() == ["0"]
     assert queues.of([signal(1)]) == {"0"}
     out.failure = NatsUnavailable("away")
