@@ -139,6 +139,12 @@ LOG_DAMAGED = _event(
     "Logged once for each place, when it is read. Spans that a checkpoint contained were "
     "evaluated, but they cannot be shown or archived. See BetraceSpanLogDamaged in the runbook.",
 )
+SCRUBBED = _event(
+    "scrub.completed",
+    logging.INFO,
+    "everything stored was read; damaged places of the span log known since the start: {places}",
+    "Once a day, at `log.scrub_bytes_per_second`. Each damaged place is logged when it is read.",
+)
 LOG_CUT = _event(
     "log.cut",
     logging.INFO,

@@ -212,6 +212,10 @@ class QueryNode:
         if self.feed is not None:
             self.feed.rewind()
 
+    def applied(self) -> str:
+        """The applied sequences of all partitions, in order, separated by commas."""
+        return ",".join(str(self.positions.get(p)) for p in sorted(self.cluster.outs))
+
     @property
     def spans(self) -> PartitionLog:
         """The logs of the partitions, for reading the spans of tenants."""
@@ -241,10 +245,6 @@ class QueryNode:
             end = await self.cluster.spans.append(partition, pack(Tick()), tick)
             while state.evaluated_to < end:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_SECONDS)
-
-    def applied(self) -> str:
-        """The applied sequences of all partitions, in order, separated by commas."""
-        return ",".join(str(self.positions.get(p)) for p in sorted(self.cluster.outs))
 
     def items(self) -> dict[int, int]:
         """Items sent to the stores since the start, by partition."""

@@ -47,8 +47,10 @@ class Layout:
     def spans_subject(self, partition: int) -> str:
         return f"{self.prefix}.spans.{partition}"
 
-    def spans_wakeup(self, partition: int) -> str:
-        return f"{self.prefix}.new.spans.{partition}"
+    @property
+    def spans_wakeup(self) -> str:
+        """Where edges name the partitions that have new messages."""
+        return f"{self.prefix}.new.spans"
 
     def out_stream(self, partition: int) -> str:
         return f"{self.prefix}-OUT-{partition}"

@@ -76,12 +76,11 @@ class Cluster:
         config = settings(self._directory / name, rules={}, **self._sections)
         with ExitStack() as stack:
             make = open_query_service(config, stack)
-            layout = Layout.of(self.settings)
-            feed = TenantFeed(ConfigBucket(client, layout.config_bucket))
-            connection = connect_query(self.settings, name, ["query"], client, feed, FedNode())
-            service = make(connection)
             async with trio.open_nursery() as nursery:
+                feed = TenantFeed(ConfigBucket(client, self.layout.config_bucket))
                 nursery.start_soon(feed.run)
+                connection = connect_query(self.settings, name, ["query"], client, feed, FedNode())
+                service = make(connection)
                 async with served(service, die=True):
                     task_status.started(service)
                     await ended.wait()

@@ -36,7 +36,7 @@ class Node:
         self.bucket = FakeBucket(FakeNode(nats, path.name), "query")
         self.threads = ThreadRunner("test", 1)
         self.shared = SharedTriage(
-            self.bucket, self.store, self.threads, TenantNames({}, set()), clock
+            self.bucket, self.store, self.threads, TenantNames({}, frozenset()), clock
         )
 
     async def do(self, function, *args):
