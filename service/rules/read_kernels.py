@@ -27,7 +27,8 @@ from betrace.service.otlp.primitives import same_bytes
 @lean_kernel
 def _place(secret: Rows, one: int, other: int, table: Rows) -> int:
     mixed = one * secret[0] + (other ^ (other >> 32)) * secret[1]
-    return ((mixed ^ (mixed >> 29)) * secret[0] >> 32) & (len(table) - 1)
+    place: int = ((mixed ^ (mixed >> 29)) * secret[0] >> 32) & (len(table) - 1)
+    return place
 
 
 @lean_kernel
