@@ -27,6 +27,7 @@ from betrace.service.app.query import connect_query
 from betrace.service.app.roles import Role, kernels_of
 from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
+from betrace.service.cluster.edge.tenants import TenantCopy
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.query.node import ClusterConnection
@@ -35,6 +36,7 @@ from betrace.service.cluster.query.open_traces import (
     open_traces_answer,
 )
 from betrace.service.cluster.requests import serve_requests
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -44,13 +46,14 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.setup import check
-from betrace.service.tenancy.directory import TenantState
 from betrace.service.tenancy.gate import Gate
+from betrace.service.tenancy.tenant import TenantState
 
 _log = logging.getLogger("service.cluster")
 
 Json = dict[str, Any]
 
+EVALUATING = 2  # partitions at the same time; more would wait for one another's interpreter lock
 RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
 
 
@@ -72,13 +75,13 @@ def open_cluster(
     settings.storage.path.mkdir(parents=True, exist_ok=True)
     make_query = open_query_service(settings, stack) if Role.QUERY in roles else None
     make_gate = None
-    if Role.EDGE in roles and make_query is None:
+    if make_query is None:
         make_gate = open_gate(settings, stack)
     return lambda: ClusterProcess(settings, roles, make_query, make_gate and make_gate())
 
 
 def open_gate(settings: Settings, stack: ExitStack) -> Callable[[], Gate]:
-    """Open the tenant directory of an edge without a query role; returns what makes its gate."""
+    """Open the tenant directory of a process without a query role; returns what makes its gate."""
     directory, tokens = open_tenants(settings, stack)
 
     async def exists(name: str) -> bool:
@@ -96,7 +99,7 @@ def node_name(settings: ClusterSettings) -> str:
 class ClusterProcess:
     """The roles of one process: connects to NATS, then starts and stops them in order.
 
-    ``make_query`` builds the service of the query role; ``gate`` is for an edge without that role.
+    ``make_query`` builds the service of the query role; ``gate`` is for a process without it.
     """
 
     def __init__(
@@ -117,13 +120,14 @@ class ClusterProcess:
         self._make_query = make_query
         self._gate = gate
         self._query: Service | None = None
+        self._status: StatusApp | None = None
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
         self._membership: Membership
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
         # A partition that waits for a query node keeps its thread for seconds.
-        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions)
+        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions, busy=EVALUATING)
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
@@ -178,6 +182,8 @@ class ClusterProcess:
             self._query.close()
         if self.edge is not None:
             self.edge.close()
+        if self._status is not None:
+            self._status.close()
         if self._gate is not None:
             self._gate.close()
         self._evaluating.close()
@@ -186,6 +192,8 @@ class ClusterProcess:
     async def _start(self, nursery: trio.Nursery, client: NatsClient) -> Addresses:
         """Start the roles: last the one that accepts spans."""
         gate = self._gate
+        feed = TenantFeed(ConfigBucket(client, self._layout.config_bucket))
+        nursery.start_soon(feed.run)
         membership = self._membership = self._make_membership(client)
         nursery.start_soon(membership.run)
         if self._make_query is None:
@@ -193,7 +201,7 @@ class ClusterProcess:
             await self.compilation.run(self._threads)
         else:
             query = self._query = self._make_query(
-                connect_query(self._cluster, self.node, self.roles, client, self)
+                connect_query(self._cluster, self.node, self.roles, client, feed, self)
             )
             query.compilation, gate = self.compilation, query.gate
             found: Addresses = await self._start_part(nursery, Role.QUERY, query)
@@ -208,7 +216,10 @@ class ClusterProcess:
         ingest = grpc = None
         if Role.EDGE in self.roles:
             assert gate is not None
-            self.edge = Edge(self._settings, client, self._layout, gate)
+            if gate is self._gate:  # otherwise the query node keeps it up to date
+                await nursery.start(TenantCopy(gate, feed, self._threads).run)
+            self.edge = edge = Edge(self._settings, client, self._layout, gate, feed)
+            membership.paused_at = lambda: edge.paused_at
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
@@ -245,8 +256,10 @@ class ClusterProcess:
                 lambda: self.state,
                 partial(self._components, client),
                 self.role_metrics,
+                None if self._gate is None else self._gate.authenticator,
             )
         )
+        self._status = app
         urls: list[str | None] = []
         for address in (self._settings.api.address, self._settings.metrics.address):
             if address == OFF:
@@ -291,6 +304,12 @@ class ClusterProcess:
             {"name": each.name, "roles": list(each.roles), "draining": each.draining}
             for each in self._membership.alive().values()
         ]
+
+    def edges_are_paused(self, revision: int) -> bool:
+        """Whether all edges have stored what they received before ingestion was paused by the entry
+        with this revision."""
+        edges = self._membership.alive(Role.EDGE).values()
+        return all(each.paused_at >= revision for each in edges)
 
     def role_metrics(self) -> Iterator[Metric]:
         """The metrics of the edge and of the evaluator."""

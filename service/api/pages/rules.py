@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from betrace.service.api.endpoint import Answer
 from betrace.service.api.endpoints import rules as api
 from betrace.service.api.endpoints import signals as signals_api
@@ -130,7 +132,8 @@ async def _save(visit: Visit, rule: Json) -> Page:
 
 async def _test(visit: Visit, condition: str) -> Json:
     trace_id = read_param(signals_api.TRACE_ID, visit.form.get("trace_id", "").strip())
-    trace = await signals_api.get_trace(visit.call({"trace_id": trace_id}))
+    answer = await signals_api.get_trace(visit.call({"trace_id": trace_id}))
+    trace = orjson.loads(answer.body)
     given = {"condition": condition, "trace": {"resourceSpans": trace["resourceSpans"]}}
     found: Json = await api.test_rule(visit.call({}, given))
     return {

@@ -23,7 +23,7 @@ from betrace.service.cluster.evaluator.decisions import Decisions, LogMoment
 from betrace.service.cluster.evaluator.engine import PartitionEngine, Results
 from betrace.service.cluster.evaluator.group import MessageGroup, opened
 from betrace.service.cluster.evaluator.late import IndexAtMessage
-from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, LogTime
+from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, CLOSE_EVERY, LogTime
 from betrace.service.cluster.evaluator.partition_traces import (
     INDEX_LAG_NS,
     PartitionTraces,
@@ -34,6 +34,7 @@ from betrace.service.cluster.evaluator.raised import KnownOutput
 from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.evaluator.snapshot import PartitionSnapshot
 from betrace.service.cluster.output import Counts, Output
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.history import TraceHistory, TraceIndex
 from betrace.service.pipeline.open_traces import NotNow
@@ -164,6 +165,8 @@ class PartitionState:
         """Begin with these rules, whose markers are still to be applied. For an empty state, before
         anything is applied."""
         for marker in rules:
+            if marker.tenant.startswith(GONE):
+                continue  # what was sent before the deletion is evaluated up to its marker
             self.engine.rules.begin(marker.tenant, marker.revision, marker.definitions)
 
     def apply(self, messages: Sequence[LogMessage]) -> Output | None:
@@ -205,13 +208,17 @@ class PartitionState:
             self._begin(message)
         content = opened(message)
         now_ns = self._time.of(message.time_ns)
-        crosses = now_ns // BOUNDARY_NS > self._boundary
+        boundary = now_ns // BOUNDARY_NS
+        crosses = boundary > self._boundary
         if self._group.messages and (crosses or isinstance(content, RulesMarker)):
             yield from self._end_group()
         if crosses:
-            moment = LogMoment(now_ns, message.time_ns)
-            self._boundary = now_ns // BOUNDARY_NS
-            found = yield from self.engine.close(self._boundary * BOUNDARY_NS, moment)
+            moment, found = LogMoment(now_ns, message.time_ns), Results()
+            closing = boundary // CLOSE_EVERY
+            closes = closing > self._boundary // CLOSE_EVERY
+            self._boundary = boundary
+            if closes:
+                found = yield from self.engine.close(closing * CLOSE_EVERY * BOUNDARY_NS, moment)
             self._finish(found, moment)
         paused = self._time.advance(message.time_ns) >= PAUSE_NS
         self._group.add(message, content)
@@ -258,7 +265,8 @@ class PartitionState:
         left = self._known.left_over(self.step)
         if left is not None:
             self._index.clear()
-            self.engine.traces.reconsider(left)
+            rules = self.engine.rules
+            self.engine.traces.reconsider(each for each in left if rules.is_current(each.tenant))
 
     def _position(self) -> int:
         return pack_log_position(self.partition, self.applied)

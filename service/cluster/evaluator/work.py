@@ -19,6 +19,7 @@ from betrace.service.cluster.evaluator.rule_markers import MarkerAppends
 from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
 from betrace.service.cluster.evaluator.takeover import TakenOver
 from betrace.service.cluster.output import Output
+from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.storage.jetstream.envelope import Tick, pack
 from betrace.service.storage.jetstream.errors import JetStreamError, LogGap
@@ -32,9 +33,9 @@ RESULT_SECONDS = 0.03
 """A partition that has been quiet for this long and has messages that are not applied, because
 their group has not ended, gets a tick, which ends it."""
 
-GATHER_SECONDS = 0.05
-"""While small messages keep coming, a partition is read this often: reading and applying one
-message costs about as much as several."""
+GATHER_SECONDS = 0.1
+"""While small messages keep coming, all partitions are read this often, at the same moment:
+reading and applying one message costs about as much as several."""
 
 _RETRY_SECONDS = 0.5
 _LAG_SECONDS = 2.0
@@ -80,6 +81,7 @@ class PartitionWork:
         self._current = trio.Event()
         self._markers = MarkerAppends(parts, status, taken.state, self._append)
         self._skipped = -1  # the last message of a gap
+        self._read_to = 0, -math.inf  # the end of the log, and when it was read
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0
 
@@ -139,8 +141,11 @@ class PartitionWork:
             if messages:
                 after, quiet_since = messages[-1].sequence, trio.current_time()
                 await send.send(messages)
-                if trio.current_time() - read_at < 2 * GATHER_SECONDS and _few(messages):
-                    await trio.sleep(GATHER_SECONDS)
+                few = _few(messages)
+                if few:
+                    self._read_to = after, trio.current_time()
+                if few and trio.current_time() - read_at < 2 * GATHER_SECONDS:
+                    await next_round(GATHER_SECONDS)
                 read_at = trio.current_time()
             elif self._needs_tick(after, quiet_since):
                 self._quiet.set()
@@ -206,7 +211,7 @@ class PartitionWork:
         while True:
             received = self.state.received
             try:
-                last = await self._parts.spans.last(self.partition)
+                last = await self._last(received)
             except TransientError:
                 last = received
             if last < received:
@@ -216,7 +221,14 @@ class PartitionWork:
             status.lag_seconds = 0.0
             if status.lag_messages and self._read_ns:
                 status.lag_seconds = max(0.0, (time.time_ns() - self._read_ns) / 1e9)
-            await trio.sleep(_LAG_SECONDS)
+            await next_round(_LAG_SECONDS)
+
+    async def _last(self, received: int) -> int:
+        """The last message of the log; without a request if the reader was there just now."""
+        read, at = self._read_to
+        if read >= received and trio.current_time() - at < _LAG_SECONDS:
+            return read
+        return await self._parts.spans.last(self.partition)
 
     async def _check_end(self, received: int) -> None:
         """Find out whether the log has lost its tail, by an append: a server that is cut off from
