@@ -26,6 +26,7 @@ from betrace.service.app import edge_metrics
 from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import split, wire
 from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL, open_batch_audit
@@ -53,9 +54,17 @@ class EdgeAddresses:
 
 
 class Edge:
-    """Built within Trio. ``gate`` says who is let in; its owner closes it."""
+    """Built within Trio. The caller runs ``partitions``. ``gate`` says who is let in; its owner
+    closes it."""
 
-    def __init__(self, settings: Settings, client: NatsClient, layout: Layout, gate: Gate) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        client: NatsClient,
+        layout: Layout,
+        partitions: PartitionMap,
+        gate: Gate,
+    ) -> None:
         self._settings = settings
         self._client = client
         pipeline, max_body = settings.pipeline, settings.ingest.max_body_bytes
@@ -69,7 +78,7 @@ class Edge:
         )
         self._audit = open_batch_audit(settings)
         self.ingest = EdgeIngest(
-            self.commit, self._threads, layout.partitions, max_body, self._audit
+            self.commit, self._threads, lambda: partitions.current, max_body, self._audit
         )
         capacity = _IN_FLIGHT * pipeline.ingest_capacity_spans
         channel: tuple[SendChannel[Request], ReceiveChannel[Request]] = open_channel(

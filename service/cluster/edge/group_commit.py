@@ -147,6 +147,7 @@ class GroupCommit:
         self._join_bytes: Final = min(most_group_bytes, USUAL_BYTES)
         self._most_bytes: Final = most_bytes
         self._partitions = [_Partition(number) for number in range(partitions)]
+        self._nursery: trio.Nursery | None = None
         self._eager = _Eagerness()
         self._id: Final = uuid.uuid4().hex
         self._sent = 0
@@ -182,11 +183,11 @@ class GroupCommit:
 
     def refusal(self, partition: int) -> Refused | None:
         """Why a partition takes no spans now."""
-        return self._partitions[partition].refusal(trio.current_time())
+        return self._partition(partition).refusal(trio.current_time())
 
     def add(self, tenant: str, received_ns: int, part: BodyPart, written: Written) -> None:
         """Take a part; ``written`` is called when it is stored, or may not be."""
-        partition = self._partitions[part.partition]
+        partition = self._partition(part.partition)
         group = partition.filling
         if group is not None and group.size + len(part.body) + FRAME_BYTES > self._join_bytes:
             partition.full.append(group)
@@ -207,9 +208,19 @@ class GroupCommit:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Send groups until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             for partition in self._partitions:
                 nursery.start_soon(self._serve, partition, nursery)
             task_status.started()
+
+    def _partition(self, number: int) -> _Partition:
+        """The partition with this number; partitions are added when the cluster is resized."""
+        while number >= len(self._partitions):
+            added = _Partition(len(self._partitions))
+            self._partitions.append(added)
+            if self._nursery is not None:
+                self._nursery.start_soon(self._serve, added, self._nursery)
+        return self._partitions[number]
 
     async def _serve(self, partition: _Partition, nursery: trio.Nursery) -> None:
         while True:

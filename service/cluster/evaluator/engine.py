@@ -18,6 +18,7 @@ from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.output import Counts, DeadMessage, NotJudged
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.storage.jetstream.envelope import RulesMarker, Tick
+from betrace.service.storage.jetstream.layout import pack_log_position
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
 
@@ -90,7 +91,8 @@ class PartitionEngine:
 
     def _change_rules(self, group: MessageGroup, marker: RulesMarker, found: Results) -> None:
         sequence = group.last.sequence
-        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, sequence)
+        position = pack_log_position(self._partition, sequence)
+        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, position)
         self.counts.bad_rules += len(problems)
         for problem in problems:
             _log.error("a rule of %s cannot be used: %s", marker.tenant, problem)

@@ -18,6 +18,7 @@ from functools import partial
 import trio
 
 from betrace.channels import TransientError
+from betrace.service.cluster.evaluator.inheritance import inherited
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.state import PartitionState
@@ -87,9 +88,10 @@ class PartitionOwner:
         key = lease_key(self.partition)
         while not self._finishing.is_set():
             try:
-                lease = await self._parts.leases.acquire(key, self._parts.node)
-                if lease is not None:
-                    return lease
+                if self._parts.partitions.may_begin(self.partition):
+                    lease = await self._parts.leases.acquire(key, self._parts.node)
+                    if lease is not None:
+                        return lease
             except TransientError as error:
                 _log.debug("lease %s: %s", key, error)
             with trio.move_on_after(_ACQUIRE_SECONDS):
@@ -126,7 +128,8 @@ class PartitionOwner:
         status.takeovers += 1
         writer = OutputWriter(log, parts.threads, epoch.sequence)
         new_state = partial(parts.new_state, self.partition)
-        takeover = Takeover(status, parts.spans, parts.blobs, parts.threads, new_state)
+        first = partial(inherited, parts, self.partition)
+        takeover = Takeover(status, parts.spans, parts.blobs, parts.threads, new_state, first)
         return await takeover.run(log, epoch), writer
 
     async def _renew(self, lease: Lease) -> None:

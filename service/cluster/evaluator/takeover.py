@@ -56,6 +56,7 @@ class Takeover:
     """One takeover of a partition. While NATS is unavailable, it waits.
 
     ``new_state`` makes an empty state; a state that a checkpoint has changed cannot be used again.
+    ``first_state`` makes the one that the partition begins with.
     """
 
     status: PartitionStatus
@@ -63,6 +64,7 @@ class Takeover:
     blobs: Blobs
     threads: ThreadRunner
     new_state: Callable[[], PartitionState]
+    first_state: Callable[[], Awaitable[PartitionState]]
     _confirmed: bool = field(default=False, init=False)
 
     async def run(self, log: FencedLog, epoch: Epoch) -> TakenOver:
@@ -92,7 +94,7 @@ class Takeover:
                 return state, sequence
             self._unusable(name, "the log has lost messages that it covers")
             await _persist(lambda name=name: self.blobs.delete(name))  # type: ignore[misc]
-        return self.new_state(), 0
+        return await self.first_state(), 0
 
     def _unusable(self, name: str, reason: str) -> None:
         self.status.unusable_checkpoints += 1
