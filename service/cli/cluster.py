@@ -119,6 +119,9 @@ def status(config: Path | None, overrides: dict[str, Any], as_json: bool) -> Non
             for each in state.partitions
         ],
     )
+    if len(state.generations) > 1:
+        ranges = [f"{each.first} to {each.first + each.count - 1}" for each in state.generations]
+        print_lines(["", f"spans go to the partitions {ranges.pop()}; former: {', '.join(ranges)}"])
     print_lines(["", *(state.problems or ["all is well"])])
     sys.exit(FOUND if state.problems else 0)
 
@@ -187,13 +190,14 @@ def resize(
 ) -> None:
     """Divide spans among more partitions, while the cluster works.
 
-    New streams are created, edges send spans there, and the owners of the former partitions evaluate
-    what these have and pass open traces on. Each partition pauses for a moment, about as long as
-    for a move. All nodes of the cluster must run a version that has this command. A change cannot be
-    undone, and the number can only be multiplied.
+    New streams are created, edges send spans there, and the owners of the former partitions
+    evaluate what these have and pass open traces on. Each partition pauses for a moment, about as
+    long as for a move. All nodes of the cluster must run a version that has this command. The
+    number can only be multiplied, and this cannot be undone.
 
     The nodes carry the change out, so this command may be interrupted: repeat it to see the
-    progress. Exit code 1 if former partitions are not finished after --wait: they have no evaluator.
+    progress. Exit code 1 if former partitions are not finished after --wait: they have no
+    evaluator.
 
     \b
     Example:

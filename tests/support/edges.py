@@ -13,10 +13,12 @@ import httpx
 import trio
 
 from betrace.service.app.edge import Edge
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SPAN_ID
 from betrace.service.otlp.wire import scan_bodies
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.envelope import Spans, unpack
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -51,15 +53,24 @@ async def running_edge(
 
     gate = Gate(settings, directory, None, exists)
     client = await NatsClient.connect(settings.cluster, "edge")
-    edge = Edge(settings, client, Layout.of(settings.cluster), gate)
+    layout = Layout.of(settings.cluster)
+    partitions = PartitionMap(ConfigBucket(client, layout.config_bucket), layout.generations)
+    edge = Edge(settings, client, layout, partitions, gate)
+    ended = trio.Event()
+
+    async def run(task_status: trio.TaskStatus[Any]) -> None:
+        await edge.run(task_status)
+        ended.set()
+
     try:
         async with trio.open_nursery() as nursery:
-            addresses = await nursery.start(edge.run)
+            nursery.start_soon(partitions.run)
+            addresses = await nursery.start(run)
             yield edge, f"{addresses.ingest}/v1/traces", addresses.grpc
-            if die:
-                nursery.cancel_scope.cancel()
-            else:
+            if not die:
                 edge.stop()
+                await ended.wait()
+            nursery.cancel_scope.cancel()
     finally:
         edge.close()
         await client.close()

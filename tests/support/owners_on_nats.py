@@ -12,6 +12,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
 from betrace.service.cluster.evaluator.evaluator import ROLE, Evaluator
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.config.settings import Settings
 from betrace.service.config.stages import Checkpoint, Traces
 from betrace.service.storage.jetstream.bucket import ConfigBucket
@@ -52,11 +53,17 @@ class EvaluatorInProcess:
                 bucket = ConfigBucket(client, cluster.layout.members_bucket)
                 seconds = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
                 membership = Membership(bucket, self.name, (ROLE,), *seconds)
-                node = EvaluatorNode(self.name, client, cluster.layout, membership, threads)
+                config = ConfigBucket(client, cluster.layout.config_bucket)
+                partitions = PartitionMap(config, cluster.layout.generations)
+                await partitions.load()
+                node = EvaluatorNode(
+                    self.name, client, cluster.layout, partitions, membership, threads
+                )
                 self.evaluator = open_evaluator(settings, node)
                 self._change(self.evaluator)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(membership.run)
+                    nursery.start_soon(partitions.run)
                     await self.evaluator.run(task_status=task_status)
                     await membership.leave()
                     nursery.cancel_scope.cancel()

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.service import Service
 from betrace.service.cluster import output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
@@ -20,6 +21,7 @@ from betrace.service.cluster.query.open_traces import (
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
+from betrace.service.storage.jetstream.generations import Generations
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
 from betrace.service.traces.due import DueTraces
@@ -102,6 +104,7 @@ class FedNode:
     def __init__(self) -> None:
         self.outs = {0: ListedOut(), 1: ListedOut()}
         self.bucket = EmptyBucket()
+        self.partitions = PartitionMap(self.bucket, Generations.of(2))  # type: ignore[arg-type]
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
@@ -118,13 +121,14 @@ class FedNode:
             roles=("query",),
             client=NoNats(),  # type: ignore[arg-type]
             spans=NoSpans(),  # type: ignore[arg-type]
-            outs=dict(self.outs),
+            partitions=self.partitions,
+            out=lambda partition: self.outs[partition],
             last=lambda partition: self.outs[partition].last(),
             epoch=epoch,
             owners=owners,
             config=self.bucket,  # type: ignore[arg-type]
             index_subject="betrace.index",
-            open_traces=RemoteOpenTraces(self._owner, 2),
+            open_traces=RemoteOpenTraces(self._owner, self.partitions.holder_of),
             others=self,
         )
 

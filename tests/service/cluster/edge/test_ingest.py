@@ -20,6 +20,7 @@ from betrace.service.otlp import split as split_module
 from betrace.service.otlp.partition import partition_of
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.storage.jetstream.errors import StreamFull
+from betrace.service.storage.jetstream.generations import Generation
 from tests.support import virtual
 from tests.support.fake_span_log import FakeSpanLog
 from tests.support.spans import S, body
@@ -49,7 +50,7 @@ class Bench:
         self.threads = ThreadRunner("ingest", 2)
         log: Any = self.log
         self.commit = GroupCommit(log, PARTITIONS, self.threads, most_group_bytes, most_bytes)
-        self.stage = EdgeIngest(self.commit, self.threads, PARTITIONS, MIB)
+        self.stage = EdgeIngest(self.commit, self.threads, lambda: Generation(0, PARTITIONS), MIB)
 
     async def outcomes(self, *requests: Request) -> list[Done | Refused]:
         """Handle requests together."""
