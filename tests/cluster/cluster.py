@@ -66,9 +66,10 @@ class Cluster:
         node.start()
         return node
 
-    def command(self, *arguments: str) -> str:
+    def command(self, *arguments: str, seconds: float = START_SECONDS) -> str:
         """Run ``betrace cluster`` on the query node's configuration; returns what it prints. Raises
-        :exc:`ServersAway` if no NATS server answers it."""
+        :exc:`ServersAway` if no NATS server answers it. After ``seconds`` it is killed, and
+        :exc:`subprocess.TimeoutExpired` is raised."""
         done = subprocess.run(
             [
                 sys.executable, "-m", "betrace.service", "cluster",
@@ -77,7 +78,7 @@ class Cluster:
             env=environment(**self.query.settings),
             capture_output=True,
             text=True,
-            timeout=START_SECONDS,
+            timeout=seconds,
             check=False,
         )  # fmt: skip
         if done.returncode != 0 and "NATS" in done.stderr:

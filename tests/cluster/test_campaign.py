@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.campaign import SETTLE_SECONDS, Campaign
 from tests.support.nats_servers import MISSING, PROGRAM
 
-FAULTS = ("evaluator killed", "rules changed", "edge killed", "server killed")
+FAULTS = ("partitions doubled", "evaluator killed", "rules changed", "edge killed", "server killed")
 
 
 @pytest.mark.slow
