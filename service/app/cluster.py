@@ -53,6 +53,7 @@ _log = logging.getLogger("service.cluster")
 
 Json = dict[str, Any]
 
+EVALUATING = 2  # partitions at the same time; more would wait for one another's interpreter lock
 RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
 
 
@@ -74,13 +75,13 @@ def open_cluster(
     settings.storage.path.mkdir(parents=True, exist_ok=True)
     make_query = open_query_service(settings, stack) if Role.QUERY in roles else None
     make_gate = None
-    if Role.EDGE in roles and make_query is None:
+    if make_query is None:
         make_gate = open_gate(settings, stack)
     return lambda: ClusterProcess(settings, roles, make_query, make_gate and make_gate())
 
 
 def open_gate(settings: Settings, stack: ExitStack) -> Callable[[], Gate]:
-    """Open the tenant directory of an edge without a query role; returns what makes its gate."""
+    """Open the tenant directory of a process without a query role; returns what makes its gate."""
     directory, tokens = open_tenants(settings, stack)
 
     async def exists(name: str) -> bool:
@@ -98,7 +99,7 @@ def node_name(settings: ClusterSettings) -> str:
 class ClusterProcess:
     """The roles of one process: connects to NATS, then starts and stops them in order.
 
-    ``make_query`` builds the service of the query role; ``gate`` is for an edge without that role.
+    ``make_query`` builds the service of the query role; ``gate`` is for a process without it.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class ClusterProcess:
         self._make_query = make_query
         self._gate = gate
         self._query: Service | None = None
+        self._status: StatusApp | None = None
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
         self._membership: Membership
@@ -126,7 +128,7 @@ class ClusterProcess:
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
         # A partition that waits for a query node keeps its thread for seconds, so each has one.
-        self._evaluating = ThreadRunner("evaluate", MOST_PARTITIONS)
+        self._evaluating = ThreadRunner("evaluate", MOST_PARTITIONS, busy=EVALUATING)
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
@@ -187,6 +189,8 @@ class ClusterProcess:
             self._query.close()
         if self.edge is not None:
             self.edge.close()
+        if self._status is not None:
+            self._status.close()
         if self._gate is not None:
             self._gate.close()
         self._evaluating.close()
@@ -257,8 +261,10 @@ class ClusterProcess:
                 lambda: self.state,
                 partial(self._components, client),
                 self.role_metrics,
+                None if self._gate is None else self._gate.authenticator,
             )
         )
+        self._status = app
         urls: list[str | None] = []
         for address in (self._settings.api.address, self._settings.metrics.address):
             if address == OFF:

@@ -142,7 +142,9 @@ class Edge:
             nursery.cancel_scope.cancel()
 
     async def _drain(self, nursery: trio.Nursery, stop_listeners: trio.Event) -> None:
-        grace = self._settings.shutdown.grace_seconds
+        shutdown = self._settings.shutdown
+        grace = shutdown.grace_seconds
+        await trio.sleep(shutdown.delay_seconds)
         nursery.cancel_scope.deadline = trio.current_time() + grace
         self.admission.drain()
         stop_listeners.set()

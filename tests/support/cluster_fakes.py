@@ -40,7 +40,7 @@ from betrace.service.storage.jetstream.envelope import (
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch, Fenced
 from betrace.service.storage.jetstream.generations import Generations
-from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.process_leases import ProcessLeases
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.traces.verdicts import Decided
 
@@ -236,16 +236,18 @@ class FakeBucket:
     async def put(self, key: str, value: bytes | None, expected_revision: int | None = None) -> int:
         await self.node.gate()
         entry = self.entries_by_key.get(key)
-        present = entry.revision if entry is not None and entry.value is not None else 0
-        if expected_revision is not None and expected_revision != present:
+        possible = {entry.revision if entry is not None else 0}
+        if entry is None or entry.value is None:
+            possible.add(0)
+        if expected_revision is not None and expected_revision not in possible:
             raise Conflict(key)
         self.node.nats.revision += 1
         self.entries_by_key[key] = Entry(key, value, self.node.nats.revision)
         self.node.nats.wake()
         return self.node.nats.revision
 
-    async def delete(self, key: str, expected_revision: int | None = None) -> None:
-        await self.put(key, None, expected_revision)
+    async def delete(self, key: str, expected_revision: int | None = None) -> int:
+        return await self.put(key, None, expected_revision)
 
     async def entries(self, prefix: str = "") -> list[Entry]:
         await self.node.gate()
@@ -430,7 +432,7 @@ class FakeEvaluator:
         self.partitions = PartitionMap(
             FakeBucket(node, "config"), Generations.of(self.settings.partitions)
         )
-        leases = Leases(
+        leases = ProcessLeases(
             FakeBucket(node, "leases"), self.settings.lease_seconds, clock=trio.current_time
         )
         self.parts = OwnerParts(

@@ -61,25 +61,22 @@ class Evaluator:
         cancelled drops everything, like a process that is killed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._parts.rules.run)
+            nursery.start_soon(self._parts.leases.run)
             await self._membership.ready.wait()
+            await self._parts.leases.ready.wait()
             task_status.started()
+            nursery.start_soon(self._renew_often)
             nursery.start_soon(self._assign_often, nursery)
             await self._stopping.wait()
             with trio.move_on_after(self._grace):
                 await self._hand_over_all()
+                await self._leave()
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
         """Hand over all partitions, then end :meth:`run`."""
         self._membership.draining = True
         self._stopping.set()
-
-    async def drain(self) -> None:
-        """Hand over all partitions to the other evaluators; returns when this node has none."""
-        self._membership.draining = True
-        await self._membership.beat()
-        while any(status.owned for status in self.statuses):
-            await self._next_change()
 
     @property
     def owned(self) -> list[int]:
@@ -103,27 +100,36 @@ class Evaluator:
         with trio.move_on_after(self._parts.settings.heartbeat_seconds):
             await self._changed.wait()
 
+    async def _renew_often(self) -> None:
+        """Keep the leases of all partitions."""
+        seconds = self._parts.settings.heartbeat_seconds
+        while True:
+            try:
+                with trio.move_on_after(seconds):
+                    await self._parts.leases.renew()
+            except TransientError as error:
+                _log.debug("the leases are not renewed: %s", error)
+            await trio.sleep(seconds)
+
+    async def _leave(self) -> None:
+        try:
+            await self._parts.leases.leave()
+        except TransientError as error:
+            _log.debug("what shows that this process is alive is not removed: %s", error)
+
     async def _assign_often(self, nursery: trio.Nursery) -> None:
         """Follow the assignment. Draining nodes get nothing, so a stop starts no owner either."""
+        leases = self._parts.leases
         while True:
             changed, resized = self._membership.changed, self._parts.partitions.changed
             self._add_statuses()
-            try:
-                owners = await self._owners()
-            except TransientError as error:
-                _log.debug("the leases cannot be read: %s", error)
-            else:
-                self._follow(owners, nursery)
+            self._follow(owners_by_partition(leases.owners()), nursery)
             async with trio.open_nursery() as waiting:
                 waiting.cancel_scope.deadline = (
                     trio.current_time() + self._parts.settings.heartbeat_seconds
                 )
                 for event in (changed, resized, self._changed):
                     waiting.start_soon(_cancel_when, event, waiting.cancel_scope)
-
-    async def _owners(self) -> dict[int, str]:
-        """The owners of the partitions' leases."""
-        return owners_by_partition(await self._parts.leases.owners())
 
     def _add_statuses(self) -> None:
         total = self._parts.partitions.generations.total

@@ -8,7 +8,10 @@ behind the wall clock after outages; what people see is shifted by the differenc
 from __future__ import annotations
 
 BOUNDARY_NS = 250_000_000
-"""Traces are closed at multiples of this, before the message that crosses one is folded."""
+"""Groups of messages end at multiples of this."""
+CLOSE_EVERY = 4
+"""Traces are closed at each multiple of so many boundaries, before the message that crosses it is
+folded. Deciding few traces costs as much as deciding many."""
 MOST_STEP_NS = 2_000_000_000
 EARLY_NS = 60_000_000_000
 """Messages of a new partition that were stored before its parent's last one are at most that much

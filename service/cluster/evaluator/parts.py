@@ -15,7 +15,7 @@ from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.blobs import Blobs
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.fenced import FencedLog
-from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.process_leases import ProcessLeases
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 
@@ -27,7 +27,7 @@ class OwnerParts:
     node: str
     spans: SpanStreams
     outputs: Callable[[int], FencedLog]
-    leases: Leases
+    leases: ProcessLeases
     blobs: Blobs
     rules: RuleFeed
     threads: ThreadRunner

@@ -23,7 +23,7 @@ from betrace.service.cluster.evaluator.decisions import Decisions, LogMoment
 from betrace.service.cluster.evaluator.engine import PartitionEngine, Results
 from betrace.service.cluster.evaluator.group import MessageGroup, opened
 from betrace.service.cluster.evaluator.late import IndexAtMessage
-from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, LogTime
+from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, CLOSE_EVERY, LogTime
 from betrace.service.cluster.evaluator.partition_traces import (
     INDEX_LAG_NS,
     PartitionTraces,
@@ -220,13 +220,17 @@ class PartitionState:
             self._begin(message)
         content = opened(message)
         now_ns = self._time.of(message.time_ns)
-        crosses = now_ns // BOUNDARY_NS > self._boundary
+        boundary = now_ns // BOUNDARY_NS
+        crosses = boundary > self._boundary
         if self._group.messages and (crosses or isinstance(content, RulesMarker)):
             yield from self._end_group()
         if crosses:
-            moment = LogMoment(now_ns, message.time_ns)
-            self._boundary = now_ns // BOUNDARY_NS
-            found = yield from self.engine.close(self._boundary * BOUNDARY_NS, moment)
+            moment, found = LogMoment(now_ns, message.time_ns), Results()
+            closing = boundary // CLOSE_EVERY
+            closes = closing > self._boundary // CLOSE_EVERY
+            self._boundary = boundary
+            if closes:
+                found = yield from self.engine.close(closing * CLOSE_EVERY * BOUNDARY_NS, moment)
             self._finish(found, moment)
         paused = self._time.advance(message.time_ns) >= PAUSE_NS
         self._group.add(message, content)

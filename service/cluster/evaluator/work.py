@@ -21,6 +21,7 @@ from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
 from betrace.service.cluster.evaluator.stragglers import forward_stragglers
 from betrace.service.cluster.evaluator.takeover import TakenOver
 from betrace.service.cluster.output import Output
+from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.storage.jetstream.envelope import Seal, Tick, pack
 from betrace.service.storage.jetstream.errors import JetStreamError, LogGap
@@ -34,9 +35,9 @@ RESULT_SECONDS = 0.03
 """A partition that has been quiet for this long and has messages that are not applied, because
 their group has not ended, gets a tick, which ends it."""
 
-GATHER_SECONDS = 0.05
-"""While small messages keep coming, a partition is read this often: reading and applying one
-message costs about as much as several."""
+GATHER_SECONDS = 0.1
+"""While small messages keep coming, all partitions are read this often, at the same moment:
+reading and applying one message costs about as much as several."""
 
 SEAL_SECONDS = 0.25
 _RETRY_SECONDS = 0.5
@@ -151,7 +152,7 @@ class PartitionWork:
                 after, quiet_since = messages[-1].sequence, trio.current_time()
                 await send.send(messages)
                 if trio.current_time() - read_at < 2 * GATHER_SECONDS and _few(messages):
-                    await trio.sleep(GATHER_SECONDS)
+                    await next_round(GATHER_SECONDS)
                 read_at = trio.current_time()
             elif self._needs_tick(after, quiet_since):
                 self._quiet.set()
@@ -227,7 +228,7 @@ class PartitionWork:
             status.lag_seconds = 0.0
             if status.lag_messages and self._read_ns:
                 status.lag_seconds = max(0.0, (time.time_ns() - self._read_ns) / 1e9)
-            await trio.sleep(_LAG_SECONDS)
+            await next_round(_LAG_SECONDS)
 
     async def _check_end(self, received: int) -> None:
         """Find out whether the log has lost its tail, by an append: a server that is cut off from

@@ -9,6 +9,7 @@ prediction says nothing about who wrote the previous message.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import dataclass
 
@@ -72,9 +73,10 @@ class FencedLog:
             retries = Retries()
             while True:
                 try:
-                    before = await self._epoch(nats)
+                    before, last = await asyncio.gather(
+                        self._epoch(nats), nats.last_sequence(self._stream)
+                    )
                     number = 1 + (before.number if before else 0)
-                    last = await nats.last_sequence(self._stream)
                     headers = {
                         EPOCH: str(number),
                         _OWNER: owner,

@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.edge.group_commit import STALL_SECONDS, GroupCommit
+from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
+from betrace.service.cluster.edge.partition_groups import STALL_SECONDS
 from betrace.service.otlp import split as split_module
 from betrace.service.otlp.partition import partition_of
 from betrace.service.pipeline.request import Done, Refused, Reply, Request

@@ -49,7 +49,7 @@ def test_a_trace_is_decided_when_it_was_idle_in_log_time(world):
     world.quiet(1.5)
     owner.apply()
     assert not world.closed
-    world.quiet(1)
+    world.quiet(1.75)
     owner.apply()
     assert [each[2] for each in world.closed] == [2]
     assert owner.state.counts.evaluated == owner.state.applied == len(world.log)
