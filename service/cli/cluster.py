@@ -171,7 +171,7 @@ def drain(
 @cluster.command("resize")
 @click.option(
     "--partitions",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1024),
     required=True,
     help="The new number: a multiple of the present one.",
 )

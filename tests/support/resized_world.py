@@ -149,6 +149,8 @@ class ResizedWorld:
     def seal(self) -> None:
         """Seal the former partitions, and let the new ones begin."""
         former = self.generations.listed[-2]
+        for part in self.parts.values():
+            part.project()
         for partition in former.partitions:
             self.append(partition, Seal())
             owner = self.owners[partition]

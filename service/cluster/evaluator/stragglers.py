@@ -109,7 +109,8 @@ def split_again(message: LogMessage, current: Generation) -> list[tuple[int, byt
     for frame in content.frames if isinstance(content, Spans) else ():
         batch = scan_bodies(frame.tenant, [frame.body])
         try:
-            parts, _ = split(batch, current.count, _PART_BYTES, current.first)
+            most = max(_PART_BYTES, len(frame.body))  # each span fits into a message, as it did
+            parts, _ = split(batch, current.count, most, current.first)
         except TooMuchCopied:
             _log.error("message %d after a seal is too large to be split", message.sequence)
             continue
