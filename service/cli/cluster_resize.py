@@ -27,18 +27,19 @@ async def resize_cluster(
     done = await resize.resize(client, settings, partitions)
     if done:
         report(f"created {len(done)} streams")
-    left: list[int] | None = None
-    with trio.move_on_after(seconds):
-        while left != []:
+    end = trio.current_time() + seconds
+    generations, left = await resize.progress(client, settings)
+    former = generations.current.first
+    while True:
+        report(f"{former - len(left)} of {former} former partitions are finished")
+        now = left
+        while now == left:
+            if not left or trio.current_time() >= end:
+                return left
+            await trio.sleep(_LOOK_SECONDS)
             try:
-                generations, unfinished = await resize.progress(client, settings)
+                _, now = await resize.progress(client, settings)
             except TransientError as error:
                 report(f"the progress cannot be read now: {error}")
                 await trio.sleep(_RETRY_SECONDS)
-                continue
-            if left is None or len(unfinished) != len(left):
-                former = generations.current.first
-                report(f"{former - len(unfinished)} of {former} former partitions are finished")
-            left = unfinished
-            await trio.sleep(_LOOK_SECONDS if left else 0)
-    return left or []
+        left = now
