@@ -26,6 +26,7 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.unstored_signals import UnstoredSignals
+from betrace.service.app import sharing
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
@@ -36,10 +37,12 @@ from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
+from betrace.service.pipeline.recovery.local_tenants import LocalTenants
 from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
+from betrace.service.pipeline.recovery.scrub import Scrub
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.rules.patterns import set_match_bytes
@@ -57,11 +60,13 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
+from betrace.service.tenancy.changes import TenantChanges
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
 if TYPE_CHECKING:
     from betrace.service.cluster.query.node import ClusterConnection, QueryNode
+    from betrace.service.cluster.query.tenant_names import TenantNames
 
 _log = logging.getLogger("service")
 
@@ -154,9 +159,16 @@ class _ServiceBuilder:
             directory,
             tokens,
             lambda name: self._tenants.exists(name),
-            lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
+            lambda: [*self._stored_tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
+        self._sharing = (
+            sharing.alone(self._visible, stores.local)
+            if cluster is None
+            else sharing.shared(
+                cluster, settings, stores.local, self._threads, self._tenant_names()
+            )
+        )
         self._build_flow()
         self._node = self._query_node()
         self._build_upkeep()
@@ -171,14 +183,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        self._exports = Exports(settings, self._visible, breakers, self._muted)
+        shared = self._sharing
+        self._exports = Exports(settings, shared.queues, breakers, self._muted, shared.turns)
         self._alerts = Alerts(
             settings,
-            self._visible,
-            stores.local.alerts,
+            shared.queues,
+            shared.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
+            shared.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -193,7 +207,10 @@ class _ServiceBuilder:
             gate.authenticator,
             capacity=settings.pipeline.ingest_capacity_spans,
             tenants=TenantStates(
-                gate.closed, self._pipeline.correlate.backlog.full, gate.tenant_limit
+                gate.closed,
+                self._pipeline.must_wait,
+                gate.tenant_limit,
+                self._pipeline.ingest.set_aside,
             ),
         )
         self._data_directory = DataDirectory(
@@ -225,10 +242,11 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
+            self._tenant_names(),
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        node = QueryNode(self._cluster, stores)
+        node = QueryNode(self._cluster, stores, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -249,9 +267,21 @@ class _ServiceBuilder:
             gate.closed,
             None if self._node is None else self._node.reread,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
+        self._scrub = Scrub(
+            data,
+            stores.log,
+            settings.log.scrub_bytes_per_second,
+            self._rebuild.suspect,
+            gate.closed,
+        )
+        self._rule_writer = RuleWriter(
+            stores.registry,
+            gate.closed,
+            gate.tenant_limit,
+            None if self._node is None else self._node.rules.exchange_now,
+        )
         erase = (
-            self._rule_writer.delete_all,
+            self._erase_rules,
             stores.local.triage.delete_tenant,
             self._alerts.forget,
             self._unstored.forget,
@@ -270,6 +300,14 @@ class _ServiceBuilder:
             self._admission.refusals.spans,
             settings.pipeline.stall_seconds,
         )
+
+    def _erase_rules(self, tenant: str) -> None:
+        if self._node is None:
+            self._rule_writer.delete_all(tenant)
+        else:
+            self._rule_writer.settle()
+            self._node.rules.erase(tenant)
+            self._stores.registry.forget(tenant)
 
     def _erase_archive(self, tenant: str) -> None:
         with suppress(FileNotFoundError):
@@ -297,8 +335,48 @@ class _ServiceBuilder:
         )
         self._audit = AuditTrail(audit_log, self._threads)
         self._tenants = TenantAdministration(
-            self._gate, self._removal, stores.log, self._subscriptions, self._threads, self._audit
+            self._gate,
+            self._tenant_changes(),
+            self._stored_tenants,
+            self._subscriptions,
+            self._threads,
+            self._audit,
         )
+
+    def _tenant_changes(self) -> TenantChanges:
+        """What changes tenants."""
+        if self._node is None or self._cluster is None:
+            return LocalTenants(self._gate, self._removal, self._threads)
+        from betrace.service.cluster.query.tenants import ClusterTenants
+
+        self._node.tenants = ClusterTenants(
+            self._cluster.tenants,
+            self._gate,
+            self._removal,
+            self._threads,
+            lambda: {
+                *self._stored_tenants(),
+                *self._stores.ledger.tenants(),
+                *self._stores.registry.store.tenants(),
+            },
+            self._node.rules.drop,
+            self._subscriptions.end,
+        )
+        return self._node.tenants
+
+    def _tenant_names(self) -> TenantNames:
+        """The names of tenants in the logs of a cluster."""
+        from betrace.service.cluster.query.tenant_names import TenantNames
+
+        return TenantNames(self._gate.generations, self._gate.closed)
+
+    def _stored_tenants(self) -> list[str]:
+        """The tenants that have something on disk, and those of the cluster that have sent
+        spans."""
+        stores = self._stores
+        if self._cluster is None:
+            return stores.log.tenants()
+        return [*stores.duckdb.tenants(), *self._gate.implicit]
 
     def _active_tenants(self) -> Iterator[str]:
         yield from list(self._pipeline.open_traces.tenants)
@@ -325,6 +403,7 @@ class _ServiceBuilder:
             caches=self._caches,
             rule_signals=self._rule_signals,
             data_directory=self._data_directory,
+            scrub=self._scrub,
             node=self._node,
         )
 
@@ -334,7 +413,7 @@ class _ServiceBuilder:
         reader = TraceReader(
             stores.duckdb,
             self._trace_metadata,
-            stores.log if self._cluster is None else self._cluster.spans,
+            stores.log if self._node is None else self._node.spans,
             stores.registry.store.rules,
             self._pipeline.open_traces if self._cluster is None else self._cluster.open_traces,
             stores.local.triage,
@@ -355,6 +434,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
+            shared_triage=self._sharing.triage,
         )
 
     def service(self) -> Service:
@@ -386,6 +466,7 @@ class _ServiceBuilder:
             tools=self._tools(sources),
             threads=self._threads,
             cache_thread=self._cache_thread,
+            scrub=self._scrub,
             node=self._node,
         )
         return service

@@ -9,6 +9,7 @@ parts: a part is what all of them have for one partition, in their order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -128,7 +129,10 @@ def _numbers(touched: Bytes) -> list[list[int]]:
     """The columns that are not 0, for each row."""
     if touched.shape[1] == 1:
         return [[0]] * len(touched)
-    return [np.flatnonzero(row).tolist() for row in touched]
+    rows, columns = np.nonzero(touched)
+    ends = np.cumsum(np.bincount(rows, minlength=len(touched))).tolist()
+    numbers = columns.tolist()
+    return [numbers[start:end] for start, end in pairwise([0, *ends])]
 
 
 @lean_kernel

@@ -139,6 +139,12 @@ LOG_DAMAGED = _event(
     "Logged once for each place, when it is read. Spans that a checkpoint contained were "
     "evaluated, but they cannot be shown or archived. See BetraceSpanLogDamaged in the runbook.",
 )
+SCRUBBED = _event(
+    "scrub.completed",
+    logging.INFO,
+    "everything stored was read; damaged places of the span log known since the start: {places}",
+    "Once a day, at `log.scrub_bytes_per_second`. Each damaged place is logged when it is read.",
+)
 LOG_CUT = _event(
     "log.cut",
     logging.INFO,
@@ -351,6 +357,32 @@ NODE_NAME_TAKEN = _event(
     logging.ERROR,
     "another process has the name of this node, {node}; set cluster.node to a different name",
     "Two running processes have the same name, so each takes the partitions of the other.",
+)
+RULES_RECEIVED = _event(
+    "cluster.rules_received",
+    logging.INFO,
+    "rule files of tenant {tenant} were changed at another query node: {files}",
+    "The files on this node's disk are now the same.",
+)
+RULES_CONFLICT = _event(
+    "cluster.rules_conflict",
+    logging.WARNING,
+    "the rule file {file} of tenant {tenant} was changed here and at another query node",
+    "The version that reached the cluster first counts. The one that was here is beside it, with "
+    "`.conflict` added to its name, unless it was deleted.",
+)
+DUTY_TAKEN = _event(
+    "cluster.duty_taken",
+    logging.INFO,
+    "this node now has the duty {duty}",
+    "One query node at a time has a duty, such as sending signals to a destination. `alerts` is to "
+    "follow the alerts and send them.",
+)
+DUTY_LOST = _event(
+    "cluster.duty_lost",
+    logging.WARNING,
+    "this node no longer has the duty {duty}",
+    "The lease could not be renewed, or another node took it. The other node continues the work.",
 )
 PARTITION_TAKEN_OVER = _event(
     "cluster.partition_taken_over",

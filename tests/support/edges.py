@@ -12,8 +12,11 @@ from typing import Any
 import httpx
 import trio
 
+from betrace.channels import ThreadRunner
 from betrace.service.app.edge import Edge
+from betrace.service.cluster.edge.tenants import TenantCopy
 from betrace.service.cluster.partition_map import PartitionMap
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SPAN_ID
@@ -54,25 +57,26 @@ async def running_edge(
     gate = Gate(settings, directory, None, exists)
     client = await NatsClient.connect(settings.cluster, "edge")
     layout = Layout.of(settings.cluster)
-    partitions = PartitionMap(ConfigBucket(client, layout.config_bucket), layout.generations)
-    edge = Edge(settings, client, layout, partitions, gate)
-    ended = trio.Event()
-
-    async def run(task_status: trio.TaskStatus[Any]) -> None:
-        await edge.run(task_status)
-        ended.set()
-
+    config = ConfigBucket(client, layout.config_bucket)
+    feed, threads = TenantFeed(config), ThreadRunner("copy", 1)
+    partitions = PartitionMap(config, layout.generations)
+    edge = Edge(settings, client, layout, partitions, gate, feed)
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partitions.run)
-            addresses = await nursery.start(run)
-            yield edge, f"{addresses.ingest}/v1/traces", addresses.grpc
-            if not die:
-                edge.stop()
-                await ended.wait()
-            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as others:
+            others.start_soon(feed.run)
+            others.start_soon(partitions.run)
+            await others.start(TenantCopy(gate, feed, threads).run)
+            async with trio.open_nursery() as nursery:
+                addresses = await nursery.start(edge.run)
+                yield edge, f"{addresses.ingest}/v1/traces", addresses.grpc
+                if die:
+                    nursery.cancel_scope.cancel()
+                else:
+                    edge.stop()
+            others.cancel_scope.cancel()
     finally:
         edge.close()
+        threads.close()
         await client.close()
         gate.close()
         directory.close()

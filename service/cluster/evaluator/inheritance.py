@@ -24,6 +24,7 @@ from betrace.service.storage.jetstream.blobs import BlobCorrupt, BlobMissing
 from betrace.service.storage.jetstream.bucket import Conflict
 from betrace.service.storage.jetstream.generations import Finished, finished_key
 from betrace.service.telemetry import events
+from betrace.service.tenants import split_log_name
 
 _log = logging.getLogger("service.cluster.owner")
 
@@ -68,7 +69,8 @@ async def inherited(parts: OwnerParts, partition: int) -> PartitionState:
         return state
     own = generations.of_partition(partition)
 
-    def wanted(tenant: str, ids: Rows) -> Wanted:
+    def wanted(name: str, ids: Rows) -> Wanted:
+        tenant, _ = split_log_name(name)
         return np.asarray(own.first + partition_numbers(tenant, ids, own.count) == partition)
 
     while True:

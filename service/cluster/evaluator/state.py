@@ -35,6 +35,7 @@ from betrace.service.cluster.evaluator.raised import KnownOutput
 from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.evaluator.snapshot import PartitionSnapshot
 from betrace.service.cluster.output import Counts, Output
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import Rows
 from betrace.service.pipeline.history import TraceHistory, TraceIndex
@@ -176,6 +177,8 @@ class PartitionState:
         """Begin with these rules, whose markers are still to be applied. For an empty state, before
         anything is applied."""
         for marker in rules:
+            if marker.tenant.startswith(GONE):
+                continue  # what was sent before the deletion is evaluated up to its marker
             self.engine.rules.begin(marker.tenant, marker.revision, marker.definitions)
 
     def apply(self, messages: Sequence[LogMessage]) -> Output | None:
@@ -279,7 +282,8 @@ class PartitionState:
         left = self._known.left_over(self.step)
         if left is not None:
             self._index.clear()
-            self.engine.traces.reconsider(left)
+            rules = self.engine.rules
+            self.engine.traces.reconsider(each for each in left if rules.is_current(each.tenant))
 
     def _position(self) -> int:
         return pack_log_position(self.partition, self.applied)

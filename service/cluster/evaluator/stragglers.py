@@ -27,6 +27,7 @@ from betrace.service.storage.jetstream.envelope import (
 from betrace.service.storage.jetstream.errors import JetStreamError, LogGap
 from betrace.service.storage.jetstream.generations import Generation
 from betrace.service.storage.jetstream.stream_log import LogMessage
+from betrace.service.tenants import split_log_name
 
 _log = logging.getLogger("service.cluster.owner")
 
@@ -107,7 +108,8 @@ def split_again(message: LogMessage, current: Generation) -> list[tuple[int, byt
         return []
     found: list[tuple[int, bytes]] = []
     for frame in content.frames if isinstance(content, Spans) else ():
-        batch = scan_bodies(frame.tenant, [frame.body])
+        tenant, _ = split_log_name(frame.tenant)
+        batch = scan_bodies(tenant, [frame.body])
         try:
             most = max(_PART_BYTES, len(frame.body))  # each span fits into a message, as it did
             parts, _ = split(batch, current.count, most, current.first)

@@ -84,6 +84,7 @@ class PartitionWork:
         self._current = trio.Event()
         self._markers = MarkerAppends(parts, status, taken.state, self._append)
         self._skipped = -1  # the last message of a gap
+        self._read_to = 0, -math.inf  # the end of the log, and when it was read
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0
 
@@ -151,7 +152,10 @@ class PartitionWork:
             if messages:
                 after, quiet_since = messages[-1].sequence, trio.current_time()
                 await send.send(messages)
-                if trio.current_time() - read_at < 2 * GATHER_SECONDS and _few(messages):
+                few = _few(messages)
+                if few:
+                    self._read_to = after, trio.current_time()
+                if few and trio.current_time() - read_at < 2 * GATHER_SECONDS:
                     await next_round(GATHER_SECONDS)
                 read_at = trio.current_time()
             elif self._needs_tick(after, quiet_since):
@@ -218,7 +222,7 @@ class PartitionWork:
         while True:
             received = self.state.received
             try:
-                last = await self._parts.spans.last(self.partition)
+                last = await self._last(received)
             except TransientError:
                 last = received
             if last < received:
@@ -229,6 +233,13 @@ class PartitionWork:
             if status.lag_messages and self._read_ns:
                 status.lag_seconds = max(0.0, (time.time_ns() - self._read_ns) / 1e9)
             await next_round(_LAG_SECONDS)
+
+    async def _last(self, received: int) -> int:
+        """The last message of the log; without a request if the reader was there just now."""
+        read, at = self._read_to
+        if read >= received and trio.current_time() - at < _LAG_SECONDS:
+            return read
+        return await self._parts.spans.last(self.partition)
 
     async def _check_end(self, received: int) -> None:
         """Find out whether the log has lost its tail, by an append: a server that is cut off from

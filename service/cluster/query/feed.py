@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,11 @@ from betrace.service.cluster.query.applied import (
     remove_cursors,
     write_cursors,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.progress import InFlight
+from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.undecided import UndecidedStore, UndecidedTrace
@@ -45,6 +48,7 @@ WAIT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 SAVE_SECONDS = 1.0
 PARENT_SECONDS = 0.1
+TENANT_SECONDS = 0.05
 
 
 class OutLog(Protocol):
@@ -80,19 +84,20 @@ class PartitionFeed:
 @dataclass(frozen=True, slots=True)
 class FeedTarget:
     """Where the feed sends what it reads: the channel of storage-write, the tickets of work in
-    progress, and the store of what could not be judged. What belongs to the deleted tenants,
-    ``closed``, is dropped."""
+    progress, and the store of what could not be judged. What ``names`` says belongs to deleted
+    tenants is dropped."""
 
     channel: SendChannel[Decided]
     in_flight: InFlight
     undecided: UndecidedStore
-    closed: Container[str]
+    names: TenantNames
 
 
 @dataclass(eq=False)
 class OutFeed:
     """Feeds the stores from all partitions. ``log_of`` returns the output of one; ``file`` is where
-    the cursors are saved; ``tenants`` returns the tenants that have a DuckDB file.
+    the cursors are saved; ``tenants`` returns the tenants that have a DuckDB file; ``recent`` gets
+    the signals for exports and alerts.
 
     The output of a partition is read only once that of its parent is applied to its end, because
     the decisions about a trace are applied in their order.
@@ -105,6 +110,7 @@ class OutFeed:
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
+    recent: RecentSignals
     partitions: dict[int, PartitionFeed] = field(default_factory=dict, init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
@@ -225,9 +231,14 @@ class OutFeed:
     ) -> None:
         state = self.partitions[partition]
         items: list[Decided] = []
+        signals: list[Signal] = []
         if message.data:  # records of epochs have none
             found = await self._unpacked(message.data)
-            items = [each for each in found.decided if each.tenant not in self.target.closed]
+            await self._wait_for_tenants(found, generation)
+            if found.undecided:
+                await self.threads.run(self._store_undecided, found.undecided)
+            items = self.target.names.current(found.decided)
+            signals = [signal for item in found.decided for signal in item.signals]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
             state.counts, state.evaluated_to = found.counts, found.upto
         else:
@@ -239,6 +250,7 @@ class OutFeed:
             for ticket in tickets:
                 self.target.in_flight.leave(ticket)
             raise _Rewound
+        self.recent.add(partition, message.sequence, signals)
         try:
             await channel.send_each(items)
         except trio.Cancelled:  # some of it was not sent, so this message is never applied
@@ -250,30 +262,11 @@ class OutFeed:
         state.items += len(items)
 
     async def _unpacked(self, data: bytes) -> output.Output:
-        """The content of a message, after what could not be judged is stored."""
+        """The content of a message. What could not be evaluated is logged."""
         if len(data) > INLINE_BYTES:
-            return await self.threads.run(self._unpack, data)
-        found = output.unpack(data)
-        if found.undecided or found.dead:
-            await self.threads.run(self._report, found)
-        return found
-
-    def _unpack(self, data: bytes) -> output.Output:
-        found = output.unpack(data)
-        self._report(found)
-        return found
-
-    def _report(self, found: output.Output) -> None:
-        """Store what could not be judged, and log what could not be evaluated. Blocks."""
-        by_tenant: dict[str, list[UndecidedTrace]] = {}
-        for each in found.undecided:
-            if each.tenant not in self.target.closed:
-                by_tenant.setdefault(each.tenant, []).append(each.trace)
-        for tenant, traces in by_tenant.items():
-            try:
-                self.target.undecided.add(tenant, traces)
-            except OSError as error:
-                _log.warning("traces that could not be judged are not stored: %s", error)
+            found = await self.threads.run(output.unpack, data)
+        else:
+            found = output.unpack(data)
         for dead in found.dead:
             _log.error(
                 "message %d could not be evaluated (tenant %s): %s",
@@ -281,6 +274,29 @@ class OutFeed:
                 dead.tenant or "all",
                 dead.reason,
             )
+        return found
+
+    async def _wait_for_tenants(self, found: output.Output, generation: int) -> None:
+        """Wait while a message is about a tenant that was created again, and this node has not
+        deleted its former data yet."""
+        names = {each.tenant for each in found.decided} | {each.tenant for each in found.undecided}
+        while self.target.names.unknown(names):
+            await trio.sleep(TENANT_SECONDS)
+            if generation != self.positions.generation:
+                raise _Rewound
+
+    def _store_undecided(self, undecided: list[output.NotJudged]) -> None:
+        """Store what could not be judged. Blocks."""
+        by_tenant: dict[str, list[UndecidedTrace]] = {}
+        for each in undecided:
+            tenant = self.target.names.tenant(each.tenant)
+            if tenant is not None:
+                by_tenant.setdefault(tenant, []).append(each.trace)
+        for tenant, traces in by_tenant.items():
+            try:
+                self.target.undecided.add(tenant, traces)
+            except OSError as error:
+                _log.warning("traces that could not be judged are not stored: %s", error)
 
 
 class _Rewound(Exception):  # noqa: N818

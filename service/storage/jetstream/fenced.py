@@ -35,6 +35,7 @@ from betrace.service.storage.jetstream.stream_log import (
     announce,
     read_log,
 )
+from betrace.service.storage.jetstream.wakeups import Wakeup
 
 _OWNER = "BeTrace-Owner"
 
@@ -139,7 +140,7 @@ class FencedLog:
             return []
         messages = await self._client.call(
             lambda nats: read_log(
-                nats, self._stream, self._wakeup, after, most_bytes, wait_seconds
+                nats, self._stream, Wakeup(self._wakeup), after, most_bytes, wait_seconds
             ),
             None,
         )

@@ -25,6 +25,7 @@ from betrace.service.storage.jetstream.stream_log import (
     log_message,
     read_log,
 )
+from betrace.service.storage.jetstream.wakeups import Wakeup
 from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
 
@@ -108,7 +109,7 @@ class SpanStreams:
             known,
         )
         self._note(partition, sequence)
-        await announce(nats, layout.spans_wakeup(partition))
+        await announce(nats, layout.spans_wakeup, partition)
         return sequence
 
     async def _first_known(self, nats: Nats, partition: int) -> int:
@@ -127,7 +128,7 @@ class SpanStreams:
         ``most_bytes`` or more; empty if none came within ``wait_seconds``. Raises :exc:`LogGap` and
         :exc:`NatsUnavailable`."""
         stream = self._layout.spans_stream(partition)
-        wakeup = self._layout.spans_wakeup(partition)
+        wakeup = Wakeup(self._layout.spans_wakeup, partition)
         return await self._client.call(
             lambda nats: read_log(nats, stream, wakeup, after, most_bytes, wait_seconds), None
         )
@@ -289,8 +290,7 @@ class _AppendsTogether:
 
     async def _announce(self) -> None:
         partitions, self._unannounced = self._unannounced, []
-        for partition in partitions:
-            await announce(self._nats, self._streams._layout.spans_wakeup(partition))
+        await announce(self._nats, self._streams._layout.spans_wakeup, *partitions)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
