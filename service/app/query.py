@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from betrace.service.cluster.duty import Duties, DutyTimes
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection, OtherRoles
 from betrace.service.cluster.query.open_traces import (
@@ -32,13 +33,18 @@ def connect_query(
     node: str,
     roles: Sequence[str],
     client: NatsClient,
+    partitions: PartitionMap,
     tenants: TenantFeed,
     others: OtherRoles,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles, and ``tenants`` serves them all."""
-    layout, partitions = Layout.of(settings), range(settings.partitions)
-    logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
+    roles; ``partitions`` and ``tenants`` serve them all."""
+    layout = Layout.of(settings, partitions.generations)
+    logs: dict[int, FencedLog] = {}
+
+    def out(partition: int) -> FencedLog:
+        return logs.setdefault(partition, FencedLog(client, layout, partition))
+
     leases_bucket = ConfigBucket(client, layout.leases_bucket)
     leases = Leases(leases_bucket, settings.lease_seconds)
     times = DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
@@ -52,16 +58,17 @@ def connect_query(
         roles=tuple(roles),
         client=client,
         spans=SpanStreams(client, layout),
-        outs=dict(logs),
-        last=lambda partition: logs[partition].last(),
-        epoch=lambda partition: logs[partition].epoch(),
+        partitions=partitions,
+        out=out,
+        last=lambda partition: out(partition).last(),
+        epoch=lambda partition: out(partition).epoch(),
         owners=leases.owners,
         config=tenants.bucket,
         shared=ConfigBucket(client, layout.query_bucket),
         duties=Duties(leases_bucket, node, times),
-        recent=RecentSignals(settings.partitions),
+        recent=RecentSignals(partitions.current.count),
         index_subject=index_subject(layout.prefix),
-        open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
+        open_traces=RemoteOpenTraces(ask_owner, partitions.holder_of),
         others=others,
         tenants=tenants,
     )

@@ -25,6 +25,15 @@ async def forget_old(spans: SpanStreams, blobs: Blobs, partition: int, before_ns
     return max(first, keep)
 
 
+async def forget_former(spans: SpanStreams, partition: int, sealed: int, before_ns: int) -> None:
+    """Delete the messages of a finished partition that servers stored before a time; its seal
+    stays. Raises :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
+    first = await spans.first(partition)
+    keep = await _first_since(spans, partition, first, sealed, before_ns)
+    if keep > first:
+        await spans.forget_before(partition, keep)
+
+
 async def _first_since(
     spans: SpanStreams, partition: int, first: int, last: int, time_ns: int
 ) -> int:
