@@ -116,7 +116,8 @@ class ClusterProcess:
         self.compilation = Compilation(kernels_of(roles))
         self._make_query = make_query
         self._gate = gate
-        self._query: Service | None = None
+        self.query: Service | None = None
+        """The service of the query role, once it starts."""
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
         self._membership: Membership
@@ -169,13 +170,13 @@ class ClusterProcess:
 
     async def reload_rules(self) -> None:
         """Reload changed rule files now."""
-        if self._query is not None:
-            await self._query.reload_rules()
+        if self.query is not None:
+            await self.query.reload_rules()
 
     def close(self) -> None:
         """End the worker threads; whoever opened the stores closes them."""
-        if self._query is not None:
-            self._query.close()
+        if self.query is not None:
+            self.query.close()
         if self.edge is not None:
             self.edge.close()
         if self._gate is not None:
@@ -192,7 +193,7 @@ class ClusterProcess:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            query = self._query = self._make_query(
+            query = self.query = self._make_query(
                 connect_query(self._cluster, self.node, self.roles, client, self)
             )
             query.compilation, gate = self.compilation, query.gate

@@ -19,22 +19,7 @@ async def forget_old(spans: SpanStreams, blobs: Blobs, partition: int, before_ns
     if len(names) < checkpoints.KEPT:
         return first
     most = min(checkpoints.applied_of(name) for name in names)
-    keep = await _first_since(spans, partition, first, most, before_ns)
+    keep = await spans.first_since(partition, first, most, before_ns)
     if keep > first:
         await spans.forget_before(partition, keep)
     return max(first, keep)
-
-
-async def _first_since(
-    spans: SpanStreams, partition: int, first: int, last: int, time_ns: int
-) -> int:
-    """The first sequence from ``first`` to ``last`` that was stored at ``time_ns`` or later;
-    ``last`` if no message is that new. Timestamps grow, apart from jumps of servers' clocks."""
-    while first < last:
-        middle = (first + last) // 2
-        found = await spans.get(partition, middle)
-        if found is not None and found.time_ns >= time_ns:
-            last = middle
-        else:
-            first = middle + 1
-    return last

@@ -1,0 +1,103 @@
+"""Reads the whole log of a cluster, or a period of it, in the order in which servers stored it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import trio
+
+from betrace.service.storage.jetstream.errors import LogGap
+from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.jetstream.stream_log import LogMessage
+
+_READ_BYTES = 32 << 20
+"""Bytes in memory, for all partitions together."""
+
+_RETRY_SECONDS = 0.1
+
+Located = tuple[int, LogMessage]
+"""A message with its partition."""
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Reads one partition up to ``last``."""
+
+    partition: int
+    after: int
+    last: int
+    messages: deque[LogMessage] = field(default_factory=deque)
+
+    @property
+    def ended(self) -> bool:
+        return self.after >= self.last
+
+
+class SpanHistory:
+    """The messages of all partitions, as far as they are in the log when reading begins."""
+
+    def __init__(self, spans: SpanStreams, partitions: int) -> None:
+        self._spans = spans
+        self._partitions = partitions
+        self.gaps: list[str] = []
+        """Places where messages are missing."""
+
+    async def rounds(
+        self, since_ns: int | None = None, until_ns: int | None = None
+    ) -> AsyncIterator[list[Located]]:
+        """The messages that servers stored from ``since_ns`` on and before ``until_ns``, in lists
+        that follow each other in time. Raises
+        :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
+        readers = [await self._reader(p, since_ns, until_ns) for p in range(self._partitions)]
+        size = max(1 << 16, _READ_BYTES // self._partitions)
+        while True:
+            async with trio.open_nursery() as nursery:
+                for reader in readers:
+                    if not reader.messages and not reader.ended:
+                        nursery.start_soon(self._fill, reader, size)
+            readers = [reader for reader in readers if reader.messages]
+            if not readers:
+                return
+            unread = [reader.messages[-1].time_ns for reader in readers if not reader.ended]
+            yield _taken(readers, min(unread, default=None))
+
+    async def _reader(self, partition: int, since_ns: int | None, until_ns: int | None) -> _Reader:
+        spans = self._spans
+        first, end = await spans.first(partition), await spans.last(partition) + 1
+        begin = await spans.first_since(partition, first, end, since_ns) if since_ns else first
+        if until_ns is not None:
+            end = await spans.first_since(partition, begin, end, until_ns)
+        return _Reader(partition, begin - 1, end - 1)
+
+    async def _fill(self, reader: _Reader, size: int) -> None:
+        while not reader.messages and not reader.ended:
+            try:
+                found = await self._spans.read(reader.partition, reader.after, size, 0.0)
+            except LogGap as gap:  # retention may delete messages meanwhile
+                self.gaps.append(str(gap))
+                reader.after = gap.found - 1
+                continue
+            if found:
+                reader.messages.extend(each for each in found if each.sequence <= reader.last)
+                reader.after = found[-1].sequence
+            elif await self._spans.first(reader.partition) > reader.last:
+                reader.after = reader.last  # everything was deleted meanwhile
+            else:
+                await trio.sleep(_RETRY_SECONDS)  # this replica is behind
+
+
+def _taken(readers: list[_Reader], upto_ns: int | None) -> list[Located]:
+    """Take the messages up to a time, None for all of them. A reader whose clock went back gives
+    at least one."""
+    found: list[Located] = []
+    for reader in readers:
+        messages = reader.messages
+        while messages and (upto_ns is None or messages[0].time_ns <= upto_ns):
+            found.append((reader.partition, messages.popleft()))
+    if not found:
+        reader = readers[0]
+        found.append((reader.partition, reader.messages.popleft()))
+    found.sort(key=lambda each: each[1].time_ns)
+    return found

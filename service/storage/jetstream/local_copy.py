@@ -1,0 +1,71 @@
+"""Copies spans from the log of a cluster to a local span log, for commands that read much of it.
+
+Reading frames one by one from the servers is slow: each costs a round trip and a whole message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+import zstandard
+
+from betrace.service.storage.jetstream.envelope import EnvelopeCorrupt, Spans, unpack
+from betrace.service.storage.jetstream.history import Located, SpanHistory
+from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.storage.spanlog.log import SpanLog
+
+CLOCKS_NS = 60 * 1_000_000_000
+"""By how much the clocks of edges and NATS servers may differ."""
+
+
+@dataclass(slots=True)
+class LocalCopy:
+    """Copies frames of ``tenant``, None for all tenants, to ``log``."""
+
+    log: SpanLog
+    tenant: str | None = None
+    spans: int = 0
+    damaged: list[str] = field(default_factory=list)
+    """Messages that cannot be read, or are missing."""
+    _compressor: zstandard.ZstdCompressor = field(
+        default_factory=lambda: zstandard.ZstdCompressor(level=1)
+    )
+
+    async def run(
+        self,
+        history: SpanHistory,
+        since_ns: int | None,
+        until_ns: int | None,
+        report: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Copy what edges received from ``since_ns`` on and before ``until_ns``. ``report`` gets
+        the number of spans copied so far. Raises
+        :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable` and
+        :exc:`~betrace.service.storage.spanlog.errors.LogWriteError`."""
+        first = None if since_ns is None else since_ns - CLOCKS_NS
+        last = None if until_ns is None else until_ns + CLOCKS_NS
+        async for messages in history.rounds(first, last):
+            await trio.to_thread.run_sync(self._add, messages, since_ns or 0, until_ns)
+            report(self.spans)
+        self.damaged += history.gaps
+
+    def _add(self, messages: list[Located], since_ns: int, until_ns: int | None) -> None:
+        found: dict[str, list[Frame]] = {}
+        for partition, message in messages:
+            try:
+                content = unpack(message.data)
+            except EnvelopeCorrupt as error:
+                self.damaged.append(f"partition {partition}, message {message.sequence}: {error}")
+                continue
+            for each in content.frames if isinstance(content, Spans) else ():
+                at = each.received_ns
+                wanted = at >= since_ns and (until_ns is None or at < until_ns)
+                if wanted and self.tenant in (None, each.tenant):
+                    body = self._compressor.compress(each.body)
+                    frame = Frame("protobuf", "zstd", at, body, each.spans)
+                    found.setdefault(each.tenant, []).append(frame)
+        for tenant, frames in found.items():
+            self.log.append(tenant, frames)
+            self.spans += sum(frame.spans for frame in frames)
