@@ -41,6 +41,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.configuration import cluster_id
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.setup import check
@@ -193,8 +194,9 @@ class ClusterProcess:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
+            identity = await self._identity(client)
             query = self.query = self._make_query(
-                connect_query(self._cluster, self.node, self.roles, client, self)
+                connect_query(self._cluster, self.node, self.roles, client, self, identity)
             )
             query.compilation, gate = self.compilation, query.gate
             found: Addresses = await self._start_part(nursery, Role.QUERY, query)
@@ -213,6 +215,14 @@ class ClusterProcess:
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
+
+    async def _identity(self, client: NatsClient) -> str:
+        while True:
+            try:
+                return await cluster_id(ConfigBucket(client, self._layout.config_bucket))
+            except NatsUnavailable as error:
+                _log.warning("waiting for the NATS servers: %s", error)
+                await trio.sleep(RETRY_SECONDS)
 
     async def _start_part(self, nursery: trio.Nursery, role: Role, part: RolePart) -> Any:
         """Run a part; returns what it starts with."""

@@ -27,9 +27,10 @@ def connect_query(
     roles: Sequence[str],
     client: NatsClient,
     others: OtherRoles,
+    identity: str,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles."""
+    roles, ``identity`` is the id of the cluster."""
     layout, partitions = Layout.of(settings), range(settings.partitions)
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
     leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
@@ -44,6 +45,7 @@ def connect_query(
     return ClusterConnection(
         name=node,
         roles=tuple(roles),
+        identity=identity,
         client=client,
         spans=SpanStreams(client, layout),
         outs=dict(logs),

@@ -105,6 +105,7 @@ class FedNode:
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
+        self.identity = "first"
 
     def connection(self) -> ClusterConnection:
         async def owners() -> dict[int, str]:
@@ -116,6 +117,7 @@ class FedNode:
         return ClusterConnection(
             name="query-1",
             roles=("query",),
+            identity=self.identity,
             client=NoNats(),  # type: ignore[arg-type]
             spans=NoSpans(),  # type: ignore[arg-type]
             outs=dict(self.outs),

@@ -83,7 +83,7 @@ class FeedTarget:
 @dataclass(eq=False)
 class OutFeed:
     """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
-    returns the tenants that have a DuckDB file."""
+    returns the tenants that have a DuckDB file; ``cluster`` is the id of the cluster."""
 
     logs: dict[int, OutLog]
     positions: AppliedPositions
@@ -91,6 +91,7 @@ class OutFeed:
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
+    cluster: str
     partitions: dict[int, PartitionFeed] = field(init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
@@ -133,7 +134,7 @@ class OutFeed:
     async def save(self) -> None:
         """Save the cursors, if they changed."""
         generation = self.positions.generation
-        cursors = Cursors(self.positions.all(), frozenset(self.tenants()))
+        cursors = Cursors(self.positions.all(), frozenset(self.tenants()), self.cluster)
         if (generation, cursors) == self._saved:
             return
 

@@ -84,6 +84,8 @@ class ClusterConnection:
     """Of this node."""
     roles: tuple[str, ...]
     """Of this process."""
+    identity: str
+    """Of the cluster."""
     client: NatsClient
     spans: SpanStreams
     outs: dict[int, OutLog]
@@ -123,7 +125,11 @@ class QueryNode:
                 ", ".join(sorted(lost)[:10]),
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
-        self.positions = AppliedPositions(() if lost else saved.applied.items())
+        elsewhere = saved.cluster not in ("", self.cluster.identity)
+        if elsewhere:
+            _log.warning("the streams are those of a new cluster, so all of OUT is applied")
+            remove_cursors(file)
+        self.positions = AppliedPositions(() if lost or elsewhere else saved.applied.items())
         self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed, stores.waiting)
         self.publisher = RulePublisher(
             self.cluster.config, stores.rules, stores.data / published.FILE
@@ -138,6 +144,7 @@ class QueryNode:
             self.stores.threads,
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
+            self.cluster.identity,
         )
 
     async def run(self) -> None:
