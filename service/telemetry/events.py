@@ -352,6 +352,19 @@ NODE_NAME_TAKEN = _event(
     "another process has the name of this node, {node}; set cluster.node to a different name",
     "Two running processes have the same name, so each takes the partitions of the other.",
 )
+DUTY_TAKEN = _event(
+    "cluster.duty_taken",
+    logging.INFO,
+    "this node now has the duty {duty}",
+    "One node at a time has a duty: `exports` sends signals to a destination, `alerts` follows alerts "
+    "and sends them.",
+)
+DUTY_LOST = _event(
+    "cluster.duty_lost",
+    logging.WARNING,
+    "this node no longer has the duty {duty}",
+    "The lease could not be renewed, or another node took it. The other node continues the work.",
+)
 PARTITION_TAKEN_OVER = _event(
     "cluster.partition_taken_over",
     logging.INFO,
