@@ -29,7 +29,7 @@ from betrace.service.api.unstored_signals import UnstoredSignals
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
-from betrace.service.export.archiver import archive_directory
+from betrace.service.export.archiver import Archiver, Throttle, archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
@@ -261,7 +261,7 @@ class _ServiceBuilder:
         self._removal = Removal(
             data, stores, gate, self._pipeline, self._recovery, self._rebuild, threads, erase
         )
-        self._daily = Daily(settings, stores.log, stores.duckdb)
+        self._daily = self._make_daily()
         self._rule_watch = RuleWatch(stores.registry, threads, settings.rules.poll_seconds)
         self._watch = Watch(
             self._pipeline.stages,
@@ -270,6 +270,24 @@ class _ServiceBuilder:
             self._admission.refusals.spans,
             settings.pipeline.stall_seconds,
         )
+
+    def _make_daily(self) -> Daily:
+        settings, stores = self._settings, self._stores
+        if self._cluster is not None:
+            from betrace.service.app.archive import cluster_daily
+
+            return cluster_daily(settings, stores.duckdb, self._cluster)
+
+        def make_archiver() -> Archiver:
+            return Archiver(
+                stores.log,
+                archive_directory(settings),
+                settings.storage.path / "checkpoints",
+                settings.ingest.max_body_bytes,
+                Throttle(),
+            )
+
+        return Daily(settings, stores.duckdb, make_archiver)
 
     def _erase_archive(self, tenant: str) -> None:
         with suppress(FileNotFoundError):

@@ -43,6 +43,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
     """The evaluator of a process. Its partitions ask a query node about traces of late spans."""
     assert settings.cluster is not None
     cluster, client, layout = settings.cluster, node.client, node.layout
+    config = ConfigBucket(client, layout.config_bucket)
     spans, subject = SpanStreams(client, layout), index_subject(layout.prefix)
 
     def ask(data: bytes) -> bytes:
@@ -60,11 +61,13 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         outputs=lambda partition: FencedLog(client, layout, partition),
         leases=Leases(ConfigBucket(client, layout.leases_bucket), cluster.lease_seconds),
         blobs=Blobs(client, layout.checkpoints_store),
-        rules=RuleFeed(ConfigBucket(client, layout.config_bucket)),
+        rules=RuleFeed(config),
         threads=node.threads,
         new_state=new_state,
         checkpoint_seconds=settings.checkpoint.interval_seconds,
         log_days=settings.retention.log_days,
+        archive=settings.archive.enabled,
+        config=config,
         takeovers=trio.CapacityLimiter(TAKEOVERS),
         handovers=trio.CapacityLimiter(HANDOVERS),
     )

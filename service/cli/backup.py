@@ -21,7 +21,6 @@ from betrace.service.cli.common import (
     warn,
     with_client,
 )
-from betrace.service.pipeline.recovery.backup import CLUSTER_FILE
 
 if TYPE_CHECKING:
     from betrace.service.config.cluster import ClusterSettings
@@ -107,7 +106,7 @@ def restore(directory: Path, config: Path | None, overrides: dict[str, Any], as_
       betrace restore /mnt/backup/betrace-2026-11-29 --data ./data
     """
     from betrace.service.config.load import load
-    from betrace.service.pipeline.recovery.backup import BackupError
+    from betrace.service.pipeline.recovery.backup import CLUSTER_FILE, BackupError
     from betrace.service.pipeline.recovery.backup import restore as copy_back
 
     settings = load(config, overrides)
@@ -177,7 +176,7 @@ def _write_cluster(settings: ClusterSettings, copy: bytes) -> RestoredConfigurat
     try:
         return with_client(settings, work)
     except NoConfiguration as error:
-        raise Failure(f"{CLUSTER_FILE} of the backup cannot be used: {error}") from error
+        raise Failure(f"the rules in the backup cannot be used: {error}") from error
 
 
 def _cluster_lines(common: RestoredConfiguration | None) -> list[str]:

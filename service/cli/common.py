@@ -18,7 +18,6 @@ import click
 
 if TYPE_CHECKING:
     from betrace.service.config.cluster import ClusterSettings
-    from betrace.service.config.settings import Settings
     from betrace.service.storage.jetstream.client import NatsClient
 
 T = TypeVar("T")
@@ -131,12 +130,6 @@ class Moment(click.ParamType[int]):
                 param,
                 ctx,
             )
-
-
-def refuse_on_cluster(settings: Settings, command: str, instead: str) -> None:
-    """Refuse a command that works with a local span log; ``instead`` says what to do."""
-    if settings.cluster is not None:
-        raise Failure(f"betrace {command} does not work with [cluster] yet; {instead}")
 
 
 def with_client(settings: ClusterSettings, work: Callable[[NatsClient], Awaitable[T]]) -> T:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from betrace.service.storage.jetstream.client import NatsClient
     from betrace.service.storage.spanlog.log import SpanLog
 
+CLOCKS_NS = 60 * 1_000_000_000
+"""By how much the clocks of edges and NATS servers may differ."""
 _REPORT_SECONDS = 1.0
 
 
@@ -42,7 +44,11 @@ def copied_log(
 
         async def run(client: NatsClient) -> None:
             history = SpanHistory(SpanStreams(client, layout), layout.partitions)
-            await copy.run(history, since, until, _report())
+            ranges = await history.ranges(
+                None if since is None else since - CLOCKS_NS,
+                None if until is None else until + CLOCKS_NS,
+            )
+            await copy.run(history, ranges, (since, until), _report())
 
         with_client(settings, run)
         for place in copy.damaged:

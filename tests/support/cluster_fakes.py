@@ -425,6 +425,8 @@ class FakeEvaluator:
             new_state=self.new_state,
             checkpoint_seconds=self.checkpoint_seconds,
             log_days=0,
+            archive=False,
+            config=FakeBucket(node, "config"),
             takeovers=trio.CapacityLimiter(4),
             handovers=trio.CapacityLimiter(4),
         )

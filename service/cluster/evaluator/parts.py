@@ -12,6 +12,7 @@ from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.blobs import Blobs
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
@@ -34,6 +35,10 @@ class OwnerParts:
     checkpoint_seconds: float
     log_days: int
     """Days to keep the messages of the log; 0 keeps all."""
+    archive: bool
+    """Whether messages are archived before they are deleted."""
+    config: ConfigBucket
+    """The cluster's configuration."""
     takeovers: trio.CapacityLimiter
     """How many partitions are taken over at a time."""
     handovers: trio.CapacityLimiter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -36,7 +36,8 @@ class _Reader:
 
 
 class SpanHistory:
-    """The messages of all partitions, as far as they are in the log when reading begins."""
+    """The messages of all partitions. All methods raise
+    :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
 
     def __init__(self, spans: SpanStreams, partitions: int) -> None:
         self._spans = spans
@@ -44,13 +45,40 @@ class SpanHistory:
         self.gaps: list[str] = []
         """Places where messages are missing."""
 
-    async def rounds(
-        self, since_ns: int | None = None, until_ns: int | None = None
-    ) -> AsyncIterator[list[Located]]:
-        """The messages that servers stored from ``since_ns`` on and before ``until_ns``, in lists
-        that follow each other in time. Raises
-        :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
-        readers = [await self._reader(p, since_ns, until_ns) for p in range(self._partitions)]
+    async def ranges(
+        self,
+        since_ns: int | None = None,
+        until_ns: int | None = None,
+        starts: Mapping[int, int] | None = None,
+    ) -> list[range]:
+        """By partition, the sequences of the messages that servers stored from ``since_ns`` on and
+        before ``until_ns``, as far as they are in the log now. In place of ``since_ns``, ``starts``
+        has the first sequences by partition."""
+        found = []
+        for partition in range(self._partitions):
+            first = await self._spans.first(partition)
+            end = await self._spans.last(partition) + 1
+            if starts is not None:
+                first = max(first, starts.get(partition, 0))
+            elif since_ns is not None:
+                first = await self._spans.first_since(partition, first, end, since_ns)
+            if until_ns is not None:
+                end = await self._spans.first_since(partition, first, end, until_ns)
+            found.append(range(first, end))
+        return found
+
+    async def begin_ns(self) -> int | None:
+        """When the oldest message was stored; None without any."""
+        times = []
+        for partition in range(self._partitions):
+            found = await self._spans.get(partition, await self._spans.first(partition))
+            if found is not None:
+                times.append(found.time_ns)
+        return min(times, default=None)
+
+    async def rounds(self, ranges: Sequence[range]) -> AsyncIterator[list[Located]]:
+        """The messages in these ranges, in lists that follow each other in time."""
+        readers = [_Reader(p, each.start - 1, each.stop - 1) for p, each in enumerate(ranges)]
         size = max(1 << 16, _READ_BYTES // self._partitions)
         while True:
             async with trio.open_nursery() as nursery:
@@ -62,14 +90,6 @@ class SpanHistory:
                 return
             unread = [reader.messages[-1].time_ns for reader in readers if not reader.ended]
             yield _taken(readers, min(unread, default=None))
-
-    async def _reader(self, partition: int, since_ns: int | None, until_ns: int | None) -> _Reader:
-        spans = self._spans
-        first, end = await spans.first(partition), await spans.last(partition) + 1
-        begin = await spans.first_since(partition, first, end, since_ns) if since_ns else first
-        if until_ns is not None:
-            end = await spans.first_since(partition, begin, end, until_ns)
-        return _Reader(partition, begin - 1, end - 1)
 
     async def _fill(self, reader: _Reader, size: int) -> None:
         while not reader.messages and not reader.ended:

@@ -5,7 +5,7 @@ Reading frames one by one from the servers is slow: each costs a round trip and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -15,9 +15,6 @@ from betrace.service.storage.jetstream.envelope import EnvelopeCorrupt, Spans, u
 from betrace.service.storage.jetstream.history import Located, SpanHistory
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
-
-CLOCKS_NS = 60 * 1_000_000_000
-"""By how much the clocks of edges and NATS servers may differ."""
 
 
 @dataclass(slots=True)
@@ -36,22 +33,20 @@ class LocalCopy:
     async def run(
         self,
         history: SpanHistory,
-        since_ns: int | None,
-        until_ns: int | None,
+        ranges: Sequence[range],
+        received: tuple[int | None, int | None] = (None, None),
         report: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Copy what edges received from ``since_ns`` on and before ``until_ns``. ``report`` gets
-        the number of spans copied so far. Raises
+        """Copy the messages in ``ranges``, without what edges received before or after a period.
+        ``report`` gets the number of spans copied so far. Raises
         :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable` and
         :exc:`~betrace.service.storage.spanlog.errors.LogWriteError`."""
-        first = None if since_ns is None else since_ns - CLOCKS_NS
-        last = None if until_ns is None else until_ns + CLOCKS_NS
-        async for messages in history.rounds(first, last):
-            await trio.to_thread.run_sync(self._add, messages, since_ns or 0, until_ns)
+        async for messages in history.rounds(ranges):
+            await trio.to_thread.run_sync(self._add, messages, *received)
             report(self.spans)
         self.damaged += history.gaps
 
-    def _add(self, messages: list[Located], since_ns: int, until_ns: int | None) -> None:
+    def _add(self, messages: list[Located], since_ns: int | None, until_ns: int | None) -> None:
         found: dict[str, list[Frame]] = {}
         for partition, message in messages:
             try:
@@ -61,7 +56,7 @@ class LocalCopy:
                 continue
             for each in content.frames if isinstance(content, Spans) else ():
                 at = each.received_ns
-                wanted = at >= since_ns and (until_ns is None or at < until_ns)
+                wanted = (since_ns or 0) <= at and (until_ns is None or at < until_ns)
                 if wanted and self.tenant in (None, each.tenant):
                     body = self._compressor.compress(each.body)
                     frame = Frame("protobuf", "zstd", at, body, each.spans)
