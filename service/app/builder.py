@@ -217,6 +217,7 @@ class _ServiceBuilder:
         """What feeds storage-write on a cluster."""
         if self._cluster is None:
             return None
+        from betrace.service.cluster.ingestion import IngestionSwitch
         from betrace.service.cluster.query.node import QueryNode, QueryStores
 
         stores = QueryStores(
@@ -228,7 +229,9 @@ class _ServiceBuilder:
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        node = QueryNode(self._cluster, stores)
+        admission = self._admission  # receives no spans; it has the state of the edges'
+        switch = IngestionSwitch(self._cluster.config, admission.pause, admission.resume)
+        node = QueryNode(self._cluster, stores, switch)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 

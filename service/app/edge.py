@@ -26,6 +26,7 @@ from betrace.service.app import edge_metrics
 from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
+from betrace.service.cluster.ingestion import IngestionSwitch
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import split, wire
 from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL, open_batch_audit
@@ -33,6 +34,7 @@ from betrace.service.pipeline.request import Request
 from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.receiver.listeners import listen_for_spans
 from betrace.service.receiver.server import ARRIVAL_SHARE
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.spans import SpanStreams
@@ -101,6 +103,9 @@ class Edge:
         )
         shares = DemandShares(gate.quotas, uuid.uuid4().hex)
         self._quotas = QuotaExchange(shares, client, layout.quotas_subject)
+        self._switch = IngestionSwitch(
+            ConfigBucket(client, layout.config_bucket), self.admission.pause, self.admission.resume
+        )
         self._stop = trio.Event()
 
     async def run(
@@ -121,6 +126,7 @@ class Edge:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.commit.run)
             await nursery.start(self._quotas.run)
+            await nursery.start(self._switch.run)
             async with trio.open_nursery() as stages:
                 await stages.start(self.stage.run)
                 addresses = await listen_for_spans(

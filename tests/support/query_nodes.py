@@ -18,6 +18,7 @@ from betrace.service.cluster.query.open_traces import (
     open_traces_answer,
 )
 from betrace.service.config.settings import Settings
+from betrace.service.storage.jetstream.bucket import Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -74,6 +75,9 @@ class NoSpans:
     def read_many(self, tenant: str, positions: Any) -> list[FrameMissing]:
         return [FrameMissing("deleted") for _ in positions]
 
+    async def last(self, partition: int) -> int:
+        return 0
+
 
 class NoNats:
     """A client that never reaches a server."""
@@ -94,6 +98,10 @@ class EmptyBucket:
     async def put(self, key: str, value: bytes, expected_revision: int | None = None) -> int:
         self.values[key] = value
         return len(self.values)
+
+    async def watch(self, prefix: str = "") -> AsyncIterator[Entry]:
+        await trio.sleep_forever()
+        yield Entry("", None, 0)
 
 
 class FedNode:

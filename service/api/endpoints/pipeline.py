@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from betrace.service.api.endpoint import Answer, Call, Endpoints
-from betrace.service.api.endpoints.cluster import refuse_on_cluster
 from betrace.service.api.params import WAIT
 from betrace.service.api.sources import Sources
 
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.node import QueryNode
+
 endpoints = Endpoints("Administration", access="operator")
 
-_AT_EDGES = ("ingestion cannot be paused or resumed", "edges receive the spans: stop them instead")
+_LOOK_SECONDS = 0.5
+_LOOKS = 3
+"""A cluster is drained once nothing waits at so many looks: edges follow within a second."""
 
 
 def pipeline_state(sources: Sources) -> dict[str, Any]:
@@ -62,10 +66,10 @@ async def get_pipeline(call: Call) -> Any:
     answers={200: "The pipeline"},
 )
 async def pause_pipeline(call: Call) -> Any:
-    """Requests get 503 until `resume`. Accepted spans are still processed."""
-    refuse_on_cluster(call, *_AT_EDGES)
+    """Requests get 503 until `resume`. Accepted spans are still processed. On a cluster, all edges
+    follow within a second, and it stays so when processes restart."""
     await call.note("pipeline.pause")
-    call.tools.sources.admission.pause()
+    await _set_paused(call.tools.sources, paused=True)
     return pipeline_state(call.tools.sources)
 
 
@@ -76,9 +80,8 @@ async def pause_pipeline(call: Call) -> Any:
     answers={200: "The pipeline"},
 )
 async def resume_pipeline(call: Call) -> Any:
-    refuse_on_cluster(call, *_AT_EDGES)
     await call.note("pipeline.resume")
-    call.tools.sources.admission.resume()
+    await _set_paused(call.tools.sources, paused=False)
     return pipeline_state(call.tools.sources)
 
 
@@ -90,11 +93,17 @@ async def resume_pipeline(call: Call) -> Any:
     answers={200: "The pipeline, drained", 202: "The pipeline, not empty yet"},
 )
 async def drain_pipeline(call: Call) -> Any:
-    """Ingestion stays paused until `resume`."""
-    refuse_on_cluster(call, *_AT_EDGES)
+    """Ingestion stays paused until `resume`. On a cluster, `waiting` also has the messages that
+    are not evaluated yet (`evaluation`) and those that are not stored here yet (`query-node`)."""
     sources = call.tools.sources
     await call.note("pipeline.drain")
-    sources.admission.pause()
+    await _set_paused(sources, paused=True)
+    if sources.node is not None:
+        waiting = await _drain_cluster(sources.node, call.params["wait"])
+        found = pipeline_state(sources)
+        found["waiting"] |= waiting
+        found["drained"] = found["drained"] and not waiting
+        return Answer(found, 200 if found["drained"] else 202)
     with trio.move_on_after(call.params["wait"]):
         for stage in sources.pipeline.stages.values():  # in the order of the channels
             await stage.drained()
@@ -102,3 +111,23 @@ async def drain_pipeline(call: Call) -> Any:
                 await sources.pipeline.correlate.worked_off()
     found = pipeline_state(sources)
     return Answer(found, 200 if found["drained"] else 202)
+
+
+async def _set_paused(sources: Sources, *, paused: bool) -> None:
+    if sources.node is not None:
+        await sources.node.switch.set(paused=paused)
+    elif paused:
+        sources.admission.pause()
+    else:
+        sources.admission.resume()
+
+
+async def _drain_cluster(node: QueryNode, seconds: float) -> dict[str, int]:
+    """Wait until nothing waits, at most for some seconds; returns what still does."""
+    looks, waiting = 0, await node.waiting()
+    with trio.move_on_after(seconds):
+        while looks < _LOOKS:
+            await trio.sleep(_LOOK_SECONDS)
+            waiting = await node.waiting()
+            looks = 0 if any(waiting.values()) else looks + 1
+    return {name: number for name, number in waiting.items() if number}

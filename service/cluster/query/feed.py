@@ -36,6 +36,7 @@ READ_BYTES = 4 << 20
 WAIT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 SAVE_SECONDS = 1.0
+_NEWEST = 8  # messages, because records of epochs say nothing
 
 
 class OutLog(Protocol):
@@ -46,6 +47,13 @@ class OutLog(Protocol):
         self, after: int, upto: int | None, most_bytes: int, wait_seconds: float
     ) -> list[LogMessage]:
         """The messages after a sequence, in order; none if nothing came in time."""
+
+
+async def last_evaluated(log: OutLog, last: int) -> int:
+    """The last message of ``SPANS_p`` that was evaluated, as the newest messages of ``OUT_p`` say,
+    which ends at ``last``. Raises :exc:`NatsUnavailable`."""
+    found = await log.read(max(0, last - _NEWEST), last, READ_BYTES, 0.0) if last else []
+    return max((output.unpack(each.data).upto for each in found if each.data), default=0)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ import trio
 from prometheus_client.core import Metric
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster.ingestion import IngestionSwitch
 from betrace.service.cluster.output import Counts
 from betrace.service.cluster.query import rules as published
 from betrace.service.cluster.query.applied import (
@@ -20,7 +21,13 @@ from betrace.service.cluster.query.applied import (
     read_cursors,
     remove_cursors,
 )
-from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog, PartitionFeed
+from betrace.service.cluster.query.feed import (
+    FeedTarget,
+    OutFeed,
+    OutLog,
+    PartitionFeed,
+    last_evaluated,
+)
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.rules import RulePublisher
@@ -104,6 +111,7 @@ class QueryNode:
 
     cluster: ClusterConnection
     stores: QueryStores
+    switch: IngestionSwitch
     name: str = field(init=False)
     roles: tuple[str, ...] = field(init=False)
     positions: AppliedPositions = field(init=False)
@@ -160,6 +168,7 @@ class QueryNode:
                 self.index.answer,
             )
             nursery.start_soon(self.publisher.run)
+            nursery.start_soon(self.switch.run)
             nursery.start_soon(self._look_often)
 
     async def stop(self) -> None:
@@ -201,6 +210,22 @@ class QueryNode:
                     "problem": state.problem,
                 }
             )
+        return found
+
+    async def waiting(self) -> dict[str, int]:
+        """Messages of all partitions that are not evaluated yet, and messages that are not stored
+        here yet, by what they wait for. Raises :exc:`NatsUnavailable`."""
+        assert self.feed is not None
+        found = {"evaluation": 0, "query-node": 0}
+        for partition, out in self.cluster.outs.items():
+            last, spans = (
+                await self.cluster.last(partition),
+                await self.cluster.spans.last(partition),
+            )
+            state = self.feed.partitions[partition]
+            evaluated = state.evaluated_to or await last_evaluated(out, last)
+            found["evaluation"] += max(0, spans - evaluated)
+            found["query-node"] += max(0, last - self.positions.get(partition))
         return found
 
     def shown(self) -> dict[str, Any]:
