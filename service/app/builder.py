@@ -207,6 +207,9 @@ class _ServiceBuilder:
 
     def _recorded(self, signals: list[Signal]) -> None:
         """Pass on signals that are new in the ledger."""
+        if self._cluster is not None:  # evaluators are other processes
+            for signal in signals:
+                self._pipeline.evaluate.counts.add(signal)
         self._rule_signals.add(signals)
         self._unstored.add(signals)
         self._subscriptions.publish(signals)

@@ -68,6 +68,10 @@ class PartitionFeed:
     """The log time of that message."""
     items: int = 0
     """Items sent to the stores since the start."""
+    spans: int = 0
+    """Spans evaluated since the first message that was read."""
+    closed: int = 0
+    """Closed traces sent to the stores since the start."""
     counts: output.Counts | None = None
     """What became of the partition's messages, as of the last one that was read."""
     problem: str | None = None
@@ -199,6 +203,8 @@ class OutFeed:
             found = await self.threads.run(self._unpack, message.data)
             items = [each for each in found.decided if each.tenant not in self.target.closed]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
+            if state.counts is not None:
+                state.spans += max(0, found.counts.spans - state.counts.spans)
             state.counts, state.evaluated_to = found.counts, found.upto
         else:
             state.epoch = max(state.epoch or 0, message.epoch)
@@ -218,6 +224,7 @@ class OutFeed:
             raise
         state.read = message.sequence
         state.items += len(items)
+        state.closed += sum(len(item.closed) for item in items if item.closed is not None)
 
     def _unpack(self, data: bytes) -> output.Output:
         """Decode a message, and store what could not be judged. Blocks."""

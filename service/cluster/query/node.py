@@ -190,6 +190,14 @@ class QueryNode:
         """Items sent to the stores since the start, by partition."""
         return {} if self.feed is None else {p: s.items for p, s in self.feed.partitions.items()}
 
+    def evaluated_spans(self) -> int:
+        """Spans that the cluster has evaluated since this node started."""
+        return 0 if self.feed is None else sum(s.spans for s in self.feed.partitions.values())
+
+    def closed_traces(self) -> int:
+        """Closed traces that this node has read since it started."""
+        return 0 if self.feed is None else sum(s.closed for s in self.feed.partitions.values())
+
     def partitions(self) -> list[dict[str, Any]]:
         """How far each partition is, as JSON."""
         found = []
