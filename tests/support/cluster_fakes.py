@@ -38,6 +38,7 @@ from betrace.service.storage.jetstream.envelope import (
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch, Fenced
 from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.traces.verdicts import Decided
 
@@ -170,6 +171,9 @@ class FakeSpans:
     async def last(self, partition: int) -> int:
         await self.node.gate()
         return len(self.node.nats.logs[f"spans-{partition}"])
+
+    async def first_since(self, partition: int, first: int, end: int, time_ns: int) -> int:
+        return await SpanStreams.first_since(self, partition, first, end, time_ns)  # type: ignore[arg-type]
 
     async def forget_before(self, partition: int, sequence: int) -> None:
         await self.node.gate()
