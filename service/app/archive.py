@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import trio
 
-from betrace.service.cluster.duty import Duty, DutyTimes
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.config.settings import Settings
 from betrace.service.export.archiver import Throttle, archive_directory
@@ -12,24 +11,20 @@ from betrace.service.export.cluster_archiver import ClusterArchiver
 from betrace.service.export.daily import ArchiveKeeping, Daily
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.jetstream.archive_progress import read_progress
-from betrace.service.storage.jetstream.bucket import ConfigBucket
-from betrace.service.storage.jetstream.layout import Layout
 
 DUTY = "archive"
+"""Of the one node that archives."""
 WORK = "archive.new"
 """In the data directory: the day that is being archived. Backups leave out what ends like this."""
 
 
 def cluster_daily(settings: Settings, store: DuckStore, cluster: ClusterConnection) -> Daily:
-    """The daily task of the query node ``cluster.name``."""
-    section = settings.cluster
-    assert section is not None
-    layout = Layout.of(section)
+    """The daily task of a query node."""
 
     def make_archiver() -> ClusterArchiver:
         return ClusterArchiver(
             cluster.spans,
-            layout.partitions,
+            len(cluster.outs),
             cluster.config,
             archive_directory(settings),
             settings.storage.path / WORK,
@@ -41,12 +36,5 @@ def cluster_daily(settings: Settings, store: DuckStore, cluster: ClusterConnecti
         progress = trio.run(read_progress, cluster.config)
         return 0 if progress is None else progress.until_ns
 
-    duty = archive_duty(ConfigBucket(cluster.client, layout.leases_bucket), cluster.name, settings)
+    duty = cluster.duties.get(DUTY) if settings.archive.enabled else None
     return Daily(settings, store, make_archiver, ArchiveKeeping(duty, archived_ns))
-
-
-def archive_duty(leases: ConfigBucket, node: str, settings: Settings) -> Duty:
-    """The duty of the one node that archives."""
-    section = settings.cluster
-    assert section is not None
-    return Duty(leases, DUTY, node, DutyTimes(section.lease_seconds, section.heartbeat_seconds))

@@ -26,6 +26,7 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.unstored_signals import UnstoredSignals
+from betrace.service.app import sharing
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
@@ -157,6 +158,12 @@ class _ServiceBuilder:
             lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
+        alerts = stores.local.alerts
+        self._sending = (
+            sharing.alone(self._visible, alerts)
+            if cluster is None
+            else sharing.shared(cluster, settings, alerts, self._gate.closed)
+        )
         self._build_flow()
         self._node = self._query_node()
         self._build_upkeep()
@@ -171,14 +178,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        self._exports = Exports(settings, self._visible, breakers, self._muted)
+        sending = self._sending
+        self._exports = Exports(settings, sending.queues, breakers, self._muted, sending.turns)
         self._alerts = Alerts(
             settings,
-            self._visible,
-            stores.local.alerts,
+            sending.queues,
+            sending.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
+            sending.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -234,7 +243,7 @@ class _ServiceBuilder:
         )
         admission = self._admission  # receives no spans; it has the state of the edges'
         switch = IngestionSwitch(self._cluster.config, admission.pause, admission.resume)
-        node = QueryNode(self._cluster, stores, switch)
+        node = QueryNode(self._cluster, stores, switch, self._sending.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 

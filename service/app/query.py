@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from betrace.service.cluster.lease_keys import owners_by_partition
+from betrace.service.cluster.duty import Duties, DutyTimes
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection, OtherRoles
 from betrace.service.cluster.query.open_traces import (
@@ -12,6 +12,7 @@ from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_trace_subject,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
@@ -19,6 +20,10 @@ from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
+
+DUTY_LEASES = 3
+"""A duty is taken over after so many times the lease of a partition, because nobody waits for
+it."""
 
 
 def connect_query(
@@ -33,10 +38,9 @@ def connect_query(
     roles, ``identity`` is the id of the cluster."""
     layout, partitions = Layout.of(settings), range(settings.partitions)
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
-    leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
-
-    async def owners() -> dict[int, str]:
-        return owners_by_partition(await leases.owners(), settings.partitions)
+    leases_bucket = ConfigBucket(client, layout.leases_bucket)
+    leases = Leases(leases_bucket, settings.lease_seconds)
+    times = DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)
@@ -51,8 +55,11 @@ def connect_query(
         outs=dict(logs),
         last=lambda partition: logs[partition].last(),
         epoch=lambda partition: logs[partition].epoch(),
-        owners=owners,
+        owners=leases.owners,
         config=ConfigBucket(client, layout.config_bucket),
+        shared=ConfigBucket(client, layout.query_bucket),
+        duties=Duties(leases_bucket, node, times),
+        recent=RecentSignals(settings.partitions),
         index_subject=index_subject(layout.prefix),
         open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
         others=others,

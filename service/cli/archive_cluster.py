@@ -30,7 +30,8 @@ def archive_cluster(
     another process archives."""
     import trio
 
-    from betrace.service.app.archive import DUTY, archive_duty
+    from betrace.service.app.archive import DUTY
+    from betrace.service.cluster.duty import Duty, DutyTimes
     from betrace.service.cluster.lease_keys import owners_by_duty
     from betrace.service.export.archiver import archive_directory
     from betrace.service.export.cluster_archiver import ClusterArchiver
@@ -44,7 +45,8 @@ def archive_cluster(
     async def work(client: NatsClient) -> ArchiveResult:
         leases = ConfigBucket(client, layout.leases_bucket)
         name = f"command-{socket.gethostname().partition('.')[0]}-{os.getpid()}"
-        duty = archive_duty(leases, name, settings)
+        times = DutyTimes(section.lease_seconds, section.heartbeat_seconds)
+        duty = Duty(leases, DUTY, name, times)
         archiver = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(duty.run)

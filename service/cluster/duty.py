@@ -164,3 +164,40 @@ class Duty:
 async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
+
+
+class Duties:
+    """The duties that the process of ``node`` wants, by name."""
+
+    def __init__(self, bucket: ConfigBucket, node: str, times: DutyTimes) -> None:
+        self._bucket = bucket
+        self._node = node
+        self._times = times
+        self._duties: dict[str, Duty] = {}
+        self._new = trio.Event()
+
+    def get(self, name: str) -> Duty:
+        """The duty ``name``; this process wants it from now on."""
+        found = self._duties.get(name)
+        if found is None:
+            found = self._duties[name] = Duty(self._bucket, name, self._node, self._times)
+            self._new.set()
+        return found
+
+    async def run(self) -> None:
+        """Take the duties whenever they are free, until cancelled."""
+        running: set[str] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._new = trio.Event()
+                for name, duty in self._duties.items():
+                    if name not in running:
+                        running.add(name)
+                        nursery.start_soon(duty.run)
+                await self._new.wait()
+
+    async def stop(self) -> None:
+        """Give all duties up, so that other processes need not wait for the leases to expire."""
+        async with trio.open_nursery() as nursery:
+            for duty in self._duties.values():
+                nursery.start_soon(duty.stop)

@@ -40,10 +40,11 @@ _DAY_NS = 86_400 * 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class ArchiveKeeping:
-    """How a query node of a cluster takes part: it archives while it has ``duty``, and keeps traces
-    that are not archived; ``archived_ns`` returns up to when they are, and blocks."""
+    """How a query node of a cluster takes part: it archives while it has ``duty``, None if there is
+    no archive, and keeps traces that are not archived; ``archived_ns`` returns up to when they are,
+    and blocks."""
 
-    duty: Duty
+    duty: Duty | None
     archived_ns: Callable[[], int]
 
 
@@ -96,8 +97,7 @@ class Daily:
         async with trio.open_nursery() as nursery:
             if self._settings.retention.trace_days:
                 nursery.start_soon(self._repeat, self.expire)
-            if self._settings.archive.enabled:
-                nursery.start_soon(self._keeping.duty.run)
+            if self._keeping.duty is not None:
                 nursery.start_soon(self._keeping.duty.perform, partial(self._repeat, self.archive))
 
     async def _repeat(self, run: Callable[[], Awaitable[bool]]) -> None:
@@ -155,7 +155,7 @@ class Daily:
             return
         before = time.time_ns() - days * _DAY_NS
         try:
-            if self._keeping is not None and self._settings.archive.enabled:
+            if self._keeping is not None and self._keeping.duty is not None:
                 before = min(before, self._keeping.archived_ns())
         except TransientError as error:
             archiver.done.failures.append(f"the progress of the archive cannot be read: {error}")

@@ -356,8 +356,8 @@ DUTY_TAKEN = _event(
     "cluster.duty_taken",
     logging.INFO,
     "this node now has the duty {duty}",
-    "One node at a time has a duty: `exports` sends signals to a destination, `alerts` follows alerts "
-    "and sends them.",
+    "One query node at a time has a duty, such as sending signals to a destination. `alerts` is to "
+    "follow the alerts and send them.",
 )
 DUTY_LOST = _event(
     "cluster.duty_lost",

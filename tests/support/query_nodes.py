@@ -12,11 +12,13 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.service import Service
 from betrace.service.cluster import output
+from betrace.service.cluster.duty import Duties, DutyTimes
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_traces_answer,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.bucket import Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -25,6 +27,7 @@ from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
+from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
 from tests.support.inprocess import served
 
 
@@ -110,20 +113,23 @@ class FedNode:
     def __init__(self) -> None:
         self.outs = {0: ListedOut(), 1: ListedOut()}
         self.bucket = EmptyBucket()
+        self.nats = FakeNats()
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
         self.identity = "first"
 
-    def connection(self) -> ClusterConnection:
-        async def owners() -> dict[int, str]:
-            return {0: "evaluator-1"}
+    def connection(self, name: str = "query-1") -> ClusterConnection:
+        async def owners() -> dict[str, str]:
+            return {"partition.0": "evaluator-1", "duty.alerts": name}
 
         async def epoch(partition: int) -> Epoch:
             return Epoch(partition, 1, "evaluator-1")
 
+        view = FakeNode(self.nats, name)
+        leases = FakeBucket(view, "leases")
         return ClusterConnection(
-            name="query-1",
+            name=name,
             roles=("query",),
             identity=self.identity,
             client=NoNats(),  # type: ignore[arg-type]
@@ -133,6 +139,9 @@ class FedNode:
             epoch=epoch,
             owners=owners,
             config=self.bucket,  # type: ignore[arg-type]
+            shared=FakeBucket(view, "query"),  # type: ignore[arg-type]
+            duties=Duties(leases, name, DutyTimes(0.6, 0.2)),  # type: ignore[arg-type]
+            recent=RecentSignals(2),
             index_subject="betrace.index",
             open_traces=RemoteOpenTraces(self._owner, 2),
             others=self,
@@ -155,10 +164,12 @@ class FedNode:
         return answer
 
     @asynccontextmanager
-    async def running(self, config: Settings, *, die: bool = False) -> AsyncIterator[Service]:
+    async def running(
+        self, config: Settings, *, die: bool = False, name: str = "query-1"
+    ) -> AsyncIterator[Service]:
         """A query node; at the end it drains, or dies without saving anything."""
         with ExitStack() as stack:
-            service = open_query_service(config, stack)(self.connection())
+            service = open_query_service(config, stack)(self.connection(name))
             async with served(service, die=die):
                 yield service
 

@@ -24,6 +24,7 @@ from betrace.service.cluster.query.applied import (
     remove_cursors,
     write_cursors,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -95,7 +96,8 @@ class FeedTarget:
 @dataclass(eq=False)
 class OutFeed:
     """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
-    returns the tenants that have a DuckDB file; ``cluster`` is the id of the cluster."""
+    returns the tenants that have a DuckDB file; ``recent`` gets the signals for exports and
+    alerts; ``cluster`` is the id of the cluster."""
 
     logs: dict[int, OutLog]
     positions: AppliedPositions
@@ -103,6 +105,7 @@ class OutFeed:
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
+    recent: RecentSignals
     cluster: str
     partitions: dict[int, PartitionFeed] = field(init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
@@ -215,6 +218,8 @@ class OutFeed:
             for ticket in tickets:
                 self.target.in_flight.leave(ticket)
             raise _Rewound
+        signals = [signal for item in items for signal in item.signals]
+        self.recent.add(partition, message.sequence, signals)
         try:
             await channel.send_each(items)
         except trio.Cancelled:  # some of it was not sent, so this message is never applied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,9 @@ import trio
 from prometheus_client.core import Metric
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster.duty import Duties
 from betrace.service.cluster.ingestion import IngestionSwitch
+from betrace.service.cluster.lease_keys import owners_by_duty, owners_by_partition
 from betrace.service.cluster.output import Counts
 from betrace.service.cluster.query import rules as published
 from betrace.service.cluster.query.applied import (
@@ -30,6 +32,7 @@ from betrace.service.cluster.query.feed import (
 )
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
+from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.rules import RulePublisher
 from betrace.service.cluster.requests import serve_requests
 from betrace.service.pipeline.progress import InFlight
@@ -82,7 +85,7 @@ class ClusterConnection:
 
     ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
     ``last`` returns the last sequence of one, and ``epoch`` its epoch; ``owners`` returns the
-    owner by partition;
+    owners of leases by key;
     ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
     ``others`` are the process's other roles.
     """
@@ -96,10 +99,15 @@ class ClusterConnection:
     client: NatsClient
     spans: SpanStreams
     outs: dict[int, OutLog]
-    last: Callable[[int], Any]
+    last: Callable[[int], Awaitable[int]]
     epoch: Callable[[int], Awaitable[Epoch | None]]
-    owners: Callable[[], Any]
+    owners: Callable[[], Awaitable[Mapping[str, str]]]
     config: ConfigBucket
+    shared: ConfigBucket
+    """What query nodes share."""
+    duties: Duties
+    """What one query node at a time does."""
+    recent: RecentSignals
     index_subject: str
     open_traces: RemoteOpenTraces
     others: OtherRoles
@@ -107,11 +115,13 @@ class ClusterConnection:
 
 @dataclass(eq=False)
 class QueryNode:
-    """The parts of a query node, and what runs them."""
+    """The parts of a query node, and what runs them. ``followers`` follow what other query nodes
+    share, forever."""
 
     cluster: ClusterConnection
     stores: QueryStores
     switch: IngestionSwitch
+    followers: Sequence[Callable[[], Awaitable[None]]] = ()
     name: str = field(init=False)
     roles: tuple[str, ...] = field(init=False)
     positions: AppliedPositions = field(init=False)
@@ -120,6 +130,7 @@ class QueryNode:
     publisher: RulePublisher = field(init=False)
     _last: dict[int, int] = field(default_factory=dict, init=False)
     _owners: dict[int, str] = field(default_factory=dict, init=False)
+    _duties: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.name, self.roles = self.cluster.name, self.cluster.roles
@@ -152,6 +163,7 @@ class QueryNode:
             self.stores.threads,
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
+            self.cluster.recent,
             self.cluster.identity,
         )
 
@@ -169,10 +181,14 @@ class QueryNode:
             )
             nursery.start_soon(self.publisher.run)
             nursery.start_soon(self.switch.run)
+            nursery.start_soon(self.cluster.duties.run)
+            for follow in self.followers:
+                nursery.start_soon(follow)
             nursery.start_soon(self._look_often)
 
     async def stop(self) -> None:
-        """Read no more; what was read is on its way to the stores."""
+        """Read no more; what was read is on its way to the stores. Give up the duties."""
+        await self.cluster.duties.stop()
         if self.feed is not None:
             await self.feed.stop()
 
@@ -243,6 +259,7 @@ class QueryNode:
             "roles": list(self.roles),
             "nodes": self.cluster.others.members(),
             "partitions": self.partitions(),
+            "duties": self._duties,
             "rulesProblem": self.publisher.problem,
             "index": {"requests": self.index.requests, "behind": self.index.behind},
         }
@@ -251,7 +268,9 @@ class QueryNode:
         """Ask how long the streams are and who owns the partitions, for people who look."""
         while True:
             try:
-                self._owners = await self.cluster.owners()
+                owners = await self.cluster.owners()
+                self._owners = owners_by_partition(owners, len(self.cluster.outs))
+                self._duties = owners_by_duty(owners)
                 for partition in self.cluster.outs:
                     self._last[partition] = await self.cluster.last(partition)
                     await self._look_at_epoch(partition)

@@ -74,6 +74,12 @@ class Layout:
         return f"{self.prefix}-config"
 
     @property
+    def query_bucket(self) -> str:
+        """What query nodes share: how far exports are, alerts, mutes, acknowledgements and rule
+        files."""
+        return f"{self.prefix}-query"
+
+    @property
     def leases_bucket(self) -> str:
         return f"{self.prefix}-leases"
 
@@ -94,7 +100,8 @@ class Layout:
         for p in range(self.partitions):
             subjects = [self.out_subject(p), self.epoch_subject(p)]
             found.append(self._stream(self.out_stream(p), subjects))
-        for bucket in (self.config_bucket, self.leases_bucket, self.members_bucket):
+        buckets = self.config_bucket, self.query_bucket, self.leases_bucket, self.members_bucket
+        for bucket in buckets:
             latest = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True}
             found.append(self._stream(f"KV_{bucket}", [f"$KV.{bucket}.>"]) | latest)
         store = self.checkpoints_store

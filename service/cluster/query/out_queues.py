@@ -1,0 +1,87 @@
+"""The ``OUT`` streams as queues of signals, for exports and alerts.
+
+A signal's number is the sequence of its message. Query nodes agree on these numbers, unlike on
+those of their ledgers, so any of them can continue where another one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+
+import trio
+
+from betrace.service.cluster import output
+from betrace.service.cluster.query.feed import OutLog
+from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.otlp.partition import partition_of
+from betrace.service.signals import Signal
+from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
+from betrace.service.storage.jetstream.stream_log import LogMessage
+from betrace.service.storage.signal_queues import QueuePage, SignalsUnavailable
+
+READ_BYTES = 4 << 20
+
+
+class OutQueues:
+    """The queues, which are named by the number of the partition. Make it on the Trio thread; the
+    methods that block are for other threads.
+
+    ``last`` returns the last sequence of a partition's stream. What belongs to the deleted tenants,
+    ``closed``, is left out.
+    """
+
+    def __init__(
+        self,
+        logs: Mapping[int, OutLog],
+        last: Callable[[int], Awaitable[int]],
+        recent: RecentSignals,
+        closed: Container[str],
+    ) -> None:
+        self._logs = logs
+        self._last = last
+        self._recent = recent
+        self._closed = closed
+        self._token = trio.lowlevel.current_trio_token()
+
+    def names(self) -> list[str]:
+        """The partitions."""
+        return [str(partition) for partition in self._logs]
+
+    def of(self, signals: Iterable[Signal]) -> set[str]:
+        """The partitions of these signals."""
+        number = len(self._logs)
+        return {
+            str(partition_of(each.tenant, bytes.fromhex(each.trace_id), number)) for each in signals
+        }
+
+    def end(self, name: str) -> int:
+        """The sequence of the last message."""
+        try:
+            return trio.from_thread.run(self._last, int(name), trio_token=self._token)
+        except NatsUnavailable as error:
+            raise SignalsUnavailable(str(error)) from error
+
+    def read(self, name: str, after: int, limit: int) -> QueuePage:
+        """The signals of whole messages after a sequence."""
+        page = self._recent.read(int(name), after, limit)
+        if page is None:
+            page = self._read_stream(int(name), after)
+        kept = [each for each in page.signals if each[1].tenant not in self._closed]
+        return QueuePage(kept, page.upto, page.more)
+
+    def _read_stream(self, partition: int, after: int) -> QueuePage:
+        async def read() -> list[LogMessage]:
+            return await self._logs[partition].read(after, None, READ_BYTES, 0.0)
+
+        try:
+            messages = trio.from_thread.run(read, trio_token=self._token)
+            found = [
+                (message.sequence, signal)
+                for message in messages
+                if message.data  # records of epochs have none
+                for decided in output.unpack(message.data).decided
+                for signal in decided.signals
+            ]
+        except (NatsUnavailable, LogGap, output.OutputCorrupt) as error:
+            raise SignalsUnavailable(f"OUT of partition {partition}: {error}") from error
+        return QueuePage(found, messages[-1].sequence if messages else after, bool(messages))
