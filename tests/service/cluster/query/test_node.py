@@ -181,6 +181,21 @@ async def test_a_message_that_cannot_be_read_stops_its_partition_only(config):
         assert components(service.sources)["cluster"]["status"] == "degraded"
 
 
+async def test_a_new_cluster_is_applied_from_its_beginning(config):
+    node = FedNode()
+    for number in (1, 2):
+        node.outs[0].add(decided(number, signals=[number]))
+    async with node.running(config) as service:
+        await node.applied(service)
+    for _ in range(2):
+        node = FedNode()
+        node.identity = "second"
+        node.outs[0].add(decided(3, signals=[3]))
+        async with node.running(config) as service:
+            await node.applied(service)
+            assert len(ledger_signals(service, "acme")) == 3
+
+
 async def test_reading_goes_on_once_nats_answers_again(config, monkeypatch):
     monkeypatch.setattr("betrace.service.cluster.query.feed.RETRY_SECONDS", 0.01)
     node = FedNode()
