@@ -171,6 +171,7 @@ async def test_fallback_files(client, service):
     assert actions(service) == [{**ME, "action": "fallback.replay"}]
 
 
+@pytest.mark.also_on_cluster
 async def test_the_pipeline_is_drained_and_resumed(tmp_path):
     async with running(settings(tmp_path)) as service:
         client, path = ApiClient(service), "/api/admin/pipeline"

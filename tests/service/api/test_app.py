@@ -220,6 +220,7 @@ async def test_two_tenants_or_tokens_are_refused(tmp_path):
         assert answer.status_code == 403
 
 
+@pytest.mark.also_on_cluster
 async def test_a_trace_whose_spans_end_before_they_start_has_no_duration(tmp_path):
     async with running(settings(tmp_path)) as service:
         assert await send(service, [S(1, start=9, end=2)]) == Done(1)

@@ -191,6 +191,7 @@ async def add_rules(stores, **conditions):
         await ask(stores, "PUT", f"/api/v1/rules/{rule_id}", 201, {"condition": condition})
 
 
+@pytest.mark.also_on_cluster
 async def test_a_trace_with_its_signals_and_verdicts(stores):
     await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
     await add_rules(stores, kept="always { checkout }", off="never { checkout }")
@@ -246,6 +247,7 @@ async def test_with_damaged_frames_only_breaches_are_certain(stores, damage):
     assert trace["verdicts"]["seen"]["signal"] is None
 
 
+@pytest.mark.also_on_cluster
 async def test_released_frames_are_missing_but_the_signal_has_the_verdict(stores):
     await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
     await add_rules(stores, other="never { checkout }")
@@ -266,6 +268,7 @@ async def test_missing_spans_make_verdicts_unknown(stores):
     assert (trace["missing"], said(trace)) == (0, {"absent": "unknown"})
 
 
+@pytest.mark.also_on_cluster
 async def test_an_open_trace(stores):
     await add_rules(stores, seen="never { pay }", absent="always { ship }")
     await show(stores, 404)
@@ -291,6 +294,7 @@ async def test_an_open_trace(stores):
         project(stores)
 
 
+@pytest.mark.also_on_cluster
 async def test_a_reopened_trace(stores):
     await add_rules(stores, absent="always { ship }")
     await accept(stores, span("checkout", 1, **END))

@@ -15,6 +15,7 @@ import trio
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.export import cluster_archiver
 from betrace.service.export.cluster_archiver import ClusterArchiver
+from betrace.service.export.parquet import archive_segment
 from betrace.service.storage.jetstream.archive_progress import (
     ArchiveProgress,
     read_progress,
@@ -119,13 +120,12 @@ async def test_two_nodes_never_archive_the_same(
     async with connected(settings) as client:
         cluster = Archived(client, settings, tmp_path)
         day = await cluster.append(0, "a", "acme")
-        written = cluster_archiver.archive_segment
 
-        def archive_segment(*arguments: object) -> object:
+        def overtaken(*arguments: object) -> object:
             trio.run(write_progress, cluster.config, ArchiveProgress(day, {0: 2, 1: 1}))
-            return written(*arguments)  # type: ignore[arg-type]
+            return archive_segment(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(cluster_archiver, "archive_segment", archive_segment)
+        monkeypatch.setattr(cluster_archiver, "archive_segment", overtaken)
         [failure] = (await cluster.run()).done.failures
         assert "another node archives" in failure
         progress = await read_progress(cluster.config)
