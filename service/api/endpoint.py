@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple
 
 import orjson
 import trio
@@ -29,6 +29,9 @@ from betrace.service.storage.duck.queries import StoredSignal
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.triage import TriageStore
 from betrace.service.storage.undecided import UndecidedStore
+
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.shared_triage import SharedTriage
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -77,11 +80,18 @@ class Tools:
     unstored: UnstoredSignals = field(default_factory=UnstoredSignals)
     turns: TenantTurns = field(init=False)
     """How tenants share the threads."""
+    shared_triage: SharedTriage | None = None
+    """Changes what people decided at all query nodes of a cluster."""
     streams: Counter[str] = field(default_factory=Counter)
     """Open event streams, by tenant; operators' are under an empty name."""
 
     def __post_init__(self) -> None:
         self.turns = TenantTurns(self.threads.statistics().threads)
+
+    @property
+    def triage_writer(self) -> TriageStore | SharedTriage:
+        """Where mutes and acknowledgements are changed."""
+        return self.triage if self.shared_triage is None else self.shared_triage
 
     def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
         """A signal, also if it is not stored yet. Blocks."""

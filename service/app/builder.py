@@ -158,11 +158,10 @@ class _ServiceBuilder:
             lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
-        alerts = stores.local.alerts
-        self._sending = (
-            sharing.alone(self._visible, alerts)
+        self._sharing = (
+            sharing.alone(self._visible, stores.local)
             if cluster is None
-            else sharing.shared(cluster, settings, alerts, self._gate.closed)
+            else sharing.shared(cluster, settings, stores.local, self._threads, self._gate.closed)
         )
         self._build_flow()
         self._node = self._query_node()
@@ -178,16 +177,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        sending = self._sending
-        self._exports = Exports(settings, sending.queues, breakers, self._muted, sending.turns)
+        shared = self._sharing
+        self._exports = Exports(settings, shared.queues, breakers, self._muted, shared.turns)
         self._alerts = Alerts(
             settings,
-            sending.queues,
-            sending.alerts,
+            shared.queues,
+            shared.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
-            sending.turns,
+            shared.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -243,7 +242,7 @@ class _ServiceBuilder:
         )
         admission = self._admission  # receives no spans; it has the state of the edges'
         switch = IngestionSwitch(self._cluster.config, admission.pause, admission.resume)
-        node = QueryNode(self._cluster, stores, switch, self._sending.followers)
+        node = QueryNode(self._cluster, stores, switch, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -264,7 +263,12 @@ class _ServiceBuilder:
             gate.closed,
             None if self._node is None else self._node.reread,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
+        self._rule_writer = RuleWriter(
+            stores.registry,
+            gate.closed,
+            gate.tenant_limit,
+            None if self._node is None else self._node.rules.exchange_now,
+        )
         erase = (
             self._rule_writer.delete_all,
             stores.local.triage.delete_tenant,
@@ -388,6 +392,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
+            self._sharing.triage,
         )
 
     def service(self) -> Service:

@@ -1,5 +1,5 @@
-"""Builds what exports and alerts read and where they keep their progress: in one process the ledger
-and files, at a query node the ``OUT`` streams and a bucket, which all query nodes share."""
+"""Builds what query nodes of a cluster share: how far exports are, alerts, and what people decided.
+One process has it all on its disk."""
 
 from __future__ import annotations
 
@@ -7,41 +7,51 @@ from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from betrace.channels import ThreadRunner
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import DUTY as ALERTS
 from betrace.service.export.turns import Turns
-from betrace.service.storage.alert_store import AlertStore, SavedAlerts
+from betrace.service.storage.alert_store import SavedAlerts
 from betrace.service.storage.ledger.base import LedgerEntries
+from betrace.service.storage.local_stores import LocalStores
 from betrace.service.storage.signal_queues import LedgerQueues, SignalQueues
 
 if TYPE_CHECKING:
     from betrace.service.cluster.query.node import ClusterConnection
+    from betrace.service.cluster.query.shared_triage import SharedTriage
 
 
 @dataclass(frozen=True, slots=True)
-class Sending:
-    """What exports and alerts need. ``turns`` is None if this process sends everything;
+class Sharing:
+    """Where exports and alerts read signals and keep their progress. ``turns`` is None if this
+    process sends everything; ``triage`` changes mutes and acknowledgements at all query nodes;
     ``followers`` run at a query node."""
 
     queues: SignalQueues
     alerts: SavedAlerts
     turns: Turns | None = None
+    triage: SharedTriage | None = None
     followers: tuple[Callable[[], Awaitable[None]], ...] = ()
 
 
-def alone(entries: LedgerEntries, alerts: AlertStore) -> Sending:
+def alone(entries: LedgerEntries, stores: LocalStores) -> Sharing:
     """For one process."""
-    return Sending(LedgerQueues(entries), alerts)
+    return Sharing(LedgerQueues(entries), stores.alerts)
 
 
 def shared(
-    cluster: ClusterConnection, settings: Settings, alerts: AlertStore, closed: Container[str]
-) -> Sending:
+    cluster: ClusterConnection,
+    settings: Settings,
+    stores: LocalStores,
+    threads: ThreadRunner,
+    closed: Container[str],
+) -> Sharing:
     """For a query node. ``closed`` are the deleted tenants."""
     from betrace.service.cluster.query.applied import FILE, read_cursors
     from betrace.service.cluster.query.out_queues import OutQueues
     from betrace.service.cluster.query.sending import SharedTurns
     from betrace.service.cluster.query.shared_alerts import SharedAlerts
+    from betrace.service.cluster.query.shared_triage import SharedTriage
 
     data = settings.storage.path
     applied = {str(p): upto for p, upto in read_cursors(data / FILE).applied.items()}
@@ -50,15 +60,18 @@ def shared(
         """Where an export begins that this node sent on its own, before 0.4."""
         return applied if (data / "export" / f"{name}.json").exists() else None
 
-    store: SavedAlerts = alerts
-    followers: tuple[Callable[[], Awaitable[None]], ...] = ()
+    triage = SharedTriage(cluster.shared, stores.triage, threads)
+    alerts: SavedAlerts = stores.alerts
+    followers: list[Callable[[], Awaitable[None]]] = [triage.watch]
     if settings.alerts.destinations:
-        before = applied if alerts.progress() is not None else None
-        saved = SharedAlerts(cluster.shared, cluster.duties.get(ALERTS), alerts, before)
-        store, followers = saved, (saved.watch,)
-    return Sending(
+        before = applied if stores.alerts.progress() is not None else None
+        duty = cluster.duties.get(ALERTS)
+        alerts = shared_alerts = SharedAlerts(cluster.shared, duty, stores.alerts, before)
+        followers.append(shared_alerts.watch)
+    return Sharing(
         OutQueues(cluster.outs, cluster.last, cluster.recent, closed),
-        store,
+        alerts,
         SharedTurns(cluster.shared, cluster.duties, begin),
-        followers,
+        triage,
+        tuple(followers),
     )

@@ -147,20 +147,19 @@ def _read_cluster(settings: Settings) -> bytes | None:
             f"{data} is not the data directory of a query node; edges and evaluators keep nothing "
             "that must be backed up"
         )
-    from betrace.service.storage.jetstream.bucket import ConfigBucket
-    from betrace.service.storage.jetstream.configuration import read_configuration
+    from betrace.service.storage.jetstream.configuration import CommonBuckets, read_configuration
     from betrace.service.storage.jetstream.layout import Layout
 
-    bucket = Layout.of(settings.cluster).config_bucket
+    layout = Layout.of(settings.cluster)
     return with_client(
-        settings.cluster, lambda client: read_configuration(ConfigBucket(client, bucket))
+        settings.cluster, lambda client: read_configuration(CommonBuckets.of(client, layout))
     )
 
 
 def _write_cluster(settings: ClusterSettings, copy: bytes) -> RestoredConfiguration:
     """Give a new cluster what the old one had in common."""
-    from betrace.service.storage.jetstream.bucket import ConfigBucket
     from betrace.service.storage.jetstream.configuration import (
+        CommonBuckets,
         NoConfiguration,
         write_configuration,
     )
@@ -169,9 +168,7 @@ def _write_cluster(settings: ClusterSettings, copy: bytes) -> RestoredConfigurat
 
     async def work(client: NatsClient) -> RestoredConfiguration:
         await check(client, settings)
-        return await write_configuration(
-            ConfigBucket(client, Layout.of(settings).config_bucket), copy
-        )
+        return await write_configuration(CommonBuckets.of(client, Layout.of(settings)), copy)
 
     try:
         return with_client(settings, work)

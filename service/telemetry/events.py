@@ -352,6 +352,19 @@ NODE_NAME_TAKEN = _event(
     "another process has the name of this node, {node}; set cluster.node to a different name",
     "Two running processes have the same name, so each takes the partitions of the other.",
 )
+RULES_RECEIVED = _event(
+    "cluster.rules_received",
+    logging.INFO,
+    "rule files of tenant {tenant} were changed at another query node: {files}",
+    "The files on this node's disk are now the same.",
+)
+RULES_CONFLICT = _event(
+    "cluster.rules_conflict",
+    logging.WARNING,
+    "the rule file {file} of tenant {tenant} was changed here and at another query node",
+    "The version that reached the cluster first counts. The one that was here is beside it, with "
+    "`.conflict` added to its name, unless it was deleted.",
+)
 DUTY_TAKEN = _event(
     "cluster.duty_taken",
     logging.INFO,

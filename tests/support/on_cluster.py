@@ -215,7 +215,7 @@ async def _rules_in_force(process: ClusterProcess) -> None:
     assert service.node is not None
     node, store = service.node, service.registry.store
     with trio.fail_after(60):
-        while node.publisher._seen is not store.all_rules() or not node.publisher._announced:
+        while node.rules._seen is not store.all_rules() or not node.rules._announced:
             await trio.sleep(0.01)
         entries = await node.cluster.config.entries(RULES_PREFIX)
         wanted = {entry.key.removeprefix(RULES_PREFIX): entry.revision for entry in entries}

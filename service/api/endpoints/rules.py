@@ -257,7 +257,7 @@ async def mute_rule(call: Call) -> Any:
     who = call.person()
     target = {"tenant": call.tenant, "rule": rule_id, "for": given["for"], "reason": reason}
     await call.tools.audit.note(who, "rule.mute", target)
-    mute = call.tools.triage.mute
+    mute = call.tools.triage_writer.mute
     return _mute_json(await call.blocking(mute, call.tenant, rule_id, duration, reason, who.name))
 
 
@@ -275,7 +275,7 @@ async def unmute_rule(call: Call) -> Any:
         raise ApiError(404, f"the rule '{rule_id}' is not muted", "nothing was changed")
     target = {"tenant": call.tenant, "rule": rule_id}
     await call.tools.audit.note(call.person(), "rule.unmute", target)
-    await call.blocking(call.tools.triage.unmute, call.tenant, rule_id)
+    await call.blocking(call.tools.triage_writer.unmute, call.tenant, rule_id)
     return Answer(b"", 204)
 
 

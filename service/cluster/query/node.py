@@ -16,7 +16,7 @@ from betrace.service.cluster.duty import Duties
 from betrace.service.cluster.ingestion import IngestionSwitch
 from betrace.service.cluster.lease_keys import owners_by_duty, owners_by_partition
 from betrace.service.cluster.output import Counts
-from betrace.service.cluster.query import rules as published
+from betrace.service.cluster.query import rules as rule_sharing
 from betrace.service.cluster.query.applied import (
     FILE,
     AppliedPositions,
@@ -33,7 +33,7 @@ from betrace.service.cluster.query.feed import (
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
 from betrace.service.cluster.query.recent_signals import RecentSignals
-from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.query.rules import RuleSharing
 from betrace.service.cluster.requests import serve_requests
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.rules.store import RuleStore
@@ -127,7 +127,7 @@ class QueryNode:
     positions: AppliedPositions = field(init=False)
     feed: OutFeed | None = field(default=None, init=False)
     index: TraceIndexServer = field(init=False)
-    publisher: RulePublisher = field(init=False)
+    rules: RuleSharing = field(init=False)
     _last: dict[int, int] = field(default_factory=dict, init=False)
     _owners: dict[int, str] = field(default_factory=dict, init=False)
     _duties: dict[str, str] = field(default_factory=dict, init=False)
@@ -150,8 +150,12 @@ class QueryNode:
             remove_cursors(file)
         self.positions = AppliedPositions(() if lost or elsewhere else saved.applied.items())
         self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed, stores.waiting)
-        self.publisher = RulePublisher(
-            self.cluster.config, stores.rules, stores.data / published.FILE
+        self.rules = RuleSharing(
+            self.cluster.config,
+            self.cluster.shared,
+            stores.rules,
+            stores.data / rule_sharing.FILE,
+            stores.threads,
         )
 
     def connect(self, channel: SendChannel[Decided], in_flight: InFlight) -> None:
@@ -179,7 +183,7 @@ class QueryNode:
                 self.cluster.index_subject,  # query nodes share the requests
                 self.index.answer,
             )
-            nursery.start_soon(self.publisher.run)
+            nursery.start_soon(self.rules.run)
             nursery.start_soon(self.switch.run)
             nursery.start_soon(self.cluster.duties.run)
             for follow in self.followers:
@@ -260,7 +264,7 @@ class QueryNode:
             "nodes": self.cluster.others.members(),
             "partitions": self.partitions(),
             "duties": self._duties,
-            "rulesProblem": self.publisher.problem,
+            "rulesProblem": self.rules.problem,
             "index": {"requests": self.index.requests, "behind": self.index.behind},
         }
 

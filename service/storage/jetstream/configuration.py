@@ -1,4 +1,4 @@
-"""A cluster's identity, and copies of the configuration in its bucket for backups."""
+"""A cluster's identity, and copies of what its nodes have in common, for backups."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 import orjson
 
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Conflict
+from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.layout import Layout
 
-_OWN = "cluster."
-"""Prefix of the keys that describe a cluster itself, such as its number of partitions."""
 _ID = "cluster.id"
+_CONFIG, _QUERY = "config", "query"
+_COPIED = {_CONFIG: ("rules.", "tenants."), _QUERY: ("rules.", "triage.")}
+"""Beginnings of the keys of a backup, by bucket. Others describe the streams of a cluster, such as
+its number of partitions and what is exported and archived."""
 _FORMAT = 1
 
 
@@ -45,19 +49,40 @@ async def cluster_id(config: ConfigBucket) -> str:
             continue
 
 
-async def read_configuration(config: ConfigBucket) -> bytes:
-    """A copy of what is in the bucket: rules, tenants, and whatever else is common to a cluster."""
-    entries = [each for each in await config.entries() if not each.key.startswith(_OWN)]
-    value = {
-        "format": _FORMAT,
-        "cluster": await cluster_id(config),
-        "keys": [[each.key, base64.b64encode(each.value or b"").decode()] for each in entries],
-    }
-    return orjson.dumps(value)
+@dataclass(frozen=True, slots=True)
+class CommonBuckets:
+    """The buckets with what is common: to all nodes, and to query nodes."""
+
+    config: ConfigBucket
+    query: ConfigBucket
+
+    @classmethod
+    def of(cls, client: NatsClient, layout: Layout) -> CommonBuckets:
+        return cls(
+            ConfigBucket(client, layout.config_bucket), ConfigBucket(client, layout.query_bucket)
+        )
+
+    def by_name(self) -> dict[str, ConfigBucket]:
+        """The buckets as a copy names them."""
+        return {_CONFIG: self.config, _QUERY: self.query}
 
 
-async def write_configuration(config: ConfigBucket, copy: bytes) -> RestoredConfiguration:
-    """Write a copy to the bucket of another cluster. Keys that exist there stay as they are. Raises
+async def read_configuration(buckets: CommonBuckets) -> bytes:
+    """A copy of what is common: rules, tenants, mutes and acknowledgements. Raises
+    :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
+    found: dict[str, list[list[str]]] = {}
+    for name, bucket in buckets.by_name().items():
+        found[name] = [
+            [each.key, base64.b64encode(each.value or b"").decode()]
+            for each in await bucket.entries()
+            if each.key.startswith(_COPIED[name])
+        ]
+    cluster = await cluster_id(buckets.config)
+    return orjson.dumps({"format": _FORMAT, "cluster": cluster, "buckets": found})
+
+
+async def write_configuration(buckets: CommonBuckets, copy: bytes) -> RestoredConfiguration:
+    """Write a copy to the buckets of another cluster. Keys that exist there stay as they are. Raises
     :exc:`NoConfiguration` and
     :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
     try:
@@ -65,18 +90,22 @@ async def write_configuration(config: ConfigBucket, copy: bytes) -> RestoredConf
         if value["format"] != _FORMAT:
             raise NoConfiguration("a newer version has made it; upgrade")
         source = str(value["cluster"])
-        keys = [(str(key), base64.b64decode(text)) for key, text in value["keys"]]
+        keys = [
+            (bucket, str(key), base64.b64decode(text))
+            for name, bucket in buckets.by_name().items()
+            for key, text in value["buckets"][name]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise NoConfiguration(str(error)) from error
-    done = RestoredConfiguration(source == await cluster_id(config))
+    done = RestoredConfiguration(source == await cluster_id(buckets.config))
     if done.same_cluster:
         return done
-    for key, data in keys:
+    for bucket, key, data in keys:
         try:
-            await config.put(key, data, 0)
+            await bucket.put(key, data, 0)
             done.written.append(key)
         except Conflict:
-            found = await config.get(key)
+            found = await bucket.get(key)
             if found is None or found.value != data:
                 done.kept.append(key)
     return done
