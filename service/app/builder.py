@@ -37,6 +37,7 @@ from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
+from betrace.service.pipeline.recovery.local_tenants import LocalTenants
 from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -58,6 +59,7 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
+from betrace.service.tenancy.changes import TenantChanges
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
@@ -155,7 +157,7 @@ class _ServiceBuilder:
             directory,
             tokens,
             lambda name: self._tenants.exists(name),
-            lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
+            lambda: [*self._stored_tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
         self._sharing = (
@@ -228,7 +230,6 @@ class _ServiceBuilder:
         """What feeds storage-write on a cluster."""
         if self._cluster is None:
             return None
-        from betrace.service.cluster.ingestion import IngestionSwitch
         from betrace.service.cluster.query.node import QueryNode, QueryStores
 
         stores = QueryStores(
@@ -237,12 +238,11 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
+            self._gate.generations,
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        admission = self._admission  # receives no spans; it has the state of the edges'
-        switch = IngestionSwitch(self._cluster.config, admission.pause, admission.resume)
-        node = QueryNode(self._cluster, stores, switch, self._sharing.followers)
+        node = QueryNode(self._cluster, stores, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -334,8 +334,37 @@ class _ServiceBuilder:
         )
         self._audit = AuditTrail(audit_log, self._threads)
         self._tenants = TenantAdministration(
-            self._gate, self._removal, stores.log, self._subscriptions, self._threads, self._audit
+            self._gate,
+            self._tenant_changes(),
+            self._stored_tenants,
+            self._subscriptions,
+            self._threads,
+            self._audit,
         )
+
+    def _tenant_changes(self) -> TenantChanges:
+        """What changes tenants."""
+        if self._node is None or self._cluster is None:
+            return LocalTenants(self._gate, self._removal, self._threads)
+        from betrace.service.cluster.query.tenants import ClusterTenants
+
+        self._node.tenants = ClusterTenants(
+            self._cluster.tenants,
+            self._gate,
+            self._removal,
+            self._threads,
+            lambda: {*self._stored_tenants(), *self._stores.ledger.tenants()},
+            self._subscriptions.end,
+        )
+        return self._node.tenants
+
+    def _stored_tenants(self) -> list[str]:
+        """The tenants that have something on disk, and those of the cluster that have sent
+        spans."""
+        stores = self._stores
+        if self._cluster is None:
+            return stores.log.tenants()
+        return [*stores.duckdb.tenants(), *self._gate.implicit]
 
     def _active_tenants(self) -> Iterator[str]:
         yield from list(self._pipeline.open_traces.tenants)
@@ -371,7 +400,7 @@ class _ServiceBuilder:
         reader = TraceReader(
             stores.duckdb,
             self._trace_metadata,
-            stores.log if self._cluster is None else self._cluster.spans,
+            stores.log if self._node is None else self._node.spans,
             stores.registry.store.rules,
             self._pipeline.open_traces if self._cluster is None else self._cluster.open_traces,
             stores.local.triage,

@@ -27,6 +27,7 @@ from betrace.service.app.query import connect_query
 from betrace.service.app.roles import Role, kernels_of
 from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
+from betrace.service.cluster.edge.tenants import TenantCopy
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.query.node import ClusterConnection
@@ -35,6 +36,7 @@ from betrace.service.cluster.query.open_traces import (
     open_traces_answer,
 )
 from betrace.service.cluster.requests import serve_requests
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -45,8 +47,8 @@ from betrace.service.storage.jetstream.configuration import cluster_id
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.setup import check
-from betrace.service.tenancy.directory import TenantState
 from betrace.service.tenancy.gate import Gate
+from betrace.service.tenancy.tenant import TenantState
 
 _log = logging.getLogger("service.cluster")
 
@@ -188,6 +190,8 @@ class ClusterProcess:
     async def _start(self, nursery: trio.Nursery, client: NatsClient) -> Addresses:
         """Start the roles: last the one that accepts spans."""
         gate = self._gate
+        feed = TenantFeed(ConfigBucket(client, self._layout.config_bucket))
+        nursery.start_soon(feed.run)
         membership = self._membership = self._make_membership(client)
         nursery.start_soon(membership.run)
         if self._make_query is None:
@@ -196,7 +200,7 @@ class ClusterProcess:
         else:
             identity = await self._identity(client)
             query = self.query = self._make_query(
-                connect_query(self._cluster, self.node, self.roles, client, self, identity)
+                connect_query(self._cluster, self.node, self.roles, client, feed, self, identity)
             )
             query.compilation, gate = self.compilation, query.gate
             found: Addresses = await self._start_part(nursery, Role.QUERY, query)
@@ -211,7 +215,10 @@ class ClusterProcess:
         ingest = grpc = None
         if Role.EDGE in self.roles:
             assert gate is not None
-            self.edge = Edge(self._settings, client, self._layout, gate)
+            if gate is self._gate:  # otherwise the query node keeps it up to date
+                await nursery.start(TenantCopy(gate, feed, self._threads).run)
+            self.edge = edge = Edge(self._settings, client, self._layout, gate, feed)
+            membership.paused_at = lambda: edge.paused_at
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
@@ -302,6 +309,12 @@ class ClusterProcess:
             {"name": each.name, "roles": list(each.roles), "draining": each.draining}
             for each in self._membership.alive().values()
         ]
+
+    def edges_are_paused(self, revision: int) -> bool:
+        """Whether all edges have stored what they received before ingestion was paused by the entry
+        with this revision."""
+        edges = self._membership.alive(Role.EDGE).values()
+        return all(each.paused_at >= revision for each in edges)
 
     def role_metrics(self) -> Iterator[Metric]:
         """The metrics of the edge and of the evaluator."""

@@ -26,7 +26,8 @@ from betrace.service.app import edge_metrics
 from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
-from betrace.service.cluster.ingestion import IngestionSwitch
+from betrace.service.cluster.edge.tenants import IngestTenants
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import split, wire
 from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL, open_batch_audit
@@ -34,7 +35,6 @@ from betrace.service.pipeline.request import Request
 from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.receiver.listeners import listen_for_spans
 from betrace.service.receiver.server import ARRIVAL_SHARE
-from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.spans import SpanStreams
@@ -55,9 +55,17 @@ class EdgeAddresses:
 
 
 class Edge:
-    """Built within Trio. ``gate`` says who is let in; its owner closes it."""
+    """Built within Trio. ``gate`` says who is let in, and ``feed`` keeps it up to date; their owner
+    runs and closes them."""
 
-    def __init__(self, settings: Settings, client: NatsClient, layout: Layout, gate: Gate) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        client: NatsClient,
+        layout: Layout,
+        gate: Gate,
+        feed: TenantFeed,
+    ) -> None:
         self._settings = settings
         self._client = client
         pipeline, max_body = settings.pipeline, settings.ingest.max_body_bytes
@@ -70,8 +78,9 @@ class Edge:
             settings.ingest.max_buffered_bytes,
         )
         self._audit = open_batch_audit(settings)
+        self._tenants, self._feed = IngestTenants(gate, feed), feed
         self.ingest = EdgeIngest(
-            self.commit, self._threads, layout.partitions, max_body, self._audit
+            self.commit, self._threads, layout.partitions, max_body, self._audit, self._tenants
         )
         capacity = _IN_FLIGHT * pipeline.ingest_capacity_spans
         channel: tuple[SendChannel[Request], ReceiveChannel[Request]] = open_channel(
@@ -103,9 +112,6 @@ class Edge:
         )
         shares = DemandShares(gate.quotas, uuid.uuid4().hex)
         self._quotas = QuotaExchange(shares, client, layout.quotas_subject)
-        self._switch = IngestionSwitch(
-            ConfigBucket(client, layout.config_bucket), self.admission.pause, self.admission.resume
-        )
         self._stop = trio.Event()
 
     async def run(
@@ -126,7 +132,8 @@ class Edge:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.commit.run)
             await nursery.start(self._quotas.run)
-            await nursery.start(self._switch.run)
+            nursery.start_soon(self._tenants.run)
+            self._feed.subscribe_paused(self._pause)
             async with trio.open_nursery() as stages:
                 await stages.start(self.stage.run)
                 addresses = await listen_for_spans(
@@ -137,6 +144,23 @@ class Edge:
                 await self._drain(nursery, stop_listeners)
             await self.commit.drained()
             nursery.cancel_scope.cancel()
+
+    def _pause(self, paused: bool) -> None:
+        """Refuse requests while an operator has paused ingestion."""
+        if self.admission.state != "draining":
+            if paused:
+                self.admission.pause()
+            else:
+                self.admission.resume()
+
+    @property
+    def paused_at(self) -> int:
+        """The revision of the entry by which ingestion is paused, once everything that was received
+        before is stored; else 0."""
+        busy = self.admission.unanswered or self.commit.buffered_bytes
+        if busy or not self._feed.paused or self.admission.state == "open":
+            return 0
+        return self._feed.ingestion_revision
 
     async def _drain(self, nursery: trio.Nursery, stop_listeners: trio.Event) -> None:
         grace = self._settings.shutdown.grace_seconds

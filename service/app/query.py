@@ -13,6 +13,7 @@ from betrace.service.cluster.query.open_traces import (
     open_trace_subject,
 )
 from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
@@ -31,11 +32,12 @@ def connect_query(
     node: str,
     roles: Sequence[str],
     client: NatsClient,
+    tenants: TenantFeed,
     others: OtherRoles,
     identity: str,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles, ``identity`` is the id of the cluster."""
+    roles, ``tenants`` serves them all, and ``identity`` is the id of the cluster."""
     layout, partitions = Layout.of(settings), range(settings.partitions)
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
     leases_bucket = ConfigBucket(client, layout.leases_bucket)
@@ -56,11 +58,12 @@ def connect_query(
         last=lambda partition: logs[partition].last(),
         epoch=lambda partition: logs[partition].epoch(),
         owners=leases.owners,
-        config=ConfigBucket(client, layout.config_bucket),
+        config=tenants.bucket,
         shared=ConfigBucket(client, layout.query_bucket),
         duties=Duties(leases_bucket, node, times),
         recent=RecentSignals(settings.partitions),
         index_subject=index_subject(layout.prefix),
         open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
         others=others,
+        tenants=tenants,
     )

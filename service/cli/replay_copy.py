@@ -29,7 +29,9 @@ def copied_log(
 ) -> Iterator[SpanLog]:
     """A span log in a temporary directory with what was received from ``since_ns`` on and before
     ``until_ns``, and around these times, for ``tenant`` or for all."""
+    from betrace.service.cluster.query.tenant_names import read_names
     from betrace.service.pipeline.recovery.replay import IDLE_NS
+    from betrace.service.storage.jetstream.bucket import ConfigBucket
     from betrace.service.storage.jetstream.history import SpanHistory
     from betrace.service.storage.jetstream.layout import Layout
     from betrace.service.storage.jetstream.local_copy import LocalCopy
@@ -40,18 +42,24 @@ def copied_log(
     since = None if since_ns is None else since_ns - IDLE_NS
     until = None if until_ns is None else until_ns + IDLE_NS
     with TemporaryDirectory(prefix="betrace-replay-") as directory, SpanLog(Path(directory)) as log:
-        copy = LocalCopy(log, tenant)
 
-        async def run(client: NatsClient) -> None:
+        async def run(client: NatsClient) -> list[str]:
+            names = await read_names(ConfigBucket(client, layout.config_bucket))
+
+            def wanted(name: str) -> str | None:
+                found = names.tenant(name)
+                return found if tenant in (None, found) else None
+
+            copy = LocalCopy(log, wanted)
             history = SpanHistory(SpanStreams(client, layout), layout.partitions)
             ranges = await history.ranges(
                 None if since is None else since - CLOCKS_NS,
                 None if until is None else until + CLOCKS_NS,
             )
             await copy.run(history, ranges, (since, until), _report())
+            return copy.damaged
 
-        with_client(settings, run)
-        for place in copy.damaged:
+        for place in with_client(settings, run):
             warn(f"left out: {place}")
         yield log
 

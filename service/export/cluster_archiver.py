@@ -17,6 +17,8 @@ from pathlib import Path
 import trio
 
 from betrace.channels import TransientError
+from betrace.service.cluster.query.tenant_names import read_names
+from betrace.service.cluster.tenant_entries import TenantEntryError
 from betrace.service.export.archiver import ArchiveResult
 from betrace.service.export.parquet import Archived, ArchiveError, archive_segment
 from betrace.service.storage.jetstream.archive_progress import (
@@ -94,7 +96,7 @@ class ClusterArchiver:
                 progress = replace(progress, revision=revision)
         except Conflict:
             self.done.failures.append("another node archives; there must be only one")
-        except (TransientError, ArchiveError, OSError) as error:
+        except (TransientError, TenantEntryError, ArchiveError, OSError) as error:
             self.done.failures.append(f"the log cannot be archived: {error}")
         finally:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -123,7 +125,7 @@ class ClusterArchiver:
     def _archive_day(self, day: date, ranges: list[range]) -> Iterator[Archived]:
         shutil.rmtree(self._work, ignore_errors=True)
         with SpanLog(self._work) as log:
-            copy = LocalCopy(log)
+            copy = LocalCopy(log, trio.run(read_names, self._config).tenant)
             trio.run(copy.run, SpanHistory(self._spans, self._partitions), ranges)
             self.done.damaged += copy.damaged
             for tenant in log.tenants():

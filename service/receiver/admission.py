@@ -130,6 +130,11 @@ class Admission:
         """Refuse new requests for good, because the service stops."""
         self.refusals.closed = ("draining", "the service is shutting down; send the spans again")
 
+    @property
+    def unanswered(self) -> int:
+        """Requests that are admitted and not answered."""
+        return self._bodies.requests
+
     async def settled(self) -> None:
         """Return when every admitted request is answered, or its client is gone."""
         await self._bodies.settled()

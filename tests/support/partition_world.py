@@ -11,6 +11,7 @@ import orjson
 from betrace.service.cluster import output
 from betrace.service.cluster.evaluator.state import Anchor, PartitionState
 from betrace.service.cluster.output import Output
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.history import HistoryUnavailable
 from betrace.service.signals import Kind, Signal
@@ -105,6 +106,12 @@ class PartitionWorld:
         self.revision += 1
         number = self.revision if revision is None else revision
         self.append(pack(RulesMarker(tenant, number, definitions(*conditions))), 1)
+
+    def delete(self, tenant: str) -> int:
+        """Append the marker of a tenant's deletion; returns the generation after it."""
+        self.revision += 1
+        self.append(pack(RulesMarker(GONE + tenant, self.revision, b"")), 1)
+        return self.revision
 
     def quiet(self, seconds: float) -> None:
         """Append ticks, as the owner of a partition without spans does."""

@@ -19,8 +19,9 @@ from betrace.service.cluster.query.open_traces import (
     open_traces_answer,
 )
 from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
-from betrace.service.storage.jetstream.bucket import Entry
+from betrace.service.storage.jetstream.bucket import Conflict, Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -89,22 +90,52 @@ class NoNats:
         raise NatsUnavailable("this test has no server")
 
 
-class EmptyBucket:
-    """Keeps what is published."""
+class MemoryBucket:
+    """A bucket in memory."""
 
     def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
+        self.latest: dict[str, Entry] = {}
+        self.revision = 0
+        self.unavailable = False
+        self._moved = trio.Event()
 
-    async def get(self, key: str) -> None:
-        return None
+    @property
+    def values(self) -> dict[str, bytes | None]:
+        return {key: entry.value for key, entry in self.latest.items()}
+
+    async def get(self, key: str) -> Entry | None:
+        await self._answer()
+        return self.latest.get(key)
 
     async def put(self, key: str, value: bytes, expected_revision: int | None = None) -> int:
-        self.values[key] = value
-        return len(self.values)
+        await self._answer()
+        known = self.latest.get(key)
+        if expected_revision not in (None, known.revision if known else 0):
+            raise Conflict(key)
+        self.revision += 1
+        self.latest[key] = Entry(key, value, self.revision)
+        self._moved.set()
+        self._moved = trio.Event()
+        return self.revision
+
+    async def entries(self, prefix: str = "") -> list[Entry]:
+        await self._answer()
+        return [entry for key, entry in self.latest.items() if key.startswith(prefix)]
 
     async def watch(self, prefix: str = "") -> AsyncIterator[Entry]:
-        await trio.sleep_forever()
-        yield Entry("", None, 0)
+        after = 0
+        while True:
+            moved = self._moved
+            for entry in sorted(self.latest.values(), key=lambda each: each.revision):
+                if entry.revision > after and entry.key.startswith(prefix):
+                    after = entry.revision
+                    yield entry
+            await moved.wait()
+
+    async def _answer(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.unavailable:
+            raise NatsUnavailable("this test has no quorum")
 
 
 class FedNode:
@@ -112,8 +143,9 @@ class FedNode:
 
     def __init__(self) -> None:
         self.outs = {0: ListedOut(), 1: ListedOut()}
-        self.bucket = EmptyBucket()
+        self.bucket = MemoryBucket()
         self.nats = FakeNats()
+        self.paused_edges = 0  # the revision at which the edges are paused
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
@@ -145,6 +177,7 @@ class FedNode:
             index_subject="betrace.index",
             open_traces=RemoteOpenTraces(self._owner, 2),
             others=self,
+            tenants=TenantFeed(self.bucket),  # type: ignore[arg-type]
         )
 
     def role_components(self) -> dict[str, Any]:
@@ -152,6 +185,9 @@ class FedNode:
 
     def members(self) -> list[dict[str, Any]]:
         return [{"name": "query-1", "roles": ["query"], "draining": False}]
+
+    def edges_are_paused(self, revision: int) -> bool:
+        return self.paused_edges >= revision
 
     def role_metrics(self) -> list[Metric]:
         return [CounterMetricFamily("betrace_span_ingestion", "Spans.", 77)]
@@ -169,9 +205,13 @@ class FedNode:
     ) -> AsyncIterator[Service]:
         """A query node; at the end it drains, or dies without saving anything."""
         with ExitStack() as stack:
-            service = open_query_service(config, stack)(self.connection(name))
-            async with served(service, die=die):
-                yield service
+            connection = self.connection(name)
+            service = open_query_service(config, stack)(connection)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.tenants.run)
+                async with served(service, die=die):
+                    yield service
+                nursery.cancel_scope.cancel()
 
     async def applied(self, service: Service) -> None:
         """Return when the node has stored everything."""

@@ -34,9 +34,3 @@ async def get_cluster(call: Call) -> Any:
     if node is None:
         raise ApiError(404, "this service is not part of a cluster", "see [cluster] in config.toml")
     return node.shown()
-
-
-def refuse_on_cluster(call: Call, what: str, instead: str) -> None:
-    """Refuse what does not work on a cluster yet; ``instead`` says what to do."""
-    if call.tools.sources.node is not None:
-        raise ApiError(501, f"{what} on a cluster yet", instead)

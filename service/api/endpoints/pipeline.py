@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -10,14 +10,7 @@ from betrace.service.api.endpoint import Answer, Call, Endpoints
 from betrace.service.api.params import WAIT
 from betrace.service.api.sources import Sources
 
-if TYPE_CHECKING:
-    from betrace.service.cluster.query.node import QueryNode
-
 endpoints = Endpoints("Administration", access="operator")
-
-_LOOK_SECONDS = 0.5
-_LOOKS = 3
-"""A cluster is drained once nothing waits at so many looks: edges follow within a second."""
 
 
 def pipeline_state(sources: Sources) -> dict[str, Any]:
@@ -26,7 +19,7 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
     sizes = {name: queue.send.statistics().size for name, queue in pipeline.queues.items()}
     waiting = {name: size for name, size in sizes.items() if size}
     return {
-        "ingestion": sources.admission.state,
+        "ingestion": _ingestion(sources),
         "drained": not waiting and not len(pipeline.correlate.backlog),
         "waiting": waiting,
         "backlog": {
@@ -42,6 +35,24 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
             name: "paused" if stage.paused else "working" for name, stage in pipeline.stages.items()
         },
     }
+
+
+def _ingestion(sources: Sources) -> str:
+    node = sources.node
+    if node is None or sources.admission.state == "draining":
+        return sources.admission.state
+    return "paused" if node.ingestion_paused else "open"
+
+
+async def _set_paused(call: Call, paused: bool) -> None:
+    """Pause or resume ingestion; on a cluster, at all edges."""
+    sources = call.tools.sources
+    if sources.node is not None:
+        await sources.node.pause_ingestion(paused)
+    elif paused:
+        sources.admission.pause()
+    else:
+        sources.admission.resume()
 
 
 @endpoints.add(
@@ -67,9 +78,9 @@ async def get_pipeline(call: Call) -> Any:
 )
 async def pause_pipeline(call: Call) -> Any:
     """Requests get 503 until `resume`. Accepted spans are still processed. On a cluster, all edges
-    follow within a second, and it stays so when processes restart."""
+    refuse spans within about a second, and those that are started later do too."""
     await call.note("pipeline.pause")
-    await _set_paused(call.tools.sources, paused=True)
+    await _set_paused(call, True)
     return pipeline_state(call.tools.sources)
 
 
@@ -81,7 +92,7 @@ async def pause_pipeline(call: Call) -> Any:
 )
 async def resume_pipeline(call: Call) -> Any:
     await call.note("pipeline.resume")
-    await _set_paused(call.tools.sources, paused=False)
+    await _set_paused(call, False)
     return pipeline_state(call.tools.sources)
 
 
@@ -93,41 +104,21 @@ async def resume_pipeline(call: Call) -> Any:
     answers={200: "The pipeline, drained", 202: "The pipeline, not empty yet"},
 )
 async def drain_pipeline(call: Call) -> Any:
-    """Ingestion stays paused until `resume`. On a cluster, `waiting` also has the messages that
-    are not evaluated yet (`evaluation`) and those that are not stored here yet (`query-node`)."""
+    """Ingestion stays paused until `resume`. On a cluster, this waits until the edges have stored
+    what they received, the evaluators have evaluated it, and this query node has stored the
+    results."""
     sources = call.tools.sources
     await call.note("pipeline.drain")
-    await _set_paused(sources, paused=True)
-    if sources.node is not None:
-        waiting = await _drain_cluster(sources.node, call.params["wait"])
-        found = pipeline_state(sources)
-        found["waiting"] |= waiting
-        found["drained"] = found["drained"] and not waiting
-        return Answer(found, 200 if found["drained"] else 202)
+    await _set_paused(call, True)
+    evaluated = sources.node is None
     with trio.move_on_after(call.params["wait"]):
+        if sources.node is not None:
+            await sources.node.drained()
+            evaluated = True
         for stage in sources.pipeline.stages.values():  # in the order of the channels
             await stage.drained()
             if stage.name == "trace-correlation":
                 await sources.pipeline.correlate.worked_off()
     found = pipeline_state(sources)
+    found["drained"] = found["drained"] and evaluated
     return Answer(found, 200 if found["drained"] else 202)
-
-
-async def _set_paused(sources: Sources, *, paused: bool) -> None:
-    if sources.node is not None:
-        await sources.node.switch.set(paused=paused)
-    elif paused:
-        sources.admission.pause()
-    else:
-        sources.admission.resume()
-
-
-async def _drain_cluster(node: QueryNode, seconds: float) -> dict[str, int]:
-    """Wait until nothing waits, at most for some seconds; returns what still does."""
-    looks, waiting = 0, await node.waiting()
-    with trio.move_on_after(seconds):
-        while looks < _LOOKS:
-            await trio.sleep(_LOOK_SECONDS)
-            waiting = await node.waiting()
-            looks = 0 if any(waiting.values()) else looks + 1
-    return {name: number for name, number in waiting.items() if number}

@@ -145,6 +145,11 @@ class Decisions:
         whole.due_ns = due.received_ns
         return whole, undecided
 
+    def forget(self, tenant: str) -> None:
+        """Forget the signals of a tenant, because it was deleted. Those that were raised early are
+        forgotten in time."""
+        self._relational.forget(tenant)
+
     def saved(self) -> dict[str, Any]:
         """What is known, as JSON, for a snapshot."""
         return {

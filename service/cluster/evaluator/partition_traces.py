@@ -93,6 +93,13 @@ class PartitionTraces:
         with self._traces.lock:
             self._clock.close_due(due)
 
+    def forget(self, tenant: str) -> None:
+        """Drop all traces of a tenant, because it was deleted."""
+        with self._traces.lock:
+            self._traces.forget(tenant)
+            self._clock.forget(tenant)
+        self._traces.progress.forget(tenant)
+
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of a trace, with the server's times. May be called from any thread; waits while a
         batch is folded."""

@@ -5,6 +5,9 @@ revisions come from former owners, or were sent twice, and are ignored.
 
 A trace is decided by the rules in force at its first span, also if it left memory and is read again
 because of late spans. So the last versions are kept, with the sequence of their markers.
+
+Tenants are named as in the log: one that was deleted and created again has another name
+(:func:`betrace.service.tenants.log_name`). Rules belong to the present one.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from weakref import WeakValueDictionary
 import orjson
 
 from betrace.service.cluster.rule_keys import SHARED
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.registry import rules_version
 from betrace.service.rules.store import ALL_TENANTS
+from betrace.service.tenants import split_log_name
 
 EVERYBODY = frozenset({ALL_TENANTS, SHARED})
 """Names that markers use in place of a tenant for the rules of all tenants."""
@@ -57,6 +62,27 @@ class RulesInForce:
             self._compiled.pop(tenant, None)
         return problems
 
+    def generation(self, tenant: str) -> int:
+        """The present generation of a tenant; spans of former ones are not evaluated."""
+        return self.revisions.get(GONE + tenant, 0)
+
+    def is_current(self, name: str) -> bool:
+        """Whether the tenant with this name was not deleted."""
+        tenant, generation = split_log_name(name)
+        return generation == self.generation(tenant)
+
+    def delete(self, tenant: str, generation: int, sequence: int) -> bool:
+        """Note that a tenant was deleted, at a sequence of the log, and has this generation from
+        now on. Rules from before are removed. Returns False if that was known."""
+        if generation <= self.generation(tenant):
+            return False
+        self.revisions[GONE + tenant] = generation
+        if self.revisions.get(tenant, 0) < generation:
+            self.revisions[tenant] = generation
+            self._add(tenant, b"", sequence)
+        self._compiled.pop(tenant, None)
+        return True
+
     def begin(self, tenant: str, revision: int, definitions: bytes) -> None:
         """Use these rules before their marker, which is still to come and reports what is wrong
         with them."""
@@ -85,6 +111,7 @@ class RulesInForce:
 
     def at(self, tenant: str, sequence: int) -> CompiledRules:
         """The tenant's rules for traces that begin at a sequence of the log."""
+        tenant, _ = split_log_name(tenant)
         names = (tenant, *EVERYBODY)
         if any(self._rules(name) is not self._rules(name, sequence) for name in names):
             return self._compile(tenant, sequence)
@@ -92,6 +119,7 @@ class RulesInForce:
 
     def compiled(self, tenant: str) -> CompiledRules:
         """The tenant's rules: those for all tenants, then its own."""
+        tenant, _ = split_log_name(tenant)
         known = tenant if tenant in self._versions else ""  # the others have the same
         found = self._compiled.get(known)
         if found is None:

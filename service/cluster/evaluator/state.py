@@ -34,6 +34,7 @@ from betrace.service.cluster.evaluator.raised import KnownOutput
 from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.evaluator.snapshot import PartitionSnapshot
 from betrace.service.cluster.output import Counts, Output
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.history import TraceHistory, TraceIndex
 from betrace.service.pipeline.open_traces import NotNow
@@ -164,6 +165,8 @@ class PartitionState:
         """Begin with these rules, whose markers are still to be applied. For an empty state, before
         anything is applied."""
         for marker in rules:
+            if marker.tenant.startswith(GONE):
+                continue  # what was sent before the deletion is evaluated up to its marker
             self.engine.rules.begin(marker.tenant, marker.revision, marker.definitions)
 
     def apply(self, messages: Sequence[LogMessage]) -> Output | None:
@@ -258,7 +261,8 @@ class PartitionState:
         left = self._known.left_over(self.step)
         if left is not None:
             self._index.clear()
-            self.engine.traces.reconsider(left)
+            rules = self.engine.rules
+            self.engine.traces.reconsider(each for each in left if rules.is_current(each.tenant))
 
     def _position(self) -> int:
         return pack_log_position(self.partition, self.applied)

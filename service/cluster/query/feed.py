@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from betrace.service.cluster.query.applied import (
     write_cursors,
 )
 from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -37,7 +38,7 @@ READ_BYTES = 4 << 20
 WAIT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 SAVE_SECONDS = 1.0
-_NEWEST = 8  # messages, because records of epochs say nothing
+TENANT_SECONDS = 0.05
 
 
 class OutLog(Protocol):
@@ -48,13 +49,6 @@ class OutLog(Protocol):
         self, after: int, upto: int | None, most_bytes: int, wait_seconds: float
     ) -> list[LogMessage]:
         """The messages after a sequence, in order; none if nothing came in time."""
-
-
-async def last_evaluated(log: OutLog, last: int) -> int:
-    """The last message of ``SPANS_p`` that was evaluated, as the newest messages of ``OUT_p`` say,
-    which ends at ``last``. Raises :exc:`NatsUnavailable`."""
-    found = await log.read(max(0, last - _NEWEST), last, READ_BYTES, 0.0) if last else []
-    return max((output.unpack(each.data).upto for each in found if each.data), default=0)
 
 
 @dataclass(slots=True)
@@ -84,13 +78,13 @@ class PartitionFeed:
 @dataclass(frozen=True, slots=True)
 class FeedTarget:
     """Where the feed sends what it reads: the channel of storage-write, the tickets of work in
-    progress, and the store of what could not be judged. What belongs to the deleted tenants,
-    ``closed``, is dropped."""
+    progress, and the store of what could not be judged. What ``names`` says belongs to deleted
+    tenants is dropped."""
 
     channel: SendChannel[Decided]
     in_flight: InFlight
     undecided: UndecidedStore
-    closed: Container[str]
+    names: TenantNames
 
 
 @dataclass(eq=False)
@@ -203,8 +197,11 @@ class OutFeed:
         state = self.partitions[partition]
         items: list[Decided] = []
         if message.data:  # records of epochs have none
-            found = await self.threads.run(self._unpack, message.data)
-            items = [each for each in found.decided if each.tenant not in self.target.closed]
+            found = await self.threads.run(_unpack, message.data)
+            await self._wait_for_tenants(found, generation)
+            if found.undecided:
+                await self.threads.run(self._store_undecided, found.undecided)
+            items = self.target.names.current(found.decided)
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
             if state.counts is not None:
                 state.spans += max(0, found.counts.spans - state.counts.spans)
@@ -231,26 +228,40 @@ class OutFeed:
         state.items += len(items)
         state.closed += sum(len(item.closed) for item in items if item.closed is not None)
 
-    def _unpack(self, data: bytes) -> output.Output:
-        """Decode a message, and store what could not be judged. Blocks."""
-        found = output.unpack(data)
+    async def _wait_for_tenants(self, found: output.Output, generation: int) -> None:
+        """Wait while a message is about a tenant that was created again, and this node has not
+        deleted its former data yet."""
+        names = {each.tenant for each in found.decided} | {each.tenant for each in found.undecided}
+        while self.target.names.unknown(names):
+            await trio.sleep(TENANT_SECONDS)
+            if generation != self.positions.generation:
+                raise _Rewound
+
+    def _store_undecided(self, undecided: list[output.NotJudged]) -> None:
+        """Store what could not be judged. Blocks."""
         by_tenant: dict[str, list[UndecidedTrace]] = {}
-        for each in found.undecided:
-            if each.tenant not in self.target.closed:
-                by_tenant.setdefault(each.tenant, []).append(each.trace)
+        for each in undecided:
+            tenant = self.target.names.tenant(each.tenant)
+            if tenant is not None:
+                by_tenant.setdefault(tenant, []).append(each.trace)
         for tenant, traces in by_tenant.items():
             try:
                 self.target.undecided.add(tenant, traces)
             except OSError as error:
                 _log.warning("traces that could not be judged are not stored: %s", error)
-        for dead in found.dead:
-            _log.error(
-                "message %d could not be evaluated (tenant %s): %s",
-                dead.sequence,
-                dead.tenant or "all",
-                dead.reason,
-            )
-        return found
+
+
+def _unpack(data: bytes) -> output.Output:
+    """Decode a message. Blocks."""
+    found = output.unpack(data)
+    for dead in found.dead:
+        _log.error(
+            "message %d could not be evaluated (tenant %s): %s",
+            dead.sequence,
+            dead.tenant or "all",
+            dead.reason,
+        )
+    return found
 
 
 class _Rewound(Exception):  # noqa: N818

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import orjson
@@ -85,14 +85,16 @@ class RemoteOpenTraces:
     def __init__(self, ask: Callable[[int, bytes], bytes], partitions: int) -> None:
         self._ask = ask
         self._partitions = partitions
+        self.log_name: Callable[[str], str] = lambda tenant: tenant
+        """Returns the name that a tenant has in the logs."""
 
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of the trace; None if its owner does not have it, or does not answer. Blocks."""
         partition = partition_of(tenant, bytes.fromhex(trace_id), self._partitions)
-        request = pack_open_request(OpenTraceRequest(tenant, trace_id))
+        request = pack_open_request(OpenTraceRequest(self.log_name(tenant), trace_id))
         try:
             data = self._ask(partition, request)
-            return from_bytes(data) if data else None
+            return replace(from_bytes(data), tenant=tenant) if data else None
         except (NatsUnavailable, SerialError) as error:
             _log.debug("the owner of partition %d does not answer: %s", partition, error)
             return None

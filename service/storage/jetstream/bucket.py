@@ -96,7 +96,7 @@ class ConfigBucket:
         A replica that is behind may return earlier ones."""
         found: dict[str, Entry] = {}
         after = 0
-        while batch := await self._after(after):
+        while batch := await self._after(after, prefix):
             found.update({entry.key: entry for entry in batch})
             after = batch[-1].revision
         entries = (entry for entry in found.values() if entry.value is not None)
@@ -112,7 +112,7 @@ class ConfigBucket:
         after = 0
         while True:
             try:
-                batch = await self._after(after, _WAIT_SECONDS)
+                batch = await self._after(after, prefix, _WAIT_SECONDS)
             except NatsUnavailable:
                 await trio.sleep(_RETRY_SECONDS)
                 continue
@@ -121,8 +121,9 @@ class ConfigBucket:
                 if entry.key.startswith(prefix):
                     yield entry
 
-    async def _after(self, after: int, wait_seconds: float = 0) -> list[Entry]:
-        keys = f"{self._prefix}>"
+    async def _after(self, after: int, prefix: str, wait_seconds: float = 0) -> list[Entry]:
+        """Entries of keys that begin with ``prefix``, and perhaps others."""
+        keys = f"{self._prefix}{prefix if prefix.endswith('.') else ''}>"
 
         async def work(nats: Nats) -> list[Entry]:
             async def read() -> list[Entry]:

@@ -82,8 +82,8 @@ async def read_configuration(buckets: CommonBuckets) -> bytes:
 
 
 async def write_configuration(buckets: CommonBuckets, copy: bytes) -> RestoredConfiguration:
-    """Write a copy to the buckets of another cluster. Keys that exist there stay as they are. Raises
-    :exc:`NoConfiguration` and
+    """Write a copy to the buckets of another cluster. Keys that exist there stay as they are.
+    Raises :exc:`NoConfiguration` and
     :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`."""
     try:
         value = orjson.loads(copy)

@@ -19,10 +19,11 @@ from betrace.service.storage.spanlog.log import SpanLog
 
 @dataclass(slots=True)
 class LocalCopy:
-    """Copies frames of ``tenant``, None for all tenants, to ``log``."""
+    """Copies frames to ``log``. ``tenant_of`` returns the tenant with a name in the streams, None
+    if its spans are not wanted."""
 
     log: SpanLog
-    tenant: str | None = None
+    tenant_of: Callable[[str], str | None]
     spans: int = 0
     damaged: list[str] = field(default_factory=list)
     """Messages that cannot be read, or are missing."""
@@ -57,10 +58,11 @@ class LocalCopy:
             for each in content.frames if isinstance(content, Spans) else ():
                 at = each.received_ns
                 wanted = (since_ns or 0) <= at and (until_ns is None or at < until_ns)
-                if wanted and self.tenant in (None, each.tenant):
+                tenant = self.tenant_of(each.tenant) if wanted else None
+                if tenant is not None:
                     body = self._compressor.compress(each.body)
                     frame = Frame("protobuf", "zstd", at, body, each.spans)
-                    found.setdefault(each.tenant, []).append(frame)
+                    found.setdefault(tenant, []).append(frame)
         for tenant, frames in found.items():
             self.log.append(tenant, frames)
             self.spans += sum(frame.spans for frame in frames)

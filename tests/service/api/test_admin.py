@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from betrace.service.storage.dead_letters import DeadLetterError
+from betrace.service.tenancy import changes
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import running, settings
 
@@ -104,7 +105,7 @@ async def test_an_action_that_cannot_be_audited_is_not_done(
     client, service, monkeypatch, method, path, body
 ):
     """Nothing that changes something is called when the audit log cannot be written."""
-    service.gate.directory.create("known", None, None)
+    service.gate.directory.change("known", changes.create(None, None))
     (service.settings.storage.path / "audit.jsonl").mkdir()
 
     def forbidden(*_, **__):

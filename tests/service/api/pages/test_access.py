@@ -11,6 +11,7 @@ import pytest
 from betrace.service.api.audit import Operator
 from betrace.service.api.pages.forms import local
 from betrace.service.api.pages.sessions import MOST_SESSIONS, SESSION_SECONDS, Sessions
+from betrace.service.tenancy import changes
 from betrace.service.tenancy.tokens import key_id, make_token
 from tests.service.api.pages.conftest import Browser, browsing, signal_id
 from tests.support.inprocess import closed, send
@@ -35,7 +36,7 @@ async def tenants(tmp_path):
         service = browser.service
         for tenant, key in KEYS.items():
             await service.tenants.create(ME, tenant, None, None)
-            service.gate.directory.add_key(tenant, raw(key), 0)
+            service.gate.directory.change(tenant, changes.add_key(raw(key), 0))
         service.tools.rule_writer.put("acme", "mine", RULE, None)
         await send(service, [S(1, "bypass", TRACE)], "acme")
         await closed(service)

@@ -18,6 +18,7 @@ from betrace.service.cluster.query.index_messages import (
     unpack_request,
 )
 from betrace.service.cluster.query.remote_index import RemoteTraceIndex
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.pipeline.history import HistoryUnavailable
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.storage.duck.queries import TraceRow
@@ -36,13 +37,16 @@ def store(tmp_path):
         yield found
 
 
+NAMES = TenantNames({"again": 7, "soon": 9}, {"gone", "soon"})
+
+
 class Index:
     """An index at a query node, and an evaluator that asks it without NATS."""
 
     def __init__(self, store, applied=5, decided=5):
         self.positions = AppliedPositions([(2, applied)])
         self.waiting = False
-        self.server = TraceIndexServer(store, self.positions, {"gone"}, lambda: self.waiting)
+        self.server = TraceIndexServer(store, self.positions, NAMES, lambda: self.waiting)
         self.decided = decided
         self.asked = []
         self.remote = RemoteTraceIndex(2, self.ask, lambda: self.decided)
@@ -165,5 +169,5 @@ def test_other_bytes_are_refused(data):
         unpack_request(data)
     with pytest.raises(IndexMessageError):
         unpack_answer(data)
-    found = unpack_answer(TraceIndexServer(None, AppliedPositions()).answer("", data))
+    found = unpack_answer(TraceIndexServer(None, AppliedPositions(), NAMES).answer("", data))
     assert found.problem is not None

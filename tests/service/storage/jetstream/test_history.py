@@ -89,7 +89,7 @@ async def test_spans_are_copied_to_a_local_log(spans: SpanStreams, tmp_path: Pat
     history = SpanHistory(spans, 2)
     reported: list[int] = []
     with SpanLog(tmp_path) as log:
-        copy = LocalCopy(log)
+        copy = LocalCopy(log, lambda name: name)
         await copy.run(history, await history.ranges(), report=reported.append)
         assert (log.tenants(), copy.spans, reported[-1]) == (["acme", "beta"], 3, 3)
         assert len(copy.damaged) == 1
@@ -97,7 +97,7 @@ async def test_spans_are_copied_to_a_local_log(spans: SpanStreams, tmp_path: Pat
         batch = read_frames("acme", list(positions), list(frames), 1 << 20)
         assert len(batch) == 2
         for wanted, received in ((0, (after, None)), (0, (None, 1)), (2, (1, after))):
-            copy = LocalCopy(log, "acme")
+            copy = LocalCopy(log, lambda name: name if name == "acme" else None)
             await copy.run(history, await history.ranges(), received)
             assert copy.spans == wanted
         await trio.lowlevel.checkpoint()
