@@ -27,6 +27,11 @@ DUTY_LEASES = 3
 it."""
 
 
+def duty_times(settings: ClusterSettings) -> DutyTimes:
+    """The times of duties, the same for everybody who wants them."""
+    return DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
+
+
 def connect_query(
     settings: ClusterSettings,
     node: str,
@@ -42,7 +47,6 @@ def connect_query(
     logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
     leases_bucket = ConfigBucket(client, layout.leases_bucket)
     leases = Leases(leases_bucket, settings.lease_seconds)
-    times = DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)
@@ -60,7 +64,7 @@ def connect_query(
         owners=leases.owners,
         config=tenants.bucket,
         shared=ConfigBucket(client, layout.query_bucket),
-        duties=Duties(leases_bucket, node, times),
+        duties=Duties(leases_bucket, node, duty_times(settings)),
         recent=RecentSignals(settings.partitions),
         index_subject=index_subject(layout.prefix),
         open_traces=RemoteOpenTraces(ask_owner, settings.partitions),

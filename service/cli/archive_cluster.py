@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from betrace.service.export.parquet import Archived
     from betrace.service.storage.jetstream.client import NatsClient
 
-_PATIENCE = 3  # times the lease, so that the lease of a node that was killed expires
+_PATIENCE = 2  # times the lease, so that the lease of a node that was killed expires
 
 
 def archive_cluster(
@@ -31,7 +31,8 @@ def archive_cluster(
     import trio
 
     from betrace.service.app.archive import DUTY
-    from betrace.service.cluster.duty import Duty, DutyTimes
+    from betrace.service.app.query import duty_times
+    from betrace.service.cluster.duty import Duty
     from betrace.service.cluster.lease_keys import owners_by_duty
     from betrace.service.export.archiver import archive_directory
     from betrace.service.export.cluster_archiver import ClusterArchiver
@@ -45,12 +46,12 @@ def archive_cluster(
     async def work(client: NatsClient) -> ArchiveResult:
         leases = ConfigBucket(client, layout.leases_bucket)
         name = f"command-{socket.gethostname().partition('.')[0]}-{os.getpid()}"
-        times = DutyTimes(section.lease_seconds, section.heartbeat_seconds)
+        times = duty_times(section)
         duty = Duty(leases, DUTY, name, times)
         archiver = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(duty.run)
-            with trio.move_on_after(_PATIENCE * section.lease_seconds):
+            with trio.move_on_after(_PATIENCE * times.lease_seconds):
                 await duty.wait_held()
             if duty.held:
                 with TemporaryDirectory(prefix="betrace-archive-") as directory:
