@@ -10,7 +10,7 @@ TENANT_RULE = (
 )
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_SEPARATOR = "#"  # not part of any name
+_SEPARATOR = "="  # not part of any name, and valid in keys of buckets
 
 
 def is_tenant_name(text: str) -> bool:
@@ -26,5 +26,5 @@ def log_name(tenant: str, generation: int) -> str:
 
 def split_log_name(name: str) -> tuple[str, int]:
     """The tenant and the generation of a :func:`log_name`."""
-    tenant, _, generation = name.partition(_SEPARATOR)
-    return tenant, int(generation or 0)
+    tenant, separator, generation = name.partition(_SEPARATOR)
+    return tenant, int(generation) if separator else 0

@@ -97,6 +97,11 @@ class RuleWriter:
                 raise _changed_elsewhere(rule_id)
         self._registry.forget(tenant)
 
+    def settle(self) -> None:
+        """Wait for the change in progress. Later ones are refused for tenants that are closed."""
+        with self._changing:
+            pass
+
     def delete_all(self, tenant: str) -> None:
         """Delete all rules of a deleted tenant."""
         with self._changing:

@@ -65,6 +65,7 @@ from betrace.service.tenancy.gate import Gate
 
 if TYPE_CHECKING:
     from betrace.service.cluster.query.node import ClusterConnection, QueryNode
+    from betrace.service.cluster.query.tenant_names import TenantNames
 
 _log = logging.getLogger("service")
 
@@ -163,7 +164,9 @@ class _ServiceBuilder:
         self._sharing = (
             sharing.alone(self._visible, stores.local)
             if cluster is None
-            else sharing.shared(cluster, settings, stores.local, self._threads, self._gate.closed)
+            else sharing.shared(
+                cluster, settings, stores.local, self._threads, self._tenant_names()
+            )
         )
         self._build_flow()
         self._node = self._query_node()
@@ -238,7 +241,7 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
-            self._gate.generations,
+            self._tenant_names(),
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
@@ -270,7 +273,7 @@ class _ServiceBuilder:
             None if self._node is None else self._node.rules.exchange_now,
         )
         erase = (
-            self._rule_writer.delete_all,
+            self._erase_rules,
             stores.local.triage.delete_tenant,
             self._alerts.forget,
             self._unstored.forget,
@@ -307,6 +310,14 @@ class _ServiceBuilder:
             )
 
         return Daily(settings, stores.duckdb, make_archiver)
+
+    def _erase_rules(self, tenant: str) -> None:
+        if self._node is None:
+            self._rule_writer.delete_all(tenant)
+        else:
+            self._rule_writer.settle()
+            self._node.rules.erase(tenant)
+            self._stores.registry.forget(tenant)
 
     def _erase_archive(self, tenant: str) -> None:
         with suppress(FileNotFoundError):
@@ -353,10 +364,21 @@ class _ServiceBuilder:
             self._gate,
             self._removal,
             self._threads,
-            lambda: {*self._stored_tenants(), *self._stores.ledger.tenants()},
+            lambda: {
+                *self._stored_tenants(),
+                *self._stores.ledger.tenants(),
+                *self._stores.registry.store.tenants(),
+            },
+            self._node.rules.drop,
             self._subscriptions.end,
         )
         return self._node.tenants
+
+    def _tenant_names(self) -> TenantNames:
+        """The names of tenants in the logs of a cluster."""
+        from betrace.service.cluster.query.tenant_names import TenantNames
+
+        return TenantNames(self._gate.generations, self._gate.closed)
 
     def _stored_tenants(self) -> list[str]:
         """The tenants that have something on disk, and those of the cluster that have sent

@@ -3,7 +3,7 @@ One process has it all on its disk."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from betrace.service.storage.signal_queues import LedgerQueues, SignalQueues
 if TYPE_CHECKING:
     from betrace.service.cluster.query.node import ClusterConnection
     from betrace.service.cluster.query.shared_triage import SharedTriage
+    from betrace.service.cluster.query.tenant_names import TenantNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,9 @@ def shared(
     settings: Settings,
     stores: LocalStores,
     threads: ThreadRunner,
-    closed: Container[str],
+    names: TenantNames,
 ) -> Sharing:
-    """For a query node. ``closed`` are the deleted tenants."""
+    """For a query node. ``names`` knows the deleted tenants."""
     from betrace.service.cluster.query.applied import FILE, read_cursors
     from betrace.service.cluster.query.out_queues import OutQueues
     from betrace.service.cluster.query.sending import SharedTurns
@@ -60,7 +61,7 @@ def shared(
         """Where an export begins that this node sent on its own, before 0.4."""
         return applied if (data / "export" / f"{name}.json").exists() else None
 
-    triage = SharedTriage(cluster.shared, stores.triage, threads)
+    triage = SharedTriage(cluster.shared, stores.triage, threads, names)
     alerts: SavedAlerts = stores.alerts
     followers: list[Callable[[], Awaitable[None]]] = [triage.watch]
     if settings.alerts.destinations:
@@ -69,7 +70,7 @@ def shared(
         alerts = shared_alerts = SharedAlerts(cluster.shared, duty, stores.alerts, before)
         followers.append(shared_alerts.watch)
     return Sharing(
-        OutQueues(cluster.outs, cluster.last, cluster.recent, closed),
+        OutQueues(cluster.outs, cluster.last, cluster.recent, names),
         alerts,
         SharedTurns(cluster.shared, cluster.duties, begin),
         triage,

@@ -29,6 +29,7 @@ _log = logging.getLogger("service.export")
 
 BATCH_SIGNALS = 500
 POLL_SECONDS = 30.0  # for signals without a notification, such as those written back late
+SAVE_SECONDS = 5.0  # that noting the progress may take after a cancellation
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 
@@ -144,7 +145,8 @@ class Exporter:
             for first in range(0, len(heard), BATCH_SIGNALS):
                 await self._send(heard[first : first + BATCH_SIGNALS])
             self._done |= upto
-            await self._progress.save(dict(self._done))
+            with trio.move_on_after(SAVE_SECONDS, shield=True):  # a repetition costs more
+                await self._progress.save(dict(self._done))
             self.waiting_since = None
 
     def _page(self, queues: list[str]) -> tuple[list[Signal], dict[str, int], list[str]]:

@@ -31,6 +31,9 @@ from betrace.service.traces.verdicts import Decided
 from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
 from tests.support.inprocess import served
 
+LAST_SPANS = 100
+"""The sequence of the last message of each partition's log."""
+
 
 class ListedOut:
     """An ``OUT`` stream as a list."""
@@ -75,6 +78,15 @@ class ListedOut:
 
 class NoSpans:
     """Streams whose messages were deleted."""
+
+    def __init__(self) -> None:
+        self.appended: list[int] = []
+        """The partitions of the messages that were appended."""
+
+    async def append(self, partition: int, data: bytes, message_id: str) -> int:
+        await trio.lowlevel.checkpoint()
+        self.appended.append(partition)
+        return LAST_SPANS
 
     def read_many(self, tenant: str, positions: Any) -> list[FrameMissing]:
         return [FrameMissing("deleted") for _ in positions]
@@ -145,6 +157,7 @@ class FedNode:
         self.outs = {0: ListedOut(), 1: ListedOut()}
         self.bucket = MemoryBucket()
         self.nats = FakeNats()
+        self.spans = NoSpans()
         self.paused_edges = 0  # the revision at which the edges are paused
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
@@ -165,7 +178,7 @@ class FedNode:
             roles=("query",),
             identity=self.identity,
             client=NoNats(),  # type: ignore[arg-type]
-            spans=NoSpans(),  # type: ignore[arg-type]
+            spans=self.spans,  # type: ignore[arg-type]
             outs=dict(self.outs),
             last=lambda partition: self.outs[partition].last(),
             epoch=epoch,

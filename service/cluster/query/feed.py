@@ -27,6 +27,7 @@ from betrace.service.cluster.query.applied import (
 from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.pipeline.progress import InFlight
+from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.undecided import UndecidedStore, UndecidedTrace
@@ -196,12 +197,14 @@ class OutFeed:
     ) -> None:
         state = self.partitions[partition]
         items: list[Decided] = []
+        signals: list[Signal] = []
         if message.data:  # records of epochs have none
             found = await self.threads.run(_unpack, message.data)
             await self._wait_for_tenants(found, generation)
             if found.undecided:
                 await self.threads.run(self._store_undecided, found.undecided)
             items = self.target.names.current(found.decided)
+            signals = [signal for item in found.decided for signal in item.signals]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
             if state.counts is not None:
                 state.spans += max(0, found.counts.spans - state.counts.spans)
@@ -215,7 +218,6 @@ class OutFeed:
             for ticket in tickets:
                 self.target.in_flight.leave(ticket)
             raise _Rewound
-        signals = [signal for item in items for signal in item.signals]
         self.recent.add(partition, message.sequence, signals)
         try:
             await channel.send_each(items)

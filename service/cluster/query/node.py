@@ -61,8 +61,7 @@ class QueryStores:
     rules: RuleStore
     closed: Collection[str]
     """The deleted tenants."""
-    generations: Mapping[str, int]
-    """By tenant, see :class:`betrace.service.tenancy.gate.Gate`."""
+    names: TenantNames
     waiting: Callable[[], bool]
     """Whether rows wait in fallback files for DuckDB."""
     threads: ThreadRunner
@@ -159,7 +158,7 @@ class QueryNode:
             _log.warning("the streams are those of a new cluster, so all of OUT is applied")
             remove_cursors(file)
         self.positions = AppliedPositions(() if lost or elsewhere else saved.applied.items())
-        self.names = TenantNames(stores.generations, stores.closed)
+        self.names = stores.names
         self.cluster.open_traces.log_name = self.names.log_name
         self.index = TraceIndexServer(stores.duckdb, self.positions, self.names, stores.waiting)
         self.rules = RuleSharing(
@@ -328,4 +327,5 @@ def _counts(counts: Counts | None) -> dict[str, int] | None:
         "spans": counts.spans,
         "markers": counts.markers,
         "ticks": counts.ticks,
+        "deletedSpans": counts.deleted_spans,
     }

@@ -6,13 +6,14 @@ those of their ledgers, so any of them can continue where another one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import trio
 
 from betrace.service.cluster import output
 from betrace.service.cluster.query.feed import OutLog
 from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
@@ -26,8 +27,8 @@ class OutQueues:
     """The queues, which are named by the number of the partition. Make it on the Trio thread; the
     methods that block are for other threads.
 
-    ``last`` returns the last sequence of a partition's stream. What belongs to the deleted tenants,
-    ``closed``, is left out.
+    ``last`` returns the last sequence of a partition's stream. What ``names`` says belongs to
+    deleted tenants is left out.
     """
 
     def __init__(
@@ -35,12 +36,12 @@ class OutQueues:
         logs: Mapping[int, OutLog],
         last: Callable[[int], Awaitable[int]],
         recent: RecentSignals,
-        closed: Container[str],
+        names: TenantNames,
     ) -> None:
         self._logs = logs
         self._last = last
         self._recent = recent
-        self._closed = closed
+        self._names = names
         self._token = trio.lowlevel.current_trio_token()
 
     def names(self) -> list[str]:
@@ -66,7 +67,10 @@ class OutQueues:
         page = self._recent.read(int(name), after, limit)
         if page is None:
             page = self._read_stream(int(name), after)
-        kept = [each for each in page.signals if each[1].tenant not in self._closed]
+        if self._names.unknown({signal.tenant for _, signal in page.signals}):
+            raise SignalsUnavailable("a tenant that was created again is not known here yet")
+        current = ((number, self._names.signal(signal)) for number, signal in page.signals)
+        kept = [(number, signal) for number, signal in current if signal is not None]
         return QueuePage(kept, page.upto, page.more)
 
     def _read_stream(self, partition: int, after: int) -> QueuePage:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import orjson
@@ -33,12 +34,18 @@ from betrace.service.cluster.query.rule_files import (
     unpack_files,
 )
 from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX, rules_key
+from betrace.service.cluster.tenant_entries import (
+    TenantEntryError,
+    tenant_key,
+    unpack_tenant,
+)
 from betrace.service.durable import write_atomically
 from betrace.service.rules.definition import Rule
 from betrace.service.rules.store import ALL_TENANTS, RuleStore, RuleTexts
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Conflict
 from betrace.service.storage.jetstream.errors import MessageTooLarge, NatsUnavailable
 from betrace.service.telemetry import events
+from betrace.service.tenancy.tenant import TenantState
 
 _log = logging.getLogger("service.query")
 
@@ -119,6 +126,44 @@ class RuleSharing:
         """Exchange a tenant's files now; for a worker thread. Raises :exc:`NatsUnavailable` and
         :exc:`OSError`."""
         trio.from_thread.run(self._exchange, frozenset({tenant}), trio_token=self._token)
+
+    def erase(self, tenant: str) -> None:
+        """Delete the rules of a deleted tenant, here and in the buckets; for a worker thread. If
+        the tenant was created again, its new rules come from the bucket. Raises :exc:`OSError`."""
+        try:
+            trio.from_thread.run(self._erase, tenant, trio_token=self._token)
+        except NatsUnavailable as error:
+            raise OSError(f"its rules are not deleted from the bucket: {error}") from error
+
+    async def _erase(self, tenant: str) -> None:
+        async with self._turn:
+            await self.drop(tenant)
+            await self._threads.run(self._store.delete_tenant, tenant)
+            # Files that are gone here must not be deleted in the bucket for that.
+            self._agreed.digests.pop(tenant, None)
+            self._revisions.pop(tenant, None)
+            self._published.pop(tenant, None)
+            await self._save()
+
+    async def drop(self, tenant: str) -> None:
+        """Remove a deleted tenant's rules from the buckets, unless it was created again."""
+        for bucket, key, empty in (
+            (self._shared, files_key(tenant), pack_files({})),
+            (self._config, rules_key(tenant), EMPTY),
+        ):
+            while True:
+                entry = await bucket.get(key)
+                if entry is None or entry.value == empty or not await self._is_deleted(tenant):
+                    break  # asked after the entry was read, so that later rules are a conflict
+                with suppress(Conflict):
+                    await bucket.put(key, empty, entry.revision)
+
+    async def _is_deleted(self, tenant: str) -> bool:
+        entry = await self._config.get(tenant_key(tenant))
+        try:
+            return entry is not None and unpack_tenant(entry).state is TenantState.DELETED
+        except TenantEntryError:
+            return False
 
     async def _exchange(self, asked: Collection[str] = ()) -> str | None:
         """Exchange what changed, and the files of the tenants ``asked``. Returns what must be

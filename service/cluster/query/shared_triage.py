@@ -22,6 +22,7 @@ import orjson
 import trio
 
 from betrace.channels import ThreadRunner
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Conflict, Entry
 from betrace.service.storage.triage import KEPT_NS, Acknowledgement, Mute, TriageError, TriageStore
 
@@ -66,9 +67,10 @@ class TriageShard:
         )
 
 
-def triage_key(tenant: str, item: str) -> str:
-    """The key of a rule or of a signal."""
-    return f"{PREFIX}{tenant}.{hashlib.sha256(item.encode()).digest()[0] % SHARDS:02x}"
+def triage_key(name: str, item: str) -> str:
+    """The key of a rule or of a signal. ``name`` is the tenant's in the logs, so that a tenant that
+    is created again begins with nothing."""
+    return f"{PREFIX}{name}.{hashlib.sha256(item.encode()).digest()[0] % SHARDS:02x}"
 
 
 class SharedTriage:
@@ -81,11 +83,13 @@ class SharedTriage:
         bucket: ConfigBucket,
         store: TriageStore,
         threads: ThreadRunner,
+        names: TenantNames,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._bucket = bucket
         self._store = store
         self._threads = threads
+        self._names = names
         self._clock_ns = clock_ns
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
@@ -119,7 +123,7 @@ class SharedTriage:
 
     def _change(self, tenant: str, item: str, change: Callable[[TriageShard, int], R]) -> R:
         """Change what is known about a rule or a signal, everywhere; here at once."""
-        key = triage_key(tenant, item)
+        key = triage_key(self._names.log_name(tenant), item)
 
         async def work() -> tuple[R, Entry]:
             while True:
@@ -141,7 +145,9 @@ class SharedTriage:
 
     def _merge(self, entry: Entry) -> None:
         """Apply an entry to the store of this node, unless a later one was applied already."""
-        tenant = entry.key.removeprefix(PREFIX).rpartition(".")[0]
+        tenant = self._names.tenant(_name(entry))
+        if tenant is None:  # it was deleted
+            return
         shard = _read(entry)
         with self._lock:
             if entry.revision > self._applied.get(entry.key, 0):
@@ -151,6 +157,8 @@ class SharedTriage:
     async def watch(self) -> None:
         """Apply what other query nodes change, until cancelled."""
         async for entry in self._bucket.watch(PREFIX):
+            while self._names.unknown([_name(entry)]):  # noqa: ASYNC110
+                await trio.sleep(RETRY_SECONDS)
             while True:
                 try:
                     await self._threads.run(self._merge, entry)
@@ -158,6 +166,11 @@ class SharedTriage:
                 except TriageError as error:
                     _log.warning("mutes and acknowledgements cannot be stored: %s", error)
                     await trio.sleep(RETRY_SECONDS)
+
+
+def _name(entry: Entry) -> str:
+    """The tenant's name in the logs."""
+    return entry.key.removeprefix(PREFIX).rpartition(".")[0]
 
 
 def _read(entry: Entry) -> TriageShard:

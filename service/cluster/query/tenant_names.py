@@ -54,6 +54,13 @@ class TenantNames:
                 return True
         return False
 
+    def signal(self, signal: Signal) -> Signal | None:
+        """A signal of the logs, with its tenant's name; None if the tenant was deleted."""
+        tenant = self.tenant(signal.tenant)
+        if tenant is None or tenant == signal.tenant:
+            return None if tenant is None else signal
+        return _renamed_signal(signal, tenant)
+
     def current(self, items: Sequence[Decided]) -> list[Decided]:
         """The items of tenants that are not deleted, with the names of these tenants."""
         found = []

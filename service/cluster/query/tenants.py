@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 
 import trio
@@ -44,8 +44,9 @@ class ClusterTenants:
     """Implements :class:`betrace.service.tenancy.changes.TenantChanges`. Everything belongs to
     Trio's thread.
 
-    ``stored`` returns the tenants of which there is something on disk, and blocks; ``end_streams``
-    ends a tenant's signal streams, because a key was revoked or it was deleted.
+    ``stored`` returns the tenants of which there is something on disk, and blocks; ``drop_rules``
+    removes what the buckets still have of a deleted tenant's rules; ``end_streams`` ends a tenant's
+    signal streams, because a key was revoked or it was deleted.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ClusterTenants:
         removal: Removal,
         threads: ThreadRunner,
         stored: Callable[[], Collection[str]],
+        drop_rules: Callable[[str], Awaitable[None]],
         end_streams: Callable[[str], object],
     ) -> None:
         self._feed = feed
@@ -62,6 +64,7 @@ class ClusterTenants:
         self._removal = removal
         self._threads = threads
         self._stored = stored
+        self._drop_rules = drop_rules
         self._end_streams = end_streams
         self._latest: dict[str, Tenant] = {}  # not followed yet
         self._busy: set[str] = set()
@@ -172,6 +175,8 @@ class ClusterTenants:
                 raise TenantConflictError(
                     f"the tenant {name} is being deleted", "wait until the deletion is done"
                 )
+            if found is not None and found.state is TenantState.DELETED:
+                await self._drop_rules(name)
             try:
                 value = pack_tenant(made)
                 revision = await bucket.put(key, value, 0 if entry is None else entry.revision)

@@ -118,7 +118,7 @@ async def test_an_action_that_cannot_be_audited_is_not_done(
         (pipeline.letters, ("retry", "discard")),
         (service.recovery, ("save",)),
         (service.caches, ("invalidate", "warm_up")),
-        (service.gate.directory, ("create", "set_quota", "revoke_key", "begin_deletion")),
+        (service.gate.directory, ("change", "begin_deletion")),
         *((fallback, ("write_back_now",)) for fallback in pipeline.fallbacks.values()),
     ):
         for name in names:

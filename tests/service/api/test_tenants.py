@@ -111,6 +111,6 @@ async def test_a_failing_disk_gets_503(client, service, monkeypatch):
     def fails(*_):
         raise DirectoryError("the disk is full")
 
-    monkeypatch.setattr(service.gate.directory, "create", fails)
+    monkeypatch.setattr(service.gate.directory, "change", fails)
     error = await client.post(T, 503, {"tenant": "acme"})
     assert error["message"] == "the disk is full"

@@ -161,6 +161,16 @@ def test_requests_survive_the_transport():
     assert unpack_request(pack_request(request)) == request
 
 
+def test_tenants_have_other_names_after_a_deletion(store):
+    store.write("again", traces=trace_table(due(1, tenant="again")))
+    remote = Index(store).remote
+    assert remote.find_traces("again", [name(1)]) == {}  # asked for what was deleted
+    assert remote.find_traces("again=7", [name(1)]).keys() == {name(1)}
+    for coming in ("again=8", "soon=9"):
+        with pytest.raises(HistoryUnavailable, match="created again"):
+            remote.find_traces(coming, [name(1)])
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"junk", index_messages._pack({}), index_messages._pack([1])]
 )

@@ -87,7 +87,11 @@ async def deleting(path: Path, *tenants: str):
     ledger = MagicMock(**{"outgoing.return_value": [], "last_entry.return_value": 0})
     ledger.count.return_value = 0
     gate = SimpleNamespace(
-        directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
+        directory=directory,
+        closed=set(),
+        hidden={},
+        keys_changed=lambda tenant: None,
+        close_tenant=lambda tenant, generation: None,
     )
     stores: Any = SimpleNamespace(log=MagicMock(), ledger=ledger, duckdb=store)
     with ThreadRunner("service", 2) as threads:
