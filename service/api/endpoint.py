@@ -42,6 +42,8 @@ JSON_TYPE = "application/json"
 HTML_TYPE = "text/html; charset=utf-8"
 EVENTS_TYPE = "text/event-stream"
 OPERATOR_HEADER = "x-operator"
+APPLIED_HEADER = "BeTrace-Applied"
+"""Says in answers of a query node how far each partition is applied."""
 KEEP_ALIVE = 15.0
 """Seconds between comments on a silent stream, so that proxies and clients keep it open."""
 

@@ -61,6 +61,8 @@ def shared(
         """Where an export begins that this node sent on its own, before 0.4."""
         return applied if (data / "export" / f"{name}.json").exists() else None
 
+    if settings.export.destinations or settings.alerts.destinations:
+        cluster.recent.used = True
     triage = SharedTriage(cluster.shared, stores.triage, threads, names)
     alerts: SavedAlerts = stores.alerts
     followers: list[Callable[[], Awaitable[None]]] = [triage.watch]

@@ -106,7 +106,8 @@ class Duty:
         self._stop.set()
         self._lose()
         if self._running:
-            await self._ended.wait()
+            with trio.move_on_after(2 * self._times.renew_seconds):  # else it expires
+                await self._ended.wait()
 
     async def _acquire(self) -> Lease | None:
         """Wait for the lease; None after :meth:`stop`."""
@@ -183,6 +184,10 @@ class Duties:
             found = self._duties[name] = Duty(self._bucket, name, self._node, self._times)
             self._new.set()
         return found
+
+    def held(self) -> dict[str, bool]:
+        """The duties that this process wants, and whether it has them."""
+        return {name: duty.held for name, duty in self._duties.items()}
 
     async def run(self) -> None:
         """Take the duties whenever they are free, until cancelled."""

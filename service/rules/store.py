@@ -166,6 +166,11 @@ class RuleStore:
         """The directory of the rules, and of those for all tenants."""
         return self._directory, self._shared_directory
 
+    @property
+    def files(self) -> Mapping[Path, object]:
+        """The files as they were read last. A change of a file makes a new mapping."""
+        return self._files
+
     def texts(self) -> RuleTexts:
         """Read the content of all rule files."""
         with self._lock:

@@ -1,4 +1,4 @@
-"""A whole cluster on this machine: NATS servers, edges, evaluators and a query node."""
+"""A whole cluster on this machine: NATS servers, edges, evaluators and query nodes."""
 
 from __future__ import annotations
 
@@ -22,21 +22,26 @@ class Cluster:
     """Use it as a context manager: it starts everything, and ends all of its processes."""
 
     def __init__(
-        self, directory: Path, edges: int = 2, evaluators: int = 3, servers: int = 3
+        self,
+        directory: Path,
+        edges: int = 2,
+        evaluators: int = 3,
+        servers: int = 3,
+        queries: int = 2,
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.servers = NatsServers(directory / "nats", servers)
-        self._edges, self._evaluators = edges, evaluators
+        self._edges, self._evaluators, self._queries = edges, evaluators, queries
         self.edges: list[Node] = []
         self.evaluators: list[Node] = []
-        self.query: Node
+        self.queries: list[Node] = []
         self._joined = evaluators
 
     def __enter__(self) -> Cluster:
         self.servers.start()
-        self.query = self._node("query", "query")
-        write_rules(self.query.directory / "rules")
+        self.queries = [self._node(f"query-{n}", "query") for n in range(1, self._queries + 1)]
+        write_rules(self.queries[0].directory / "rules")  # the others get them from the cluster
         self.edges = [self._node(f"edge-{n}", "edge") for n in range(1, self._edges + 1)]
         self.evaluators = [
             self._node(f"evaluator-{n}", "evaluator") for n in range(1, self._evaluators + 1)
@@ -56,7 +61,7 @@ class Cluster:
     @property
     def nodes(self) -> list[Node]:
         """All nodes that should run."""
-        return [self.query, *self.edges, *self.evaluators]
+        return [*self.queries, *self.edges, *self.evaluators]
 
     def join(self) -> Node:
         """Start one more evaluator."""
@@ -65,6 +70,11 @@ class Cluster:
         self.evaluators.append(node)
         node.start()
         return node
+
+    @property
+    def query(self) -> Node:
+        """The first query node."""
+        return self.queries[0]
 
     def command(self, *arguments: str) -> str:
         """Run ``betrace cluster`` on the query node's configuration; returns what it prints. Raises

@@ -124,7 +124,7 @@ class Faults:
 
         return restart
 
-    # Edges and the query node
+    # Edges and query nodes
 
     def _edge(self) -> Node:
         return self._rng.choice(self._cluster.edges)
@@ -139,7 +139,7 @@ class Faults:
         return self._cut(self._edge(), self._rng.uniform(0.2, 6))
 
     def _query_node_killed(self) -> Callable[[], None]:
-        return self._kill(self._cluster.query)
+        return self._kill(self._rng.choice(self._cluster.queries))
 
     def _rules_changed(self) -> None:
         self._rules.change()

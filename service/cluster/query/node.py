@@ -249,6 +249,10 @@ class QueryNode:
             while state.evaluated_to < end:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_SECONDS)
 
+    def applied(self) -> str:
+        """The applied sequences of all partitions, in order, separated by commas."""
+        return ",".join(str(self.positions.get(p)) for p in sorted(self.cluster.outs))
+
     def items(self) -> dict[int, int]:
         """Items sent to the stores since the start, by partition."""
         return {} if self.feed is None else {p: s.items for p, s in self.feed.partitions.items()}

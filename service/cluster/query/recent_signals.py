@@ -29,9 +29,10 @@ class _Partition:
 
 
 class RecentSignals:
-    """The latest signals. May be called from any thread."""
+    """The latest signals. May be called from any thread. Nothing is kept unless it is ``used``."""
 
     def __init__(self, partitions: int, most: int = MOST_SIGNALS) -> None:
+        self.used = False
         self._most = max(1, most // partitions)
         self._lock = threading.Lock()
         self._partitions: dict[int, _Partition] = {}
@@ -39,6 +40,8 @@ class RecentSignals:
     def add(self, partition: int, sequence: int, signals: Sequence[Signal]) -> None:
         """Note the signals of a message. Messages come in order; after a jump, such as when the
         stream is read from its beginning again, earlier ones are forgotten."""
+        if not self.used:
+            return
         with self._lock:
             known = self._partitions.get(partition)
             if known is None or sequence != known.upto + 1:

@@ -88,7 +88,7 @@ class RuleSharing:
         self._agreed = AgreedFiles(file, names)
         self._saved: bytes | None = None
         self._loaded = False
-        self._seen: Mapping[str, tuple[Rule, ...]] | None = None
+        self._seen: Mapping[Path, object] | None = None
         self._revisions: dict[str, int] = {}  # of the files in the bucket, as merged
         self._latest: dict[str, int] = {}  # as the watch has shown
         self._published: dict[str, bytes] = {}
@@ -171,7 +171,7 @@ class RuleSharing:
         async with self._turn:
             if not self._loaded:
                 await self._load()
-            rules = self._store.all_rules()
+            read = self._store.files
             self._due.update(asked)
             self._due.update(
                 tenant
@@ -179,9 +179,9 @@ class RuleSharing:
                 if revision > self._revisions.get(tenant, 0)
             )
             problems: list[str] = []
-            if rules is not self._seen or self._due:
+            if read is not self._seen or self._due:
                 texts = await self._threads.run(self._store.texts)
-                if rules is not self._seen:  # a change makes a new mapping
+                if read is not self._seen:  # a change makes a new mapping
                     self._due |= self._changed(texts)
                 if self._for_all is None:
                     self._due.discard(ALL_TENANTS)
@@ -189,7 +189,7 @@ class RuleSharing:
                     texts = await self._threads.run(self._store.texts)
                 await self._publish_all(texts, problems)
                 await self._save()
-                self._seen = rules
+                self._seen = read
             if not self._announced and not problems:
                 await self._announce()
             return problems[0] if problems else None

@@ -197,6 +197,8 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
         out.add(Decided("acme", [signal(number)], None), Decided("gone", [signal(9, "gone")], None))
     out.add_bytes(b"")
     recent = RecentSignals(1, 2)
+    recent.add(0, 1, [signal(1)])  # nobody needs it
+    recent.used = True
 
     async def last(partition):
         return len(out.messages)
@@ -239,6 +241,7 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
 
 def test_whole_messages_are_read_at_once():
     recent = RecentSignals(1)
+    recent.used = True
     recent.add(0, 1, [signal(1), signal(2), signal(3)])
     recent.add(0, 2, [signal(4)])
     page = recent.read(0, 0, 1)
