@@ -63,13 +63,17 @@ class OnCluster:
 
     @contextmanager
     def opened(self, config: Settings) -> Iterator[Service]:
-        """A query node that does not run, and has no servers."""
+        """A query node without servers, of which only what follows the buckets runs."""
         with ExitStack() as stack:
-            service = open_query_service(self._settings(config), stack)(FedNode().connection())
+            connection = FedNode().connection()
+            service = open_query_service(self._settings(config), stack)(connection)
             service.registry.store.load()
+            scope = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(_follow, service, scope)
             try:
                 yield service
             finally:
+                scope.cancel()
                 service.close()
 
     @asynccontextmanager
@@ -189,6 +193,15 @@ def remote(traces: OpenTraces) -> RemoteOpenTraces:
         return found
 
     return RemoteOpenTraces(ask, PARTITIONS)
+
+
+async def _follow(service: Service, scope: trio.CancelScope) -> None:
+    """Run what follows the buckets until the scope is cancelled."""
+    assert service.node is not None
+    with suppress(Exception), scope:  # the stores may be closed meanwhile
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.node.cluster.tenants.run)
+            nursery.start_soon(service.node.run)
 
 
 def process_of(service: Service) -> ClusterProcess:

