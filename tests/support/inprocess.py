@@ -156,6 +156,11 @@ def active_signals(service: Service, tenant: str = "default") -> set[tuple[str, 
     return active(ledger_signals(service, tenant))
 
 
+async def put_rule(service: Service, tenant: str, rule_id: str, rule: dict[str, Any]) -> None:
+    """Write a new rule, as the API does."""
+    await trio.to_thread.run_sync(service.tools.rule_writer.put, tenant, rule_id, rule, None)
+
+
 async def folded(service: Service) -> None:
     """Return when all accepted spans are in their traces."""
     if place is not None:

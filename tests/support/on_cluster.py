@@ -23,7 +23,7 @@ from betrace.service.cluster.evaluator import output_writer
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.query import rules as published
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces, open_traces_answer
-from betrace.service.cluster.rule_keys import RULES_PREFIX
+from betrace.service.cluster.rule_keys import RULES_PREFIX, rules_key
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.body import BadBody, protobuf_body
@@ -228,12 +228,17 @@ async def _rules_in_force(process: ClusterProcess) -> None:
     assert service.node is not None
     node, store = service.node, service.registry.store
     with trio.fail_after(60):
-        while node.rules._seen is not store.all_rules() or not node.rules._announced:
-            await trio.sleep(0.01)
-        entries = await node.cluster.config.entries(RULES_PREFIX)
-        wanted = {entry.key.removeprefix(RULES_PREFIX): entry.revision for entry in entries}
-        while not _have(states(process), wanted):
-            await trio.sleep(0.01)
+        while True:
+            entries = await node.cluster.config.entries(RULES_PREFIX)
+            values = {entry.key: entry.value for entry in entries}
+            complete = all(
+                values.get(rules_key(tenant)) == published.definitions_of(rules)
+                for tenant, rules in store.all_rules().items()
+            )
+            wanted = {entry.key.removeprefix(RULES_PREFIX): entry.revision for entry in entries}
+            if complete and node.rules._announced and _have(states(process), wanted):
+                return
+            await trio.sleep(0.02)
 
 
 def _have(found: list[PartitionState] | None, wanted: dict[str, int]) -> bool:

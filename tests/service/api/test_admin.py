@@ -8,7 +8,7 @@ import trio
 from betrace.service.storage.dead_letters import DeadLetterError
 from betrace.service.tenancy import changes
 from tests.support.api_client import ApiClient
-from tests.support.inprocess import running, settings
+from tests.support.inprocess import put_rule, running, settings
 
 EXPORT = {"webhook": {"url": "http://127.0.0.1:9/"}}
 
@@ -204,6 +204,6 @@ async def test_a_cache_is_emptied(client, service):
 
 
 async def test_caches_are_warmed(client, service):
-    service.tools.rule_writer.put("acme", "r", {"condition": "a"}, None)
+    await put_rule(service, "acme", "r", {"condition": "a"})
     answer = await client.post("/api/admin/cache-warmup")
     assert (answer["tenants"], answer["loaded"], answer["failed"]) == (1, 1, 0)
