@@ -78,9 +78,10 @@ class Cluster:
         """The first query node."""
         return self.queries[0]
 
-    def command(self, *arguments: str) -> str:
+    def command(self, *arguments: str, seconds: float = START_SECONDS) -> str:
         """Run ``betrace cluster`` on the query node's configuration; returns what it prints. Raises
-        :exc:`ServersAway` if no NATS server answers it."""
+        :exc:`ServersAway` if no NATS server answers it. After ``seconds`` it is killed, and
+        :exc:`subprocess.TimeoutExpired` is raised."""
         done = subprocess.run(
             [
                 sys.executable, "-m", "betrace.service", "cluster",
@@ -89,7 +90,7 @@ class Cluster:
             env=environment(**self.query.settings),
             capture_output=True,
             text=True,
-            timeout=START_SECONDS,
+            timeout=seconds,
             check=False,
         )  # fmt: skip
         if done.returncode != 0 and "NATS" in done.stderr:

@@ -12,6 +12,7 @@ from tests.cluster.campaign import SETTLE_SECONDS, Campaign
 from tests.support.nats_servers import MISSING, PROGRAM
 
 FAULTS = (
+    "partitions doubled",
     "evaluator frozen",
     "edge killed",
     "rules changed",
