@@ -223,7 +223,7 @@ def test_the_time_of_messages_that_came_before_the_parents_seal_has_passed():
 
 
 def test_a_tenant_that_was_created_again_is_in_the_partition_that_edges_choose():
-    spans = [S(n, trace=trace) for n, trace in enumerate(TRACES)]
+    spans = [S(n, trace=trace) for n, trace in enumerate(TRACES, 1)]
     frame = TenantFrame("t=5", 7, len(spans), body(*spans))
     current = Generation(3, 6)
     found = split_again(LogMessage(1, 2, pack(Spans([frame, frame_of("u")]))), current)
