@@ -44,6 +44,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.configuration import cluster_id
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.generations import MOST_PARTITIONS
 from betrace.service.storage.jetstream.layout import Layout
@@ -121,7 +122,8 @@ class ClusterProcess:
         self.compilation = Compilation(kernels_of(roles))
         self._make_query = make_query
         self._gate = gate
-        self._query: Service | None = None
+        self.query: Service | None = None
+        """The service of the query role, once it starts."""
         self._status: StatusApp | None = None
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
@@ -182,13 +184,13 @@ class ClusterProcess:
 
     async def reload_rules(self) -> None:
         """Reload changed rule files now."""
-        if self._query is not None:
-            await self._query.reload_rules()
+        if self.query is not None:
+            await self.query.reload_rules()
 
     def close(self) -> None:
         """End the worker threads; whoever opened the stores closes them."""
-        if self._query is not None:
-            self._query.close()
+        if self.query is not None:
+            self.query.close()
         if self.edge is not None:
             self.edge.close()
         if self._status is not None:
@@ -210,7 +212,8 @@ class ClusterProcess:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            query = self._query = self._make_query(
+            identity = await self._identity(client)
+            query = self.query = self._make_query(
                 connect_query(
                     self._cluster,
                     self.node,
@@ -219,6 +222,7 @@ class ClusterProcess:
                     self._partitions,
                     feed,
                     self,
+                    identity,
                 )
             )
             query.compilation, gate = self.compilation, query.gate
@@ -245,6 +249,14 @@ class ClusterProcess:
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
+
+    async def _identity(self, client: NatsClient) -> str:
+        while True:
+            try:
+                return await cluster_id(ConfigBucket(client, self._layout.config_bucket))
+            except NatsUnavailable as error:
+                _log.warning("waiting for the NATS servers: %s", error)
+                await trio.sleep(RETRY_SECONDS)
 
     async def _start_part(self, nursery: trio.Nursery, role: Role, part: RolePart) -> Any:
         """Run a part; returns what it starts with."""

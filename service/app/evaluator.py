@@ -93,6 +93,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         new_state=new_state,
         checkpoint_seconds=settings.checkpoint.interval_seconds,
         log_days=settings.retention.log_days,
+        archive=settings.archive.enabled,
         takeovers=trio.CapacityLimiter(TAKEOVERS),
         handovers=trio.CapacityLimiter(HANDOVERS),
     )

@@ -28,6 +28,11 @@ DUTY_LEASES = 3
 it."""
 
 
+def duty_times(settings: ClusterSettings) -> DutyTimes:
+    """The times of duties, the same for everybody who wants them."""
+    return DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
+
+
 def connect_query(
     settings: ClusterSettings,
     node: str,
@@ -36,9 +41,10 @@ def connect_query(
     partitions: PartitionMap,
     tenants: TenantFeed,
     others: OtherRoles,
+    identity: str,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles; ``partitions`` and ``tenants`` serve them all."""
+    roles; ``partitions`` and ``tenants`` serve them all; ``identity`` is the cluster's id."""
     layout = Layout.of(settings, partitions.generations)
     logs: dict[int, FencedLog] = {}
 
@@ -47,7 +53,6 @@ def connect_query(
 
     leases_bucket = ConfigBucket(client, layout.leases_bucket)
     leases = Leases(leases_bucket, settings.lease_seconds)
-    times = DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)
@@ -56,6 +61,7 @@ def connect_query(
     return ClusterConnection(
         name=node,
         roles=tuple(roles),
+        identity=identity,
         client=client,
         spans=SpanStreams(client, layout),
         partitions=partitions,
@@ -65,7 +71,7 @@ def connect_query(
         owners=leases.owners,
         config=tenants.bucket,
         shared=ConfigBucket(client, layout.query_bucket),
-        duties=Duties(leases_bucket, node, times),
+        duties=Duties(leases_bucket, node, duty_times(settings)),
         recent=RecentSignals(partitions.current.count),
         index_subject=index_subject(layout.prefix),
         open_traces=RemoteOpenTraces(ask_owner, partitions.holder_of),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,14 +18,12 @@ from betrace.service.cli.common import (
     print_lines,
     print_table,
     settings_options,
+    with_client,
 )
 from betrace.service.cli.doctor.finding import size
 
 if TYPE_CHECKING:
     from betrace.service.config.cluster import ClusterSettings
-    from betrace.service.storage.jetstream.client import NatsClient
-
-T = TypeVar("T")
 
 
 @click.group("cluster", context_settings=HELP)
@@ -60,7 +57,7 @@ def init(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     from betrace.service.storage.jetstream import setup
 
     settings = _settings(config, overrides)
-    done = _with_client(settings, lambda client: setup.set_up(client, settings))
+    done = with_client(settings, lambda client: setup.set_up(client, settings))
     if as_json:
         print_json({"done": done})
     else:
@@ -82,7 +79,7 @@ def status(config: Path | None, overrides: dict[str, Any], as_json: bool) -> Non
     from betrace.service.cli.cluster_state import survey_cluster
 
     settings = _settings(config, overrides)
-    state = _with_client(settings, lambda client: survey_cluster(client, settings))
+    state = with_client(settings, lambda client: survey_cluster(client, settings))
     if as_json:
         print_json(state.to_json(), indent=2)
         sys.exit(FOUND if state.problems else 0)
@@ -155,14 +152,14 @@ def drain(
 
     settings = _settings(config, overrides)
     if undo:
-        _with_client(settings, lambda client: let_back(client, settings, node))
+        with_client(settings, lambda client: let_back(client, settings, node))
         print_lines([f"{node} may have partitions again"])
         return
 
     def report(number: int) -> None:
         print_lines([f"{node} has {number} partitions"])
 
-    left = _with_client(settings, lambda c: drain_node(c, settings, node, seconds, report))
+    left = with_client(settings, lambda c: drain_node(c, settings, node, seconds, report))
     if left:
         print_lines([f"{node} still has the partitions {', '.join(map(str, left))}"])
         sys.exit(FOUND)
@@ -207,7 +204,7 @@ def resize(
     from betrace.service.storage.jetstream.resize import progress
 
     settings = _settings(config, overrides)
-    generations, _ = _with_client(settings, lambda client: progress(client, settings))
+    generations, _ = with_client(settings, lambda client: progress(client, settings))
     before = generations.current.count
     if before != partitions and not yes:
         click.confirm(
@@ -219,9 +216,7 @@ def resize(
     def report(line: str) -> None:
         print_lines([line])
 
-    left = _with_client(
-        settings, lambda c: resize_cluster(c, settings, partitions, seconds, report)
-    )
+    left = with_client(settings, lambda c: resize_cluster(c, settings, partitions, seconds, report))
     if left:
         print_lines([f"former partitions that are not finished: {', '.join(map(str, left))}"])
         sys.exit(FOUND)
@@ -238,18 +233,3 @@ def _settings(config: Path | None, overrides: dict[str, Any]) -> ClusterSettings
             "with --config, or set BETRACE_CLUSTER__SERVERS"
         )
     return settings
-
-
-def _with_client(settings: ClusterSettings, work: Callable[[NatsClient], Awaitable[T]]) -> T:
-    import trio
-
-    from betrace.service.storage.jetstream.client import NatsClient
-
-    async def main() -> T:
-        client = await NatsClient.connect(settings, "betrace cluster")
-        try:
-            return await work(client)
-        finally:
-            await client.close()
-
-    return trio.run(main)

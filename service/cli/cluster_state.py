@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import orjson
 import trio
 
 from betrace.service.cluster import output
 from betrace.service.cluster.lease_keys import lease_key
+from betrace.service.cluster.membership import beat_key, drain_key, read_heartbeat
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream import resize, survey
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
@@ -159,16 +159,15 @@ async def _applied(client: NatsClient, layout: Layout, partition: int) -> int | 
 
 def _nodes(before: list[Entry], after: list[Entry]) -> list[NodeState]:
     revisions = {entry.key: entry.revision for entry in before}
-    drains = {e.key.partition(".")[2] for e in after if e.key.startswith("drain.")}
+    present = {entry.key for entry in after}
     nodes = []
     for entry in after:
-        kind, _, name = entry.key.partition(".")
-        if kind != "beat" or entry.value is None:
+        if not entry.key.startswith(beat_key("")):
             continue
-        value = orjson.loads(entry.value)
+        member, _ = read_heartbeat(entry)
         moved = revisions.get(entry.key) != entry.revision
-        draining = bool(value.get("draining")) or name in drains
-        nodes.append(NodeState(name, tuple(value.get("roles", ())), moved, draining))
+        draining = member.draining or drain_key(member.name) in present
+        nodes.append(NodeState(member.name, member.roles, moved, draining))
     return sorted(nodes, key=lambda node: node.name)
 
 

@@ -41,6 +41,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self.servers.start()
         self.queries = [self._node(f"query-{n}", "query") for n in range(1, self._queries + 1)]
+        for query in self.queries:
+            (query.directory / "rules").mkdir(exist_ok=True)
         write_rules(self.queries[0].directory / "rules")  # the others get them from the cluster
         self.edges = [self._node(f"edge-{n}", "edge") for n in range(1, self._edges + 1)]
         self.evaluators = [

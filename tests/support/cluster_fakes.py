@@ -41,6 +41,7 @@ from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch, Fenced
 from betrace.service.storage.jetstream.generations import Generations
 from betrace.service.storage.jetstream.process_leases import ProcessLeases
+from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.traces.verdicts import Decided
 
@@ -173,6 +174,9 @@ class FakeSpans:
     async def last(self, partition: int) -> int:
         await self.node.gate()
         return len(self.node.nats.logs[f"spans-{partition}"])
+
+    async def first_since(self, partition: int, first: int, end: int, time_ns: int) -> int:
+        return await SpanStreams.first_since(self, partition, first, end, time_ns)  # type: ignore[arg-type]
 
     async def forget_before(self, partition: int, sequence: int) -> None:
         await self.node.gate()
@@ -449,6 +453,7 @@ class FakeEvaluator:
             new_state=self.new_state,
             checkpoint_seconds=self.checkpoint_seconds,
             log_days=0,
+            archive=False,
             takeovers=trio.CapacityLimiter(4),
             handovers=trio.CapacityLimiter(4),
         )

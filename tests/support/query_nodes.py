@@ -93,6 +93,9 @@ class NoSpans:
     def read_many(self, tenant: str, positions: Any) -> list[FrameMissing]:
         return [FrameMissing("deleted") for _ in positions]
 
+    async def last(self, partition: int) -> int:
+        return 0
+
 
 class NoNats:
     """A client that never reaches a server."""
@@ -162,6 +165,7 @@ class FedNode:
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
+        self.identity = "first"
 
     def connection(self, name: str = "query-1") -> ClusterConnection:
         async def owners() -> dict[str, str]:
@@ -175,6 +179,7 @@ class FedNode:
         return ClusterConnection(
             name=name,
             roles=("query",),
+            identity=self.identity,
             client=NoNats(),  # type: ignore[arg-type]
             spans=self.spans,  # type: ignore[arg-type]
             partitions=self.partitions,

@@ -32,6 +32,7 @@ class OwnerParts:
     rules: RuleFeed
     threads: ThreadRunner
     config: ConfigBucket
+    """The cluster's configuration."""
     partitions: PartitionMap
     """The caller runs it."""
     new_state: Callable[[int], PartitionState]
@@ -39,6 +40,8 @@ class OwnerParts:
     checkpoint_seconds: float
     log_days: int
     """Days to keep the messages of the log; 0 keeps all."""
+    archive: bool
+    """Whether messages are archived before they are deleted."""
     takeovers: trio.CapacityLimiter
     """How many partitions are taken over at a time."""
     handovers: trio.CapacityLimiter

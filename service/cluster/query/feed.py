@@ -73,6 +73,10 @@ class PartitionFeed:
     """The log time of that message."""
     items: int = 0
     """Items sent to the stores since the start."""
+    spans: int = 0
+    """Spans evaluated since the first message that was read."""
+    closed: int = 0
+    """Closed traces sent to the stores since the start."""
     counts: output.Counts | None = None
     """What became of the partition's messages, as of the last one that was read."""
     problem: str | None = None
@@ -97,7 +101,7 @@ class FeedTarget:
 class OutFeed:
     """Feeds the stores from all partitions. ``log_of`` returns the output of one; ``file`` is where
     the cursors are saved; ``tenants`` returns the tenants that have a DuckDB file; ``recent`` gets
-    the signals for exports and alerts.
+    the signals for exports and alerts; ``cluster`` is the id of the cluster.
 
     The output of a partition is read only once that of its parent is applied to its end, because
     the decisions about a trace are applied in their order.
@@ -111,6 +115,7 @@ class OutFeed:
     file: Path
     tenants: Callable[[], list[str]]
     recent: RecentSignals
+    cluster: str
     partitions: dict[int, PartitionFeed] = field(default_factory=dict, init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
@@ -174,7 +179,7 @@ class OutFeed:
     async def save(self) -> None:
         """Save the cursors, if they changed."""
         generation = self.positions.generation
-        cursors = Cursors(self.positions.all(), frozenset(self.tenants()))
+        cursors = Cursors(self.positions.all(), frozenset(self.tenants()), self.cluster)
         if (generation, cursors) == self._saved:
             return
 
@@ -240,6 +245,8 @@ class OutFeed:
             items = self.target.names.current(found.decided)
             signals = [signal for item in found.decided for signal in item.signals]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
+            if state.counts is not None:
+                state.spans += max(0, found.counts.spans - state.counts.spans)
             state.counts, state.evaluated_to = found.counts, found.upto
         else:
             state.epoch = max(state.epoch or 0, message.epoch)
@@ -260,6 +267,7 @@ class OutFeed:
             raise
         state.read = message.sequence
         state.items += len(items)
+        state.closed += sum(len(item.closed) for item in items if item.closed is not None)
 
     async def _unpacked(self, data: bytes) -> output.Output:
         """The content of a message. What could not be evaluated is logged."""

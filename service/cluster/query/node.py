@@ -100,6 +100,8 @@ class ClusterConnection:
     """Of this node."""
     roles: tuple[str, ...]
     """Of this process."""
+    identity: str
+    """Of the cluster."""
     client: NatsClient
     spans: SpanStreams
     partitions: PartitionMap
@@ -153,7 +155,11 @@ class QueryNode:
                 ", ".join(sorted(lost)[:10]),
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
-        self.positions = AppliedPositions(() if lost else saved.applied.items())
+        elsewhere = saved.cluster not in ("", self.cluster.identity)
+        if elsewhere:
+            _log.warning("the streams are those of a new cluster, so all of OUT is applied")
+            remove_cursors(file)
+        self.positions = AppliedPositions(() if lost or elsewhere else saved.applied.items())
         self.names = stores.names
         self.cluster.open_traces.log_name = self.names.log_name
         self.index = TraceIndexServer(stores.duckdb, self.positions, self.names, stores.waiting)
@@ -176,6 +182,7 @@ class QueryNode:
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
             self.cluster.recent,
+            self.cluster.identity,
         )
 
     async def run(self) -> None:
@@ -215,11 +222,6 @@ class QueryNode:
         if self.feed is not None:
             self.feed.rewind()
 
-    def applied(self) -> str:
-        """The applied sequences of all partitions, in order, separated by commas."""
-        total = self.cluster.partitions.generations.total
-        return ",".join(str(self.positions.get(p)) for p in range(total))
-
     @property
     def spans(self) -> PartitionLog:
         """The logs of the partitions, for reading the spans of tenants."""
@@ -250,9 +252,22 @@ class QueryNode:
             while self._feed_of(partition).evaluated_to < end:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_SECONDS)
 
+    def applied(self) -> str:
+        """The applied sequences of all partitions, in order, separated by commas."""
+        total = self.cluster.partitions.generations.total
+        return ",".join(str(self.positions.get(p)) for p in range(total))
+
     def items(self) -> dict[int, int]:
         """Items sent to the stores since the start, by partition."""
         return {} if self.feed is None else {p: s.items for p, s in self.feed.partitions.items()}
+
+    def evaluated_spans(self) -> int:
+        """Spans that the cluster has evaluated since this node started."""
+        return 0 if self.feed is None else sum(s.spans for s in self.feed.partitions.values())
+
+    def closed_traces(self) -> int:
+        """Closed traces that this node has read since it started."""
+        return 0 if self.feed is None else sum(s.closed for s in self.feed.partitions.values())
 
     def partitions(self) -> list[dict[str, Any]]:
         """How far each partition is, as JSON; without those of former generations that are

@@ -106,6 +106,13 @@ async def read_generations(config: ConfigBucket) -> tuple[Generations, int] | No
     return Generations.from_json(entry.value), entry.revision
 
 
+async def generations_of(config: ConfigBucket, settings: ClusterSettings) -> Generations:
+    """The cluster's generations of partitions; of one that does not exist yet, those that it would
+    have. Raises :exc:`NatsUnavailable`."""
+    found = await read_generations(config)
+    return Generations.of(settings.partitions) if found is None else found[0]
+
+
 def other_number(generations: Generations, settings: ClusterSettings) -> str:
     """Says that the number of partitions in the configuration does not count."""
     return (

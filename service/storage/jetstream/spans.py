@@ -156,6 +156,19 @@ class SpanStreams:
         info = await self._client.call(lambda nats: nats.api(f"STREAM.INFO.{stream}"))
         return int(info["state"]["first_seq"])
 
+    async def first_since(self, partition: int, first: int, end: int, time_ns: int) -> int:
+        """The first sequence from ``first`` on whose message was stored at ``time_ns`` or later;
+        ``end`` if none before it was. Timestamps grow, apart from jumps of servers' clocks. Raises
+        :exc:`NatsUnavailable`."""
+        while first < end:
+            middle = (first + end) // 2
+            found = await self.get(partition, middle)
+            if found is not None and found.time_ns >= time_ns:
+                end = middle
+            else:
+                first = middle + 1
+        return end
+
     async def forget_before(self, partition: int, sequence: int) -> None:
         """Delete the messages before ``sequence``; the log never grows backwards. Raises
         :exc:`NatsUnavailable`."""

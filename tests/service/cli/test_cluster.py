@@ -216,7 +216,7 @@ def test_doctor_looks_at_servers_and_streams(
     found = findings(environment, monkeypatch, tmp_path)
     assert [each.status for each in found] == [OK, OK, NOTE, OK, OK], found
     text = "\n".join(each.found for each in found)
-    for part in ("version 2.", "8.0 MiB", "syncs every write", "one server only", "8 streams"):
+    for part in ("version 2.", "8.0 MiB", "syncs every write", "one server only", "9 streams"):
         assert part in text
     (unknown,) = (
         each

@@ -188,6 +188,21 @@ async def test_a_message_that_cannot_be_read_stops_its_partition_only(config):
         assert components(service.sources)["cluster"]["status"] == "degraded"
 
 
+async def test_a_new_cluster_is_applied_from_its_beginning(config):
+    node = FedNode()
+    for number in (1, 2):
+        node.outs[0].add(decided(number, signals=[number]))
+    async with node.running(config) as service:
+        await node.applied(service)
+    for _ in range(2):
+        node = FedNode()
+        node.identity = "second"
+        node.outs[0].add(decided(3, signals=[3]))
+        async with node.running(config) as service:
+            await node.applied(service)
+            assert len(ledger_signals(service, "acme")) == 3
+
+
 async def test_reading_goes_on_once_nats_answers_again(config, monkeypatch):
     monkeypatch.setattr("betrace.service.cluster.query.feed.RETRY_SECONDS", 0.01)
     node = FedNode()
@@ -267,6 +282,9 @@ async def test_the_api_of_a_query_node(config):
         found = await (await client.get("/api/cluster")).get_json()
         assert [each["applied"] for each in found["partitions"]] == [1, 0]
         assert found["nodes"] == [{"name": "query-1", "roles": ["query"], "draining": False}]
+        for action, state in (("pause", "paused"), ("resume", "open")):
+            answer = await client.post(f"/api/admin/pipeline/{action}")
+            assert (answer.status_code, (await answer.get_json())["ingestion"]) == (200, state)
         missing = await client.get(f"/api/v1/traces/{'ab' * 16}")
         assert missing.status_code == 404
         assert "query-1" in (await missing.get_json())["error"]["hint"]
