@@ -1,9 +1,11 @@
 """Attacks on what tenants share: what a quiet tenant notices of each.
 
 ``python -m perf.attacks`` starts the service for each attack. A quiet tenant sends ten small
-requests a second; its requests and the time to its signals are measured alone, and then beside the
-attack at its full size. The ratios count, because other work on the machine affects both. No
-request of the quiet tenant may fail.
+requests a second; its requests and the time to its signals are measured alone, then beside the
+attack at its full size, and then beside the same generator at the same rate while it attacks a
+server that does nothing. The ratios count, because other work on the machine affects all three;
+the last one separates what the generator costs the quiet tenant, because both share the cores.
+No request of the quiet tenant may fail.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import re
 import resource
 import sys
 import threading
+import time
 from typing import Any
 
 import httpx
 
 from perf.lib.attackers import ATTACKS, Attack
 from perf.lib.quiet_tenant import RULE, TENANT, QuietTenant
+from perf.lib.sink import Sink
 from perf.lib.target import Service, service
 from perf.report import output
 
@@ -28,7 +32,7 @@ GOAL = 2.0
 """The quiet tenant's p99 beside an attack ÷ alone."""
 SMALL = 0.05
 """Seconds; a p99 below this counts as this, because it is noise."""
-BEGIN_SECONDS, END_SECONDS = 120.0, 90.0
+BEGIN_SECONDS, END_SECONDS, SETTLE_SECONDS = 120.0, 90.0, 60.0
 FILES = {"tenant names": 1024}
 
 Json = dict[str, Any]
@@ -42,16 +46,34 @@ def measure(name: str, seconds: float, size: float) -> Json:
             quiet.measure(2)
             before = target.rss()
             alone = quiet.measure(seconds)
-            beside, answers = attacked(target, quiet, name, seconds, size)
+            beside, attack = attacked(target, quiet, name, seconds, size)
             memory = target.rss() - before
+            settle(target)
+            control = beside_generator(attack, quiet, name, seconds)
     return {
         "alone": alone,
         "beside": beside,
+        "control": control,
         "request_ratio": ratio(alone["p99"], beside["p99"]),
         "signal_ratio": ratio(alone["signal_p99"], beside["signal_p99"]),
+        "request_control_ratio": ratio(control["p99"], beside["p99"]),
+        "signal_control_ratio": ratio(control["signal_p99"], beside["signal_p99"]),
         "rss_growth_mb": round(memory / 1e6, 1),
-        "answers": answers,
+        "acts_per_second": round(attack.acts / seconds, 1),
+        "answers": answers_of(attack),
     }
+
+
+def settle(target: Service) -> None:
+    """Wait until the service has finished what the attack left behind, a minute at most."""
+    end = time.monotonic() + SETTLE_SECONDS
+    while time.monotonic() < end and not target.get("/api/admin/pipeline")["drained"]:
+        time.sleep(0.5)
+
+
+def answers_of(attack: Attack) -> Json:
+    """The answers to an attack by status."""
+    return {str(k): n for k, n in sorted(attack.answers.items())}
 
 
 def save_rule(target: Service) -> None:
@@ -62,15 +84,35 @@ def save_rule(target: Service) -> None:
 
 def attacked(
     target: Service, quiet: QuietTenant, name: str, seconds: float, size: float
-) -> tuple[Json, Json]:
-    """The quiet tenant's figures beside an attack, and the answers to the attack by status."""
+) -> tuple[Json, Attack]:
+    """The quiet tenant's figures beside an attack, and the attack when it is over; it has counted
+    only what it did meanwhile."""
     attack = Attack(target, size)
+    return _beside(attack, quiet, name, seconds), attack
+
+
+def beside_generator(attack: Attack, quiet: QuietTenant, name: str, seconds: float) -> Json:
+    """The quiet tenant's figures beside the generator of an attack that is over, when it attacks a
+    server that does nothing, as often as it attacked the service."""
+    answers = sum(attack.answers.values())
+    with Sink(answer_bytes=attack.received // max(1, answers)) as sink:
+        again = Attack(sink, attack.size, pace=max(0.1, attack.acts / seconds))
+        return _beside(again, quiet, name, seconds)
+
+
+def _beside(attack: Attack, quiet: QuietTenant, name: str, seconds: float) -> Json:
     thread = threading.Thread(target=ATTACKS[name], args=(attack,), daemon=True)
     thread.start()
     try:
         if not attack.begun.wait(BEGIN_SECONDS):
             raise RuntimeError(f"{name}: the attack did not begin")
-        return quiet.measure(seconds), {str(k): n for k, n in sorted(attack.answers.items())}
+        acts, received, answers = attack.acts, attack.received, dict(attack.answers)
+        found = quiet.measure(seconds)
+        attack.acts -= acts
+        attack.received -= received
+        for status, number in answers.items():
+            attack.answers[status] -= number
+        return found
     finally:
         attack.over.set()
         thread.join(END_SECONDS)
@@ -91,7 +133,7 @@ def problems(name: str, found: Json) -> list[str]:
 def show(facts: Json, rows: dict[str, Json], seconds: float) -> str:
     """The report as text."""
     head = ["attack", "p99 alone, ms", "beside, ms", "×", "signal p99 alone, ms", "beside, ms"]
-    head += ["×", "slowest query, ms", "failed", "MB more"]
+    head += ["×", "beside its generator, ms", "×", "slowest query, ms", "failed", "MB more"]
 
     def ms(value: float) -> str:
         return f"{1000 * value:,.0f}"
@@ -105,6 +147,8 @@ def show(facts: Json, rows: dict[str, Json], seconds: float) -> str:
             ms(row["alone"]["signal_p99"]),
             ms(row["beside"]["signal_p99"]),
             row["signal_ratio"],
+            f"{ms(row['control']['p99'])}, {ms(row['control']['signal_p99'])}",
+            f"{row['request_control_ratio']}, {row['signal_control_ratio']}",
             ms(row["beside"]["query_max"]),
             row["beside"]["failed"],
             f"{row['rss_growth_mb']:,.0f}",
@@ -117,7 +161,8 @@ def show(facts: Json, rows: dict[str, Json], seconds: float) -> str:
             f"A quiet tenant's ten requests a second for {seconds:g} s alone and {seconds:g} s "
             "beside each attack, from the request until its answer and until its signal. Goal: "
             f"at most {GOAL:g} ×; values below {ms(SMALL)} ms count as {ms(SMALL)} ms in the "
-            "ratios. The attackers share the cores.",
+            "ratios. The attackers share the cores: “beside its generator” is beside the same "
+            "requests to a server that does nothing (requests, signals).",
             "",
             output.table(head, body),
         ]

@@ -18,11 +18,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-from perf.lib.target import Service
 
 NOISY = "noisy"
 EXPENSIVE = " or ".join(f'x matches "[ab]*a[ab]{{{250 - n}}}c"' for n in range(40))
@@ -30,13 +29,24 @@ MIB = 1 << 20
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 
 
+class Target(Protocol):
+    """What is attacked: the URLs of its listeners."""
+
+    ingest: str
+    api: str
+
+
 @dataclass(slots=True)
 class Attack:
     """An attack in progress: ``begun`` when it is prepared, ``over`` when it must end. ``size`` is
-    the fraction of the full size."""
+    the fraction of the full size; ``pace`` limits the acts per second (0: no limit). ``acts`` and
+    ``received`` count acts and bytes of answers."""
 
-    target: Service
+    target: Target
     size: float = 1.0
+    pace: float = 0.0
+    acts: int = 0
+    received: int = 0
     begun: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     answers: dict[int, int] = field(default_factory=dict)
@@ -57,8 +67,8 @@ class Attack:
         with suppress(OSError, http.client.HTTPException):
             connection.request(method, path, body, given)
             answer = connection.getresponse()
-            while answer.read(MIB):
-                pass
+            while part := answer.read(MIB):
+                self.received += len(part)
             status = answer.status
         connection.close()
         self.answers[status] = self.answers.get(status, 0) + 1
@@ -74,9 +84,12 @@ class Attack:
 
         def repeat() -> None:
             while not self.over.is_set():
+                started = time.monotonic()
                 with suppress(OSError):
                     act()
-                self.over.wait(0.01)
+                self.acts += 1
+                wait = count / self.pace - (time.monotonic() - started) if self.pace else 0.0
+                self.over.wait(max(0.01, wait))
 
         threads = [threading.Thread(target=repeat, daemon=True) for _ in range(count)]
         for thread in threads:

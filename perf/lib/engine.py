@@ -130,6 +130,7 @@ class Engine:
                 (arrays.entries, entries),
             ):
                 total += used * (rows.nbytes // len(rows))
+            total += arrays.ids.nbytes
         return total
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -97,6 +98,7 @@ async def serve(
             await shutdown.wait()
             accepting.cancel()
             await server.context.terminated.set()
+            server.end_unused()
             connections.cancel_scope.deadline = trio.current_time() + grace_seconds
         await lifespan.wait_for_shutdown()
         around.cancel_scope.cancel()
@@ -114,7 +116,6 @@ class _Connection(TCPServer):
             ConnectionState({}),
             stream,  # type: ignore[arg-type]
         )
-        self.scope = trio.CancelScope()
         self.idle_since: float | None = trio.current_time()
 
     async def protocol_send(self, event: Event) -> None:
@@ -127,6 +128,29 @@ class _Connection(TCPServer):
         await self.idle_task.stop()
 
 
+class _Place:
+    """A place among the connections of a listener. Hypercorn's connection takes a millisecond to
+    set up, so it begins when the client sends something."""
+
+    def __init__(self, connected: trio.socket.SocketType) -> None:
+        self.connected = connected
+        self.scope = trio.CancelScope()
+        self.connection: _Connection | None = None
+        self._since = trio.current_time()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the connection is idle; None while a request is processed."""
+        return self._since if self.connection is None else self.connection.idle_since
+
+    async def has_begun(self, seconds: float) -> bool:
+        """Wait until the client sends something; returns False if it closes the connection, or
+        sends nothing for so long."""
+        with trio.move_on_after(seconds), suppress(OSError):
+            return bool(await self.connected.recv(1, socket.MSG_PEEK))
+        return False
+
+
 class _ApiServer:
     """The open connections of one listener."""
 
@@ -136,7 +160,7 @@ class _ApiServer:
         self.context = WorkerContext(None)
         self._ssl = config.create_ssl_context()
         self._most = most
-        self._connections: set[_Connection] = set()
+        self._connections: set[_Place] = set()
         self._ended = trio.Event()
 
     async def accept(
@@ -165,31 +189,43 @@ class _ApiServer:
                         self._close_idle()
                         await trio.sleep(_EXHAUSTED_PAUSE)
                     continue
-                stream: Any = trio.SocketStream(connected)
-                if self._ssl is not None:
-                    stream = trio.SSLStream(
-                        stream, self._ssl, server_side=True, https_compatible=True
-                    )
-                connection = _Connection(self, stream)
-                self._connections.add(connection)
-                nursery.start_soon(self._run, connection)
+                place = _Place(connected)
+                self._connections.add(place)
+                nursery.start_soon(self._run, place)
 
     def _close_idle(self) -> None:
         idle = [each for each in self._connections if each.idle_since is not None]
         if idle:
             min(idle, key=lambda each: each.idle_since or 0.0).scope.cancel()
 
-    async def _run(self, connection: _Connection) -> None:
+    def end_unused(self) -> None:
+        """End the connections whose clients have sent nothing, because the service stops."""
+        for place in self._connections:
+            if place.connection is None:
+                place.scope.cancel()
+
+    async def _run(self, place: _Place) -> None:
         try:
-            with connection.scope:
-                await connection.run()
+            with place.scope:
+                if await place.has_begun(self.config.keep_alive_timeout):
+                    place.connection = _Connection(self, self._stream(place.connected))
+                    await place.connection.run()
         except Exception:
             _log.exception("a connection of the API failed and is closed")
         finally:
-            self._connections.discard(connection)
+            self._connections.discard(place)
             self._ended.set()
-            with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(connection.stream)
+            if place.connection is None:
+                place.connected.close()
+            else:
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(place.connection.stream)
+
+    def _stream(self, connected: trio.socket.SocketType) -> Any:
+        stream = trio.SocketStream(connected)
+        if self._ssl is None:
+            return stream
+        return trio.SSLStream(stream, self._ssl, server_side=True, https_compatible=True)
 
 
 def _closing(app: Any, stopping: trio.Event) -> Any:

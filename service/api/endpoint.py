@@ -42,6 +42,8 @@ JSON_TYPE = "application/json"
 HTML_TYPE = "text/html; charset=utf-8"
 EVENTS_TYPE = "text/event-stream"
 OPERATOR_HEADER = "x-operator"
+COMPUTING = 2
+"""Calls that compute for seconds, of all tenants."""
 APPLIED_HEADER = "BeTrace-Applied"
 """Says in answers of a query node how far each partition is applied."""
 KEEP_ALIVE = 15.0
@@ -82,6 +84,9 @@ class Tools:
     unstored: UnstoredSignals = field(default_factory=UnstoredSignals)
     turns: TenantTurns = field(init=False)
     """How tenants share the threads."""
+    computing: ThreadRunner = field(default_factory=lambda: ThreadRunner("compute", COMPUTING))
+    """For calls that may compute for seconds; one tenant may have one at a time."""
+    computing_turns: TenantTurns = field(default_factory=lambda: TenantTurns(COMPUTING))
     shared_triage: SharedTriage | None = None
     """Changes what people decided at all query nodes of a cluster."""
     streams: Counter[str] = field(default_factory=Counter)
@@ -119,9 +124,17 @@ class Call:
     async def blocking(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
         """Call a blocking function in a thread. Raises :exc:`ApiError` 503 after
         ``api.query_timeout_seconds``; the call may then still be running."""
+        return await self._call(self.tools.threads, self.tools.turns, function, *args)
+
+    async def compute(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
+        """:meth:`blocking` for what may compute for seconds."""
+        return await self._call(self.tools.computing, self.tools.computing_turns, function, *args)
+
+    async def _call(
+        self, threads: ThreadRunner, turns: TenantTurns, function: Callable[[*Ts], R], *args: *Ts
+    ) -> R:
         timeout = self.tools.sources.settings.api.query_timeout_seconds
         deadline = trio.current_time() + timeout
-        turns = self.tools.turns
         try:
             release = await turns.take(self.tenant, timeout)
         except trio.TooSlowError:
@@ -142,7 +155,7 @@ class Call:
 
         try:
             left = max(0.001, deadline - trio.current_time())
-            return await self.tools.threads.run(run, timeout=left)
+            return await threads.run(run, timeout=left)
         except ThreadTimeout:
             raise unavailable(
                 f"the query took longer than {timeout:g} s",

@@ -16,6 +16,7 @@ from betrace.service.pipeline.accounts import SpanAccount, span_account
 from betrace.service.pipeline.data_directory import DataDirectory
 from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.recovery import Recovery
+from betrace.service.pipeline.recovery.scrub import Scrub
 from betrace.service.receiver.admission import Admission
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
@@ -48,6 +49,7 @@ class Sources:
     caches: CacheControl
     rule_signals: SignalsByRule
     data_directory: DataDirectory
+    scrub: Scrub
     node: QueryNode | None = None
     """None unless the service is a query node of a cluster."""
 

@@ -24,7 +24,7 @@ def cluster_daily(settings: Settings, store: DuckStore, cluster: ClusterConnecti
     def make_archiver() -> ClusterArchiver:
         return ClusterArchiver(
             cluster.spans,
-            len(cluster.outs),
+            lambda: cluster.partitions.generations.total,
             cluster.config,
             archive_directory(settings),
             settings.storage.path / WORK,

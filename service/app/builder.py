@@ -42,6 +42,7 @@ from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
+from betrace.service.pipeline.recovery.scrub import Scrub
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission, TenantStates
 from betrace.service.rules.patterns import set_match_bytes
@@ -206,7 +207,10 @@ class _ServiceBuilder:
             gate.authenticator,
             capacity=settings.pipeline.ingest_capacity_spans,
             tenants=TenantStates(
-                gate.closed, self._pipeline.correlate.backlog.full, gate.tenant_limit
+                gate.closed,
+                self._pipeline.must_wait,
+                gate.tenant_limit,
+                self._pipeline.ingest.set_aside,
             ),
         )
         self._data_directory = DataDirectory(
@@ -265,6 +269,13 @@ class _ServiceBuilder:
             settings.ingest.max_body_bytes,
             gate.closed,
             None if self._node is None else self._node.reread,
+        )
+        self._scrub = Scrub(
+            data,
+            stores.log,
+            settings.log.scrub_bytes_per_second,
+            self._rebuild.suspect,
+            gate.closed,
         )
         self._rule_writer = RuleWriter(
             stores.registry,
@@ -413,6 +424,7 @@ class _ServiceBuilder:
             caches=self._caches,
             rule_signals=self._rule_signals,
             data_directory=self._data_directory,
+            scrub=self._scrub,
             node=self._node,
         )
 
@@ -443,7 +455,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
-            self._sharing.triage,
+            shared_triage=self._sharing.triage,
         )
 
     def service(self) -> Service:
@@ -475,6 +487,7 @@ class _ServiceBuilder:
             tools=self._tools(sources),
             threads=self._threads,
             cache_thread=self._cache_thread,
+            scrub=self._scrub,
             node=self._node,
         )
         return service

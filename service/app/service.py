@@ -31,6 +31,7 @@ from betrace.service.pipeline.pipeline import Pipeline
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.recovery.removal import Removal
+from betrace.service.pipeline.recovery.scrub import Scrub
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.pipeline.watch import Watch
 from betrace.service.receiver.admission import Admission
@@ -84,6 +85,7 @@ class Service:
     rebuild: Rebuild
     removal: Removal
     daily: Daily
+    scrub: Scrub
     rule_watch: RuleWatch
     watch: Watch
 
@@ -191,13 +193,14 @@ class Service:
         nursery.start_soon(self.removal.run)
         nursery.start_soon(self.trace_metadata.run, self.cache_thread)
         nursery.start_soon(self.caches.warm_up_after, self.settings.caches.warm_up_seconds)
-        nursery.start_soon(self.recovery.every, self.settings.checkpoint.interval_seconds)
+        nursery.start_soon(self.recovery.every_interval)
         nursery.start_soon(self.daily.every_day)
         nursery.start_soon(self.exports.run)
         nursery.start_soon(self.alerts.run)
         if self.rebuild.pending:
             nursery.start_soon(self._rebuild)
         nursery.start_soon(self._repair)
+        nursery.start_soon(self.scrub.run)
 
     async def _drain(self, nursery: trio.Nursery, stop_ingest: trio.Event) -> None:
         """Refuse new requests, process everything accepted, and save a checkpoint."""
@@ -218,7 +221,7 @@ class Service:
         await self.pipeline.finished.wait()
         if self.node is not None:
             await self.node.save()
-        await self.recovery.save()
+        await self.recovery.save(last=True)
 
     async def _report_drain(self) -> None:
         while True:
@@ -262,9 +265,10 @@ class Service:
     def close(self) -> None:
         """End the worker threads; :func:`open_service` closes the stores."""
         self.pipeline.close_threads()
-        for part in (self.removal, self.gate, self.daily, self.exports, self.alerts):
+        for part in (self.removal, self.gate, self.daily, self.scrub, self.exports, self.alerts):
             part.close()
         for runner in (self.threads, self.cache_thread, self.rebuild_thread):
             runner.close()
         self.tools.exposition.close()
         self.tools.threads.close()
+        self.tools.computing.close()

@@ -39,12 +39,15 @@ def archive_cluster(
     from betrace.service.storage.jetstream.bucket import ConfigBucket
     from betrace.service.storage.jetstream.layout import Layout
     from betrace.service.storage.jetstream.leases import Leases
+    from betrace.service.storage.jetstream.setup import generations_of
     from betrace.service.storage.jetstream.spans import SpanStreams
 
     layout = Layout.of(section)
 
     async def work(client: NatsClient) -> ArchiveResult:
         leases = ConfigBucket(client, layout.leases_bucket)
+        config = ConfigBucket(client, layout.config_bucket)
+        generations = await generations_of(config, section)
         name = f"command-{socket.gethostname().partition('.')[0]}-{os.getpid()}"
         times = duty_times(section)
         duty = Duty(leases, DUTY, name, times)
@@ -57,8 +60,8 @@ def archive_cluster(
                 with TemporaryDirectory(prefix="betrace-archive-") as directory:
                     archiver = ClusterArchiver(
                         SpanStreams(client, layout),
-                        layout.partitions,
-                        ConfigBucket(client, layout.config_bucket),
+                        lambda: generations.total,
+                        config,
                         archive_directory(settings),
                         Path(directory) / "log",
                         settings.ingest.max_body_bytes,

@@ -35,6 +35,7 @@ def copied_log(
     from betrace.service.storage.jetstream.history import SpanHistory
     from betrace.service.storage.jetstream.layout import Layout
     from betrace.service.storage.jetstream.local_copy import LocalCopy
+    from betrace.service.storage.jetstream.setup import generations_of
     from betrace.service.storage.jetstream.spans import SpanStreams
     from betrace.service.storage.spanlog.log import SpanLog
 
@@ -44,14 +45,16 @@ def copied_log(
     with TemporaryDirectory(prefix="betrace-replay-") as directory, SpanLog(Path(directory)) as log:
 
         async def run(client: NatsClient) -> list[str]:
-            names = await read_names(ConfigBucket(client, layout.config_bucket))
+            config = ConfigBucket(client, layout.config_bucket)
+            names = await read_names(config)
+            partitions = (await generations_of(config, settings)).total
 
             def wanted(name: str) -> str | None:
                 found = names.tenant(name)
                 return found if tenant in (None, found) else None
 
             copy = LocalCopy(log, wanted)
-            history = SpanHistory(SpanStreams(client, layout), layout.partitions)
+            history = SpanHistory(SpanStreams(client, layout), partitions)
             ranges = await history.ranges(
                 None if since is None else since - CLOCKS_NS,
                 None if until is None else until + CLOCKS_NS,

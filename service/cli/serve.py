@@ -32,6 +32,9 @@ _log = logging.getLogger("service.running")
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _RELOAD = signal.SIGHUP
 _NOTICE_SECONDS = 3.0
+SWITCH_SECONDS = 0.0005
+"""A thread that computes gives up the interpreter's lock after so long (by default 0.005). Trio's
+thread needs the lock again after each system call, several times for a request."""
 
 # A task that runs with the service: started when the service is ready, cancelled when it stops.
 Companion = Callable[["Addresses"], Awaitable[None]]
@@ -128,6 +131,7 @@ def run_service(
     from betrace.service.app.builder import open_service  # takes a second, which --help should not
     from betrace.service.cli.rules import record_rules_directory
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     with short_pauses(), ExitStack() as stack:
         make: Callable[[], Running]
         if roles:

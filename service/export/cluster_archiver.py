@@ -44,6 +44,7 @@ class ClusterArchiver:
     thread-safe.
 
     Args:
+      partitions: returns how many there are, former ones included; they may grow.
       config: the cluster's configuration.
       directory: of the archive.
       work: where a day is copied to; its content is deleted.
@@ -54,7 +55,7 @@ class ClusterArchiver:
     def __init__(
         self,
         spans: SpanStreams,
-        partitions: int,
+        partitions: Callable[[], int],
         config: ConfigBucket,
         directory: Path,
         work: Path,
@@ -110,7 +111,7 @@ class ClusterArchiver:
         found = await read_progress(self._config)
         if found is not None:
             return found
-        begin = await SpanHistory(self._spans, self._partitions).begin_ns()
+        begin = await SpanHistory(self._spans, self._partitions()).begin_ns()
         if begin is None:
             return None
         first = datetime.fromtimestamp(begin // 1_000_000_000, UTC).date()
@@ -118,7 +119,7 @@ class ClusterArchiver:
 
     async def _ranges(self, progress: ArchiveProgress) -> list[range]:
         """The messages of the next day."""
-        history = SpanHistory(self._spans, self._partitions)
+        history = SpanHistory(self._spans, self._partitions())
         end = day_ns(progress.day + timedelta(days=2))
         return await history.ranges(until_ns=end, starts=progress.next)
 
@@ -126,7 +127,7 @@ class ClusterArchiver:
         shutil.rmtree(self._work, ignore_errors=True)
         with SpanLog(self._work) as log:
             copy = LocalCopy(log, trio.run(read_names, self._config).tenant)
-            trio.run(copy.run, SpanHistory(self._spans, self._partitions), ranges)
+            trio.run(copy.run, SpanHistory(self._spans, len(ranges)), ranges)
             self.done.damaged += copy.damaged
             for tenant in log.tenants():
                 self._forget_unfinished(tenant, day)

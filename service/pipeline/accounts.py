@@ -42,13 +42,16 @@ def span_account(pipeline: Pipeline, replayed: int) -> SpanAccount:
     channel = pipeline.batches.statistics()
     accepted = pipeline.ingest.counts.accepted + pipeline.ingest.counts.unacknowledged
     retried = letters.counts.retried_weight.get(SPANS_STAGE, 0)
-    waiting = accepted + replayed + retried - channel.total_in  # not in the channel yet
+    passed_by = pipeline.correlate.passed_by  # went to the backlog without the channel
+    received = accepted + replayed + retried
+    waiting = received - passed_by - channel.total_in  # not in the channel yet
     backlog = pipeline.correlate.backlog.spans  # the stage is done with them, but they are not
     return SpanAccount(
         accepted=accepted,
         replayed=replayed,
         carried=letters.carried_spans,
         evaluated=pipeline.stages[SPANS_STAGE].statistics().weight_out
+        + passed_by
         + pipeline.failed_after_folding
         - pipeline.buried_waiting
         - backlog,

@@ -106,6 +106,8 @@ class _PipelineBuilder:
             name: ThreadRunner(name, threads)
             for name, threads in (
                 ("ingest", p.ingest_workers),
+                ("heavy", 1),
+                ("search", 1),
                 ("sync", 1),
                 ("correlate", p.correlate_workers),
                 ("evaluate", p.evaluate_workers),
@@ -148,13 +150,18 @@ class _PipelineBuilder:
         )
         open_traces = self._open_traces(LateSpans(self._closed, history.load, behind))
         sync, audit = GroupSync(stores.log, self._threads["sync"]), open_batch_audit(settings)
+        correlate = CorrelateStage(
+            open_traces, self._threads["correlate"], self._due.send, self._threads["search"]
+        )
+        ingest = self._ingest(sync, audit)
+        ingest.pass_on_many = correlate.set_aside
         return Pipeline(
             queues=self._channels,
             requests=self._requests.send,
             batches=self._batches.send,
-            ingest=self._ingest(sync, audit),
+            ingest=ingest,
             open_traces=open_traces,
-            correlate=CorrelateStage(open_traces, self._threads["correlate"], self._due.send),
+            correlate=correlate,
             evaluate=self._evaluate(),
             record=self._record(recorded),
             project=project,
@@ -246,6 +253,7 @@ class _PipelineBuilder:
             sync,
             self._settings.log.ack == "synced",
             audit,
+            self._threads["heavy"],
         )
 
     def add_stages(self, pipeline: Pipeline) -> None:

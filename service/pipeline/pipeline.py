@@ -13,6 +13,7 @@ receiver, which refuses requests. :mod:`betrace.service.pipeline.build` builds a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -100,12 +101,17 @@ class Pipeline:
     """Spans of batches whose delivery to trace-correlation failed although they were folded."""
     buried_waiting: int = field(default=0, init=False)
     """Spans that became dead letters while they waited in the backlog of trace-correlation."""
+    _heavy_done: trio.Event = field(default_factory=trio.Event, init=False)
     _retrying: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
 
     @property
     def fallbacks(self) -> dict[str, Fallback[Any]]:
         """The fallback files, by store."""
         return {each.name: each for each in (self.record.fallback, self.project.fallback)}
+
+    def must_wait(self, tenant: str) -> bool:
+        """Whether the tenant should send later, because enough of its spans or requests wait."""
+        return self.correlate.backlog.full(tenant) or self.ingest.heavy.full(tenant)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run all stages until :meth:`close` is called and everything in them is processed."""
@@ -129,7 +135,13 @@ class Pipeline:
             if name == "trace-correlation":
                 nursery.start_soon(self.correlate.tick)
                 nursery.start_soon(self._work_off)
+            if name == "span-ingestion":
+                stage = self.stages[name]
+                nursery.start_soon(self._handle_heavy, lambda: not stage.paused)
             await self.stages[name].run()
+            if name == "span-ingestion":
+                self.ingest.heavy.close()
+                await self._heavy_done.wait()
             if name == "trace-correlation":
                 with trio.move_on_after(self.finish_seconds):
                     await self.correlate.worked_off()
@@ -139,6 +151,12 @@ class Pipeline:
             self.queues[following].send.close()
         if name == "span-ingestion" and self.batch_audit is not None:
             self.batch_audit.close()
+
+    async def _handle_heavy(self, may_run: Callable[[], bool]) -> None:
+        try:
+            await self.ingest.heavy.run(may_run)
+        finally:
+            self._heavy_done.set()
 
     async def correlate_batches(self, batches: list[SpanBatch]) -> None:
         """The handler of trace-correlation: fold batches and complete their dead letters."""

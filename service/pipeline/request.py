@@ -38,6 +38,11 @@ class Reply:
         self._event: trio.Event | None = None  # of the receiver, if it waits
         self._outcome: Done | Refused | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether the outcome is set."""
+        return self._outcome is not None
+
     def set(self, outcome: Done | Refused) -> None:
         """Set the outcome. Raises :exc:`RuntimeError` the second time."""
         if self._outcome is not None:
@@ -61,7 +66,9 @@ class Request:
 
     ``content_type`` is protobuf or json; ``encoding`` is empty, gzip, zstd or deflate;
     ``received_ns`` is wall-clock nanoseconds; ``weight`` is its estimated number of spans.
-    ``on_release`` is called once with tenant and weight by :meth:`release`.
+    ``on_release`` is called once with tenant and weight by :meth:`release`; ``seconds`` is the CPU
+    time that decoding took, if it was measured. ``aside`` is set when it no longer belongs to the
+    channel, because it waits among the requests that take long.
     """
 
     tenant: str
@@ -72,6 +79,13 @@ class Request:
     weight: int
     reply: Reply
     on_release: Callable[[str, int], object] | None = None
+    seconds: float = 0.0
+    aside: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has nothing more to do with it."""
+        return self.aside or self.reply.known
 
     def release(self) -> None:
         """Free the capacity that the request takes. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,12 @@ MOST_SPANS = 100_000
 """Spans in one request. Each takes 160 bytes and some CPU time even if it compresses to nothing."""
 SMALL_BYTES = 128 * 1024
 """Uncompressed bytes that are decoded, scanned, and written or split in about 0.2 ms."""
+QUICK_BYTES = 2 << 20
+"""Decoded bytes of a request that takes a few milliseconds at most; of JSON, half as many."""
+QUICK_SPANS = 10_000
+"""Spans of such a request."""
+_GZIP_TRAILER = 4  # bytes of its decoded size
+_GZIP_LEAST = 18
 
 
 @dataclass(slots=True)
@@ -61,6 +68,10 @@ class IngestCounts:
         request.release()
 
 
+class NotQuick(Exception):  # noqa: N818
+    """Decoding a request takes longer than other requests should wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scanned:
     """Spans of one tenant. Row *i* of the batch's ``bodies`` is of request ``numbers[i]``."""
@@ -80,13 +91,25 @@ def are_small(requests: Sequence[Request]) -> bool:
     return True
 
 
+def quick_size(content_type: str, encoding: str, body: bytes | memoryview) -> bool:
+    """Whether a body is small enough to be decoded in a few milliseconds, as far as can be told
+    without decoding it: what gzip says of the size need not be true."""
+    most = QUICK_BYTES if content_type != "json" else QUICK_BYTES // 2
+    size = len(body)
+    if encoding == "gzip" and size >= _GZIP_LEAST:
+        size = int.from_bytes(body[-_GZIP_TRAILER:], "little")
+    return size <= most
+
+
 def scan_requests(
-    requests: Sequence[Request], max_body_bytes: int
+    requests: Sequence[Request], max_body_bytes: int, not_quick: list[int] | None = None
 ) -> tuple[list[Scanned], list[Outcome]]:
     """Decode and scan requests together. Returns one batch per tenant, and one for each of its
     requests that may have very many spans; and an outcome for each request, which is final if it
-    is a refusal."""
+    is a refusal. With ``not_quick``, requests that take long are not decoded completely, and have
+    no batch; their numbers are added to this list."""
     outcomes: list[Outcome] = [Done(0)] * len(requests)
+    most_spans = MOST_SPANS if not_quick is None else QUICK_SPANS
     by_tenant: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
         by_tenant.setdefault(request.tenant, []).append(i)
@@ -95,13 +118,21 @@ def scan_requests(
         decoded: list[int] = []
         bodies: list[bytes | memoryview] = []
         for i in numbers:
-            body = decode(requests[i], max_body_bytes)
+            try:
+                body = decode(requests[i], max_body_bytes, quick=not_quick is not None)
+            except NotQuick:
+                assert not_quick is not None
+                not_quick.append(i)
+                continue
             if isinstance(body, Refused):
                 outcomes[i] = body
-            elif len(body) > MOST_SPANS * SMALLEST_SPAN:
+            elif len(body) > most_spans * SMALLEST_SPAN:
                 try:
-                    scanned.append(Scanned(scan_bodies(tenant, [body], MOST_SPANS), [i]))
+                    scanned.append(Scanned(scan_bodies(tenant, [body], most_spans), [i]))
                 except TooManySpans:
+                    if not_quick is not None:
+                        not_quick.append(i)
+                        continue
                     outcomes[i] = Refused(
                         413,
                         f"The request has more than {MOST_SPANS} spans. Send fewer spans in "
@@ -115,14 +146,25 @@ def scan_requests(
     return scanned, outcomes
 
 
-def decode(request: Request, max_body_bytes: int) -> bytes | memoryview | Refused:
-    """The body as protobuf."""
+def decode(
+    request: Request, max_body_bytes: int, quick: bool = False
+) -> bytes | memoryview | Refused:
+    """The body as protobuf. Raises :exc:`NotQuick` if it must be ``quick`` and would take long."""
+    kind, encoding = request.content_type, request.encoding
+    most = QUICK_BYTES if kind != "json" else QUICK_BYTES // 2
+    limit = min(max_body_bytes, most) if quick else max_body_bytes
+    started = time.thread_time() if encoding or kind == "json" else 0.0
     try:
-        return protobuf_body(request.body, request.content_type, request.encoding, max_body_bytes)
+        return protobuf_body(request.body, kind, encoding, limit)
     except BodyTooLarge as error:
+        if limit < max_body_bytes:
+            raise NotQuick from None
         return Refused(413, str(error))
     except BadBody as error:
         return Refused(400, str(error))
+    finally:
+        if started:
+            request.seconds = time.thread_time() - started
 
 
 def scanned_outcome(row: Sequence[int], position: int = 0) -> Outcome:

@@ -28,6 +28,7 @@ from betrace.channels import SendChannel
 from betrace.service.config.edge import Ingest
 from betrace.service.otlp.response import export_response
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
+from betrace.service.pipeline.scanning import SMALL_BYTES
 from betrace.service.receiver.bodies import Bodies, Body
 from betrace.service.receiver.estimates import SpanEstimates
 from betrace.service.receiver.heads import PATHS, Head, content_encoding, content_type
@@ -60,6 +61,8 @@ class TenantStates:
     """Whether a tenant must wait because too many of its spans wait to be folded."""
     limit: TenantLimit | None = None
     """Bounds the tenants that anyone may name."""
+    set_aside: Callable[[Request], object] | None = None
+    """Takes requests that are expected to take long, in place of the queue."""
 
 
 class Admission:
@@ -83,6 +86,7 @@ class Admission:
         self._tenant_limit = tenants.limit
         self._closed_tenants = tenants.closed
         self._backlogged = tenants.backlogged
+        self._set_aside = tenants.set_aside
         self._spans = Shares(capacity, settings.refuse_above)
         self._release_spans = self._spans.release
         self._queue = queue
@@ -254,15 +258,23 @@ class Admission:
         """:meth:`handle` without its time limit, for a listener that itself cancels this call after
         ``answer_timeout`` seconds and then answers :meth:`Refusals.unanswered`: a cancel scope per
         request is a tenth of the cost of a small request."""
-        weight = self.estimates.estimate(head, len(body))
+        estimates = self.estimates
+        weight = estimates.weight(head, len(body))
+        heavy = False
+        if (head.encoding or len(body) > SMALL_BYTES) and self._set_aside is not None:
+            heavy = estimates.is_heavy(head, body, weight)
+            if heavy and self._backlogged(head.tenant):
+                return self.refusals.over_backlog(head)
         wait = self._quotas.admit(head.tenant, weight)
         if wait is not None:
             return self.refusals.over_quota(head, wait, self._quotas.rate(head.tenant))
-        if not self._has_capacity(head.tenant):  # others may have arrived with the body
+        # Others may have arrived with the body.
+        if not heavy and not self._has_capacity(head.tenant):
             self._quotas.settle(head.tenant, -weight)
             return self.refusals.overloaded(head, spans=weight)
         reply = Reply()
-        self._spans.take(head.tenant, weight)
+        if not heavy:
+            self._spans.take(head.tenant, weight)
         request = Request(
             head.tenant,
             head.content_type,
@@ -271,13 +283,19 @@ class Admission:
             self._clock_ns(),
             weight,
             reply,
-            self._release_spans,
+            None if heavy else self._release_spans,
         )
-        if not await self._enqueue(request):
+        if heavy:
+            assert self._set_aside is not None
+            self._set_aside(request)
+        elif not await self._enqueue(request):
             self._quotas.settle(head.tenant, -weight)
             return self.refusals.overloaded(head, spans=weight)
         self.refusals.overload *= FADING
-        return self._answer(head, len(body), weight, await reply.wait())
+        outcome = await reply.wait()
+        if request.seconds:
+            estimates.learn_cost(head, len(body), request.seconds)
+        return self._answer(head, len(body), weight, outcome)
 
     async def _enqueue(self, request: Request) -> bool:
         queued = False

@@ -158,8 +158,9 @@ class Refusals:
     def over_backlog(self, head: Head) -> HttpResponse:
         """The answer to a tenant that has its share of the backlog."""
         message = (
-            f"spans of tenant {head.tenant} wait to be evaluated, because its rules need more "
-            "processor time than its share; send them again later, or make the rules cheaper"
+            f"spans of tenant {head.tenant} wait, because its requests or its rules need more "
+            "processor time than its share; send them again later, in smaller requests, or make "
+            "the rules cheaper"
         )
         return self._refuse(head, 429, "backlog", message, _retry_after(self._retry_min))
 

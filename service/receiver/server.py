@@ -40,6 +40,9 @@ from betrace.service.receiver.transport import SocketTransport, TlsTransport, Tr
 _EXHAUSTED_PAUSE: Final = 0.5
 _SWEEP_SECONDS: Final = 1.0
 _ROOM_SECONDS: Final = 0.1  # between two attempts to make room
+# Connections that are accepted, and one in so many of all that make room, before others go on.
+_ACCEPTED_AT_ONCE: Final = 32
+_ROOM_SHARE: Final = 16
 _DESCRIPTOR_SHARE: Final = 3  # one in so many files that the process may open
 # A request that has not arrived after this long is slow, and makes room for others.
 _SLOW_SECONDS: Final = 1.0
@@ -180,6 +183,7 @@ class _Server:
             settings.max_body_bytes,
         )
         self._connections: set[AnyConnection] = set()
+        self._leaving: set[AnyConnection] = set()  # were ended to make room
         self._ended = trio.Event()
 
     async def accept(
@@ -187,12 +191,15 @@ class _Server:
     ) -> None:
         """Accept connections until ``scope`` is cancelled, then close ``listener``. At the limit,
         a connection is closed for the next one (:meth:`_make_room`). While all are busy, or the
-        process has run out of descriptors, new connections wait in the kernel."""
+        process has run out of descriptors, new connections wait in the kernel. Several are accepted
+        at once, because a client waits there behind all that came before it."""
+        accepted = 0
         with listener, scope:
             while True:
                 if len(self._connections) >= self._most:
                     await trio.lowlevel.wait_readable(listener)
-                    self._make_room()
+                    if not self._leaving:
+                        self._make_room()
                     self._ended = trio.Event()
                     with trio.move_on_after(_ROOM_SECONDS):
                         await self._ended.wait()
@@ -217,21 +224,30 @@ class _Server:
                     )
                     self._connections.add(connection)
                     nursery.start_soon(self._run, connection)
-                    await trio.lowlevel.checkpoint()
+                    accepted += 1
+                    if accepted % _ACCEPTED_AT_ONCE == 0:
+                        await trio.lowlevel.checkpoint()
 
     def _make_room(self) -> None:
-        """End the connection whose loss costs least, so that a client with many open connections
-        does not keep others out: one whose request arrives slowly, or else an idle one, first those
-        without any request so far. The client with most of them goes first, and of its connections
-        the one that is so longest."""
+        """End the connections whose loss costs least, so that a client with many open connections
+        does not keep others out: those whose requests arrive slowly, or else an idle one, first
+        those without any request so far. The client with most of them goes first, and of its
+        connections those that are so longest. Slow ones are ended together, because finding them
+        takes longer than accepting a connection."""
         now = trio.current_time()
         arriving = [each for each in self._connections if each.slow_since < math.inf]
         slow = [each for each in arriving if each.slow_since <= now - _SLOW_SECONDS]
         if not slow and len(arriving) > self._most // 2:
             slow = [each for each in arriving if each.slow_since <= now - _SLOW_SECONDS / 5]
         if slow:
-            held = Counter(each.peer for each in slow)
-            min(slow, key=lambda each: (-held[each.peer], each.slow_since)).abandon()
+            ((peer, count),) = Counter(each.peer for each in slow).most_common(1)
+            most = min(max(1, self._most // _ROOM_SHARE), count)
+            of_peer = sorted(
+                (each for each in slow if each.peer == peer), key=lambda each: each.slow_since
+            )
+            for each in of_peer[:most]:
+                self._leaving.add(each)
+                each.abandon()
             return
         idle = [each for each in self._connections if each.idle]
         newest = now + self._limits.idle - _SLOW_SECONDS / 5
@@ -255,6 +271,7 @@ class _Server:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            self._leaving.discard(connection)
             self._ended.set()
 
     async def sweep(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import re2
@@ -34,10 +34,20 @@ _SET_TEXT = 4096  # longer texts are searched one pattern at a time, so that sea
 _SET_MEMORY = 1 << 20
 _REMEMBERED = 4096
 _REMEMBERED_SINGLY = 16_384  # more than a rule has patterns
-_REMEMBERED_TEXT = 1024
+_REMEMBERED_TEXT = 1024  # of longer ones a digest is the key
+_PARTIAL = 64
 
 Pay = Callable[[float], object]
-"""Called with the most CPU seconds that a search may take, before it; may raise."""
+"""Called with the most CPU seconds that a search may take, before it; may raise
+:exc:`SearchStopped`."""
+
+
+class SearchStopped(Exception):  # noqa: N818
+    """Whoever pays for a search stopped it before it began. ``work`` does the search and remembers
+    its result, so that asking again costs nothing."""
+
+    work: Callable[[], object] | None = None
+
 
 _longest = MATCH_BYTES
 
@@ -66,7 +76,9 @@ class PatternSearch:
         self.count = sum(map(len, self._of.values()))
         """Distinct patterns, by attribute."""
         self._sets: dict[Attribute, list[_Set]] = {}
-        self._remembered: dict[tuple[Attribute, str], frozenset[str]] = {}
+        self._remembered: dict[tuple[Attribute, str | bytes], frozenset[str]] = {}
+        # Of searches that are not complete: how many sets were searched, and what was found.
+        self._partial: dict[tuple[Attribute, str | bytes], tuple[int, frozenset[str]]] = {}
         self._single: dict[tuple[str, str | bytes], bool] = {}
         self._digested: tuple[str, bytes] = "", b""
 
@@ -74,7 +86,7 @@ class PatternSearch:
         """Whether ``pattern`` is found in ``text``, the text of ``attribute``; None if the text is
         too long."""
         if len(text) <= _SET_TEXT and len(self._of.get(attribute, ())) >= _LEAST_IN_SET:
-            found = self._remembered.get((attribute, text))
+            found = self._remembered.get((attribute, self._key(text)))
             if found is None:
                 found = self._search_all(attribute, text, pay)
             if found is not None:
@@ -83,12 +95,19 @@ class PatternSearch:
         known = self._single.get(key)
         if known is not None:
             return known
-        verdict = search(pattern, text, pay)
-        if verdict is not None:
+        prepared = _prepare(pattern, text)
+        if prepared is None:
+            return None
+        program, data, seconds = prepared
+
+        def run() -> bool:
             if len(self._single) >= _REMEMBERED_SINGLY:
                 self._single.clear()
-            self._single[key] = verdict
-        return verdict
+            found = self._single[key] = program.search(data) is not None
+            return found
+
+        _ask(pay, seconds, run)
+        return run()
 
     def _key(self, text: str) -> str | bytes:
         """The text, or its digest if it is long. Results for long texts are remembered too, so that
@@ -100,6 +119,17 @@ class PatternSearch:
             self._digested = text, hashlib.blake2b(data, digest_size=16).digest()
         return self._digested[1]
 
+    def _search_set(self, key: tuple[Attribute, str | bytes], each: _Set, data: bytes) -> bool:
+        """Search the next set for a text; returns False if its memory ran out."""
+        some = each.search(data)
+        if some is None:
+            return False
+        number, found = self._partial[key]
+        if len(self._partial) >= _PARTIAL:
+            self._partial.clear()
+        self._partial[key] = number + 1, found | frozenset(some)
+        return True
+
     def _search_all(
         self, attribute: Attribute, text: str, pay: Pay | None
     ) -> frozenset[str] | None:
@@ -107,24 +137,48 @@ class PatternSearch:
         if sets is None:
             sets = self._sets[attribute] = _sets(self._of[attribute])
         data = text.encode("utf-8", "surrogatepass")
-        found: set[str] = set()
-        for each in sets:
-            if pay is not None:
-                pay(each.program * len(data) * SECONDS_PER_STEP)
-            some = each.search(data)
-            if some is None:
+        key = attribute, self._key(text)
+        first, found = self._partial.pop(key, (0, frozenset()))
+        for number in range(first, len(sets)):
+            self._partial[key] = number, found
+            run = partial(self._search_set, key, sets[number], data)
+            _ask(pay, sets[number].program * len(data) * SECONDS_PER_STEP, run)
+            if not run():
+                del self._partial[key]
                 return None
-            found.update(some)
-        result = frozenset(found)
-        if len(text) <= _REMEMBERED_TEXT:
-            if len(self._remembered) >= _REMEMBERED:
-                self._remembered.clear()
-            self._remembered[attribute, text] = result
-        return result
+            _, found = self._partial[key]
+        self._partial.pop(key, None)
+        if len(self._remembered) >= _REMEMBERED:
+            self._remembered.clear()
+        self._remembered[key] = found
+        return found
 
 
 def search(pattern: str, text: str, pay: Pay | None = None) -> bool | None:
     """Whether ``pattern`` is found in ``text``; None if the text is too long for it."""
+    prepared = _prepare(pattern, text)
+    if prepared is None:
+        return None
+    program, data, seconds = prepared
+    if pay is not None:
+        pay(seconds)
+    return program.search(data) is not None
+
+
+def _ask(pay: Pay | None, seconds: float, work: Callable[[], object]) -> None:
+    """Ask whoever pays for a search; if they stop it, tell them how to do it."""
+    if pay is None:
+        return
+    try:
+        pay(seconds)
+    except SearchStopped as stopped:
+        stopped.work = work
+        raise
+
+
+def _prepare(pattern: str, text: str) -> tuple[Any, bytes, float] | None:
+    """The program, the text as bytes, and the most CPU seconds that the search may take; None if
+    the text is too long for the pattern."""
     longest = _longest
     if len(text) > longest:
         return None
@@ -133,9 +187,7 @@ def search(pattern: str, text: str, pay: Pay | None = None) -> bool | None:
     size = program.programsize
     if len(data) * max(size, FULL_TEXT_PROGRAM) > longest * FULL_TEXT_PROGRAM:
         return None
-    if pay is not None:
-        pay(size * len(data) * SECONDS_PER_STEP)
-    return program.search(data) is not None
+    return program, data, size * len(data) * SECONDS_PER_STEP
 
 
 class _Set:

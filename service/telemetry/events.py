@@ -139,6 +139,12 @@ LOG_DAMAGED = _event(
     "Logged once for each place, when it is read. Spans that a checkpoint contained were "
     "evaluated, but they cannot be shown or archived. See BetraceSpanLogDamaged in the runbook.",
 )
+SCRUBBED = _event(
+    "scrub.completed",
+    logging.INFO,
+    "everything stored was read; damaged places of the span log known since the start: {places}",
+    "Once a day, at `log.scrub_bytes_per_second`. Each damaged place is logged when it is read.",
+)
 LOG_CUT = _event(
     "log.cut",
     logging.INFO,
@@ -391,6 +397,14 @@ PARTITION_HANDED_OVER = _event(
     "partition {partition} was handed over after message {applied}",
     "This node released the partition in an orderly way, because another should own it or because "
     "it stops.",
+)
+PARTITION_FINISHED = _event(
+    "cluster.partition_finished",
+    logging.INFO,
+    "partition {partition} ends with message {sealed}: the partitions that continue it may begin",
+    "The cluster is resized. Everything in the partition's log up to its seal is evaluated, and "
+    "its open traces are passed on.",
+    "bytes",
 )
 PARTITION_FENCED = _event(
     "cluster.partition_fenced",

@@ -49,6 +49,7 @@ from betrace.service.traces.layout import (
     FLAGS,
     HI,
     LARGE_FREE,
+    LARGE_RING,
     LARGE_USED,
     LAST_SEEN,
     LATE,
@@ -66,6 +67,7 @@ from betrace.service.traces.layout import (
     NEED_ENTRIES,
     NEED_LARGE,
     NEED_MIDDLE,
+    NEED_SET,
     NEED_SLOTS,
     NEED_SPILL,
     NEVER,
@@ -79,6 +81,8 @@ from betrace.service.traces.layout import (
     POSITIONS,
     REPEATED,
     REPEATS,
+    RING,
+    RING_CLASS,
     ROOT_ID,
     ROOT_NAME_LEN,
     ROOT_SERVICE,
@@ -86,6 +90,7 @@ from betrace.service.traces.layout import (
     ROOTED,
     SERVICES_1,
     SERVICES_2,
+    SET_SIZE,
     SLOTS_FREE,
     SLOTS_USED,
     SMALL_RING,
@@ -313,6 +318,11 @@ def fold(
                 fill, LARGE_FREE, LARGE_USED, len(traces.ring_large), 1
             ):
                 return r, NEED_LARGE
+            if n >= LARGE_RING and row[RING_CLASS] == 2:
+                size = traces.sets[row[RING], SET_SIZE]
+                if size >= 0 and 4 * n >= 3 * size:
+                    counts[STOPPED_SLOT] = slot
+                    return r, NEED_SET
             if row[POSITION_COUNT] == POSITIONS and counts[SPILLS] == len(outputs.spilled):
                 return r, NEED_SPILL
         name = find_name(names, span[NAME_HASH], batch.buf, span[NAME_OFF], span[NAME_LEN])

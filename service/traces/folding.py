@@ -30,6 +30,7 @@ from betrace.service.traces.layout import (
     NAMES_FULL,
     NEED_ASK,
     NEED_ENTRIES,
+    NEED_SET,
     NEED_SPILL,
     OPENED,
     POSITIONS,
@@ -270,6 +271,8 @@ class FoldRun:
                 ask = doubled(self._outputs.ask, len(table.rules.checks))
                 self._outputs = self._outputs._replace(ask=ask)
                 table.ask = ask
+            elif reason == NEED_SET:
+                table.grow_set(int(self._outputs.counts[STOPPED_SLOT]))
             elif reason == NEED_SPILL:
                 spilled = doubled(self._outputs.spilled)
                 self._outputs = self._outputs._replace(spilled=spilled)

@@ -80,8 +80,8 @@ class ClosedTraces:
     thread-safe: use one thread at a time.
 
     The bits of a trace depend on a ``secret`` (by default a random one), so that no tenant can
-    choose ids that fill the filter or collide with another tenant's. In one process the filter is
-    not saved; after a restart it is filled from the trace index."""
+    choose ids that fill the filter or collide with another tenant's. A restart loads the filter
+    from a file (:mod:`betrace.service.traces.filter_file`), and adds traces from the index."""
 
     def __init__(self, size: int, secret: bytes | None = None) -> None:
         self._secret = secrets.token_bytes(16) if secret is None else secret
@@ -93,6 +93,11 @@ class ClosedTraces:
         """Traces that fit into one generation."""
         self._young = 0
         self._count = 0
+
+    @property
+    def added(self) -> bool:
+        """Whether it has any trace."""
+        return self._count > 0
 
     def salt(self, tenant: str) -> int:
         """The tenant's number in the hashes: 63 bits that clients cannot know."""

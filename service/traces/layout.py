@@ -5,6 +5,10 @@ some span satisfied, in ascending order of checks. The memory of a trace therefo
 rules it touches, not on its length. Its last span ids, which identify repeated spans, are in rings:
 16 with every slot, 128 or 1000 in pools for longer traces. Short rings are searched from end to
 end; next to a ring of 1000 are chains of the ids with the same hash.
+
+A trace of more than 1000 spans has all its ids in a set, at most three quarters full, in ``ids``:
+11 to 21 bytes a span. Only if the sets would be too large are repeated spans identified by the ring
+alone.
 """
 
 from __future__ import annotations
@@ -60,6 +64,14 @@ ONCE_DIRTY = 64  # a count crossed a threshold at some time: a signal may have b
 WATCHED = 128  # that was a threshold of a relational rule: each further span makes it dirty
 
 SMALL_RING, MIDDLE_RING, LARGE_RING = 16, 128, 1000  # span ids; the last is the documented window
+# Columns of ``sets``, whose rows are those of ``ring_large``: where the set begins in ``ids``, and
+# its capacity; 0 before it is needed, -1 if it would be too large.
+SET_AT, SET_SIZE = range(2)
+SET_COLUMNS = 2
+LEAST_SET = 2048  # ids
+SET_CLASSES = 64  # entry k of ``free_ids``: the first free piece of 2**k ids, + 1
+IDS_USED = 0  # in its place: how many of ``ids`` were ever used
+
 CHAINS = 1024  # of a large ring: about one for each id
 CHAIN_COLUMNS = CHAINS + LARGE_RING  # places in the ring + 1: each chain's newest id, then the next
 NAME_BYTES = 96  # stored of a root span's name
@@ -95,6 +107,8 @@ class TraceTotals:
 
     open: int = 0
     closed: int = 0
+    ids: int = 0
+    """Capacity of the sets of span ids."""
 
 
 class TraceArrays(NamedTuple):
@@ -103,8 +117,9 @@ class TraceArrays(NamedTuple):
     ``table`` is a hash table with linear probing and a power of two as its length. An entry has the
     32 low bits of the hash above slot number + 1; 0 is empty. ``secret`` is three random odd
     numbers that go into the hashes. ``chains`` belong to ``ring_large``: see
-    :func:`betrace.service.traces.pools.chained`. ``activity[slot]`` is LAST_SEEN of an open trace,
-    else ``NEVER``; it is not a column of the slots, so that finding idle traces reads little
+    :func:`betrace.service.traces.pools.chained`; so do ``sets``, whose ids are in ``ids``, where a
+    free piece begins with the next one of its size. ``activity[slot]`` is LAST_SEEN of an open
+    trace, else ``NEVER``; it is not a column of the slots, so that finding idle traces reads little
     memory.
     """
 
@@ -117,6 +132,9 @@ class TraceArrays(NamedTuple):
     ring_middle: Rows
     ring_large: Rows
     chains: npt.NDArray[np.int16]
+    sets: Rows
+    ids: Rows
+    free_ids: Rows
     entries: Rows
     fill: Rows
 
@@ -173,4 +191,5 @@ COUNTS_SIZE = 9
     NEED_SPILL,
     NAMES_FULL,
     LATE,  # the slot in STOPPED_SLOT is closed and must be reopened
-) = range(9)
+    NEED_SET,  # the slot in STOPPED_SLOT needs a larger set of ids
+) = range(10)

@@ -9,6 +9,7 @@ from betrace.service.traces.layout import (
     CHAINS,
     FREE,
     HI,
+    IDS_USED,
     LARGE_FREE,
     LARGE_RING,
     LARGE_USED,
@@ -18,6 +19,8 @@ from betrace.service.traces.layout import (
     MIDDLE_USED,
     RING,
     RING_CLASS,
+    SET_AT,
+    SET_SIZE,
     SLOT_COLUMNS,
     SLOTS_USED,
     SMALL_RING,
@@ -116,6 +119,11 @@ def _touch(traces: TraceArrays, slot: int, span_id: int) -> int:
     if row[RING_CLASS] == 2:
         ids, links = traces.ring_large[row[RING]], traces.chains[row[RING]]
         at = row[SPANS] % LARGE_RING
+        size = traces.sets[row[RING], SET_SIZE]
+        if size > 0:
+            first = traces.sets[row[RING], SET_AT]
+            touched ^= traces.ids[first + (_mixed(traces.secret, span_id) & (size - 1))]
+            return touched ^ ids[at]
         newest = links[_chain(traces.secret, span_id)] - 1
         touched ^= ids[at] ^ links[CHAINS + at]
         if newest >= 0:
@@ -188,11 +196,77 @@ def holds(ring: Rows, count: int, span_id: int) -> bool:
 
 
 @lean_kernel
-def _chain(secret: Rows, span_id: int) -> int:
-    """The chain of a span id, by multiplicative hashing (Knuth, The Art of Computer Programming,
+def _mixed(secret: Rows, span_id: int) -> int:
+    """24 bits from a span id, by multiplicative hashing (Knuth, The Art of Computer Programming,
     6.4) with an odd multiplier; it is secret, because clients choose the ids."""
     mixed = (span_id ^ secret[0]) * secret[1]
-    return (mixed ^ (mixed >> 32)) * secret[2] >> 40 & (CHAINS - 1)
+    return (mixed ^ (mixed >> 32)) * secret[2] >> 40 & 0xFFFFFF
+
+
+@lean_kernel
+def _chain(secret: Rows, span_id: int) -> int:
+    """The chain of a span id."""
+    return _mixed(secret, span_id) & (CHAINS - 1)
+
+
+@lean_kernel
+def _find_id(traces: TraceArrays, at: int, size: int, span_id: int) -> int:
+    """The place of an id in a set, or the empty place where it belongs. No id is 0."""
+    i = _mixed(traces.secret, span_id) & (size - 1)
+    while traces.ids[at + i] != 0 and traces.ids[at + i] != span_id:
+        i = (i + 1) & (size - 1)
+    return at + i
+
+
+@lean_kernel
+def release_set(traces: TraceArrays, ring: int) -> None:
+    """Free the set of a large ring, if it has one."""
+    size = traces.sets[ring, SET_SIZE]
+    if size > 0:
+        at = traces.sets[ring, SET_AT]
+        k = 0
+        while 1 << k < size:
+            k += 1
+        traces.ids[at] = traces.free_ids[k]
+        traces.free_ids[k] = at + 1
+    traces.sets[ring, SET_SIZE] = 0
+
+
+@lean_kernel
+def build_set(traces: TraceArrays, ring: int, count: int, size: int) -> None:
+    """Give a large ring, to which ``count`` ids were added, a set of ``size`` (a power of two) with
+    the ids of its old set; without one, with those of the ring. There must be room for it."""
+    k = 0
+    while 1 << k < size:
+        k += 1
+    at = traces.free_ids[k] - 1
+    if at >= 0:
+        traces.free_ids[k] = traces.ids[at]
+    else:
+        at = traces.free_ids[IDS_USED]
+        traces.free_ids[IDS_USED] += size
+    traces.ids[at : at + size] = 0
+    old = traces.sets[ring, SET_SIZE]
+    if old > 0:
+        first = traces.sets[ring, SET_AT]
+        for i in range(first, first + old):
+            if traces.ids[i] != 0:
+                traces.ids[_find_id(traces, at, size, traces.ids[i])] = traces.ids[i]
+    else:
+        for i in range(min(count, LARGE_RING)):
+            span_id = traces.ring_large[ring, i]
+            traces.ids[_find_id(traces, at, size, span_id)] = span_id
+    release_set(traces, ring)
+    traces.sets[ring, SET_AT] = at
+    traces.sets[ring, SET_SIZE] = size
+
+
+@lean_kernel
+def fill_set(traces: TraceArrays, ring: int, span_ids: Rows) -> None:
+    """Add ids to the set of a large ring, which must have room for them."""
+    at, size = traces.sets[ring, SET_AT], traces.sets[ring, SET_SIZE]
+    for span_id in span_ids:
+        traces.ids[_find_id(traces, at, size, span_id)] = span_id
 
 
 @lean_kernel
@@ -242,19 +316,22 @@ def relink(traces: TraceArrays) -> None:
     """Build the chains of all large rings in use."""
     for slot in range(traces.fill[SLOTS_USED]):
         row = traces.slots[slot]
-        if row[STATE] != FREE and row[RING_CLASS] == 2:
+        if row[STATE] != FREE and row[RING_CLASS] == 2 and traces.sets[row[RING], SET_SIZE] <= 0:
             link_all(traces, row[RING], row[SPANS])
 
 
 @lean_kernel
 def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
-    """Whether the span id is among the trace's last ones."""
+    """Whether the span id is among the trace's last ones, or, if it has a set, among all."""
     row = traces.slots[slot]
     n = row[SPANS]
     if row[RING_CLASS] == 0:
         return holds(traces.ring_small[slot], min(n, SMALL_RING), span_id)
     if row[RING_CLASS] == 1:
         return holds(traces.ring_middle[row[RING]], min(n, MIDDLE_RING), span_id)
+    size = traces.sets[row[RING], SET_SIZE]
+    if size > 0:
+        return traces.ids[_find_id(traces, traces.sets[row[RING], SET_AT], size, span_id)] != 0
     return chained(traces, row[RING], n, span_id)
 
 
@@ -288,4 +365,9 @@ def remember(traces: TraceArrays, slot: int, span_id: int) -> None:
         traces.ring_middle[row[RING], n] = span_id
     else:
         traces.ring_large[row[RING], n % LARGE_RING] = span_id
-        link(traces, row[RING], n % LARGE_RING)
+        size = traces.sets[row[RING], SET_SIZE]
+        if size > 0:
+            place = _find_id(traces, traces.sets[row[RING], SET_AT], size, span_id)
+            traces.ids[place] = span_id
+        else:
+            link(traces, row[RING], n % LARGE_RING)

@@ -31,6 +31,7 @@ from betrace.service.traces.layout import (
     OPEN_COUNT,
     RING,
     RING_CLASS,
+    SET_SIZE,
     SLOT_COLUMNS,
     SLOTS_FREE,
     SLOTS_USED,
@@ -38,7 +39,7 @@ from betrace.service.traces.layout import (
     STATE,
     TraceArrays,
 )
-from betrace.service.traces.pools import copy, give, leave
+from betrace.service.traces.pools import copy, give, leave, release_set
 
 
 @lean_kernel
@@ -114,6 +115,7 @@ def free_closed(
         if row[RING_CLASS] == 1:
             give(traces.fill, MIDDLE_FREE, traces.ring_middle, 0, row[RING])
         elif row[RING_CLASS] == 2:
+            release_set(traces, row[RING])
             give(traces.fill, LARGE_FREE, traces.ring_large, 0, row[RING])
         row[STATE] = FREE
         give(traces.fill, SLOTS_FREE, traces.slots, NEXT_FREE, slot)
@@ -162,7 +164,8 @@ def survey(traces: TraceArrays, long_lived: int, out: Rows) -> None:
         row = traces.slots[slot]
         if row[STATE] == OPEN:
             out[0] += row[SPANS] > long_lived
-            out[1] += min(row[SPANS], LARGE_RING)
+            in_set = row[RING_CLASS] == 2 and traces.sets[row[RING], SET_SIZE] > 0
+            out[1] += row[SPANS] if in_set else min(row[SPANS], LARGE_RING)
             out[2] = min(out[2], row[FIRST_SEEN])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.rules.compile import CompiledRules
@@ -16,8 +17,12 @@ from betrace.service.traces.arrays import (
     LEAST_SLOTS,
     empty_arrays,
     grown,
+    ids_in_use,
     restored_arrays,
     saved_arrays,
+    set_size,
+    with_set,
+    without_free_sets,
 )
 from betrace.service.traces.checkpoint import TableSnapshot
 from betrace.service.traces.decide import broken
@@ -41,6 +46,7 @@ from betrace.service.traces.layout import (
     REOPENED,
     RING,
     RING_CLASS,
+    SET_SIZE,
     SLOT_COLUMNS,
     SLOTS_USED,
     SPANS,
@@ -59,6 +65,12 @@ from betrace.service.traces.signal_history import (
 )
 from betrace.service.traces.window import Windows
 
+MOST_SET = 1 << 21
+"""Capacity of the largest set of span ids: 1.5 million spans. In longer traces, and beyond
+``MOST_IDS`` of all sets of a table or ``MOST_IDS_AT_ALL`` of all tables, a repeated span is known
+among the last 1000 only."""
+MOST_IDS = 1 << 22  # 32 MiB
+MOST_IDS_AT_ALL = 1 << 25
 _MASK = 2**64 - 1
 
 
@@ -93,7 +105,8 @@ class TraceTable:
     # is open).
     seen_from: int = NEVER
     begun_from: int = NEVER
-    _counted: tuple[int, int] = (0, 0)  # open and closed traces, as included in ``totals``
+    # Open and closed traces, and ids, as included in ``totals``.
+    _counted: tuple[int, int, int] = (0, 0, 0)
     _survey: TableSurvey | None = None  # None after a change
     _closed: deque[tuple[int, Rows]] = field(default_factory=deque)  # (time, slots), ascending
     rule_arrays: RuleArrays = field(init=False)
@@ -277,12 +290,14 @@ class TraceTable:
                 for slot in slots[self.arrays.slots[slots, STATE] == FREE].tolist():
                     self.signal_history.pop(slot, None)
         if freed:
+            self.arrays = without_free_sets(self.arrays)
             self.count()
         return freed
 
     def leave(self) -> None:
         """Subtract this table from the totals: it is dropped with all its traces."""
         self.arrays.fill[[OPEN_COUNT, CLOSED_COUNT]] = 0
+        self.arrays.sets[:, SET_SIZE] = 0
         self.count()
 
     def touch(self, seen: int, begun: int) -> None:
@@ -292,10 +307,11 @@ class TraceTable:
 
     def count(self) -> None:
         """Update the running totals."""
-        opened, closed = self.open_count, self.closed_count
+        opened, closed, ids = self.open_count, self.closed_count, ids_in_use(self.arrays)
         self.totals.open += opened - self._counted[0]
         self.totals.closed += closed - self._counted[1]
-        self._counted = opened, closed
+        self.totals.ids += ids - self._counted[2]
+        self._counted = opened, closed, ids
         self._survey = None
 
     def snapshot(self) -> TableSnapshot:
@@ -309,13 +325,34 @@ class TraceTable:
     def restore(self, saved: TableSnapshot) -> None:
         """Replace the contents by a snapshot of a table with the same rules."""
         self.arrays = restored_arrays(saved.arrays)
+        self._find_closed()
+        self.signal_history = {slot: history_from_json(rows) for slot, rows in saved.signal_history}
+        self.count()
+        self.touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
+
+    def _find_closed(self) -> None:
+        self._closed.clear()
         closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
         when = self.arrays.slots[closed, CLOSED_AT]
         for time in np.unique(when).tolist():
             self._closed.append((time, closed[when == time]))
-        self.signal_history = {slot: history_from_json(rows) for slot, rows in saved.signal_history}
+
+    def keep(self, wanted: Callable[[Rows], npt.NDArray[np.bool_]]) -> None:
+        """Remove all traces but those that are wanted: ``wanted`` returns for rows (hi, lo) which
+        of them are."""
+        rows = self.arrays.slots[: self.arrays.fill[SLOTS_USED]]
+        slots = np.flatnonzero(rows[:, STATE] != FREE).astype(np.int64)
+        dropped = slots[~wanted(np.ascontiguousarray(rows[slots][:, [HI, LO]]))]
+        is_open = rows[dropped, STATE] != CLOSED
+        sweep_kernels.close(self.arrays, dropped[is_open], 0)
+        rows[dropped, CLOSED_AT] = 0
+        with np.errstate(over="ignore"):
+            no_filter = np.zeros((1, 8), np.int64)
+            sweep_kernels.free_closed(self.arrays, dropped, 0, no_filter, 0, 0)
+        for slot in dropped.tolist():
+            self.signal_history.pop(slot, None)
+        self._find_closed()
         self.count()
-        self.touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
 
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), or -1."""
@@ -390,6 +427,23 @@ class TraceTable:
     def spare_entries(self) -> int:
         """Entries that are available without growing the pool."""
         return len(self.arrays.entries) - int(self.arrays.fill[ENTRIES_USED])
+
+    def grow_set(self, slot: int) -> None:
+        """Give a long trace a larger set of its span ids, or none if the sets take too much
+        memory."""
+        ring, spans = self.arrays.slots[slot, [RING, SPANS]].tolist()
+        sizes = self.arrays.sets[:, SET_SIZE]
+        size = set_size(spans + 1)
+        more = size - max(0, int(sizes[ring]))
+        own, all_tables = ids_in_use(self.arrays) + more, self.totals.ids + more
+        with np.errstate(over="ignore"):
+            if size <= MOST_SET and own <= MOST_IDS and all_tables <= MOST_IDS_AT_ALL:
+                self.arrays = with_set(self.arrays, ring, spans, size)
+            else:
+                pools.release_set(self.arrays, ring)
+                sizes[ring] = -1
+                pools.link_all(self.arrays, ring, spans)
+        self.count()
 
     def grow(self, reason: int) -> None:
         """Double the pool that a kernel found full (``reason``)."""

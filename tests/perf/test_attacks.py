@@ -30,7 +30,8 @@ def quiet(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_quiet_tenant_is_served_beside_each_attack(target, quiet, name):
-    found, answers = attacks.attacked(target, quiet, name, 2, SMALL)
+    found, attack = attacks.attacked(target, quiet, name, 2, SMALL)
+    answers = attacks.answers_of(attack)
     assert found["requests"] > 0
     assert found["failed"] == 0
     assert found["signals"] > 0
@@ -57,9 +58,11 @@ def test_failures_are_problems():
 
 
 def test_the_report_has_a_row_for_each_attack():
-    row = {"alone": FIGURES, "beside": FIGURES, "request_ratio": 1.0, "signal_ratio": 1.0}
+    row = {"alone": FIGURES, "beside": FIGURES, "control": FIGURES, "rss_growth_mb": 3.2}
+    row |= {f"{what}_ratio": 1.0 for what in ("request", "signal")}
+    row |= {f"{what}_control_ratio": 1.0 for what in ("request", "signal")}
     facts = attacks.output.machine()
-    text = attacks.show(facts, {"x": {**row, "rss_growth_mb": 3.2}}, 15)
+    text = attacks.show(facts, {"x": row}, 15)
     assert "| x " in text.splitlines()[-1]
 
 

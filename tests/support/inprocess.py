@@ -49,6 +49,7 @@ def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
         "api": OFF,
         "metrics": OFF,
         "rules": {"directory": str(directory / "rules")},
+        "log": {"scrub_bytes_per_second": 0},
         "traces": {"idle_seconds": 0.2},
         "checkpoint": {"interval_seconds": 3600},
         "duckdb": {"flush_ms": 20},

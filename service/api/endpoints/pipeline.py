@@ -20,7 +20,7 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
     waiting = {name: size for name, size in sizes.items() if size}
     return {
         "ingestion": _ingestion(sources),
-        "drained": not waiting and not len(pipeline.correlate.backlog),
+        "drained": not (waiting or len(pipeline.correlate.backlog) or len(pipeline.ingest.heavy)),
         "waiting": waiting,
         "backlog": {
             tenant: {

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+import orjson
 import trio
 
 from betrace.service.api.endpoint import EVENTS_TYPE, KEEP_ALIVE, Answer, Call, Endpoints, event
@@ -304,8 +305,13 @@ async def get_trace(call: Call) -> Any:
     missing; or `undecided` says why, such as that 3 s of processor time were not enough).
     `skipped` says why a rule with `incomplete: skip` did not judge the trace."""
     trace_id = call.params["trace_id"]
-    trace = await call.blocking(call.tools.reader.trace, call.tenant, trace_id)
-    if trace is None:
+
+    def read() -> bytes | None:
+        trace = call.tools.reader.trace(call.tenant, trace_id)
+        return None if trace is None else orjson.dumps(trace)  # here, because it may be large
+
+    shown = await call.blocking(read)
+    if shown is None:
         node = call.tools.sources.node
         raise ApiError(
             404,
@@ -315,4 +321,4 @@ async def get_trace(call: Call) -> Any:
             else f"a trace appears once it is closed and applied at {node.name}, and before that "
             "while its evaluator answers; see /api/cluster",
         )
-    return trace
+    return Answer(shown)

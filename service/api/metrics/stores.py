@@ -156,6 +156,20 @@ DECLARED: tuple[Declared[Sources], ...] = (
         lambda s: one(s.log.damage.spans),
     ),
     Declared(
+        "betrace_scrub_bytes",
+        "counter",
+        "Bytes of the span log and of DuckDB's files read to find damage.",
+        (),
+        lambda s: one(s.scrub.bytes),
+    ),
+    Declared(
+        "betrace_scrub_timestamp_seconds",
+        "gauge",
+        "When everything stored had last been read to find damage; 0 before the first time.",
+        (),
+        lambda s: one(s.scrub.completed_at),
+    ),
+    Declared(
         "betrace_checkpoint_timestamp_seconds",
         "gauge",
         "When the last checkpoint was completed; 0 before the first.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from betrace.service.api.endpoint import Answer
 from betrace.service.api.endpoints import rules as api
 from betrace.service.api.endpoints import signals as signals_api
@@ -11,8 +13,8 @@ from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.pages.evidence import lines
 from betrace.service.api.pages.visit import Page, Visit
 from betrace.service.api.params import Param, read_param
-from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import SEVERITIES, Rule
+from betrace.service.rules.plans import plan
 from betrace.service.storage.duck.queries import SignalFilter
 
 Json = dict[str, Any]
@@ -130,7 +132,8 @@ async def _save(visit: Visit, rule: Json) -> Page:
 
 async def _test(visit: Visit, condition: str) -> Json:
     trace_id = read_param(signals_api.TRACE_ID, visit.form.get("trace_id", "").strip())
-    trace = await signals_api.get_trace(visit.call({"trace_id": trace_id}))
+    answer = await signals_api.get_trace(visit.call({"trace_id": trace_id}))
+    trace = orjson.loads(answer.body)
     given = {"condition": condition, "trace": {"resourceSpans": trace["resourceSpans"]}}
     found: Json = await api.test_rule(visit.call({}, given))
     return {

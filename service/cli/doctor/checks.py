@@ -34,6 +34,12 @@ _CHECKS: tuple[tuple[str, Callable[[Settings], Iterator[Finding]]], ...] = (
 )
 
 
+_THOROUGH: dict[str, Callable[[Settings, bool], Iterator[Finding]]] = {
+    "span log": stores.span_log,
+    "DuckDB": stores.duckdb_files,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """All findings, in the order of the checks."""
@@ -59,9 +65,10 @@ class Diagnosis:
         yield f"{number} to look at" if number else "all is well"
 
 
-def diagnose(config: Path | None, given: Mapping[str, Any]) -> Diagnosis:
+def diagnose(config: Path | None, given: Mapping[str, Any], everything: bool = False) -> Diagnosis:
     """Check everything with the settings that ``serve`` would load from ``config``, the environment
-    and ``given``. A check that raises becomes a finding."""
+    and ``given``. With ``everything``, all of the span log and of DuckDB's files is read. A check
+    that raises becomes a finding."""
     try:
         settings = load(config, given)
     except ConfigError as error:
@@ -71,7 +78,8 @@ def diagnose(config: Path | None, given: Mapping[str, Any]) -> Diagnosis:
     findings = [Finding("configuration", OK, f"{origin}, variables and options agree")]
     for name, check in _CHECKS:
         try:
-            findings += check(settings)
+            thorough = _THOROUGH.get(name) if everything else None
+            findings += check(settings) if thorough is None else thorough(settings, True)
         except Exception as error:  # the other checks still run
             text = f"could not be checked: {type(error).__name__}: {error}"
             findings.append(Finding(name, WARNING, text, "look into what the message names"))

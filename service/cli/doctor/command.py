@@ -19,8 +19,13 @@ from betrace.service.cli.common import (
 
 @click.command()
 @settings_options("data", "rules", "ingest", "grpc", "api", "metrics", "insecure")
+@click.option(
+    "--scrub",
+    is_flag=True,
+    help="Read all of the span log and of DuckDB's files, however long it takes.",
+)
 @json_option
-def doctor(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
+def doctor(config: Path | None, overrides: dict[str, Any], scrub: bool, as_json: bool) -> None:
     """Check configuration, disk, ports, stores, ledger and clock, and say what to do.
 
     Use the same options and environment variables as for `serve`. It changes nothing, and may be
@@ -30,10 +35,11 @@ def doctor(config: Path | None, overrides: dict[str, Any], as_json: bool) -> Non
     Examples:
       betrace doctor --config config.toml
       betrace doctor --data ./data --json
+      betrace doctor --data ./data --scrub
     """
     from betrace.service.cli.doctor.checks import diagnose
 
-    diagnosis = diagnose(config, overrides)
+    diagnosis = diagnose(config, overrides, scrub)
     if as_json:
         print_json(diagnosis.to_json(), indent=2)
     else:

@@ -28,3 +28,14 @@ async def forget_old(
     if keep > first:
         await spans.forget_before(partition, keep)
     return max(first, keep)
+
+
+async def forget_former(
+    spans: SpanStreams, partition: int, sealed: int, before_ns: int, keep_from: int | None = None
+) -> None:
+    """As :func:`forget_old`, of a finished partition; its seal stays."""
+    first = await spans.first(partition)
+    most = sealed if keep_from is None else max(first, min(sealed, keep_from))
+    keep = await spans.first_since(partition, first, most, before_ns)
+    if keep > first:
+        await spans.forget_before(partition, keep)

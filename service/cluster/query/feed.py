@@ -18,6 +18,7 @@ import trio
 
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.cluster import output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.applied import (
     AppliedPositions,
     Cursors,
@@ -26,6 +27,7 @@ from betrace.service.cluster.query.applied import (
 )
 from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.tenant_names import TenantNames
+from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
@@ -36,9 +38,16 @@ from betrace.service.traces.verdicts import Decided
 _log = logging.getLogger("service.query")
 
 READ_BYTES = 4 << 20
+FEW = 4  # messages; more are waiting behind more
+GATHER_SECONDS = 0.1
+"""Few messages of all partitions are read at the same moment, this often: then their results are
+stored together."""
+
+INLINE_BYTES = 4096  # a message that is decoded on Trio's thread, in about 0.2 ms
 WAIT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 SAVE_SECONDS = 1.0
+PARENT_SECONDS = 0.1
 TENANT_SECONDS = 0.05
 
 
@@ -90,11 +99,16 @@ class FeedTarget:
 
 @dataclass(eq=False)
 class OutFeed:
-    """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
-    returns the tenants that have a DuckDB file; ``recent`` gets the signals for exports and
-    alerts; ``cluster`` is the id of the cluster."""
+    """Feeds the stores from all partitions. ``log_of`` returns the output of one; ``file`` is where
+    the cursors are saved; ``tenants`` returns the tenants that have a DuckDB file; ``recent`` gets
+    the signals for exports and alerts; ``cluster`` is the id of the cluster.
 
-    logs: dict[int, OutLog]
+    The output of a partition is read only once that of its parent is applied to its end, because
+    the decisions about a trace are applied in their order.
+    """
+
+    map: PartitionMap
+    log_of: Callable[[int], OutLog]
     positions: AppliedPositions
     target: FeedTarget
     threads: ThreadRunner
@@ -102,14 +116,14 @@ class OutFeed:
     tenants: Callable[[], list[str]]
     recent: RecentSignals
     cluster: str
-    partitions: dict[int, PartitionFeed] = field(init=False)
+    partitions: dict[int, PartitionFeed] = field(default_factory=dict, init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
     _saved: tuple[int, Cursors] | None = field(default=None, init=False)
     _file_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
-        self.partitions = {partition: PartitionFeed() for partition in self.logs}
+        self._add()
         before = self.target.in_flight.left
 
         def left(ticket: int) -> None:
@@ -124,10 +138,31 @@ class OutFeed:
             with self._reading, self.target.channel.clone() as channel:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._save_often)
-                    for partition in self.logs:
+                    for partition in self.partitions:
                         nursery.start_soon(self._follow, partition, channel)
+                    while True:
+                        changed = self.map.changed
+                        for partition in self._add():
+                            nursery.start_soon(self._follow, partition, channel)
+                        await changed.wait()
         finally:
             self._stopped.set()
+
+    def _add(self) -> list[int]:
+        """Add the partitions that are new in the map."""
+        added = [each for each in range(self.map.generations.total) if each not in self.partitions]
+        self.partitions |= {partition: PartitionFeed() for partition in added}
+        return added
+
+    def is_complete(self, partition: int) -> bool:
+        """Whether the partition is finished, and its output applied to the end."""
+        finished = self.map.finished.get(partition)
+        return finished is not None and self.positions.get(partition) >= finished.output
+
+    async def _until_parent_is_complete(self, partition: int) -> None:
+        parent = self.map.generations.parent(partition)
+        while parent is not None and not self.is_complete(parent):  # noqa: ASYNC110
+            await trio.sleep(PARENT_SECONDS)
 
     async def stop(self) -> None:
         """Read no more. What was read is on its way to the stores when this returns."""
@@ -168,16 +203,22 @@ class OutFeed:
     async def _follow(self, partition: int, channel: SendChannel[Decided]) -> None:
         """Send the messages of a partition to the stores, in order, forever. What cannot be read is
         tried again: skipping it would lose signals."""
-        log, state = self.logs[partition], self.partitions[partition]
+        log, state = self.log_of(partition), self.partitions[partition]
         while True:
             generation = self.positions.generation
+            await self._until_parent_is_complete(partition)
             state.read = self.positions.get(partition)
             with suppress(_Rewound):
-                while True:
+                while generation == self.positions.generation:
+                    if self.is_complete(partition):
+                        await trio.sleep(SAVE_SECONDS)
+                        continue
                     try:
                         messages = await log.read(state.read, None, READ_BYTES, WAIT_SECONDS)
                         for message in messages:
                             await self._send(partition, message, channel, generation)
+                        if 0 < len(messages) <= FEW:
+                            await next_round(GATHER_SECONDS)
                     except (NatsUnavailable, LogGap, output.OutputCorrupt) as error:
                         if state.problem is None:
                             _log.warning("OUT of partition %d cannot be read: %s", partition, error)
@@ -185,8 +226,6 @@ class OutFeed:
                         await trio.sleep(RETRY_SECONDS)
                     else:
                         state.problem = None
-                    if generation != self.positions.generation:
-                        break
 
     async def _send(
         self,
@@ -199,7 +238,7 @@ class OutFeed:
         items: list[Decided] = []
         signals: list[Signal] = []
         if message.data:  # records of epochs have none
-            found = await self.threads.run(_unpack, message.data)
+            found = await self._unpacked(message.data)
             await self._wait_for_tenants(found, generation)
             if found.undecided:
                 await self.threads.run(self._store_undecided, found.undecided)
@@ -230,6 +269,21 @@ class OutFeed:
         state.items += len(items)
         state.closed += sum(len(item.closed) for item in items if item.closed is not None)
 
+    async def _unpacked(self, data: bytes) -> output.Output:
+        """The content of a message. What could not be evaluated is logged."""
+        if len(data) > INLINE_BYTES:
+            found = await self.threads.run(output.unpack, data)
+        else:
+            found = output.unpack(data)
+        for dead in found.dead:
+            _log.error(
+                "message %d could not be evaluated (tenant %s): %s",
+                dead.sequence,
+                dead.tenant or "all",
+                dead.reason,
+            )
+        return found
+
     async def _wait_for_tenants(self, found: output.Output, generation: int) -> None:
         """Wait while a message is about a tenant that was created again, and this node has not
         deleted its former data yet."""
@@ -251,19 +305,6 @@ class OutFeed:
                 self.target.undecided.add(tenant, traces)
             except OSError as error:
                 _log.warning("traces that could not be judged are not stored: %s", error)
-
-
-def _unpack(data: bytes) -> output.Output:
-    """Decode a message. Blocks."""
-    found = output.unpack(data)
-    for dead in found.dead:
-        _log.error(
-            "message %d could not be evaluated (tenant %s): %s",
-            dead.sequence,
-            dead.tenant or "all",
-            dead.reason,
-        )
-    return found
 
 
 class _Rewound(Exception):  # noqa: N818

@@ -6,15 +6,15 @@ those of their ledgers, so any of them can continue where another one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
 from betrace.service.cluster import output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.feed import OutLog
 from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.tenant_names import TenantNames
-from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -33,12 +33,14 @@ class OutQueues:
 
     def __init__(
         self,
-        logs: Mapping[int, OutLog],
+        partitions: PartitionMap,
+        log_of: Callable[[int], OutLog],
         last: Callable[[int], Awaitable[int]],
         recent: RecentSignals,
         names: TenantNames,
     ) -> None:
-        self._logs = logs
+        self._partitions = partitions
+        self._log_of = log_of
         self._last = last
         self._recent = recent
         self._names = names
@@ -46,13 +48,14 @@ class OutQueues:
 
     def names(self) -> list[str]:
         """The partitions."""
-        return [str(partition) for partition in self._logs]
+        return [str(partition) for partition in range(self._partitions.generations.total)]
 
     def of(self, signals: Iterable[Signal]) -> set[str]:
-        """The partitions of these signals."""
-        number = len(self._logs)
+        """The partitions of these signals; of those that continue one another, all."""
         return {
-            str(partition_of(each.tenant, bytes.fromhex(each.trace_id), number)) for each in signals
+            str(generation.partition_of(each.tenant, bytes.fromhex(each.trace_id)))
+            for each in signals
+            for generation in self._partitions.generations
         }
 
     def end(self, name: str) -> int:
@@ -75,7 +78,7 @@ class OutQueues:
 
     def _read_stream(self, partition: int, after: int) -> QueuePage:
         async def read() -> list[LogMessage]:
-            return await self._logs[partition].read(after, None, READ_BYTES, 0.0)
+            return await self._log_of(partition).read(after, None, READ_BYTES, 0.0)
 
         try:
             messages = trio.from_thread.run(read, trio_token=self._token)

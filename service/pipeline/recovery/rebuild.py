@@ -71,15 +71,16 @@ class Rebuild:
         self.pending: list[str] = []
         """Tenants whose files must be rebuilt."""
         self._damaged: dict[str, StoreCorrupt] = {}  # met, and not rebuilt yet
-        store.on_damaged(self._note_damaged)
+        store.on_damaged(self.suspect)
 
     @property
     def due(self) -> bool:
         """Whether damage was met that :meth:`repair` should look at."""
         return bool(self._damaged)
 
-    def _note_damaged(self, error: StoreCorrupt) -> None:
-        """Note that a call met damage; called in any thread."""
+    def suspect(self, error: StoreCorrupt) -> None:
+        """Note that a file seems to be damaged; called in any thread. :meth:`repair` looks at
+        it."""
         if error.tenant not in self._store.incomplete:
             self._damaged.setdefault(error.tenant, error)
 

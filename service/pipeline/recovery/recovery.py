@@ -10,6 +10,7 @@ A signal that was stored but is not found again, because more spans arrived, is 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Container, Iterator
 from contextlib import suppress
@@ -42,6 +43,7 @@ from betrace.service.traces.checkpoint import (
     read_latest,
     write_checkpoint,
 )
+from betrace.service.traces.filter_file import SavedFilter, read_filter, write_filter
 from betrace.service.traces.layout import CLOSED_COUNT, OPEN_COUNT
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ _HOUR_NS = 3600 * 1_000_000_000
 # of the last hour.
 _REMEMBERED = 2_000_000
 _HOURS = (None, 720, 168, 72, 24, 12, 6, 3, 1)
+FILTER = "late-filter"
+"""In the directory of the checkpoints: the filter of closed traces."""
+FILTER_SECONDS = 600.0
+"""How often it is saved at most; and at every stop."""
 
 
 @dataclass(slots=True)
@@ -86,6 +92,7 @@ class Recovery:
         deleted: Container[str] = frozenset(),
     ) -> None:
         self._directory = settings.storage.path / "checkpoints"
+        self._schedule = settings.checkpoint
         self._max_body = settings.ingest.max_body_bytes
         self._log, self._store = stores.log, stores.duckdb
         self._traces = pipeline.open_traces
@@ -107,6 +114,8 @@ class Recovery:
         self.failures = 0
         self._failing = 0  # since the last success
         self._covers: Snapshot | None = None
+        self._filter: dict[str, Any] | None = None  # what the file says
+        self._filter_at = -math.inf
 
     async def recover(self, onward: SendChannel[SpanBatch]) -> None:
         """Load the last checkpoint and send the part of the log after it to ``onward``."""
@@ -179,10 +188,14 @@ class Recovery:
                 _log.warning("signals of %s may be missing in queries: %s", tenant, error)
 
     def _remember_closed(self, snapshot: Snapshot) -> None:
-        """Add recently closed traces to the filter that recognizes late spans, except traces that
-        are read from the log completely."""
+        """Load the filter that recognizes late spans, and add the traces that were closed since it
+        was saved, except traces that are read from the log completely."""
         tenants = [each for each in self._store.tenants() if each not in self._deleted]
         since = self._remember_since(tenants)
+        saved = read_filter(self._directory / FILTER, self._closed.filters.shape[1])
+        if saved is not None:
+            self._closed.restore(saved.about, saved.bits)
+            since = max(since, saved.taken_ns - _HOUR_NS)
         for tenant in tenants:
             upto, _ = snapshot.progress.get(tenant, (0, []))
             segments = self._log.segments(tenant)
@@ -313,19 +326,34 @@ class Recovery:
         self.replayed.damaged += int(np.count_nonzero(batch.bodies[:, ERROR]))
         return batch
 
-    async def every(self, seconds: float) -> None:
-        """Save a checkpoint every ``seconds``, less often if saving takes long (without the wait
-        for the stores)."""
+    async def every_interval(self) -> None:
+        """Save a checkpoint every ``checkpoint.interval_seconds``, less often if saving takes long
+        (without the wait for the stores) or if a restart would read little of the log."""
+        settings, latest = self._schedule, trio.current_time()
         while True:
-            started = trio.current_time()
-            await self.save()
-            took = trio.current_time() - started - self._waited
-            await trio.sleep(max(seconds - took, 9 * took, 0.1))
+            pause = settings.interval_seconds
+            now = trio.current_time()
+            if now >= latest or not await self._threads.run(self._little_to_replay):
+                saved = await self.save()
+                took = trio.current_time() - now - self._waited
+                latest = now + settings.max_interval_seconds if saved else now
+                pause = max(pause - took, 9 * took, 0.1)
+            await trio.sleep(pause)
 
-    async def save(self) -> bool:
+    def _little_to_replay(self) -> bool:
+        """Whether the next checkpoint can wait: it would save little reading, and no dead letter
+        waits for it."""
+        book, covers = self._letters.book, self._covers
+        if covers is None or book.total or book.retries():
+            return False
+        return self._beyond(covers.progress) < self._schedule.log_bytes
+
+    async def save(self, last: bool = False) -> bool:
         """Save a checkpoint; returns whether that worked. Waits first until everything that left
-        the traces is stored."""
+        the traces is stored. ``last`` is set when the service stops."""
         async with self._saving:
+            # Before the traces, so that those in the filter need not be read from the log.
+            closed = await self._threads.run(self._copy_filter, last)
             retried = self._letters.book.retries()
             recorded = await self._threads.run(self._record.last_entries)
             try:
@@ -345,6 +373,9 @@ class Recovery:
                 self.saved_bytes = await self._threads.run(
                     write_checkpoint, self._directory, snapshot
                 )
+                if closed is not None:
+                    await self._threads.run(write_filter, self._directory / FILTER, closed)
+                    self._filter = closed.about
             except OSError as error:
                 self.failures += 1
                 if not self._failing:
@@ -361,6 +392,17 @@ class Recovery:
             except DeadLetterError as error:
                 _log.warning("processed dead letters cannot be deleted yet: %s", error)
             return True
+
+    def _copy_filter(self, last: bool) -> SavedFilter | None:
+        """A copy of the filter if it is to be saved."""
+        now = time.monotonic()
+        if now - self._filter_at < FILTER_SECONDS and not last:
+            return None
+        with self._traces.lock:
+            if self._closed.saved() == self._filter or not self._closed.added:
+                return None
+            self._filter_at = now
+            return SavedFilter.of(self._closed, time.time_ns())
 
 
 def _outline(snapshot: Snapshot) -> Snapshot:

@@ -13,6 +13,7 @@ This file moves batches and due traces; the traces themselves are in
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -31,16 +32,26 @@ TICK_SECONDS = 0.25  # interval of the search for idle traces
 FIRST_SLICE = 0.05
 ALL_SLICES = 0.25
 LEAST_SLICE = 0.005
+# After so many CPU seconds, what is due is passed on before more is folded.
+CALL_SECONDS = 0.02
+FEW_SPANS = 500  # are folded in about a millisecond
+# A search that may take longer is done without the lock of the traces, before it is needed.
+LONGEST_STEP = 0.02
 
 
 class CorrelateStage:
     """The handler of the trace-correlation stage, its timer, and its backlog.
 
-    ``threads`` run what takes the lock of ``traces``; ``onward`` receives what is due.
+    ``threads`` run what takes the lock of ``traces``, ``search_threads`` long searches; ``onward``
+    receives what is due.
     """
 
     def __init__(
-        self, traces: OpenTraces, threads: ThreadRunner, onward: SendChannel[DueTraces]
+        self,
+        traces: OpenTraces,
+        threads: ThreadRunner,
+        onward: SendChannel[DueTraces],
+        search_threads: ThreadRunner | None = None,
     ) -> None:
         self.traces = traces
         self._threads = threads
@@ -52,10 +63,14 @@ class CorrelateStage:
         """Set when a batch is put into the backlog."""
         self.last_failure: Exception | None = None
         """Why the last slice of the backlog failed."""
+        self.passed_by = 0
+        """Spans that were put into the backlog without the channel."""
         self._handling = False
         self._handled = 0.0  # CPU seconds of the handler, without the backlog
         self._handled_tenants = 1  # in the last call
         self._slice_seconds = 0.0  # CPU seconds of the last slice of the backlog
+        self._work: tuple[str, Callable[[], object]] | None = None  # of a tenant, before its slice
+        self._search_threads = search_threads or threads
         self.caught_up = trio.Event()
         """Set when the log is replayed after a restart."""
 
@@ -64,29 +79,41 @@ class CorrelateStage:
     async def handle(self, batches: list[SpanBatch]) -> list[SpanBatch]:
         """Fold batches and pass on what is due; returns those that are folded. The others are in
         :attr:`backlog`. A batch that was folded before is skipped."""
-        self._handling = True
-        try:
-            due, error = await self._threads.run(self._fold, batches)
-        finally:
-            self._handling = False
-        if len(self.backlog):
-            self.waiting.set()
-        await self._send(due, error)
+        used: dict[str, float] = {}
+        left = batches
+        while left:
+            self._handling = True
+            try:
+                due, error, left = await self._threads.run(self._fold, left, used)
+            finally:
+                self._handling = False
+            if len(self.backlog):
+                self.waiting.set()
+            await self._send(due, error)
         if not len(self.backlog):
             return batches
         return [batch for batch in batches if self.traces.has(batch)]
 
-    def _fold(self, batches: list[SpanBatch]) -> tuple[list[DueTraces], Exception | None]:
-        """What is due, and the error that ended the fold early."""
+    def _fold(
+        self, batches: list[SpanBatch], used: dict[str, float]
+    ) -> tuple[list[DueTraces], Exception | None, list[SpanBatch]]:
+        """Fold batches, those of tenants with few spans first. Returns what is due, the error that
+        ended the fold early, and the batches that are left because it took long. ``used`` are the
+        CPU seconds of each tenant in this call of the handler."""
         traces = self.traces
         due: list[DueTraces] = []
-        used: dict[str, float] = {}
-        spent = 0.0
+        left_over: list[list[SpanBatch]] = []
+        spent = sum(used.values())
+        groups = _small_first(_by_tenant(batches))
         started = time.thread_time()
+        until = time.perf_counter() + CALL_SECONDS
         with traces.lock:
             try:
                 traces.pass_on(due)
-                for group in _by_tenant(batches):
+                for done, group in enumerate(groups):
+                    if done and time.perf_counter() > until:
+                        left_over = groups[done:]
+                        break
                     together = [batch for batch in group if not traces.has(batch)]
                     if not together:
                         continue  # a redelivery
@@ -110,17 +137,29 @@ class CorrelateStage:
             except Exception as error:
                 with suppress(Exception):  # what fails here is passed on by the next call
                     traces.pass_on(due)
-                return traces.ticketed(due), error
+                return traces.ticketed(due), error, []
             finally:
                 self._handled += time.thread_time() - started
                 self._handled_tenants = len(used) or 1
-            return traces.ticketed(due), None
+            return traces.ticketed(due), None, [batch for group in left_over for batch in group]
 
     def _put_back(self, batches: list[SpanBatch]) -> None:
         """Let batches wait. Of those that were folded together, each is folded later by itself; the
         traces know how far they came."""
         for batch in batches:
             self.backlog.add(batch)
+
+    async def set_aside(self, batch: SpanBatch) -> None:
+        """Put a batch of very many spans into the backlog, so that it keeps no others out of the
+        channel."""
+
+        def add() -> None:
+            with self.traces.lock:
+                self.backlog.add(batch)
+
+        await self._threads.run(add)
+        self.passed_by += len(batch)
+        self.waiting.set()
 
     async def _send(self, due: list[DueTraces], error: Exception | None) -> None:
         await self._onward.send_each(due)
@@ -137,6 +176,9 @@ class CorrelateStage:
         await self._give_way()
         with trio.CancelScope(shield=True):  # what left the traces must be passed on
             due, error, batch, failed = await self._threads.run(self._fold_slice)
+            work, self._work = self._work, None
+            if work is not None:
+                await self._search_threads.run(self._search, *work)
             if not len(self.backlog):
                 self.waiting = trio.Event()
             try:
@@ -168,15 +210,16 @@ class CorrelateStage:
             if found is None:
                 return due, None, None, 0
             batch, seconds = found
-            cpu = CpuSlice(seconds, certain=True)
+            cpu = CpuSlice(seconds, certain=True, longest=LONGEST_STEP)
             finished, failed, error = False, 0, None
             try:
                 traces.pass_on(due)
                 if not traces.has(batch):
                     traces.fold(batch, cpu)
                 finished = True
-            except SliceOver:
-                pass
+            except SliceOver as over:
+                if over.work is not None:
+                    self._work = batch.tenant, over.work
             except Exception as failure:
                 error, failed = failure, self.backlog.failed(batch)
             try:
@@ -188,6 +231,17 @@ class CorrelateStage:
             if finished:
                 self._remove_waiting(batch)
             return traces.ticketed(due), error, batch if finished or failed else None, failed
+
+    def _search(self, tenant: str, work: Callable[[], object]) -> None:
+        """Do a long search that the tenant's next slice needs. Nobody else folds for the tenant
+        meanwhile, because its batches wait."""
+        started = time.thread_time()
+        with suppress(Exception):  # the fold meets it again
+            work()
+        used = time.thread_time() - started
+        with self.traces.lock:
+            self.backlog.used(tenant, used)
+            self._slice_seconds += used
 
     def _remove_waiting(self, batch: SpanBatch) -> None:
         if self.backlog.done(batch):
@@ -262,6 +316,20 @@ class CorrelateStage:
             self.backlog.forget(tenant)
             self.clock.forget(tenant)
             return self.traces.in_flight.mark()
+
+
+def _small_first(groups: list[list[SpanBatch]]) -> list[list[SpanBatch]]:
+    """The groups, those of tenants with few spans first if there are many spans; groups of a tenant
+    keep their order."""
+    if len(groups) <= 1:
+        return groups
+    spans: dict[str, int] = {}
+    for group in groups:
+        tenant = group[0].tenant
+        spans[tenant] = spans.get(tenant, 0) + sum(map(len, group))
+    if sum(spans.values()) <= FEW_SPANS:
+        return groups
+    return sorted(groups, key=lambda group: spans[group[0].tenant])
 
 
 def _by_tenant(batches: list[SpanBatch]) -> list[list[SpanBatch]]:

@@ -2,14 +2,15 @@
 
 All waiting requests are handled in one worker-thread call, because a call costs about as much as
 scanning several hundred spans. A few small requests cost less than the call; they are handled on
-Trio's thread, unless the disk is busy.
+Trio's thread, unless the disk is busy. Requests that take long are handled one by one in another
+thread (:mod:`betrace.service.pipeline.stages.heavy`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -24,6 +25,8 @@ from betrace.service.pipeline.progress import TenantClosed
 from betrace.service.pipeline.request import Done, Refused, Request
 from betrace.service.pipeline.rules_in_force import LogWriter
 from betrace.service.pipeline.scanning import (
+    QUICK_BYTES,
+    QUICK_SPANS,
     SMALL_BYTES,
     IngestCounts,
     Outcome,
@@ -31,6 +34,7 @@ from betrace.service.pipeline.scanning import (
     scan_requests,
     scanned_outcome,
 )
+from betrace.service.pipeline.stages.heavy import HeavyRequests
 from betrace.service.storage.spanlog.errors import LogWriteError
 from betrace.service.storage.spanlog.frames import ContentType, Encoding, Frame
 from betrace.service.storage.spanlog.log import LogSyncError
@@ -42,13 +46,17 @@ SLOW_SECONDS = 0.02  # a write of a small request that takes longer means that t
 THREAD_SECONDS = 0.5
 MOST_THREAD_SECONDS = 16.0
 RELAPSE_SECONDS = 5.0
+PORTION_BYTES = QUICK_BYTES  # of several tenants' requests that are handled together
+POLITE_SECONDS = 0.5  # before a batch of many spans waits in turn for the next channel
+_INFLATED = 8  # times the size of a compressed body, in such a portion
 
 
 class IngestStage:
     """The handler of the span-ingestion stage.
 
     With ``durable``, a request is answered only when ``sync`` has made its frame survive a machine
-    crash. ``audit`` records each accepted request.
+    crash. ``audit`` records each accepted request. Requests that take long are handled in
+    ``heavy_threads``.
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class IngestStage:
         sync: GroupSync,
         durable: bool = False,
         audit: BatchAudit | None = None,
+        heavy_threads: ThreadRunner | None = None,
     ) -> None:
         self._writer = writer
         self._threads = threads
@@ -70,28 +79,96 @@ class IngestStage:
         self._inline_from = -math.inf
         self._thread_seconds = THREAD_SECONDS
         self._audit = audit
+        self._heavy_threads = heavy_threads or threads
+        self.heavy = HeavyRequests(self._handle_heavy)
+        """Requests that take long."""
+        self.pass_on_many: Callable[[SpanBatch], Awaitable[object]] = onward.send
+        """Takes a batch of very many spans, which would keep others out of the next channel."""
         self.counts = IngestCounts()
 
     async def handle(self, requests: list[Request]) -> None:
-        """Write requests to the log, answer them, and pass on their spans."""
-        counts = self.counts
+        """Write requests to the log, answer them, and pass on their spans. After a failure, those
+        that were answered come again and are skipped."""
+        for portion in _portions([each for each in requests if not each.finished]):
+            await self._handle(portion)
+
+    async def _handle(self, requests: list[Request]) -> None:
+        not_quick: list[int] = []
         if self._fits_inline(requests):
             batches, outcomes = self._ingest_inline(requests)
         else:
-            batches, outcomes = await self._threads.run(self._ingest, requests)
-        if self._durable and batches:
-            try:
-                await self._sync.sync({batch.tenant for batch in batches})
-            except LogSyncError as error:
-                for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
-                    concerned = request.tenant in error.tenants
-                    if concerned and isinstance(outcome, Done) and outcome.spans:
-                        outcomes[i] = Refused(503, str(error))
-                        counts.unacknowledged += outcome.spans
+            batches, outcomes = await self._threads.run(self._ingest, requests, not_quick)
+        for number in not_quick:
+            self.set_aside(requests[number])
+        if not_quick:
+            left = [i for i in range(len(requests)) if i not in not_quick]
+            requests, outcomes = [requests[i] for i in left], [outcomes[i] for i in left]
+        await self._make_durable(requests, batches, outcomes)
         self._answer(requests, outcomes)
         await self._onward.send_each(batches)
         for request in requests:
             request.release()
+
+    def set_aside(self, request: Request) -> None:
+        """Let a request wait among those that take long, without capacity of the channel."""
+        request.release()
+        request.aside = True
+        self.heavy.add(request)
+
+    async def _handle_heavy(self, request: Request) -> float:
+        """Handle a request that takes long; returns the CPU seconds."""
+        requests, used = [request], 0.0
+
+        def ingest() -> tuple[list[SpanBatch], list[Outcome]]:
+            nonlocal used
+            started = time.thread_time()
+            try:
+                return self._ingest(requests)
+            finally:
+                used = request.seconds = time.thread_time() - started
+
+        try:
+            batches, outcomes = await self._heavy_threads.run(ingest)
+            await self._make_durable(requests, batches, outcomes)
+        except Exception as error:
+            self.counts.failed(request, error)
+            raise
+        self._answer(requests, outcomes)
+        request.release()
+        for batch in batches:
+            await self._pass_on(batch)
+        return used
+
+    async def _pass_on(self, batch: SpanBatch) -> None:
+        """Pass on a batch of many spans. It does not stand in the way of others that would fit into
+        the channel."""
+        if len(batch) > QUICK_SPANS:
+            await self.pass_on_many(batch)
+            return
+        with trio.move_on_after(POLITE_SECONDS):
+            while True:
+                try:
+                    self._onward.send_nowait(batch)
+                except trio.WouldBlock:
+                    await trio.sleep(0.001)
+                else:
+                    return
+        await self._onward.send(batch)
+
+    async def _make_durable(
+        self, requests: list[Request], batches: list[SpanBatch], outcomes: list[Outcome]
+    ) -> None:
+        """If answers wait for the disk, wait for it; what it did not take is refused."""
+        if not self._durable or not batches:
+            return
+        try:
+            await self._sync.sync({batch.tenant for batch in batches})
+        except LogSyncError as error:
+            for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+                concerned = request.tenant in error.tenants
+                if concerned and isinstance(outcome, Done) and outcome.spans:
+                    outcomes[i] = Refused(503, str(error))
+                    self.counts.unacknowledged += outcome.spans
 
     def handle_now(self, request: Request) -> bool:
         """Handle a small request on this thread, at once. Returns whether it was handled."""
@@ -144,12 +221,14 @@ class IngestStage:
         self._thread_seconds = longer if relapse else THREAD_SECONDS
         self._inline_from = now + self._thread_seconds
 
-    def _ingest(self, requests: list[Request]) -> tuple[list[SpanBatch], list[Outcome]]:
+    def _ingest(
+        self, requests: list[Request], not_quick: list[int] | None = None
+    ) -> tuple[list[SpanBatch], list[Outcome]]:
         """One batch per tenant, and one for each of its requests that may have very many spans, and
-        each request's outcome; blocks on the disk."""
+        each request's outcome; blocks on the disk. ``not_quick``: see :func:`scan_requests`."""
         # All are scanned before the first is appended, so that if one raises, none is in the log
         # and all can be handled again.
-        scanned, outcomes = scan_requests(requests, self._max_body)
+        scanned, outcomes = scan_requests(requests, self._max_body, not_quick)
         batches = []
         for each in scanned:
             self._writer.choose_rules(each.batch)
@@ -195,6 +274,30 @@ class IngestStage:
                 pass
         batch.positions = np.array(positions, np.int64)
         return positions
+
+
+def _portions(requests: list[Request]) -> list[list[Request]]:
+    """The requests in the order in which they are handled. Those of several tenants are handled in
+    portions, small tenants first, so that these do not wait for the others."""
+    if len(requests) <= 1 or all(each.tenant == requests[0].tenant for each in requests):
+        return [requests] if requests else []
+    by_tenant: dict[str, list[Request]] = {}
+    sizes: dict[str, int] = {}
+    for request in requests:
+        by_tenant.setdefault(request.tenant, []).append(request)
+        size = len(request.body) * (_INFLATED if request.encoding else 1)
+        sizes[request.tenant] = sizes.get(request.tenant, 0) + size
+    if sum(sizes.values()) <= PORTION_BYTES:
+        return [requests]
+    portions: list[list[Request]] = [[]]
+    left = PORTION_BYTES
+    for tenant in sorted(sizes, key=sizes.__getitem__):
+        if portions[-1] and sizes[tenant] > left:
+            portions.append([])
+            left = PORTION_BYTES
+        portions[-1] += by_tenant[tenant]
+        left -= sizes[tenant]
+    return portions
 
 
 def _outcome(row: Sequence[int], position: int) -> Outcome:

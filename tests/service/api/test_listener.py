@@ -51,6 +51,39 @@ async def test_connections_that_their_clients_close_leave_nothing_behind(nursery
     shutdown.set()
 
 
+async def test_connections_whose_clients_send_nothing_cost_little(nursery, servers, monkeypatch):
+    made = []
+    create = asgi._Connection
+
+    def count(*args):
+        made.append(create(*args))
+        return made[-1]
+
+    monkeypatch.setattr(asgi, "_Connection", count)
+    shutdown = trio.Event()
+    url, connect = await start(nursery, shutdown)
+    for _ in range(20):
+        await (await connect()).aclose()
+    silent = await connect()
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(url, timeout=60)).text == "hello"
+    await until(lambda: len(servers[0]._connections) == 1)
+    assert len(made) == 1
+    shutdown.set()  # and they do not delay the stop
+    assert await silent.receive_some() == b""
+    await silent.aclose()
+    await until(lambda: not servers[0]._connections)
+
+
+async def test_a_client_that_sends_nothing_is_not_waited_for(nursery, servers):
+    shutdown = trio.Event()
+    _, connect = await start(nursery, shutdown, keep_alive_seconds=0.05)
+    silent = await connect()
+    assert await silent.receive_some() == b""
+    await silent.aclose()
+    shutdown.set()
+
+
 async def test_idle_connections_make_room(nursery, servers):
     shutdown = trio.Event()
     url, connect = await start(nursery, shutdown, max_connections=5)

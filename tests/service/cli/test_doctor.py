@@ -480,6 +480,25 @@ def test_a_damaged_duckdb_file(data):
         assert worst(stores.duckdb_files(settings(data))).status == OK
 
 
+def test_scrub_reads_everything(data, monkeypatch):
+    monkeypatch.setattr(stores, "_MOST_TENANTS", 1)
+    monkeypatch.setattr(stores, "_MOST_SECONDS", -1.0)
+    monkeypatch.setattr(stores, "_AGAIN_SECONDS", 0.0)
+    found = {each.check: each.found for each in diagnose(None, options(data), True).findings}
+    assert found["span log"].startswith("2 of 2 segments of 2 tenants, 2 requests with 2")
+    assert found["DuckDB"] == "the files of 2 of 2 tenants can be read"
+    path = data / "acme/betrace.duckdb"
+    with LockFile(data / LOCK_FILE):  # the service has the files
+        found = {each.check: each.found for each in diagnose(None, options(data), True).findings}
+        assert "blocks in the files of 2 tenants are right" in found["DuckDB"]
+        content = bytearray(path.read_bytes())
+        content[3 * 4096 + 100] ^= 1
+        path.write_bytes(content)
+        found = worst(stores.duckdb_files(settings(data), True))
+        assert found.status == WARNING
+        assert f"1 blocks of {path} have a wrong checksum, at offset 12288 first" in found.found
+
+
 def test_data_waiting_for_a_store(data):
     (data / "fallback/ledger").mkdir(parents=True, exist_ok=True)
     (data / "fallback/ledger/1.jsonl").write_text("{}\n")

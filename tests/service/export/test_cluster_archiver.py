@@ -53,7 +53,7 @@ class Archived:
 
     async def run(self) -> ClusterArchiver:
         made = ClusterArchiver(
-            self.spans, 2, self.config, self.directory, self.directory / "work", 1 << 20
+            self.spans, lambda: 2, self.config, self.directory, self.directory / "work", 1 << 20
         )
         before = datetime.now(UTC).date() + timedelta(days=5)
         await trio.to_thread.run_sync(lambda: list(made.archive(before)))

@@ -68,7 +68,7 @@ async def test_tests_of_expensive_rules_delay_only_their_own_tenant(tmp_path, mo
                 for _ in range(5):
                     await client.get("/api/v1/rules", X_Scope_OrgID="quiet")
                 while not any("processor time" in answer for answer in answers):
-                    assert service.tools.threads.statistics().running <= 4  # of 8
+                    assert service.tools.computing.statistics().running <= 1  # of 2
                     await trio.sleep(0.01)
                 await client.get("/api/v1/rules", X_Scope_OrgID="quiet")
                 done = True

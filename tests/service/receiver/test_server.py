@@ -546,13 +546,18 @@ def test_the_client_with_most_slow_connections_loses_one_first():
 
     server = listener._Server.__new__(listener._Server)
     given = [One("a", -9), One("b", -8), One("b", -7), One("b", float("inf"))]
-    server._connections = set(given)
+    server._connections, server._leaving, server._most = set(given), set(), 10
 
     async def main() -> None:
         server._make_room()
 
     trio.run(main, clock=trio.testing.MockClock(rate=0))
     assert [each.ended for each in given] == [False, True, False, False]
+    assert server._leaving == {given[1]}
+    given += [One("b", -number) for number in range(20, 30)]
+    server._connections, server._most = set(given), 16 * 5
+    trio.run(main, clock=trio.testing.MockClock(rate=0))
+    assert sorted(each.slow_since for each in given if each.ended) == [-29, -28, -27, -26, -25, -8]
 
 
 async def test_the_time_limit_of_heads_applies_to_tls_handshakes(tmp_path):

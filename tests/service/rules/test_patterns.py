@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import re2
 from hypothesis import given
@@ -10,7 +12,13 @@ from hypothesis import strategies as st
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.literals import MAX_PATTERN
 from betrace.service.rules.match import SpanValues, evaluate
-from betrace.service.rules.patterns import MATCH_BYTES, PatternSearch, pattern_size, search
+from betrace.service.rules.patterns import (
+    MATCH_BYTES,
+    PatternSearch,
+    SearchStopped,
+    pattern_size,
+    search,
+)
 from betrace.service.rules.store import RuleLimitError, RuleStore
 from betrace.service.rules.syntax import And, Attribute, Compare, Literal, Not, Or, Scope
 from betrace.service.rules.values import compile_pattern
@@ -72,6 +80,49 @@ def test_whoever_pays_is_asked_before_a_search():
     asked: list[float] = []
     search("[ab]*a[ab]{250}c", "a" * 1000, asked.append)
     assert asked == [pytest.approx(1000 * pattern_size("[ab]*a[ab]{250}c") * 1e-8)]
+
+
+def test_a_search_that_is_stopped_says_how_to_do_it():
+    pattern = "[ab]*a[ab]{250}c"
+    searched = PatternSearch([matches(pattern)])
+
+    def stop(seconds: float) -> None:
+        raise SearchStopped
+
+    for text in ("ab" * 100, "ab" * 1000):
+        with pytest.raises(SearchStopped) as stopped:
+            searched.search(X, pattern, text, stop)
+        assert stopped.value.work is not None
+        stopped.value.work()
+        assert searched.search(X, pattern, text, stop) is False
+
+
+@pytest.mark.parametrize("text", ["a7b", "a7b" * 1000])
+def test_searches_of_several_sets_that_are_stopped_advance(text, monkeypatch):
+    monkeypatch.setattr("betrace.service.rules.patterns._SET_PROGRAM", 20)
+    patterns = [f"a{n}" for n in range(10)]
+    searched = PatternSearch([matches(pattern) for pattern in patterns])
+    for steps in (0, 1):  # that a slice allows
+        stops, found = 0, None
+        searched._remembered.clear()
+        while found is None:
+            left = iter([True] * steps)
+
+            def pay(seconds: float, left: Iterator[bool] = left) -> None:
+                if not next(left, False):
+                    raise SearchStopped
+
+            try:
+                found = searched.search(X, "a7", text, pay)
+            except SearchStopped as stopped:
+                if not steps and stopped.work is not None:
+                    stopped.work()
+                stops += 1
+                assert stops < 100
+        assert found
+        assert stops >= 3
+    assert searched.search(X, "a6", text, pay) is False  # known from the same search
+    assert not searched._partial
 
 
 def test_patterns_are_compiled_once_however_many_there_are():

@@ -124,6 +124,8 @@ def test_a_slice_ends_with_its_time_and_a_certain_one_allows_one_step_more():
     certain.pay(100.0)
     with pytest.raises(SliceOver):
         certain.pay(100.0)
+    with pytest.raises(SliceOver):
+        CpuSlice(60, certain=True, longest=0.02).pay(100.0)
     short = CpuSlice(0.005)
     until = time.thread_time() + 0.01
     while time.thread_time() < until:

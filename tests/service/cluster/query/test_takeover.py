@@ -14,6 +14,7 @@ from betrace.service.app.query import connect_query
 from betrace.service.cluster import output
 from betrace.service.cluster.query.sending import read_sequences
 from betrace.service.cluster.query.shared_alerts import PROGRESS
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.otlp.partition import partition_of
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
@@ -53,13 +54,13 @@ class Cluster:
         self.ends = dict.fromkeys(PARTITIONS, 0)
 
     async def begin(self):
-        for log in self.logs.values():
-            await log.open("evaluator")
+        for partition, log in self.logs.items():
+            self.ends[partition] = (await log.open("evaluator")).sequence
 
     async def decide(self, *signals):
         for each in signals:
             partition = partition_of(each.tenant, bytes.fromhex(each.trace_id), len(PARTITIONS))
-            end = self.ends[partition] = await self.logs[partition].last() + 1
+            end = self.ends[partition] = self.ends[partition] + 1
             [data] = output.pack(
                 output.Output(
                     decided=[Decided(each.tenant, [each], None)],
@@ -75,11 +76,15 @@ class Cluster:
         config = settings(self._directory / name, rules={}, **self._sections)
         with ExitStack() as stack:
             make = open_query_service(config, stack)
-            connection = connect_query(self.settings, name, ["query"], client, FedNode())
-            service = make(connection)
-            async with served(service, die=True):
-                task_status.started(service)
-                await ended.wait()
+            async with trio.open_nursery() as nursery:
+                feed = TenantFeed(ConfigBucket(client, self.layout.config_bucket))
+                nursery.start_soon(feed.run)
+                connection = connect_query(self.settings, name, ["query"], client, feed, FedNode())
+                service = make(connection)
+                async with served(service, die=True):
+                    task_status.started(service)
+                    await ended.wait()
+                nursery.cancel_scope.cancel()
         await client.close()
 
     async def sent(self, key):

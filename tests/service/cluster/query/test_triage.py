@@ -8,6 +8,7 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.query import shared_triage
 from betrace.service.cluster.query.shared_triage import SharedTriage, TriageShard, triage_key
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.storage.triage import KEPT_NS, TriageStore
 from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.traces.verdicts import Decided
@@ -34,7 +35,9 @@ class Node:
         self.store = TriageStore(path, clock)
         self.bucket = FakeBucket(FakeNode(nats, path.name), "query")
         self.threads = ThreadRunner("test", 1)
-        self.shared = SharedTriage(self.bucket, self.store, self.threads, clock)
+        self.shared = SharedTriage(
+            self.bucket, self.store, self.threads, TenantNames({}, frozenset()), clock
+        )
 
     async def do(self, function, *args):
         return await self.threads.run(function, *args)

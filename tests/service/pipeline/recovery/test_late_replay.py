@@ -23,9 +23,15 @@ async def forgotten(service):
             await trio.sleep(0.1)
 
 
-@pytest.mark.parametrize(("most", "found"), [(2_000_000, True), (0, False)])
-async def test_a_trace_closed_days_before_a_restart_is_found(tmp_path, monkeypatch, most, found):
-    """Unless there are too many to remember; then those of the last hour are remembered."""
+@pytest.mark.parametrize(
+    ("most", "file", "found"),
+    [(2_000_000, False, True), (0, False, False), (0, True, True)],
+)
+async def test_a_trace_closed_days_before_a_restart_is_found(
+    tmp_path, monkeypatch, most, file, found
+):
+    """It is found in the filter that the last process saved. Without it, the traces of the index
+    are remembered, unless they are too many; then those of the last hour."""
     monkeypatch.setattr(recovery, "_REMEMBERED", most)
     write_rules(tmp_path, {"no-b": "when { a } always { b }"})
     config = settings(tmp_path, caches={"trace_metadata_ttl_seconds": 0.1})
@@ -35,6 +41,10 @@ async def test_a_trace_closed_days_before_a_restart_is_found(tmp_path, monkeypat
     nine_days = 9 * 86_400 * 10**9
     with duckdb.connect(str(config.storage.path / "default/betrace.duckdb")) as db:
         db.execute(f"UPDATE traces SET last_seen_ns = last_seen_ns - {nine_days}")
+    saved = config.storage.path / "checkpoints" / recovery.FILTER
+    assert saved.stat().st_mode & 0o777 == 0o600
+    if not file:
+        saved.unlink()
     async with running(config) as service:
         assert await send(service, [S(2, "b")]) == Done(1)
         await closed(service)

@@ -12,7 +12,7 @@ import trio
 from betrace.channels import open_channel
 from betrace.service.pipeline.open_traces import OpenTraces
 from betrace.service.pipeline.progress import InFlight, LogProgress
-from betrace.service.pipeline.stages import correlate
+from betrace.service.pipeline.stages import backlog, correlate
 from betrace.service.pipeline.stages.correlate import CorrelateStage
 from betrace.service.pipeline.stages.trace_clock import LOOKED_AT
 from betrace.service.rules.parse import parse
@@ -30,7 +30,7 @@ SECOND = 10**9
 def _unlimited_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU slices are real time, which a virtual clock does not stop: a garbage collection in the
     middle of a fold would put a batch into the backlog."""
-    for name in ("FIRST_SLICE", "ALL_SLICES", "LEAST_SLICE"):
+    for name in ("FIRST_SLICE", "ALL_SLICES", "LEAST_SLICE", "CALL_SECONDS"):
         monkeypatch.setattr(correlate, name, 3600.0)
 
 
@@ -250,6 +250,69 @@ async def test_joined_batches_that_need_too_much_time_wait(rig, autojump_clock, 
         assert await rig.stage.fold_waiting() == (expected, 0)
     assert rig.traces.counts.folded == 4
     assert rig.progress.snapshot() == {"t": (20, [])}
+
+
+async def test_tenants_with_few_spans_are_folded_first(rig, autojump_clock, monkeypatch):
+    monkeypatch.setattr(correlate, "FEW_SPANS", 5)
+    monkeypatch.setattr(correlate, "CALL_SECONDS", 0.0)  # one tenant in each call
+    folded, calls = [], []
+    fold, run = rig.traces.fold, Here.run
+
+    def note(given: Any, cpu: Any) -> Any:
+        folded.append((given.tenant, len(given)))
+        return fold(given, cpu)
+
+    async def count(self: Here, function: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(function.__name__)
+        return await run(self, function, *args, **kwargs)
+
+    monkeypatch.setattr(rig.traces, "fold", note)
+    monkeypatch.setattr(Here, "run", count)
+    batches = [
+        rig.batch(*(S(n) for n in range(1, 10))),
+        rig.batch(S(1), tenant="u"),
+        rig.batch(S(1), S(2), tenant="v"),
+        rig.batch(S(10)),
+    ]
+    assert await rig.stage.handle(batches) == batches
+    assert folded == [("u", 1), ("v", 2), ("t", 10)]
+    assert calls == ["_fold"] * 3
+
+
+async def test_very_many_spans_wait_without_the_channel(rig, autojump_clock):
+    batch = rig.batch(*(S(n) for n in range(1, 100)))
+    await rig.stage.set_aside(batch)
+    assert rig.stage.passed_by == 99
+    assert rig.stage.waiting.is_set()
+    later = rig.batch(S(100))
+    assert await rig.stage.handle([later]) == []  # behind it
+    for expected in (batch, later):
+        assert await rig.stage.fold_waiting() == (expected, 0)
+    assert rig.traces.counts.folded == 100
+
+
+async def test_a_long_search_is_done_without_the_lock(rig, autojump_clock, monkeypatch):
+    monkeypatch.setattr(correlate, "LONGEST_STEP", 0.0)
+    monkeypatch.setattr(backlog, "SLICE_SECONDS", 1e-9)
+    monkeypatch.setattr(correlate, "FIRST_SLICE", 0.0)
+    monkeypatch.setattr(correlate, "LEAST_SLICE", 0.0)
+    rig.rules["t"] = compiled([parse('count(a.where(x matches "^v.*[02468]$")) > 100')])
+    locked = []
+    search = rig.stage._search
+
+    def note(tenant: str, work: Any) -> None:
+        locked.append(rig.traces.lock.locked())
+        search(tenant, work)
+
+    monkeypatch.setattr(rig.stage, "_search", note)
+    batch = rig.batch(*(S(n, "a", x=f"v{n}") for n in range(1, 21)))
+    assert await rig.stage.handle([batch]) == []
+    while (found := await rig.stage.fold_waiting()) is None:
+        pass
+    assert found == (batch, 0)
+    assert locked == [False] * 20  # for each text
+    assert rig.traces.counts.matched == 10
+    assert rig.stage.backlog.cpu_seconds > 0
 
 
 async def test_all_due_traces_have_a_ticket(rig, autojump_clock):

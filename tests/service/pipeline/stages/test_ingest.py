@@ -13,6 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from betrace.channels import ThreadRunner, open_channel
+from betrace.service.otlp.wire import scan_bodies
 from betrace.service.pipeline import scanning
 from betrace.service.pipeline.log_sync import GroupSync
 from betrace.service.pipeline.progress import LogProgress
@@ -50,6 +51,11 @@ class Bench:
         assert isinstance(outcome, Done)
         assert outcome.spans == len(self.receive.receive_nowait()) > 0
         return self.threads.statistics().calls > before
+
+    async def work_off(self) -> None:
+        """Handle the requests that take long."""
+        self.stage.heavy.close()
+        await self.stage.heavy.run()
 
 
 @pytest.fixture
@@ -170,16 +176,105 @@ async def test_a_request_with_too_many_spans_is_refused_and_the_others_are_not(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scanning, "MOST_SPANS", 3)
-
-    def request(spans: int) -> Request:
-        payload = body(*(S(number + 1, "a") for number in range(spans)))
-        return Request("acme", "protobuf", "", payload, time.time_ns(), 1, Reply())
-
-    requests = [request(spans) for spans in (1, 4, 3, 2)]
+    monkeypatch.setattr(scanning, "QUICK_SPANS", 2)
+    requests = [with_spans(spans) for spans in (1, 4, 3, 2)]
     await bench.stage.handle(requests)
+    await bench.work_off()
     outcomes = [await each.reply.wait() for each in requests]
     refused = outcomes.pop(1)
     assert isinstance(refused, Refused)
     assert (refused.status, "more than 3 spans" in refused.message) == (413, True)
     assert [each.spans for each in outcomes if isinstance(each, Done)] == [1, 3, 2]
     assert sum(frame.spans for _, frame in bench.log.frames("acme")) == 6
+
+
+def with_spans(spans: int, tenant: str = "acme") -> Request:
+    payload = body(*(S(number + 1, "a") for number in range(spans)))
+    return Request(tenant, "protobuf", "", payload, time.time_ns(), 1, Reply())
+
+
+async def test_requests_that_take_long_keep_no_others_waiting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "QUICK_BYTES", 1000)
+    released = []
+    long = [with_spans(100), with_spans(1)]
+    long[1].encoding, long[1].body = "gzip", gzip.compress(bytes(long[0].body))
+    for each in long:
+        each.on_release = lambda tenant, weight: released.append(tenant)
+    quick = with_spans(1, "quick")
+    await bench.stage.handle([*long, quick])
+    assert quick.reply.known
+    assert [each.reply.known for each in long] == [False, False]
+    assert len(bench.stage.heavy) == 2
+    assert released == ["acme"] * 2  # they take no capacity of the channel
+    await bench.stage.handle(long)  # a redelivery
+    assert len(bench.stage.heavy) == 2
+    await bench.work_off()
+    assert [(await each.reply.wait()).spans for each in long] == [100, 100]  # type: ignore[union-attr]
+    assert all(each.seconds > 0 for each in long)
+    assert len(list(bench.log.frames("acme"))) == 2
+
+
+async def test_very_many_spans_pass_by_the_next_channel(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr(ingest, "QUICK_SPANS", 50)
+    monkeypatch.setattr(ingest, "POLITE_SECONDS", 0.01)
+    autojump_clock.autojump_threshold = 0.05  # it does not wait for threads
+    passed: list[int] = []
+
+    async def pass_on_many(batch: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        passed.append(len(batch))
+
+    bench.stage.pass_on_many = pass_on_many
+    for spans in (100, 50, 20):
+        bench.stage.set_aside(with_spans(spans))
+    full = scan_bodies("acme", [body(*[S(1, "a")] * 9_990)])  # of 10 000
+    await bench.stage._onward.send(full)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.work_off)
+        await trio.sleep(1)
+        assert passed == [100]
+        taken = [len(bench.receive.receive_nowait())]
+        await trio.sleep(1)
+        taken += [len(bench.receive.receive_nowait()) for _ in range(2)]
+    assert taken == [9_990, 50, 20]
+
+
+async def test_small_tenants_are_handled_first(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "PORTION_BYTES", 1000)
+    order: list[list[str]] = []
+    handle = bench.stage._handle
+
+    async def note(requests: list[Request]) -> None:
+        order.append([each.tenant for each in requests])
+        await handle(requests)
+
+    monkeypatch.setattr(bench.stage, "_handle", note)
+    requests = [with_spans(n, tenant) for n, tenant in ((30, "a"), (1, "b"), (20, "c"), (1, "d"))]
+    await bench.stage.handle(requests)
+    assert order == [["b", "d"], ["c"], ["a"]]
+    assert all(each.reply.known for each in requests)
+    order.clear()
+    await bench.stage.handle([with_spans(30, "a"), with_spans(30, "a")])
+    assert order == [["a", "a"]]
+
+
+async def test_a_failure_of_a_request_that_takes_long_refuses_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(bench.stage, "_ingest", fail)
+    failing = with_spans(1)
+    bench.stage.set_aside(failing)
+    await bench.work_off()
+    outcome = await failing.reply.wait()
+    assert isinstance(outcome, Refused)
+    assert outcome.status == 503
+    assert bench.stage.counts.refused_requests == 1
