@@ -231,7 +231,7 @@ async def _rules_in_force(process: ClusterProcess) -> None:
         while True:
             entries = await node.cluster.config.entries(RULES_PREFIX)
             values = {entry.key: entry.value for entry in entries}
-            complete = all(
+            complete = bool(store.shared()) or all(
                 values.get(rules_key(tenant)) == published.definitions_of(rules)
                 for tenant, rules in store.all_rules().items()
             )
