@@ -151,15 +151,18 @@ def whole_service(repeats: int, seconds: float) -> Json:
     relational rules, in turns."""
     given = f"--spans 512 --repeats 1 --idle 2 --secs {seconds} --warm-up {seconds / 4}".split()
     rows: dict[str, list[float]] = {"old": [], "relational": []}
+    by_thread: dict[str, Json] = {}
     for _ in range(repeats):
         for kind, own in rows.items():
             options = load.parse([*given, *(["--relational"] if kind == "relational" else [])])
             found, _ = load.measure(options, 512)
             own.append(found["summary"]["cpu_us_per_span_to_the_end"]["median"])
+            by_thread[kind] = found["runs"][-1]["threads_to_the_end"]
     ratios = [new / old for old, new in zip(rows["old"], rows["relational"], strict=True)]
     return {
         "ratio": output.spread(ratios),
         **{f"{kind}_us": output.spread(own) for kind, own in rows.items()},
+        "threads": by_thread,
     }
 
 

@@ -70,11 +70,22 @@ def candidate(rule: RuleSyntax) -> Bound:
 
 def _cheaper(bound: Bound) -> Bound:
     """Without what is asked of all spans, if there are conditions for spans with a name as well:
-    fewer traces are candidates with it, but every span would be compared."""
+    fewer traces are candidates with it, but every span would be compared. And without spans that
+    must exist, if some of them must satisfy something."""
     if not isinstance(bound, And):
         return bound
     named = [item for item in bound.items if all(each.name != "*" for each in span_sets(item))]
-    return all_of(named) if named else bound
+    several = {
+        item.left.name
+        for item in named
+        if isinstance(item, CountCompare) and isinstance(item.left, SpanSet) and item.op == ">="
+    }
+    needed = [
+        item
+        for item in named
+        if not (isinstance(item, Exists) and not item.spans.where and item.spans.name in several)
+    ]
+    return all_of(needed) if needed else bound
 
 
 class _Bounds:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -167,11 +167,9 @@ class _Run:
     def _condition(self, node: Node) -> Flags:
         match node:
             case And(items):
-                every: Flags = np.all([self._condition(item) for item in items], axis=0)
-                return every
+                return cast(Flags, np.all([self._condition(item) for item in items], axis=0))
             case Or(items):
-                some: Flags = np.any([self._condition(item) for item in items], axis=0)
-                return some
+                return cast(Flags, np.any([self._condition(item) for item in items], axis=0))
             case Not(item):
                 return ~self._condition(item)
             case Exists(spans):

@@ -107,6 +107,8 @@ class TraceColumns:
 
     def ids(self, number: int) -> list[int]:
         """The span ids of a trace in order of arrival, those of copies included."""
+        if not self.size(number):
+            return []
         hi, lo = self.batch.spans[self.spans.row[self._first[number]], [TRACE_HI, TRACE_LO]]
         arrived = self.batch.spans
         own = (arrived[:, TRACE_HI] == hi) & (arrived[:, TRACE_LO] == lo)

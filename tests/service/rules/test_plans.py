@@ -43,7 +43,7 @@ def test_the_strategy_follows_from_the_constructs(rule: str, expected: str) -> N
         (
             "when { a } never { trace:duration > 2ns or trace:spans >= 7 }",
             "reads a trace back from the span log while it is open and when it closes and judges "
-            "its skeleton: names, ids, parents and times (about 2 µs a span), if it has: a, a "
+            "its skeleton: names, ids, parents and times (about 5 µs a span), if it has: a, a "
             "duration of at least 3 ns or at least 7 spans",
         ),
         (
