@@ -30,7 +30,7 @@ from betrace.service.app import sharing
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
-from betrace.service.export.archiver import archive_directory
+from betrace.service.export.archiver import Archiver, Throttle, archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
@@ -224,6 +224,9 @@ class _ServiceBuilder:
 
     def _recorded(self, signals: list[Signal]) -> None:
         """Pass on signals that are new in the ledger."""
+        if self._cluster is not None:  # evaluators are other processes
+            for signal in signals:
+                self._pipeline.evaluate.counts.add(signal)
         self._rule_signals.add(signals)
         self._unstored.add(signals)
         self._subscriptions.publish(signals)
@@ -291,7 +294,7 @@ class _ServiceBuilder:
         self._removal = Removal(
             data, stores, gate, self._pipeline, self._recovery, self._rebuild, threads, erase
         )
-        self._daily = Daily(settings, stores.log, stores.duckdb)
+        self._daily = self._make_daily()
         self._rule_watch = RuleWatch(stores.registry, threads, settings.rules.poll_seconds)
         self._watch = Watch(
             self._pipeline.stages,
@@ -300,6 +303,24 @@ class _ServiceBuilder:
             self._admission.refusals.spans,
             settings.pipeline.stall_seconds,
         )
+
+    def _make_daily(self) -> Daily:
+        settings, stores = self._settings, self._stores
+        if self._cluster is not None:
+            from betrace.service.app.archive import cluster_daily
+
+            return cluster_daily(settings, stores.duckdb, self._cluster)
+
+        def make_archiver() -> Archiver:
+            return Archiver(
+                stores.log,
+                archive_directory(settings),
+                settings.storage.path / "checkpoints",
+                settings.ingest.max_body_bytes,
+                Throttle(),
+            )
+
+        return Daily(settings, stores.duckdb, make_archiver)
 
     def _erase_rules(self, tenant: str) -> None:
         if self._node is None:

@@ -30,6 +30,7 @@ from betrace.service.app.status import NodeStatus, StatusApp
 from betrace.service.cluster.edge.tenants import TenantCopy
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     open_trace_subject,
@@ -43,9 +44,11 @@ from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.configuration import cluster_id
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.generations import MOST_PARTITIONS
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.setup import check
+from betrace.service.storage.jetstream.setup import check, other_number
 from betrace.service.tenancy.gate import Gate
 from betrace.service.tenancy.tenant import TenantState
 
@@ -119,15 +122,17 @@ class ClusterProcess:
         self.compilation = Compilation(kernels_of(roles))
         self._make_query = make_query
         self._gate = gate
-        self._query: Service | None = None
+        self.query: Service | None = None
+        """The service of the query role, once it starts."""
         self._status: StatusApp | None = None
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
         self._membership: Membership
+        self._partitions: PartitionMap
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
-        # A partition that waits for a query node keeps its thread for seconds.
-        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions, busy=EVALUATING)
+        # A partition that waits for a query node keeps its thread for seconds, so each has one.
+        self._evaluating = ThreadRunner("evaluate", MOST_PARTITIONS, busy=EVALUATING)
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
@@ -138,6 +143,9 @@ class ClusterProcess:
         client = await NatsClient.connect(self._cluster, f"betrace {self.node}")
         try:
             await self._check(client)
+            config = ConfigBucket(client, self._layout.config_bucket)
+            self._partitions = PartitionMap(config, self._layout.generations)
+            await self._partitions.load()
             async with trio.open_nursery() as nursery:
                 addresses = await self._start(nursery, client)
                 self.state = "ready"
@@ -161,11 +169,14 @@ class ClusterProcess:
         :func:`~betrace.service.storage.jetstream.setup.check` raises."""
         while True:
             try:
-                await check(client, self._cluster)
-                return
+                generations = await check(client, self._cluster)
+                break
             except NatsUnavailable as error:
                 _log.warning("waiting for the NATS servers: %s", error)
                 await trio.sleep(RETRY_SECONDS)
+        self._layout = Layout.of(self._cluster, generations)
+        if generations.current.count != self._cluster.partitions:
+            _log.warning("%s", other_number(generations, self._cluster))
 
     def stop(self) -> None:
         """Start to shut down."""
@@ -173,13 +184,13 @@ class ClusterProcess:
 
     async def reload_rules(self) -> None:
         """Reload changed rule files now."""
-        if self._query is not None:
-            await self._query.reload_rules()
+        if self.query is not None:
+            await self.query.reload_rules()
 
     def close(self) -> None:
         """End the worker threads; whoever opened the stores closes them."""
-        if self._query is not None:
-            self._query.close()
+        if self.query is not None:
+            self.query.close()
         if self.edge is not None:
             self.edge.close()
         if self._status is not None:
@@ -196,18 +207,31 @@ class ClusterProcess:
         nursery.start_soon(feed.run)
         membership = self._membership = self._make_membership(client)
         nursery.start_soon(membership.run)
+        nursery.start_soon(self._partitions.run)
         if self._make_query is None:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            query = self._query = self._make_query(
-                connect_query(self._cluster, self.node, self.roles, client, feed, self)
+            identity = await self._identity(client)
+            query = self.query = self._make_query(
+                connect_query(
+                    self._cluster,
+                    self.node,
+                    self.roles,
+                    client,
+                    self._partitions,
+                    feed,
+                    self,
+                    identity,
+                )
             )
             query.compilation, gate = self.compilation, query.gate
             found: Addresses = await self._start_part(nursery, Role.QUERY, query)
             api, metrics = found.api, found.metrics
         if Role.EVALUATOR in self.roles:
-            node = EvaluatorNode(self.node, client, self._layout, membership, self._evaluating)
+            node = EvaluatorNode(
+                self.node, client, self._layout, self._partitions, membership, self._evaluating
+            )
             self.evaluator = open_evaluator(self._settings, node)
             await self._start_part(nursery, Role.EVALUATOR, self.evaluator)
             subject = open_trace_subject(self._layout.prefix, "*")
@@ -218,11 +242,21 @@ class ClusterProcess:
             assert gate is not None
             if gate is self._gate:  # otherwise the query node keeps it up to date
                 await nursery.start(TenantCopy(gate, feed, self._threads).run)
-            self.edge = edge = Edge(self._settings, client, self._layout, gate, feed)
+            self.edge = edge = Edge(
+                self._settings, client, self._layout, self._partitions, gate, feed
+            )
             membership.paused_at = lambda: edge.paused_at
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
+
+    async def _identity(self, client: NatsClient) -> str:
+        while True:
+            try:
+                return await cluster_id(ConfigBucket(client, self._layout.config_bucket))
+            except NatsUnavailable as error:
+                _log.warning("waiting for the NATS servers: %s", error)
+                await trio.sleep(RETRY_SECONDS)
 
     async def _start_part(self, nursery: trio.Nursery, role: Role, part: RolePart) -> Any:
         """Run a part; returns what it starts with."""
@@ -293,8 +327,8 @@ class ClusterProcess:
         if self.evaluator is not None:
             found["evaluator"] = {
                 "status": "ok",
-                "detail": f"owns {len(self.evaluator.owned)} of {self._cluster.partitions} "
-                "partitions",
+                "detail": f"owns {len(self.evaluator.owned)} of "
+                f"{len(self.evaluator.active_statuses)} partitions",
             }
         return found
 
@@ -316,4 +350,4 @@ class ClusterProcess:
         if self.edge is not None:
             yield from self.edge.metrics()
         if self.evaluator is not None:
-            yield from evaluator_metrics.read(self.evaluator.statuses)
+            yield from evaluator_metrics.read(self.evaluator.active_statuses)

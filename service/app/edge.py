@@ -27,6 +27,7 @@ from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
 from betrace.service.cluster.edge.tenants import IngestTenants
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import split, wire
@@ -55,14 +56,15 @@ class EdgeAddresses:
 
 
 class Edge:
-    """Built within Trio. ``gate`` says who is let in, and ``feed`` keeps it up to date; their owner
-    runs and closes them."""
+    """Built within Trio. ``gate`` says who is let in, ``feed`` keeps it up to date, and
+    ``partitions`` are those that spans go to; their owner runs and closes them."""
 
     def __init__(
         self,
         settings: Settings,
         client: NatsClient,
         layout: Layout,
+        partitions: PartitionMap,
         gate: Gate,
         feed: TenantFeed,
     ) -> None:
@@ -80,7 +82,12 @@ class Edge:
         self._audit = open_batch_audit(settings)
         self._tenants, self._feed = IngestTenants(gate, feed), feed
         self.ingest = EdgeIngest(
-            self.commit, self._threads, layout.partitions, max_body, self._audit, self._tenants
+            self.commit,
+            self._threads,
+            lambda: partitions.current,
+            max_body,
+            self._audit,
+            self._tenants,
         )
         capacity = _IN_FLIGHT * pipeline.ingest_capacity_spans
         channel: tuple[SendChannel[Request], ReceiveChannel[Request]] = open_channel(

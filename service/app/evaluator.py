@@ -13,6 +13,7 @@ from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.rule_feed import RuleFeed
 from betrace.service.cluster.evaluator.state import PartitionState
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.remote_index import RemoteTraceIndex
 from betrace.service.config.settings import Settings
@@ -39,6 +40,7 @@ class EvaluatorNode:
     name: str
     client: NatsClient
     layout: Layout
+    partitions: PartitionMap
     membership: Membership
     threads: ThreadRunner
 
@@ -62,6 +64,7 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
     assert settings.cluster is not None
     cluster, client, layout = settings.cluster, node.client, node.layout
     spans, subject = SpanStreams(client, layout), index_subject(layout.prefix)
+    config = ConfigBucket(client, layout.config_bucket)
     log = _WaitingLog(spans, node.threads)
 
     def ask(data: bytes) -> bytes:
@@ -69,8 +72,11 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
             return client.ask_blocking(subject, data, INDEX_SECONDS)
 
     def new_state(partition: int) -> PartitionState:
-        index = RemoteTraceIndex(partition, ask, lambda: state.index_sequence)
-        state = PartitionState(partition, cluster.partitions, settings, log, index)
+        index = RemoteTraceIndex(
+            partition, ask, lambda: state.index_sequence, lambda: state.inherited_output
+        )
+        count = node.partitions.generations.of_partition(partition).count
+        state = PartitionState(partition, count, settings, log, index)
         return state
 
     parts = OwnerParts(
@@ -80,11 +86,14 @@ def open_evaluator(settings: Settings, node: EvaluatorNode) -> Evaluator:
         outputs=lambda partition: FencedLog(client, layout, partition),
         leases=ProcessLeases(ConfigBucket(client, layout.leases_bucket), cluster.lease_seconds),
         blobs=Blobs(client, layout.checkpoints_store),
-        rules=RuleFeed(ConfigBucket(client, layout.config_bucket)),
+        rules=RuleFeed(config),
         threads=node.threads,
+        config=config,
+        partitions=node.partitions,
         new_state=new_state,
         checkpoint_seconds=settings.checkpoint.interval_seconds,
         log_days=settings.retention.log_days,
+        archive=settings.archive.enabled,
         takeovers=trio.CapacityLimiter(TAKEOVERS),
         handovers=trio.CapacityLimiter(HANDOVERS),
     )

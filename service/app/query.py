@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from betrace.service.cluster.duty import Duties, DutyTimes
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection, OtherRoles
 from betrace.service.cluster.query.open_traces import (
@@ -27,21 +28,31 @@ DUTY_LEASES = 3
 it."""
 
 
+def duty_times(settings: ClusterSettings) -> DutyTimes:
+    """The times of duties, the same for everybody who wants them."""
+    return DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
+
+
 def connect_query(
     settings: ClusterSettings,
     node: str,
     roles: Sequence[str],
     client: NatsClient,
+    partitions: PartitionMap,
     tenants: TenantFeed,
     others: OtherRoles,
+    identity: str,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles, and ``tenants`` serves them all."""
-    layout, partitions = Layout.of(settings), range(settings.partitions)
-    logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
+    roles; ``partitions`` and ``tenants`` serve them all; ``identity`` is the cluster's id."""
+    layout = Layout.of(settings, partitions.generations)
+    logs: dict[int, FencedLog] = {}
+
+    def out(partition: int) -> FencedLog:
+        return logs.setdefault(partition, FencedLog(client, layout, partition))
+
     leases_bucket = ConfigBucket(client, layout.leases_bucket)
     leases = Leases(leases_bucket, settings.lease_seconds)
-    times = DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)
@@ -50,18 +61,20 @@ def connect_query(
     return ClusterConnection(
         name=node,
         roles=tuple(roles),
+        identity=identity,
         client=client,
         spans=SpanStreams(client, layout),
-        outs=dict(logs),
-        last=lambda partition: logs[partition].last(),
-        epoch=lambda partition: logs[partition].epoch(),
+        partitions=partitions,
+        out=out,
+        last=lambda partition: out(partition).last(),
+        epoch=lambda partition: out(partition).epoch(),
         owners=leases.owners,
         config=tenants.bucket,
         shared=ConfigBucket(client, layout.query_bucket),
-        duties=Duties(leases_bucket, node, times),
-        recent=RecentSignals(settings.partitions),
+        duties=Duties(leases_bucket, node, duty_times(settings)),
+        recent=RecentSignals(partitions.current.count),
         index_subject=index_subject(layout.prefix),
-        open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
+        open_traces=RemoteOpenTraces(ask_owner, partitions.holder_of),
         others=others,
         tenants=tenants,
     )

@@ -72,7 +72,7 @@ def shared(
         alerts = shared_alerts = SharedAlerts(cluster.shared, duty, stores.alerts, before)
         followers.append(shared_alerts.watch)
     return Sharing(
-        OutQueues(cluster.outs, cluster.last, cluster.recent, names),
+        OutQueues(cluster.partitions, cluster.out, cluster.last, cluster.recent, names),
         alerts,
         SharedTurns(cluster.shared, cluster.duties, begin),
         triage,

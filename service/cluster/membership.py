@@ -49,6 +49,13 @@ class Member:
     received before is stored."""
 
 
+def read_heartbeat(entry: Entry) -> tuple[Member, str]:
+    """The node of a heartbeat, and which start of its process wrote it."""
+    name, value = entry.key.removeprefix(_BEAT), orjson.loads(entry.value or b"{}")
+    member = Member(name, tuple(value["roles"]), bool(value["draining"]), value.get("pausedAt", 0))
+    return member, value["boot"]
+
+
 @dataclass(slots=True)
 class _Heartbeat:
     member: Member
@@ -149,20 +156,17 @@ class Membership:
         self._update()
 
     def _note_beat(self, name: str, entry: Entry) -> None:
-        value = orjson.loads(entry.value or b"{}")
-        member = Member(
-            name, tuple(value["roles"]), bool(value["draining"]), value.get("pausedAt", 0)
-        )
+        member, boot = read_heartbeat(entry)
         known = self._beats.get(name)
         if known is None or known.revision < entry.revision:
-            self._beats[name] = _Heartbeat(member, entry.revision, value["boot"])
+            self._beats[name] = _Heartbeat(member, entry.revision, boot)
         if name != self.name:
             return
-        if value["boot"] == self._boot:
+        if boot == self._boot:
             self._count_age()
             self.ready.set()
-        elif self.ready.is_set() and self._impostor != value["boot"]:
-            self._impostor = value["boot"]
+        elif self.ready.is_set() and self._impostor != boot:
+            self._impostor = boot
             events.NODE_NAME_TAKEN(node=name)
 
     def _count_age(self) -> None:

@@ -110,9 +110,10 @@ class Admission:
         return "open" if self.refusals.closed is None else self.refusals.closed[0]
 
     def pause(self) -> None:
-        """Refuse new requests until :meth:`resume`."""
-        message = "ingestion is paused by an operator; send the spans again later"
-        self.refusals.closed = ("paused", message)
+        """Refuse new requests until :meth:`resume`. Does nothing while draining."""
+        if self.state != "draining":
+            message = "ingestion is paused by an operator; send the spans again later"
+            self.refusals.closed = ("paused", message)
 
     def resume(self) -> None:
         """Accept requests again after :meth:`pause`. Does nothing while draining."""

@@ -398,6 +398,14 @@ PARTITION_HANDED_OVER = _event(
     "This node released the partition in an orderly way, because another should own it or because "
     "it stops.",
 )
+PARTITION_FINISHED = _event(
+    "cluster.partition_finished",
+    logging.INFO,
+    "partition {partition} ends with message {sealed}: the partitions that continue it may begin",
+    "The cluster is resized. Everything in the partition's log up to its seal is evaluated, and "
+    "its open traces are passed on.",
+    "bytes",
+)
 PARTITION_FENCED = _event(
     "cluster.partition_fenced",
     logging.WARNING,

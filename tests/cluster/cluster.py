@@ -41,6 +41,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self.servers.start()
         self.queries = [self._node(f"query-{n}", "query") for n in range(1, self._queries + 1)]
+        for query in self.queries:
+            (query.directory / "rules").mkdir(exist_ok=True)
         write_rules(self.queries[0].directory / "rules")  # the others get them from the cluster
         self.edges = [self._node(f"edge-{n}", "edge") for n in range(1, self._edges + 1)]
         self.evaluators = [
@@ -76,9 +78,10 @@ class Cluster:
         """The first query node."""
         return self.queries[0]
 
-    def command(self, *arguments: str) -> str:
+    def command(self, *arguments: str, seconds: float = START_SECONDS) -> str:
         """Run ``betrace cluster`` on the query node's configuration; returns what it prints. Raises
-        :exc:`ServersAway` if no NATS server answers it."""
+        :exc:`ServersAway` if no NATS server answers it. After ``seconds`` it is killed, and
+        :exc:`subprocess.TimeoutExpired` is raised."""
         done = subprocess.run(
             [
                 sys.executable, "-m", "betrace.service", "cluster",
@@ -87,7 +90,7 @@ class Cluster:
             env=environment(**self.query.settings),
             capture_output=True,
             text=True,
-            timeout=START_SECONDS,
+            timeout=seconds,
             check=False,
         )  # fmt: skip
         if done.returncode != 0 and "NATS" in done.stderr:

@@ -12,8 +12,10 @@ from tests.cluster.campaign import SETTLE_SECONDS, Campaign
 from tests.support.nats_servers import MISSING, PROGRAM
 
 FAULTS = (
+    "partitions doubled",
     "evaluator frozen",
     "edge killed",
+    "query node killed",
     "rules changed",
     "evaluator killed",
     "server killed",

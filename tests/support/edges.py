@@ -15,6 +15,7 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.app.edge import Edge
 from betrace.service.cluster.edge.tenants import TenantCopy
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
@@ -56,11 +57,14 @@ async def running_edge(
     gate = Gate(settings, directory, None, exists)
     client = await NatsClient.connect(settings.cluster, "edge")
     layout = Layout.of(settings.cluster)
-    feed, threads = TenantFeed(ConfigBucket(client, layout.config_bucket)), ThreadRunner("copy", 1)
-    edge = Edge(settings, client, layout, gate, feed)
+    config = ConfigBucket(client, layout.config_bucket)
+    feed, threads = TenantFeed(config), ThreadRunner("copy", 1)
+    partitions = PartitionMap(config, layout.generations)
+    edge = Edge(settings, client, layout, partitions, gate, feed)
     try:
         async with trio.open_nursery() as others:
             others.start_soon(feed.run)
+            others.start_soon(partitions.run)
             await others.start(TenantCopy(gate, feed, threads).run)
             async with trio.open_nursery() as nursery:
                 addresses = await nursery.start(edge.run)

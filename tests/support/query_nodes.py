@@ -13,6 +13,7 @@ from betrace.service.app.builder import open_query_service
 from betrace.service.app.service import Service
 from betrace.service.cluster import output
 from betrace.service.cluster.duty import Duties, DutyTimes
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
@@ -24,6 +25,7 @@ from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.bucket import Conflict, Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
+from betrace.service.storage.jetstream.generations import Generations
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
 from betrace.service.traces.due import DueTraces
@@ -91,6 +93,9 @@ class NoSpans:
     def read_many(self, tenant: str, positions: Any) -> list[FrameMissing]:
         return [FrameMissing("deleted") for _ in positions]
 
+    async def last(self, partition: int) -> int:
+        return 0
+
 
 class NoNats:
     """A client that never reaches a server."""
@@ -155,10 +160,12 @@ class FedNode:
         self.bucket = MemoryBucket()
         self.nats = FakeNats()
         self.spans = NoSpans()
+        self.partitions = PartitionMap(self.bucket, Generations.of(2))  # type: ignore[arg-type]
         self.paused_edges = 0  # the revision at which the edges are paused
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
+        self.identity = "first"
 
     def connection(self, name: str = "query-1") -> ClusterConnection:
         async def owners() -> dict[str, str]:
@@ -172,9 +179,11 @@ class FedNode:
         return ClusterConnection(
             name=name,
             roles=("query",),
+            identity=self.identity,
             client=NoNats(),  # type: ignore[arg-type]
             spans=self.spans,  # type: ignore[arg-type]
-            outs=dict(self.outs),
+            partitions=self.partitions,
+            out=lambda partition: self.outs[partition],
             last=lambda partition: self.outs[partition].last(),
             epoch=epoch,
             owners=owners,
@@ -183,7 +192,7 @@ class FedNode:
             duties=Duties(leases, name, DutyTimes(0.6, 0.2)),  # type: ignore[arg-type]
             recent=RecentSignals(2),
             index_subject="betrace.index",
-            open_traces=RemoteOpenTraces(self._owner, 2),
+            open_traces=RemoteOpenTraces(self._owner, self.partitions.holder_of),
             others=self,
             tenants=TenantFeed(self.bucket),  # type: ignore[arg-type]
         )

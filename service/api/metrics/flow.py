@@ -167,7 +167,7 @@ DECLARED: tuple[Declared[Sources], ...] = (
         "counter",
         "Traces closed.",
         (),
-        lambda s: one(s.pipeline.open_traces.counts.closed),
+        lambda s: one(s.closed_traces()),
     ),
     Declared(
         "betrace_traces_reopened",

@@ -146,7 +146,7 @@ class Outages:
         """The owner of each lease, by partition."""
         bucket = ConfigBucket(self._cluster.client, self._layout.leases_bucket)
         found = await Leases(bucket, self._cluster.settings.lease_seconds).owners()
-        return owners_by_partition(found, self._layout.partitions)
+        return owners_by_partition(found)
 
     async def _leader(self, stream: str) -> str:
         async def ask(nats: Nats) -> str:

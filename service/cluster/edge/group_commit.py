@@ -130,11 +130,11 @@ class GroupCommit:
 
     def refusal(self, partition: int) -> Refused | None:
         """Why a partition takes no spans now."""
-        return self._partitions[partition].refusal(trio.current_time())
+        return self._partition(partition).refusal(trio.current_time())
 
     def add(self, tenant: str, received_ns: int, part: BodyPart, written: Written) -> None:
         """Take a part; ``written`` is called when it is stored, or may not be."""
-        partition = self._partitions[part.partition]
+        partition = self._partition(part.partition)
         group = partition.filling
         if group is not None and group.size + len(part.body) + FRAME_BYTES > self._join_bytes:
             partition.full.append(group)
@@ -165,6 +165,12 @@ class GroupCommit:
                     continue
                 with trio.move_on_at(self._next_due()):
                     await self._changed.wait()
+
+    def _partition(self, number: int) -> PartitionGroups:
+        """The partition with this number; partitions are added when the cluster is resized."""
+        while number >= len(self._partitions):
+            self._partitions.append(PartitionGroups(len(self._partitions)))
+        return self._partitions[number]
 
     def _take(self, now: float) -> list[tuple[PartitionGroups, AppendGroup]]:
         """The groups that are sent now, one for each partition that has one: if one of them is due,

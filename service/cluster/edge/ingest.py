@@ -8,7 +8,7 @@ again, and spans that are repeated count once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -29,6 +29,7 @@ from betrace.service.pipeline.scanning import (
     scan_requests,
     scanned_outcome,
 )
+from betrace.service.storage.jetstream.generations import Generation
 
 _COPIES = (
     "The resource attributes of the request are too large to be copied to all partitions that it "
@@ -65,14 +66,14 @@ class _Split:
 
 class EdgeIngest:
     """The handler of the span-ingestion stage of an edge. Each call waits for the log, so the stage
-    needs many workers. ``audit`` records each accepted request, and ``tenants`` knows their names
-    in the log."""
+    needs many workers. ``partitions`` returns the current ones; ``audit`` records each accepted
+    request, and ``tenants`` knows their names in the log."""
 
     def __init__(
         self,
         commit: GroupCommit,
         threads: ThreadRunner,
-        partitions: int,
+        partitions: Callable[[], Generation],
         max_body_bytes: int,
         audit: BatchAudit | None = None,
         tenants: IngestTenants | None = None,
@@ -184,7 +185,8 @@ class EdgeIngest:
     ) -> list[_Split]:
         batch, numbers = scanned.batch, scanned.numbers
         try:
-            parts, too_large = split(batch, self._partitions, self._most_span)
+            current = self._partitions()
+            parts, too_large = split(batch, current.count, self._most_span, current.first)
         except TooMuchCopied:
             return self._split_each(scanned, requests, outcomes)
         for body in too_large:

@@ -19,6 +19,7 @@ from betrace.service.cluster.output import Counts, DeadMessage, NotJudged
 from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.storage.jetstream.envelope import RulesMarker, Tick
+from betrace.service.storage.jetstream.layout import pack_log_position
 from betrace.service.tenants import log_name, split_log_name
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
@@ -96,10 +97,11 @@ class PartitionEngine:
 
     def _change_rules(self, group: MessageGroup, marker: RulesMarker, found: Results) -> None:
         sequence = group.last.sequence
+        position = pack_log_position(self._partition, group.last.sequence)
         if marker.tenant.startswith(GONE):
-            self._delete(marker.tenant.removeprefix(GONE), marker.revision, sequence)
+            self._delete(marker.tenant.removeprefix(GONE), marker.revision, position)
             return
-        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, sequence)
+        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, position)
         self.counts.bad_rules += len(problems)
         for problem in problems:
             _log.error("a rule of %s cannot be used: %s", marker.tenant, problem)
@@ -111,12 +113,13 @@ class PartitionEngine:
         for message, frame in group.frames:
             tenant, generation = split_log_name(frame.tenant)
             if generation > self.rules.generation(tenant):
-                self._delete(tenant, generation, message.sequence)
+                position = pack_log_position(self._partition, message.sequence)
+                self._delete(tenant, generation, position)
 
-    def _delete(self, tenant: str, generation: int, sequence: int) -> None:
+    def _delete(self, tenant: str, generation: int, position: int) -> None:
         """Forget everything of a tenant from before its deletion."""
         former = log_name(tenant, self.rules.generation(tenant))
-        if self.rules.delete(tenant, generation, sequence):
+        if self.rules.delete(tenant, generation, position):
             self.traces.forget(former)
             self.decisions.forget(former)
 

@@ -52,9 +52,9 @@ class Evaluator:
         self._backoff: dict[int, tuple[float, float]] = {}  # seconds, and until when
         self._stopping = trio.Event()
         self._changed = trio.Event()  # an owner ended
-        partitions = parts.settings.partitions
-        self.statuses = [PartitionStatus(partition) for partition in range(partitions)]
-        """The state of each partition at this node, for metrics."""
+        self.statuses: list[PartitionStatus] = []
+        """The state of each partition at this node, former ones included, by number."""
+        self._add_statuses()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own partitions until :meth:`stop`. Starts once the members are known. A task that is
@@ -121,14 +121,28 @@ class Evaluator:
         """Follow the assignment. Draining nodes get nothing, so a stop starts no owner either."""
         leases = self._parts.leases
         while True:
-            changed = self._membership.changed
-            self._follow(owners_by_partition(leases.owners(), len(self.statuses)), nursery)
+            changed, resized = self._membership.changed, self._parts.partitions.changed
+            self._add_statuses()
+            self._follow(owners_by_partition(leases.owners()), nursery)
             async with trio.open_nursery() as waiting:
                 waiting.cancel_scope.deadline = (
                     trio.current_time() + self._parts.settings.heartbeat_seconds
                 )
-                for event in (changed, self._changed):
+                for event in (changed, resized, self._changed):
                     waiting.start_soon(_cancel_when, event, waiting.cancel_scope)
+
+    def _add_statuses(self) -> None:
+        total = self._parts.partitions.generations.total
+        self.statuses += map(PartitionStatus, range(len(self.statuses), total))
+
+    @property
+    def active_statuses(self) -> list[PartitionStatus]:
+        """The state of the partitions that need an owner, for metrics."""
+        return [
+            self.statuses[partition]
+            for partition in self._parts.partitions.active()
+            if partition < len(self.statuses)
+        ]
 
     def _follow(self, owners: dict[int, str], nursery: trio.Nursery) -> None:
         """Start and end owners as the assignment demands."""
@@ -136,7 +150,7 @@ class Evaluator:
         able = [name for name, member in members.items() if not member.draining]
         if self._membership.draining:  # known here before the heartbeat is
             able = [name for name in able if name != self._parts.node]
-        assigned = assign(len(self.statuses), able, owners)
+        assigned = self._assigned(able, owners)
         for status in self.statuses:
             partition = status.partition
             status.owner = owners.get(partition, "")
@@ -148,6 +162,16 @@ class Evaluator:
                 running.owner.finish()
             elif running is not None and not status.owned:
                 running.scope.cancel()
+
+    def _assigned(self, able: list[str], owners: dict[int, str]) -> dict[int, str]:
+        """The owner that each partition should have. Generations are balanced by themselves, and
+        with their finished partitions, so none moves because another one is finished."""
+        found: dict[int, str] = {}
+        for partitions, active in self._parts.partitions.by_generation():
+            if active:
+                assigned = assign(partitions, able, owners)
+                found |= {each: assigned[each] for each in active if each in assigned}
+        return found
 
     def _may_start(self, partition: int) -> bool:
         _, until = self._backoff.get(partition, (0.0, 0.0))

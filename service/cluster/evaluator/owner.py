@@ -18,6 +18,7 @@ from functools import partial
 import trio
 
 from betrace.channels import TransientError
+from betrace.service.cluster.evaluator.inheritance import inherited
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.state import PartitionState
@@ -62,9 +63,11 @@ class PartitionOwner:
         """Own the partition until it is handed over, lost or fenced. Raises what went wrong."""
         parts = self._parts
         new_state = partial(parts.new_state, self.partition)
-        takeover = Takeover(self.status, parts.spans, parts.blobs, parts.threads, new_state)
+        first = partial(inherited, parts, self.partition)
+        takeover = Takeover(self.status, parts.spans, parts.blobs, parts.threads, new_state, first)
         lease: HeldLease | None = None
         try:
+            await self._until_it_may_begin()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(takeover.prepare, parts.takeovers)
                 lease = await self._acquire()
@@ -92,6 +95,14 @@ class PartitionOwner:
         await self._release(lease)
         if self._finishing.is_set() and not fenced:
             events.PARTITION_HANDED_OVER(partition=self.partition, applied=self.status.applied)
+
+    async def _until_it_may_begin(self) -> None:
+        """Wait until the partition that this one continues is finished."""
+        partitions = self._parts.partitions
+        while not partitions.may_begin(self.partition) and not self._finishing.is_set():
+            changed = partitions.changed
+            with trio.move_on_after(self._parts.settings.heartbeat_seconds):
+                await changed.wait()
 
     async def _acquire(self) -> HeldLease | None:
         """Wait for the lease; None if the partition need not be owned any more."""

@@ -75,6 +75,7 @@ class Takeover:
     """One takeover of a partition. While NATS is unavailable, it waits.
 
     ``new_state`` makes an empty state; a state that a checkpoint has changed cannot be used again.
+    ``first_state`` makes the one that the partition begins with.
     """
 
     status: PartitionStatus
@@ -82,6 +83,7 @@ class Takeover:
     blobs: Blobs
     threads: ThreadRunner
     new_state: Callable[[], PartitionState]
+    first_state: Callable[[], Awaitable[PartitionState]]
     _prepared: _Restored | None = field(default=None, init=False)
     _confirmed: bool = field(default=False, init=False)
 
@@ -129,8 +131,8 @@ class Takeover:
                 return epoch, taken
             self._unusable(name, "the log has lost messages that it covers")
             await _persist(partial(self.blobs.delete, name))
-        empty = _Restored("", self.new_state(), Anchor(0, 0, ""), 0, 0)
-        taken = await self._complete(empty, log, epoch)
+        first = _Restored("", await self.first_state(), Anchor(0, 0, ""), 0, 0)
+        taken = await self._complete(first, log, epoch)
         assert taken is not None
         return epoch, taken
 

@@ -13,15 +13,17 @@ import trio
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator import checkpoints
 from betrace.service.cluster.evaluator.housekeeping import keep_house
+from betrace.service.cluster.evaluator.inheritance import save_final
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.rule_markers import MarkerAppends
 from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
+from betrace.service.cluster.evaluator.stragglers import forward_stragglers
 from betrace.service.cluster.evaluator.takeover import TakenOver
 from betrace.service.cluster.output import Output
 from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.open_traces import NotNow
-from betrace.service.storage.jetstream.envelope import Tick, pack
+from betrace.service.storage.jetstream.envelope import Seal, Tick, pack
 from betrace.service.storage.jetstream.errors import JetStreamError, LogGap
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.telemetry import events
@@ -37,6 +39,7 @@ GATHER_SECONDS = 0.1
 """While small messages keep coming, all partitions are read this often, at the same moment:
 reading and applying one message costs about as much as several."""
 
+SEAL_SECONDS = 0.25
 _RETRY_SECONDS = 0.5
 _LAG_SECONDS = 2.0
 _MOST_TICK_SECONDS = 5.0
@@ -98,10 +101,14 @@ class PartitionWork:
                 self._mark_rules,
                 self._save_often,
                 self._keep_house,
+                self._seal,
+                self._forward,
             ):
                 nursery.start_soon(task)
             await self._follow()
             await self._writer.settled()
+            if self.state.sealed:
+                await save_final(self._parts, self.state, self._writer.sequence)
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -110,15 +117,19 @@ class PartitionWork:
 
     async def _follow(self) -> None:
         """Read and apply until reading is stopped."""
+        if self.state.sealed:
+            return
         send, receive = trio.open_memory_channel[list[LogMessage]](1)
         with self._scope:
-            if not self.state.received:
+            if self.state.empty:
                 self.state.begin(await self._markers.first())
                 self._note_progress()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, send)
                 async for messages in receive:
                     await self._apply(messages)
+                    if self.state.sealed:
+                        self.stop()
 
     async def _read(self, send: trio.MemorySendChannel[list[LogMessage]]) -> None:
         after, quiet_since = self.state.received, trio.current_time()
@@ -260,6 +271,19 @@ class PartitionWork:
         """Append a marker for rules that the partition does not have yet."""
         await self._current.wait()
         await self._markers.run()
+
+    async def _seal(self) -> None:
+        """Seal the log once spans go to another generation. Edges hear of it at about the same
+        time, and what they append before the seal need not be forwarded."""
+        partitions = self._parts.partitions
+        while not partitions.generations.is_retired(self.partition):
+            await partitions.changed.wait()
+        await trio.sleep(SEAL_SECONDS)
+        while not await self._append(pack(Seal()), "seal"):  # noqa: ASYNC110
+            await trio.sleep(_RETRY_SECONDS)
+
+    async def _forward(self) -> None:
+        await forward_stragglers(self._parts, self.partition)
 
     async def _append(self, data: bytes, message_id: str) -> bool:
         name = f"{self.partition}-{message_id}"

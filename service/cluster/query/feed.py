@@ -18,6 +18,7 @@ import trio
 
 from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.cluster import output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.applied import (
     AppliedPositions,
     Cursors,
@@ -46,6 +47,7 @@ INLINE_BYTES = 4096  # a message that is decoded on Trio's thread, in about 0.2 
 WAIT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 SAVE_SECONDS = 1.0
+PARENT_SECONDS = 0.1
 TENANT_SECONDS = 0.05
 
 
@@ -71,6 +73,10 @@ class PartitionFeed:
     """The log time of that message."""
     items: int = 0
     """Items sent to the stores since the start."""
+    spans: int = 0
+    """Spans evaluated since the first message that was read."""
+    closed: int = 0
+    """Closed traces sent to the stores since the start."""
     counts: output.Counts | None = None
     """What became of the partition's messages, as of the last one that was read."""
     problem: str | None = None
@@ -93,25 +99,31 @@ class FeedTarget:
 
 @dataclass(eq=False)
 class OutFeed:
-    """Feeds the stores from all partitions. ``file`` is where the cursors are saved; ``tenants``
-    returns the tenants that have a DuckDB file; ``recent`` gets the signals for exports and
-    alerts."""
+    """Feeds the stores from all partitions. ``log_of`` returns the output of one; ``file`` is where
+    the cursors are saved; ``tenants`` returns the tenants that have a DuckDB file; ``recent`` gets
+    the signals for exports and alerts; ``cluster`` is the id of the cluster.
 
-    logs: dict[int, OutLog]
+    The output of a partition is read only once that of its parent is applied to its end, because
+    the decisions about a trace are applied in their order.
+    """
+
+    map: PartitionMap
+    log_of: Callable[[int], OutLog]
     positions: AppliedPositions
     target: FeedTarget
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
     recent: RecentSignals
-    partitions: dict[int, PartitionFeed] = field(init=False)
+    cluster: str
+    partitions: dict[int, PartitionFeed] = field(default_factory=dict, init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _stopped: trio.Event = field(default_factory=trio.Event, init=False)
     _saved: tuple[int, Cursors] | None = field(default=None, init=False)
     _file_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
-        self.partitions = {partition: PartitionFeed() for partition in self.logs}
+        self._add()
         before = self.target.in_flight.left
 
         def left(ticket: int) -> None:
@@ -126,10 +138,31 @@ class OutFeed:
             with self._reading, self.target.channel.clone() as channel:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._save_often)
-                    for partition in self.logs:
+                    for partition in self.partitions:
                         nursery.start_soon(self._follow, partition, channel)
+                    while True:
+                        changed = self.map.changed
+                        for partition in self._add():
+                            nursery.start_soon(self._follow, partition, channel)
+                        await changed.wait()
         finally:
             self._stopped.set()
+
+    def _add(self) -> list[int]:
+        """Add the partitions that are new in the map."""
+        added = [each for each in range(self.map.generations.total) if each not in self.partitions]
+        self.partitions |= {partition: PartitionFeed() for partition in added}
+        return added
+
+    def is_complete(self, partition: int) -> bool:
+        """Whether the partition is finished, and its output applied to the end."""
+        finished = self.map.finished.get(partition)
+        return finished is not None and self.positions.get(partition) >= finished.output
+
+    async def _until_parent_is_complete(self, partition: int) -> None:
+        parent = self.map.generations.parent(partition)
+        while parent is not None and not self.is_complete(parent):  # noqa: ASYNC110
+            await trio.sleep(PARENT_SECONDS)
 
     async def stop(self) -> None:
         """Read no more. What was read is on its way to the stores when this returns."""
@@ -146,7 +179,7 @@ class OutFeed:
     async def save(self) -> None:
         """Save the cursors, if they changed."""
         generation = self.positions.generation
-        cursors = Cursors(self.positions.all(), frozenset(self.tenants()))
+        cursors = Cursors(self.positions.all(), frozenset(self.tenants()), self.cluster)
         if (generation, cursors) == self._saved:
             return
 
@@ -170,12 +203,16 @@ class OutFeed:
     async def _follow(self, partition: int, channel: SendChannel[Decided]) -> None:
         """Send the messages of a partition to the stores, in order, forever. What cannot be read is
         tried again: skipping it would lose signals."""
-        log, state = self.logs[partition], self.partitions[partition]
+        log, state = self.log_of(partition), self.partitions[partition]
         while True:
             generation = self.positions.generation
+            await self._until_parent_is_complete(partition)
             state.read = self.positions.get(partition)
             with suppress(_Rewound):
-                while True:
+                while generation == self.positions.generation:
+                    if self.is_complete(partition):
+                        await trio.sleep(SAVE_SECONDS)
+                        continue
                     try:
                         messages = await log.read(state.read, None, READ_BYTES, WAIT_SECONDS)
                         for message in messages:
@@ -189,8 +226,6 @@ class OutFeed:
                         await trio.sleep(RETRY_SECONDS)
                     else:
                         state.problem = None
-                    if generation != self.positions.generation:
-                        break
 
     async def _send(
         self,
@@ -210,6 +245,8 @@ class OutFeed:
             items = self.target.names.current(found.decided)
             signals = [signal for item in found.decided for signal in item.signals]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
+            if state.counts is not None:
+                state.spans += max(0, found.counts.spans - state.counts.spans)
             state.counts, state.evaluated_to = found.counts, found.upto
         else:
             state.epoch = max(state.epoch or 0, message.epoch)
@@ -230,6 +267,7 @@ class OutFeed:
             raise
         state.read = message.sequence
         state.items += len(items)
+        state.closed += sum(len(item.closed) for item in items if item.closed is not None)
 
     async def _unpacked(self, data: bytes) -> output.Output:
         """The content of a message. What could not be evaluated is logged."""

@@ -15,6 +15,7 @@ from betrace.channels import SendChannel, ThreadRunner
 from betrace.service.cluster.duty import Duties
 from betrace.service.cluster.lease_keys import owners_by_duty, owners_by_partition
 from betrace.service.cluster.output import Counts
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query import rules as rule_sharing
 from betrace.service.cluster.query.applied import (
     FILE,
@@ -88,7 +89,7 @@ class OtherRoles(Protocol):
 class ClusterConnection:
     """A query node's view of the cluster.
 
-    ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
+    ``spans`` are the streams with the spans; ``out`` returns the ``OUT`` stream of a partition;
     ``last`` returns the last sequence of one, and ``epoch`` its epoch; ``owners`` returns the
     owners of leases by key;
     ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
@@ -99,9 +100,12 @@ class ClusterConnection:
     """Of this node."""
     roles: tuple[str, ...]
     """Of this process."""
+    identity: str
+    """Of the cluster."""
     client: NatsClient
     spans: SpanStreams
-    outs: dict[int, OutLog]
+    partitions: PartitionMap
+    out: Callable[[int], OutLog]
     last: Callable[[int], Awaitable[int]]
     epoch: Callable[[int], Awaitable[Epoch | None]]
     owners: Callable[[], Awaitable[Mapping[str, str]]]
@@ -151,7 +155,11 @@ class QueryNode:
                 ", ".join(sorted(lost)[:10]),
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
-        self.positions = AppliedPositions(() if lost else saved.applied.items())
+        elsewhere = saved.cluster not in ("", self.cluster.identity)
+        if elsewhere:
+            _log.warning("the streams are those of a new cluster, so all of OUT is applied")
+            remove_cursors(file)
+        self.positions = AppliedPositions(() if lost or elsewhere else saved.applied.items())
         self.names = stores.names
         self.cluster.open_traces.log_name = self.names.log_name
         self.index = TraceIndexServer(stores.duckdb, self.positions, self.names, stores.waiting)
@@ -166,13 +174,15 @@ class QueryNode:
     def connect(self, channel: SendChannel[Decided], in_flight: InFlight) -> None:
         """Say where the decided traces go: the channel of storage-write."""
         self.feed = OutFeed(
-            self.cluster.outs,
+            self.cluster.partitions,
+            self.cluster.out,
             self.positions,
             FeedTarget(channel, in_flight, self.stores.undecided, self.names),
             self.stores.threads,
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
             self.cluster.recent,
+            self.cluster.identity,
         )
 
     async def run(self) -> None:
@@ -212,10 +222,6 @@ class QueryNode:
         if self.feed is not None:
             self.feed.rewind()
 
-    def applied(self) -> str:
-        """The applied sequences of all partitions, in order, separated by commas."""
-        return ",".join(str(self.positions.get(p)) for p in sorted(self.cluster.outs))
-
     @property
     def spans(self) -> PartitionLog:
         """The logs of the partitions, for reading the spans of tenants."""
@@ -240,22 +246,36 @@ class QueryNode:
         while not others.edges_are_paused(tenants.ingestion_revision):  # noqa: ASYNC110
             await trio.sleep(DRAIN_SECONDS)
         number = tenants.ingestion_revision
-        for partition, state in self.feed.partitions.items():
+        for partition in self.cluster.partitions.current.partitions:
             tick = f"{partition}-drain-{self.name}-{number}"
             end = await self.cluster.spans.append(partition, pack(Tick()), tick)
-            while state.evaluated_to < end:  # noqa: ASYNC110
+            while self._feed_of(partition).evaluated_to < end:  # noqa: ASYNC110
                 await trio.sleep(DRAIN_SECONDS)
+
+    def applied(self) -> str:
+        """The applied sequences of all partitions, in order, separated by commas."""
+        total = self.cluster.partitions.generations.total
+        return ",".join(str(self.positions.get(p)) for p in range(total))
 
     def items(self) -> dict[int, int]:
         """Items sent to the stores since the start, by partition."""
         return {} if self.feed is None else {p: s.items for p, s in self.feed.partitions.items()}
 
+    def evaluated_spans(self) -> int:
+        """Spans that the cluster has evaluated since this node started."""
+        return 0 if self.feed is None else sum(s.spans for s in self.feed.partitions.values())
+
+    def closed_traces(self) -> int:
+        """Closed traces that this node has read since it started."""
+        return 0 if self.feed is None else sum(s.closed for s in self.feed.partitions.values())
+
     def partitions(self) -> list[dict[str, Any]]:
-        """How far each partition is, as JSON."""
+        """How far each partition is, as JSON; without those of former generations that are
+        applied to their end."""
         found = []
-        for partition in sorted(self.cluster.outs):
+        for partition in self._shown():
             applied, last = self.positions.get(partition), self._last.get(partition)
-            state = self.feed.partitions[partition] if self.feed is not None else PartitionFeed()
+            state = self._feed_of(partition)
             found.append(
                 {
                     "partition": partition,
@@ -271,6 +291,14 @@ class QueryNode:
                 }
             )
         return found
+
+    def _shown(self) -> list[int]:
+        feed, every = self.feed, range(self.cluster.partitions.generations.total)
+        return [each for each in every if feed is None or not feed.is_complete(each)]
+
+    def _feed_of(self, partition: int) -> PartitionFeed:
+        found = self.feed.partitions.get(partition) if self.feed is not None else None
+        return found or PartitionFeed()
 
     def shown(self) -> dict[str, Any]:
         """The state of the node, as JSON."""
@@ -289,9 +317,9 @@ class QueryNode:
         while True:
             try:
                 owners = await self.cluster.owners()
-                self._owners = owners_by_partition(owners, len(self.cluster.outs))
+                self._owners = owners_by_partition(owners)
                 self._duties = owners_by_duty(owners)
-                for partition in self.cluster.outs:
+                for partition in self._shown():
                     self._last[partition] = await self.cluster.last(partition)
                     await self._look_at_epoch(partition)
             except NatsUnavailable as error:
@@ -299,8 +327,8 @@ class QueryNode:
             await trio.sleep(STATUS_SECONDS)
 
     async def _look_at_epoch(self, partition: int) -> None:
-        state = self.feed.partitions[partition] if self.feed is not None else None
-        if state is not None and state.epoch is None:
+        state = self._feed_of(partition)
+        if state.epoch is None:
             found = await self.cluster.epoch(partition)
             state.epoch = max(state.epoch or 0, found.number if found is not None else 0)
 

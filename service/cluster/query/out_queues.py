@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import trio
 
 from betrace.service.cluster import output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.feed import OutLog
 from betrace.service.cluster.query.recent_signals import RecentSignals
 from betrace.service.cluster.query.tenant_names import TenantNames
-from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.stream_log import LogMessage
@@ -33,12 +33,14 @@ class OutQueues:
 
     def __init__(
         self,
-        logs: Mapping[int, OutLog],
+        partitions: PartitionMap,
+        log_of: Callable[[int], OutLog],
         last: Callable[[int], Awaitable[int]],
         recent: RecentSignals,
         names: TenantNames,
     ) -> None:
-        self._logs = logs
+        self._partitions = partitions
+        self._log_of = log_of
         self._last = last
         self._recent = recent
         self._names = names
@@ -46,13 +48,14 @@ class OutQueues:
 
     def names(self) -> list[str]:
         """The partitions."""
-        return [str(partition) for partition in self._logs]
+        return [str(partition) for partition in range(self._partitions.generations.total)]
 
     def of(self, signals: Iterable[Signal]) -> set[str]:
-        """The partitions of these signals."""
-        number = len(self._logs)
+        """The partitions of these signals; of those that continue one another, all."""
         return {
-            str(partition_of(each.tenant, bytes.fromhex(each.trace_id), number)) for each in signals
+            str(generation.partition_of(each.tenant, bytes.fromhex(each.trace_id)))
+            for each in signals
+            for generation in self._partitions.generations
         }
 
     def end(self, name: str) -> int:
@@ -61,6 +64,14 @@ class OutQueues:
             return trio.from_thread.run(self._last, int(name), trio_token=self._token)
         except NatsUnavailable as error:
             raise SignalsUnavailable(str(error)) from error
+
+    def may_read(self, name: str, done: Mapping[str, int]) -> bool:
+        """Not before the output of the partition's parent was read to its end."""
+        parent = self._partitions.generations.parent(int(name))
+        if parent is None:
+            return True
+        finished = self._partitions.finished.get(parent)
+        return finished is not None and done.get(str(parent), 0) >= finished.output
 
     def read(self, name: str, after: int, limit: int) -> QueuePage:
         """The signals of whole messages after a sequence."""
@@ -75,7 +86,7 @@ class OutQueues:
 
     def _read_stream(self, partition: int, after: int) -> QueuePage:
         async def read() -> list[LogMessage]:
-            return await self._logs[partition].read(after, None, READ_BYTES, 0.0)
+            return await self._log_of(partition).read(after, None, READ_BYTES, 0.0)
 
         try:
             messages = trio.from_thread.run(read, trio_token=self._token)

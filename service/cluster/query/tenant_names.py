@@ -10,10 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from betrace.service.cluster.tenant_entries import (
+    INGESTION_KEY,
+    TENANTS_PREFIX,
+    unpack_tenant,
+)
 from betrace.service.signals import Signal, signal_id
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.spanlog.errors import FrameCorrupt, FrameMissing
 from betrace.service.storage.spanlog.frames import Frame
+from betrace.service.tenancy.tenant import TenantState
 from betrace.service.tenants import log_name, split_log_name
 from betrace.service.traces.verdicts import Decided
 
@@ -64,6 +71,18 @@ class TenantNames:
             elif tenant is not None:
                 found.append(_renamed(item, tenant))
         return found
+
+
+async def read_names(config: ConfigBucket) -> TenantNames:
+    """The names as of now, for what does not follow tenants. Raises
+    :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable` and
+    :exc:`~betrace.service.cluster.tenant_entries.TenantEntryError`."""
+    entries = await config.entries(TENANTS_PREFIX)
+    tenants = [unpack_tenant(each) for each in entries if each.key != INGESTION_KEY]
+    return TenantNames(
+        {each.name: each.generation for each in tenants},
+        {each.name for each in tenants if each.state is TenantState.DELETED},
+    )
 
 
 class CurrentSpans:

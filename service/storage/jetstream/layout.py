@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream.generations import Generations
 
 DEDUPLICATION_SECONDS = 120
 """How long servers remember message ids; they return the first sequence for a repeated id."""
@@ -31,15 +32,21 @@ class Layout:
     """The names of everything that a cluster has in NATS."""
 
     prefix: str
-    partitions: int
+    generations: Generations
     replicas: int
     partition_bytes: int
 
     @classmethod
-    def of(cls, settings: ClusterSettings) -> Layout:
-        return cls(
-            settings.prefix, settings.partitions, settings.replicas, settings.partition_bytes
-        )
+    def of(cls, settings: ClusterSettings, generations: Generations | None = None) -> Layout:
+        """The layout of a cluster; without ``generations``, of one that was never resized. The
+        names do not depend on them."""
+        found = generations or Generations.of(settings.partitions)
+        return cls(settings.prefix, found, settings.replicas, settings.partition_bytes)
+
+    @property
+    def partitions(self) -> int:
+        """The number of partitions, those of former generations included."""
+        return self.generations.total
 
     def spans_stream(self, partition: int) -> str:
         return f"{self.prefix}-SPANS-{partition}"
@@ -72,7 +79,7 @@ class Layout:
 
     @property
     def config_bucket(self) -> str:
-        """Rules, tenants, and the number of partitions."""
+        """Rules, tenants, and the generations of partitions."""
         return f"{self.prefix}-config"
 
     @property

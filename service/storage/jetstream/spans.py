@@ -14,6 +14,7 @@ from outcome import Error, Outcome, Value
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.envelope import EnvelopeCorrupt, Spans, unpack
 from betrace.service.storage.jetstream.errors import NatsUnavailable, NotInStream
+from betrace.service.storage.jetstream.generations import MOST_PARTITIONS
 from betrace.service.storage.jetstream.layout import Layout, unpack_log_position
 from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats, NewMessage, StoredMessage
 from betrace.service.storage.jetstream.stream_log import (
@@ -55,6 +56,7 @@ class SpanStreams:
         self._client = client
         self._layout = layout
         self._known: dict[int, int] = {}
+        self._exist: set[int] = set()  # partitions that were added since the start
 
     # For Trio
 
@@ -154,6 +156,19 @@ class SpanStreams:
         info = await self._client.call(lambda nats: nats.api(f"STREAM.INFO.{stream}"))
         return int(info["state"]["first_seq"])
 
+    async def first_since(self, partition: int, first: int, end: int, time_ns: int) -> int:
+        """The first sequence from ``first`` on whose message was stored at ``time_ns`` or later;
+        ``end`` if none before it was. Timestamps grow, apart from jumps of servers' clocks. Raises
+        :exc:`NatsUnavailable`."""
+        while first < end:
+            middle = (first + end) // 2
+            found = await self.get(partition, middle)
+            if found is not None and found.time_ns >= time_ns:
+                end = middle
+            else:
+                first = middle + 1
+        return end
+
     async def forget_before(self, partition: int, sequence: int) -> None:
         """Delete the messages before ``sequence``; the log never grows backwards. Raises
         :exc:`NatsUnavailable`."""
@@ -188,10 +203,10 @@ class SpanStreams:
         self, nats: Nats, tenant: str, position: int
     ) -> Frame | FrameMissing | FrameCorrupt:
         partition, sequence = unpack_log_position(position)
-        if not 0 <= partition < self._layout.partitions:
-            return FrameMissing(f"position {position}: there is no partition {partition}")
         while True:
             try:
+                if not await self._has(nats, partition):
+                    return FrameMissing(f"position {position}: there is no partition {partition}")
                 message = await self._message(nats, partition, sequence)
                 break
             except NatsUnavailable:
@@ -207,6 +222,20 @@ class SpanStreams:
             if frame.tenant == tenant:
                 return Frame("protobuf", "", frame.received_ns, bytes(frame.body), frame.spans)
         return FrameMissing(f"{where}: the message has no frame of tenant {tenant}")
+
+    async def _has(self, nats: Nats, partition: int) -> bool:
+        """Whether there is such a partition. Servers do not answer requests to a stream that does
+        not exist."""
+        if 0 <= partition < self._layout.partitions or partition in self._exist:
+            return True
+        if not 0 <= partition < MOST_PARTITIONS:
+            return False
+        try:
+            await nats.last_sequence(self._layout.spans_stream(partition))
+        except NotInStream:
+            return False
+        self._exist.add(partition)
+        return True
 
     async def _message(self, nats: Nats, partition: int, sequence: int) -> StoredMessage | None:
         if sequence < 1:

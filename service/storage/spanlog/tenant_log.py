@@ -29,7 +29,8 @@ from betrace.service.storage.spanlog.gaps import Gaps
 from betrace.service.storage.spanlog.open_files import OpenFiles
 from betrace.service.storage.spanlog.placement import Placement, SegmentWrite
 from betrace.service.storage.spanlog.rule_markers import NAME, LoggedRules, RuleMarkers
-from betrace.service.storage.spanlog.segments import Segment, covers, day_ns, find_segments
+from betrace.service.storage.spanlog.segments import Segment, covers, find_segments
+from betrace.service.times import day_ns
 
 _READ_FIRST = 1 << 12
 # After a process crash, its last writes may not be on the disk yet. The kernel writes back what is

@@ -81,6 +81,7 @@ async def test_a_warm_up_loads_rules_keys_and_traces(config, tmp_path):
     assert {"cache": "publicKeys", "tenant": "acme", "operator": "kim"}.items() <= audit[-2].items()
 
 
+@pytest.mark.also_on_cluster
 async def test_a_second_view_of_a_trace_is_a_hit(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])

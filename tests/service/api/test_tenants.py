@@ -107,6 +107,7 @@ async def test_missing_and_conflicting_tenants(client):
         await client.ask(method, path, 404, body)
 
 
+@pytest.mark.one_process("the tenants of a cluster are in a bucket")
 async def test_a_failing_disk_gets_503(client, service, monkeypatch):
     def fails(*_):
         raise DirectoryError("the disk is full")

@@ -53,15 +53,7 @@ def test_all_roles_together_need_all_kernels():
     [
         (CLUSTER, ["serve"], "say what this process does with --role"),
         ("", ["serve", "--role", "edge"], "there is no section [cluster]"),
-        (CLUSTER, ["replay"], "betrace replay does not work with [cluster] yet"),
-        (CLUSTER, ["archive"], "betrace archive does not work with [cluster] yet"),
-        (CLUSTER, ["backup", "x"], "betrace backup does not work with [cluster] yet"),
-        (CLUSTER, ["restore", "."], "betrace restore does not work with [cluster] yet"),
-        (
-            f"{CLUSTER}[archive]\nenabled = true\n",
-            ["serve", "--role", "query"],
-            "archive.enabled does not work with [cluster] yet",
-        ),
+        (CLUSTER, ["backup", "x", "--data", "x"], "edges and evaluators keep nothing"),
         (
             f"{CLUSTER}[retention]\nlog_days = 1\n[traces]\nmax_age_seconds = 50_000\n",
             ["serve", "--role", "evaluator"],

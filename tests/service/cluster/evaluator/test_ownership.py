@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from unittest import mock
 
 import trio
@@ -11,6 +12,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.cluster.evaluator import first_rules, housekeeping, work
 from betrace.service.cluster.membership import drain_key
 from betrace.service.cluster.rule_keys import PUBLISHED
+from betrace.service.storage.jetstream.archive_progress import ArchiveProgress, write_progress
 from betrace.service.storage.jetstream.errors import StreamFull
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
@@ -382,6 +384,22 @@ async def test_old_messages_are_deleted_once_checkpoints_cover_them(cluster):
     await cluster.finish()
     assert two.evaluator.statuses[0].unusable_checkpoints == 0
     assert two.evaluator.statuses[0].gaps == 0
+
+
+@in_virtual_time
+async def test_messages_that_are_not_archived_stay(cluster):
+    with mock.patch.object(housekeeping, "EVERY_SECONDS", 5.0):
+        one = FakeEvaluator(cluster.nats, "one", cluster.threads)
+        one.with_parts(log_days=20 / 86_400, archive=True)
+        cluster.nursery.start_soon(one.run)
+        await wait_until(all_owned(one))
+        await cluster.send_for(60, interval=1)
+        spans = one.parts.spans
+        assert await spans.first(0) == 1
+        await write_progress(one.parts.config, ArchiveProgress(date(2025, 1, 31), {0: 7}))
+        await cluster.send_for(10, interval=1)
+        assert await spans.first(0) == 7
+        await cluster.finish()
 
 
 @in_virtual_time

@@ -56,6 +56,19 @@ class Index:
         return self.server.answer("", data)
 
 
+def test_a_partition_without_output_needs_that_of_its_parent(store):
+    index = Index(store, decided=0)
+    remote = RemoteTraceIndex(7, index.ask, lambda: index.decided, lambda: (2, 6))
+    with pytest.raises(HistoryUnavailable, match="up to 5, but 6 is needed"):
+        remote.find_traces("acme", [name(1)])
+    index.positions.enter(2, 6, [], 0)
+    assert remote.find_traces("acme", [name(1)]) == {}
+    index.decided = 1
+    with pytest.raises(HistoryUnavailable, match="partition 7 up to 0, but 1 is needed"):
+        remote.find_traces("acme", [name(1)])
+    assert [(each.partition, each.upto) for each in index.asked] == [(2, 6), (2, 6), (7, 1)]
+
+
 def test_rows_and_signals_are_those_of_the_store(store):
     traces = due(1, 2, 3)
     store.write(
