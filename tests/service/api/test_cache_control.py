@@ -36,6 +36,7 @@ def stats(service, name="traceMetadata"):
     return service.caches.statistics()[name]
 
 
+@pytest.mark.one_process("evaluators compile the rules")
 async def test_caches_are_warm_soon_after_the_start(config, caplog):
     caplog.set_level("INFO", "service")
     async with running(config) as service:
@@ -123,6 +124,7 @@ async def test_a_trace_viewed_while_open_is_loaded_when_it_closes(config):
         assert (stats(service)["hitCount"], stats(service)["missCount"]) == (1, asked)
 
 
+@pytest.mark.one_process("looks into the memory of the process")
 async def test_late_spans_are_visible_and_verdicts_are_as_without_a_cache(config, tmp_path):
     """A trace viewed before and after late spans, after it left memory."""
     config = settings(tmp_path, caches={"trace_metadata": 1})

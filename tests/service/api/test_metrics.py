@@ -55,6 +55,7 @@ def test_names_follow_prometheus_and_are_unique():
         assert "trace_id" not in declared.labels
 
 
+@pytest.mark.one_process("ingestion and evaluation are stages of other nodes")
 async def test_counts_after_work(tmp_path):
     found = await families(tmp_path, busy=True)
 
@@ -77,6 +78,7 @@ async def test_counts_after_work(tmp_path):
     assert value("betrace_duckdb_rows") == 3
 
 
+@pytest.mark.one_process("ingestion and evaluation are stages of other nodes")
 async def test_latencies_are_observed(tmp_path):
     found = await families(tmp_path, busy=True)
 

@@ -15,6 +15,7 @@ from tests.support.spans import S
 STAGES = ("span-ingestion", "trace-correlation", "rule-evaluation", "storage-write", "projection")
 
 
+@pytest.mark.one_process("ingestion and evaluation are stages of other nodes")
 async def test_rates_and_latencies_after_work(tmp_path):
     write_rules(tmp_path, {"r": "never { a }"})
     async with running(settings(tmp_path)) as service:
@@ -67,6 +68,7 @@ async def test_a_latency_is_as_exact_as_documented(tmp_path):
         assert found == pytest.approx(99, rel=RELATIVE_ERROR)
 
 
+@pytest.mark.one_process("ingestion and evaluation are stages of other nodes")
 async def test_simultaneous_requests_share_quantiles_but_not_totals(tmp_path, monkeypatch):
     monkeypatch.setattr(performance, "SHARED_SECONDS", 60)
     async with running(settings(tmp_path)) as service:
