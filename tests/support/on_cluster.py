@@ -63,18 +63,18 @@ class OnCluster:
 
     @contextmanager
     def opened(self, config: Settings) -> Iterator[Service]:
-        """A query node without servers, of which only what follows the buckets runs."""
+        """A query node without servers, of which only what follows the buckets runs. It is closed
+        a moment after the block ends."""
         with ExitStack() as stack:
             connection = FedNode().connection()
             service = open_query_service(self._settings(config), stack)(connection)
             service.registry.store.load()
             scope = trio.CancelScope()
-            trio.lowlevel.spawn_system_task(_follow, service, scope)
-            try:
-                yield service
-            finally:
-                scope.cancel()
-                service.close()
+            trio.lowlevel.spawn_system_task(_follow, service, scope, stack.pop_all())
+        try:
+            yield service
+        finally:
+            scope.cancel()
 
     @asynccontextmanager
     async def running(self, config: Settings, *, die: bool) -> AsyncIterator[Service]:
@@ -195,13 +195,17 @@ def remote(traces: OpenTraces) -> RemoteOpenTraces:
     return RemoteOpenTraces(ask, PARTITIONS)
 
 
-async def _follow(service: Service, scope: trio.CancelScope) -> None:
-    """Run what follows the buckets until the scope is cancelled."""
+async def _follow(service: Service, scope: trio.CancelScope, stores: ExitStack) -> None:
+    """Run what follows the buckets until the scope is cancelled, and close the service."""
     assert service.node is not None
-    with suppress(Exception), scope:  # the stores may be closed meanwhile
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(service.node.cluster.tenants.run)
-            nursery.start_soon(service.node.run)
+    with stores, suppress(Exception):
+        try:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(service.node.cluster.tenants.run)
+                    nursery.start_soon(service.node.run)
+        finally:
+            service.close()
 
 
 def process_of(service: Service) -> ClusterProcess:
@@ -231,7 +235,7 @@ async def _rules_in_force(process: ClusterProcess) -> None:
         while True:
             entries = await node.cluster.config.entries(RULES_PREFIX)
             values = {entry.key: entry.value for entry in entries}
-            complete = all(
+            complete = bool(store.shared()) or all(
                 values.get(rules_key(tenant)) == published.definitions_of(rules)
                 for tenant, rules in store.all_rules().items()
             )

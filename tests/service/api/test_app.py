@@ -210,7 +210,8 @@ async def test_two_tenants_or_tokens_are_refused(tmp_path):
         answer = await ApiClient(service).client.get("/api/v1/signals", headers=twice)
         assert answer.status_code == 400
         assert "'acme, beta' is not a tenant name" in await answer.get_data(as_text=True)
-    with opened(settings(tmp_path, auth={"enabled": True, "operator_token": "o" * 32})) as service:
+    auth = {"enabled": True, "operator_token": "o" * 32}
+    with opened(settings(tmp_path / "second", auth=auth)) as service:
         for value, status in (("Bearer " + "o" * 32, 200), ("Bearer x", 403)):
             headers = Headers([("Authorization", value)])
             answer = await ApiClient(service).client.get("/api/admin/breakers", headers=headers)
