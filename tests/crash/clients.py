@@ -129,9 +129,10 @@ class Clients:
             return
 
     def _send_all(self, number: int) -> None:
-        addresses = itertools.cycle(
-            [http.client.HTTPConnection(each, timeout=ANSWER_SECONDS) for each in self._addresses]
-        )
+        connections = [
+            http.client.HTTPConnection(each, timeout=ANSWER_SECONDS) for each in self._addresses
+        ]
+        addresses = itertools.cycle(connections)
         for _ in range(number % len(self._addresses) + 1):
             connection = next(addresses)
         rng = random.Random(self._rng.random())
@@ -154,7 +155,8 @@ class Clients:
                     self._stop.set()
                 time.sleep(rng.uniform(0.02, 0.2))
             self._waiting.task_done()
-        connection.close()
+        for each in connections:
+            each.close()
 
     def _try(self, connection: http.client.HTTPConnection, sent: Sent) -> str:
         headers = {"Content-Type": "application/x-protobuf", "X-Scope-OrgID": sent.tenant}
