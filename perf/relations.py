@@ -30,6 +30,7 @@ from betrace.service.rules.definition import make_rule
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.traces.late_filter import ClosedTraces
+from betrace.service.traces.reading_pace import ReadingPace
 from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.tenant_traces import TenantTraces
 from betrace.service.traces.verdicts import decide_due
@@ -60,7 +61,9 @@ class Run:
         self._traces = TenantTraces(tenant, rules)
         self._closed = ClosedTraces(1 << 20)
         self._read_back = ReadBack(log, MAX_BODY, max_spans=spans_max)
-        self._relational = RelationalRules(self._read_back.traces)
+        # Open traces are read for 2 % of this thread's time, as if the machine were busy.
+        pace = ReadingPace(burst=0.002, clock=time.thread_time)
+        self._relational = RelationalRules(self._read_back.traces, pace=pace)
         self._now = SECOND
         self._sent = self._first = 0
         self.cost: dict[str, float] = {}

@@ -159,6 +159,9 @@ class Exporter:
         for number, name in enumerate(queues):
             if len(signals) >= BATCH_SIGNALS:
                 return signals, upto, queues[number:] + later
+            if not self._queues.may_read(name, self._done):
+                later.append(name)
+                continue
             page = self._queues.read(name, self._done.get(name, 0), share)
             if page.upto > self._done.get(name, 0):
                 upto[name] = page.upto

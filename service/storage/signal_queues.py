@@ -6,7 +6,7 @@ In one process each tenant's ledger is a queue; in a cluster each partition's ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class SignalQueues(Protocol):
     def end(self, name: str) -> int:
         """The number of a queue's last entry, 0 without any."""
 
+    def may_read(self, name: str, done: Mapping[str, int]) -> bool:
+        """Whether a queue may be read by someone who has read others up to the numbers ``done``:
+        not before the queue that it continues was read to its end."""
+
     def read(self, name: str, after: int, limit: int) -> QueuePage:
         """The signals numbered above ``after``: about ``limit``."""
 
@@ -63,6 +67,10 @@ class LedgerQueues:
     def end(self, name: str) -> int:
         """The number of the tenant's newest signal."""
         return self._entries.last_entry(name)
+
+    def may_read(self, name: str, done: Mapping[str, int]) -> bool:
+        """Always: no queue continues another."""
+        return True
 
     def read(self, name: str, after: int, limit: int) -> QueuePage:
         """A page of the tenant's signals."""

@@ -39,6 +39,14 @@ class Cluster:
         self._joined = evaluators
 
     def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         self.servers.start()
         self.queries = [self._node(f"query-{n}", "query") for n in range(1, self._queries + 1)]
         for query in self.queries:
@@ -53,7 +61,6 @@ class Cluster:
             node.start()
         for node in self.nodes:
             node.wait_ready()
-        return self
 
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:

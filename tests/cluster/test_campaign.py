@@ -15,6 +15,7 @@ FAULTS = (
     "partitions doubled",
     "evaluator frozen",
     "edge killed",
+    "query node killed",
     "rules changed",
     "evaluator killed",
     "server killed",

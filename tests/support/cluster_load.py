@@ -96,7 +96,7 @@ class Load:
             message_id = f"{partition}-{self.sent}-{some[0].name}-{some[0].trace.hex()}"
             await self.spans.append(partition, pack(Spans([frame])), message_id)
 
-    async def send_until(self, done: trio.Event, number: int = 20, interval: float = 0.05) -> None:
+    async def send_until(self, done: trio.Event, number: int = 10, interval: float = 0.05) -> None:
         """Send ``number`` traces every ``interval`` seconds."""
         while not done.is_set():
             await self.send_traces(number)

@@ -6,7 +6,7 @@ those of their ledgers, so any of them can continue where another one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import trio
 
@@ -64,6 +64,14 @@ class OutQueues:
             return trio.from_thread.run(self._last, int(name), trio_token=self._token)
         except NatsUnavailable as error:
             raise SignalsUnavailable(str(error)) from error
+
+    def may_read(self, name: str, done: Mapping[str, int]) -> bool:
+        """Not before the output of the partition's parent was read to its end."""
+        parent = self._partitions.generations.parent(int(name))
+        if parent is None:
+            return True
+        finished = self._partitions.finished.get(parent)
+        return finished is not None and done.get(str(parent), 0) >= finished.output
 
     def read(self, name: str, after: int, limit: int) -> QueuePage:
         """The signals of whole messages after a sequence."""

@@ -254,10 +254,14 @@ class Alerts:
         upto: dict[str, int] = {}
         full: list[str] = []
         left: list[str] = []
+        waiting: list[str] = []  # for other queues
         for number, name in enumerate(queues):
             if len(signals) >= ROUND:
                 left = queues[number:]
                 break
+            if not self._queues.may_read(name, self._done):
+                waiting.append(name)
+                continue
             page = self._queues.read(name, self._done.get(name, 0), PAGE)
             if page.upto > self._done.get(name, 0):
                 upto[name] = page.upto
@@ -265,6 +269,8 @@ class Alerts:
             if page.more:
                 full.append(name)
         left += full
+        if upto:
+            left += waiting
         now = time.time_ns()
         with self._lock:
             self.book.add(signals, now)

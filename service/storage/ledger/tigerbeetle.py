@@ -55,6 +55,7 @@ MOST_TRANSFERS = 8189
 _KNOWN_ACCOUNTS = 100_000
 _READERS_WAIT_SECONDS = 1.0
 _REPORT_EVERY = 50 * PAGE
+_SEND_AGAIN_SECONDS = 5.0
 _MADE = (tb.CreateAccountStatus.CREATED, tb.CreateAccountStatus.EXISTS)
 _DONE = {tb.CreateTransferStatus.CREATED, tb.CreateTransferStatus.EXISTS}
 
@@ -174,6 +175,18 @@ class TigerBeetleLedger:
             if not error.transient:
                 raise error
             _log.warning("TigerBeetle at %s does not work yet: %s", self._addresses, error)
+        if self._left_over:
+            threading.Thread(target=self._send_later, name="outgoing", daemon=True).start()
+
+    def _send_later(self) -> None:
+        """Send what the start could not send, also if no new signal comes."""
+        while self._left_over:
+            time.sleep(_SEND_AGAIN_SECONDS)
+            try:
+                self.record([])
+            except LedgerError as error:
+                if not error.transient:  # it is closed, or somebody must fix something
+                    return
 
     def _try_start(self, failed: list[LedgerError]) -> None:
         try:

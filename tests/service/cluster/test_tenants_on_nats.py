@@ -45,7 +45,7 @@ class TenantCluster:
     """A query node that is an evaluator and an edge as well, and another edge."""
 
     def __init__(self, whole, edge, urls, http):
-        self.service = whole._query
+        self.service = whole.query
         self.edge = edge
         self.admin = self.service.tools.tenants
         self.api = ApiClient(self.service)

@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betrace.service.cluster.evaluator.log_time import LogTime
+from betrace.service.cluster.evaluator.stragglers import split_again
+from betrace.service.otlp.columns import TRACE_HI, TRACE_LO
 from betrace.service.otlp.partition import partition_numbers, partition_of
+from betrace.service.otlp.wire import scan_bodies
 from betrace.service.rules.parse import parse
-from betrace.service.storage.jetstream.envelope import Seal, pack
+from betrace.service.storage.jetstream.envelope import Seal, Spans, TenantFrame, pack, unpack
+from betrace.service.storage.jetstream.generations import Generation
+from betrace.service.storage.jetstream.stream_log import LogMessage
 from tests.service.cluster.evaluator.test_determinism import (
     FOLDED,
     RELATED,
@@ -25,7 +30,7 @@ from tests.support.examples import examples
 from tests.support.oracle import OracleSpan, breach
 from tests.support.partition_world import MS, SECOND, Owner
 from tests.support.resized_world import ResizedWorld
-from tests.support.spans import S
+from tests.support.spans import S, body
 
 pytestmark = pytest.mark.kernel
 
@@ -215,6 +220,29 @@ def test_the_time_of_messages_that_came_before_the_parents_seal_has_passed():
     former = LogTime()
     former.restore([5 * MS, 6 * MS])
     assert former.advance(7 * MS) == MS
+
+
+def test_a_tenant_that_was_created_again_is_in_the_partition_that_edges_choose():
+    spans = [S(n, trace=trace) for n, trace in enumerate(TRACES, 1)]
+    frame = TenantFrame("t=5", 7, len(spans), body(*spans))
+    current = Generation(3, 6)
+    found = split_again(LogMessage(1, 2, pack(Spans([frame, frame_of("u")]))), current)
+    seen = set()
+    for partition, data in found:
+        content = unpack(data)
+        for each in content.frames:
+            assert each.received_ns == 7
+            for row in scan_bodies(each.tenant, [each.body]).spans[:, [TRACE_HI, TRACE_LO]]:
+                trace = row.astype(">i8").tobytes()
+                assert partition == current.partition_of(each.tenant.partition("=")[0], trace)
+                seen.add((each.tenant, trace))
+    assert seen == {("t=5", trace) for trace in TRACES} | {("u", TRACES[0])}
+    assert split_again(LogMessage(1, 2, b"damaged"), current) == []
+    assert split_again(LogMessage(1, 2, pack(Seal())), current) == []
+
+
+def frame_of(tenant: str) -> TenantFrame:
+    return TenantFrame(tenant, 7, 1, body(S(1, trace=TRACES[0])))
 
 
 def test_each_partition_of_a_multiple_has_one_parent():

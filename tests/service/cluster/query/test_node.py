@@ -356,8 +356,8 @@ async def test_a_partitions_output_is_applied_after_that_of_its_parent(config):
         with trio.fail_after(60):
             while len(service.node.partitions()) != 5:  # without 1, which has ended
                 await trio.sleep(0.02)
-        while service.node.positions.get(0) < 2:
-            await trio.sleep(0.01)
+            while service.node.positions.get(0) < 2:
+                await trio.sleep(0.01)
         await trio.sleep(0.3)
         assert node.outs[2].reads == 0
         finish(node, 0)

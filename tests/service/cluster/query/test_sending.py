@@ -11,6 +11,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.duty import Duties, DutyTimes
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query import shared_alerts
 from betrace.service.cluster.query.out_queues import OutQueues
 from betrace.service.cluster.query.recent_signals import RecentSignals
@@ -24,7 +25,14 @@ from betrace.service.export.alerts.alert import Alert, Delivered, State
 from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Kind, signal_id
 from betrace.service.storage.alert_store import AlertStore, AlertStoreError
+from betrace.service.storage.jetstream.bucket import Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.generations import (
+    PARTITIONS_KEY,
+    Finished,
+    Generations,
+    finished_key,
+)
 from betrace.service.storage.signal_queues import SignalsUnavailable
 from betrace.service.traces.verdicts import Decided
 from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
@@ -79,6 +87,11 @@ def decide(node, *signals):
     for each in signals:
         partition = partition_of(each.tenant, bytes.fromhex(each.trace_id), 2)
         node.outs[partition].add(Decided(each.tenant, [each], None))
+
+
+def partition_of_signal(number, partitions):
+    found = signal(number)
+    return partition_of(found.tenant, bytes.fromhex(found.trace_id), partitions)
 
 
 def begun(node, key=f"sent.{OTLP}"):
@@ -188,6 +201,25 @@ async def test_alerts_survive_the_node_that_sends_them(config, receiver):
     assert began == also_began
 
 
+async def test_signals_of_a_new_partition_are_sent_after_those_of_its_parent(config, receiver):
+    node = FedNode()
+    number, other, *_ = (n for n in range(1, 99) if partition_of_signal(n, 2) == 0)
+    async with node.running(config("one")):
+        await until(lambda: begun(node))
+        grown = Generations.of(2).grown(4)
+        node.outs |= {partition: ListedOut() for partition in grown.current.partitions}
+        node.partitions.note(Entry(PARTITIONS_KEY, grown.to_json(), 1))
+        child = 2 + partition_of_signal(number, 4)
+        node.outs[child].add(Decided("acme", [raised(number)], None))
+        node.outs[0].add(Decided("acme", [raised(other)], None))
+        await until(lambda: receiver.records())
+        await trio.sleep(0.3)
+        assert exported(receiver) == [other]
+        node.partitions.note(Entry(finished_key(0), Finished(1, 1).to_json(), 2))
+        await until(lambda: len(receiver.records()) == 2)
+        assert exported(receiver) == [other, number]
+
+
 # The parts
 
 
@@ -204,7 +236,8 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
         return len(out.messages)
 
     names = TenantNames({"again": 7}, {"gone"})
-    queues = OutQueues({0: out}, last, recent, names)
+    partitions = PartitionMap(None, Generations.of(1))
+    queues = OutQueues(partitions, {0: out}.__getitem__, last, recent, names)
     threads = ThreadRunner("test", 1)
 
     async def read(after):
@@ -233,6 +266,13 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
         await threads.run(queues.read, "0", 7, 3)
     assert queues.names() == ["0"]
     assert queues.of([signal(1)]) == {"0"}
+    partitions.note(Entry(PARTITIONS_KEY, Generations.of(1).grown(2).to_json(), 1))
+    assert queues.names() == ["0", "1", "2"]
+    assert queues.of([signal(1)]) in ({"0", "1"}, {"0", "2"})
+    assert not queues.may_read("1", {"0": 8})
+    partitions.note(Entry(finished_key(0), Finished(3, 8).to_json(), 2))
+    assert [queues.may_read("1", {"0": upto}) for upto in (7, 8)] == [False, True]
+    assert queues.may_read("0", {})
     out.failure = NatsUnavailable("away")
     with pytest.raises(SignalsUnavailable, match="away"):
         await read(4)
