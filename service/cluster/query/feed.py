@@ -74,7 +74,10 @@ class PartitionFeed:
     items: int = 0
     """Items sent to the stores since the start."""
     spans: int = 0
-    """Spans evaluated since the first message that was read."""
+    """Spans evaluated since the start, apart from those of the first message that was read; of a
+    stream that was read from its beginning, all."""
+    counted: int | None = None
+    """The partition's count of spans up to which they are in :attr:`spans`."""
     closed: int = 0
     """Closed traces sent to the stores since the start."""
     counts: output.Counts | None = None
@@ -83,6 +86,12 @@ class PartitionFeed:
     """Why nothing is read now."""
     epoch: int | None = None
     """The number of the owner's epoch; None until it is known."""
+
+    def count(self, spans: int) -> None:
+        """Note the partition's count of spans. It may be one from before a rewind."""
+        counted = spans if self.counted is None else self.counted
+        self.spans += max(0, spans - counted)
+        self.counted = max(spans, counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +217,8 @@ class OutFeed:
             generation = self.positions.generation
             await self._until_parent_is_complete(partition)
             state.read = self.positions.get(partition)
+            if not state.read and state.counted is None:
+                state.counted = 0
             with suppress(_Rewound):
                 while generation == self.positions.generation:
                     if self.is_complete(partition):
@@ -245,8 +256,7 @@ class OutFeed:
             items = self.target.names.current(found.decided)
             signals = [signal for item in found.decided for signal in item.signals]
             state.log_time_ns = max(state.log_time_ns, found.log_time_ns)
-            if state.counts is not None:
-                state.spans += max(0, found.counts.spans - state.counts.spans)
+            state.count(found.counts.spans)
             state.counts, state.evaluated_to = found.counts, found.upto
         else:
             state.epoch = max(state.epoch or 0, message.epoch)

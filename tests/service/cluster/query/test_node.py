@@ -203,6 +203,25 @@ async def test_a_new_cluster_is_applied_from_its_beginning(config):
             assert len(ledger_signals(service, "acme")) == 3
 
 
+async def test_the_spans_of_the_cluster_are_counted(config):
+    node = FedNode()
+    counts = [output.Counts(evaluated=number, spans=10 * number) for number in range(1, 5)]
+    node.outs[0].add(decided(1), counts=counts[0])
+    async with node.running(config) as service:
+        node.outs[0].add(decided(2), counts=counts[1])
+        await node.applied(service)
+        assert service.node.evaluated_spans() == 20
+        assert service.tools.performance.metrics()["spansAccepted"] == 20
+        service.node.reread()
+        await node.applied(service)
+        assert service.node.evaluated_spans() == 20
+    async with node.running(config) as service:
+        node.outs[0].add(decided(3), counts=counts[2])
+        node.outs[0].add(decided(4), counts=counts[3])
+        await node.applied(service)
+        assert service.node.evaluated_spans() == 10  # the first message says where to begin
+
+
 async def test_reading_goes_on_once_nats_answers_again(config, monkeypatch):
     monkeypatch.setattr("betrace.service.cluster.query.feed.RETRY_SECONDS", 0.01)
     node = FedNode()
